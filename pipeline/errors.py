@@ -1,0 +1,60 @@
+"""The errors a user can cause, and nothing else.
+
+    PipelineError            printed on one line per problem, exit code 2, no traceback
+    ├── ConfigError          the config file or a --set override
+    ├── DatasetError         the images, their labels, their splits
+    ├── BackboneError        the network, its weights, its layers, the device
+    ├── StoreError           the feature store: wrong identity, damage, a second writer, no space
+    ├── HeadError            a head, its search space, or a search in which no trial could be fitted
+    ├── TrainingError        training a network: its plan, its data, its checkpoint
+    └── BundleError          a saved head: unreadable, another version, not trusted
+
+Every other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PipelineError(Exception):
+    """A problem that the user can solve; the message says what was found, what was expected, what to do.
+
+    `problems` holds one line each where several were found at once.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join([self.message, *(f"  {problem}" for problem in self.problems)])
+
+
+class ConfigError(PipelineError):
+    """The config file or an override is wrong."""
+
+
+class DatasetError(PipelineError):
+    """The images, labels or splits cannot be used as they are."""
+
+
+class BackboneError(PipelineError):
+    """The network, its weights, a layer or the device is not to be had."""
+
+
+class StoreError(PipelineError):
+    """The feature store is damaged, of another identity, in use, or cannot be written."""
+
+
+class HeadError(PipelineError):
+    """A head or its search space is wrong, or no trial of it could be fitted."""
+
+
+class TrainingError(PipelineError):
+    """A network cannot be trained as asked."""
+
+
+class BundleError(PipelineError):
+    """A saved head cannot be loaded or does not fit."""

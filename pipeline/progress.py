@@ -1,0 +1,45 @@
+"""Progress of long work: a bar with a rate and an ETA on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+LOG_SECONDS = 15.0
+"""How often a bar is redrawn where nobody watches it live."""
+
+
+class Progress:
+    """The bar of one piece of work."""
+
+    def __init__(self, bar: tqdm[None]) -> None:
+        self._bar = bar
+
+    def update(self, count: int = 1) -> None:
+        """Say that `count` more are done."""
+        self._bar.update(count)
+
+    def note(self, text: str) -> None:
+        """Show a short text behind the bar, such as the best score so far."""
+        self._bar.set_postfix_str(text, refresh=False)
+
+
+@contextmanager
+def bar(total: int, unit: str, label: str, initial: int = 0) -> Iterator[Progress]:
+    """Show a bar on standard error for `total` pieces of work, `initial` of them done before."""
+    live = sys.stderr.isatty()
+    with tqdm(
+        total=total,
+        initial=initial,
+        unit=f" {unit}",
+        desc=label,
+        mininterval=0.2 if live else LOG_SECONDS,
+        maxinterval=10.0 if live else LOG_SECONDS,
+        dynamic_ncols=live,
+        leave=True,
+        disable=total <= initial,
+    ) as raw:
+        yield Progress(raw)
