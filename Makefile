@@ -1,0 +1,66 @@
+# One experiment is one config file:  make heads CONFIG=configs/folder.yaml ARGS="--set tuning.trials=8"
+CONFIG ?= configs/digits.yaml
+ARGS   ?=
+PYTHON ?= python3
+# More arguments for pip, such as an index with CPU-only builds of torch.
+PIP_ARGS ?=
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := $(BIN)/manyheads
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install features heads finetune predict report status test proofs bench lint clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  CONFIG=configs/....yaml chooses the experiment; ARGS=\"--set tuning.trials=8\" overrides a key"
+
+install: $(VENV)/.installed ## Create .venv and install the pinned versions
+
+features: install ## Stage one: embed what the feature store does not have yet
+	@$(RUN) features $(CONFIG) $(ARGS)
+
+heads: features ## Stage two: tune the heads on the stored features; leaderboard, bundles, report
+	@$(RUN) heads $(CONFIG) $(ARGS)
+
+finetune: heads ## Stage three (optional): train the best backbone end to end, from the best head
+	@$(RUN) finetune $(CONFIG) $(ARGS)
+
+predict: install ## Label new images: make predict BUNDLE=artifacts/digits IMAGES=folder OUTPUT=out.csv
+	@$(RUN) predict $(BUNDLE) $(IMAGES) --output $(or $(OUTPUT),predictions.csv) $(ARGS)
+
+report: install ## Build the report page again from the saved results
+	@$(RUN) report $(CONFIG) $(ARGS)
+
+status: install ## Say what is cached, missing, changed, failed
+	@$(RUN) status $(CONFIG) $(ARGS)
+
+test: $(VENV)/.installed-test ## Install what the tests need and run them all
+	@$(BIN)/python -m pytest $(ARGS)
+
+proofs: $(VENV)/.installed-test ## The store's promises at long counts (hours)
+	@$(BIN)/python -m pytest tests/proofs --override-ini=addopts= $(ARGS)
+
+bench: $(VENV)/.installed-test ## Measure speed against what a user would write
+	@for bench in tests/benchmarks/bench_*.py; do $(BIN)/python $$bench $(ARGS) || exit 1; done
+
+lint: $(VENV)/.installed-lint ## ruff, and mypy in strict mode on the package
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean: ## Remove .venv, caches and build output; artifacts/ and data/ stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last, so an install that was interrupted is done again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Python %d.%d found, 3.10 to 3.13 needed: make PYTHON=python3.12 ..." % v)'
+	@echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the pinned versions (about a minute, more where torch comes with CUDA)"
+	@$(PIP) --editable . && touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	@$(PIP) --editable '.[$*]' && touch $@

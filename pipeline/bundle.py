@@ -1,0 +1,216 @@
+"""ModelBundle: a fitted head with everything needed to predict, as a folder.
+
+    bundle.json      format, head, parameters, classes, the embedding it was trained on, versions, digest of the head's file
+    head.skops       the fitted scikit-learn pipeline in skops' format, which cannot run code when it is loaded
+    head.joblib      instead, for a head with types outside `TRUSTED_TYPES`: a pickle, which can
+
+A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a backbone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+from skops import io as skops_io
+
+from pipeline.digests import bytes_digest, file_digest
+from pipeline.errors import BundleError
+from pipeline.files import write_atomic, write_text_atomic
+
+FORMAT = "manyheads bundle"
+VERSION = 1
+
+TRUSTED_TYPES = (
+    # scikit-learn's own array holders, reviewed: their state is arrays and numbers, loading them calls no user code.
+    "sklearn.tree._tree.Tree",
+    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+    "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
+    "sklearn.metrics._dist_metrics.EuclideanDistance64",
+    "sklearn.metrics._dist_metrics.EuclideanDistance32",
+    "sklearn.neighbors._kd_tree.KDTree",
+    "sklearn.neighbors._kd_tree.KDTree64",
+    "sklearn.neighbors._kd_tree.KDTree32",
+    "sklearn.neighbors._ball_tree.BallTree64",
+    "sklearn.neighbors._ball_tree.BallTree32",
+)
+"""Types beyond skops' own list that a built-in head may hold."""
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A fitted head, the classes it tells apart, and the embedding it expects.
+
+    `estimator` was fitted on integer labels; `classes[i]` is the name of label i. `embedding` is stage one's record of
+    the embedding, with the config section that makes its backbone again.
+    """
+
+    head: str
+    params: Mapping[str, Any]
+    classes: tuple[str, ...]
+    embedding: Mapping[str, Any]
+    estimator: Any
+    provenance: Mapping[str, Any]
+
+    def predict(self, X: NDArray[np.float32]) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
+        """Label n vectors.
+
+        Returns
+        -------
+        labels : ndarray of shape (n,), object (str)
+        probabilities : ndarray of shape (n, len(classes)), or None for a head that has none
+
+        Raises
+        ------
+        BundleError
+            When the vectors are not of the length the head was fitted on.
+        """
+        if X.shape[1] != self.embedding["dim"]:
+            raise BundleError(f"head {self.head!r} takes vectors of {self.embedding['dim']} numbers, got {X.shape[1]}")
+        names = np.asarray(self.classes, dtype=object)
+        labels = names[self.estimator.predict(X)]
+        return labels, class_probabilities(self.estimator, X, len(self.classes))
+
+
+def class_probabilities(estimator: Any, X: NDArray[np.float32], n_classes: int) -> NDArray[np.float64] | None:
+    """Return probabilities of shape (n, n_classes), zero for a class the head never saw; None if it has none."""
+    if not hasattr(estimator, "predict_proba"):
+        return None
+    seen = estimator.predict_proba(X)
+    probabilities = np.zeros((len(X), n_classes))
+    probabilities[:, estimator.classes_] = seen
+    return probabilities
+
+
+def versions() -> dict[str, str]:
+    """The versions a fitted head depends on."""
+    names = ("manyheads", "scikit-learn", "numpy", "scipy")
+    return {"python": "%d.%d.%d" % sys.version_info[:3], **{name: importlib.metadata.version(name) for name in names}}
+
+
+def save(bundle: ModelBundle, folder: Path) -> None:
+    """Write a bundle; a killed save leaves the previous bundle or none, never half of one.
+
+    skops' format is used unless the head holds a type outside `TRUSTED_TYPES`; then joblib's, and `bundle.json` says so.
+    """
+    data = skops_io.dumps(bundle.estimator)
+    safe = set(skops_io.get_untrusted_types(data=data)) <= set(TRUSTED_TYPES)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "head.skops" if safe else "head.joblib"
+    if safe:
+        write_atomic(folder / name, data)
+    else:
+        partial = folder / f".{name}.{os.getpid()}"
+        joblib.dump(bundle.estimator, partial)
+        os.replace(partial, folder / name)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "head": bundle.head,
+        "params": dict(bundle.params),
+        "classes": list(bundle.classes),
+        "embedding": dict(bundle.embedding),
+        "file": name,
+        "file_digest": file_digest(folder / name),
+        "runs_code_when_loaded": not safe,
+        "versions": versions(),
+        "provenance": dict(bundle.provenance),
+    }
+    # The document comes last and names the head's digest: it is what makes the folder a bundle.
+    write_text_atomic(folder / "bundle.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Read and check a bundle's document without loading its head.
+
+    Raises
+    ------
+    BundleError
+        When there is no bundle, its document is not JSON, or it is of another format or version.
+    """
+    path = folder / "bundle.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{folder}: no bundle here (bundle.json is missing); `manyheads heads` writes bundles") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read as JSON ({error}); make the bundle again with `manyheads heads`") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise BundleError(f"{path}: not a bundle of ours; expected format {FORMAT!r}")
+    if document.get("version") != VERSION:
+        raise BundleError(f"{path}: bundle version {document.get('version')!r} found, this program reads version {VERSION}")
+    return document
+
+
+def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
+    """Load a bundle.
+
+    Raises
+    ------
+    BundleError
+        When it is damaged, was saved with another scikit-learn, or is a joblib file (which can run any code when it is
+        loaded) and `trust_code` is not given.
+    """
+    document = describe(folder)
+    missing = sorted({"head", "params", "classes", "embedding", "file", "file_digest", "versions"} - set(document))
+    if missing or document.get("file") not in ("head.skops", "head.joblib"):
+        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {', '.join(missing) or 'a known head file'})")
+    path = folder / document["file"]
+    if not path.is_file():
+        raise BundleError(f"{path}: missing; make the bundle again with `manyheads heads`")
+    _check_versions(folder, document["versions"])
+    data = path.read_bytes()
+    if bytes_digest(data) != document["file_digest"]:
+        raise BundleError(f"{path}: damaged (its digest is not the one in bundle.json); make it again with `manyheads heads`")
+    if document["file"] == "head.joblib":
+        if not trust_code:
+            raise BundleError(f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it")
+        estimator = joblib.load(path)
+    else:
+        estimator = _load_skops(path, data)
+    return ModelBundle(
+        head=document["head"],
+        params=document["params"],
+        classes=tuple(document["classes"]),
+        embedding=document["embedding"],
+        estimator=estimator,
+        provenance=document.get("provenance", {}),
+    )
+
+
+def remove(folder: Path) -> None:
+    """Delete a bundle, its document first, so that no half of one is ever taken for a bundle."""
+    (folder / "bundle.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _load_skops(path: Path, data: bytes) -> Any:
+    try:
+        unknown = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
+        if unknown:
+            raise BundleError(f"{path}: holds types that are not trusted: {', '.join(unknown)}; not loaded")
+        return skops_io.loads(data, trusted=list(TRUSTED_TYPES))
+    except BundleError:
+        raise
+    except Exception as error:  # a crafted file can make the reader fail in any way
+        raise BundleError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _check_versions(folder: Path, saved: Mapping[str, str]) -> None:
+    """A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it."""
+    found, here = saved.get("scikit-learn", "unknown"), importlib.metadata.version("scikit-learn")
+    if found.split(".")[:2] != here.split(".")[:2]:
+        raise BundleError(
+            f"{folder}: saved with scikit-learn {found}, this is {here}; "
+            f"install scikit-learn {found} or make the bundle again with `manyheads heads`"
+        )
