@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ def class_probabilities(estimator: Any, X: NDArray[np.float32], n_classes: int) 
 def versions() -> dict[str, str]:
     """The versions a fitted head depends on."""
     names = ("manyheads", "scikit-learn", "numpy", "scipy")
-    return {"python": "%d.%d.%d" % sys.version_info[:3], **{name: importlib.metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def save(bundle: ModelBundle, folder: Path) -> None:
@@ -142,13 +142,19 @@ def describe(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BundleError(f"{folder}: no bundle here (bundle.json is missing); `manyheads heads` writes bundles") from None
+        raise BundleError(
+            f"{folder}: no bundle here (bundle.json is missing); `manyheads heads` writes bundles"
+        ) from None
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read as JSON ({error}); make the bundle again with `manyheads heads`") from None
+        raise BundleError(
+            f"{path}: cannot be read as JSON ({error}); make the bundle again with `manyheads heads`"
+        ) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(f"{path}: not a bundle of ours; expected format {FORMAT!r}")
     if document.get("version") != VERSION:
-        raise BundleError(f"{path}: bundle version {document.get('version')!r} found, this program reads version {VERSION}")
+        raise BundleError(
+            f"{path}: bundle version {document.get('version')!r} found, this program reads version {VERSION}"
+        )
     return document
 
 
@@ -171,10 +177,14 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     _check_versions(folder, document["versions"])
     data = path.read_bytes()
     if bytes_digest(data) != document["file_digest"]:
-        raise BundleError(f"{path}: damaged (its digest is not the one in bundle.json); make it again with `manyheads heads`")
+        raise BundleError(
+            f"{path}: damaged (its digest is not the one in bundle.json); make it again with `manyheads heads`"
+        )
     if document["file"] == "head.joblib":
         if not trust_code:
-            raise BundleError(f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it")
+            raise BundleError(
+                f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
+            )
         estimator = joblib.load(path)
     else:
         estimator = _load_skops(path, data)

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,7 +30,8 @@ HEAD_NAMES = (
 )
 """The built-in heads; `pipeline.heads.HEADS` has a row for each."""
 
-BASELINE_NAMES = ("majority", "pixels", "hog")
+Baseline = Literal["majority", "pixels", "hog"]
+BASELINE_NAMES: tuple[Baseline, ...] = ("majority", "pixels", "hog")
 
 Scalar = bool | int | float | str | None
 
@@ -39,6 +40,16 @@ class Section(BaseModel):
     """What every section shares: frozen, strict about types, and no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Item = TypeVar("Item")
+
+
+def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
+    # Not `min_length`, which also complains when an item was dropped for a mistake of its own.
+    if not value:
+        raise ValueError("expected at least one, got an empty list")
+    return value
 
 
 class DatasetConfig(Section):
@@ -90,7 +101,7 @@ class BackboneConfig(Section):
     """A torchvision classification model, such as `resnet50`."""
     weights: str = "random"
     """A weights enum member (`IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
-    layers: tuple[str, ...] = Field(("penultimate",), min_length=1)
+    layers: tuple[str, ...] = ("penultimate",)
     """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
     pooling: Literal["avg", "max", "flatten", "cls"] = "avg"
     """How a layer with a spatial or token axis becomes one vector."""
@@ -103,11 +114,18 @@ class BackboneConfig(Section):
     def _yaml_has_lists(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("layers")
+    @classmethod
+    def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _not_empty(value)
+
     @field_validator("weights")
     @classmethod
     def _weights_are_exact(cls, value: str) -> str:
         if value == "DEFAULT":
-            raise ValueError("'DEFAULT' may change between torchvision versions; give the exact name, such as 'IMAGENET1K_V2'")
+            raise ValueError(
+                "'DEFAULT' may change between torchvision versions; give the exact name, such as 'IMAGENET1K_V2'"
+            )
         return value
 
 
@@ -148,7 +166,9 @@ class HeadConfig(Section):
     @classmethod
     def _known(cls, value: str) -> str:
         if ":" not in value and value not in HEAD_NAMES:
-            raise ValueError(f"unknown head {value!r}{guess(value, HEAD_NAMES)}; allowed: {', '.join(HEAD_NAMES)}, or package.module:ATTRIBUTE")
+            raise ValueError(
+                f"unknown head {value!r}{guess(value, HEAD_NAMES)}; allowed: {', '.join(HEAD_NAMES)}, or package.module:ATTRIBUTE"
+            )
         return value
 
 
@@ -179,13 +199,13 @@ class Config(Section):
     output: str
     """The folder every artifact of this experiment is written to."""
     seed: int = Field(0, ge=0, lt=2**32)
-    dataset: DatasetConfig = Field(default_factory=DatasetConfig)
-    backbones: tuple[BackboneConfig, ...] = Field(min_length=1)
-    baselines: tuple[Literal["majority", "pixels", "hog"], ...] = BASELINE_NAMES
+    dataset: DatasetConfig = DatasetConfig()
+    backbones: tuple[BackboneConfig, ...]
+    baselines: tuple[Baseline, ...] = BASELINE_NAMES
     """Cheap rivals in the leaderboard, so that a backbone that does not help is seen not to help."""
-    extraction: ExtractionConfig = Field(default_factory=ExtractionConfig)
-    heads: tuple[HeadConfig, ...] = Field(min_length=1)
-    tuning: TuningConfig = Field(default_factory=TuningConfig)
+    extraction: ExtractionConfig = ExtractionConfig()
+    heads: tuple[HeadConfig, ...]
+    tuning: TuningConfig = TuningConfig()
 
     @field_validator("backbones", "baselines", mode="before")
     @classmethod
@@ -198,6 +218,11 @@ class Config(Section):
         if not isinstance(value, list):
             return value
         return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+    @field_validator("backbones", "heads")
+    @classmethod
+    def _at_least_one(cls, value: tuple[Section, ...]) -> tuple[Section, ...]:
+        return _not_empty(value)
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Config:
@@ -266,7 +291,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing config file, such as configs/digits.yaml") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give an existing config file, such as configs/digits.yaml"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; a config is a YAML file") from None
     raw = _parse_yaml(text, str(path))
@@ -289,12 +316,12 @@ def guess(word: str, allowed: Sequence[str]) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core rules for plain scalars, and no key twice."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(key)
@@ -306,7 +333,9 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -318,7 +347,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader underneath
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{origin}{where}: {error.problem}") from None
@@ -339,7 +368,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if isinstance(target, list):
             if not key.isdigit() or int(key) >= len(target):
                 here = ".".join(keys[:position])
-                raise ConfigError(f"--set {override!r}: '{here}' is a list of {len(target)}; expected an index from 0 to {len(target) - 1}, got {key!r}")
+                raise ConfigError(
+                    f"--set {override!r}: '{here}' is a list of {len(target)}; expected an index from 0 to {len(target) - 1}, got {key!r}"
+                )
             index: Any = int(key)
         elif isinstance(target, dict):
             index = key

@@ -1,0 +1,169 @@
+"""The `manyheads` command: parse, call a stage, print what it returned. It adds no behaviour.
+
+Stages are imported inside their command, so that `--help` answers at once and `heads` runs where torch cannot be imported.
+Exit codes: 0 done, 1 a check found something, 2 a mistake the user can solve, 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from pipeline import config as configuration
+from pipeline.errors import PipelineError
+
+DEFAULT_CONFIG = "configs/digits.yaml"
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is printed without a traceback and ends with exit code 2."""
+    _log_to_stderr()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = cli.main(prog_name="manyheads", standalone_mode=False)
+    except PipelineError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        terminated = bool(stop.args) and stop.args[0] == signal.SIGTERM
+        _complain("stopped; what was finished is kept, the same command goes on from there")
+        sys.exit(143 if terminated else 130)
+    except BrokenPipeError:
+        sys.exit(0)  # the reader of our output, such as `head`, has what it wanted
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="manyheads")
+def cli() -> None:
+    """Embed every image once, then train, tune and honestly compare many heads on the cached features."""
+
+
+def _experiment(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The argument and option that every command on an experiment has."""
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a key, such as tuning.trials=8; repeatable.",
+    )(command)
+    return click.argument("config", default=DEFAULT_CONFIG, type=click.Path(path_type=Path))(command)
+
+
+@cli.command()
+@_experiment
+def check(config: Path, overrides: tuple[str, ...]) -> None:
+    """Validate a config and its data without embedding or training anything.
+
+    Example: manyheads check configs/folder.yaml --set dataset.path=photos
+    """
+    from pipeline import check as stage
+
+    for line in stage.run(configuration.load(config, overrides)):
+        click.echo(line)
+
+
+@cli.command()
+@_experiment
+@click.option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes.")
+@click.option("--why", is_flag=True, help="With --plan: say for every missing image why it is missing.")
+@click.option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times.")
+def features(config: Path, overrides: tuple[str, ...], plan: bool, why: bool, rehash: bool) -> None:
+    """Stage one: embed the images that the feature stores do not have yet.
+
+    Example: manyheads features configs/folder.yaml --plan
+    """
+    from pipeline import extract_features as stage
+
+    settings = configuration.load(config, overrides)
+    result = stage.run(settings, plan=plan, rehash=rehash)
+    for line in result.summary_lines(why=why):
+        click.echo(line)
+
+
+@cli.command()
+@_experiment
+def heads(config: Path, overrides: tuple[str, ...]) -> None:
+    """Stage two: tune the heads on the stored features and print the leaderboard.
+
+    Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
+    """
+    from pipeline import train_heads as stage
+
+    result = stage.run(configuration.load(config, overrides))
+    for line in result.summary_lines():
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output", "-o", default="predictions.csv", type=click.Path(path_type=Path), help="The CSV file to write."
+)
+@click.option("--top", default=3, type=click.IntRange(min=1), help="How many labels with probabilities per image.")
+@click.option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N.")
+@click.option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code.")
+def predict(bundle: Path, images: tuple[Path, ...], output: Path, top: int, device: str, trust: bool) -> None:
+    """Label new images with a saved head.
+
+    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used. IMAGES are image files
+    and folders.
+
+    Example: manyheads predict artifacts/digits photos/ --output labels.csv
+    """
+    from pipeline import predict as stage
+
+    result = stage.run(bundle, images, output=output, top=top, device=device, trust_code=trust)
+    for line in result.summary_lines():
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("model")
+def layers(model: str) -> None:
+    """List the layers of a backbone that can be embedded, with their shapes.
+
+    Example: manyheads layers resnet18
+    """
+    from pipeline import backbone
+
+    for name, shape in backbone.layers(model):
+        click.echo(f"{name:<40} {' x '.join(map(str, shape))}")
+
+
+def _log_to_stderr() -> None:
+    """Show the package's messages as plain lines that do not tear a progress bar."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            prefix = "warning: " if record.levelno >= logging.WARNING else ""
+            tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+    logger = logging.getLogger("pipeline")
+    logger.handlers[:] = [Handler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _complain(text: str) -> None:
+    click.echo(f"error: {text}", err=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Let SIGTERM unwind like Ctrl-C, so that the group in hand is committed."""
+    raise KeyboardInterrupt(number)

@@ -1,0 +1,144 @@
+"""The config: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import config as configuration
+from pipeline.errors import ConfigError
+
+GOOD = """
+output: artifacts/x
+backbones:
+  - {name: resnet18}
+heads: [knn]
+"""
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(write(tmp_path, text), overrides)
+    return [caught.value.message, *caught.value.problems]
+
+
+def test_six_mistakes_are_reported_at_once_with_place_allowed_values_and_guess(tmp_path: Path) -> None:
+    text = """
+seeds: 1
+dataset: {source: fodler, test_fraction: 1.5}
+backbones:
+  - {name: resnet18, weigths: random}
+heads: [logistic_regresion]
+tuning: {trials: ten}
+"""
+    message, *problems = problems_of(tmp_path, text)
+    assert message.endswith("config.yaml: 7 problems")
+    assert problems == [
+        "output: missing, expected a value",
+        "dataset.source: input should be 'digits', 'folder', 'manifest' or 'torchvision', got 'fodler', did you mean 'folder'?",
+        "dataset.test_fraction: input should be less than 1, got 1.5",
+        "backbones.0.weigths: unknown key, did you mean 'weights'?; "
+        "allowed: name, weights, layers, pooling, arguments, preprocessing",
+        "heads.0.name: unknown head 'logistic_regresion', did you mean 'logistic_regression'?; allowed: "
+        + ", ".join(configuration.HEAD_NAMES)
+        + ", or package.module:ATTRIBUTE",
+        "tuning.trials: input should be a valid integer, got 'ten'",
+        "seeds: unknown key, did you mean 'seed'?; allowed: " + ", ".join(configuration.Config.model_fields),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "value"),
+    [("1e-1", 0.1), ("1E-1", 0.1), ("0.25", 0.25), (".5", 0.5)],
+)
+def test_a_number_is_a_number(tmp_path: Path, yaml: str, value: float) -> None:
+    config = configuration.load(write(tmp_path, GOOD), [f"dataset.test_fraction={yaml}"])
+    assert config.dataset.test_fraction == value
+
+
+def test_yaml_1_2_reads_no_as_text_and_010_as_ten(tmp_path: Path) -> None:
+    text = GOOD.replace("artifacts/x", "NO") + "tuning: {trials: 010}\n"
+    config = configuration.load(write(tmp_path, text))
+    assert (config.output, config.tuning.trials) == ("NO", 10)
+
+
+def test_true_is_not_a_number_of_trials(tmp_path: Path) -> None:
+    assert (
+        problems_of(tmp_path, GOOD, "tuning.trials=true")[1]
+        == "tuning.trials: input should be a valid integer, got True"
+    )
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    (message,) = problems_of(tmp_path, GOOD + "output: b\n")
+    assert message.endswith("config.yaml line 6: the key 'output' is given twice")
+
+
+def test_default_weights_are_refused(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "backbones.0.weights=DEFAULT")[1] == (
+        "backbones.0.weights: 'DEFAULT' may change between torchvision versions; give the exact name, such as 'IMAGENET1K_V2'"
+    )
+
+
+def test_a_source_names_what_it_also_needs(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "dataset.source=torchvision")[1] == (
+        "dataset: source 'torchvision' also needs 'path' and 'name'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tuning.trials", "--set 'tuning.trials': expected key.key=value, such as tuning.trials=8"),
+        (
+            "backbones.7.name=x",
+            "--set 'backbones.7.name=x': 'backbones' is a list of 1; expected an index from 0 to 0, got '7'",
+        ),
+        ("output.a.b=1", None),
+    ],
+)
+def test_a_wrong_override_is_refused(tmp_path: Path, override: str, message: str | None) -> None:
+    found = problems_of(tmp_path, GOOD, override)
+    if message is not None:
+        assert found == [message]
+
+
+def test_overrides_are_validated_like_the_file(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "tuning.tials=8")[1].startswith(
+        "tuning.tials: unknown key, did you mean 'trials'?"
+    )
+
+
+def test_missing_file_is_one_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(Path("nowhere.yaml"))
+    assert str(caught.value) == (
+        "nowhere.yaml: cannot be read (No such file or directory); give an existing config file, such as configs/digits.yaml"
+    )
+
+
+def test_a_config_survives_being_written_and_read(tmp_path: Path) -> None:
+    config = configuration.load(write(tmp_path, GOOD), ["heads=[{name: rbf_svm, space: {C: [0.1, 10]}}, knn]"])
+    again = configuration.load(write(tmp_path, configuration.dump_yaml(config)))
+    assert again == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_are_valid_and_open_with_their_command(path: Path) -> None:
+    configuration.load(path)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert "make " in text.partition("output:")[0]
+
+
+def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "heads=[knn, knn]")[1] == "heads: named more than once: knn"
