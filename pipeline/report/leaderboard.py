@@ -1,0 +1,296 @@
+"""The leaderboard: one row per (embedding, head), ordered and won by cross-validation only.
+
+Stage two (`train_heads`) fills `LeaderboardRow` and `Leaderboard`; test scores are shown and choose nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from pipeline.errors import PipelineError
+from pipeline.metrics import Scores
+
+FORMAT = "manyheads leaderboard"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LeaderboardRow:
+    """One tuned head on one embedding.
+
+    `cv_mean` and `cv_std` are over `cv_scores`, the fold scores at the chosen parameters; higher is better, so a log loss
+    is negated. `bundle` is the bundle's folder relative to the output folder. `simplicity` ranks the head's kind, lowest
+    is simplest. `embed_seconds` is what one image costs before any head, where it is known.
+    """
+
+    embedding: str
+    backbone: str
+    layer: str
+    head: str
+    untrained: bool
+    baseline: bool
+    cv_mean: float
+    cv_std: float
+    cv_scores: tuple[float, ...]
+    test: Scores | None
+    fit_seconds: float
+    predict_seconds: float
+    trials: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+    bundle: str | None = None
+    simplicity: int = 0
+    dim: int | None = None
+    search_seconds: float | None = None
+    embed_seconds: float | None = None
+
+    @property
+    def key(self) -> str:
+        """The row's name: `embedding/head`."""
+        return f"{self.embedding}/{self.head}"
+
+    @property
+    def note(self) -> str:
+        """What a reader must know about the embedding before comparing: `untrained`, `baseline`, or nothing."""
+        return "baseline" if self.baseline else "untrained" if self.untrained else ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the paired comparison says about the rows, by key; `metrics.compare` makes it from out-of-fold predictions."""
+
+    no_evidence: tuple[str, ...]
+    """Keys of the rows for which nothing shows that they are worse than the best, the best itself first."""
+    recommended: str
+    reason: str
+    optimism: float | None = None
+    """How much of the best row's cross-validation score comes from having been picked, as a share."""
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Rows ordered by cross-validation, best first, with the provenance needed to make them again.
+
+    `provenance` holds plain values: config, seed, versions, store digests, index fingerprint, date, command.
+    """
+
+    rows: tuple[LeaderboardRow, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.rows, key=lambda row: (-row.cv_mean, row.simplicity, row.key))
+        object.__setattr__(self, "rows", tuple(ordered))
+
+    @property
+    def best(self) -> LeaderboardRow:
+        """The row with the highest cross-validation mean; the simpler of two equal ones. Test scores play no part."""
+        if not self.rows:
+            raise PipelineError("the leaderboard has no rows; run `manyheads heads` first")
+        return self.rows[0]
+
+    def row(self, key: str) -> LeaderboardRow:
+        """Return the row named `embedding/head`."""
+        for row in self.rows:
+            if row.key == key:
+                return row
+        raise KeyError(key)
+
+    def to_json(self) -> str:
+        """Return the whole leaderboard as JSON text; `from_json` gives an equal one back."""
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "best": self.best.key if self.rows else None,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "verdict": dataclasses.asdict(self.verdict) if self.verdict else None,
+            "provenance": self.provenance,
+        }
+        return json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Leaderboard:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        PipelineError
+            When the text is no leaderboard of this version.
+        """
+        try:
+            record = json.loads(text)
+            found = (record["format"], record["version"])
+        except (ValueError, KeyError, TypeError):
+            raise PipelineError("leaderboard.json: not a leaderboard; run `manyheads heads` again") from None
+        if found != (FORMAT, VERSION):
+            raise PipelineError(
+                f"leaderboard.json: found {found[0]!r} version {found[1]}, expected {FORMAT!r} version {VERSION}; run `manyheads heads` again"
+            )
+        verdict = record["verdict"]
+        return Leaderboard(
+            tuple(_row(raw) for raw in record["rows"]),
+            record["provenance"],
+            Verdict(**{**verdict, "no_evidence": tuple(verdict["no_evidence"])}) if verdict else None,
+        )
+
+    def to_markdown(self) -> str:
+        """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
+        table = tabulate(
+            self._cells(bold="**"), headers=HEADERS, tablefmt="github", disable_numparse=True, colalign=ALIGN
+        )
+        return "\n".join(["# Leaderboard", "", table, "", *(f"- {line}" for line in self.notes()), ""])
+
+    def to_text(self) -> str:
+        """Return the leaderboard for a terminal."""
+        table = tabulate(self._cells(), headers=HEADERS, tablefmt="simple", disable_numparse=True, colalign=ALIGN)
+        return "\n".join([table, "", *self.notes()])
+
+    def notes(self) -> list[str]:
+        """Return what must be said beside the table, one sentence each."""
+        if not self.rows:
+            return ["No rows."]
+        best, lines = self.best, []
+        lines.append(
+            f"Best by cross-validation: {best.key} ({_percent(best.cv_mean, self.scoring)} ± {_percent(best.cv_std, self.scoring)}). Test scores choose nothing."
+        )
+        if self.verdict:
+            others = len(self.verdict.no_evidence) - 1
+            if others:
+                lines.append(
+                    f"~ marks {others} more {_plural('row', others)} with no evidence of a difference from the best."
+                )
+            lines.append(f"Recommended: {self.verdict.recommended}. {self.verdict.reason}")
+            if self.verdict.optimism is not None:
+                lines.append(
+                    f"Picking the best of {len(self.rows)} rows flatters its cross-validation accuracy by about {100 * self.verdict.optimism:.2f} points."
+                )
+        if any(row.test for row in self.rows):
+            lines.append(
+                f"Test: {max(row.test.n for row in self.rows if row.test)} images, in brackets the 95 % interval (Wilson)."
+            )
+        if any(row.untrained for row in self.rows):
+            lines.append(
+                "untrained: the backbone has random weights and saw no image before; a control, not a contender."
+            )
+        if any(row.baseline for row in self.rows):
+            lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
+        if best.baseline or best.untrained:
+            lines.append(f"No trained backbone beats the {best.note} row {best.key} on these images.")
+        return lines
+
+    @property
+    def scoring(self) -> str:
+        """What the cross-validation scores measure."""
+        return str(self.provenance.get("scoring", "accuracy"))
+
+    def mark(self, row: LeaderboardRow) -> str:
+        """`*` for the best row, `~` for one with no evidence of a difference from it."""
+        if row.key == self.best.key:
+            return "*"
+        return "~" if self.verdict and row.key in self.verdict.no_evidence else ""
+
+    def _cells(self, bold: str = "") -> list[list[str]]:
+        cells = []
+        for row in self.rows:
+            first = bold if row.key == self.best.key else ""
+            test = row.test
+            cells.append(
+                [
+                    self.mark(row).replace("*", "\\*" if bold else "*"),
+                    row.embedding,
+                    f"{first}{row.head}{first}",
+                    f"{_percent(row.cv_mean, self.scoring)} ± {_percent(row.cv_std, self.scoring)}",
+                    f"{100 * test.accuracy:.1f} [{100 * test.interval[0]:.1f}, {100 * test.interval[1]:.1f}]"
+                    if test
+                    else "",
+                    f"{100 * test.balanced_accuracy:.1f}" if test else "",
+                    f"{100 * test.macro_f1:.1f}" if test else "",
+                    f"{test.log_loss:.3f}" if test and test.log_loss is not None else "",
+                    seconds(row.fit_seconds),
+                    seconds(row.predict_seconds),
+                    str(row.trials),
+                    row.note,
+                ]
+            )
+        return cells
+
+
+HEADERS = (
+    "",
+    "embedding",
+    "head",
+    "cross-validation",
+    "test accuracy [95 %]",
+    "balanced",
+    "macro F1",
+    "log loss",
+    "fit s",
+    "predict s",
+    "trials",
+    "note",
+)
+ALIGN = ("left", "left", "left", "right", "right", "right", "right", "right", "right", "right", "right", "left")
+
+
+def seconds(value: float) -> str:
+    """Return a duration in seconds with as many digits as it deserves."""
+    return (
+        f"{value:.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10
+        else f"{value:.2f}"
+        if value >= 0.095
+        else f"{value:.3f}"
+    )
+
+
+def plain(value: Any) -> Any:
+    """Return the value made of what JSON knows: numpy scalars and arrays become Python's, NaN and infinity None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _row(raw: Mapping[str, Any]) -> LeaderboardRow:
+    test: Any = raw["test"]
+    if test is not None:
+        test = Scores(**_tuples(test))
+    return LeaderboardRow(**{**raw, "cv_scores": tuple(raw["cv_scores"]), "test": test})
+
+
+def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn JSON's lists back into the tuples the records hold."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+
+
+def _percent(value: float, scoring: str) -> str:
+    return f"{value:.3f}" if scoring == "log_loss" else f"{100 * value:.1f}"
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def by_embedding(rows: Sequence[LeaderboardRow]) -> dict[str, list[LeaderboardRow]]:
+    """Group rows by embedding, keeping their order."""
+    groups: dict[str, list[LeaderboardRow]] = {}
+    for row in rows:
+        groups.setdefault(row.embedding, []).append(row)
+    return groups
