@@ -32,17 +32,14 @@ FORMAT = "manyheads bundle"
 VERSION = 1
 
 TRUSTED_TYPES = (
-    # scikit-learn's own array holders, reviewed: their state is arrays and numbers, loading them calls no user code.
-    "sklearn.tree._tree.Tree",
-    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
-    "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
+    # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing a file can choose.
+    "sklearn.calibration._CalibratedClassifier",
+    "sklearn.calibration._SigmoidCalibration",
+    "sklearn.calibration._TemperatureScaling",
     "sklearn.metrics._dist_metrics.EuclideanDistance64",
-    "sklearn.metrics._dist_metrics.EuclideanDistance32",
     "sklearn.neighbors._kd_tree.KDTree",
-    "sklearn.neighbors._kd_tree.KDTree64",
-    "sklearn.neighbors._kd_tree.KDTree32",
-    "sklearn.neighbors._ball_tree.BallTree64",
-    "sklearn.neighbors._ball_tree.BallTree32",
+    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+    "sklearn.tree._tree.Tree",
 )
 """Types beyond skops' own list that a built-in head may hold."""
 
@@ -128,6 +125,7 @@ def save(bundle: ModelBundle, folder: Path) -> None:
     }
     # The document comes last and names the head's digest: it is what makes the folder a bundle.
     write_text_atomic(folder / "bundle.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    (folder / ({"head.skops", "head.joblib"} - {name}).pop()).unlink(missing_ok=True)
 
 
 def describe(folder: Path) -> dict[str, Any]:

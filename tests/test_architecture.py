@@ -1,0 +1,110 @@
+"""The house keeps its floors: imports go down only, and each library has its doors."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pipeline"
+
+FLOORS = (
+    {"errors"},
+    {"config", "digests", "files", "progress", "vision"},
+    {"dataset", "images", "backbone", "baselines", "store", "heads", "metrics", "bundle"},
+    {"tuning", "training", "doctor", "report"},
+    {"check", "extract_features", "train_heads", "finetune", "pretrain", "predict", "maintenance"},
+    {"cli", "__main__"},
+)
+"""From the ground up; a folder counts as one module."""
+
+DOORS = {
+    "pydantic": {"config"},
+    "yaml": {"config"},
+    "click": {"cli"},
+    "tqdm": {"progress", "cli"},
+    "h5py": {"store"},
+    "torchvision": {"vision"},
+    "skopt": {"heads", "tuning"},
+    "skops": {"bundle"},
+    "joblib": {"bundle", "tuning"},
+    "pyarrow": {"dataset", "store"},
+    "PIL": {"images", "dataset", "report"},
+    "matplotlib": {"report"},
+    "skimage": {"baselines"},
+}
+
+WITHOUT_TORCH = ("dataset", "store", "heads", "metrics", "bundle", "tuning", "report", "train_heads", "baselines", "cli")
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every source file with the name of the module it belongs to."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path != PACKAGE / "__init__.py":
+            yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The dotted names a file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; name the module in full"
+            assert node.module is not None
+            yield node.module
+            if node.module == "pipeline":
+                yield from (f"pipeline.{alias.name}" for alias in node.names)
+
+
+def floor_of(module: str) -> int:
+    for floor, names in enumerate(FLOORS):
+        if module in names:
+            return floor
+    raise AssertionError(f"pipeline/{module} has no floor; add it to FLOORS")
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value).replace(str(PACKAGE), ""))
+def test_imports_go_down_only(module: str, path: Path) -> None:
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        if package == "pipeline" and rest:
+            other = rest.partition(".")[0]
+            if other != module:
+                assert floor_of(other) < floor_of(module), f"{module} imports {other}, which is not on a lower floor"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value).replace(str(PACKAGE), ""))
+def test_each_library_has_its_doors(module: str, path: Path) -> None:
+    for name in imported(path):
+        library = name.partition(".")[0]
+        assert module in DOORS.get(library, {module}), f"{module} imports {library}; only {DOORS[library]} may"
+
+
+def test_only_the_cli_prints() -> None:
+    for module, path in modules():
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        prints = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert module == "cli" or not prints, f"{path}:{prints} prints; log or return the text instead"
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    code = "import sys, pipeline; print([m for m in ('numpy', 'torch', 'sklearn') if m in sys.modules])"
+    assert run(code) == "[]"
+
+
+def test_stage_two_imports_without_torch() -> None:
+    names = ", ".join(f"pipeline.{name}" for name in WITHOUT_TORCH)
+    code = f"import sys; sys.modules['torch'] = None; sys.modules['torchvision'] = None; import {names}; print('ok')"
+    assert run(code) == "ok"
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
