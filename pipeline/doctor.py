@@ -1,0 +1,255 @@
+"""The data doctor: labels that look wrong, pictures that are there twice, pictures that are like no other.
+
+Works on what stages one and two leave behind, out-of-fold probabilities and features, and gives tables of image paths.
+Nothing is removed: a person looks and decides. Sources: confident learning, Northcutt, Jiang, Chuang 2021; outliers by the
+distance to the k-th neighbour, Ramaswamy, Rastogi, Shim 2000.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+BLOCK = 1024
+"""Rows compared at once: memory is BLOCK x n_images float32."""
+COMPONENTS = 64
+"""Principal components kept for distances: enough to tell pictures apart, few enough to be quick."""
+DUPLICATE_RATIO = 0.35
+"""Near-duplicates lie closer than this share of the usual distance to a nearest neighbour."""
+OUTLIER_DEVIATIONS = 4.0
+"""An outlier's distance to its neighbours lies this many robust standard deviations above the median, on a log scale."""
+
+
+@dataclass(frozen=True)
+class SuspiciousLabel:
+    """An image whose label the heads do not believe: `score` from 0 to 1 is how sure they are of `suggested` over it."""
+
+    path: str
+    label: str
+    suggested: str
+    score: float
+    row: int
+
+
+@dataclass(frozen=True)
+class NearDuplicate:
+    """Two images that are nearly the same; `ratio` is their distance over the usual distance to a nearest neighbour."""
+
+    path: str
+    other: str
+    ratio: float
+    split: str
+    other_split: str
+    label: str
+    other_label: str
+
+    @property
+    def across(self) -> bool:
+        """Whether the two lie in different splits, so that the test sees what was trained on."""
+        return self.split != self.other_split
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """An image far from every other; `score` is in robust standard deviations above the median."""
+
+    path: str
+    label: str
+    score: float
+    row: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the doctor found, worst first."""
+
+    suspicious: tuple[SuspiciousLabel, ...] = ()
+    duplicates: tuple[NearDuplicate, ...] = ()
+    outliers: tuple[Outlier, ...] = ()
+
+    def to_csv(self) -> dict[str, str]:
+        """Return one CSV text per kind of finding, by file name."""
+        tables = {
+            "suspicious_labels.csv": self.suspicious,
+            "near_duplicates.csv": self.duplicates,
+            "outliers.csv": self.outliers,
+        }
+        kinds = {
+            "suspicious_labels.csv": SuspiciousLabel,
+            "near_duplicates.csv": NearDuplicate,
+            "outliers.csv": Outlier,
+        }
+        return {name: _csv(rows, [field.name for field in fields(kinds[name])]) for name, rows in tables.items()}
+
+
+def suspicious_labels(
+    probabilities: NDArray[np.floating], y: NDArray[np.integer], classes: Sequence[str], paths: Sequence[str]
+) -> tuple[SuspiciousLabel, ...]:
+    """Find labels that confident learning takes for wrong, most certain first.
+
+    probabilities : ndarray of shape (n, n_classes), out of fold; y : column of each given label, shape (n,). A class is
+    believed of an image when its probability reaches the mean that images labelled so get, so a head that is unsure of a
+    class as a whole does not accuse it. An image is suspicious when the likeliest believed class is not its label.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    rows = np.arange(len(y))
+    thresholds = np.array(
+        [p[y == column, column].mean() if np.any(y == column) else np.inf for column in range(p.shape[1])]
+    )
+    believed = np.where(p >= thresholds, p, -1.0)
+    suggested = believed.argmax(axis=1)
+    wrong = (believed.max(axis=1) > 0) & (suggested != y) & (p[rows, suggested] > p[rows, y])
+    margin = p[rows, suggested] - p[rows, y]
+    found = sorted(np.flatnonzero(wrong), key=lambda row: (-margin[row], paths[row]))
+    return tuple(
+        SuspiciousLabel(str(paths[row]), classes[y[row]], classes[suggested[row]], float(margin[row]), int(row))
+        for row in found
+    )
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest other rows of every row: `rows` and `distances` of shape (n, k), nearest first."""
+
+    rows: NDArray[np.intp]
+    distances: NDArray[np.float32]
+
+
+def project(features: NDArray[np.floating], components: int = COMPONENTS) -> NDArray[np.float32]:
+    """Return features on their first principal components, shape (n, at most `components`), float32.
+
+    Deterministic: an eigendecomposition, each component's largest loading positive.
+    """
+    X = np.asarray(features, dtype=np.float32)
+    X = X - X.mean(axis=0)
+    wide = X.shape[1] > len(X)
+    gram = X @ X.T if wide else X.T @ X
+    values, vectors = np.linalg.eigh(gram.astype(np.float64))
+    keep = values[::-1][:components] > max(values[-1], 1e-12) * 1e-9
+    axes = vectors[:, ::-1][:, :components][:, keep]
+    if wide:
+        axes = X.T @ axes
+        axes /= np.linalg.norm(axes, axis=0)
+    signs = np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    projected: NDArray[np.float32] = (X @ (axes * signs)).astype(np.float32)
+    return projected
+
+
+def neighbours(features: NDArray[np.floating], k: int = 10) -> Neighbours:
+    """Find the k nearest other rows of every row by Euclidean distance, a block of rows at a time."""
+    X = np.asarray(features, dtype=np.float32)
+    n, k = len(X), min(k, len(X) - 1)
+    squares = np.einsum("ij,ij->i", X, X)
+    rows, distances = np.empty((n, k), dtype=np.intp), np.empty((n, k), dtype=np.float32)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        block = squares[start:stop, None] + squares[None, :] - 2.0 * (X[start:stop] @ X.T)
+        block[np.arange(stop - start), np.arange(start, stop)] = np.inf
+        near = np.argpartition(block, k - 1, axis=1)[:, :k]
+        # Differences anew: the shortcut above loses the digits that matter between near-duplicates.
+        exact = np.sqrt(((X[start:stop, None, :] - X[near]) ** 2).sum(axis=2))
+        order = np.lexsort((near, exact), axis=1)
+        rows[start:stop] = np.take_along_axis(near, order, axis=1)
+        distances[start:stop] = np.take_along_axis(exact, order, axis=1)
+    return Neighbours(rows, distances)
+
+
+def near_duplicates(
+    near: Neighbours, paths: Sequence[str], labels: Sequence[str], splits: Sequence[str], ratio: float = DUPLICATE_RATIO
+) -> tuple[NearDuplicate, ...]:
+    """Find pairs much closer than neighbours usually are, closest first, those across splits before the rest.
+
+    The yardstick is the median distance to the nearest neighbour, so it fits any embedding. Within a set of more than two
+    alike only each image's closest pair is named.
+    """
+    if near.distances.shape[1] == 0:
+        return ()
+    usual = float(np.median(near.distances[:, 0])) or 1.0
+    close = near.distances <= ratio * usual
+    left = np.repeat(np.arange(len(close)), close.sum(axis=1))
+    right = near.rows[close]
+    lengths = near.distances[close] / usual
+    pairs: dict[tuple[int, int], float] = {}
+    for a, b, length in sorted(
+        zip(left.tolist(), right.tolist(), lengths.tolist(), strict=True), key=lambda item: item[2]
+    ):
+        pairs.setdefault((min(a, b), max(a, b)), float(length))
+    kept = _spanning(pairs, len(close), splits)
+    found = [
+        NearDuplicate(
+            str(paths[a]), str(paths[b]), length, str(splits[a]), str(splits[b]), str(labels[a]), str(labels[b])
+        )
+        for (a, b), length in kept.items()
+    ]
+    return tuple(sorted(found, key=lambda pair: (not pair.across, pair.ratio, pair.path)))
+
+
+def _spanning(pairs: dict[tuple[int, int], float], n: int, splits: Sequence[str]) -> dict[tuple[int, int], float]:
+    """Keep enough pairs to join each set of alike images once; a burst of 50 frames is 49 lines, not 1,225."""
+    parent = list(range(n))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    kept = {}
+    for (a, b), length in sorted(
+        pairs.items(), key=lambda item: (splits[item[0][0]] == splits[item[0][1]], item[1], item[0])
+    ):
+        if root(a) != root(b):
+            parent[root(a)] = root(b)
+            kept[(a, b)] = length
+    return kept
+
+
+def duplicate_groups(duplicates: Sequence[NearDuplicate]) -> tuple[tuple[str, ...], ...]:
+    """Return the sets of images that near-duplicate pairs join, largest first."""
+    names = sorted({path for pair in duplicates for path in (pair.path, pair.other)})
+    place = {name: row for row, name in enumerate(names)}
+    edges = ([1] * len(duplicates), ([place[p.path] for p in duplicates], [place[p.other] for p in duplicates]))
+    _, codes = connected_components(sparse.coo_array(edges, shape=(len(names), len(names))), directed=False)
+    groups: dict[int, list[str]] = {}
+    for name, code in zip(names, codes, strict=True):
+        groups.setdefault(int(code), []).append(name)
+    return tuple(sorted((tuple(group) for group in groups.values()), key=lambda group: (-len(group), group)))
+
+
+def outliers(
+    near: Neighbours, paths: Sequence[str], labels: Sequence[str], deviations: float = OUTLIER_DEVIATIONS
+) -> tuple[Outlier, ...]:
+    """Find images whose k nearest neighbours are far away, farthest first."""
+    if near.distances.shape[1] == 0:
+        return ()
+    distance = np.log(np.maximum(near.distances.mean(axis=1), 1e-12))
+    middle = float(np.median(distance))
+    spread = 1.4826 * float(np.median(np.abs(distance - middle))) or 1.0
+    score = (distance - middle) / spread
+    found = sorted(np.flatnonzero(score > deviations), key=lambda row: (-score[row], paths[row]))
+    return tuple(Outlier(str(paths[row]), str(labels[row]), float(score[row]), int(row)) for row in found)
+
+
+def examine(
+    features: NDArray[np.floating], paths: Sequence[str], labels: Sequence[str], splits: Sequence[str]
+) -> Findings:
+    """Look for near-duplicates and outliers among all images; features : shape (n, dim), a row per path."""
+    near = neighbours(project(features))
+    return Findings((), near_duplicates(near, paths, labels, splits), outliers(near, paths, labels))
+
+
+def _csv(rows: Sequence[SuspiciousLabel] | Sequence[NearDuplicate] | Sequence[Outlier], names: Sequence[str]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(
+        buffer, [name for name in names if name != "row"], lineterminator="\n", extrasaction="ignore"
+    )
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return buffer.getvalue()

@@ -1,0 +1,179 @@
+"""How accuracy grows with labelled images, how far that can be extrapolated, and what accuracy costs.
+
+The curve fits `error(n) = floor + scale * n**-rate`; its worth is measured by hiding the largest sizes from the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+
+from pipeline.metrics.intervals import Interval, mean_interval
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Accuracy with `size` training images: mean over draws of the images, its 95 % t interval, the single scores."""
+
+    size: int
+    accuracy: float
+    interval: Interval
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """error(n) = floor + scale * n**-rate."""
+
+    floor: float
+    scale: float
+    rate: float
+
+    def accuracy(self, sizes: NDArray[np.floating] | Sequence[float]) -> NDArray[np.float64]:
+        """Return the accuracy expected at each size."""
+        values: NDArray[np.float64] = 1.0 - self.floor - self.scale * np.asarray(sizes, dtype=np.float64) ** -self.rate
+        return values
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """The extrapolation's test: what the fit to smaller sizes alone said about this size, and what was measured."""
+
+    size: int
+    predicted: float
+    interval: Interval
+    measured: float
+
+    @property
+    def inside(self) -> bool:
+        """Whether the measured accuracy lies in the predicted interval."""
+        return self.interval[0] <= self.measured <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """Measured points, the curve through them, its test on held-back sizes, and what more labels should bring."""
+
+    points: tuple[CurvePoint, ...]
+    law: PowerLaw | None
+    held_back: tuple[HeldBack, ...]
+    forecast: tuple[HeldBack, ...]
+    """At 2 and 4 times the images there are; `measured` is NaN."""
+
+
+def curve_sizes(n: int, n_classes: int, steps: int = 7) -> tuple[int, ...]:
+    """Return about `steps` sizes, log-spaced from a few images per class to all n."""
+    smallest = min(n, max(2 * n_classes, 10))
+    return tuple(sorted({round(float(size)) for size in np.geomspace(smallest, n, steps)}))
+
+
+def stratified_order(y: NDArray[np.generic], seed: int) -> NDArray[np.intp]:
+    """Return all rows in an order of which every beginning has each class in its share: shape (n,)."""
+    rng = np.random.default_rng(seed)
+    keys = np.empty(len(y))
+    for label in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        keys[rows] = (np.arange(len(rows)) + rng.uniform(0.0, 1.0)) / len(rows)
+    return np.argsort(keys, kind="stable")
+
+
+def measure_curve(
+    build: Callable[[int], Any],
+    train: tuple[NDArray[np.floating], NDArray[np.generic]],
+    test: tuple[NDArray[np.floating], NDArray[np.generic]],
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+) -> LearningCurve:
+    """Fit a cheap head on growing parts of cached features and score it on fixed rows.
+
+    build : seed -> unfitted scikit-learn estimator; train, test : (X, y). Every seed draws its own nested, stratified
+    parts. Rows of `test` must play no part in training.
+    """
+    (X, y), (X_test, y_test) = train, test
+    scores = np.full((len(sizes), len(seeds)), np.nan)
+    for column, seed in enumerate(seeds):
+        order = stratified_order(y, seed)
+        for row, size in enumerate(sizes):
+            part = order[:size]
+            if len(np.unique(y[part])) > 1:
+                scores[row, column] = np.mean(build(seed).fit(X[part], y[part]).predict(X_test) == y_test)
+    kept = [(size, row[np.isfinite(row)]) for size, row in zip(sizes, scores, strict=True) if np.isfinite(row).any()]
+    return curve_from_scores([size for size, _ in kept], [row for _, row in kept], seeds[0] if seeds else 0)
+
+
+def curve_from_scores(sizes: Sequence[int], scores: Sequence[NDArray[np.float64]], seed: int) -> LearningCurve:
+    """Make the curve, its test and its forecast from measured scores per size."""
+    points = tuple(
+        CurvePoint(size, float(np.mean(row)), mean_interval(np.asarray(row)), tuple(float(v) for v in row))
+        for size, row in zip(sizes, scores, strict=True)
+    )
+    hidden = 2 if len(points) >= 6 else 1
+    held_back: tuple[HeldBack, ...] = ()
+    if len(points) - hidden >= 4:
+        shown = points[:-hidden]
+        ahead = [point.size for point in points[-hidden:]]
+        held_back = _predict(shown, ahead, [point.accuracy for point in points[-hidden:]], seed)
+    if len(points) < 4:
+        return LearningCurve(points, None, held_back, ())
+    largest = points[-1].size
+    return LearningCurve(
+        points, _fit(points), held_back, _predict(points, [2 * largest, 4 * largest], [np.nan, np.nan], seed)
+    )
+
+
+def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None) -> PowerLaw:
+    sizes = np.array([point.size for point in points], dtype=np.float64)
+    errors = 1.0 - (np.array([point.accuracy for point in points]) if means is None else means)
+    spread = np.array([max(float(np.std(point.scores)), 0.003) for point in points])
+
+    def residuals(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+        floor, log_scale, rate = parameters
+        value: NDArray[np.float64] = (floor + np.exp(log_scale) * (sizes / sizes[0]) ** -rate - errors) / spread
+        return value
+
+    lowest = float(errors.min())
+    start = np.array([0.5 * max(lowest, 1e-6), np.log(max(errors[0] - 0.5 * lowest, 1e-3)), 0.5])
+    found = optimize.least_squares(residuals, start, bounds=([0.0, -12.0, 0.02], [1.0, 2.0, 3.0]), loss="soft_l1")
+    floor, log_scale, rate = (float(value) for value in found.x)
+    return PowerLaw(floor, float(np.exp(log_scale) * sizes[0] ** rate), rate)
+
+
+def _predict(
+    points: Sequence[CurvePoint], sizes: Sequence[int], measured: Sequence[float], seed: int, resamples: int = 100
+) -> tuple[HeldBack, ...]:
+    """Extrapolate with an interval: draws are resampled per size and the law is fitted anew.
+
+    A three-parameter law through few points is surer of itself than it is right, so the fit's own misfit is added.
+    """
+    rng = np.random.default_rng(seed)
+    law = _fit(points)
+    centre = law.accuracy(sizes)
+    draws = []
+    for _ in range(resamples):
+        means = np.array([np.mean(rng.choice(point.scores, len(point.scores))) for point in points])
+        draws.append(_fit(points, means).accuracy(sizes))
+    misfit = float(
+        np.sqrt(np.mean((law.accuracy([point.size for point in points]) - [point.accuracy for point in points]) ** 2))
+    )
+    half = 1.96 * np.sqrt(
+        np.var(draws, axis=0)
+        + misfit**2
+        + np.mean([np.var(point.scores) for point in points[-3:]]) / len(points[-1].scores)
+    )
+    return tuple(
+        HeldBack(size, float(p), (float(p - h), float(p + h)), float(m))
+        for size, p, h, m in zip(sizes, centre, half, measured, strict=True)
+    )
+
+
+def pareto(cost: Sequence[float], value: Sequence[float]) -> tuple[bool, ...]:
+    """Say for each candidate whether no other is at least as good for less, or better for no more."""
+    pairs = list(zip(cost, value, strict=True))
+    return tuple(
+        not any((c <= own_c and v > own_v) or (c < own_c and v >= own_v) for c, v in pairs) for own_c, own_v in pairs
+    )
