@@ -1,0 +1,269 @@
+"""Stages of a network from the stem to the head: which are trained when, and which really stay as they are.
+
+The rule for any torchvision classification network: the one child that holds most parameters is opened until there are
+several, and neighbours with the same output resolution are one stage. What has no resolution (a transformer's layers)
+is one stage each. The last linear layer and what stands beside it is the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import TrainingError
+from pipeline.training.settings import BatchNormMode
+
+SCOPE_WORDS = ("head", "last_stage", "all")
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a network that is frozen or trained as one.
+
+    name : "stem", "stage1" ... "stageN" or "head"
+    modules : the modules' names in the network, in the order of definition
+    """
+
+    name: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """From a share of the steps on, everything from the head down to one stage is trained."""
+
+    start: float
+    scope: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one stage that share a rate and a weight decay."""
+
+    stage: str
+    decays: bool
+    names: tuple[str, ...]
+
+
+def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
+    """Return the stages of a classification network for square images of `size` pixels, the stem first.
+
+    Raises
+    ------
+    TrainingError
+        When the network has no linear layer at its end.
+    """
+    head = _head_module(network)
+    blocks = [name for name in _blocks(network) if name != head and _has_state(network.get_submodule(name))]
+    resolutions = _resolutions(network, blocks, size)
+    runs: list[list[str]] = []
+    for position, name in enumerate(blocks):
+        same = position > 0 and resolutions[name] is not None and resolutions[name] == resolutions[blocks[position - 1]]
+        opens_body = len(runs) == 1 and _convolutions(network.get_submodule(name)) > 1
+        if same and not opens_body:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    names = ["stem", *(f"stage{number}" for number in range(1, len(runs)))]
+    return (*(Stage(name, tuple(run)) for name, run in zip(names, runs, strict=True)), Stage("head", (head,)))
+
+
+def last_linear(network: nn.Module) -> str:
+    """Return the name of the last linear layer, the one that gives a score per class."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise TrainingError("the network has no linear layer to give one score per class; expected a classification network")
+    return names[-1]
+
+
+def stage_of_parameters(network: nn.Module, stages: Sequence[Stage]) -> dict[str, str]:
+    """Return the stage of every parameter; what stands outside all modules (a class token) belongs to the stem."""
+    owners = {name: stages[0].name for name, _ in network.named_parameters()}
+    for stage in stages:
+        for module in stage.modules:
+            for name in owners:
+                if name.startswith(f"{module}."):
+                    owners[name] = stage.name
+    return owners
+
+
+def groups_of(network: nn.Module, stages: Sequence[Stage]) -> tuple[Group, ...]:
+    """Split the parameters by stage, and within a stage into those with weight decay and the norms and biases."""
+    owners = stage_of_parameters(network, stages)
+    plain = _undecayed(network)
+    groups = (
+        Group(stage.name, decays, tuple(name for name in owners if owners[name] == stage.name and (name not in plain) == decays))
+        for stage in stages
+        for decays in (True, False)
+    )
+    return tuple(group for group in groups if group.names)
+
+
+def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
+    """Return the position of the lowest stage a scope trains.
+
+    Raises
+    ------
+    TrainingError
+        When the network has no stage of that name.
+    """
+    names = [stage.name for stage in stages]
+    if scope == "all":
+        return 0
+    if scope == "last_stage":
+        return len(stages) - 2
+    if scope in names:
+        return names.index(scope)
+    raise TrainingError(f"unfreeze: the network has no stage {scope!r}; allowed: {', '.join([*SCOPE_WORDS, *names[:-1]])}")
+
+
+def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
+    """Return a plan as (share of the steps, lowest trained stage), each step opening at least what the one before did.
+
+    Raises
+    ------
+    TrainingError
+        When the plan does not start at 0, goes backwards, leaves a hole, or names a stage the network does not have.
+    """
+    problems: list[str] = []
+    resolved: list[tuple[float, int]] = []
+    for number, step in enumerate(plan):
+        try:
+            resolved.append((step.start, resolve_scope(step.scope, stages)))
+        except TrainingError as error:
+            problems.append(f"step {number + 1}: {error.message}")
+    if plan and plan[0].start != 0:
+        problems.append(f"step 1: starts at {plan[0].start:g} of the run, expected 0: nothing would be trained before")
+    for (start, lowest), (following, below) in zip(resolved, resolved[1:], strict=False):
+        if following <= start:
+            problems.append(f"starts at {following:g} after {start:g}; expected shares that rise")
+        if below > lowest:
+            problems.append(f"freezes {stages[lowest].name} again at {following:g}; expected each step to open the same stages or more")
+    if not plan:
+        problems.append("is empty; expected at least one step, such as {start: 0, scope: all}")
+    if problems:
+        raise TrainingError("unfreeze: the plan cannot be followed", problems)
+    return tuple(resolved)
+
+
+def describe_plan(plan: Sequence[tuple[float, int]], stages: Sequence[Stage], network: nn.Module, steps: int) -> list[str]:
+    """Return one line for each step of a plan: when, what is trained, how many parameters."""
+    owners = stage_of_parameters(network, stages)
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    lines = []
+    for start, lowest in plan:
+        open_stages = [stage.name for stage in stages[lowest:]]
+        count = sum(size for name, size in sizes.items() if owners[name] in open_stages)
+        lines.append(f"from step {round(start * steps)}: {', '.join(open_stages)} ({count:,} of {sum(sizes.values()):,} parameters)")
+    return lines
+
+
+def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batch_norm: BatchNormMode) -> None:
+    """Put the network into training with everything below stage `lowest` as still as in evaluation.
+
+    Frozen stages get no gradient, keep their BatchNorm statistics and drop nothing out. In trained stages BatchNorm's
+    statistics move only with `batch_norm="train"`, and its scale and shift stay with `"frozen"`.
+    """
+    owners = stage_of_parameters(network, stages)
+    open_names = {stage.name for stage in stages[lowest:]}
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(owners[name] in open_names)
+    network.train()
+    for stage in stages[:lowest]:
+        for module in stage.modules:
+            network.get_submodule(module).eval()
+    for norm in (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        if batch_norm != "train":
+            norm.eval()
+        if batch_norm == "frozen":
+            norm.requires_grad_(False)
+
+
+def _head_module(network: nn.Module) -> str:
+    """The top child that holds the last linear layer, or the layer itself where that child holds most of the network."""
+    linear = last_linear(network)
+    top = linear.partition(".")[0]
+    share = _count(network.get_submodule(top)) / max(1, _count(network))
+    return top if share < 0.5 or top == linear or isinstance(network.get_submodule(top), nn.Linear) else linear
+
+
+def _blocks(network: nn.Module) -> list[str]:
+    """Open the child with most parameters until the network lies in several parts, in the order of definition."""
+    total = _count(network)
+    names = [name for name, _ in network.named_children()]
+    head = _head_module(network)
+    while True:
+        parts = [name for name in names if name != head and len([c for c in network.get_submodule(name).children() if _count(c)]) > 1]
+        body = total - _count(network.get_submodule(head))
+        big = next((name for name in parts if _count(network.get_submodule(name)) > 0.5 * body and not _is_block(network.get_submodule(name))), None)
+        if big is None:
+            return names
+        at = names.index(big)
+        names[at : at + 1] = [f"{big}.{child}" for child, _ in network.get_submodule(big).named_children()]
+
+
+def _is_block(module: nn.Module) -> bool:
+    """A row of blocks of one kind is a stage, not a container of stages."""
+    children = [child for child in module.children() if _count(child)]
+    return isinstance(module, nn.Sequential) and len({type(child) for child in children}) == 1 and _repeats(children)
+
+
+def _repeats(children: Sequence[nn.Module]) -> bool:
+    """Whether the blocks have the same width at their end, as the blocks of one stage do."""
+    widths = [[p.shape[0] for p in child.parameters() if p.ndim == 4][-1:] for child in children]
+    return all(width == widths[0] and width for width in widths)
+
+
+def _resolutions(network: nn.Module, blocks: Sequence[str], size: int) -> dict[str, tuple[int, ...] | None]:
+    found: dict[str, tuple[int, ...] | None] = dict.fromkeys(blocks)
+
+    def note(name: str) -> object:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4:
+                found[name] = tuple(output.shape[-2:])
+
+        return network.get_submodule(name).register_forward_hook(hook)
+
+    handles = [note(name) for name in blocks]
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    device = next(network.parameters()).device
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]
+        for module in training:
+            module.training = True
+    return found
+
+
+def _undecayed(network: nn.Module) -> set[str]:
+    """Names of the parameters of norms, of biases, and of every other vector."""
+    names = {name for name, parameter in network.named_parameters() if parameter.ndim <= 1}
+    for module_name, module in network.named_modules():
+        if isinstance(module, NORMS):
+            names |= {f"{module_name}.{name}" for name, _ in module.named_parameters(recurse=False)}
+    return names
+
+
+def _convolutions(module: nn.Module) -> int:
+    return sum(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
+def _has_state(module: nn.Module) -> bool:
+    return _count(module) > 0
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
