@@ -10,12 +10,11 @@ A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a back
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
-import os
 import platform
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 from skops import io as skops_io
 
-from pipeline.digests import bytes_digest, file_digest
+from pipeline.digests import bytes_digest
 from pipeline.errors import BundleError
 from pipeline.files import write_atomic, write_text_atomic
+from pipeline.metrics.calibration import Calibrator, scores_as_columns
 
 FORMAT = "manyheads bundle"
 VERSION = 1
+
+SMALLEST_PROBABILITY = 1e-6
+"""Forests and neighbours say 0, whose logarithm no temperature can mend."""
 
 TRUSTED_TYPES = (
     # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing a file can choose.
@@ -49,7 +52,8 @@ class ModelBundle:
     """A fitted head, the classes it tells apart, and the embedding it expects.
 
     `estimator` was fitted on integer labels; `classes[i]` is the name of label i. `embedding` is stage one's record of
-    the embedding, with the config section that makes its backbone again.
+    the embedding, with the config section that makes its backbone again. `calibrator` turns the estimator's scores into
+    probabilities, its columns in the order of `estimator.classes_`; it never changes which class is the likeliest.
     """
 
     head: str
@@ -58,6 +62,7 @@ class ModelBundle:
     embedding: Mapping[str, Any]
     estimator: Any
     provenance: Mapping[str, Any]
+    calibrator: Calibrator | None = None
 
     def predict(self, X: NDArray[np.float32]) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
         """Label n vectors.
@@ -76,17 +81,25 @@ class ModelBundle:
             raise BundleError(f"head {self.head!r} takes vectors of {self.embedding['dim']} numbers, got {X.shape[1]}")
         names = np.asarray(self.classes, dtype=object)
         labels = names[self.estimator.predict(X)]
-        return labels, class_probabilities(self.estimator, X, len(self.classes))
+        return labels, self._probabilities(X)
+
+    def _probabilities(self, X: NDArray[np.float32]) -> NDArray[np.float64] | None:
+        """Zero for a class the head never saw."""
+        kind = "probability" if hasattr(self.estimator, "predict_proba") else "decision"
+        if kind == "decision" and self.calibrator is None:
+            return None
+        raw = self.estimator.predict_proba(X) if kind == "probability" else self.estimator.decision_function(X)
+        seen = raw if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
+        probabilities = np.zeros((len(X), len(self.classes)))
+        probabilities[:, self.estimator.classes_] = seen
+        return probabilities
 
 
-def class_probabilities(estimator: Any, X: NDArray[np.float32], n_classes: int) -> NDArray[np.float64] | None:
-    """Return probabilities of shape (n, n_classes), zero for a class the head never saw; None if it has none."""
-    if not hasattr(estimator, "predict_proba"):
-        return None
-    seen = estimator.predict_proba(X)
-    probabilities = np.zeros((len(X), n_classes))
-    probabilities[:, estimator.classes_] = seen
-    return probabilities
+def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
+    """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities."""
+    if kind == "probability":
+        return np.log(np.clip(raw, SMALLEST_PROBABILITY, 1.0), dtype=np.float64)
+    return scores_as_columns(raw)
 
 
 def versions() -> dict[str, str]:
@@ -104,12 +117,11 @@ def save(bundle: ModelBundle, folder: Path) -> None:
     safe = set(skops_io.get_untrusted_types(data=data)) <= set(TRUSTED_TYPES)
     folder.mkdir(parents=True, exist_ok=True)
     name = "head.skops" if safe else "head.joblib"
-    if safe:
-        write_atomic(folder / name, data)
-    else:
-        partial = folder / f".{name}.{os.getpid()}"
-        joblib.dump(bundle.estimator, partial)
-        os.replace(partial, folder / name)
+    if not safe:
+        buffer = io.BytesIO()
+        joblib.dump(bundle.estimator, buffer)
+        data = buffer.getvalue()
+    write_atomic(folder / name, data)
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -117,8 +129,9 @@ def save(bundle: ModelBundle, folder: Path) -> None:
         "params": dict(bundle.params),
         "classes": list(bundle.classes),
         "embedding": dict(bundle.embedding),
+        "calibrator": asdict(bundle.calibrator) if bundle.calibrator else None,
         "file": name,
-        "file_digest": file_digest(folder / name),
+        "file_digest": bytes_digest(data),
         "runs_code_when_loaded": not safe,
         "versions": versions(),
         "provenance": dict(bundle.provenance),
@@ -169,15 +182,8 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     missing = sorted({"head", "params", "classes", "embedding", "file", "file_digest", "versions"} - set(document))
     if missing or document.get("file") not in ("head.skops", "head.joblib"):
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: {', '.join(missing) or 'a known head file'})")
-    path = folder / document["file"]
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; make the bundle again with `manyheads heads`")
     _check_versions(folder, document["versions"])
-    data = path.read_bytes()
-    if bytes_digest(data) != document["file_digest"]:
-        raise BundleError(
-            f"{path}: damaged (its digest is not the one in bundle.json); make it again with `manyheads heads`"
-        )
+    path, data = folder / document["file"], check_file(folder, document)
     if document["file"] == "head.joblib":
         if not trust_code:
             raise BundleError(
@@ -193,13 +199,35 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
         embedding=document["embedding"],
         estimator=estimator,
         provenance=document.get("provenance", {}),
+        calibrator=_calibrator(folder, document.get("calibrator")),
     )
 
 
-def remove(folder: Path) -> None:
-    """Delete a bundle, its document first, so that no half of one is ever taken for a bundle."""
-    (folder / "bundle.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def check_file(folder: Path, document: Mapping[str, Any]) -> bytes:
+    """Return the bytes of the head's file after comparing their digest with the document's."""
+    path = folder / document["file"]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read ({error.strerror}); make the bundle again with `manyheads heads`"
+        ) from None
+    if bytes_digest(data) != document["file_digest"]:
+        raise BundleError(
+            f"{path}: damaged (its digest is not the one in bundle.json); make it again with `manyheads heads`"
+        )
+    return data
+
+
+def _calibrator(folder: Path, record: Any) -> Calibrator | None:
+    if record is None:
+        return None
+    try:
+        return Calibrator(str(record["method"]), *(tuple(map(float, record[key])) for key in ("slopes", "offsets")))
+    except (KeyError, TypeError, ValueError):
+        raise BundleError(
+            f"{folder}/bundle.json: its calibrator is damaged; make the bundle again with `manyheads heads`"
+        ) from None
 
 
 def _load_skops(path: Path, data: bytes) -> Any:

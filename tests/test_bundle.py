@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 
 from pipeline import bundle as bundles
 from pipeline.bundle import ModelBundle
+from pipeline.digests import file_digest
 from pipeline.errors import BundleError
 from pipeline.heads import HEADS, configure
 
@@ -149,7 +150,7 @@ def test_a_pickle_named_as_skops_is_refused(
 ) -> None:
     document = ridge_bundle(tmp_path, data)
     joblib.dump({"any": "pickle"}, tmp_path / "head.skops")
-    document["file_digest"] = bundles.file_digest(tmp_path / "head.skops")
+    document["file_digest"] = file_digest(tmp_path / "head.skops")
     (tmp_path / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(BundleError, match=r"head\.skops: cannot be read"):
         bundles.load(tmp_path)

@@ -56,6 +56,16 @@ class LeaderboardRow:
         """The row's name: `embedding/head`."""
         return f"{self.embedding}/{self.head}"
 
+    def to_record(self) -> dict[str, Any]:
+        """Return the row as plain values for JSON."""
+        return dict(plain(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_record(raw: Mapping[str, Any]) -> LeaderboardRow:
+        """Return the row that `to_record` wrote."""
+        test = Scores(**_tuples(raw["test"])) if raw["test"] is not None else None
+        return LeaderboardRow(**{**raw, "cv_scores": tuple(raw["cv_scores"]), "test": test})
+
     @property
     def note(self) -> str:
         """What a reader must know about the embedding before comparing: `untrained`, `baseline`, or nothing."""
@@ -109,7 +119,7 @@ class Leaderboard:
             "format": FORMAT,
             "version": VERSION,
             "best": self.best.key if self.rows else None,
-            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "rows": [row.to_record() for row in self.rows],
             "verdict": dataclasses.asdict(self.verdict) if self.verdict else None,
             "provenance": self.provenance,
         }
@@ -135,7 +145,7 @@ class Leaderboard:
             )
         verdict = record["verdict"]
         return Leaderboard(
-            tuple(_row(raw) for raw in record["rows"]),
+            tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
             record["provenance"],
             Verdict(**{**verdict, "no_evidence": tuple(verdict["no_evidence"])}) if verdict else None,
         )
@@ -266,13 +276,6 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
-
-
-def _row(raw: Mapping[str, Any]) -> LeaderboardRow:
-    test: Any = raw["test"]
-    if test is not None:
-        test = Scores(**_tuples(test))
-    return LeaderboardRow(**{**raw, "cv_scores": tuple(raw["cv_scores"]), "test": test})
 
 
 def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,354 @@
+"""Stage two: tuned heads on the stored features, compared on the same folds and the same test images.
+
+Reads what stage one wrote (the index and the feature stores), needs neither the images nor torch, and writes a bundle per
+head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.dummy import DummyClassifier
+from sklearn.pipeline import Pipeline
+
+from pipeline import bundle as bundles
+from pipeline import heads as head_table
+from pipeline.bundle import ModelBundle
+from pipeline.config import Artifacts, Config, TuningConfig
+from pipeline.dataset import DatasetIndex, failed_digests
+from pipeline.digests import Digests, digests_to_hex, fingerprint
+from pipeline.errors import BundleError, DatasetError, PipelineError, StoreError
+from pipeline.files import write_atomic, write_text_atomic
+from pipeline.heads import HEADS, Head
+from pipeline.images import policy_key
+from pipeline.metrics import Predictions, PredictionSet, scores
+from pipeline.metrics.calibration import Calibrator, fit_calibrator
+from pipeline.report import Leaderboard, LeaderboardRow
+from pipeline.store import FeatureStore
+from pipeline.tuning import Folds, TuningRun, make_folds, tune
+
+log = logging.getLogger(__name__)
+
+MAJORITY = "majority"
+BASELINE_HEAD = "logistic_regression"
+"""What the pixels and HOG baselines are classified with."""
+
+ROW_VERSION = 1
+"""Goes up when a row or a bundle changes its meaning, so that finished ones are made again."""
+
+
+@dataclass(frozen=True)
+class HeadsRun:
+    """What stage two wrote."""
+
+    leaderboard: Leaderboard
+    files: Artifacts
+    reused: int
+    """Heads that were finished before and not tuned again."""
+
+    def summary_lines(self) -> list[str]:
+        """The leaderboard and where everything is."""
+        best = self.leaderboard.best
+        lines = [self.leaderboard.to_text(), ""]
+        if self.reused:
+            lines.append(f"{self.reused} of {len(self.leaderboard.rows)} rows were finished before and kept.")
+        lines += [
+            f"leaderboard  {self.files.leaderboard_md} and {self.files.leaderboard.name}",
+            f"best head    {self.files.root / best.bundle}"
+            if best.bundle
+            else "best head    none: a constant guess won",
+            f"to predict   manyheads predict {self.files.root} IMAGES --output labels.csv",
+        ]
+        return lines
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every head is asked: the same rows, folds and test images for all of them.
+
+    `y_train` and `y_test` are places in `classes`: int64 of shape (n,).
+    """
+
+    classes: tuple[str, ...]
+    train: DatasetIndex
+    test: DatasetIndex
+    y_train: NDArray[np.int64]
+    y_test: NDArray[np.int64]
+    folds: Folds
+    key: str
+    """Digest of everything above: equal keys ask the same question."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row to make: a head on an embedding; `record` is stage one's record of the embedding."""
+
+    record: Mapping[str, Any]
+    head: Head
+    tuning: TuningConfig
+
+
+def run(config: Config) -> HeadsRun:
+    """Tune every head on every embedding and rank them.
+
+    Raises
+    ------
+    PipelineError
+        When stage one has not been run for this config, the data cannot be cross-validated, or a head is wrong.
+    """
+    files = Artifacts(config.output)
+    heads = head_table.resolve_all(config.heads)
+    records = read_embeddings(files, config)
+    stores = {
+        record["name"]: FeatureStore.open(files.root / record["store"], record["fingerprint"]) for record in records
+    }
+    task = make_task(config, files, list(stores.values()))
+    rows: list[LeaderboardRow] = []
+    reused = 0
+    for entry in _entries(config, records, heads):
+        folder = files.bundle(entry.record["name"], entry.head.name)
+        key = _key(entry, task, config.seed)
+        row = _finished(folder, key)
+        if row is None:
+            row = _make_row(entry, task, stores.get(entry.record["name"]), config, files, key)
+        else:
+            reused += 1
+        rows.append(row)
+    leaderboard = Leaderboard(tuple(rows), _provenance(config, task, stores))
+    write_text_atomic(files.leaderboard, leaderboard.to_json())
+    write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
+    return HeadsRun(leaderboard, files, reused)
+
+
+def read_embeddings(files: Artifacts, config: Config) -> list[dict[str, Any]]:
+    """Read stage one's records of the embeddings this config names.
+
+    Raises
+    ------
+    PipelineError
+        When stage one has not written them.
+    """
+    try:
+        document = json.loads(files.features.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PipelineError(f"{files.features}: missing; run `manyheads features` with this config first") from None
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{files.features}: cannot be read ({error}); run `manyheads features` again") from None
+    return list(document["embeddings"])
+
+
+def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) -> Task:
+    """Choose the rows that have features, make the folds, and name the question.
+
+    Raises
+    ------
+    DatasetError
+        When there are too few classes or no test images.
+    StoreError
+        When images that did not fail have no features.
+    """
+    index = DatasetIndex.read(files.dataset)
+    used = index.select("train", "validation", "test")
+    usable = used.rows(
+        _usable(used.digests, stores, failed_digests(files.dataset, policy_key(config.dataset.max_pixels)))
+    )
+    train, test = usable.select("train", "validation"), usable.select("test")
+    classes = usable.classes
+    if len(set(train.labels)) < 2:
+        raise DatasetError(f"the training images are of {len(set(train.labels))} class; a classifier needs at least 2")
+    if len(test) == 0:
+        raise DatasetError("there are no test images; every leaderboard needs some: see dataset.test_fraction")
+    place = {label: code for code, label in enumerate(classes)}
+    y_train, y_test = (np.array([place[label] for label in part.labels], dtype=np.int64) for part in (train, test))
+    folds = make_folds(y_train, config.tuning.folds, config.seed, train.fold_groups())
+    key = fingerprint(
+        {
+            "classes": list(classes),
+            "train": [digests_to_hex(train.digests), y_train.tolist()],
+            "test": [digests_to_hex(test.digests), y_test.tolist()],
+            "folds": [held_out.tolist() for _, held_out in folds],
+        }
+    )
+    return Task(classes, train, test, y_train, y_test, folds, key)
+
+
+def _usable(digests: Digests, stores: Sequence[FeatureStore], failed: Digests) -> NDArray[np.bool_]:
+    """Which images have a vector in every store; those that have none must be known to have failed."""
+    missing = np.zeros(len(digests), dtype=bool)
+    for store in stores:
+        missing |= store.missing(digests)
+    known = set(digests_to_hex(failed))
+    lost = [digest for digest in digests_to_hex(digests[missing]) if digest not in known]
+    if lost:
+        raise StoreError(
+            f"{len(lost):,} of {len(digests):,} images have no features yet; run `manyheads features` first"
+        )
+    if missing.any():
+        log.info("%d images could not be read and are left out; dataset/ledger.csv names each", int(missing.sum()))
+    return ~missing
+
+
+def _entries(config: Config, records: Sequence[Mapping[str, Any]], heads: Sequence[Head]) -> Iterator[Entry]:
+    """Every row of the leaderboard to be: the heads on each backbone's embeddings, then the baselines."""
+    once = config.tuning.model_copy(update={"trials": 1, "seconds": None})
+    for record in records:
+        if record["kind"] == "backbone":
+            yield from (Entry(record, head, config.tuning) for head in heads)
+    for record in records:
+        if record["kind"] == "baseline":
+            yield Entry(record, HEADS[BASELINE_HEAD], config.tuning)
+    if MAJORITY in config.baselines:
+        record = {"name": MAJORITY, "kind": "baseline", "backbone": MAJORITY, "layer": "", "untrained": False, "dim": 1}
+        yield Entry({**record, "fingerprint": MAJORITY}, _majority_head(), once)
+
+
+def _majority_head() -> Head:
+    """The guess that needs no image: always the most frequent class."""
+
+    def build(seed: int) -> Pipeline:
+        return Pipeline([("head", DummyClassifier(strategy="prior", random_state=seed))])
+
+    return Head(name="most_frequent", build=build, space={}, defaults={}, simplicity=-1, probabilities=True)
+
+
+def _key(entry: Entry, task: Task, seed: int) -> str:
+    """Name everything that determines a row."""
+    return fingerprint(
+        {
+            "row": ROW_VERSION,
+            "embedding": entry.record["fingerprint"],
+            "task": task.key,
+            "head": head_table.identity(entry.head, seed),
+            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs"}),
+            "seed": seed,
+            "versions": bundles.versions(),
+        }
+    )
+
+
+def _finished(folder: Path, key: str) -> LeaderboardRow | None:
+    """The row of an earlier run that answered the same question and whose bundle is whole."""
+    try:
+        document = bundles.describe(folder)
+        if document.get("provenance", {}).get("key") != key:
+            return None
+        bundles.check_file(folder, document)
+        Predictions.read(folder / "predictions.npz")
+        return LeaderboardRow.from_record(document["provenance"]["row"])
+    except (BundleError, KeyError, TypeError):
+        return None
+
+
+def _make_row(
+    entry: Entry, task: Task, store: FeatureStore | None, config: Config, files: Artifacts, key: str
+) -> LeaderboardRow:
+    """Tune one head, score it once on the test images, and save its bundle."""
+    record, head = entry.record, entry.head
+    log.info("%s / %s", record["name"], head.name)
+    X_train, X_test = (_vectors(store, part) for part in (task.train, task.test))
+    tuned = tune(
+        head, X_train, task.y_train, task.folds, entry.tuning, config.seed, files.trials(record["name"], head.name)
+    )
+    calibrator = _calibrator(tuned, task)
+    folder = files.bundle(record["name"], head.name)
+    bundle = ModelBundle(head.name, tuned.best.params, task.classes, record, tuned.pipeline, {}, calibrator)
+    start = time.perf_counter()
+    labels, probabilities = bundle.predict(X_test)
+    predict_seconds = time.perf_counter() - start
+    best = tuned.best
+    row = LeaderboardRow(
+        embedding=record["name"],
+        backbone=record["backbone"],
+        layer=record["layer"],
+        head=head.name,
+        untrained=record["untrained"],
+        baseline=record["kind"] == "baseline",
+        cv_mean=float(best.mean if best.mean is not None else np.nan),
+        cv_std=best.spread or 0.0,
+        cv_scores=tuple(float(score) for score in best.fold_scores if score is not None),
+        test=scores(task.test.labels, labels, probabilities, task.classes, config.seed),
+        fit_seconds=tuned.fit_seconds,
+        predict_seconds=predict_seconds,
+        trials=len(tuned.trials),
+        params=best.params,
+        bundle=folder.relative_to(files.root).as_posix(),
+        simplicity=head.simplicity,
+        dim=record["dim"],
+        search_seconds=tuned.seconds,
+        embed_seconds=record.get("seconds_per_image"),
+    )
+    predictions = _predictions(tuned, task, labels, probabilities, calibrator)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "predictions.npz", predictions.to_bytes())
+    provenance = {"key": key, "row": row.to_record(), "seed": config.seed, "strategy": tuned.strategy}
+    bundles.save(
+        ModelBundle(bundle.head, bundle.params, bundle.classes, record, bundle.estimator, provenance, calibrator),
+        folder,
+    )
+    return row
+
+
+def _vectors(store: FeatureStore | None, part: DatasetIndex) -> NDArray[np.float32]:
+    """The features of some images, shape (n, dim); one constant column where a head needs no image."""
+    return np.zeros((len(part), 1), dtype=np.float32) if store is None else store.read(part.digests)
+
+
+def _calibrator(tuned: TuningRun, task: Task) -> Calibrator | None:
+    """Fit the temperature that turns the head's scores into probabilities, on rows it had not seen."""
+    out_of_fold = tuned.out_of_fold
+    if out_of_fold.scores is None or len(tuned.classes) < 2:
+        return None
+    place = {code: column for column, code in enumerate(tuned.classes.tolist())}
+    columns = np.array([place[code] for code in task.y_train.tolist()])
+    return fit_calibrator(bundles.logits(out_of_fold.scores, out_of_fold.kind), columns)
+
+
+def _predictions(
+    tuned: TuningRun,
+    task: Task,
+    labels: NDArray[np.object_],
+    probabilities: NDArray[np.float64] | None,
+    calibrator: Calibrator | None,
+) -> Predictions:
+    """Collect what the head said of every image, for the report and for paired comparison."""
+    names = np.asarray(task.classes, dtype=object)
+    out_of_fold = tuned.out_of_fold
+    held_out = None
+    if out_of_fold.scores is not None and calibrator is not None:
+        held_out = np.zeros((len(task.train), len(task.classes)), dtype=np.float32)
+        held_out[:, tuned.classes] = calibrator.probabilities(bundles.logits(out_of_fold.scores, out_of_fold.kind))
+    return Predictions(
+        task.classes,
+        PredictionSet(task.test.paths, task.test.labels, labels, probabilities),
+        PredictionSet(
+            task.train.paths,
+            task.train.labels,
+            names[tuned.classes[out_of_fold.predictions]],
+            held_out,
+            out_of_fold.folds,
+        ),
+    )
+
+
+def _provenance(config: Config, task: Task, stores: Mapping[str, FeatureStore]) -> dict[str, Any]:
+    """What is needed to make the leaderboard again."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "scoring": config.tuning.scoring,
+        "task": task.key,
+        "images": {"train": len(task.train), "test": len(task.test), "classes": len(task.classes)},
+        "folds": len(task.folds),
+        "stores": {name: store.digest for name, store in stores.items()},
+        "versions": bundles.versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
