@@ -1,0 +1,20 @@
+"""The data set: sources of images become one index of path, label, split, group and content digest."""
+
+from __future__ import annotations
+
+from pipeline.dataset.index import DatasetIndex
+from pipeline.dataset.ledger import LedgerEntry, check_failures, failed_digests, read_ledger, record_failures
+from pipeline.dataset.report import ScanResult, fold_warnings
+from pipeline.dataset.scan import scan
+
+__all__ = [
+    "DatasetIndex",
+    "LedgerEntry",
+    "ScanResult",
+    "check_failures",
+    "failed_digests",
+    "fold_warnings",
+    "read_ledger",
+    "record_failures",
+    "scan",
+]

@@ -1,0 +1,79 @@
+"""What a source lists: image files with label, split and group as the user gave them, not yet opened."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.dataset.ledger import LedgerEntry
+
+EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"})
+"""File name endings that say "image", in any case."""
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""How users call a split, in lower case -> how it is called here."""
+
+_HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"})
+
+
+@dataclass
+class Listing:
+    """The files of a data set as found by one walk; lists of equal length, one item for each image.
+
+    `stats` has (size, mtime_ns, ctime_ns) of each. `splits` and `groups` are None where the source has none.
+    """
+
+    root: Path
+    paths: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    splits: list[str] | None = None
+    groups: list[str] | None = None
+    stats: list[tuple[int, int, int]] = field(default_factory=list)
+    entries: list[LedgerEntry] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+
+    def sort(self) -> None:
+        """Bring every list into the order of the paths."""
+        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+        self.keep(order)
+        self.entries.sort()
+
+    def keep(self, order: list[int]) -> None:
+        """Keep these rows, in this order."""
+        for name in ("paths", "labels", "splits", "groups", "stats"):
+            column = getattr(self, name)
+            if column is not None:
+                setattr(self, name, [column[row] for row in order])
+
+    def stat_array(self) -> NDArray[np.int64]:
+        """Return size, mtime_ns, ctime_ns as int64 of shape (n, 3)."""
+        return np.array(self.stats, dtype=np.int64).reshape(-1, 3)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name ends as an image's does."""
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is one that file managers and archivers leave behind."""
+    return name[0] == "." or name.lower() in _HIDDEN
+
+
+def shown(path: str) -> str:
+    """Return a path for people: bytes that are not UTF-8 and control characters are escaped."""
+    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

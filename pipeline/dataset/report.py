@@ -1,0 +1,171 @@
+"""What a scan found, and how it is told in a few plain lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.dataset.index import SPLITS, DatasetIndex, encode
+from pipeline.dataset.leaks import Pair
+from pipeline.dataset.ledger import REMARKS, LedgerEntry
+from pipeline.dataset.listing import shown
+from pipeline.dataset.match import Difference
+from pipeline.dataset.units import leakage_units
+
+EXAMPLES = 3
+CLASSES_SHOWN = 12
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """The index as it is now, and all that a user should know about how it came to be."""
+
+    index: DatasetIndex
+    unchanged: bool
+    """The index is the one that was there before, row for row."""
+    difference: Difference
+    """Images added, changed, removed and renamed since the last scan; all added at the first one."""
+    read: int
+    """Files whose bytes were read."""
+    leaks: tuple[Pair, ...]
+    leak_policy: str
+    conflicts: tuple[Pair, ...]
+    duplicates: int
+    ignored: Mapping[str, int]
+    entries: tuple[LedgerEntry, ...]
+    """Files not used, as the scan found them."""
+    remembered: int
+    """Images known from earlier runs not to decode."""
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def failures(self) -> tuple[LedgerEntry, ...]:
+        """The entries that are failed images, for `check_failures`."""
+        return tuple(entry for entry in self.entries if entry.status not in REMARKS)
+
+    @property
+    def total(self) -> int:
+        """Images found, the failed ones included."""
+        return len(self.index) + len(self.failures)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Images of each class in each split: class -> split -> number."""
+        return class_counts(self.index)
+
+    def summary_lines(self) -> list[str]:
+        """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
+        lines = [_headline(self.index), *_class_lines(self.counts)]
+        if self.unchanged:
+            lines.append("nothing changed since the last scan")
+        elif self.difference:
+            lines.append("since the last scan: " + _difference_text(self.difference))
+        lines += self.notes
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += _pair_lines(self.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})", False)
+        lines += _pair_lines(self.conflicts, "under two labels (kept as they are; mend the labels)", True)
+        if self.duplicates:
+            lines.append(
+                f"{self.duplicates:,} copies of another image on the same side, kept, and never parted by folds"
+            )
+        lines += _entry_lines(self.entries)
+        if self.remembered:
+            lines.append(f"{self.remembered:,} images are known not to decode, see ledger.csv")
+        if self.ignored:
+            lines.append("ignored: " + ", ".join(f"{count:,} {what}" for what, count in sorted(self.ignored.items())))
+        return lines
+
+
+_LEAK_TEXT = {
+    "drop_train": "the training copy is left out",
+    "drop_test": "the test copy is left out",
+    "keep": "kept, so test scores are too good",
+    "error": "refused",
+}
+
+
+def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
+    """Return the images of each class in each split: class -> split -> number, zeros included."""
+    labels, names = encode(index.labels)
+    splits, split_names = encode(index.splits)
+    table = np.zeros((len(names), len(SPLITS)), dtype=np.int64)
+    columns = np.array([SPLITS.index(name) for name in split_names], dtype=np.int64)
+    np.add.at(table, (labels, columns[splits]), 1)
+    return {
+        names[row]: dict(zip(SPLITS, table[row].tolist(), strict=True))
+        for row in sorted(range(len(names)), key=names.__getitem__)
+    }
+
+
+def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
+    """Name the classes that have too few images, or groups of images, on the training side for so many folds."""
+    train = index.select("train", "validation")
+    codes, names = encode(train.labels)
+    pairs = np.unique(np.stack([codes, leakage_units(train.digests, train.groups)], axis=1), axis=0)
+    units = np.bincount(pairs[:, 0], minlength=len(names))
+    images = np.bincount(codes, minlength=len(names))
+    lines = []
+    for row in sorted(range(len(names)), key=names.__getitem__):
+        if images[row] < folds:
+            have = "1 training image" if images[row] == 1 else f"{images[row]} training images"
+        elif units[row] < folds:
+            have = f"training images of only {units[row]} groups or distinct contents"
+        else:
+            continue
+        lines.append(
+            f"class {shown(names[row])} has {have}, fewer than the {folds} folds: some folds are without it; add images or set tuning.folds lower"
+        )
+    return lines
+
+
+def _headline(index: DatasetIndex) -> str:
+    codes, names = encode(index.splits)
+    counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
+    parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
+    return f"{len(index):,} images in {len(index.classes):,} classes: {parts}"
+
+
+def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    if len(counts) > CLASSES_SHOWN:
+        sizes = sorted((sum(count.values()), name) for name, count in counts.items())
+        (least, smallest), (most, largest) = sizes[0], sizes[-1]
+        return [f"  images per class: {least:,} ({shown(smallest)}) to {most:,} ({shown(largest)})"]
+    lines = []
+    for name, count in counts.items():
+        parts = ", ".join(f"{number:,} {split}" for split, number in count.items() if number)
+        lines.append(f"  {shown(name)}: {parts}")
+    return lines
+
+
+def _difference_text(difference: Difference) -> str:
+    names = ("added", "changed", "renamed", "removed")
+    return ", ".join(f"{getattr(difference, name):,} {name}" for name in names if getattr(difference, name))
+
+
+def _pair_lines(pairs: Sequence[Pair], what: str, with_labels: bool) -> list[str]:
+    if not pairs:
+        return []
+    lines = [f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of equal images {what}:"]
+    for pair in pairs[:EXAMPLES]:
+        first, second = shown(pair.first), shown(pair.second)
+        if with_labels:
+            first, second = f"{first} ({shown(pair.first_label)})", f"{second} ({shown(pair.second_label)})"
+        lines.append(f"  {first} = {second}")
+    return lines + _more(len(pairs))
+
+
+def _entry_lines(entries: Sequence[LedgerEntry]) -> list[str]:
+    lines = []
+    for status in sorted({entry.status for entry in entries}):
+        same = [entry for entry in entries if entry.status == status]
+        lines.append(f"{len(same):,} {'file' if len(same) == 1 else 'files'} not used ({status.replace('_', ' ')}):")
+        lines += [f"  {entry.path}: {entry.reason}" for entry in same[:EXAMPLES]]
+        lines += _more(len(same))
+    return lines
+
+
+def _more(count: int) -> list[str]:
+    return [f"  … and {count - EXAMPLES:,} more, see ledger.csv"] if count > EXAMPLES else []

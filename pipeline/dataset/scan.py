@@ -1,0 +1,283 @@
+"""The scan: bring the index up to date with the files, reading only those that may have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.dataset.index import INDEX_FILE, DatasetIndex, Texts, read_record, texts
+from pipeline.dataset.leaks import Copies, apply_leaks, find_copies
+from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, write_ledger
+from pipeline.dataset.listing import Listing, shown
+from pipeline.dataset.match import Difference, difference
+from pipeline.dataset.reading import read_digests
+from pipeline.dataset.report import ScanResult, class_counts
+from pipeline.dataset.sources import list_source
+from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
+from pipeline.dataset.statcache import StatCache, read_cache
+from pipeline.digests import canonical_json
+from pipeline.errors import DatasetError
+
+if TYPE_CHECKING:
+    from pipeline.config import DatasetConfig
+
+MOST_PROBLEMS = 20
+"""Lines of one error; more help nobody."""
+
+
+def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False) -> ScanResult:
+    """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
+
+    `rehash` trusts no file time and reads every file; `resplit` makes the test split anew. A scan that finds everything as
+    it was reads no image and writes nothing.
+
+    Raises
+    ------
+    DatasetError
+        When the data cannot be used as they are.
+    """
+    began = time.time_ns()
+    listing = list_source(config, folder)
+    listing.sort()
+    cache, before = read_cache(folder), _Before.read(folder)
+    key = _scan_key(listing, config)
+    as_it_was = cache.scan == key and cache.index == before.fingerprint and not cache.racy().any()
+    if as_it_was and before.index is not None and not rehash and not resplit:
+        found = _Found(before.index, cache.stats, [], 0)
+        plan, notes = before.made, _kept_notes(before.made, config, seed)
+        base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
+    else:
+        found = _read_changed(listing, cache, rehash)
+        _require_classes(found, listing, config)
+        base, plan, notes = _split(found.index, before, config, seed, resplit)
+    copies = find_copies(found.index.with_splits(base))
+    if config.leaks == "error" and copies.leaks:
+        raise _leak_error(copies)
+    index = found.index.with_splits(apply_leaks(base, copies.leaking, config.leaks))
+    warnings = [*listing.warnings, *_label_warnings(index), *_split_warnings(index)]
+    entries = sorted([*listing.entries, *found.entries])
+    ledger = current_entries(
+        [*entries, *_remarks(copies, config.leaks)], read_ledger(folder), index.paths.tolist(), index.digests
+    )
+    fingerprint_now = index.fingerprint()
+    unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
+    write_ledger(folder, ledger)
+    if not unchanged or plan != before.made:
+        index.write(folder, None if plan is None else asdict(plan), config.source)
+    if not as_it_was or found.read:
+        # A file that could not be read is tried again next time, so that scan must not be taken for complete.
+        whole = "" if found.entries else key
+        StatCache(index.paths, found.stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
+    return ScanResult(
+        index=index,
+        unchanged=unchanged,
+        difference=_since(before.index, index),
+        read=found.read,
+        leaks=copies.leaks,
+        leak_policy=config.leaks,
+        conflicts=copies.conflicts,
+        duplicates=copies.duplicates,
+        ignored=dict(listing.ignored),
+        entries=tuple(entries),
+        remembered=sum(bool(entry.policy) for entry in ledger),
+        warnings=tuple(warnings),
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """What an earlier scan left in the folder."""
+
+    index: DatasetIndex | None
+    fingerprint: str
+    made: SplitPlan | None
+    """How the test split was made; None when the user gave it, or nothing is known."""
+    recorded: bool
+
+    @staticmethod
+    def read(folder: Path) -> _Before:
+        record = read_record(folder)
+        if not (folder / INDEX_FILE).exists():
+            return _Before(None, "", None, False)
+        index = DatasetIndex.read(folder) if record else DatasetIndex.read_rows(folder, Path())
+        made = (record or {}).get("made_splits")
+        plan = SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
+        return _Before(index, index.fingerprint(), plan, record is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The readable images: an index with the user's splits ('' where there are none), and file stats, int64 (n, 3)."""
+
+    index: DatasetIndex
+    stats: NDArray[np.int64]
+    entries: list[LedgerEntry]
+    read: int
+
+
+def _read_changed(listing: Listing, cache: StatCache, rehash: bool) -> _Found:
+    """Take digests from the cache where the file is as it was, and read the others."""
+    paths, stats = texts(listing.paths), listing.stat_array()
+    known, digests = cache.known(paths, stats)
+    if rehash:
+        known[:] = False
+    pending = np.flatnonzero(~known)
+    reading = read_digests(listing.root, paths[pending].tolist())
+    digests[pending], stats[pending] = reading.digests, reading.stats
+    known[pending] = reading.ok
+    splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
+    groups = texts(listing.groups) if listing.groups is not None else None
+    index = DatasetIndex(listing.root, paths, texts(listing.labels), splits, groups, digests, stats[:, 0]).rows(known)
+    return _Found(index, stats[known], reading.entries, len(pending))
+
+
+def _split(
+    index: DatasetIndex, before: _Before, config: DatasetConfig, seed: int, resplit: bool
+) -> tuple[Texts, SplitPlan | None, list[str]]:
+    """Return the splits before leaks, the plan they were made by (None for the user's own), and what to tell."""
+    if (index.splits == "test").any():
+        return index.splits, None, []
+    sides = np.where(index.splits == "", "train", index.splits).astype(object)
+    wanted = SplitPlan(seed, config.test_fraction)
+    prior = np.full(len(index), -1, dtype=np.int8)
+    plan, notes = wanted, []
+    if before.index is not None and not resplit and (before.made is not None or not before.recorded):
+        prior = prior_sides(before.index, index)
+        plan, notes = before.made or wanted, _kept_notes(before.made, config, seed)
+    return make_test_split(index.with_splits(sides), plan, prior), plan, notes
+
+
+def _kept_notes(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
+    if plan is None or plan == SplitPlan(seed, config.test_fraction):
+        return []
+    return [
+        f"the test split made with seed {plan.seed} and test_fraction {plan.test_fraction:g} is kept, though the config now says seed "
+        f"{seed} and test_fraction {config.test_fraction:g}; delete {INDEX_FILE} to have it made anew"
+    ]
+
+
+def _scan_key(listing: Listing, config: DatasetConfig) -> str:
+    """The digest of all that a scan found and of the settings that decide what it makes of it."""
+    digest = hashlib.blake2b(digest_size=16)
+    settings = [config.source, config.leaks, str(listing.root), listing.splits is None, listing.groups is None]
+    digest.update(canonical_json([*settings, [list(entry) for entry in sorted(listing.entries)]]).encode())
+    for column in (listing.paths, listing.labels, listing.splits or [], listing.groups or []):
+        digest.update("\0".join(column).encode())
+        digest.update(b"\0\0")
+    digest.update(listing.stat_array().tobytes())
+    return digest.hexdigest()
+
+
+def _has_test(listing: Listing) -> bool:
+    return listing.splits is not None and "test" in listing.splits
+
+
+def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
+    if old is None:
+        return Difference(added=len(new), changed=0, removed=0, renamed=0)
+    return difference(old.paths, old.digests, new.paths, new.digests)
+
+
+def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> None:
+    """Refuse data that nothing can be learned from, with the likely reason."""
+    index = found.index
+    if len(index) == 0:
+        entries = sorted([*listing.entries, *found.entries])
+        problems = [f"{entry.path}: {entry.reason}" for entry in entries[:MOST_PROBLEMS]]
+        raise DatasetError(f"{listing.root}: holds no image that can be read", problems)
+    if len(index.classes) < 2:
+        label = index.classes[0]
+        hint = ""
+        if config.source == "folder":
+            depth = 2 if listing.splits is not None else 1
+            below = sorted({parts[depth] for path in index.paths if len(parts := path.split("/")) > depth + 1})
+            if len(below) > 1:
+                hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / label} as dataset.path"
+        raise DatasetError(
+            f"{listing.root}: all {len(index):,} images are of one class, {label!r}; expected at least 2 classes{hint}"
+        )
+    if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
+        raise DatasetError(f"{listing.root}: every image is in the test split; expected training images as well")
+
+
+def _label_warnings(index: DatasetIndex) -> list[str]:
+    """Labels that a person would take for one: they differ in case or spaces only."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in index.classes:
+        alike[" ".join(name.casefold().split())].append(name)
+    return [
+        f"labels {' and '.join(map(repr, names))} differ only in case or spaces; they are separate classes"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+
+
+def _split_warnings(index: DatasetIndex) -> list[str]:
+    lines = []
+    counts = class_counts(index)
+    without = [name for name, count in counts.items() if not count["train"] + count["validation"]]
+    if without:
+        lines.append(
+            f"no training images in {_some(without)}: no head can learn {'it' if len(without) == 1 else 'them'}"
+        )
+    untested = [name for name, count in counts.items() if not count["test"]]
+    if len(untested) == len(counts):
+        lines.append("no image is left for the test; add images, or raise dataset.test_fraction")
+    elif untested:
+        lines.append(f"no test images in {_some(untested)}")
+    both = sorted(_groups(index, "train", "validation") & _groups(index, "test"))
+    if both:
+        lines.append(f"{_some(both, 'group', 'groups')} in training and in test: test scores may be too good")
+    return lines
+
+
+def _groups(index: DatasetIndex, *splits: str) -> set[str]:
+    side = index.select(*splits)
+    return set() if side.groups is None else set(side.groups.tolist()) - {""}
+
+
+def _remarks(copies: Copies, policy: str) -> list[LedgerEntry]:
+    """Leaks and conflicts as ledger entries, so that all of them can be looked up."""
+    outcome = {"drop_train": "the training copy is excluded", "drop_test": "the test copy is excluded"}.get(
+        policy, "both are kept"
+    )
+    leaks = [
+        LedgerEntry(
+            shown(pair.first), "", "leak", f"the same content is in the test as {shown(pair.second)}; {outcome}"
+        )
+        for pair in copies.leaks
+    ]
+    conflicts = [
+        LedgerEntry(
+            shown(pair.second),
+            "",
+            "conflict",
+            f"labelled {pair.second_label!r}; the same content is {shown(pair.first)}, labelled {pair.first_label!r}",
+        )
+        for pair in copies.conflicts
+    ]
+    return [*leaks, *conflicts]
+
+
+def _leak_error(copies: Copies) -> DatasetError:
+    problems = [f"{shown(pair.first)} = {shown(pair.second)}" for pair in copies.leaks[:MOST_PROBLEMS]]
+    if len(copies.leaks) > MOST_PROBLEMS:
+        problems.append(f"… and {len(copies.leaks) - MOST_PROBLEMS:,} more")
+    return DatasetError(
+        f"{len(copies.leaks):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
+        problems,
+    )
+
+
+def _some(names: list[str], one: str = "class", many: str = "classes") -> str:
+    named = ", ".join(repr(name) for name in names[:5])
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"{one if len(names) == 1 else many} {named}{more}"

@@ -1,0 +1,44 @@
+"""The sources of images, one row each: how a `DatasetConfig` becomes a listing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.dataset.digits import digit_images
+from pipeline.dataset.folder import list_folder
+from pipeline.dataset.listing import Listing
+from pipeline.errors import DatasetError
+
+if TYPE_CHECKING:
+    from pipeline.config import DatasetConfig
+
+
+def _digits(config: DatasetConfig, folder: Path) -> Listing:
+    if config.path is not None:
+        raise DatasetError(
+            "dataset.source 'digits' takes no dataset.path; for your own images say dataset.source: folder (or manifest)"
+        )
+    return list_folder(digit_images(folder.parent / "images"))
+
+
+def _folder(config: DatasetConfig, folder: Path) -> Listing:
+    return list_folder(Path(config.path or ""), config.follow_symlinks)
+
+
+SOURCES: Mapping[str, Callable[[DatasetConfig, Path], Listing]] = {
+    "digits": _digits,
+    "folder": _folder,
+}
+
+
+def list_source(config: DatasetConfig, folder: Path) -> Listing:
+    """List the images of the configured source; `folder` is where the index is kept.
+
+    Raises
+    ------
+    DatasetError
+        When the source is not there or not laid out as it should be.
+    """
+    return SOURCES[config.source](config, folder)
