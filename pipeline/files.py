@@ -1,0 +1,159 @@
+"""Writing files so that a name only ever shows whole, synced content.
+
+Every call of the project that changes the file system goes through `SYSTEM`, one table of functions. Tests replace its
+rows to make the n-th call fail, write half, or never return, and to record a trace that is replayed as a power loss.
+
+A file is written under a temporary name, synced, renamed, and its folder is synced: after a kill or a power loss the
+final name shows the old content or the new, never a part of it. A failed `fsync` is never repeated on the same
+descriptor, because the kernel may have thrown the unwritten pages away and would report success.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+SYSTEM: dict[str, Callable[..., Any]] = {
+    "open": os.open,
+    "write": os.write,
+    "fsync": os.fsync,
+    "close": os.close,
+    "rename": os.rename,
+    "link": os.link,
+    "unlink": os.unlink,
+    "mkdir": os.mkdir,
+    "rmdir": os.rmdir,
+    "ftruncate": os.ftruncate,
+}
+"""Name -> the operating system's function; the seam at which tests inject faults."""
+
+Data = bytes | bytearray | memoryview
+
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+def write_atomic(path: Path, data: Data, temporary: Path | None = None) -> None:
+    """Replace a file's content in one step; `temporary` is a folder of the same file system for the partial file."""
+    scratch = write_temporary(temporary or path.parent, [data], f".{path.name}")
+    rename(scratch, path)
+
+
+def write_text_atomic(path: Path, text: str, temporary: Path | None = None) -> None:
+    """Replace a text file's content in one step, as UTF-8 with the newlines as given."""
+    write_atomic(path, text.encode("utf-8"), temporary)
+
+
+def write_temporary(folder: Path, parts: Iterable[Data], prefix: str = "") -> Path:
+    """Write and sync a new file under a name of its own; return its path. Nothing is left behind when it fails."""
+    path = folder / f"{prefix}.{secrets.token_hex(6)}.tmp"
+    descriptor = create(path)
+    try:
+        try:
+            for part in parts:
+                write_all(descriptor, part)
+            sync(descriptor)
+        finally:
+            SYSTEM["close"](descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(path)
+        raise
+    return path
+
+
+def create(path: Path) -> int:
+    """Create a file that must not exist yet; return a descriptor for writing."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return int(SYSTEM["open"](path, flags, 0o666))
+
+
+def write_all(descriptor: int, data: Data) -> None:
+    """Write every byte; the system may take fewer than it is given."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        # Linux takes 2 GiB at most in one call, macOS refuses more.
+        written = SYSTEM["write"](descriptor, rest[: 1 << 30])
+        if written <= 0:
+            raise OSError(errno.EIO, "the system wrote nothing")
+        rest = rest[written:]
+
+
+def sync(descriptor: int) -> None:
+    """Wait until a file's content is on the disk."""
+    if sys.platform == "darwin":  # fsync there leaves the data in the drive's cache
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        return
+    SYSTEM["fsync"](descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if os.name == "nt":  # a folder cannot be opened there; the rename itself is journaled
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        SYSTEM["fsync"](descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a synced file its final name, replacing what had it, and sync the folder. The source is removed on failure."""
+    try:
+        (SYSTEM["rename"] if os.name != "nt" else os.replace)(source, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            remove(source)
+        raise
+    sync_folder(target.parent)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Give a synced file its final name only where nothing has that name yet; sync the folder.
+
+    Raises
+    ------
+    FileExistsError
+        When the name is taken; the source is removed in every case.
+    """
+    try:
+        try:
+            SYSTEM["link"](source, target)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            # Without hard links: reserve the name, then replace the empty file, which no reader accepts.
+            SYSTEM["close"](create(target))
+            SYSTEM["rename"](source, target)
+        else:
+            remove(source)
+    except OSError:
+        with contextlib.suppress(OSError):
+            remove(source)
+        raise
+    sync_folder(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file; one that is gone already is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        SYSTEM["unlink"](path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder with its parents and sync the name of each; one that exists is fine."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):
+        SYSTEM["mkdir"](path)
+    sync_folder(path.parent)

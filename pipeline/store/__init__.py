@@ -1,0 +1,18 @@
+"""The feature store: image content -> feature vector for one identity, in immutable HDF5 files.
+
+    features.store/
+      LOCK                    held by the one writer
+      snapshot-00000007.h5    the table of contents; the highest valid number counts, the one before is kept
+      segments/<digest>.h5    features, immutable, named by their content
+      journal/00000001.h5     groups of rows of a run that has not ended yet
+      tmp/                    the only place where a partial file can be
+      quarantine/             damaged files, set aside
+
+`format` has the bytes of every file, `opener` checks them, `reader` reads, `writer` writes.
+"""
+
+from pipeline.store.identity import differences
+from pipeline.store.reader import FeatureStore, load
+from pipeline.store.writer import StoreWriter
+
+__all__ = ["FeatureStore", "StoreWriter", "differences", "load"]

@@ -1,0 +1,249 @@
+"""The bytes of every file of a feature store: plain HDF5, one large dataset at the end, and a seal.
+
+    [ HDF5 head: superblock, attributes, small datasets ][ the bulk dataset ][ seal, 48 bytes ]
+
+The head holds `block_digest`, the BLAKE2b-128 of each 64 KiB of the bulk dataset. The seal holds the length of the head
+and its BLAKE2b-256. So this one digest stands for every byte of the file, a file is opened by checking the head alone,
+and the bulk is checked block by block as it is read. HDF5 readers ignore the seal, which follows their end of file.
+
+libhdf5 composes the head in memory and never writes to a disk: a full disk makes it crash, and what it writes in place
+does not survive a power loss. No timestamps, so the same content gives the same bytes.
+
+| kind     | bulk                 | other datasets                                                                  |
+|----------|----------------------|---------------------------------------------------------------------------------|
+| segment  | `features` (n, d)    | `content` (n, 2): digest of each row's image                                    |
+| snapshot | `rows` (4, n)        | `segment_digest`, `segment_rows`, `segment_bytes`, `identity_json`, `canary`    |
+| pack     | `features` (n, d)    | `content`, `identity_json`, `canary`; may have `row`, `path`, `label`, `split`, `group` |
+
+`rows` has four lines: first and second half of a content digest (sorted by these), its segment, its row in the segment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "manyheads features"
+VERSION_MAJOR = 1
+VERSION_MINOR = 0
+
+BLOCK_BYTES = 1 << 16
+BLOCK_DIGEST_BYTES = 16
+ALIGNMENT = 64
+
+SEAL = struct.Struct("<8sQ32s")
+SEAL_MAGIC = b"MHSEALv1"
+
+Chunks = Callable[[], Iterable[NDArray[Any]]]
+"""Gives the bulk dataset piece by piece, in C order; called twice: once for the digests, once for the bytes."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One dataset: its dtypes (a trailing `*` leaves the length of a byte string open) and its shape in letters."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[str | int, ...]
+    optional: bool = False
+
+
+FEATURES = Field(("<f4", "<f2"), ("n", "d"))
+CONTENT = Field(("<u8",), ("n", 2))
+BLOCKS = Field(("|u1",), ("b", BLOCK_DIGEST_BYTES))
+IDENTITY = Field(("|u1",), ("j",))
+CANARY = Field(("<f4",), ("k", "d"))
+TEXT = Field(("|S*",), ("m",), optional=True)
+
+LAYOUTS: dict[str, dict[str, Field]] = {
+    "segment": {"features": FEATURES, "content": CONTENT, "block_digest": BLOCKS},
+    "snapshot": {
+        "rows": Field(("<u8",), (4, "n")),
+        "block_digest": BLOCKS,
+        "segment_digest": Field(("|u1",), ("s", 32)),
+        "segment_rows": Field(("<u8",), ("s",)),
+        "segment_bytes": Field(("<u8",), ("s",)),
+        "identity_json": IDENTITY,
+        "canary": CANARY,
+    },
+    "pack": {
+        "features": FEATURES,
+        "content": CONTENT,
+        "block_digest": BLOCKS,
+        "identity_json": IDENTITY,
+        "canary": CANARY,
+        "row": Field(("<u8",), ("m",), optional=True),
+        "path": TEXT,
+        "label": TEXT,
+        "split": TEXT,
+        "group": TEXT,
+    },
+}
+BULK = {"segment": "features", "snapshot": "rows", "pack": "features"}
+
+TEXT_ATTRIBUTES = ("format", "kind", "identity", "dtype")
+NUMBER_ATTRIBUTES = ("version_major", "version_minor", "rows", "dim")
+EXTRA_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "segment": ((), ()),
+    "snapshot": (("parent",), ("generation",)),
+    "pack": ((), ()),
+}
+"""Kind -> the texts and the numbers it has besides."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A file ready to be written: its parts in order, the digest that names it, its size in bytes."""
+
+    head: bytes
+    chunks: Chunks
+    seal: bytes
+    digest: str
+    size: int
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """Yield the file's bytes from first to last."""
+        yield self.head
+        for chunk in self.chunks():
+            yield np.ascontiguousarray(chunk).data.cast("B") if chunk.size else b""
+        yield self.seal
+
+
+def compose(
+    kind: str,
+    attributes: Mapping[str, str | int],
+    arrays: Mapping[str, NDArray[Any]],
+    bulk: tuple[str, tuple[int, ...]],
+    chunks: Chunks,
+) -> Composed:
+    """Lay out one file; `bulk` is the dtype and shape of the large dataset that `chunks` gives."""
+    dtype, shape = bulk
+    blocks = block_digests(chunk.reshape(-1).view(np.uint8) for chunk in _contiguous(chunks()))
+    common: dict[str, str | int] = {
+        "format": FORMAT,
+        "kind": kind,
+        "version_major": VERSION_MAJOR,
+        "version_minor": VERSION_MINOR,
+    }
+    head = _head(BULK[kind], {**common, **attributes}, {**arrays, "block_digest": blocks}, dtype, shape)
+    seal = make_seal(head)
+    size = len(head) + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize + len(seal)
+    return Composed(head, chunks, seal, seal[-32:].hex(), size)
+
+
+def make_seal(head: bytes) -> bytes:
+    """Return the 48 bytes that close a file with this head."""
+    return SEAL.pack(SEAL_MAGIC, len(head), hashlib.blake2b(head, digest_size=32).digest())
+
+
+def block_digest(block: bytes | memoryview) -> bytes:
+    """Return the digest of one block of a bulk dataset."""
+    return hashlib.blake2b(block, digest_size=BLOCK_DIGEST_BYTES).digest()
+
+
+def block_digests(pieces: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Return the digests of each 64 KiB of a stream of bytes, shape (blocks, 16)."""
+    digests: list[bytes] = []
+    rest = b""
+    for piece in pieces:
+        view = piece.data
+        start = 0
+        if rest:
+            start = min(BLOCK_BYTES - len(rest), len(view))
+            rest += view[:start]
+            if len(rest) < BLOCK_BYTES:
+                continue
+            digests.append(block_digest(rest))
+        whole = start + (len(view) - start) // BLOCK_BYTES * BLOCK_BYTES
+        digests.extend(block_digest(view[at : at + BLOCK_BYTES]) for at in range(start, whole, BLOCK_BYTES))
+        rest = bytes(view[whole:])
+    if rest:
+        digests.append(block_digest(rest))
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, BLOCK_DIGEST_BYTES)
+
+
+def _contiguous(chunks: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    return (np.ascontiguousarray(chunk) for chunk in chunks)
+
+
+class _Memory:
+    """A file in memory for libhdf5 that knows how long it is, but keeps only what was written."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.size = 0
+        self.position = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:
+        piece = self.data[self.position : self.position + len(buffer)].ljust(len(buffer), b"\0")
+        buffer[:] = piece
+        self.position += len(buffer)
+        return len(buffer)
+
+    def read(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        self.readinto(memoryview(buffer))
+        return bytes(buffer)
+
+    def write(self, data: memoryview) -> int:
+        end = self.position + len(data)
+        self.data.extend(bytes(max(0, end - len(self.data))))
+        self.data[self.position : end] = data
+        self.position = end
+        self.size = max(self.size, end)
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        self.size = size
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+def _head(
+    bulk: str,
+    attributes: Mapping[str, str | int],
+    arrays: Mapping[str, NDArray[Any]],
+    dtype: str,
+    shape: tuple[int, ...],
+) -> bytes:
+    """Let libhdf5 lay out the whole file in memory and return what comes before the bulk dataset.
+
+    The bulk's space is allocated by a first write after all else is there, so that it comes last, and the space is
+    never touched again: a segment of a gigabyte costs a few kilobytes here.
+    """
+    memory = _Memory()
+    with h5py.File(memory, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+        for name, value in attributes.items():
+            file.attrs.create(name, np.bytes_(value.encode("ascii")) if isinstance(value, str) else np.int64(value))
+        settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        settings.set_layout(h5py.h5d.CONTIGUOUS)
+        settings.set_alloc_time(h5py.h5d.ALLOC_TIME_LATE)
+        settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        space = h5py.h5s.create_simple(shape)
+        last = h5py.h5d.create(file.id, bulk.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, settings)
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, track_times=False)
+        file.flush()
+        if 0 in shape:
+            offset = None
+        else:
+            file[bulk][(0,) * len(shape)] = 0
+            offset = last.get_offset()
+    size = memory.size if offset is None else offset + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    assert size == memory.size, "libhdf5 put something behind the bulk dataset"
+    return bytes(memory.data[:offset].ljust(offset or memory.size, b"\0"))

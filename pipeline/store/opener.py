@@ -1,0 +1,377 @@
+"""The strict opener: a store's file is a stranger's until everything about it has been checked.
+
+First the digest of the head, before libhdf5 sees a byte, because a damaged file can make it hang. Then the structure:
+exactly the datasets of this kind, each a hard link to a contiguous, unfiltered, fully stored dataset of the expected
+type inside the file, none overlapping another, no external storage, no virtual dataset. libhdf5 reads from our memory
+map and is only asked where things are; it never opens a path and never reads data, so nothing outside can be reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import stat
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import StoreError
+from pipeline.store.format import (
+    BLOCK_BYTES,
+    BULK,
+    EXTRA_ATTRIBUTES,
+    FORMAT,
+    LAYOUTS,
+    NUMBER_ATTRIBUTES,
+    SEAL,
+    SEAL_MAGIC,
+    TEXT_ATTRIBUTES,
+    VERSION_MAJOR,
+    Field,
+    block_digest,
+)
+
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+MAX_TEXT = 4096
+"""Longest text attribute, and longest byte string of a text dataset, in bytes."""
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """One file whose head has been checked; `array` gives its small datasets, `bulk` the memory-mapped large one."""
+
+    path: Path
+    kind: str
+    digest: str
+    size: int
+    attributes: dict[str, str | int]
+    arrays: dict[str, NDArray[Any]]
+    bulk: NDArray[Any]
+    _bulk_bytes: NDArray[np.uint8]
+    _checked: NDArray[np.bool_] = field(repr=False)
+
+    def text(self, name: str) -> str:
+        """Return a text attribute."""
+        return str(self.attributes[name])
+
+    def number(self, name: str) -> int:
+        """Return a number attribute."""
+        return int(self.attributes[name])
+
+    def bad_blocks(self, blocks: NDArray[np.intp]) -> list[int]:
+        """Return those of the given blocks of the bulk whose digest does not match; good ones are remembered."""
+        bad = []
+        stored = self.arrays["block_digest"]
+        for block in np.unique(blocks[~self._checked[blocks]]).tolist():
+            start = block * BLOCK_BYTES
+            if block_digest(self._bulk_bytes[start : start + BLOCK_BYTES].data) == stored[block].tobytes():
+                self._checked[block] = True
+            else:
+                bad.append(block)
+        return bad
+
+    def all_blocks(self) -> NDArray[np.intp]:
+        """Return the numbers of all blocks."""
+        return np.arange(len(self._checked))
+
+    def check_items(self, items: NDArray[Any], width: int = 1) -> None:
+        """Check the blocks that hold the given items of `width` elements each, before they are used.
+
+        Raises
+        ------
+        StoreError
+            When a block's bytes are not those that were written.
+        """
+        if self._checked.all():
+            return
+        item_bytes = self.bulk.dtype.itemsize * width
+        first = items.astype(np.intp) * item_bytes // BLOCK_BYTES
+        last = ((items.astype(np.intp) + 1) * item_bytes - 1) // BLOCK_BYTES
+        spans = int((last - first).max(initial=0)) + 1
+        blocks = np.unique(np.concatenate([np.minimum(first + step, last) for step in range(spans)]))
+        if bad := self.bad_blocks(blocks):
+            raise StoreError(
+                f"{self.path}: {len(bad)} block(s) of {BLOCK_BYTES >> 10} KiB are damaged (the first at block {bad[0]}); "
+                "nothing of them was used; run 'manyheads repair' to embed just these images again"
+            )
+
+
+def open_file(
+    path: Path, kind: str | None = None, digest: str | None = None, data: mmap.mmap | None = None
+) -> StoreFile:
+    """Open one file of a store, checking its head, its structure and, where given, its kind and its digest.
+
+    `data` is the file when it was mapped before; then it may have lost its name since.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such file.
+    StoreError
+        When it is not what it should be; the message says what was found.
+    """
+    data = map_file(path) if data is None else data
+    head_bytes = _check_seal(path, data, digest)
+    try:
+        return _parse(path, data, head_bytes, kind)
+    except _Refused as refusal:
+        raise StoreError(f"{path}: not a valid feature store file: {refusal}") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        # libhdf5 reports whatever it trips over through these.
+        raise StoreError(f"{path}: not a valid feature store file: {' '.join(str(error).split())[:200]}") from None
+
+
+class _Refused(Exception):
+    """What is wrong with a file's structure."""
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise _Refused(problem)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a regular file into memory; links are not followed. Cheap: nothing is read or checked yet."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be opened ({error.strerror})") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{path}: is not a regular file")
+        if status.st_size < SEAL.size + len(HDF5_MAGIC):
+            raise StoreError(f"{path}: has {status.st_size} bytes, too few for a feature store file; it is truncated")
+        return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+
+def _check_seal(path: Path, data: mmap.mmap, digest: str | None) -> int:
+    """Check the head against the seal and return the head's length."""
+    magic, head_bytes, sealed = SEAL.unpack(data[-SEAL.size :])
+    if data[: len(HDF5_MAGIC)] != HDF5_MAGIC:
+        raise StoreError(f"{path}: is not an HDF5 file, or its first bytes are damaged")
+    if magic != SEAL_MAGIC or head_bytes > len(data) - SEAL.size:
+        raise StoreError(
+            f"{path}: is truncated or damaged, or was not written by manyheads (its last 48 bytes are no seal)"
+        )
+    with memoryview(data) as view:
+        found = hashlib.blake2b(view[:head_bytes], digest_size=32).digest()
+    if found != sealed:
+        raise StoreError(
+            f"{path}: is damaged: its head has digest {found.hex()[:16]}…, its seal says {sealed.hex()[:16]}…"
+        )
+    if digest is not None and found.hex() != digest:
+        raise StoreError(f"{path}: holds {found.hex()[:16]}…, expected {digest[:16]}…; it was swapped or renamed")
+    return int(head_bytes)
+
+
+class _Window:
+    """The mapped bytes without the seal, as a file that libhdf5 can read."""
+
+    def __init__(self, data: mmap.mmap, size: int) -> None:
+        self.data, self.size, self.position = data, size, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, count: int) -> bytes:
+        piece = self.data[self.position : min(self.position + count, self.size)]
+        self.position += len(piece)
+        return piece
+
+    def readinto(self, buffer: memoryview) -> int:
+        # Zeros behind the end: libhdf5 must get as many bytes as it asks for.
+        buffer[:] = self.read(len(buffer)).ljust(len(buffer), b"\0")
+        return len(buffer)
+
+    def write(self, data: memoryview) -> int:
+        raise OSError("read-only")
+
+    def truncate(self, size: int) -> int:
+        return size
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+
+def _parse(path: Path, data: mmap.mmap, head_bytes: int, kind: str | None) -> StoreFile:
+    size = len(data) - SEAL.size
+    with h5py.File(_Window(data, size), "r") as file:
+        _require(file.id.get_create_plist().get_userblock() == 0, "it has a user block")
+        attributes = _attributes(file.id, kind)
+        found_kind = str(attributes["kind"])
+        places = _places(file.id, found_kind, size)
+    bulk_name = BULK[found_kind]
+    arrays = {name: _array(data, place) for name, place in places.items()}
+    bulk = arrays.pop(bulk_name)
+    start = places[bulk_name].offset if bulk.size else size
+    _require(start == head_bytes, f"{bulk_name!r} is not where the head ends")
+    _require(start + bulk.nbytes == size, f"there are bytes behind {bulk_name!r}")
+    _check_sizes(places, attributes, bulk)
+    _require(len(arrays["block_digest"]) == -(-bulk.nbytes // BLOCK_BYTES), "'block_digest' has a wrong length")
+    raw = np.frombuffer(data, np.uint8, bulk.nbytes, start) if bulk.nbytes else np.zeros(0, np.uint8)
+    checked = np.zeros(len(arrays["block_digest"]), np.bool_)
+    digest = data[-32:].hex()
+    return StoreFile(path, found_kind, digest, len(data), attributes, arrays, bulk, raw, checked)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a dataset lies in the file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    field: Field
+
+    @property
+    def bytes(self) -> int:
+        count = self.dtype.itemsize
+        for length in self.shape:
+            count *= length
+        return count
+
+
+def _attributes(root: Any, kind: str | None) -> dict[str, str | int]:
+    """Read the root's attributes: the common ones first, because they say which others there must be."""
+    count = h5py.h5a.get_num_attrs(root)
+    _require(count <= 32, f"it has {count} attributes")
+    found: dict[str, str | int] = {name: _text(root, name) for name in TEXT_ATTRIBUTES[:2]}
+    _require(found["format"] == FORMAT, f"its format is {found['format']!r}, expected {FORMAT!r}")
+    found |= {name: _number(root, name) for name in NUMBER_ATTRIBUTES}
+    if found["version_major"] != VERSION_MAJOR:
+        raise _Refused(
+            f"it has format version {found['version_major']}, this program reads version {VERSION_MAJOR}; "
+            "use the version of manyheads that wrote it, or a newer one"
+        )
+    _require(found["kind"] in LAYOUTS, f"its kind is {found['kind']!r}")
+    _require(kind is None or found["kind"] == kind, f"it is a {found['kind']}, expected a {kind}")
+    texts, numbers = EXTRA_ATTRIBUTES[str(found["kind"])]
+    found |= {name: _text(root, name) for name in (*TEXT_ATTRIBUTES[2:], *texts)}
+    found |= {name: _number(root, name) for name in numbers}
+    _require(count == len(found), f"it has {count} attributes, expected {len(found)}")
+    return found
+
+
+def _attribute(root: Any, name: str) -> Any:
+    _require(h5py.h5a.exists(root, name.encode()), f"it has no attribute {name!r}")
+    attribute = h5py.h5a.open(root, name.encode())
+    _require(attribute.get_space().get_simple_extent_type() == h5py.h5s.SCALAR, f"attribute {name!r} is not one value")
+    return attribute
+
+
+def _text(root: Any, name: str) -> str:
+    attribute = _attribute(root, name)
+    kind = attribute.get_type()
+    _require(kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str(), f"attribute {name!r} is no fixed text")
+    _require(0 < kind.get_size() <= MAX_TEXT, f"attribute {name!r} is too long")
+    value = np.zeros((), f"S{kind.get_size()}")
+    attribute.read(value, mtype=kind)
+    try:
+        return bytes(value[()]).decode("ascii")
+    except UnicodeDecodeError:
+        raise _Refused(f"attribute {name!r} is not ASCII") from None
+
+
+def _number(root: Any, name: str) -> int:
+    attribute = _attribute(root, name)
+    kind = attribute.get_type()
+    _require(kind.get_class() == h5py.h5t.INTEGER and kind.get_size() == 8, f"attribute {name!r} is no 64-bit number")
+    value = np.zeros((), np.int64)
+    attribute.read(value)
+    _require(int(value) >= 0, f"attribute {name!r} is negative")
+    return int(value)
+
+
+def _places(root: Any, kind: str, size: int) -> dict[str, _Place]:
+    """Find every dataset of this kind, and nothing else."""
+    layout = LAYOUTS[kind]
+    count = h5py.h5g.GroupID.get_num_objs(h5py.h5g.open(root, b"/"))
+    places = {}
+    for name, wanted in layout.items():
+        if not root.links.exists(name.encode()):
+            _require(wanted.optional, f"it has no dataset {name!r}")
+            continue
+        link = root.links.get_info(name.encode())
+        _require(link.type == h5py.h5l.TYPE_HARD, f"{name!r} is a link to elsewhere")
+        places[name] = _place(root, name, wanted)
+    _require(count == len(places), f"it has {count} objects, expected {len(places)}")
+    spans = sorted((place.offset, place.offset + place.bytes) for place in places.values() if place.bytes)
+    _require(all(stop <= size for _, stop in spans), "a dataset reaches behind the end of the file")
+    _require(all(left[1] <= right[0] for left, right in pairwise(spans)), "two datasets overlap")
+    return places
+
+
+FORBIDDEN_MESSAGES = {0x0007: "external storage", 0x000B: "a filter"}
+"""Object header messages that betray a dataset whose bytes are not simply there."""
+
+
+def _place(root: Any, name: str, wanted: Field) -> _Place:
+    info = h5py.h5o.get_info(root, name.encode())
+    _require(info.type == h5py.h5o.TYPE_DATASET, f"{name!r} is not a dataset")
+    for message, what in FORBIDDEN_MESSAGES.items():
+        _require(not int(info.hdr.mesg.present) >> message & 1, f"{name!r} has {what}")
+    dataset = h5py.h5d.open(root, name.encode())
+    settings = dataset.get_create_plist()
+    _require(settings.get_layout() == h5py.h5d.CONTIGUOUS, f"{name!r} is not stored in one piece")
+    _require(settings.get_external_count() == 0, f"{name!r} has external storage")
+    _require(settings.get_nfilters() == 0, f"{name!r} has a filter")
+    _require(h5py.h5a.get_num_attrs(dataset) == 0, f"{name!r} has attributes")
+    space = dataset.get_space()
+    _require(space.get_simple_extent_type() == h5py.h5s.SIMPLE, f"{name!r} is not an array")
+    _require(space.get_simple_extent_ndims() == len(wanted.shape), f"{name!r} has a wrong number of axes")
+    shape = tuple(int(length) for length in space.get_simple_extent_dims())
+    place = _Place(0, shape, _dtype(dataset.get_type(), name, wanted), wanted)
+    if not place.bytes:
+        return place
+    offset = dataset.get_offset()
+    _require(offset is not None and dataset.get_storage_size() == place.bytes, f"{name!r} is not fully stored")
+    return _Place(int(offset), shape, place.dtype, wanted)
+
+
+def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
+    """Turn an HDF5 type into one of the expected dtypes, comparing types, not names."""
+    if wanted.dtypes == ("|S*",):
+        fixed = kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str()
+        _require(fixed and 0 < kind.get_size() <= MAX_TEXT, f"{name!r} is not fixed-length text")
+        return np.dtype(f"S{kind.get_size()}")
+    for text in wanted.dtypes:
+        dtype = np.dtype(text)
+        if kind.equal(h5py.h5t.py_create(dtype)):
+            return dtype
+    raise _Refused(f"{name!r} has an unexpected type, expected {' or '.join(wanted.dtypes)}")
+
+
+def _array(data: mmap.mmap, place: _Place) -> NDArray[Any]:
+    if not place.bytes:
+        return np.zeros(place.shape, place.dtype)
+    count = place.bytes // place.dtype.itemsize
+    return np.frombuffer(data, place.dtype, count, place.offset).reshape(place.shape)
+
+
+def _check_sizes(places: dict[str, _Place], attributes: dict[str, str | int], bulk: NDArray[Any]) -> None:
+    """Check that a letter means the same length in every shape, and that the attributes say so too."""
+    lengths: dict[str, int] = {"n": int(attributes["rows"]), "d": int(attributes["dim"])}
+    for name, place in places.items():
+        for letter, length in zip(place.field.shape, place.shape, strict=True):
+            wanted = letter if isinstance(letter, int) else lengths.setdefault(letter, length)
+            _require(length == wanted, f"{name!r} has an axis of {length}, expected {wanted}")
+    _require(0 < int(attributes["dim"]) <= 1 << 24, "'dim' is out of range")
+    _require(attributes["dtype"] in ("<f4", "<f2"), f"its dtype is {attributes['dtype']!r}")
+    _require(bulk.dtype.kind != "f" or bulk.dtype.str == attributes["dtype"], "its dtype is not that of 'features'")
+    _require(len(str(attributes["identity"])) == 64, "'identity' is not a digest")

@@ -1,0 +1,476 @@
+"""`StoreWriter`: the one process that adds rows. Append, commit groups to the journal, seal into a snapshot.
+
+    append -> memory -> commit: one synced journal file every 4 MB or 30 s -> seal: segments, then the next snapshot
+
+A kill at any moment leaves the last snapshot valid and the journal for the next run to adopt. The order of the rows is
+the order of appending, across kills, so a resumed run gives the same bytes as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import files
+from pipeline.digests import Digests, digests_to_hex, fingerprint
+from pipeline.errors import StoreError
+from pipeline.store import journal, lock
+from pipeline.store.identity import check_canary, differences
+from pipeline.store.opener import StoreFile, open_file
+from pipeline.store.segment import (
+    SEGMENT_BYTES,
+    SEGMENTS,
+    SegmentEntry,
+    StoreType,
+    compose_segment,
+    open_entry,
+    open_segment,
+    split,
+)
+from pipeline.store.snapshot import (
+    NO_PARENT,
+    Snapshot,
+    compose_and_publish,
+    generations,
+    newest_snapshot,
+    snapshot_path,
+    sorted_table,
+)
+
+log = logging.getLogger(__name__)
+
+TEMPORARY = "tmp"
+GROUP_BYTES = 4 << 20
+GROUP_SECONDS = 30.0
+SMALL_BYTES = SEGMENT_BYTES // 16
+MAX_SMALL = 16
+"""As many segments below `SMALL_BYTES` may pile up before a seal merges them."""
+
+DTYPES = {"float32": "<f4", "float16": "<f2", "<f4": "<f4", "<f2": "<f2"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one opened file that belong to the store's next state, in the order they have there."""
+
+    file: StoreFile
+    rows: NDArray[np.int64]
+
+    @property
+    def content(self) -> Digests:
+        """Their digests, shape (n, 2)."""
+        content: Digests = self.file.arrays["content"][self.rows]
+        return content
+
+
+@contextlib.contextmanager
+def explained(store: Path) -> Iterator[None]:
+    """Turn the file system's errors into one line that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = {
+            errno.ENOSPC: "free some space",
+            errno.EDQUOT: "free some of your quota",
+            errno.EROFS: "choose an output folder that can be written to",
+            errno.EACCES: "choose an output folder that can be written to",
+            errno.EIO: "check the disk",
+        }.get(error.errno or 0, "check the disk and its mount")
+        raise StoreError(
+            f"{store}: cannot be written: {reason}; all rows committed before are safe; {advice} and run again"
+        ) from error
+
+
+class StoreWriter:
+    """A store opened for writing. Use `StoreWriter.open`, and `with`: leaving normally seals, an error only unlocks."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], store_type: StoreType, held: lock.Lock) -> None:
+        self.path = path
+        self.identity = identity
+        self.store_type = store_type
+        self._lock = held
+        self._process = os.getpid()
+        self._snapshot: Snapshot
+        self._sources: list[Rows] = []
+        self._new: set[bytes] = set()
+        self._waiting: list[tuple[Digests, NDArray[Any]]] = []
+        self._waiting_bytes = 0
+        self._last_commit = time.monotonic()
+        self._next_group = 1
+        self._canary: NDArray[np.float32] | None = None
+
+    @staticmethod
+    def open(
+        path: str | Path,
+        identity: Mapping[str, Any],
+        dim: int,
+        dtype: str = "float32",
+        canary: NDArray[np.float32] | None = None,
+    ) -> StoreWriter:
+        """Create a store or open one for writing; adopts the journal of a killed run.
+
+        `canary` : features of the built-in probe images, shape (k, dim), compared with those recorded at first.
+
+        Raises
+        ------
+        StoreError
+            When another writer has the lock, the identity, dim or dtype differ (shows both sides), or the canary does.
+        """
+        path, identity = Path(path), dict(identity)
+        if dtype not in DTYPES:
+            raise StoreError(f"dtype {dtype!r}: expected one of float32, float16")
+        store_type = StoreType(fingerprint(identity), dim, DTYPES[dtype])
+        with explained(path):
+            for folder in (path, path / SEGMENTS, path / journal.JOURNAL, path / TEMPORARY):
+                files.make_folder(folder)
+            held = lock.acquire(path)
+            writer = StoreWriter(path, identity, store_type, held)
+            try:
+                writer._begin(None if canary is None else np.asarray(canary, np.float32))
+            except BaseException:
+                held.release()
+                raise
+        return writer
+
+    def _begin(self, canary: NDArray[np.float32] | None) -> None:
+        """Bring the folder into a known state: no partial files, a valid newest snapshot, the journal adopted."""
+        for leftover in (self.path / TEMPORARY).iterdir():
+            files.remove(leftover)
+        orphans = False
+        if not generations(self.path):
+            self._publish(1, NO_PARENT, [], np.zeros((4, 0), "<u8"), canary)
+        else:
+            orphans = _set_aside_damaged_snapshots(self.path)
+            if not generations(self.path):
+                raise StoreError(f"{self.path}: no valid snapshot; delete the store and run 'manyheads features' again")
+        self._snapshot = newest_snapshot(self.path)
+        self._check_identity()
+        stored = self._snapshot.canary
+        if canary is not None and len(stored):
+            check_canary(stored, canary, str(self.path))
+        elif canary is not None and len(canary):
+            self._canary = canary
+        lost = self._drop_lost_segments()
+        if orphans:
+            self._adopt(self._orphans())
+        self._adopt(journal.adopt(self.path, self.store_type))
+        numbers = [int(path.stem) for path in journal.groups(self.path)]
+        self._next_group = max(numbers, default=0) + 1
+        if lost:
+            self._publish_rows(self._sources_of_snapshot(), keep_journal=True)
+
+    def _check_identity(self) -> None:
+        snapshot, wanted = self._snapshot, self.store_type
+        problems = differences(snapshot.identity, self.identity)
+        found = snapshot.store_type
+        if found.dim != wanted.dim:
+            problems.append(f"dim: the store has {found.dim}, this run has {wanted.dim}")
+        if found.dtype != wanted.dtype:
+            problems.append(f"dtype: the store has {found.dtype}, this run has {wanted.dtype}")
+        if problems:
+            raise StoreError(
+                f"{self.path}: its features were made differently and cannot be mixed with new ones; "
+                "use another store, or delete this one",
+                problems,
+            )
+
+    def _drop_lost_segments(self) -> bool:
+        """Warn of segments that are missing or were cut; their rows count as missing from now on."""
+        self._entries: dict[int, StoreFile] = {}
+        for number, entry in enumerate(self._snapshot.segments):
+            try:
+                self._entries[number] = open_entry(self.path, entry, self.store_type)
+            except StoreError as error:
+                log.warning("%s; its %d images will be embedded again", error, entry.rows)
+                if entry.path(self.path).exists():
+                    journal.quarantine(self.path, entry.path(self.path))
+        return len(self._entries) < len(self._snapshot.segments)
+
+    def _orphans(self) -> list[StoreFile]:
+        """Open the segments that no valid snapshot names: those of a snapshot that was damaged."""
+        named = {entry.digest for entry in self._snapshot.segments}
+        found = []
+        for path in sorted((self.path / SEGMENTS).glob("*.h5")):
+            if path.stem in named:
+                continue
+            with contextlib.suppress(StoreError):
+                file = open_segment(path, self.store_type, path.stem)
+                if not file.bad_blocks(file.all_blocks()):
+                    found.append(file)
+        return found
+
+    def _adopt(self, opened: Sequence[StoreFile]) -> None:
+        """Take over rows that the snapshot does not have."""
+        for file in opened:
+            content = file.arrays["content"]
+            rows = np.flatnonzero(self._fresh(content))
+            if len(rows):
+                self._sources.append(Rows(file, rows))
+                self._new.update(_keys(content[rows]))
+        if self._new:
+            log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
+
+    def missing(self, digests: Digests) -> NDArray[np.bool_]:
+        """Say for each of n digests, shape (n, 2), whether neither the store nor this run has its vector."""
+        digests = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
+        positions = self._snapshot.table.find(digests)
+        absent: NDArray[np.bool_] = positions < 0
+        if len(self._entries) < len(self._snapshot.segments) and (~absent).any():
+            segments, _ = self._snapshot.table.place(positions[~absent])
+            absent[~absent] = ~np.isin(segments, list(self._entries))
+        if self._new:
+            fresh = [key not in self._new for key in _keys(digests)]
+            absent &= np.array(fresh, np.bool_)
+        return absent
+
+    def _fresh(self, digests: Digests) -> NDArray[np.bool_]:
+        """Like `missing`, but of equal digests only the first counts."""
+        fresh = self.missing(digests)
+        _, first = np.unique(np.asarray(digests).reshape(-1, 2), axis=0, return_index=True)
+        fresh[np.setdiff1d(np.arange(len(fresh)), first)] = False
+        return fresh
+
+    def storable(self, features: NDArray[Any]) -> NDArray[np.bool_]:
+        """Say for each row, shape (n, dim), whether all its numbers are finite as they would be stored."""
+        with np.errstate(over="ignore"):
+            stored = np.asarray(features).astype(self.store_type.dtype)
+        finite: NDArray[np.bool_] = np.isfinite(stored).all(axis=1)
+        return finite
+
+    def append(self, digests: Digests, features: NDArray[Any]) -> int:
+        """Add vectors, shape (n, dim), for n digests; those the store has already are passed over. Return how many were new.
+
+        They are safe once a group is committed, which happens by itself every 4 MB or 30 s.
+
+        Raises
+        ------
+        StoreError
+            When a number is not finite, naming the contents; then nothing of this call was added. When the disk is full.
+        """
+        self._require_open()
+        digests = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
+        features = np.asarray(features)
+        if features.shape != (len(digests), self.store_type.dim):
+            raise ValueError(
+                f"features of shape {features.shape} for {len(digests)} digests of dim {self.store_type.dim}"
+            )
+        bad = ~self.storable(features)
+        if bad.any():
+            raise StoreError(
+                f"{self.path}: {int(bad.sum())} of {len(bad)} feature vectors hold numbers that are not finite as "
+                f"{self.store_type.dtype}; nothing of this batch was added; check the backbone and its precision",
+                [f"content {text}" for text in digests_to_hex(digests[bad])],
+            )
+        fresh = self._fresh(digests)
+        if fresh.any():
+            kept, vectors = digests[fresh], np.ascontiguousarray(features[fresh], self.store_type.dtype)
+            self._waiting.append((kept, vectors))
+            self._waiting_bytes += vectors.nbytes
+            self._new.update(_keys(kept))
+        if self._waiting_bytes >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS:
+            self.commit()
+        return int(fresh.sum())
+
+    def commit(self) -> None:
+        """Make everything appended so far safe from a kill and a power loss."""
+        self._require_open()
+        self._last_commit = time.monotonic()
+        if not self._waiting:
+            return
+        content = np.concatenate([digests for digests, _ in self._waiting])
+        vectors = [features for _, features in self._waiting]
+        composed = compose_segment(self.store_type, content, lambda: vectors)
+        with explained(self.path):
+            path = journal.commit(self.path, self.path / TEMPORARY, self._next_group, composed)
+        self._next_group += 1
+        self._waiting, self._waiting_bytes = [], 0
+        self._sources.append(Rows(open_segment(path, self.store_type, composed.digest), np.arange(len(content))))
+
+    def seal(self) -> bool:
+        """Publish everything appended as the next snapshot and clear the journal; False when there was nothing new."""
+        self.commit()
+        with explained(self.path):
+            if self._sources or self._canary is not None:
+                self._publish_rows(self._sources_of_snapshot())
+                return True
+            _sweep(self.path, keep=2)
+        return False
+
+    def _sources_of_snapshot(self) -> list[SegmentEntry | Rows]:
+        return [entry for number, entry in enumerate(self._snapshot.segments) if number in self._entries]
+
+    def _publish_rows(self, old: list[SegmentEntry | Rows], keep_journal: bool = False) -> None:
+        """Write the segments of the next state, publish it, and clean up behind it.
+
+        `old` : segments that stay as they are, and rows of segments that are written anew.
+        """
+        new = [] if keep_journal else list(self._sources)
+        kept, rewritten = _compaction([item for item in old if isinstance(item, SegmentEntry)], bool(new))
+        merged = [self._whole(entry) for entry in rewritten]
+        merged += [item for item in old if isinstance(item, Rows)]
+        entries = [*kept, *self._write_segments(merged + new)]
+        lines = self._lines(entries)
+        canary = self._snapshot.canary if self._canary is None else self._canary
+        self._publish(self._snapshot.generation + 1, self._snapshot.digest, entries, lines, canary)
+        self._canary = None
+        if not keep_journal:
+            for path in journal.groups(self.path):
+                files.remove(path)
+            self._sources, self._new, self._next_group = [], set(), 1
+        self._snapshot = newest_snapshot(self.path)
+        self._drop_lost_segments()
+        _sweep(self.path, keep=2)
+
+    def _whole(self, entry: SegmentEntry) -> Rows:
+        file = self._entries[self._snapshot.segments.index(entry)]
+        return Rows(file, np.arange(entry.rows))
+
+    def _write_segments(self, sources: Sequence[Rows]) -> list[SegmentEntry]:
+        """Write rows in order into as few segments as allowed; every block is checked as it is copied."""
+        if not sources:
+            return []
+        content = np.concatenate([source.content for source in sources])
+        entries = []
+        for start, stop in split(len(content), self.store_type, SEGMENT_BYTES):
+            pieces = _range(sources, start, stop)
+            composed = compose_segment(self.store_type, content[start:stop], lambda pieces=pieces: _chunks(pieces))  # type: ignore[misc]
+            entry = SegmentEntry(composed.digest, stop - start, composed.size)
+            scratch = files.write_temporary(self.path / TEMPORARY, composed.parts())
+            files.rename(scratch, entry.path(self.path))
+            entries.append(entry)
+        return entries
+
+    def _lines(self, entries: Sequence[SegmentEntry]) -> NDArray[np.uint64]:
+        """Build the table of the next snapshot from the contents of its segments."""
+        contents = [open_entry(self.path, entry, self.store_type).arrays["content"] for entry in entries]
+        if not contents:
+            return np.zeros((4, 0), "<u8")
+        segment = np.repeat(np.arange(len(entries)), [len(content) for content in contents])
+        row = np.concatenate([np.arange(len(content)) for content in contents])
+        return sorted_table(np.concatenate(contents), segment, row)
+
+    def _publish(
+        self,
+        generation: int,
+        parent: str,
+        entries: Sequence[SegmentEntry],
+        lines: NDArray[np.uint64],
+        canary: NDArray[np.float32] | None,
+    ) -> None:
+        compose_and_publish(
+            self.path,
+            self.path / TEMPORARY,
+            generation,
+            parent,
+            self.identity,
+            self.store_type,
+            entries,
+            np.zeros((0, self.store_type.dim), np.float32) if canary is None else canary,
+            lines,
+        )
+
+    def close(self) -> None:
+        """Give up the lock. What was appended but not committed is lost."""
+        self._lock.release()
+
+    def _require_open(self) -> None:
+        if self._process != os.getpid():
+            raise RuntimeError("a forked child must not write to its parent's store; open a store of its own")
+        if self._lock.descriptor < 0:
+            raise RuntimeError("the store is closed")
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.seal()
+        finally:
+            self.close()
+
+
+def _keys(digests: Digests) -> list[bytes]:
+    """Return n digests as n byte strings."""
+    keys: list[bytes] = np.ascontiguousarray(digests, "<u8").reshape(-1, 2).view("V16").ravel().tolist()
+    return keys
+
+
+def _set_aside_damaged_snapshots(store: Path) -> bool:
+    """Move snapshots newer than the newest valid one away, so that the next number is free; True when there were any."""
+    damaged = False
+    for generation in generations(store):
+        path = snapshot_path(store, generation)
+        try:
+            file = open_file(path, "snapshot")
+            if bad := file.bad_blocks(file.all_blocks()):
+                raise StoreError(f"{path}: {len(bad)} block(s) are damaged")
+        except StoreError as error:
+            log.warning("%s; set aside", error)
+            journal.quarantine(store, path)
+            damaged = True
+            continue
+        break
+    return damaged
+
+
+def _compaction(entries: Sequence[SegmentEntry], adding: bool) -> tuple[list[SegmentEntry], list[SegmentEntry]]:
+    """Choose the segments to keep and those to merge: the small ones, when too many have piled up."""
+    small = [entry for entry in entries if entry.bytes < SMALL_BYTES]
+    if not adding or len(small) < MAX_SMALL:
+        return list(entries), []
+    return [entry for entry in entries if entry.bytes >= SMALL_BYTES], small
+
+
+def _range(sources: Sequence[Rows], start: int, stop: int) -> list[Rows]:
+    """Return rows `start` to `stop` of the concatenation of some sources."""
+    pieces = []
+    at = 0
+    for source in sources:
+        rows = source.rows[max(0, start - at) : max(0, stop - at)]
+        if len(rows):
+            pieces.append(Rows(source.file, rows))
+        at += len(source.rows)
+    return pieces
+
+
+def _chunks(sources: Sequence[Rows]) -> Iterator[NDArray[Any]]:
+    """Yield the features of some rows in order, a few megabytes at a time, checked."""
+    for source in sources:
+        width = source.file.bulk.shape[1]
+        step = max(1, GROUP_BYTES // (width * source.file.bulk.dtype.itemsize))
+        for start in range(0, len(source.rows), step):
+            rows = source.rows[start : start + step]
+            source.file.check_items(rows, width)
+            yield source.file.bulk[rows]
+
+
+def _sweep(store: Path, keep: int) -> None:
+    """Remove snapshots but the newest `keep`, and segments that none of these names."""
+    numbers = generations(store)
+    for generation in numbers[keep:]:
+        files.remove(snapshot_path(store, generation))
+    named: set[str] = set()
+    for generation in numbers[:keep]:
+        try:
+            file = open_file(snapshot_path(store, generation), "snapshot")
+        except StoreError:
+            return  # it cannot say what it needs, so nothing is removed
+        named.update(digest.tobytes().hex() for digest in file.arrays["segment_digest"])
+    for path in (store / SEGMENTS).iterdir():
+        if path.suffix == ".h5" and path.stem not in named:
+            files.remove(path)
