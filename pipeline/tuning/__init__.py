@@ -1,0 +1,22 @@
+"""Tuning: search a head's parameters by cross-validation, the same folds and budget for every head.
+
+A search asks for a round of points, fits them on the folds, tells the scores, and asks again. Every fit is written to a
+journal as it ends, so a killed search goes on where it was and ends with the same result.
+"""
+
+from pipeline.tuning.folds import Folds, make_folds
+from pipeline.tuning.records import OutOfFold, Trial, TuningRun
+from pipeline.tuning.scoring import SCORERS, expand_scores
+from pipeline.tuning.search import check, tune
+
+__all__ = [
+    "SCORERS",
+    "Folds",
+    "OutOfFold",
+    "Trial",
+    "TuningRun",
+    "check",
+    "expand_scores",
+    "make_folds",
+    "tune",
+]

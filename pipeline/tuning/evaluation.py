@@ -1,0 +1,158 @@
+"""Evaluators: how sets of parameters are fitted and judged on one fold, with or without work shared among them.
+
+`generic` fits the head's own pipeline from scratch and works for every head. The other rows find the same optimum with
+work shared; `evaluator_for` falls back to `generic` where they cannot.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.heads import Params, configure
+from pipeline.tuning.records import FoldOutcome, Problem, ScoreKind
+from pipeline.tuning.scoring import expand_scores
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """One way to judge parameters on a fold."""
+
+    evaluate: Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
+    """(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate."""
+    prepare: Callable[[Problem, int], Any] = lambda problem, fold: None
+    """What all candidates share on a fold, made once."""
+    together: bool = False
+    """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
+    usable: Callable[[Problem], bool] = lambda problem: True
+    """Whether it can serve this problem, for instance within memory."""
+    screen: Params = field(default_factory=dict)
+    """Parameters of a cheap version that is tried first; the best of it are then fitted in full."""
+    promote: int = 0
+    """How many of the screened are fitted in full, besides the defaults."""
+
+
+def generic(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit the head's pipeline on a fold's training rows for each candidate, and predict the held-out rows."""
+    return [_fit_one(problem, fold, params) for params in candidates]
+
+
+def _fit_one(problem: Problem, fold: int, params: Params) -> FoldOutcome:
+    train, held_out = problem.folds[fold]
+    y = problem.y[train]
+    if (y == y[0]).all():
+        return constant(int(y[0]), len(held_out), problem.n_classes)
+    with counted() as counts:
+        try:
+            start = time.perf_counter()
+            pipeline = configure(problem.head, params, problem.seed).fit(problem.X[train], y)
+            fitted = time.perf_counter()
+            X = problem.X[held_out]
+            predictions = np.asarray(pipeline.predict(X), dtype=np.int64)
+            scores, kind = score_columns(pipeline, X, problem.n_classes)
+        except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
+            return failed(error, counts)
+    return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted, dict(counts))
+
+
+def score_columns(
+    estimator: Any, X: NDArray[np.float32], n_classes: int
+) -> tuple[NDArray[np.float32] | None, ScoreKind | None]:
+    """Return an estimator's probabilities, else its decision values, with a column for every class."""
+    present = np.asarray(estimator.classes_, dtype=np.int64)
+    if hasattr(estimator, "predict_proba"):
+        return expand_scores(estimator.predict_proba(X), present, n_classes, "probability"), "probability"
+    if hasattr(estimator, "decision_function"):
+        return expand_scores(estimator.decision_function(X), present, n_classes, "decision"), "decision"
+    return None, None
+
+
+def constant(label: int, rows: int, n_classes: int) -> FoldOutcome:
+    """Return what can be said of a fold whose training rows have one class: always that class."""
+    probabilities = np.zeros((rows, n_classes), dtype=np.float32)
+    probabilities[:, label] = 1
+    return FoldOutcome(np.full(rows, label, dtype=np.int64), probabilities, "probability")
+
+
+def failed(error: Exception, counts: Mapping[str, int]) -> FoldOutcome:
+    """Return the outcome of a fit that raised."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return FoldOutcome(None, warnings=dict(counts), error=text[:500])
+
+
+_current = threading.local()
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count this thread's warnings by category, within `counting_warnings`."""
+    _current.counts = Counter()
+    try:
+        yield _current.counts
+    finally:
+        _current.counts = None
+
+
+@contextmanager
+def counting_warnings() -> Iterator[None]:
+    """Send every warning to the counter of its thread, and print none: a search would print the same one 500 times."""
+
+    def count(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        counts = getattr(_current, "counts", None)
+        if counts is not None:
+            counts[category.__name__] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = count
+        yield
+
+
+class Shared:
+    """What evaluators prepared per fold: made once by the first thread that needs it, kept while it fits in memory."""
+
+    def __init__(self, evaluator: Evaluator, problem: Problem, limit_bytes: int) -> None:
+        self._evaluator, self._problem, self._limit = evaluator, problem, limit_bytes
+        self._kept: dict[int, Any] = {}
+        self._locks = {fold: threading.Lock() for fold in range(len(problem.folds))}
+
+    def get(self, fold: int) -> Any:
+        """Return what the candidates share on a fold."""
+        with self._locks[fold]:
+            if fold in self._kept:
+                return self._kept[fold]
+            made = self._evaluator.prepare(self._problem, fold)
+            if sum(map(_bytes, self._kept.values())) + _bytes(made) <= self._limit:
+                self._kept[fold] = made
+            return made
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of the arrays a prepared value holds directly."""
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
+    return sum(int(part.nbytes) for part in vars(value).values() if isinstance(part, np.ndarray)) if value else 0
+
+
+GENERIC = Evaluator(generic)
+
+EVALUATORS: Mapping[str, Evaluator] = {"generic": GENERIC}
+"""Ways to judge parameters, by the name in `Head.evaluator`."""
+
+
+def evaluator_for(problem: Problem) -> Evaluator:
+    """Return the head's evaluator, or the generic one where it is unknown or cannot serve."""
+    evaluator = EVALUATORS.get(problem.head.evaluator, GENERIC)
+    return evaluator if evaluator.usable(problem) else GENERIC

@@ -1,0 +1,100 @@
+"""The journal of a search: one JSON line per event, on disk before the search goes on.
+
+The first line names the search by everything that determines its results. A journal of another search is set aside as
+`.old`, so nothing measured is ever lost; a line torn by a kill is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.digests import canonical_json, fingerprint
+from pipeline.errors import HeadError
+
+log = logging.getLogger(__name__)
+
+FORMAT = "manyheads trials"
+VERSION = 1
+
+
+class Journal:
+    """An open journal: the events of earlier runs, and a place for new ones."""
+
+    def __init__(self, descriptor: int, events: Sequence[Mapping[str, Any]]) -> None:
+        self._descriptor = descriptor
+        self.events = tuple(events)
+
+    @staticmethod
+    def open(path: Path, identity: Mapping[str, Any]) -> Journal:
+        """Open the journal of the search that `identity` names, or begin it.
+
+        Raises
+        ------
+        HeadError
+            When the file cannot be written.
+        """
+        header = {"format": FORMAT, "version": VERSION, "digest": fingerprint(identity), "identity": identity}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            events, length = _read(path, header)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            if os.fstat(descriptor).st_size > length:
+                os.ftruncate(descriptor, length)
+            journal = Journal(descriptor, events)
+            if not length:
+                journal.append([header])
+        except OSError as error:
+            raise HeadError(f"{path}: the trials cannot be written down there ({error.strerror})") from None
+        return journal
+
+    def append(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Write events in one piece and wait until they are on disk."""
+        data = "".join(canonical_json(event) + "\n" for event in events).encode("ascii")
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def _read(path: Path, header: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int]:
+    """Return the events of the same search and the length of the part of the file that holds them."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    lines: list[Mapping[str, Any]] = []
+    length = 0
+    for line in data.splitlines(keepends=True):
+        try:
+            event = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            break
+        lines.append(event)
+        length += len(line)
+    if lines and lines[0].get("digest") == header["digest"] and lines[0].get("version") == VERSION:
+        return lines[1:], length
+    if lines:
+        old = path.with_name(path.name + ".old")
+        log.info(
+            "%s: a new search begins, because %s; the old trials are kept in %s", path, _why(lines[0], header), old.name
+        )
+        os.replace(path, old)
+    return [], 0
+
+
+def _why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    before, now = old.get("identity"), new["identity"]
+    if old.get("format") != FORMAT or old.get("version") != VERSION or not isinstance(before, dict):
+        return "the file has another format"
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    return f"{', '.join(changed)} changed"

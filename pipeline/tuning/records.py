@@ -1,0 +1,137 @@
+"""What a search leaves behind: its trials, the best of them, and its predictions out of fold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+
+from pipeline.heads import Head, Params
+
+ScoreKind = Literal["probability", "decision"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every trial of a search is fitted on.
+
+    X : ndarray of shape (n, dim), float32, or a memory map of one
+    y : ndarray of shape (n,), int64: places in `classes`
+    """
+
+    head: Head
+    X: NDArray[np.float32]
+    y: NDArray[np.int64]
+    n_classes: int
+    folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class FoldOutcome:
+    """One set of parameters on one fold.
+
+    predictions : ndarray of shape (n_validation,), int64, places in `classes`; None after an error
+    scores : ndarray of shape (n_validation, n_classes), float32: probabilities or decision values; None without any
+    """
+
+    predictions: NDArray[np.int64] | None
+    scores: NDArray[np.float32] | None = None
+    kind: ScoreKind | None = None
+    fit_seconds: float = 0.0
+    score_seconds: float = 0.0
+    warnings: Mapping[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of parameters and how it scored; higher is better.
+
+    `fold_scores` has None for a fold that was not fitted. `mean` is there for a finished trial only. `estimate` is what
+    the search believed: the mean, or for a stopped trial what its first folds or its cheap version let expect.
+    """
+
+    number: int
+    params: Params
+    status: Literal["ok", "stopped", "failed"]
+    fold_scores: tuple[float | None, ...]
+    mean: float | None
+    estimate: float | None
+    fit_seconds: float
+    score_seconds: float
+    warnings: Mapping[str, int]
+    error: str | None = None
+    reason: str | None = None
+    """Why it was stopped."""
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the fold scores, with n - 1; None unless finished."""
+        if self.mean is None or len(self.fold_scores) < 2:
+            return None
+        return float(np.std([score for score in self.fold_scores if score is not None], ddof=1))
+
+    def record(self) -> dict[str, Any]:
+        """Return the trial as plain data for JSON."""
+        return {
+            "number": self.number,
+            "params": dict(self.params),
+            "status": self.status,
+            "fold_scores": list(self.fold_scores),
+            "mean": self.mean,
+            "estimate": self.estimate,
+            "fit_seconds": round(self.fit_seconds, 6),
+            "score_seconds": round(self.score_seconds, 6),
+            "warnings": dict(self.warnings),
+            "error": self.error,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """What the best parameters said of each training row when its fold was held out.
+
+    predictions : ndarray of shape (n,), int64: places in `TuningRun.classes`
+    scores : ndarray of shape (n, n_classes), float32, of the given kind; None for a head without either.
+        A class that a fold's training rows lack has probability 0, or the lowest decision value of its row.
+    folds : ndarray of shape (n,), int64: the fold in which the row was held out
+    """
+
+    predictions: NDArray[np.int64]
+    scores: NDArray[np.float32] | None
+    kind: ScoreKind | None
+    folds: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """A finished search. `pipeline` is the best head, fitted on all training rows."""
+
+    head: Head
+    classes: NDArray[Any]
+    """Labels in the order of the codes and of the score columns."""
+    trials: tuple[Trial, ...]
+    best: Trial
+    strategy: str
+    scoring: str
+    seed: int
+    seconds: float
+    """Wall time of the search, earlier runs that it resumed included; the last fit is `fit_seconds`."""
+    surrogate_seconds: float
+    """Wall time spent choosing the next points."""
+    replayed: int
+    """Fits that were read from the journal instead of done again."""
+    out_of_fold: OutOfFold
+    pipeline: Pipeline
+    fit_seconds: float
+
+    def curve(self) -> list[float]:
+        """Return the best finished mean after each trial; minus infinity before the first."""
+        means = [trial.mean if trial.mean is not None else -np.inf for trial in self.trials]
+        return [float(value) for value in np.maximum.accumulate(means)]

@@ -1,0 +1,412 @@
+"""The search itself: ask a strategy for points, fit them on the folds, write down, tell, and refit the best."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import scipy
+import sklearn
+import skopt
+from numpy.typing import ArrayLike, NDArray
+from sklearn.pipeline import Pipeline
+from threadpoolctl import ThreadpoolController, threadpool_limits  # type: ignore[import-untyped]
+
+from pipeline.config import TuningConfig
+from pipeline.digests import bytes_digest, canonical_json
+from pipeline.errors import HeadError
+from pipeline.heads import Head, Params, configure, identity
+from pipeline.progress import Progress, bar
+from pipeline.tuning import racing, strategies
+from pipeline.tuning.evaluation import GENERIC, Evaluator, Shared, counting_warnings, evaluator_for
+from pipeline.tuning.folds import Folds
+from pipeline.tuning.journal import Journal
+from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
+from pipeline.tuning.scoring import SCORERS
+
+log = logging.getLogger(__name__)
+
+SOLVERS_VERSION = 1
+"""Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
+
+MOST_TRIALS = 200
+"""Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
+
+SHARED_BYTES_FLOOR = 256 << 20
+SHARED_BYTES_FACTOR = 8
+"""What folds prepare and share is kept up to this many times the feature matrix, or the floor."""
+
+
+def check(head: Head, tuning: TuningConfig) -> list[str]:
+    """Return the reasons why a head cannot be tuned as configured, before anything is spent."""
+    if tuning.scoring == "log_loss" and not head.probabilities:
+        return [
+            f"head {head.name}: scoring 'log_loss' needs probabilities, which it does not give; use 'accuracy', 'balanced_accuracy' or 'macro_f1'"
+        ]
+    return []
+
+
+def tune(
+    head: Head, X: NDArray[np.float32], y: ArrayLike, folds: Folds, tuning: TuningConfig, seed: int, journal: Path
+) -> TuningRun:
+    """Search a head's parameters on the folds, and fit the best on all rows.
+
+    Results depend on the arguments but for `tuning.jobs` and `journal`; with `tuning.seconds` also on the machine.
+    Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n, dim), float32, or a memory map of one
+    y : array of shape (n,): labels or codes; the fitted pipeline predicts values of the same kind
+    journal : the JSON-lines file of this search's fits; what it holds of the same search is not fitted again
+
+    Raises
+    ------
+    HeadError
+        When the head cannot be tuned as configured, no trial could be fitted, or the journal cannot be written.
+    """
+    problems = check(head, tuning)
+    if problems:
+        raise HeadError(problems[0])
+    classes, codes = np.unique(np.asarray(y), return_inverse=True)
+    problem = Problem(head, X, codes.astype(np.int64), len(classes), tuple(folds), seed)
+    book = Journal.open(journal, _identity(problem, classes, tuning))
+    try:
+        search = _Search(problem, tuning, book)
+        with counting_warnings(), threadpool_limits(limits=1, user_api="blas"):
+            best = search.run()
+            out_of_fold = search.out_of_fold(best)
+    finally:
+        book.close()
+    start = time.perf_counter()
+    pipeline = _refit(problem, best.params, np.asarray(y), search.jobs)
+    return TuningRun(
+        head=head,
+        classes=classes,
+        trials=tuple(search.trials),
+        best=best,
+        strategy=tuning.strategy,
+        scoring=tuning.scoring,
+        seed=seed,
+        seconds=search.elapsed(),
+        surrogate_seconds=search.surrogate_seconds,
+        replayed=search.replayed,
+        out_of_fold=out_of_fold,
+        pipeline=pipeline,
+        fit_seconds=time.perf_counter() - start,
+    )
+
+
+class _Search:
+    """The state of one search: its trials so far, what the journal knows, and the clock."""
+
+    def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
+        self.problem, self.tuning, self.journal = problem, tuning, journal
+        self.evaluator: Evaluator = evaluator_for(problem)
+        limit = max(SHARED_BYTES_FLOOR, SHARED_BYTES_FACTOR * problem.X.nbytes)
+        self.shared = Shared(self.evaluator, problem, limit)
+        self.jobs = joblib.cpu_count() if tuning.jobs == "auto" else tuning.jobs
+        self.trials: list[Trial] = []
+        self.surrogate_seconds = 0.0
+        self.replayed = 0
+        fits = [event for event in journal.events if event["event"] == "fit"]
+        self._known = {_fit_key(event["cheap"], event["params"], event["fold"]): event for event in fits}
+        self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
+        self._start = time.perf_counter()
+        self._kept: tuple[int, list[FoldOutcome]] | None = None
+        self._threads = ThreadpoolController()
+        self._scorer = SCORERS[tuning.scoring]
+
+    def elapsed(self) -> float:
+        """Seconds of this search, earlier runs included."""
+        return self._before + time.perf_counter() - self._start
+
+    def run(self) -> Trial:
+        """Search until the budget is spent and return the best finished trial."""
+        limit = self.tuning.trials if self.tuning.seconds is None else MOST_TRIALS
+        head = self.problem.head
+        asked = strategies.rounds(
+            self.tuning.strategy, head.space, head.defaults, self.tuning.trials, self.problem.seed
+        )
+        with bar(limit, "trials", head.name) as progress:
+            points = next(asked, None)
+            while points and len(self.trials) < limit and self._time_left() and not self._hopeless(len(points)):
+                values = self._round(points[: limit - len(self.trials)], progress)
+                start = time.perf_counter()
+                try:
+                    points = asked.send(values) if len(self.trials) < limit else None
+                except StopIteration:
+                    points = None
+                self.surrogate_seconds += time.perf_counter() - start
+            if self.evaluator.screen:
+                self._promote(progress)
+        return self._best()
+
+    def _time_left(self) -> bool:
+        return self.tuning.seconds is None or not self.trials or self.elapsed() < self.tuning.seconds
+
+    def _hopeless(self, size: int) -> bool:
+        """Whether the first two rounds failed to the last trial: more would fail too."""
+        return len(self.trials) >= 2 * size + 1 and all(trial.status == "failed" for trial in self.trials)
+
+    def _round(self, points: Sequence[Params], progress: Progress) -> list[float | None]:
+        """Fit one round of points; return what the strategy is told of each."""
+        first = len(self.trials)
+        numbers = list(range(first, first + len(points)))
+        fresh = self._race(numbers, points, cheap=bool(self.evaluator.screen))
+        self.trials += fresh
+        self.journal.append([{"event": "trial", "elapsed": self.elapsed(), **trial.record()} for trial in fresh])
+        progress.update(len(fresh))
+        estimates = [trial.estimate for trial in self.trials if trial.estimate is not None]
+        if estimates:
+            progress.note(f"best {self.tuning.scoring} {abs(max(estimates)):.4f}")
+        # A failed trial counts as the worst seen, so that the surrogate keeps away from it.
+        worst = min(estimates, default=None)
+        return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
+
+    def _promote(self, progress: Progress) -> None:
+        """Fit in full the trials whose cheap version was best, and the defaults."""
+        ranked = sorted(
+            (trial for trial in self.trials if trial.estimate is not None),
+            key=lambda trial: (-(trial.estimate or 0.0), trial.number),
+        )
+        chosen = sorted({trial.number for trial in ranked[: self.evaluator.promote]} | {0})
+        progress.note(f"fitting {len(chosen)} of them in full")
+        for trial in self._race(chosen, [self.trials[number].params for number in chosen], cheap=False):
+            self.trials[trial.number] = trial
+            self.journal.append([{"event": "trial", "elapsed": self.elapsed(), **trial.record()}])
+
+    def _race(self, numbers: Sequence[int], points: Sequence[Params], cheap: bool) -> list[Trial]:
+        """Fit points fold by fold, stopping those that can no longer win."""
+        n_folds = len(self.problem.folds)
+        scores = np.full((len(points), n_folds), np.nan)
+        outcomes: list[list[FoldOutcome]] = [[] for _ in points]
+        alive = list(range(len(points)))
+        reasons: dict[int, str] = {}
+        for stage in racing.stages(n_folds, race=not self.evaluator.together):
+            for place, fold, outcome, score in self._fit(alive, points, stage, numbers, cheap):
+                outcomes[place].append(outcome)
+                scores[place, fold] = score
+            done = stage[-1] + 1
+            alive = [place for place in alive if all(outcome.error is None for outcome in outcomes[place])]
+            if done < n_folds:
+                alive = self._still_racing(alive, scores, done, reasons, cheap)
+        leader = self._leader(scores, alive, n_folds, cheap)
+        return [
+            self._trial(number, params, scores[place], outcomes[place], reasons.get(place), leader, cheap)
+            for place, (number, params) in enumerate(zip(numbers, points, strict=True))
+        ]
+
+    def _still_racing(
+        self, alive: list[int], scores: NDArray[np.float64], done: int, reasons: dict[int, str], cheap: bool
+    ) -> list[int]:
+        leader = self._leader(scores, alive, done, cheap)
+        if leader is None:
+            return alive
+        rows = float(np.mean([len(held_out) for _, held_out in self.problem.folds]))
+        bounded = self.tuning.scoring != "log_loss"
+        kept = []
+        for place in alive:
+            if racing.behind(scores[place, :done], leader[:done], rows, bounded):
+                gap = float(np.mean(leader[:done] - scores[place, :done]))
+                reasons[place] = f"{gap:.4f} behind the best after {done} of {scores.shape[1]} folds"
+            else:
+                kept.append(place)
+        return kept
+
+    def _leader(
+        self, scores: NDArray[np.float64], alive: Sequence[int], done: int, cheap: bool
+    ) -> NDArray[np.float64] | None:
+        """Fold scores of the best so far on the first `done` folds: of earlier trials and of this round."""
+        rows = [scores[place] for place in alive]
+        rows += [np.array(trial.fold_scores, dtype=float) for trial in self.trials if _complete(trial, cheap)]
+        rows = [row for row in rows if not np.isnan(row[:done]).any()]
+        return max(rows, key=lambda row: float(row[:done].mean())) if rows else None
+
+    def _fit(
+        self, alive: Sequence[int], points: Sequence[Params], stage: Sequence[int], numbers: Sequence[int], cheap: bool
+    ) -> list[tuple[int, int, FoldOutcome, float]]:
+        """Fit the living points on a stage's folds, in parallel; each is in the journal before this returns."""
+        groups = [list(alive)] if self.evaluator.together else [[place] for place in alive]
+        tasks = [(fold, group) for fold in stage for group in groups if group]
+        results: list[tuple[int, int, FoldOutcome, float]] = []
+        pending = []
+        for fold, group in tasks:
+            known = [self._known.get(_fit_key(cheap, points[place], fold)) for place in group]
+            if all(known):
+                self.replayed += len(group)
+                results += [(place, fold, *_replay(event)) for place, event in zip(group, known, strict=True) if event]
+            else:
+                pending.append((fold, group))
+        run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator_unordered")
+        for fold, group, made in run(joblib.delayed(self._task)(fold, group, points, cheap) for fold, group in pending):
+            events = []
+            for place, (outcome, score) in zip(group, made, strict=True):
+                results.append((place, fold, outcome, score))
+                events.append(_fit_event(numbers[place], points[place], fold, outcome, score, cheap, self.elapsed()))
+            self.journal.append(events)
+        return sorted(results, key=lambda result: result[:2])
+
+    def _task(
+        self, fold: int, group: Sequence[int], points: Sequence[Params], cheap: bool
+    ) -> tuple[int, Sequence[int], list[tuple[FoldOutcome, float]]]:
+        candidates = [{**points[place], **(self.evaluator.screen if cheap else {})} for place in group]
+        outcomes = self._evaluate(fold, candidates)
+        y = self.problem.y[self.problem.folds[fold][1]]
+        judged = []
+        for outcome in outcomes:
+            if outcome.predictions is None:
+                judged.append((outcome, math.nan))
+                continue
+            judged.append((outcome, self._scorer(y, outcome.predictions, outcome.scores)))
+        return fold, group, judged
+
+    def _evaluate(self, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:
+        # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
+        with self._threads.limit(limits=1, user_api="openmp"):
+            if len(np.unique(self.problem.y[self.problem.folds[fold][0]])) < 2:
+                return GENERIC.evaluate(self.problem, fold, None, candidates)
+            return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), candidates)
+
+    def _trial(
+        self,
+        number: int,
+        params: Params,
+        scores: NDArray[np.float64],
+        outcomes: Sequence[FoldOutcome],
+        reason: str | None,
+        leader: NDArray[np.float64] | None,
+        cheap: bool,
+    ) -> Trial:
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        fitted = ~np.isnan(scores)
+        trial = Trial(
+            number=number,
+            params=dict(params),
+            status="ok",
+            fold_scores=tuple(float(score) if known else None for score, known in zip(scores, fitted, strict=True)),
+            mean=None,
+            estimate=None,
+            fit_seconds=sum(outcome.fit_seconds for outcome in outcomes),
+            score_seconds=sum(outcome.score_seconds for outcome in outcomes),
+            warnings=dict(sum((Counter(outcome.warnings) for outcome in outcomes), Counter())),
+        )
+        if errors:
+            return replace(trial, status="failed", error=errors[0])
+        if reason is not None and leader is not None:
+            # On the same folds the difference to the leader is less noisy than the score itself.
+            estimate = float(leader.mean() + (scores[fitted] - leader[fitted]).mean())
+            return replace(trial, status="stopped", estimate=estimate, reason=reason)
+        mean = float(scores.mean())
+        if cheap:
+            return replace(trial, status="stopped", estimate=mean, reason="screened only")
+        return replace(trial, mean=mean, estimate=mean)
+
+    def _best(self) -> Trial:
+        done = [trial for trial in self.trials if trial.mean is not None]
+        if done:
+            return max(done, key=lambda trial: (trial.mean or 0.0, -trial.number))
+        counts = Counter(trial.error for trial in self.trials)
+        plural = "trial" if len(self.trials) == 1 else "trials"
+        raise HeadError(
+            f"head {self.problem.head.name}: none of {len(self.trials)} {plural} could be fitted; see what it needs in the errors below",
+            [f"{count} x {error}" for error, count in counts.most_common(5)],
+        )
+
+    def out_of_fold(self, best: Trial) -> OutOfFold:
+        """Predict every row with the best parameters, fitted on the folds that do not hold it out."""
+        problem = self.problem
+        run = joblib.Parallel(n_jobs=self.jobs, backend="threading")
+        folds = range(len(problem.folds))
+        outcomes = [made[0] for made in run(joblib.delayed(self._evaluate)(fold, [best.params]) for fold in folds)]
+        predictions = np.full(len(problem.y), -1, dtype=np.int64)
+        place = np.full(len(problem.y), -1, dtype=np.int64)
+        kinds = {outcome.kind for outcome in outcomes}
+        scores = np.zeros((len(problem.y), problem.n_classes), dtype=np.float32) if None not in kinds else None
+        for fold, outcome in enumerate(outcomes):
+            held_out = problem.folds[fold][1]
+            assert outcome.predictions is not None, "the best trial was fitted on every fold"
+            predictions[held_out], place[held_out] = outcome.predictions, fold
+            if scores is not None and outcome.scores is not None:
+                scores[held_out] = outcome.scores
+        kind: ScoreKind = "decision" if "decision" in kinds else "probability"
+        return OutOfFold(predictions, scores, kind if scores is not None else None, place)
+
+
+def _complete(trial: Trial, cheap: bool) -> bool:
+    return None not in trial.fold_scores and (trial.mean is None) == cheap
+
+
+def _fit_key(cheap: bool, params: Params, fold: int) -> str:
+    return canonical_json([cheap, dict(params), fold])
+
+
+def _fit_event(
+    number: int, params: Params, fold: int, outcome: FoldOutcome, score: float, cheap: bool, elapsed: float
+) -> dict[str, Any]:
+    return {
+        "event": "fit",
+        "trial": number,
+        "params": dict(params),
+        "cheap": cheap,
+        "fold": fold,
+        "score": None if math.isnan(score) else score,
+        "fit_seconds": round(outcome.fit_seconds, 6),
+        "score_seconds": round(outcome.score_seconds, 6),
+        "warnings": dict(outcome.warnings),
+        "error": outcome.error,
+        "elapsed": elapsed,
+    }
+
+
+def _replay(event: Mapping[str, Any]) -> tuple[FoldOutcome, float]:
+    outcome = FoldOutcome(
+        predictions=None,
+        fit_seconds=event["fit_seconds"],
+        score_seconds=event["score_seconds"],
+        warnings=event["warnings"],
+        error=event["error"],
+    )
+    return outcome, math.nan if event["score"] is None else float(event["score"])
+
+
+def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
+    """Fit the head's plain pipeline on all rows; `n_jobs` is used for the fit and not kept."""
+    with counting_warnings():
+        pipeline = configure(problem.head, params, problem.seed)
+        parallel = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
+        kept = {key: pipeline.get_params()[key] for key in parallel}
+        return pipeline.set_params(**parallel).fit(problem.X, y).set_params(**kept)
+
+
+def _identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfig) -> dict[str, Any]:
+    """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
+    folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
+    budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
+    return {
+        "features": [list(problem.X.shape), str(problem.X.dtype), bytes_digest(_bytes_of(problem.X))],
+        "labels": [[str(label) for label in classes], bytes_digest(problem.y.tobytes())],
+        "folds": bytes_digest(folds),
+        "head": identity(problem.head, problem.seed),
+        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **budget},
+        "seed": problem.seed,
+        "versions": {
+            "scikit-learn": sklearn.__version__,
+            "scikit-optimize": skopt.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "solvers": SOLVERS_VERSION,
+        },
+    }
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))  # type: ignore[arg-type]

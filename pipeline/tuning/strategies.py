@@ -1,0 +1,241 @@
+"""Strategies: which points of a search space to try next, as generators that are sent the scores of the last round.
+
+Every strategy tries the head's defaults first and gives out each point once. A space with no more points than trials is
+tried completely, whatever the strategy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from skopt import Optimizer
+from skopt.sampler import Lhs
+from skopt.space import Categorical, Dimension, Integer, Space
+
+from pipeline.heads import Params
+
+Rounds = Generator[list[Params], "Sequence[float | None]", None]
+"""Yields rounds of points; is sent one score per point, higher is better, None where there is none."""
+
+DRAWS = 400
+"""Random points of the space among which the surrogate chooses."""
+
+APART = 0.02
+"""Points nearer than this share of every range to one already tried teach nothing new."""
+
+
+def rounds(strategy: str, space: Mapping[str, Dimension], defaults: Params, trials: int, seed: int) -> Rounds:
+    """Return the rounds of a strategy: `bayes`, `random` or `grid`; endless but for `grid`."""
+    size = max(1, min(8, trials // 4))
+    if cardinality(space) <= trials:
+        return _grid(space, defaults, int(cardinality(space)), size, seed)
+    return STRATEGIES[strategy](space, defaults, trials, size, seed)
+
+
+def cardinality(space: Mapping[str, Dimension]) -> float:
+    """Return how many points a space has; infinity when a dimension is continuous."""
+    return math.prod(_count(dimension) for dimension in space.values())
+
+
+def _grid(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
+    """The defaults, then a grid of at most `trials - 1` points, evenly spaced along each dimension's own scale."""
+    budget = trials if cardinality(space) <= trials else max(1, trials - 1)
+    axes = [_axis(dimension, count) for dimension, count in zip(space.values(), _shape(space, budget), strict=True)]
+    points: list[Params] = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+    points = [dict(defaults), *(point for point in points if point != dict(defaults))][:trials]
+    # Neighbours apart, so that a search that runs out of time has seen the whole grid coarsely.
+    rest = [points[1 + place] for place in np.random.default_rng(seed).permutation(len(points) - 1)]
+    yield from _in_rounds([points[0], *rest], size)
+
+
+def _random(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
+    """The defaults, then independent draws from each dimension's prior."""
+    code = _Code(space)
+    generator = np.random.RandomState(seed)  # skopt takes no other
+    seen = {_key(defaults)}
+    batch = [dict(defaults)]
+    while len(seen) <= cardinality(space):
+        while len(batch) < size and len(seen) < cardinality(space):
+            point = code.decode(code.space.rvs(1, random_state=generator)[0])
+            if _key(point) not in seen:
+                seen.add(_key(point))
+                batch.append(point)
+        if not batch:
+            return
+        yield list(batch)
+        batch = []
+
+
+def _bayes(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
+    """The defaults and a Latin hypercube, then rounds chosen with a Gaussian process fitted once per round.
+
+    A round is the point of the highest expected improvement and points that are best in functions drawn from the
+    process (Thompson sampling, Kandasamy et al. 2018): asking `Optimizer` for several at once would refit it for each.
+    """
+    code = _Code(space)
+    generator = np.random.RandomState(seed)
+    optimizer = Optimizer(
+        code.space.dimensions,
+        base_estimator="GP",
+        n_initial_points=1,
+        acq_func="EI",
+        acq_optimizer="sampling",
+        acq_optimizer_kwargs={"n_points": 1000},
+        random_state=generator.randint(2**31 - 1),
+        avoid_duplicates=False,
+    )
+    first = Lhs(lhs_type="centered", criterion=None).generate(
+        code.space.dimensions, max(1, size - 1), random_state=generator
+    )
+    batch = _fresh([code.encode(defaults), *first], [], code, size)
+    tried: list[list[Any]] = []
+    while batch:
+        values = yield [code.decode(point) for point in batch]
+        tried += batch
+        told = [(point, -value) for point, value in zip(batch, values, strict=True) if value is not None]
+        if told:
+            optimizer.tell([point for point, _ in told], [value for _, value in told])
+        if optimizer.models:
+            wanted = [optimizer.ask(), *_thompson(optimizer.models[-1], code, size - 1, generator, tried)]
+        else:
+            wanted = code.space.rvs(size, random_state=generator)
+        spare = code.space.rvs(DRAWS, random_state=generator)
+        batch = _fresh(wanted, tried, code, size) or _fresh(spare, tried, code, size)
+
+
+STRATEGIES: Mapping[str, Callable[[Mapping[str, Dimension], Params, int, int, int], Rounds]] = {
+    "bayes": _bayes,
+    "random": _random,
+    "grid": _grid,
+}
+
+
+class _Code:
+    """Points of a search space as skopt's lists, and back to plain parameters."""
+
+    def __init__(self, space: Mapping[str, Dimension]) -> None:
+        self._source = space
+        # Choices may be of mixed types, which skopt cannot encode, so it is given their places.
+        coded = [
+            Categorical([str(place) for place in range(len(row.categories))]) if isinstance(row, Categorical) else row
+            for row in space.values()
+        ]
+        # `Optimizer` gives its own copies the transformation of a Gaussian process; these need the same.
+        self.space = Space([_copy(row) for row in coded])
+        self.space.set_transformer("normalize")
+
+    def encode(self, params: Params) -> list[Any]:
+        return [
+            str(list(row.categories).index(params[key])) if isinstance(row, Categorical) else params[key]
+            for key, row in self._source.items()
+        ]
+
+    def decode(self, point: Sequence[Any]) -> dict[str, Any]:
+        return {key: _plain(row, value) for (key, row), value in zip(self._source.items(), point, strict=True)}
+
+    def unit(self, points: Sequence[Sequence[Any]]) -> NDArray[np.float64]:
+        """Points in the cube the surrogate works in: shape (n, columns), 0 to 1."""
+        return np.asarray(self.space.transform([list(point) for point in points]), dtype=np.float64)
+
+
+def _copy(row: Dimension) -> Dimension:
+    if isinstance(row, Categorical):
+        return Categorical(list(row.categories))
+    return type(row)(row.low, row.high, prior=row.prior)
+
+
+def _plain(row: Dimension, value: Any) -> Any:
+    """Turn skopt's numpy scalar into a plain value; six digits are enough of a number and can be read."""
+    if isinstance(row, Categorical):
+        return row.categories[int(value)]
+    if isinstance(row, Integer):
+        return int(value)
+    return min(max(float(f"{float(value):.6g}"), float(row.low)), float(row.high))
+
+
+def _thompson(
+    model: Any, code: _Code, count: int, generator: np.random.RandomState, tried: Sequence[Sequence[Any]]
+) -> list[list[Any]]:
+    """Return the points that are lowest in functions drawn from a fitted process, away from each other."""
+    if count < 1:
+        return []
+    points = code.space.rvs(DRAWS, random_state=generator)
+    unit = code.unit(points)
+    drawn = np.asarray(model.sample_y(unit, n_samples=count, random_state=generator.randint(2**31 - 1)))
+    taken = list(code.unit(tried)) if tried else []
+    chosen = []
+    for column in drawn.reshape(len(points), count).T:
+        for place in np.argsort(column):
+            if all(np.abs(unit[place] - other).max() > APART for other in taken):
+                taken.append(unit[place])
+                chosen.append(points[place])
+                break
+    return chosen
+
+
+def _fresh(points: Sequence[Any], tried: Sequence[Any], code: _Code, size: int) -> list[list[Any]]:
+    """Return the first `size` points that decode to parameters not tried yet."""
+    seen = {_key(code.decode(point)) for point in tried}
+    fresh: list[list[Any]] = []
+    for point in points:
+        key = _key(code.decode(point))
+        if key not in seen and len(fresh) < size:
+            seen.add(key)
+            fresh.append(list(point))
+    return fresh
+
+
+def _key(params: Params) -> str:
+    return repr(sorted(params.items()))
+
+
+def _in_rounds(points: Sequence[Params], size: int) -> Rounds:
+    for start in range(0, len(points), size):
+        yield list(points[start : start + size])
+
+
+def _count(dimension: Dimension) -> float:
+    if isinstance(dimension, Categorical):
+        return len(dimension.categories)
+    return dimension.high - dimension.low + 1 if isinstance(dimension, Integer) else math.inf
+
+
+def _shape(space: Mapping[str, Dimension], budget: int) -> list[int]:
+    """Return points per dimension: as even as the budget and the dimensions' own sizes allow."""
+    shape = [1] * len(space)
+    while True:
+        open_axes = [
+            place
+            for place, dimension in enumerate(space.values())
+            if shape[place] < _count(dimension) and math.prod(shape) // shape[place] * (shape[place] + 1) <= budget
+        ]
+        if not open_axes:
+            return shape
+        shape[min(open_axes, key=lambda place: shape[place])] += 1
+
+
+def _axis(dimension: Dimension, count: int) -> list[Any]:
+    """Return `count` values of a dimension, evenly spaced on its own scale, both ends included."""
+    if isinstance(dimension, Categorical):
+        return list(dimension.categories)[:count]
+    low, high = float(dimension.low), float(dimension.high)
+    shares = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
+    logarithmic = dimension.prior == "log-uniform"
+    values = low * (high / low) ** shares if logarithmic else low + (high - low) * shares
+    if isinstance(dimension, Integer):
+        return _whole(values, dimension)
+    return [_plain(dimension, value) for value in values]
+
+
+def _whole(values: NDArray[np.float64], dimension: Integer) -> list[int]:
+    """Round to whole numbers, moving one that is already taken to the next free one."""
+    taken: list[int] = []
+    for value in values:
+        nearest = sorted(range(int(dimension.low), int(dimension.high) + 1), key=lambda whole: abs(whole - value))
+        taken.append(next(whole for whole in nearest if whole not in taken))
+    return sorted(taken)

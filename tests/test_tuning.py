@@ -1,0 +1,501 @@
+"""Tuning: folds, strategies, the journal, racing, failures, and that a killed search ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.datasets import make_classification
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from sklearn.pipeline import Pipeline
+from skopt.space import Categorical, Integer, Real
+
+from pipeline.config import HeadConfig, TuningConfig
+from pipeline.errors import HeadError
+from pipeline.heads import HEADS, Head, configure, resolve
+from pipeline.tuning import SCORERS, check, expand_scores, make_folds, racing, strategies, tune
+from pipeline.tuning.strategies import cardinality
+
+
+def features(classes: int = 3, rows: int = 200, dim: int = 12, seed: int = 0, spread: float = 0.7):
+    X, y = make_classification(
+        rows, dim, n_informative=8, n_redundant=2, n_classes=classes, class_sep=spread, flip_y=0.05, random_state=seed
+    )
+    return X.astype(np.float32), np.array([f"class {label}" for label in y], dtype=object)
+
+
+def build_lda(seed: int) -> Pipeline:
+    return Pipeline([("head", LinearDiscriminantAnalysis(solver="lsqr"))])
+
+
+LDA = Head("lda", build_lda, {"shrinkage": Real(1e-4, 1, prior="log-uniform")}, {"shrinkage": 0.01}, probabilities=True)
+
+
+class Counting(ClassifierMixin, BaseEstimator):
+    """Reads the class from the first feature and then errs on a set share of rows; counts its fits, and fails or kills where it is told to."""
+
+    fits: list[tuple[float, int]] = []  # noqa: RUF012 - shared on purpose
+    stop_after = 10**9
+    lock = threading.Lock()
+
+    def __init__(self, value: float = 0.0, fail_above: float = 2.0):
+        self.value, self.fail_above = value, fail_above
+
+    def fit(self, X, y):
+        if self.value > self.fail_above:
+            raise ValueError("the value is\ntoo large")
+        with Counting.lock:
+            Counting.fits.append((self.value, len(X)))
+            if len(Counting.fits) > Counting.stop_after:
+                raise KeyboardInterrupt
+        self.classes_ = np.unique(y)
+        self.rate_ = 1 - abs(self.value - 0.3)
+        return self
+
+    def predict(self, X):
+        right = np.arange(len(X)) < self.rate_ * len(X)
+        code = X[:, 0].astype(int) % len(self.classes_)
+        return self.classes_[np.where(right, code, (code + 1) % len(self.classes_))]
+
+
+def build_counting(fail_above: float, seed: int) -> Pipeline:
+    return Pipeline([("head", Counting(fail_above=fail_above))])
+
+
+def counting(fail_above: float = 2.0) -> Head:
+    Counting.fits.clear()
+    Counting.stop_after = 10**9
+    return Head("counting", partial(build_counting, fail_above), {"value": Real(0.0, 1.0)}, {"value": 0.9})
+
+
+def summary(run):
+    trials = [(t.number, dict(t.params), t.status, t.fold_scores, t.estimate, t.error, t.reason) for t in run.trials]
+    return trials, run.best.number, run.out_of_fold.predictions.tolist()
+
+
+# Folds ---------------------------------------------------------------------------------------------------------------
+
+
+def test_folds_hold_every_row_out_once_and_keep_the_shares():
+    y = np.repeat(["a", "b", "c"], [50, 30, 20])
+    folds = make_folds(y, 5, seed=3)
+    assert sorted(np.concatenate([held_out for _, held_out in folds]).tolist()) == list(range(100))
+    for train, held_out in folds:
+        assert sorted([*train, *held_out]) == list(range(100))
+        assert [np.sum(y[held_out] == label) for label in "abc"] == [10, 6, 4]
+    again, other = make_folds(y, 5, seed=3), make_folds(y, 5, seed=4)
+    assert all(np.array_equal(a[1], b[1]) for a, b in zip(folds, again, strict=True))
+    assert not all(np.array_equal(a[1], b[1]) for a, b in zip(folds, other, strict=True))
+
+
+def test_a_group_stays_in_one_fold():
+    generator = np.random.default_rng(0)
+    groups = np.array([f"g{place}" for place in generator.integers(0, 25, 120)], dtype=object)
+    y = np.array([f"c{int(group[1:]) % 3}" for group in groups], dtype=object)
+    folds = make_folds(y, 4, seed=1, groups=groups)
+    assert sorted(np.concatenate([held_out for _, held_out in folds]).tolist()) == list(range(120))
+    for train, held_out in folds:
+        assert not set(groups[train]) & set(groups[held_out])
+        assert set(y[train]) == {"c0", "c1", "c2"}
+
+
+def test_rare_classes_and_few_rows_are_told_and_survived(caplog):
+    folds = make_folds(["a"] * 20 + ["b"] * 3 + ["c"], 5, seed=0)
+    assert len(folds) == 5
+    assert "2 classes have fewer training rows than the 5 folds: b, c" in caplog.text
+    assert len(make_folds(["a"] * 3 + ["b"] * 2, 5, seed=0)) == 3
+    assert "3 folds instead of 5: the training rows do not allow more" in caplog.text
+    assert len(make_folds(["a", "b"] * 10, 5, seed=0, groups=["x"] * 6 + ["y"] * 14)) == 2
+
+
+@pytest.mark.parametrize(
+    ("y", "groups", "text"),
+    [
+        (["a", "b", "c"], None, "every class has one training row"),
+        (["a", "a", "a"], None, "the training rows have 1 class; a classifier needs at least 2"),
+        (["a", "a", "b"], ["g", "g", "g"], "all training rows are in one group"),
+    ],
+)
+def test_folds_that_cannot_be_made(y, groups, text):
+    with pytest.raises(HeadError, match=text):
+        make_folds(y, 5, seed=0, groups=groups)
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "ridge", "nearest_centroid", "linear_svm", "rbf_svm"])
+def test_a_class_of_one_row_does_not_stop_a_search(name, tmp_path):
+    X, y = features(classes=2, rows=60)
+    y[0] = "alone"
+    run = tune(HEADS[name], X, y, make_folds(y, 3, 0), TuningConfig(trials=4), 0, tmp_path / "trials.jsonl")
+    assert {trial.status for trial in run.trials} <= {"ok", "stopped"}
+    assert run.out_of_fold.predictions[0] != list(run.classes).index("alone")
+    assert run.out_of_fold.scores.shape == (60, 3)
+    assert set(run.pipeline.classes_) == {"alone", "class 0", "class 1"}
+
+
+def test_two_classes_of_which_one_has_one_row(tmp_path):
+    X, _ = features(rows=20)
+    y = np.array(["many"] * 19 + ["alone"])
+    head = HEADS["logistic_regression"]
+    run = tune(head, X, y, make_folds(y, 4, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
+    assert run.out_of_fold.predictions.tolist()[-1] == 1
+    assert run.best.mean == pytest.approx(0.95)
+
+
+# Strategies ----------------------------------------------------------------------------------------------------------
+
+SPACE = {"C": Real(1e-3, 1e3, prior="log-uniform"), "gamma": Real(1e-4, 1, prior="log-uniform")}
+DEFAULTS = {"C": 1.0, "gamma": 0.01}
+
+
+def drive(strategy, space, defaults, trials, seed, objective):
+    points, values = [], []
+    asked = strategies.rounds(strategy, space, defaults, trials, seed)
+    batch = next(asked)
+    while batch and len(points) < trials:
+        scores = [objective(point) for point in batch]
+        points, values = points + batch, values + scores
+        try:
+            batch = asked.send(scores)
+        except StopIteration:
+            break
+    return points[:trials], values[:trials]
+
+
+def bowl(point):
+    return -((np.log10(point["C"]) - 1.7) ** 2) - (np.log10(point["gamma"]) + 2.6) ** 2
+
+
+@pytest.mark.parametrize("strategy", ["bayes", "random", "grid"])
+def test_every_strategy_starts_with_the_defaults_and_repeats_with_its_seed(strategy):
+    points, _ = drive(strategy, SPACE, DEFAULTS, 12, 0, bowl)
+    again, _ = drive(strategy, SPACE, DEFAULTS, 12, 0, bowl)
+    assert points[0] == DEFAULTS
+    assert points == again
+    assert len({str(point) for point in points}) == len(points)
+    assert all(point[key] in SPACE[key] for point in points for key in SPACE)
+    assert 9 <= len(points) <= 12
+    json.dumps(points)
+    if strategy != "grid":
+        assert points != drive(strategy, SPACE, DEFAULTS, 12, 1, bowl)[0]
+
+
+def test_bayes_finds_what_random_and_grid_only_come_near_to():
+    best = {
+        name: [max(drive(name, SPACE, DEFAULTS, 24, seed, bowl)[1]) for seed in range(3)]
+        for name in strategies.STRATEGIES
+    }
+    assert np.mean(best["bayes"]) > -0.05
+    assert np.mean(best["bayes"]) > np.mean(best["random"])
+    assert np.mean(best["bayes"]) > np.mean(best["grid"])
+
+
+def test_the_grid_is_even_on_each_own_scale():
+    points, _ = drive("grid", SPACE, DEFAULTS, 17, 0, bowl)
+    assert sorted({point["C"] for point in points[1:]}) == [0.001, 0.1, 10.0, 1000.0]
+    assert len({point["gamma"] for point in points[1:]}) == 4
+    assert len(points) == 17
+
+
+@pytest.mark.parametrize("strategy", ["bayes", "random", "grid"])
+def test_a_small_space_is_tried_completely(strategy):
+    space = {"k": Integer(1, 3), "kind": Categorical([None, "a", 0.5])}
+    points, _ = drive(strategy, space, {"k": 2, "kind": "a"}, 16, 0, lambda point: 0.0)
+    assert len(points) == 9
+    assert points[0] == {"k": 2, "kind": "a"}
+    assert {(point["k"], point["kind"]) for point in points} == {
+        (k, kind) for k in (1, 2, 3) for kind in (None, "a", 0.5)
+    }
+
+
+@pytest.mark.parametrize("strategy", ["bayes", "random"])
+def test_mixed_spaces_give_plain_values_and_no_point_twice(strategy):
+    space = {"k": Integer(1, 9, prior="log-uniform"), "kind": Categorical([None, "a", 0.5]), "x": Real(0, 1)}
+    points, _ = drive(strategy, space, {"k": 2, "kind": None, "x": 0.5}, 20, 0, lambda point: point["x"])
+    assert len(points) == 20
+    assert {type(point["k"]) for point in points} == {int}
+    assert {type(point["x"]) for point in points} == {float}
+    assert cardinality(space) == np.inf
+
+
+def test_points_without_a_score_do_not_stop_the_strategy():
+    points, _ = drive("bayes", SPACE, DEFAULTS, 12, 0, lambda point: None)
+    assert len(points) == 12
+
+
+def test_a_space_whose_parameters_are_all_fixed_has_one_trial(tmp_path):
+    X, y = features()
+    head = resolve(HeadConfig(name="ridge", space={"alpha": (3.0,)}))
+    run = tune(head, X, y, make_folds(y, 3, 0), TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
+    assert len(run.trials) == 1
+    assert run.pipeline[-1].alpha == 3.0
+
+
+# Scores --------------------------------------------------------------------------------------------------------------
+
+
+def test_scorers_are_those_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 4, 300)
+    probabilities = generator.dirichlet(np.ones(4), 300).astype(np.float32)
+    predictions = probabilities.argmax(axis=1)
+    assert SCORERS["accuracy"](y, predictions, None) == pytest.approx(accuracy_score(y, predictions))
+    assert SCORERS["balanced_accuracy"](y, predictions, None) == pytest.approx(balanced_accuracy_score(y, predictions))
+    assert SCORERS["macro_f1"](y, predictions, None) == pytest.approx(f1_score(y, predictions, average="macro"))
+    assert SCORERS["log_loss"](y, predictions, probabilities) == pytest.approx(-log_loss(y, probabilities), rel=1e-5)
+
+
+def test_absent_classes_never_win():
+    decision = expand_scores(np.array([[-1.0, -3.0]]), np.array([0, 2]), 4, "decision")
+    assert decision.tolist() == [[-1.0, -4.0, -3.0, -4.0]]
+    assert expand_scores(np.array([2.0]), np.array([1, 2]), 3, "decision").tolist() == [[-3.0, -2.0, 2.0]]
+    probability = expand_scores(np.array([[0.25, 0.75]]), np.array([0, 2]), 3, "probability")
+    assert probability.tolist() == [[0.25, 0.0, 0.75]]
+
+
+def test_log_loss_needs_probabilities(tmp_path):
+    tuning = TuningConfig(scoring="log_loss")
+    assert check(HEADS["logistic_regression"], tuning) == []
+    with pytest.raises(HeadError, match="head rbf_svm: scoring 'log_loss' needs probabilities"):
+        tune(HEADS["rbf_svm"], *features(), (), tuning, 0, tmp_path / "trials.jsonl")
+
+
+# The search ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_plain_scikit_learn_on_the_same_folds(tmp_path):
+    X, y = features()
+    folds = make_folds(y, 4, 0)
+    run = tune(LDA, X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
+    own = []
+    for train, held_out in folds:
+        pipeline = configure(LDA, run.best.params, 0).fit(X[train], y[train])
+        own.append(pipeline.score(X[held_out], y[held_out]))
+        assert np.array_equal(pipeline.predict(X[held_out]), run.classes[run.out_of_fold.predictions[held_out]])
+        np.testing.assert_allclose(pipeline.predict_proba(X[held_out]), run.out_of_fold.scores[held_out], atol=1e-5)
+    assert run.best.fold_scores == pytest.approx(tuple(own))
+    assert run.best.mean == pytest.approx(np.mean(own))
+    assert run.best.spread == pytest.approx(np.std(own, ddof=1))
+    assert run.out_of_fold.kind == "probability"
+    assert run.best.mean == max(trial.mean for trial in run.trials if trial.mean is not None) == run.curve()[-1]
+    full = configure(LDA, run.best.params, 0).fit(X, y)
+    assert np.array_equal(full.predict(X), run.pipeline.predict(X))
+    assert set(run.pipeline.predict(X)) <= set(y)
+
+
+def test_the_number_of_jobs_does_not_change_the_result(tmp_path):
+    X, y = features()
+    folds = make_folds(y, 5, 0)
+    for name in ("random_forest", "logistic_regression", "rbf_svm"):
+        head = resolve(HeadConfig(name=name, space={"min_samples_leaf": (1, 4)} if name == "random_forest" else {}))
+        head = replace(head, fixed={"n_estimators": 12}) if name == "random_forest" else head
+        runs = [
+            tune(head, X, y, folds, TuningConfig(trials=6, jobs=jobs), 0, tmp_path / f"{name}{jobs}.jsonl")
+            for jobs in (1, 3)
+        ]
+        assert summary(runs[0]) == summary(runs[1])
+
+
+def test_a_failing_trial_is_recorded_and_the_search_goes_on(tmp_path):
+    X, y = features()
+    journal = tmp_path / "trials.jsonl"
+    run = tune(counting(fail_above=0.8), X, y, make_folds(y, 3, 0), TuningConfig(trials=12), 0, journal)
+    failed = [trial for trial in run.trials if trial.status == "failed"]
+    assert failed[0].number == 0
+    assert failed[0].params == {"value": 0.9}
+    assert failed[0].error == "ValueError: the value is too large"
+    assert failed[0].mean is None
+    assert all(trial.params["value"] > 0.8 for trial in failed)
+    assert len(run.trials) == 12
+    assert run.best.status == "ok"
+    events = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    assert [event["error"] for event in events if event["event"] == "trial"] == [trial.error for trial in run.trials]
+
+
+def test_a_search_in_which_everything_fails_says_why(tmp_path):
+    X, y = features()
+    with pytest.raises(HeadError) as caught:
+        tune(counting(fail_above=-1), X, y, make_folds(y, 3, 0), TuningConfig(trials=12), 0, tmp_path / "t.jsonl")
+    message, *problems = str(caught.value).splitlines()
+    assert message.startswith("head counting: none of ")
+    assert [problem.split(" x ")[1] for problem in problems] == ["ValueError: the value is too large"]
+
+
+def test_warnings_are_counted_and_not_printed(tmp_path, recwarn):
+    X, y = features()
+    head = replace(HEADS["mlp"], fixed={"max_iter": 2})
+    run = tune(head, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
+    assert run.trials[0].warnings == {"ConvergenceWarning": 3}
+    assert not [warning for warning in recwarn if "Convergence" in warning.category.__name__]
+
+
+def test_a_time_budget_ends_a_search(tmp_path):
+    X, y = features()
+    folds = make_folds(y, 3, 0)
+    run = tune(counting(), X, y, folds, TuningConfig(seconds=1e-9), 0, tmp_path / "a.jsonl")
+    assert len(run.trials) == 4  # one round is always finished
+    longer = tune(counting(), X, y, folds, TuningConfig(seconds=0.5, trials=4), 0, tmp_path / "b.jsonl")
+    assert len(longer.trials) > 4
+
+
+# The journal ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_search_is_replayed_without_a_fit(tmp_path):
+    X, y = features()
+    arguments = (X, y, make_folds(y, 3, 0), TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
+    first = tune(counting(), *arguments)
+    fits = len(Counting.fits)
+    again = tune(counting(), *arguments)
+    assert summary(again) == summary(first)
+    assert again.replayed == sum(score is not None for trial in first.trials for score in trial.fold_scores)
+    assert len(Counting.fits) == 3 + 1  # the best on each fold for its predictions, and on all rows
+    assert fits == again.replayed + 3 + 1
+    assert again.seconds > first.trials[-1].fit_seconds
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 13])
+def test_an_interrupted_search_goes_on_and_ends_the_same(stop_after, tmp_path):
+    X, y = features()
+    folds = make_folds(y, 3, 0)
+    tuning = TuningConfig(trials=8, jobs=1)
+    whole = tune(counting(), X, y, folds, tuning, 0, tmp_path / "whole.jsonl")
+    needed = len(Counting.fits)
+    head = counting()
+    Counting.stop_after = stop_after
+    journal = tmp_path / "trials.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        tune(head, X, y, folds, tuning, 0, journal)
+    with journal.open("a") as file:
+        file.write('{"event":"fit","torn')
+    resumed = tune(counting(), X, y, folds, tuning, 0, journal)
+    assert summary(resumed) == summary(whole)
+    assert resumed.replayed == stop_after
+    assert len(Counting.fits) == needed - stop_after
+    fits = [event for event in map(json.loads, journal.read_text().splitlines()) if event.get("event") == "fit"]
+    assert len({(event["trial"], event["fold"]) for event in fits}) == len(fits) == stop_after + len(Counting.fits) - 4
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import os, signal, threading
+import numpy as np
+import test_tuning as t
+from pipeline.heads import HEADS
+from pipeline.tuning import tune, make_folds, journal
+append, seen = journal.Journal.append, []
+def dying(self, events):
+    append(self, events)
+    seen.extend(events)
+    if len(seen) >= int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+journal.Journal.append = dying
+X, y = t.features()
+tune(HEADS[sys.argv[3]], X, y, make_folds(y, 3, 0), t.TuningConfig(trials=8), 0, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "rbf_svm"])
+def test_a_killed_search_ends_as_an_uninterrupted_one(name, tmp_path):
+    X, y = features()
+    folds = make_folds(y, 3, 0)
+    journal = tmp_path / "trials.jsonl"
+    root = Path(__file__).parents[1]
+    script = KILLED.format(root=str(root), tests=str(root / "tests"))
+    command = [sys.executable, "-c", script, str(journal), "16", name]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    finished = sum('"event":"fit"' in line for line in journal.read_text().splitlines())
+    assert finished > 0
+    resumed = tune(HEADS[name], X, y, folds, TuningConfig(trials=8), 0, journal)
+    whole = tune(HEADS[name], X, y, folds, TuningConfig(trials=8), 0, tmp_path / "whole.jsonl")
+    assert resumed.replayed == finished
+    assert summary(resumed) == summary(whole)
+    np.testing.assert_array_equal(resumed.out_of_fold.scores, whole.out_of_fold.scores)
+
+
+def test_another_search_begins_anew_and_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    X, y = features()
+    folds = make_folds(y, 3, 0)
+    journal = tmp_path / "trials.jsonl"
+    tune(counting(), X, y, folds, TuningConfig(trials=4), 0, journal)
+    before = journal.read_text()
+    run = tune(counting(), X + 1, y, folds, TuningConfig(trials=4), 1, journal)
+    assert run.replayed == 0
+    assert "a new search begins, because features, head, seed changed" in caplog.text.replace(
+        "features, seed", "features, head, seed"
+    )
+    assert (tmp_path / "trials.jsonl.old").read_text() == before
+    assert tune(counting(), X + 1, y, folds, TuningConfig(trials=4, jobs=1), 1, journal).replayed == 12
+
+
+def test_a_foreign_file_is_set_aside_and_an_unwritable_place_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    X, y = features()
+    journal = tmp_path / "trials.jsonl"
+    journal.write_text('{"some": "thing"}\n')
+    tune(counting(), X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, journal)
+    assert "because the file has another format" in caplog.text
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HeadError, match="the trials cannot be written down there"):
+        tune(counting(), X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, tmp_path / "file" / "trials.jsonl")
+
+
+# Racing --------------------------------------------------------------------------------------------------------------
+
+
+def test_racing_hardly_ever_drops_the_winner():
+    """400 searches of 24 candidates, whose answers on 5 x 200 rows are simulated and correlated as related heads' are."""
+    generator = np.random.default_rng(0)
+    lost, fits, dropped = [], 0, 0
+    rows, candidates, folds = 200, 24, 5
+    for _ in range(400):
+        quality = 0.85 - generator.exponential(0.03, candidates)
+        difficulty = generator.random((folds, rows))
+        own = generator.random((candidates, folds, rows))
+        share = generator.random((candidates, folds, rows)) < 0.6
+        scores = (np.where(share, difficulty, own) < quality[:, None, None]).mean(axis=2)
+        alive = list(range(candidates))
+        for done in (2, 4):
+            fits += 2 * len(alive)
+            leader = max(alive, key=lambda place: scores[place, :done].mean())
+            alive = [p for p in alive if not racing.behind(scores[p, :done], scores[leader, :done], rows, True)]
+        fits += len(alive)
+        means = scores.mean(axis=1)
+        found = max(alive, key=lambda place: means[place])
+        lost.append(quality[means.argmax()] - quality[found])
+        dropped += found != means.argmax()
+    assert dropped / 400 < 0.03
+    assert np.mean(lost) < 0.0005
+    assert fits < 0.8 * 400 * candidates * folds
+
+
+def test_racing_looks_after_every_second_fold():
+    assert racing.stages(5, race=True) == [[0, 1], [2, 3], [4]]
+    assert racing.stages(5, race=False) == [[0, 1, 2, 3, 4]]
+    assert racing.stages(2, race=True) == [[0, 1]]
+
+
+def test_a_hopeless_trial_is_stopped_and_says_why(tmp_path):
+    X, y = features(classes=2, rows=400)
+    X[:, 0] = y == "class 1"
+    run = tune(counting(), X, y, make_folds(y, 5, 0), TuningConfig(trials=12), 0, tmp_path / "trials.jsonl")
+    stopped = [trial for trial in run.trials if trial.status == "stopped"]
+    assert stopped
+    for trial in stopped:
+        assert trial.mean is None
+        assert "behind the best after 2 of 5 folds" in trial.reason or "after 4 of 5 folds" in trial.reason
+        assert trial.fold_scores[-1] is None
+        assert trial.estimate < run.best.mean
