@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
 BLOCK = 1024
 """Rows compared at once: memory is BLOCK x n_images float32."""
@@ -76,17 +75,11 @@ class Findings:
 
     def to_csv(self) -> dict[str, str]:
         """Return one CSV text per kind of finding, by file name."""
-        tables = {
-            "suspicious_labels.csv": self.suspicious,
-            "near_duplicates.csv": self.duplicates,
-            "outliers.csv": self.outliers,
+        return {
+            "suspicious_labels.csv": _csv(SuspiciousLabel, [asdict(row) for row in self.suspicious]),
+            "near_duplicates.csv": _csv(NearDuplicate, [asdict(row) for row in self.duplicates]),
+            "outliers.csv": _csv(Outlier, [asdict(row) for row in self.outliers]),
         }
-        kinds = {
-            "suspicious_labels.csv": SuspiciousLabel,
-            "near_duplicates.csv": NearDuplicate,
-            "outliers.csv": Outlier,
-        }
-        return {name: _csv(rows, [field.name for field in fields(kinds[name])]) for name, rows in tables.items()}
 
 
 def suspicious_labels(
@@ -107,7 +100,7 @@ def suspicious_labels(
     suggested = believed.argmax(axis=1)
     wrong = (believed.max(axis=1) > 0) & (suggested != y) & (p[rows, suggested] > p[rows, y])
     margin = p[rows, suggested] - p[rows, y]
-    found = sorted(np.flatnonzero(wrong), key=lambda row: (-margin[row], paths[row]))
+    found = sorted(np.flatnonzero(wrong).tolist(), key=lambda row: (-margin[row], paths[row]))
     return tuple(
         SuspiciousLabel(str(paths[row]), classes[y[row]], classes[suggested[row]], float(margin[row]), int(row))
         for row in found
@@ -132,7 +125,7 @@ def project(features: NDArray[np.floating], components: int = COMPONENTS) -> NDA
     wide = X.shape[1] > len(X)
     gram = X @ X.T if wide else X.T @ X
     values, vectors = np.linalg.eigh(gram.astype(np.float64))
-    keep = values[::-1][:components] > max(values[-1], 1e-12) * 1e-9
+    keep = values[::-1][:components] > max(values[-1], 1e-12) * 1e-6
     axes = vectors[:, ::-1][:, :components][:, keep]
     if wide:
         axes = X.T @ axes
@@ -211,18 +204,6 @@ def _spanning(pairs: dict[tuple[int, int], float], n: int, splits: Sequence[str]
     return kept
 
 
-def duplicate_groups(duplicates: Sequence[NearDuplicate]) -> tuple[tuple[str, ...], ...]:
-    """Return the sets of images that near-duplicate pairs join, largest first."""
-    names = sorted({path for pair in duplicates for path in (pair.path, pair.other)})
-    place = {name: row for row, name in enumerate(names)}
-    edges = ([1] * len(duplicates), ([place[p.path] for p in duplicates], [place[p.other] for p in duplicates]))
-    _, codes = connected_components(sparse.coo_array(edges, shape=(len(names), len(names))), directed=False)
-    groups: dict[int, list[str]] = {}
-    for name, code in zip(names, codes, strict=True):
-        groups.setdefault(int(code), []).append(name)
-    return tuple(sorted((tuple(group) for group in groups.values()), key=lambda group: (-len(group), group)))
-
-
 def outliers(
     near: Neighbours, paths: Sequence[str], labels: Sequence[str], deviations: float = OUTLIER_DEVIATIONS
 ) -> tuple[Outlier, ...]:
@@ -233,7 +214,7 @@ def outliers(
     middle = float(np.median(distance))
     spread = 1.4826 * float(np.median(np.abs(distance - middle))) or 1.0
     score = (distance - middle) / spread
-    found = sorted(np.flatnonzero(score > deviations), key=lambda row: (-score[row], paths[row]))
+    found = sorted(np.flatnonzero(score > deviations).tolist(), key=lambda row: (-score[row], paths[row]))
     return tuple(Outlier(str(paths[row]), str(labels[row]), float(score[row]), int(row)) for row in found)
 
 
@@ -245,11 +226,10 @@ def examine(
     return Findings((), near_duplicates(near, paths, labels, splits), outliers(near, paths, labels))
 
 
-def _csv(rows: Sequence[SuspiciousLabel] | Sequence[NearDuplicate] | Sequence[Outlier], names: Sequence[str]) -> str:
+def _csv(kind: type[SuspiciousLabel] | type[NearDuplicate] | type[Outlier], rows: Sequence[Mapping[str, Any]]) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(
-        buffer, [name for name in names if name != "row"], lineterminator="\n", extrasaction="ignore"
-    )
+    names = [field.name for field in fields(kind) if field.name != "row"]
+    writer = csv.DictWriter(buffer, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows(rows)
     return buffer.getvalue()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
 
 from pipeline.metrics.intervals import Interval, mean_interval
 
@@ -126,21 +125,27 @@ def curve_from_scores(sizes: Sequence[int], scores: Sequence[NDArray[np.float64]
     )
 
 
+RATES = np.geomspace(0.05, 2.0, 80)
+
+
 def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None) -> PowerLaw:
+    """Fit the law by weighted least squares; means : accuracies to fit instead of the points' own, shape (n_points,).
+
+    For a given rate the law is linear in floor and scale, so every rate of a grid is solved at once, with neither below 0.
+    """
     sizes = np.array([point.size for point in points], dtype=np.float64)
     errors = 1.0 - (np.array([point.accuracy for point in points]) if means is None else means)
-    spread = np.array([max(float(np.std(point.scores)), 0.003) for point in points])
-
-    def residuals(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
-        floor, log_scale, rate = parameters
-        value: NDArray[np.float64] = (floor + np.exp(log_scale) * (sizes / sizes[0]) ** -rate - errors) / spread
-        return value
-
-    lowest = float(errors.min())
-    start = np.array([0.5 * max(lowest, 1e-6), np.log(max(errors[0] - 0.5 * lowest, 1e-3)), 0.5])
-    found = optimize.least_squares(residuals, start, bounds=([0.0, -12.0, 0.02], [1.0, 2.0, 3.0]), loss="soft_l1")
-    floor, log_scale, rate = (float(value) for value in found.x)
-    return PowerLaw(floor, float(np.exp(log_scale) * sizes[0] ** rate), rate)
+    weight = np.array([max(float(np.std(point.scores)), 0.003) for point in points]) ** -2.0
+    weight /= weight.sum()
+    x = (sizes / sizes[0]) ** -RATES[:, None]
+    x_mean, e_mean = x @ weight, float(errors @ weight)
+    slope = ((x - x_mean[:, None]) * (errors - e_mean)) @ weight / (((x - x_mean[:, None]) ** 2) @ weight)
+    floor = e_mean - slope * x_mean
+    through_zero = (x * errors) @ weight / ((x**2) @ weight)
+    slope, floor = np.where(floor < 0, through_zero, slope), np.maximum(floor, 0.0)
+    slope, floor = np.maximum(slope, 0.0), np.where(slope < 0, e_mean, floor)
+    best = int(np.argmin(((floor[:, None] + slope[:, None] * x - errors) ** 2) @ weight))
+    return PowerLaw(float(floor[best]), float(slope[best] * sizes[0] ** RATES[best]), float(RATES[best]))
 
 
 def _predict(
@@ -152,22 +157,16 @@ def _predict(
     """
     rng = np.random.default_rng(seed)
     law = _fit(points)
-    centre = law.accuracy(sizes)
     draws = []
     for _ in range(resamples):
         means = np.array([np.mean(rng.choice(point.scores, len(point.scores))) for point in points])
         draws.append(_fit(points, means).accuracy(sizes))
-    misfit = float(
-        np.sqrt(np.mean((law.accuracy([point.size for point in points]) - [point.accuracy for point in points]) ** 2))
-    )
-    half = 1.96 * np.sqrt(
-        np.var(draws, axis=0)
-        + misfit**2
-        + np.mean([np.var(point.scores) for point in points[-3:]]) / len(points[-1].scores)
-    )
+    misfit = law.accuracy([point.size for point in points]) - [point.accuracy for point in points]
+    spread = np.mean([np.var(point.scores) / len(point.scores) for point in points[-3:]])
+    half = 1.96 * np.sqrt(np.var(draws, axis=0) + np.mean(misfit**2) + spread)
     return tuple(
         HeldBack(size, float(p), (float(p - h), float(p + h)), float(m))
-        for size, p, h, m in zip(sizes, centre, half, measured, strict=True)
+        for size, p, h, m in zip(sizes, law.accuracy(sizes), half, measured, strict=True)
     )
 
 

@@ -7,6 +7,8 @@ training images as predicted out of fold (each by a model that did not see it).
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +88,7 @@ class Predictions:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise BundleError(f"{path}: no readable predictions ({error}); run `manyheads heads` again") from None
         found = (str(arrays.get("format", "")), int(arrays.get("version", -1)))
         if found != (FORMAT, VERSION):

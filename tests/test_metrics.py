@@ -1,0 +1,469 @@
+"""Scores, intervals and comparisons: the numbers are right, and the statistics keep their promises in simulations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, f, friedmanchisquare
+from sklearn.metrics import balanced_accuracy_score, brier_score_loss, f1_score, log_loss
+from statistics_cases import CHEAP_HEADS, folds_of, out_of_fold
+
+from pipeline import metrics
+from pipeline.errors import BundleError
+from pipeline.metrics import Predictions, PredictionSet
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def labelled(n: int = 153, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    y = rng.choice(CLASSES, n, p=(0.6, 0.3, 0.1))
+    guess = np.where(rng.random(n) < 0.8, y, "ant")
+    return y, guess, rng.dirichlet([1, 1, 1], n)
+
+
+# Scores
+
+
+def test_scores_equal_scikit_learn():
+    y, guess, probabilities = labelled()
+    found = metrics.scores(y, guess, probabilities, CLASSES)
+    assert found.accuracy == np.mean(y == guess)
+    assert found.correct == np.sum(y == guess)
+    assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(y, guess))
+    assert found.macro_f1 == pytest.approx(f1_score(y, guess, average="macro"))
+    assert found.log_loss == pytest.approx(log_loss(y, probabilities, labels=list(CLASSES)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_macro_scores_equal_scikit_learn_when_classes_are_missing(data):
+    n = data.draw(st.integers(1, 30))
+    labels = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=n, max_size=n)
+    y, guess = np.array(data.draw(labels)), np.array(data.draw(labels))
+    found = metrics.scores(y, guess, None, ["a", "b", "c", "d"])
+    recalls = [np.mean(guess[y == label] == label) for label in np.unique(y)]
+    assert found.balanced_accuracy == pytest.approx(np.mean(recalls))
+    assert found.macro_f1 == pytest.approx(f1_score(y, guess, average="macro", zero_division=0))
+    assert found.balanced_accuracy_interval[0] <= found.balanced_accuracy_interval[1]
+
+
+def test_scores_do_not_depend_on_the_order_of_images():
+    y, guess, probabilities = labelled()
+    order = np.random.default_rng(1).permutation(len(y))
+    first = metrics.scores(y, guess, None, CLASSES)
+    assert metrics.scores(y[order], guess[order], None, CLASSES) == first
+    shuffled = metrics.scores(y[order], guess[order], probabilities[order], CLASSES)
+    assert shuffled.log_loss == pytest.approx(metrics.scores(y, guess, probabilities, CLASSES).log_loss)
+
+
+def test_a_sure_mistake_has_a_finite_log_loss():
+    found = metrics.scores(["a", "b"], ["a", "a"], np.array([[1.0, 0.0], [1.0, 0.0]]), ["a", "b"])
+    assert found.log_loss == pytest.approx(-np.log(1e-15) / 2)
+
+
+def test_scores_need_a_guess_for_every_truth():
+    with pytest.raises(ValueError, match="3 true labels and 2 predicted"):
+        metrics.scores(["a"] * 3, ["a"] * 2, None, ["a"])
+
+
+def test_confusion_matrix_and_class_table_hold_the_same_counts():
+    y, guess, _ = labelled()
+    matrix = metrics.confusion_matrix(y, guess, CLASSES)
+    table = metrics.per_class(y, guess, CLASSES)
+    assert matrix.sum() == len(y)
+    assert [row.support for row in table] == matrix.sum(axis=1).tolist()
+    assert [row.predicted for row in table] == matrix.sum(axis=0).tolist()
+    assert [row.recall for row in table] == pytest.approx((np.diag(matrix) / matrix.sum(axis=1)).tolist())
+    assert np.mean([row.f1 for row in table]) == pytest.approx(f1_score(y, guess, average="macro"))
+
+
+# Intervals
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (10, 10), (1, 1), (145, 153), (500, 1000)])
+def test_wilson_equals_scipy(correct, n):
+    expected = binomtest(correct, n).proportion_ci(method="wilson")
+    assert metrics.wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_of_nothing_says_nothing():
+    assert metrics.wilson(0, 0) == (0.0, 1.0)
+
+
+def covered(intervals, truth: float) -> float:
+    return float(np.mean([low <= truth <= high for low, high in intervals]))
+
+
+def test_wilson_covers_the_truth():
+    rng = np.random.default_rng(0)
+    shares = rng.uniform(0.6, 0.97, 4000)
+    hits = rng.binomial(300, shares)
+    inside = [
+        low <= share <= high
+        for share, (low, high) in zip(shares, (metrics.wilson(int(h), 300) for h in hits), strict=True)
+    ]
+    assert 0.93 <= np.mean(inside) <= 0.97
+
+
+def test_intervals_of_every_score_cover_the_truth():
+    """Three classes with recalls 0.9, 0.8, 0.7 and fixed confusions: the true scores are those of a million images."""
+    priors, confusion = np.array([0.5, 0.3, 0.2]), np.array([[0.9, 0.05, 0.05], [0.1, 0.8, 0.1], [0.1, 0.2, 0.7]])
+    cells = (priors[:, None] * confusion).ravel()
+    joint = cells.reshape(3, 3)
+    true_f1 = np.mean(2 * np.diag(joint) / (joint.sum(axis=0) + joint.sum(axis=1)))
+    rng = np.random.default_rng(1)
+    found = []
+    for run in range(400):
+        drawn = rng.choice(9, 400, p=cells)
+        found.append(
+            metrics.scores(np.array(CLASSES)[drawn // 3], np.array(CLASSES)[drawn % 3], None, CLASSES, seed=run)
+        )
+    assert 0.93 <= covered([s.interval for s in found], float(np.trace(joint))) <= 0.97
+    assert 0.93 <= covered([s.balanced_accuracy_interval for s in found], 0.8) <= 0.97
+    assert 0.92 <= covered([s.macro_f1_interval for s in found], float(true_f1)) <= 0.97
+
+
+def test_paired_interval_covers_the_true_difference_and_unpaired_thinking_is_too_wide():
+    rng = np.random.default_rng(2)
+    intervals = []
+    for run in range(1000):
+        hard = rng.random(500)
+        a, b = hard < 0.85 + 0.05 * rng.standard_normal(500), hard < 0.80 + 0.05 * rng.standard_normal(500)
+        intervals.append(metrics.paired_bootstrap(a, b, seed=run, resamples=500))
+    assert 0.93 <= covered(intervals, 0.05) <= 0.97
+    widths = np.mean([high - low for low, high in intervals])
+    unpaired = 2 * 1.96 * np.sqrt(0.85 * 0.15 / 500 + 0.8 * 0.2 / 500)
+    assert widths < 0.6 * unpaired
+
+
+def test_mean_interval_covers_and_bootstrap_agrees():
+    rng = np.random.default_rng(3)
+    assert 0.93 <= covered([metrics.mean_interval(rng.normal(0.8, 0.02, 5)) for _ in range(2000)], 0.8) <= 0.97
+    values = rng.normal(0.5, 0.1, 400)
+    by_bootstrap = metrics.bootstrap_interval(lambda rows: float(values[rows].mean()), 400, seed=0)
+    assert by_bootstrap == pytest.approx(metrics.mean_interval(values), abs=0.002)
+
+
+# Comparison
+
+
+def right(n: int, *ranges: tuple[int, int]):
+    correct = np.zeros(n, dtype=bool)
+    for start, stop in ranges:
+        correct[start:stop] = True
+    return correct
+
+
+def test_145_against_143_of_153_is_no_evidence():
+    rows = {"a": right(153, (0, 145)), "b": right(153, (0, 140), (150, 153))}
+    assert (rows["a"].sum(), rows["b"].sum()) == (145, 143)
+    best, other = metrics.compare(rows, "a", test=rows)
+    assert best.no_evidence
+    assert other.no_evidence
+    assert other.test is not None
+    assert other.test.p_value == pytest.approx(binomtest(5, 8).pvalue)
+    assert other.test.interval[0] < 0 < other.test.interval[1]
+    assert other.difference == pytest.approx(2 / 153)
+
+
+def test_145_against_120_of_153_is_evidence():
+    rows = {"a": right(153, (0, 145)), "b": right(153, (0, 120))}
+    _, other = metrics.compare(rows, "a", test=rows)
+    assert not other.no_evidence
+    assert other.test is not None
+    assert other.test.p_value < 1e-6
+    assert other.interval[0] > 0
+
+
+def test_mcnemar_counts_only_disagreements():
+    assert metrics.mcnemar(right(100, (0, 90)), right(100, (0, 90))) == 1.0
+    assert metrics.mcnemar(right(100, (0, 90)), right(100, (10, 100))) == 1.0
+    assert metrics.mcnemar(right(20, (0, 10)), right(20)) == pytest.approx(2 * 0.5**10)
+    with pytest.raises(ValueError, match="same images twice"):
+        metrics.mcnemar(right(3), right(4))
+
+
+def test_corrected_t_is_wider_than_the_naive_one_by_the_published_factor():
+    a, b = [0.80, 0.82, 0.79, 0.81, 0.83], [0.78, 0.81, 0.78, 0.78, 0.80]
+    found = metrics.corrected_t(a, b, test_share=0.25)
+    naive = metrics.mean_interval(np.array(a) - np.array(b))
+    assert found.difference == pytest.approx(0.02)
+    widths = (found.interval[1] - found.interval[0]) / (naive[1] - naive[0])
+    assert widths == pytest.approx(np.sqrt((1 / 5 + 1 / 4) / (1 / 5)))
+    assert metrics.corrected_t(a, a, 0.25).p_value == 1.0
+
+
+def test_holm_by_hand():
+    assert metrics.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+    assert metrics.holm([]).tolist() == []
+
+
+def test_identical_rows_are_never_told_apart():
+    rows = {name: right(50, (0, 30)) for name in "abc"}
+    assert all(row.no_evidence and row.difference == 0 and row.p_value == 1.0 for row in metrics.compare(rows, "b"))
+
+
+def test_permuted_labels_have_a_false_winner_in_at_most_5_percent_of_200_runs():
+    """Five heads, five folds, labels that mean nothing: whoever comes out first must not be called better."""
+    false_on_folds, false_on_test, naive = 0, 0, 0
+    for run in range(200):
+        rng = np.random.default_rng(run)
+        y = rng.integers(0, 3, 240)
+        X = rng.normal(size=(240, 8)) + 2 * np.eye(3, 8)[y]
+        y = rng.permutation(y)
+        correct, scores = out_of_fold(X, y, folds_of(y, 5, run))
+        best = max(scores, key=lambda name: float(np.mean(scores[name])))
+        X_test, y_test = rng.normal(size=(150, 8)), rng.integers(0, 3, 150)
+        test = {name: head(X, y, X_test) == y_test for name, head in CHEAP_HEADS.items()}
+        found = metrics.compare(correct, best, test, scores, seed=run)
+        false_on_folds += any(not row.no_evidence for row in found)
+        false_on_test += any(row.test is not None and row.test.p_value < 0.05 for row in found)
+        naive += any(metrics.mcnemar(correct[best], correct[name]) < 0.05 for name in correct)
+    assert false_on_folds <= 10
+    assert false_on_test <= 10
+    assert naive > 20, "without the correction for picking the simulation would have no teeth"
+
+
+def test_a_real_difference_is_found():
+    found = 0
+    for run in range(30):
+        rng = np.random.default_rng(run)
+        y = rng.integers(0, 3, 600)
+        X = rng.normal(size=(600, 8)) + 1.5 * np.eye(3, 8)[y]
+        correct, scores = out_of_fold(X, y, folds_of(y, 5, run), ("centroid", "stump"))
+        rows = metrics.compare(correct, "centroid", folds=scores, seed=run)
+        found += not rows[1].no_evidence
+    assert found >= 28
+
+
+def test_comparison_is_repeatable_and_ignores_the_order_of_images():
+    rng = np.random.default_rng(0)
+    rows = {name: rng.random(300) < share for name, share in (("a", 0.9), ("b", 0.85), ("c", 0.7))}
+    order = rng.permutation(300)
+    first = metrics.compare(rows, "a", seed=5)
+    assert metrics.compare(rows, "a", seed=5) == first
+    shuffled = metrics.compare({name: row[order] for name, row in rows.items()}, "a", seed=5)
+    assert [row.p_value for row in shuffled] == pytest.approx([row.p_value for row in first], abs=0.01)
+
+
+# Optimism
+
+
+def test_the_best_of_many_equal_candidates_is_corrected_to_the_truth():
+    corrected, apparent = [], []
+    for run in range(20):
+        correct = np.random.default_rng(run).random((300, 30)) < 0.7
+        found = metrics.selection_optimism(correct, seed=run, resamples=100)
+        corrected.append(found.corrected)
+        apparent.append(found.apparent)
+    assert np.mean(apparent) > 0.74
+    assert abs(np.mean(corrected) - 0.7) < 0.01
+
+
+def test_a_clear_winner_owes_nothing_to_luck():
+    rng = np.random.default_rng(0)
+    correct = np.stack([rng.random(500) < 0.95, rng.random(500) < 0.5], axis=1)
+    assert abs(metrics.selection_optimism(correct, seed=0).bias) < 0.003
+    assert metrics.trial_optimism(np.array([[0.9, 0.92], [0.5, 0.6]])) == 0.0
+
+
+def test_trial_optimism_by_hand():
+    # The first trial wins on average; the second would have won the second fold by 0.04.
+    assert metrics.trial_optimism(np.array([[0.9, 0.8], [0.7, 0.84]])) == pytest.approx((0.0 + 0.04) / 2)
+
+
+# Several data sets
+
+
+def test_ranking_over_datasets_by_demsars_formulas():
+    """The statistic is SciPy's, with the correction of Iman and Davenport; q = 2.569 is Demsar's table 5 for four heads."""
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0.6, 0.9, (14, 4)) + np.array([0.0, 0.15, 0.02, 0.16])
+    found = metrics.rank_over_datasets(scores)
+    chi2 = friedmanchisquare(*scores.T).statistic
+    assert found.p_value == pytest.approx(f.sf(13 * chi2 / (14 * 3 - chi2), 3, 39))
+    assert found.critical_difference == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=0.001)
+    ranks = found.average_ranks
+    assert sum(ranks) == pytest.approx(10)
+    for group in found.groups:
+        members = [ranks[column] for column in group]
+        assert max(members) - min(members) <= found.critical_difference
+    assert any({1, 3} <= set(group) for group in found.groups)
+
+
+def test_heads_that_always_tie_share_a_rank():
+    found = metrics.rank_over_datasets(np.tile([0.9, 0.9, 0.5], (30, 1)))
+    assert found.average_ranks == (1.5, 1.5, 3.0)
+    assert found.groups == ((0, 1),)
+    with pytest.raises(ValueError, match="at least 2 data sets"):
+        metrics.rank_over_datasets(np.ones((1, 3)))
+
+
+# Calibration
+
+
+def logits(n: int = 4000, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    clean = rng.normal(size=(n, 4)) * 2
+    p = np.exp(clean) / np.exp(clean).sum(axis=1, keepdims=True)
+    y = np.array([rng.choice(4, p=row) for row in p])
+    return clean, p, y
+
+
+@pytest.mark.parametrize("method", metrics.CALIBRATION_METHODS)
+def test_calibration_undoes_overconfidence(method):
+    _, p, y = logits()
+    # One score per class against the rest, five times too sure, as margins are.
+    sure = 5 * np.log(p / (1 - p))
+    raw = np.exp(sure - sure.max(axis=1, keepdims=True))
+    raw /= raw.sum(axis=1, keepdims=True)
+    fitted = metrics.fit_calibrator(sure[:2000], y[:2000], method).probabilities(sure[2000:])
+    before, after = metrics.measure_calibration(raw[2000:], y[2000:]), metrics.measure_calibration(fitted, y[2000:])
+    assert before.ece > 0.15
+    assert after.ece < 0.05
+    assert after.log_loss < 0.6 * before.log_loss
+    assert after.brier < before.brier
+    assert fitted.sum(axis=1) == pytest.approx(np.ones(2000))
+
+
+def test_temperature_finds_the_true_one_and_keeps_every_prediction():
+    clean, _, y = logits()
+    calibrator = metrics.fit_calibrator(5 * clean, y)
+    assert calibrator.slopes[0] == pytest.approx(0.2, rel=0.06)
+    assert np.array_equal(calibrator.probabilities(5 * clean).argmax(axis=1), clean.argmax(axis=1))
+
+
+def test_true_probabilities_are_measured_as_calibrated():
+    _, p, y = logits(20000)
+    found = metrics.measure_calibration(p, y)
+    assert found.ece < 0.015
+    assert found.log_loss == pytest.approx(log_loss(y, p))
+    assert sum(row.count for row in found.bins) == 20000
+    assert np.mean([row.interval[0] <= row.confidence <= row.interval[1] for row in found.bins]) > 0.8
+
+
+def test_brier_score_equals_scikit_learn():
+    _, p, y = logits(50)
+    two = p[:, :2] / p[:, :2].sum(axis=1, keepdims=True)
+    # For two classes the sum over both is twice the binary score.
+    assert metrics.measure_calibration(two, y % 2).brier == pytest.approx(2 * brier_score_loss(y % 2, two[:, 1]))
+
+
+def test_prior_correction_recovers_a_changed_class_balance():
+    """Trained where classes are equal, used where they are 80:20: corrected probabilities equal the true ones."""
+    rng = np.random.default_rng(0)
+    y = (rng.random(8000) < 0.2).astype(int)
+    x = rng.normal(size=8000) + 1.5 * y
+    balanced = 1 / (1 + np.exp(-(1.5 * x - 1.125)))
+    p = np.stack([1 - balanced, balanced], axis=1)
+    even, wanted = np.array([0.5, 0.5]), np.array([0.8, 0.2])
+    corrected = metrics.correct_priors(p, even, wanted)
+    assert metrics.measure_calibration(corrected, y).ece < 0.015
+    assert metrics.measure_calibration(corrected, y).log_loss < metrics.measure_calibration(p, y).log_loss - 0.05
+    assert corrected[:, 1].mean() == pytest.approx(0.2, abs=0.01)
+    assert (corrected.argmax(axis=1) == y).mean() > (p.argmax(axis=1) == y).mean()
+    assert metrics.estimate_priors(p, even) == pytest.approx(wanted, abs=0.02)
+    assert metrics.correct_priors(p, even, even) == pytest.approx(p)
+
+
+def test_a_binary_score_becomes_two_columns():
+    assert metrics.scores_as_columns(np.array([1.5, -2.0])).tolist() == [[-1.5, 1.5], [2.0, -2.0]]
+    assert metrics.scores_as_columns(np.ones((2, 3))).shape == (2, 3)
+
+
+# Learning curve and cost
+
+
+def power_law(sizes, floor=0.05, scale=1.2, rate=0.5, noise=0.004, draws=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return [1 - floor - scale * size**-rate + rng.normal(0, noise, draws) for size in sizes]
+
+
+def test_extrapolation_is_tested_against_held_back_sizes_and_covers_them():
+    sizes = (40, 80, 160, 320, 640, 1280, 2560)
+    inside, far = [], []
+    for seed in range(15):
+        curve = metrics.curve_from_scores(sizes, power_law(sizes, seed=seed), seed)
+        assert [held.size for held in curve.held_back] == [1280, 2560]
+        inside += [held.inside for held in curve.held_back]
+        far += [
+            low <= 1 - 0.05 - 1.2 * ahead.size**-0.5 <= high
+            for ahead in curve.forecast
+            for low, high in [ahead.interval]
+        ]
+    assert np.mean(inside) >= 0.85
+    assert np.mean(far) >= 0.85
+
+
+def test_learning_curve_grows_on_nested_stratified_parts():
+    from sklearn.neighbors import NearestCentroid
+
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 4, 900)
+    X = (rng.normal(size=(900, 30)) + 1.2 * np.eye(4, 30)[y]).astype(np.float32)
+    train, test = (X[:600], y[:600]), (X[600:], y[600:])
+    sizes = metrics.curve_sizes(600, 4)
+    curve = metrics.measure_curve(lambda seed: NearestCentroid(), train, test, sizes, seeds=(0, 1, 2))
+    assert sizes[-1] == 600
+    assert [point.size for point in curve.points] == list(sizes)
+    assert curve.points[-1].accuracy > curve.points[0].accuracy + 0.05
+    # All rows are the same rows whatever the seed.
+    assert len(set(curve.points[-1].scores)) == 1
+    assert metrics.measure_curve(lambda seed: NearestCentroid(), train, test, sizes, seeds=(0, 1, 2)) == curve
+
+
+def test_pareto_keeps_what_nothing_beats_on_both_sides():
+    assert metrics.pareto([1, 2, 3, 2], [0.8, 0.9, 0.85, 0.9]) == (True, True, False, True)
+
+
+# Predictions beside a bundle
+
+
+def prediction_set(n: int, with_probabilities: bool, folds: bool) -> PredictionSet:
+    y, guess, probabilities = labelled(n)
+    paths = np.array([f"ant/{row}.png" for row in range(n)])
+    return PredictionSet(
+        paths, y, guess, probabilities if with_probabilities else None, np.arange(n) % 5 if folds else None
+    )
+
+
+@pytest.mark.parametrize("probabilities", [True, False])
+def test_predictions_come_back_as_they_were(tmp_path: Path, probabilities):
+    predictions = Predictions(
+        CLASSES, prediction_set(20, probabilities, False), prediction_set(30, probabilities, True)
+    )
+    path = tmp_path / "predictions.npz"
+    path.write_bytes(predictions.to_bytes())
+    back = Predictions.read(path)
+    assert back.classes == CLASSES
+    for mine, theirs in ((predictions.test, back.test), (predictions.out_of_fold, back.out_of_fold)):
+        assert vars(mine).keys() == vars(theirs).keys()
+        for name, value in vars(mine).items():
+            assert (value is None) == (vars(theirs)[name] is None)
+            assert value is None or np.array_equal(value, vars(theirs)[name])
+    assert back.to_bytes() == predictions.to_bytes()
+
+
+def test_damaged_or_foreign_predictions_are_refused_with_the_remedy(tmp_path: Path):
+    path = tmp_path / "predictions.npz"
+    with pytest.raises(BundleError, match="run `manyheads heads` again"):
+        Predictions.read(path)
+    path.write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(BundleError, match="no readable predictions"):
+        Predictions.read(path)
+    np.savez(path, format="manyheads predictions", version=99)
+    with pytest.raises(
+        BundleError, match="found 'manyheads predictions' version 99, expected 'manyheads predictions' version 1"
+    ):
+        Predictions.read(path)
+
+
+def test_parts_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="one row per image"):
+        PredictionSet(np.array(["a"]), np.array(["x", "y"]), np.array(["x", "y"]))
