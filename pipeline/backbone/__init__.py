@@ -1,0 +1,50 @@
+"""Backbone: a frozen torchvision network, its weights and some of its layers, from pixels to vectors.
+
+    precision.py   which device and number format a run uses
+    weights.py     enum member, local file, bundled or random weights -> a network in eval mode
+    layers.py      the network's graph: nodes, shapes, the default layer, pooling
+    network.py     Backbone: uint8 pixels -> float32 vectors
+
+Nothing here imports torch before a network is asked for: a run with nothing to do never pays for that import.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.backbone.precision import choice_inputs, choose_precision
+from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.embedding import EmbeddingSpec
+
+if TYPE_CHECKING:
+    from pipeline.backbone.network import Backbone
+
+__all__ = ["EmbeddingSpec", "choice_inputs", "choose_precision", "layers", "load"]
+
+
+def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int) -> Backbone:
+    """Build a backbone as the config asks, on its device and in its precision, ready to embed.
+
+    `seed` makes the weights of an untrained control (`weights: random`).
+
+    Raises
+    ------
+    BackboneError
+        When the model, its weights, a layer, the pooling, the device or the precision is not to be had.
+    """
+    from pipeline.backbone import network
+
+    return network.load(config, extraction, seed)
+
+
+def layers(name: str, weights: str = "random") -> list[tuple[str, tuple[int, ...]]]:
+    """List the nodes of a model that give vectors, each with the shape of its output for one image.
+
+    Raises
+    ------
+    BackboneError
+        When there is no such model, or no such weights.
+    """
+    from pipeline.backbone import network
+
+    return network.layers(BackboneConfig(name=name, weights=weights))

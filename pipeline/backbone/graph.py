@@ -1,0 +1,169 @@
+"""The graph of a network: its nodes and their shapes, the default layer, and the network cut off behind the layers kept.
+
+Nodes have the names of `torchvision.models.feature_extraction`: the path of the module, or of the operation in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.passes.shape_prop import ShapeProp
+
+from pipeline.config import guess
+from pipeline.errors import BackboneError
+from pipeline.vision import torchvision
+
+PENULTIMATE = "penultimate"
+
+Graph = tuple[fx.GraphModule, dict[str, fx.Node]]
+
+
+def trace(model: nn.Module) -> Graph:
+    """Return the network as a graph in eval mode, and its nodes by name in the order they run."""
+    from torchvision.models.feature_extraction import NodePathTracer
+
+    # As create_feature_extractor traces, except that torchvision's own blocks are looked into: the convolutions and batch
+    # norms in them could not be folded otherwise.
+    tracer = NodePathTracer(autowrap_modules=(math, torchvision.ops))
+    graph = tracer.trace(model.eval())
+    names = {name: node for node, name in tracer.node_to_qualname.items() if node.op != "output"}
+    return fx.GraphModule(tracer.root, graph), names
+
+
+def classifier(module: fx.GraphModule) -> fx.Node:
+    """Return the node that turns features into class scores: the last Linear, or without any the last Conv2d (squeezenet)."""
+    modules = dict(module.named_modules())
+    for kind in (nn.Linear, nn.Conv2d):
+        for node in reversed(module.graph.nodes):
+            if node.op == "call_module" and isinstance(modules[str(node.target)], kind):
+                return node
+    raise BackboneError(
+        "the network has neither a linear nor a convolutional layer, so it has no penultimate layer; name one under layers"
+    )
+
+
+def resolve(graph: Graph, asked: Sequence[str]) -> list[str]:
+    """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
+
+    Raises
+    ------
+    BackboneError
+        With one line for every unknown layer.
+    """
+    module, names = graph
+    unknown = [layer for layer in asked if layer != PENULTIMATE and layer not in names]
+    if unknown:
+        raise BackboneError(
+            f"{len(unknown)} of the layers asked for {'is' if len(unknown) == 1 else 'are'} not in the network",
+            [
+                f"no layer {layer!r}{guess(layer, list(names))}; `manyheads layers MODEL` lists them"
+                for layer in unknown
+            ],
+        )
+    by_node = {node: name for name, node in names.items()}
+    source = classifier(module).args[0] if PENULTIMATE in asked else None
+    return [by_node[source] if layer == PENULTIMATE else layer for layer in asked]  # type: ignore[index]
+
+
+def cut(graph: Graph, layers: Sequence[str]) -> fx.GraphModule:
+    """Return the network that runs up to the layers and gives their outputs as a tuple, with batch norms folded.
+
+    Folding a batch norm into the convolution before it changes features by about 1e-9 of their length (cosine, ResNet-50)
+    and saves a pass over the activations. A convolution whose own output is kept, or used twice, is left as it is.
+    """
+    module, names = graph
+    kept = [names[layer] for layer in layers]
+    for node in list(module.graph.nodes):
+        if node.op == "output":
+            module.graph.erase_node(node)
+    module.graph.output(tuple(kept))
+    module.graph.eliminate_dead_code()
+    if any(user.op != "output" for node in kept for user in node.users):
+        _work_out_of_place(module)
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return fuse(module, inplace=True, no_trace=True)  # type: ignore[return-value]
+
+
+def _work_out_of_place(module: fx.GraphModule) -> None:
+    """Keep an operation that runs after a kept layer, such as ReLU(inplace=True), from overwriting the kept output."""
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
+    for node in module.graph.nodes:
+        if node.kwargs.get("inplace"):
+            node.update_kwarg("inplace", False)
+
+
+def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the nodes that give something for each image, with the shape of it for one image of `size`."""
+    module, names = graph
+    n_images = 2  # with one image, its windows or heads could not be told from it
+    with torch.inference_mode():
+        ShapeProp(module).propagate(torch.zeros(n_images, 3, *size))
+    found = []
+    for name, node in names.items():
+        meta = node.meta.get("tensor_meta")
+        if isinstance(getattr(meta, "shape", None), torch.Size) and len(meta.shape) > 1 and meta.shape[0] == n_images:
+            found.append((name, tuple(meta.shape[1:])))
+    return found
+
+
+def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Turn the output of a layer into one vector per image, shape (n, dim).
+
+    (n, dim) is one already. (n, channels, height, width) and (n, height, width, channels) are averaged or maximised over
+    the image, (n, tokens, dim) over the tokens; `cls` takes the first token.
+    """
+    if output.ndim == 2:
+        return output
+    if pooling == "flatten":
+        return output.flatten(1)
+    if pooling == "cls":
+        return output[:, 0]
+    axes = _axes_of_places(output)
+    return output.mean(axes) if pooling == "avg" else output.amax(axes)
+
+
+def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool, layer: str) -> str:
+    """Return the pooling that applies to a layer's output, `none` where it is one vector anyway.
+
+    Raises
+    ------
+    BackboneError
+        When the pooling asked for has no meaning there.
+    """
+    shape = " x ".join(map(str, output.shape[1:]))
+    if output.ndim == 2:
+        if pooling == "cls" and not has_class_token:
+            raise BackboneError(
+                f"layer {layer!r}: pooling 'cls' needs a network with a class token, such as vit_b_16; use avg, max or flatten"
+            )
+        return "none"
+    if pooling == "flatten":
+        return pooling
+    if pooling == "cls":
+        if output.ndim != 3 or not has_class_token:
+            raise BackboneError(
+                f"layer {layer!r} gives {shape}, which has no class token; pooling 'cls' needs one, use avg, max or flatten"
+            )
+        return pooling
+    if output.ndim == 3 or (output.ndim == 4 and _axes_of_places(output)):
+        return pooling
+    raise BackboneError(
+        f"layer {layer!r} gives {shape}, in which pooling {pooling!r} cannot tell places from channels; use pooling: flatten"
+    )
+
+
+def _axes_of_places(output: torch.Tensor) -> tuple[int, ...]:
+    """The axes over the image or the tokens; none where they cannot be told."""
+    if output.ndim == 3:
+        return (1,)
+    _, a, b, c = output.shape
+    if b == c:
+        return (2, 3)  # channels first, as in most networks
+    return (1, 2) if a == b else ()  # channels last, as in swin; crops are square

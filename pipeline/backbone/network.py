@@ -1,0 +1,158 @@
+"""Backbone: a loaded network on its device, from uint8 pixels to float32 vectors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.backbone import graph as graphs
+from pipeline.backbone.precision import resolve_device, resolve_precision
+from pipeline.backbone.weights import Network, load_network
+from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.digests import canonical_json
+from pipeline.embedding import EmbeddingSpec, probe_images
+from pipeline.errors import BackboneError
+
+logger = logging.getLogger(__name__)
+
+Features = tuple[NDArray[np.float32], ...]
+"""One array of shape (n, dim), float32, per layer."""
+
+
+class Backbone:
+    """A frozen network in eval mode: pixels in, the vectors of each of its layers out, in one forward pass.
+
+    `canary` holds the vectors of the built-in probe images, per layer.
+    """
+
+    def __init__(
+        self, network: Network, config: BackboneConfig, device: torch.device, dtype: torch.dtype, precision: str
+    ) -> None:
+        graph = graphs.trace(network.module)
+        nodes = graphs.resolve(graph, config.layers)
+        self._has_class_token = hasattr(network.module, "class_token")
+        self._module = (
+            graphs.cut(graph, nodes)
+            .to(device=device, dtype=dtype, memory_format=torch.channels_last)
+            .eval()
+            .requires_grad_(False)
+        )
+        self._dtype = dtype
+        self.device = device
+        self.preprocessing = network.preprocessing
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1)
+            for values in (network.preprocessing.mean, network.preprocessing.std)
+        )
+        self._pooling = self._check(network, nodes, config.pooling)
+        self.canary: Features = self.embed(probe_images(network.preprocessing.size))
+        self.specs: tuple[EmbeddingSpec, ...] = tuple(
+            _spec(network, asked, node, pooling, vectors.shape[1], precision)
+            for asked, node, pooling, vectors in zip(config.layers, nodes, self._pooling, self.canary, strict=True)
+        )
+
+    def _check(self, network: Network, nodes: Sequence[str], pooling: str) -> list[str]:
+        """Run two images through, so that what does not fit is found before the work starts."""
+        height, width = self.preprocessing.size
+        try:
+            outputs = self._forward(np.zeros((2, height, width, 3), np.uint8))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BackboneError(
+                f"{network.name} cannot take images of {height} x {width} pixels ({reason}); change preprocessing.crop"
+            ) from None
+        for node, output in zip(nodes, outputs, strict=True):
+            if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
+                raise BackboneError(
+                    f"layer {node!r} does not give a tensor per image; `manyheads layers {network.name}` lists those that do"
+                )
+        return [
+            graphs.effective_pooling(output, pooling, self._has_class_token, node)
+            for node, output in zip(nodes, outputs, strict=True)
+        ]
+
+    def _forward(self, pixels: NDArray[np.uint8]) -> tuple[torch.Tensor, ...]:
+        with torch.inference_mode():
+            # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
+            batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            scaled = batch.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+            outputs: tuple[torch.Tensor, ...] = self._module(scaled.to(self._dtype))
+            return outputs
+
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        """Embed n prepared images.
+
+        Parameters
+        ----------
+        pixels : ndarray of shape (n, height, width, 3), uint8, as `images.prepare` gives them
+
+        Returns
+        -------
+        tuple of ndarray of shape (n, dim), float32: one per layer, in the order of `specs`
+        """
+        with torch.inference_mode():
+            outputs = self._forward(pixels)
+            return tuple(
+                graphs.pool(output.to(torch.float32), pooling).contiguous().cpu().numpy()
+                for output, pooling in zip(outputs, self._pooling, strict=True)
+            )
+
+
+def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int) -> Backbone:
+    """Build a backbone; see `pipeline.backbone.load`."""
+    device = resolve_device(extraction.device)
+    dtype, precision, reason = resolve_precision(extraction.precision, device)
+    if device.type == "cuda" and precision == "fp32":
+        # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    backbone = Backbone(load_network(config, seed), config, device, dtype, precision)
+    logger.info("%s on %s in %s: %s", backbone.specs[0].name, device, precision, reason)
+    return backbone
+
+
+def layers(config: BackboneConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """List the nodes of a model with their shapes; see `pipeline.backbone.layers`."""
+    network = load_network(config, seed=0)
+    return graphs.shapes(graphs.trace(network.module), network.preprocessing.size)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a smaller batch may work."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, precision: str) -> EmbeddingSpec:
+    parts = [network.name, network.weights, asked, *([] if pooling in {"none", "avg"} else [pooling])]
+    return EmbeddingSpec(
+        name="-".join(map(_safe, parts)),
+        kind="backbone",
+        library="torchvision",
+        architecture=network.architecture,
+        arguments=network.arguments,
+        weights=network.weights,
+        weights_digest=network.weights_digest,
+        layer=node,
+        pooling=pooling,
+        dim=dim,
+        preprocessing=json.loads(canonical_json(network.preprocessing.identity())),
+        precision=precision,
+        untrained=network.untrained,
+        trained_on=network.trained_on,
+    )
+
+
+def _safe(text: str) -> str:
+    """A part of a name that any file system takes."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", text).strip("._") or "x"

@@ -1,0 +1,122 @@
+"""EmbeddingSpec: what makes the vectors of one embedding what they are, as pure data.
+
+A field of the identity belongs there if and only if changing it changes the vectors. Batch size, workers, device index and
+paths are therefore not in it; the device shows only through the precision that was resolved for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.digests import canonical_json, fingerprint
+
+EMBED_VERSION = 1
+"""Goes up by hand when a change to this package's own code changes vectors of the same identity."""
+
+N_PROBES = 4
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """One embedding: a network or a fixed recipe, one of its layers, and all that its vectors depend on."""
+
+    name: str
+    """Readable and safe as a file name, such as `resnet18-random-penultimate`."""
+    kind: str
+    """`backbone` or `baseline`."""
+    library: str
+    architecture: str
+    arguments: Mapping[str, Any]
+    weights: str
+    """Readable; which numbers they are is told by `weights_digest`."""
+    weights_digest: str
+    layer: str
+    """The node of the network's graph, resolved: never `penultimate`."""
+    pooling: str
+    """`avg`, `max`, `flatten`, `cls`, or `none` where the layer gives one vector anyway."""
+    dim: int
+    preprocessing: Mapping[str, Any]
+    """`Preprocessing.identity()`: the transform and the decoding policy."""
+    precision: str
+    """`fp32`, `bf16` or `fp16`."""
+    untrained: bool = False
+    trained_on: str | None = None
+    """Digest of the image contents that the weights saw, where this project trained them; changes no vector."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that the vectors depend on, and nothing else."""
+        return {
+            "embed_version": EMBED_VERSION,
+            "library": self.library,
+            "architecture": self.architecture,
+            "arguments": dict(self.arguments),
+            "weights": self.weights_digest,
+            "layer": self.layer,
+            "pooling": self.pooling,
+            "dim": self.dim,
+            "dtype": "float32",
+            "preprocessing": dict(self.preprocessing),
+            "precision": self.precision,
+        }
+
+    def fingerprint(self) -> str:
+        """Return the digest of the identity; it names the feature store."""
+        return fingerprint(self.identity())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as plain values for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> EmbeddingSpec:
+        """Return the spec that `to_dict` wrote; KeyError or TypeError when it is of another version."""
+        return EmbeddingSpec(**values)
+
+
+def identity_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Name each field in which two identities differ, as `field: theirs -> mine`."""
+    left, right = _flat(theirs), _flat(mine)
+    absent = "absent"
+    return [
+        f"{key}: {_short(left.get(key, absent))} -> {_short(right.get(key, absent))}"
+        for key in sorted({*left, *right})
+        if left.get(key, absent) != right.get(key, absent)
+    ]
+
+
+def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return built-in images whose vectors are a check that the network is the one that filled a store.
+
+    Returns
+    -------
+    ndarray of shape (4, height, width, 3), uint8: a colour gradient, waves, a checkerboard, and noise from a linear
+    congruential generator. Integer formulas only, so the pixels are the same on every machine.
+    """
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width].astype(np.int64)
+    gradient = np.stack([255 * x // max(width - 1, 1), 255 * y // max(height - 1, 1), (x + y) % 256], axis=-1)
+    waves = np.stack([x * x // 8 % 256, y * y // 8 % 256, x * y // 8 % 256], axis=-1)
+    board = np.stack([((x // 16 + y // 16) % 2) * level for level in (255, 128, 64)], axis=-1)
+    # Constants of Numerical Recipes' generator, applied to each pixel's own number instead of in sequence.
+    number = (y * width + x)[..., None] * 3 + np.arange(3)
+    noise = ((number * 1664525 + 1013904223) % 2**32 * 1664525 + 1013904223) % 2**32 >> 24
+    return np.stack([gradient, waves, board, noise]).astype(np.uint8)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: canonical_json(value)}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _short(text: str) -> str:
+    text = text.strip('"')
+    return text if len(text) <= 24 else f"{text[:12]}..."
