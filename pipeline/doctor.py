@@ -20,6 +20,10 @@ BLOCK = 1024
 """Rows compared at once: memory is BLOCK x n_images float32."""
 COMPONENTS = 64
 """Principal components kept for distances: enough to tell pictures apart, few enough to be quick."""
+DOUBT = 0.25
+"""A label is doubted below this share of its class's usual probability. Among digits with 5 % of the labels flipped 0.25
+found 76 to 100 % of them at a precision of 0.54 to 0.95; the original rule (another class reaches its own usual
+probability) found 54 to 72 % at 0.63 to 0.95."""
 DUPLICATE_RATIO = 0.35
 """Near-duplicates lie closer than this share of the usual distance to a nearest neighbour."""
 OUTLIER_DEVIATIONS = 4.0
@@ -87,18 +91,15 @@ def suspicious_labels(
 ) -> tuple[SuspiciousLabel, ...]:
     """Find labels that confident learning takes for wrong, most certain first.
 
-    probabilities : ndarray of shape (n, n_classes), out of fold; y : column of each given label, shape (n,). A class is
-    believed of an image when its probability reaches the mean that images labelled so get, so a head that is unsure of a
-    class as a whole does not accuse it. An image is suspicious when the likeliest believed class is not its label.
+    probabilities : ndarray of shape (n, n_classes), out of fold; y : column of each given label, shape (n,). An image is
+    suspicious when another class is likelier and its own label gets less than `DOUBT` of what that label usually gets, so
+    a head that is unsure of a class as a whole does not accuse it.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     rows = np.arange(len(y))
-    thresholds = np.array(
-        [p[y == column, column].mean() if np.any(y == column) else np.inf for column in range(p.shape[1])]
-    )
-    believed = np.where(p >= thresholds, p, -1.0)
-    suggested = believed.argmax(axis=1)
-    wrong = (believed.max(axis=1) > 0) & (suggested != y) & (p[rows, suggested] > p[rows, y])
+    usual = np.array([p[y == column, column].mean() if np.any(y == column) else 0.0 for column in range(p.shape[1])])
+    suggested = p.argmax(axis=1)
+    wrong = (suggested != y) & (p[rows, y] < DOUBT * usual[y])
     margin = p[rows, suggested] - p[rows, y]
     found = sorted(np.flatnonzero(wrong).tolist(), key=lambda row: (-margin[row], paths[row]))
     return tuple(
