@@ -1,0 +1,259 @@
+"""Stage two on a made-up store: what is chosen and by what, what is kept, and that torch is not needed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import bundle as bundles
+from pipeline import config as configuration
+from pipeline import train_heads
+from pipeline.config import Artifacts, Config
+from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
+from pipeline.digests import content_digest, digests_to_hex, fingerprint, pack_digests
+from pipeline.errors import PipelineError, StoreError
+from pipeline.images import policy_key
+from pipeline.metrics import Predictions
+from pipeline.store import StoreWriter
+
+CLASSES = ("boot, left", "凉鞋", "shirt")
+N, DIM = 150, 8
+
+
+def make_config(output: Path, **tuning: Any) -> Config:
+    raw = {
+        "output": str(output),
+        "backbones": [{"name": "resnet18"}],
+        "baselines": ["majority", "pixels"],
+        "heads": ["logistic_regression", "nearest_centroid", "decision_tree"],
+        "tuning": {"trials": 4, "folds": 3, **tuning},
+    }
+    return configuration.parse(raw, "test")
+
+
+def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
+    """Write what stage one leaves behind: an index, two stores, features.json."""
+    files = Artifacts(output)
+    rng = np.random.default_rng(0)
+    codes = np.arange(N) % 3
+    splits = np.where(np.arange(N) % 5 == 0, "test", "train").astype(object)
+    labels = np.array(CLASSES, dtype=object)[codes]
+    if labels_seed:
+        test = np.flatnonzero(splits == "test")
+        labels[test] = labels[np.random.default_rng(labels_seed).permutation(test)]
+    paths = np.array([f"{number:04d}.png" for number in range(N)], dtype=object)
+    digests = pack_digests(content_digest(path.encode()) for path in paths)
+    index = DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10))
+    index.write(files.dataset)
+    good = rng.normal(size=(N, DIM)) + 1.2 * np.eye(3, DIM)[codes]
+    embeddings = []
+    for name, kind, X in (("net-random", "backbone", good), ("pixels", "baseline", rng.normal(size=(N, DIM)))):
+        identity = {"name": name}
+        path = files.store(name, fingerprint(identity))
+        with StoreWriter.open(path, identity, DIM) as writer:
+            writer.append(digests, X.astype(np.float32))
+            writer.seal()
+        embeddings.append(
+            {
+                "name": name,
+                "kind": kind,
+                "backbone": name,
+                "layer": "",
+                "store": str(path.relative_to(output)),
+                "fingerprint": fingerprint(identity),
+                "dim": DIM,
+                "untrained": kind == "backbone",
+                "trained_on": None,
+            }
+        )
+    files.features.write_text(json.dumps({"format": "manyheads features", "version": 1, "embeddings": embeddings}))
+    return index
+
+
+def without_clocks(path: Path) -> dict[str, Any]:
+    """A leaderboard without what differs between two equal runs."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    del document["provenance"]["date"], document["provenance"]["config"]["output"]
+    for row in document["rows"]:
+        for key in ("fit_seconds", "predict_seconds", "search_seconds"):
+            del row[key]
+    return dict(document)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, train_heads.HeadsRun]:
+    output = tmp_path_factory.mktemp("finished")
+    stage_one(output)
+    config = make_config(output)
+    return config, train_heads.run(config)
+
+
+def test_every_embedding_and_head_has_a_row_with_its_floors(
+    finished: tuple[Config, train_heads.HeadsRun],
+) -> None:
+    rows = {row.key: row for row in finished[1].leaderboard.rows}
+    assert set(rows) == {
+        "net-random/logistic_regression",
+        "net-random/nearest_centroid",
+        "net-random/decision_tree",
+        "pixels/logistic_regression",
+        "majority/most_frequent",
+    }
+    assert rows["net-random/logistic_regression"].note == "untrained"
+    assert rows["pixels/logistic_regression"].note == "baseline"
+    majority = rows["majority/most_frequent"]
+    assert majority.test is not None
+    assert majority.test.accuracy == pytest.approx(1 / 3)
+    assert majority.cv_mean == pytest.approx(1 / 3, abs=0.02)  # folds of 40 cannot hold thirds exactly
+    informed, blind = rows["net-random/logistic_regression"], rows["pixels/logistic_regression"]
+    assert informed.cv_mean > 0.6 > 0.5 > blind.cv_mean
+
+
+def test_the_best_is_chosen_by_cross_validation(finished: tuple[Config, train_heads.HeadsRun]) -> None:
+    leaderboard = finished[1].leaderboard
+    assert leaderboard.best.cv_mean == max(row.cv_mean for row in leaderboard.rows)
+
+
+def test_test_labels_choose_nothing(finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path) -> None:
+    stage_one(tmp_path, labels_seed=1)
+    other = train_heads.run(make_config(tmp_path)).leaderboard
+    mine = finished[1].leaderboard
+    assert [(row.key, row.cv_scores, row.params) for row in other.rows] == [
+        (row.key, row.cv_scores, row.params) for row in mine.rows
+    ]
+    assert mine.best.test is not None
+    assert other.best.test is not None
+    assert other.best.test.accuracy < mine.best.test.accuracy
+
+
+def test_a_bundle_predicts_what_the_leaderboard_says(finished: tuple[Config, train_heads.HeadsRun]) -> None:
+    config, result = finished
+    files = Artifacts(config.output)
+    row = result.leaderboard.best
+    assert row.bundle is not None
+    bundle = bundles.load(files.root / row.bundle)
+    saved = Predictions.read(files.root / row.bundle / "predictions.npz")
+    index = DatasetIndex.read(files.dataset).select("test")
+    stores = {record["name"]: record for record in train_heads.read_embeddings(files, config)}
+    from pipeline.store import FeatureStore
+
+    X = FeatureStore.open(files.root / stores[row.embedding]["store"]).read(index.digests)
+    labels, probabilities = bundle.predict(X)
+    assert row.test is not None
+    assert np.mean(labels == index.labels) == row.test.accuracy
+    assert probabilities is not None
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    assert list(saved.test.y_pred) == list(labels)
+    assert saved.out_of_fold is not None
+    folds = [np.mean(saved.out_of_fold.correct[saved.out_of_fold.folds == fold]) for fold in range(3)]
+    np.testing.assert_allclose(folds, row.cv_scores)
+
+
+def test_a_rerun_keeps_finished_rows_and_gives_the_same_leaderboard(
+    finished: tuple[Config, train_heads.HeadsRun],
+) -> None:
+    config, _ = finished
+    files = Artifacts(config.output)
+    before = without_clocks(files.leaderboard)
+    written = {path: path.stat().st_mtime_ns for path in files.root.rglob("head.skops")}
+    again = train_heads.run(config)
+    assert again.reused == 5
+    assert without_clocks(files.leaderboard) == before
+    assert {path: path.stat().st_mtime_ns for path in files.root.rglob("head.skops")} == written
+
+
+def test_a_changed_seed_makes_every_row_again(finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path) -> None:
+    stage_one(tmp_path)
+    config = make_config(tmp_path)
+    train_heads.run(config)
+    assert train_heads.run(config.model_copy(update={"seed": 7})).reused == 0
+
+
+def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path: Path) -> None:
+    index = stage_one(tmp_path)
+    files, config = Artifacts(tmp_path), make_config(tmp_path)
+    paths = np.append(index.paths, "9999.png")
+    digests = np.concatenate([index.digests, pack_digests([content_digest(b"new")])])
+    grown = DatasetIndex(
+        tmp_path,
+        paths,
+        np.append(index.labels, CLASSES[0]),
+        np.append(index.splits, "train"),
+        None,
+        digests,
+        np.full(N + 1, 10),
+    )
+    grown.write(files.dataset)
+    with pytest.raises(StoreError) as caught:
+        train_heads.run(config)
+    assert str(caught.value) == "1 of 151 images have no features yet; run `manyheads features` first"
+    policy = policy_key(config.dataset.max_pixels)
+    failed = LedgerEntry("9999.png", digests_to_hex(digests[-1:])[0], "truncated", "its end is missing", policy)
+    record_failures(files.dataset, [failed])
+    run = train_heads.run(config)
+    assert run.leaderboard.provenance["images"] == {"train": 120, "test": 30, "classes": 3}
+
+
+def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError) as caught:
+        train_heads.run(make_config(tmp_path))
+    assert str(caught.value) == f"{tmp_path}/features.json: missing; run `manyheads features` with this config first"
+
+
+def heads_command(config: Config, before: str = "") -> list[str]:
+    path = Path(config.output) / "test.yaml"
+    path.write_text(configuration.dump_yaml(config), encoding="utf-8")
+    code = (
+        f"{before}\nimport sys; sys.argv = ['manyheads', 'heads', {str(path)!r}]\nfrom pipeline.cli import main\nmain()"
+    )
+    return [sys.executable, "-c", code]
+
+
+def test_heads_run_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    stage_one(tmp_path)
+    blocked = (
+        "import sys\n"
+        "class NoTorch:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, *_):\n"
+        "        if name.partition('.')[0] in ('torch', 'torchvision'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, NoTorch)"
+    )
+    found = subprocess.run(
+        heads_command(make_config(tmp_path), blocked), capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "Best by cross-validation: net-random/" in found.stdout
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_results(
+    finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path
+) -> None:
+    stage_one(tmp_path)
+    config = make_config(tmp_path)
+    # The process dies by SIGKILL right after its fifth fit is on disk.
+    die = (
+        "import os, signal, pipeline.tuning.journal as journal\n"
+        "append, count = journal.Journal.append, [0]\n"
+        "def dying(self, events):\n"
+        "    append(self, events); count[0] += 1\n"
+        "    if count[0] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "journal.Journal.append = dying"
+    )
+    killed = subprocess.run(heads_command(config, die), capture_output=True, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert not Artifacts(tmp_path).leaderboard.exists()
+    train_heads.run(config)
+    mine = without_clocks(Artifacts(tmp_path).leaderboard)
+    assert mine == without_clocks(Artifacts(finished[0].output).leaderboard)
+
+
+def test_rows_survive_a_round_trip(finished: tuple[Config, train_heads.HeadsRun]) -> None:
+    row = finished[1].leaderboard.best
+    assert type(row).from_record(json.loads(json.dumps(row.to_record()))) == row
