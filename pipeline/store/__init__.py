@@ -8,11 +8,51 @@
       tmp/                    the only place where a partial file can be
       quarantine/             damaged files, set aside
 
-`format` has the bytes of every file, `opener` checks them, `reader` reads, `writer` writes.
+`format` has the bytes of every file, `opener` checks them, `reader` reads, `writer` writes, `verify` and `maintain` care
+for a whole store, `pack` and `export` make files to share.
 """
 
+from pipeline.store.export import ExportReport, export
 from pipeline.store.identity import differences
+from pipeline.store.maintain import (
+    CollectReport,
+    MergeReport,
+    MigrateReport,
+    RepairReport,
+    StoreStatus,
+    collect,
+    merge,
+    migrate,
+    repair,
+    status,
+)
+from pipeline.store.pack import PackedIndex, PackReport, pack, read_packed_index
 from pipeline.store.reader import FeatureStore, load
+from pipeline.store.verify import Problem, VerifyReport, verify
 from pipeline.store.writer import StoreWriter
 
-__all__ = ["FeatureStore", "StoreWriter", "differences", "load"]
+__all__ = [
+    "CollectReport",
+    "ExportReport",
+    "FeatureStore",
+    "MergeReport",
+    "MigrateReport",
+    "PackReport",
+    "PackedIndex",
+    "Problem",
+    "RepairReport",
+    "StoreStatus",
+    "StoreWriter",
+    "VerifyReport",
+    "collect",
+    "differences",
+    "export",
+    "load",
+    "merge",
+    "migrate",
+    "pack",
+    "read_packed_index",
+    "repair",
+    "status",
+    "verify",
+]

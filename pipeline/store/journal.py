@@ -56,6 +56,12 @@ def adopt(store: Path, store_type: StoreType) -> list[StoreFile]:
     return adopted
 
 
+def clear(store: Path) -> None:
+    """Remove all groups; call it when a snapshot has their rows."""
+    for path in groups(store):
+        files.remove(path)
+
+
 def quarantine(store: Path, path: Path) -> None:
     """Move a damaged file out of the way without destroying it."""
     folder = store / QUARANTINE

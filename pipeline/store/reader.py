@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,9 +205,3 @@ def _open_pack(path: Path) -> FeatureStore:
 def load(store: str | Path | FeatureStore, digests: Digests) -> NDArray[np.float32]:
     """Return X of shape (n, dim) for n digests, memory-mapped where the layout permits."""
     return (store if isinstance(store, FeatureStore) else FeatureStore.open(store)).load(digests)
-
-
-def columns(names: Sequence[str]) -> NDArray[np.bytes_]:
-    """Turn texts into fixed-length UTF-8, the only text that plain HDF5 readers and the strict opener both take."""
-    encoded = [name.encode("utf-8") for name in names]
-    return np.array(encoded, f"S{max(1, max(map(len, encoded), default=1))}")

@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -133,6 +133,7 @@ class StoreWriter:
             raise StoreError(f"dtype {dtype!r}: expected one of float32, float16")
         store_type = StoreType(fingerprint(identity), dim, DTYPES[dtype])
         with explained(path):
+            _undo_half_swap(path)
             for folder in (path, path / SEGMENTS, path / journal.JOURNAL, path / TEMPORARY):
                 files.make_folder(folder)
             held = lock.acquire(path)
@@ -166,6 +167,9 @@ class StoreWriter:
         if orphans:
             self._adopt(self._orphans())
         self._adopt(journal.adopt(self.path, self.store_type))
+        if not self._sources:
+            # A kill fell between publishing and clearing: the snapshot has all that the journal has.
+            journal.clear(self.path)
         numbers = [int(path.stem) for path in journal.groups(self.path)]
         self._next_group = max(numbers, default=0) + 1
         if lost:
@@ -308,6 +312,30 @@ class StoreWriter:
             _sweep(self.path, keep=2)
         return False
 
+    def rewrite(self, keep: Callable[[StoreFile], NDArray[np.bool_]]) -> list[SegmentEntry]:
+        """Publish a state that has only the rows `keep` says yes to, and remove every older state.
+
+        `keep` : opened segment -> one boolean per row. Returns the segments that were written anew.
+        """
+        self.commit()
+        old: list[SegmentEntry | Rows] = []
+        changed = []
+        for number, entry in enumerate(self._snapshot.segments):
+            if number not in self._entries:
+                continue
+            rows = np.flatnonzero(keep(self._entries[number]))
+            if len(rows) == entry.rows:
+                old.append(entry)
+                continue
+            changed.append(entry)
+            if len(rows):
+                old.append(Rows(self._entries[number], rows))
+        with explained(self.path):
+            if changed or self._sources or self._canary is not None:
+                self._publish_rows(old)
+            _sweep(self.path, keep=1)
+        return changed
+
     def _sources_of_snapshot(self) -> list[SegmentEntry | Rows]:
         return [entry for number, entry in enumerate(self._snapshot.segments) if number in self._entries]
 
@@ -326,8 +354,7 @@ class StoreWriter:
         self._publish(self._snapshot.generation + 1, self._snapshot.digest, entries, lines, canary)
         self._canary = None
         if not keep_journal:
-            for path in journal.groups(self.path):
-                files.remove(path)
+            journal.clear(self.path)
             self._sources, self._new, self._next_group = [], set(), 1
         self._snapshot = newest_snapshot(self.path)
         self._drop_lost_segments()
@@ -402,6 +429,19 @@ class StoreWriter:
                 self.seal()
         finally:
             self.close()
+
+
+def backup_path(store: Path) -> Path:
+    """Where `migrate` puts the store as it was."""
+    return store.with_name(f"{store.name}.before-migration")
+
+
+def _undo_half_swap(store: Path) -> None:
+    """Give a store its name back where a kill fell between the two renames of `migrate`."""
+    if not store.exists() and backup_path(store).is_dir():
+        log.warning("%s: a migration was interrupted; going on with the store as it was", store)
+        files.SYSTEM["rename"](backup_path(store), store)
+        files.sync_folder(store.parent)
 
 
 def _keys(digests: Digests) -> list[bytes]:
