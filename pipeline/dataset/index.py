@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.dataset.units import leakage_units
 from pipeline.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
 from pipeline.errors import DatasetError
-from pipeline.files import write_atomic, write_text_atomic
+from pipeline.files import make_folder, write_atomic, write_text_atomic
 
 INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
@@ -105,7 +105,7 @@ class DatasetIndex:
 
     def write(self, folder: Path, made: dict[str, Any] | None = None, source: str = "") -> None:
         """Write index.csv and index.json; `made` says how splits were made, None when the user gave them."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         record = {
             "format": FORMAT,
             "version": VERSION,

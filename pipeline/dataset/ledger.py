@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pipeline.digests import Digests, digests_from_hex, digests_to_hex
 from pipeline.errors import DatasetError
-from pipeline.files import write_text_atomic
+from pipeline.files import make_folder, write_text_atomic
 
 LEDGER_FILE = "ledger.csv"
 COLUMNS = ("path", "digest", "status", "reason", "policy")
@@ -66,7 +66,7 @@ def write_ledger(folder: Path, entries: Iterable[LedgerEntry]) -> None:
     writer.writerow(COLUMNS)
     writer.writerows(sorted(set(entries)))
     path = folder / LEDGER_FILE
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not path.exists() or path.read_bytes() != text.getvalue().encode():
         write_text_atomic(path, text.getvalue())
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from pipeline.dataset.digits import digit_images
 from pipeline.dataset.folder import list_folder
 from pipeline.dataset.listing import Listing
+from pipeline.dataset.manifest import list_manifest
+from pipeline.dataset.torchvision_source import torchvision_manifest
 from pipeline.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -27,9 +29,19 @@ def _folder(config: DatasetConfig, folder: Path) -> Listing:
     return list_folder(Path(config.path or ""), config.follow_symlinks)
 
 
+def _manifest(config: DatasetConfig, folder: Path) -> Listing:
+    return list_manifest(Path(config.path or ""), config.follow_symlinks)
+
+
+def _torchvision(config: DatasetConfig, folder: Path) -> Listing:
+    return list_manifest(torchvision_manifest(config.name or "", Path(config.path or "")))
+
+
 SOURCES: Mapping[str, Callable[[DatasetConfig, Path], Listing]] = {
     "digits": _digits,
     "folder": _folder,
+    "manifest": _manifest,
+    "torchvision": _torchvision,
 }
 
 

@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from pipeline.dataset.folder import list_folder
+from pipeline.dataset.listing import Listing, shown
+from pipeline.dataset.manifest import list_manifest
+from pipeline.dataset.materialise import materialised
+from pipeline.dataset.torchvision_source import torchvision_manifest
+from pipeline.errors import DatasetError
+
+
+def put(root: Path, *paths: str) -> Path:
+    """Files that hold their own path."""
+    for path in paths:
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(os.fsencode(path))
+    return root
+
+
+def rows(listing: Listing) -> list[tuple[str, ...]]:
+    listing.sort()
+    columns = [
+        listing.paths,
+        listing.labels,
+        *(column for column in (listing.splits, listing.groups) if column is not None),
+    ]
+    return list(zip(*columns, strict=True))
+
+
+def entries(listing: Listing) -> list[tuple[str, str]]:
+    return sorted((entry.path, entry.status) for entry in listing.entries)
+
+
+class TestFolder:
+    def test_sub_folders_are_classes_at_any_depth(self, tmp_path: Path) -> None:
+        put(tmp_path, "cat/b.PNG", "cat/deep/er/a.jpeg", "dog/c.webp", "dog/d.TIF")
+        assert rows(list_folder(tmp_path)) == [
+            ("cat/b.PNG", "cat"),
+            ("cat/deep/er/a.jpeg", "cat"),
+            ("dog/c.webp", "dog"),
+            ("dog/d.TIF", "dog"),
+        ]
+
+    def test_splits_above_classes_are_found(self, tmp_path: Path) -> None:
+        put(tmp_path, "Train/cat/1.png", "val/cat/2.png", "valid/dog/3.png", "testing/dog/4.png")
+        assert rows(list_folder(tmp_path)) == [
+            ("Train/cat/1.png", "cat", "train"),
+            ("testing/dog/4.png", "dog", "test"),
+            ("val/cat/2.png", "cat", "validation"),
+            ("valid/dog/3.png", "dog", "validation"),
+        ]
+
+    def test_a_class_called_train_beside_others_is_a_class(self, tmp_path: Path) -> None:
+        put(tmp_path, "train/1.png", "bus/2.png", "test/3.png")
+        assert [label for _, label in rows(list_folder(tmp_path))] == ["bus", "test", "train"]
+
+    def test_split_folders_without_classes_are_refused(self, tmp_path: Path) -> None:
+        put(tmp_path, "train/1.png", "test/2.png")
+        with pytest.raises(DatasetError, match="test/ is called like a split but holds images, not class folders"):
+            list_folder(tmp_path)
+
+    def test_labels_may_have_any_sign_and_one_unicode_form(self, tmp_path: Path) -> None:
+        put(tmp_path, 'a, "b"\nc/1.png', "кот/2.png", "猫/3.png", "e\u0301/4.png")
+        assert {label for _, label in rows(list_folder(tmp_path))} == {'a, "b"\nc', "кот", "猫", "\u00e9"}
+
+    def test_hidden_things_are_counted_and_other_files_are_named(self, tmp_path: Path) -> None:
+        put(
+            tmp_path,
+            "cat/1.png",
+            "dog/2.png",
+            "cat/.DS_Store",
+            "cat/Thumbs.db",
+            "dog/desktop.ini",
+            "dog/._2.png",
+            ".git/x.png",
+        )
+        put(tmp_path, "__MACOSX/cat/1.png", "cat/notes.txt", "README.md", "stray.png", "dog/no_ending")
+        listing = list_folder(tmp_path)
+        assert [path for path, _ in rows(listing)] == ["cat/1.png", "dog/2.png"]
+        assert listing.ignored == {"hidden files and folders": 6}
+        assert entries(listing) == [
+            ("README.md", "not_an_image"),
+            ("cat/notes.txt", "not_an_image"),
+            ("dog/no_ending", "not_an_image"),
+            ("stray.png", "not_in_a_class"),
+        ]
+
+    def test_stray_files_below_a_split_are_named_with_it(self, tmp_path: Path) -> None:
+        put(tmp_path, "train/cat/1.png", "train/stray.png", "test/cat/2.png")
+        assert entries(list_folder(tmp_path)) == [("train/stray.png", "not_in_a_class")]
+
+    def test_a_class_folder_without_images_is_a_warning(self, tmp_path: Path) -> None:
+        put(tmp_path, "cat/1.png", "dog/notes.txt")
+        (tmp_path / "empty").mkdir()
+        assert list_folder(tmp_path).warnings == [
+            "class folder dog holds no images",
+            "class folder empty holds no images",
+        ]
+
+    @pytest.mark.skipif(sys.platform == "darwin", reason="macOS takes only UTF-8 names")
+    def test_names_that_are_not_text_are_named_escaped(self, tmp_path: Path) -> None:
+        put(tmp_path, "cat/1.png", os.fsdecode(b"cat/caf\xe9.png"), os.fsdecode(b"d\xf6g/2.png"))
+        listing = list_folder(tmp_path)
+        assert [path for path, _ in rows(listing)] == ["cat/1.png"]
+        assert entries(listing) == [("cat/caf\\xe9.png", "bad_name"), ("d\\xf6g/2.png", "bad_name")]
+
+    def test_a_pipe_is_not_opened(self, tmp_path: Path) -> None:
+        put(tmp_path, "cat/1.png")
+        os.mkfifo(tmp_path / "cat/2.png")
+        assert entries(list_folder(tmp_path)) == [("cat/2.png", "unreadable")]
+
+    def test_symbolic_links_are_skipped_and_counted(self, tmp_path: Path) -> None:
+        root = put(tmp_path / "data", "cat/1.png", "dog/2.png")
+        (root / "cat/3.png").symlink_to("1.png")
+        (root / "bird").symlink_to("cat")
+        listing = list_folder(root)
+        assert [path for path, _ in rows(listing)] == ["cat/1.png", "dog/2.png"]
+        assert sum(listing.ignored.values()) == 2
+
+    def test_followed_links_stay_inside_and_never_loop(self, tmp_path: Path) -> None:
+        root = put(tmp_path / "data", "cat/1.png", "dog/2.png", ".store/deep/5.png")
+        put(tmp_path, "secret/9.png")
+        (root / "cat/3.png").symlink_to("1.png")
+        (root / "cat/loop").symlink_to("..")
+        (root / "cat/out.png").symlink_to(tmp_path / "secret/9.png")
+        (root / "cat/gone.png").symlink_to("nothing.png")
+        (root / "bird").symlink_to(".store/deep")
+        (root / "fish").symlink_to(tmp_path / "secret")
+        listing = list_folder(root, follow_symlinks=True)
+        assert rows(listing) == [
+            ("bird/5.png", "bird"),
+            ("cat/1.png", "cat"),
+            ("cat/3.png", "cat"),
+            ("dog/2.png", "dog"),
+        ]
+        assert entries(listing) == [
+            ("cat/gone.png", "unreadable"),
+            ("cat/out.png", "unreadable"),
+            ("fish", "unreadable"),
+        ]
+        assert listing.ignored["symbolic links to a folder that is already read"] == 1
+
+    def test_two_folders_that_link_to_each_other_end(self, tmp_path: Path) -> None:
+        put(tmp_path, "cat/1.png", "dog/2.png")
+        (tmp_path / "cat/dogs").symlink_to("../dog")
+        (tmp_path / "dog/cats").symlink_to("../cat")
+        assert len(list_folder(tmp_path, follow_symlinks=True).paths) < 10
+
+    @pytest.mark.parametrize(
+        ("paths", "message"),
+        [
+            (
+                ["1.png", "2.png", "x.txt"],
+                "holds 2 images but no class folders; put the images of each class in a folder",
+            ),
+            (["notes.txt"], "holds no class folders; expected one folder per class with its images inside"),
+        ],
+    )
+    def test_a_folder_without_classes_is_refused(self, tmp_path: Path, paths: list[str], message: str) -> None:
+        with pytest.raises(DatasetError) as caught:
+            list_folder(put(tmp_path, *paths))
+        assert message in str(caught.value)
+
+    def test_a_missing_folder_and_a_file_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError, match=r"there is no such folder; set dataset.path"):
+            list_folder(tmp_path / "nowhere")
+        put(tmp_path, "list.csv")
+        with pytest.raises(DatasetError, match=r"is a file, expected a folder .*dataset.source: manifest"):
+            list_folder(tmp_path / "list.csv")
+
+    def test_a_split_given_alone_is_pointed_out(self, tmp_path: Path) -> None:
+        put(tmp_path, "train/cat/1.png", "train/dog/2.png", "test/cat/3.png")
+        (warning,) = list_folder(tmp_path / "train").warnings
+        assert warning.endswith(f"to use test beside it as well, give {tmp_path} as dataset.path")
+
+    def test_an_unreadable_folder_is_named(self, tmp_path: Path) -> None:
+        put(tmp_path, "cat/1.png", "dog/2.png")
+        (tmp_path / "dog").chmod(0)
+        if os.access(tmp_path / "dog", os.R_OK):
+            pytest.skip("this user may read everything")
+        assert entries(list_folder(tmp_path)) == [("dog", "unreadable")]
+
+
+class TestManifest:
+    def write(self, root: Path, text: str, name: str = "list.csv") -> Path:
+        put(root, "a/1.png", "a/2.png", "b/3.jpg")
+        path = root / name
+        path.write_text(text, encoding="utf-8", newline="")
+        return path
+
+    def test_path_and_label(self, tmp_path: Path) -> None:
+        listing = list_manifest(self.write(tmp_path, "path,label\nb/3.jpg,dog\na/1.png,cat\n"))
+        assert rows(listing) == [("a/1.png", "cat"), ("b/3.jpg", "dog")]
+        assert listing.splits is None
+        assert listing.groups is None
+        assert listing.root == tmp_path
+
+    def test_all_columns_in_any_order_with_a_bom_and_semicolons(self, tmp_path: Path) -> None:
+        text = '\ufeffGroup;label;Split;path;note\np1;cat;TRAIN;./a/1.png;x\np1;cat;val;a//2.png;y\n;"d;o\ng";test;b/3.jpg;z\n'
+        listing = list_manifest(self.write(tmp_path, text))
+        assert rows(listing) == [
+            ("a/1.png", "cat", "train", "p1"),
+            ("a/2.png", "cat", "validation", "p1"),
+            ("b/3.jpg", "d;o\ng", "test", ""),
+        ]
+        assert listing.warnings == [f"{tmp_path}/list.csv: columns not used: note"]
+
+    def test_empty_split_and_group_columns_are_as_good_as_none(self, tmp_path: Path) -> None:
+        listing = list_manifest(self.write(tmp_path, "path,label,split,group\na/1.png,cat,,\nb/3.jpg,dog,,\n"))
+        assert listing.splits is None
+        assert listing.groups is None
+
+    def test_every_problem_is_told_with_its_line(self, tmp_path: Path) -> None:
+        text = (
+            "path,label,split\n/etc/passwd,a,train\n../x.png,a,train\nC:/x.png,a,train\na\\1.png,a,train\n,a,train\n"
+            'a/1.png,,train\na/2.png,"x\ny",tset\na/2.png,a,train\nb/3.jpg,a\na/9.png,a,\n./,a,test\n'
+        )
+        with pytest.raises(DatasetError) as caught:
+            list_manifest(self.write(tmp_path, text))
+        assert caught.value.message == f"{tmp_path}/list.csv: 11 problems"
+        assert sorted(caught.value.problems) == sorted(
+            [
+                "line 2: path '/etc/passwd' is absolute; give it relative to the manifest's folder",
+                "line 3: path '../x.png' leaves the manifest's folder by '..'",
+                "line 4: path 'C:/x.png' is absolute; give it relative to the manifest's folder",
+                "line 5: path 'a\\\\1.png' has a backslash; write it with '/'",
+                "line 6: the path is empty",
+                "line 7: the label is empty",
+                "line 8: unknown split 'tset', expected train, validation or test",
+                "line 10: path 'a/2.png' is listed before, at line 8",
+                "line 11: 2 values, expected 3; quote values that hold a comma",
+                "line 12: no split, though other rows have one",
+                "line 13: path './' is a folder",
+            ]
+        )
+
+    def test_a_thousand_problems_are_cut_short(self, tmp_path: Path) -> None:
+        text = "path,label\n" + "".join(f"../{number},x\n" for number in range(1000))
+        with pytest.raises(DatasetError) as caught:
+            list_manifest(self.write(tmp_path, text))
+        assert caught.value.message.endswith("1,000 problems")
+        assert len(caught.value.problems) == 51
+        assert caught.value.problems[-1] == "… and 950 more"
+
+    def test_missing_files_go_to_the_ledger(self, tmp_path: Path) -> None:
+        (tmp_path / "a/dir.png").mkdir(parents=True)
+        listing = list_manifest(
+            self.write(tmp_path, "path,label\na/1.png,x\na/9.png,x\nq/1.png,y\na/dir.png,y\na/1.png/z,y\n")
+        )
+        assert rows(listing) == [("a/1.png", "x")]
+        assert listing.stats == [(7, *_times(tmp_path / "a/1.png"))]
+        assert entries(listing) == [
+            ("a/1.png/z", "missing"),
+            ("a/9.png", "missing"),
+            ("a/dir.png", "unreadable"),
+            ("q/1.png", "missing"),
+        ]
+
+    def test_links_are_followed_only_when_asked_and_only_inside(self, tmp_path: Path) -> None:
+        root = tmp_path / "data"
+        path = self.write(root, "path,label\nin.png,x\nout.png,x\nfolder/1.png,y\naway/s.png,y\n")
+        put(tmp_path, "secret/s.png")
+        (root / "in.png").symlink_to("a/1.png")
+        (root / "out.png").symlink_to(tmp_path / "secret/s.png")
+        (root / "folder").symlink_to("a")
+        (root / "away").symlink_to(tmp_path / "secret")
+        assert rows(list_manifest(path)) == []
+        listing = list_manifest(path, follow_symlinks=True)
+        assert [row[0] for row in rows(listing)] == ["folder/1.png", "in.png"]
+        assert entries(listing) == [("away/s.png", "unreadable"), ("out.png", "unreadable")]
+
+    def test_parquet_says_the_same_as_csv(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "")
+        table = pa.table(
+            {
+                "path": ["a/1.png", "b/3.jpg"],
+                "label": pa.array([0, 1]),
+                "split": ["train", "test"],
+                "group": ["g", None],
+            }
+        )
+        pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
+        assert rows(list_manifest(tmp_path / "list.parquet")) == [
+            ("a/1.png", "0", "train", "g"),
+            ("b/3.jpg", "1", "test", ""),
+        ]
+
+    def test_parquet_problems_are_told_by_row(self, tmp_path: Path) -> None:
+        table = pa.table({"path": ["a/1.png", "../x"], "label": ["x", None]})
+        pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
+        with pytest.raises(DatasetError) as caught:
+            list_manifest(tmp_path / "list.parquet")
+        assert caught.value.problems == (
+            "row 2: path '../x' leaves the manifest's folder by '..'",
+            "row 2: the label is empty",
+        )
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (
+                b"file,label\n",
+                "has no column path; the first line says file, label, expected path,label and, if you like",
+            ),
+            (b"", "has no column path and no column label; the first line says nothing"),
+            (b"path,label,label\n", "has column label twice"),
+            ("path,label\na,\u00e9\n".encode("latin-1"), "is not UTF-8 text"),
+            (b'path,label\na,"x\n', "is not CSV"),
+        ],
+    )
+    def test_a_file_that_is_no_manifest_is_refused(self, tmp_path: Path, data: bytes, message: str) -> None:
+        (tmp_path / "list.csv").write_bytes(data)
+        with pytest.raises(DatasetError) as caught:
+            list_manifest(tmp_path / "list.csv")
+        assert message in str(caught.value)
+        assert caught.value.problems == ()
+
+    def test_other_mistakes_with_the_path(self, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError, match=r"there is no such manifest; set dataset.path to a CSV or Parquet file"):
+            list_manifest(tmp_path / "list.csv")
+        with pytest.raises(DatasetError, match=r"is a folder, .*dataset.source: folder"):
+            list_manifest(tmp_path)
+        (tmp_path / "list.parquet").write_bytes(b"not parquet")
+        with pytest.raises(DatasetError, match="cannot be read as Parquet"):
+            list_manifest(tmp_path / "list.parquet")
+
+
+def _times(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_ctime_ns
+
+
+def test_names_are_shown_without_control_characters() -> None:
+    assert shown("a\x1b[31mb\nc\udce9é猫") == "a\\x1b[31mb\\nc\\xe9é猫"
+
+
+class TestMaterialised:
+    def test_a_killed_run_leaves_nothing_that_counts(self, tmp_path: Path) -> None:
+        def killed(folder: Path) -> None:
+            put(folder, "half.png")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            materialised(tmp_path / "images", killed)
+        assert not (tmp_path / "images").exists()
+        done = materialised(tmp_path / "images", lambda folder: put(folder, "whole.png") and None)
+        assert [path.name for path in done.iterdir()] == ["whole.png"]
+        assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+    def test_what_is_there_is_not_written_again(self, tmp_path: Path) -> None:
+        def never(folder: Path) -> None:
+            raise AssertionError
+
+        put(tmp_path, "images/1.png")
+        assert materialised(tmp_path / "images", never) == tmp_path / "images"
+
+
+class TestTorchvision:
+    @pytest.fixture
+    def cifar(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+        """A CIFAR10 archive of 12 images where torchvision would download it to; returns their pixels."""
+        pytest.importorskip("torch")
+        from pipeline.vision import torchvision
+
+        pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+        names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+        files: dict[str, bytes] = {}
+        for number, name in enumerate(names):
+            part = pixels[number * 2 : number * 2 + 2].transpose(0, 3, 1, 2).reshape(2, -1)
+            files[name] = pickle.dumps({"data": part, "labels": [number % 2, 9]})
+        classes = ["airplane", "auto, mobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck/lorry"]
+        files["batches.meta"] = pickle.dumps({"label_names": classes})
+        archive = tmp_path / "cifar-10-python.tar.gz"
+        with tarfile.open(archive, "w:gz") as tar:
+            for name, data in files.items():
+                info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        digests = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
+        target = torchvision.datasets.CIFAR10
+        monkeypatch.setattr(target, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+        monkeypatch.setattr(target, "train_list", [[name, digests[name]] for name in names[:5]])
+        monkeypatch.setattr(target, "test_list", [["test_batch", digests["test_batch"]]])
+        monkeypatch.setattr(
+            target, "meta", {"filename": "batches.meta", "key": "label_names", "md5": digests["batches.meta"]}
+        )
+        return pixels
+
+    def test_cifar10_becomes_png_files_once(self, tmp_path: Path, cifar: np.ndarray) -> None:
+        manifest = torchvision_manifest("CIFAR10", tmp_path)
+        listing = list_manifest(manifest)
+        assert len(listing.paths) == 12
+        assert listing.splits == ["train"] * 10 + ["test"] * 2
+        assert listing.labels == ["airplane", "truck/lorry", "auto, mobile", "truck/lorry"] * 2 + [
+            "airplane",
+            "truck/lorry",
+        ] + ["auto, mobile", "truck/lorry"]
+        assert listing.paths[2] == "train/001_auto_mobile/000002.png"
+        for path, expected in zip(listing.paths, cifar, strict=True):
+            with Image.open(manifest.parent / path) as image:
+                np.testing.assert_array_equal(np.asarray(image), expected)
+        before = manifest.stat().st_mtime_ns
+        (tmp_path / "cifar-10-python.tar.gz").unlink()
+        assert torchvision_manifest("CIFAR10", tmp_path) == manifest
+        assert manifest.stat().st_mtime_ns == before
+
+    def test_without_network_the_file_to_fetch_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("torch")
+        from pipeline.vision import torchvision
+
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+        with pytest.raises(DatasetError) as caught:
+            torchvision_manifest("CIFAR10", tmp_path)
+        assert str(caught.value).startswith("CIFAR10 cannot be downloaded (")
+        assert str(caught.value).endswith(
+            f"fetch http://127.0.0.1:9/cifar-10-python.tar.gz yourself, put it into {tmp_path}, and run again"
+        )
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "CIFAR10-images").exists()
+
+    def test_mnist_names_its_raw_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("torch")
+        from pipeline.vision import torchvision
+
+        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+        with pytest.raises(
+            DatasetError, match=r"fetch http://127.0.0.1:9/train-images-idx3-ubyte.gz .*FashionMNIST/raw"
+        ):
+            torchvision_manifest("FashionMNIST", tmp_path)
+
+    def test_an_unknown_or_unfit_name_lists_the_known(self, tmp_path: Path) -> None:
+        pytest.importorskip("torch")
+        with pytest.raises(
+            DatasetError, match=r"'CIFAR11' is not in torchvision.datasets; there are .*CIFAR10, CIFAR100"
+        ):
+            torchvision_manifest("CIFAR11", tmp_path)
+        with pytest.raises(DatasetError, match="'FakeData' cannot be made from a folder and a download alone"):
+            torchvision_manifest("FakeData", tmp_path)
