@@ -94,17 +94,16 @@ def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:
 
     Returns
     -------
-    ndarray of shape (4, height, width, 3), uint8: a colour gradient, waves, a checkerboard, and noise from a linear
-    congruential generator. Integer formulas only, so the pixels are the same on every machine.
+    ndarray of shape (4, height, width, 3), uint8: a colour gradient, waves, a checkerboard, and noise. Integer
+    formulas only, so the pixels are the same on every machine.
     """
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     gradient = np.stack([255 * x // max(width - 1, 1), 255 * y // max(height - 1, 1), (x + y) % 256], axis=-1)
     waves = np.stack([x * x // 8 % 256, y * y // 8 % 256, x * y // 8 % 256], axis=-1)
     board = np.stack([((x // 16 + y // 16) % 2) * level for level in (255, 128, 64)], axis=-1)
-    # Constants of Numerical Recipes' generator, applied to each pixel's own number instead of in sequence.
     number = (y * width + x)[..., None] * 3 + np.arange(3)
-    noise = ((number * 1664525 + 1013904223) % 2**32 * 1664525 + 1013904223) % 2**32 >> 24
+    noise = (number * number * 1664525 + 1013904223) % 2**32 >> 24
     return np.stack([gradient, waves, board, noise]).astype(np.uint8)
 
 

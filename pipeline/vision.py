@@ -32,7 +32,7 @@ def _load_compiled_operators() -> None:
     library = finder.find_spec("_C")
     if library is not None and library.origin is not None:
         try:
-            torch.ops.load_library(library.origin)
+            torch.ops.load_library(library.origin)  # type: ignore[no-untyped-call]
         except OSError:
             pass  # built for a CUDA that is not here: the schemas below stand in
 
@@ -41,9 +41,9 @@ def _declare_missing_operators() -> torch.library.Library | None:
     missing = [schema for schema in _SCHEMAS if not hasattr(torch.ops.torchvision, schema.partition("(")[0])]
     if not missing:
         return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in missing:
-        library.define(schema)
+        library.define(schema)  # type: ignore[no-untyped-call]
     return library
 
 

@@ -6,7 +6,7 @@ Nodes have the names of `torchvision.models.feature_extraction`: the path of the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx, nn
@@ -40,7 +40,8 @@ def classifier(module: fx.GraphModule) -> fx.Node:
     for kind in (nn.Linear, nn.Conv2d):
         for node in reversed(module.graph.nodes):
             if node.op == "call_module" and isinstance(modules[str(node.target)], kind):
-                return node
+                found: fx.Node = node
+                return found
     raise BackboneError(
         "the network has neither a linear nor a convolutional layer, so it has no penultimate layer; name one under layers"
     )
@@ -55,7 +56,8 @@ def resolve(graph: Graph, asked: Sequence[str]) -> list[str]:
         With one line for every unknown layer.
     """
     module, names = graph
-    unknown = [layer for layer in asked if layer != PENULTIMATE and layer not in names]
+    ends = {layer: _last_of(layer, names) for layer in asked if layer != PENULTIMATE}
+    unknown = [layer for layer, end in ends.items() if end is None]
     if unknown:
         raise BackboneError(
             f"{len(unknown)} of the layers asked for {'is' if len(unknown) == 1 else 'are'} not in the network",
@@ -66,7 +68,15 @@ def resolve(graph: Graph, asked: Sequence[str]) -> list[str]:
         )
     by_node = {node: name for name, node in names.items()}
     source = classifier(module).args[0] if PENULTIMATE in asked else None
-    return [by_node[source] if layer == PENULTIMATE else layer for layer in asked]  # type: ignore[index]
+    ends[PENULTIMATE] = by_node.get(source)  # type: ignore[arg-type]
+    return [str(ends[layer]) for layer in asked]
+
+
+def _last_of(layer: str, names: Iterable[str]) -> str | None:
+    """The node of that name, or the last one in the module of that name: `layer4` is where layer4 ends."""
+    if layer in names:
+        return layer
+    return next((name for name in reversed(list(names)) if name.startswith(f"{layer}.")), None)
 
 
 def cut(graph: Graph, layers: Sequence[str]) -> fx.GraphModule:
@@ -107,9 +117,9 @@ def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ..
         ShapeProp(module).propagate(torch.zeros(n_images, 3, *size))
     found = []
     for name, node in names.items():
-        meta = node.meta.get("tensor_meta")
-        if isinstance(getattr(meta, "shape", None), torch.Size) and len(meta.shape) > 1 and meta.shape[0] == n_images:
-            found.append((name, tuple(meta.shape[1:])))
+        shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+        if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images:
+            found.append((name, tuple(shape[1:])))
     return found
 
 

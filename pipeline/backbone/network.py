@@ -37,12 +37,9 @@ class Backbone:
         graph = graphs.trace(network.module)
         nodes = graphs.resolve(graph, config.layers)
         self._has_class_token = hasattr(network.module, "class_token")
-        self._module = (
-            graphs.cut(graph, nodes)
-            .to(device=device, dtype=dtype, memory_format=torch.channels_last)
-            .eval()
-            .requires_grad_(False)
-        )
+        module = graphs.cut(graph, nodes).to(device=device, dtype=dtype)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._module = module.eval().requires_grad_(False)
         self._dtype = dtype
         self.device = device
         self.preprocessing = network.preprocessing

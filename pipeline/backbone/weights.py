@@ -130,11 +130,15 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def build_empty(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Construct a network without memory for its weights, in milliseconds."""
+    """Construct a network without memory for its weights, in milliseconds; one that needs numbers to be built gets them."""
     free = {"init_weights": False} if "init_weights" in _ALWAYS.get(architecture, {}) else {}
-    with torch.device("meta"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return build(architecture, {**free, **arguments})
+        try:
+            with torch.device("meta"):
+                return build(architecture, {**free, **arguments})
+        except BackboneError:  # a regnet computes its widths with tensors; a wrong argument fails again here
+            return build(architecture, {**free, **arguments})
 
 
 def check_architecture(name: str) -> None:
@@ -429,8 +433,16 @@ def _default_preprocessing(architecture: str) -> Preprocessing:
 
 
 def _described_preprocessing(values: Mapping[str, Any]) -> Preprocessing:
-    keys = ("resize", "crop", "interpolation", "mean", "std")
-    return Preprocessing(**{key: tuple(values[key]) if isinstance(values[key], list) else values[key] for key in keys})
+    def plain(key: str) -> Any:
+        return tuple(values[key]) if isinstance(values[key], list) else values[key]
+
+    return Preprocessing(
+        resize=plain("resize"),
+        crop=plain("crop"),
+        interpolation=plain("interpolation"),
+        mean=plain("mean"),
+        std=plain("std"),
+    )
 
 
 def _fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Preprocessing) -> Preprocessing:

@@ -1,0 +1,505 @@
+"""Backbones: every family's penultimate layer, weights from each source, and vectors that depend on the image alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline import backbone
+from pipeline.backbone import choose_precision, graph, weights
+from pipeline.backbone.network import is_out_of_memory
+from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.embedding import EmbeddingSpec, identity_differences, probe_images
+from pipeline.errors import BackboneError
+
+FP32 = ExtractionConfig(device="cpu", precision="fp32")
+SMALL = PreprocessingConfig(resize=40, crop=32)
+
+FAMILIES = {
+    # name: (length of the penultimate vector, the node it comes from)
+    "alexnet": (4096, "classifier.5"),
+    "vgg11": (4096, "classifier.5"),
+    "resnet18": (512, "flatten"),
+    "resnext50_32x4d": (2048, "flatten"),
+    "densenet121": (1024, "flatten"),
+    "inception_v3": (2048, "flatten"),
+    "googlenet": (1024, "dropout"),
+    "mobilenet_v2": (1280, "classifier.0"),
+    "mobilenet_v3_small": (1024, "classifier.2"),
+    "efficientnet_b0": (1280, "classifier.0"),
+    "convnext_tiny": (768, "classifier.1"),
+    "regnet_y_400mf": (440, "flatten"),
+    "shufflenet_v2_x0_5": (1024, "mean"),
+    "squeezenet1_1": ((512, 13, 13), "classifier.0"),
+    "mnasnet0_5": (1280, "classifier.0"),
+    "vit_b_32": (768, "getitem_5"),
+    "swin_t": (768, "flatten"),
+    "maxvit_t": (512, "classifier.4"),
+}
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+
+
+def load(
+    name: str = "mobilenet_v3_small", extraction: ExtractionConfig = FP32, seed: int = 0, **section: object
+) -> backbone.Backbone:
+    section.setdefault("preprocessing", SMALL)
+    return backbone.load(BackboneConfig(name=name, **section), extraction, seed)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors are not worth handing to other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small() -> backbone.Backbone:
+    return load("resnet18")
+
+
+# ---- the default layer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_penultimate_is_the_input_of_the_classifier_in_every_family(name: str) -> None:
+    # Without weights (meta tensors) the graph and its shapes are all that is computed, so the real architectures are cheap.
+    model = weights.build_empty(name, {})
+    traced = graph.trace(model)
+    expected, expected_node = FAMILIES[name]
+    (node,) = graph.resolve(traced, ["penultimate"])
+    assert node == expected_node
+    head = model.get_submodule(str(graph.classifier(traced[0]).target))
+    size = 299 if name == "inception_v3" else 224
+    cut = graph.cut(traced, [node])
+    with torch.inference_mode():
+        (output,) = cut(torch.empty(2, 3, size, size, device="meta"))
+    assert tuple(output.shape) == (2, *(expected if isinstance(expected, tuple) else (expected,)))
+    assert output.shape[1] == (head.in_features if isinstance(head, torch.nn.Linear) else head.in_channels)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_the_classifier_on_the_penultimate_vectors_gives_the_networks_own_scores(name: str, pixels: np.ndarray) -> None:
+    section = BackboneConfig(name=name, preprocessing=SMALL)
+    network = weights.load_network(section, seed=3)
+    scaled = (
+        torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(SMALL.mean).view(3, 1, 1)
+    ) / torch.tensor(SMALL.std).view(3, 1, 1)
+    with torch.inference_mode():
+        scores = network.module(scaled).numpy()
+    head = network.module.get_submodule(str(graph.classifier(graph.trace(network.module)[0]).target))
+    extra = {"pooling": "flatten"} if name == "squeezenet1_1" else {}
+    (vectors,) = load(name, seed=3, **extra).embed(pixels)
+    with torch.inference_mode():
+        if name == "squeezenet1_1":
+            maps = torch.from_numpy(vectors).reshape(len(pixels), head.in_channels, 1, 1)
+            mine = torch.relu(head(maps)).flatten(1).numpy()
+        else:
+            mine = head(torch.from_numpy(vectors)).numpy()
+    np.testing.assert_allclose(mine, scores, rtol=1e-3, atol=1e-4 * np.abs(scores).max())
+
+
+def test_several_layers_come_from_one_pass_and_in_place_operations_do_not_touch_them(pixels: np.ndarray) -> None:
+    alone = load("resnet18", layers=("layer1.0.bn1",)).embed(pixels)[0]
+    both = load("resnet18", layers=("penultimate", "layer1.0.bn1"))
+    last, inner = both.embed(pixels)
+    assert [spec.layer for spec in both.specs] == ["flatten", "layer1.0.bn1"]
+    assert [spec.name for spec in both.specs] == ["resnet18-random-penultimate", "resnet18-random-layer1.0.bn1"]
+    # The ReLU behind bn1 works in place: had it overwritten the kept output, no value below zero would be left.
+    assert inner.min() < 0
+    np.testing.assert_allclose(inner, alone, rtol=1e-4, atol=1e-5)
+    assert last.shape == (9, 512)
+
+
+def test_pooling_turns_places_and_tokens_into_one_vector() -> None:
+    maps = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).reshape(2, 3, 4, 4)
+    assert torch.equal(graph.pool(maps, "avg"), maps.mean((2, 3)))
+    assert torch.equal(graph.pool(maps, "max"), maps.amax((2, 3)))
+    assert torch.equal(graph.pool(maps, "flatten"), maps.reshape(2, -1))
+    last = maps.permute(0, 2, 3, 1)  # channels last, as swin has them
+    assert torch.equal(graph.pool(last, "avg"), maps.mean((2, 3)))
+    tokens = torch.arange(2 * 5 * 3, dtype=torch.float32).reshape(2, 5, 3)
+    assert torch.equal(graph.pool(tokens, "cls"), tokens[:, 0])
+    assert torch.equal(graph.pool(tokens, "avg"), tokens.mean(1))
+
+
+def test_pooling_that_has_no_meaning_is_refused() -> None:
+    with pytest.raises(
+        BackboneError,
+        match=r"layer 'layer4.1.relu_1' gives 512 x 1 x 1, which has no class token; pooling 'cls' needs one",
+    ):
+        load("resnet18", layers=("layer4",), pooling="cls")
+    with pytest.raises(
+        BackboneError, match=r"layer 'x' gives 2 x 3 x 4, in which pooling 'avg' cannot tell places from channels"
+    ):
+        graph.effective_pooling(torch.zeros(2, 2, 3, 4), "avg", has_class_token=False, layer="x")
+
+
+def test_pooling_is_in_the_identity_only_where_it_changes_the_vectors(small: backbone.Backbone) -> None:
+    average, maximum = load("squeezenet1_1"), load("squeezenet1_1", pooling="max")
+    assert average.specs[0].fingerprint() != maximum.specs[0].fingerprint()
+    assert maximum.specs[0].name == "squeezenet1_1-random-penultimate-max"
+    assert load("resnet18", pooling="max").specs[0].fingerprint() == small.specs[0].fingerprint()
+
+
+def test_unknown_layers_are_reported_together_with_a_guess() -> None:
+    with pytest.raises(BackboneError) as error:
+        load("resnet18", layers=("layer4.1.relu_2", "avgpol"))
+    assert str(error.value).splitlines() == [
+        "2 of the layers asked for are not in the network",
+        "  no layer 'layer4.1.relu_2', did you mean 'layer4.1.relu_1'?; `manyheads layers MODEL` lists them",
+        "  no layer 'avgpol', did you mean 'avgpool'?; `manyheads layers MODEL` lists them",
+    ]
+
+
+def test_layers_lists_the_nodes_with_their_shapes() -> None:
+    nodes = dict(backbone.layers("squeezenet1_1"))
+    assert nodes["features.0"] == (64, 111, 111)
+    assert nodes["flatten"] == (1000,)
+
+
+def test_a_vision_transformer_takes_its_own_image_size_and_no_other() -> None:
+    with pytest.raises(
+        BackboneError, match=r"vit_b_32 takes images of 224 x 224 pixels only, the config says preprocessing.crop: 32"
+    ):
+        weights._fitting_preprocessing(
+            BackboneConfig(name="vit_b_32", preprocessing=SMALL),
+            weights.build_empty("vit_b_32", {}),
+            weights.Preprocessing(256, 224),
+        )
+
+
+# ---- vectors
+
+
+def test_an_image_has_the_same_vector_alone_in_a_batch_and_after_others(
+    small: backbone.Backbone, pixels: np.ndarray
+) -> None:
+    (together,) = small.embed(pixels)
+    (again,) = small.embed(pixels)
+    alone = np.concatenate([small.embed(pixels[i : i + 1])[0] for i in range(len(pixels))])
+    np.testing.assert_array_equal(again, together)
+    # Another batch size may take another path of the matrix library: equal to a few units in the last place of fp32.
+    np.testing.assert_allclose(alone, together, rtol=0, atol=1e-5 * np.abs(together).max())
+    assert np.abs(together[0] - together[1]).max() > 1e-2 * np.abs(together).max()  # and images differ
+
+
+def test_bf16_vectors_are_close_to_fp32_and_of_another_identity(small: backbone.Backbone, pixels: np.ndarray) -> None:
+    half = load("resnet18", ExtractionConfig(device="cpu", precision="bf16"))
+    (coarse,), (exact,) = half.embed(pixels), small.embed(pixels)
+    assert coarse.dtype == np.float32
+    cosine = (coarse * exact).sum(1) / np.linalg.norm(coarse, axis=1) / np.linalg.norm(exact, axis=1)
+    assert cosine.min() > 0.999
+    assert not np.array_equal(coarse, exact)
+    assert identity_differences(half.specs[0].identity(), small.specs[0].identity()) == ["precision: fp32 -> bf16"]
+
+
+def test_folding_the_batch_norms_changes_next_to_nothing(small: backbone.Backbone, pixels: np.ndarray) -> None:
+    network = weights.load_network(BackboneConfig(name="resnet18", preprocessing=SMALL), seed=0)
+    scaled = (
+        torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(SMALL.mean).view(3, 1, 1)
+    ) / torch.tensor(SMALL.std).view(3, 1, 1)
+    network.module.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        expected = network.module(scaled).numpy()
+    np.testing.assert_allclose(small.embed(pixels)[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in small._module.modules())
+
+
+def test_the_canary_is_the_vectors_of_the_probe_images(small: backbone.Backbone) -> None:
+    probes = probe_images((32, 32))
+    assert probes.shape == (4, 32, 32, 3)
+    assert probes.dtype == np.uint8
+    assert [int(probe.astype(np.int64).sum()) for probe in probes] == [291904, 113344, 228864, 389618]
+    np.testing.assert_array_equal(small.canary[0], small.embed(probes)[0])
+
+
+# ---- identity
+
+
+def test_the_seed_decides_random_weights_and_reaches_the_identity() -> None:
+    first, same, other = load("squeezenet1_1", seed=1), load("squeezenet1_1", seed=1), load("squeezenet1_1", seed=2)
+    assert first.specs[0].untrained
+    assert first.specs[0].fingerprint() == same.specs[0].fingerprint()
+    assert first.specs[0].fingerprint() != other.specs[0].fingerprint()
+    before = torch.random.get_rng_state()
+    load("squeezenet1_1", seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)  # the caller's own random numbers are left alone
+
+
+def test_identity_holds_what_changes_vectors_and_nothing_else(small: backbone.Backbone) -> None:
+    spec = small.specs[0]
+    assert set(spec.identity()) == {
+        "embed_version", "library", "architecture", "arguments", "weights", "layer", "pooling", "dim", "dtype", "preprocessing", "precision",
+    }  # fmt: skip
+    assert spec.identity()["preprocessing"]["decode"]["version"] >= 1
+    other = load("resnet18", ExtractionConfig(device="auto", precision="fp32", batch_size=3, workers=1))
+    if other.device.type == "cpu":
+        assert other.specs[0].fingerprint() == spec.fingerprint()
+    crop = load("resnet18", preprocessing=PreprocessingConfig(resize=41, crop=32))
+    assert identity_differences(crop.specs[0].identity(), spec.identity()) == ["preprocessing.resize: 40 -> 41"]
+
+
+def test_a_spec_survives_json(small: backbone.Backbone) -> None:
+    spec = small.specs[0]
+    again = EmbeddingSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+    assert again.fingerprint() == spec.fingerprint()
+
+
+def test_the_digest_of_the_weights_sees_one_bit_a_name_and_a_shape() -> None:
+    state = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "n": torch.tensor(1)}
+    digest = weights.tensors_digest(state)
+    assert digest == weights.tensors_digest(dict(reversed(state.items())))
+    flipped = {**state, "a": state["a"].clone()}
+    flipped["a"].view(torch.uint8)[0, 0] ^= 1
+    assert (
+        len({digest, weights.tensors_digest(flipped), weights.tensors_digest({**state, "a": torch.zeros(3, 2)})}) == 3
+    )
+    assert digest != weights.tensors_digest({"c": state["a"], "b": state["b"], "n": state["n"]})
+
+
+# ---- weights files
+
+
+def test_a_fine_tuned_file_loads_with_its_own_number_of_classes(tmp_path: Path, pixels: np.ndarray) -> None:
+    model = weights.build("squeezenet1_1", {"num_classes": 10})
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "tuned.pth"
+    )
+    save_file(model.state_dict(), tmp_path / "tuned.safetensors")
+    pickled = load("squeezenet1_1", weights=str(tmp_path / "tuned.pth"))
+    safe = load("squeezenet1_1", weights=str(tmp_path / "tuned.safetensors"))
+    assert pickled.specs[0].name == "squeezenet1_1-tuned-penultimate"
+    assert not pickled.specs[0].untrained
+    # The same numbers are the same identity, whatever file they come from.
+    assert pickled.specs[0].fingerprint() == safe.specs[0].fingerprint()
+    np.testing.assert_array_equal(pickled.embed(pixels)[0], safe.embed(pixels)[0])
+
+
+def test_every_misfit_of_a_file_is_told_at_once(tmp_path: Path) -> None:
+    state = weights.build("squeezenet1_1", {}).state_dict()
+    state["extra.weight"] = torch.zeros(2)
+    state["features.0.bias"] = torch.zeros(3)
+    del state["features.3.squeeze.weight"]
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError) as error:
+        load("squeezenet1_1", weights=str(tmp_path / "w.safetensors"))
+    assert (
+        error.value.message == f"weights file {tmp_path / 'w.safetensors'} does not fit squeezenet1_1: 3 of 52 tensors"
+    )
+    assert error.value.problems == (
+        "missing: features.3.squeeze.weight (16, 64, 1, 1)",
+        "unexpected: extra.weight (2,)",
+        "other shape: features.0.bias is (3,), expected (64,)",
+    )
+
+
+def test_a_file_with_code_or_without_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": Path("x")}}, tmp_path / "code.pth")
+    with pytest.raises(
+        BackboneError, match=r"cannot be read as tensors only .* save it with torch.save\(model.state_dict\(\)"
+    ):
+        load(weights=str(tmp_path / "code.pth"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(BackboneError, match="holds no state dict; expected names with tensors"):
+        load(weights=str(tmp_path / "list.pth"))
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00\x00")
+    with pytest.raises(BackboneError, match="cannot be read as tensors only"):
+        load(weights=str(tmp_path / "cut.safetensors"))
+    with pytest.raises(
+        BackboneError, match=r"gone.pth does not exist; paths are relative to the folder the command is run in"
+    ):
+        load(weights=str(tmp_path / "gone.pth"))
+
+
+@pytest.fixture
+def regnet(tmp_path: Path) -> tuple[Path, dict[str, object]]:
+    description: dict[str, object] = {
+        "architecture": "torchvision.models.regnet.RegNet",
+        "arguments": {
+            "block_params": {
+                "depths": [1, 1], "widths": [16, 32], "group_widths": [8, 8], "bottleneck_multipliers": [1.0, 1.0], "strides": [2, 2], "se_ratio": 0.25,
+            },
+            "stem_width": 8,
+            "num_classes": 5,
+        },
+        "preprocessing": {"resize": 36, "crop": 32, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+        "classes": ["a", "b", "c", "d", "e"],
+        "trained_on": "abc",
+    }  # fmt: skip
+    model = weights.build(description["architecture"], description["arguments"])  # type: ignore[arg-type]
+    path = tmp_path / "own.safetensors"
+    save_file(model.state_dict(), path, metadata={"manyheads": json.dumps(description)})
+    return path, description
+
+
+def test_a_weights_file_of_this_project_describes_itself(
+    regnet: tuple[Path, dict[str, object]], pixels: np.ndarray
+) -> None:
+    path, _ = regnet
+    made = backbone.load(BackboneConfig(name="finetuned", weights=str(path)), FP32, 0)
+    spec = made.specs[0]
+    assert (spec.name, spec.architecture, spec.dim) == (
+        "finetuned-own-penultimate",
+        "torchvision.models.regnet.RegNet",
+        32,
+    )
+    assert spec.trained_on == "abc"
+    assert spec.preprocessing["interpolation"] == "bicubic"
+    assert made.preprocessing.size == (32, 32)
+    assert made.embed(pixels)[0].shape == (9, 32)
+    with pytest.raises(BackboneError, match=r"holds a torchvision.models.regnet.RegNet, the config says resnet18"):
+        backbone.load(BackboneConfig(name="resnet18", weights=str(path)), FP32, 0)
+
+
+def test_bundled_weights_load_from_the_package_or_say_that_they_are_not_there(
+    regnet: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, description = regnet
+    monkeypatch.setattr(weights, "BUNDLED", tmp_path / "none.safetensors")
+    with pytest.raises(
+        BackboneError, match=r"weights: bundled: this installation comes without none.safetensors; use weights: random"
+    ):
+        load("bundled", weights="bundled")
+    path.with_suffix(".json").write_text(json.dumps(description))
+    monkeypatch.setattr(weights, "BUNDLED", path)
+    made = backbone.load(BackboneConfig(name="bundled", weights="bundled"), FP32, 0)
+    assert made.specs[0].name == "bundled-bundled-penultimate"
+    assert made.specs[0].trained_on == "abc"
+
+
+# ---- torchvision's own weights
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return tmp_path / "checkpoints"
+
+
+def test_without_network_the_file_and_its_folder_are_named(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(BackboneError) as error:
+        load("squeezenet1_1", weights="IMAGENET1K_V1")
+    assert str(error.value) == (
+        "weights SqueezeNet1_1_Weights.IMAGENET1K_V1 cannot be fetched (<urlopen error no network>); fetch "
+        f"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth elsewhere and put it in {hub}"
+    )
+
+
+def test_a_checkpoint_that_is_not_what_its_name_says_is_refused(hub: Path) -> None:
+    hub.mkdir()
+    (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"not it")
+    with pytest.raises(
+        BackboneError,
+        match=r"is damaged: its SHA-256 starts with [0-9a-f]{8}, its name says b8a52dc0; delete it and run again",
+    ):
+        load("squeezenet1_1", weights="IMAGENET1K_V1")
+
+
+def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.mkdir()
+    model = weights.build("squeezenet1_1", {})
+    torch.save(model.state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
+    monkeypatch.setattr(weights, "_sha256", lambda file: "b8a52dc0" + "0" * 56)
+    made = backbone.load(BackboneConfig(name="squeezenet1_1", weights="IMAGENET1K_V1"), FP32, 0)
+    assert made.specs[0].name == "squeezenet1_1-IMAGENET1K_V1-penultimate"
+    assert not made.specs[0].untrained
+    assert (made.preprocessing.resize, made.preprocessing.crop, made.preprocessing.mean) == (
+        256,
+        224,
+        (0.485, 0.456, 0.406),
+    )
+    assert made.specs[0].weights_digest == weights.tensors_digest(model.state_dict())
+
+
+def test_other_weights_have_other_transforms() -> None:
+    members = weights.torchvision.models.get_model_weights("resnet50").__members__
+    assert weights._preprocessing_of(members["IMAGENET1K_V1"]).resize == 256
+    assert weights._preprocessing_of(members["IMAGENET1K_V2"]).resize == 232
+    bicubic = weights.torchvision.models.get_model_weights("efficientnet_b0").__members__["IMAGENET1K_V1"]
+    assert weights._preprocessing_of(bicubic).interpolation == "bicubic"
+
+
+def test_unknown_names_get_a_guess() -> None:
+    with pytest.raises(
+        BackboneError, match=r"no classification model 'resnet81' in torchvision .*, did you mean 'resnet18'\?"
+    ):
+        load("resnet81")
+    with pytest.raises(
+        BackboneError,
+        match=r"resnet50 has no weights 'IMAGENET1K_V3', did you mean 'IMAGENET1K_V2'\?; there are IMAGENET1K_V1, IMAGENET1K_V2, random",
+    ):
+        load("resnet50", weights="IMAGENET1K_V3")
+    with pytest.raises(BackboneError, match=r"squeezenet1_1 cannot be built with arguments {'width': 2}: .*width"):
+        load("squeezenet1_1", arguments={"width": 2})
+    with pytest.raises(
+        BackboneError, match=r"alexnet cannot take images of 32 x 32 pixels \(.*\); change preprocessing.crop"
+    ):
+        load("alexnet")
+
+
+# ---- device and precision
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "flags", "cuda_bf16", "expected"),
+    [
+        ("auto", "cpu", {"avx512_bf16", "avx512f"}, False, "bf16"),
+        ("auto", "cpu", {"amx_bf16"}, False, "bf16"),
+        ("auto", "cpu", {"avx512f", "avx2"}, False, "fp32"),
+        ("auto", "cuda", {"avx512_bf16"}, True, "bf16"),
+        ("auto", "cuda", {"avx512_bf16"}, False, "fp32"),
+        ("auto", "mps", {"avx512_bf16"}, False, "fp32"),
+        ("fp32", "cpu", {"amx_bf16"}, False, "fp32"),
+    ],
+)
+def test_the_precision_follows_from_what_the_machine_is(
+    asked: str, device: str, flags: set[str], cuda_bf16: bool, expected: str
+) -> None:
+    name, reason = choose_precision(asked, device, frozenset(flags), cuda_bf16)
+    assert name == expected
+    assert reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(
+        BackboneError,
+        match=r"device 'cuda' is not available here, found .*cpu; set extraction.device to one of these or to 'auto'",
+    ):
+        load(extraction=ExtractionConfig(device="cuda"))
+
+
+def test_running_out_of_memory_is_recognised() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    )
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("sizes do not match"))
+    assert not is_out_of_memory(KeyError("out of memory"))
+
+
+def test_importing_the_backbone_does_not_import_torch() -> None:
+    code = "import sys, pipeline.backbone as b; b.choice_inputs(); sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
