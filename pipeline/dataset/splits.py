@@ -57,7 +57,12 @@ def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
     """Return what each image was in an earlier index, by content first and by path otherwise: 1 test, 0 train, -1 not there."""
     rows = match_digests(before.digests, index.digests)
     if before.root == index.root:  # below another root, the same path is another image
-        rows = np.where(rows >= 0, rows, match_texts(before.paths, index.paths))
+        by_path = match_texts(before.paths, index.paths)
+        moved = (
+            match_digests(index.digests, before.digests) >= 0
+        )  # the old content has another path: nothing was changed
+        by_path[by_path >= 0] = np.where(moved[by_path[by_path >= 0]], -1, by_path[by_path >= 0])
+        rows = np.where(rows >= 0, rows, by_path)
     sides = np.full(len(index), -1, dtype=np.int8)
     sides[rows >= 0] = before.splits[rows[rows >= 0]] == "test"
     return sides

@@ -1,0 +1,556 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import DatasetConfig
+from pipeline.dataset import (
+    DatasetIndex,
+    LedgerEntry,
+    ScanResult,
+    check_failures,
+    failed_digests,
+    fold_warnings,
+    read_ledger,
+    record_failures,
+    scan,
+    statcache,
+)
+from pipeline.digests import content_digest, digests_to_hex
+from pipeline.errors import DatasetError
+
+
+def write(root: Path, **files: str) -> None:
+    for path, content in files.items():
+        put(root, path, content)
+
+
+def put(root: Path, path: str, content: str) -> None:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content.encode())
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of ten images each; what is in them matters to nobody here."""
+    root = tmp_path / "photos"
+    for label in ("cat", "dog"):
+        for number in range(10):
+            put(root, f"{label}/{number}.png", f"{label} {number}")
+    return root
+
+
+@pytest.fixture
+def calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files written before a scan count as old, so that tests need not wait two seconds."""
+    monkeypatch.setattr(statcache, "RACY_NS", 0)
+
+
+def run(root: Path, seed: int = 0, rehash: bool = False, resplit: bool = False, **settings: object) -> ScanResult:
+    config = DatasetConfig(source="folder", path=str(root), **settings)  # type: ignore[arg-type]
+    return scan(config, seed, root.parent / "dataset", rehash=rehash, resplit=resplit)
+
+
+def sides(result: ScanResult) -> dict[str, str]:
+    return dict(zip(result.index.paths, result.index.splits, strict=True))
+
+
+class TestIncremental:
+    def test_a_first_scan_reads_everything_and_a_second_nothing(self, photos: Path, calm: None) -> None:
+        first = run(photos)
+        assert (first.read, first.unchanged, len(first.index)) == (20, False, 20)
+        assert first.index.digests.tobytes()[:16] == content_digest(b"cat 0")
+        assert first.index.sizes.tolist() == [5] * 20
+        folder = photos.parent / "dataset"
+        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        second = run(photos)
+        assert (second.read, second.unchanged) == (0, True)
+        assert second.index.fingerprint() == first.index.fingerprint()
+        assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+        assert DatasetIndex.read(folder).fingerprint() == first.index.fingerprint()
+
+    def test_only_what_changed_is_read(self, photos: Path, calm: None) -> None:
+        first = sides(run(photos))
+        put(photos, "cat/new.png", "a new one")
+        put(photos, "cat/1.png", "changed")
+        put(photos, "cat/2.png", "CAT 2")  # as long as before
+        (photos / "dog/3.png").rename(photos / "dog/renamed.png")
+        (photos / "dog/4.png").unlink()
+        os.utime(photos / "dog/5.png")
+        result = run(photos)
+        assert result.read == 5
+        assert not result.unchanged
+        found = result.difference
+        assert (found.added, found.changed, found.renamed, found.removed) == (1, 2, 1, 1)
+        now = sides(result)
+        assert now["dog/renamed.png"] == first["dog/3.png"]
+        assert all(now[path] == side for path, side in first.items() if path in now)
+        assert "since the last scan: 1 added, 2 changed, 1 renamed, 1 removed" in result.summary_lines()
+
+    def test_a_file_with_its_old_size_and_time_restored_is_noticed(self, photos: Path, calm: None) -> None:
+        run(photos)
+        old = (photos / "cat/2.png").stat()
+        put(photos, "cat/2.png", "CAT 2")
+        os.utime(photos / "cat/2.png", ns=(old.st_atime_ns, old.st_mtime_ns))
+        assert run(photos).difference.changed == 1
+
+    def test_files_written_within_two_seconds_of_a_scan_are_read_again(self, photos: Path) -> None:
+        assert run(photos).read == 20
+        again = run(photos)
+        assert (again.read, again.unchanged) == (20, True)
+        cache = statcache.read_cache(photos.parent / "dataset")
+        assert cache.racy().all()
+        assert statcache.RACY_NS == 2_000_000_000
+
+    def test_rehash_trusts_nothing(self, photos: Path, calm: None) -> None:
+        run(photos)
+        assert run(photos, rehash=True).read == 20
+        assert run(photos).read == 0
+
+    @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", None])
+    def test_the_stat_cache_may_be_lost(self, photos: Path, calm: None, damage: bytes | None) -> None:
+        first = run(photos)
+        cache = photos.parent / "dataset" / statcache.CACHE_FILE
+        cache.unlink()
+        if damage is not None:
+            cache.write_bytes(damage)
+        second = run(photos)
+        assert (second.read, second.unchanged) == (20, True)
+        assert second.index.fingerprint() == first.index.fingerprint()
+        assert run(photos).read == 0
+
+    def test_a_moved_class_folder_changes_labels_and_reads_only_what_moved(self, photos: Path, calm: None) -> None:
+        first = run(photos)
+        (photos / "dog").rename(photos / "wolf")
+        result = run(photos)
+        assert result.difference.renamed == 10
+        assert result.index.classes == ("cat", "wolf")
+        assert sorted(digests_to_hex(result.index.digests)) == sorted(digests_to_hex(first.index.digests))
+        was = dict(zip(digests_to_hex(first.index.digests), first.index.splits, strict=True))
+        now = dict(zip(digests_to_hex(result.index.digests), result.index.splits, strict=True))
+        assert now == was
+
+    def test_an_edited_index_keeps_its_splits(self, photos: Path, calm: None) -> None:
+        first = sides(run(photos))
+        moved = next(path for path, side in first.items() if side == "train")
+        index = photos.parent / "dataset" / "index.csv"
+        lines = index.read_text().splitlines()
+        index.write_text(
+            "\n".join(line.replace(",train,", ",test,") if line.startswith(moved) else line for line in lines)
+        )
+        result = run(photos)
+        assert result.read == 0
+        assert sides(result) == {**first, moved: "test"}
+
+    def test_an_unreadable_file_is_tried_again(self, photos: Path, calm: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        from pipeline.dataset import reading
+
+        real_open = os.open
+
+        def failing(path: object, *arguments: object, **options: object) -> int:
+            if str(path).endswith("cat/3.png"):
+                raise PermissionError(13, "Permission denied")
+            return real_open(path, *arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(reading.os, "open", failing)
+        result = run(photos)
+        assert [(entry.path, entry.status) for entry in result.failures] == [("cat/3.png", "unreadable")]
+        assert result.failures[0].reason == "it cannot be read: Permission denied"
+        assert (len(result.index), result.total) == (19, 20)
+        assert run(photos).read == 1
+        monkeypatch.undo()
+        assert len(run(photos).index) == 20
+        assert read_ledger(photos.parent / "dataset") == []
+
+    def test_a_file_that_changes_while_it_is_read_is_not_indexed(
+        self, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from pipeline.dataset import reading
+
+        real_read = os.read
+
+        def growing(descriptor: int, size: int) -> bytes:
+            data = real_read(descriptor, size)
+            if data.startswith(b"cat 3"):
+                with (photos / "cat/3.png").open("ab") as file:
+                    file.write(b".")
+            return data
+
+        monkeypatch.setattr(reading.os, "read", growing)
+        (entry,) = run(photos).failures
+        assert (entry.path, entry.status, entry.reason) == ("cat/3.png", "changing", "it changes while it is read")
+
+    def test_empty_files_are_named(self, photos: Path) -> None:
+        put(photos, "cat/none.png", "")
+        put(photos, "dog/none.png", "")
+        result = run(photos)
+        assert [(entry.path, entry.status) for entry in result.failures] == [
+            ("cat/none.png", "empty"),
+            ("dog/none.png", "empty"),
+        ]
+        assert not result.conflicts
+        assert len(result.index) == 20
+
+    def test_the_scan_needs_no_torch(self, photos: Path) -> None:
+        code = (
+            "import sys; sys.modules['torch'] = None; from pathlib import Path; from pipeline.config import DatasetConfig;"
+            "from pipeline.dataset import scan;"
+            f"print(len(scan(DatasetConfig(source='folder', path={str(photos)!r}), 0, Path({str(photos.parent)!r}) / 'd').index))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "20"
+
+
+class TestSplitsOfAScan:
+    def test_the_users_splits_are_kept_as_they_are(self, tmp_path: Path) -> None:
+        root = tmp_path / "photos"
+        write(root, **{"train/a/1.png": "1", "train/b/2.png": "2", "val/a/3.png": "3", "test/b/4.png": "4"})
+        result = run(root)
+        assert sides(result) == {
+            "test/b/4.png": "test",
+            "train/a/1.png": "train",
+            "train/b/2.png": "train",
+            "val/a/3.png": "validation",
+        }
+        assert result.counts == {
+            "a": {"train": 1, "validation": 1, "test": 0, "excluded": 0},
+            "b": {"train": 1, "validation": 0, "test": 1, "excluded": 0},
+        }
+        assert result.warnings == ("no test images in class 'a'",)
+
+    def test_a_test_split_is_made_from_train_alone(self, tmp_path: Path) -> None:
+        root = tmp_path / "photos"
+        for label in "ab":
+            for number in range(20):
+                put(root, f"train/{label}/{number}.png", f"{label}{number}")
+                put(root, f"val/{label}/{number}.png", f"val {label}{number}")
+        put(root, "val/a/copy.png", "a0")
+        result = run(root, test_fraction=0.25)
+        counts = result.counts["b"]
+        assert (counts["train"], counts["validation"], counts["test"]) == (15, 20, 5)
+        assert result.counts["a"]["test"] == 5
+        assert sides(result)["train/a/0.png"] == "train"  # its copy is the user's validation image
+        assert not result.leaks
+
+    def test_a_new_seed_or_fraction_reshuffles_only_when_asked(self, photos: Path, calm: None) -> None:
+        first = run(photos, seed=0)
+        assert first.notes == ()
+        kept = run(photos, seed=1, test_fraction=0.4)
+        assert sides(kept) == sides(first)
+        assert kept.notes == (
+            "the test split made with seed 0 and test_fraction 0.2 is kept, though the config now says seed 1 and "
+            "test_fraction 0.4; delete index.csv to have it made anew",
+        )
+        anew = run(photos, seed=1, test_fraction=0.4, resplit=True)
+        assert anew.counts["cat"]["test"] == 4
+        assert anew.notes == ()
+        assert sides(run(photos, seed=1, test_fraction=0.4)) == sides(anew)
+        (photos.parent / "dataset" / "index.csv").unlink()
+        assert sides(run(photos, seed=0)) == sides(first)
+
+    def test_another_data_set_in_the_same_output_starts_afresh(self, photos: Path) -> None:
+        first = run(photos)
+        other = photos.parent / "other"
+        for path in first.index.paths:
+            put(other, path, f"other {path}")
+        second = run(other)
+        alone = scan(DatasetConfig(source="folder", path=str(other)), 0, photos.parent / "elsewhere")
+        assert sides(second) == sides(alone)
+
+    def test_groups_of_a_manifest_stay_together(self, tmp_path: Path) -> None:
+        lines = ["path,label,group"]
+        for patient in range(20):
+            for number in range(3):
+                path = f"{patient}-{number}.png"
+                put(tmp_path, path, path)
+                lines.append(f"{path},{'ab'[number % 2]},patient {patient}")
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        result = scan(DatasetConfig(source="manifest", path=str(tmp_path / "list.csv")), 0, tmp_path / "dataset")
+        index = result.index
+        assert index.groups is not None
+        test = set(index.groups[index.splits == "test"])
+        assert test & set(index.groups[index.splits == "train"]) == set()
+        assert len(test) == 4
+        assert result.counts["a"]["test"] == 8
+
+    def test_users_groups_on_both_sides_are_pointed_out(self, tmp_path: Path) -> None:
+        text = "path,label,split,group\n1.png,a,train,p\n2.png,b,train,q\n3.png,a,test,p\n4.png,b,test,\n"
+        for number in range(1, 5):
+            put(tmp_path, f"{number}.png", str(number))
+        (tmp_path / "list.csv").write_text(text)
+        result = scan(DatasetConfig(source="manifest", path=str(tmp_path / "list.csv")), 0, tmp_path / "dataset")
+        assert result.warnings == ("group 'p' in training and in test: test scores may be too good",)
+
+
+class TestCopies:
+    @pytest.fixture
+    def leaky(self, tmp_path: Path) -> Path:
+        root = tmp_path / "photos"
+        for split in ("train", "test"):
+            for label in "ab":
+                for number in range(4):
+                    put(root, f"{split}/{label}/{number}.png", f"{split} {label} {number}")
+        put(root, "train/a/leak.png", "test a 1")
+        put(root, "val/a/leak.png", "test a 1")
+        put(root, "train/b/twin.png", "train b 2")
+        put(root, "train/b/wrong.png", "train a 3")
+        return root
+
+    def excluded(self, result: ScanResult) -> list[str]:
+        return [path for path, side in sides(result).items() if side == "excluded"]
+
+    def test_the_training_copy_leaves_and_both_paths_are_told(self, leaky: Path) -> None:
+        result = run(leaky)
+        assert self.excluded(result) == ["train/a/leak.png", "val/a/leak.png"]
+        assert [(pair.first, pair.second) for pair in result.leaks] == [
+            ("train/a/leak.png", "test/a/1.png"),
+            ("val/a/leak.png", "test/a/1.png"),
+        ]
+        lines = result.summary_lines()
+        assert "2 pairs of equal images in training and in test (the training copy is left out):" in lines
+        assert "  train/a/leak.png = test/a/1.png" in lines
+        ledger = read_ledger(leaky.parent / "dataset")
+        assert [entry for entry in ledger if entry.status == "leak"] == [
+            LedgerEntry(
+                path, "", "leak", "the same content is in the test as test/a/1.png; the training copy is excluded"
+            )
+            for path in ("train/a/leak.png", "val/a/leak.png")
+        ]
+        assert result.failures == ()
+
+    def test_a_second_scan_says_the_same(self, leaky: Path, calm: None) -> None:
+        first, second = run(leaky), run(leaky)
+        assert second.read == 0
+        assert (second.leaks, second.conflicts, second.duplicates) == (first.leaks, first.conflicts, first.duplicates)
+        assert second.index.fingerprint() == first.index.fingerprint()
+
+    def test_a_leak_that_is_mended_comes_back_into_training(self, leaky: Path, calm: None) -> None:
+        run(leaky)
+        (leaky / "test/a/1.png").unlink()
+        assert sides(run(leaky))["train/a/leak.png"] == "train"
+
+    def test_the_other_choices(self, leaky: Path, calm: None) -> None:
+        assert self.excluded(run(leaky, leaks="drop_test")) == ["test/a/1.png"]
+        kept = run(leaky, leaks="keep")
+        assert self.excluded(kept) == []
+        assert len(kept.leaks) == 2
+        with pytest.raises(DatasetError) as caught:
+            run(leaky, leaks="error")
+        assert str(caught.value) == (
+            "2 training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train\n"
+            "  train/a/leak.png = test/a/1.png\n  val/a/leak.png = test/a/1.png"
+        )
+
+    def test_one_content_under_two_labels_is_told_and_kept(self, leaky: Path) -> None:
+        result = run(leaky)
+        assert [(pair.first, pair.first_label, pair.second, pair.second_label) for pair in result.conflicts] == [
+            ("train/a/3.png", "a", "train/b/wrong.png", "b")
+        ]
+        assert sides(result)["train/b/wrong.png"] == "train"
+        assert "  train/a/3.png (a) = train/b/wrong.png (b)" in result.summary_lines()
+
+    def test_copies_on_one_side_are_counted_and_share_a_fold(self, leaky: Path) -> None:
+        result = run(leaky)
+        assert result.duplicates == 3  # the leak twice, the twin, the wrong label
+        train = result.index.select("train")
+        groups = train.fold_groups()
+        assert groups is not None
+        by_path = dict(zip(train.paths, groups, strict=True))
+        assert by_path["train/b/twin.png"] == by_path["train/b/2.png"]
+        assert len(set(groups.tolist())) == len(train) - 2
+
+    def test_a_made_split_never_parts_copies(self, photos: Path) -> None:
+        for number in range(10):
+            put(photos, f"cat/copy {number}.png", f"cat {number}")
+        result = run(photos)
+        assert not result.leaks
+        assert result.counts["cat"]["test"] == 4
+
+
+class TestLedger:
+    def entry(self, path: str, content: str, policy: str = "p1") -> LedgerEntry:
+        return LedgerEntry(path, content_digest(content.encode()).hex(), "truncated", "its end is missing", policy)
+
+    def test_failures_are_remembered_by_content_and_policy(self, photos: Path, calm: None) -> None:
+        folder = photos.parent / "dataset"
+        run(photos)
+        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")])
+        assert sorted(digests_to_hex(failed_digests(folder, "p1"))) == sorted(
+            content_digest(c).hex() for c in (b"cat 1", b"dog 2")
+        )
+        assert failed_digests(folder, "p2").shape == (0, 2)
+        result = run(photos)
+        assert result.remembered == 2
+        assert "2 images are known not to decode, see ledger.csv" in result.summary_lines()
+
+    def test_a_renamed_failure_keeps_its_entry_and_a_mended_one_loses_it(self, photos: Path, calm: None) -> None:
+        folder = photos.parent / "dataset"
+        run(photos)
+        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")])
+        (photos / "cat/1.png").rename(photos / "cat/one.png")
+        put(photos, "dog/2.png", "mended")
+        run(photos)
+        assert read_ledger(folder) == [self.entry("cat/one.png", "cat 1")]
+
+    def test_a_failure_under_a_new_policy_replaces_the_old(self, tmp_path: Path) -> None:
+        record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")])
+        record_failures(tmp_path, [self.entry("a", "1", "p2")])
+        assert read_ledger(tmp_path) == [self.entry("a", "1", "p2"), self.entry("b", "2", "p1")]
+
+    def test_an_entry_without_content_is_a_mistake(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="needs its digest and its decode policy"):
+            record_failures(tmp_path, [LedgerEntry("a", "", "truncated", "r", "p")])
+
+    def test_a_damaged_ledger_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "ledger.csv").write_text("path,reason\na,b\n")
+        with pytest.raises(DatasetError, match="expected the columns path, digest, status, reason, policy; delete it"):
+            read_ledger(tmp_path)
+
+    def test_odd_files_are_listed_with_their_reasons(self, photos: Path) -> None:
+        put(photos, "cat/notes.txt", "x")
+        put(photos, "stray.png", "x")
+        put(photos, "cat/.DS_Store", "x")
+        for number in range(5):
+            put(photos, f"dog/{number}.txt", "x")
+        result = run(photos)
+        ledger = read_ledger(photos.parent / "dataset")
+        assert [(entry.path, entry.status) for entry in ledger][:2] == [
+            ("cat/notes.txt", "not_an_image"),
+            ("dog/0.txt", "not_an_image"),
+        ]
+        assert len(ledger) == 7
+        assert result.failures == ()
+        reason = "its name does not end like an image's (.jpg, .png, .webp, .bmp, .gif, .tif)"
+        assert result.summary_lines()[-8:] == [
+            "6 files not used (not an image):",
+            f"  cat/notes.txt: {reason}",
+            f"  dog/0.txt: {reason}",
+            f"  dog/1.txt: {reason}",
+            "  … and 3 more, see ledger.csv",
+            "1 file not used (not in a class):",
+            "  stray.png: it is in no class folder, so it has no label",
+            "ignored: 1 hidden files and folders",
+        ]
+
+    @pytest.mark.parametrize(
+        ("failed", "total", "limit", "stops"),
+        [
+            (0, 0, 0.1, False),
+            (10, 100, 0.1, False),
+            (11, 100, 0.1, True),
+            (1, 100, 0, True),
+            (0, 100, 0, False),
+            (1, 9, 1, False),
+            (2, 9, 1, True),
+        ],
+    )
+    def test_max_failures_is_a_share_below_one_and_a_number_from_one(
+        self, failed: int, total: int, limit: float, stops: bool
+    ) -> None:
+        if not stops:
+            check_failures(failed, total, limit, Path("ledger.csv"))
+            return
+        with pytest.raises(DatasetError, match=f"{failed} of {total} images failed, dataset.max_failures allows"):
+            check_failures(failed, total, limit, Path("ledger.csv"))
+
+    def test_the_text_of_too_many_failures(self) -> None:
+        with pytest.raises(DatasetError) as caught:
+            check_failures(1200, 2000, 0.5, Path("out/ledger.csv"))
+        assert str(caught.value) == (
+            "1,200 of 2,000 images failed, dataset.max_failures allows 50% of them; out/ledger.csv names each with its reason: "
+            "mend or remove them, or raise dataset.max_failures"
+        )
+
+
+class TestRefused:
+    def refused(self, root: Path, **settings: object) -> str:
+        with pytest.raises(DatasetError) as caught:
+            run(root, **settings)
+        return str(caught.value)
+
+    def test_one_class_alone(self, tmp_path: Path) -> None:
+        root = tmp_path / "photos"
+        write(root, **{"cat/1.png": "1", "cat/2.png": "2"})
+        assert self.refused(root) == f"{root}: all 2 images are of one class, 'cat'; expected at least 2 classes"
+
+    def test_a_folder_one_level_too_high(self, tmp_path: Path) -> None:
+        root = tmp_path / "photos"
+        write(root, **{"animals/cat/1.png": "1", "animals/dog/2.png": "2"})
+        assert self.refused(root) == (
+            f"{root}: all 2 images are of one class, 'animals'; expected at least 2 classes; inside it are classes 'cat', 'dog': "
+            f"if these are the classes, give {root}/animals as dataset.path"
+        )
+
+    def test_no_image_at_all(self, tmp_path: Path) -> None:
+        root = tmp_path / "photos"
+        write(root, **{"cat/1.heic": "1", "dog/2.png": ""})
+        assert self.refused(root) == (
+            f"{root}: holds no image that can be read\n"
+            "  cat/1.heic: its name does not end like an image's (.jpg, .png, .webp, .bmp, .gif, .tif)\n"
+            "  dog/2.png: the file is empty"
+        )
+
+    def test_no_training_image(self, tmp_path: Path) -> None:
+        root = tmp_path / "photos"
+        write(root, **{"test/cat/1.png": "1", "test/dog/2.png": "2"})
+        assert self.refused(root) == f"{root}: every image is in the test split; expected training images as well"
+
+    def test_digits_with_a_path(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            DatasetError, match=r"takes no dataset.path; for your own images say dataset.source: folder"
+        ):
+            scan(DatasetConfig(path=str(tmp_path)), 0, tmp_path / "dataset")
+
+
+def test_a_class_with_fewer_training_images_than_folds_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for number in range(8):
+        put(root, f"many/{number}.png", f"many {number}")
+        put(root, f"copies/{number}.png", f"copy {number // 4}")
+    for number in range(3):
+        put(root, f"few/{number}.png", f"few {number}")
+    index = run(root).index
+    assert fold_warnings(index, 2) == []
+    assert fold_warnings(index, 3) == [
+        "class copies has training images of only 2 groups or distinct contents, fewer than the 3 folds: "
+        "some folds are without it; add images or set tuning.folds lower",
+        "class few has 2 training images, fewer than the 3 folds: "
+        "some folds are without it; add images or set tuning.folds lower",
+    ]
+
+
+def test_labels_that_differ_in_case_only_are_pointed_out(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path, f"{number}.png", str(number))
+    (tmp_path / "list.csv").write_text("path,label\n0.png,Cat\n1.png,cat \n2.png,dog\n")
+    result = scan(DatasetConfig(source="manifest", path=str(tmp_path / "list.csv")), 0, tmp_path / "dataset")
+    assert result.warnings[0] == "labels 'Cat' and 'cat ' differ only in case or spaces; they are separate classes"
+    assert result.index.classes == ("Cat", "cat ", "dog")
+
+
+def test_the_digits_are_written_once_and_split_by_class(tmp_path: Path) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    result = scan(DatasetConfig(), 0, tmp_path / "dataset")
+    index = result.index
+    assert (len(index), index.classes, index.root) == (1797, tuple("0123456789"), tmp_path / "images")
+    bunch = load_digits()
+    for number in (0, 1, 999, 1796):
+        path = f"{bunch.target[number]}/{number:04d}.png"
+        with Image.open(tmp_path / "images" / path) as image:
+            np.testing.assert_array_equal(np.asarray(image), np.round(bunch.images[number] * 255 / 16))
+        assert path in index.paths
+    for count in result.counts.values():
+        assert count["test"] == round(0.2 * (count["test"] + count["train"]))
+    marker = (tmp_path / "images").stat().st_mtime_ns
+    again = scan(DatasetConfig(), 0, tmp_path / "dataset")
+    assert again.unchanged
+    assert (tmp_path / "images").stat().st_mtime_ns == marker
+    assert result.summary_lines()[0] == "1,797 images in 10 classes: 1,438 train, 359 test"
