@@ -228,22 +228,33 @@ def _head(
     """
     memory = _Memory()
     with h5py.File(memory, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+        scalar = h5py.h5s.create(h5py.h5s.SCALAR)
         for name, value in attributes.items():
-            file.attrs.create(name, np.bytes_(value.encode("ascii")) if isinstance(value, str) else np.int64(value))
-        settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        settings.set_layout(h5py.h5d.CONTIGUOUS)
-        settings.set_alloc_time(h5py.h5d.ALLOC_TIME_LATE)
-        settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        space = h5py.h5s.create_simple(shape)
-        last = h5py.h5d.create(file.id, bulk.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, settings)
+            single = np.array(value.encode("ascii") if isinstance(value, str) else value)
+            h5py.h5a.create(file.id, name.encode(), h5py.h5t.py_create(single.dtype), scalar).write(single)
+        last = _dataset(file.id, bulk, dtype, shape)
         for name, array in arrays.items():
-            file.create_dataset(name, data=array, track_times=False)
+            dataset = _dataset(file.id, name, array.dtype.str, array.shape)
+            if array.size:
+                dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(array))
         file.flush()
-        if 0 in shape:
-            offset = None
-        else:
-            file[bulk][(0,) * len(shape)] = 0
+        offset = None
+        if 0 not in shape:
+            corner = h5py.h5s.create_simple(shape)
+            corner.select_elements(np.zeros((1, len(shape)), np.uint64))
+            last.write(h5py.h5s.create_simple((1,)), corner, np.zeros(1, dtype))
             offset = last.get_offset()
     size = memory.size if offset is None else offset + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     assert size == memory.size, "libhdf5 put something behind the bulk dataset"
     return bytes(memory.data[:offset].ljust(offset or memory.size, b"\0"))
+
+
+def _dataset(file: Any, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+    """Create a contiguous dataset whose space is allocated when it is first written, without timestamps."""
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_layout(h5py.h5d.CONTIGUOUS)
+    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_LATE)
+    settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    settings.set_obj_track_times(False)
+    kind = h5py.h5t.py_create(np.dtype(dtype))
+    return h5py.h5d.create(file, name.encode(), kind, h5py.h5s.create_simple(shape), settings)

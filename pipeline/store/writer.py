@@ -103,7 +103,12 @@ class StoreWriter:
         self._lock = held
         self._process = os.getpid()
         self._snapshot: Snapshot
+        self._opened: dict[str, StoreFile] = {}
+        """Digest -> a segment that has been opened and checked."""
+        self._entries: dict[int, StoreFile] = {}
+        """Number of a segment of the snapshot -> its file; without those that are lost."""
         self._sources: list[Rows] = []
+        """Rows of the journal, in the order they were appended."""
         self._new: set[bytes] = set()
         self._waiting: list[tuple[Digests, NDArray[Any]]] = []
         self._waiting_bytes = 0
@@ -192,15 +197,21 @@ class StoreWriter:
 
     def _drop_lost_segments(self) -> bool:
         """Warn of segments that are missing or were cut; their rows count as missing from now on."""
-        self._entries: dict[int, StoreFile] = {}
+        self._entries = {}
         for number, entry in enumerate(self._snapshot.segments):
             try:
-                self._entries[number] = open_entry(self.path, entry, self.store_type)
+                self._entries[number] = self._open_entry(entry)
             except StoreError as error:
                 log.warning("%s; its %d images will be embedded again", error, entry.rows)
                 if entry.path(self.path).exists():
                     journal.quarantine(self.path, entry.path(self.path))
         return len(self._entries) < len(self._snapshot.segments)
+
+    def _open_entry(self, entry: SegmentEntry) -> StoreFile:
+        """Open a segment once."""
+        if entry.digest not in self._opened:
+            self._opened[entry.digest] = open_entry(self.path, entry, self.store_type)
+        return self._opened[entry.digest]
 
     def _orphans(self) -> list[StoreFile]:
         """Open the segments that no valid snapshot names: those of a snapshot that was damaged."""
@@ -357,7 +368,8 @@ class StoreWriter:
             journal.clear(self.path)
             self._sources, self._new, self._next_group = [], set(), 1
         self._snapshot = newest_snapshot(self.path)
-        self._drop_lost_segments()
+        self._entries = {number: self._open_entry(entry) for number, entry in enumerate(entries)}
+        self._opened = {file.digest: file for file in self._entries.values()}
         _sweep(self.path, keep=2)
 
     def _whole(self, entry: SegmentEntry) -> Rows:
@@ -381,7 +393,7 @@ class StoreWriter:
 
     def _lines(self, entries: Sequence[SegmentEntry]) -> NDArray[np.uint64]:
         """Build the table of the next snapshot from the contents of its segments."""
-        contents = [open_entry(self.path, entry, self.store_type).arrays["content"] for entry in entries]
+        contents = [self._open_entry(entry).arrays["content"] for entry in entries]
         if not contents:
             return np.zeros((4, 0), "<u8")
         segment = np.repeat(np.arange(len(entries)), [len(content) for content in contents])

@@ -1,0 +1,246 @@
+"""A run that dies: at random, before or half-way through each of its system calls; or is told of errors by them."""
+
+import errno
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from pipeline import files
+from pipeline.errors import StoreError
+from pipeline.store import FeatureStore, verify
+from store.harness import (
+    DIGESTS,
+    FEATURES,
+    LIVE,
+    ROWS,
+    Died,
+    Faults,
+    add,
+    calls,
+    drop_stale,
+    exact,
+    generator,
+    prepared,
+    promised,
+    rounds,
+    small_segments,
+    system,
+    tree,
+    two_runs,
+)
+
+
+@pytest.fixture(autouse=True)
+def _small():
+    with small_segments():
+        yield
+
+
+@pytest.fixture
+def finished(place):
+    """The files of a run that nothing interrupted."""
+    with system(Faults()):
+        two_runs(place / "finished.store", set())
+    return tree(place / "finished.store")
+
+
+def test_a_run_leaves_what_it_was_given(place, finished):
+    two_runs(place / "s", set())  # with the real fsync
+    exact(place / "s", set(range(ROWS)))
+    assert tree(place / "s") == finished
+    assert sum(name.startswith("segments/") for name in finished) > 2, "the run should make several segments"
+
+
+def where(names, kind):
+    """The calls worth breaking: only a write can be done by half, and after any other the next call is the place."""
+    return [at for at, name in enumerate(names) if kind == "die" or name == "write"]
+
+
+@pytest.mark.parametrize("kind", ["die", "torn"])
+def test_die_at_every_call_of_two_runs(place, finished, kind):
+    names = calls(two_runs, place / "count")
+    assert len(names) > 60
+    for at in where(names, kind):
+        path, acked = place / "s", set()
+        with system(Faults(at, kind)), pytest.raises(Died):
+            two_runs(path, acked)
+        if path.exists():
+            before = tree(path)
+            promised(path, acked)
+            assert acked or before is not None
+        with system(Faults()):
+            two_runs(path, set())
+        assert tree(path) == finished, f"call {at}"
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("kind", ["die", "torn"])
+def test_die_at_every_call_of_collecting(place, kind):
+    start = place / "start"
+    with system(Faults()):
+        prepared(start)
+        shutil.copytree(start, place / "end")
+        names = calls(drop_stale, place / "end")
+    for at in where(names, kind):
+        path, acked = place / "s", set()
+        shutil.copytree(start, path)
+        with system(Faults(at, kind)), pytest.raises(Died):
+            drop_stale(path, acked)
+        promised(path, acked)
+        with system(Faults()):
+            drop_stale(path, set())
+        assert tree(path) == tree(place / "end"), f"call {at}"
+        assert FeatureStore.open(path).rows == len(LIVE)
+        shutil.rmtree(path)
+
+
+FAULTS = [
+    ("error", errno.ENOSPC),
+    ("errors", errno.ENOSPC),
+    ("error", errno.EIO),
+    ("errors", errno.EIO),
+    ("error", errno.EDQUOT),
+    ("errors", errno.EDQUOT),
+]
+
+
+@pytest.mark.parametrize("work", [two_runs, drop_stale])
+def test_an_error_at_every_call(place, work):
+    start = place / "start"
+    with system(Faults()):
+        if work is drop_stale:
+            prepared(start)
+            shutil.copytree(start, place / "count")
+        names = calls(work, place / "count")
+        wanted = tree(place / "count")
+    for at in range(len(names)):
+        # The short count takes turns.
+        for kind, number in FAULTS if rounds(0, 1) else FAULTS[at % 6 : at % 6 + 1]:
+            path, acked = place / "s", set()
+            if start.exists():
+                shutil.copytree(start, path)
+            with system(Faults(at, kind, number)):
+                try:
+                    work(path, acked)
+                except StoreError as error:
+                    assert os.strerror(number) in str(error)
+                    assert "all rows committed before are safe" in str(error)
+            if acked:
+                promised(path, acked)
+            assert not path.exists() or kind == "errors" or not list((path / "tmp").glob("*"))
+            with system(Faults()):
+                work(path, set())
+            assert tree(path) == wanted, f"call {at}, {kind} {number}"
+            shutil.rmtree(path)
+
+
+def test_a_short_write_at_every_call_changes_nothing(place, finished):
+    for at in where(calls(two_runs, place / "count"), "short"):
+        with system(Faults(at, "short")):
+            two_runs(place / "s", set())
+        assert tree(place / "s") == finished
+        shutil.rmtree(place / "s")
+
+
+def test_kill_at_random_and_resume(place, finished):
+    random = generator("kill")
+    path = place / "s"
+    kills, total = 0, rounds(50, 2000)
+    while kills < total:
+        shutil.rmtree(path, ignore_errors=True)
+        while True:
+            child = os.fork()
+            if child == 0:
+                _quiet_child(path)
+            time.sleep(random.uniform(0, 0.04))
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            if os.WIFEXITED(status):
+                assert os.WEXITSTATUS(status) == 0
+                break
+            kills += 1
+            if list(path.glob("snapshot-*.h5")):
+                assert verify(path, full=True).ok
+                exact(path)
+        assert tree(path) == finished
+
+
+def _quiet_child(path):
+    try:
+        with system(Faults()):
+            two_runs(path, set())
+        os._exit(0)
+    except BaseException:
+        os._exit(3)
+
+
+def test_a_failed_sync_is_not_tried_again(place):
+    """The kernel may drop the pages and call the second sync a success."""
+    synced = []
+    real = files.SYSTEM["fsync"]
+
+    def fail(descriptor):
+        synced.append(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    files.SYSTEM["fsync"] = fail
+    try:
+        with pytest.raises(OSError, match="Input/output"):
+            files.write_atomic(place / "x", b"abc")
+    finally:
+        files.SYSTEM["fsync"] = real
+    assert len(synced) == 1
+    assert list(place.iterdir()) == []
+
+
+def test_real_full_file_system(place):
+    """A file system of 1 MB that fills up in the middle of a run."""
+    import subprocess
+
+    small = place / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a small file system")
+    try:
+        ballast = small / "ballast"
+        ballast.write_bytes(bytes(900_000))
+        random = np.random.default_rng(0)
+        digests = random.integers(0, 2**64, (4000, 2), dtype=np.uint64)
+        features = random.normal(size=(4000, 64)).astype(np.float32)
+        from pipeline.store import StoreWriter
+
+        path, safe = small / "s", 0
+        with pytest.raises(StoreError, match="No space left on device; all rows committed before are safe; free some"):
+            with StoreWriter.open(path, {"a": 1}, 64) as writer:
+                for start in range(0, 4000, 50):
+                    writer.append(digests[start : start + 50], features[start : start + 50])
+                    writer.commit()
+                    safe = start + 50
+        assert 0 < safe < 4000
+        assert verify(path, full=True).ok
+        ballast.unlink()
+        with StoreWriter.open(path, {"a": 1}, 64) as writer:
+            assert not writer.missing(digests[:safe]).any()
+        assert FeatureStore.open(path).read(digests[:safe]).tobytes() == features[:safe].tobytes()
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+def test_leaving_by_an_error_keeps_what_was_committed(place):
+    acked: set[int] = set()
+    with pytest.raises(KeyboardInterrupt):
+        from pipeline.store import StoreWriter
+        from store.harness import DIM, IDENTITY
+
+        with StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
+            writer.append(DIGESTS[:4], FEATURES[:4])
+            writer.commit()
+            raise KeyboardInterrupt
+    add(place / "s", acked)
+    assert acked == set(range(ROWS))
+    exact(place / "s", acked)
