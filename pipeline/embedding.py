@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import canonical_json, fingerprint
+from pipeline.digests import fingerprint
 
 EMBED_VERSION = 1
 """Goes up by hand when a change to this package's own code changes vectors of the same identity."""
@@ -78,17 +78,6 @@ class EmbeddingSpec:
         return EmbeddingSpec(**values)
 
 
-def identity_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Name each field in which two identities differ, as `field: theirs -> mine`."""
-    left, right = _flat(theirs), _flat(mine)
-    absent = "absent"
-    return [
-        f"{key}: {_short(left.get(key, absent))} -> {_short(right.get(key, absent))}"
-        for key in sorted({*left, *right})
-        if left.get(key, absent) != right.get(key, absent)
-    ]
-
-
 def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:
     """Return built-in images whose vectors are a check that the network is the one that filled a store.
 
@@ -105,17 +94,3 @@ def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:
     number = (y * width + x)[..., None] * 3 + np.arange(3)
     noise = (number * number * 1664525 + 1013904223) % 2**32 >> 24
     return np.stack([gradient, waves, board, noise]).astype(np.uint8)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: canonical_json(value)}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _short(text: str) -> str:
-    text = text.strip('"')
-    return text if len(text) <= 24 else f"{text[:12]}..."

@@ -8,6 +8,7 @@ extraction, which need none of the compiled operators; `torchvision.io`'s decode
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import warnings
@@ -31,10 +32,8 @@ def _load_compiled_operators() -> None:
     )
     library = finder.find_spec("_C")
     if library is not None and library.origin is not None:
-        try:
+        with contextlib.suppress(OSError):  # built for a CUDA that is not here: the schemas below stand in
             torch.ops.load_library(library.origin)  # type: ignore[no-untyped-call]
-        except OSError:
-            pass  # built for a CUDA that is not here: the schemas below stand in
 
 
 def _declare_missing_operators() -> torch.library.Library | None:

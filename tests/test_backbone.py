@@ -18,8 +18,9 @@ from pipeline import backbone
 from pipeline.backbone import choose_precision, graph, weights
 from pipeline.backbone.network import is_out_of_memory
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
-from pipeline.embedding import EmbeddingSpec, identity_differences, probe_images
+from pipeline.embedding import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
+from pipeline.store import differences
 
 FP32 = ExtractionConfig(device="cpu", precision="fp32")
 SMALL = PreprocessingConfig(resize=40, crop=32)
@@ -206,7 +207,9 @@ def test_bf16_vectors_are_close_to_fp32_and_of_another_identity(small: backbone.
     cosine = (coarse * exact).sum(1) / np.linalg.norm(coarse, axis=1) / np.linalg.norm(exact, axis=1)
     assert cosine.min() > 0.999
     assert not np.array_equal(coarse, exact)
-    assert identity_differences(half.specs[0].identity(), small.specs[0].identity()) == ["precision: fp32 -> bf16"]
+    assert differences(small.specs[0].identity(), half.specs[0].identity()) == [
+        "precision: the store has 'fp32', this run has 'bf16'"
+    ]
 
 
 def test_folding_the_batch_norms_changes_next_to_nothing(small: backbone.Backbone, pixels: np.ndarray) -> None:
@@ -252,7 +255,9 @@ def test_identity_holds_what_changes_vectors_and_nothing_else(small: backbone.Ba
     if other.device.type == "cpu":
         assert other.specs[0].fingerprint() == spec.fingerprint()
     crop = load("resnet18", preprocessing=PreprocessingConfig(resize=41, crop=32))
-    assert identity_differences(crop.specs[0].identity(), spec.identity()) == ["preprocessing.resize: 40 -> 41"]
+    assert differences(spec.identity(), crop.specs[0].identity()) == [
+        "preprocessing.resize: the store has 40, this run has 41"
+    ]
 
 
 def test_a_spec_survives_json(small: backbone.Backbone) -> None:

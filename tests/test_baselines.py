@@ -1,0 +1,65 @@
+"""Baselines: what their numbers mean, and that they need no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import baselines
+from pipeline.images import prepare
+
+
+def test_pixels_are_the_thumbnail_in_colour() -> None:
+    made = baselines.load("pixels")
+    image = Image.new("RGB", (40, 80), (255, 0, 51))
+    (vectors,) = made.embed(prepare(image, made.preprocessing)[None])
+    assert vectors.shape == (1, made.specs[0].dim) == (1, 768)
+    np.testing.assert_allclose(vectors.reshape(16, 16, 3), np.broadcast_to([1.0, 0.0, 0.2], (16, 16, 3)), rtol=1e-6)
+
+
+def test_pixels_show_the_whole_image_and_not_its_centre() -> None:
+    made = baselines.load("pixels")
+    tall = Image.new("RGB", (20, 100), (0, 0, 0))
+    tall.paste((255, 255, 255), (0, 0, 20, 10))  # only the top tenth is white
+    (vectors,) = made.embed(prepare(tall, made.preprocessing)[None])
+    assert vectors.reshape(16, 16, 3)[0].min() > 0.9
+    assert vectors.reshape(16, 16, 3)[4:].max() == 0
+
+
+def test_hog_tells_directions_apart_and_not_brightness() -> None:
+    made = baselines.load("hog")
+    x = np.arange(64)
+    stripes = np.broadcast_to(((x // 4) % 2 * 200)[None, :, None], (64, 64, 3)).astype(np.uint8)
+    batch = np.stack([stripes, stripes.transpose(1, 0, 2), stripes // 2])
+    (vectors,) = made.embed(batch)
+    assert vectors.shape == (3, made.specs[0].dim) == (3, 1764)
+    assert vectors.dtype == np.float32
+    upright, lying, darker = vectors
+    np.testing.assert_allclose(darker, upright, atol=1e-5)
+    assert np.linalg.norm(upright - lying) > 0.5 * np.linalg.norm(upright)
+
+
+@pytest.mark.parametrize("name", ["pixels", "hog"])
+def test_a_vector_depends_on_its_image_alone(name: str) -> None:
+    made = baselines.load(name)
+    height, width = made.preprocessing.size
+    pixels = np.random.default_rng(0).integers(0, 256, (5, height, width, 3), dtype=np.uint8)
+    (together,) = made.embed(pixels)
+    np.testing.assert_array_equal(np.concatenate([made.embed(pixels[i : i + 1])[0] for i in range(5)]), together)
+    assert made.canary[0].shape == (4, made.specs[0].dim)
+
+
+def test_the_two_have_identities_of_their_own() -> None:
+    pixels, hog = baselines.load("pixels").specs[0], baselines.load("hog").specs[0]
+    assert (pixels.kind, pixels.untrained) == ("baseline", False)
+    assert pixels.fingerprint() != hog.fingerprint()
+    assert hog.identity()["arguments"]["orientations"] == 9
+
+
+def test_baselines_need_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from pipeline import baselines; baselines.load('hog').canary"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
