@@ -74,7 +74,14 @@ def crop_and_flip(images: Tensor, size: int, smallest: float) -> Tensor:
     return functional.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
 
 
-def augmented(pixels: NDArray[np.uint8], settings: Settings, size: int, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def augmented(
+    pixels: NDArray[np.uint8],
+    settings: Settings,
+    size: int,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
     """Return the training view of some images: float32 (n, 3, size, size), from torch's global random state."""
     tensor = torch.from_numpy(pixels).to(device)
     if settings.augment == "trivial":

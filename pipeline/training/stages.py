@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,11 @@ def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
 
 def last_linear(network: nn.Module) -> str:
     """Return the name of the last linear layer, the one that gives a score per class."""
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not names:
-        raise TrainingError("the network has no linear layer to give one score per class; expected a classification network")
+        raise TrainingError(
+            "the network has no linear layer to give one score per class; expected a classification network"
+        )
     return names[-1]
 
 
@@ -101,7 +104,11 @@ def groups_of(network: nn.Module, stages: Sequence[Stage]) -> tuple[Group, ...]:
     owners = stage_of_parameters(network, stages)
     plain = _undecayed(network)
     groups = (
-        Group(stage.name, decays, tuple(name for name in owners if owners[name] == stage.name and (name not in plain) == decays))
+        Group(
+            stage.name,
+            decays,
+            tuple(name for name in owners if owners[name] == stage.name and (name not in plain) == decays),
+        )
         for stage in stages
         for decays in (True, False)
     )
@@ -123,7 +130,9 @@ def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
         return len(stages) - 2
     if scope in names:
         return names.index(scope)
-    raise TrainingError(f"unfreeze: the network has no stage {scope!r}; allowed: {', '.join([*SCOPE_WORDS, *names[:-1]])}")
+    raise TrainingError(
+        f"unfreeze: the network has no stage {scope!r}; allowed: {', '.join([*SCOPE_WORDS, *names[:-1]])}"
+    )
 
 
 def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
@@ -143,11 +152,13 @@ def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple
             problems.append(f"step {number + 1}: {error.message}")
     if plan and plan[0].start != 0:
         problems.append(f"step 1: starts at {plan[0].start:g} of the run, expected 0: nothing would be trained before")
-    for (start, lowest), (following, below) in zip(resolved, resolved[1:], strict=False):
+    for (start, lowest), (following, below) in pairwise(resolved):
         if following <= start:
             problems.append(f"starts at {following:g} after {start:g}; expected shares that rise")
         if below > lowest:
-            problems.append(f"freezes {stages[lowest].name} again at {following:g}; expected each step to open the same stages or more")
+            problems.append(
+                f"freezes {stages[lowest].name} again at {following:g}; expected each step to open the same stages or more"
+            )
     if not plan:
         problems.append("is empty; expected at least one step, such as {start: 0, scope: all}")
     if problems:
@@ -155,7 +166,9 @@ def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple
     return tuple(resolved)
 
 
-def describe_plan(plan: Sequence[tuple[float, int]], stages: Sequence[Stage], network: nn.Module, steps: int) -> list[str]:
+def describe_plan(
+    plan: Sequence[tuple[float, int]], stages: Sequence[Stage], network: nn.Module, steps: int
+) -> list[str]:
     """Return one line for each step of a plan: when, what is trained, how many parameters."""
     owners = stage_of_parameters(network, stages)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
@@ -163,7 +176,9 @@ def describe_plan(plan: Sequence[tuple[float, int]], stages: Sequence[Stage], ne
     for start, lowest in plan:
         open_stages = [stage.name for stage in stages[lowest:]]
         count = sum(size for name, size in sizes.items() if owners[name] in open_stages)
-        lines.append(f"from step {round(start * steps)}: {', '.join(open_stages)} ({count:,} of {sum(sizes.values()):,} parameters)")
+        lines.append(
+            f"from step {round(start * steps)}: {', '.join(open_stages)} ({count:,} of {sum(sizes.values()):,} parameters)"
+        )
     return lines
 
 
@@ -202,9 +217,20 @@ def _blocks(network: nn.Module) -> list[str]:
     names = [name for name, _ in network.named_children()]
     head = _head_module(network)
     while True:
-        parts = [name for name in names if name != head and len([c for c in network.get_submodule(name).children() if _count(c)]) > 1]
+        parts = [
+            name
+            for name in names
+            if name != head and len([c for c in network.get_submodule(name).children() if _count(c)]) > 1
+        ]
         body = total - _count(network.get_submodule(head))
-        big = next((name for name in parts if _count(network.get_submodule(name)) > 0.5 * body and not _is_block(network.get_submodule(name))), None)
+        big = next(
+            (
+                name
+                for name in parts
+                if _count(network.get_submodule(name)) > 0.5 * body and not _is_block(network.get_submodule(name))
+            ),
+            None,
+        )
         if big is None:
             return names
         at = names.index(big)

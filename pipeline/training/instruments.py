@@ -1,0 +1,88 @@
+"""What watches a run or hangs on the network while it lasts: dropout, the profiler, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipeline.errors import TrainingError
+from pipeline.files import make_folder, write_text_atomic
+from pipeline.training.stages import last_linear
+
+PROFILE_ROWS = 40
+
+
+@contextmanager
+def dropout(network: nn.Module, share: float) -> Iterator[None]:
+    """Drop a share of what enters the last layer; a hook, so the names in the network's state stay as they are."""
+    if share == 0:
+        yield
+        return
+    layer = network.get_submodule(last_linear(network))
+
+    def drop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (functional.dropout(inputs[0], share, module.training),)
+
+    handle = layer.register_forward_pre_hook(drop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def profiler(steps: int, path: Path) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each step; torch's profiler watches the first `steps` and writes its table."""
+    if steps == 0:
+        yield lambda: None
+        return
+    left = steps
+    profile = torch.profiler.profile()
+    profile.start()
+
+    def finish() -> None:
+        profile.stop()
+        make_folder(path.parent)
+        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILE_ROWS)
+        write_text_atomic(path, table)
+
+    def tick() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            finish()
+
+    yield tick
+    if left > 0:
+        finish()
+
+
+def tensorboard(folder: Path) -> Any:
+    """Return TensorBoard's writer.
+
+    Raises
+    ------
+    TrainingError
+        When the package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError(
+            "training.tensorboard: the package is not installed; run `pip install tensorboard` or set it to false"
+        ) from None
+    return SummaryWriter(str(folder))
+
+
+def show(board: Any, record: dict[str, float]) -> None:
+    """Send one evaluation's numbers to TensorBoard."""
+    for name, value in record.items():
+        if name != "step":
+            board.add_scalar(name, value, record["step"])
+    board.flush()

@@ -1,0 +1,67 @@
+"""A trained network as one safetensors file that `backbone` loads by itself: tensors, and in the header how to build it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.backbone.weights import METADATA_KEY
+from pipeline.digests import Digests
+from pipeline.files import make_folder, write_atomic
+from pipeline.lineage import CONTENTS_KEY, contents_digest, contents_text
+
+FORMAT = "manyheads weights"
+VERSION = 1
+
+
+def describe(
+    *,
+    name: str,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    classes: tuple[str, ...],
+    contents: Digests | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return the description that goes into the header: what `backbone` needs, and where the weights come from.
+
+    `preprocessing` holds resize, crop, interpolation, mean and std; `contents` are the digests of the images that were
+    learned from, where features of the same images may be cross-validated.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "architecture": architecture,
+        "arguments": {**arguments, "num_classes": len(classes)},
+        "preprocessing": dict(preprocessing),
+        "classes": list(classes),
+        "trained_on": None if contents is None else contents_digest(contents),
+        **more,
+    }
+
+
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    contents: Digests | None = None,
+    half: bool = False,
+) -> None:
+    """Write a weights file in one move; `half` stores numbers with 11 bits of precision in half the space."""
+    tensors = {
+        name: (tensor.to(torch.float16) if half and tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in weights.items()
+    }
+    header = {METADATA_KEY: json.dumps(dict(description), ensure_ascii=False)}
+    if contents is not None:
+        header[CONTENTS_KEY] = contents_text(contents)
+    make_folder(path.parent)
+    write_atomic(path, save(tensors, header))
