@@ -32,7 +32,7 @@ from pipeline.heads import HEADS, Head
 from pipeline.images import policy_key
 from pipeline.metrics import Predictions, PredictionSet, scores
 from pipeline.metrics.calibration import Calibrator, fit_calibrator
-from pipeline.report import Leaderboard, LeaderboardRow
+from pipeline.report import Leaderboard, LeaderboardRow, judge
 from pipeline.store import FeatureStore
 from pipeline.tuning import Folds, TuningRun, make_folds, tune
 
@@ -123,7 +123,7 @@ def run(config: Config) -> HeadsRun:
         else:
             reused += 1
         rows.append(row)
-    leaderboard = Leaderboard(tuple(rows), _provenance(config, task, stores))
+    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, task, stores)), files.root)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
