@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Mapping
@@ -69,8 +70,9 @@ MAX_RESIZED_PIXELS = 1 << 24
 
 _LIMIT_LOCK = threading.Lock()
 
-# Pillow's own check then ends in an exception, which `decode` turns into a problem of that image, and not in a message on
-# the terminal.
+# What Pillow remarks on broken metadata helps nobody here: the image is decoded, or it is a problem with a reason. Its own
+# limit on pixels ends in an exception instead of a remark; `decode` makes it a problem of that image.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
@@ -154,11 +156,16 @@ def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> by
 
 def _read_steadily(path: str) -> tuple[bytes, bool]:
     """Read a regular file; also say whether it stayed the same meanwhile."""
+    # O_NONBLOCK: a pipe in the file's place must not make a run wait for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb", buffering=0) as file:
+    try:
         before = os.fstat(descriptor)
-        data = file.readall()
+        if not stat.S_ISREG(before.st_mode):
+            raise ImageProblem("unavailable", "it is not a regular file")
+        data = io.FileIO(descriptor, closefd=False).readall()
         after = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
     same = (before.st_size, before.st_mtime_ns, before.st_ctime_ns) == (
         after.st_size,
         after.st_mtime_ns,
@@ -284,7 +291,7 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint
 
     The pixels are bit for bit those of torchvision's transforms (Resize, CenterCrop) on a PIL image, before they are scaled
     and normalised. A side shorter than the crop is padded with black, as there. Only for extremely long images, whose
-    resized form would pass `MAX_RESIZED_PIXELS`, values may differ by one grey level.
+    resized form would pass `MAX_RESIZED_PIXELS`, the pixels may differ a little.
     """
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB image, got mode {image.mode!r}")
