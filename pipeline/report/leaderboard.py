@@ -16,7 +16,7 @@ import numpy as np
 from tabulate import tabulate
 
 from pipeline.errors import PipelineError
-from pipeline.metrics import Scores
+from pipeline.metrics import Difference, Optimism, Paired, Scores
 
 FORMAT = "manyheads leaderboard"
 VERSION = 1
@@ -74,14 +74,33 @@ class LeaderboardRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the paired comparison says about the rows, by key; `metrics.compare` makes it from out-of-fold predictions."""
+    """What paired comparison says about the rows; `report.judge` makes it from the predictions beside the bundles.
 
-    no_evidence: tuple[str, ...]
-    """Keys of the rows for which nothing shows that they are worse than the best, the best itself first."""
+    `differences` are to the best row, for every row with out-of-fold predictions. `optimism` is for picking the best of the
+    rows, `trial_optimism` for picking the best of the trials of the best row's own search (None where unknown).
+    """
+
+    differences: tuple[Difference, ...]
     recommended: str
     reason: str
-    optimism: float | None = None
-    """How much of the best row's cross-validation score comes from having been picked, as a share."""
+    optimism: Optimism | None = None
+    trial_optimism: float | None = None
+
+    @property
+    def no_evidence(self) -> tuple[str, ...]:
+        """Keys of the rows for which nothing shows that they are worse than the best, the best among them."""
+        return tuple(row.key for row in self.differences if row.no_evidence)
+
+    @staticmethod
+    def from_record(raw: Mapping[str, Any]) -> Verdict:
+        """Return the verdict that a leaderboard's JSON holds."""
+        return Verdict(
+            tuple(_difference(row) for row in raw["differences"]),
+            raw["recommended"],
+            raw["reason"],
+            Optimism(**_tuples(raw["optimism"])) if raw["optimism"] else None,
+            raw["trial_optimism"],
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +166,7 @@ class Leaderboard:
         return Leaderboard(
             tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
             record["provenance"],
-            Verdict(**{**verdict, "no_evidence": tuple(verdict["no_evidence"])}) if verdict else None,
+            Verdict.from_record(verdict) if verdict else None,
         )
 
     def to_markdown(self) -> str:
@@ -159,7 +178,7 @@ class Leaderboard:
 
     def to_text(self) -> str:
         """Return the leaderboard for a terminal."""
-        table = tabulate(self._cells(), headers=HEADERS, tablefmt="simple", disable_numparse=True, colalign=ALIGN)
+        table = tabulate(self._cells(), headers=SHORT_HEADERS, tablefmt="simple", disable_numparse=True, colalign=ALIGN)
         return "\n".join([table, "", *self.notes()])
 
     def notes(self) -> list[str]:
@@ -171,16 +190,7 @@ class Leaderboard:
             f"Best by cross-validation: {best.key} ({_percent(best.cv_mean, self.scoring)} ± {_percent(best.cv_std, self.scoring)}). Test scores choose nothing."
         )
         if self.verdict:
-            others = len(self.verdict.no_evidence) - 1
-            if others:
-                lines.append(
-                    f"~ marks {others} more {_plural('row', others)} with no evidence of a difference from the best."
-                )
-            lines.append(f"Recommended: {self.verdict.recommended}. {self.verdict.reason}")
-            if self.verdict.optimism is not None:
-                lines.append(
-                    f"Picking the best of {len(self.rows)} rows flatters its cross-validation accuracy by about {100 * self.verdict.optimism:.2f} points."
-                )
+            lines += self._verdict_notes(self.verdict)
         if any(row.test for row in self.rows):
             lines.append(
                 f"Test: {max(row.test.n for row in self.rows if row.test)} images, in brackets the 95 % interval (Wilson)."
@@ -193,6 +203,28 @@ class Leaderboard:
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
         if best.baseline or best.untrained:
             lines.append(f"No trained backbone beats the {best.note} row {best.key} on these images.")
+        return lines
+
+    def _verdict_notes(self, verdict: Verdict) -> list[str]:
+        lines = []
+        others = [key for key in verdict.no_evidence if key != self.best.key]
+        if others:
+            lines.append(
+                f"~ marks {len(others)} more {_plural('row', len(others))} with no evidence of a difference from the best "
+                "(paired, out of fold, corrected for all pairs of rows)."
+            )
+        lines.append(f"Recommended: {verdict.recommended}. {verdict.reason}")
+        if verdict.optimism is not None:
+            trials = verdict.trial_optimism
+            lines.append(
+                f"Picking the best of {verdict.optimism.candidates} rows flatters its cross-validation accuracy by about "
+                f"{100 * max(verdict.optimism.bias, 0.0):.1f} points"
+                + (
+                    f", picking the best of its {self.best.trials} trials by about {100 * trials:.1f}."
+                    if trials is not None
+                    else "."
+                )
+            )
         return lines
 
     @property
@@ -246,6 +278,21 @@ HEADERS = (
     "trials",
     "note",
 )
+SHORT_HEADERS = (
+    "",
+    "embedding",
+    "head",
+    "CV",
+    "test [95 %]",
+    "bal.",
+    "F1",
+    "loss",
+    "fit s",
+    "pred. s",
+    "trials",
+    "note",
+)
+"""The terminal is narrow."""
 ALIGN = ("left", "left", "left", "right", "right", "right", "right", "right", "right", "right", "right", "left")
 
 
@@ -276,6 +323,17 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
+
+
+def _difference(raw: Mapping[str, Any]) -> Difference:
+    paired = {name: Paired(**_paired(raw[name])) if raw[name] else None for name in ("test", "folds")}
+    return Difference(**{**_tuples(raw), **paired})
+
+
+def _paired(raw: Mapping[str, Any]) -> dict[str, Any]:
+    # JSON has no infinity: an interval without an end was written as null.
+    low, high = raw["interval"]
+    return {**raw, "interval": (-np.inf if low is None else low, np.inf if high is None else high)}
 
 
 def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:

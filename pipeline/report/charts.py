@@ -1,0 +1,382 @@
+"""The charts: each function takes its numbers and returns a `Chart`, which draws itself on the page or on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from pipeline.metrics import Calibration, Difference, LearningCurve, Ranking, pareto
+from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
+from pipeline.report.judge import Trials
+from pipeline.report.leaderboard import LeaderboardRow, seconds
+from pipeline.report.material import Map
+
+MOST_ROWS = 30
+"""Rows of a leaderboard drawn; the table has them all."""
+MOST_CELLS = 25
+"""Classes of a confusion matrix drawn: the most confused ones."""
+
+
+def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str]) -> Chart:
+    """Draw test accuracy with its interval and the cross-validation mean of each row; the no-evidence group is filled."""
+
+    def draw(palette: Palette) -> Figure:
+        shown = rows[:MOST_ROWS]
+        made = figure(palette, height=0.9 + 0.27 * len(shown))
+        axes = made.subplots()
+        for place, row in enumerate(shown):
+            colour = palette.accent if row.key in group else palette.muted
+            if row.test is not None:
+                low, high = row.test.interval
+                axes.plot([100 * low, 100 * high], [place, place], color=colour, solid_capstyle="round")
+                text = f"{row.key}: test {_points(row.test.accuracy)} [{_points(low)}, {_points(high)}], cross-validation {_points(row.cv_mean)}"
+                axes.plot(100 * row.test.accuracy, place, "o", color=colour, ms=6, gid=tip(text))
+            axes.plot(100 * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
+        _row_names(axes, shown)
+        axes.set_xlabel("accuracy, %:  ● test with its 95 % interval   | cross-validation")
+        return made
+
+    return draw
+
+
+def difference_chart(differences: Sequence[Difference], rows: Mapping[str, LeaderboardRow]) -> Chart:
+    """Draw how far each row lies behind the best one, with simultaneous 95 % intervals; 0 is the best row."""
+
+    def draw(palette: Palette) -> Figure:
+        shown = [item for item in differences if item.key in rows][:MOST_ROWS]
+        made = figure(palette, height=0.9 + 0.27 * len(shown))
+        axes = made.subplots()
+        axes.axvline(0, color=palette.ink, lw=1)
+        for place, item in enumerate(shown):
+            colour = palette.accent if item.no_evidence else palette.muted
+            low, high = (100 * end for end in item.interval)
+            axes.plot([-high, -low], [place, place], color=colour, solid_capstyle="round")
+            verdict = "no evidence of a difference" if item.no_evidence else "worse than the best"
+            text = f"{item.key}: {-100 * item.difference:+.1f} points [{-high:+.1f}, {-low:+.1f}], p = {item.p_value:.3f}, {verdict}"
+            axes.plot(-100 * item.difference, place, "o", color=colour, ms=6, gid=tip(text))
+        _row_names(axes, [rows[item.key] for item in shown])
+        axes.set_xlabel("out-of-fold accuracy minus the best row's, points")
+        return made
+
+    return draw
+
+
+def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
+    """Draw every trial's score and the best so far, one line per search."""
+
+    def draw(palette: Palette) -> Figure:
+        made = figure(palette)
+        axes = made.subplots()
+        lowest = []
+        for number, (name, trials) in enumerate(searches.items()):
+            colour = palette.categories[number % len(palette.categories)]
+            means = np.array([np.nan if trial["mean"] is None else trial["mean"] for trial in trials], dtype=np.float64)
+            if not np.isfinite(means).any():
+                continue
+            count = np.arange(1, len(means) + 1)
+            best = np.fmax.accumulate(means)
+            axes.step(count, _scaled(best, scoring), where="post", color=colour, label=plain_text(name))
+            axes.plot(count, _scaled(means, scoring), ".", color=colour, ms=4, alpha=0.55)
+            axes.plot(
+                count[-1],
+                _scaled(best, scoring)[-1],
+                "o",
+                color=colour,
+                ms=5,
+                gid=tip(f"{name}: best {_points(best[-1], scoring)} after {len(means)} trials"),
+            )
+            lowest.append(float(np.nanmin(best)))
+        if lowest:
+            # A few failed or hopeless trials would flatten the part that matters.
+            bottom, top = _scaled(np.array([min(lowest)]), scoring)[0], axes.get_ylim()[1]
+            axes.set_ylim(bottom - 0.25 * (top - bottom) - 1e-3, top)
+        axes.set_xlabel("trial")
+        axes.set_ylabel(_score_label(scoring))
+        if len(searches) > 1:
+            axes.legend(loc="lower right", ncols=1 if len(searches) < 6 else 2, fontsize=7)
+        return made
+
+    return draw
+
+
+def confusion_chart(matrix: NDArray[np.int64], classes: Sequence[str]) -> Chart:
+    """Draw a confusion matrix, each row as shares of its true class; many classes: those with most mistakes."""
+
+    def draw(palette: Palette) -> Figure:
+        wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
+        kept = np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
+        cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
+        shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
+        made = figure(palette, height=5.2)
+        axes = made.subplots()
+        axes.grid(False)
+        for row, column in np.argwhere(cells > 0).tolist():
+            right = row == column
+            share = float(shares[row, column])
+            text = (
+                f"{names[row]} taken for {names[column]}: {cells[row, column]} ({100 * share:.0f} %)"
+                if not right
+                else f"{names[row]} right: {cells[row, column]} ({100 * share:.0f} %)"
+            )
+            axes.add_patch(
+                Rectangle(
+                    (column - 0.46, row - 0.46), 0.92, 0.92, lw=0,
+                    color=palette.accent if right else palette.bad,
+                    alpha=max(0.12, share if right else min(1.0, 3 * share)),
+                    gid=tip(text),
+                )
+            )  # fmt: skip
+            if len(names) <= 12:
+                solid = share > 0.6 if right else share > 0.25
+                axes.text(
+                    column,
+                    row,
+                    str(cells[row, column]),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=palette.surface if solid else palette.ink,
+                )
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_aspect("equal")
+        axes.set_xticks(
+            range(len(names)),
+            [_short(name) for name in names],
+            rotation=45 if max(map(len, names)) > 2 else 0,
+            ha="right" if max(map(len, names)) > 2 else "center",
+        )
+        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        axes.spines[:].set_visible(False)
+        return made
+
+    return draw
+
+
+def reliability_chart(out_of_fold: Calibration | None, test: Calibration) -> Chart:
+    """Draw how often predictions were right against how sure they were, with Wilson intervals on the test images."""
+
+    def draw(palette: Palette) -> Figure:
+        made = figure(palette, height=4.4)
+        axes = made.subplots()
+        axes.plot([0, 100], [0, 100], color=palette.muted, lw=1, ls=(0, (4, 3)))
+        if out_of_fold is not None:
+            axes.plot(
+                [100 * b.confidence for b in out_of_fold.bins],
+                [100 * b.accuracy for b in out_of_fold.bins],
+                "-",
+                color=palette.muted,
+                lw=1.2,
+                label="out of fold",
+            )
+        for item in test.bins:
+            axes.plot(
+                [100 * item.confidence] * 2,
+                [100 * item.interval[0], 100 * item.interval[1]],
+                color=palette.accent,
+                lw=1,
+                alpha=0.6,
+            )
+            text = f"{item.count} images, sure to {100 * item.confidence:.1f} %: {100 * item.accuracy:.1f} % right [{100 * item.interval[0]:.0f}, {100 * item.interval[1]:.0f}]"
+            axes.plot(100 * item.confidence, 100 * item.accuracy, "o", color=palette.accent, ms=5, gid=tip(text))
+        axes.plot([], [], "o-", color=palette.accent, label="test, 95 % interval")
+        lowest = min([b.confidence for b in test.bins] + [b.interval[0] for b in test.bins])
+        axes.set_xlim(100 * max(0, lowest - 0.05), 101)
+        axes.set_ylim(100 * max(0, lowest - 0.05), 101)
+        axes.set_xlabel("how sure, %")
+        axes.set_ylabel("how often right, %")
+        axes.legend(loc="upper left")
+        return made
+
+    return draw
+
+
+def learning_chart(curve: LearningCurve, head: str) -> Chart:
+    """Draw accuracy against the number of labelled images, the fitted law, its forecast, and its test."""
+
+    def draw(palette: Palette) -> Figure:
+        made = figure(palette)
+        axes = made.subplots()
+        sizes = np.array([point.size for point in curve.points])
+        axes.fill_between(
+            sizes,
+            [100 * p.interval[0] for p in curve.points],
+            [100 * p.interval[1] for p in curve.points],
+            color=palette.accent,
+            alpha=0.18,
+            lw=0,
+        )
+        axes.plot(
+            sizes,
+            [100 * p.accuracy for p in curve.points],
+            color=palette.accent,
+            label=f"measured ({head}), 95 % interval",
+        )
+        for point in curve.points:
+            text = f"{point.size:,} images: {_points(point.accuracy)} [{_points(point.interval[0])}, {_points(point.interval[1])}], {len(point.scores)} draws"
+            axes.plot(point.size, 100 * point.accuracy, "o", color=palette.accent, ms=5, gid=tip(text))
+        if curve.law is not None:
+            ahead = np.geomspace(sizes[0], max(item.size for item in curve.forecast), 60)
+            axes.plot(
+                ahead,
+                100 * curve.law.accuracy(ahead),
+                color=palette.muted,
+                lw=1.2,
+                ls=(0, (4, 3)),
+                label="law: floor + scale · n^-rate",
+            )
+        for item in (*curve.held_back, *curve.forecast):
+            forecast = np.isnan(item.measured)
+            colour = palette.muted if forecast else palette.categories[1]
+            text = f"{'forecast for' if forecast else 'forecast without the largest sizes, for'} {item.size:,} images: {_points(item.predicted)} [{_points(item.interval[0])}, {_points(item.interval[1])}]"
+            text += "" if forecast else f"; measured {_points(item.measured)}"
+            axes.plot([item.size] * 2, [100 * end for end in item.interval], color=colour, lw=1.2)
+            axes.plot(item.size, 100 * item.predicted, "D", color=colour, ms=4.5, gid=tip(text))
+        if curve.held_back:
+            axes.plot([], [], "D-", color=palette.categories[1], ms=4.5, label="forecast from smaller sizes alone")
+        axes.set_xscale("log")
+        ticks = [*sizes[:: max(1, len(sizes) // 4)], *[item.size for item in curve.forecast[-1:]]]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
+        axes.set_xlabel("labelled images")
+        axes.set_ylabel("accuracy, %")
+        axes.legend(loc="lower right")
+        return made
+
+    return draw
+
+
+def cost_chart(rows: Sequence[LeaderboardRow], images: int) -> Chart:
+    """Draw accuracy against time per image (embedding and head), the rows no other row beats on both sides joined."""
+
+    def draw(palette: Palette) -> Figure:
+        made = figure(palette)
+        axes = made.subplots()
+        shown = [row for row in rows if row.test is not None]
+        cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
+        value = [row.test.accuracy for row in shown if row.test is not None]
+        best = pareto(cost, value)
+        edge = sorted((c, 100 * v) for c, v, kept in zip(cost, value, best, strict=True) if kept)
+        axes.step([c for c, _ in edge], [v for _, v in edge], where="post", color=palette.muted, lw=1, ls=(0, (4, 3)))
+        names = list(dict.fromkeys(row.head for row in shown))
+        for row, c, v, kept in zip(shown, cost, value, best, strict=True):
+            colour = palette.categories[names.index(row.head) % len(palette.categories)]
+            text = f"{row.key}: {_points(v)} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' if kept else ''}"
+            axes.plot(
+                c,
+                100 * v,
+                "s" if row.baseline else "o",
+                color=colour,
+                ms=8 if kept else 6,
+                alpha=1.0 if kept else 0.75,
+                gid=tip(text),
+            )
+        for number, name in enumerate(names):
+            axes.plot([], [], "o", color=palette.categories[number % len(palette.categories)], label=plain_text(name))
+        axes.set_xscale("log")
+        axes.set_xlabel("milliseconds per image" + ("" if any(row.embed_seconds for row in shown) else " (head alone)"))
+        axes.set_ylabel("test accuracy, %")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return made
+
+    return draw
+
+
+def map_chart(space: Map, labels: Sequence[str], classes: Sequence[str]) -> Chart:
+    """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by class."""
+
+    def draw(palette: Palette) -> Figure:
+        made = figure(palette, width=7.6, height=5.6)
+        axes = made.subplots()
+        place = {label: number for number, label in enumerate(classes)}
+        codes = np.array([place[label] for label in labels])
+        # One collection: the page finds dot i of the SVG by its order.
+        colours = [palette.categories[code % len(palette.categories)] for code in codes]
+        axes.scatter(space.points[:, 0], space.points[:, 1], s=20, c=colours, alpha=0.85, lw=0, gid="dots")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        low, high = np.quantile(space.points, [0.002, 0.998], axis=0)
+        margin = 0.05 * (high - low) + 1e-9
+        axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
+        axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+        return made
+
+    return draw
+
+
+def ranking_chart(ranking: Ranking, names: Sequence[str]) -> Chart:
+    """Draw a critical-difference diagram: average ranks over data sets, bars join what cannot be told apart."""
+
+    def draw(palette: Palette) -> Figure:
+        made = figure(palette, height=1.4 + 0.22 * len(names))
+        axes = made.subplots()
+        order = np.argsort(ranking.average_ranks, kind="stable")
+        for depth, head in enumerate(order):
+            rank = ranking.average_ranks[head]
+            axes.plot([rank, rank], [0, -1 - depth], color=palette.muted, lw=1)
+            axes.text(
+                rank,
+                -1 - depth,
+                f" {plain_text(names[head])}  {rank:.2f}",
+                va="center",
+                ha="left",
+                color=palette.ink,
+                fontsize=8,
+            )
+            axes.plot(rank, 0, "o", color=palette.accent, ms=5, gid=tip(f"{names[head]}: average rank {rank:.2f}"))
+        for number, group in enumerate(ranking.groups):
+            ends = [ranking.average_ranks[head] for head in group]
+            axes.plot(
+                [min(ends), max(ends)], [0.45 + 0.35 * number] * 2, color=palette.accent, lw=4, solid_capstyle="round"
+            )
+        top = 1.3 + 0.35 * len(ranking.groups)
+        axes.plot([1, 1 + ranking.critical_difference], [top, top], color=palette.ink, lw=1.5)
+        axes.text(1, top + 0.2, f"critical difference {ranking.critical_difference:.2f}", fontsize=8, color=palette.ink)
+        axes.set_ylim(-1 - len(names), top + 1)
+        axes.set_xlim(0.8, len(names) + 1.2)
+        axes.set_yticks([])
+        axes.set_xlabel("average rank (1 is best)")
+        axes.spines["left"].set_visible(False)
+        return made
+
+    return draw
+
+
+def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
+    several = len({row.embedding for row in rows}) > 1
+    names = [f"{row.head} · {_short(row.embedding, 26)}" if several else row.head for row in rows]
+    axes.set_yticks(range(len(rows)), [plain_text(name) for name in names], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+
+
+def _short(text: str, length: int = 14) -> str:
+    """Return a name that fits beside an axis; the tooltip has the whole of it."""
+    return plain_text(text if len(text) <= length else f"{text[: length - 1]}…")
+
+
+def _points(share: float, scoring: str = "accuracy") -> str:
+    return f"{share:.3f}" if scoring == "log_loss" else f"{100 * share:.1f} %"
+
+
+def _scaled(values: NDArray[np.float64], scoring: str) -> NDArray[np.float64]:
+    return values if scoring == "log_loss" else 100 * values
+
+
+def _score_label(scoring: str) -> str:
+    return (
+        "minus log loss, cross-validation"
+        if scoring == "log_loss"
+        else f"{scoring.replace('_', ' ')}, cross-validation, %"
+    )

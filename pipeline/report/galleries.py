@@ -1,0 +1,118 @@
+"""Sections made of pictures: the worst mistakes, labels to check, near-duplicates, outliers."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+from pipeline.metrics import class_columns
+from pipeline.report.material import Material
+from pipeline.report.pictures import gallery
+
+MOST_PICTURES = 24
+MOST_PAIRS = 18
+
+
+def mistakes(material: Material) -> str:
+    """Show the test images on which the best row was most sure and wrong."""
+    best = material.best
+    if best is None:
+        return ""
+    part = best.test
+    wrong = np.flatnonzero(~part.correct)
+    if not len(wrong):
+        return "<h2>Worst mistakes</h2><p>The best row made no mistake on the test images.</p>"
+    sure = np.ones(len(part.paths)) if part.probabilities is None else part.probabilities.max(axis=1)
+    own = np.zeros(len(part.paths))
+    if part.probabilities is not None:
+        y = class_columns(part.y_true, best.classes)
+        own = np.where(y >= 0, part.probabilities[np.arange(len(y)), np.maximum(y, 0)], 0.0)
+    order = wrong[np.argsort(-(sure - own)[wrong], kind="stable")][:MOST_PICTURES]
+    pictures = gallery(material.index, part.paths[order].tolist())
+    figures = []
+    for row in order.tolist():
+        share = f" · {100 * sure[row]:.0f} %" if part.probabilities is not None else ""
+        caption = f"<b>{escape(part.y_pred[row])}</b>{share}<br><span>is {escape(part.y_true[row])}</span>"
+        figures.append(_figure(str(part.paths[row]), pictures, caption))
+    text = f"{len(wrong):,} of {len(part.paths):,} test images were labelled wrong; these with most conviction. In bold what {escape(material.leaderboard.best.key)} said."
+    return f'<h2>Worst mistakes</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'
+
+
+def suspects(material: Material) -> str:
+    """Show training images whose label the head does not believe."""
+    found = material.findings.suspicious
+    if not found:
+        return ""
+    shown = found[:MOST_PICTURES]
+    pictures = gallery(material.index, [item.path for item in shown])
+    figures = [
+        _figure(
+            item.path,
+            pictures,
+            f"<span>labelled</span> {escape(item.label)}<br><b>{escape(item.suggested)}</b> <span>?</span>",
+        )
+        for item in shown
+    ]
+    text = f"{len(found):,} training {'image has a label' if len(found) == 1 else 'images have labels'} that the head, fitted without them, does not believe. Look before you change anything; all are in <code>doctor/suspicious_labels.csv</code>."
+    return f'<h2>Labels to check</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'
+
+
+def copies(material: Material) -> str:
+    """Show pairs of images that are nearly the same, those across splits first."""
+    found = material.findings.duplicates
+    if not found:
+        return ""
+    shown = found[:MOST_PAIRS]
+    pictures = gallery(material.index, [path for pair in shown for path in (pair.path, pair.other)])
+    pairs = []
+    for pair in shown:
+        splits = (
+            f'<span class="tag blue">{escape(pair.split)} / {escape(pair.other_split)}</span>'
+            if pair.across
+            else f'<span class="tag">{escape(pair.split)}</span>'
+        )
+        labels = (
+            escape(pair.label)
+            if pair.label == pair.other_label
+            else f"<b>{escape(pair.label)} / {escape(pair.other_label)}</b>"
+        )
+        pairs.append(
+            f'<figure class="pair">{_frame(pair.path, pictures)}{_frame(pair.other, pictures)}<figcaption>{splits} {labels}<br><span>{escape(_file(pair.path))}, {escape(_file(pair.other))}</span></figcaption></figure>'
+        )
+    across = sum(pair.across for pair in found)
+    text = f"{len(found):,} {'pair' if len(found) == 1 else 'pairs'} of images lie much closer together than neighbours usually do, {across:,} of them in two splits, where they flatter the test. All are in <code>doctor/near_duplicates.csv</code>."
+    return f'<h2>Near-duplicates</h2><p class="quiet">{text}</p><div class="pairs">{"".join(pairs)}</div>'
+
+
+def strangers(material: Material) -> str:
+    """Show images that are far from every other."""
+    found = material.findings.outliers
+    if not found:
+        return ""
+    shown = found[: MOST_PICTURES // 2]
+    pictures = gallery(material.index, [item.path for item in shown])
+    figures = [
+        _figure(item.path, pictures, f"{escape(item.label)}<br><span>{escape(_file(item.path))}</span>")
+        for item in shown
+    ]
+    text = f"{len(found):,} {'image is' if len(found) == 1 else 'images are'} far from all others in the embedding. All are in <code>doctor/outliers.csv</code>."
+    return f'<h2>Outliers</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'
+
+
+def _figure(path: str, pictures: dict[str, str], caption: str) -> str:
+    return f"<figure>{_frame(path, pictures)}<figcaption>{caption}</figcaption></figure>"
+
+
+def _frame(path: str, pictures: dict[str, str]) -> str:
+    inside = (
+        f'<img src="{pictures[path]}" alt="" loading="lazy">'
+        if path in pictures
+        else '<span class="quiet">no image</span>'
+    )
+    return f'<div class="frame tip" tabindex="0" data-tip="{escape(path)}">{inside}</div>'
+
+
+def _file(path: str) -> str:
+    name = path.rsplit("/", 1)[-1]
+    return name if len(name) <= 22 else f"{name[:10]}…{name[-9:]}"

@@ -1,0 +1,192 @@
+"""Everything the page shows, gathered from the saved artifacts: nothing is tuned again, no network is needed.
+
+A part whose files are missing is None, with the reason in `missing`; the page says so instead of failing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import doctor
+from pipeline.config import Artifacts
+from pipeline.dataset import DatasetIndex
+from pipeline.errors import PipelineError
+from pipeline.heads import HEADS
+from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_sizes, measure_curve
+from pipeline.metrics.learning_curve import stratified_order
+from pipeline.report.judge import Trials, judge, read_predictions, read_trials
+from pipeline.report.leaderboard import Leaderboard
+from pipeline.store import FeatureStore
+
+log = logging.getLogger(__name__)
+
+MOST_DOTS = 900
+"""Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
+MOST_EXAMINED = 20_000
+MOST_CURVE_ROWS = 6_000
+CURVE_HEAD = "ridge"
+"""The learning curve is measured with a cheap head: one factorisation per fit."""
+CURVE_DRAWS = 5
+
+
+@dataclass(frozen=True)
+class Map:
+    """The embedding space in two dimensions: `rows` of the index, shape (n,), and where each lies, shape (n, 2)."""
+
+    method: str
+    rows: NDArray[np.intp]
+    points: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the page is made of; `predictions` and `trials` are by row key."""
+
+    output: Path
+    leaderboard: Leaderboard
+    predictions: Mapping[str, Predictions]
+    trials: Mapping[str, Trials]
+    index: DatasetIndex | None
+    embedding: str | None
+    """The embedding the map, the learning curve and the doctor look at: the best row's, or the best with features."""
+    map: Map | None
+    curve: LearningCurve | None
+    findings: doctor.Findings
+    missing: tuple[str, ...]
+
+    @property
+    def best(self) -> Predictions | None:
+        """The best row's predictions."""
+        return self.predictions.get(self.leaderboard.best.key)
+
+
+def gather(output: Path) -> Material:
+    """Read an experiment's artifacts and work out what the page shows of them.
+
+    Raises
+    ------
+    PipelineError
+        When there is no leaderboard.
+    """
+    files = Artifacts(output)
+    try:
+        leaderboard = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
+    except OSError:
+        raise PipelineError(f"{files.leaderboard}: missing; run `manyheads heads` first") from None
+    if not leaderboard.rows:
+        raise PipelineError(f"{files.leaderboard}: has no rows; run `manyheads heads` again")
+    missing: list[str] = []
+    leaderboard = leaderboard if leaderboard.verdict else judge(leaderboard, output)
+    predictions, trials = read_predictions(leaderboard, output), read_trials(leaderboard, output)
+    if leaderboard.best.key not in predictions:
+        missing.append("The best row left no predictions, so its mistakes cannot be shown.")
+    index = _index(files, missing)
+    embedding, features = _features(files, leaderboard, index, missing)
+    seed = int(leaderboard.provenance.get("seed", 0))
+    findings = doctor.Findings(_suspicious(leaderboard, predictions))
+    space, curve = None, None
+    if index is not None and features is not None:
+        known = np.flatnonzero(np.isfinite(features).all(axis=1))
+        space = _map(features, index, known, seed)
+        curve = _curve(features, index, known, seed)
+        examined = (
+            known
+            if len(known) <= MOST_EXAMINED
+            else known[stratified_order(index.labels[known].astype(str), seed)[:MOST_EXAMINED]]
+        )
+        if len(examined) < len(known):
+            missing.append(
+                f"Near-duplicates and outliers were looked for among {len(examined):,} of {len(known):,} images."
+            )
+        found = doctor.examine(
+            features[examined], *(part[examined].tolist() for part in (index.paths, index.labels, index.splits))
+        )
+        findings = doctor.Findings(findings.suspicious, found.duplicates, found.outliers)
+    return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
+
+
+def _index(files: Artifacts, missing: list[str]) -> DatasetIndex | None:
+    try:
+        return DatasetIndex.read(files.dataset)
+    except (PipelineError, OSError) as error:
+        missing.append(f"No images are shown, because the index cannot be read: {error}")
+        return None
+
+
+def _features(
+    files: Artifacts, leaderboard: Leaderboard, index: DatasetIndex | None, missing: list[str]
+) -> tuple[str | None, NDArray[np.float32] | None]:
+    """Return the features of every image of the index, NaN where there is none, of the best embedding that has some."""
+    if index is None:
+        return None, None
+    try:
+        records = json.loads(files.features.read_text(encoding="utf-8"))["embeddings"]
+        by_name: dict[str, Mapping[str, Any]] = {record["name"]: record for record in records}
+        for row in leaderboard.rows:
+            record = by_name.get(row.embedding)
+            if record is not None:
+                store = FeatureStore.open(files.root / record["store"], record["fingerprint"])
+                there = ~store.missing(index.digests)
+                features = np.full((len(there), store.dim), np.nan, dtype=np.float32)
+                features[there] = store.read(index.digests[there])
+                return row.embedding, features
+        missing.append("No embedding of the leaderboard has stored features, so there is no map.")
+    except (OSError, ValueError, KeyError, PipelineError) as error:
+        missing.append(
+            f"There is no map, no learning curve and no search for copies: the features cannot be read ({error})."
+        )
+    return None, None
+
+
+def _suspicious(leaderboard: Leaderboard, predictions: Mapping[str, Predictions]) -> tuple[doctor.SuspiciousLabel, ...]:
+    """Ask the best row that has out-of-fold probabilities which labels it does not believe."""
+    for row in leaderboard.rows:
+        found = predictions.get(row.key)
+        if found is not None and found.out_of_fold is not None and found.out_of_fold.probabilities is not None:
+            part = found.out_of_fold
+            y = class_columns(part.y_true, found.classes)
+            return doctor.suspicious_labels(found.out_of_fold.probabilities, y, found.classes, part.paths.tolist())
+    return ()
+
+
+def _map(features: NDArray[np.float32], index: DatasetIndex, known: NDArray[np.intp], seed: int) -> Map | None:
+    if len(known) < 3:
+        return None
+    rows = known[np.sort(stratified_order(index.labels[known].astype(str), seed)[:MOST_DOTS])]
+    components = doctor.project(features[rows], 50)
+    try:
+        from umap import UMAP  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        points = (
+            components[:, :2] if components.shape[1] > 1 else np.pad(components, ((0, 0), (0, 2 - components.shape[1])))
+        )
+        return Map("PCA", rows, points)
+    # A seed makes UMAP single-threaded and repeatable.
+    return Map("UMAP", rows, np.asarray(UMAP(random_state=seed, n_jobs=1).fit_transform(components), dtype=np.float32))
+
+
+def _curve(
+    features: NDArray[np.float32], index: DatasetIndex, known: NDArray[np.intp], seed: int
+) -> LearningCurve | None:
+    """Measure the curve within the training images, a fifth of them held out; the test images stay untouched."""
+    labels = index.labels.astype(str)
+    rows = known[np.isin(index.splits[known].astype(str), ("train", "validation"))]
+    if len(rows) < 50:
+        return None
+    rows = rows[stratified_order(labels[rows], seed)][:MOST_CURVE_ROWS]
+    held = rows[: len(rows) // 5]
+    rest = rows[len(rows) // 5 :]
+    y = class_columns(labels, index.classes)
+    sizes = curve_sizes(len(rest), len(index.classes))
+    head = HEADS[CURVE_HEAD]
+    return measure_curve(
+        head.build, (features[rest], y[rest]), (features[held], y[held]), sizes, range(seed, seed + CURVE_DRAWS)
+    )

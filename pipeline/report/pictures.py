@@ -1,0 +1,65 @@
+"""Thumbnails for a page that carries its images with it: decoded once, packed as WebP, shown as data addresses."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from pipeline.dataset import DatasetIndex
+from pipeline.images import ImageProblem, decode, open_file
+
+SIDE = 112
+"""Pixels of a thumbnail's side in the galleries."""
+DOT_SIDE = 56
+"""Pixels of a thumbnail's side on the map: there are hundreds."""
+MOST_PIXELS = 64_000_000
+
+
+def thumbnail(index: DatasetIndex, row: int, side: int) -> Image.Image | None:
+    """Return an image of the index on a square of the given side, nothing cropped; None when it cannot be read."""
+    try:
+        image = decode(open_file(index.root, str(index.paths[row])), max_pixels=MOST_PIXELS)
+    except ImageProblem:
+        return None
+    # Tiny images are enlarged in whole pixels, so that a digit of 8 x 8 stays what it is.
+    small = max(image.size) <= side // 2
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
+def data_address(image: Image.Image, quality: int = 72) -> str:
+    """Return an image as a `data:` address."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def gallery(index: DatasetIndex | None, paths: Sequence[str]) -> dict[str, str]:
+    """Return the thumbnail of each path that can be shown, by path."""
+    if index is None:
+        return {}
+    place: Mapping[str, int] = {str(path): row for row, path in enumerate(index.paths.tolist())}
+    shown = {}
+    for path in dict.fromkeys(paths):
+        image = thumbnail(index, place[path], SIDE) if path in place else None
+        if image is not None:
+            shown[path] = data_address(image)
+    return shown
+
+
+def sheet(index: DatasetIndex, rows: Sequence[int]) -> tuple[str, int]:
+    """Return one picture with the thumbnails of all rows, left to right and top to bottom, and its number of columns."""
+    columns = max(1, int(np.ceil(np.sqrt(len(rows)))))
+    lines = -(-len(rows) // columns)
+    page = Image.new("RGB", (columns * DOT_SIDE, lines * DOT_SIDE), (236, 238, 241))
+    for number, row in enumerate(rows):
+        image = thumbnail(index, int(row), DOT_SIDE)
+        if image is not None:
+            left, top = (number % columns) * DOT_SIDE, (number // columns) * DOT_SIDE
+            page.paste(image, (left + (DOT_SIDE - image.width) // 2, top + (DOT_SIDE - image.height) // 2))
+    return data_address(page, quality=60), columns
