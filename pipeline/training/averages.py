@@ -22,9 +22,11 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> Weights:
-    """Return `(1 - alpha) * start + alpha * end`; counters are the end's (Wortsman et al. 2022, "WiSE-FT")."""
+    """Return `(1 - alpha) * start + alpha * end`; counters are the end's unless alpha is 0 (Wortsman et al. 2022, "WiSE-FT")."""
     return {
-        name: torch.lerp(tensor, end[name], alpha) if tensor.is_floating_point() else end[name].clone()
+        name: torch.lerp(tensor, end[name], alpha)
+        if tensor.is_floating_point()
+        else (end[name] if alpha > 0 else tensor).clone()
         for name, tensor in start.items()
     }
 

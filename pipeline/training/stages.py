@@ -2,7 +2,7 @@
 
 The rule for any torchvision classification network: the one child that holds most parameters is opened until there are
 several, and neighbours with the same output resolution are one stage. What has no resolution (a transformer's layers)
-is one stage each. The last linear layer and what stands beside it is the head.
+is one stage each. The last linear layer is the head.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
     TrainingError
         When the network has no linear layer at its end.
     """
-    head = _head_module(network)
-    blocks = [name for name in _blocks(network) if name != head and _has_state(network.get_submodule(name))]
+    head = last_linear(network)
+    blocks = [name for name in _blocks(network, head) if name != head and _count(network.get_submodule(name))]
     resolutions = _resolutions(network, blocks, size)
     runs: list[list[str]] = []
     for position, name in enumerate(blocks):
@@ -203,38 +203,24 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batc
             norm.requires_grad_(False)
 
 
-def _head_module(network: nn.Module) -> str:
-    """The top child that holds the last linear layer, or the layer itself where that child holds most of the network."""
-    linear = last_linear(network)
-    top = linear.partition(".")[0]
-    share = _count(network.get_submodule(top)) / max(1, _count(network))
-    return top if share < 0.5 or top == linear or isinstance(network.get_submodule(top), nn.Linear) else linear
-
-
-def _blocks(network: nn.Module) -> list[str]:
+def _blocks(network: nn.Module, head: str) -> list[str]:
     """Open the child with most parameters until the network lies in several parts, in the order of definition."""
-    total = _count(network)
     names = [name for name, _ in network.named_children()]
-    head = _head_module(network)
+    body = _count(network) - _count(network.get_submodule(head))
     while True:
-        parts = [
-            name
-            for name in names
-            if name != head and len([c for c in network.get_submodule(name).children() if _count(c)]) > 1
-        ]
-        body = total - _count(network.get_submodule(head))
-        big = next(
-            (
-                name
-                for name in parts
-                if _count(network.get_submodule(name)) > 0.5 * body and not _is_block(network.get_submodule(name))
-            ),
-            None,
-        )
+        around_head = next((name for name in names if head.startswith(f"{name}.")), None)
+        big = around_head or next((name for name in names if name != head and _opens(network, name, body)), None)
         if big is None:
             return names
         at = names.index(big)
         names[at : at + 1] = [f"{big}.{child}" for child, _ in network.get_submodule(big).named_children()]
+
+
+def _opens(network: nn.Module, name: str, body: int) -> bool:
+    """Whether a module is a container of stages: most of the network, in parts that are not one stage's blocks."""
+    module = network.get_submodule(name)
+    parts = sum(_count(child) > 0 for child in module.children())
+    return parts > 1 and _count(module) > 0.5 * body and not _is_block(module)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -285,10 +271,6 @@ def _undecayed(network: nn.Module) -> set[str]:
 
 def _convolutions(module: nn.Module) -> int:
     return sum(isinstance(part, nn.Conv2d) for part in module.modules())
-
-
-def _has_state(module: nn.Module) -> bool:
-    return _count(module) > 0
 
 
 def _count(module: nn.Module) -> int:

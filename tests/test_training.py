@@ -1,0 +1,580 @@
+"""The trainer: its schedule and batches, what it freezes, what it chooses, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from pipeline.config import TrainingConfig
+from pipeline.errors import TrainingError
+from pipeline.training import (
+    Data,
+    Labelled,
+    PlanStep,
+    Run,
+    Settings,
+    Task,
+    check_plan,
+    decide,
+    describe_plan,
+    evaluate,
+    fold,
+    predict_logits,
+    put_head,
+    range_test,
+    return_path,
+    stages_of,
+    train,
+)
+from pipeline.training.averages import copy_weights, greedy_soup, interpolate, load_weights, mean_weights, move_average
+from pipeline.training.batches import augmented, crop_and_flip, mixed, rows_at, to_float
+from pipeline.training.loop import make_optimizer
+from pipeline.training.search import recompute_statistics
+from pipeline.training.settings import rate_factor, size_at, stage_rates, steps_for
+from pipeline.training.stages import groups_of, set_trainable
+
+CPU = torch.device("cpu")
+BASE = Settings(steps=6, batch_size=8, augment="flip", rate=0.01, rate_decay=1.0, warmup=0.0, evaluate_every=3)
+
+
+class Toy(nn.Module):
+    """Three stages and a head, as torchvision's networks have them."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(*(self._stage(8 * 2**i) for i in range(3)))
+        self.fc = nn.Linear(64, classes)
+
+    @staticmethod
+    def _stage(width: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(self.stem(images)).mean((2, 3)))
+
+
+def pictures(count: int, seed: int = 0) -> Labelled:
+    """Stripes along, stripes across, and blobs, in noise: what differs is the shape, not the colour."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    y, x = np.mgrid[0:16, 0:16]
+    shapes = np.stack([(y // 2) % 2, (x // 2) % 2, (x // 2 + y // 2) % 2]) * 120
+    noise = rng.integers(0, 100, (count, 16, 16, 3))
+    return Labelled((shapes[labels][..., None] + noise).astype(np.uint8), labels.astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return Data(pictures(48), pictures(24, seed=1), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def make_task(settings: Settings = BASE, scope: str = "all", seed: int = 0) -> Task:
+    torch.manual_seed(seed)
+    network = Toy()
+    with torch.no_grad():  # statistics that are not those of a fresh network
+        network.train()(torch.randn(32, 3, 16, 16))
+    stages = stages_of(network, 16)
+    return Task(network, stages, check_plan([PlanStep(0, scope)], stages), settings, seed, CPU)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first) and set(first) == set(second)
+
+
+# ---- settings
+
+
+def test_cosine_rises_in_the_warm_up_and_falls_to_nothing() -> None:
+    settings = replace(BASE, steps=100, warmup=0.1)
+    factors = [rate_factor(settings, step) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert 0 < factors[99] < 0.001
+
+
+def test_a_trapezoid_is_flat_until_its_cooldown() -> None:
+    settings = replace(BASE, steps=100, schedule="trapezoid", cooldown=0.25)
+    assert [rate_factor(settings, step) for step in (0, 40, 75)] == [1.0, 1.0, 1.0]
+    assert rate_factor(settings, 80) == pytest.approx(0.8)
+    assert rate_factor(settings, 99) == pytest.approx(0.04)
+
+
+def test_stages_far_from_the_head_learn_slower_but_not_slower_than_a_hundredth() -> None:
+    assert stage_rates(replace(BASE, rate=1.0, rate_decay=0.1), 4) == pytest.approx([0.01, 0.01, 0.1, 1.0])
+
+
+def test_sizes_change_at_their_share_of_the_steps() -> None:
+    settings = replace(BASE, steps=10, sizes=((0.0, 8), (0.5, 16)))
+    assert [size_at(settings, step, 99) for step in (0, 4, 5, 9)] == [8, 8, 16, 16]
+    assert size_at(BASE, 3, 99) == 99
+
+
+def test_a_config_is_filled_in_by_the_size_of_the_data() -> None:
+    assert [steps_for(n) for n in (100, 20_000, 10**6)] == [500, 10_000, 20_000]
+    settings = decide(TrainingConfig(), 100, "fp32")
+    assert (settings.steps, settings.evaluate_every, settings.precision) == (500, 50, "fp32")
+    assert decide(TrainingConfig(steps=7), 100, "bf16").evaluate_every == 1
+
+
+# ---- batches
+
+
+def test_every_epoch_holds_every_image_once_however_it_is_cut() -> None:
+    whole = rows_at(0, 30, 10, seed=3)
+    assert [sorted(whole[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
+    assert list(whole[:10]) != list(whole[10:20])
+    pieces = np.concatenate([rows_at(start, 7, 10, seed=3) for start in (0, 7, 14)])
+    assert list(pieces) == list(whole[:21])
+    assert list(rows_at(0, 10, 10, seed=4)) != list(whole[:10])
+
+
+def test_pixels_become_normalised_channels_last() -> None:
+    pixels = torch.full((2, 4, 4, 3), 255, dtype=torch.uint8)
+    images = to_float(pixels, (0.5, 0.0, 1.0), (0.25, 1.0, 0.5))
+    assert images[0, :, 0, 0].tolist() == pytest.approx([2.0, 1.0, 0.0])
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_crops_keep_their_share_of_a_ramp_and_mirror_half_of_them() -> None:
+    torch.manual_seed(0)
+    ramp = torch.linspace(0, 1, 32).expand(64, 3, 32, 32)
+    out = crop_and_flip(ramp, 32, 0.25)
+    steps = out[:, 0, 16, 1:] - out[:, 0, 16, :-1]
+    rising = (steps >= -1e-6).all(1)
+    falling = (steps <= 1e-6).all(1)
+    assert (rising | falling).all()
+    assert 16 < rising.sum() < 48
+    kept = out.amax((1, 2, 3)) - out.amin((1, 2, 3))
+    assert kept.min() > (0.25 * 3 / 4) ** 0.5 - 0.05
+    assert kept.max() > 0.9
+
+
+def test_flips_mirror_about_half_of_the_images_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    pixels = pictures(40).pixels
+    out = augmented(pixels, BASE, 16, CPU, (0.0,) * 3, (1.0,) * 3)
+    plain = to_float(torch.from_numpy(pixels), (0.0,) * 3, (1.0,) * 3)
+    kept = [torch.equal(a, b) for a, b in zip(out, plain, strict=True)]
+    mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(out, plain, strict=True)]
+    assert all(a or b for a, b in zip(kept, mirrored, strict=True))
+    assert 8 < sum(mirrored) < 32
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "trivial"])
+def test_augmented_images_have_the_size_asked_for(augment: str) -> None:
+    out = augmented(pictures(4).pixels, replace(BASE, augment=augment), 12, CPU, (0.5,) * 3, (0.25,) * 3)
+    assert out.shape == (4, 3, 12, 12)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_mixed_labels_are_probabilities_of_the_two_images(mixup: float, cutmix: float) -> None:
+    torch.manual_seed(0)
+    _, target = mixed(torch.randn(6, 3, 8, 8), torch.arange(6) % 3, replace(BASE, mixup=mixup, cutmix=cutmix), 3)
+    assert target.sum(1).tolist() == pytest.approx([1.0] * 6)
+    assert ((target > 0).sum(1) <= 2).all()
+    assert (target.argmax(1) != torch.arange(6) % 3).any() or (target.max(1).values < 1).any()
+
+
+# ---- stages
+
+
+def test_stages_of_the_toy_and_of_torchvisions_networks() -> None:
+    from pipeline.vision import torchvision
+
+    def names(network: nn.Module, size: int) -> list[tuple[str, tuple[str, ...]]]:
+        return [(stage.name, stage.modules) for stage in stages_of(network, size)]
+
+    assert [name for name, _ in names(Toy(), 16)] == ["stem", "stage1", "stage2", "stage3", "head"]
+    assert names(torchvision.models.resnet18(), 64) == [
+        ("stem", ("conv1", "bn1")),
+        ("stage1", ("layer1",)),
+        ("stage2", ("layer2",)),
+        ("stage3", ("layer3",)),
+        ("stage4", ("layer4",)),
+        ("head", ("fc",)),
+    ]
+    mobile = dict(names(torchvision.models.mobilenet_v2(width_mult=0.35), 64))
+    assert mobile["stem"] == ("features.0",)
+    assert mobile["head"] == ("classifier.1",)
+    assert len(mobile) == 7  # five resolutions between stem and head, the stem's own included
+    vit = torchvision.models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=5)
+    assert [name for name, _ in names(vit, 32)] == ["stem", "stage1", "stage2", "stage3", "stage4", "head"]
+
+
+def test_every_parameter_is_in_one_group_and_norms_and_biases_do_not_decay() -> None:
+    network = Toy()
+    groups = groups_of(network, stages_of(network, 16))
+    names = [name for group in groups for name in group.names]
+    assert sorted(names) == sorted(name for name, _ in network.named_parameters())
+    decayed = {name for group in groups if group.decays for name in group.names}
+    assert decayed == {name for name, p in network.named_parameters() if p.ndim > 1}
+    optimizer = make_optimizer(make_task(replace(BASE, weight_decay=0.3, rate=1.0, rate_decay=0.5)))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.3, 0.0}
+    assert [g["lr"] for g in optimizer.param_groups if g["stage"] == "stage2"] == [0.25, 0.25]
+
+
+def test_a_network_without_a_last_layer_is_refused() -> None:
+    with pytest.raises(TrainingError, match="no linear layer to give one score per class"):
+        stages_of(nn.Sequential(nn.Conv2d(3, 4, 3)), 8)
+
+
+def test_a_plan_is_read_and_told_with_its_parameters() -> None:
+    network = Toy()
+    stages = stages_of(network, 16)
+    plan = check_plan([PlanStep(0, "head"), PlanStep(0.2, "last_stage"), PlanStep(0.5, "all")], stages)
+    assert plan == ((0, 4), (0.2, 3), (0.5, 0))
+    lines = describe_plan(plan, stages, network, 100)
+    assert lines[0] == "from step 0: head (195 of 73,451 parameters)"
+    assert lines[2].startswith("from step 50: stem, stage1, stage2, stage3, head (73,451 of")
+
+
+def test_a_plan_with_holes_is_refused_with_all_its_problems() -> None:
+    stages = stages_of(Toy(), 16)
+    with pytest.raises(TrainingError) as error:
+        check_plan([PlanStep(0.1, "all"), PlanStep(0.1, "head"), PlanStep(0.5, "layer4")], stages)
+    assert error.value.problems == (
+        "step 3: unfreeze: the network has no stage 'layer4'; allowed: head, last_stage, all, stem, stage1, stage2, stage3",
+        "step 1: starts at 0.1 of the run, expected 0: nothing would be trained before",
+        "starts at 0.1 after 0.1; expected shares that rise",
+        "freezes stem again at 0.1; expected each step to open the same stages or more",
+    )
+    with pytest.raises(TrainingError, match="the plan cannot be followed"):
+        check_plan([], stages)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "affine", "train"])
+@pytest.mark.parametrize("scope", ["head", "last_stage", "stage2", "all"])
+def test_what_is_frozen_stays_bit_for_bit(data: Data, tmp_path: Path, mode: str, scope: str) -> None:
+    task = make_task(replace(BASE, steps=3, batch_norm=mode, weight_decay=0.1, ema=0.5), scope)
+    before = copy_weights(task.network)
+    after = train(task, data, Run(tmp_path, "x")).weights
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    lowest = {"head": 4, "last_stage": 3, "stage2": 2, "all": 0}[scope]
+    open_modules = [module for stage in task.stages[lowest:] for module in stage.modules]
+    inside = {name for name in before if any(name.startswith(f"{module}.") for module in open_modules)}
+    statistics = {name for name in before if "running_" in name or "num_batches" in name}
+    affine = {name.rpartition(".")[0] + end for name in statistics for end in (".weight", ".bias")}
+    expected = inside - (set() if mode == "train" else statistics) - (affine if mode == "frozen" else set())
+    assert moved == expected
+
+
+def test_plan_opens_stages_on_the_way(data: Data, tmp_path: Path) -> None:
+    task = make_task(replace(BASE, steps=4, evaluate_every=2))
+    plan = check_plan([PlanStep(0, "head"), PlanStep(0.5, "all")], task.stages)
+    seen = []
+    before = copy_weights(task.network)
+    train(
+        replace(task, plan=plan),
+        data,
+        Run(tmp_path, "x"),
+        lambda step, weights: seen.append(torch.equal(weights["stem.0.weight"], before["stem.0.weight"])),
+    )
+    assert seen == [True, False]
+
+
+# ---- hand-over
+
+
+@pytest.fixture(scope="module")
+def vectors() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(90, 64)) * rng.uniform(0.1, 5, 64) + rng.normal(size=64)
+    X[:, 5] = 3.0  # a dead feature
+    return X.astype(np.float32), rng.integers(0, 3, 90)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (StandardScaler(),),
+        (StandardScaler(with_mean=False),),
+        (PCA(10, random_state=0),),
+        (StandardScaler(), PCA(10, whiten=True, random_state=0)),
+        (PCA(20, random_state=0), StandardScaler()),
+        (),
+    ],
+    ids=["scaler", "scale", "pca", "scaler+whitening", "pca+scaler", "bare"],
+)
+@pytest.mark.parametrize(
+    "head", [LogisticRegression(C=0.1, max_iter=2000), RidgeClassifier()], ids=["logistic", "ridge"]
+)
+def test_folded_scores_are_the_pipelines(vectors: tuple[np.ndarray, np.ndarray], steps: tuple, head: object) -> None:
+    X, y = vectors
+    pipeline = make_pipeline(*steps, head).fit(X, y)
+    weights, bias = fold(pipeline)
+    assert weights.shape == (3, 64)
+    np.testing.assert_allclose(X @ weights.T + bias, pipeline.decision_function(X), atol=1e-4)
+
+
+def test_two_classes_get_two_rows_with_the_same_probability(vectors: tuple[np.ndarray, np.ndarray]) -> None:
+    X, y = vectors[0], vectors[1] > 0
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y)
+    weights, bias = fold(pipeline)
+    probabilities = torch.softmax(torch.from_numpy(X @ weights.T + bias), 1)
+    np.testing.assert_allclose(probabilities, pipeline.predict_proba(X), atol=1e-6)
+
+
+def test_the_network_starts_with_the_heads_scores(data: Data, vectors: tuple[np.ndarray, np.ndarray]) -> None:
+    network = Toy(classes=10).eval()
+    features: list[torch.Tensor] = []
+    hook = network.fc.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    predict_logits(network, data.train.pixels, data.mean, data.std, CPU)
+    hook.remove()
+    X = torch.cat(features).numpy()
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(X, data.train.labels)
+    put_head(network, fold(pipeline))
+    logits = predict_logits(network, data.train.pixels, data.mean, data.std, CPU)
+    np.testing.assert_allclose(logits, pipeline.decision_function(X), atol=1e-4)
+
+
+def test_heads_that_are_no_layer_are_refused(vectors: tuple[np.ndarray, np.ndarray]) -> None:
+    X, y = vectors
+    with pytest.raises(TrainingError, match="a KNeighborsClassifier is no linear layer and cannot be handed over"):
+        fold(make_pipeline(KNeighborsClassifier()).fit(X, y))
+    with pytest.raises(TrainingError, match="takes vectors of 5 numbers, the network's last layer 'fc' gets 64"):
+        put_head(Toy(), (np.zeros((3, 5)), np.zeros(3)))
+
+
+# ---- the loop
+
+
+def test_it_learns_and_keeps_the_best_weights(data: Data, tmp_path: Path) -> None:
+    task = make_task(replace(BASE, steps=40, evaluate_every=8, batch_norm="train", average_top=3, ema=0.8))
+    trained = train(task, data, Run(tmp_path, "x"))
+    assert trained.start_score[0] < 0.6
+    assert trained.score[0] > 0.9
+    assert trained.score == evaluate(task.network, data.validation, data, CPU)
+    assert trained.score[0] >= max(record["validation_accuracy"] for record in trained.history)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [8, 16, 24, 32, 40]
+    assert {"loss", "rate", "images_per_second", "validation_loss", "ema_accuracy", "seconds"} <= set(lines[0])
+
+
+RICH = replace(
+    BASE, steps=8, evaluate_every=2, optimizer="adamw", ema=0.7, average_top=2, mixup=0.4, dropout=0.3,
+    augment="crop", label_smoothing=0.1, batch_norm="train", clip_norm=1.0, accumulate=2, batch_size=4,
+)  # fmt: skip
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("settings", [RICH, replace(RICH, optimizer="sgd", precision="bf16", mixup=0, cutmix=1.0)])
+def test_a_stopped_run_goes_on_to_the_same_weights(data: Data, tmp_path: Path, settings: Settings) -> None:
+    whole = train(make_task(settings), data, Run(tmp_path / "whole", "x"))
+
+    def stop(step: int, weights: object) -> None:
+        if step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(make_task(settings), data, Run(tmp_path / "cut", "x"), stop)
+    resumed = train(make_task(settings, seed=0), data, Run(tmp_path / "cut", "x"))
+    assert same(resumed.weights, whole.weights)
+    assert (resumed.score, resumed.source, resumed.start_score) == (whole.score, whole.source, whole.start_score)
+    timeless = [{k: v for k, v in r.items() if "second" not in k} for r in resumed.history]
+    assert timeless == [{k: v for k, v in r.items() if "second" not in k} for r in whole.history]
+
+
+def test_a_killed_process_leaves_a_checkpoint_that_goes_on(data: Data, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(1)\n"
+        "from test_training import *\n"
+        "data = Data(pictures(48), pictures(24, seed=1), 3, (0.5,) * 3, (0.25,) * 3)\n"
+        "kill = lambda step, weights: os.kill(os.getpid(), signal.SIGKILL) if step == 4 else None\n"
+        f"train(make_task(RICH), data, Run(Path({str(tmp_path / 'cut')!r}), 'x'), kill)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resumed = train(make_task(RICH), data, Run(tmp_path / "cut", "x"))
+        whole = train(make_task(RICH), data, Run(tmp_path / "whole", "x"))
+    finally:
+        torch.set_num_threads(threads)
+    assert same(resumed.weights, whole.weights)
+
+
+def test_a_finished_run_is_not_trained_again(data: Data, tmp_path: Path) -> None:
+    first = train(make_task(), data, Run(tmp_path, "x"))
+    calls: list[int] = []
+    again = train(make_task(), data, Run(tmp_path, "x"), lambda step, weights: calls.append(step))
+    assert calls == []
+    assert same(first.weights, again.weights)
+
+
+def test_a_checkpoint_of_another_run_or_of_rubbish_is_refused(data: Data, tmp_path: Path) -> None:
+    train(make_task(), data, Run(tmp_path, "x"))
+    with pytest.raises(TrainingError, match="belongs to a run with other settings, data or seed; delete it"):
+        train(make_task(), data, Run(tmp_path, "y"))
+    (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt: cannot be read .* delete it to train from the start"):
+        train(make_task(), data, Run(tmp_path, "x"))
+
+
+def test_accumulated_batches_are_one_large_batch(data: Data, tmp_path: Path) -> None:
+    plain = replace(BASE, steps=3, optimizer="sgd", augment="none", batch_size=12)
+    whole = train(make_task(plain), data, Run(tmp_path / "a", "x")).weights
+    parts = train(make_task(replace(plain, batch_size=4, accumulate=3)), data, Run(tmp_path / "b", "x")).weights
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "train"])
+def test_copies_side_by_side_give_what_one_network_gives(data: Data, tmp_path: Path, mode: str) -> None:
+    plain = replace(BASE, steps=3, batch_size=4, accumulate=4, batch_norm=mode, rate=0.001)
+    one = train(make_task(plain), data, Run(tmp_path / "a", "x")).weights
+    two = train(make_task(replace(plain, replicas=2)), data, Run(tmp_path / "b", "x")).weights
+    again = train(make_task(replace(plain, replicas=2)), data, Run(tmp_path / "c", "x")).weights
+    assert same(two, again)
+    statistics = {name for name in one if "running" in name or "num_batches" in name}
+    for name in set(one) - statistics:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)
+
+
+def test_balanced_weights_make_a_rare_class_count(data: Data, tmp_path: Path) -> None:
+    from pipeline.training.loop import _class_weights
+
+    labels = np.array([0] * 6 + [1] * 2, dtype=np.int64)
+    rare = replace(data, train=Labelled(data.train.pixels[:8], labels), classes=2)
+    weights = _class_weights(rare, replace(BASE, class_weight="balanced"), CPU)
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([8 / 12, 8 / 4])
+    assert _class_weights(rare, BASE, CPU) is None
+
+
+def test_it_stops_early_when_nothing_improves(data: Data, tmp_path: Path) -> None:
+    stuck = replace(BASE, steps=50, evaluate_every=1, patience=2, rate=1e-12)
+    task = make_task(stuck)
+    trained = train(task, data, Run(tmp_path, "x"))
+    assert trained.steps < 50
+    best = max((r["validation_accuracy"], -r["validation_loss"]) for r in trained.history)
+    assert trained.score == best
+
+
+def test_what_cannot_be_trained_is_said_before_it_starts(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as error:
+        train(
+            make_task(replace(BASE, precision="fp16", accumulate=2, replicas=2, dropout=0.1)),
+            replace(data, validation=pictures(0)),
+            Run(tmp_path, "x"),
+        )
+    assert error.value.problems == (
+        "precision: 'fp16' needs a GPU; use 'bf16' or 'fp32' on the CPU",
+        "no validation images; expected at least one to choose weights on",
+        "replicas: copies side by side drop out at random in no fixed order; set replicas to 1 with dropout",
+    )
+
+
+def test_a_loss_that_is_no_number_is_said_with_its_step(data: Data, tmp_path: Path) -> None:
+    task = make_task(replace(BASE, steps=2))
+    with torch.no_grad():
+        task.network.fc.bias.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="the loss at step 0 is nan; lower the rate"):
+        train(task, data, Run(tmp_path, "x"))
+
+
+def test_the_profiler_and_tensorboard_are_optional(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(make_task(replace(BASE, steps=2, profile_steps=1)), data, Run(tmp_path / "a", "x"))
+    assert "convolution" in (tmp_path / "a" / "profile.txt").read_text()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrainingError, match="run `pip install tensorboard` or set it to false"):
+        train(make_task(replace(BASE, tensorboard=True)), data, Run(tmp_path / "b", "x"))
+
+
+# ---- averages and search
+
+
+def test_interpolation_has_its_ends_and_its_middle() -> None:
+    a = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)}
+    b = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(5)}
+    assert same({"w": interpolate(a, b, 0.0)["w"]}, {"w": a["w"]})
+    assert same(interpolate(a, b, 1.0), b)
+    assert interpolate(a, b, 0.5)["w"].tolist() == [0.5, 3.0]
+    assert mean_weights([a, b, b])["w"].tolist() == pytest.approx([2 / 3, 10 / 3])
+    assert torch.equal(mean_weights([b, b, b])["w"], b["w"])
+
+
+def test_a_greedy_soup_leaves_out_what_makes_it_worse() -> None:
+    members = [{"w": torch.tensor([value])} for value in (1.0, 5.0, 1.2)]
+    soup, count = greedy_soup(members, lambda weights: (-abs(weights["w"].item() - 1.1), 0.0))
+    assert count == 2
+    assert soup["w"].item() == pytest.approx(1.1)
+
+
+def test_the_moving_average_forgets_its_start_and_counts_every_step() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    average = copy_weights(layer)
+    average["weight"].fill_(0.0)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    move_average(average, layer, decay=0.9, step=0)
+    assert average["weight"].item() == pytest.approx(0.9)  # 1 - 1/10: early steps count more
+    move_average(average, layer, decay=0.9, step=10_000)
+    assert average["weight"].item() == pytest.approx(0.9 + 0.1 * 0.1)
+
+
+def test_the_range_test_puts_everything_back(data: Data) -> None:
+    task = make_task(replace(BASE, batch_norm="train"))
+    set_trainable(task.network, task.stages, 2, "frozen")
+    before, frozen = copy_weights(task.network), [p.requires_grad for p in task.network.parameters()]
+    found = range_test(task, data, steps=30)
+    assert same(before, copy_weights(task.network))
+    assert frozen == [p.requires_grad for p in task.network.parameters()]
+    assert 1e-6 <= found.suggestion < found.rates[int(np.argmin(found.losses))] + 1e-12
+    assert all(a < b for a, b in zip(found.rates, found.rates[1:], strict=False))
+
+
+def test_the_path_back_is_never_below_the_start(data: Data, tmp_path: Path) -> None:
+    task = make_task(replace(BASE, steps=20, batch_norm="train"))
+    start = copy_weights(task.network)
+    good = train(task, data, Run(tmp_path, "x")).weights
+    path = return_path(task, data, start, good)
+    assert path.scores[path.alphas.index(path.alpha)] == max(path.scores)
+    assert path.alpha > 0
+    assert max(path.scores) == evaluate(task.network, data.validation, data, CPU)
+    ruined = {name: torch.zeros_like(tensor) for name, tensor in good.items()}
+    back = return_path(task, data, good, ruined, alphas=(0.0, 1.0))
+    assert back.alpha == 0.0
+    assert same(back.weights, good)
+
+
+def test_recomputed_statistics_are_those_of_the_images(data: Data) -> None:
+    task = make_task(replace(BASE, batch_size=48, augment="none"))
+    recompute_statistics(task, data)
+    with torch.no_grad():
+        out = task.network.stem[0](to_float(torch.from_numpy(data.train.pixels), data.mean, data.std))
+    torch.testing.assert_close(task.network.stem[1].running_mean, out.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert task.network.stem[1].momentum == 0.1
+    load_weights(task.network, copy_weights(task.network))
