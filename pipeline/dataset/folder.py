@@ -111,7 +111,18 @@ class _Walk:
             with os.scandir(descriptor) as entries:
                 for entry in entries:
                     name = entry.name
-                    if is_hidden(name):
+                    # The one hot line of a scan: nearly every entry is an image.
+                    if (
+                        take_images
+                        and is_image_name(name)
+                        and name[0] != "."
+                        and entry.is_file(follow_symlinks=False)
+                        and (name.isascii() or _is_text(name))
+                    ):
+                        found = entry.stat(follow_symlinks=False)
+                        paths.append(folder + name)
+                        stats.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+                    elif is_hidden(name):
                         listing.ignored["hidden files and folders"] += 1
                     elif entry.is_symlink():
                         self.link(folder, name, inside, take_images)
@@ -119,12 +130,8 @@ class _Walk:
                         inside.folders.append(name)
                     elif take_images is None or not is_image_name(name):
                         inside.files.append(name)
-                    elif not take_images or not _is_text(name):
-                        self.fail(folder + name, "bad_name", "its name is not UTF-8 text; rename it")
                     elif entry.is_file(follow_symlinks=False):
-                        found = entry.stat(follow_symlinks=False)
-                        paths.append(folder + name)
-                        stats.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+                        self.fail(folder + name, "bad_name", "its name is not UTF-8 text; rename it")
                     else:
                         self.fail(folder + name, "unreadable", "it is not a regular file")
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,7 @@ class Listing:
 
     def sort(self) -> None:
         """Bring every list into the order of the paths."""
-        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
-        self.keep(order)
+        self.keep(sorted(range(len(self.paths)), key=self.paths.__getitem__))
         self.entries.sort()
 
     def keep(self, order: list[int]) -> None:
@@ -56,11 +56,12 @@ class Listing:
         for name in ("paths", "labels", "splits", "groups", "stats"):
             column = getattr(self, name)
             if column is not None:
-                setattr(self, name, [column[row] for row in order])
+                setattr(self, name, list(map(column.__getitem__, order)))
 
     def stat_array(self) -> NDArray[np.int64]:
         """Return size, mtime_ns, ctime_ns as int64 of shape (n, 3)."""
-        return np.array(self.stats, dtype=np.int64).reshape(-1, 3)
+        flat = np.fromiter(chain.from_iterable(self.stats), dtype=np.int64, count=3 * len(self.stats))
+        return flat.reshape(-1, 3)
 
 
 def is_image_name(name: str) -> bool:

@@ -22,7 +22,7 @@ from pipeline.dataset.report import ScanResult, class_counts
 from pipeline.dataset.sources import list_source
 from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
 from pipeline.dataset.statcache import StatCache, read_cache
-from pipeline.digests import canonical_json
+from pipeline.digests import bytes_digest, canonical_json
 from pipeline.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     ledger = current_entries(
         [*entries, *_remarks(copies, config.leaks)], read_ledger(folder), index.paths.tolist(), index.digests
     )
-    fingerprint_now = index.fingerprint()
+    fingerprint_now = before.fingerprint if as_it_was and found.index is before.index else index.fingerprint()
     unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
     write_ledger(folder, ledger)
     if not unchanged or plan != before.made:
         index.write(folder, None if plan is None else asdict(plan), config.source)
-    if not as_it_was or found.read:
+    if found.read or not (as_it_was and unchanged):
         # A file that could not be read is tried again next time, so that scan must not be taken for complete.
         whole = "" if found.entries else key
         StatCache(index.paths, found.stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
@@ -110,7 +110,8 @@ class _Before:
         index = DatasetIndex.read(folder) if record else DatasetIndex.read_rows(folder, Path())
         made = (record or {}).get("made_splits")
         plan = SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
-        return _Before(index, index.fingerprint(), plan, record is not None)
+        # The digest of the file is the fingerprint of the index unless someone edited it; then it is written anew.
+        return _Before(index, bytes_digest((folder / INDEX_FILE).read_bytes()), plan, record is not None)
 
 
 @dataclass(frozen=True, eq=False)
