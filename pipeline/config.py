@@ -305,19 +305,16 @@ class PretrainConfig(Section):
     """The folder for checkpoint, log and weights."""
     data: str
     """A folder or .tar archive with train/CLASS/ and val/CLASS/ images of one size."""
+    name: str
+    """What the network is called in the config of an experiment."""
     architecture: str
-    arguments: dict[str, Scalar | tuple[Scalar, ...]] = {}
+    """A torchvision model, or a class that `pipeline.backbone` can build, such as `torchvision.models.regnet.RegNet`."""
+    arguments: dict[str, Any] = {}
+    """The architecture's own constructor arguments; anything JSON can hold."""
     seed: int = Field(0, ge=0, lt=2**32)
     preprocessing: PreprocessingConfig
     """What features are made with later; its mean and std are also those of the training."""
     training: TrainingConfig
-
-    @field_validator("arguments", mode="before")
-    @classmethod
-    def _yaml_has_lists(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
 
 
 class Config(Section):
@@ -372,6 +369,8 @@ class Artifacts:
         self.dataset = self.root / "dataset"
         """index.csv, ledger.csv and the stat cache."""
         self.stores = self.root / "features"
+        self.specs = self.root / "specs.json"
+        """What the embeddings of a config are, so that a run with nothing to do loads no network."""
         self.features = self.root / "features.json"
         """What stage one made: one record per embedding, with its store and identity."""
         self.leaderboard = self.root / "leaderboard.json"
