@@ -77,8 +77,9 @@ class ModelBundle:
         BundleError
             When the vectors are not of the length the head was fitted on.
         """
-        if X.shape[1] != self.embedding["dim"]:
-            raise BundleError(f"head {self.head!r} takes vectors of {self.embedding['dim']} numbers, got {X.shape[1]}")
+        dim = getattr(self.estimator, "n_features_in_", X.shape[1])
+        if X.shape[1] != dim:
+            raise BundleError(f"head {self.head!r} takes vectors of {dim} numbers, got {X.shape[1]}")
         names = np.asarray(self.classes, dtype=object)
         labels = names[self.estimator.predict(X)]
         return labels, self._probabilities(X)

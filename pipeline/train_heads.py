@@ -6,11 +6,10 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from pipeline.bundle import ModelBundle
 from pipeline.config import Artifacts, Config, TuningConfig
 from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, digests_to_hex, fingerprint
-from pipeline.errors import BundleError, DatasetError, PipelineError, StoreError
+from pipeline.embedders import EmbeddingRecord, read_records
+from pipeline.errors import BundleError, DatasetError, StoreError
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
 from pipeline.images import policy_key
@@ -90,11 +90,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row to make: a head on an embedding; `record` is stage one's record of the embedding."""
+    """One row to make: a head on an embedding; no embedding for the guess that looks at no image."""
 
-    record: Mapping[str, Any]
+    record: EmbeddingRecord | None
     head: Head
     tuning: TuningConfig
+
+    @property
+    def name(self) -> str:
+        """The embedding's name."""
+        return MAJORITY if self.record is None else self.record.name
 
 
 def run(config: Config) -> HeadsRun:
@@ -107,19 +112,16 @@ def run(config: Config) -> HeadsRun:
     """
     files = Artifacts(config.output)
     heads = head_table.resolve_all(config.heads)
-    records = read_embeddings(files, config)
-    stores = {
-        record["name"]: FeatureStore.open(files.root / record["store"], record["fingerprint"]) for record in records
-    }
+    records = read_records(files.features)
+    stores = {record.name: FeatureStore.open(files.root / record.store, record.fingerprint) for record in records}
     task = make_task(config, files, list(stores.values()))
     rows: list[LeaderboardRow] = []
     reused = 0
     for entry in _entries(config, records, heads):
-        folder = files.bundle(entry.record["name"], entry.head.name)
         key = _key(entry, task, config.seed)
-        row = _finished(folder, key)
+        row = _finished(files.bundle(entry.name, entry.head.name), key)
         if row is None:
-            row = _make_row(entry, task, stores.get(entry.record["name"]), config, files, key)
+            row = _make_row(entry, task, stores.get(entry.name), config, files, key)
         else:
             reused += 1
         rows.append(row)
@@ -127,23 +129,6 @@ def run(config: Config) -> HeadsRun:
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
-
-
-def read_embeddings(files: Artifacts, config: Config) -> list[dict[str, Any]]:
-    """Read stage one's records of the embeddings this config names.
-
-    Raises
-    ------
-    PipelineError
-        When stage one has not written them.
-    """
-    try:
-        document = json.loads(files.features.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PipelineError(f"{files.features}: missing; run `manyheads features` with this config first") from None
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{files.features}: cannot be read ({error}); run `manyheads features` again") from None
-    return list(document["embeddings"])
 
 
 def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) -> Task:
@@ -197,18 +182,16 @@ def _usable(digests: Digests, stores: Sequence[FeatureStore], failed: Digests) -
     return ~missing
 
 
-def _entries(config: Config, records: Sequence[Mapping[str, Any]], heads: Sequence[Head]) -> Iterator[Entry]:
+def _entries(config: Config, records: Sequence[EmbeddingRecord], heads: Sequence[Head]) -> Iterator[Entry]:
     """Every row of the leaderboard to be: the heads on each backbone's embeddings, then the baselines."""
-    once = config.tuning.model_copy(update={"trials": 1, "seconds": None})
     for record in records:
-        if record["kind"] == "backbone":
+        if record.kind == "backbone":
             yield from (Entry(record, head, config.tuning) for head in heads)
     for record in records:
-        if record["kind"] == "baseline":
+        if record.kind == "baseline":
             yield Entry(record, HEADS[BASELINE_HEAD], config.tuning)
     if MAJORITY in config.baselines:
-        record = {"name": MAJORITY, "kind": "baseline", "backbone": MAJORITY, "layer": "", "untrained": False, "dim": 1}
-        yield Entry({**record, "fingerprint": MAJORITY}, _majority_head(), once)
+        yield Entry(None, _majority_head(), config.tuning.model_copy(update={"trials": 1, "seconds": None}))
 
 
 def _majority_head() -> Head:
@@ -225,7 +208,7 @@ def _key(entry: Entry, task: Task, seed: int) -> str:
     return fingerprint(
         {
             "row": ROW_VERSION,
-            "embedding": entry.record["fingerprint"],
+            "embedding": entry.record.fingerprint if entry.record else MAJORITY,
             "task": task.key,
             "head": head_table.identity(entry.head, seed),
             "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs"}),
@@ -252,26 +235,28 @@ def _make_row(
     entry: Entry, task: Task, store: FeatureStore | None, config: Config, files: Artifacts, key: str
 ) -> LeaderboardRow:
     """Tune one head, score it once on the test images, and save its bundle."""
-    record, head = entry.record, entry.head
-    log.info("%s / %s", record["name"], head.name)
+    record, head, spec = entry.record, entry.head, entry.record.spec if entry.record else None
+    log.info("%s / %s", entry.name, head.name)
     X_train, X_test = (_vectors(store, part) for part in (task.train, task.test))
     tuned = tune(
-        head, X_train, task.y_train, task.folds, entry.tuning, config.seed, files.trials(record["name"], head.name)
+        head, X_train, task.y_train, task.folds, entry.tuning, config.seed, files.trials(entry.name, head.name)
     )
     calibrator = _calibrator(tuned, task)
-    folder = files.bundle(record["name"], head.name)
-    bundle = ModelBundle(head.name, tuned.best.params, task.classes, record, tuned.pipeline, {}, calibrator)
+    folder = files.bundle(entry.name, head.name)
+    bundle = ModelBundle(
+        head.name, tuned.best.params, task.classes, record.to_dict() if record else {}, tuned.pipeline, {}, calibrator
+    )
     start = time.perf_counter()
     labels, probabilities = bundle.predict(X_test)
     predict_seconds = time.perf_counter() - start
     best = tuned.best
     row = LeaderboardRow(
-        embedding=record["name"],
-        backbone=record["backbone"],
-        layer=record["layer"],
+        embedding=entry.name,
+        backbone=spec.architecture if spec else MAJORITY,
+        layer=spec.layer if spec else "",
         head=head.name,
-        untrained=record["untrained"],
-        baseline=record["kind"] == "baseline",
+        untrained=spec is not None and spec.untrained,
+        baseline=spec is None or spec.kind == "baseline",
         cv_mean=float(best.mean if best.mean is not None else np.nan),
         cv_std=best.spread or 0.0,
         cv_scores=tuple(float(score) for score in best.fold_scores if score is not None),
@@ -282,18 +267,15 @@ def _make_row(
         params=best.params,
         bundle=folder.relative_to(files.root).as_posix(),
         simplicity=head.simplicity,
-        dim=record["dim"],
+        dim=spec.dim if spec else 0,
         search_seconds=tuned.seconds,
-        embed_seconds=record.get("seconds_per_image"),
+        embed_seconds=record.seconds_per_image if record else None,
     )
     predictions = _predictions(tuned, task, labels, probabilities, calibrator)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "predictions.npz", predictions.to_bytes())
     provenance = {"key": key, "row": row.to_record(), "seed": config.seed, "strategy": tuned.strategy}
-    bundles.save(
-        ModelBundle(bundle.head, bundle.params, bundle.classes, record, bundle.estimator, provenance, calibrator),
-        folder,
-    )
+    bundles.save(replace(bundle, provenance=provenance), folder)
     return row
 
 

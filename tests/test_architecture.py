@@ -18,7 +18,7 @@ FLOORS = (
     {"config", "digests", "files", "memory", "metrics", "progress", "vision"},
     {"embedding", "images", "lineage"},
     {"dataset", "backbone", "baselines", "store", "heads", "bundle", "doctor"},
-    {"tuning", "training", "report"},
+    {"tuning", "training", "report", "embedders", "feed"},
     {"check", "extract_features", "train_heads", "finetune", "pretrain", "predict", "maintenance"},
     {"cli"},
     {"__main__"},

@@ -42,7 +42,7 @@ def data() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def make(estimator: Any) -> ModelBundle:
-    return ModelBundle("any", {"C": 1.0}, CLASSES, {"name": "embedding", "dim": DIM}, estimator, {"seed": 0})
+    return ModelBundle("any", {"C": 1.0}, CLASSES, {"name": "embedding"}, estimator, {"seed": 0})
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

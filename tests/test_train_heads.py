@@ -17,11 +17,13 @@ from pipeline import config as configuration
 from pipeline import train_heads
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
-from pipeline.digests import content_digest, digests_to_hex, fingerprint, pack_digests
+from pipeline.digests import content_digest, digests_to_hex, pack_digests
+from pipeline.embedders import EmbeddingRecord, read_records, write_records
+from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import PipelineError, StoreError
 from pipeline.images import policy_key
 from pipeline.metrics import Predictions
-from pipeline.store import StoreWriter
+from pipeline.store import FeatureStore, StoreWriter
 
 CLASSES = ("boot, left", "凉鞋", "shirt")
 N, DIM = 150, 8
@@ -53,27 +55,15 @@ def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
     index = DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10))
     index.write(files.dataset)
     good = rng.normal(size=(N, DIM)) + 1.2 * np.eye(3, DIM)[codes]
-    embeddings = []
+    records = []
     for name, kind, X in (("net-random", "backbone", good), ("pixels", "baseline", rng.normal(size=(N, DIM)))):
-        identity = {"name": name}
-        path = files.store(name, fingerprint(identity))
-        with StoreWriter.open(path, identity, DIM) as writer:
+        spec = EmbeddingSpec(name, kind, "test", name, {}, "w", "d", "", "none", DIM, {}, "fp32", kind == "backbone")
+        path = files.store(name, spec.fingerprint())
+        with StoreWriter.open(path, spec.identity(), DIM) as writer:
             writer.append(digests, X.astype(np.float32))
-            writer.seal()
-        embeddings.append(
-            {
-                "name": name,
-                "kind": kind,
-                "backbone": name,
-                "layer": "",
-                "store": str(path.relative_to(output)),
-                "fingerprint": fingerprint(identity),
-                "dim": DIM,
-                "untrained": kind == "backbone",
-                "trained_on": None,
-            }
-        )
-    files.features.write_text(json.dumps({"format": "manyheads features", "version": 1, "embeddings": embeddings}))
+        digest = FeatureStore.open(path).digest
+        records.append(EmbeddingRecord(name, spec, path.relative_to(output).as_posix(), digest, None, 0))
+    write_records(files.features, records, {})
     return index
 
 
@@ -141,10 +131,8 @@ def test_a_bundle_predicts_what_the_leaderboard_says(finished: tuple[Config, tra
     bundle = bundles.load(files.root / row.bundle)
     saved = Predictions.read(files.root / row.bundle / "predictions.npz")
     index = DatasetIndex.read(files.dataset).select("test")
-    stores = {record["name"]: record for record in train_heads.read_embeddings(files, config)}
-    from pipeline.store import FeatureStore
-
-    X = FeatureStore.open(files.root / stores[row.embedding]["store"]).read(index.digests)
+    stores = {record.name: record.store for record in read_records(files.features)}
+    X = FeatureStore.open(files.root / stores[row.embedding]).read(index.digests)
     labels, probabilities = bundle.predict(X)
     assert row.test is not None
     assert np.mean(labels == index.labels) == row.test.accuracy

@@ -1,0 +1,143 @@
+"""Embeddings that were made: stage one's record of each, and how to make one's vectors again.
+
+`features.json` is what stage one writes and every later stage reads; reading it needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import backbone, baselines
+from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.embedding import EmbeddingSpec
+from pipeline.errors import BackboneError, PipelineError
+from pipeline.files import write_text_atomic
+from pipeline.images import Preprocessing
+from pipeline.store import differences
+
+FORMAT = "manyheads features"
+VERSION = 1
+
+
+class Embedder(Protocol):
+    """What a Backbone and a Baseline have in common."""
+
+    @property
+    def specs(self) -> tuple[EmbeddingSpec, ...]:
+        """One per output of `embed`."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are made ready for `embed`."""
+
+    @property
+    def canary(self) -> tuple[NDArray[np.float32], ...]:
+        """The vectors of the built-in probe images, one array per spec."""
+
+    def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
+        """Turn uint8 (n, height, width, 3) into one float32 (n, dim) per spec."""
+
+
+@dataclass(frozen=True)
+class EmbeddingRecord:
+    """One embedding of an experiment: what it is, where its vectors are, and all that is needed to make them again."""
+
+    name: str
+    spec: EmbeddingSpec
+    store: str
+    """The feature store's folder, relative to the output folder."""
+    digest: str
+    """The state of the store when stage one ended."""
+    section: BackboneConfig | None
+    """The config section that makes the backbone; None for a baseline."""
+    seed: int
+    seconds_per_image: float | None = None
+    """What one image cost when it was last measured: decoding and the network together."""
+
+    @property
+    def kind(self) -> str:
+        """`backbone` or `baseline`."""
+        return self.spec.kind
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the identity."""
+        return self.spec.fingerprint()
+
+    @property
+    def untrained(self) -> bool:
+        """Whether its weights are random."""
+        return self.spec.untrained
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        section = None if self.section is None else self.section.model_dump(mode="json")
+        return {**values, "spec": asdict(self.spec), "section": section}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
+        """Return the record that `to_dict` wrote; KeyError, TypeError or ValueError when it is of another version."""
+        section = values["section"]
+        made = None if section is None else BackboneConfig.model_validate_json(json.dumps(section))
+        return EmbeddingRecord(**{**values, "spec": EmbeddingSpec.from_dict(values["spec"]), "section": made})
+
+
+def write_records(path: Path, records: Sequence[EmbeddingRecord], about: Mapping[str, Any]) -> None:
+    """Write `features.json`; `about` is what else is worth knowing of the run."""
+    document = {"format": FORMAT, "version": VERSION, "embeddings": [record.to_dict() for record in records], **about}
+    write_text_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
+    """Read `features.json`.
+
+    Raises
+    ------
+    PipelineError
+        When stage one has not written it, or another version has.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: missing; run `manyheads features` with this config first") from None
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path}: cannot be read ({error}); run `manyheads features` again") from None
+    found = (document.get("format"), document.get("version")) if isinstance(document, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise PipelineError(
+            f"{path}: is {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}; run `manyheads features` again"
+        )
+    try:
+        return tuple(EmbeddingRecord.from_dict(values) for values in document["embeddings"])
+    except (KeyError, TypeError, ValueError):
+        raise PipelineError(
+            f"{path}: was written by another version of this package; run `manyheads features` again"
+        ) from None
+
+
+def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
+    """Make an embedding's embedder again; return it and which of its outputs the embedding is.
+
+    Raises
+    ------
+    BackboneError
+        When the weights, the preprocessing or a library have changed since, so that its vectors would not be comparable.
+    """
+    if record.section is None:
+        embedder: Embedder = baselines.load(record.spec.architecture)
+    else:
+        extraction = ExtractionConfig.model_validate({"device": device, "precision": record.spec.precision})
+        embedder = backbone.load(record.section, extraction, record.seed)
+    for output, spec in enumerate(embedder.specs):
+        if spec.fingerprint() == record.fingerprint:
+            return embedder, output
+    closest = min((differences(record.spec.identity(), spec.identity()) for spec in embedder.specs), key=len)
+    raise BackboneError(f"{record.name}: this machine makes another embedding than the one that was stored", closest)
