@@ -64,13 +64,15 @@ def sides(result: ScanResult) -> dict[str, str]:
 class TestIncremental:
     def test_a_first_scan_reads_everything_and_a_second_nothing(self, photos: Path, calm: None) -> None:
         first = run(photos)
-        assert (first.read, first.unchanged, len(first.index)) == (20, False, 20)
+        assert (first.read, first.unchanged, first.first, len(first.index)) == (20, False, True, 20)
+        assert not any("since the last scan" in line for line in first.summary_lines())
         assert first.index.digests.tobytes()[:16] == content_digest(b"cat 0")
         assert first.index.sizes.tolist() == [5] * 20
         folder = photos.parent / "dataset"
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         second = run(photos)
-        assert (second.read, second.unchanged) == (0, True)
+        assert (second.read, second.unchanged, second.first) == (0, True, False)
+        assert "nothing changed since the last scan" in second.summary_lines()
         assert second.index.fingerprint() == first.index.fingerprint()
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
         assert DatasetIndex.read(folder).fingerprint() == first.index.fingerprint()
@@ -387,7 +389,7 @@ class TestLedger:
         assert failed_digests(folder, "p2").shape == (0, 2)
         result = run(photos)
         assert result.remembered == 2
-        assert "2 images are known not to decode, see ledger.csv" in result.summary_lines()
+        assert "images known not to decode, see ledger.csv: 2" in result.summary_lines()
 
     def test_a_renamed_failure_keeps_its_entry_and_a_mended_one_loses_it(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
@@ -402,6 +404,18 @@ class TestLedger:
         record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")])
         record_failures(tmp_path, [self.entry("a", "1", "p2")])
         assert read_ledger(tmp_path) == [self.entry("a", "1", "p2"), self.entry("b", "2", "p1")]
+
+    def test_a_file_that_could_not_be_read_is_listed_until_the_next_scan(self, photos: Path, calm: None) -> None:
+        folder = photos.parent / "dataset"
+        run(photos)
+        gone = self.entry("cat/1.png", "cat 1")._replace(
+            status="unavailable", reason="it cannot be read: Input/output error"
+        )
+        record_failures(folder, [gone, self.entry("dog/2.png", "dog 2")])
+        assert [entry.path for entry in read_ledger(folder)] == ["cat/1.png", "dog/2.png"]
+        assert digests_to_hex(failed_digests(folder, "p1")) == [content_digest(b"dog 2").hex()]
+        run(photos)
+        assert [entry.path for entry in read_ledger(folder)] == ["dog/2.png"]
 
     def test_an_entry_without_content_is_a_mistake(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="needs its digest and its decode policy"):
@@ -435,7 +449,7 @@ class TestLedger:
             "  … and 3 more, see ledger.csv",
             "1 file not used (not in a class):",
             "  stray.png: it is in no class folder, so it has no label",
-            "ignored: 1 hidden files and folders",
+            "ignored hidden files and folders: 1",
         ]
 
     @pytest.mark.parametrize(
@@ -492,7 +506,7 @@ class TestRefused:
         write(root, **{"cat/1.heic": "1", "dog/2.png": ""})
         assert self.refused(root) == (
             f"{root}: holds no image that can be read\n"
-            "  cat/1.heic: its name does not end like an image's (.jpg, .png, .webp, .bmp, .gif, .tif)\n"
+            "  cat/1.heic: images of kind .heic are not read; save it as JPEG or PNG\n"
             "  dog/2.png: the file is empty"
         )
 

@@ -88,13 +88,16 @@ class TestFolder:
             "dog/._2.png",
             ".git/x.png",
         )
-        put(tmp_path, "__MACOSX/cat/1.png", "cat/notes.txt", "README.md", "stray.png", "dog/no_ending")
+        put(
+            tmp_path, "__MACOSX/cat/1.png", "cat/notes.txt", "cat/phone.HEIC", "README.md", "stray.png", "dog/no_ending"
+        )
         listing = list_folder(tmp_path)
         assert [path for path, _ in rows(listing)] == ["cat/1.png", "dog/2.png"]
         assert listing.ignored == {"hidden files and folders": 6}
         assert entries(listing) == [
             ("README.md", "not_an_image"),
             ("cat/notes.txt", "not_an_image"),
+            ("cat/phone.HEIC", "unsupported_format"),
             ("dog/no_ending", "not_an_image"),
             ("stray.png", "not_in_a_class"),
         ]

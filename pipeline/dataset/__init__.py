@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.dataset.index import DatasetIndex
 from pipeline.dataset.ledger import LedgerEntry, check_failures, failed_digests, read_ledger, record_failures
+from pipeline.dataset.listing import is_image_name
 from pipeline.dataset.report import ScanResult, fold_warnings
 from pipeline.dataset.scan import scan
 
@@ -14,6 +15,7 @@ __all__ = [
     "check_failures",
     "failed_digests",
     "fold_warnings",
+    "is_image_name",
     "read_ledger",
     "record_failures",
     "scan",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.dataset.ledger import LedgerEntry
-from pipeline.dataset.listing import SPLIT_NAMES, Listing, is_hidden, is_image_name, shown
+from pipeline.dataset.listing import OTHER_IMAGES, SPLIT_NAMES, Listing, ending_of, is_hidden, is_image_name, shown
 from pipeline.errors import DatasetError
 
 
@@ -85,8 +85,12 @@ class _Walk:
             inside = self.read(folder, plain)
             pending.extend(f"{folder}{name}/" for name in inside.folders)
             for name in inside.files:
-                reason = "its name does not end like an image's (.jpg, .png, .webp, .bmp, .gif, .tif)"
-                listing.entries.append(LedgerEntry(shown(folder + name), "", "not_an_image", reason))
+                if (ending := ending_of(name)) in OTHER_IMAGES:
+                    reason = f"images of kind .{ending} are not read; save it as JPEG or PNG"
+                    self.fail(folder + name, "unsupported_format", reason)
+                else:
+                    reason = "its name does not end like an image's (.jpg, .png, .webp, .bmp, .gif, .tif)"
+                    self.fail(folder + name, "not_an_image", reason)
         found = len(listing.paths) - before
         listing.labels.extend([label] * found)
         if listing.splits is not None:

@@ -36,6 +36,10 @@ class LedgerEntry(NamedTuple):
     policy: str = ""
 
 
+TRANSIENT = frozenset({"unavailable"})
+"""Statuses that say nothing about a content: the file could not be read this time."""
+
+
 def read_ledger(folder: Path) -> list[LedgerEntry]:
     """Read a folder's ledger; an empty list where there is none.
 
@@ -72,11 +76,15 @@ def write_ledger(folder: Path, entries: Iterable[LedgerEntry]) -> None:
 
 
 def record_failures(folder: Path, entries: Sequence[LedgerEntry]) -> None:
-    """Add contents that could not be decoded; each needs its digest and policy, and replaces what was known of it."""
+    """Add contents that could not be decoded; each needs its digest and policy, and replaces what was known of it.
+
+    A file that could not be read this time is listed too, but only until the next scan looks again.
+    """
     if not entries:
         return
     if not all(entry.digest and entry.policy for entry in entries):
         raise ValueError("a failed image needs its digest and its decode policy")
+    entries = [entry if entry.status not in TRANSIENT else entry._replace(digest="", policy="") for entry in entries]
     fresh = {entry.digest for entry in entries}
     kept = [entry for entry in read_ledger(folder) if not (entry.policy and entry.digest in fresh)]
     write_ledger(folder, [*kept, *entries])

@@ -15,6 +15,34 @@ from pipeline.dataset.ledger import LedgerEntry
 EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"})
 """File name endings that say "image", in any case."""
 
+OTHER_IMAGES = frozenset(
+    {  # fmt: skip
+        "arw",
+        "avif",
+        "cr2",
+        "cr3",
+        "dng",
+        "heic",
+        "heif",
+        "ico",
+        "j2k",
+        "jp2",
+        "jxl",
+        "nef",
+        "orf",
+        "pcx",
+        "pgm",
+        "pnm",
+        "ppm",
+        "psd",
+        "raw",
+        "rw2",
+        "svg",
+        "tga",
+    }
+)
+"""Endings of images that are not read: a user who has them should hear of it as of a failure."""
+
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -64,9 +92,14 @@ class Listing:
         return flat.reshape(-1, 3)
 
 
+def ending_of(name: str) -> str:
+    """Return what follows the last dot of a file name, in lower case."""
+    return name.rpartition(".")[2].lower()
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file name ends as an image's does."""
-    return name.rpartition(".")[2].lower() in EXTENSIONS
+    return ending_of(name) in EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:

@@ -25,6 +25,8 @@ class ScanResult:
     index: DatasetIndex
     unchanged: bool
     """The index is the one that was there before, row for row."""
+    first: bool
+    """There was no index before."""
     difference: Difference
     """Images added, changed, removed and renamed since the last scan; all added at the first one."""
     read: int
@@ -61,7 +63,7 @@ class ScanResult:
         lines = [_headline(self.index), *_class_lines(self.counts)]
         if self.unchanged:
             lines.append("nothing changed since the last scan")
-        elif self.difference:
+        elif self.difference and not self.first:
             lines.append("since the last scan: " + _difference_text(self.difference))
         lines += self.notes
         lines += [f"warning: {warning}" for warning in self.warnings]
@@ -69,13 +71,12 @@ class ScanResult:
         lines += _pair_lines(self.conflicts, "under two labels (kept as they are; mend the labels)", True)
         if self.duplicates:
             lines.append(
-                f"{self.duplicates:,} copies of another image on the same side, kept, and never parted by folds"
+                f"copies of another image on the same side, kept, and never parted by folds: {self.duplicates:,}"
             )
         lines += _entry_lines(self.entries)
         if self.remembered:
-            lines.append(f"{self.remembered:,} images are known not to decode, see ledger.csv")
-        if self.ignored:
-            lines.append("ignored: " + ", ".join(f"{count:,} {what}" for what, count in sorted(self.ignored.items())))
+            lines.append(f"images known not to decode, see ledger.csv: {self.remembered:,}")
+        lines += [f"ignored {what}: {count:,}" for what, count in sorted(self.ignored.items())]
         return lines
 
 

@@ -78,6 +78,7 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     return ScanResult(
         index=index,
         unchanged=unchanged,
+        first=before.index is None,
         difference=_since(before.index, index),
         read=found.read,
         leaks=copies.leaks,
