@@ -400,10 +400,12 @@ class TestLedger:
         run(photos)
         assert read_ledger(folder) == [self.entry("cat/one.png", "cat 1")]
 
-    def test_a_failure_under_a_new_policy_replaces_the_old(self, tmp_path: Path) -> None:
+    def test_a_failure_under_a_new_policy_replaces_all_of_the_old(self, tmp_path: Path) -> None:
         record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")])
         record_failures(tmp_path, [self.entry("a", "1", "p2")])
-        assert read_ledger(tmp_path) == [self.entry("a", "1", "p2"), self.entry("b", "2", "p1")]
+        assert read_ledger(tmp_path) == [self.entry("a", "1", "p2")]
+        record_failures(tmp_path, [self.entry("b", "2", "p2")])
+        assert read_ledger(tmp_path) == [self.entry("a", "1", "p2"), self.entry("b", "2", "p2")]
 
     def test_a_file_that_could_not_be_read_is_listed_until_the_next_scan(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
@@ -411,7 +413,8 @@ class TestLedger:
         gone = self.entry("cat/1.png", "cat 1")._replace(
             status="unavailable", reason="it cannot be read: Input/output error"
         )
-        record_failures(folder, [gone, self.entry("dog/2.png", "dog 2")])
+        record_failures(folder, [self.entry("dog/2.png", "dog 2")])
+        record_failures(folder, [gone])
         assert [entry.path for entry in read_ledger(folder)] == ["cat/1.png", "dog/2.png"]
         assert digests_to_hex(failed_digests(folder, "p1")) == [content_digest(b"dog 2").hex()]
         run(photos)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset import DatasetIndex
+from pipeline.dataset import DatasetIndex, match
 from pipeline.dataset.index import texts
 from pipeline.dataset.match import difference, match_digests, match_texts
 from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
@@ -146,11 +146,17 @@ def test_the_shares_of_a_seed_look_random() -> None:
 
 class TestMatch:
     @settings(max_examples=100, deadline=None)
-    @given(old=st.lists(st.text(max_size=3), unique=True, max_size=10), new=st.lists(st.text(max_size=3), max_size=10))
-    def test_texts_are_found(self, old: list[str], new: list[str]) -> None:
-        old = [text.replace("\ud800", "") for text in old]
-        expected = [old.index(text) if text in old else -1 for text in new]
-        assert match_texts(texts(old), texts(new)).tolist() == expected
+    @given(
+        old=st.sets(st.text("abc\u00e9\U0001f600", max_size=3), max_size=30),
+        new=st.sets(st.text("abc\u00e9\U0001f600", max_size=3), max_size=30),
+        block=st.integers(1, 40),
+    )
+    def test_texts_are_found_in_blocks_of_any_size(self, old: set[str], new: set[str], block: int) -> None:
+        ours, theirs = sorted(old), sorted(new)
+        expected = [ours.index(text) if text in old else -1 for text in theirs]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(match, "BLOCK", block)
+            assert match_texts(texts(ours), texts(theirs)).tolist() == expected
 
     def test_digests_are_found_at_their_first_row(self) -> None:
         def digests(words: str) -> np.ndarray:

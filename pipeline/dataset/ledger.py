@@ -78,7 +78,8 @@ def write_ledger(folder: Path, entries: Iterable[LedgerEntry]) -> None:
 def record_failures(folder: Path, entries: Sequence[LedgerEntry]) -> None:
     """Add contents that could not be decoded; each needs its digest and policy, and replaces what was known of it.
 
-    A file that could not be read this time is listed too, but only until the next scan looks again.
+    What failed under another policy is forgotten: it is tried again under this one. A file that could not be read this
+    time is listed too, but only until the next scan looks again.
     """
     if not entries:
         return
@@ -86,7 +87,12 @@ def record_failures(folder: Path, entries: Sequence[LedgerEntry]) -> None:
         raise ValueError("a failed image needs its digest and its decode policy")
     entries = [entry if entry.status not in TRANSIENT else entry._replace(digest="", policy="") for entry in entries]
     fresh = {entry.digest for entry in entries}
-    kept = [entry for entry in read_ledger(folder) if not (entry.policy and entry.digest in fresh)]
+    policies = {entry.policy for entry in entries if entry.policy}
+    kept = [
+        entry
+        for entry in read_ledger(folder)
+        if not entry.policy or not policies or (entry.policy in policies and entry.digest not in fresh)
+    ]
     write_ledger(folder, [*kept, *entries])
 
 

@@ -15,32 +15,8 @@ from pipeline.dataset.ledger import LedgerEntry
 EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"})
 """File name endings that say "image", in any case."""
 
-OTHER_IMAGES = frozenset(
-    {  # fmt: skip
-        "arw",
-        "avif",
-        "cr2",
-        "cr3",
-        "dng",
-        "heic",
-        "heif",
-        "ico",
-        "j2k",
-        "jp2",
-        "jxl",
-        "nef",
-        "orf",
-        "pcx",
-        "pgm",
-        "pnm",
-        "ppm",
-        "psd",
-        "raw",
-        "rw2",
-        "svg",
-        "tga",
-    }
-)
+_NOT_READ = "arw avif cr2 cr3 dng heic heif ico j2k jp2 jxl nef orf pcx pgm pnm ppm psd raw rw2 svg tga"
+OTHER_IMAGES = frozenset(_NOT_READ.split())
 """Endings of images that are not read: a user who has them should hear of it as of a failure."""
 
 SPLIT_NAMES = {

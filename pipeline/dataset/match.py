@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from pipeline.digests import Digests
 
 Rows = NDArray[np.int64]
 """Row numbers, shape (n,), -1 for none."""
+
+BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,24 @@ class Difference:
 
 
 def match_texts(old: NDArray[np.object_], new: NDArray[np.object_]) -> Rows:
-    """Return for each new text the row of the equal old text, or -1; the old ones are distinct."""
-    if len(old) == len(new) and np.array_equal(old, new):
-        return np.arange(len(new), dtype=np.int64)
-    found = pc.index_in(pa.array(new, pa.large_string()), value_set=pa.array(old, pa.large_string()))
-    rows: Rows = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    """Return for each new text the row of the equal old text, or -1; both are sorted and distinct.
+
+    Taken in blocks that end at the same text: most blocks are equal as they are, and a table of one block's hashes
+    stays in the processor's cache.
+    """
+    rows = np.full(len(new), -1, dtype=np.int64)
+    start = 0
+    for begin in range(0, len(new), BLOCK):
+        end = min(begin + BLOCK, len(new))
+        stop = len(old) if end == len(new) else bisect_left(old, new[end], lo=start)
+        ours, theirs = old[start:stop], new[begin:end]
+        if len(ours) == len(theirs) and np.array_equal(ours, theirs):
+            rows[begin:end] = np.arange(start, stop)
+        else:
+            found = pc.index_in(pa.array(theirs, pa.large_string()), value_set=pa.array(ours, pa.large_string()))
+            places = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+            rows[begin:end] = np.where(places >= 0, places + start, -1)
+        start = stop
     return rows
 
 
