@@ -1,12 +1,11 @@
 """Evaluators: how sets of parameters are fitted and judged on one fold, with or without work shared among them.
 
-`generic` fits the head's own pipeline from scratch and works for every head. The other rows find the same optimum with
-work shared; `evaluator_for` falls back to `generic` where they cannot.
+`generic` fits the head's own pipeline from scratch and works for every head; others find the same optimum with work
+shared. `evaluators.py` has the table.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import warnings
@@ -22,8 +21,6 @@ from numpy.typing import NDArray
 from pipeline.heads import Params, configure
 from pipeline.tuning.records import FoldOutcome, Problem, ScoreKind
 from pipeline.tuning.scoring import expand_scores
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,18 +138,8 @@ class Shared:
 
 def _bytes(value: Any) -> int:
     """Bytes of the arrays a prepared value holds directly."""
-    if isinstance(value, np.ndarray):
+    if value is None:
+        return 0
+    if hasattr(value, "nbytes"):
         return int(value.nbytes)
-    return sum(int(part.nbytes) for part in vars(value).values() if isinstance(part, np.ndarray)) if value else 0
-
-
-GENERIC = Evaluator(generic)
-
-EVALUATORS: Mapping[str, Evaluator] = {"generic": GENERIC}
-"""Ways to judge parameters, by the name in `Head.evaluator`."""
-
-
-def evaluator_for(problem: Problem) -> Evaluator:
-    """Return the head's evaluator, or the generic one where it is unknown or cannot serve."""
-    evaluator = EVALUATORS.get(problem.head.evaluator, GENERIC)
-    return evaluator if evaluator.usable(problem) else GENERIC
+    return sum(int(part.nbytes) for part in vars(value).values() if isinstance(part, np.ndarray))

@@ -26,7 +26,8 @@ from pipeline.errors import HeadError
 from pipeline.heads import Head, Params, configure, identity
 from pipeline.progress import Progress, bar
 from pipeline.tuning import racing, strategies
-from pipeline.tuning.evaluation import GENERIC, Evaluator, Shared, counting_warnings, evaluator_for
+from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings
+from pipeline.tuning.evaluators import GENERIC, evaluator_for
 from pipeline.tuning.folds import Folds
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
@@ -39,6 +40,9 @@ SOLVERS_VERSION = 1
 
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
+
+FEW_FEATURES = 1 << 25
+"""Numbers in a feature matrix below which the last fit uses one thread for its products."""
 
 SHARED_BYTES_FLOOR = 256 << 20
 SHARED_BYTES_FACTOR = 8
@@ -380,7 +384,8 @@ def _replay(event: Mapping[str, Any]) -> tuple[FoldOutcome, float]:
 
 def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
     """Fit the head's plain pipeline on all rows; `n_jobs` is used for the fit and not kept."""
-    with counting_warnings():
+    # Threads of a small product wait for each other longer than they work.
+    with counting_warnings(), threadpool_limits(limits=1 if problem.X.size < FEW_FEATURES else None, user_api="blas"):
         pipeline = configure(problem.head, params, problem.seed)
         parallel = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
         kept = {key: pipeline.get_params()[key] for key in parallel}

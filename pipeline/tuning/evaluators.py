@@ -1,0 +1,38 @@
+"""The table of evaluators, by the name a head gives in `Head.evaluator`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.heads import configure
+from pipeline.tuning.evaluation import Evaluator, generic
+from pipeline.tuning.kernel import RBF_SVM
+from pipeline.tuning.linear import LINEAR_SVM, LOGISTIC_REGRESSION, RIDGE
+from pipeline.tuning.records import Problem
+
+GENERIC = Evaluator(generic)
+
+SCREEN_TREES = 50
+
+
+def _many_trees(problem: Problem) -> bool:
+    return bool(configure(problem.head, problem.head.defaults, problem.seed)[-1].n_estimators >= 2 * SCREEN_TREES)
+
+
+FOREST = Evaluator(generic, usable=_many_trees, screen={"n_estimators": SCREEN_TREES}, promote=3)
+"""Trees vote independently, so a forest of a few is a noisier version of the same forest at a fraction of its price."""
+
+EVALUATORS: Mapping[str, Evaluator] = {
+    "generic": GENERIC,
+    "logistic_regression": LOGISTIC_REGRESSION,
+    "linear_svm": LINEAR_SVM,
+    "ridge": RIDGE,
+    "rbf_svm": RBF_SVM,
+    "forest": FOREST,
+}
+
+
+def evaluator_for(problem: Problem) -> Evaluator:
+    """Return the head's evaluator, or the generic one where it is unknown or cannot serve."""
+    evaluator = EVALUATORS.get(problem.head.evaluator, GENERIC)
+    return evaluator if evaluator.usable(problem) else GENERIC

@@ -1,0 +1,190 @@
+"""Evaluators of the linear heads: one decomposition per fold, all penalties of a round solved together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils.class_weight import compute_sample_weight
+
+from pipeline.heads import Params, configure
+from pipeline.tuning.evaluation import Evaluator
+from pipeline.tuning.records import FoldOutcome, Problem
+from pipeline.tuning.scoring import expand_scores
+from pipeline.tuning.solvers import (
+    Array,
+    Axes,
+    Family,
+    Loss,
+    Path,
+    binomial_loss,
+    softmax_loss,
+    squared_hinge_loss,
+    standardise,
+    turn,
+)
+
+LOGISTIC_TOLERANCE = 1e-5
+HINGE_TOLERANCE = 2e-4
+"""Largest derivative per row at which a problem counts as solved; scikit-learn's own criteria are 1e-4."""
+
+BATCH_BYTES = 64 << 20
+"""Scores of the problems solved at once may take this much, or as much as the fold's features if that is more."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fold for one linear head: its features on their axes, its labels, and the solutions found so far."""
+
+    axes: Axes
+    path: Path | None
+    present: NDArray[np.int64]
+    targets: Array
+    """For one-against-rest heads, shape (n, problems): -1 and 1; two classes are one problem."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, about: the path grows to a few dozen solutions."""
+        return self.axes.train.nbytes + self.axes.held_out.nbytes + self.targets.nbytes
+
+
+def prepare_logistic(problem: Problem, fold: int) -> Prepared:
+    """Share the axes of a fold and the path of logistic regression: multinomial, for two classes binomial."""
+    axes, y, present, weights = _fold(problem, fold)
+
+    def loss(problems: NDArray[np.int64]) -> Loss:
+        if len(present) == 2:
+            return binomial_loss(y, weights)
+        return softmax_loss(y, weights)
+
+    columns = 1 if len(present) == 2 else len(present)
+    family = Family(loss, 1, columns, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
+    return Prepared(axes, Path(axes, family), present, _targets(y, present))
+
+
+def prepare_hinge(problem: Problem, fold: int) -> Prepared:
+    """Share the axes of a fold and the path of the squared hinge loss; as in LIBLINEAR the intercept is penalised."""
+    axes, y, present, weights = _fold(problem, fold)
+    targets = _targets(y, present)
+    width = targets.shape[1]
+    # With more than two classes LIBLINEAR weights the rows of the one class and not those of the rest.
+    costs = weights[:, None] if width == 1 else np.where(targets > 0, weights[:, None], np.float32(1))
+
+    def loss(problems: NDArray[np.int64]) -> Loss:
+        return squared_hinge_loss(targets[:, problems % width], costs[:, problems % width])
+
+    family = Family(loss, width, 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
+    return Prepared(axes, Path(axes, family), present, targets)
+
+
+def prepare_ridge(problem: Problem, fold: int) -> Prepared:
+    """Share the axes of a fold."""
+    axes, y, present, _ = _fold(problem, fold)
+    return Prepared(axes, None, present, _targets(y, present))
+
+
+def logistic_regression(
+    problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]
+) -> list[FoldOutcome]:
+    """Fit logistic regression with an L2 penalty at every C."""
+    present = prepared.present
+
+    def solve(batch: Sequence[Params]) -> Array:
+        assert prepared.path is not None
+        return prepared.path.solve(np.array([1 / float(one["C"]) for one in batch]))
+
+    outcomes = []
+    for scores, seconds in _solved(prepared, candidates, 1 if len(present) == 2 else len(present), solve):
+        if len(present) == 2:
+            raised = 1 / (1 + np.exp(-scores.astype(np.float64)))
+            probabilities = np.hstack([1 - raised, raised])
+        else:
+            shares = np.exp((scores - scores.max(axis=1, keepdims=True)).astype(np.float64))
+            probabilities = shares / shares.sum(axis=1, keepdims=True)
+        full = expand_scores(probabilities, present, problem.n_classes, "probability")
+        outcomes.append(FoldOutcome(present[probabilities.argmax(axis=1)], full, "probability", seconds))
+    return outcomes
+
+
+def linear_svm(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit one-against-rest linear SVMs with the squared hinge loss at every C."""
+    width = prepared.targets.shape[1]
+
+    def solve(batch: Sequence[Params]) -> Array:
+        assert prepared.path is not None
+        found = prepared.path.solve(np.array([1 / float(one["C"]) for one in batch]))
+        return found.reshape(len(found), len(batch), width)
+
+    return _decided(problem, prepared.present, _solved(prepared, candidates, width, solve))
+
+
+def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit ridge regression onto targets of -1 and 1 at every alpha, from the fold's one decomposition."""
+    axes, targets = prepared.axes, prepared.targets
+    products = axes.train.T @ targets
+
+    def solve(batch: Sequence[Params]) -> Array:
+        found = np.empty((len(axes.squares), len(batch), targets.shape[1]), dtype=np.float32)
+        for place, one in enumerate(batch):
+            penalty = np.full(len(axes.squares), float(one["alpha"]), dtype=np.float32)
+            penalty[-1] = 0
+            found[:, place] = products / (axes.squares + penalty)[:, None]
+        return found
+
+    return _decided(problem, prepared.present, _solved(prepared, candidates, targets.shape[1], solve))
+
+
+def _fold(problem: Problem, fold: int) -> tuple[Axes, NDArray[np.int64], NDArray[np.int64], Array]:
+    """Return a fold's axes, its training labels as places in the classes present, these classes, and row weights."""
+    train, held_out = problem.folds[fold]
+    axes = turn(*standardise(problem.X[train], problem.X[held_out]))
+    present, y = np.unique(problem.y[train], return_inverse=True)
+    class_weight = configure(problem.head, problem.head.defaults, problem.seed)[-1].class_weight
+    weights = np.ones(len(y)) if class_weight is None else compute_sample_weight(class_weight, y)
+    return axes, y.astype(np.int64), present, weights.astype(np.float32)
+
+
+def _targets(y: NDArray[np.int64], present: NDArray[np.int64]) -> Array:
+    targets = np.where(y[:, None] == np.arange(len(present)), 1, -1).astype(np.float32)
+    return targets[:, 1:] if len(present) == 2 else targets
+
+
+def _solved(
+    prepared: Prepared, candidates: Sequence[Params], columns: int, solve: Callable[[Sequence[Params]], Array]
+) -> list[tuple[Array, float]]:
+    """Solve candidates in batches that fit in memory; return each one's held-out scores and its share of the seconds."""
+    axes = prepared.axes
+    n = len(axes.train)
+    size = max(1, int(max(BATCH_BYTES, axes.train.nbytes) // (6 * 4 * n * columns)))
+    solved = []
+    for start in range(0, len(candidates), size):
+        batch = candidates[start : start + size]
+        begun = time.perf_counter()
+        weights = solve(batch)
+        scores = (axes.held_out @ weights.reshape(len(weights), -1)).reshape(-1, len(batch), weights.shape[2])
+        seconds = (time.perf_counter() - begun) / len(batch)
+        solved += [(scores[:, place], seconds) for place in range(len(batch))]
+    return solved
+
+
+def _decided(problem: Problem, present: NDArray[np.int64], solved: Sequence[tuple[Array, float]]) -> list[FoldOutcome]:
+    outcomes = []
+    for scores, seconds in solved:
+        values = scores[:, 0] if len(present) == 2 else scores
+        full = expand_scores(values, present, problem.n_classes, "decision")
+        predictions = present[(values > 0).astype(np.int64) if len(present) == 2 else values.argmax(axis=1)]
+        outcomes.append(FoldOutcome(predictions, full, "decision", seconds))
+    return outcomes
+
+
+def _unweighted(problem: Problem) -> bool:
+    """Class weights would shift the centre the decomposition is taken around."""
+    return configure(problem.head, problem.head.defaults, problem.seed)[-1].class_weight is None
+
+
+LOGISTIC_REGRESSION = Evaluator(logistic_regression, prepare_logistic, together=True)
+LINEAR_SVM = Evaluator(linear_svm, prepare_hinge, together=True)
+RIDGE = Evaluator(ridge, prepare_ridge, together=True, usable=_unweighted)

@@ -1,0 +1,177 @@
+"""How long tuning takes: the search a user would write with `BayesSearchCV`, and ours, on the same features and folds.
+
+    python tests/benchmarks/bench_heads.py                                   # 2,500 x 512, the four main heads
+    python tests/benchmarks/bench_heads.py --rows 10000 --dim 2048 --heads logistic_regression,ridge
+    python tests/benchmarks/bench_heads.py --features photos.npz             # arrays X and y of your own
+    python tests/benchmarks/bench_heads.py --rows 50000 --no-naive
+
+Both searches get the same scikit-learn pipeline, space, folds, number of trials and processor cores, and both end with a
+fit of the best parameters on all training rows. The default features are those of random ReLU layers over points of
+normal clusters: correlated, not negative, with a spectrum that falls like that of a trained network.
+Writes bench_heads.json and bench_heads.md to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import skopt
+from tabulate import tabulate
+
+from pipeline.config import TuningConfig
+from pipeline.heads import HEADS
+from pipeline.tuning import make_folds, tune
+
+MAIN_HEADS = "logistic_regression,linear_svm,rbf_svm,random_forest"
+LATENT = 64
+
+
+def network_features(rows: int, dim: int, classes: int, seed: int):
+    """Return float32 features of shape (rows, dim) and int labels."""
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(classes, LATENT))
+    y = generator.integers(0, classes, rows)
+    points = (0.55 * centres[y] + generator.normal(size=(rows, LATENT))) * np.arange(1, LATENT + 1) ** -0.3
+    for width in (256, 512, dim):
+        weights = generator.normal(size=(points.shape[1], width)) / np.sqrt(points.shape[1])
+        points = np.maximum(1.4 * points @ weights + 0.2 * generator.normal(size=width), 0)
+    return points.astype(np.float32), y
+
+
+def naive_search(head, X, y, folds, trials, seed, jobs):
+    """The search a user would write; returns it fitted, with its seconds."""
+    from skopt import BayesSearchCV
+
+    pipeline = head.build(seed)
+    last = pipeline.steps[-1][0]
+    space = {f"{last}__{key}": dimension for key, dimension in head.space.items()}
+    search = BayesSearchCV(pipeline, space, n_iter=trials, cv=list(folds), n_jobs=jobs, random_state=seed)
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        search.fit(X, y)
+    return search, time.perf_counter() - start
+
+
+def our_search(head, X, y, folds, trials, seed, jobs):
+    """Ours; returns the run, its seconds, and (seconds, score) of every finished trial."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder) / "trials.jsonl"
+        start = time.perf_counter()
+        run = tune(head, X, y, folds, TuningConfig(trials=trials, jobs=jobs), seed, journal)
+        seconds = time.perf_counter() - start
+        events = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    finished = [(e["elapsed"], e["mean"]) for e in events if e["event"] == "trial" and e["mean"] is not None]
+    return run, seconds, finished
+
+
+def compare(name, data, arguments):
+    X, y, X_test, y_test, folds = data
+    head = HEADS[name]
+    run, seconds, finished = our_search(head, X, y, folds, arguments.trials, arguments.seed, arguments.jobs)
+    plain = sum(score is not None for trial in run.trials for score in trial.fold_scores)
+    row = {
+        "head": name,
+        "ours_seconds": seconds,
+        "ours_surrogate_seconds": run.surrogate_seconds,
+        "ours_last_fit_seconds": run.fit_seconds,
+        "ours_cv": run.best.mean,
+        "ours_test": float(run.pipeline.score(X_test, y_test)),
+        "ours_params": dict(run.best.params),
+        "ours_fold_fits": plain,
+    }
+    if arguments.naive:
+        typed = X.astype(arguments.naive_dtype)
+        search, naive_seconds = naive_search(head, typed, y, folds, arguments.trials, arguments.seed, arguments.jobs)
+        reached = [elapsed for elapsed, score in finished if score >= search.best_score_]
+        row |= {
+            "naive_seconds": naive_seconds,
+            "naive_cv": float(search.best_score_),
+            "naive_test": float(search.score(X_test.astype(arguments.naive_dtype), y_test)),
+            "naive_params": {key.split("__")[1]: float(value) for key, value in search.best_params_.items()},
+            "seconds_to_naive_cv": min(reached, default=None),
+            "ratio": naive_seconds / seconds,
+        }
+    return row
+
+
+def table(rows, naive):
+    columns = ["head", "ours s", "CV", "test"]
+    keys = ["head", "ours_seconds", "ours_cv", "ours_test"]
+    if naive:
+        columns += ["naive s", "naive CV", "naive test", "ratio", "s to naive CV"]
+        keys += ["naive_seconds", "naive_cv", "naive_test", "ratio", "seconds_to_naive_cv"]
+    return tabulate([[row.get(key) for key in keys] for row in rows], columns, tablefmt="github", floatfmt=".4g")
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2500, help="training rows")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--classes", type=int, default=20)
+    parser.add_argument("--features", type=Path, help=".npz file with arrays X and y; a fifth of it is the test set")
+    parser.add_argument("--heads", default=MAIN_HEADS)
+    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--naive-dtype", choices=["float32", "float64"], default="float64")
+    parser.add_argument("--no-naive", dest="naive", action="store_false", help="time our search alone")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    return parser.parse_args(words)
+
+
+def load(arguments):
+    if arguments.features is not None:
+        with np.load(arguments.features) as arrays:
+            X, y = arrays["X"].astype(np.float32), arrays["y"]
+        order = np.random.default_rng(arguments.seed).permutation(len(X))
+        X, y, rows = X[order], y[order], len(X) - len(X) // 5
+    else:
+        rows = arguments.rows
+        X, y = network_features(rows + 2000, arguments.dim, arguments.classes, arguments.seed)
+    return X[:rows], y[:rows], X[rows:], y[rows:], make_folds(y[:rows], arguments.folds, arguments.seed)
+
+
+def main(words=None):
+    arguments = parse(words)
+    data = load(arguments)
+    rows = []
+    for name in arguments.heads.split(","):
+        rows.append(compare(name, data, arguments))
+        print(json.dumps(rows[-1]), flush=True)
+    if arguments.naive and len(rows) > 1:
+        total = {"head": "all", **{key: sum(row[key] for row in rows) for key in ("ours_seconds", "naive_seconds")}}
+        rows.append({**total, "ratio": total["naive_seconds"] / total["ours_seconds"]})
+    report = {
+        "rows": rows,
+        "arguments": {key: str(value) for key, value in vars(arguments).items()},
+        "shape": list(data[0].shape),
+        "classes": len(np.unique(data[1])),
+        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "load": os.getloadavg()},
+        "versions": {
+            "scikit-learn": sklearn.__version__,
+            "scikit-optimize": skopt.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    text = f"{len(data[0]):,} x {data[0].shape[1]:,}, {report['classes']} classes, {arguments.trials} trials, "
+    text += f"{arguments.folds} folds, {arguments.jobs} processes\n\n{table(rows, arguments.naive)}\n"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "bench_heads.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.output / "bench_heads.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

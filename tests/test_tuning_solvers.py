@@ -1,0 +1,169 @@
+"""Shared work changes no result: solvers and evaluators agree with the scikit-learn heads they stand in for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+
+from pipeline.config import HeadConfig, TuningConfig
+from pipeline.heads import HEADS, configure, resolve
+from pipeline.tuning import make_folds, tune
+from pipeline.tuning.evaluation import generic
+from pipeline.tuning.evaluators import EVALUATORS, evaluator_for
+from pipeline.tuning.kernel import vote
+from pipeline.tuning.records import Problem
+from pipeline.tuning.solvers import Family, Path, softmax_loss, squared_hinge_loss, standardise, turn
+
+GRIDS = {
+    "logistic_regression": [{"C": C} for C in (1e-5, 3e-3, 0.2, 5.0)],
+    "linear_svm": [{"C": C} for C in (1e-5, 1e-3, 0.05)],
+    "ridge": [{"alpha": alpha} for alpha in (0.1, 30.0, 1e5)],
+    "rbf_svm": [{"C": 1.0, "gamma": 0.01}, {"C": 50.0, "gamma": 0.002}],
+}
+EXACT = {"logistic_regression": {"tol": 1e-8, "max_iter": 5000}, "linear_svm": {"tol": 1e-7, "max_iter": 200_000}}
+
+
+def network(rows: int, dim: int, classes: int, seed: int = 0):
+    """Features as a network has them: correlated, not negative, some always zero."""
+    generator = np.random.default_rng(seed)
+    y = generator.integers(0, classes, rows)
+    y[(y == 0) & (generator.random(rows) < 0.6)] = 1
+    y[: 2 * classes] = np.repeat(np.arange(classes), 2)
+    points = generator.normal(size=(classes, 12))[y] * 0.8 + generator.normal(size=(rows, 12))
+    for width in (32, dim):
+        points = np.maximum(points @ generator.normal(size=(points.shape[1], width)) / np.sqrt(points.shape[1]), 0)
+    points[:, 0] = 0
+    return points.astype(np.float32), y
+
+
+def problem_of(name: str, rows: int, dim: int, classes: int, class_weight: str | None = None, exact: bool = True):
+    X, y = network(rows, dim, classes)
+    head = resolve(HeadConfig(name=name, class_weight=class_weight))
+    if exact:
+        head = replace(head, fixed=EXACT.get(name, {}))
+    return Problem(head, X, y.astype(np.int64), classes, make_folds(y, 3, 0), 0)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(210, 40), (90, 120)], ids=["tall", "wide"])
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("name", GRIDS)
+def test_evaluators_find_what_scikit_learn_finds(name, classes, rows, dim):
+    problem = problem_of(name, rows, dim, classes)
+    evaluator = EVALUATORS[name]
+    ours = evaluator.evaluate(problem, 1, evaluator.prepare(problem, 1), GRIDS[name])
+    theirs = generic(problem, 1, None, GRIDS[name])
+    for params, own, reference in zip(GRIDS[name], ours, theirs, strict=True):
+        assert (own.kind, own.error) == (reference.kind, None)
+        size = np.abs(reference.scores).max()
+        np.testing.assert_allclose(own.scores, reference.scores, atol=0.02 * size, err_msg=str(params))
+        assert np.mean(own.predictions != reference.predictions) <= 0.015, params
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("name", ["logistic_regression", "linear_svm"])
+def test_class_weights_reach_the_solver(name, classes):
+    problem = problem_of(name, 210, 40, classes, class_weight="balanced")
+    evaluator = evaluator_for(problem)
+    own = evaluator.evaluate(problem, 0, evaluator.prepare(problem, 0), GRIDS[name][1:2])[0]
+    reference = generic(problem, 0, None, GRIDS[name][1:2])[0]
+    np.testing.assert_allclose(own.scores, reference.scores, atol=0.01 * np.abs(reference.scores).max())
+    plain = problem_of(name, 210, 40, classes)
+    other = evaluator.evaluate(plain, 0, evaluator.prepare(plain, 0), GRIDS[name][1:2])[0]
+    assert np.abs(own.scores - other.scores).max() > 0.01 * np.abs(reference.scores).max()
+
+
+def test_balanced_ridge_is_left_to_scikit_learn():
+    assert evaluator_for(problem_of("ridge", 60, 10, 2, class_weight="balanced")) is EVALUATORS["generic"]
+    assert evaluator_for(problem_of("ridge", 60, 10, 2)) is EVALUATORS["ridge"]
+
+
+@pytest.mark.parametrize("C", [1e-3, 0.1, 3.0])
+def test_coefficients_are_those_of_scikit_learn(C):
+    X, y = network(150, 30, 3)
+    X = StandardScaler().fit_transform(X)
+    # Turning the unit vectors along makes the scores of the held-out rows the coefficients themselves.
+    axes = turn(X, np.eye(X.shape[1], dtype=np.float32))
+    weights = np.ones(len(y), dtype=np.float32)
+    soft = Family(lambda problems: softmax_loss(y, weights), 1, 3, penalise_intercept=False, tolerance=1e-6)
+    found = Path(axes, soft).solve(np.array([1 / C]))[:, 0]
+    reference = LogisticRegression(C=C, tol=1e-8, max_iter=5000).fit(X.astype(np.float64), y)
+    coefficients = axes.held_out[:, :-1] @ found[:-1]
+    np.testing.assert_allclose(coefficients.T, reference.coef_, atol=0.005 * np.abs(reference.coef_).max())
+    intercept = found[-1] - found[-1].mean()
+    np.testing.assert_allclose(intercept, reference.intercept_ - reference.intercept_.mean(), atol=0.01)
+
+    targets = np.where(y[:, None] == np.arange(3), 1, -1).astype(np.float32)
+    hinge = Family(
+        lambda problems: squared_hinge_loss(targets[:, problems % 3], np.ones_like(targets[:, problems % 3])),
+        3,
+        1,
+        True,
+        1e-6,
+    )
+    found = Path(axes, hinge).solve(np.array([1 / C]))[:, :, 0]
+    svm = LinearSVC(C=C, tol=1e-8, max_iter=500_000).fit(X.astype(np.float64), y)
+    coefficients = axes.held_out[:, :-1] @ found[:-1]
+    np.testing.assert_allclose(coefficients.T, svm.coef_, atol=0.005 * np.abs(svm.coef_).max())
+    np.testing.assert_allclose(found[-1], svm.intercept_, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "ridge"])
+def test_a_solution_does_not_depend_on_what_was_asked_before(name):
+    problem = problem_of(name, 150, 30, 3)
+    evaluator = EVALUATORS[name]
+    alone = evaluator.evaluate(problem, 0, evaluator.prepare(problem, 0), GRIDS[name][1:2])[0]
+    prepared = evaluator.prepare(problem, 0)
+    evaluator.evaluate(problem, 0, prepared, GRIDS[name][::-1])
+    later = evaluator.evaluate(problem, 0, prepared, GRIDS[name])[1]
+    np.testing.assert_allclose(later.scores, alone.scores, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(later.predictions, alone.predictions)
+
+
+def test_votes_are_those_of_libsvm():
+    X, y = network(120, 20, 5)
+    pairs = SVC(decision_function_shape="ovo").fit(X, y).decision_function(X)
+    svm = SVC(decision_function_shape="ovr").fit(X, y)
+    votes, scores = vote(pairs, 5)
+    assert np.array_equal(votes.argmax(axis=1), svm.predict(X))
+    np.testing.assert_allclose(scores, svm.decision_function(X), atol=1e-9)
+
+
+def test_standardising_is_what_the_scaler_does():
+    X, _ = network(80, 12, 2)
+    X[:, 3] += 1000
+    scaler = StandardScaler().fit(X[:60])
+    train, held_out = standardise(X[:60], X[60:])
+    np.testing.assert_allclose(train, scaler.transform(X[:60]), atol=2e-3)
+    np.testing.assert_allclose(held_out, scaler.transform(X[60:]), atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "ridge", "rbf_svm"])
+def test_the_chosen_score_is_scikit_learns_own(name, tmp_path):
+    X, y = network(300, 40, 4)
+    folds = make_folds(y, 5, 0)
+    run = tune(HEADS[name], X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
+    own = [
+        configure(HEADS[name], run.best.params, 0).fit(X[train], y[train]).score(X[held_out], y[held_out])
+        for train, held_out in folds
+    ]
+    assert run.best.mean == pytest.approx(np.mean(own), abs=0.002)
+
+
+def test_a_forest_is_screened_small_and_judged_in_full(tmp_path):
+    X, y = network(120, 12, 3)
+    head = replace(HEADS["random_forest"], fixed={"n_estimators": 100})
+    folds = make_folds(y, 2, 0)
+    run = tune(head, X, y, folds, TuningConfig(trials=4), 0, tmp_path / "trials.jsonl")
+    full = [trial for trial in run.trials if trial.status == "ok"]
+    assert run.trials[0] in full
+    assert 1 <= len(full) <= EVALUATORS["forest"].promote + 1
+    assert {trial.reason for trial in run.trials if trial not in full} <= {"screened only"}
+    own = [configure(head, run.best.params, 0).fit(X[t], y[t]).score(X[h], y[h]) for t, h in folds]
+    assert run.best.fold_scores == pytest.approx(tuple(own))
+    assert len(run.pipeline[-1].estimators_) == 100
+    assert run.pipeline[-1].n_jobs is None
