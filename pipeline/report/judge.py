@@ -129,10 +129,8 @@ def _recommend(leaderboard: Leaderboard, differences: Sequence[Difference]) -> t
     if len(candidates) == 1:
         return best, "Every other row is worse by more than chance explains."
     if chosen.key == best.key:
-        return (
-            best,
-            f"It scores best, and none of the {len(candidates) - 1} rows that may be as good is simpler or cheaper.",
-        )
+        others = "the one row" if len(candidates) == 2 else f"any of the {len(candidates) - 1} rows"
+        return best, f"It scores best, and is simpler or cheaper than {others} that may be as good."
     behind = group[chosen.key]
     low, high = (100 * end for end in behind.interval)
     return chosen, (

@@ -133,7 +133,7 @@ def _features(
         for row in leaderboard.rows:
             record = by_name.get(row.embedding)
             if record is not None:
-                store = FeatureStore.open(files.root / record["store"], record["fingerprint"])
+                store = FeatureStore.open(files.root / record["store"], record.get("fingerprint"))
                 there = ~store.missing(index.digests)
                 features = np.full((len(there), store.dim), np.nan, dtype=np.float32)
                 features[there] = store.read(index.digests[there])
