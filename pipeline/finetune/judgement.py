@@ -1,0 +1,89 @@
+"""How stage three ends: what was chosen, and one comparison with stage two on the untouched test images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import bundle as bundles
+from pipeline.config import Artifacts
+from pipeline.embedders import read_records
+from pipeline.finetune.material import Choice, Parts
+from pipeline.metrics import Paired, paired_test
+from pipeline.report import LeaderboardRow
+from pipeline.store import FeatureStore
+from pipeline.training import ReturnPath, Task, Trained
+
+
+def progress_report(task: Task, trained: Trained, path: ReturnPath) -> dict[str, Any]:
+    """Return what training did and what was chosen on the validation images."""
+    return {
+        "steps": trained.steps,
+        "minutes": trained.seconds / 60,
+        "rate": task.settings.rate,
+        "precision": task.settings.precision,
+        "source": trained.source if path.alpha > 0 else "hand-over",
+        "alpha": path.alpha,
+        "curve": [[alpha, *score] for alpha, score in zip(path.alphas, path.scores, strict=True)],
+        "validation": {"start": path.scores[0][0], "end": path.scores[-1][0], "chosen": max(path.scores)[0]},
+    }
+
+
+def judge(
+    files: Artifacts, choice: Choice, parts: Parts, predicted: NDArray[np.int64], minutes: float, seed: int
+) -> dict[str, Any]:
+    """Compare the fine-tuned network with stage two's best row on the same test images.
+
+    predicted : places in the classes, int64 of shape (n_test,)
+    """
+    third = predicted == parts.codes(parts.test)
+    second = _stage_two_correct(files, choice.winner, parts)
+    paired = paired_test(third, second, seed)
+    return {
+        "embedding": choice.record.name,
+        "winner": choice.winner.key,
+        "images": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
+        "test": {"stage_two": float(second.mean()), "stage_three": float(third.mean())},
+        "gain": {"difference": paired.difference, "interval": list(paired.interval), "p_value": paired.p_value},
+        "verdict": verdict(paired, minutes, len(third)),
+    }
+
+
+def verdict(paired: Paired, minutes: float, n_images: int) -> str:
+    """Say in one sentence whether fine-tuning was worth it: worth it, not worth it, or no evidence."""
+    low, high = paired.interval
+    numbers = (
+        f"{paired.difference:+.2%} on {n_images:,} test images (95 % interval {low:+.2%} to {high:+.2%}) "
+        f"for {minutes:.1f} minutes of training"
+    )
+    if low > 0:
+        return f"worth it: {numbers}"
+    if high < 0:
+        return f"not worth it: {numbers}"
+    return f"no evidence that it helps: {numbers}"
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the result in the words a user needs."""
+    validation, test = result["validation"], result["test"]
+    return [
+        f"start      {result['start']}",
+        f"chosen     {result['source']}, alpha {result['alpha']:g}: {validation['chosen']:.2%} on validation, {validation['start']:.2%} at the start",
+        f"test       {test['stage_three']:.2%} fine-tuned, {test['stage_two']:.2%} stage two ({result['winner']})",
+        f"verdict    {result['verdict']}",
+    ]
+
+
+def _stage_two_correct(files: Artifacts, winner: LeaderboardRow, parts: Parts) -> NDArray[np.bool_]:
+    """Which test images stage two's best row labels right, in the order of `parts.test`."""
+    bundle = bundles.load(files.root / str(winner.bundle))
+    record = next((record for record in read_records(files.features) if record.name == winner.embedding), None)
+    if record is None:  # a constant guess needs no features
+        X = np.zeros((len(parts.test), 1), dtype=np.float32)
+    else:
+        X = FeatureStore.open(files.root / record.store, record.fingerprint).read(parts.test.digests)
+    labels, _ = bundle.predict(X)
+    return np.asarray(labels == parts.test.labels, dtype=bool)

@@ -1,0 +1,155 @@
+"""What stage three works on: which embedding and head, which images learn, choose and judge, and their pixels."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import images, progress
+from pipeline.config import Artifacts, Config
+from pipeline.dataset import DatasetIndex
+from pipeline.digests import digests_to_hex
+from pipeline.embedders import EmbeddingRecord, read_records
+from pipeline.errors import PipelineError, TrainingError
+from pipeline.heads import HEADS
+from pipeline.report import Leaderboard, LeaderboardRow
+from pipeline.store import FeatureStore
+from pipeline.tuning import make_folds
+
+MEMORY = 2 << 30
+"""Bytes of pixels kept in memory; more go to a file beside the checkpoint."""
+
+SHOWN = 20
+
+LINEAR = tuple(name for name, head in HEADS.items() if head.linear)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is fine-tuned: stage one's record, the linear row that is handed over (or none), the best row of all."""
+
+    record: EmbeddingRecord
+    linear: LeaderboardRow | None
+    winner: LeaderboardRow
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images of stage two, divided for stage three."""
+
+    classes: tuple[str, ...]
+    train: DatasetIndex
+    validation: DatasetIndex
+    test: DatasetIndex
+
+    def codes(self, part: DatasetIndex) -> NDArray[np.int64]:
+        """Return the place of each image's label in `classes`: int64 of shape (n,)."""
+        place = {label: code for code, label in enumerate(self.classes)}
+        return np.array([place[label] for label in part.labels], dtype=np.int64)
+
+
+def choose(config: Config, files: Artifacts) -> Choice:
+    """Return the embedding to fine-tune and the head to start from, both by cross-validation only.
+
+    Raises
+    ------
+    PipelineError
+        When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it.
+    """
+    records = {record.name: record for record in read_records(files.features)}
+    try:
+        board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
+    except OSError:
+        raise PipelineError(f"{files.leaderboard}: missing; run `manyheads heads` with this config first") from None
+    wanted = config.finetune
+    able = [row for row in board.rows if not row.baseline and row.embedding in records]
+    names = sorted({row.embedding for row in able})
+    if wanted.embedding != "best":
+        able = [row for row in able if row.embedding == wanted.embedding]
+    if not able:
+        raise TrainingError(
+            f"finetune.embedding: {wanted.embedding!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
+        )
+    embedding = able[0].embedding
+    if wanted.head == "random":
+        return Choice(records[embedding], None, board.best)
+    linear = [row for row in able if row.embedding == embedding and row.head in LINEAR]
+    if wanted.head != "best":
+        linear = [row for row in linear if row.head == wanted.head]
+    if not linear:
+        raise TrainingError(
+            f"finetune.head: {embedding} has no linear head {wanted.head!r}; add one of {', '.join(LINEAR)} to heads: and run "
+            "`manyheads heads`, or set it to random"
+        )
+    return Choice(records[embedding], linear[0], board.best)
+
+
+def divide(config: Config, files: Artifacts, store: FeatureStore) -> Parts:
+    """Divide stage two's images: its training images into those learned from and those that choose.
+
+    The data's own validation split chooses where there is one; otherwise a stratified share, in which groups and copies of
+    one image stay together.
+
+    Raises
+    ------
+    TrainingError
+        When one of the three parts would be empty.
+    """
+    index = DatasetIndex.read(files.dataset).select("train", "validation", "test")
+    usable = index.rows(~store.missing(index.digests))
+    learned, validation, test = (usable.select(split) for split in ("train", "validation", "test"))
+    if len(validation) == 0 and len(learned) > 0:
+        folds = round(1 / config.finetune.validation_fraction)
+        rows, held_out = make_folds(learned.labels, folds, config.seed, learned.fold_groups())[0]
+        learned, validation = learned.rows(rows), learned.rows(held_out)
+    for name, part in (("training", learned), ("validation", validation), ("test", test)):
+        if len(part) == 0:
+            raise TrainingError(
+                f"there are no {name} images with features; fine-tuning needs some to learn, choose and judge"
+            )
+    return Parts(usable.classes, learned, validation, test)
+
+
+def read_pixels(
+    config: Config, index: DatasetIndex, preprocessing: images.Preprocessing, scratch: Path | None = None
+) -> NDArray[np.uint8]:
+    """Decode and prepare images: uint8 (n, height, width, 3), in the file `scratch` when that is too much for memory.
+
+    Raises
+    ------
+    TrainingError
+        With the images that cannot be read any more.
+    """
+    shape = (len(index), *preprocessing.size, 3)
+    pixels: NDArray[np.uint8] = (
+        np.lib.format.open_memmap(scratch, mode="w+", dtype=np.uint8, shape=shape)
+        if scratch is not None and np.prod(shape) > MEMORY
+        else np.empty(shape, np.uint8)
+    )
+    contents = [bytes.fromhex(text) for text in digests_to_hex(index.digests)]
+
+    def put(row: int) -> str | None:
+        try:
+            data = images.open_file(index.root, index.paths[row], contents[row])
+            pixels[row] = images.prepare(images.decode(data, max_pixels=config.dataset.max_pixels), preprocessing)
+        except images.ImageProblem as problem:
+            return f"{index.paths[row]}: {problem.reason}"
+        return None
+
+    problems = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress.bar(len(index), "image", "reading") as bar:
+        for problem in pool.map(put, range(len(index))):
+            bar.update()
+            if problem is not None:
+                problems.append(problem)
+    if problems:
+        raise TrainingError(
+            f"{len(problems)} of {len(index)} images that have features cannot be read now; run `manyheads features` again",
+            problems[:SHOWN],
+        )
+    return pixels

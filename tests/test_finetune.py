@@ -1,0 +1,375 @@
+"""Stage three on generated pictures: what it hands over, what it refuses, what it concludes, and that its result is a backbone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipeline import backbone, finetune, lineage, train_heads
+from pipeline import config as configuration
+from pipeline.backbone.weights import build, load_network
+from pipeline.config import Artifacts, BackboneConfig, Config, ExtractionConfig
+from pipeline.dataset import DatasetIndex, scan
+from pipeline.embedders import EmbeddingRecord, read_records, write_records
+from pipeline.errors import PipelineError, TrainingError
+from pipeline.finetune.judgement import verdict
+from pipeline.finetune.material import choose, divide, read_pixels
+from pipeline.finetune.start import starting_layer
+from pipeline.metrics import Paired
+from pipeline.store import FeatureStore, StoreWriter
+from pipeline.training import describe, predict_logits, put_head, write_weights
+
+ARCHITECTURE = "torchvision.models.regnet.RegNet"
+ARGUMENTS = {
+    "stem_width": 8,
+    "block_params": {
+        "depths": [1, 1],
+        "widths": [8, 16],
+        "group_widths": [8, 16],
+        "bottleneck_multipliers": [1.0, 1.0],
+        "strides": [1, 2],
+    },
+}
+PREPARED = {"resize": 16, "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
+CLASSES = ("across", "along", "checks")
+STEPS = {"steps": 12, "batch_size": 16, "augment": "flip", "rate": 0.01, "precision": "fp32", "evaluate_every": 4}
+
+
+def write_pictures(folder: Path, count: int = 72) -> None:
+    """Stripes across, stripes along and checks, in noise."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:16, 0:16]
+    shapes = np.stack([(y // 2) % 2, (x // 2) % 2, (x // 2 + y // 2) % 2]) * 70
+    for number in range(count):
+        label = number % 3
+        pixels = shapes[label][..., None] + rng.integers(0, 180, (16, 16, 3))
+        path = folder / CLASSES[label] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def write_toy(path: Path) -> None:
+    """A small network with weights and statistics that are not the constructor's."""
+    torch.manual_seed(3)
+    network = build(ARCHITECTURE, {**ARGUMENTS, "num_classes": 5})
+    with torch.no_grad():
+        network.train()(torch.randn(64, 3, 16, 16))
+    described = describe(
+        name="toy", architecture=ARCHITECTURE, arguments=ARGUMENTS, preprocessing=PREPARED, classes=tuple("abcde")
+    )
+    write_weights(path, network.state_dict(), described)
+
+
+def make_config(folder: Path, **finetuning: Any) -> Config:
+    training = {**STEPS, **finetuning.pop("training", {})}
+    return configuration.parse(
+        {
+            "output": str(folder / "out"),
+            "dataset": {"source": "folder", "path": str(folder / "pictures"), "test_fraction": 0.3},
+            "backbones": [{"name": "toy", "weights": str(folder / "toy.safetensors")}],
+            "baselines": ["majority"],
+            "heads": ["logistic_regression", "ridge", "decision_tree"],
+            "extraction": {"device": "cpu", "precision": "fp32"},
+            "tuning": {"trials": 2, "folds": 2, "jobs": 1},
+            "finetune": {**finetuning, "training": training},
+        },
+        "test",
+    )
+
+
+def extract(config: Config) -> None:
+    """Stage one, in a few lines."""
+    files = Artifacts(config.output)
+    index = scan(config.dataset, config.seed, files.dataset).index
+    records = []
+    for section in config.backbones:
+        live = backbone.load(section, config.extraction, config.seed)
+        vectors = live.embed(read_pixels(config, index, live.preprocessing))
+        for spec, X in zip(live.specs, vectors, strict=True):
+            path = files.store(spec.name, spec.fingerprint())
+            with StoreWriter.open(path, spec.identity(), spec.dim) as writer:
+                writer.append(index.digests, X)
+            relative = path.relative_to(files.root).as_posix()
+            digest = FeatureStore.open(path).digest
+            records.append(EmbeddingRecord(spec.name, spec, relative, digest, section, config.seed))
+    write_records(files.features, records, {})
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an experiment for which stages one and two have been run."""
+    folder = tmp_path_factory.mktemp("experiment")
+    write_pictures(folder / "pictures")
+    write_toy(folder / "toy.safetensors")
+    config = make_config(folder)
+    extract(config)
+    train_heads.run(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(experiment: Path) -> finetune.FinetuneRun:
+    return finetune.run(make_config(experiment, embedding="toy-toy-penultimate"))
+
+
+def opened(config: Config) -> tuple[Any, ...]:
+    files = Artifacts(config.output)
+    choice = choose(config, files)
+    store = FeatureStore.open(files.root / choice.record.store, choice.record.fingerprint)
+    return files, choice, store, divide(config, files, store)
+
+
+# ---- the start
+
+
+@pytest.mark.parametrize("head", ["logistic_regression", "ridge"])
+def test_the_network_starts_as_the_head_on_the_stored_features(experiment: Path, head: str) -> None:
+    config = make_config(experiment, head=head)
+    files, choice, store, parts = opened(config)
+    layer, words = starting_layer(config, files, choice, store, parts)
+    assert words.startswith(f"{head} of stage two (")
+    network = load_network(choice.record.section, 0)
+    put_head(network.module, layer)
+    pixels = read_pixels(config, parts.test, network.preprocessing)
+    mean, std = network.preprocessing.mean, network.preprocessing.std
+    logits = predict_logits(network.module, pixels, mean, std, torch.device("cpu"))
+    expected = store.read(parts.test.digests) @ layer[0].T + layer[1]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_the_handed_over_head_has_not_seen_what_chooses(experiment: Path) -> None:
+    _, _, _, parts = opened(make_config(experiment))
+    names = [set(part.paths) for part in (parts.train, parts.validation, parts.test)]
+    assert not names[0] & names[1]
+    assert not (names[0] | names[1]) & names[2]
+    assert len(names[1]) == pytest.approx(0.2 * len(names[0] | names[1]), abs=2)
+    assert [sorted(set(part.labels)) for part in (parts.train, parts.validation)] == [list(CLASSES)] * 2
+
+
+def test_the_datas_own_validation_split_chooses(experiment: Path) -> None:
+    config = make_config(experiment)
+    files, _, store, _ = opened(config)
+    index = DatasetIndex.read(files.dataset)
+    splits = index.splits.copy()
+    chosen = np.flatnonzero(splits == "train")[::4]
+    splits[chosen] = "validation"
+    moved = experiment / "moved"
+    index.with_splits(splits).write(moved)
+    parts = divide(config, replace_dataset(files, moved), store)
+    assert set(parts.validation.paths) == set(index.paths[chosen])
+
+
+def replace_dataset(files: Artifacts, folder: Path) -> Artifacts:
+    other = Artifacts(files.root)
+    other.dataset = folder
+    return other
+
+
+def test_a_random_start_is_spelled_out_and_has_no_head(experiment: Path) -> None:
+    config = make_config(experiment, head="random")
+    files, choice, store, parts = opened(config)
+    assert choice.linear is None
+    first, words = starting_layer(config, files, choice, store, parts)
+    assert words == "a random last layer"
+    again, _ = starting_layer(config, files, choice, store, parts)
+    other, _ = starting_layer(config.model_copy(update={"seed": 1}), files, choice, store, parts)
+    assert np.array_equal(first[0], again[0])
+    assert not np.array_equal(first[0], other[0])
+
+
+# ---- the result
+
+
+def test_the_result_is_never_below_the_start_on_validation(tuned: finetune.FinetuneRun) -> None:
+    validation = tuned.result["validation"]
+    assert validation["chosen"] >= validation["start"]
+    assert [row[0] for row in tuned.result["curve"]] == [round(0.1 * tenth, 1) for tenth in range(11)]
+    assert tuned.result["steps"] == 12
+
+
+def test_the_weights_are_a_backbone_like_any_other(experiment: Path, tuned: finetune.FinetuneRun) -> None:
+    section = BackboneConfig(name=tuned.network, weights=str(tuned.weights))
+    live = backbone.load(section, ExtractionConfig(device="cpu", precision="fp32"), 0)
+    assert live.specs[0].dim == 16
+    assert live.specs[0].trained_on is not None
+    network = load_network(section, 0)
+    assert network.classes == CLASSES
+    assert network.preprocessing.size == (16, 16)
+    config = make_config(experiment)
+    _, _, _, parts = opened(config)
+    pixels = read_pixels(config, parts.test, network.preprocessing)
+    prepared = network.preprocessing
+    logits = predict_logits(network.module, pixels, prepared.mean, prepared.std, torch.device("cpu"))
+    accuracy = float((logits.argmax(1).numpy() == parts.codes(parts.test)).mean())
+    assert accuracy == tuned.result["test"]["stage_three"]
+
+
+def test_the_weights_know_what_they_have_seen(experiment: Path, tuned: finetune.FinetuneRun) -> None:
+    _, _, _, parts = opened(make_config(experiment))
+    expected = (
+        backbone.load(BackboneConfig(name="toy", weights=str(tuned.weights)), ExtractionConfig(), 0).specs[0].trained_on
+    )
+    assert lineage.seen(tuned.weights, parts.train.digests, expected).all()
+    assert not lineage.seen(tuned.weights, parts.validation.digests, expected).any()
+    assert not lineage.seen(tuned.weights, parts.test.digests, expected).any()
+    assert len(lineage.trained_on(experiment / "toy.safetensors")) == 0
+    with pytest.raises(TrainingError, match="was trained on other images"):
+        lineage.seen(experiment / "toy.safetensors", parts.train.digests, expected)
+    broken = experiment / "broken.safetensors"
+    broken.write_bytes(b"\x10\0\0\0\0\0\0\0rubbish")
+    with pytest.raises(TrainingError, match="cannot be read as a safetensors file"):
+        lineage.trained_on(broken)
+
+
+def test_test_images_choose_nothing(experiment: Path, tuned: finetune.FinetuneRun) -> None:
+    """The same run with the test images' labels exchanged ends with the same weights."""
+    config = make_config(experiment, embedding="toy-toy-penultimate")
+    files = Artifacts(config.output)
+    index = DatasetIndex.read(files.dataset)
+    labels = index.labels.copy()
+    test = np.flatnonzero(index.splits == "test")
+    labels[test] = np.roll(labels[test], 1)
+    original = (files.dataset / "index.csv").read_bytes()
+    try:
+        replace(index, labels=labels).write(files.dataset)
+        other = finetune.run(config)
+    finally:
+        (files.dataset / "index.csv").write_bytes(original)
+    assert other.weights != tuned.weights
+    mine, theirs = load_file(tuned.weights), load_file(other.weights)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -> None:
+    before = tuned.weights.stat().st_mtime_ns
+    again = finetune.run(make_config(experiment, embedding="toy-toy-penultimate"))
+    assert again.reused
+    assert again.result == json.loads((tuned.weights.parent / "result.json").read_text())
+    assert tuned.weights.stat().st_mtime_ns == before
+    lines = again.summary_lines()
+    assert lines[0] == "finished before and kept"
+    assert any(line.startswith("verdict    ") for line in lines)
+    assert f"{{name: toy, weights: {tuned.weights}}}" in lines[-1]
+
+
+def test_a_stopped_run_gives_the_same_weights(
+    experiment: Path, tuned: finetune.FinetuneRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(experiment, embedding="toy-toy-penultimate", training={"range_test": True, "steps": 8})
+    whole = finetune.run(config)
+    weights = load_file(whole.weights)
+    for name in ("result.json", "checkpoint.pt", whole.weights.name):
+        (whole.weights.parent / name).unlink()
+    saves = []
+    real = finetune.train
+
+    def interrupted(task: Any, data: Any, run: Any) -> Any:
+        def stop(step: int, weights: Any) -> None:
+            saves.append(step)
+            raise KeyboardInterrupt
+
+        return real(task, data, run, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.run(config)
+    assert saves == [4]
+    resumed = load_file(finetune.run(config).weights)
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "start"),
+    [(0.01, 0.09, "worth it: +5.00%"), (-0.09, -0.01, "not worth it"), (-0.01, 0.05, "no evidence that it helps")],
+)
+def test_the_verdict_is_one_plain_sentence(low: float, high: float, start: str) -> None:
+    sentence = verdict(Paired(0.05, (low, high), 0.5), minutes=2.34, n_images=372)
+    assert sentence.startswith(start)
+    assert f"on 372 test images (95 % interval {low:+.2%} to {high:+.2%}) for 2.3 minutes of training" in sentence
+
+
+# ---- what is refused
+
+
+def test_stages_one_and_two_come_first(tmp_path: Path, experiment: Path) -> None:
+    write_pictures(tmp_path / "pictures", 12)
+    write_toy(tmp_path / "toy.safetensors")
+    config = make_config(tmp_path)
+    with pytest.raises(PipelineError, match=r"features\.json: missing; run `manyheads features`"):
+        finetune.run(config)
+    extract(config)
+    with pytest.raises(PipelineError, match=r"leaderboard\.json: missing; run `manyheads heads`"):
+        finetune.run(config)
+
+
+def test_names_that_are_not_there_are_told_with_those_that_are(experiment: Path) -> None:
+    with pytest.raises(
+        TrainingError, match="'other' is no backbone's embedding of the leaderboard; there are toy-toy-penultimate"
+    ):
+        finetune.run(make_config(experiment, embedding="other"))
+    with pytest.raises(
+        TrainingError, match="has no linear head 'decision_tree'; add one of ridge, logistic_regression, linear_svm"
+    ):
+        finetune.run(make_config(experiment, head="decision_tree"))
+    with pytest.raises(TrainingError, match="the network has no stage 'layer4'") as error:
+        finetune.run(make_config(experiment, unfreeze=[{"scope": "layer4"}]))
+    assert "stem, stage1, stage2" in str(error.value)
+
+
+def test_other_weights_under_the_same_name_are_noticed(experiment: Path) -> None:
+    config = make_config(experiment, training={"steps": 3})
+    path = experiment / "toy.safetensors"
+    original = path.read_bytes()
+    torch.manual_seed(9)
+    network = build(ARCHITECTURE, {**ARGUMENTS, "num_classes": 5})
+    described = describe(
+        name="toy", architecture=ARCHITECTURE, arguments=ARGUMENTS, preprocessing=PREPARED, classes=tuple("abcde")
+    )
+    try:
+        write_weights(path, network.state_dict(), described)
+        with pytest.raises(PipelineError, match="this machine makes another embedding than the one that was stored"):
+            finetune.run(config)
+    finally:
+        path.write_bytes(original)
+
+
+def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> None:
+    config = make_config(experiment, training={"steps": 3})
+    files, choice, _, parts = opened(config)
+    spec = choice.record.spec
+    path = files.root / "features" / "wrong.store"
+    with StoreWriter.open(path, spec.identity(), spec.dim) as writer:
+        rng = np.random.default_rng(0)
+        index = DatasetIndex.read(files.dataset)
+        writer.append(index.digests, rng.normal(size=(len(index), spec.dim)).astype(np.float32))
+    wrong = replace(choice.record, store="features/wrong.store", digest=FeatureStore.open(path).digest)
+    before = read_records(files.features)
+    try:
+        write_records(files.features, [wrong], {})
+        with pytest.raises(TrainingError, match="stored vectors differ from what the network gives now"):
+            finetune.run(config)
+    finally:
+        write_records(files.features, before, {})
+
+
+def test_images_that_are_gone_are_named(experiment: Path) -> None:
+    config = make_config(experiment, training={"steps": 3})
+    _, _, _, parts = opened(config)
+    gone = parts.train.root / parts.train.paths[0]
+    content = gone.read_bytes()
+    gone.write_bytes(content + b" ")
+    try:
+        with pytest.raises(TrainingError, match="images that have features cannot be read now") as error:
+            finetune.run(config)
+    finally:
+        gone.write_bytes(content)
+    assert error.value.problems == (f"{parts.train.paths[0]}: it changed after the scan; run again",)
