@@ -68,6 +68,15 @@ class TestFolder:
         put(tmp_path, "train/1.png", "bus/2.png", "test/3.png")
         assert [label for _, label in rows(list_folder(tmp_path))] == ["bus", "test", "train"]
 
+    def test_splits_with_something_else_beside_them_are_refused(self, tmp_path: Path) -> None:
+        put(tmp_path, "train/cat/1.png", "test/cat/2.png", "meta/list.txt")
+        with pytest.raises(DatasetError) as caught:
+            list_folder(tmp_path)
+        assert str(caught.value) == (
+            f"{tmp_path}: test/, train/ look like splits above class folders, but meta/ beside them does not; move it "
+            "elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
+        )
+
     def test_split_folders_without_classes_are_refused(self, tmp_path: Path) -> None:
         put(tmp_path, "train/1.png", "test/2.png")
         with pytest.raises(DatasetError, match="test/ is called like a split but holds images, not class folders"):

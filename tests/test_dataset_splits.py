@@ -105,6 +105,14 @@ def test_the_split_does_not_depend_on_the_order_or_the_names() -> None:
     assert by_content(split(make_index(images))) == by_content(split(make_index(shuffled)))
 
 
+def test_a_class_of_which_only_test_images_are_left_is_drawn_anew() -> None:
+    before = split(make_index(plain({"a": 20, "b": 20})))
+    rows = [row for row in range(40) if before.labels[row] == "b" or before.splits[row] == "test"]
+    after = split(before.rows(np.array(rows)).with_splits(texts(["train"] * len(rows))), before=before)
+    assert Counter(after.select("test").labels) == {"a": 1, "b": 4}
+    assert Counter(after.select("train").labels) == {"a": 3, "b": 16}
+
+
 def test_groups_are_drawn_whole() -> None:
     images = [(f"{group} {number}", "ab"[group % 2], f"g{group}") for group in range(40) for number in range(5)]
     index = split(make_index(images))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def list_folder(root: Path, follow_symlinks: bool = False) -> Listing:
             walk.not_in_a_class(f"{name}/", inside.files)
             walk.classes(inside.folders, f"{name}/", splits[name] or "")
     else:
+        _refuse_half_splits(root, splits)
         walk.classes(top.folders, "", None)
     _warn_of_siblings(walk.listing, root)
     return walk.listing
@@ -214,6 +216,25 @@ def _require_folder(root: Path) -> None:
             else "unpack archives first"
         )
         raise DatasetError(f"{root}: is a file, expected a folder that holds one folder per class; {hint}")
+
+
+def _refuse_half_splits(root: Path, splits: Mapping[str, str | None]) -> None:
+    """Classes called train and test that hold nothing but folders are splits with something else beside them."""
+    named = [name for name, split in splits.items() if split]
+    if len({splits[name] for name in named}) < 2:
+        return
+    for name in named:
+        try:
+            inside = os.listdir(root / name)
+        except OSError:  # the walk will say so
+            return
+        if any(is_image_name(file) for file in inside):
+            return
+    others = ", ".join(f"{shown(name)}/" for name, split in splits.items() if not split)
+    raise DatasetError(
+        f"{root}: {', '.join(f'{shown(name)}/' for name in named)} look like splits above class folders, but {others} beside them "
+        "does not; move it elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
+    )
 
 
 def _no_classes(root: Path, top: _Inside) -> str:

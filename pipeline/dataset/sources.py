@@ -25,16 +25,20 @@ def _digits(config: DatasetConfig, folder: Path) -> Listing:
     return list_folder(digit_images(folder.parent / "images"))
 
 
+def _path(config: DatasetConfig) -> Path:
+    return Path(config.path or "").expanduser()
+
+
 def _folder(config: DatasetConfig, folder: Path) -> Listing:
-    return list_folder(Path(config.path or ""), config.follow_symlinks)
+    return list_folder(_path(config), config.follow_symlinks)
 
 
 def _manifest(config: DatasetConfig, folder: Path) -> Listing:
-    return list_manifest(Path(config.path or ""), config.follow_symlinks)
+    return list_manifest(_path(config), config.follow_symlinks)
 
 
 def _torchvision(config: DatasetConfig, folder: Path) -> Listing:
-    return list_manifest(torchvision_manifest(config.name or "", Path(config.path or "")))
+    return list_manifest(torchvision_manifest(config.name or "", _path(config)))
 
 
 SOURCES: Mapping[str, Callable[[DatasetConfig, Path], Listing]] = {

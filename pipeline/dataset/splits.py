@@ -43,6 +43,11 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     in_test = side == 1
     in_test[fixed] = False
     held = np.bincount(codes[in_test[units]], minlength=len(names))
+    starved = (held >= counts)[codes] & in_test[units]
+    if starved.any():  # only test images are left of a class: its units are drawn anew
+        side[units[starved]] = -1
+        in_test[units[starved]] = False
+        held = np.bincount(codes[in_test[units]], minlength=len(names))
     fresh = (side == -1) & ~fixed
     order = np.flatnonzero(fresh)
     order = order[np.argsort(_unit_keys(units, n_units, groups, digests, plan.seed)[order], kind="stable")]
@@ -58,9 +63,8 @@ def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
     rows = match_digests(before.digests, index.digests)
     if before.root == index.root:  # below another root, the same path is another image
         by_path = match_texts(before.paths, index.paths)
-        moved = (
-            match_digests(index.digests, before.digests) >= 0
-        )  # the old content has another path: nothing was changed
+        # Where the old content has another path now, the image at its place is a new one and not a changed one.
+        moved = match_digests(index.digests, before.digests) >= 0
         by_path[by_path >= 0] = np.where(moved[by_path[by_path >= 0]], -1, by_path[by_path >= 0])
         rows = np.where(rows >= 0, rows, by_path)
     sides = np.full(len(index), -1, dtype=np.int8)
