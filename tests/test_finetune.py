@@ -344,7 +344,7 @@ def test_other_weights_under_the_same_name_are_noticed(experiment: Path) -> None
 
 def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> None:
     config = make_config(experiment, training={"steps": 3})
-    files, choice, _, parts = opened(config)
+    files, choice, _, _ = opened(config)
     spec = choice.record.spec
     path = files.root / "features" / "wrong.store"
     with StoreWriter.open(path, spec.identity(), spec.dim) as writer:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
@@ -21,7 +24,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from pipeline.config import TrainingConfig
+from pipeline import pretrain
+from pipeline.backbone.weights import build, load_network
+from pipeline.config import BackboneConfig, PretrainConfig, TrainingConfig, load_pretraining
 from pipeline.errors import TrainingError
 from pipeline.training import (
     Data,
@@ -579,3 +584,108 @@ def test_recomputed_statistics_are_those_of_the_images(data: Data) -> None:
     torch.testing.assert_close(task.network.stem[1].running_mean, out.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert task.network.stem[1].momentum == 0.1
     load_weights(task.network, copy_weights(task.network))
+
+
+# ---- pretraining
+
+
+def write_archive(path: Path, damage: str = "") -> None:
+    """A tar archive of 16x16 pictures in train/CLASS/ and val/CLASS/, one of them damaged where that is asked for."""
+    with tarfile.open(path, "w") as archive:
+
+        def add(name: str, content: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+        add("set/classes.tsv", b"n1\tboot\nn2\that\nn3\tcoat\n")
+        for split, labelled in (("train", pictures(24)), ("val", pictures(12, seed=1))):
+            for number, (pixels, label) in enumerate(zip(labelled.pixels, labelled.labels, strict=True)):
+                if damage == "size" and number == 3:
+                    pixels = pixels[:8]
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                content = b"rubbish" if damage == "bytes" and number == 3 else buffer.getvalue()
+                add(f"set/{split}/n{label + 1}/{number:02d}.png", content)
+
+
+def pretraining(folder: Path, **training: object) -> PretrainConfig:
+    blocks = {"depths": [1], "widths": [8], "group_widths": [8], "bottleneck_multipliers": [1.0], "strides": [1]}
+    return PretrainConfig.model_validate(
+        {
+            "output": str(folder / "out"),
+            "data": str(folder / "set.tar"),
+            "name": "toy",
+            "architecture": "torchvision.models.regnet.RegNet",
+            "arguments": {"stem_width": 8, "block_params": blocks},
+            "preprocessing": {"resize": 16, "crop": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)},
+            "training": {
+                "steps": 4,
+                "batch_size": 8,
+                "batch_norm": "train",
+                "ema": 0.9,
+                "precision": "fp32",
+                **training,
+            },
+        }
+    )
+
+
+def test_pretraining_writes_a_backbone_that_describes_itself(tmp_path: Path) -> None:
+    write_archive(tmp_path / "set.tar")
+    done = pretrain.run(pretraining(tmp_path))
+    description = json.loads(done.weights.with_suffix(".json").read_text())
+    assert description["classes"] == ["boot", "hat", "coat"]
+    assert description["outcome"]["validation_accuracy"] == done.trained.score[0]
+    assert description["source"]["images"] == {"train": 24, "validation": 12}
+    assert description["training"]["steps"] == 4
+    network = load_network(BackboneConfig(name="toy", weights=str(done.weights)), 0)
+    assert network.classes == ("boot", "hat", "coat")
+    assert {tensor.dtype for tensor in network.module.state_dict().values()} == {torch.float32, torch.int64}
+    for name, tensor in network.module.state_dict().items():
+        torch.testing.assert_close(tensor, done.trained.weights[name], rtol=1e-3, atol=1e-4)
+    again = pretrain.run(pretraining(tmp_path))
+    assert same(again.trained.weights, done.trained.weights)
+    assert again.summary_lines()[0].startswith(f"validation {done.trained.score[0]:.2%}")
+
+
+def test_a_usable_file_exists_after_every_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_archive(tmp_path / "set.tar")
+    steps: list[int] = []
+    real = pretrain.write_weights
+
+    def count(path: Path, weights: object, description: dict, **rest: object) -> None:
+        real(path, weights, description, **rest)
+        steps.append(description["outcome"]["steps"])
+        assert load_network(BackboneConfig(name="toy", weights=str(path)), 0).classes == ("boot", "hat", "coat")
+
+    monkeypatch.setattr(pretrain, "write_weights", count)
+    pretrain.run(pretraining(tmp_path, evaluate_every=2))
+    assert steps == [2, 4, 4]
+
+
+def test_pretraining_names_what_is_wrong_with_the_data(tmp_path: Path) -> None:
+    write_archive(tmp_path / "set.tar", damage="bytes")
+    with pytest.raises(TrainingError, match="2 problems; expected train/CLASS/ and val/CLASS/ images") as error:
+        pretrain.run(pretraining(tmp_path))
+    assert error.value.problems[0].startswith("set/train/n1/03.png: it is not an image of a known format")
+    write_archive(tmp_path / "set.tar", damage="size")
+    with pytest.raises(TrainingError) as error:
+        pretrain.run(pretraining(tmp_path))
+    assert error.value.problems == ("images of 2 sizes, such as (8, 16) and (16, 16); expected one",)
+    (tmp_path / "set.tar").write_bytes(b"no archive")
+    with pytest.raises(TrainingError, match="is no folder and no tar archive"):
+        pretrain.run(pretraining(tmp_path))
+    (tmp_path / "set.tar").unlink()
+    (tmp_path / "set.tar").mkdir()
+    with pytest.raises(TrainingError) as error:
+        pretrain.run(pretraining(tmp_path))
+    assert error.value.problems == ("train: no images", "val: no images")
+
+
+def test_the_bundled_weights_recipe_is_a_valid_file_of_its_own() -> None:
+    recipe = load_pretraining(Path(__file__).parents[1] / "configs" / "pretraining" / "bundled.yaml")
+    settings = decide(recipe.training, 100_000, "bf16")
+    assert settings.images_per_step == 128
+    network = build(recipe.architecture, {**recipe.arguments, "num_classes": 200})
+    assert 2 * sum(p.numel() for p in network.parameters()) < 8_000_000
