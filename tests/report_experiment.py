@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import NearestCentroid
 
+from pipeline import report
 from pipeline.config import Artifacts, DatasetConfig
 from pipeline.dataset import DatasetIndex, scan
 from pipeline.metrics import Predictions, PredictionSet, scores
@@ -150,3 +152,11 @@ def write_trials(path: Path, fold_scores: tuple[float, ...], count: int) -> None
             {"event": "trial", "number": number, "status": status, "fold_scores": found, "mean": mean, "elapsed": 1.0}
         )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tri', encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def built_experiment(folder: Path) -> Path:
+    """Return the experiment with its report; made once however many files ask."""
+    output = make_experiment(folder / "squares", folder / "images")
+    report.build(output)
+    return output

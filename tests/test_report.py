@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_experiment import CLASSES, make_experiment
+from report_experiment import CLASSES, built_experiment
 
 from pipeline import metrics, report
 from pipeline.config import Artifacts
@@ -21,6 +21,8 @@ from pipeline.errors import PipelineError
 from pipeline.report import Leaderboard, LeaderboardRow
 from pipeline.report.charts import ranking_chart
 from pipeline.report.drawing import to_png, to_svg
+from pipeline.report.material import gather
+from pipeline.report.page import render
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,10 +134,7 @@ print([name for name in ("torch", "matplotlib", "plotly") if name in sys.modules
 
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("experiment")
-    output = make_experiment(folder / "squares", folder / "images")
-    report.build(output)
-    return output
+    return built_experiment(tmp_path_factory.getbasetemp() / "experiment")
 
 
 @pytest.fixture
@@ -191,7 +190,7 @@ def test_without_predictions_there_is_no_verdict_but_a_page(copy: Path):
     board = report.judge(board_of(copy), copy)
     assert board.verdict is None
     Artifacts(copy).leaderboard.write_text(board.to_json(), encoding="utf-8")
-    text = report.build(copy).read_text(encoding="utf-8")
+    text = render(gather(copy))
     assert "The best row left no predictions" in text
     assert 'id="map"' in text
 
@@ -199,11 +198,11 @@ def test_without_predictions_there_is_no_verdict_but_a_page(copy: Path):
 def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: Path):
     shutil.rmtree(copy / "features")
     shutil.rmtree(copy / "trials")
-    text = report.build(copy).read_text(encoding="utf-8")
+    text = render(gather(copy))
     assert "the features cannot be read" in text
     assert 'id="map"' not in text
     shutil.rmtree(copy / "dataset")
-    text = report.build(copy).read_text(encoding="utf-8")
+    text = render(gather(copy))
     assert "the index cannot be read" in text
     assert "Worst mistakes" in text
 
@@ -284,7 +283,7 @@ def test_page_shows_what_was_planted(experiment: Path, page: str):
 
 
 def test_page_is_the_same_when_made_again(experiment: Path, page: str):
-    assert report.build(experiment).read_text(encoding="utf-8") == page
+    assert render(gather(experiment)) == page
 
 
 def test_ids_are_unique_and_colours_follow_the_theme(page: str):

@@ -15,7 +15,9 @@ from scipy import optimize
 
 from pipeline.metrics.intervals import Interval, wilson
 
-BINS = 15
+MOST_BINS = 15
+IMAGES_PER_BIN = 20
+"""With fewer in a bin the error measured would mostly be chance."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,18 @@ _APPLY: Mapping[str, Callable[[NDArray[np.float64], Calibrator], NDArray[np.floa
 CALIBRATION_METHODS = tuple(_FIT)
 
 
-def measure_calibration(probabilities: NDArray[np.floating], y: NDArray[np.integer], bins: int = BINS) -> Calibration:
+def measure_calibration(
+    probabilities: NDArray[np.floating], y: NDArray[np.integer], bins: int | None = None
+) -> Calibration:
     """Measure probabilities of shape (n, n_classes) against the true columns y, shape (n,).
 
-    Bins hold equal numbers of images, so that none is nearly empty; Brier is the sum over classes of squared errors,
+    Bins hold equal numbers of images, so that none is nearly empty, and by default at least 20; Brier is the sum over classes of squared errors,
     from 0 (sure and right) to 2 (sure and wrong); log loss is in nats.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     confidence, right = p.max(axis=1), p.argmax(axis=1) == y
     order = np.argsort(confidence, kind="stable")
+    bins = min(MOST_BINS, max(1, len(order) // IMAGES_PER_BIN)) if bins is None else bins
     table, gap = [], 0.0
     for rows in np.array_split(order, min(bins, len(order))):
         accuracy, mean = float(right[rows].mean()), float(confidence[rows].mean())

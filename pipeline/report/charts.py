@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from pipeline.metrics import Calibration, Difference, LearningCurve, Ranking, pareto
@@ -95,6 +96,7 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
             # A few failed or hopeless trials would flatten the part that matters.
             bottom, top = _scaled(np.array([min(lowest)]), scoring)[0], axes.get_ylim()[1]
             axes.set_ylim(bottom - 0.25 * (top - bottom) - 1e-3, top)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trial")
         axes.set_ylabel(_score_label(scoring))
         if len(searches) > 1:
@@ -282,6 +284,8 @@ def cost_chart(rows: Sequence[LeaderboardRow], images: int) -> Chart:
         for number, name in enumerate(names):
             axes.plot([], [], "o", color=palette.categories[number % len(palette.categories)], label=plain_text(name))
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("milliseconds per image" + ("" if any(row.embed_seconds for row in shown) else " (head alone)"))
         axes.set_ylabel("test accuracy, %")
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -298,15 +302,19 @@ def map_chart(space: Map, labels: Sequence[str], classes: Sequence[str]) -> Char
         axes = made.subplots()
         place = {label: number for number, label in enumerate(classes)}
         codes = np.array([place[label] for label in labels])
+        # The view is of the bulk of the images; the few that lie far out stand at its edge.
+        low, middle, high = np.quantile(space.points, [0.02, 0.5, 0.98], axis=0)
+        reach = 1.35 * np.maximum(high - middle, middle - low) + 1e-9
+        points = np.clip(space.points, middle - reach, middle + reach)
         # One collection: the page finds dot i of the SVG by its order.
         colours = [palette.categories[code % len(palette.categories)] for code in codes]
-        axes.scatter(space.points[:, 0], space.points[:, 1], s=20, c=colours, alpha=0.85, lw=0, gid="dots")
+        axes.scatter(points[:, 0], points[:, 1], s=20, c=colours, alpha=0.85, lw=0, gid="dots")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        low, high = np.quantile(space.points, [0.002, 0.998], axis=0)
-        margin = 0.05 * (high - low) + 1e-9
+        low, high = points.min(axis=0), points.max(axis=0)
+        margin = 0.03 * (high - low) + 1e-9
         axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
         axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
         return made

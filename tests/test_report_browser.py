@@ -1,0 +1,190 @@
+"""The page in a real browser: no errors, charts with a size, an image at the pointer, light and dark, wide and narrow.
+
+Skipped where neither `chromium` nor `google-chrome` is installed.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_experiment import built_experiment
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--hide-scrollbars",
+)
+
+WATCH = """<script>
+window.problems = [];
+addEventListener("error", (event) => problems.push(String(event.message || event.target.src)), true);
+addEventListener("securitypolicyviolation", (event) => problems.push("blocked " + event.blockedURI));
+</script>"""
+
+EXAMINE = """<script>
+addEventListener("load", () => {
+  const box = (element) => { const { width, height } = element.getBoundingClientRect(); return [width, height]; };
+  const found = { problems, ready: document.documentElement.dataset.ready, theme: document.documentElement.dataset.theme };
+  found.charts = Object.fromEntries([...document.querySelectorAll("svg.chart")].map((svg) => [svg.dataset.chart, box(svg)]));
+  found.overflow = document.documentElement.scrollWidth - innerWidth;
+  found.background = getComputedStyle(document.body).backgroundColor;
+  found.ink = getComputedStyle(document.querySelector("h1")).color;
+  found.images = [...document.images].map((image) => image.naturalWidth);
+  const tip = document.getElementById("tip");
+  const shown = () => tip.style.visibility === "visible";
+  const over = (element, name) => {
+    const { left, top, width, height } = element.getBoundingClientRect();
+    element.dispatchEvent(new PointerEvent(name, { bubbles: true, clientX: left + width / 2, clientY: top + height / 2 }));
+  };
+  const map = document.querySelector('[data-chart="map"]');
+  map.scrollIntoView();
+  const dots = map.querySelectorAll('[id$="-dots"] use');
+  const data = JSON.parse(document.getElementById("map-data").textContent);
+  found.dots = dots.length;
+  over(dots[7], "pointermove");
+  const thumb = tip.querySelector(".thumb");
+  found.hover = { shown: shown(), text: tip.textContent, image: thumb && thumb.style.backgroundImage.slice(0, 30), paths: data.paths };
+  const sheet = new Image();
+  document.querySelectorAll("#map-classes button")[1].click();
+  found.faded = [...dots].filter((dot) => dot.style.opacity).length;
+  found.others = data.codes.filter((code) => code !== 1).length;
+  const bar = document.querySelector('[data-chart="leaderboard"] .tip');
+  over(bar, "pointerover");
+  found.bar = { shown: shown(), text: tip.textContent };
+  const header = [...document.querySelectorAll("#leaderboard th")][3];
+  const column = () => [...document.querySelectorAll("#leaderboard tbody tr")].map((row) => Number(row.cells[3].dataset.v));
+  header.click(); found.descending = column();
+  header.click(); found.ascending = column();
+  document.getElementById("theme").click();
+  found.toggled = document.documentElement.dataset.theme;
+  sheet.onload = () => {
+    found.sheet = [sheet.naturalWidth, sheet.naturalHeight];
+    const result = document.createElement("pre");
+    result.id = "found";
+    result.textContent = JSON.stringify(found);
+    document.body.append(result);
+  };
+  sheet.src = data.sheet;
+});
+</script>"""
+
+
+def look(page: Path, folder: Path, width: int, theme: str) -> tuple[dict[str, Any], str]:
+    """Open the page from disk with a probe inside; return what the probe saw and what the browser logged."""
+    probed = folder / "probed.html"
+    text = page.read_text(encoding="utf-8")
+    probed.write_text(
+        text.replace("<title>", WATCH + "<title>", 1).replace("</body>", EXAMINE + "</body>", 1), encoding="utf-8"
+    )
+    done = subprocess.run(
+        [
+            str(BROWSER),
+            *FLAGS,
+            f"--user-data-dir={folder / 'profile'}",
+            f"--window-size={width},900",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            f"{probed.as_uri()}?theme={theme}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=True,
+    )
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)
+    assert found is not None, f"the probe did not finish: {done.stderr[-2000:]}"
+    return json.loads(html.unescape(found.group(1))), done.stderr
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_experiment(tmp_path_factory.getbasetemp() / "experiment")
+
+
+@pytest.fixture(scope="module")
+def wide(experiment: Path, tmp_path_factory: pytest.TempPathFactory):
+    return look(experiment / "report.html", tmp_path_factory.mktemp("wide"), 1280, "light")
+
+
+@pytest.fixture(scope="module")
+def narrow(experiment: Path, tmp_path_factory: pytest.TempPathFactory):
+    return look(experiment / "report.html", tmp_path_factory.mktemp("narrow"), 500, "dark")
+
+
+def test_page_loads_without_errors(wide, narrow):
+    for found, log in (wide, narrow):
+        assert found["ready"] == "yes"
+        assert found["problems"] == []
+        assert [line for line in log.splitlines() if "CONSOLE" in line] == []
+
+
+def test_every_chart_is_there_and_fits(wide, narrow):
+    for found, _ in (wide, narrow):
+        assert set(found["charts"]) == {
+            "leaderboard",
+            "differences",
+            "tuning",
+            "confusion",
+            "reliability",
+            "learning_curve",
+            "cost",
+            "map",
+        }
+        assert all(width > 200 and height > 60 for width, height in found["charts"].values())
+        assert found["overflow"] <= 0, "the page scrolls sideways"
+
+
+def test_every_thumbnail_can_be_shown(wide):
+    found, _ = wide
+    assert len(found["images"]) >= 6
+    assert all(width > 0 for width in found["images"])
+
+
+def test_pointing_at_a_dot_shows_its_image(wide):
+    found, _ = wide
+    assert found["dots"] == 180
+    assert found["hover"]["shown"]
+    assert found["hover"]["image"].startswith('url("data:image/webp;base64,')
+    assert any(path in found["hover"]["text"] for path in found["hover"]["paths"])
+    assert found["sheet"][0] % 56 == 0
+    assert found["sheet"][0] * found["sheet"][1] >= 180 * 56 * 56
+
+
+def test_choosing_a_class_fades_the_others(wide):
+    found, _ = wide
+    assert found["faded"] == found["others"] == 120
+
+
+def test_charts_have_tooltips_and_tables_sort(wide):
+    found, _ = wide
+    assert found["bar"]["shown"]
+    assert "cross-validation" in found["bar"]["text"]
+    assert found["descending"] == sorted(found["descending"], reverse=True)
+    assert found["ascending"] == sorted(found["ascending"])
+
+
+def test_light_and_dark_are_different_and_readable(wide, narrow):
+    def brightness(colour: str) -> float:
+        return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
+    light, dark = wide[0], narrow[0]
+    assert (light["theme"], light["toggled"]) == ("light", "dark")
+    assert (dark["theme"], dark["toggled"]) == ("dark", "light")
+    assert brightness(light["background"]) > 200 > brightness(light["ink"]) + 100
+    assert brightness(dark["background"]) < 60 < brightness(dark["ink"]) - 100
