@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_experiment import CLASSES, built_experiment
+from report_experiment import CLASSES, built_experiment, write_trials
 
 from pipeline import metrics, report
 from pipeline.config import Artifacts
@@ -23,6 +23,7 @@ from pipeline.report.charts import ranking_chart
 from pipeline.report.drawing import to_png, to_svg
 from pipeline.report.material import gather
 from pipeline.report.page import render
+from pipeline.report.several import rank, searches
 
 ROOT = Path(__file__).parents[1]
 
@@ -321,3 +322,35 @@ def test_ranking_chart_draws_names_and_the_critical_difference():
     assert f"critical difference {ranking.critical_difference:.2f}" in svg
     assert all(name in svg for name in ("ridge", "knn", "rbf_svm"))
     assert to_png(ranking_chart(ranking, ["a", "b", "c"])).startswith(b"\x89PNG")
+
+
+# Several experiments
+
+
+def write_board(folder: Path, accuracy: dict[str, int], strategy: str = "bayes") -> Path:
+    folder.mkdir(parents=True)
+    rows = tuple(row(head, 0.9, correct=correct) for head, correct in accuracy.items())
+    board = Leaderboard(rows, {"config": {"tuning": {"strategy": strategy}}})
+    Artifacts(folder).leaderboard.write_text(board.to_json(), encoding="utf-8")
+    for head in accuracy:
+        write_trials(Artifacts(folder).trials("resnet18-penultimate", head), (0.8, 0.82, 0.81), 3)
+    return folder
+
+
+def test_rows_are_ranked_over_several_experiments(tmp_path: Path):
+    outputs = [write_board(tmp_path / f"data{i}", {"ridge": 90 + i, "knn": 80 + i, "mlp": 85}) for i in range(4)]
+    keys, ranking = rank(outputs, tmp_path / "several")
+    assert dict(zip(keys, ranking.average_ranks, strict=True))["resnet18-penultimate/ridge"] == 1.0
+    text = (tmp_path / "several" / "ranks.md").read_text(encoding="utf-8")
+    assert "4 data sets" in text
+    assert "critical difference" in text
+    assert (tmp_path / "several" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(PipelineError, match="1 experiments with 3 rows in common; ranking needs at least 2"):
+        rank(outputs[:1], tmp_path / "several")
+
+
+def test_strategies_are_drawn_side_by_side(tmp_path: Path):
+    outputs = [write_board(tmp_path / name, {"ridge": 90}, name) for name in ("bayes", "random", "grid")]
+    assert searches(outputs, "resnet18-penultimate/ridge", tmp_path).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(PipelineError, match="has no trials of a/b; its rows are resnet18-penultimate/ridge"):
+        searches(outputs, "a/b", tmp_path)

@@ -10,11 +10,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
+from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
 from pipeline.metrics import Difference, Optimism, Paired, Scores
 
@@ -294,6 +296,21 @@ SHORT_HEADERS = (
 )
 """The terminal is narrow."""
 ALIGN = ("left", "left", "left", "right", "right", "right", "right", "right", "right", "right", "right", "left")
+
+
+def read_leaderboard(output: Path) -> Leaderboard:
+    """Read an experiment's leaderboard.
+
+    Raises
+    ------
+    PipelineError
+        When there is none, or it is of another version.
+    """
+    path = Artifacts(output).leaderboard
+    try:
+        return Leaderboard.from_json(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise PipelineError(f"{path}: missing; run `manyheads heads` first") from None
 
 
 def seconds(value: float) -> str:

@@ -23,7 +23,7 @@ from pipeline.heads import HEADS
 from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_sizes, measure_curve
 from pipeline.metrics.learning_curve import stratified_order
 from pipeline.report.judge import Trials, judge, read_predictions, read_trials
-from pipeline.report.leaderboard import Leaderboard
+from pipeline.report.leaderboard import Leaderboard, read_leaderboard
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -77,10 +77,7 @@ def gather(output: Path) -> Material:
         When there is no leaderboard.
     """
     files = Artifacts(output)
-    try:
-        leaderboard = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
-    except OSError:
-        raise PipelineError(f"{files.leaderboard}: missing; run `manyheads heads` first") from None
+    leaderboard = read_leaderboard(output)
     if not leaderboard.rows:
         raise PipelineError(f"{files.leaderboard}: has no rows; run `manyheads heads` again")
     missing: list[str] = []
