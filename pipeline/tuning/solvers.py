@@ -20,10 +20,10 @@ Array = NDArray[np.float32]
 Loss = Callable[[Array], tuple[NDArray[np.float64], Array]]
 """Scores of shape (n, problems, columns) -> the loss of each problem, and its derivative by every score."""
 
-ANCHORS_PER_DECADE = 2
+ANCHORS_PER_DECADE = 1
 """Solutions per factor of ten of C from which those in between are started."""
 
-MEMORY_PAIRS = 10
+MEMORY_PAIRS = 20
 """Pairs of step and change of gradient that L-BFGS remembers."""
 
 MOST_STEPS = 500
