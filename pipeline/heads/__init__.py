@@ -1,0 +1,13 @@
+"""Heads: the classifiers that are put on frozen features, one row each in a table.
+
+A head is data: its name, how to build its scikit-learn pipeline from a seed, and the space its parameters are searched
+in. The scaler sits inside the pipeline, so every fold fits its own. To add one, add a row to `HEADS`, or name a `Head`
+of your own in the config as `package.module:ATTRIBUTE`.
+"""
+
+from pipeline.heads.choosing import resolve, resolve_all
+from pipeline.heads.head import Head, Params, configure, identity
+from pipeline.heads.linear import linear_parts
+from pipeline.heads.table import HEADS
+
+__all__ = ["HEADS", "Head", "Params", "configure", "identity", "linear_parts", "resolve", "resolve_all"]

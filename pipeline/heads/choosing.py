@@ -1,0 +1,138 @@
+"""From a config's words to a head: its space narrowed or widened, its class weights set, every problem told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from sklearn.pipeline import Pipeline
+from skopt.space import Categorical, Dimension, Integer, Real
+
+from pipeline.config import HeadConfig, Scalar, guess
+from pipeline.errors import HeadError
+from pipeline.heads.head import Head
+from pipeline.heads.own import load_own
+from pipeline.heads.table import HEADS
+
+
+def resolve(config: HeadConfig) -> Head:
+    """Return the head a config names, with its space narrowed or widened and its class weights set.
+
+    A range is `[low, high]` and keeps its prior, a categorical parameter takes the list of its choices, and a list of
+    one value fixes the parameter. Defaults outside a new range move to its nearest end.
+
+    Raises
+    ------
+    HeadError
+        With one line for every problem of this head.
+    """
+    head = load_own(config.name) if ":" in config.name else HEADS[config.name]
+    problems: list[str] = []
+    space, defaults, fixed = dict(head.space), dict(head.defaults), dict(head.fixed)
+    for key, values in config.space.items():
+        if key not in head.space:
+            hint = guess(key, list(head.space))
+            problems.append(f"space.{key}: unknown parameter{hint}; this head is searched over {', '.join(head.space)}")
+        elif problem := _mismatch(head.space[key], values):
+            problems.append(f"space.{key}: {problem}")
+        elif len(values) == 1:
+            fixed[key] = values[0]
+            del space[key], defaults[key]
+        else:
+            space[key] = _changed(head.space[key], values)
+            defaults[key] = _nearest(space[key], defaults[key])
+    build = head.build
+    if config.class_weight is not None:
+        if head.takes_class_weight:
+            build = partial(_weighted, head.build, config.class_weight)
+        else:
+            able = ", ".join(name for name, row in HEADS.items() if row.takes_class_weight)
+            problems.append(
+                f"class_weight: {config.class_weight!r} is not possible with this head; heads that take it: {able}"
+            )
+    if problems:
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise HeadError(f"head {config.name}: {len(problems)} {plural}", problems)
+    return replace(head, build=build, space=space, defaults=defaults, fixed=fixed)
+
+
+def resolve_all(configs: Sequence[HeadConfig]) -> tuple[Head, ...]:
+    """Resolve every head of a config; a `HeadError` lists the problems of all of them."""
+    heads: list[Head] = []
+    problems: list[str] = []
+    for config in configs:
+        try:
+            heads.append(resolve(config))
+        except HeadError as error:
+            problems += [f"{config.name}: {problem}" for problem in error.problems] or [error.message]
+    names = [head.name for head in heads]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"{name}: two heads have this name; give yours another" for name in twice]
+    if problems:
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise HeadError(f"heads: {len(problems)} {plural}", problems)
+    return tuple(heads)
+
+
+def _weighted(build: Callable[[int], Pipeline], class_weight: str, seed: int) -> Pipeline:
+    pipeline = build(seed)
+    pipeline[-1].set_params(class_weight=class_weight)
+    return pipeline
+
+
+def _mismatch(dimension: Dimension, values: Sequence[Scalar]) -> str | None:
+    """Say why the config's values cannot replace a dimension, or None."""
+    if isinstance(dimension, Categorical):
+        return _choice_mismatch(dimension, values)
+    kind = "whole numbers" if isinstance(dimension, Integer) else "numbers"
+    wanted = (int,) if isinstance(dimension, Integer) else (int, float)
+    if len(values) not in {1, 2} or any(isinstance(value, bool) or not isinstance(value, wanted) for value in values):
+        return f"expected [low, high] in {kind}, such as [{dimension.low}, {dimension.high}], got {list(values)}"
+    numbers = [float(value) for value in values if isinstance(value, (int, float))]
+    if not all(math.isfinite(value) for value in numbers):
+        return f"expected finite {kind}, got {list(values)}"
+    if dimension.prior == "log-uniform" and numbers[0] <= 0:
+        return f"is searched on a logarithmic scale, so low must be above 0, got {list(values)}"
+    if len(numbers) == 2 and numbers[0] >= numbers[1]:
+        return f"expected low below high, got {list(values)}"
+    return None
+
+
+def _choice_mismatch(dimension: Categorical, values: Sequence[Scalar]) -> str | None:
+    if not values:
+        return f"expected at least one choice of {list(dimension.categories)}, got none"
+    if len({repr(value) for value in values}) < len(values):
+        return f"a choice is given twice in {list(values)}"
+    kinds = {_kind(choice) for choice in dimension.categories}
+    words = [choice for choice in dimension.categories if isinstance(choice, str)]
+    for value in values:
+        if _kind(value) not in kinds:
+            return f"{value!r} is not a choice; expected a list of {', '.join(sorted(kinds))}, such as {list(dimension.categories)}"
+        if isinstance(value, str) and value not in words:
+            return f"{value!r} is not a choice{guess(value, words)}; allowed: {', '.join(words)}"
+    return None
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, (bool, np.bool_)):
+        return "true or false"
+    return "text" if isinstance(value, str) else "numbers"
+
+
+def _changed(dimension: Dimension, values: Sequence[Scalar]) -> Dimension:
+    if isinstance(dimension, Categorical):
+        return Categorical(list(values))
+    kind = Integer if isinstance(dimension, Integer) else Real
+    return kind(values[0], values[1], prior=dimension.prior)
+
+
+def _nearest(dimension: Dimension, value: Any) -> Any:
+    if isinstance(dimension, Categorical):
+        return value if value in dimension.categories else dimension.categories[0]
+    return min(max(value, dimension.low), dimension.high)

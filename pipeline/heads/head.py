@@ -1,0 +1,65 @@
+"""The record of a head, and how it becomes a pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sklearn.pipeline import Pipeline
+from skopt.space import Dimension
+
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier for features: what it is called, how it is built, where its parameters are searched."""
+
+    name: str
+    build: Callable[[int], Pipeline]
+    """Seed -> an unfitted scikit-learn Pipeline, the classifier as its last step."""
+    space: Mapping[str, Dimension]
+    """Parameter of the last step (or `step__parameter` of any) -> the dimension it is searched in."""
+    defaults: Params
+    """A value for each parameter of the space: the first trial."""
+    simplicity: int = 100
+    """Rank from simple and cheap (0) up: of heads that score alike, the lowest rank is recommended."""
+    probabilities: bool = False
+    """Whether the fitted head has `predict_proba`."""
+    linear: bool = False
+    """Whether `linear_parts` can write the fitted head as one linear layer."""
+    takes_class_weight: bool = False
+    evaluator: str = "generic"
+    """How trials share work, a row of `pipeline.tuning.evaluation.EVALUATORS`; `generic` fits each fold from scratch."""
+    fixed: Params = field(default_factory=dict)
+    """Parameters that the config holds at one value."""
+
+
+def configure(head: Head, params: Params, seed: int) -> Pipeline:
+    """Build a head's unfitted pipeline with its parameters set; `C` means the last step's `C`."""
+    pipeline = head.build(seed)
+    last = pipeline.steps[-1][0]
+    named = {key if "__" in key else f"{last}__{key}": value for key, value in {**head.fixed, **params}.items()}
+    return pipeline.set_params(**named)
+
+
+def identity(head: Head, seed: int) -> dict[str, Any]:
+    """Return what determines a head's results, as plain data: its pipeline, its space, its defaults."""
+    pipeline = head.build(seed)
+    params = pipeline.get_params(deep=True)
+    return {
+        "name": head.name,
+        "pipeline": {key: _stable(params[key]) for key in sorted(params) if key != "steps"},
+        # skopt leaves the prior of an integer out of its text.
+        "space": {key: [_stable(row), str(getattr(row, "prior", None))] for key, row in head.space.items()},
+        "defaults": {key: _stable(value) for key, value in head.defaults.items()},
+        "fixed": {key: _stable(value) for key, value in head.fixed.items()},
+        "evaluator": head.evaluator,
+    }
+
+
+def _stable(value: Any) -> str:
+    """A value's text without the memory addresses that change from run to run."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,70 @@
+"""Heads of the user's own, named in the config as `package.module:ATTRIBUTE`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.config import guess
+from pipeline.errors import HeadError
+from pipeline.heads.head import Head, configure
+
+
+def load_own(path: str) -> Head:
+    """Import a user's own head from `package.module:ATTRIBUTE`."""
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise HeadError(f"head {path!r}: expected package.module:ATTRIBUTE, such as my_heads:GRADIENT_BOOSTING")
+    try:
+        with _current_folder_importable():
+            module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail at import in any way
+        raise HeadError(
+            f"head {path!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error}); "
+            "it must be installed or lie in the folder the command is run in"
+        ) from error
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if isinstance(value, Head)]
+        known = f"; its heads: {', '.join(names)}" if names else "; it holds no pipeline.heads.Head"
+        raise HeadError(f"head {path!r}: {module_name!r} has no {attribute!r}{guess(attribute, names)}{known}")
+    head = getattr(module, attribute)
+    if not isinstance(head, Head):
+        raise HeadError(f"head {path!r}: is a {type(head).__name__}, expected a pipeline.heads.Head")
+    problems = _flaws(head)
+    if problems:
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise HeadError(f"head {path!r}: {len(problems)} {plural}", problems)
+    return head
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """Let a user's module be found in the folder the command is run in, as `python -m` would."""
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _flaws(head: Head) -> list[str]:
+    """Say what is wrong with a user's own head, before anything is spent on it."""
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", head.name):
+        problems.append(f"name: {head.name!r} names files; use letters, digits, '.', '_' and '-'")
+    for key in sorted(set(head.space) ^ set(head.defaults)):
+        where = "space" if key in head.space else "defaults"
+        problems.append(f"{where}.{key}: the space and the defaults must name the same parameters")
+    for key in sorted(set(head.space) & set(head.defaults)):
+        if head.defaults[key] not in head.space[key]:
+            problems.append(f"defaults.{key}: {head.defaults[key]!r} is not in {head.space[key]!r}")
+    try:
+        configure(head, head.defaults, 0)
+    except Exception as error:  # a user's build may fail in any way
+        problems.append(f"build: a pipeline with the defaults cannot be built ({type(error).__name__}: {error})")
+    return problems

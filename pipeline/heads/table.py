@@ -1,0 +1,169 @@
+"""The built-in heads, one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+from sklearn.tree import DecisionTreeClassifier
+from skopt.space import Categorical, Integer, Real
+
+from pipeline.heads.head import Head
+
+
+def _forest(seed: int) -> Pipeline:
+    # Trees compare one feature with a threshold, so a scaler would change nothing. More trees are never worse on
+    # average, so their number is not searched.
+    return Pipeline([("head", RandomForestClassifier(n_estimators=300, random_state=seed))])
+
+
+def _tree(seed: int) -> Pipeline:
+    return Pipeline([("head", DecisionTreeClassifier(random_state=seed))])
+
+
+def _scaled(classifier: Callable[[int], Any], seed: int) -> Pipeline:
+    return Pipeline([("scaler", StandardScaler()), ("head", classifier(seed))])
+
+
+def _logistic_regression(seed: int) -> LogisticRegression:
+    return LogisticRegression(max_iter=1000, random_state=seed)
+
+
+def _linear_svm(seed: int) -> LinearSVC:
+    # The dual's coordinate descent needs far more than the default 1,000 passes at large C.
+    return LinearSVC(max_iter=5000, random_state=seed)
+
+
+def _rbf_svm(seed: int) -> SVC:
+    return SVC(cache_size=500, random_state=seed)
+
+
+def _ridge(seed: int) -> RidgeClassifier:
+    return RidgeClassifier(random_state=seed)
+
+
+def _knn(seed: int) -> KNeighborsClassifier:
+    return KNeighborsClassifier()
+
+
+def _nearest_centroid(seed: int) -> NearestCentroid:
+    return NearestCentroid()
+
+
+def _mlp(seed: int) -> MLPClassifier:
+    return MLPClassifier(max_iter=100, random_state=seed)
+
+
+def _log(low: float, high: float) -> Real:
+    return Real(low, high, prior="log-uniform")
+
+
+_ROWS = (
+    Head(
+        name="nearest_centroid",
+        build=partial(_scaled, _nearest_centroid),
+        space={"shrink_threshold": Categorical([None, 0.1, 0.3, 1.0, 3.0])},
+        defaults={"shrink_threshold": None},
+        simplicity=0,
+        probabilities=True,
+    ),
+    Head(
+        name="ridge",
+        build=partial(_scaled, _ridge),
+        space={"alpha": _log(1e-2, 1e6)},
+        defaults={"alpha": 100.0},
+        simplicity=1,
+        linear=True,
+        takes_class_weight=True,
+        evaluator="ridge",
+    ),
+    Head(
+        name="logistic_regression",
+        build=partial(_scaled, _logistic_regression),
+        space={"C": _log(1e-6, 1e2)},
+        defaults={"C": 0.1},
+        simplicity=2,
+        probabilities=True,
+        linear=True,
+        takes_class_weight=True,
+        evaluator="logistic_regression",
+    ),
+    Head(
+        name="linear_svm",
+        build=partial(_scaled, _linear_svm),
+        space={"C": _log(1e-6, 1e1)},
+        defaults={"C": 0.01},
+        simplicity=3,
+        linear=True,
+        takes_class_weight=True,
+        evaluator="linear_svm",
+    ),
+    Head(
+        name="decision_tree",
+        build=_tree,
+        space={
+            "max_depth": Integer(2, 32),
+            "min_samples_leaf": Integer(1, 64, prior="log-uniform"),
+            "criterion": Categorical(["gini", "entropy"]),
+        },
+        defaults={"max_depth": 16, "min_samples_leaf": 1, "criterion": "gini"},
+        simplicity=4,
+        probabilities=True,
+        takes_class_weight=True,
+    ),
+    Head(
+        name="knn",
+        build=partial(_scaled, _knn),
+        space={
+            "n_neighbors": Integer(1, 64, prior="log-uniform"),
+            "weights": Categorical(["uniform", "distance"]),
+            "metric": Categorical(["euclidean", "cosine"]),
+        },
+        defaults={"n_neighbors": 5, "weights": "distance", "metric": "cosine"},
+        simplicity=5,
+        probabilities=True,
+    ),
+    Head(
+        name="random_forest",
+        build=_forest,
+        space={"max_features": _log(0.005, 0.5), "min_samples_leaf": Integer(1, 16, prior="log-uniform")},
+        defaults={"max_features": 0.05, "min_samples_leaf": 1},
+        simplicity=6,
+        probabilities=True,
+        takes_class_weight=True,
+        evaluator="forest",
+    ),
+    Head(
+        name="rbf_svm",
+        build=partial(_scaled, _rbf_svm),
+        space={"C": _log(1e-1, 1e3), "gamma": _log(1e-5, 1e-1)},
+        # Scaled features have a mean squared norm of their dimension; 0.002 is scikit-learn's "scale" at 512.
+        defaults={"C": 10.0, "gamma": 0.002},
+        simplicity=7,
+        takes_class_weight=True,
+        evaluator="rbf_svm",
+    ),
+    Head(
+        name="mlp",
+        build=partial(_scaled, _mlp),
+        space={
+            "hidden_layer_sizes": Integer(32, 512, prior="log-uniform"),
+            "alpha": _log(1e-6, 1e0),
+            "learning_rate_init": _log(1e-4, 1e-2),
+        },
+        defaults={"hidden_layer_sizes": 128, "alpha": 1e-4, "learning_rate_init": 1e-3},
+        simplicity=8,
+        probabilities=True,
+    ),
+)
+
+HEADS: Mapping[str, Head] = {row.name: row for row in _ROWS}
+"""The built-in heads by name."""
