@@ -134,6 +134,127 @@ def predict(bundle: Path, images: tuple[Path, ...], output: Path, top: int, devi
 
 
 @cli.command()
+@_experiment
+def report(config: Path, overrides: tuple[str, ...]) -> None:
+    """Build the report page again from the saved results.
+
+    Example: manyheads report configs/digits.yaml
+    """
+    from pipeline import report as pages
+
+    settings = configuration.load(config, overrides)
+    click.echo(f"report  {pages.build(configuration.Artifacts(settings.output).root)}")
+
+
+@cli.command()
+@_experiment
+def status(config: Path, overrides: tuple[str, ...]) -> None:
+    """Say what is cached, missing, stale and failed.
+
+    Example: manyheads status configs/folder.yaml
+    """
+    from pipeline import maintenance
+
+    for line in maintenance.status(configuration.load(config, overrides)):
+        click.echo(line)
+
+
+@cli.command()
+@_experiment
+@click.option("--full", is_flag=True, help="Read every byte instead of file heads and sizes.")
+@click.option(
+    "--sample", default=0, type=click.IntRange(min=0), metavar="K", help="Embed K random images anew and compare."
+)
+def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) -> int:
+    """Check the feature stores; exit code 1 when something is wrong.
+
+    Example: manyheads verify configs/folder.yaml --full --sample 20
+    """
+    from pipeline import maintenance
+
+    checks = maintenance.verify(configuration.load(config, overrides), full=full, sample=sample)
+    for line in (line for found in checks for line in found.lines()):
+        click.echo(line)
+    return 0 if all(found.ok for found in checks) else 1
+
+
+@cli.command()
+@_experiment
+def repair(config: Path, overrides: tuple[str, ...]) -> None:
+    """Drop damaged vectors and embed exactly those images again.
+
+    Example: manyheads repair configs/folder.yaml
+    """
+    from pipeline import extract_features, maintenance
+
+    settings = configuration.load(config, overrides)
+    for line in [*maintenance.repair(settings), *extract_features.run(settings).summary_lines()]:
+        click.echo(line)
+
+
+@cli.command()
+@_experiment
+def gc(config: Path, overrides: tuple[str, ...]) -> None:
+    """Remove the vectors that belong to no image any more.
+
+    Example: manyheads gc configs/folder.yaml
+    """
+    from pipeline import maintenance
+
+    for line in maintenance.gc(configuration.load(config, overrides)):
+        click.echo(line)
+
+
+_embedding = click.option(
+    "--embedding", metavar="NAME", help="Which one, where there are several; `status` lists them."
+)
+
+
+@cli.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@_experiment
+@_embedding
+@click.option("--anonymous", is_flag=True, help="Leave out the paths.")
+def pack(output: Path, config: Path, overrides: tuple[str, ...], embedding: str | None, anonymous: bool) -> None:
+    """Write one embedding, with paths, labels and splits, into a single HDF5 file.
+
+    Example: manyheads pack features.h5 configs/folder.yaml
+    """
+    from pipeline import maintenance
+
+    settings = configuration.load(config, overrides)
+    click.echo(maintenance.pack(settings, output, embedding=embedding, anonymous=anonymous))
+
+
+@cli.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@_experiment
+@_embedding
+def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: str | None) -> None:
+    """Write one embedding as .npy or .parquet, rows in the order of the index.
+
+    Example: manyheads export features.parquet configs/folder.yaml
+    """
+    from pipeline import maintenance
+
+    click.echo(maintenance.export(configuration.load(config, overrides), output, embedding=embedding))
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+def merge(store: Path, sources: tuple[Path, ...]) -> None:
+    """Add the vectors of other stores of the same identity, such as those of several machines, to STORE.
+
+    Example: manyheads merge artifacts/photos/features/resnet50.store other-machine/resnet50.store
+    """
+    from pipeline import maintenance
+
+    for line in maintenance.merge(store, sources):
+        click.echo(line)
+
+
+@cli.command()
 @click.argument("model")
 def layers(model: str) -> None:
     """List the layers of a backbone that can be embedded, with their shapes.

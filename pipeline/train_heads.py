@@ -302,18 +302,19 @@ def _predictions(
     calibrator: Calibrator | None,
 ) -> Predictions:
     """Collect what the head said of every image, for the report and for paired comparison."""
-    names = np.asarray(task.classes, dtype=object)
+    names = np.asarray(task.classes, dtype=str)
     out_of_fold = tuned.out_of_fold
     held_out = None
     if out_of_fold.scores is not None and calibrator is not None:
         held_out = np.zeros((len(task.train), len(task.classes)), dtype=np.float32)
         held_out[:, tuned.classes] = calibrator.probabilities(bundles.logits(out_of_fold.scores, out_of_fold.kind))
+    tested = None if probabilities is None else probabilities.astype(np.float32)
     return Predictions(
         task.classes,
-        PredictionSet(task.test.paths, task.test.labels, labels, probabilities),
+        PredictionSet(task.test.paths.astype(str), names[task.y_test], labels.astype(str), tested),
         PredictionSet(
-            task.train.paths,
-            task.train.labels,
+            task.train.paths.astype(str),
+            names[task.y_train],
             names[tuned.classes[out_of_fold.predictions]],
             held_out,
             out_of_fold.folds,

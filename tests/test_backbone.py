@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from pipeline import backbone
 from pipeline.backbone import choose_precision, graph, weights
-from pipeline.backbone.network import is_out_of_memory
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
 from pipeline.embedding import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
@@ -493,16 +492,6 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         match=r"device 'cuda' is not available here, found .*cpu; set extraction.device to one of these or to 'auto'",
     ):
         load(extraction=ExtractionConfig(device="cuda"))
-
-
-def test_running_out_of_memory_is_recognised() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert is_out_of_memory(
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-    )
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("sizes do not match"))
-    assert not is_out_of_memory(KeyError("out of memory"))
 
 
 def test_importing_the_backbone_does_not_import_torch() -> None:

@@ -10,6 +10,7 @@ Nothing here imports torch before a network is asked for: a run with nothing to 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backbone.precision import choice_inputs, choose_precision
@@ -19,7 +20,10 @@ from pipeline.embedding import EmbeddingSpec
 if TYPE_CHECKING:
     from pipeline.backbone.network import Backbone
 
-__all__ = ["EmbeddingSpec", "choice_inputs", "choose_precision", "layers", "load"]
+BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetensors"
+"""The weights that come with the package; beside them a `.json` of the same name describes them."""
+
+__all__ = ["BUNDLED", "EmbeddingSpec", "choice_inputs", "choose_precision", "layers", "load"]
 
 
 def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int) -> Backbone:

@@ -18,6 +18,7 @@ from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.digests import canonical_json
 from pipeline.embedding import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
+from pipeline.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -120,14 +121,6 @@ def layers(config: BackboneConfig) -> list[tuple[str, tuple[int, ...]]]:
     """List the nodes of a model with their shapes; see `pipeline.backbone.layers`."""
     network = load_network(config, seed=0)
     return graphs.shapes(graphs.trace(network.module), network.preprocessing.size)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a smaller batch may work."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, precision: str) -> EmbeddingSpec:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.backbone import BUNDLED
 from pipeline.backbone.graph import classifier, trace
 from pipeline.config import BackboneConfig, PreprocessingConfig, guess
 from pipeline.digests import canonical_json
@@ -30,9 +31,6 @@ from pipeline.images import Preprocessing
 from pipeline.vision import torchvision
 
 logger = logging.getLogger(__name__)
-
-BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetensors"
-"""The weights that come with the package; beside them a `.json` of the same name describes them."""
 
 METADATA_KEY = "manyheads"
 """Under it a weights file made by this project carries its description in the safetensors header."""

@@ -1,0 +1,72 @@
+"""Check: is the config right and are the data usable? Nothing is embedded, trained, downloaded or written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import backbone, dataset, tuning
+from pipeline import heads as head_table
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+
+NO_DOWNLOAD = "torchvision"
+"""The source whose images may have to be downloaded first."""
+
+
+def run(config: Config) -> list[str]:
+    """Look at the heads, the backbones and the data, and return what was found.
+
+    Raises
+    ------
+    PipelineError
+        With every problem of every part, one line each.
+    """
+    lines: list[str] = []
+    problems: list[str] = []
+    for part in (_heads, _backbones, _data):
+        _collect(part, config, lines, problems)
+    if problems:
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise PipelineError(f"{len(problems)} {plural}; nothing was embedded or trained", problems)
+    return [*lines, "the config is valid and the data can be used"]
+
+
+def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[str], problems: list[str]) -> None:
+    try:
+        lines += part(config)
+    except PipelineError as error:
+        problems += error.problems or [error.message]
+
+
+def _heads(config: Config) -> list[str]:
+    heads = head_table.resolve_all(config.heads)
+    problems = [problem for head in heads for problem in tuning.check(head, config.tuning)]
+    if problems:
+        raise PipelineError("heads", problems)
+    return [f"{len(heads)} heads: {', '.join(head.name for head in heads)}"]
+
+
+def _backbones(config: Config) -> list[str]:
+    problems = []
+    for section in config.backbones:
+        try:
+            backbone.check(section)
+        except PipelineError as error:
+            problems += error.problems or [error.message]
+    if problems:
+        raise PipelineError("backbones", problems)
+    return [f"{len(config.backbones)} backbones: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}"]
+
+
+def _data(config: Config) -> list[str]:
+    if config.dataset.source == NO_DOWNLOAD:
+        return [f"data set {config.dataset.name}: not looked at, because that may mean a download"]
+    with tempfile.TemporaryDirectory() as folder:
+        # Into a folder of its own: a look at the data must not fix their splits.
+        found = dataset.scan(config.dataset, config.seed, Path(folder, "dataset"))
+        failures = len(found.failures)
+        dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("ledger.csv"))
+        warnings = [f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds)]
+    return [line for line in found.summary_lines() if not line.startswith("since the last scan")] + warnings

@@ -1,0 +1,137 @@
+"""What a config asks to embed: each backbone section and baseline, and the embeddings it gives.
+
+The embeddings of a section are known only once its network has been loaded (the digest of its weights, the length of its
+vectors). They are therefore kept in `specs.json` under all that they depend on, and the next run loads no network to learn
+that there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import backbone, baselines
+from pipeline.config import Artifacts, BackboneConfig, Config
+from pipeline.digests import fingerprint
+from pipeline.embedders import Embedder
+from pipeline.embedding import EMBED_VERSION, EmbeddingSpec
+from pipeline.files import make_folder, write_text_atomic
+from pipeline.images import DECODE_POLICY
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "manyheads specs"
+VERSION = 1
+
+
+@dataclass
+class Source:
+    """One backbone section or baseline; its network is loaded when it is first needed."""
+
+    section: BackboneConfig | None
+    specs: tuple[EmbeddingSpec, ...]
+    config: Config
+    embedder: Embedder | None = field(default=None, repr=False)
+
+    def load(self) -> Embedder:
+        """Return the live embedder."""
+        if self.embedder is None:
+            self.embedder = (
+                baselines.load(self.specs[0].name)
+                if self.section is None
+                else backbone.load(self.section, self.config.extraction, self.config.seed)
+            )
+        return self.embedder
+
+
+def resolve(config: Config, files: Artifacts) -> list[Source]:
+    """Return every source with its embeddings, under names that are unique in the experiment.
+
+    Raises
+    ------
+    BackboneError
+        When a network that has to be loaded for it is not to be had.
+    """
+    known = _read(files.specs)
+    found: dict[str, list[dict[str, Any]]] = dict(known)
+    sources = []
+    for section in config.backbones:
+        key = _key(section, config)
+        source = Source(section, _known_specs(known.get(key)), config)
+        if not source.specs:
+            source = replace(
+                source, embedder=(made := backbone.load(section, config.extraction, config.seed)), specs=made.specs
+            )
+            found[key] = [spec.to_dict() for spec in source.specs]
+        sources.append(source)
+    sources += [Source(None, baselines.load(name).specs, config) for name in config.baselines if name != "majority"]
+    if found != known:
+        make_folder(files.root)
+        write_text_atomic(
+            files.specs, json.dumps({"format": FORMAT, "version": VERSION, "entries": found}, indent=1) + "\n"
+        )
+    return _with_unique_names(sources)
+
+
+def _key(section: BackboneConfig, config: Config) -> str:
+    """The digest of all that the specs of a section depend on, none of which needs torch to be known."""
+    return fingerprint(
+        {
+            "embed_version": EMBED_VERSION,
+            "section": section.model_dump(mode="json"),
+            "asked": [config.extraction.device, config.extraction.precision],
+            "seed": config.seed if section.weights == "random" else None,
+            "machine": backbone.choice_inputs(),
+            "decode": dict(DECODE_POLICY),
+            "file": _state_of(backbone.BUNDLED if section.weights == "bundled" else Path(section.weights)),
+        }
+    )
+
+
+def _state_of(path: Path) -> list[Any] | None:
+    """What changes when a file is written, or None where there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return [str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if (document["format"], document["version"]) == (FORMAT, VERSION):
+            return dict(document["entries"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}
+
+
+def _known_specs(entries: list[Mapping[str, Any]] | list[dict[str, Any]] | None) -> tuple[EmbeddingSpec, ...]:
+    try:
+        return tuple(EmbeddingSpec.from_dict(entry) for entry in entries or ())
+    except TypeError:  # fields of another version of this package
+        return ()
+
+
+def _with_unique_names(sources: list[Source]) -> list[Source]:
+    """Tell apart embeddings whose readable names agree though their vectors do not, by the start of the fingerprint."""
+    prints: dict[str, set[str]] = {}
+    for source in sources:
+        for spec in source.specs:
+            prints.setdefault(spec.name, set()).add(spec.fingerprint())
+    return [
+        replace(
+            source,
+            specs=tuple(
+                replace(spec, name=f"{spec.name}-{spec.fingerprint()[:6]}") if len(prints[spec.name]) > 1 else spec
+                for spec in source.specs
+            ),
+        )
+        for source in sources
+    ]

@@ -1,0 +1,115 @@
+"""From files to batches of pixels: threads read, decode and prepare images ahead of the network.
+
+Each thread fills a part of a batch whose memory exists already, and a fixed number of batches is under way, so memory stays
+the same however many images there are. An image is decoded once, whatever number of networks wants it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
+
+CHUNK = 8
+"""Images a thread takes at a time: handing them over one by one costs 0.1 to 0.2 ms each."""
+
+AHEAD = 3
+"""Batches under way: one with the network, one ready, one being filled."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to read: its number among the contents, where it is, and the digest its bytes must have, if any."""
+
+    content: int
+    path: str
+    digest: bytes | None
+    wanted: tuple[int, ...]
+    """Which of the preprocessings it has to go through."""
+
+
+@dataclass
+class Batch:
+    """Images on their way to the networks.
+
+    `pixels[k]` is uint8 of shape (size, height, width, 3), prepared by preprocessing k; row i belongs to `items[i]` and is
+    filled only where `items[i].wanted` has k and `problems` has no i.
+    """
+
+    items: Sequence[Item]
+    pixels: list[NDArray[np.uint8]]
+    problems: dict[int, ImageProblem] = field(default_factory=dict)
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Feeder:
+    """How images are read: where they are, the limit on their size, their preprocessings, and the number of threads."""
+
+    root: Path
+    max_pixels: int
+    preprocessings: tuple[Preprocessing, ...]
+    batch_size: int
+    workers: int
+
+    def batches(self, items: Sequence[Item]) -> Iterator[Batch]:
+        """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
+        free = [
+            self._memory(min(self.batch_size, len(items))) for _ in range(min(AHEAD, -(-len(items) // self.batch_size)))
+        ]
+        under_way: deque[tuple[Batch, list[Future[tuple[float, float]]]]] = deque()
+        starts = iter(range(0, len(items), self.batch_size))
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        try:
+            while True:
+                while free and (start := next(starts, None)) is not None:
+                    batch = Batch(items[start : start + self.batch_size], free.pop())
+                    under_way.append((batch, self._submit(pool, batch)))
+                if not under_way:
+                    return
+                batch, parts = under_way.popleft()
+                for part in parts:
+                    read, decoded = part.result()
+                    batch.read_seconds += read
+                    batch.decode_seconds += decoded
+                yield batch
+                free.append(batch.pixels)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _memory(self, size: int) -> list[NDArray[np.uint8]]:
+        return [np.zeros((size, *preprocessing.size, 3), np.uint8) for preprocessing in self.preprocessings]
+
+    def _submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[tuple[float, float]]]:
+        size = max(1, min(CHUNK, -(-len(batch.items) // self.workers)))
+        return [
+            pool.submit(self._fill, batch, range(start, min(start + size, len(batch.items))))
+            for start in range(0, len(batch.items), size)
+        ]
+
+    def _fill(self, batch: Batch, rows: range) -> tuple[float, float]:
+        """Fill some rows of a batch; return the seconds spent reading and decoding."""
+        reading = decoding = 0.0
+        for row in rows:
+            item = batch.items[row]
+            began = read = time.perf_counter()
+            try:
+                data = open_file(self.root, item.path, item.digest)
+                read = time.perf_counter()
+                image = decode(data, max_pixels=self.max_pixels)
+                for number in item.wanted:
+                    batch.pixels[number][row] = prepare(image, self.preprocessings[number])
+            except ImageProblem as problem:
+                batch.problems[row] = problem
+            reading += read - began
+            decoding += time.perf_counter() - read
+        return reading, decoding

@@ -1,0 +1,259 @@
+"""Care for an experiment's feature stores: status, verify, repair, gc, pack, export.
+
+The store knows contents, the index knows images; here the two are joined, so that damage is told as image paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import embedders, store
+from pipeline.config import Artifacts, Config
+from pipeline.dataset import DatasetIndex, failed_digests
+from pipeline.digests import Digests, content_digest, digests_to_hex
+from pipeline.embedders import EmbeddingRecord
+from pipeline.errors import StoreError
+from pipeline.images import ImageProblem, decode, open_file, policy_key, prepare
+
+EXAMPLES = 10
+"""Image paths named per store; the count is always told in full."""
+
+SAME_COSINE = 0.9999
+"""Two embeddings of one image on one kind of machine differ by rounding only; the canary rows use the same bound."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One store's verification: the files, and where asked a sample of images embedded anew."""
+
+    record: EmbeddingRecord
+    report: store.VerifyReport
+    damaged_images: tuple[str, ...]
+    sampled: int = 0
+    deviating_images: tuple[str, ...] = ()
+    """Sampled images whose vector is not the stored one."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.report.ok and not self.deviating_images
+
+    def lines(self) -> Iterator[str]:
+        """The outcome in plain lines."""
+        report = self.report
+        depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
+        verdict = "ok" if self.ok else "DAMAGED" if not report.ok else "DEVIATES"
+        yield f"{self.record.name}: {verdict}; {report.rows:,} vectors in {report.segments} segments, checked {depth}"
+        for problem in report.problems:
+            yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
+        yield from _named("images without a usable vector", self.damaged_images)
+        if self.sampled:
+            same = self.sampled - len(self.deviating_images)
+            yield f"  embedded {self.sampled} images anew: {same} give the stored vector"
+            yield from _named("images that give another vector", self.deviating_images)
+        yield from (f"  note: {note}" for note in report.notes)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What stage one left behind: its records and the index."""
+
+    config: Config
+    files: Artifacts
+    records: tuple[EmbeddingRecord, ...]
+    index: DatasetIndex
+
+    @staticmethod
+    def open(config: Config) -> Experiment:
+        """Read the records and the index.
+
+        Raises
+        ------
+        PipelineError
+            When stage one has not been run.
+        """
+        files = Artifacts(config.output)
+        return Experiment(config, files, embedders.read_records(files.features), DatasetIndex.read(files.dataset))
+
+    def path(self, record: EmbeddingRecord) -> Path:
+        """The store of an embedding."""
+        return self.files.root / record.store
+
+    def paths_of(self, digests: Digests) -> tuple[str, ...]:
+        """The images that have one of these contents."""
+        wanted = set(digests_to_hex(digests))
+        pairs = zip(self.index.paths.tolist(), digests_to_hex(self.index.digests), strict=True)
+        return tuple(path for path, digest in pairs if digest in wanted) if wanted else ()
+
+    def choose(self, name: str | None) -> EmbeddingRecord:
+        """Return an embedding by name; the only backbone's where none is named."""
+        candidates = [record for record in self.records if name in (None, record.name)]
+        if name is None and len(candidates) > 1:
+            candidates = [record for record in candidates if record.kind == "backbone"]
+        if len(candidates) != 1:
+            found = ", ".join(record.name for record in self.records)
+            raise StoreError(f"name one embedding with --embedding; this experiment has {found}")
+        return candidates[0]
+
+
+def status(config: Config) -> list[str]:
+    """Say what is cached, missing, stale and failed, and where."""
+    here = Experiment.open(config)
+    failed = failed_digests(here.files.dataset, policy_key(config.dataset.max_pixels))
+    known = set(digests_to_hex(failed))
+    live = here.index.digests[[digest not in known for digest in digests_to_hex(here.index.digests)]]
+    contents = len(np.unique(live, axis=0))
+    lines = [
+        f"{len(here.index):,} images in {len(here.index.classes)} classes, {contents:,} distinct contents that decode"
+    ]
+    if len(failed):
+        lines.append(
+            f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'ledger.csv'} names each"
+        )
+    for record in here.records:
+        found = store.status(here.path(record), live)
+        missing, stale = found.missing_rows or 0, found.stale_rows or 0
+        state = "complete" if not missing else f"{missing:,} missing: run `manyheads features`"
+        lines.append(f"{record.name}{' (untrained)' if record.untrained else ''}: {state}")
+        lines.append(
+            f"  {found.rows:,} vectors of {found.dim} {found.dtype} in {found.segments} segments, "
+            f"{_size(found.disk_bytes)}, generation {found.generation}"
+        )
+        lines.append(f"  {found.path}  digest {found.digest[:16]}")
+        if stale:
+            lines.append(f"  {stale:,} vectors belong to no image any more; `manyheads gc` removes them")
+        if found.journal_rows:
+            lines.append(
+                f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
+            )
+        if found.quarantined:
+            lines.append(f"  {found.quarantined} damaged files are set aside in {found.path / 'quarantine'}")
+        if found.writer:
+            lines.append(f"  being written by {found.writer}")
+    return lines
+
+
+def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check]:
+    """Check every store; `sample` images per store are embedded anew and compared."""
+    here = Experiment.open(config)
+    checks = []
+    for record in here.records:
+        report = store.verify(here.path(record), full=full)
+        check = Check(record, report, here.paths_of(report.damaged))
+        if sample and report.ok:
+            count, deviating = _embed_again(here, record, sample)
+            check = Check(record, report, check.damaged_images, count, deviating)
+        checks.append(check)
+    return checks
+
+
+def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tuple[int, tuple[str, ...]]:
+    """Embed random images anew; return how many, and those whose vector differs from the stored one."""
+    stored = store.FeatureStore.open(here.path(record), record.fingerprint)
+    rows = np.flatnonzero(~stored.missing(here.index.digests))
+    chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
+    embedder, output = embedders.open_record(record, here.config.extraction.device)
+    deviating = []
+    for row in chosen.tolist():
+        path = str(here.index.paths[row])
+        try:
+            data = open_file(here.index.root, path)
+            image = decode(data, max_pixels=here.config.dataset.max_pixels)
+        except ImageProblem as problem:
+            deviating.append(f"{path} (cannot be read now: {problem.reason})")
+            continue
+        if content_digest(data) != here.index.digests[row].tobytes():
+            deviating.append(f"{path} (changed since the last `manyheads features`)")
+            continue
+        again = embedder.embed(prepare(image, embedder.preprocessing)[None])[output][0]
+        before = stored.read(here.index.digests[row : row + 1])[0]
+        cosine = float(again @ before) / max(float(np.linalg.norm(again) * np.linalg.norm(before)), 1e-30)
+        if cosine < SAME_COSINE:
+            deviating.append(f"{path} (cosine {cosine:.6f}, expected at least {SAME_COSINE})")
+    return len(chosen), tuple(deviating)
+
+
+def repair(config: Config) -> list[str]:
+    """Drop exactly the damaged vectors of every store; the next run of stage one embeds them again."""
+    here = Experiment.open(config)
+    lines = []
+    for record in here.records:
+        report = store.repair(here.path(record))
+        images = here.paths_of(report.damaged)
+        if not images and not report.quarantined:
+            lines.append(f"{record.name}: nothing to repair")
+            continue
+        lines.append(
+            f"{record.name}: {len(images):,} images lost their vector; the damaged files are set aside in quarantine/"
+        )
+        lines += _named("to be embedded again", images)
+    return lines
+
+
+def gc(config: Config) -> list[str]:
+    """Remove the vectors that belong to no image any more."""
+    here = Experiment.open(config)
+    lines = []
+    for record in here.records:
+        report = store.collect(here.path(record), here.index.digests)
+        gone = report.rows_before - report.rows_after
+        freed = report.bytes_before - report.bytes_after
+        lines.append(
+            f"{record.name}: {gone:,} vectors removed, {report.rows_after:,} kept, {_size(max(freed, 0))} freed"
+        )
+    return lines
+
+
+def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
+    """Write one embedding with its paths, labels, splits and groups into a single HDF5 file."""
+    digests, columns, source = _table(config, embedding)
+    report = store.pack(source, output, digests, columns, anonymous)
+    return f"{report.rows:,} vectors of {report.images:,} images in {output} ({_size(report.bytes)}), digest {report.digest[:16]}"
+
+
+def export(config: Config, output: Path, *, embedding: str | None = None) -> str:
+    """Write one embedding of every image as `.npy` or `.parquet`, rows in the order of the index."""
+    digests, columns, source = _table(config, embedding)
+    report = store.export(source, output, digests, columns)
+    return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+
+
+def merge(target: Path, sources: Sequence[Path]) -> list[str]:
+    """Add the vectors of other stores of the same identity to a store."""
+    report = store.merge(target, sources)
+    lines = [f"{path}: {count:,} new vectors" for path, count in report.added]
+    return [*lines, f"{target} has {report.rows:,} vectors"]
+
+
+def _table(config: Config, embedding: str | None) -> tuple[Digests, Mapping[str, Sequence[str]], store.FeatureStore]:
+    """The images that have a vector, what the index says of them, and the store."""
+    here = Experiment.open(config)
+    record = here.choose(embedding)
+    opened = store.FeatureStore.open(here.path(record), record.fingerprint)
+    index = here.index.rows(~opened.missing(here.index.digests))
+    columns = {"paths": index.paths.tolist(), "labels": index.labels.tolist(), "splits": index.splits.tolist()}
+    if index.groups is not None:
+        columns["groups"] = index.groups.tolist()
+    return index.digests, columns, opened
+
+
+def _named(what: str, paths: Sequence[str]) -> Iterator[str]:
+    if paths:
+        yield f"  {len(paths):,} {what}:"
+        yield from (f"    {path}" for path in paths[:EXAMPLES])
+        if len(paths) > EXAMPLES:
+            yield f"    … and {len(paths) - EXAMPLES:,} more"
+
+
+def _size(count: int) -> str:
+    """A number of bytes for people."""
+    size = float(count)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
