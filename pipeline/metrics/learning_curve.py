@@ -135,7 +135,9 @@ def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None)
     """
     sizes = np.array([point.size for point in points], dtype=np.float64)
     errors = 1.0 - (np.array([point.accuracy for point in points]) if means is None else means)
-    weight = np.array([max(float(np.std(point.scores)), 0.003) for point in points]) ** -2.0
+    # A handful of draws tells a size's spread badly: none counts for more than twice the usual.
+    spread = np.array([float(np.std(point.scores)) for point in points])
+    weight = np.maximum(spread, max(float(np.median(spread)) / 2, 0.003)) ** -2.0
     weight /= weight.sum()
     x = (sizes / sizes[0]) ** -RATES[:, None]
     x_mean, e_mean = x @ weight, float(errors @ weight)

@@ -23,23 +23,30 @@ MOST_CELLS = 25
 """Classes of a confusion matrix drawn: the most confused ones."""
 
 
-def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str]) -> Chart:
+def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str) -> Chart:
     """Draw test accuracy with its interval and the cross-validation mean of each row; the no-evidence group is filled."""
 
     def draw(palette: Palette) -> Figure:
         shown = rows[:MOST_ROWS]
         made = figure(palette, height=0.9 + 0.27 * len(shown))
         axes = made.subplots()
+        floor = 100 * _floor([row.test.interval[0] for row in shown if row.test])
         for place, row in enumerate(shown):
             colour = palette.accent if row.key in group else palette.muted
             if row.test is not None:
                 low, high = row.test.interval
-                axes.plot([100 * low, 100 * high], [place, place], color=colour, solid_capstyle="round")
                 text = f"{row.key}: test {_points(row.test.accuracy)} [{_points(low)}, {_points(high)}], cross-validation {_points(row.cv_mean)}"
+                if 100 * row.test.accuracy < floor:
+                    axes.plot(floor, place, "<", color=colour, ms=6, gid=tip(text))
+                    continue
+                axes.plot([max(floor, 100 * low), 100 * high], [place, place], color=colour, solid_capstyle="round")
                 axes.plot(100 * row.test.accuracy, place, "o", color=colour, ms=6, gid=tip(text))
-            axes.plot(100 * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
+            if scoring == "accuracy" and 100 * row.cv_mean >= floor:
+                axes.plot(100 * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
         _row_names(axes, shown)
-        axes.set_xlabel("accuracy, %:  ● test with its 95 % interval   | cross-validation")
+        axes.set_xlabel(
+            "accuracy, %: ● test, 95 % interval" + ("  | cross-validation" if scoring == "accuracy" else "")
+        )
         return made
 
     return draw
@@ -53,12 +60,16 @@ def difference_chart(differences: Sequence[Difference], rows: Mapping[str, Leade
         made = figure(palette, height=0.9 + 0.27 * len(shown))
         axes = made.subplots()
         axes.axvline(0, color=palette.ink, lw=1)
+        floor = 100 * _floor([-item.interval[1] for item in shown])
         for place, item in enumerate(shown):
             colour = palette.accent if item.no_evidence else palette.muted
             low, high = (100 * end for end in item.interval)
-            axes.plot([-high, -low], [place, place], color=colour, solid_capstyle="round")
             verdict = "no evidence of a difference" if item.no_evidence else "worse than the best"
             text = f"{item.key}: {-100 * item.difference:+.1f} points [{-high:+.1f}, {-low:+.1f}], p = {item.p_value:.3f}, {verdict}"
+            if -100 * item.difference < floor:
+                axes.plot(floor, place, "<", color=colour, ms=6, gid=tip(text))
+                continue
+            axes.plot([max(floor, -high), -low], [place, place], color=colour, solid_capstyle="round")
             axes.plot(-100 * item.difference, place, "o", color=colour, ms=6, gid=tip(text))
         _row_names(axes, [rows[item.key] for item in shown])
         axes.set_xlabel("out-of-fold accuracy minus the best row's, points")
@@ -71,7 +82,7 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
     """Draw every trial's score and the best so far, one line per search."""
 
     def draw(palette: Palette) -> Figure:
-        made = figure(palette)
+        made = figure(palette, height=3.6 + 0.08 * len(searches))
         axes = made.subplots()
         lowest = []
         for number, (name, trials) in enumerate(searches.items()):
@@ -93,14 +104,14 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
             )
             lowest.append(float(np.nanmin(best)))
         if lowest:
-            # A few failed or hopeless trials would flatten the part that matters.
-            bottom, top = _scaled(np.array([min(lowest)]), scoring)[0], axes.get_ylim()[1]
-            axes.set_ylim(bottom - 0.25 * (top - bottom) - 1e-3, top)
+            # Failed, hopeless trials and searches would flatten the part that matters.
+            floor, top = _scaled(np.array([_floor(lowest)]), scoring)[0], axes.get_ylim()[1]
+            axes.set_ylim(floor - 0.1 * (top - floor) - 1e-3, top)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trial")
         axes.set_ylabel(_score_label(scoring))
         if len(searches) > 1:
-            axes.legend(loc="lower right", ncols=1 if len(searches) < 6 else 2, fontsize=7)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.42, -0.17), ncols=2, fontsize=7)
         return made
 
     return draw
@@ -262,7 +273,8 @@ def cost_chart(rows: Sequence[LeaderboardRow], images: int) -> Chart:
     def draw(palette: Palette) -> Figure:
         made = figure(palette)
         axes = made.subplots()
-        shown = [row for row in rows if row.test is not None]
+        floor = _floor([row.test.interval[0] for row in rows if row.test])
+        shown = [row for row in rows if row.test is not None and row.test.accuracy >= floor]
         cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
         value = [row.test.accuracy for row in shown if row.test is not None]
         best = pareto(cost, value)
@@ -298,7 +310,7 @@ def map_chart(space: Map, labels: Sequence[str], classes: Sequence[str]) -> Char
     """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by class."""
 
     def draw(palette: Palette) -> Figure:
-        made = figure(palette, width=7.6, height=5.6)
+        made = figure(palette, width=7.6, height=4.6)
         axes = made.subplots()
         place = {label: number for number, label in enumerate(classes)}
         codes = np.array([place[label] for label in labels])
@@ -360,9 +372,23 @@ def ranking_chart(ranking: Ranking, names: Sequence[str]) -> Chart:
     return draw
 
 
+def _floor(values: Sequence[float]) -> float:
+    """Return where an axis may begin: below the bulk of the values, so that a hopeless few do not squeeze the rest."""
+    if not values:
+        return 0.0
+    middle, top = float(np.median(values)), max(values)
+    return max(min(values), middle - 3 * (top - middle) - 0.02)
+
+
 def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
     several = len({row.embedding for row in rows}) > 1
-    names = [f"{row.head} · {_short(row.embedding, 26)}" if several else row.head for row in rows]
+    names = [row.head.replace("_", " ") for row in rows]
+    if several:
+        short = [row.embedding.removesuffix("-penultimate") for row in rows]
+        names = [
+            f"{name} · {embedding if len(embedding) < 18 else embedding[:16] + '…'}"
+            for name, embedding in zip(names, short, strict=True)
+        ]
     axes.set_yticks(range(len(rows)), [plain_text(name) for name in names], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")

@@ -47,13 +47,16 @@ def charts_of(material: Material) -> dict[str, Chart]:
     """Return every chart that the material has the numbers for, by name; the page and the PNG files share them."""
     board, best = material.leaderboard, material.best
     group = board.verdict.no_evidence if board.verdict else (board.best.key,)
-    found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.rows, group)}
+    found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.rows, group, board.scoring)}
     if board.verdict and len(board.verdict.differences) > 1:
         found["differences"] = charts.difference_chart(board.verdict.differences, {row.key: row for row in board.rows})
     searches = {row.key: material.trials[row.key] for row in board.rows if len(material.trials.get(row.key, ())) > 1}
     if searches:
         several = len({key.split("/")[0] for key in searches}) > 1
-        named = {key if several else key.split("/")[-1]: searches[key] for key in list(searches)[:MOST_SEARCHES]}
+        named = {
+            key.replace("-penultimate/", "/") if several else key.split("/")[-1]: searches[key]
+            for key in list(searches)[:MOST_SEARCHES]
+        }
         found["tuning"] = charts.tuning_chart(named, board.scoring)
     if best is not None:
         matrix = confusion_matrix(best.test.y_true, best.test.y_pred, best.classes)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
+from statistics import median
 
+from pipeline.config import Artifacts
 from pipeline.metrics import Calibration, ClassScores, Interval
 from pipeline.report.leaderboard import Leaderboard, LeaderboardRow, seconds
 from pipeline.report.material import Material
@@ -38,11 +40,9 @@ def leaderboard(board: Leaderboard) -> str:
     """Return the leaderboard, best row first."""
     group = board.verdict.no_evidence if board.verdict else (board.best.key,)
     tests = [row.test for row in board.rows if row.test]
-    low = min((test.interval[0] for test in tests), default=0.0)
-    high = max((test.interval[1] for test in tests), default=1.0)
-    # The majority's floor would squeeze all others into a corner.
-    usual = sorted(test.interval[0] for test in tests)
-    span = (max(low, usual[len(usual) // 2] - 3 * (high - usual[len(usual) // 2])) if usual else 0.0, high)
+    # A hopeless row's interval would squeeze all others into a corner.
+    lows, high = [test.interval[0] for test in tests], max((test.interval[1] for test in tests), default=1.0)
+    span = (max(min(lows), 4 * median(lows) - 3 * high) if lows else 0.0, high)
     rows = []
     for row in board.rows:
         kind = " ".join(
@@ -84,7 +84,7 @@ def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) 
     test = row.test
     cells: list[Cell] = [
         (escape(row.head.replace("_", " ")) + tags, None),
-        (escape(row.embedding) + note, None),
+        (f'<span class="nowrap">{escape(row.embedding)}</span>{note}', None),
         (validation, row.cv_mean),
     ]
     if test is None:
@@ -200,7 +200,8 @@ def reproduce(material: Material) -> str:
     """Return what is needed to make the experiment again."""
     provenance = dict(material.leaderboard.provenance)
     config = provenance.pop("config", None)
-    command = provenance.pop("command", None) or "manyheads heads config.yaml"
+    config_file = Artifacts(material.output).config
+    command = provenance.pop("command", None) or f"manyheads features {config_file}\nmanyheads heads {config_file}"
     versions = provenance.pop("versions", {})
     digests = provenance.pop("stores", {})
     facts = "\n".join(f"{name}: {_short(value)}" for name, value in provenance.items() if not isinstance(value, dict))
