@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +22,11 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 from sklearn.pipeline import Pipeline
 from skopt.space import Categorical, Integer, Real
 
+from pipeline import files
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import HEADS, Head, configure, resolve
-from pipeline.tuning import SCORERS, check, expand_scores, make_folds, racing, strategies, tune
+from pipeline.tuning import SCORERS, check, expand_scores, make_folds, racing, search, strategies, tune
 from pipeline.tuning.strategies import cardinality
 
 
@@ -177,16 +180,16 @@ def bowl(point):
 
 @pytest.mark.parametrize("strategy", ["bayes", "random", "grid"])
 def test_every_strategy_starts_with_the_defaults_and_repeats_with_its_seed(strategy):
-    points, _ = drive(strategy, SPACE, DEFAULTS, 12, 0, bowl)
-    again, _ = drive(strategy, SPACE, DEFAULTS, 12, 0, bowl)
+    points, _ = drive(strategy, SPACE, DEFAULTS, 9, 0, bowl)
+    again, _ = drive(strategy, SPACE, DEFAULTS, 9, 0, bowl)
     assert points[0] == DEFAULTS
     assert points == again
     assert len({str(point) for point in points}) == len(points)
     assert all(point[key] in SPACE[key] for point in points for key in SPACE)
-    assert 9 <= len(points) <= 12
+    assert 7 <= len(points) <= 9
     json.dumps(points)
     if strategy != "grid":
-        assert points != drive(strategy, SPACE, DEFAULTS, 12, 1, bowl)[0]
+        assert points != drive(strategy, SPACE, DEFAULTS, 9, 1, bowl)[0]
 
 
 def test_bayes_finds_what_random_and_grid_only_come_near_to():
@@ -295,9 +298,8 @@ def test_scores_are_those_of_plain_scikit_learn_on_the_same_folds(tmp_path):
 def test_the_number_of_jobs_does_not_change_the_result(tmp_path):
     X, y = features()
     folds = make_folds(y, 5, 0)
-    for name in ("random_forest", "logistic_regression", "rbf_svm"):
-        head = resolve(HeadConfig(name=name, space={"min_samples_leaf": (1, 4)} if name == "random_forest" else {}))
-        head = replace(head, fixed={"n_estimators": 12}) if name == "random_forest" else head
+    for name in ("random_forest", "logistic_regression"):
+        head = replace(HEADS[name], fixed={"n_estimators": 8}) if name == "random_forest" else HEADS[name]
         runs = [
             tune(head, X, y, folds, TuningConfig(trials=6, jobs=jobs), 0, tmp_path / f"{name}{jobs}.jsonl")
             for jobs in (1, 3)
@@ -321,6 +323,37 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(tmp_path):
     assert [event["error"] for event in events if event["event"] == "trial"] == [trial.error for trial in run.trials]
 
 
+def test_features_that_are_no_numbers_are_refused(tmp_path):
+    X, y = features()
+    X[7, 3] = np.nan
+    with pytest.raises(HeadError, match="the features hold NaN or infinity, first within rows 0 to 4095"):
+        tune(LDA, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
+
+
+def test_a_memory_map_is_as_good_as_an_array(tmp_path):
+    X, y = features()
+    folds = make_folds(y, 3, 0)
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    runs = [
+        tune(HEADS["ridge"], rows, y, folds, TuningConfig(trials=4), 0, tmp_path / f"{place}.jsonl")
+        for place, rows in enumerate((X, mapped))
+    ]
+    assert summary(runs[0]) == summary(runs[1])
+    assert (tmp_path / "0.jsonl").read_text().splitlines()[0] == (tmp_path / "1.jsonl").read_text().splitlines()[0]
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    X, y = features()
+
+    def full(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(files.SYSTEM, "write", full)
+    with pytest.raises(HeadError, match=r"trials.jsonl: the trials cannot be written down there \(No space left"):
+        tune(LDA, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
+
+
 def test_a_search_in_which_everything_fails_says_why(tmp_path):
     X, y = features()
     with pytest.raises(HeadError) as caught:
@@ -338,13 +371,16 @@ def test_warnings_are_counted_and_not_printed(tmp_path, recwarn):
     assert not [warning for warning in recwarn if "Convergence" in warning.category.__name__]
 
 
-def test_a_time_budget_ends_a_search(tmp_path):
+def test_a_time_budget_ends_a_search(tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(search, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.01))
     X, y = features()
     folds = make_folds(y, 3, 0)
     run = tune(counting(), X, y, folds, TuningConfig(seconds=1e-9), 0, tmp_path / "a.jsonl")
     assert len(run.trials) == 4  # one round is always finished
-    longer = tune(counting(), X, y, folds, TuningConfig(seconds=0.5, trials=4), 0, tmp_path / "b.jsonl")
-    assert len(longer.trials) > 4
+    longer = tune(counting(), X, y, folds, TuningConfig(seconds=1.0, jobs=1), 0, tmp_path / "b.jsonl")
+    assert 8 <= len(longer.trials) <= 60
+    assert longer.seconds >= 1.0
 
 
 # The journal ---------------------------------------------------------------------------------------------------------
@@ -363,7 +399,7 @@ def test_a_finished_search_is_replayed_without_a_fit(tmp_path):
     assert again.seconds > first.trials[-1].fit_seconds
 
 
-@pytest.mark.parametrize("stop_after", [1, 7, 13])
+@pytest.mark.parametrize("stop_after", [2, 13])
 def test_an_interrupted_search_goes_on_and_ends_the_same(stop_after, tmp_path):
     X, y = features()
     folds = make_folds(y, 3, 0)

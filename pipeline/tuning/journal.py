@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import files
 from pipeline.digests import canonical_json, fingerprint
 from pipeline.errors import HeadError
 
@@ -25,8 +26,8 @@ VERSION = 1
 class Journal:
     """An open journal: the events of earlier runs, and a place for new ones."""
 
-    def __init__(self, descriptor: int, events: Sequence[Mapping[str, Any]]) -> None:
-        self._descriptor = descriptor
+    def __init__(self, path: Path, descriptor: int, events: Sequence[Mapping[str, Any]]) -> None:
+        self._path, self._descriptor = path, descriptor
         self.events = tuple(events)
 
     @staticmethod
@@ -40,28 +41,43 @@ class Journal:
         """
         header = {"format": FORMAT, "version": VERSION, "digest": fingerprint(identity), "identity": identity}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path.parent)
             events, length = _read(path, header)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            descriptor = int(files.SYSTEM["open"](path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666))
             if os.fstat(descriptor).st_size > length:
-                os.ftruncate(descriptor, length)
-            journal = Journal(descriptor, events)
-            if not length:
-                journal.append([header])
+                files.SYSTEM["ftruncate"](descriptor, length)
         except OSError as error:
-            raise HeadError(f"{path}: the trials cannot be written down there ({error.strerror})") from None
+            raise _unwritable(path, error) from error
+        journal = Journal(path, descriptor, events)
+        if not length:
+            journal.append([header])
         return journal
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Write events in one piece and wait until they are on disk."""
+        """Write events in one piece and wait until they are on disk.
+
+        Raises
+        ------
+        HeadError
+            When they cannot be written, for instance on a full disk.
+        """
         data = "".join(canonical_json(event) + "\n" for event in events).encode("ascii")
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        os.fsync(self._descriptor)
+        try:
+            files.write_all(self._descriptor, data)
+            files.sync(self._descriptor)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        files.SYSTEM["close"](self._descriptor)
+
+
+def _unwritable(path: Path, error: OSError) -> HeadError:
+    return HeadError(
+        f"{path}: the trials cannot be written down there ({error.strerror}); make room or choose another output folder, "
+        "and run again: what is written is kept"
+    )
 
 
 def _read(path: Path, header: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int]:
@@ -88,7 +104,7 @@ def _read(path: Path, header: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]
         log.info(
             "%s: a new search begins, because %s; the old trials are kept in %s", path, _why(lines[0], header), old.name
         )
-        os.replace(path, old)
+        files.SYSTEM["rename"](path, old)
     return [], 0
 
 

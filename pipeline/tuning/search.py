@@ -6,28 +6,25 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
-import scipy
-import sklearn
-import skopt
 from numpy.typing import ArrayLike, NDArray
 from sklearn.pipeline import Pipeline
 from threadpoolctl import ThreadpoolController, threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline.config import TuningConfig
-from pipeline.digests import bytes_digest, canonical_json
 from pipeline.errors import HeadError
-from pipeline.heads import Head, Params, configure, identity
+from pipeline.heads import Head, Params, configure
 from pipeline.progress import Progress, bar
 from pipeline.tuning import racing, strategies
 from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
+from pipeline.tuning.events import fit_event, fit_key, replay, search_identity
 from pipeline.tuning.folds import Folds
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
@@ -35,11 +32,11 @@ from pipeline.tuning.scoring import SCORERS
 
 log = logging.getLogger(__name__)
 
-SOLVERS_VERSION = 1
-"""Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
-
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
+
+BLOCK = 4096
+"""Rows looked at together, so that a memory map is not read as a whole."""
 
 FEW_FEATURES = 1 << 25
 """Numbers in a feature matrix below which the last fit uses one thread for its products."""
@@ -80,9 +77,14 @@ def tune(
     problems = check(head, tuning)
     if problems:
         raise HeadError(problems[0])
+    wrong = [place for place in range(0, len(X), BLOCK) if not np.isfinite(X[place : place + BLOCK]).all()]
+    if wrong:
+        raise HeadError(
+            f"the features hold NaN or infinity, first within rows {wrong[0]} to {wrong[0] + BLOCK - 1}; extract them again in fp32"
+        )
     classes, codes = np.unique(np.asarray(y), return_inverse=True)
     problem = Problem(head, X, codes.astype(np.int64), len(classes), tuple(folds), seed)
-    book = Journal.open(journal, _identity(problem, classes, tuning))
+    book = Journal.open(journal, search_identity(problem, classes, tuning))
     try:
         search = _Search(problem, tuning, book)
         with counting_warnings(), threadpool_limits(limits=1, user_api="blas"):
@@ -122,10 +124,9 @@ class _Search:
         self.surrogate_seconds = 0.0
         self.replayed = 0
         fits = [event for event in journal.events if event["event"] == "fit"]
-        self._known = {_fit_key(event["cheap"], event["params"], event["fold"]): event for event in fits}
+        self._known = {fit_key(event["cheap"], event["params"], event["fold"]): event for event in fits}
         self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
         self._start = time.perf_counter()
-        self._kept: tuple[int, list[FoldOutcome]] | None = None
         self._threads = ThreadpoolController()
         self._scorer = SCORERS[tuning.scoring]
 
@@ -159,7 +160,7 @@ class _Search:
 
     def _hopeless(self, size: int) -> bool:
         """Whether the first two rounds failed to the last trial: more would fail too."""
-        return len(self.trials) >= 2 * size + 1 and all(trial.status == "failed" for trial in self.trials)
+        return len(self.trials) >= 2 * size and all(trial.status == "failed" for trial in self.trials)
 
     def _round(self, points: Sequence[Params], progress: Progress) -> list[float | None]:
         """Fit one round of points; return what the strategy is told of each."""
@@ -244,10 +245,10 @@ class _Search:
         results: list[tuple[int, int, FoldOutcome, float]] = []
         pending = []
         for fold, group in tasks:
-            known = [self._known.get(_fit_key(cheap, points[place], fold)) for place in group]
+            known = [self._known.get(fit_key(cheap, points[place], fold)) for place in group]
             if all(known):
                 self.replayed += len(group)
-                results += [(place, fold, *_replay(event)) for place, event in zip(group, known, strict=True) if event]
+                results += [(place, fold, *replay(event)) for place, event in zip(group, known, strict=True) if event]
             else:
                 pending.append((fold, group))
         run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator_unordered")
@@ -255,7 +256,7 @@ class _Search:
             events = []
             for place, (outcome, score) in zip(group, made, strict=True):
                 results.append((place, fold, outcome, score))
-                events.append(_fit_event(numbers[place], points[place], fold, outcome, score, cheap, self.elapsed()))
+                events.append(fit_event(numbers[place], points[place], fold, outcome, score, cheap, self.elapsed()))
             self.journal.append(events)
         return sorted(results, key=lambda result: result[:2])
 
@@ -276,9 +277,19 @@ class _Search:
     def _evaluate(self, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:
         # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
         with self._threads.limit(limits=1, user_api="openmp"):
+            points = [{**self.problem.head.fixed, **candidate} for candidate in candidates]
             if len(np.unique(self.problem.y[self.problem.folds[fold][0]])) < 2:
-                return GENERIC.evaluate(self.problem, fold, None, candidates)
-            return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), candidates)
+                return GENERIC.evaluate(self.problem, fold, None, points)
+            try:
+                return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), points)
+            except (MemoryError, np.linalg.LinAlgError) as error:
+                log.warning(
+                    "head %s: no shared work on fold %d (%r); each trial is fitted by itself",
+                    self.problem.head.name,
+                    fold,
+                    error,
+                )
+                return GENERIC.evaluate(self.problem, fold, None, points)
 
     def _trial(
         self,
@@ -304,15 +315,15 @@ class _Search:
             warnings=dict(sum((Counter(outcome.warnings) for outcome in outcomes), Counter())),
         )
         if errors:
-            return replace(trial, status="failed", error=errors[0])
+            return changed(trial, status="failed", error=errors[0])
         if reason is not None and leader is not None:
             # On the same folds the difference to the leader is less noisy than the score itself.
             estimate = float(leader.mean() + (scores[fitted] - leader[fitted]).mean())
-            return replace(trial, status="stopped", estimate=estimate, reason=reason)
+            return changed(trial, status="stopped", estimate=estimate, reason=reason)
         mean = float(scores.mean())
         if cheap:
-            return replace(trial, status="stopped", estimate=mean, reason="screened only")
-        return replace(trial, mean=mean, estimate=mean)
+            return changed(trial, status="stopped", estimate=mean, reason="screened only")
+        return changed(trial, mean=mean, estimate=mean)
 
     def _best(self) -> Trial:
         done = [trial for trial in self.trials if trial.mean is not None]
@@ -349,39 +360,6 @@ def _complete(trial: Trial, cheap: bool) -> bool:
     return None not in trial.fold_scores and (trial.mean is None) == cheap
 
 
-def _fit_key(cheap: bool, params: Params, fold: int) -> str:
-    return canonical_json([cheap, dict(params), fold])
-
-
-def _fit_event(
-    number: int, params: Params, fold: int, outcome: FoldOutcome, score: float, cheap: bool, elapsed: float
-) -> dict[str, Any]:
-    return {
-        "event": "fit",
-        "trial": number,
-        "params": dict(params),
-        "cheap": cheap,
-        "fold": fold,
-        "score": None if math.isnan(score) else score,
-        "fit_seconds": round(outcome.fit_seconds, 6),
-        "score_seconds": round(outcome.score_seconds, 6),
-        "warnings": dict(outcome.warnings),
-        "error": outcome.error,
-        "elapsed": elapsed,
-    }
-
-
-def _replay(event: Mapping[str, Any]) -> tuple[FoldOutcome, float]:
-    outcome = FoldOutcome(
-        predictions=None,
-        fit_seconds=event["fit_seconds"],
-        score_seconds=event["score_seconds"],
-        warnings=event["warnings"],
-        error=event["error"],
-    )
-    return outcome, math.nan if event["score"] is None else float(event["score"])
-
-
 def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
     """Fit the head's plain pipeline on all rows; `n_jobs` is used for the fit and not kept."""
     # Threads of a small product wait for each other longer than they work.
@@ -390,28 +368,3 @@ def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipe
         parallel = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
         kept = {key: pipeline.get_params()[key] for key in parallel}
         return pipeline.set_params(**parallel).fit(problem.X, y).set_params(**kept)
-
-
-def _identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfig) -> dict[str, Any]:
-    """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
-    folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
-    budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
-    return {
-        "features": [list(problem.X.shape), str(problem.X.dtype), bytes_digest(_bytes_of(problem.X))],
-        "labels": [[str(label) for label in classes], bytes_digest(problem.y.tobytes())],
-        "folds": bytes_digest(folds),
-        "head": identity(problem.head, problem.seed),
-        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **budget},
-        "seed": problem.seed,
-        "versions": {
-            "scikit-learn": sklearn.__version__,
-            "scikit-optimize": skopt.__version__,
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-            "solvers": SOLVERS_VERSION,
-        },
-    }
-
-
-def _bytes_of(array: NDArray[Any]) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))  # type: ignore[arg-type]
