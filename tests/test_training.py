@@ -50,7 +50,7 @@ from pipeline.training import (
 from pipeline.training.averages import copy_weights, greedy_soup, interpolate, load_weights, mean_weights, move_average
 from pipeline.training.batches import augmented, crop_and_flip, mixed, rows_at, to_float
 from pipeline.training.loop import make_optimizer
-from pipeline.training.search import recompute_statistics
+from pipeline.training.norms import recompute_statistics
 from pipeline.training.settings import rate_factor, size_at, stage_rates, steps_for
 from pipeline.training.stages import groups_of, set_trainable
 

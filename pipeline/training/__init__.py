@@ -16,10 +16,11 @@ weights_file.py  the result, as `backbone` loads it
 from pipeline.training.batches import Labelled
 from pipeline.training.checkpoint import Run, Score
 from pipeline.training.handover import fold, put_head, random_layer
-from pipeline.training.loop import Data, Task, Trained, evaluate, predict_logits, train
+from pipeline.training.loop import Trained, evaluate, predict_logits, train
 from pipeline.training.search import RangeTest, ReturnPath, range_test, return_path
 from pipeline.training.settings import Settings, decide
 from pipeline.training.stages import PlanStep, Stage, check_plan, describe_plan, stages_of
+from pipeline.training.task import Data, Task
 from pipeline.training.weights_file import describe, write_weights
 
 __all__ = [

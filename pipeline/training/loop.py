@@ -25,34 +25,13 @@ from pipeline.training.averages import Weights, copy_weights, greedy_soup, load_
 from pipeline.training.batches import Labelled, augmented, mixed, rows_at, to_float
 from pipeline.training.checkpoint import Run, Score, State, restore, save
 from pipeline.training.instruments import dropout, profiler, show, tensorboard
+from pipeline.training.norms import recompute_statistics
 from pipeline.training.replicas import Replicas, replicas
 from pipeline.training.settings import Settings, rate_factor, size_at, stage_rates
-from pipeline.training.stages import Stage, groups_of, set_trainable
+from pipeline.training.stages import groups_of, set_trainable
+from pipeline.training.task import Data, Task
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is learned from, what weights are chosen on, and how pixels become numbers."""
-
-    train: Labelled
-    validation: Labelled
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A network to train in place and the plan it is trained by; `plan` is what `check_plan` returned."""
-
-    network: nn.Module
-    stages: tuple[Stage, ...]
-    plan: tuple[tuple[float, int], ...]
-    settings: Settings
-    seed: int
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -298,12 +277,14 @@ def _choose(task: Task, data: Data, state: State) -> Trained:
 
         def judge(candidate: Weights) -> Score:
             load_weights(task.network, candidate)
+            if task.settings.batch_norm == "train":
+                recompute_statistics(task, data)
             return evaluate(task.network, data.validation, data, task.device, task.settings.precision)
 
         soup, members = greedy_soup([entry[1] for entry in state.pool], judge)
         soup_score = judge(soup)
         if members > 1 and soup_score > score:
-            score, weights, source = soup_score, soup, f"soup of {members}"
+            score, weights, source = soup_score, copy_weights(task.network), f"soup of {members}"
     load_weights(task.network, weights)
     task.network.eval()
     return Trained(weights, source, score, state.start_score, tuple(state.history), state.step, state.seconds)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import nn
 
 from pipeline.errors import TrainingError
 from pipeline.training.averages import Weights, copy_weights, interpolate, load_weights
-from pipeline.training.batches import augmented, rows_at
 from pipeline.training.checkpoint import Score
-from pipeline.training.loop import Data, Task, evaluate, make_optimizer, train_step
+from pipeline.training.loop import evaluate, make_optimizer, train_step
+from pipeline.training.norms import recompute_statistics
+from pipeline.training.task import Data, Task
 
 ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 BLOW_UP = 4.0
@@ -88,27 +86,6 @@ def return_path(task: Task, data: Data, start: Weights, end: Weights, alphas: Se
     if task.settings.batch_norm == "train" and 0 < alphas[best] < 1:
         recompute_statistics(task, data)
     return ReturnPath(tuple(alphas), tuple(scores), alphas[best], copy_weights(task.network))
-
-
-def recompute_statistics(task: Task, data: Data, batches: int = 20) -> None:
-    """Measure BatchNorm's statistics anew: those of averaged weights are not the average of the statistics."""
-    norms = [norm for norm in task.network.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    task.network.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
-        norm.train()
-    settings = task.settings
-    torch.manual_seed(task.seed)
-    with torch.no_grad():
-        for batch in range(min(batches, math.ceil(len(data.train) / settings.batch_size))):
-            rows = rows_at(batch * settings.batch_size, settings.batch_size, len(data.train), task.seed)
-            pixels = data.train.pixels[rows]
-            task.network(augmented(pixels, settings, pixels.shape[1], task.device, data.mean, data.std))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    task.network.eval()
 
 
 def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float:
