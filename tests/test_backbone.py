@@ -462,6 +462,18 @@ def test_unknown_names_get_a_guess() -> None:
         load("alexnet")
 
 
+def test_a_section_is_checked_without_fetching_or_loading_anything(hub: Path) -> None:
+    weights.check(BackboneConfig(name="resnet50", weights="IMAGENET1K_V2", layers=("layer4", "penultimate")))
+    weights.check(BackboneConfig(name="vit_b_32"))
+    assert not hub.exists()
+    with pytest.raises(BackboneError, match=r"resnet50 has no weights 'IMAGENET1K_V9'"):
+        weights.check(BackboneConfig(name="resnet50", weights="IMAGENET1K_V9"))
+    with pytest.raises(BackboneError, match="1 of the layers asked for is not in the network"):
+        weights.check(BackboneConfig(name="resnet50", layers=("layer5",)))
+    with pytest.raises(BackboneError, match=r"vit_b_32 takes images of 224 x 224 pixels only"):
+        weights.check(BackboneConfig(name="vit_b_32", preprocessing=SMALL))
+
+
 # ---- device and precision
 
 

@@ -2,7 +2,7 @@
 
     precision.py   which device and number format a run uses
     weights.py     enum member, local file, bundled or random weights -> a network in eval mode
-    layers.py      the network's graph: nodes, shapes, the default layer, pooling
+    graph.py       the network's graph: nodes, shapes, the default layer, pooling
     network.py     Backbone: uint8 pixels -> float32 vectors
 
 Nothing here imports torch before a network is asked for: a run with nothing to do never pays for that import.
@@ -23,7 +23,20 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetensors"
 """The weights that come with the package; beside them a `.json` of the same name describes them."""
 
-__all__ = ["BUNDLED", "EmbeddingSpec", "choice_inputs", "choose_precision", "layers", "load"]
+__all__ = ["BUNDLED", "EmbeddingSpec", "check", "choice_inputs", "choose_precision", "layers", "load"]
+
+
+def check(config: BackboneConfig) -> None:
+    """Say without loading or downloading anything whether a section names a model and weights that exist.
+
+    Raises
+    ------
+    BackboneError
+        When it does not.
+    """
+    from pipeline.backbone import weights
+
+    weights.check(config)
 
 
 def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int) -> Backbone:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pipeline.backbone import BUNDLED
-from pipeline.backbone.graph import classifier, trace
+from pipeline.backbone.graph import classifier, resolve, trace
 from pipeline.config import BackboneConfig, PreprocessingConfig, guess
 from pipeline.digests import canonical_json
 from pipeline.errors import BackboneError
@@ -70,6 +70,23 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
     if config.weights == "random":
         return _from_seed(config, seed)
     return _from_enum(config)
+
+
+def check(config: BackboneConfig) -> None:
+    """Refuse a section whose model, arguments, weights, image size or layers are not to be had; fetches nothing.
+
+    Raises
+    ------
+    BackboneError
+    """
+    if config.weights == "bundled" or config.weights.endswith(SUFFIXES):
+        module = load_network(config, seed=0).module
+    else:
+        if config.weights != "random":
+            _member(config)
+        module = build_empty(config.name, config.arguments)
+        _fitting_preprocessing(config, module, _default_preprocessing(config.name))
+    resolve(trace(module), config.layers)
 
 
 # ---- architectures
@@ -162,7 +179,8 @@ def _from_seed(config: BackboneConfig, seed: int) -> Network:
     return _network(config, module, "random", _default_preprocessing(config.name), untrained=True)
 
 
-def _from_enum(config: BackboneConfig) -> Network:
+def _member(config: BackboneConfig) -> Any:
+    """The member of torchvision's weights enum that a section names."""
     check_architecture(config.name)
     members = torchvision.models.get_model_weights(config.name).__members__
     if config.weights not in members:
@@ -170,7 +188,11 @@ def _from_enum(config: BackboneConfig) -> Network:
             f"{config.name} has no weights {config.weights!r}{guess(config.weights, list(members))}; "
             f"there are {', '.join(name for name in members if name != 'DEFAULT')}, random, bundled, or a .safetensors or .pth file"
         )
-    member = members[config.weights]
+    return members[config.weights]
+
+
+def _from_enum(config: BackboneConfig) -> Network:
+    member = _member(config)
     _require_checkpoint(member)
     with _tensors_only():
         module = build(
@@ -187,14 +209,19 @@ def _from_file(config: BackboneConfig, path: Path) -> Network:
 
 
 def _from_bundle(config: BackboneConfig) -> Network:
+    description = json.loads(_require_bundled().read_text(encoding="utf-8"))
+    state, _ = read_weights(BUNDLED)
+    return _from_state(config, state, description, str(BUNDLED), "bundled")
+
+
+def _require_bundled() -> Path:
+    """The description of the bundled weights, which lies beside them."""
     described = BUNDLED.with_suffix(".json")
     if not BUNDLED.exists() or not described.exists():
         raise BackboneError(
             f"weights: bundled: this installation comes without {BUNDLED.name}; use weights: random or a torchvision weights name"
         )
-    state, _ = read_weights(BUNDLED)
-    description = json.loads(described.read_text(encoding="utf-8"))
-    return _from_state(config, state, description, str(BUNDLED), "bundled")
+    return described
 
 
 def _from_state(
