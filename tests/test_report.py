@@ -279,7 +279,7 @@ def test_page_shows_what_was_planted(experiment: Path, page: str):
     assert "train/class0/006.png,猫 $5,ant" in labels
     copies = (experiment / "doctor" / "near_duplicates.csv").read_text(encoding="utf-8").splitlines()
     assert copies[1].startswith("test/class0/000.png,train/class0/000.png")
-    assert "1 of them in two splits" in page
+    assert "1 across splits" in page
     assert "test/class0/001.png" in (experiment / "doctor" / "outliers.csv").read_text(encoding="utf-8")
 
 

@@ -125,7 +125,7 @@ def confusion_chart(matrix: NDArray[np.int64], classes: Sequence[str]) -> Chart:
         kept = np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
         cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
         shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
-        made = figure(palette, height=5.2)
+        made = figure(palette, height=4.7)
         axes = made.subplots()
         axes.grid(False)
         for row, column in np.argwhere(cells > 0).tolist():
@@ -177,7 +177,7 @@ def reliability_chart(out_of_fold: Calibration | None, test: Calibration) -> Cha
     """Draw how often predictions were right against how sure they were, with Wilson intervals on the test images."""
 
     def draw(palette: Palette) -> Figure:
-        made = figure(palette, height=4.4)
+        made = figure(palette, height=4.0)
         axes = made.subplots()
         axes.plot([0, 100], [0, 100], color=palette.muted, lw=1, ls=(0, (4, 3)))
         if out_of_fold is not None:
@@ -274,7 +274,8 @@ def cost_chart(rows: Sequence[LeaderboardRow], images: int) -> Chart:
         made = figure(palette)
         axes = made.subplots()
         floor = _floor([row.test.interval[0] for row in rows if row.test])
-        shown = [row for row in rows if row.test is not None and row.test.accuracy >= floor]
+        known = any(row.embed_seconds for row in rows)
+        shown = [row for row in rows if row.test and row.test.accuracy >= floor and bool(row.embed_seconds) == known]
         cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
         value = [row.test.accuracy for row in shown if row.test is not None]
         best = pareto(cost, value)
@@ -298,7 +299,7 @@ def cost_chart(rows: Sequence[LeaderboardRow], images: int) -> Chart:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("milliseconds per image" + ("" if any(row.embed_seconds for row in shown) else " (head alone)"))
+        axes.set_xlabel("milliseconds per image" + ("" if known else " (head alone)"))
         axes.set_ylabel("test accuracy, %")
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return made

@@ -88,8 +88,8 @@ STYLE = {
 }
 
 
-def figure(palette: Palette, width: float = 5.6, height: float = 3.6) -> Figure:
-    """Return an empty figure; width and height in inches. 5.6 inches are a phone's width in CSS pixels."""
+def figure(palette: Palette, width: float = 4.9, height: float = 3.5) -> Figure:
+    """Return an empty figure; width and height in inches. 4.9 inches are a phone's width in CSS pixels."""
     made = Figure(figsize=(width, height), layout="constrained")
     made.patch.set_alpha(0.0 if palette is SCREEN else 1.0)
     return made

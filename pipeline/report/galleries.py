@@ -54,8 +54,21 @@ def suspects(material: Material) -> str:
         )
         for item in shown
     ]
-    text = f"{len(found):,} training {'image has a label' if len(found) == 1 else 'images have labels'} that the head, fitted without them, does not believe. Look before you change anything; all are in <code>doctor/suspicious_labels.csv</code>."
+    one = len(found) == 1
+    text = (
+        f"{len(found):,} training {'image has a label' if one else 'images have labels'} that the head, fitted without "
+        f"{'it' if one else 'them'}, does not believe; most certain first. {_trust(material)} Look before you change anything; "
+        "all are in <code>doctor/suspicious_labels.csv</code>."
+    )
     return f'<h2>Labels to check</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'
+
+
+def _trust(material: Material) -> str:
+    """Say how far the head that doubts labels can be trusted itself."""
+    best = material.best
+    if best is None or best.out_of_fold is None:
+        return ""
+    return f"It is right on {100 * float(best.out_of_fold.correct.mean()):.0f} % of them all, so many doubts are its own mistakes."
 
 
 def copies(material: Material) -> str:
@@ -81,7 +94,11 @@ def copies(material: Material) -> str:
             f'<figure class="pair">{_frame(pair.path, pictures)}{_frame(pair.other, pictures)}<figcaption>{splits} {labels}<br><span>{escape(_file(pair.path))}, {escape(_file(pair.other))}</span></figcaption></figure>'
         )
     across = sum(pair.across for pair in found)
-    text = f"{len(found):,} {'pair' if len(found) == 1 else 'pairs'} of images lie much closer together than neighbours usually do, {across:,} of them in two splits, where they flatter the test. All are in <code>doctor/near_duplicates.csv</code>."
+    one = len(found) == 1
+    text = (
+        f"{len(found):,} {'pair lies' if one else 'pairs lie'} much closer together than neighbours usually do; "
+        f"{across:,} across splits, where the test sees what was trained on. All are in <code>doctor/near_duplicates.csv</code>."
+    )
     return f'<h2>Near-duplicates</h2><p class="quiet">{text}</p><div class="pairs">{"".join(pairs)}</div>'
 
 

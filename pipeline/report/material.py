@@ -19,7 +19,7 @@ from pipeline import doctor
 from pipeline.config import Artifacts
 from pipeline.dataset import DatasetIndex
 from pipeline.errors import PipelineError
-from pipeline.heads import HEADS
+from pipeline.heads import HEADS, configure
 from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_from_scores, curve_sizes, measure_curve
 from pipeline.metrics.learning_curve import stratified_order
 from pipeline.report.judge import Trials, judge, read_predictions, read_trials
@@ -33,7 +33,8 @@ MOST_DOTS = 900
 MOST_EXAMINED = 20_000
 MOST_CURVE_ROWS = 6_000
 CURVE_HEAD = "ridge"
-"""The learning curve is measured with a cheap head: one factorisation per fit."""
+"""The learning curve is measured with a cheap head: one factorisation per fit. Its penalty is the number of features: with
+little of it, ridge gets worse where images are about as many as features (double descent), and no law fits that."""
 CURVE_DRAWS = 5
 
 
@@ -183,11 +184,15 @@ def _curve(
     part = len(rows) // 5
     sizes = curve_sizes(len(rows) - part, len(index.classes))
     scores = []
+
+    def build(seed: int) -> Any:
+        return configure(HEADS[CURVE_HEAD], {"alpha": float(features.shape[1])}, seed)
+
     for draw in range(seed, seed + CURVE_DRAWS):
         order = rows[stratified_order(labels[rows], draw)]
         held, rest = order[:part], order[part:]
         train, test = (features[rest], y[rest]), (features[held], y[held])
-        found = measure_curve(HEADS[CURVE_HEAD].build, train, test, sizes, (draw,))
+        found = measure_curve(build, train, test, sizes, (draw,))
         scores.append({point.size: point.accuracy for point in found.points})
     shared = [size for size in sizes if all(size in draw for draw in scores)]
     return curve_from_scores(shared, [np.array([draw[size] for draw in scores]) for size in shared], seed)

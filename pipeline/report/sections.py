@@ -243,7 +243,7 @@ def _growth(material: Material, drawn: Mapping[str, str]) -> str:
     parts = []
     curve = material.curve
     if "learning_curve" in drawn and curve is not None:
-        text = f"Measured with {CURVE_HEAD} on a fifth of the training images held out."
+        text = f"Measured with {CURVE_HEAD}, in each of five draws on another fifth of the training images, held out."
         if curve.forecast:
             ahead = curve.forecast[0]
             text += f" With twice the labels, {ahead.size:,}, about {100 * ahead.predicted:.1f} % ({100 * ahead.interval[0]:.1f} to {100 * min(ahead.interval[1], 1):.1f}) is to be expected."

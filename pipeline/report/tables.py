@@ -83,8 +83,8 @@ def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) 
     )
     test = row.test
     cells: list[Cell] = [
-        (escape(row.head.replace("_", " ")) + tags, None),
-        (f'<span class="nowrap">{escape(row.embedding)}</span>{note}', None),
+        (f'<span class="nowrap">{escape(row.head.replace("_", " "))}</span>{tags}', None),
+        (f'<span class="embedding">{escape(row.embedding)}</span>{note}', None),
         (validation, row.cv_mean),
     ]
     if test is None:
