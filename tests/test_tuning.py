@@ -194,7 +194,7 @@ def test_every_strategy_starts_with_the_defaults_and_repeats_with_its_seed(strat
 
 def test_bayes_finds_what_random_and_grid_only_come_near_to():
     best = {
-        name: [max(drive(name, SPACE, DEFAULTS, 24, seed, bowl)[1]) for seed in range(3)]
+        name: [max(drive(name, SPACE, DEFAULTS, 20, seed, bowl)[1]) for seed in range(2)]
         for name in strategies.STRATEGIES
     }
     assert np.mean(best["bayes"]) > -0.05
@@ -442,8 +442,8 @@ tune(HEADS[sys.argv[3]], X, y, make_folds(y, 3, 0), t.TuningConfig(trials=8), 0,
 """
 
 
-@pytest.mark.parametrize("name", ["logistic_regression", "rbf_svm"])
-def test_a_killed_search_ends_as_an_uninterrupted_one(name, tmp_path):
+def test_a_killed_search_ends_as_an_uninterrupted_one(tmp_path):
+    name = "logistic_regression"
     X, y = features()
     folds = make_folds(y, 3, 0)
     journal = tmp_path / "trials.jsonl"

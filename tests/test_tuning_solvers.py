@@ -144,9 +144,9 @@ def test_standardising_is_what_the_scaler_does():
 
 @pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "ridge", "rbf_svm"])
 def test_the_chosen_score_is_scikit_learns_own(name, tmp_path):
-    X, y = network(300, 40, 4)
-    folds = make_folds(y, 5, 0)
-    run = tune(HEADS[name], X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
+    X, y = network(300, 30, 4)
+    folds = make_folds(y, 3, 0)
+    run = tune(HEADS[name], X, y, folds, TuningConfig(trials=6, strategy="random"), 0, tmp_path / "trials.jsonl")
     own = [
         configure(HEADS[name], run.best.params, 0).fit(X[train], y[train]).score(X[held_out], y[held_out])
         for train, held_out in folds
