@@ -1,0 +1,300 @@
+"""Stage one: embeds what is missing and nothing else, and a stop of any kind loses no finished row."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import backbone, baselines, dataset, extract_features, feed
+from pipeline import config as configuration
+from pipeline.config import Artifacts, Config
+from pipeline.embedders import read_records
+from pipeline.errors import BackboneError, DatasetError
+from pipeline.extract_features import work
+from pipeline.images import decode, policy_key, prepare
+from pipeline.store import FeatureStore
+
+N = 24
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((40, 48)).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    for number in range(N):
+        picture(folder / "ab"[number % 2] / f"{number:02d}.png", number)
+    return folder
+
+
+def make(photos: Path, **changes: Any) -> Config:
+    raw: dict[str, Any] = {
+        "output": str(photos.parent / "out"),
+        "dataset": {"source": "folder", "path": str(photos), "max_failures": 0.5},
+        "backbones": [
+            {"name": "squeezenet1_1", "weights": "random", "preprocessing": {"resize": 40, "crop": 32}},
+        ],
+        "baselines": ["pixels"],
+        "extraction": {"device": "cpu", "precision": "fp32", "batch_size": 4, "workers": 2},
+        "heads": ["nearest_centroid"],
+    }
+    return configuration.parse({**raw, **changes}, "test")
+
+
+def stores(config: Config) -> dict[str, FeatureStore]:
+    files = Artifacts(config.output)
+    return {
+        record.name: FeatureStore.open(files.root / record.store, record.fingerprint)
+        for record in read_records(files.features)
+    }
+
+
+def segments(config: Config) -> list[tuple[str, str, bytes]]:
+    """Every segment of every store; its name is the digest of its bytes."""
+    return [
+        (path.parent.parent.name, path.name, path.read_bytes())
+        for path in sorted(Artifacts(config.output).stores.glob("*/segments/*.h5"))
+    ]
+
+
+def test_each_image_gets_the_vector_of_its_own_pixels(photos: Path) -> None:
+    config = make(photos)
+    result = extract_features.run(config)
+    assert result.work is not None
+    assert result.work.images == N
+    assert result.work.vectors == {"squeezenet1_1-random-penultimate": N, "pixels": N}
+    index = dataset.DatasetIndex.read(Artifacts(config.output).dataset)
+    for embedder in (backbone.load(config.backbones[0], config.extraction, config.seed), baselines.load("pixels")):
+        (spec,) = embedder.specs
+        stored = stores(config)[spec.name].read(index.digests)
+        for row in (0, 5, N - 1):
+            image = decode((photos / index.paths[row]).read_bytes(), max_pixels=10**6)
+            (expected,) = embedder.embed(prepare(image, embedder.preprocessing)[None])
+            np.testing.assert_allclose(stored[row], expected[0], rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> None:
+    config = make(photos)
+    extract_features.run(config)
+    path = photos.parent / "config.yaml"
+    path.write_text(configuration.dump_yaml(config))
+    code = f"""
+import sys
+from pathlib import Path
+from pipeline import config, extract_features, images
+images.decode = None
+run = extract_features.run(config.load(Path({str(path)!r})))
+assert run.work is None and "nothing to embed" in run.summary_lines()[-2], run.summary_lines()
+assert "torch" not in sys.modules and "skimage" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_added_and_changed_images_are_embedded_and_renamed_and_removed_ones_are_not(photos: Path) -> None:
+    config = make(photos)
+    extract_features.run(config)
+    for number in range(3):
+        picture(photos / "a" / f"new{number}.png", 100 + number)  # added
+        picture(photos / "ab"[number % 2] / f"{number:02d}.png", 200 + number)  # changed
+        (photos / "ab"[number % 2] / f"{number + 4:02d}.png").rename(photos / "b" / f"moved{number}.png")
+        (photos / "ab"[number % 2] / f"{number + 8:02d}.png").unlink()
+    plan = extract_features.run(config, plan=True)
+    assert plan.pending == 6
+    assert sorted(line.partition(": ")[2] for line in plan.reasons) == ["changed"] * 3 + ["new"] * 3
+    assert any("6 images are new or changed since the store was filled" in line for line in plan.summary_lines())
+    result = extract_features.run(config)
+    assert result.work is not None
+    assert result.work.images == 6
+    assert extract_features.run(config).work is None
+
+
+def test_an_image_is_decoded_once_for_all_that_want_it(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counting(data: bytes, *, max_pixels: int) -> Image.Image:
+        calls.append(len(data))
+        return decode(data, max_pixels=max_pixels)
+
+    monkeypatch.setattr(feed, "decode", counting)
+    extract_features.run(make(photos, baselines=["pixels", "hog"]))
+    assert len(calls) == N
+
+
+def test_copies_of_an_image_are_embedded_once(photos: Path) -> None:
+    (photos / "a" / "copy.png").write_bytes((photos / "a" / "00.png").read_bytes())
+    result = extract_features.run(make(photos))
+    assert result.work is not None
+    assert result.work.images == N
+
+
+def test_what_is_added_to_a_config_costs_its_own_work_only(photos: Path) -> None:
+    extract_features.run(make(photos))
+    result = extract_features.run(make(photos, baselines=["pixels", "hog"]))
+    assert result.work is not None
+    assert result.work.vectors == {"hog": N}
+
+
+def test_a_plan_names_what_is_new_in_an_identity(photos: Path) -> None:
+    config = make(photos)
+    first = extract_features.run(config, plan=True)
+    assert any(
+        "24 to embed, time unknown until it has run once; no features of it yet" in line
+        for line in first.summary_lines()
+    )
+    extract_features.run(config)
+    other = make(photos, backbones=[{"name": "squeezenet1_1", "preprocessing": {"resize": 44, "crop": 32}}])
+    (target,) = (target for target in extract_features.run(other, plan=True).targets if target.why)
+    assert "preprocessing.resize: the store has 40, this run has 44" in target.why
+    assert "weights" not in target.why
+
+
+def test_two_embeddings_of_one_name_are_told_apart(photos: Path) -> None:
+    two = [{"name": "squeezenet1_1", "preprocessing": {"resize": size, "crop": 32}} for size in (40, 44)]
+    result = extract_features.run(make(photos, backbones=two, baselines=[]))
+    names = [record.name for record in result.records]
+    assert len(set(names)) == 2
+    assert all(name.startswith("squeezenet1_1-random-penultimate-") for name in names)
+
+
+# ---- images that fail
+
+
+def test_a_broken_image_is_recorded_and_not_tried_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = (photos / "a" / "00.png").read_bytes()
+    (photos / "a" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    config = make(photos)
+    result = extract_features.run(config)
+    assert result.work is not None
+    assert result.work.images == N
+    assert [entry.path for entry in result.work.failures] == ["a/broken.png"]
+    assert len(dataset.failed_digests(Artifacts(config.output).dataset, policy_key(config.dataset.max_pixels))) == 1
+    again = extract_features.run(config)
+    assert again.work is None
+    assert again.failed == 1
+    whole = (photos / "b" / "01.png").read_bytes()
+    (photos / "a" / "broken.png").write_bytes(whole + b"mended")  # other bytes: tried again
+    mended = extract_features.run(config)
+    assert mended.work is not None
+    assert mended.work.images == 1
+
+
+def test_too_many_failures_end_the_run_and_keep_what_is_finished(photos: Path) -> None:
+    for number in range(3):
+        (photos / "a" / f"broken{number}.png").write_bytes((photos / "a" / "00.png").read_bytes()[: 60 + number])
+    section = {"source": "folder", "path": str(photos), "max_failures": 2}
+    config = make(photos, dataset=section)
+    with pytest.raises(DatasetError, match=r"3 of 27 images failed, dataset.max_failures allows 2"):
+        extract_features.run(config)
+    assert stores(config)["pixels"].rows == N
+
+
+# ---- stops
+
+
+def stop_after(batches: int, number: int) -> str:
+    """Code that sends this process a signal in the midst of a run."""
+    return f"""
+import os
+from pipeline import store
+from pipeline.extract_features import work
+store.writer.GROUP_BYTES = 1
+original, seen = work._embed_batch, []
+def stopping(*arguments):
+    original(*arguments)
+    seen.append(1)
+    if len(seen) == {batches}:
+        os.kill(os.getpid(), {number})
+work._embed_batch = stopping
+"""
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches: int) -> None:
+    config = make(photos)
+    path = photos.parent / "config.yaml"
+    path.write_text(configuration.dump_yaml(config))
+    code = stop_after(batches, signal.SIGKILL) + (
+        "from pathlib import Path\nfrom pipeline import config, extract_features\n"
+        f"extract_features.run(config.load(Path({str(path)!r})))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    resumed = extract_features.run(config)
+    assert resumed.work is not None
+    assert resumed.work.images == N - 4 * batches
+    whole = make(photos, output=str(photos.parent / "whole"))
+    extract_features.run(whole)
+    assert segments(config) == segments(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_batch_in_hand(
+    photos: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = work._embed_batch, []
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), number)
+        original(*arguments)
+        seen.append(1)
+
+    monkeypatch.setattr(work, "_embed_batch", interrupted)
+    config = make(photos)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        extract_features.run(config)
+    assert stop.value.args == (number,)
+    assert len(seen) == 1
+    assert signal.getsignal(number) is before
+    monkeypatch.setattr(work, "_embed_batch", original)
+    rest = extract_features.run(config)
+    assert rest.work is not None
+    assert rest.work.images == N - 4
+
+
+# ---- memory
+
+
+class Tight:
+    """A recipe that has memory for so many images at a time."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def embed(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        if len(pixels) > self.room:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return (pixels.reshape(len(pixels), -1).astype(np.float32),)
+
+
+def test_the_batch_halves_when_memory_runs_out_and_no_row_is_lost() -> None:
+    pixels = np.arange(13 * 4 * 3, dtype=np.uint8).reshape(13, 2, 2, 3)
+    lane = work.Lane(Tight(3), [], 0, limit=32)  # type: ignore[arg-type]
+    (vectors,) = work._embed(lane, pixels)
+    np.testing.assert_array_equal(vectors, pixels.reshape(13, -1))
+    assert lane.limit == 3
+    with pytest.raises(BackboneError, match="not even one image fits into memory"):
+        work._embed(work.Lane(Tight(0), [], 0, limit=8), pixels)  # type: ignore[arg-type]
+
+
+def test_reading_ahead_holds_a_fixed_number_of_batches(photos: Path) -> None:
+    preprocessing = baselines.load("pixels").preprocessing
+    items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
+    feeder = feed.Feeder(photos, 10**6, (preprocessing,), batch_size=2, workers=2)
+    memory, seen = set(), []
+    for batch in feeder.batches(items):
+        memory.add(batch.pixels[0].ctypes.data)
+        seen += [item.content for item in batch.items]
+    assert seen == list(range(N))
+    assert len(memory) == feed.AHEAD
