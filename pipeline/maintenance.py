@@ -218,6 +218,8 @@ def pack(config: Config, output: Path, *, embedding: str | None = None, anonymou
 def export(config: Config, output: Path, *, embedding: str | None = None) -> str:
     """Write one embedding of every image as `.npy` or `.parquet`, rows in the order of the index."""
     digests, columns, source = _table(config, embedding)
+    if output.suffix == ".npy":  # has room for the vectors alone
+        columns = {}
     report = store.export(source, output, digests, columns)
     return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
 

@@ -1,0 +1,127 @@
+"""Care for the stores of an experiment: what is told in which words, and that repair embeds exactly what was damaged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photos import make_photos, small_config
+from PIL import Image
+
+from pipeline import embedders, extract_features, maintenance
+from pipeline.config import Artifacts, Config
+from pipeline.dataset import DatasetIndex
+from pipeline.errors import StoreError
+from pipeline.store import FeatureStore
+
+BACKBONE = "resnet18-random-penultimate"
+
+
+@pytest.fixture
+def copy(experiment: Config, tmp_path: Path) -> Config:
+    """The finished experiment, for tests that change it."""
+    output = shutil.copytree(experiment.output, tmp_path / "output")
+    return experiment.model_copy(update={"output": str(output)})
+
+
+def store_of(config: Config, name: str = BACKBONE) -> Path:
+    files = Artifacts(config.output)
+    record = next(record for record in embedders.read_records(files.features) if record.name == name)
+    return files.root / record.store
+
+
+def damage(store: Path) -> None:
+    """Flip one bit in the middle of the features of a store's only segment."""
+    (segment,) = (store / "segments").glob("*.h5")
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.chmod(0o644)
+    segment.write_bytes(bytes(data))
+
+
+def test_status_of_a_complete_experiment(experiment: Config) -> None:
+    lines = maintenance.status(experiment)
+    assert lines[0] == "36 images in 3 classes, 36 distinct contents that decode"
+    assert lines[1] == f"{BACKBONE} (untrained): complete"
+    assert lines[2].startswith("  36 vectors of 512 float32 in 1 segments, ")
+
+
+def test_status_counts_stale_and_missing_vectors(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", per_class=6)
+    config = small_config(photos, tmp_path / "output")
+    extract_features.run(config)
+    (photos / "leaf" / "00.png").unlink()
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(photos / "leaf" / "new.png")
+    extract_features.run(config)
+    assert "  1 vectors belong to no image any more; `manyheads gc` removes them" in maintenance.status(config)
+    gone = maintenance.gc(config)
+    assert gone[0].startswith(f"{BACKBONE}: 1 vectors removed, 18 kept")
+    assert extract_features.run(config).work is None
+
+
+def test_a_sample_embedded_anew_gives_the_stored_vectors(experiment: Config) -> None:
+    checks = maintenance.verify(experiment, full=True, sample=5)
+    assert [check.ok for check in checks] == [True, True]
+    assert "  embedded 5 images anew: 5 give the stored vector" in list(checks[0].lines())
+
+
+def test_a_vector_that_is_not_the_images_is_found_by_the_sample(copy: Config) -> None:
+    store = store_of(copy)
+    opened = FeatureStore.open(store)
+    index = DatasetIndex.read(Artifacts(copy.output).dataset)
+    swapped = opened.read(index.digests)[::-1].copy()
+    shutil.rmtree(store)
+    from pipeline.store import StoreWriter
+
+    with StoreWriter.open(store, opened.identity, opened.dim) as writer:
+        writer.append(index.digests, swapped)
+    check = next(check for check in maintenance.verify(copy, full=True, sample=4) if check.record.name == BACKBONE)
+    assert check.report.ok
+    assert not check.ok
+    assert len(check.deviating_images) == 4
+
+
+def test_damage_is_named_and_repair_embeds_exactly_the_damaged_images(copy: Config) -> None:
+    store = store_of(copy)
+    index = DatasetIndex.read(Artifacts(copy.output).dataset)
+    before = FeatureStore.open(store).read(index.digests)
+    damage(store)
+    check = next(check for check in maintenance.verify(copy, full=True) if check.record.name == BACKBONE)
+    assert not check.ok
+    assert 0 < len(check.damaged_images) <= 36
+    assert any("DAMAGED" in line for line in check.lines())
+    maintenance.repair(copy)
+    work = extract_features.run(copy).work
+    assert work is not None
+    assert work.vectors == {BACKBONE: len(check.damaged_images)}
+    np.testing.assert_allclose(FeatureStore.open(store).read(index.digests), before, rtol=1e-4, atol=1e-4)
+    assert all(check.ok for check in maintenance.verify(copy, full=True))
+
+
+def test_a_packed_file_reads_like_the_store_and_alone(experiment: Config, tmp_path: Path) -> None:
+    import h5py
+
+    maintenance.pack(experiment, tmp_path / "all.h5", embedding=BACKBONE)
+    index = DatasetIndex.read(Artifacts(experiment.output).dataset)
+    stored = FeatureStore.open(store_of(experiment)).read(index.digests)
+    np.testing.assert_array_equal(FeatureStore.open(tmp_path / "all.h5").read(index.digests), stored)
+    with h5py.File(tmp_path / "all.h5") as file:
+        rows = file["row"][:]
+        np.testing.assert_array_equal(file["features"][:][rows], stored)
+        assert [label.decode() for label in file["label"][:]] == list(index.labels)
+
+
+def test_export_writes_rows_in_the_order_of_the_index(experiment: Config, tmp_path: Path) -> None:
+    maintenance.export(experiment, tmp_path / "x.npy", embedding=BACKBONE)
+    index = DatasetIndex.read(Artifacts(experiment.output).dataset)
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "x.npy"), FeatureStore.open(store_of(experiment)).read(index.digests)
+    )
+
+
+def test_an_unknown_embedding_is_refused_with_the_known_ones(experiment: Config, tmp_path: Path) -> None:
+    with pytest.raises(StoreError) as caught:
+        maintenance.pack(experiment, tmp_path / "x.h5", embedding="resnet50")
+    assert str(caught.value) == f"name one embedding with --embedding; this experiment has {BACKBONE}, pixels"
