@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from pipeline.metrics import Calibration, Difference, LearningCurve, Ranking, pareto
@@ -72,6 +72,7 @@ def difference_chart(differences: Sequence[Difference], rows: Mapping[str, Leade
             axes.plot([max(floor, -high), -low], [place, place], color=colour, solid_capstyle="round")
             axes.plot(-100 * item.difference, place, "o", color=colour, ms=6, gid=tip(text))
         _row_names(axes, [rows[item.key] for item in shown])
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("out-of-fold accuracy minus the best row's, points")
         return made
 
@@ -297,6 +298,7 @@ def cost_chart(rows: Sequence[LeaderboardRow], images: int) -> Chart:
         for number, name in enumerate(names):
             axes.plot([], [], "o", color=palette.categories[number % len(palette.categories)], label=plain_text(name))
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("milliseconds per image" + ("" if known else " (head alone)"))
