@@ -117,9 +117,7 @@ def repair(path: str | Path) -> RepairReport:
     before = _quarantined(path)
     if not report.ok:
         with _open_existing(path) as writer:
-            for damaged in writer.rewrite(lambda file: _all_but(file, damaged_rows(file))):
-                if damaged.path(path).exists():
-                    journal.quarantine(path, damaged.path(path))
+            writer.rewrite(lambda file: _all_but(file, damaged_rows(file)), set_aside=True)
         generation = newest_snapshot(path).generation
     return RepairReport(path, generation, report.damaged, tuple(sorted(_quarantined(path) - before)))
 

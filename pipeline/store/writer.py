@@ -323,10 +323,10 @@ class StoreWriter:
             _sweep(self.path, keep=2)
         return False
 
-    def rewrite(self, keep: Callable[[StoreFile], NDArray[np.bool_]]) -> list[SegmentEntry]:
+    def rewrite(self, keep: Callable[[StoreFile], NDArray[np.bool_]], set_aside: bool = False) -> None:
         """Publish a state that has only the rows `keep` says yes to, and remove every older state.
 
-        `keep` : opened segment -> one boolean per row. Returns the segments that were written anew.
+        `keep` : opened segment -> one boolean per row; `set_aside` keeps what is replaced in `quarantine/`.
         """
         self.commit()
         old: list[SegmentEntry | Rows] = []
@@ -344,8 +344,9 @@ class StoreWriter:
         with explained(self.path):
             if changed or self._sources or self._canary is not None:
                 self._publish_rows(old)
+            for entry in changed if set_aside else []:
+                journal.quarantine(self.path, entry.path(self.path))
             _sweep(self.path, keep=1)
-        return changed
 
     def _sources_of_snapshot(self) -> list[SegmentEntry | Rows]:
         return [entry for number, entry in enumerate(self._snapshot.segments) if number in self._entries]

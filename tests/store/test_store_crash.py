@@ -6,15 +6,16 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
 
 from pipeline import files
 from pipeline.errors import StoreError
-from pipeline.store import FeatureStore, verify
+from pipeline.store import FeatureStore, StoreWriter, verify
 from store.harness import (
     DIGESTS,
+    DIM,
     FEATURES,
+    IDENTITY,
     LIVE,
     ROWS,
     Died,
@@ -127,8 +128,10 @@ def test_an_error_at_every_call(place, work):
                 try:
                     work(path, acked)
                 except StoreError as error:
-                    assert os.strerror(number) in str(error)
-                    assert "all rows committed before are safe" in str(error)
+                    said = str(error)
+                else:
+                    said = None
+            assert said is None or (os.strerror(number) in said and "all rows committed before are safe" in said)
             if acked:
                 promised(path, acked)
             assert not path.exists() or kind == "errors" or not list((path / "tmp").glob("*"))
@@ -197,50 +200,17 @@ def test_a_failed_sync_is_not_tried_again(place):
     assert list(place.iterdir()) == []
 
 
-def test_real_full_file_system(place):
-    """A file system of 1 MB that fills up in the middle of a run."""
-    import subprocess
-
-    small = place / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine does not let us mount a small file system")
-    try:
-        ballast = small / "ballast"
-        ballast.write_bytes(bytes(900_000))
-        random = np.random.default_rng(0)
-        digests = random.integers(0, 2**64, (4000, 2), dtype=np.uint64)
-        features = random.normal(size=(4000, 64)).astype(np.float32)
-        from pipeline.store import StoreWriter
-
-        path, safe = small / "s", 0
-        with pytest.raises(StoreError, match="No space left on device; all rows committed before are safe; free some"):
-            with StoreWriter.open(path, {"a": 1}, 64) as writer:
-                for start in range(0, 4000, 50):
-                    writer.append(digests[start : start + 50], features[start : start + 50])
-                    writer.commit()
-                    safe = start + 50
-        assert 0 < safe < 4000
-        assert verify(path, full=True).ok
-        ballast.unlink()
-        with StoreWriter.open(path, {"a": 1}, 64) as writer:
-            assert not writer.missing(digests[:safe]).any()
-        assert FeatureStore.open(path).read(digests[:safe]).tobytes() == features[:safe].tobytes()
-    finally:
-        subprocess.run(["umount", "--lazy", str(small)], check=True)
-
-
 def test_leaving_by_an_error_keeps_what_was_committed(place):
     acked: set[int] = set()
-    with pytest.raises(KeyboardInterrupt):
-        from pipeline.store import StoreWriter
-        from store.harness import DIM, IDENTITY
 
+    def interrupted():
         with StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
             writer.append(DIGESTS[:4], FEATURES[:4])
             writer.commit()
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     add(place / "s", acked)
     assert acked == set(range(ROWS))
     exact(place / "s", acked)

@@ -1,0 +1,207 @@
+"""One writer, many readers: who gets the lock, what a forked child may do, what a reader sees meanwhile."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from pipeline.errors import StoreError
+from pipeline.store import FeatureStore, StoreWriter, collect, status
+from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY, Faults, exact, rounds, small_segments, system
+
+
+def child_of(function):
+    """Run a function in a forked child; return its process id. The child ends with 0 when it returns."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        function()
+        os._exit(0)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        os._exit(1)
+
+
+def ended_well(child):
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_the_second_writer_is_told_who_the_first_is(place):
+    started, stop = os.pipe(), os.pipe()
+
+    def hold():
+        StoreWriter.open(place / "s", IDENTITY, DIM)
+        os.write(started[1], b"x")
+        os.read(stop[0], 1)
+
+    child = child_of(hold)
+    os.read(started[0], 1)
+    with pytest.raises(StoreError, match=rf"is being written by process {child} on '.+' since '.+'; wait until"):
+        StoreWriter.open(place / "s", IDENTITY, DIM)
+    assert f"process {child} on" in status(place / "s").writer
+    os.write(stop[1], b"x")
+    assert ended_well(child)
+    StoreWriter.open(place / "s", IDENTITY, DIM).close()
+    assert status(place / "s").writer is None
+
+
+def test_one_process_cannot_open_a_store_twice(place):
+    writer = StoreWriter.open(place / "s", IDENTITY, DIM)
+    with pytest.raises(StoreError, match="this process is writing to it already"):
+        StoreWriter.open(place / "s", IDENTITY, DIM)
+    assert status(place / "s").writer == "this process"
+    # The refusal must not have given up the lock, as closing any descriptor of the file would.
+    child = child_of(lambda: _refused(place / "s"))
+    assert ended_well(child)
+    writer.close()
+
+
+def _refused(path):
+    with pytest.raises(StoreError, match="is being written by"):
+        StoreWriter.open(path, IDENTITY, DIM)
+
+
+def test_writers_racing_leave_one_store_with_all_rows(place):
+    for turn in range(rounds(5, 1000)):
+        path = place / f"s{turn}"
+
+        def insist(part, path=path):
+            while True:
+                try:
+                    with system(Faults()), StoreWriter.open(path, IDENTITY, DIM) as writer:
+                        writer.append(DIGESTS[part::3], FEATURES[part::3])
+                    return
+                except StoreError as error:
+                    assert "is being written by" in str(error), error  # noqa: PT017
+
+        children = [child_of(lambda part=part: insist(part)) for part in range(3)]
+        assert all(ended_well(child) for child in children)
+        exact(path, set(range(len(DIGESTS))))
+
+
+def test_the_lock_of_a_dead_writer_is_free_though_its_forked_child_lives(place):
+    ready, stop = os.pipe(), os.pipe()
+
+    def hold_and_fork():
+        writer = StoreWriter.open(place / "s", IDENTITY, DIM)
+        if os.fork() == 0:
+            try:
+                writer.append(DIGESTS[:1], FEATURES[:1])
+                os.write(ready[1], b"?")
+            except RuntimeError:
+                os.write(ready[1], b"x")
+            writer.close()
+            os.read(stop[0], 1)
+            os._exit(0)
+        signal.pause()
+
+    parent = child_of(hold_and_fork)
+    assert os.read(ready[0], 1) == b"x", "a forked child must not write to its parent's store"
+    _refused(place / "s")
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    with StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
+        writer.append(DIGESTS[:2], FEATURES[:2])
+    os.write(stop[1], b"x")
+    exact(place / "s", {0, 1})
+
+
+def test_readers_see_whole_states_while_a_writer_appends_seals_and_collects(place):
+    path = place / "s"
+    with small_segments():
+        with StoreWriter.open(path, IDENTITY, DIM) as writer:
+            writer.append(DIGESTS[:3], FEATURES[:3])
+        done = os.pipe()
+        os.set_blocking(done[0], False)
+
+        def read():
+            while True:
+                try:
+                    finished = os.read(done[0], 1)
+                except BlockingIOError:
+                    finished = b""
+                exact(path, {0, 1, 2})
+                if finished:
+                    return
+
+        readers = [child_of(read) for _ in range(2)]
+        kept = FeatureStore.open(path)
+        with system(Faults()):
+            for _ in range(rounds(6, 500)):
+                for start in range(3, len(DIGESTS), 5):
+                    with StoreWriter.open(path, IDENTITY, DIM) as writer:
+                        writer.append(DIGESTS[start : start + 5], FEATURES[start : start + 5])
+                collect(path, DIGESTS[:3])
+        os.write(done[1], b"xx")
+        assert all(ended_well(reader) for reader in readers)
+    # A reader keeps what it opened, although the files have lost their names since.
+    assert kept.read(DIGESTS[:3]).tobytes() == FEATURES[:3].tobytes()
+
+
+def fields(value, prefix=()):
+    for key, item in value.items():
+        yield from fields(item, (*prefix, key)) if isinstance(item, dict) else [(*prefix, key)]
+
+
+@pytest.mark.parametrize("path", list(fields(IDENTITY)), ids=".".join)
+def test_each_field_of_the_identity_is_refused_when_it_changes(place, path):
+    import copy
+
+    StoreWriter.open(place / "s", IDENTITY, DIM).close()
+    other = copy.deepcopy(IDENTITY)
+    section = other
+    for key in path[:-1]:
+        section = section[key]
+    old, section[path[-1]] = section[path[-1]], "other"
+    line = f"{'.'.join(path)}: the store has {old!r}, this run has 'other'"
+    for opened in (
+        lambda: StoreWriter.open(place / "s", other, DIM),
+        lambda: FeatureStore.open(place / "s", identity=other),
+    ):
+        with pytest.raises(StoreError) as caught:
+            opened()
+        assert caught.value.problems == (line,)
+
+
+def test_dim_dtype_and_an_added_field_are_refused_together(place):
+    StoreWriter.open(place / "s", IDENTITY, DIM).close()
+    with pytest.raises(StoreError) as caught:
+        StoreWriter.open(place / "s", {**IDENTITY, "layer": "x"}, DIM + 1, "float16")
+    assert caught.value.problems == (
+        "layer: the store has nothing, this run has 'x'",
+        f"dim: the store has {DIM}, this run has {DIM + 1}",
+        "dtype: the store has <f4, this run has <f2",
+    )
+
+
+def test_the_canary_allows_rounding_and_refuses_a_drift(place):
+    StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY).close()
+    StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY * np.float32(1 + 1e-5)).close()
+    with pytest.raises(StoreError, match=r"probe image 0: cosine 1\.000000 .*, largest difference 0\.\d+ of the root"):
+        StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY * np.float32(1.05))
+    with pytest.raises(StoreError, match=r"probe image 1: cosine -0\.2"):
+        StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY[[0, 0]])
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(place):
+    features = FEATURES[:4].copy()
+    features[1, 2], features[3, 0] = np.nan, np.inf
+    with StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
+        assert writer.storable(features).tolist() == [True, False, True, False]
+        with pytest.raises(StoreError, match="2 of 4 feature vectors hold numbers that are not finite") as caught:
+            writer.append(DIGESTS[:4], features)
+        from pipeline.digests import digests_to_hex
+
+        assert caught.value.problems == tuple(f"content {text}" for text in digests_to_hex(DIGESTS[[1, 3]]))
+    assert FeatureStore.open(place / "s").rows == 0
+
+
+def test_float16_overflow_is_not_finite(place):
+    with StoreWriter.open(place / "s", IDENTITY, DIM, "float16") as writer:
+        assert writer.storable(np.full((1, DIM), 1e6)).tolist() == [False]
+        assert writer.append(DIGESTS[:1], FEATURES[:1]) == 1
+    read = FeatureStore.open(place / "s").read(DIGESTS[:1])
+    assert read.dtype == np.float32
+    assert np.array_equal(read, FEATURES[:1].astype(np.float16).astype(np.float32))
