@@ -110,6 +110,20 @@ def heads(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@_experiment
+def finetune(config: Path, overrides: tuple[str, ...]) -> None:
+    """Stage three: train the best backbone end to end, from the best head, and say whether it was worth it.
+
+    Example: manyheads finetune configs/digits.yaml
+    """
+    from pipeline import finetune as stage
+
+    result = stage.run(configuration.load(config, overrides))
+    for line in result.summary_lines():
+        click.echo(line)
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(

@@ -1,0 +1,98 @@
+"""The README cannot rot: every command in it is run, every target and option it names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from photos import make_photos
+
+from pipeline.cli import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+SMALL = {
+    "features": ("backbones.0.name=resnet18", "backbones.0.weights=random"),
+    "heads": ("backbones.0.name=resnet18", "backbones.0.weights=random", "tuning.trials=2", "tuning.folds=3"),
+    "check": ("backbones.0.name=resnet18", "backbones.0.weights=random"),
+}
+"""What replaces a download, and hours, in the commands on the reader's own photos."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_readme_has_commands() -> None:
+    assert sum(line.startswith("manyheads ") for line in commands()) >= 5
+    assert {"make heads", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("make ")])
+def test_every_make_target_exists(line: str) -> None:
+    subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
+    """In order, in an empty folder with the reader's photos, the example head and our configs."""
+    make_photos(tmp_path / "photos")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (module,) = [block for block in blocks("python") if block.startswith("# my_heads.py")]
+    (tmp_path / "my_heads.py").write_text(module, encoding="utf-8")
+    for line in commands():
+        if not line.startswith("manyheads "):
+            continue
+        arguments = shlex.split(line)[1:]
+        own = "configs/folder.yaml" in arguments
+        changes = SMALL.get(arguments[0], ()) if own else ()
+        if "heads=[logistic_regression, my_heads:LDA]" in arguments:
+            arguments = ["heads", "configs/folder.yaml", *arguments[2:], "--set", "dataset.path=photos"]
+            changes = SMALL["heads"]
+        for change in changes:
+            arguments += ["--set", change]
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "labels.csv").read_text(encoding="utf-8").count("\n") == 37
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_has_help_with_an_example_that_parses(name: str) -> None:
+    command = cli.commands[name]
+    assert command.help
+    (example,) = re.findall(r"Example: manyheads (.*)", command.help)
+    found, *arguments = shlex.split(example)
+    assert found == name
+    command.make_context(name, arguments, resilient_parsing=False)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`manyheads ([a-z]+)", README))))
+def test_every_command_the_readme_mentions_exists(name: str) -> None:
+    assert isinstance(cli.commands.get(name), click.Command)
+
+
+def test_help_answers_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys; sys.argv = ['manyheads', '--help']\n"
+        "from pipeline.cli import cli\n"
+        "cli(standalone_mode=False)\n"
+        "print([name for name in ('torch', 'sklearn', 'numpy', 'h5py') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_readme_names_no_file_that_is_not_there() -> None:
+    for name in re.findall(r"`(configs/[a-z0-9_/]+\.yaml)`", README):
+        assert (ROOT / name).is_file()
