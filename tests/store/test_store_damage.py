@@ -96,7 +96,7 @@ def test_every_truncation_is_refused(store):
         original = file.read_bytes()
         for length in range(0, len(original), 1 if rounds(0, 1) else 17):
             file.write_bytes(original[:length])
-            with pytest.raises(StoreError, match="truncated|damaged"):
+            with pytest.raises(StoreError, match=r"truncated|damaged"):
                 open_file(file)
         file.write_bytes(original)
 
@@ -140,7 +140,7 @@ def test_a_lost_segment_costs_its_rows_and_nothing_else(store, caplog):
     report = verify(store)
     assert not report.ok
     assert "is missing with" in report.problems[0].found
-    with pytest.raises(StoreError, match="is missing with .* features; put it back, or run 'manyheads repair'"):
+    with pytest.raises(StoreError, match=r"is missing with .* features; put it back, or run 'manyheads repair'"):
         FeatureStore.open(store).read(report.damaged)
     with small_segments():
         add(store, set())

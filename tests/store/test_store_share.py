@@ -1,0 +1,149 @@
+"""Files to share and old versions: pack, export, merge, migrate, status, load; and the golden store of each version."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from pipeline.digests import digests_to_hex
+from pipeline.errors import StoreError
+from pipeline.store import (
+    FeatureStore,
+    StoreWriter,
+    export,
+    load,
+    merge,
+    migrate,
+    pack,
+    read_packed_index,
+    status,
+    verify,
+)
+from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture
+def store(place):
+    with StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY) as writer:
+        writer.append(DIGESTS, FEATURES)
+    return place / "s"
+
+
+@pytest.mark.parametrize("version", ["store-v1"])
+def test_golden_stores_open_for_ever(place, version):
+    sys.path.insert(0, str(GOLDEN))
+    import make_store as golden
+
+    path = place / version
+    shutil.copytree(GOLDEN / version, path)
+    assert verify(path, full=True).ok
+    old = FeatureStore.open(path, identity=golden.IDENTITY)
+    assert np.array_equal(old.read(golden.DIGESTS), golden.FEATURES)
+    report = migrate(path)
+    assert (report.rows, report.version, report.backup.name) == (7, "1.0", f"{version}.before-migration")
+    new = FeatureStore.open(path, identity=golden.IDENTITY)
+    assert np.array_equal(new.read(golden.DIGESTS), golden.FEATURES)
+    assert np.array_equal(new.canary, golden.CANARY)
+    with pytest.raises(StoreError, match="exists from an earlier migration"):
+        migrate(path)
+
+
+def test_the_format_has_not_changed_without_a_new_version(place):
+    """The same rows give the bytes of the golden store; if this fails, the version needs a new number."""
+    if h5py.version.hdf5_version_tuple[:2] != (2, 0):
+        pytest.skip("another HDF5 may lay out the same datasets differently")
+    sys.path.insert(0, str(GOLDEN))
+    import make_store as golden
+
+    for rows in (slice(0, 4), slice(4, 7)):
+        with StoreWriter.open(place / "s", golden.IDENTITY, golden.DIM, canary=golden.CANARY) as writer:
+            writer.append(golden.DIGESTS[rows], golden.FEATURES[rows])
+    names = {str(path.relative_to(GOLDEN / "store-v1")) for path in (GOLDEN / "store-v1").rglob("*.h5")}
+    assert names == {str(path.relative_to(place / "s")) for path in (place / "s").rglob("*.h5")}
+
+
+def test_a_migration_that_was_killed_between_its_renames_is_undone(store, caplog):
+    store.rename(store.with_name("s.before-migration"))
+    with StoreWriter.open(store, IDENTITY, DIM) as writer:
+        assert not writer.missing(DIGESTS).any()
+    assert "a migration was interrupted" in caplog.text
+
+
+def test_a_packed_file_is_for_h5py_and_for_us(store, place):
+    images = np.array([3, 1, 3, 0])  # one content twice
+    columns = {"paths": ["a/ä.png", "b.png", "c.png", "d.png"], "labels": ["x", "y", "x", "日本"]}
+    report = pack(store, place / "p.h5", DIGESTS[images], columns)
+    assert (report.rows, report.images, report.bytes) == (3, 4, (place / "p.h5").stat().st_size)
+    with h5py.File(place / "p.h5") as file:
+        X = file["features"][:][file["row"][:]]
+        y = [label.decode() for label in file["label"][:]]
+    assert np.array_equal(X, FEATURES[images])
+    assert y == columns["labels"]
+    packed = FeatureStore.open(place / "p.h5", identity=IDENTITY)
+    assert np.array_equal(packed.read(DIGESTS[images]), FEATURES[images])
+    index = read_packed_index(place / "p.h5")
+    assert np.array_equal(index.digests, DIGESTS[images])
+    assert {name: list(values) for name, values in index.columns.items()} == columns
+    assert verify(place / "p.h5", full=True).ok
+    assert pack(store, place / "q.h5", DIGESTS[images], columns).digest == report.digest
+
+
+def test_an_anonymous_pack_has_no_paths(store, place):
+    pack(store, place / "p.h5", DIGESTS[:2], {"paths": ["secret.png", "b"], "labels": ["x", "y"]}, anonymous=True)
+    assert list(read_packed_index(place / "p.h5").columns) == ["labels"]
+    assert b"secret" not in (place / "p.h5").read_bytes()
+
+
+def test_export(store, place):
+    import pyarrow.parquet as pq
+
+    export(store, place / "x.npy", DIGESTS[[2, 0, 2]])
+    assert np.array_equal(np.load(place / "x.npy"), FEATURES[[2, 0, 2]])
+    export(store, place / "x.parquet", DIGESTS[[2, 0]], {"label": ["a", "b"]})
+    table = pq.read_table(place / "x.parquet").to_pydict()
+    assert np.array_equal(np.array(table["features"], np.float32), FEATURES[[2, 0]])
+    assert (table["label"], table["content"]) == (["a", "b"], digests_to_hex(DIGESTS[[2, 0]]))
+    with pytest.raises(StoreError, match=r"cannot export to '\.csv'; use \.npy or \.parquet"):
+        export(store, place / "x.csv")
+
+
+def test_merge_takes_what_is_new_and_refuses_what_is_different(place):
+    for name, rows in (("a", slice(0, 10)), ("b", slice(5, 15))):
+        with StoreWriter.open(place / name, IDENTITY, DIM, canary=CANARY) as writer:
+            writer.append(DIGESTS[rows], FEATURES[rows])
+    report = merge(place / "all", [place / "a", place / "b"])
+    assert report.added == ((place / "a", 10), (place / "b", 5))
+    assert np.array_equal(FeatureStore.open(place / "all").read(DIGESTS[:15]), FEATURES[:15])
+    StoreWriter.open(place / "other", {"architecture": "other"}, DIM).close()
+    with pytest.raises(StoreError, match="made differently"):
+        merge(place / "all", [place / "other"])
+
+
+def test_load_makes_no_copy_of_rows_that_lie_together(store):
+    X = load(store, DIGESTS[3:9])
+    assert np.array_equal(X, FEATURES[3:9])
+    assert not X.flags.owndata
+    assert not X.flags.writeable
+    assert np.array_equal(load(store, DIGESTS[::-1]), FEATURES[::-1])
+
+
+def test_status_counts(store):
+    live = np.concatenate([DIGESTS[2:], np.array([[1, 2]], np.uint64)])
+    found = status(store, live)
+    assert (found.rows, found.stale_rows, found.missing_rows, found.segments) == (len(DIGESTS), 2, 1, 1)
+    assert (found.feature_bytes, found.journal_groups, found.quarantined) == (FEATURES.nbytes, 0, 0)
+    assert found.disk_bytes > found.feature_bytes
+
+
+def test_what_is_missing_is_said(place, store):
+    with pytest.raises(StoreError, match=r"has no features for 1 of 2 images .*; run 'manyheads features' first"):
+        FeatureStore.open(store).read(np.array([DIGESTS[0], [1, 2]], np.uint64))
+    with pytest.raises(StoreError, match="there is no feature store; run 'manyheads features' first"):
+        FeatureStore.open(place / "nowhere")
+    with pytest.raises(StoreError, match="expected ffffffff"):
+        FeatureStore.open(store, "f" * 64)
