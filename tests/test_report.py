@@ -18,7 +18,7 @@ from report_experiment import CLASSES, built_experiment, write_trials
 from pipeline import metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
-from pipeline.report import Leaderboard, LeaderboardRow
+from pipeline.report import Leaderboard, LeaderboardRow, material
 from pipeline.report.charts import ranking_chart
 from pipeline.report.drawing import to_png, to_svg
 from pipeline.report.material import gather
@@ -206,6 +206,16 @@ def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: P
     text = render(gather(copy))
     assert "the index cannot be read" in text
     assert "Worst mistakes" in text
+
+
+def test_of_many_images_a_stratified_part_is_looked_at(experiment: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(material, "MOST_IMAGES", 90)
+    found = gather(experiment)
+    assert "look at 90 of 180 images" in " ".join(found.missing)
+    assert found.map is not None
+    assert found.index is not None
+    labels = found.index.labels[found.map.rows].astype(str)
+    assert sorted(np.unique(labels, return_counts=True)[1]) == [30, 30, 30]
 
 
 def test_without_a_leaderboard_the_user_is_told_what_to_run(tmp_path: Path):

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 MOST_DOTS = 900
 """Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
-MOST_EXAMINED = 20_000
+MOST_IMAGES = 20_000
+"""Images whose features are read, so that memory has a bound."""
 MOST_CURVE_ROWS = 6_000
 CURVE_HEAD = "ridge"
 """The learning curve is measured with a cheap head: one factorisation per fit. Its penalty is the number of features: with
@@ -87,26 +88,14 @@ def gather(output: Path) -> Material:
     if leaderboard.best.key not in predictions:
         missing.append("The best row left no predictions, so its mistakes cannot be shown.")
     index = _index(files, missing)
-    embedding, features = _features(files, leaderboard, index, missing)
     seed = int(leaderboard.provenance.get("seed", 0))
     findings = doctor.Findings(_suspicious(leaderboard, predictions))
-    space, curve = None, None
-    if index is not None and features is not None:
-        known = np.flatnonzero(np.isfinite(features).all(axis=1))
-        space = _map(features, index, known, seed)
-        curve = _curve(features, index, known, seed)
-        examined = (
-            known
-            if len(known) <= MOST_EXAMINED
-            else known[stratified_order(index.labels[known].astype(str), seed)[:MOST_EXAMINED]]
-        )
-        if len(examined) < len(known):
-            missing.append(
-                f"Near-duplicates and outliers were looked for among {len(examined):,} of {len(known):,} images."
-            )
-        found = doctor.examine(
-            features[examined], *(part[examined].tolist() for part in (index.paths, index.labels, index.splits))
-        )
+    view = None if index is None else _view(files, leaderboard, index, seed, missing)
+    embedding, space, curve = None, None, None
+    if view is not None:
+        embedding, space, curve = view.embedding, _map(view, seed), _curve(view, seed)
+        part = view.images
+        found = doctor.examine(view.features, part.paths.tolist(), part.labels.tolist(), part.splits.tolist())
         findings = doctor.Findings(findings.suspicious, found.duplicates, found.outliers)
     return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
 
@@ -119,29 +108,41 @@ def _index(files: Artifacts, missing: list[str]) -> DatasetIndex | None:
         return None
 
 
-def _features(
-    files: Artifacts, leaderboard: Leaderboard, index: DatasetIndex | None, missing: list[str]
-) -> tuple[str | None, NDArray[np.float32] | None]:
-    """Return the features of every image of the index, NaN where there is none, of the best embedding that has some."""
-    if index is None:
-        return None, None
+@dataclass(frozen=True)
+class _View:
+    """One embedding of images that are in use: `rows` of the index, shape (n,), `features` of shape (n, dim)."""
+
+    embedding: str
+    rows: NDArray[np.intp]
+    images: DatasetIndex
+    features: NDArray[np.float32]
+
+
+def _view(
+    files: Artifacts, leaderboard: Leaderboard, index: DatasetIndex, seed: int, missing: list[str]
+) -> _View | None:
+    """Read the features of the best embedding that has some; of very many images a stratified part."""
     try:
         records = json.loads(files.features.read_text(encoding="utf-8"))["embeddings"]
         by_name: dict[str, Mapping[str, Any]] = {record["name"]: record for record in records}
         for row in leaderboard.rows:
             record = by_name.get(row.embedding)
-            if record is not None:
-                store = FeatureStore.open(files.root / record["store"], record.get("fingerprint"))
-                there = ~store.missing(index.digests)
-                features = np.full((len(there), store.dim), np.nan, dtype=np.float32)
-                features[there] = store.read(index.digests[there])
-                return row.embedding, features
+            if record is None:
+                continue
+            store = FeatureStore.open(files.root / record["store"], record.get("fingerprint"))
+            # Copies that were excluded for a leak are known; they would be found again as duplicates.
+            known = np.flatnonzero(~store.missing(index.digests) & (index.splits.astype(str) != "excluded"))
+            rows = known
+            if len(known) > MOST_IMAGES:
+                rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[:MOST_IMAGES]])
+                missing.append(f"The map and the search for copies look at {len(rows):,} of {len(known):,} images.")
+            return _View(row.embedding, rows, index.rows(rows), store.read(index.digests[rows]))
         missing.append("No embedding of the leaderboard has stored features, so there is no map.")
     except (OSError, ValueError, KeyError, PipelineError) as error:
         missing.append(
             f"There is no map, no learning curve and no search for copies: the features cannot be read ({error})."
         )
-    return None, None
+    return None
 
 
 def _suspicious(leaderboard: Leaderboard, predictions: Mapping[str, Predictions]) -> tuple[doctor.SuspiciousLabel, ...]:
@@ -155,11 +156,12 @@ def _suspicious(leaderboard: Leaderboard, predictions: Mapping[str, Predictions]
     return ()
 
 
-def _map(features: NDArray[np.float32], index: DatasetIndex, known: NDArray[np.intp], seed: int) -> Map | None:
-    if len(known) < 3:
+def _map(view: _View, seed: int) -> Map | None:
+    if len(view.rows) < 3:
         return None
-    rows = known[np.sort(stratified_order(index.labels[known].astype(str), seed)[:MOST_DOTS])]
-    components = doctor.project(features[rows], 50)
+    shown = np.sort(stratified_order(view.images.labels.astype(str), seed)[:MOST_DOTS])
+    rows = view.rows[shown]
+    components = doctor.project(view.features[shown], 50)
     try:
         from umap import UMAP  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -171,12 +173,11 @@ def _map(features: NDArray[np.float32], index: DatasetIndex, known: NDArray[np.i
     return Map("UMAP", rows, np.asarray(UMAP(random_state=seed, n_jobs=1).fit_transform(components), dtype=np.float32))
 
 
-def _curve(
-    features: NDArray[np.float32], index: DatasetIndex, known: NDArray[np.intp], seed: int
-) -> LearningCurve | None:
+def _curve(view: _View, seed: int) -> LearningCurve | None:
     """Measure the curve within the training images, each draw with another fifth held out; test images stay untouched."""
+    index, features = view.images, view.features
     labels = index.labels.astype(str)
-    rows = known[np.isin(index.splits[known].astype(str), ("train", "validation"))]
+    rows = np.flatnonzero(np.isin(index.splits.astype(str), ("train", "validation")))
     if len(rows) < 50:
         return None
     rows = rows[stratified_order(labels[rows], seed)][:MOST_CURVE_ROWS]
