@@ -36,6 +36,7 @@ MATERIALISED = ("digits", "torchvision")
 """Sources whose images this program writes itself: they do not change between two scans."""
 
 WHY_SHOWN = 20
+EXAMPLES = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +101,16 @@ class FeaturesRun:
         yield f"seconds: {', '.join(others)}; beside them, summed over threads: {', '.join(threads)}"
         if work.failures:
             yield f"{len(work.failures):,} images could not be used; dataset/ledger.csv names each with its reason:"
-            yield from (f"  {entry.path}: {entry.reason}" for entry in work.failures[:3])
+            yield from _examples([f"{entry.path}: {entry.reason}" for entry in work.failures])
         if work.unavailable:
             yield f"warning: {len(work.unavailable):,} images could not be read this time; run again:"
-            yield from (f"  {line}" for line in work.unavailable[:3])
+            yield from _examples(work.unavailable)
+
+
+def _examples(lines: Sequence[str]) -> Iterator[str]:
+    yield from (f"  {line}" for line in lines[:EXAMPLES])
+    if len(lines) > EXAMPLES:
+        yield f"  … and {len(lines) - EXAMPLES:,} more"
 
 
 def run(config: Config, *, plan: bool = False, rehash: bool = False) -> FeaturesRun:
@@ -128,13 +135,17 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     policy = policy_key(config.dataset.max_pixels)
     contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
-    targets = find_targets(resolve(config, files), contents, files)
+    start = time.perf_counter()
+    sources = resolve(config, files)  # loads the networks whose embeddings are not known yet
+    resolving = time.perf_counter() - start
+    targets = find_targets(sources, contents, files)
     pending = [target for target in targets if target.pending.any()]
     known = _records_before(files)
     rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image is not None}
     work = None
     if pending and not plan:
         work = embed(pending, contents, scanned.index, config, files.dataset)
+        work.seconds["start-up"] += resolving
         rates |= _rates(work)
         contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     why = (
