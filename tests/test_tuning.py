@@ -394,8 +394,8 @@ def test_a_finished_search_is_replayed_without_a_fit(tmp_path):
     again = tune(counting(), *arguments)
     assert summary(again) == summary(first)
     assert again.replayed == sum(score is not None for trial in first.trials for score in trial.fold_scores)
-    assert len(Counting.fits) == 3 + 1  # the best on each fold for its predictions, and on all rows
-    assert fits == again.replayed + 3 + 1
+    assert len(Counting.fits) == 3 + 1  # once more the best on each fold for its predictions, and on all rows
+    assert fits == again.replayed + 1
     assert again.seconds > first.trials[-1].fit_seconds
 
 
@@ -416,9 +416,9 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(stop_after, tmp_path):
     resumed = tune(counting(), X, y, folds, tuning, 0, journal)
     assert summary(resumed) == summary(whole)
     assert resumed.replayed == stop_after
-    assert len(Counting.fits) == needed - stop_after
+    assert needed - stop_after <= len(Counting.fits) <= needed - stop_after + 3  # the best again, for its predictions
     fits = [event for event in map(json.loads, journal.read_text().splitlines()) if event.get("event") == "fit"]
-    assert len({(event["trial"], event["fold"]) for event in fits}) == len(fits) == stop_after + len(Counting.fits) - 4
+    assert len({(event["trial"], event["fold"]) for event in fits}) == len(fits) == needed - 1
 
 
 KILLED = """

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 STAGE = 2
 """Folds fitted between two looks. A fixed number, so that results do not depend on how many run in parallel."""
 
-CONFIDENCE = 2.5
+CONFIDENCE = 2.0
 """Standard errors a candidate must lie behind the leader, on the same folds, to be stopped."""
 
 

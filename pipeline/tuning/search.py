@@ -127,6 +127,8 @@ class _Search:
         self._known = {fit_key(event["cheap"], event["params"], event["fold"]): event for event in fits}
         self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
         self._start = time.perf_counter()
+        self._kept: dict[int, list[FoldOutcome]] = {}
+        self._kept_mean = -math.inf
         self._threads = ThreadpoolController()
         self._scorer = SCORERS[tuning.scoring]
 
@@ -205,10 +207,15 @@ class _Search:
             if done < n_folds:
                 alive = self._still_racing(alive, scores, done, reasons, cheap)
         leader = self._leader(scores, alive, n_folds, cheap)
-        return [
-            self._trial(number, params, scores[place], outcomes[place], reasons.get(place), leader, cheap)
-            for place, (number, params) in enumerate(zip(numbers, points, strict=True))
-        ]
+        trials = []
+        for place, (number, params) in enumerate(zip(numbers, points, strict=True)):
+            trials.append(
+                self._trial(number, params, scores[place], outcomes[place], reasons.get(place), leader, cheap)
+            )
+            mean = trials[-1].mean
+            if mean is not None and mean > self._kept_mean:
+                self._kept, self._kept_mean = {number: outcomes[place]}, mean
+        return trials
 
     def _still_racing(
         self, alive: list[int], scores: NDArray[np.float64], done: int, reasons: dict[int, str], cheap: bool
@@ -339,9 +346,13 @@ class _Search:
     def out_of_fold(self, best: Trial) -> OutOfFold:
         """Predict every row with the best parameters, fitted on the folds that do not hold it out."""
         problem = self.problem
-        run = joblib.Parallel(n_jobs=self.jobs, backend="threading")
-        folds = range(len(problem.folds))
-        outcomes = [made[0] for made in run(joblib.delayed(self._evaluate)(fold, [best.params]) for fold in folds)]
+        outcomes = self._kept.get(best.number, [])
+        # Replayed fits have no predictions. What was solved together is solved again alone, so that a resumed search
+        # and an uninterrupted one give the same to the last digit.
+        if self.evaluator.together or not outcomes or any(outcome.predictions is None for outcome in outcomes):
+            run = joblib.Parallel(n_jobs=self.jobs, backend="threading")
+            tasks = (joblib.delayed(self._evaluate)(fold, [best.params]) for fold in range(len(problem.folds)))
+            outcomes = [made[0] for made in run(tasks)]
         predictions = np.full(len(problem.y), -1, dtype=np.int64)
         place = np.full(len(problem.y), -1, dtype=np.int64)
         kinds = {outcome.kind for outcome in outcomes}
