@@ -93,8 +93,11 @@ class StoreFile:
         item_bytes = self.bulk.dtype.itemsize * width
         first = items.astype(np.intp) * item_bytes // BLOCK_BYTES
         last = ((items.astype(np.intp) + 1) * item_bytes - 1) // BLOCK_BYTES
-        spans = int((last - first).max(initial=0)) + 1
-        blocks = np.unique(np.concatenate([np.minimum(first + step, last) for step in range(spans)]))
+        # A mask, not a sorted set: there may be ten million items in a thousand blocks.
+        touched = np.zeros(len(self._checked), np.bool_)
+        for step in range(int((last - first).max(initial=0)) + 1):
+            touched[np.minimum(first + step, last)] = True
+        blocks = np.flatnonzero(touched)
         if bad := self.bad_blocks(blocks):
             raise StoreError(
                 f"{self.path}: {len(bad)} block(s) of {BLOCK_BYTES >> 10} KiB are damaged (the first at block {bad[0]}); "

@@ -44,8 +44,15 @@ class Table:
 
     def find(self, digests: Digests) -> NDArray[np.int64]:
         """Return the position of each digest in the table, -1 where it has none; shape (k,)."""
-        size = len(self.first)
         wanted = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
+        # In the order of the table, neighbours share pages: many times faster in a large one.
+        order = np.argsort(wanted[:, 0], kind="stable")
+        positions = np.empty(len(wanted), np.int64)
+        positions[order] = self._find_sorted(wanted[order])
+        return positions
+
+    def _find_sorted(self, wanted: Digests) -> NDArray[np.int64]:
+        size = len(self.first)
         if not size or not len(wanted):
             return np.full(len(wanted), -1, np.int64)
         everything = np.arange(size) if len(wanted) * 64 > size else None
