@@ -102,10 +102,12 @@ def heads(config: Path, overrides: tuple[str, ...]) -> None:
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
+    from pipeline import report as pages
     from pipeline import train_heads as stage
 
     result = stage.run(configuration.load(config, overrides))
-    for line in result.summary_lines():
+    page = pages.build(result.files.root)
+    for line in [*result.summary_lines(), f"report       {page}"]:
         click.echo(line)
 
 
