@@ -99,7 +99,8 @@ class ModelBundle:
 def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
     """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities."""
     if kind == "probability":
-        return np.log(np.clip(raw, SMALLEST_PROBABILITY, 1.0), dtype=np.float64)
+        clipped: NDArray[np.float64] = np.clip(raw, SMALLEST_PROBABILITY, 1.0).astype(np.float64)
+        return np.log(clipped)
     return scores_as_columns(raw)
 
 
@@ -206,7 +207,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
 
 def check_file(folder: Path, document: Mapping[str, Any]) -> bytes:
     """Return the bytes of the head's file after comparing their digest with the document's."""
-    path = folder / document["file"]
+    path = folder / str(document["file"])
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -49,7 +49,7 @@ def _heads(config: Config) -> list[str]:
 
 
 def _backbones(config: Config) -> list[str]:
-    problems = []
+    problems: list[str] = []
     for section in config.backbones:
         try:
             backbone.check(section)
@@ -57,7 +57,9 @@ def _backbones(config: Config) -> list[str]:
             problems += error.problems or [error.message]
     if problems:
         raise PipelineError("backbones", problems)
-    return [f"{len(config.backbones)} backbones: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}"]
+    return [
+        f"{len(config.backbones)} backbones: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}"
+    ]
 
 
 def _data(config: Config) -> list[str]:
