@@ -13,3 +13,4 @@ from store.test_store_hostile import *  # noqa: F403
 from store.test_store_model import *  # noqa: F403
 from store.test_store_power_loss import *  # noqa: F403
 from store.test_store_writers import *  # noqa: F403
+from test_images_model import *  # noqa: F403
