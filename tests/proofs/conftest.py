@@ -4,4 +4,4 @@ import os
 
 os.environ["MANYHEADS_PROOFS"] = "long"
 
-from store.conftest import place  # noqa: E402, F401
+from store.conftest import place  # noqa: F401
