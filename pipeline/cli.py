@@ -32,15 +32,13 @@ def main() -> None:
     except PipelineError as error:
         _complain(str(error))
         sys.exit(2)
-    except click.exceptions.Abort:
-        sys.exit(130)
+    except click.exceptions.Abort as stop:  # what click makes of KeyboardInterrupt
+        _complain("stopped; what was finished is kept, the same command goes on from there")
+        reason = stop.__cause__.args if stop.__cause__ else ()
+        sys.exit(143 if reason[:1] == (signal.SIGTERM,) else 130)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        terminated = bool(stop.args) and stop.args[0] == signal.SIGTERM
-        _complain("stopped; what was finished is kept, the same command goes on from there")
-        sys.exit(143 if terminated else 130)
     except BrokenPipeError:
         sys.exit(0)  # the reader of our output, such as `head`, has what it wanted
     sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,79 @@
+"""The command line: exit codes, one line per mistake, and no traceback but for bugs of ours."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, before: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    code = (
+        f"{before}\nimport sys\nsys.argv = ['manyheads', *{list(arguments)!r}]\nfrom pipeline.cli import main\nmain()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_a_mistake_in_the_config_is_told_in_a_line_each_with_exit_code_2(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("output: x\nbackbones: [{name: resnet18, wights: random}]\nheads: [knm]\n", encoding="utf-8")
+    done = run("heads", str(config))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"error: {config}: 2 problems",
+        "  backbones.0.wights: unknown key, did you mean 'weights'?; allowed: name, weights, layers, pooling, arguments, preprocessing",
+        "  heads.0.name: unknown head 'knm', did you mean 'knn'?; allowed: logistic_regression, linear_svm, rbf_svm, "
+        "random_forest, ridge, knn, nearest_centroid, decision_tree, mlp, or package.module:ATTRIBUTE",
+    ]
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    done = run(
+        "features", "configs/folder.yaml", "--set", f"dataset.path={tmp_path}/none", "--set", f"output={tmp_path}/o"
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/none")
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("heads", "--nonsense"), ("predict",)])
+def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_of_ours_keeps_its_traceback() -> None:
+    bug = "import pipeline.check\ndef broken(config): raise RuntimeError('a bug')\npipeline.check.run = broken"
+    done = run("check", before=bug)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("RuntimeError: a bug\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_its_exit_code_and_one_line(number: signal.Signals, code: int) -> None:
+    stop = f"import os, pipeline.check\npipeline.check.run = lambda config: os.kill(os.getpid(), {int(number)}) or [1]"
+    done = run("check", before=stop)
+    assert done.returncode == code
+    assert done.stderr.lstrip() == "error: stopped; what was finished is kept, the same command goes on from there\n"
+
+
+def test_a_check_that_finds_something_is_exit_code_1() -> None:
+    found = (
+        "import pipeline.maintenance as m\n"
+        "class Check:\n"
+        "    ok = False\n"
+        "    def lines(self): return ['one: DAMAGED']\n"
+        "m.verify = lambda config, full, sample: [Check()]"
+    )
+    done = run("verify", before=found)
+    assert (done.returncode, done.stdout) == (1, "one: DAMAGED\n")
