@@ -38,7 +38,7 @@ status: install ## Say what is cached, missing, changed, failed
 	@$(RUN) status $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-test ## Install what the tests need and run them all
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 proofs: $(VENV)/.installed-test ## The store's promises at long counts (hours)
 	@$(BIN)/python -m pytest tests/proofs --override-ini=addopts= $(ARGS)
