@@ -15,7 +15,7 @@ from pipeline.digests import Digests, digests_to_hex
 from pipeline.errors import StoreError
 from pipeline.store.maintain import COPY_BYTES, in_order
 from pipeline.store.reader import FeatureStore
-from pipeline.store.writer import explained
+from pipeline.store.recovery import explained
 
 
 @dataclass(frozen=True)

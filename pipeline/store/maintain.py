@@ -17,10 +17,11 @@ from pipeline.store import journal, lock
 from pipeline.store.format import VERSION_MAJOR, VERSION_MINOR
 from pipeline.store.opener import StoreFile
 from pipeline.store.reader import FeatureStore
+from pipeline.store.recovery import backup_path
 from pipeline.store.segment import damaged_rows, open_segment
 from pipeline.store.snapshot import Table, newest_snapshot
 from pipeline.store.verify import verify
-from pipeline.store.writer import StoreWriter, backup_path
+from pipeline.store.writer import StoreWriter
 
 COPY_BYTES = 16 << 20
 

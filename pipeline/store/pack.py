@@ -25,7 +25,7 @@ from pipeline.store.format import compose
 from pipeline.store.maintain import COPY_BYTES, in_order
 from pipeline.store.opener import MAX_TEXT, open_file
 from pipeline.store.reader import FeatureStore
-from pipeline.store.writer import explained
+from pipeline.store.recovery import explained
 
 COLUMNS = {"paths": "path", "labels": "label", "splits": "split", "groups": "group"}
 """Column of the dataset index -> dataset of the packed file."""

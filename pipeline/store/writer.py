@@ -8,13 +8,10 @@ the order of appending, across kills, so a resumed run gives the same bytes as o
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,72 +22,21 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.digests import Digests, digests_to_hex, fingerprint
 from pipeline.errors import StoreError
-from pipeline.store import journal, lock
+from pipeline.store import journal, lock, recovery
 from pipeline.store.identity import check_canary, differences
-from pipeline.store.opener import StoreFile, open_file
-from pipeline.store.segment import (
-    SEGMENT_BYTES,
-    SEGMENTS,
-    SegmentEntry,
-    StoreType,
-    compose_segment,
-    open_entry,
-    open_segment,
-    split,
-)
-from pipeline.store.snapshot import (
-    NO_PARENT,
-    Snapshot,
-    compose_and_publish,
-    generations,
-    newest_snapshot,
-    snapshot_path,
-    sorted_table,
-)
+from pipeline.store.opener import StoreFile
+from pipeline.store.recovery import explained
+from pipeline.store.seal import Rows, compaction, next_table, sweep, write_segments
+from pipeline.store.segment import SEGMENTS, SegmentEntry, StoreType, compose_segment, open_entry, open_segment
+from pipeline.store.snapshot import NO_PARENT, Snapshot, compose_and_publish, generations, newest_snapshot
 
 log = logging.getLogger(__name__)
 
 TEMPORARY = "tmp"
 GROUP_BYTES = 4 << 20
 GROUP_SECONDS = 30.0
-SMALL_BYTES = SEGMENT_BYTES // 16
-MAX_SMALL = 16
-"""As many segments below `SMALL_BYTES` may pile up before a seal merges them."""
 
 DTYPES = {"float32": "<f4", "float16": "<f2", "<f4": "<f4", "<f2": "<f2"}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one opened file that belong to the store's next state, in the order they have there."""
-
-    file: StoreFile
-    rows: NDArray[np.int64]
-
-    @property
-    def content(self) -> Digests:
-        """Their digests, shape (n, 2)."""
-        content: Digests = self.file.arrays["content"][self.rows]
-        return content
-
-
-@contextlib.contextmanager
-def explained(store: Path) -> Iterator[None]:
-    """Turn the file system's errors into one line that says what is safe and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        advice = {
-            errno.ENOSPC: "free some space",
-            errno.EDQUOT: "free some of your quota",
-            errno.EROFS: "choose an output folder that can be written to",
-            errno.EACCES: "choose an output folder that can be written to",
-            errno.EIO: "check the disk",
-        }.get(error.errno or 0, "check the disk and its mount")
-        raise StoreError(
-            f"{store}: cannot be written: {reason}; all rows committed before are safe; {advice} and run again"
-        ) from error
 
 
 class StoreWriter:
@@ -138,7 +84,7 @@ class StoreWriter:
             raise StoreError(f"dtype {dtype!r}: expected one of float32, float16")
         store_type = StoreType(fingerprint(identity), dim, DTYPES[dtype])
         with explained(path):
-            _undo_half_swap(path)
+            recovery.undo_half_swap(path)
             for folder in (path, path / SEGMENTS, path / journal.JOURNAL, path / TEMPORARY):
                 files.make_folder(folder)
             held = lock.acquire(path)
@@ -158,7 +104,7 @@ class StoreWriter:
         if not generations(self.path):
             self._publish(1, NO_PARENT, [], np.zeros((4, 0), "<u8"), canary)
         else:
-            orphans = _set_aside_damaged_snapshots(self.path)
+            orphans = recovery.set_aside_damaged_snapshots(self.path)
             if not generations(self.path):
                 raise StoreError(f"{self.path}: no valid snapshot; delete the store and run 'manyheads features' again")
         self._snapshot = newest_snapshot(self.path)
@@ -170,7 +116,7 @@ class StoreWriter:
             self._canary = canary
         lost = self._drop_lost_segments()
         if orphans:
-            self._adopt(self._orphans())
+            self._adopt(recovery.orphans(self.path, self.store_type, self._snapshot))
         self._adopt(journal.adopt(self.path, self.store_type))
         if not self._sources:
             # A kill fell between publishing and clearing: the snapshot has all that the journal has.
@@ -212,19 +158,6 @@ class StoreWriter:
         if entry.digest not in self._opened:
             self._opened[entry.digest] = open_entry(self.path, entry, self.store_type)
         return self._opened[entry.digest]
-
-    def _orphans(self) -> list[StoreFile]:
-        """Open the segments that no valid snapshot names: those of a snapshot that was damaged."""
-        named = {entry.digest for entry in self._snapshot.segments}
-        found = []
-        for path in sorted((self.path / SEGMENTS).glob("*.h5")):
-            if path.stem in named:
-                continue
-            with contextlib.suppress(StoreError):
-                file = open_segment(path, self.store_type, path.stem)
-                if not file.bad_blocks(file.all_blocks()):
-                    found.append(file)
-        return found
 
     def _adopt(self, opened: Sequence[StoreFile]) -> None:
         """Take over rows that the snapshot does not have."""
@@ -320,7 +253,7 @@ class StoreWriter:
             if self._sources or self._canary is not None:
                 self._publish_rows(self._sources_of_snapshot())
                 return True
-            _sweep(self.path, keep=2)
+            sweep(self.path, keep=2)
         return False
 
     def rewrite(self, keep: Callable[[StoreFile], NDArray[np.bool_]], set_aside: bool = False) -> None:
@@ -346,7 +279,7 @@ class StoreWriter:
                 self._publish_rows(old)
             for entry in changed if set_aside else []:
                 journal.quarantine(self.path, entry.path(self.path))
-            _sweep(self.path, keep=1)
+            sweep(self.path, keep=1)
 
     def _sources_of_snapshot(self) -> list[SegmentEntry | Rows]:
         return [entry for number, entry in enumerate(self._snapshot.segments) if number in self._entries]
@@ -357,11 +290,11 @@ class StoreWriter:
         `old` : segments that stay as they are, and rows of segments that are written anew.
         """
         new = [] if keep_journal else list(self._sources)
-        kept, rewritten = _compaction([item for item in old if isinstance(item, SegmentEntry)], bool(new))
+        kept, rewritten = compaction([item for item in old if isinstance(item, SegmentEntry)], bool(new))
         merged = [self._whole(entry) for entry in rewritten]
         merged += [item for item in old if isinstance(item, Rows)]
-        entries = [*kept, *self._write_segments(merged + new)]
-        lines = self._lines(entries)
+        entries = [*kept, *write_segments(self.path, self.path / TEMPORARY, self.store_type, merged + new)]
+        lines = next_table(self._snapshot, entries, lambda entry: self._open_entry(entry).arrays["content"])
         canary = self._snapshot.canary if self._canary is None else self._canary
         self._publish(self._snapshot.generation + 1, self._snapshot.digest, entries, lines, canary)
         self._canary = None
@@ -371,35 +304,11 @@ class StoreWriter:
         self._snapshot = newest_snapshot(self.path)
         self._entries = {number: self._open_entry(entry) for number, entry in enumerate(entries)}
         self._opened = {file.digest: file for file in self._entries.values()}
-        _sweep(self.path, keep=2)
+        sweep(self.path, keep=2)
 
     def _whole(self, entry: SegmentEntry) -> Rows:
         file = self._entries[self._snapshot.segments.index(entry)]
         return Rows(file, np.arange(entry.rows))
-
-    def _write_segments(self, sources: Sequence[Rows]) -> list[SegmentEntry]:
-        """Write rows in order into as few segments as allowed; every block is checked as it is copied."""
-        if not sources:
-            return []
-        content = np.concatenate([source.content for source in sources])
-        entries = []
-        for start, stop in split(len(content), self.store_type, SEGMENT_BYTES):
-            pieces = _range(sources, start, stop)
-            composed = compose_segment(self.store_type, content[start:stop], lambda pieces=pieces: _chunks(pieces))  # type: ignore[misc]
-            entry = SegmentEntry(composed.digest, stop - start, composed.size)
-            scratch = files.write_temporary(self.path / TEMPORARY, composed.parts())
-            files.rename(scratch, entry.path(self.path))
-            entries.append(entry)
-        return entries
-
-    def _lines(self, entries: Sequence[SegmentEntry]) -> NDArray[np.uint64]:
-        """Build the table of the next snapshot from the contents of its segments."""
-        contents = [self._open_entry(entry).arrays["content"] for entry in entries]
-        if not contents:
-            return np.zeros((4, 0), "<u8")
-        segment = np.repeat(np.arange(len(entries)), [len(content) for content in contents])
-        row = np.concatenate([np.arange(len(content)) for content in contents])
-        return sorted_table(np.concatenate(contents), segment, row)
 
     def _publish(
         self,
@@ -444,86 +353,7 @@ class StoreWriter:
             self.close()
 
 
-def backup_path(store: Path) -> Path:
-    """Where `migrate` puts the store as it was."""
-    return store.with_name(f"{store.name}.before-migration")
-
-
-def _undo_half_swap(store: Path) -> None:
-    """Give a store its name back where a kill fell between the two renames of `migrate`."""
-    if not store.exists() and backup_path(store).is_dir():
-        log.warning("%s: a migration was interrupted; going on with the store as it was", store)
-        files.SYSTEM["rename"](backup_path(store), store)
-        files.sync_folder(store.parent)
-
-
 def _keys(digests: Digests) -> list[bytes]:
     """Return n digests as n byte strings."""
     keys: list[bytes] = np.ascontiguousarray(digests, "<u8").reshape(-1, 2).view("V16").ravel().tolist()
     return keys
-
-
-def _set_aside_damaged_snapshots(store: Path) -> bool:
-    """Move snapshots newer than the newest valid one away, so that the next number is free; True when there were any."""
-    damaged = False
-    for generation in generations(store):
-        path = snapshot_path(store, generation)
-        try:
-            file = open_file(path, "snapshot")
-            if bad := file.bad_blocks(file.all_blocks()):
-                raise StoreError(f"{path}: {len(bad)} block(s) are damaged")
-        except StoreError as error:
-            log.warning("%s; set aside", error)
-            journal.quarantine(store, path)
-            damaged = True
-            continue
-        break
-    return damaged
-
-
-def _compaction(entries: Sequence[SegmentEntry], adding: bool) -> tuple[list[SegmentEntry], list[SegmentEntry]]:
-    """Choose the segments to keep and those to merge: the small ones, when too many have piled up."""
-    small = [entry for entry in entries if entry.bytes < SMALL_BYTES]
-    if not adding or len(small) < MAX_SMALL:
-        return list(entries), []
-    return [entry for entry in entries if entry.bytes >= SMALL_BYTES], small
-
-
-def _range(sources: Sequence[Rows], start: int, stop: int) -> list[Rows]:
-    """Return rows `start` to `stop` of the concatenation of some sources."""
-    pieces = []
-    at = 0
-    for source in sources:
-        rows = source.rows[max(0, start - at) : max(0, stop - at)]
-        if len(rows):
-            pieces.append(Rows(source.file, rows))
-        at += len(source.rows)
-    return pieces
-
-
-def _chunks(sources: Sequence[Rows]) -> Iterator[NDArray[Any]]:
-    """Yield the features of some rows in order, a few megabytes at a time, checked."""
-    for source in sources:
-        width = source.file.bulk.shape[1]
-        step = max(1, GROUP_BYTES // (width * source.file.bulk.dtype.itemsize))
-        for start in range(0, len(source.rows), step):
-            rows = source.rows[start : start + step]
-            source.file.check_items(rows, width)
-            yield source.file.bulk[rows]
-
-
-def _sweep(store: Path, keep: int) -> None:
-    """Remove snapshots but the newest `keep`, and segments that none of these names."""
-    numbers = generations(store)
-    for generation in numbers[keep:]:
-        files.remove(snapshot_path(store, generation))
-    named: set[str] = set()
-    for generation in numbers[:keep]:
-        try:
-            file = open_file(snapshot_path(store, generation), "snapshot")
-        except StoreError:
-            return  # it cannot say what it needs, so nothing is removed
-        named.update(digest.tobytes().hex() for digest in file.arrays["segment_digest"])
-    for path in (store / SEGMENTS).iterdir():
-        if path.suffix == ".h5" and path.stem not in named:
-            files.remove(path)

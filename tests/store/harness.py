@@ -15,7 +15,7 @@ import numpy as np
 from pipeline import files
 from pipeline.errors import StoreError
 from pipeline.store import FeatureStore, StoreWriter, collect, verify
-from pipeline.store import writer as writer_module
+from pipeline.store import seal as seal_module
 
 DIM = 5
 ROWS = 22
@@ -33,13 +33,13 @@ Work = Callable[[Path, set[int]], None]
 @contextmanager
 def small_segments() -> Iterator[None]:
     """Segments of ten rows, merged when three small ones have piled up, so that a tiny run does all there is to do."""
-    old = {name: getattr(writer_module, name) for name in ("SEGMENT_BYTES", "SMALL_BYTES", "MAX_SMALL")}
-    writer_module.SEGMENT_BYTES, writer_module.SMALL_BYTES, writer_module.MAX_SMALL = 10 * DIM * 4, 1 << 20, 3
+    old = {name: getattr(seal_module, name) for name in ("SEGMENT_BYTES", "SMALL_BYTES", "MAX_SMALL")}
+    seal_module.SEGMENT_BYTES, seal_module.SMALL_BYTES, seal_module.MAX_SMALL = 10 * DIM * 4, 1 << 20, 3
     try:
         yield
     finally:
         for name, value in old.items():
-            setattr(writer_module, name, value)
+            setattr(seal_module, name, value)
 
 
 def add(path: Path, acked: set[int], rows: int = ROWS) -> None:

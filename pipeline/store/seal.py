@@ -1,0 +1,127 @@
+"""Sealing: rows become segments, their places the table of the next snapshot, and what nobody needs any more goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import files
+from pipeline.digests import Digests
+from pipeline.errors import StoreError
+from pipeline.store.opener import StoreFile, open_file
+from pipeline.store.segment import SEGMENT_BYTES, SEGMENTS, SegmentEntry, StoreType, compose_segment, split
+from pipeline.store.snapshot import Snapshot, generations, snapshot_path, sorted_table
+
+SMALL_BYTES = SEGMENT_BYTES // 16
+MAX_SMALL = 16
+"""As many segments below `SMALL_BYTES` may pile up before a seal merges them."""
+COPY_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one opened file that belong to the store's next state, in the order they have there."""
+
+    file: StoreFile
+    rows: NDArray[np.int64]
+
+    @property
+    def content(self) -> Digests:
+        """Their digests, shape (n, 2)."""
+        content: Digests = self.file.arrays["content"][self.rows]
+        return content
+
+
+def write_segments(store: Path, temporary: Path, store_type: StoreType, sources: Sequence[Rows]) -> list[SegmentEntry]:
+    """Write rows in order into as few segments as allowed; every block is checked as it is copied."""
+    if not sources:
+        return []
+    content = np.concatenate([source.content for source in sources])
+    entries = []
+    for start, stop in split(len(content), store_type, SEGMENT_BYTES):
+        pieces = _range(sources, start, stop)
+        composed = compose_segment(store_type, content[start:stop], lambda pieces=pieces: _chunks(pieces))  # type: ignore[misc]
+        entry = SegmentEntry(composed.digest, stop - start, composed.size)
+        scratch = files.write_temporary(temporary, composed.parts())
+        files.rename(scratch, entry.path(store))
+        entries.append(entry)
+    return entries
+
+
+def compaction(entries: Sequence[SegmentEntry], adding: bool) -> tuple[list[SegmentEntry], list[SegmentEntry]]:
+    """Choose the segments to keep and those to merge: the small ones, when too many have piled up."""
+    small = [entry for entry in entries if entry.bytes < SMALL_BYTES]
+    if not adding or len(small) < MAX_SMALL:
+        return list(entries), []
+    return [entry for entry in entries if entry.bytes >= SMALL_BYTES], small
+
+
+def next_table(
+    before: Snapshot, entries: Sequence[SegmentEntry], content_of: Callable[[SegmentEntry], Digests]
+) -> NDArray[np.uint64]:
+    """Return the sorted table of the next snapshot, shape (4, n).
+
+    What stays is taken from the table before, which is sorted already, so that only what is new has to be put in its
+    place. `content_of` gives the digests of a segment that is new.
+    """
+    old = {entry: number for number, entry in enumerate(before.segments)}
+    renumber = np.full(len(before.segments), -1, np.int64)
+    for number, entry in enumerate(entries):
+        if entry in old:
+            renumber[old[entry]] = number
+    content, segment, row = before.table.all()
+    if (segment >= len(renumber)).any() or (segment < 0).any():
+        raise StoreError(f"{before.path}: not a valid feature store file: its table names segments that do not exist")
+    stays = renumber[segment] >= 0 if len(segment) else np.zeros(0, np.bool_)
+    parts = [(content[stays], renumber[segment[stays]], row[stays])]
+    for number, entry in enumerate(entries):
+        if entry not in old:
+            digests = content_of(entry)
+            parts.append((digests, np.full(len(digests), number), np.arange(len(digests))))
+    contents, segments, rows = zip(*parts, strict=True)
+    return sorted_table(np.concatenate(contents), np.concatenate(segments), np.concatenate(rows))
+
+
+def sweep(store: Path, keep: int) -> None:
+    """Remove snapshots but the newest `keep`, and segments that none of these names."""
+    numbers = generations(store)
+    for generation in numbers[keep:]:
+        files.remove(snapshot_path(store, generation))
+    named: set[str] = set()
+    for generation in numbers[:keep]:
+        try:
+            file = open_file(snapshot_path(store, generation), "snapshot")
+        except StoreError:
+            return  # it cannot say what it needs, so nothing is removed
+        named.update(digest.tobytes().hex() for digest in file.arrays["segment_digest"])
+    for path in (store / SEGMENTS).iterdir():
+        if path.suffix == ".h5" and path.stem not in named:
+            files.remove(path)
+
+
+def _range(sources: Sequence[Rows], start: int, stop: int) -> list[Rows]:
+    """Return rows `start` to `stop` of the concatenation of some sources."""
+    pieces = []
+    at = 0
+    for source in sources:
+        rows = source.rows[max(0, start - at) : max(0, stop - at)]
+        if len(rows):
+            pieces.append(Rows(source.file, rows))
+        at += len(source.rows)
+    return pieces
+
+
+def _chunks(sources: Sequence[Rows]) -> Iterator[NDArray[Any]]:
+    """Yield the features of some rows in order, a few megabytes at a time, checked."""
+    for source in sources:
+        width = source.file.bulk.shape[1]
+        step = max(1, COPY_BYTES // (width * source.file.bulk.dtype.itemsize))
+        for start in range(0, len(source.rows), step):
+            rows = source.rows[start : start + step]
+            source.file.check_items(rows, width)
+            yield source.file.bulk[rows]
