@@ -27,6 +27,7 @@ from pipeline.config import HeadConfig, TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import HEADS, Head, configure, resolve
 from pipeline.tuning import SCORERS, check, expand_scores, make_folds, racing, search, strategies, tune
+from pipeline.tuning.journal import Journal
 from pipeline.tuning.strategies import cardinality
 
 
@@ -475,6 +476,36 @@ def test_another_search_begins_anew_and_says_so(tmp_path, caplog):
     )
     assert (tmp_path / "trials.jsonl.old").read_text() == before
     assert tune(counting(), X + 1, y, folds, TuningConfig(trials=4, jobs=1), 1, journal).replayed == 12
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from pipeline.tuning.journal import Journal
+held = Journal.open(Path(sys.argv[1]), {"seed": 0})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_share_a_journal(tmp_path):
+    journal = tmp_path / "trials.jsonl"
+    command = [sys.executable, "-c", HOLDING, str(journal), str(Path(__file__).parents[1])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for seed in (0, 1):  # the same search and another one
+            with pytest.raises(HeadError) as caught:
+                Journal.open(journal, {"seed": seed})
+            assert str(caught.value) == (
+                f"{journal}: another process is tuning with this file; wait until it ends, or choose another output folder"
+            )
+        other.communicate("")
+    book = Journal.open(journal, {"seed": 0})
+    book.append([{"event": "fit"}])
+    book.close()
+    assert not list(tmp_path.glob("*.old"))
+    assert len(journal.read_text().splitlines()) == 2
 
 
 def test_a_foreign_file_is_set_aside_and_an_unwritable_place_is_told(tmp_path, caplog):

@@ -1,11 +1,13 @@
 """The journal of a search: one JSON line per event, on disk before the search goes on.
 
 The first line names the search by everything that determines its results. A journal of another search is set aside as
-`.old`, so nothing measured is ever lost; a line torn by a kill is cut off.
+`.old`, so nothing measured is ever lost; a line torn by a kill is cut off. One process at a time has a journal: a lock
+that dies with the process keeps others out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +18,11 @@ from typing import Any
 from pipeline import files
 from pipeline.digests import canonical_json, fingerprint
 from pipeline.errors import HeadError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +44,18 @@ class Journal:
         Raises
         ------
         HeadError
-            When the file cannot be written.
+            When the file cannot be written, or another process is writing it.
         """
         header = {"format": FORMAT, "version": VERSION, "digest": fingerprint(identity), "identity": identity}
         try:
             files.make_folder(path.parent)
-            events, length = _read(path, header)
-            descriptor = int(files.SYSTEM["open"](path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666))
-            if os.fstat(descriptor).st_size > length:
+            descriptor = _open_alone(path)
+            events, length = _read(path, descriptor, header)
+            if length is None:
+                files.SYSTEM["rename"](path, path.with_name(path.name + ".old"))
+                stale, descriptor = descriptor, _open_alone(path)
+                files.SYSTEM["close"](stale)
+            elif os.fstat(descriptor).st_size > length:
                 files.SYSTEM["ftruncate"](descriptor, length)
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -80,12 +91,29 @@ def _unwritable(path: Path, error: OSError) -> HeadError:
     )
 
 
-def _read(path: Path, header: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the events of the same search and the length of the part of the file that holds them."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
+def _open_alone(path: Path) -> int:
+    """Open the file for this process alone. Closing any other descriptor of it would give the lock up."""
+    while True:
+        descriptor = int(files.SYSTEM["open"](path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666))
+        if fcntl is None:
+            return descriptor
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            raise HeadError(
+                f"{path}: another process is tuning with this file; wait until it ends, or choose another output folder"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # it was set aside between the two calls
+
+
+def _read(path: Path, descriptor: int, header: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int | None]:
+    """Return the events of the same search and the length of the part that holds them; None where it is another's."""
+    with open(descriptor, "rb", closefd=False) as file:
+        data = file.read()
     lines: list[Mapping[str, Any]] = []
     length = 0
     for line in data.splitlines(keepends=True):
@@ -100,11 +128,9 @@ def _read(path: Path, header: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]
     if lines and lines[0].get("digest") == header["digest"] and lines[0].get("version") == VERSION:
         return lines[1:], length
     if lines:
-        old = path.with_name(path.name + ".old")
-        log.info(
-            "%s: a new search begins, because %s; the old trials are kept in %s", path, _why(lines[0], header), old.name
-        )
-        files.SYSTEM["rename"](path, old)
+        why = _why(lines[0], header)
+        log.info("%s: a new search begins, because %s; the old trials are kept in %s.old", path, why, path.name)
+        return [], None
     return [], 0
 
 
