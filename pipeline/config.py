@@ -182,6 +182,11 @@ class TuningConfig(Section):
     """Time per head instead of a number of trials."""
     folds: int = Field(5, ge=2)
     scoring: Literal["accuracy", "balanced_accuracy", "macro_f1", "log_loss"] = "accuracy"
+    nested: bool = False
+    """Also repeat every search within each fold's training images, for a score that nothing was chosen by: folds times
+    the work."""
+    seeds: int = Field(1, ge=1, le=100)
+    """Searches per head, each with its own folds, by the experiment's seed and those after it: so many times the work."""
     jobs: Literal["auto"] | int = "auto"
     """Parallel processes."""
 

@@ -70,7 +70,7 @@ def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
 def without_clocks(path: Path) -> dict[str, Any]:
     """A leaderboard without what differs between two equal runs."""
     document = json.loads(path.read_text(encoding="utf-8"))
-    del document["provenance"]["date"], document["provenance"]["config"]["output"]
+    del document["provenance"]["date"], document["provenance"]["config"]["output"], document["provenance"]["command"]
     for row in document["rows"]:
         for key in ("fit_seconds", "predict_seconds", "search_seconds"):
             del row[key]

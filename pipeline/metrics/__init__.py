@@ -27,7 +27,7 @@ from pipeline.metrics.comparison import (
     paired_test,
     rank_over_datasets,
 )
-from pipeline.metrics.intervals import Interval, bootstrap_interval, mean_interval, wilson
+from pipeline.metrics.intervals import Interval, bootstrap_interval, mean_interval, repeated_interval, wilson
 from pipeline.metrics.learning_curve import (
     CurvePoint,
     HeldBack,
@@ -80,6 +80,7 @@ __all__ = [
     "pareto",
     "per_class",
     "rank_over_datasets",
+    "repeated_interval",
     "scores",
     "scores_as_columns",
     "selection_optimism",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,21 @@ def mean_interval(values: NDArray[np.float64], level: float = 0.95) -> Interval:
         return (-np.inf, np.inf)
     half = float(stats.t.ppf(0.5 + level / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     mean = float(np.mean(values))
+    return (mean - half, mean + half)
+
+
+def repeated_interval(scores: Sequence[float], test_share: float | None = None) -> Interval:
+    """Return the corrected resampled t interval for the mean of fold scores, shape (k,); infinite for one fold.
+
+    Folds share training images, so the variance counts 1/k + n_test/n_train times and not 1/k. test_share : n_test /
+    n_train, 1/(k - 1) when not given. Source: Nadeau and Bengio 2003.
+    """
+    k = len(scores)
+    if k < 2:
+        return (-np.inf, np.inf)
+    share = 1 / (k - 1) if test_share is None else test_share
+    half = float(stats.t.ppf(0.975, k - 1) * np.sqrt((1 / k + share) * np.var(scores, ddof=1)))
+    mean = float(np.mean(scores))
     return (mean - half, mean + half)
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.report.judge import judge
-from pipeline.report.leaderboard import Leaderboard, LeaderboardRow, Verdict
+from pipeline.report.leaderboard import Leaderboard
+from pipeline.report.rows import LeaderboardRow, Nested, Seeds, Verdict
 
-__all__ = ["Leaderboard", "LeaderboardRow", "Verdict", "build", "judge"]
+__all__ = ["Leaderboard", "LeaderboardRow", "Nested", "Seeds", "Verdict", "build", "judge"]
 
 
 def build(output: Path) -> Path:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from pipeline.metrics import Calibration, Difference, LearningCurve, Ranking, pareto
 from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
 from pipeline.report.judge import Trials
-from pipeline.report.leaderboard import LeaderboardRow, seconds
+from pipeline.report.leaderboard import seconds
 from pipeline.report.material import Map
+from pipeline.report.rows import LeaderboardRow
 
 MOST_ROWS = 30
 """Rows of a leaderboard drawn; the table has them all."""

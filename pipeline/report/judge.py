@@ -26,7 +26,8 @@ from pipeline.metrics import (
     selection_optimism,
     trial_optimism,
 )
-from pipeline.report.leaderboard import Leaderboard, LeaderboardRow, Verdict
+from pipeline.report.leaderboard import Leaderboard
+from pipeline.report.rows import LeaderboardRow, Verdict
 
 Trials = Sequence[Mapping[str, Any]]
 """The finished, stopped and failed trials of one search, as its journal holds them."""

@@ -7,102 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tabulate import tabulate
 
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
-from pipeline.metrics import Difference, Optimism, Paired, Scores
+from pipeline.report.rows import LeaderboardRow, Nested, Verdict, nested_choice, plain
 
 FORMAT = "manyheads leaderboard"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class LeaderboardRow:
-    """One tuned head on one embedding.
-
-    `cv_mean` and `cv_std` are over `cv_scores`, the fold scores at the chosen parameters; higher is better, so a log loss
-    is negated. `bundle` is the bundle's folder relative to the output folder. `simplicity` ranks the head's kind, lowest
-    is simplest. `embed_seconds` is what one image costs before any head, where it is known.
-    """
-
-    embedding: str
-    backbone: str
-    layer: str
-    head: str
-    untrained: bool
-    baseline: bool
-    cv_mean: float
-    cv_std: float
-    cv_scores: tuple[float, ...]
-    test: Scores | None
-    fit_seconds: float
-    predict_seconds: float
-    trials: int
-    params: Mapping[str, Any] = field(default_factory=dict)
-    bundle: str | None = None
-    simplicity: int = 0
-    dim: int | None = None
-    search_seconds: float | None = None
-    embed_seconds: float | None = None
-
-    @property
-    def key(self) -> str:
-        """The row's name: `embedding/head`."""
-        return f"{self.embedding}/{self.head}"
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the row as plain values for JSON."""
-        return dict(plain(dataclasses.asdict(self)))
-
-    @staticmethod
-    def from_record(raw: Mapping[str, Any]) -> LeaderboardRow:
-        """Return the row that `to_record` wrote."""
-        test = Scores(**_tuples(raw["test"])) if raw["test"] is not None else None
-        return LeaderboardRow(**{**raw, "cv_scores": tuple(raw["cv_scores"]), "test": test})
-
-    @property
-    def note(self) -> str:
-        """What a reader must know about the embedding before comparing: `untrained`, `baseline`, or nothing."""
-        return "baseline" if self.baseline else "untrained" if self.untrained else ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What paired comparison says about the rows; `report.judge` makes it from the predictions beside the bundles.
-
-    `differences` are to the best row, for every row with out-of-fold predictions. `optimism` is for picking the best of the
-    rows, `trial_optimism` for picking the best of the trials of the best row's own search (None where unknown).
-    """
-
-    differences: tuple[Difference, ...]
-    recommended: str
-    reason: str
-    optimism: Optimism | None = None
-    trial_optimism: float | None = None
-
-    @property
-    def no_evidence(self) -> tuple[str, ...]:
-        """Keys of the rows for which nothing shows that they are worse than the best, the best among them."""
-        return tuple(row.key for row in self.differences if row.no_evidence)
-
-    @staticmethod
-    def from_record(raw: Mapping[str, Any]) -> Verdict:
-        """Return the verdict that a leaderboard's JSON holds."""
-        return Verdict(
-            tuple(_difference(row) for row in raw["differences"]),
-            raw["recommended"],
-            raw["reason"],
-            Optimism(**_tuples(raw["optimism"])) if raw["optimism"] else None,
-            raw["trial_optimism"],
-        )
 
 
 @dataclass(frozen=True)
@@ -173,15 +90,21 @@ class Leaderboard:
 
     def to_markdown(self) -> str:
         """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
-        table = tabulate(
-            self._cells(bold="**"), headers=HEADERS, tablefmt="github", disable_numparse=True, colalign=ALIGN
-        )
+        table = self._table("github", HEADERS, bold="**")
         return "\n".join(["# Leaderboard", "", table, "", *(f"- {line}" for line in self.notes()), ""])
 
     def to_text(self) -> str:
         """Return the leaderboard for a terminal."""
-        table = tabulate(self._cells(), headers=SHORT_HEADERS, tablefmt="simple", disable_numparse=True, colalign=ALIGN)
-        return "\n".join([table, "", *self.notes()])
+        return "\n".join([self._table("simple", SHORT_HEADERS), "", *self.notes()])
+
+    def _table(self, form: str, headers: Sequence[str], bold: str = "") -> str:
+        asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in self.rows)]
+        cells = self._cells(bold)
+        for row, line in zip(self.rows, cells, strict=True):
+            line[4:4] = [text(row, self.scoring) for _, text in asked]
+        names = [*headers[:4], *(name for name, _ in asked), *headers[4:]]
+        align = [*ALIGN[:4], *("right" for _ in asked), *ALIGN[4:]]
+        return tabulate(cells, headers=names, tablefmt=form, disable_numparse=True, colalign=align)
 
     def notes(self) -> list[str]:
         """Return what must be said beside the table, one sentence each."""
@@ -193,6 +116,7 @@ class Leaderboard:
         )
         if self.verdict:
             lines += self._verdict_notes(self.verdict)
+        lines += self._repeat_notes()
         if any(row.test for row in self.rows):
             lines.append(
                 f"Test: {max(row.test.n for row in self.rows if row.test)} images, in brackets the 95 % interval (Wilson)."
@@ -226,6 +150,23 @@ class Leaderboard:
                     if trials is not None
                     else "."
                 )
+            )
+        return lines
+
+    def _repeat_notes(self) -> list[str]:
+        lines = []
+        chosen = nested_choice(self.rows)
+        if chosen is not None:
+            lines.append(
+                f"nested: every search repeated within each of {len(chosen.outer)} outer folds; the mean on the images held out, which chose nothing. "
+                f"Choosing the row within the folds too gives {nested_text(chosen, self.scoring)}, the unbiased score of this whole search "
+                "(95 % interval by the corrected resampled t)."
+            )
+        repeated = next((row.seeds for row in self.rows if row.seeds), None)
+        if repeated is not None:
+            lines.append(
+                f"seeds: cross-validation's mean ± standard deviation over seeds {repeated.seeds[0]} to {repeated.seeds[-1]}, each with its own "
+                "folds and search; the test images stay the same."
             )
         return lines
 
@@ -298,6 +239,29 @@ SHORT_HEADERS = (
 ALIGN = ("left", "left", "left", "right", "right", "right", "right", "right", "right", "right", "right", "left")
 
 
+def nested_text(nested: Nested | None, scoring: str) -> str:
+    """Return a nested score with its interval."""
+    if nested is None:
+        return ""
+    low, high = nested.interval
+    return f"{_percent(nested.mean, scoring)} [{_percent(low, scoring)}, {_percent(high, scoring)}]"
+
+
+def seeds_text(row: LeaderboardRow, scoring: str) -> str:
+    """Return the mean and spread over seeds."""
+    if row.seeds is None:
+        return ""
+    mean, spread = row.seeds.cv
+    return f"{_percent(mean, scoring)} ± {_percent(spread, scoring)}"
+
+
+REPEATS: tuple[tuple[str, Callable[[LeaderboardRow, str], str]], ...] = (
+    ("nested", lambda row, scoring: nested_text(row.nested, scoring)),
+    ("seeds", seeds_text),
+)
+"""Columns that are there on request: the field of the row, and its text."""
+
+
 def read_leaderboard(output: Path) -> Leaderboard:
     """Read an experiment's leaderboard.
 
@@ -324,38 +288,6 @@ def seconds(value: float) -> str:
         if value >= 0.095
         else f"{value:.3f}"
     )
-
-
-def plain(value: Any) -> Any:
-    """Return the value made of what JSON knows: numpy scalars and arrays become Python's, NaN and infinity None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
-
-
-def _difference(raw: Mapping[str, Any]) -> Difference:
-    paired = {name: Paired(**_paired(raw[name])) if raw[name] else None for name in ("test", "folds")}
-    return Difference(**{**_tuples(raw), **paired})
-
-
-def _paired(raw: Mapping[str, Any]) -> dict[str, Any]:
-    # JSON has no infinity: an interval without an end was written as null.
-    low, high = raw["interval"]
-    return {**raw, "interval": (-np.inf if low is None else low, np.inf if high is None else high)}
-
-
-def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn JSON's lists back into the tuples the records hold."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
 
 
 def _percent(value: float, scoring: str) -> str:

@@ -9,8 +9,9 @@ from statistics import median
 
 from pipeline.config import Artifacts
 from pipeline.metrics import Calibration, ClassScores, Interval
-from pipeline.report.leaderboard import Leaderboard, LeaderboardRow, seconds
+from pipeline.report.leaderboard import REPEATS, Leaderboard, seconds
 from pipeline.report.material import Material
+from pipeline.report.rows import LeaderboardRow
 
 Cell = tuple[str, float | None]
 """HTML and the number it is sorted by; None for text."""
@@ -55,10 +56,12 @@ def leaderboard(board: Leaderboard) -> str:
             if wanted
         )
         rows.append((kind, _leaderboard_cells(row, board, span)))
+    asked = [name.capitalize() for name, _ in REPEATS if any(getattr(row, name) for row in board.rows)]
     headers = [
         "Head",
         "Embedding",
         "Cross-validation",
+        *asked,
         "Test accuracy",
         "95 % interval",
         "Balanced",
@@ -87,6 +90,12 @@ def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) 
         (f'<span class="embedding">{escape(row.embedding)}</span>{note}', None),
         (validation, row.cv_mean),
     ]
+    for name, text in REPEATS:
+        repeated = getattr(row, name)
+        if repeated is not None:
+            cells.append((text(row, board.scoring), repeated.mean if name == "nested" else repeated.cv[0]))
+        elif any(getattr(other, name) for other in board.rows):
+            cells.append(_missing())
     if test is None:
         cells += [_missing()] * 5
     else:

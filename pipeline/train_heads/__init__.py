@@ -2,6 +2,9 @@
 
 Reads what stage one wrote (the index and the feature stores), needs neither the images nor torch, and writes a bundle per
 head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
+
+    task.py      the rows, the folds, the test images
+    repeats.py   on request: searches within outer folds, and with other seeds
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +27,22 @@ from sklearn.pipeline import Pipeline
 from pipeline import bundle as bundles
 from pipeline import heads as head_table
 from pipeline.bundle import ModelBundle
-from pipeline.config import Artifacts, Config, TuningConfig
-from pipeline.dataset import DatasetIndex, failed_digests
-from pipeline.digests import Digests, digests_to_hex, fingerprint
+from pipeline.config import Artifacts, Config, TuningConfig, dump_yaml
+from pipeline.dataset import DatasetIndex
+from pipeline.digests import fingerprint
 from pipeline.embedders import EmbeddingRecord, read_records
-from pipeline.errors import BundleError, DatasetError, StoreError
+from pipeline.errors import BundleError
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
-from pipeline.images import policy_key
 from pipeline.metrics import Predictions, PredictionSet, scores
 from pipeline.metrics.calibration import Calibrator, fit_calibrator
 from pipeline.report import Leaderboard, LeaderboardRow, judge
 from pipeline.store import FeatureStore
-from pipeline.tuning import Folds, TuningRun, make_folds, tune
+from pipeline.train_heads import repeats
+from pipeline.train_heads.task import Task, make_task
+from pipeline.tuning import TuningRun, tune
+
+__all__ = ["HeadsRun", "Task", "make_task", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -69,23 +77,6 @@ class HeadsRun:
             f"to predict   manyheads predict {self.files.root} IMAGES --output labels.csv",
         ]
         return lines
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every head is asked: the same rows, folds and test images for all of them.
-
-    `y_train` and `y_test` are places in `classes`: int64 of shape (n,).
-    """
-
-    classes: tuple[str, ...]
-    train: DatasetIndex
-    test: DatasetIndex
-    y_train: NDArray[np.int64]
-    y_test: NDArray[np.int64]
-    folds: Folds
-    key: str
-    """Digest of everything above: equal keys ask the same question."""
 
 
 @dataclass(frozen=True)
@@ -125,61 +116,11 @@ def run(config: Config) -> HeadsRun:
         else:
             reused += 1
         rows.append(row)
-    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, task, stores)), files.root)
+    write_text_atomic(files.config, dump_yaml(config))
+    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, task, stores)), files.root)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
-
-
-def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) -> Task:
-    """Choose the rows that have features, make the folds, and name the question.
-
-    Raises
-    ------
-    DatasetError
-        When there are too few classes or no test images.
-    StoreError
-        When images that did not fail have no features.
-    """
-    index = DatasetIndex.read(files.dataset)
-    used = index.select("train", "validation", "test")
-    usable = used.rows(
-        _usable(used.digests, stores, failed_digests(files.dataset, policy_key(config.dataset.max_pixels)))
-    )
-    train, test = usable.select("train", "validation"), usable.select("test")
-    classes = usable.classes
-    if len(set(train.labels)) < 2:
-        raise DatasetError(f"the training images are of {len(set(train.labels))} class; a classifier needs at least 2")
-    if len(test) == 0:
-        raise DatasetError("there are no test images; every leaderboard needs some: see dataset.test_fraction")
-    place = {label: code for code, label in enumerate(classes)}
-    y_train, y_test = (np.array([place[label] for label in part.labels], dtype=np.int64) for part in (train, test))
-    folds = make_folds(y_train, config.tuning.folds, config.seed, train.fold_groups())
-    key = fingerprint(
-        {
-            "classes": list(classes),
-            "train": [digests_to_hex(train.digests), y_train.tolist()],
-            "test": [digests_to_hex(test.digests), y_test.tolist()],
-            "folds": [held_out.tolist() for _, held_out in folds],
-        }
-    )
-    return Task(classes, train, test, y_train, y_test, folds, key)
-
-
-def _usable(digests: Digests, stores: Sequence[FeatureStore], failed: Digests) -> NDArray[np.bool_]:
-    """Which images have a vector in every store; those that have none must be known to have failed."""
-    missing = np.zeros(len(digests), dtype=bool)
-    for store in stores:
-        missing |= store.missing(digests)
-    known = set(digests_to_hex(failed))
-    lost = [digest for digest in digests_to_hex(digests[missing]) if digest not in known]
-    if lost:
-        raise StoreError(
-            f"{len(lost):,} of {len(digests):,} images have no features yet; run `manyheads features` first"
-        )
-    if missing.any():
-        log.info("%d images could not be read and are left out; dataset/ledger.csv names each", int(missing.sum()))
-    return ~missing
 
 
 def _entries(config: Config, records: Sequence[EmbeddingRecord], heads: Sequence[Head]) -> Iterator[Entry]:
@@ -249,7 +190,8 @@ def _make_row(
     start = time.perf_counter()
     labels, probabilities = bundle.predict(X_test)
     predict_seconds = time.perf_counter() - start
-    best = tuned.best
+    best, tested = tuned.best, scores(task.test.labels, labels, probabilities, task.classes, config.seed)
+    mean, journal = float(best.mean if best.mean is not None else np.nan), files.trials(entry.name, head.name)
     row = LeaderboardRow(
         embedding=entry.name,
         backbone=spec.architecture if spec else MAJORITY,
@@ -257,10 +199,10 @@ def _make_row(
         head=head.name,
         untrained=spec is not None and spec.untrained,
         baseline=spec is None or spec.kind == "baseline",
-        cv_mean=float(best.mean if best.mean is not None else np.nan),
+        cv_mean=mean,
         cv_std=best.spread or 0.0,
         cv_scores=tuple(float(score) for score in best.fold_scores if score is not None),
-        test=scores(task.test.labels, labels, probabilities, task.classes, config.seed),
+        test=tested,
         fit_seconds=tuned.fit_seconds,
         predict_seconds=predict_seconds,
         trials=len(tuned.trials),
@@ -270,6 +212,8 @@ def _make_row(
         dim=spec.dim if spec else 0,
         search_seconds=tuned.seconds,
         embed_seconds=record.seconds_per_image if record else None,
+        nested=repeats.nested(head, X_train, task, entry.tuning, config.seed, journal),
+        seeds=repeats.seeds(head, (X_train, X_test), task, entry.tuning, config.seed, journal, (mean, tested.accuracy)),
     )
     predictions = _predictions(tuned, task, labels, probabilities, calibrator)
     folder.mkdir(parents=True, exist_ok=True)
@@ -322,16 +266,28 @@ def _predictions(
     )
 
 
-def _provenance(config: Config, task: Task, stores: Mapping[str, FeatureStore]) -> dict[str, Any]:
+def _provenance(config: Config, files: Artifacts, task: Task, stores: Mapping[str, FeatureStore]) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
     return {
+        # The config as it was used, overrides included, is beside the leaderboard.
+        "command": f"manyheads features {files.config}\nmanyheads heads {files.config}",
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "scoring": config.tuning.scoring,
         "task": task.key,
+        "index": DatasetIndex.read(files.dataset).fingerprint(),
         "images": {"train": len(task.train), "test": len(task.test), "classes": len(task.classes)},
         "folds": len(task.folds),
         "stores": {name: store.digest for name, store in stores.items()},
-        "versions": bundles.versions(),
+        "versions": {**bundles.versions(), **_feature_versions()},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _feature_versions() -> dict[str, str]:
+    """The installed libraries that features are made with; stage two itself needs none of them."""
+    found = {}
+    for name in ("torch", "torchvision", "Pillow"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

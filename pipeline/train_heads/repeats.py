@@ -1,0 +1,83 @@
+"""Repeats on request: every search within outer folds, and with other seeds. Both choose nothing; they say how far to
+trust what was chosen.
+
+Each search has its own journal, in the folder beside the main one's, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+
+from pipeline.config import TuningConfig
+from pipeline.heads import Head
+from pipeline.report import Nested, Seeds
+from pipeline.train_heads.task import Task
+from pipeline.tuning import SCORERS, expand_scores, make_folds, tune
+
+log = logging.getLogger(__name__)
+
+
+def nested(
+    head: Head, X: NDArray[np.float32], task: Task, tuning: TuningConfig, seed: int, journal: Path
+) -> Nested | None:
+    """Search within the training images of every fold and score the winner on the fold; None unless it is asked for.
+
+    X : ndarray of shape (n, dim), the training images. The inner folds keep groups together as the outer ones do.
+    """
+    if not tuning.nested:
+        return None
+    inner, outer = [], []
+    for number, (train, held_out) in enumerate(task.folds):
+        log.info("%s, nested: outer fold %d of %d", head.name, number + 1, len(task.folds))
+        y, groups = task.y_train[train], None if task.groups is None else task.groups[train]
+        folds = make_folds(y, tuning.folds, seed, groups)
+        found = tune(head, X[train], y, folds, tuning, seed, _beside(journal, f"nested-{number}"))
+        inner.append(float(found.best.mean if found.best.mean is not None else -np.inf))
+        outer.append(_score(found.pipeline, X[held_out], task.y_train[held_out], len(task.classes), tuning.scoring))
+    return Nested(tuple(inner), tuple(outer))
+
+
+def seeds(
+    head: Head,
+    features: tuple[NDArray[np.float32], NDArray[np.float32]],
+    task: Task,
+    tuning: TuningConfig,
+    seed: int,
+    journal: Path,
+    first: tuple[float, float],
+) -> Seeds | None:
+    """Search again with the next seeds, each with its own folds; None unless it is asked for.
+
+    features : of the training and of the test images, shapes (n, dim). first : cross-validation mean and test accuracy
+    of the experiment's own seed.
+    """
+    if tuning.seeds < 2:
+        return None
+    X_train, X_test = features
+    numbers = tuple(range(seed, seed + tuning.seeds))
+    found = [first]
+    for number in numbers[1:]:
+        log.info("%s, seed %d", head.name, number)
+        folds = make_folds(task.y_train, tuning.folds, number, task.groups)
+        run = tune(head, X_train, task.y_train, folds, tuning, number, _beside(journal, f"seed-{number}"))
+        mean = float(run.best.mean if run.best.mean is not None else np.nan)
+        found.append((mean, float(np.mean(run.pipeline.predict(X_test) == task.y_test))))
+    return Seeds(numbers, tuple(mean for mean, _ in found), tuple(test for _, test in found))
+
+
+def _beside(journal: Path, name: str) -> Path:
+    return journal.with_suffix("") / f"{name}.jsonl"
+
+
+def _score(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.int64], n_classes: int, scoring: str) -> float:
+    """Score a fitted pipeline as the search would have."""
+    probabilities = None
+    if scoring == "log_loss":
+        columns = pipeline.predict_proba(X)
+        probabilities = expand_scores(columns, pipeline.classes_.astype(np.int64), n_classes, "probability")
+    return SCORERS[scoring](y, np.asarray(pipeline.predict(X), dtype=np.int64), probabilities)
