@@ -1,1 +1,14 @@
 """manyheads: embed every image once, then train, tune and honestly compare many heads on the cached features."""
+
+from typing import Any
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load` when it is first asked for, so that importing the package costs nothing."""
+    if name == "load":
+        from pipeline.api import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,8 @@ from pipeline import config as configuration
 from pipeline.errors import PipelineError
 
 DEFAULT_CONFIG = "configs/digits.yaml"
+PACKED = (".h5", ".hdf5")
+"""Endings of packed files, which `status`, `verify` and `export` take in place of a config."""
 
 
 def main() -> None:
@@ -161,15 +163,38 @@ def report(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("outputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output", "-o", default="comparison", type=click.Path(path_type=Path), help="The folder for the tables and plots."
+)
+@click.option("--row", metavar="EMBEDDING/HEAD", help="Which row's searches to draw; the best one otherwise.")
+def compare(outputs: tuple[Path, ...], output: Path, row: str | None) -> None:
+    """Compare finished experiments.
+
+    OUTPUTS are output folders. On several data sets: average ranks of the rows that all share, with a critical-difference
+    diagram. On one data set, searched differently: the searches side by side.
+
+    Example: manyheads compare artifacts/digits-bayes artifacts/digits-random artifacts/digits-grid --output comparison
+    """
+    from pipeline.report import several
+
+    for line in several.compare(outputs, output, row):
+        click.echo(line)
+
+
+@cli.command()
 @_experiment
 def status(config: Path, overrides: tuple[str, ...]) -> None:
-    """Say what is cached, missing, stale and failed.
+    """Say what is cached, missing, stale and failed. CONFIG may also be a packed file.
 
     Example: manyheads status configs/folder.yaml
     """
     from pipeline import maintenance
 
-    for line in maintenance.status(configuration.load(config, overrides)):
+    packed = config.suffix in PACKED
+    for line in (
+        maintenance.status_of_pack(config) if packed else maintenance.status(configuration.load(config, overrides))
+    ):
         click.echo(line)
 
 
@@ -180,12 +205,19 @@ def status(config: Path, overrides: tuple[str, ...]) -> None:
     "--sample", default=0, type=click.IntRange(min=0), metavar="K", help="Embed K random images anew and compare."
 )
 def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) -> int:
-    """Check the feature stores; exit code 1 when something is wrong.
+    """Check the feature stores; exit code 1 when something is wrong. CONFIG may also be a packed file.
 
     Example: manyheads verify configs/folder.yaml --full --sample 20
     """
     from pipeline import maintenance
 
+    if config.suffix in PACKED:
+        if sample:
+            raise click.UsageError("--sample needs an experiment: a packed file does not say where its images are")
+        ok, lines = maintenance.verify_pack(config, full=full)
+        for line in lines:
+            click.echo(line)
+        return 0 if ok else 1
     checks = maintenance.verify(configuration.load(config, overrides), full=full, sample=sample)
     for line in (line for found in checks for line in found.lines()):
         click.echo(line)
@@ -245,12 +277,15 @@ def pack(output: Path, config: Path, overrides: tuple[str, ...], embedding: str 
 @_experiment
 @_embedding
 def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: str | None) -> None:
-    """Write one embedding as .npy or .parquet, rows in the order of the index.
+    """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
 
     Example: manyheads export features.parquet configs/folder.yaml
     """
     from pipeline import maintenance
 
+    if config.suffix in PACKED:
+        click.echo(maintenance.export_pack(config, output))
+        return
     click.echo(maintenance.export(configuration.load(config, overrides), output, embedding=embedding))
 
 
@@ -258,13 +293,26 @@ def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: st
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 def merge(store: Path, sources: tuple[Path, ...]) -> None:
-    """Add the vectors of other stores of the same identity, such as those of several machines, to STORE.
+    """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
 
     Example: manyheads merge artifacts/photos/features/resnet50.store other-machine/resnet50.store
     """
     from pipeline import maintenance
 
     for line in maintenance.merge(store, sources):
+        click.echo(line)
+
+
+@cli.command()
+@_experiment
+def migrate(config: Path, overrides: tuple[str, ...]) -> None:
+    """Write the feature stores anew in the format of this version; the old ones are kept beside.
+
+    Example: manyheads migrate configs/folder.yaml
+    """
+    from pipeline import maintenance
+
+    for line in maintenance.migrate(configuration.load(config, overrides)):
         click.echo(line)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline import backbone, baselines
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
-from pipeline.errors import BackboneError, PipelineError
+from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.files import write_text_atomic
 from pipeline.images import Preprocessing
 from pipeline.store import differences
@@ -121,6 +121,23 @@ def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
         raise PipelineError(
             f"{path}: was written by another version of this package; run `manyheads features` again"
         ) from None
+
+
+def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "`embedding`") -> EmbeddingRecord:
+    """Return an embedding by name; the only backbone's where none is named.
+
+    Raises
+    ------
+    StoreError
+        When there is none of that name, or several to choose from; `option` is how the user names one.
+    """
+    candidates = [record for record in records if name in (None, record.name)]
+    if name is None and len(candidates) > 1:
+        candidates = [record for record in candidates if record.kind == "backbone"]
+    if len(candidates) != 1:
+        found = ", ".join(record.name for record in records)
+        raise StoreError(f"name one embedding with {option}; this experiment has {found}")
+    return candidates[0]
 
 
 def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:

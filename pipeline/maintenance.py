@@ -16,7 +16,6 @@ from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, content_digest, digests_to_hex
 from pipeline.embedders import EmbeddingRecord
-from pipeline.errors import StoreError
 from pipeline.images import ImageProblem, decode, open_file, policy_key, prepare
 
 EXAMPLES = 10
@@ -44,18 +43,21 @@ class Check:
 
     def lines(self) -> Iterator[str]:
         """The outcome in plain lines."""
-        report = self.report
-        depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
-        verdict = "ok" if self.ok else "DAMAGED" if not report.ok else "DEVIATES"
-        yield f"{self.record.name}: {verdict}; {report.rows:,} vectors in {report.segments} segments, checked {depth}"
-        for problem in report.problems:
-            yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
-        yield from _named("images without a usable vector", self.damaged_images)
+        yield from _verify_lines(self.record.name, self.report, self.ok, self.damaged_images)
         if self.sampled:
             same = self.sampled - len(self.deviating_images)
             yield f"  embedded {self.sampled} images anew: {same} give the stored vector"
             yield from _named("images that give another vector", self.deviating_images)
-        yield from (f"  note: {note}" for note in report.notes)
+        yield from (f"  note: {note}" for note in self.report.notes)
+
+
+def _verify_lines(name: str, report: store.VerifyReport, ok: bool, images: Sequence[str]) -> Iterator[str]:
+    depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
+    verdict = "ok" if ok else "DAMAGED" if not report.ok else "DEVIATES"
+    yield f"{name}: {verdict}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
+    for problem in report.problems:
+        yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
+    yield from _named("images without a usable vector", images)
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,7 @@ class Experiment:
 
     def choose(self, name: str | None) -> EmbeddingRecord:
         """Return an embedding by name; the only backbone's where none is named."""
-        candidates = [record for record in self.records if name in (None, record.name)]
-        if name is None and len(candidates) > 1:
-            candidates = [record for record in candidates if record.kind == "backbone"]
-        if len(candidates) != 1:
-            found = ", ".join(record.name for record in self.records)
-            raise StoreError(f"name one embedding with --embedding; this experiment has {found}")
-        return candidates[0]
+        return embedders.choose(self.records, name, "--embedding")
 
 
 def status(config: Config) -> list[str]:
@@ -116,25 +112,50 @@ def status(config: Config) -> list[str]:
         )
     for record in here.records:
         found = store.status(here.path(record), live)
-        missing, stale = found.missing_rows or 0, found.stale_rows or 0
-        state = "complete" if not missing else f"{missing:,} missing: run `manyheads features`"
-        lines.append(f"{record.name}{' (untrained)' if record.untrained else ''}: {state}")
-        lines.append(
-            f"  {found.rows:,} vectors of {found.dim} {found.dtype} in {found.segments} segments, "
-            f"{_size(found.disk_bytes)}, generation {found.generation}"
-        )
-        lines.append(f"  {found.path}  digest {found.digest[:16]}")
-        if stale:
-            lines.append(f"  {stale:,} vectors belong to no image any more; `manyheads gc` removes them")
-        if found.journal_rows:
-            lines.append(
-                f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
-            )
-        if found.quarantined:
-            lines.append(f"  {found.quarantined} damaged files are set aside in {found.path / 'quarantine'}")
-        if found.writer:
-            lines.append(f"  being written by {found.writer}")
+        lines += _status_lines(f"{record.name}{' (untrained)' if record.untrained else ''}", found)
     return lines
+
+
+def _status_lines(name: str, found: store.StoreStatus) -> Iterator[str]:
+    """One store in plain lines."""
+    missing = found.missing_rows or 0
+    yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
+    yield (
+        f"  {found.rows:,} vectors of {found.dim} {found.dtype} in {_segments(found.segments)}, "
+        f"{_size(found.disk_bytes)}" + (f", generation {found.generation}" if found.generation else ", a packed file")
+    )
+    yield f"  {found.path}  digest {found.digest[:16]}"
+    if found.stale_rows:
+        yield f"  {found.stale_rows:,} vectors belong to no image any more; `manyheads gc` removes them"
+    if found.journal_rows:
+        yield f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
+    if found.quarantined:
+        yield f"  {found.quarantined} damaged files are set aside in {found.path / 'quarantine'}; delete them when you like"
+    if found.writer:
+        yield f"  being written by {found.writer}"
+
+
+def status_of_pack(path: Path) -> list[str]:
+    """Describe a packed file."""
+    found = store.status(path)
+    index = store.read_packed_index(path)
+    has = ", ".join(index.columns) or "no columns"
+    return [
+        f"{len(index.digests):,} images with {has}",
+        *_status_lines(str(found.identity.get("architecture", "")), found),
+    ]
+
+
+def verify_pack(path: Path, *, full: bool = False) -> tuple[bool, list[str]]:
+    """Check a packed file; return whether nothing is wrong, and the outcome in plain lines."""
+    report = store.verify(path, full=full)
+    images = ()
+    if len(report.damaged):
+        index = store.read_packed_index(path)
+        wanted = set(digests_to_hex(report.damaged))
+        names = index.columns.get("paths", np.array(digests_to_hex(index.digests), dtype=object)).tolist()
+        images = tuple(n for n, digest in zip(names, digests_to_hex(index.digests), strict=True) if digest in wanted)
+    return report.ok, list(_verify_lines(path.name, report, report.ok, images))
 
 
 def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check]:
@@ -199,6 +220,9 @@ def gc(config: Config) -> list[str]:
     here = Experiment.open(config)
     lines = []
     for record in here.records:
+        if here.path(record).is_file():
+            lines.append(f"{record.name}: is a packed file, which stays as it is; pack the store again instead")
+            continue
         report = store.collect(here.path(record), here.index.digests)
         gone = report.rows_before - report.rows_after
         freed = report.bytes_before - report.bytes_after
@@ -222,6 +246,30 @@ def export(config: Config, output: Path, *, embedding: str | None = None) -> str
         columns = {}
     report = store.export(source, output, digests, columns)
     return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+
+
+def export_pack(path: Path, output: Path) -> str:
+    """Write the images of a packed file as `.npy` or `.parquet`, rows in the order they were packed."""
+    index = store.read_packed_index(path)
+    columns = {} if output.suffix == ".npy" else {name: values.tolist() for name, values in index.columns.items()}
+    report = store.export(path, output, index.digests, columns)
+    return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+
+
+def migrate(config: Config) -> list[str]:
+    """Write every store of an experiment anew in this version's format; the old ones are kept beside."""
+    here = Experiment.open(config)
+    lines = []
+    for record in here.records:
+        if here.path(record).is_file():
+            lines.append(f"{record.name}: is a packed file, which stays as it is")
+            continue
+        report = store.migrate(here.path(record))
+        lines.append(
+            f"{record.name}: {report.rows:,} vectors written anew in format {report.version} and compared; "
+            f"the store as it was is {report.backup}; delete it when you like"
+        )
+    return lines
 
 
 def merge(target: Path, sources: Sequence[Path]) -> list[str]:
@@ -259,3 +307,7 @@ def _size(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def _segments(count: int) -> str:
+    return f"{count} segment" if count == 1 else f"{count} segments"

@@ -45,7 +45,7 @@ def test_status_of_a_complete_experiment(experiment: Config) -> None:
     lines = maintenance.status(experiment)
     assert lines[0] == "36 images in 3 classes, 36 distinct contents that decode"
     assert lines[1] == f"{BACKBONE} (untrained): complete"
-    assert lines[2].startswith("  36 vectors of 512 float32 in 1 segments, ")
+    assert lines[2].startswith("  36 vectors of 512 float32 in 1 segment, ")
 
 
 def test_status_counts_stale_and_missing_vectors(tmp_path: Path) -> None:
