@@ -43,7 +43,8 @@ def _linear_svm(seed: int) -> LinearSVC:
 
 
 def _rbf_svm(seed: int) -> SVC:
-    return SVC(cache_size=500, random_state=seed)
+    # Of classes with equally many votes libsvm takes the first; the scores, and probabilities made of them, know better.
+    return SVC(cache_size=500, break_ties=True, random_state=seed)
 
 
 def _ridge(seed: int) -> RidgeClassifier:

@@ -20,20 +20,34 @@ KERNEL_BYTES = 2 << 30
 """A fold's kernel in float64, as libsvm wants it, may take this much; larger problems are fitted from the features."""
 
 
+KERNEL_ROWS = 256
+"""Rows of a kernel computed at once, few enough to stay in the processor's cache."""
+
+
 @dataclass(frozen=True)
 class Distances:
-    """Squared distances of scaled features: (n, n) within the training rows, (n_held_out, n) of the held-out rows to them."""
+    """Squared distances of scaled features, the training rows in the order of their classes.
+
+    libsvm solves one pair of classes after the other, and finds neighbours in memory faster than scattered rows.
+
+    within : ndarray of shape (n, n), float32
+    across : ndarray of shape (n_held_out, n), float32: held-out rows to training rows
+    y : ndarray of shape (n,), int64
+    """
 
     within: Array
     across: Array
+    y: NDArray[np.int64]
 
 
 def prepare_distances(problem: Problem, fold: int) -> Distances:
     """Scale a fold once and measure all its distances."""
-    train, held_out = standardise(*(problem.X[rows] for rows in problem.folds[fold]))
+    rows, held_out_rows = problem.folds[fold]
+    rows = rows[np.argsort(problem.y[rows], kind="stable")]
+    train, held_out = standardise(problem.X[rows], problem.X[held_out_rows])
     within = _squared_distances(train, train)
     np.fill_diagonal(within, 0)
-    return Distances(within, _squared_distances(held_out, train))
+    return Distances(within, _squared_distances(held_out, train), problem.y[rows])
 
 
 def rbf_svm(problem: Problem, fold: int, distances: Distances, candidates: Sequence[Params]) -> list[FoldOutcome]:
@@ -42,37 +56,34 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, candidates: Seque
 
 
 def _fit_one(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
-    y = problem.y[problem.folds[fold][0]]
     gamma = np.float32(configure(problem.head, params, problem.seed)[-1].gamma)
     with counted() as counts:
         try:
             start = time.perf_counter()
             classifier: SVC = configure(problem.head, params, problem.seed)[-1]
-            # One against one, from which both scikit-learn's prediction and its one-against-rest scores follow.
+            # One against one, from which scikit-learn's one-against-rest scores follow.
             classifier.set_params(kernel="precomputed", decision_function_shape="ovo")
-            classifier.fit(np.exp(distances.within * -gamma).astype(np.float64), y)
+            classifier.fit(_kernel(distances.within, gamma), distances.y)
             fitted = time.perf_counter()
-            pairs = classifier.decision_function(np.exp(distances.across * -gamma).astype(np.float64))
+            pairs = classifier.decision_function(_kernel(distances.across, gamma))
         except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
             return failed(error, counts)
     present = np.asarray(classifier.classes_, dtype=np.int64)
-    votes, scores = (pairs > 0).astype(np.int64), pairs
-    if len(present) > 2:
-        votes, scores = vote(pairs, len(present))
-        votes = votes.argmax(axis=1)
+    scores = one_against_rest(pairs, len(present)) if len(present) > 2 else pairs
+    likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
     full = expand_scores(scores, present, problem.n_classes, "decision")
     seconds = time.perf_counter() - fitted
-    return FoldOutcome(present[votes], full, "decision", fitted - start, seconds, dict(counts))
+    return FoldOutcome(present[likeliest], full, "decision", fitted - start, seconds, dict(counts))
 
 
-def vote(pairs: NDArray[np.float64], n_classes: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Turn decision values of class pairs, shape (n, k (k - 1) / 2), into votes and scores of shape (n, k).
+def one_against_rest(pairs: NDArray[np.float64], n_classes: int) -> NDArray[np.float64]:
+    """Turn decision values of class pairs, shape (n, k (k - 1) / 2), into a score for each of k classes.
 
-    The scores are votes plus the summed values squashed below one half, as `SVC.decision_function` defines them; the
-    most voted class, the first of equals, is what libsvm predicts.
+    Votes plus the summed values squashed below one half, as `SVC.decision_function` defines them: the highest is the
+    class of most votes, and of equals the one won more clearly, as `SVC(break_ties=True)` predicts.
     """
-    votes = np.zeros((len(pairs), n_classes), dtype=np.int64)
     sums = np.zeros((len(pairs), n_classes))
+    votes = np.zeros((len(pairs), n_classes))
     first, second = np.triu_indices(n_classes, 1)
     for column, (a, b) in enumerate(zip(first, second, strict=True)):
         won = pairs[:, column] > 0
@@ -80,7 +91,17 @@ def vote(pairs: NDArray[np.float64], n_classes: int) -> tuple[NDArray[np.int64],
         votes[:, b] += ~won
         sums[:, a] += pairs[:, column]
         sums[:, b] -= pairs[:, column]
-    return votes, votes + sums / (3 * (np.abs(sums) + 1))
+    scores: NDArray[np.float64] = votes + sums / (3 * (np.abs(sums) + 1))
+    return scores
+
+
+def _kernel(distances: Array, gamma: np.float32) -> NDArray[np.float64]:
+    """exp(-gamma * squared distance), computed in float32 and given in float64, as libsvm wants it."""
+    kernel = np.empty(distances.shape)
+    for start in range(0, len(distances), KERNEL_ROWS):
+        block = slice(start, start + KERNEL_ROWS)
+        kernel[block] = np.exp(distances[block] * -gamma)
+    return kernel
 
 
 def _squared_distances(a: Array, b: Array) -> Array:
