@@ -17,7 +17,7 @@ from pipeline.digests import bytes_digest, canonical_json
 from pipeline.heads import Params, identity
 from pipeline.tuning.records import FoldOutcome, Problem
 
-SOLVERS_VERSION = 2
+SOLVERS_VERSION = 3
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 

@@ -27,9 +27,10 @@ from pipeline.tuning.solvers import (
     turn,
 )
 
-LOGISTIC_TOLERANCE = 3e-5
+LOGISTIC_TOLERANCE = 1e-4
 HINGE_TOLERANCE = 2e-4
-"""Largest derivative per row at which a problem counts as solved; scikit-learn's own criteria are 1e-4."""
+"""Largest derivative per row at which a problem counts as solved; scikit-learn's logistic regression has the same rule
+and value, and on preconditioned axes it ends nearer to the optimum."""
 
 BATCH_BYTES = 64 << 20
 """Scores of the problems solved at once may take this much, or as much as the fold's features if that is more."""

@@ -180,12 +180,12 @@ class _Search:
         return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
 
     def _promote(self, progress: Progress) -> None:
-        """Fit in full the trials whose cheap version was best, and the defaults."""
+        """Fit in full the trials whose cheap version was best."""
         ranked = sorted(
             (trial for trial in self.trials if trial.estimate is not None),
             key=lambda trial: (-(trial.estimate or 0.0), trial.number),
         )
-        chosen = sorted({trial.number for trial in ranked[: self.evaluator.promote]} | {0})
+        chosen = sorted(trial.number for trial in ranked[: self.evaluator.promote])
         progress.note(f"fitting {len(chosen)} of them in full")
         for trial in self._race(chosen, [self.trials[number].params for number in chosen], cheap=False):
             self.trials[trial.number] = trial
@@ -198,7 +198,7 @@ class _Search:
         outcomes: list[list[FoldOutcome]] = [[] for _ in points]
         alive = list(range(len(points)))
         reasons: dict[int, str] = {}
-        for stage in racing.stages(n_folds, race=not self.evaluator.together):
+        for stage in racing.stages(n_folds, race=True):
             for place, fold, outcome, score in self._fit(alive, points, stage, numbers, cheap):
                 outcomes[place].append(outcome)
                 scores[place, fold] = score
