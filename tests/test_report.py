@@ -18,12 +18,14 @@ from report_experiment import CLASSES, built_experiment, write_trials
 from pipeline import metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
-from pipeline.report import Leaderboard, LeaderboardRow, material
+from pipeline.report import Leaderboard, LeaderboardRow, Nested, Seeds, material
 from pipeline.report.charts import ranking_chart
 from pipeline.report.drawing import to_png, to_svg
 from pipeline.report.material import gather
 from pipeline.report.page import render
-from pipeline.report.several import rank, searches
+from pipeline.report.rows import nested_choice
+from pipeline.report.several import compare, rank, searches
+from pipeline.report.tables import leaderboard as leaderboard_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -334,6 +336,20 @@ def test_ranking_chart_draws_names_and_the_critical_difference():
     assert to_png(ranking_chart(ranking, ["a", "b", "c"])).startswith(b"\x89PNG")
 
 
+def test_the_learning_curve_keeps_groups_and_copies_on_one_side(experiment: Path):
+    index = gather(experiment).index
+    assert index is not None
+    people = np.array([f"person {number // 6}" for number in range(len(index))], dtype=object)
+    grouped = dataclasses.replace(index, groups=people)
+    for draw in range(5):
+        rest, held = material._held_apart(grouped, draw)
+        assert sorted([*rest, *held]) == list(range(len(index)))
+        assert not set(people[rest]) & set(people[held])
+        assert 0.1 < len(held) / len(index) < 0.3
+        labels = material._held_apart(index, draw)[1]
+        assert np.unique(index.labels[labels].astype(str), return_counts=True)[1].tolist() == [12, 12, 12]
+
+
 # Several experiments
 
 
@@ -364,3 +380,43 @@ def test_strategies_are_drawn_side_by_side(tmp_path: Path):
     assert searches(outputs, "resnet18-penultimate/ridge", tmp_path).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(PipelineError, match="has no trials of a/b; its rows are resnet18-penultimate/ridge"):
         searches(outputs, "a/b", tmp_path)
+
+
+def test_compare_ranks_several_data_sets_and_draws_searches_on_one(tmp_path: Path):
+    outputs = [write_board(tmp_path / name, {"ridge": 90, "knn": 80}, name) for name in ("bayes", "random", "grid")]
+    text = "\n".join(compare(outputs, tmp_path / "one"))
+    assert "| row" in text
+    assert re.search(r"resnet18-penultimate/ridge \| \*\*90.00\*\* \(16 trials, 0.000 s\)", text)
+    assert all(name in text for name in ("bayes", "random", "grid"))
+    assert (tmp_path / "one" / "search.png").read_bytes().startswith(b"\x89PNG")
+    for number, output in enumerate(outputs):
+        board = dataclasses.replace(board_of(output), provenance={"task": str(number)})
+        Artifacts(output).leaderboard.write_text(board.to_json(), encoding="utf-8")
+    assert "3 data sets" in "\n".join(compare(outputs, tmp_path / "several"))
+    with pytest.raises(PipelineError, match="1 experiment given; a comparison needs at least 2 output folders"):
+        compare(outputs[:1], tmp_path)
+
+
+# Repeats on request
+
+
+def test_nested_and_seeds_are_columns_only_on_request_and_survive_json():
+    plain = Leaderboard((row("ridge", 0.9), row("knn", 0.8)))
+    assert "nested" not in plain.to_text()
+    rows = (
+        row("ridge", 0.9, nested=Nested((0.95, 0.80), (0.70, 0.90)), seeds=Seeds((3, 4), (0.90, 0.94), (0.8, 0.9))),
+        row("knn", 0.8, nested=Nested((0.90, 0.85), (0.88, 0.60)), seeds=Seeds((3, 4), (0.80, 0.80), (0.8, 0.9))),
+    )
+    board = Leaderboard(rows)
+    back = Leaderboard.from_json(board.to_json())
+    assert [(item.nested, item.seeds) for item in back.rows] == [(item.nested, item.seeds) for item in board.rows]
+    # In the first outer fold the inner scores choose ridge, in the second knn; ridge's 0.90 there is not looked at.
+    chosen = nested_choice(rows)
+    assert chosen is not None
+    assert chosen.outer == (0.70, 0.60)
+    text = board.to_text()
+    assert "92.0 ± 2.8" in text
+    assert "gives 65.0 [" in text
+    assert "seeds 3 to 4" in text
+    for made in (text, board.to_markdown(), leaderboard_table(board)):
+        assert "80.0 [" in made

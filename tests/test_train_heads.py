@@ -245,3 +245,36 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_results(
 def test_rows_survive_a_round_trip(finished: tuple[Config, train_heads.HeadsRun]) -> None:
     row = finished[1].leaderboard.best
     assert type(row).from_record(json.loads(json.dumps(row.to_record()))) == row
+
+
+def test_nested_scores_and_seeds_on_request_are_resumed_and_unbiased(tmp_path: Path) -> None:
+    """On labels that are chance the nested score stays near chance; each repeat has a journal that a second run reads."""
+    stage_one(tmp_path)
+    raw = make_config(tmp_path, nested=True, seeds=2, trials=2).model_dump(mode="json")
+    raw.update(baselines=["pixels"], heads=["nearest_centroid"])
+    config = configuration.parse(raw, "test")
+    board = train_heads.run(config).leaderboard
+    row, blind = board.row("net-random/nearest_centroid"), board.row("pixels/logistic_regression")
+    for item in (row, blind):
+        assert item.nested is not None
+        assert item.seeds is not None
+        assert len(item.nested.outer) == len(item.nested.inner) == 3
+        assert item.seeds.seeds == (0, 1)
+        assert item.test is not None
+        assert (item.seeds.cv_means[0], item.seeds.test_accuracies[0]) == (item.cv_mean, item.test.accuracy)
+        assert item.seeds.cv_means[1] != item.cv_mean
+    assert row.nested is not None
+    assert blind.nested is not None
+    assert row.nested.mean > 0.55
+    assert blind.nested.mean < 0.45
+    journals = sorted(path.name for path in (tmp_path / "trials" / "pixels" / "logistic_regression").iterdir())
+    assert journals == ["nested-0.jsonl", "nested-1.jsonl", "nested-2.jsonl", "seed-1.jsonl"]
+    before = {path: path.read_bytes() for path in (tmp_path / "trials").rglob("*-*.jsonl")}
+    (tmp_path / "heads" / "pixels" / "logistic_regression" / "bundle.json").unlink()
+    again = train_heads.run(config)
+    assert again.reused == 1
+    assert again.leaderboard.row(blind.key).nested == blind.nested
+    fits = {path: data.count(b'"event":"fit"') + data.count(b'"event": "fit"') for path, data in before.items()}
+    for path, count in fits.items():
+        data = path.read_bytes()
+        assert data.count(b'"event":"fit"') + data.count(b'"event": "fit"') == count > 0

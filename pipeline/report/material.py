@@ -182,18 +182,32 @@ def _curve(view: _View, seed: int) -> LearningCurve | None:
         return None
     rows = rows[stratified_order(labels[rows], seed)][:MOST_CURVE_ROWS]
     y = class_columns(labels, index.classes)
-    part = len(rows) // 5
-    sizes = curve_sizes(len(rows) - part, len(index.classes))
+    draws = [_held_apart(index.rows(rows), draw) for draw in range(seed, seed + CURVE_DRAWS)]
+    smallest = min(len(rest) for rest, _ in draws)
+    if smallest < 40:  # one group holds nearly all images
+        return None
+    sizes = curve_sizes(smallest, len(index.classes))
     scores = []
 
     def build(seed: int) -> Any:
         return configure(HEADS[CURVE_HEAD], {"alpha": float(features.shape[1])}, seed)
 
-    for draw in range(seed, seed + CURVE_DRAWS):
-        order = rows[stratified_order(labels[rows], draw)]
-        held, rest = order[:part], order[part:]
-        train, test = (features[rest], y[rest]), (features[held], y[held])
+    for draw, places in enumerate(draws, seed):
+        train, test = ((features[rows[part]], y[rows[part]]) for part in places)
         found = measure_curve(build, train, test, sizes, (draw,))
         scores.append({point.size: point.accuracy for point in found.points})
     shared = [size for size in sizes if all(size in draw for draw in scores)]
     return curve_from_scores(shared, [np.array([draw[size] for draw in scores]) for size in shared], seed)
+
+
+def _held_apart(images: DatasetIndex, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Divide images, whole groups and all copies of a content together, into those to learn from and a fifth to judge by."""
+    labels, groups = images.labels.astype(str), images.fold_groups()
+    order = stratified_order(labels, seed)
+    part = len(order) // 5
+    if groups is None:
+        return order[part:], order[:part]
+    held = np.random.default_rng(seed).permutation(groups.max() + 1)
+    counts = np.cumsum(np.bincount(groups)[held])
+    inside = np.isin(groups, held[: max(1, int(np.searchsorted(counts, part)))])
+    return order[~inside[order]], order[inside[order]]

@@ -17,7 +17,76 @@ from pipeline.metrics import Ranking, rank_over_datasets
 from pipeline.report.charts import ranking_chart, tuning_chart
 from pipeline.report.drawing import to_png
 from pipeline.report.judge import Trials, read_trials
-from pipeline.report.leaderboard import read_leaderboard
+from pipeline.report.leaderboard import Leaderboard, read_leaderboard, seconds
+
+
+def compare(outputs: Sequence[Path], target: Path, row: str | None = None) -> list[str]:
+    """Compare experiments and return what to print: ranks over several data sets, or searches on one.
+
+    Experiments are on one data set when they answered the same question: the same images, labels and folds.
+
+    Raises
+    ------
+    PipelineError
+        When there are fewer than two, or they have too little in common.
+    """
+    if len(outputs) < 2:
+        raise PipelineError(f"{len(outputs)} experiment given; a comparison needs at least 2 output folders")
+    boards = [read_leaderboard(output) for output in outputs]
+    questions = {board.provenance.get("task") for board in boards}
+    if len(questions) > 1 and row is None:
+        rank(outputs, target)
+        return [(target / "ranks.md").read_text(encoding="utf-8"), f"diagram  {target / 'ranks.png'}"]
+    shared = [item.key for item in boards[0].rows if item.trials > 1 and all(_has(board, item.key) for board in boards)]
+    if not shared:
+        raise PipelineError("the experiments have no searched row in common; give them the same embeddings and heads")
+    picture = searches(outputs, row or shared[0], target)
+    text = _search_table(outputs, boards, shared)
+    write_text_atomic(target / "searches.md", text)
+    return [text, f"plot     {picture} ({row or shared[0]})", f"table    {target / 'searches.md'}"]
+
+
+def _has(board: Leaderboard, key: str) -> bool:
+    return any(row.key == key for row in board.rows)
+
+
+def _search_table(outputs: Sequence[Path], boards: Sequence[Leaderboard], keys: Sequence[str]) -> str:
+    """Return the best cross-validation score of every shared row in every experiment, with trials and seconds."""
+    names = _names(outputs, boards)
+    lines = []
+    for key in keys:
+        found = [board.row(key) for board in boards]
+        best = max(row.cv_mean for row in found)
+        cells = []
+        for row, board in zip(found, boards, strict=True):
+            score = f"{row.cv_mean:.3f}" if board.scoring == "log_loss" else f"{100 * row.cv_mean:.2f}"
+            mark = "**" if row.cv_mean == best else ""
+            cells.append(f"{mark}{score}{mark} ({row.trials} trials, {seconds(row.search_seconds or 0.0)} s)")
+        lines.append([key, *cells])
+    table = tabulate(lines, headers=["row", *names], tablefmt="github", disable_numparse=True)
+    return "\n".join(
+        [
+            "# Searches on one data set",
+            "",
+            table,
+            "",
+            "- The best cross-validation score that each search found; bold is the highest of its row. Every search begins with the "
+            "head's defaults. A gap within the spread of the folds says nothing about the strategies: repeat with tuning.seeds.",
+            "",
+        ]
+    )
+
+
+def _names(outputs: Sequence[Path], boards: Sequence[Leaderboard]) -> list[str]:
+    """Name each experiment by its strategy, and by its folder too where two have the same."""
+    found = [
+        str(board.provenance.get("config", {}).get("tuning", {}).get("strategy", output.name))
+        for output, board in zip(outputs, boards, strict=True)
+    ]
+    return [
+        name if found.count(name) == 1 else f"{name} ({output.name})"
+        for name, output in zip(found, outputs, strict=True)
+    ]
 
 
 def rank(outputs: Sequence[Path], target: Path) -> tuple[tuple[str, ...], Ranking]:
@@ -56,19 +125,16 @@ def searches(outputs: Sequence[Path], key: str, target: Path) -> Path:
         When an experiment has no such row, or no journal of it.
     """
     named: dict[str, Trials] = {}
-    scoring = "accuracy"
-    for output in outputs:
-        board = read_leaderboard(output)
+    boards = [read_leaderboard(output) for output in outputs]
+    for output, board, name in zip(outputs, boards, _names(outputs, boards), strict=True):
         trials = read_trials(board, output).get(key)
         if trials is None:
             raise PipelineError(
                 f"{output}: has no trials of {key}; its rows are {', '.join(row.key for row in board.rows)}"
             )
-        strategy = str(board.provenance.get("config", {}).get("tuning", {}).get("strategy", output.name))
-        named[strategy if strategy not in named else f"{strategy} ({output.name})"] = trials
-        scoring = board.scoring
+        named[name] = trials
     make_folder(target)
-    write_atomic(target / "search.png", to_png(tuning_chart(named, scoring)))
+    write_atomic(target / "search.png", to_png(tuning_chart(named, boards[0].scoring)))
     return target / "search.png"
 
 
