@@ -1,6 +1,7 @@
 """How long tuning takes: the search a user would write with `BayesSearchCV`, and ours, on the same features and folds.
 
     python tests/benchmarks/bench_heads.py                                   # 2,500 x 512, the four main heads
+    python tests/benchmarks/bench_heads.py --trials 32                       # the same number for every head: longer
     python tests/benchmarks/bench_heads.py --rows 10000 --dim 2048 --heads logistic_regression,ridge
     python tests/benchmarks/bench_heads.py --features photos.npz             # arrays X and y of your own
     python tests/benchmarks/bench_heads.py --rows 50000 --no-naive
@@ -9,7 +10,9 @@ Both searches get the same scikit-learn pipeline, space, folds, number of trials
 fit of the best parameters on all training rows. On a machine that others use too, `--jobs 1` with OMP_NUM_THREADS=1 gives
 the ratio of processor seconds, which waiting does not change. The default features are those of random ReLU layers over points of
 normal clusters: correlated, not negative, with a spectrum that falls like that of a trained network.
-Writes bench_heads.json and bench_heads.md to --output.
+Without `--trials` the linear SVM and the forest get fewer, because the naive search takes many minutes for them; a forest
+can have rows and dimensions of its own for the same reason (`--forest-rows`, `--forest-dim`); the table says which.
+Writes bench_heads.json and bench_heads.md to --output, again after every head.
 """
 
 from __future__ import annotations
@@ -29,11 +32,14 @@ import sklearn
 import skopt
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from pipeline.config import TuningConfig
 from pipeline.heads import HEADS
 from pipeline.tuning import make_folds, tune
 
 MAIN_HEADS = "logistic_regression,linear_svm,rbf_svm,random_forest"
+TRIALS = {"linear_svm": 8, "random_forest": 16}
 LATENT = 64
 
 
@@ -76,13 +82,16 @@ def our_search(head, X, y, folds, trials, seed, jobs):
     return run, seconds, used, finished
 
 
-def compare(name, data, arguments):
-    X, y, X_test, y_test, folds = data
-    head = HEADS[name]
-    run, seconds, used, finished = our_search(head, X, y, folds, arguments.trials, arguments.seed, arguments.jobs)
+def compare(name, arguments):
+    X, y, X_test, y_test, folds = load(arguments, forest=name == "random_forest")
+    head, trials = HEADS[name], arguments.trials or TRIALS.get(name, 32)
+    run, seconds, used, finished = our_search(head, X, y, folds, trials, arguments.seed, arguments.jobs)
     plain = sum(score is not None for trial in run.trials for score in trial.fold_scores)
     row = {
         "head": name,
+        "rows": len(X),
+        "dim": X.shape[1],
+        "trials": trials,
         "ours_seconds": seconds,
         "ours_cpu_seconds": used,
         "ours_surrogate_seconds": run.surrogate_seconds,
@@ -94,9 +103,7 @@ def compare(name, data, arguments):
     }
     if arguments.naive:
         typed = X.astype(arguments.naive_dtype)
-        search, naive_seconds, naive_used = naive_search(
-            head, typed, y, folds, arguments.trials, arguments.seed, arguments.jobs
-        )
+        search, naive_seconds, naive_used = naive_search(head, typed, y, folds, trials, arguments.seed, arguments.jobs)
         reached = [elapsed for elapsed, score in finished if score >= search.best_score_]
         row |= {
             "naive_seconds": naive_seconds,
@@ -111,13 +118,40 @@ def compare(name, data, arguments):
     return row
 
 
+COLUMNS = {
+    "head": "head",
+    "rows": "rows",
+    "dim": "dim",
+    "trials": "trials",
+    "ours_cpu_seconds": "ours CPU s",
+    "naive_cpu_seconds": "naive CPU s",
+    "cpu_ratio": "CPU ratio",
+    "ours_seconds": "ours s",
+    "naive_seconds": "naive s",
+    "ratio": "ratio",
+    "ours_cv": "ours CV",
+    "naive_cv": "naive CV",
+    "ours_test": "ours test",
+    "naive_test": "naive test",
+    "seconds_to_naive_cv": "s to naive CV",
+}
+
+
 def table(rows, naive):
-    columns = ["head", "ours s", "CV", "test"]
-    keys = ["head", "ours_seconds", "ours_cv", "ours_test"]
-    if naive:
-        columns += ["naive s", "naive CV", "naive test", "ratio", "CPU ratio", "s to naive CV"]
-        keys += ["naive_seconds", "naive_cv", "naive_test", "ratio", "cpu_ratio", "seconds_to_naive_cv"]
-    return tabulate([[row.get(key) for key in keys] for row in rows], columns, tablefmt="github", floatfmt=".4g")
+    keys = [key for key in COLUMNS if naive or ("naive" not in key and "ratio" not in key)]
+    cells = [[row.get(key) for key in keys] for row in rows]
+    return tabulate(cells, [COLUMNS[key] for key in keys], tablefmt="github", floatfmt=".4g")
+
+
+def total(rows):
+    """Return the row of all heads together."""
+    sums = {}
+    for kind in ("seconds", "cpu_seconds"):
+        ours, naive = ([row[f"{who}_{kind}"] for row in rows] for who in ("ours", "naive"))
+        if None not in naive:
+            sums |= {f"ours_{kind}": sum(ours), f"naive_{kind}": sum(naive)}
+            sums["ratio" if kind == "seconds" else "cpu_ratio"] = sum(naive) / sum(ours)
+    return {"head": "all", **sums}
 
 
 def parse(words):
@@ -127,43 +161,45 @@ def parse(words):
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--features", type=Path, help=".npz file with arrays X and y; a fifth of it is the test set")
     parser.add_argument("--heads", default=MAIN_HEADS)
-    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--forest-rows", type=int, help="training rows of the forest, where they differ")
+    parser.add_argument("--forest-dim", type=int)
+    parser.add_argument("--trials", type=int, help=f"of every head; without: 32, but {TRIALS}")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--naive-dtype", choices=["float32", "float64"], default="float64")
     parser.add_argument("--no-naive", dest="naive", action="store_false", help="time our search alone")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"))
     return parser.parse_args(words)
 
 
-def load(arguments):
+def load(arguments, forest=False):
     if arguments.features is not None:
         with np.load(arguments.features) as arrays:
             X, y = arrays["X"].astype(np.float32), arrays["y"]
         order = np.random.default_rng(arguments.seed).permutation(len(X))
         X, y, rows = X[order], y[order], len(X) - len(X) // 5
     else:
-        rows = arguments.rows
-        X, y = network_features(rows + 2000, arguments.dim, arguments.classes, arguments.seed)
+        rows = (forest and arguments.forest_rows) or arguments.rows
+        dim = (forest and arguments.forest_dim) or arguments.dim
+        X, y = network_features(rows + 2000, dim, arguments.classes, arguments.seed)
     return X[:rows], y[:rows], X[rows:], y[rows:], make_folds(y[:rows], arguments.folds, arguments.seed)
 
 
 def main(words=None):
     arguments = parse(words)
-    data = load(arguments)
     rows = []
     for name in arguments.heads.split(","):
-        rows.append(compare(name, data, arguments))
+        rows.append(compare(name, arguments))
         print(json.dumps(rows[-1]), flush=True)
-    if arguments.naive and len(rows) > 1:
-        total = {"head": "all", **{key: sum(row[key] for row in rows) for key in ("ours_seconds", "naive_seconds")}}
-        rows.append({**total, "ratio": total["naive_seconds"] / total["ours_seconds"]})
+        write(rows, arguments)
+
+
+def write(rows, arguments):
+    shown = [*rows, total(rows)] if arguments.naive and len(rows) > 1 else rows
     report = {
-        "rows": rows,
+        "rows": shown,
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
-        "shape": list(data[0].shape),
-        "classes": len(np.unique(data[1])),
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "load": os.getloadavg()},
         "versions": {
             "scikit-learn": sklearn.__version__,
@@ -171,12 +207,11 @@ def main(words=None):
             "python": platform.python_version(),
         },
     }
-    text = f"{len(data[0]):,} x {data[0].shape[1]:,}, {report['classes']} classes, {arguments.trials} trials, "
-    text += f"{arguments.folds} folds, {arguments.jobs} processes\n\n{table(rows, arguments.naive)}\n"
+    text = f"{arguments.classes} classes, {arguments.folds} folds, {arguments.jobs} jobs\n\n{table(shown, arguments.naive)}\n"
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "bench_heads.json").write_text(json.dumps(report, indent=1) + "\n")
     (arguments.output / "bench_heads.md").write_text(text)
-    print(text)
+    print(text, flush=True)
 
 
 if __name__ == "__main__":
