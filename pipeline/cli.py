@@ -306,7 +306,7 @@ def merge(store: Path, sources: tuple[Path, ...]) -> None:
 @cli.command()
 @_experiment
 def migrate(config: Path, overrides: tuple[str, ...]) -> None:
-    """Write the feature stores anew in the format of this version; the old ones are kept beside.
+    """Write feature stores of an older format anew in that of this version; the old ones are kept beside.
 
     Example: manyheads migrate configs/folder.yaml
     """

@@ -48,6 +48,8 @@ class Check:
             same = self.sampled - len(self.deviating_images)
             yield f"  embedded {self.sampled} images anew: {same} give the stored vector"
             yield from _named("images that give another vector", self.deviating_images)
+        if not self.report.ok:
+            yield "  run `manyheads repair`: it keeps every good vector and embeds just these images again"
         yield from (f"  note: {note}" for note in self.report.notes)
 
 
@@ -257,12 +259,15 @@ def export_pack(path: Path, output: Path) -> str:
 
 
 def migrate(config: Config) -> list[str]:
-    """Write every store of an experiment anew in this version's format; the old ones are kept beside."""
+    """Write the stores of an older format anew in this version's; the old ones are kept beside."""
     here = Experiment.open(config)
     lines = []
     for record in here.records:
         if here.path(record).is_file():
             lines.append(f"{record.name}: is a packed file, which stays as it is")
+            continue
+        if (version := store.format_version(here.path(record))) == store.FORMAT_VERSION:
+            lines.append(f"{record.name}: has format {version} already")
             continue
         report = store.migrate(here.path(record))
         lines.append(

@@ -148,11 +148,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         work.seconds["start-up"] += resolving
         rates |= _rates(work)
         contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
-    why = (
-        [line for target in pending for line in reasons(scanned.index, before, contents, target.pending)]
-        if plan
-        else []
-    )
+    why = [line for target in pending for line in reasons(scanned.index, before, contents, target)] if plan else []
     records = known if plan else _write(config, files, scanned, targets, rates)
     if work is not None:
         _check_failures(scanned, contents, config, files)

@@ -19,6 +19,7 @@ from pipeline.extract_features.sources import Source
 from pipeline.store import FeatureStore, differences
 
 MOST_DIFFERENCES = 6
+IDENTITY_DIFFERS = "identity differs"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,20 +123,19 @@ def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:
         *changes[:MOST_DIFFERENCES],
         *([f"and {len(changes) - MOST_DIFFERENCES} more"] if len(changes) > MOST_DIFFERENCES else []),
     ]
-    return f"its identity is not that of {other.name}: {'; '.join(shown)}"
+    return f"{IDENTITY_DIFFERS} from that of {other.name} in {'; '.join(shown)}"
 
 
-def reasons(
-    index: DatasetIndex, before: Mapping[str, str], contents: Contents, pending: NDArray[np.bool_]
-) -> list[str]:
-    """Say for every image to be embedded why: `path: new`, `path: changed`, or `path: not embedded yet`.
+def reasons(index: DatasetIndex, before: Mapping[str, str], contents: Contents, target: Target) -> list[str]:
+    """Say for every image to be embedded why: `path: new`, `changed`, `identity differs`, or `not embedded yet`.
 
     `before` : path -> hex digest of the index as it was before this run's scan.
     """
-    chosen = np.flatnonzero(pending)
+    chosen = np.flatnonzero(target.pending)
+    same = IDENTITY_DIFFERS if target.why.startswith(IDENTITY_DIFFERS) else "not embedded yet"
     lines = []
     for row, digest in zip(contents.rows[chosen].tolist(), digests_to_hex(contents.digests[chosen]), strict=True):
         path = str(index.paths[row])
         earlier = before.get(path)
-        lines.append(f"{path}: {'new' if earlier is None else 'not embedded yet' if earlier == digest else 'changed'}")
+        lines.append(f"{path}: {'new' if earlier is None else same if earlier == digest else 'changed'}")
     return lines

@@ -15,12 +15,14 @@ for a whole store, `pack` and `export` make files to share.
 from pipeline.store.export import ExportReport, export
 from pipeline.store.identity import differences
 from pipeline.store.maintain import (
+    FORMAT_VERSION,
     CollectReport,
     MergeReport,
     MigrateReport,
     RepairReport,
     StoreStatus,
     collect,
+    format_version,
     merge,
     migrate,
     repair,
@@ -32,6 +34,7 @@ from pipeline.store.verify import Problem, VerifyReport, verify
 from pipeline.store.writer import StoreWriter
 
 __all__ = [
+    "FORMAT_VERSION",
     "CollectReport",
     "ExportReport",
     "FeatureStore",
@@ -47,6 +50,7 @@ __all__ = [
     "collect",
     "differences",
     "export",
+    "format_version",
     "load",
     "merge",
     "migrate",

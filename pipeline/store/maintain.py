@@ -226,6 +226,16 @@ class MigrateReport:
     """The store as it was; delete it when you like."""
 
 
+FORMAT_VERSION = f"{VERSION_MAJOR}.{VERSION_MINOR}"
+"""The version of the files that this program writes."""
+
+
+def format_version(path: str | Path) -> str:
+    """Return the version of the format of a store's newest snapshot."""
+    file = newest_snapshot(Path(path)).file
+    return f"{file.number('version_major')}.{file.number('version_minor')}"
+
+
 def migrate(path: str | Path) -> MigrateReport:
     """Write a store anew in this version's format, compare row for row, and swap the two by renaming."""
     path = Path(path)
@@ -244,7 +254,7 @@ def migrate(path: str | Path) -> MigrateReport:
         files.sync_folder(path.parent)
     finally:
         held.release()
-    return MigrateReport(path, f"{VERSION_MAJOR}.{VERSION_MINOR}", store.rows, backup)
+    return MigrateReport(path, FORMAT_VERSION, store.rows, backup)
 
 
 def _compare(old: FeatureStore, new: FeatureStore) -> None:

@@ -170,7 +170,7 @@ def test_power_loss_at_any_moment_loses_nothing_promised(place):
         finally:
             files.SYSTEM.update(real)
         lost_something = 0
-        for turn in range(rounds(250, 50_000)):
+        for turn in range(rounds(500, 50_000)):
             crash = random.randint(0, trace.moment)
             target = place / "after"
             trace.replay(crash, random, str(target))
@@ -178,7 +178,7 @@ def test_power_loss_at_any_moment_loses_nothing_promised(place):
             path = target / "s"
             if acked:
                 assert list(path.glob("snapshot-*.h5"))
-            if turn % 5 == 0 and path.exists():
+            if turn % 10 == 0 and path.exists():
                 check_and_go_on(path, acked)
             elif acked:
                 with_what_is_there(path, acked)
