@@ -56,7 +56,13 @@ def lookups(folder, rows, random):
             lambda: FeatureStore.open(path).missing(thousand)
         ),
         f"look up all {rows:,} (ms)": median_ms(lambda: FeatureStore.open(path).missing(digests), 1),
+        f"run that adds 1,000 vectors to {rows:,} (ms)": median_ms(lambda: add(path, random), 1),
     }
+
+
+def add(path, random):
+    with StoreWriter.open(path, IDENTITY, 4) as writer:
+        writer.append(random.integers(0, 2**64, (1000, 2), dtype=np.uint64), np.zeros((1000, 4), np.float32))
 
 
 def protection(folder, random, rows=16_384, dim=2048):
