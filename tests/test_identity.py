@@ -144,7 +144,7 @@ def test_one_flipped_bit_of_one_weight_is_another_network(copied: Config, networ
     with pytest.raises(StoreError, match="made differently than asked for") as caught:
         FeatureStore.open(old, identity=json.loads(json.dumps(target.spec.identity())))
     assert [line.partition(":")[0] for line in caught.value.problems] == ["weights"]
-    with pytest.raises(StoreError, match="made differently than asked for: identity .*, expected "):
+    with pytest.raises(StoreError, match="made differently than asked for: identity "):
         FeatureStore.open(old, target.spec.fingerprint())
     result = extract_features.run(flipped)
     assert result.work is not None
