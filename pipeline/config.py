@@ -103,7 +103,7 @@ class BackboneConfig(Section):
     """A weights enum member (`IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
     layers: tuple[str, ...] = ("penultimate",)
     """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
-    pooling: Literal["avg", "max", "flatten", "cls"] = "avg"
+    pooling: Literal["avg", "max", "grid", "flatten", "cls"] = "avg"
     """How a layer with a spatial or token axis becomes one vector."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     """The architecture's own constructor arguments, such as `width_mult`."""

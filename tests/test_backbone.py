@@ -131,6 +131,10 @@ def test_pooling_turns_places_and_tokens_into_one_vector() -> None:
     assert torch.equal(graph.pool(maps, "avg"), maps.mean((2, 3)))
     assert torch.equal(graph.pool(maps, "max"), maps.amax((2, 3)))
     assert torch.equal(graph.pool(maps, "flatten"), maps.reshape(2, -1))
+    large = torch.randn(2, 5, 6, 6)
+    cells = torch.stack([large[:, :, y : y + 2, x : x + 2].mean((2, 3)) for y in (0, 2, 4) for x in (0, 2, 4)], dim=2)
+    torch.testing.assert_close(graph.pool(large, "grid"), cells.flatten(1))
+    torch.testing.assert_close(graph.pool(large.permute(0, 2, 3, 1), "grid"), cells.flatten(1))
     last = maps.permute(0, 2, 3, 1)  # channels last, as swin has them
     assert torch.equal(graph.pool(last, "avg"), maps.mean((2, 3)))
     tokens = torch.arange(2 * 5 * 3, dtype=torch.float32).reshape(2, 5, 3)
@@ -144,6 +148,8 @@ def test_pooling_that_has_no_meaning_is_refused() -> None:
         match=r"layer 'layer4.1.relu_1' gives 512 x 1 x 1, which has no class token; pooling 'cls' needs one",
     ):
         load("resnet18", layers=("layer4",), pooling="cls")
+    with pytest.raises(BackboneError, match=r"layer 'x' gives 5 x 2 x 2, which is no image of at least 3 x 3 places"):
+        graph.effective_pooling(torch.zeros(2, 5, 2, 2), "grid", has_class_token=False, layer="x")
     with pytest.raises(
         BackboneError, match=r"layer 'x' gives 2 x 3 x 4, in which pooling 'avg' cannot tell places from channels"
     ):

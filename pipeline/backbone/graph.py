@@ -19,6 +19,9 @@ from pipeline.vision import torchvision
 
 PENULTIMATE = "penultimate"
 
+GRID = 3
+"""Cells of `pooling: grid` along each side of the image."""
+
 Graph = tuple[fx.GraphModule, dict[str, fx.Node]]
 
 
@@ -127,7 +130,8 @@ def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
     """Turn the output of a layer into one vector per image, shape (n, dim).
 
     (n, dim) is one already. (n, channels, height, width) and (n, height, width, channels) are averaged or maximised over
-    the image, (n, tokens, dim) over the tokens; `cls` takes the first token.
+    the image, (n, tokens, dim) over the tokens; `cls` takes the first token. `grid` averages over the cells of a 3 x 3
+    grid, which keeps roughly where things are; the idea is spatial pyramid matching, Lazebnik et al. 2006.
     """
     if output.ndim == 2:
         return output
@@ -136,6 +140,9 @@ def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
     if pooling == "cls":
         return output[:, 0]
     axes = _axes_of_places(output)
+    if pooling == "grid":
+        maps = output if axes == (2, 3) else output.permute(0, 3, 1, 2)
+        return torch.nn.functional.adaptive_avg_pool2d(maps, GRID).flatten(1)
     return output.mean(axes) if pooling == "avg" else output.amax(axes)
 
 
@@ -162,7 +169,12 @@ def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool,
                 f"layer {layer!r} gives {shape}, which has no class token; pooling 'cls' needs one, use avg, max or flatten"
             )
         return pooling
-    if output.ndim == 3 or (output.ndim == 4 and _axes_of_places(output)):
+    axes = _axes_of_places(output) if output.ndim in {3, 4} else ()
+    if pooling == "grid" and axes and (len(axes) == 1 or output.shape[axes[0]] < GRID):
+        raise BackboneError(
+            f"layer {layer!r} gives {shape}, which is no image of at least {GRID} x {GRID} places; use avg, max or flatten"
+        )
+    if axes:
         return pooling
     raise BackboneError(
         f"layer {layer!r} gives {shape}, in which pooling {pooling!r} cannot tell places from channels; use pooling: flatten"
