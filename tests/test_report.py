@@ -21,6 +21,7 @@ from pipeline.errors import PipelineError
 from pipeline.report import Leaderboard, LeaderboardRow, Nested, Seeds, material
 from pipeline.report.charts import ranking_chart
 from pipeline.report.drawing import to_png, to_svg
+from pipeline.report.imbalance import effects
 from pipeline.report.material import gather
 from pipeline.report.page import render
 from pipeline.report.rows import nested_choice
@@ -334,6 +335,31 @@ def test_ranking_chart_draws_names_and_the_critical_difference():
     assert f"critical difference {ranking.critical_difference:.2f}" in svg
     assert all(name in svg for name in ("ridge", "knn", "rbf_svm"))
     assert to_png(ranking_chart(ranking, ["a", "b", "c"])).startswith(b"\x89PNG")
+
+
+def test_uneven_classes_are_shown_with_and_without_prior_correction(copy: Path):
+    board = board_of(copy)
+    path = copy / str(board.best.bundle) / "predictions.npz"
+    found = metrics.Predictions.read(path)
+    # Class 0 has 4 images in 5 and everything unsure is given to it; the probabilities know better.
+    y = np.array([found.classes[0]] * 80 + [found.classes[1]] * 20)
+    p = np.zeros((100, 3))
+    p[:80] = [0.95, 0.05, 0]
+    p[80:] = [0.6, 0.4, 0]
+    part = metrics.PredictionSet(
+        np.arange(100).astype(str), y, np.array([found.classes[0]] * 100), p, np.arange(100) % 4
+    )
+    uneven = dataclasses.replace(found, out_of_fold=part, test=dataclasses.replace(part, folds=None))
+    before, after = effects(board, uneven)
+    assert before.out_of_fold.balanced_accuracy == 0.5
+    assert after.out_of_fold.balanced_accuracy == 1.0
+    assert after.test is not None
+    assert after.test.macro_f1 == 1.0
+    assert effects(board, found) == ()
+    path.write_bytes(uneven.to_bytes())
+    text = render(gather(copy))
+    assert "Uneven classes" in text
+    assert "prior correction: every class taken as equally likely" in text
 
 
 def test_the_learning_curve_keeps_groups_and_copies_on_one_side(experiment: Path):

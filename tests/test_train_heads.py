@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -15,15 +16,18 @@ import pytest
 from pipeline import bundle as bundles
 from pipeline import config as configuration
 from pipeline import train_heads
-from pipeline.config import Artifacts, Config
+from pipeline.config import Artifacts, Config, TuningConfig
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import PipelineError, StoreError
+from pipeline.heads import HEADS
 from pipeline.images import policy_key
 from pipeline.metrics import Predictions
 from pipeline.store import FeatureStore, StoreWriter
+from pipeline.train_heads import repeats
+from pipeline.tuning import make_folds, tune
 
 CLASSES = ("boot, left", "凉鞋", "shirt")
 N, DIM = 150, 8
@@ -278,3 +282,23 @@ def test_nested_scores_and_seeds_on_request_are_resumed_and_unbiased(tmp_path: P
     for path, count in fits.items():
         data = path.read_bytes()
         assert data.count(b'"event":"fit"') + data.count(b'"event": "fit"') == count > 0
+
+
+def test_class_weights_are_switched_where_classes_are_uneven(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [180, 20])
+    X = (rng.normal(size=(200, 4)) + 1.2 * y[:, None]).astype(np.float32)
+    folds = make_folds(y, 4, 0)
+    index: Any = None  # not looked at
+    task = train_heads.Task(("common", "rare"), index, index, y, y, folds, None, "key")
+    head, tuning = HEADS["logistic_regression"], TuningConfig(trials=1, folds=4, jobs=1)
+    tuned = tune(head, X, y, folds, tuning, 0, tmp_path / "head.jsonl")
+    plain = np.mean([np.mean(tuned.out_of_fold.predictions[y == label] == label) for label in (0, 1)])
+    found = repeats.reweighted(head, X, task, tuning, 0, tuned, tmp_path / "head.jsonl")
+    assert found is not None
+    assert found.balanced_accuracy > plain + 0.02
+    assert (tmp_path / "head" / "class-weights.jsonl").exists()
+    even = dataclasses.replace(task, y_train=np.arange(200) % 2)
+    assert repeats.reweighted(head, X, even, tuning, 0, tuned, tmp_path / "head.jsonl") is None
+    unweighted = HEADS["knn"]
+    assert repeats.reweighted(unweighted, X, task, tuning, 0, tuned, tmp_path / "head.jsonl") is None

@@ -86,6 +86,8 @@ class LeaderboardRow:
     embed_seconds: float | None = None
     nested: Nested | None = None
     seeds: Seeds | None = None
+    reweighted: Scores | None = None
+    """Out of fold with the head's class weights switched, where classes are uneven and the head takes them."""
 
     @property
     def key(self) -> str:
@@ -102,8 +104,9 @@ class LeaderboardRow:
         test = Scores(**_tuples(raw["test"])) if raw["test"] is not None else None
         nested = Nested(**_tuples(raw["nested"])) if raw.get("nested") else None
         seeds = Seeds(**_tuples(raw["seeds"])) if raw.get("seeds") else None
-        changed = {"cv_scores": tuple(raw["cv_scores"]), "test": test, "nested": nested, "seeds": seeds}
-        return LeaderboardRow(**{**raw, **changed})
+        reweighted = Scores(**_tuples(raw["reweighted"])) if raw.get("reweighted") else None
+        changed = {"test": test, "nested": nested, "seeds": seeds, "reweighted": reweighted}
+        return LeaderboardRow(**{**raw, "cv_scores": tuple(raw["cv_scores"]), **changed})
 
     @property
     def note(self) -> str:

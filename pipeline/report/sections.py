@@ -19,6 +19,7 @@ from pipeline.metrics import (
 from pipeline.report import charts, tables
 from pipeline.report.drawing import CATEGORIES, Chart, to_svg
 from pipeline.report.galleries import copies, mistakes, strangers, suspects
+from pipeline.report.imbalance import effects
 from pipeline.report.leaderboard import seconds
 from pipeline.report.material import CURVE_HEAD, Material
 from pipeline.report.pictures import sheet
@@ -211,8 +212,20 @@ def _classes(material: Material, drawn: Mapping[str, str]) -> str:
     rows = per_class(best.test.y_true, best.test.y_pred, best.classes)
     return (
         f'<h2>Class by class</h2><p class="quiet">{escape(material.leaderboard.best.key)} on the test images. Rows of the matrix are true classes; blue is right, orange is wrong.</p>'
-        f'<div class="two"><div>{drawn["confusion"]}</div><div class="scroll">{tables.classes(rows)}</div></div>'
+        f'<div class="two"><div>{drawn["confusion"]}</div><div class="scroll">{tables.classes(rows)}</div></div>{_imbalance(material)}'
     )
+
+
+def _imbalance(material: Material) -> str:
+    found = effects(material.leaderboard, material.best) if material.best else ()
+    if not found:
+        return ""
+    text = (
+        "The classes differ in size, so a head that leans to the large ones scores well on accuracy alone. Prior correction divides the "
+        "calibrated probabilities by how frequent each class was in training; it needs no new fit, and is worth its loss in accuracy "
+        "only where every class matters equally."
+    )
+    return f'<h3>Uneven classes</h3><p class="quiet">{text}</p><div class="scroll">{tables.imbalance(found)}</div>'
 
 
 def _calibration(part: PredictionSet, classes: tuple[str, ...]) -> Calibration | None:

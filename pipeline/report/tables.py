@@ -9,6 +9,7 @@ from statistics import median
 
 from pipeline.config import Artifacts
 from pipeline.metrics import Calibration, ClassScores, Interval
+from pipeline.report.imbalance import Effect
 from pipeline.report.leaderboard import REPEATS, Leaderboard, seconds
 from pipeline.report.material import Material
 from pipeline.report.rows import LeaderboardRow
@@ -189,6 +190,27 @@ def classes(rows: Sequence[ClassScores]) -> str:
         ]
         made.append(("", cells))
     return table(["Class", "Images", "Precision", "Recall", "95 %", "F1"], made)
+
+
+def imbalance(found: Sequence[Effect]) -> str:
+    """Return what each treatment of uneven classes does to the scores."""
+    rows = []
+    for effect in found:
+        cells: list[Cell] = [(escape(effect.name), None)]
+        for part in (effect.out_of_fold, effect.test):
+            if part is None:
+                cells += [_missing()] * 3
+                continue
+            cells.append((f"{100 * part.accuracy:.1f}", part.accuracy))
+            for value, (low, high) in (
+                (part.balanced_accuracy, part.balanced_accuracy_interval),
+                (part.macro_f1, part.macro_f1_interval),
+            ):
+                text = f"{100 * value:.1f} <span class='quiet'>[{100 * low:.1f}, {100 * high:.1f}]</span>"
+                cells.append((text, value))
+        rows.append(("", cells))
+    sides = [f"{name}, {where}" for where in ("out of fold", "test") for name in ("Accuracy", "balanced", "macro F1")]
+    return table(["Treatment", *sides], rows)
 
 
 def calibration(rows: Sequence[tuple[LeaderboardRow, Calibration]]) -> str:

@@ -4,7 +4,7 @@ Reads what stage one wrote (the index and the feature stores), needs neither the
 head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
 
     task.py      the rows, the folds, the test images
-    repeats.py   on request: searches within outer folds, and with other seeds
+    repeats.py   searches within outer folds and with other seeds, on request; class weights switched
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MAJORITY = "majority"
 BASELINE_HEAD = "logistic_regression"
 """What the pixels and HOG baselines are classified with."""
 
-ROW_VERSION = 1
+ROW_VERSION = 2
 """Goes up when a row or a bundle changes its meaning, so that finished ones are made again."""
 
 
@@ -214,6 +214,7 @@ def _make_row(
         embed_seconds=record.seconds_per_image if record else None,
         nested=repeats.nested(head, X_train, task, entry.tuning, config.seed, journal),
         seeds=repeats.seeds(head, (X_train, X_test), task, entry.tuning, config.seed, journal, (mean, tested.accuracy)),
+        reweighted=repeats.reweighted(head, X_train, task, entry.tuning, config.seed, tuned, journal),
     )
     predictions = _predictions(tuned, task, labels, probabilities, calibrator)
     folder.mkdir(parents=True, exist_ok=True)

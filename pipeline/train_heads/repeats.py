@@ -1,5 +1,6 @@
-"""Repeats on request: every search within outer folds, and with other seeds. Both choose nothing; they say how far to
-trust what was chosen.
+"""Repeats: every search within outer folds and with other seeds, on request; the winner with its class weights switched.
+
+They choose nothing; they say how far to trust what was chosen.
 
 Each search has its own journal, in the folder beside the main one's, so a killed run goes on where it was.
 """
@@ -7,6 +8,7 @@ Each search has its own journal, in the folder beside the main one's, so a kille
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
 from pipeline.heads import Head
+from pipeline.metrics import Scores, scores
 from pipeline.report import Nested, Seeds
+from pipeline.report.imbalance import UNEVEN, unevenness
 from pipeline.train_heads.task import Task
-from pipeline.tuning import SCORERS, expand_scores, make_folds, tune
+from pipeline.tuning import SCORERS, TuningRun, expand_scores, make_folds, tune
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +72,31 @@ def seeds(
         mean = float(run.best.mean if run.best.mean is not None else np.nan)
         found.append((mean, float(np.mean(run.pipeline.predict(X_test) == task.y_test))))
     return Seeds(numbers, tuple(mean for mean, _ in found), tuple(test for _, test in found))
+
+
+def reweighted(
+    head: Head, X: NDArray[np.float32], task: Task, tuning: TuningConfig, seed: int, tuned: TuningRun, journal: Path
+) -> Scores | None:
+    """Score the chosen parameters out of fold with class weights switched on, or off where they were on.
+
+    None where the classes are even or the head takes no weights: one trial more, not a search.
+    """
+    if not head.takes_class_weight or unevenness(np.bincount(task.y_train).tolist()) < UNEVEN:
+        return None
+    weights = None if head.build(seed)[-1].get_params()["class_weight"] else "balanced"
+
+    def build(seed: int) -> Pipeline:
+        pipeline = head.build(seed)
+        pipeline[-1].set_params(class_weight=weights)
+        return pipeline
+
+    params = {**head.fixed, **tuned.best.params}
+    switched = replace(head, build=build, space={}, defaults={}, fixed=params)
+    once = tuning.model_copy(update={"trials": 1, "seconds": None})
+    found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"))
+    names = np.asarray(task.classes, dtype=str)
+    guess = names[found.classes[found.out_of_fold.predictions]]
+    return scores(names[task.y_train], guess, None, task.classes, seed)
 
 
 def _beside(journal: Path, name: str) -> Path:
