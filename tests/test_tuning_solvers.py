@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.svm import SVC, LinearSVC
 
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.heads import HEADS, configure, resolve
-from pipeline.tuning import make_folds, tune
+from pipeline.tuning import make_folds, racing, tune
 from pipeline.tuning.evaluation import generic
 from pipeline.tuning.evaluators import EVALUATORS, evaluator_for
 from pipeline.tuning.kernel import one_against_rest, prepare_distances, rbf_svm
@@ -178,6 +179,18 @@ def test_the_chosen_score_is_scikit_learns_own(name, tmp_path):
     assert run.best.mean == pytest.approx(np.mean(own), abs=0.002)
 
 
+def test_hopeless_penalties_leave_the_race_and_the_choice_stays(tmp_path, monkeypatch):
+    X, y = network(400, 20, 3)
+    arguments = (HEADS["logistic_regression"], X, y, make_folds(y, 5, 0), TuningConfig(trials=12, strategy="grid"), 0)
+    raced = tune(*arguments, tmp_path / "raced.jsonl")
+    monkeypatch.setattr(racing, "behind", lambda *pair: False)
+    whole = tune(*arguments, tmp_path / "whole.jsonl")
+    assert "stopped" in {trial.status for trial in raced.trials}
+    assert {trial.status for trial in whole.trials} == {"ok"}
+    assert raced.best.params == whole.best.params
+    assert raced.best.fold_scores == whole.best.fold_scores
+
+
 def test_a_forest_is_screened_small_and_judged_in_full(tmp_path):
     X, y = network(120, 12, 3)
     head = replace(HEADS["random_forest"], fixed={"n_estimators": 100})
@@ -185,8 +198,13 @@ def test_a_forest_is_screened_small_and_judged_in_full(tmp_path):
     run = tune(head, X, y, folds, TuningConfig(trials=4), 0, tmp_path / "trials.jsonl")
     full = [trial for trial in run.trials if trial.status == "ok"]
     assert 1 <= len(full) <= EVALUATORS["forest"].promote
-    screened = sorted((trial.estimate for trial in run.trials if trial not in full), reverse=True)
-    assert screened
+    events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    screened = [event["estimate"] for event in events if event.get("event") == "trial"][: len(run.trials)]
+    ranked = sorted(range(len(run.trials)), key=lambda number: (-screened[number], number))
+    promoted = {
+        trial.number for trial in run.trials if trial.reason != "screened only" and None not in trial.fold_scores
+    }
+    assert promoted == set(ranked[: EVALUATORS["forest"].promote])
     assert {trial.reason for trial in run.trials if trial not in full} <= {"screened only"}
     own = [configure(head, run.best.params, 0).fit(X[t], y[t]).score(X[h], y[h]) for t, h in folds]
     assert run.best.fold_scores == pytest.approx(tuple(own))

@@ -15,7 +15,7 @@ import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.pipeline import Pipeline
-from threadpoolctl import ThreadpoolController, threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from pipeline.config import TuningConfig
 from pipeline.errors import HeadError
