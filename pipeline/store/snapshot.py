@@ -60,8 +60,7 @@ class Table:
             self.check(0, everything)
             low = np.searchsorted(self.first, wanted[:, 0])
         else:
-            start = np.zeros(len(wanted), np.int64)
-            low = self._bisect(0, wanted[:, 0], start, np.full(len(wanted), size), before=True)
+            low = self._bisect(0, wanted[:, 0], *self._near(wanted[:, 0]), before=True)
         # Two contents hardly ever share their first half, but a stranger's table may be all one number.
         inside = low < size
         at = np.minimum(low, size - 1)
@@ -80,6 +79,20 @@ class Table:
         self.check(1, at)
         found = (place < high) & (self.second[at] == wanted[:, 1])
         return np.where(found, place, -1)
+
+    def _near(self, wanted: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return ranges that hold the place of each value: narrow, because digests are spread evenly; else everything."""
+        size = len(self.first)
+        guess = (wanted.astype(np.float64) / 2.0**64 * size).astype(np.int64)
+        width = 2 * int(size**0.5) + 1  # four standard deviations of a value's place in the middle of the table
+        low, high = np.maximum(guess - width, 0), np.minimum(guess + width, size)
+        for end in (np.maximum(low - 1, 0), np.minimum(high, size - 1)):
+            self.check(0, end)
+        wrong = (low > 0) & (self.first[np.maximum(low - 1, 0)] >= wanted)
+        low[wrong] = 0
+        wrong = (high < size) & (self.first[np.minimum(high, size - 1)] < wanted)
+        high[wrong] = size
+        return low, high
 
     def _bisect(
         self, line: int, wanted: NDArray[np.uint64], low: NDArray[Any], high: NDArray[Any], before: bool
