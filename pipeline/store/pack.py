@@ -5,7 +5,7 @@ row (m,)          image -> row of `features`                 path, label, split,
 identity_json     how the features were made                 canary (k, d)    features of the built-in probe images
 
 with h5py.File("features.h5") as f:
-    X, y = f["features"][:][f["row"][:]], f["label"][:].astype(str)
+    X, y = f["features"][:][f["row"][:]], f["label"].asstr("utf-8")[:]
 """
 
 from __future__ import annotations
