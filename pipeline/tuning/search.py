@@ -65,7 +65,8 @@ def tune(
 
     Parameters
     ----------
-    X : ndarray of shape (n, dim), float32, or a memory map of one
+    X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, so X must
+        fit there about three times
     y : array of shape (n,): labels or codes; the fitted pipeline predicts values of the same kind
     journal : the JSON-lines file of this search's fits; what it holds of the same search is not fitted again
 
