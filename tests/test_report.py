@@ -19,11 +19,11 @@ from pipeline import metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
 from pipeline.report import Leaderboard, LeaderboardRow, Nested, Seeds, material
-from pipeline.report.charts import ranking_chart
 from pipeline.report.drawing import to_png, to_svg
 from pipeline.report.imbalance import effects
 from pipeline.report.material import gather
 from pipeline.report.page import render
+from pipeline.report.ranks import ranking_chart
 from pipeline.report.rows import nested_choice
 from pipeline.report.several import compare, rank, searches
 from pipeline.report.tables import leaderboard as leaderboard_table

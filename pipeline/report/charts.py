@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from pipeline.metrics import Calibration, Difference, LearningCurve, Ranking, pareto
+from pipeline.metrics import Calibration, Difference, LearningCurve, pareto
 from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
 from pipeline.report.judge import Trials
 from pipeline.report.leaderboard import seconds
@@ -45,9 +45,7 @@ def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str], scoring
             if scoring == "accuracy" and 100 * row.cv_mean >= floor:
                 axes.plot(100 * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
         _row_names(axes, shown)
-        axes.set_xlabel(
-            "accuracy, %: ● test, 95 % interval" + ("  | cross-validation" if scoring == "accuracy" else "")
-        )
+        axes.set_xlabel("● test, %, 95 % interval" + ("  | cross-validation" if scoring == "accuracy" else ""))
         return made
 
     return draw
@@ -74,7 +72,7 @@ def difference_chart(differences: Sequence[Difference], rows: Mapping[str, Leade
             axes.plot(-100 * item.difference, place, "o", color=colour, ms=6, gid=tip(text))
         _row_names(axes, [rows[item.key] for item in shown])
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel("out-of-fold accuracy minus the best row's, points")
+        axes.set_xlabel("points from the best, out of fold")
         return made
 
     return draw
@@ -338,44 +336,6 @@ def map_chart(space: Map, labels: Sequence[str], classes: Sequence[str]) -> Char
     return draw
 
 
-def ranking_chart(ranking: Ranking, names: Sequence[str]) -> Chart:
-    """Draw a critical-difference diagram: average ranks over data sets, bars join what cannot be told apart."""
-
-    def draw(palette: Palette) -> Figure:
-        made = figure(palette, height=1.4 + 0.22 * len(names))
-        axes = made.subplots()
-        order = np.argsort(ranking.average_ranks, kind="stable")
-        for depth, head in enumerate(order):
-            rank = ranking.average_ranks[head]
-            axes.plot([rank, rank], [0, -1 - depth], color=palette.muted, lw=1)
-            axes.text(
-                rank,
-                -1 - depth,
-                f" {plain_text(names[head])}  {rank:.2f}",
-                va="center",
-                ha="left",
-                color=palette.ink,
-                fontsize=8,
-            )
-            axes.plot(rank, 0, "o", color=palette.accent, ms=5, gid=tip(f"{names[head]}: average rank {rank:.2f}"))
-        for number, group in enumerate(ranking.groups):
-            ends = [ranking.average_ranks[head] for head in group]
-            axes.plot(
-                [min(ends), max(ends)], [0.45 + 0.35 * number] * 2, color=palette.accent, lw=4, solid_capstyle="round"
-            )
-        top = 1.3 + 0.35 * len(ranking.groups)
-        axes.plot([1, 1 + ranking.critical_difference], [top, top], color=palette.ink, lw=1.5)
-        axes.text(1, top + 0.2, f"critical difference {ranking.critical_difference:.2f}", fontsize=8, color=palette.ink)
-        axes.set_ylim(-1 - len(names), top + 1)
-        axes.set_xlim(0.8, len(names) + 1.2)
-        axes.set_yticks([])
-        axes.set_xlabel("average rank (1 is best)")
-        axes.spines["left"].set_visible(False)
-        return made
-
-    return draw
-
-
 def _floor(values: Sequence[float]) -> float:
     """Return where an axis may begin: below the bulk of the values, so that a hopeless few do not squeeze the rest."""
     if not values:
@@ -390,7 +350,7 @@ def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
     if several:
         short = [row.embedding.removesuffix("-penultimate") for row in rows]
         names = [
-            f"{name} · {embedding if len(embedding) < 18 else embedding[:16] + '…'}"
+            f"{name} · {embedding if len(embedding) < 22 else embedding[:20] + '…'}"
             for name, embedding in zip(names, short, strict=True)
         ]
     axes.set_yticks(range(len(rows)), [plain_text(name) for name in names], fontsize=8)
