@@ -61,7 +61,7 @@ def _search_table(outputs: Sequence[Path], boards: Sequence[Leaderboard], keys: 
         cells = []
         for row, board in zip(found, boards, strict=True):
             score = f"{row.cv_mean:.3f}" if board.scoring == "log_loss" else f"{100 * row.cv_mean:.2f}"
-            mark = "**" if best - row.cv_mean < 1e-6 else ""
+            mark = "**" if round(row.cv_mean, 4) == round(best, 4) else ""
             cells.append(f"{mark}{score}{mark} ({row.trials} trials, {seconds(row.search_seconds or 0.0)} s)")
         lines.append([key, *cells])
     table = tabulate(lines, headers=["row", *names], tablefmt="github", disable_numparse=True)
