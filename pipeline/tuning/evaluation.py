@@ -38,7 +38,7 @@ class Evaluator:
     screen: Params = field(default_factory=dict)
     """Parameters of a cheap version that is tried first; the best of it are then fitted in full."""
     promote: int = 0
-    """How many of the screened are fitted in full."""
+    """How many of the screened are fitted in full, besides the defaults."""
 
 
 def generic(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:

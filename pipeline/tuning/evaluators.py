@@ -12,14 +12,14 @@ from pipeline.tuning.records import Problem
 
 GENERIC = Evaluator(generic)
 
-SCREEN_TREES = 30
+SCREEN_TREES = 50
 
 
 def _many_trees(problem: Problem) -> bool:
     return bool(configure(problem.head, problem.head.defaults, problem.seed)[-1].n_estimators >= 2 * SCREEN_TREES)
 
 
-FOREST = Evaluator(generic, usable=_many_trees, screen={"n_estimators": SCREEN_TREES}, promote=2)
+FOREST = Evaluator(generic, usable=_many_trees, screen={"n_estimators": SCREEN_TREES}, promote=3)
 """Trees vote independently, so a forest of a few is a noisier version of the same forest at a fraction of its price.
 Folds and not out-of-bag rows, which would know their own group or near-duplicate."""
 

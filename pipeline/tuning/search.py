@@ -181,12 +181,12 @@ class _Search:
         return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
 
     def _promote(self, progress: Progress) -> None:
-        """Fit in full the trials whose cheap version was best."""
+        """Fit in full the trials whose cheap version was best, and the defaults."""
         ranked = sorted(
             (trial for trial in self.trials if trial.estimate is not None),
             key=lambda trial: (-(trial.estimate or 0.0), trial.number),
         )
-        chosen = sorted(trial.number for trial in ranked[: self.evaluator.promote])
+        chosen = sorted({trial.number for trial in ranked[: self.evaluator.promote]} | {0})
         progress.note(f"fitting {len(chosen)} of them in full")
         for trial in self._race(chosen, [self.trials[number].params for number in chosen], cheap=False):
             self.trials[trial.number] = trial
