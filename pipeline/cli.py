@@ -126,6 +126,21 @@ def finetune(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+def pretrain(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Train a small network from scratch on a folder or archive of labelled images.
+
+    Example: manyheads pretrain configs/pretraining/bundled.yaml
+    """
+    from pipeline import pretrain as stage
+
+    result = stage.run(configuration.load_pretraining(recipe, overrides))
+    for line in result.summary_lines():
+        click.echo(line)
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(

@@ -7,21 +7,23 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipeline import bundle as bundles
 from pipeline import config as configuration
-from pipeline import train_heads
-from pipeline.config import Artifacts, Config, TuningConfig
+from pipeline import lineage, train_heads
+from pipeline.config import Artifacts, BackboneConfig, Config
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
 from pipeline.embedding import EmbeddingSpec
-from pipeline.errors import PipelineError, StoreError
+from pipeline.errors import DatasetError, PipelineError, StoreError
 from pipeline.heads import HEADS
 from pipeline.images import policy_key
 from pipeline.metrics import Predictions
@@ -302,3 +304,52 @@ def test_class_weights_are_switched_where_classes_are_uneven(tmp_path: Path) -> 
     assert repeats.reweighted(head, X, even, tuning, 0, tuned, tmp_path / "head.jsonl") is None
     unweighted = HEADS["knn"]
     assert repeats.reweighted(unweighted, X, task, tuning, 0, tuned, tmp_path / "head.jsonl") is None
+
+
+def fine_tuned(output: Path, seen: NDArray[np.uint64]) -> Config:
+    """An experiment whose backbone is a weights file that has learned from the given contents."""
+    stage_one(output)
+    files = Artifacts(output)
+    weights = output / "tuned.safetensors"
+    header = json.dumps({"__metadata__": {lineage.CONTENTS_KEY: lineage.contents_text(seen)}}).encode()
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    section = BackboneConfig(name="resnet18", weights=str(weights))
+    records = [
+        replace(record, section=section, spec=replace(record.spec, trained_on=lineage.contents_digest(seen)))
+        if record.kind == "backbone"
+        else record
+        for record in read_records(files.features)
+    ]
+    write_records(files.features, records, {})
+    return make_config(output)
+
+
+def test_heads_on_a_fine_tuned_backbone_use_only_images_it_has_not_learned_from(tmp_path: Path) -> None:
+    index = stage_one(tmp_path)
+    train = index.select("train")
+    result = train_heads.run(fine_tuned(tmp_path, train.digests[:80]))
+    files = Artifacts(tmp_path)
+    for row in result.leaderboard.rows:
+        assert row.bundle is not None
+        held_out = Predictions.read(files.root / row.bundle / "predictions.npz").out_of_fold
+        assert held_out is not None
+        tuned = row.embedding == "net-random"
+        assert list(held_out.paths) == list(train.paths[80:] if tuned else train.paths)
+        assert (row.unseen_rows, row.note) == ((40, "fine-tuned") if tuned else (None, "baseline"))
+    assert any(line.startswith("fine-tuned: the network has learned from") for line in result.leaderboard.notes())
+
+
+def test_a_backbone_that_has_learned_from_all_training_images_is_refused(tmp_path: Path) -> None:
+    train = stage_one(tmp_path).select("train")
+    with pytest.raises(DatasetError) as caught:
+        train_heads.run(fine_tuned(tmp_path, train.digests))
+    assert str(caught.value) == (
+        "net-random: its network has learned from 120 of the 120 training images, and the other 0 are too few to fit and "
+        "compare heads on; give more training images, or leave it out of backbones"
+    )
+
+
+def test_a_backbone_that_has_learned_from_test_images_is_refused(tmp_path: Path) -> None:
+    test = stage_one(tmp_path).select("test")
+    with pytest.raises(DatasetError, match="net-random: its network has learned from 3 of the 30 test images"):
+        train_heads.run(fine_tuned(tmp_path, test.digests[:3]))

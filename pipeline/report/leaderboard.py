@@ -125,6 +125,12 @@ class Leaderboard:
             lines.append(
                 "untrained: the backbone has random weights and saw no image before; a control, not a contender."
             )
+        unseen = sorted({row.unseen_rows for row in self.rows if row.unseen_rows is not None})
+        if unseen:
+            lines.append(
+                f"fine-tuned: the network has learned from training images; its heads were fitted and cross-validated on the "
+                f"other {', '.join(f'{count:,}' for count in unseen)} only, so its cross-validation is of other images than the rest."
+            )
         if any(row.baseline for row in self.rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
         if best.baseline or best.untrained:

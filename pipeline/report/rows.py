@@ -84,6 +84,8 @@ class LeaderboardRow:
     dim: int | None = None
     search_seconds: float | None = None
     embed_seconds: float | None = None
+    unseen_rows: int | None = None
+    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None for others."""
     nested: Nested | None = None
     seeds: Seeds | None = None
     reweighted: Scores | None = None
@@ -110,7 +112,9 @@ class LeaderboardRow:
 
     @property
     def note(self) -> str:
-        """What a reader must know about the embedding before comparing: `untrained`, `baseline`, or nothing."""
+        """What a reader must know about the embedding before comparing, in a word, or nothing."""
+        if self.unseen_rows is not None:
+            return "fine-tuned"
         return "baseline" if self.baseline else "untrained" if self.untrained else ""
 
 

@@ -39,7 +39,7 @@ from pipeline.metrics.calibration import Calibrator, fit_calibrator
 from pipeline.report import Leaderboard, LeaderboardRow, judge
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
-from pipeline.train_heads.task import Task, make_task
+from pipeline.train_heads.task import Task, make_task, unseen_task
 from pipeline.tuning import TuningRun, tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
@@ -108,11 +108,13 @@ def run(config: Config) -> HeadsRun:
     task = make_task(config, files, list(stores.values()))
     rows: list[LeaderboardRow] = []
     reused = 0
+    tasks = {record.name: unseen_task(task, record, config) for record in records}
     for entry in _entries(config, records, heads):
-        key = _key(entry, task, config.seed)
+        own = tasks.get(entry.name, task)
+        key = _key(entry, own, config.seed)
         row = _finished(files.bundle(entry.name, entry.head.name), key)
         if row is None:
-            row = _make_row(entry, task, stores.get(entry.name), config, files, key)
+            row = _make_row(entry, own, stores.get(entry.name), config, files, key)
         else:
             reused += 1
         rows.append(row)
@@ -199,6 +201,7 @@ def _make_row(
         head=head.name,
         untrained=spec is not None and spec.untrained,
         baseline=spec is None or spec.kind == "baseline",
+        unseen_rows=len(task.train) if spec and spec.trained_on else None,
         cv_mean=mean,
         cv_std=best.spread or 0.0,
         cv_scores=tuple(float(score) for score in best.fold_scores if score is not None),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import lineage
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, digests_to_hex, fingerprint
+from pipeline.embedders import EmbeddingRecord
 from pipeline.errors import DatasetError, StoreError
 from pipeline.images import policy_key
 from pipeline.store import FeatureStore
@@ -62,6 +65,50 @@ def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) 
         raise DatasetError("there are no test images; every leaderboard needs some: see dataset.test_fraction")
     place = {label: code for code, label in enumerate(classes)}
     y_train, y_test = (np.array([place[label] for label in part.labels], dtype=np.int64) for part in (train, test))
+    return _with_folds(classes, train, test, y_train, y_test, config)
+
+
+def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
+    """Return the task without the training images that an embedding's network has learned from.
+
+    On those its vectors tell the labels, so heads neither fit nor are cross-validated on them. The test images stay.
+
+    Raises
+    ------
+    DatasetError
+        When too few images are left, or the test images were learned from as well.
+    """
+    if record.spec.trained_on is None or record.section is None:
+        return task
+    weights = Path(record.section.weights)
+    tested = lineage.seen(weights, task.test.digests, record.spec.trained_on)
+    if tested.any():
+        raise DatasetError(
+            f"{record.name}: its network has learned from {int(tested.sum()):,} of the {len(tested):,} test images, "
+            "so no score on them means anything; leave it out of backbones, or give other test images"
+        )
+    seen = lineage.seen(weights, task.train.digests, record.spec.trained_on)
+    if not seen.any():
+        return task
+    left = task.train.rows(~seen)
+    if len(set(left.labels)) < 2 or len(left) < config.tuning.folds:
+        raise DatasetError(
+            f"{record.name}: its network has learned from {int(seen.sum()):,} of the {len(seen):,} training images, and the "
+            f"other {len(left):,} are too few to fit and compare heads on; give more training images, or leave it out of backbones"
+        )
+    log.info("%s: heads use the %d training images its network has not learned from", record.name, len(left))
+    return _with_folds(task.classes, left, task.test, task.y_train[~seen], task.y_test, config)
+
+
+def _with_folds(
+    classes: tuple[str, ...],
+    train: DatasetIndex,
+    test: DatasetIndex,
+    y_train: NDArray[np.int64],
+    y_test: NDArray[np.int64],
+    config: Config,
+) -> Task:
+    """Make the folds and name the question."""
     groups = train.fold_groups()
     folds = make_folds(y_train, config.tuning.folds, config.seed, groups)
     key = fingerprint(
