@@ -22,7 +22,7 @@ from pipeline.heads.head import Head
 def _forest(seed: int) -> Pipeline:
     # Trees compare one feature with a threshold, so a scaler would change nothing. More trees are never worse on
     # average, so their number is not searched.
-    return Pipeline([("head", RandomForestClassifier(n_estimators=300, random_state=seed))])
+    return Pipeline([("head", RandomForestClassifier(n_estimators=200, random_state=seed))])
 
 
 def _tree(seed: int) -> Pipeline:
