@@ -113,21 +113,27 @@ def heads(config: Path, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @_experiment
-def finetune(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Also copy the weights file to this name.")
+def finetune(config: Path, overrides: tuple[str, ...], output: Path | None) -> None:
     """Stage three: train the best backbone end to end, from the best head, and say whether it was worth it.
 
-    Example: manyheads finetune configs/digits.yaml
+    Example: manyheads finetune configs/digits.yaml --output finetuned.safetensors
     """
+    from pipeline import files
     from pipeline import finetune as stage
 
     result = stage.run(configuration.load(config, overrides))
+    if output is not None:
+        files.write_atomic(output, result.weights.read_bytes())
     for line in result.summary_lines():
         click.echo(line)
 
 
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+)
 def pretrain(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Train a small network from scratch on a folder or archive of labelled images.
 
