@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline import bundle as bundles
 from pipeline import config as configuration
 from pipeline import lineage, train_heads
-from pipeline.config import Artifacts, BackboneConfig, Config
+from pipeline.config import Artifacts, BackboneConfig, Config, TuningConfig
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
