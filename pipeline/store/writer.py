@@ -1,6 +1,6 @@
 """`StoreWriter`: the one process that adds rows. Append, commit groups to the journal, seal into a snapshot.
 
-    append -> memory -> commit: one synced journal file every 4 MB or 30 s -> seal: segments, then the next snapshot
+    append -> memory -> commit: one synced journal file every 4 MB or 10 s -> seal: segments, then the next snapshot
 
 A kill at any moment leaves the last snapshot valid and the journal for the next run to adopt. The order of the rows is
 the order of appending, across kills, so a resumed run gives the same bytes as one that was never interrupted.
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 TEMPORARY = "tmp"
 GROUP_BYTES = 4 << 20
-GROUP_SECONDS = 30.0
+GROUP_SECONDS = 10.0
 
 DTYPES = {"float32": "<f4", "float16": "<f2", "<f4": "<f4", "<f2": "<f2"}
 
@@ -200,7 +200,7 @@ class StoreWriter:
     def append(self, digests: Digests, features: NDArray[Any]) -> int:
         """Add vectors, shape (n, dim), for n digests; those the store has already are passed over. Return how many were new.
 
-        They are safe once a group is committed, which happens by itself every 4 MB or 30 s.
+        They are safe once a group is committed, which happens by itself every 4 MB or 10 s.
 
         Raises
         ------
