@@ -128,7 +128,9 @@ def _recommend(leaderboard: Leaderboard, differences: Sequence[Difference]) -> t
     chosen = min(candidates, key=_cost)
     best = leaderboard.best
     if len(candidates) == 1:
-        others = "Every other row" if len(differences) == len(leaderboard.rows) else "Every other row on the same images"
+        others = (
+            "Every other row" if len(differences) == len(leaderboard.rows) else "Every other row on the same images"
+        )
         return best, f"{others} is worse by more than chance explains."
     if chosen.key == best.key:
         others = "the one row" if len(candidates) == 2 else f"any of the {len(candidates) - 1} rows"
