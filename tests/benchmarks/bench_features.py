@@ -1,8 +1,8 @@
 """How fast stage one embeds photos, beside the script people write and the limits of this machine.
 
-    python tests/benchmarks/bench_features.py FOLDER [--images 256] [--model resnet18] [--repeats 3] [--output results.json]
+    python tests/benchmarks/bench_features.py [FOLDER] [--images 256] [--model resnet18] [--repeats 3] [--output results.json]
 
-FOLDER has photos anywhere below it. Every repeat runs all ways one behind the other, so that a ratio is taken inside one
+FOLDER has photos anywhere below it; without it they are drawn. Every repeat runs all ways one behind the other, so that a ratio is taken inside one
 repeat; the table shows medians over repeats and their spread. `naive` is an image folder, a DataLoader with two workers,
 eval, no_grad and fp32. `limit` is perfect sharing of the processors between decoding and the network: the two rates added
 as times. Weights are random: speed does not depend on their values.
@@ -119,16 +119,29 @@ def measure(folder: Path, paths: list[Path], model: str) -> dict[str, float]:
     return rates
 
 
+def draw_photos(folder: Path, count: int) -> Path:
+    """Write JPEGs of 400 x 533 pixels and about the size of a photo's: smooth shapes with some noise."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 255, (12, 9, 3), dtype=np.uint8)).resize(
+            (400, 533), Image.Resampling.BICUBIC
+        )
+        pixels = np.clip(np.asarray(coarse) + rng.normal(0, 6, (533, 400, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:05d}.jpg", quality=80)
+    return folder
+
+
 def main() -> None:
     """Measure, print a Markdown table, and write JSON where asked."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="photos; without it, photo-sized images are drawn")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    found = sorted(path for path in arguments.folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    photos = arguments.folder or draw_photos(Path(tempfile.mkdtemp()), arguments.images)
+    found = sorted(path for path in photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     step = max(1, len(found) // arguments.images)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
