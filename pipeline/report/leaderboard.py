@@ -302,11 +302,3 @@ def _percent(value: float, scoring: str) -> str:
 
 def _plural(word: str, count: int) -> str:
     return word if count == 1 else f"{word}s"
-
-
-def by_embedding(rows: Sequence[LeaderboardRow]) -> dict[str, list[LeaderboardRow]]:
-    """Group rows by embedding, keeping their order."""
-    groups: dict[str, list[LeaderboardRow]] = {}
-    for row in rows:
-        groups.setdefault(row.embedding, []).append(row)
-    return groups

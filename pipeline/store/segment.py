@@ -6,7 +6,6 @@ import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,12 +82,6 @@ def open_entry(store: Path, entry: SegmentEntry, store_type: StoreType, data: mm
     if (file.number("rows"), file.size) != (entry.rows, entry.bytes):
         raise StoreError(f"{file.path}: has {file.number('rows')} rows in {file.size} bytes, the snapshot says {entry}")
     return file
-
-
-def rows_of(file: StoreFile, rows: NDArray[Any]) -> NDArray[Any]:
-    """Return some rows of a segment in the order asked, after checking their blocks; stored dtype, a copy."""
-    file.check_items(rows, file.bulk.shape[1])
-    return np.asarray(file.bulk[rows])
 
 
 def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
