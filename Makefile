@@ -53,6 +53,9 @@ clean: ## Remove .venv, caches and build output; artifacts/ and data/ stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Where there is no NVIDIA GPU, OpenVINO makes the networks faster.
+EXTRA := $(if $(wildcard /dev/nvidiactl),,[openvino])
+
 # The stamps are written last, so an install that was interrupted is done again.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Python %d.%d found, 3.10 to 3.13 needed: make PYTHON=python3.12 ..." % v)'
@@ -60,7 +63,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned versions (about a minute, more where torch comes with CUDA)"
-	@$(PIP) --editable . && touch $@
+	@$(PIP) --editable '.$(EXTRA)' && touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed
 	@$(PIP) --editable '.[$*]' && touch $@

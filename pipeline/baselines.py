@@ -46,11 +46,20 @@ class Baseline:
         return (self.recipe(pixels),)
 
 
-def load(name: str) -> Baseline:
-    """Return a baseline, `pixels` or `hog`; KeyError for any other name."""
+def load(name: str, decode: str = "exact") -> Baseline:
+    """Return a baseline, `pixels` or `hog`; KeyError for any other name.
+
+    `decode` is the extraction's. Thumbnails are always resized by Pillow, which needs no torch, unless it is `fast`.
+    """
     size, dim, library, arguments, recipe = _TABLE[name]
     # The whole image, squeezed to a square: a centre crop would hide what a thumbnail shows.
-    preprocessing = Preprocessing(resize=(size, size), crop=(size, size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    preprocessing = Preprocessing(
+        resize=(size, size),
+        crop=(size, size),
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        decode="fast" if decode == "fast" else "exact",
+    )
     spec = EmbeddingSpec(
         name=name,
         kind="baseline",
@@ -64,6 +73,7 @@ def load(name: str) -> Baseline:
         dim=dim,
         preprocessing=json.loads(canonical_json(preprocessing.identity())),
         precision="fp32",
+        engine=library,
     )
     return Baseline((spec,), preprocessing, recipe)
 

@@ -130,13 +130,18 @@ class BackboneConfig(Section):
 
 
 class ExtractionConfig(Section):
-    """How images become vectors: nothing here but `precision` and `decode` changes the vectors."""
+    """How images become vectors: nothing here but `precision`, `engine` and `decode` changes the vectors."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     batch_size: Literal["auto"] | int = "auto"
     workers: Literal["auto"] | int = "auto"
     """Threads that read and decode."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """What computes; `auto` takes OpenVINO where it is installed and the job is long enough to gain from it."""
+    decode: Literal["standard", "exact", "fast"] = "standard"
+    """`exact` gives the pixels of torchvision's transforms on a PIL image bit for bit, `standard` is within one grey level of
+    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size."""
 
     @field_validator("batch_size", "workers")
     @classmethod

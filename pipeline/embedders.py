@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.files import write_text_atomic
 from pipeline.images import Preprocessing
 from pipeline.store import differences
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "manyheads features"
 VERSION = 1
@@ -148,13 +151,23 @@ def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
     BackboneError
         When the weights, the preprocessing or a library have changed since, so that its vectors would not be comparable.
     """
+    spec = record.spec
+    decode = spec.preprocessing["decode"]["mode"]
     if record.section is None:
-        embedder: Embedder = baselines.load(record.spec.architecture)
+        embedder: Embedder = baselines.load(spec.architecture, decode)
     else:
-        extraction = ExtractionConfig.model_validate({"device": device, "precision": record.spec.precision})
-        embedder = backbone.load(record.section, extraction, record.seed)
-    for output, spec in enumerate(embedder.specs):
-        if spec.fingerprint() == record.fingerprint:
+        engine = backbone.engine_at_hand(spec.engine, device)
+        if engine != spec.engine:
+            logger.warning(
+                "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding",
+                record.name,
+                spec.engine,
+                engine,
+            )
+        asked = {"device": device, "precision": spec.precision, "engine": engine, "decode": decode}
+        embedder = backbone.load(record.section, ExtractionConfig.model_validate(asked), record.seed)
+    for output, made in enumerate(embedder.specs):
+        if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
             return embedder, output
-    closest = min((differences(record.spec.identity(), spec.identity()) for spec in embedder.specs), key=len)
+    closest = min((differences(spec.identity(), made.identity()) for made in embedder.specs), key=len)
     raise BackboneError(f"{record.name}: this machine makes another embedding than the one that was stored", closest)

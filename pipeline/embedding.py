@@ -44,6 +44,8 @@ class EmbeddingSpec:
     """`Preprocessing.identity()`: the transform and the decoding policy."""
     precision: str
     """`fp32`, `bf16` or `fp16`."""
+    engine: str
+    """What carried out the arithmetic: `torch`, `openvino`, or for a baseline its library."""
     untrained: bool = False
     trained_on: str | None = None
     """Digest of the image contents that the weights saw, where this project trained them; changes no vector."""
@@ -62,6 +64,7 @@ class EmbeddingSpec:
             "dtype": "float32",
             "preprocessing": dict(self.preprocessing),
             "precision": self.precision,
+            "engine": self.engine,
         }
 
     def fingerprint(self) -> str:

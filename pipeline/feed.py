@@ -1,7 +1,8 @@
 """From files to batches of pixels: threads read, decode and prepare images ahead of the network.
 
 Each thread fills a part of a batch whose memory exists already, and a fixed number of batches is under way, so memory stays
-the same however many images there are. An image is decoded once, whatever number of networks wants it.
+the same however many images there are. An image is decoded once, whatever number of networks wants it (with `decode: fast`,
+once for each size that is wanted).
 """
 
 from __future__ import annotations
@@ -105,9 +106,13 @@ class Feeder:
             try:
                 data = open_file(self.root, item.path, item.digest)
                 read = time.perf_counter()
-                image = decode(data, max_pixels=self.max_pixels)
+                decoded: dict[int | None, NDArray[np.uint8]] = {}
                 for number in item.wanted:
-                    batch.pixels[number][row] = prepare(image, self.preprocessings[number])
+                    preprocessing = self.preprocessings[number]
+                    at_least = preprocessing.at_least
+                    if at_least not in decoded:
+                        decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)
+                    batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
             except ImageProblem as problem:
                 batch.problems[row] = problem
             reading += read - began

@@ -185,7 +185,7 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
         path = str(here.index.paths[row])
         try:
             data = open_file(here.index.root, path)
-            image = decode(data, max_pixels=here.config.dataset.max_pixels)
+            image = decode(data, max_pixels=here.config.dataset.max_pixels, at_least=embedder.preprocessing.at_least)
         except ImageProblem as problem:
             deviating.append(f"{path} (cannot be read now: {problem.reason})")
             continue

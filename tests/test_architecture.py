@@ -39,6 +39,8 @@ DOORS = {
     "PIL": {"images", "dataset", "report"},
     "matplotlib": {"report"},
     "skimage": {"baselines"},
+    "simplejpeg": {"images"},
+    "openvino": {"backbone"},
 }
 
 NO_TORCH = """

@@ -253,7 +253,7 @@ def test_the_seed_decides_random_weights_and_reaches_the_identity() -> None:
 def test_identity_holds_what_changes_vectors_and_nothing_else(small: backbone.Backbone) -> None:
     spec = small.specs[0]
     assert set(spec.identity()) == {
-        "embed_version", "library", "architecture", "arguments", "weights", "layer", "pooling", "dim", "dtype", "preprocessing", "precision",
+        "embed_version", "library", "architecture", "arguments", "weights", "layer", "pooling", "dim", "dtype", "preprocessing", "precision", "engine",
     }  # fmt: skip
     assert spec.identity()["preprocessing"]["decode"]["version"] >= 1
     other = load("resnet18", ExtractionConfig(device="auto", precision="fp32", batch_size=3, workers=1))

@@ -16,7 +16,7 @@ from pipeline.images import prepare
 def test_pixels_are_the_thumbnail_in_colour() -> None:
     made = baselines.load("pixels")
     image = Image.new("RGB", (40, 80), (255, 0, 51))
-    (vectors,) = made.embed(prepare(image, made.preprocessing)[None])
+    (vectors,) = made.embed(prepare(np.asarray(image), made.preprocessing)[None])
     assert vectors.shape == (1, made.specs[0].dim) == (1, 768)
     np.testing.assert_allclose(vectors.reshape(16, 16, 3), np.broadcast_to([1.0, 0.0, 0.2], (16, 16, 3)), rtol=1e-6)
 
@@ -25,7 +25,7 @@ def test_pixels_show_the_whole_image_and_not_its_centre() -> None:
     made = baselines.load("pixels")
     tall = Image.new("RGB", (20, 100), (0, 0, 0))
     tall.paste((255, 255, 255), (0, 0, 20, 10))  # only the top tenth is white
-    (vectors,) = made.embed(prepare(tall, made.preprocessing)[None])
+    (vectors,) = made.embed(prepare(np.asarray(tall), made.preprocessing)[None])
     assert vectors.reshape(16, 16, 3)[0].min() > 0.9
     assert vectors.reshape(16, 16, 3)[4:].max() == 0
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import backbone, baselines, dataset, extract_features, feed
@@ -123,9 +124,9 @@ def test_added_and_changed_images_are_embedded_and_renamed_and_removed_ones_are_
 def test_an_image_is_decoded_once_for_all_that_want_it(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def counting(data: bytes, *, max_pixels: int) -> Image.Image:
+    def counting(data: bytes, *, max_pixels: int, at_least: int | None) -> NDArray[np.uint8]:
         calls.append(len(data))
-        return decode(data, max_pixels=max_pixels)
+        return decode(data, max_pixels=max_pixels, at_least=at_least)
 
     monkeypatch.setattr(feed, "decode", counting)
     extract_features.run(make(photos, baselines=["pixels", "hog"]))

@@ -6,6 +6,7 @@ import struct
 import threading
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,16 @@ from PIL import Image, ImageFile
 from pipeline import images
 from pipeline.digests import canonical_json, content_digest
 from pipeline.errors import DatasetError
-from pipeline.images import DECODE_POLICY, ImageProblem, Preprocessing, decode, open_file, policy_key, prepare
+from pipeline.images import (
+    DECODE_MODES,
+    DECODE_POLICY,
+    ImageProblem,
+    Preprocessing,
+    decode,
+    open_file,
+    policy_key,
+    prepare,
+)
 
 LIMIT = 1_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -43,9 +53,10 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def pixels(data: bytes) -> NDArray[np.uint8]:
-    image = decode(data, max_pixels=LIMIT)
-    assert image.mode == "RGB"
-    return np.asarray(image)
+    found = decode(data, max_pixels=LIMIT)
+    assert found.dtype == np.uint8
+    assert found.shape[2:] == (3,)
+    return found
 
 
 def problem(data: bytes, max_pixels: int = LIMIT) -> ImageProblem:
@@ -66,6 +77,33 @@ class TestPolicy:
         data = saved(smooth(40, 30), "JPEG", quality=90)
         np.testing.assert_array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
         assert np.abs(pixels(data).astype(int) - np.asarray(smooth(40, 30))).max() < 12
+
+    @pytest.mark.parametrize("size", [(40, 30), (97, 61), (1, 1), (8, 200)])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"subsampling": 0},
+            {"subsampling": 1},
+            {"subsampling": 2},
+            {"progressive": True},
+            {"optimize": True, "quality": 20},
+            {"quality": 100, "subsampling": 0, "keep_rgb": True},
+            {"restart_marker_blocks": 2},
+        ],
+        ids=lambda options: ",".join(options),
+    )
+    def test_every_kind_of_jpeg_gives_pillows_pixels(self, size: tuple[int, int], options: dict[str, object]) -> None:
+        for image in (photo(*size), photo(*size).convert("L"), photo(*size).convert("CMYK")):
+            if image.mode != "RGB" and ("subsampling" in options):
+                options = {"quality": 80}
+            data = saved(image, "JPEG", **options)
+            np.testing.assert_array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+    def test_a_photo_with_more_pictures_behind_it_gives_the_first(self) -> None:
+        data = saved(smooth(40, 30), "MPO", save_all=True, append_images=[photo(40, 30)], quality=90)
+        opened = Image.open(io.BytesIO(data))
+        assert opened.format == "MPO"
+        np.testing.assert_array_equal(pixels(data), np.asarray(opened.convert("RGB")))
 
     def test_grey_becomes_three_equal_channels(self) -> None:
         grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -202,7 +240,9 @@ class TestPolicy:
         assert "libjpeg-turbo" in canonical_json(dict(DECODE_POLICY))
         assert policy_key(5) == policy_key(5) != policy_key(6)
         first = Preprocessing(256, 224).identity()
-        assert first["decode"] == dict(DECODE_POLICY)
+        assert first["decode"] == {**DECODE_POLICY, "mode": "exact"}
+        modes = {canonical_json(Preprocessing(256, 224, decode=mode).identity()) for mode in DECODE_MODES}
+        assert len(modes) == len(DECODE_MODES) == 3
         assert canonical_json(first) != canonical_json(Preprocessing(256, 224, "bicubic").identity())
 
 
@@ -251,7 +291,7 @@ class TestProblems:
     def test_a_larger_limit_than_pillows_own_is_obeyed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
         data = saved(Image.new("L", (100, 50)), "PNG")
-        assert decode(data, max_pixels=5_000).size == (100, 50)
+        assert decode(data, max_pixels=5_000).shape == (50, 100, 3)
         assert problem(data, max_pixels=4_999).status == "too_many_pixels"
 
     @pytest.mark.parametrize(
@@ -299,7 +339,7 @@ class TestProblems:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             try:
-                assert decode(bytes(data), max_pixels=100_000).mode == "RGB"
+                assert decode(bytes(data), max_pixels=100_000).shape[2] == 3
             except ImageProblem as error:
                 found = error
             else:
@@ -326,7 +366,9 @@ class TestPrepare:
                 image, list(_tuple(transform.resize)), interpolation=_interpolation(transform.interpolation)
             )
             expected = functional.center_crop(expected, list(_tuple(transform.crop)))
-            np.testing.assert_array_equal(prepare(image, transform), np.asarray(expected), err_msg=str(transform))
+            np.testing.assert_array_equal(
+                prepare(np.asarray(image), transform), np.asarray(expected), err_msg=str(transform)
+            )
 
     def test_the_whole_official_transform_is_this_and_a_normalisation(self) -> None:
         torch = pytest.importorskip("torch")
@@ -334,7 +376,7 @@ class TestPrepare:
 
         weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
         image = photo(500, 375)
-        mine = prepare(image, Preprocessing(232, 224))
+        mine = prepare(np.asarray(image), Preprocessing(232, 224))
         scaled = torch.from_numpy(mine).permute(2, 0, 1).to(torch.float32).div(255)
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (weights.mean, weights.std))
         assert torch.equal((scaled - mean) / std, weights(image))
@@ -342,7 +384,7 @@ class TestPrepare:
     def test_an_extremely_long_image_takes_no_memory_and_is_nearly_the_same(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert prepare(photo(1, 200_000), Preprocessing(256, 224)).shape == (224, 224, 3)
+        assert prepare(np.asarray(photo(1, 200_000)), Preprocessing(256, 224)).shape == (224, 224, 3)
         for size in ((40, 31), (31, 40), (33, 400)):
             for transform in (
                 Preprocessing(64, 48),
@@ -350,24 +392,62 @@ class TestPrepare:
                 Preprocessing((50, 20), 32),
                 Preprocessing(64, 64, "bicubic"),
             ):
-                exact = prepare(photo(*size), transform).astype(int)
-                monkeypatch.setattr(images, "MAX_RESIZED_PIXELS", 0)
-                near = prepare(photo(*size), transform)
+                exact = prepare(np.asarray(photo(*size)), transform).astype(int)
+                monkeypatch.setattr(images.preparing, "MAX_RESIZED_PIXELS", 0)
+                near = prepare(np.asarray(photo(*size)), transform)
                 monkeypatch.undo()
                 difference = np.abs(near - exact)
                 assert difference.max() <= (1 if transform.interpolation == "bilinear" else 20)
                 assert difference.mean() < 0.5
 
     def test_the_result_may_be_written_to(self) -> None:
-        assert prepare(photo(8, 8), Preprocessing(8, 8)).flags.writeable
+        for mode in DECODE_MODES:
+            pixels = np.asarray(photo(8, 8))
+            made = prepare(pixels, Preprocessing(8, 8, decode=mode))
+            assert made.flags.writeable
+            assert not np.shares_memory(made, pixels)
+
+    @pytest.mark.parametrize("size", [(400, 533), (533, 400), (300, 301), (120, 90), (40, 700), (260, 256)])
+    def test_standard_is_within_one_grey_level_of_exact(self, size: tuple[int, int]) -> None:
+        pytest.importorskip("torch")
+        noise = photo(*size)
+        for image in (noise, smooth(*size)):
+            pixels = np.asarray(image)
+            for transform in (
+                Preprocessing(256, 224),
+                Preprocessing(232, 224),
+                Preprocessing((64, 80), 48),
+                Preprocessing(40, 60, "bicubic"),
+                Preprocessing(256, 224, "nearest"),
+            ):
+                exact = prepare(pixels, transform).astype(int)
+                difference = np.abs(prepare(pixels, replace(transform, decode="standard")) - exact)
+                assert difference.max() <= 1
+                if image is noise and transform.crop == 224:  # a ramp is full of halves to round
+                    assert difference.mean() <= 0.02
+                if transform.interpolation == "nearest":
+                    assert difference.max() == 0
+
+    def test_fast_is_the_same_for_an_image_that_is_not_much_larger_than_needed(self) -> None:
+        pytest.importorskip("torch")
+        fast, standard = (Preprocessing(64, 56, decode=mode) for mode in ("fast", "standard"))
+        assert (fast.at_least, standard.at_least) == (128, None)
+        small, large = (saved(smooth(side, side), "JPEG", quality=90) for side in (255, 1030))
+        for data in (small, large):
+            mine = prepare(decode(data, max_pixels=10**8, at_least=fast.at_least), fast).astype(int)
+            theirs = prepare(decode(data, max_pixels=10**8), standard)
+            assert np.abs(mine - theirs).max() <= (0 if data is small else 2)
+        assert decode(large, max_pixels=10**8, at_least=128).shape == (129, 129, 3)  # an eighth, rounded up
+        assert decode(large, max_pixels=10**8, at_least=129).shape == (258, 258, 3)
+        assert decode(saved(smooth(1030, 1030), "PNG"), max_pixels=10**8, at_least=128).shape == (1030, 1030, 3)
 
     def test_wrong_arguments_are_refused(self) -> None:
         with pytest.raises(ValueError, match="unknown interpolation 'cubic'; there are nearest, bilinear, bicubic"):
             Preprocessing(256, 224, "cubic")
         with pytest.raises(ValueError, match="antialias=False is not to be had"):
             Preprocessing(256, 224, antialias=False)
-        with pytest.raises(ValueError, match="expected an RGB image, got mode 'L'"):
-            prepare(Image.new("L", (4, 4)), Preprocessing(4, 4))
+        with pytest.raises(ValueError, match="unknown decode 'quick'; there are exact, standard, fast"):
+            Preprocessing(256, 224, decode="quick")
 
 
 ODD = (
@@ -459,7 +539,7 @@ class TestOpenFile:
                 path.write_bytes(b"newer" * len(calls))
             return result
 
-        monkeypatch.setattr(images.os, "fstat", fstat)
+        monkeypatch.setattr(images.reading.os, "fstat", fstat)
         if times == 1:
             assert open_file(tmp_path, "1.png") == b"newer"
         else:

@@ -1,6 +1,7 @@
 """Backbone: a frozen torchvision network, its weights and some of its layers, from pixels to vectors.
 
     precision.py   which device and number format a run uses
+    engines.py     torch or OpenVINO: which one, and how the latter is made
     weights.py     enum member, local file, bundled or random weights -> a network in eval mode
     graph.py       the network's graph: nodes, shapes, the default layer, pooling
     network.py     Backbone: uint8 pixels -> float32 vectors
@@ -13,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.backbone.engines import PAYS_FROM, openvino_is_there
 from pipeline.backbone.precision import choice_inputs, choose_precision
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
@@ -23,7 +25,17 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetensors"
 """The weights that come with the package; beside them a `.json` of the same name describes them."""
 
-__all__ = ["BUNDLED", "EmbeddingSpec", "check", "choice_inputs", "choose_precision", "layers", "load"]
+__all__ = [
+    "BUNDLED",
+    "PAYS_FROM",
+    "EmbeddingSpec",
+    "check",
+    "choice_inputs",
+    "choose_precision",
+    "engine_at_hand",
+    "layers",
+    "load",
+]
 
 
 def check(config: BackboneConfig) -> None:
@@ -39,10 +51,11 @@ def check(config: BackboneConfig) -> None:
     weights.check(config)
 
 
-def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int) -> Backbone:
+def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int = 0) -> Backbone:
     """Build a backbone as the config asks, on its device and in its precision, ready to embed.
 
-    `seed` makes the weights of an untrained control (`weights: random`).
+    `seed` makes the weights of an untrained control (`weights: random`). `images` is how many the data set has: what
+    `engine: auto` goes by.
 
     Raises
     ------
@@ -51,7 +64,14 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int) -> Bac
     """
     from pipeline.backbone import network
 
-    return network.load(config, extraction, seed)
+    return network.load(config, extraction, seed, images)
+
+
+def engine_at_hand(engine: str, device: str) -> str:
+    """Return the engine where it can compute on the device, else `torch`, which always can."""
+    from pipeline.backbone.precision import resolve_device
+
+    return engine if openvino_is_there() and resolve_device(device).type == "cpu" else "torch"
 
 
 def layers(name: str, weights: str = "random") -> list[tuple[str, tuple[int, ...]]]:

@@ -6,12 +6,15 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline.backbone import graph as graphs
+from pipeline.backbone.engines import Engine, Features, choose_engine, compile_openvino, openvino_is_there
 from pipeline.backbone.precision import resolve_device, resolve_precision
 from pipeline.backbone.weights import Network, load_network
 from pipeline.config import BackboneConfig, ExtractionConfig
@@ -22,8 +25,20 @@ from pipeline.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-Features = tuple[NDArray[np.float32], ...]
-"""One array of shape (n, dim), float32, per layer."""
+MOST_DEVIATION = 0.1
+"""Of a vector's length, from the one torch gives."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where and how a network computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    """The dtype's name in configs and identities."""
+    engine: str
+    """`torch` or `openvino`."""
 
 
 class Backbone:
@@ -32,26 +47,33 @@ class Backbone:
     `canary` holds the vectors of the built-in probe images, per layer.
     """
 
-    def __init__(
-        self, network: Network, config: BackboneConfig, device: torch.device, dtype: torch.dtype, precision: str
-    ) -> None:
+    def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
         graph = graphs.trace(network.module)
         nodes = graphs.resolve(graph, config.layers)
         self._has_class_token = hasattr(network.module, "class_token")
-        module = graphs.cut(graph, nodes).to(device=device, dtype=dtype)
+        self.device = arithmetic.device
+        # OpenVINO is handed the exact weights and does its own rounding.
+        self._dtype = arithmetic.dtype if arithmetic.engine == "torch" else torch.float32
+        module = graphs.cut(graph, nodes).to(device=self.device, dtype=self._dtype)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._module = module.eval().requires_grad_(False)
-        self._dtype = dtype
-        self.device = device
         self.preprocessing = network.preprocessing
         self._mean, self._std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1)
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (network.preprocessing.mean, network.preprocessing.std)
         )
         self._pooling = self._check(network, nodes, config.pooling)
-        self.canary: Features = self.embed(probe_images(network.preprocessing.size))
+        self._run: Engine = self._by_torch
+        if arithmetic.engine == "openvino":
+            self._run = compile_openvino(
+                self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads()
+            )
+        probes = probe_images(network.preprocessing.size)
+        self.canary: Features = self.embed(probes)
+        if self._run != self._by_torch:
+            _require_close(self.canary, self._by_torch(probes))
         self.specs: tuple[EmbeddingSpec, ...] = tuple(
-            _spec(network, asked, node, pooling, vectors.shape[1], precision)
+            _spec(network, asked, node, pooling, vectors.shape[1], arithmetic)
             for asked, node, pooling, vectors in zip(config.layers, nodes, self._pooling, self.canary, strict=True)
         )
 
@@ -59,7 +81,8 @@ class Backbone:
         """Run two images through, so that what does not fit is found before the work starts."""
         height, width = self.preprocessing.size
         try:
-            outputs = self._forward(np.zeros((2, height, width, 3), np.uint8))
+            with torch.inference_mode():
+                outputs = self._outputs(torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device))
         except (RuntimeError, AssertionError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
@@ -77,13 +100,23 @@ class Backbone:
             for node, output in zip(nodes, outputs, strict=True)
         ]
 
-    def _forward(self, pixels: NDArray[np.uint8]) -> tuple[torch.Tensor, ...]:
+    def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
+        scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        outputs: tuple[torch.Tensor, ...] = self._module(scaled.to(self._dtype))
+        return outputs
+
+    def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self._outputs(pixels)
+        return tuple(
+            graphs.pool(output.to(torch.float32), pooling)
+            for output, pooling in zip(outputs, self._pooling, strict=True)
+        )
+
+    def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
         with torch.inference_mode():
-            # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
-            batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            scaled = batch.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-            outputs: tuple[torch.Tensor, ...] = self._module(scaled.to(self._dtype))
-            return outputs
+            vectors = self._vectors(torch.from_numpy(pixels).to(self.device, non_blocking=True))
+            return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
 
     def embed(self, pixels: NDArray[np.uint8]) -> Features:
         """Embed n prepared images.
@@ -96,15 +129,10 @@ class Backbone:
         -------
         tuple of ndarray of shape (n, dim), float32: one per layer, in the order of `specs`
         """
-        with torch.inference_mode():
-            outputs = self._forward(pixels)
-            return tuple(
-                graphs.pool(output.to(torch.float32), pooling).contiguous().cpu().numpy()
-                for output, pooling in zip(outputs, self._pooling, strict=True)
-            )
+        return self._run(pixels)
 
 
-def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int) -> Backbone:
+def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int) -> Backbone:
     """Build a backbone; see `pipeline.backbone.load`."""
     device = resolve_device(extraction.device)
     dtype, precision, reason = resolve_precision(extraction.precision, device)
@@ -112,9 +140,46 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int) -> Bac
         # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-    backbone = Backbone(load_network(config, seed), config, device, dtype, precision)
-    logger.info("%s on %s in %s: %s", backbone.specs[0].name, device, precision, reason)
+    network = load_network(config, seed)
+    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode))
+    engine, why = choose_engine(
+        extraction.engine,
+        device.type,
+        precision,
+        images=images,
+        layer_norms=_has_layer_norms(network.module),
+        there=openvino_is_there(),
+    )
+    arithmetic = Arithmetic(device, dtype, precision, engine)
+    try:
+        backbone = Backbone(network, config, arithmetic)
+    except RuntimeError as error:
+        if engine != "openvino" or is_out_of_memory(error):
+            raise
+        found = str(error).strip().splitlines()[0]
+        if extraction.engine == "openvino":
+            raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
+        engine, why = "torch", f"OpenVINO cannot run this network ({found})"
+        backbone = Backbone(network, config, replace(arithmetic, engine=engine))
+    logger.info("%s on %s in %s: %s; by %s: %s", backbone.specs[0].name, device, precision, reason, engine, why)
     return backbone
+
+
+def _require_close(found: Features, expected: Features) -> None:
+    """See that another engine computes the same network; bf16 alone moves a vector by less than a hundredth of its length.
+
+    Raises
+    ------
+    RuntimeError
+    """
+    for mine, torchs in zip(found, expected, strict=True):
+        distance = np.linalg.norm(mine - torchs, axis=1)
+        if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
+            raise RuntimeError("the vectors of the probe images are not torch's")
+
+
+def _has_layer_norms(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.LayerNorm) for part in module.modules())
 
 
 def layers(config: BackboneConfig) -> list[tuple[str, tuple[int, ...]]]:
@@ -123,7 +188,7 @@ def layers(config: BackboneConfig) -> list[tuple[str, tuple[int, ...]]]:
     return graphs.shapes(graphs.trace(network.module), network.preprocessing.size)
 
 
-def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, precision: str) -> EmbeddingSpec:
+def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
     parts = [network.name, network.weights, asked, *([] if pooling in {"none", "avg"} else [pooling])]
     return EmbeddingSpec(
         name="-".join(map(_safe, parts)),
@@ -137,7 +202,8 @@ def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, preci
         pooling=pooling,
         dim=dim,
         preprocessing=json.loads(canonical_json(network.preprocessing.identity())),
-        precision=precision,
+        precision=arithmetic.precision,
+        engine=arithmetic.engine,
         untrained=network.untrained,
         trained_on=network.trained_on,
     )

@@ -55,14 +55,21 @@ def cpu_flags() -> frozenset[str]:
 
 
 def choice_inputs() -> dict[str, Any]:
-    """Return what device and precision depend on, learnt without importing torch: the key under which a choice is kept."""
+    """Return what device, precision and engine depend on, learnt without importing torch: the key under which a choice is kept."""
     return {
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision")},
+        "versions": {name: _version(name) for name in ("torch", "torchvision", "openvino")},
         "machine": platform.machine(),
         "system": platform.system(),
         "bf16": sorted(cpu_flags() & NATIVE_BF16),
         "cuda": [os.path.exists("/dev/nvidiactl"), os.environ.get("CUDA_VISIBLE_DEVICES")],
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def resolve_device(asked: str) -> torch.device:

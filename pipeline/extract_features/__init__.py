@@ -136,7 +136,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
     start = time.perf_counter()
-    sources = resolve(config, files)  # loads the networks whose embeddings are not known yet
+    sources = resolve(config, files, len(contents.rows))  # loads the networks whose embeddings are not known yet
     resolving = time.perf_counter() - start
     targets = find_targets(sources, contents, files)
     pending = [target for target in targets if target.pending.any()]

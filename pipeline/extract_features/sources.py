@@ -35,21 +35,25 @@ class Source:
     section: BackboneConfig | None
     specs: tuple[EmbeddingSpec, ...]
     config: Config
+    images: int
+    """Distinct images of the data set."""
     embedder: Embedder | None = field(default=None, repr=False)
 
     def load(self) -> Embedder:
         """Return the live embedder."""
         if self.embedder is None:
             self.embedder = (
-                baselines.load(self.specs[0].name)
+                baselines.load(self.specs[0].architecture, self.config.extraction.decode)
                 if self.section is None
-                else backbone.load(self.section, self.config.extraction, self.config.seed)
+                else backbone.load(self.section, self.config.extraction, self.config.seed, self.images)
             )
         return self.embedder
 
 
-def resolve(config: Config, files: Artifacts) -> list[Source]:
+def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
     """Return every source with its embeddings, under names that are unique in the experiment.
+
+    `images` is the number of distinct ones in the data set.
 
     Raises
     ------
@@ -60,15 +64,16 @@ def resolve(config: Config, files: Artifacts) -> list[Source]:
     found: dict[str, list[dict[str, Any]]] = dict(known)
     sources = []
     for section in config.backbones:
-        key = _key(section, config)
-        source = Source(section, _known_specs(known.get(key)), config)
+        key = _key(section, config, images)
+        source = Source(section, _known_specs(known.get(key)), config, images)
         if not source.specs:
-            source = replace(
-                source, embedder=(made := backbone.load(section, config.extraction, config.seed)), specs=made.specs
-            )
+            made = backbone.load(section, config.extraction, config.seed, images)
+            source = replace(source, embedder=made, specs=made.specs)
             found[key] = [spec.to_dict() for spec in source.specs]
         sources.append(source)
-    sources += [Source(None, baselines.load(name).specs, config) for name in config.baselines if name != "majority"]
+    for name in config.baselines:
+        if name != "majority":
+            sources.append(Source(None, baselines.load(name, config.extraction.decode).specs, config, images))
     if found != known:
         make_folder(files.root)
         write_text_atomic(
@@ -77,13 +82,14 @@ def resolve(config: Config, files: Artifacts) -> list[Source]:
     return _with_unique_names(sources)
 
 
-def _key(section: BackboneConfig, config: Config) -> str:
+def _key(section: BackboneConfig, config: Config, images: int) -> str:
     """The digest of all that the specs of a section depend on, none of which needs torch to be known."""
     return fingerprint(
         {
             "embed_version": EMBED_VERSION,
             "section": section.model_dump(mode="json"),
-            "asked": [config.extraction.device, config.extraction.precision],
+            "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
+            "many": images >= backbone.PAYS_FROM,
             "seed": config.seed if section.weights == "random" else None,
             "machine": backbone.choice_inputs(),
             "decode": dict(DECODE_POLICY),

@@ -136,7 +136,8 @@ def read_pixels(
     def put(row: int) -> str | None:
         try:
             data = images.open_file(index.root, index.paths[row], contents[row])
-            pixels[row] = images.prepare(images.decode(data, max_pixels=config.dataset.max_pixels), preprocessing)
+            decoded = images.decode(data, max_pixels=config.dataset.max_pixels, at_least=preprocessing.at_least)
+            pixels[row] = images.prepare(decoded, preprocessing)
         except images.ImageProblem as problem:
             return f"{index.paths[row]}: {problem.reason}"
         return None

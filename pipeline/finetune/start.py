@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
             f"{record.name}: {int((distance > TOLERANCE).sum())} of {len(rows)} stored vectors differ from what the network gives now "
             f"(by up to {distance.max():.1%}); run `manyheads features` again"
         )
-    return load_network(section, record.seed)
+    network = load_network(section, record.seed)
+    return replace(network, preprocessing=embedder.preprocessing)
 
 
 def _check_layer(section: BackboneConfig, choice: Choice, config: Config) -> None:

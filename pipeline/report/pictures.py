@@ -22,7 +22,9 @@ MOST_PIXELS = 64_000_000
 def thumbnail(index: DatasetIndex, row: int, side: int) -> Image.Image | None:
     """Return an image of the index on a square of the given side, nothing cropped; None when it cannot be read."""
     try:
-        image = decode(open_file(index.root, str(index.paths[row])), max_pixels=MOST_PIXELS)
+        image = Image.fromarray(
+            decode(open_file(index.root, str(index.paths[row])), max_pixels=MOST_PIXELS, at_least=side)
+        )
     except ImageProblem:
         return None
     # Tiny images are enlarged in whole pixels, so that a digit of 8 x 8 stays what it is.

@@ -1,0 +1,139 @@
+"""Engines: what carries out a network's arithmetic. torch does anywhere; OpenVINO is faster on x86 processors.
+
+Both get the same graph with the same weights, but add up in another order, so the engine is part of the identity of the
+vectors and, as the precision is, chosen by what the machine and the network are, never by timing them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import BackboneError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Features = tuple[NDArray[np.float32], ...]
+"""One array of shape (n, dim), float32, per layer."""
+
+Vectors = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
+"""Pixels, uint8 of shape (n, height, width, 3), to one float32 tensor of shape (n, dim) per layer."""
+
+Engine = Callable[[NDArray[np.uint8]], Features]
+"""The same for arrays."""
+
+BATCH = 32
+"""Images of a compiled network's batch, which is fixed; a shorter batch is filled up."""
+
+PAYS_FROM = 1_000
+"""Images from which `auto` takes OpenVINO: its start costs 0.5 to 1 s, and ResNet-18, the smallest of the usual networks,
+saves 1 ms an image. A data set that grows past it is embedded again once, which then costs seconds."""
+
+_FORMATS = {"fp32": "f32", "bf16": "bf16"}
+_PROCESSORS = frozenset({"x86_64", "amd64"})
+
+
+def openvino_is_there() -> bool:
+    """Whether OpenVINO is installed, learnt without importing it."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def choose_engine(
+    asked: str, device: str, precision: str, *, images: int, layer_norms: bool, there: bool
+) -> tuple[str, str]:
+    """Return the engine and the reason for it.
+
+    `images` is how many the data set has, `layer_norms` tells transformers and their kin from convolutional networks, `there` is whether OpenVINO is installed.
+    Measured in bf16 on two cores with AMX, against torch with folded norms and channels last: 1.4 to 2.5 times as fast for
+    ResNets and MobileNets, 0.7 times for ConvNeXt and ViT.
+
+    Raises
+    ------
+    BackboneError
+        When OpenVINO is asked for where it cannot be.
+    """
+    if asked == "torch":
+        return asked, "asked for"
+    obstacles = [
+        *([] if there else ["it is not installed; pip install 'manyheads[openvino]'"]),
+        *([] if device == "cpu" else [f"it computes on the processor and the device is {device}"]),
+        *([] if precision in _FORMATS else [f"it has no {precision}; set extraction.precision to fp32 or bf16"]),
+    ]
+    if asked == "openvino":
+        if obstacles:
+            raise BackboneError("extraction.engine is openvino, but it cannot be used", obstacles)
+        return asked, "asked for"
+    if obstacles:
+        return "torch", f"OpenVINO: {obstacles[0]}"
+    if platform.machine().lower() not in _PROCESSORS:
+        return "torch", "OpenVINO was not measured on this kind of processor"
+    if images < PAYS_FROM:
+        return "torch", f"fewer than {PAYS_FROM:,} images do not pay for the start of OpenVINO"
+    if layer_norms:
+        return "torch", "faster than OpenVINO for networks with layer norms"
+    return "openvino", "faster than torch for convolutional networks"
+
+
+def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, threads: int) -> Engine:
+    """Compile the way from pixels to vectors for this processor.
+
+    Raises
+    ------
+    RuntimeError
+        When the network has an operation that OpenVINO does not know.
+    """
+    import torch
+
+    began = time.perf_counter()
+    import openvino
+
+    # Not `openvino.convert_model`, which reports its use to its maker unless the user has opted out.
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that shapes become constants, which they are
+        example = torch.zeros(1, *size, 3, dtype=torch.uint8)
+        traced = torch.jit.trace(vectors, (example,), check_trace=False)  # type: ignore[no-untyped-call]
+    front_end = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(traced)  # the front end keeps no reference of its own
+    model = front_end.convert(front_end.load(decoder))
+    model.reshape([BATCH, *size, 3])
+    compiled = openvino.Core().compile_model(
+        model,
+        "CPU",
+        {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": _FORMATS[precision],
+        },
+    )
+    request = compiled.create_infer_request()
+    logger.info("OpenVINO compiled the network in %.1f s", time.perf_counter() - began)
+
+    def run(pixels: NDArray[np.uint8]) -> Features:
+        parts = [_infer(request, pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
+        return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
+
+    return run
+
+
+def _infer(request: Any, pixels: NDArray[np.uint8]) -> Sequence[NDArray[np.float32]]:
+    """One batch; what fills up a short one is cut off again, and no image is changed by its neighbours."""
+    count = len(pixels)
+    if count < BATCH:
+        pixels = np.concatenate([pixels, np.zeros((BATCH - count, *pixels.shape[1:]), np.uint8)])
+    found = request.infer({0: np.ascontiguousarray(pixels)}, share_inputs=True)
+    return [np.array(found[output][:count]) for output in range(len(found))]

@@ -1,0 +1,181 @@
+"""Engines: which one computes, and that OpenVINO gives torch's vectors, each image's its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photos import make_photos, small_config
+
+from pipeline import backbone, extract_features
+from pipeline.backbone import engines
+from pipeline.backbone.engines import BATCH, PAYS_FROM, choose_engine
+from pipeline.config import Artifacts, BackboneConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.embedders import open_record, read_records
+from pipeline.errors import BackboneError
+from pipeline.store import FeatureStore, differences
+
+SMALL = PreprocessingConfig(resize=40, crop=32)
+
+
+def choose(asked: str = "auto", device: str = "cpu", precision: str = "bf16", **rest: object) -> tuple[str, str]:
+    return choose_engine(asked, device, precision, **{"images": 10**6, "layer_norms": False, "there": True, **rest})  # type: ignore[arg-type]
+
+
+def load(engine: str, name: str = "resnet18", precision: str = "fp32", **section: object) -> backbone.Backbone:
+    pytest.importorskip("openvino")
+    section.setdefault("preprocessing", SMALL)
+    extraction = ExtractionConfig.model_validate({"device": "cpu", "precision": precision, "engine": engine})
+    return backbone.load(BackboneConfig(name=name, **section), extraction, seed=0)
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (BATCH + 3, 32, 32, 3), dtype=np.uint8)
+
+
+def test_auto_goes_by_what_the_machine_the_network_and_the_data_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
+    assert choose() == ("openvino", "faster than torch for convolutional networks")
+    assert choose(images=PAYS_FROM) == choose()
+    assert choose(images=PAYS_FROM - 1) == ("torch", "fewer than 1,000 images do not pay for the start of OpenVINO")
+    assert choose(layer_norms=True) == ("torch", "faster than OpenVINO for networks with layer norms")
+    assert choose(there=False) == ("torch", "OpenVINO: it is not installed; pip install 'manyheads[openvino]'")
+    assert choose(device="cuda") == ("torch", "OpenVINO: it computes on the processor and the device is cuda")
+    assert choose(precision="fp16")[0] == "torch"
+    monkeypatch.setattr(engines.platform, "machine", lambda: "arm64")
+    assert choose() == ("torch", "OpenVINO was not measured on this kind of processor")
+
+
+def test_what_is_asked_for_is_given_or_refused_with_every_reason() -> None:
+    assert choose("torch") == ("torch", "asked for")
+    assert choose("openvino", layer_norms=True, images=1) == ("openvino", "asked for")
+    with pytest.raises(BackboneError) as caught:
+        choose("openvino", device="cuda", precision="fp16", there=False)
+    assert str(caught.value).splitlines() == [
+        "extraction.engine is openvino, but it cannot be used",
+        "  it is not installed; pip install 'manyheads[openvino]'",
+        "  it computes on the processor and the device is cuda",
+        "  it has no fp16; set extraction.precision to fp32 or bf16",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("resnet18", {}),
+        ("resnet18", {"layers": ("layer2", "penultimate"), "pooling": "max"}),
+        ("resnet18", {"layers": ("layer1",), "pooling": "grid"}),
+        ("mobilenet_v3_small", {}),
+        ("efficientnet_b0", {}),
+        ("densenet121", {}),
+        ("shufflenet_v2_x0_5", {}),
+        ("bundled", {"weights": "bundled", "preprocessing": None}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value)) or "default",
+)
+def test_openvino_gives_torchs_vectors(name: str, section: dict[str, object], pixels: np.ndarray) -> None:
+    mine, theirs = load("openvino", name, **section), load("torch", name, **section)
+    for found, expected in zip(mine.embed(pixels), theirs.embed(pixels), strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    assert differences(theirs.specs[0].identity(), mine.specs[0].identity()) == [
+        "engine: the store has 'torch', this run has 'openvino'"
+    ]
+
+
+def test_a_vector_does_not_depend_on_the_batch_it_was_in(pixels: np.ndarray) -> None:
+    made = load("openvino", "mobilenet_v3_small")
+    (together,) = made.embed(pixels)
+    alone = np.concatenate([made.embed(image[None])[0] for image in pixels])
+    np.testing.assert_array_equal(alone, together)
+    np.testing.assert_array_equal(made.embed(pixels[::-1])[0], together[::-1])
+    assert np.abs(together[0] - together[1]).max() > 1e-2 * np.abs(together).max()
+
+
+def test_bf16_is_rounding_away_from_fp32(pixels: np.ndarray) -> None:
+    if not backbone.choice_inputs()["bf16"]:
+        pytest.skip("the processor has no bf16 of its own")
+    (coarse,), (exact,) = (load("openvino", precision=precision).embed(pixels) for precision in ("bf16", "fp32"))
+    cosine = (coarse * exact).sum(1) / np.linalg.norm(coarse, axis=1) / np.linalg.norm(exact, axis=1)
+    assert 0.999 < cosine.min() < 1 - 1e-8
+
+
+def test_a_network_that_openvino_cannot_take_runs_by_torch_unless_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such operation\n  details")
+
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(backbone.network, "compile_openvino", refuse)
+    monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
+    section = BackboneConfig(name="squeezenet1_1", preprocessing=SMALL)
+    extraction = ExtractionConfig(device="cpu", precision="fp32")
+    assert backbone.load(section, extraction, 0, images=10**6).specs[0].engine == "torch"
+    with pytest.raises(BackboneError, match=r"OpenVINO cannot run squeezenet1_1 \(no such operation\); set extraction"):
+        load("openvino", "squeezenet1_1")
+
+
+def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    real = engines.compile_openvino
+
+    def wrong(vectors: engines.Vectors, *rest: object) -> engines.Engine:
+        return real(lambda pixels: tuple(vector.roll(1, dims=1) for vector in vectors(pixels)), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(backbone.network, "compile_openvino", wrong)
+    with pytest.raises(BackboneError, match="the vectors of the probe images are not torch's"):
+        load("openvino", "squeezenet1_1")
+
+
+def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    config = small_config(make_photos(tmp_path / "photos"), tmp_path / "out")
+    config = config.model_copy(update={"extraction": ExtractionConfig(device="cpu", precision="fp32")})
+    files = Artifacts(config.output)
+    extract_features.run(config)
+    assert read_records(files.features)[0].spec.engine == "torch"
+
+    monkeypatch.setattr(backbone, "PAYS_FROM", 1)
+    monkeypatch.setattr(engines, "PAYS_FROM", 1)
+    monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
+    plan = extract_features.run(config, plan=True)
+    assert any("engine: the store has 'torch', this run has 'openvino'" in line for line in plan.summary_lines())
+    extract_features.run(config)
+    assert extract_features.run(config).work is None
+    record = read_records(files.features)[0]
+    assert record.spec.engine == "openvino"
+
+    # Where OpenVINO is missing, the same network computes with torch, to the same vectors but for rounding.
+    embedder, output = open_record(record, "cpu")
+    (expected,) = embedder.embed(np.full((1, 32, 32, 3), 99, np.uint8))
+    monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
+    other, output = open_record(record, "cpu")
+    assert other.specs[output] == replace(record.spec, engine="torch")
+    (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 36
+
+
+def test_importing_it_starts_no_network_traffic() -> None:
+    """Its converter reports its use by default; the way taken here never makes that object."""
+    pytest.importorskip("openvino")
+    telemetry = pytest.importorskip("openvino_telemetry.main")
+    made = telemetry.SingletonMetaClass.__call__
+    calls: list[object] = []
+
+    def watch(cls: type, *arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        return made(cls, *arguments, **options)
+
+    telemetry.SingletonMetaClass.__call__ = watch
+    try:
+        load("openvino", "squeezenet1_1").embed(np.zeros((1, 32, 32, 3), np.uint8))
+    finally:
+        telemetry.SingletonMetaClass.__call__ = made
+    assert calls == []
