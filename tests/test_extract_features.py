@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from PIL import Image
 
 from pipeline import backbone, baselines, dataset, extract_features, feed
 from pipeline import config as configuration
-from pipeline.config import Artifacts, Config
+from pipeline.config import Artifacts, Config, ExtractionConfig
 from pipeline.embedders import read_records
 from pipeline.errors import BackboneError, DatasetError
 from pipeline.extract_features import work
+from pipeline.extract_features.advice import advise
 from pipeline.images import decode, policy_key, prepare
 from pipeline.store import FeatureStore
 
@@ -93,6 +95,7 @@ def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> 
     path.write_text(configuration.dump_yaml(config))
     code = f"""
 import sys
+from dataclasses import replace
 from pathlib import Path
 from pipeline import config, extract_features, images
 images.decode = None
@@ -210,6 +213,7 @@ def stop_after(batches: int, number: int) -> str:
 import os
 from pipeline import store
 from pipeline.extract_features import work
+from pipeline.extract_features.advice import advise
 store.writer.GROUP_BYTES = 1
 original, seen = work._embed_batch, []
 def stopping(*arguments):
@@ -299,3 +303,60 @@ def test_reading_ahead_holds_a_fixed_number_of_batches(photos: Path) -> None:
         seen += [item.content for item in batch.items]
     assert seen == list(range(N))
     assert len(memory) == feed.AHEAD
+
+
+SECONDS = {"start-up": 1.0, "read": 2.0, "decode": 8.0, "network": 3.0, "write": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "extraction", "expected"),
+    [
+        ({"start-up": 9.0}, {}, "most of the time went on start-up; it is paid once, however many images there are"),
+        ({"read": 30.0}, {}, "most of the time went on reading files; a faster or nearer disk would make it faster"),
+        ({}, {"decode": "exact"}, "most of the time went on decoding; extraction.decode: standard or fast would make it faster"),
+        ({}, {"decode": "fast"}, "most of the time went on decoding; more processors would make it faster"),
+        (
+            {"network": 5.0},
+            {"precision": "bf16", "engine": "openvino"},
+            "most of the time went on the network; a GPU or a smaller network would make it faster",
+        ),
+        (
+            {"write": 5.0},
+            {},
+            "most of the time went on writing; a faster or nearer disk for the output folder would make it faster",
+        ),
+    ],
+)  # fmt: skip
+def test_the_advice_is_about_what_took_longest(
+    changes: dict[str, float], extraction: dict[str, str], expected: str
+) -> None:
+    asked = ExtractionConfig.model_validate(extraction)
+    spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="bf16", engine="openvino")
+    assert advise({**SECONDS, **changes}, 2, [spec], asked) == expected
+
+
+def test_the_advice_names_what_this_machine_has_and_the_run_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="fp32", engine="torch")
+    slow = {**SECONDS, "network": 50.0}
+    machine: dict[str, Any] = {"bf16": ["amx_bf16"], "versions": {"openvino": None}}
+    monkeypatch.setattr(backbone, "choice_inputs", lambda: machine)
+    assert advise(slow, 2, [spec], ExtractionConfig(precision="fp32")) == (
+        "most of the time went on the network; extraction.precision: auto, as this processor computes in bf16 or "
+        "OpenVINO (pip install 'manyheads[openvino]') or a GPU or a smaller network would make it faster"
+    )
+    machine.update(bf16=[], versions={"openvino": "2026.1"})
+    assert advise(slow, 2, [spec], ExtractionConfig(engine="torch")) == (
+        "most of the time went on the network; extraction.engine: auto, as OpenVINO is installed or "
+        "a GPU or a smaller network would make it faster"
+    )
+
+
+def test_a_run_ends_with_its_rate_where_the_time_went_and_what_would_help(photos: Path) -> None:
+    lines = extract_features.run(make(photos)).summary_lines()
+    place = next(row for row, line in enumerate(lines) if line.startswith("24 images embedded in"))
+    assert "images/s" in lines[place]
+    seconds = next(line for line in lines if line.startswith("seconds: "))
+    assert [part.split()[0] for part in seconds.partition(";")[0].removeprefix("seconds: ").split(", ")] == [
+        "start-up", "network", "write",
+    ]  # fmt: skip
+    assert sum(line.startswith("most of the time went on ") for line in lines) == 1

@@ -1,5 +1,6 @@
 """Stage one: embed what the feature stores do not have yet.
 
+    advice.py    what would have made a run faster
     sources.py   what a config asks to embed, known without loading a network where it was loaded before
     targets.py   what each store is missing, and why
     work.py      batches through the networks into the stores
@@ -18,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import dataset
-from pipeline.config import Artifacts, Config, dump_yaml
+from pipeline.config import Artifacts, Config, ExtractionConfig, dump_yaml
 from pipeline.dataset import DatasetIndex, ScanResult
 from pipeline.digests import digests_to_hex
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
 from pipeline.errors import DatasetError, PipelineError
+from pipeline.extract_features.advice import advise
 from pipeline.extract_features.sources import resolve
 from pipeline.extract_features.targets import Contents, Target, find_targets, reasons
 from pipeline.extract_features.work import SUMMED_OVER_THREADS, Work, embed
@@ -55,6 +57,7 @@ class FeaturesRun:
     planned: bool
     reasons: tuple[str, ...]
     total_seconds: float
+    extraction: ExtractionConfig
 
     @property
     def pending(self) -> int:
@@ -99,6 +102,7 @@ class FeaturesRun:
         threads = [f"{name} {work.seconds[name]:.1f}" for name in SUMMED_OVER_THREADS]
         others = [f"{name} {seconds:.1f}" for name, seconds in work.seconds.items() if name not in SUMMED_OVER_THREADS]
         yield f"seconds: {', '.join(others)}; beside them, summed over threads: {', '.join(threads)}"
+        yield advise(work.seconds, work.workers, [target.spec for target in self.targets], self.extraction)
         if work.failures:
             yield f"{len(work.failures):,} images could not be used; dataset/ledger.csv names each with its reason:"
             yield from _examples([f"{entry.path}: {entry.reason}" for entry in work.failures])
@@ -162,6 +166,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         planned=plan,
         reasons=tuple(dict.fromkeys(why)),
         total_seconds=time.perf_counter() - began,
+        extraction=config.extraction,
     )
 
 

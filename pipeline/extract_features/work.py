@@ -53,6 +53,8 @@ class Work:
     unavailable: list[str] = field(default_factory=list)
     """Images that could not be read this time, with the reason: gone, or changed since the scan."""
     loop_seconds: float = 0.0
+    workers: int = 1
+    """Threads that read and decoded."""
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
     )
@@ -107,14 +109,14 @@ def embed(
     StoreError, BackboneError, DatasetError
         With all finished rows committed as well.
     """
-    work = Work()
+    work = Work(workers=_workers(config))
     began = time.perf_counter()
     keep_freed_memory()
     with ExitStack() as stack:
         lanes, preprocessings = _open_lanes(targets, contents, config, stack)
         items = _items(lanes, contents, index)
         size = max(lane.limit for lane in lanes)
-        feeder = Feeder(index.root, config.dataset.max_pixels, preprocessings, size, _workers(config))
+        feeder = Feeder(index.root, config.dataset.max_pixels, preprocessings, size, work.workers)
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
         try:
@@ -195,7 +197,8 @@ def _embed_batch(batch: Batch, lanes: Sequence[Lane], contents: Contents, work: 
         if not chosen:
             continue
         began = time.perf_counter()
-        vectors = _embed(lane, batch.pixels[lane.preprocessing][chosen])
+        pixels = batch.pixels[lane.preprocessing]
+        vectors = _embed(lane, pixels[: len(chosen)] if len(chosen) == len(batch.items) else pixels[chosen])
         lane.seconds += time.perf_counter() - began
         lane.images += len(chosen)
         began = time.perf_counter()

@@ -1,11 +1,16 @@
 """How fast stage one embeds photos, beside the script people write and the limits of this machine.
 
-    python tests/benchmarks/bench_features.py [FOLDER] [--images 256] [--model resnet18] [--repeats 3] [--output results.json]
+    python tests/benchmarks/bench_features.py [FOLDER] [--images 1000] [--models resnet18 resnet50] [--repeats 3] [--whole] [--scaling]
 
-FOLDER has photos anywhere below it; without it they are drawn. Every repeat runs all ways one behind the other, so that a ratio is taken inside one
-repeat; the table shows medians over repeats and their spread. `naive` is an image folder, a DataLoader with two workers,
-eval, no_grad and fp32. `limit` is perfect sharing of the processors between decoding and the network: the two rates added
-as times. Weights are random: speed does not depend on their values.
+FOLDER has photos anywhere below it; without it they are drawn. Every way runs in a process of its own, as a user would run
+it, the ways in turn in every repeat, so that a ratio is taken inside one repeat; the table shows medians over repeats and
+their spread. Rates are without imports and start-up; `--whole` also times the whole process from its start on all the
+photos, and `--scaling` shows seconds and memory against the number of images.
+
+`naive` is an image folder, a DataLoader with two workers, eval, no_grad and fp32, on a quarter of the photos. `limit` is
+perfect sharing of all processors between decoding and the network: their two rates, each measured alone on all processors
+with images that are ready, added as times. Memory is that of the whole process tree, shared pages counted once.
+Weights are random: speed does not depend on their values.
 """
 
 from __future__ import annotations
@@ -15,108 +20,233 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from pipeline import backbone, extract_features
-from pipeline import config as configuration
-from pipeline.config import BackboneConfig, ExtractionConfig
-from pipeline.feed import Feeder, Item
-from pipeline.memory import keep_freed_memory
-from pipeline.vision import torchvision
-
 BATCH = 32
+OUTPUT = Path("build/benchmarks")
+CLASSES = "ab"
+NAIVE_SHARE = 4
+"""The naive way gets one photo in so many: it takes as long as all others together."""
 
 
-class Photos(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Files through torchvision's own transform, as the usual script has them."""
-
-    def __init__(self, paths: list[Path], transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.paths, self.transform = paths, transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        with Image.open(self.paths[row]) as image:
-            return self.transform(image.convert("RGB"))
+# ---- the ways, each in a process of its own
 
 
-def naive(paths: list[Path], model: str) -> float:
-    """Images/s of the script people write, without its imports and start."""
-    torch.manual_seed(0)
-    network = torchvision.models.get_model(model).eval()
+def naive(folder: Path, model: str) -> float:
+    """Images/s of the script people write."""
+    import torch
+
+    from pipeline.vision import torchvision
+
     transform = next(iter(torchvision.models.get_model_weights(model))).transforms()
-    loader = torch.utils.data.DataLoader(Photos(paths, transform), batch_size=BATCH, num_workers=2)
+    photos = torchvision.datasets.ImageFolder(str(folder), transform)
+    network = torchvision.models.get_model(model)
+    network.fc = torch.nn.Identity()
+    network.eval()
+    loader = torch.utils.data.DataLoader(photos, batch_size=BATCH, num_workers=2)
+    found = []
     began = time.perf_counter()
     with torch.no_grad():
-        for batch in loader:
-            network(batch)
-    return len(paths) / (time.perf_counter() - began)
+        for images, _ in loader:
+            found.append(network(images))
+    features = torch.cat(found).numpy()
+    np.save(folder.parent / "naive.npy", features)
+    return len(photos) / (time.perf_counter() - began)
 
 
-def ours(folder: Path, paths: list[Path], model: str, precision: str) -> float:
-    """Images/s of stage one from files to a sealed store, without its start."""
+def ours(folder: Path, model: str, **extraction: str) -> float:
+    """Images/s of stage one from files to a sealed store."""
+    from pipeline import config, extract_features
+
     with tempfile.TemporaryDirectory() as output:
         raw: dict[str, Any] = {
             "output": output,
             "dataset": {"source": "folder", "path": str(folder)},
             "backbones": [{"name": model}],
             "baselines": [],
-            "extraction": {"precision": precision},
+            "extraction": extraction,
             "heads": ["nearest_centroid"],
         }
-        work = extract_features.run(configuration.parse(raw, "benchmark")).work
-    assert work is not None
-    assert work.images == len(paths)
-    return work.images / work.loop_seconds
+        run = extract_features.run(config.parse(raw, "benchmark"))
+    assert run.work is not None
+    print("\n".join(run.summary_lines()), file=sys.stderr)
+    return run.work.images / run.work.loop_seconds
 
 
-def decode_only(paths: list[Path], embedder: backbone.Backbone) -> float:
+def decode_only(folder: Path, model: str) -> float:
     """Images/s of reading, decoding and preparing on all processors."""
-    items = [Item(row, str(path), None, (0,)) for row, path in enumerate(paths)]
-    feeder = Feeder(Path("/"), 10**9, (embedder.preprocessing,), BATCH, os.cpu_count() or 1)
+    from pipeline.feed import Feeder, Item
+
+    preprocessing = _load(model, "fp32").preprocessing
+    items = [Item(row, str(path), None, (0,)) for row, path in enumerate(sorted(folder.rglob("*.*")))]
+    feeder = Feeder(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1)
+    for _ in feeder.batches(items[:BATCH]):
+        pass
     began = time.perf_counter()
     for _ in feeder.batches(items):
         pass
-    return len(paths) / (time.perf_counter() - began)
+    return len(items) / (time.perf_counter() - began)
 
 
-def network_only(images: int, embedder: backbone.Backbone) -> float:
-    """Images/s of the network on pixels that are ready."""
-    pixels = np.zeros((BATCH, *embedder.preprocessing.size, 3), np.uint8)
-    embedder.embed(pixels)
-    batches = max(1, images // BATCH)
-    began = time.perf_counter()
-    for _ in range(batches):
+def network_only(folder: Path, model: str, precision: str) -> float:
+    """Images/s of the network, by the engine of a long run, on pixels that are ready."""
+    from pipeline.memory import keep_freed_memory
+
+    keep_freed_memory()
+    embedder = _load(model, precision)
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, *embedder.preprocessing.size, 3), dtype=np.uint8)
+    for _ in range(3):
         embedder.embed(pixels)
-    return batches * BATCH / (time.perf_counter() - began)
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < 4:
+        embedder.embed(pixels)
+        done += BATCH
+    return done / (time.perf_counter() - began)
 
 
-def measure(folder: Path, paths: list[Path], model: str) -> dict[str, float]:
-    """One repeat of every way, in images/s."""
-    section = BackboneConfig(name=model)
-    embedders = {
-        name: backbone.load(section, ExtractionConfig.model_validate({"precision": name}), 0)
-        for name in ("auto", "fp32")
-    }
-    rates = {
-        "naive": naive(paths, model),
-        "ours": ours(folder, paths, model, "auto"),
-        "ours fp32": ours(folder, paths, model, "fp32"),
-        "decode only": decode_only(paths, embedders["auto"]),
-        "network only": network_only(len(paths), embedders["auto"]),
-        "network only fp32": network_only(len(paths), embedders["fp32"]),
-    }
-    rates["limit"] = 1 / (1 / rates["decode only"] + 1 / rates["network only"])
-    return rates
+def _load(model: str, precision: str) -> Any:
+    from pipeline import backbone
+    from pipeline.config import BackboneConfig, ExtractionConfig
+
+    extraction = ExtractionConfig.model_validate({"precision": precision})
+    return backbone.load(BackboneConfig(name=model), extraction, 0, images=10**6)
+
+
+WAYS: Mapping[str, Callable[[Path, str], float]] = {
+    "naive": naive,
+    "ours": ours,
+    "ours, fp32": lambda folder, model: ours(folder, model, precision="fp32"),
+    "ours, fp32 and exact": lambda folder, model: ours(folder, model, precision="fp32", decode="exact"),
+    "ours, by torch": lambda folder, model: ours(folder, model, engine="torch"),
+    "decoding only": decode_only,
+    "network only": lambda folder, model: network_only(folder, model, "auto"),
+    "network only, fp32": lambda folder, model: network_only(folder, model, "fp32"),
+}
+
+
+# ---- measuring them
+
+
+def run(way: str, folder: Path, model: str) -> dict[str, float]:
+    """Run a way in a new process: its images/s, the seconds of the whole process, and the most memory of its tree in MB."""
+    began = time.perf_counter()
+    command = [sys.executable, __file__, str(folder), "--models", model, "--way", way]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    most = [0.0]
+    watcher = threading.Thread(target=_watch, args=(process, most))
+    watcher.start()
+    out, log = process.communicate()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{way}: {log}")
+    rate = json.loads(out.splitlines()[-1])
+    print(f"  {model}, {way}: {rate:.1f} images/s, {most[0]:,.0f} MB", file=sys.stderr)
+    return {"rate": rate, "seconds": time.perf_counter() - began, "memory": most[0]}
+
+
+def _watch(process: subprocess.Popen[str], most: list[float]) -> None:
+    while process.poll() is None:
+        most[0] = max(most[0], sum(map(_proportional_memory, _tree(process.pid))) / 1024)
+        time.sleep(0.05)
+
+
+def _tree(root: int) -> list[int]:
+    found = [root]
+    for pid in found:
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def _proportional_memory(pid: int) -> int:
+    """A process's memory in kB, pages shared by n processes counted as 1/n."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def compare(folders: Mapping[int, Path], count: int, model: str, repeats: int) -> list[dict[str, dict[str, float]]]:
+    """Every way in turn, so many times."""
+    results = []
+    for _ in range(repeats):
+        found = {way: run(way, folders[count // NAIVE_SHARE if way == "naive" else count], model) for way in WAYS}
+        for suffix in ("", ", fp32"):
+            rate = 1 / (1 / found["decoding only"]["rate"] + 1 / found["network only" + suffix]["rate"])
+            found["limit" + suffix] = {"rate": rate}
+        results.append(found)
+    return results
+
+
+def table(model: str, count: int, repeats: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """The rates as Markdown."""
+    lines = [
+        f"## {model}, {count:,} photos, {os.cpu_count()} processors, {len(repeats)} repeats",
+        "",
+        "| way | images/s | lowest to highest | times naive | of its limit | memory, MB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for way in repeats[0]:
+        rates = [repeat[way]["rate"] for repeat in repeats]
+        base = "limit, fp32" if "fp32" in way else "limit"
+        over, share = (
+            statistics.median(repeat[way]["rate"] / repeat[other]["rate"] for repeat in repeats)
+            for other in ("naive", base)
+        )
+        memory = max((repeat[way].get("memory", 0) for repeat in repeats), default=0)
+        lines.append(
+            f"| {way} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} | {over:.2f} | {share:.2f} | "
+            f"{f'{memory:,.0f}' if memory else ''} |"
+        )
+    return [*lines, ""]
+
+
+def whole_table(model: str, count: int, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Whole processes as Markdown."""
+    lines = [
+        f"## {model}, the whole process on {count:,} photos",
+        "",
+        "| way | seconds | naive over it | memory, MB |",
+        "|---|---:|---:|---:|",
+    ]
+    base = found["naive"]["seconds"]
+    lines += [
+        f"| {way} | {row['seconds']:.1f} | {base / row['seconds']:.2f} | {row['memory']:,.0f} |"
+        for way, row in found.items()
+    ]
+    return [*lines, ""]
+
+
+def scaling_table(model: str, found: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """Images against seconds and memory, as Markdown."""
+    lines = [
+        f"## {model}, ours, more images",
+        "",
+        "| images | seconds at work | images/s | memory, MB |",
+        "|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {count:,} | {count / row['rate']:.1f} | {row['rate']:.1f} | {row['memory']:,.0f} |"
+        for count, row in found.items()
+    ]
+    return [*lines, ""]
+
+
+# ---- photos
 
 
 def draw_photos(folder: Path, count: int) -> Path:
@@ -131,41 +261,61 @@ def draw_photos(folder: Path, count: int) -> Path:
     return folder
 
 
+def copy_photos(found: Sequence[Path], count: int, target: Path) -> Path:
+    """Copy so many of the photos, evenly chosen, into two class folders."""
+    chosen = [found[row] for row in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
+    for row, path in enumerate(chosen):
+        place = target / CLASSES[row % 2] / f"{row:06d}{path.suffix}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    return target
+
+
 def main() -> None:
-    """Measure, print a Markdown table, and write JSON where asked."""
-    parser = argparse.ArgumentParser()
+    """Measure, print Markdown tables, and keep them and the figures behind them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="photos; without it, photo-sized images are drawn")
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--whole", action="store_true", help="time whole processes on all the photos as well")
+    parser.add_argument("--scaling", action="store_true", help="500 to 4,000 images with the first model as well")
+    parser.add_argument("--output", type=Path, default=OUTPUT / "features.json")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    photos = arguments.folder or draw_photos(Path(tempfile.mkdtemp()), arguments.images)
-    found = sorted(path for path in photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
-    step = max(1, len(found) // arguments.images)
+    if arguments.way:
+        print(json.dumps(WAYS[arguments.way](arguments.folder, arguments.models[0])))
+        return
+    results: dict[str, Any] = {"images": arguments.images, "models": {}}
+    lines: list[str] = []
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        paths = []
-        for row, path in enumerate(found[::step][: arguments.images]):
-            target = folder / "ab"[row % 2] / f"{row:06d}{path.suffix}"
-            target.parent.mkdir(exist_ok=True)
-            paths.append(Path(shutil.copy(path, target)))
-        keep_freed_memory()  # for all ways alike: ours would switch it on for those after it anyway
-        repeats = [measure(folder, paths, arguments.model) for _ in range(arguments.repeats)]
-    print(f"{arguments.model}, {len(paths)} photos, {os.cpu_count()} processors, {arguments.repeats} repeats\n")
-    print("| way | images/s | lowest - highest | times naive | of the limit |\n|---|---|---|---|---|")
-    for way in repeats[0]:
-        rates = [repeat[way] for repeat in repeats]
-        over, share = (
-            statistics.median(repeat[way] / repeat[base] for repeat in repeats) for base in ("naive", "limit")
+        photos = arguments.folder
+        if photos is None:
+            (drawn := Path(place, "drawn")).mkdir()
+            photos = draw_photos(drawn, arguments.images)
+        found = sorted(path for path in photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+        count = min(arguments.images, len(found))
+        sizes = sorted(
+            {count, count // NAIVE_SHARE, len(found), *(n for n in (500, 1000, 2000, 4000) if arguments.scaling)}
         )
-        print(
-            f"| {way} | {statistics.median(rates):.1f} | {min(rates):.1f} - {max(rates):.1f} | {over:.2f} | {share:.2f} |"
-        )
-    if arguments.output:
-        arguments.output.write_text(
-            json.dumps({"model": arguments.model, "images": len(paths), "repeats": repeats}, indent=2)
-        )
+        folders = {size: copy_photos(found, size, Path(place, str(size), "photos")) for size in sizes}
+        for model in arguments.models:
+            repeats = compare(folders, count, model, arguments.repeats)
+            results["models"][model] = {"repeats": repeats}
+            lines += table(model, count, repeats)
+            if arguments.whole:
+                whole = {way: run(way, folders[len(found)], model) for way in ("naive", "ours")}
+                results["models"][model]["whole"] = whole
+                lines += whole_table(model, len(found), whole)
+        if arguments.scaling:
+            steps = [size for size in (500, 1000, 2000, 4000) if size <= len(found)] + [len(found)]
+            grown = {size: run("ours", folders[size], arguments.models[0]) for size in sorted(set(steps))}
+            results["scaling"] = grown
+            lines += scaling_table(arguments.models[0], grown)
+    print("\n".join(lines))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    arguments.output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""What would make the next run faster, told from where the time of this one went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from pipeline import backbone
+from pipeline.config import ExtractionConfig
+from pipeline.embedding import EmbeddingSpec
+
+
+def advise(
+    seconds: Mapping[str, float], workers: int, specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig
+) -> str:
+    """Return one line: what took longest, and what to change about it.
+
+    `seconds` is per kind of work as in `Work.seconds`; reading and decoding are summed over `workers` threads, which work
+    beside the network.
+    """
+    spans = {
+        "start-up": seconds["start-up"],
+        "reading files": seconds["read"] / workers,
+        "decoding": seconds["decode"] / workers,
+        "the network": seconds["network"],
+        "writing": seconds["write"],
+    }
+    longest = max(spans, key=lambda name: spans[name])
+    return f"most of the time went on {longest}; {_REMEDIES[longest](specs, extraction)}"
+
+
+def _about_network(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
+    networks = [spec for spec in specs if spec.kind == "backbone"]
+    if not networks:
+        return "fewer baselines would make it faster"
+    remedies = []
+    if all(spec.precision == "fp32" for spec in networks) and backbone.choice_inputs()["bf16"]:
+        remedies.append("extraction.precision: auto, as this processor computes in bf16")
+    if extraction.engine == "auto" and all(spec.engine == "torch" for spec in networks) and _openvino_is_missing():
+        remedies.append("OpenVINO (pip install 'manyheads[openvino]')")
+    if extraction.engine == "torch" and not _openvino_is_missing():
+        remedies.append("extraction.engine: auto, as OpenVINO is installed")
+    return f"{' or '.join([*remedies, 'a GPU or a smaller network'])} would make it faster"
+
+
+def _about_decoding(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
+    mode = {
+        "exact": "extraction.decode: standard or fast",
+        "standard": "more processors, or for photos much larger than the network sees extraction.decode: fast,",
+        "fast": "more processors",
+    }[extraction.decode]
+    return f"{mode} would make it faster"
+
+
+def _openvino_is_missing() -> bool:
+    return backbone.choice_inputs()["versions"]["openvino"] is None
+
+
+_REMEDIES: Mapping[str, Callable[[Sequence[EmbeddingSpec], ExtractionConfig], str]] = {
+    "start-up": lambda specs, extraction: "it is paid once, however many images there are",
+    "reading files": lambda specs, extraction: "a faster or nearer disk would make it faster",
+    "decoding": _about_decoding,
+    "the network": _about_network,
+    "writing": lambda specs, extraction: "a faster or nearer disk for the output folder would make it faster",
+}
