@@ -519,6 +519,19 @@ def test_the_profiler_and_tensorboard_are_optional(data: Data, tmp_path: Path, m
         train(make_task(replace(BASE, tensorboard=True)), data, Run(tmp_path / "b", "x"))
 
 
+def test_tensorboard_gets_every_number_of_every_evaluation(data: Data, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained = train(make_task(replace(BASE, tensorboard=True)), data, Run(tmp_path, "x"))
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(shown.Tags()["scalars"]) == set(trained.history[0]) - {"step"}
+    for name in shown.Tags()["scalars"]:
+        expected = [(record["step"], pytest.approx(record[name])) for record in trained.history]
+        assert [(event.step, event.value) for event in shown.Scalars(name)] == expected
+    assert len(trained.history) == 2
+
+
 # ---- averages and search
 
 

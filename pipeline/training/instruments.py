@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -63,26 +62,29 @@ def profiler(steps: int, path: Path) -> Iterator[Callable[[], None]]:
         finish()
 
 
-def tensorboard(folder: Path) -> Any:
-    """Return TensorBoard's writer.
+@contextmanager
+def tensorboard(folder: Path | None) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yield a function that sends an evaluation's numbers, with its step, to TensorBoard; without a folder to nowhere.
 
     Raises
     ------
     TrainingError
         When the package is not installed.
     """
+    if folder is None:
+        yield lambda record: None
+        return
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise TrainingError(
             "training.tensorboard: the package is not installed; run `pip install tensorboard` or set it to false"
         ) from None
-    return SummaryWriter(str(folder))
+    with SummaryWriter(str(folder)) as board:
 
+        def show(record: Mapping[str, float]) -> None:
+            for name in record.keys() - {"step"}:
+                board.add_scalar(name, record[name], record["step"])
+            board.flush()
 
-def show(board: Any, record: dict[str, float]) -> None:
-    """Send one evaluation's numbers to TensorBoard."""
-    for name, value in record.items():
-        if name != "step":
-            board.add_scalar(name, value, record["step"])
-    board.flush()
+        yield show

@@ -24,7 +24,7 @@ from pipeline.errors import TrainingError
 from pipeline.training.averages import Weights, copy_weights, greedy_soup, load_weights, move_average
 from pipeline.training.batches import Labelled, augmented, mixed, rows_at, to_float
 from pipeline.training.checkpoint import Run, Score, State, restore, save
-from pipeline.training.instruments import dropout, profiler, show, tensorboard
+from pipeline.training.instruments import dropout, profiler, tensorboard
 from pipeline.training.norms import recompute_statistics
 from pipeline.training.replicas import Replicas, replicas
 from pipeline.training.settings import Settings, rate_factor, size_at, stage_rates
@@ -73,12 +73,12 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int, Weight
     scaler = torch.amp.GradScaler(task.device.type, enabled=settings.precision == "fp16")
     state = restore(run, task.network, optimizer, scaler) or _begin(task, data)
     weights = _class_weights(data, settings, task.device)
-    board = tensorboard(run.folder / "tensorboard") if settings.tensorboard else None
     losses: list[float] = []
     mark, mark_step = time.perf_counter(), state.step
     with (
         progress.bar(settings.steps, "step", "training", initial=state.step) as bar,
         tools(task, run) as (tick, copies),
+        tensorboard(run.folder / "tensorboard" if settings.tensorboard else None) as show,
     ):
         while state.step < settings.steps and not _is_stale(state, settings):
             losses.append(_step(task, data, copies, optimizer, scaler, weights, state.step))
@@ -99,8 +99,7 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int, Weight
             state.history.append({**record, "seconds": round(state.seconds, 1)})
             save(run, task.network, optimizer, scaler, state)
             logger.debug("%s", state.history[-1])
-            if board is not None:
-                show(board, state.history[-1])
+            show(state.history[-1])
             bar.note(f"validation {record['validation_accuracy']:.1%}")
             if on_evaluation is not None:
                 on_evaluation(state.step, state.ema if state.ema is not None else copy_weights(task.network))
