@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -62,18 +63,16 @@ class Feeder:
     batch_size: int
     workers: int
 
-    def batches(self, items: Sequence[Item]) -> Iterator[Batch]:
+    def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
         """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
-        free = [
-            self._memory(min(self.batch_size, len(items))) for _ in range(min(AHEAD, -(-len(items) // self.batch_size)))
-        ]
+        free: list[list[NDArray[np.uint8]]] = []
         under_way: deque[tuple[Batch, list[Future[tuple[float, float]]]]] = deque()
-        starts = iter(range(0, len(items), self.batch_size))
+        rest = iter(items)
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
             while True:
-                while free and (start := next(starts, None)) is not None:
-                    batch = Batch(items[start : start + self.batch_size], free.pop())
+                while len(under_way) < AHEAD and (chunk := list(islice(rest, self.batch_size))):
+                    batch = Batch(chunk, free.pop() if free else self._memory(len(chunk)))
                     under_way.append((batch, self._submit(pool, batch)))
                 if not under_way:
                     return

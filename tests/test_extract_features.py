@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline import backbone, baselines, dataset, extract_features, feed
 from pipeline import config as configuration
@@ -148,6 +150,24 @@ def test_what_is_added_to_a_config_costs_its_own_work_only(photos: Path) -> None
     result = extract_features.run(make(photos, baselines=["pixels", "hog"]))
     assert result.work is not None
     assert result.work.vectors == {"hog": N}
+
+
+def test_weights_in_a_file_that_was_renamed_are_the_same_weights(photos: Path) -> None:
+    from pipeline.backbone import BUNDLED, weights
+
+    state, _ = weights.read_weights(BUNDLED)
+    description = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
+    kept = {key: description[key] for key in ("architecture", "arguments", "preprocessing")}
+    first, second = photos.parent / "first.safetensors", photos.parent / "second.safetensors"
+    save_file(state, first, metadata={weights.METADATA_KEY: json.dumps(kept)})
+    assert extract_features.run(make(photos, backbones=[{"name": "mine", "weights": str(first)}])).work is not None
+    first.rename(second)
+    renamed = make(photos, backbones=[{"name": "mine", "weights": str(second)}])
+    assert extract_features.run(renamed).work is None
+    assert [record.name for record in read_records(Artifacts(renamed.output).features)] == [
+        "mine-second-penultimate",
+        "pixels",
+    ]
 
 
 def test_a_plan_names_what_is_new_in_an_identity(photos: Path) -> None:

@@ -39,6 +39,8 @@ class Contents:
         rows = np.sort(first).astype(np.int64)
         digests = index.digests[rows]
         known = set(digests_to_hex(failed))
+        if not known:  # no name for each of millions
+            return Contents(digests, rows, np.zeros(len(rows), dtype=bool))
         return Contents(digests, rows, np.array([text in known for text in digests_to_hex(digests)], dtype=bool))
 
 
@@ -64,10 +66,19 @@ def find_targets(sources: Sequence[Source], contents: Contents, files: Artifacts
     targets: dict[Path, Target] = {}
     for source in sources:
         for output, spec in enumerate(source.specs):
-            path = files.store(spec.name, spec.fingerprint())
+            path = _place(spec, files)
             if path not in targets:
                 targets[path] = _target(source, output, spec, path, contents, files)
     return list(targets.values())
+
+
+def _place(spec: EmbeddingSpec, files: Artifacts) -> Path:
+    """The embedding's store, also where it was made under another name: weights in a file that was renamed since."""
+    path = files.store(spec.name, spec.fingerprint())
+    if not path.exists():
+        suffix = path.name.removeprefix(spec.name)
+        return next(iter(sorted(files.stores.glob(f"*{suffix}"))), path)
+    return path
 
 
 def _target(

@@ -114,13 +114,13 @@ def embed(
     keep_freed_memory()
     with ExitStack() as stack:
         lanes, preprocessings = _open_lanes(targets, contents, config, stack)
-        items = _items(lanes, contents, index)
+        count, items = _items(lanes, contents, index)
         size = max(lane.limit for lane in lanes)
         feeder = Feeder(index.root, config.dataset.max_pixels, preprocessings, size, work.workers)
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
         try:
-            with bar(len(items), "images", "embedding") as progress, _stop_requested() as stopped:
+            with bar(count, "images", "embedding") as progress, _stop_requested() as stopped:
                 for batch in feeder.batches(items):
                     _embed_batch(batch, lanes, contents, work)
                     progress.update(len(batch.items))
@@ -168,17 +168,19 @@ def _open_lanes(
     return lanes, tuple(preprocessings)
 
 
-def _items(lanes: Sequence[Lane], contents: Contents, index: DatasetIndex) -> list[Item]:
-    """The images to read, each once, with the preprocessings it has to go through."""
+def _items(lanes: Sequence[Lane], contents: Contents, index: DatasetIndex) -> tuple[int, Iterator[Item]]:
+    """The images to read, each once, with the preprocessings it has to go through: their number, and one at a time."""
     needed = np.zeros(len(contents.rows), dtype=bool)
     for output in (output for lane in lanes for output in lane.outputs):
         needed |= output.missing
-    items = []
-    for content in np.flatnonzero(needed).tolist():
-        wanted = tuple(sorted({lane.preprocessing for lane in lanes if lane.wants(content)}))
-        digest = contents.digests[content].tobytes()
-        items.append(Item(content, str(index.paths[contents.rows[content]]), digest, wanted))
-    return items
+
+    def items() -> Iterator[Item]:
+        for content in map(int, np.flatnonzero(needed)):
+            wanted = tuple(sorted({lane.preprocessing for lane in lanes if lane.wants(content)}))
+            digest = contents.digests[content].tobytes()
+            yield Item(content, str(index.paths[contents.rows[content]]), digest, wanted)
+
+    return int(needed.sum()), items()
 
 
 def _embed_batch(batch: Batch, lanes: Sequence[Lane], contents: Contents, work: Work) -> None:

@@ -1,6 +1,6 @@
 """What stage one's faster ways cost in accuracy: the same head on the same folds, with features made each way.
 
-    python tests/benchmarks/bench_accuracy.py FOLDER [--networks bundled resnet18 resnet50]
+    python tests/benchmarks/bench_accuracy.py FOLDER [--networks bundled resnet18 resnet50] [--ways ...]
 
 FOLDER is a folder of class folders, or of train/, validation/ and test/ with them. The features of fp32, torch and
 `decode: exact` are what torchvision's own transform and network give; every other way is compared with them: the change of
@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--networks", nargs="+", default=["bundled", "resnet18", "resnet50"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="the first is always run")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     if arguments.folder is None:
@@ -119,7 +120,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     lines = []
     for network in arguments.networks:
-        made = {name: features(arguments.folder, network, way) for name, way in WAYS.items()}
+        made = {
+            name: features(arguments.folder, network, way)
+            for name, way in WAYS.items()
+            if way is EXACT or name in arguments.ways
+        }
         X, y = made["fp32, torch, exact"]
         strength = max(STRENGTHS, key=lambda c: out_of_fold(X, y, c).mean())
         exact, nearest = out_of_fold(X, y, strength), neighbours(X)

@@ -157,7 +157,7 @@ def run(way: str, folder: Path, model: str) -> dict[str, float]:
 def _watch(process: subprocess.Popen[str], most: list[float]) -> None:
     while process.poll() is None:
         most[0] = max(most[0], sum(map(_proportional_memory, _tree(process.pid))) / 1024)
-        time.sleep(0.05)
+        time.sleep(0.3)  # looking holds up the process that is looked at
 
 
 def _tree(root: int) -> list[int]:
