@@ -172,6 +172,9 @@ class HeadConfig(Section):
         return value
 
 
+_UNITS = {"MB": 10**6, "GB": 10**9}
+
+
 class TuningConfig(Section):
     """The search: the same strategy, budget and folds for every head."""
 
@@ -189,6 +192,21 @@ class TuningConfig(Section):
     """Searches per head, each with its own folds, by the experiment's seed and those after it: so many times the work."""
     jobs: Literal["auto"] | int = "auto"
     """Parallel processes."""
+    memory: str = "auto"
+    """What the features of one embedding and the work on them may take, such as `2GB` or `500MB`; `auto` is three quarters
+    of what is free. Embeddings that need more stay on disk, and only the heads that can work there are tuned."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The limit in bytes; None for `auto`."""
+        return None if self.memory == "auto" else int(float(self.memory[:-2]) * _UNITS[self.memory[-2:]])
+
+    @field_validator("memory")
+    @classmethod
+    def _a_size(cls, value: str) -> str:
+        if value != "auto" and not re.fullmatch(r"\d+(\.\d+)? ?(MB|GB)", value):
+            raise ValueError(f"expected 'auto' or a size such as '2GB' or '500MB', got {value!r}")
+        return value
 
     @field_validator("jobs")
     @classmethod

@@ -26,7 +26,8 @@ VERSION = 1
 class Leaderboard:
     """Rows ordered by cross-validation, best first, with the provenance needed to make them again.
 
-    `provenance` holds plain values: config, seed, versions, store digests, index fingerprint, date, command.
+    `provenance` holds plain values: config, seed, versions, store digests, index fingerprint, date, command, and notes on
+    what was left out.
     """
 
     rows: tuple[LeaderboardRow, ...]
@@ -135,7 +136,7 @@ class Leaderboard:
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
         if best.baseline or best.untrained:
             lines.append(f"No trained backbone beats the {best.note} row {best.key} on these images.")
-        return lines
+        return lines + [str(note) for note in self.provenance.get("notes", ())]
 
     def _verdict_notes(self, verdict: Verdict) -> list[str]:
         lines = []

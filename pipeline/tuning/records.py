@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from pipeline.heads import Head, Params
+from pipeline.tuning.features import Features
 
 ScoreKind = Literal["probability", "decision"]
 
@@ -19,12 +20,12 @@ ScoreKind = Literal["probability", "decision"]
 class Problem:
     """What every trial of a search is fitted on.
 
-    X : ndarray of shape (n, dim), float32, or a memory map of one
+    X : ndarray of shape (n, dim), float32, or a memory map of one, or rows of a store that stay on disk
     y : ndarray of shape (n,), int64: places in `classes`
     """
 
     head: Head
-    X: NDArray[np.float32]
+    X: Features
     y: NDArray[np.int64]
     n_classes: int
     folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]

@@ -1,0 +1,364 @@
+"""Heads on features that stay on disk: each pass reads a block of rows, adds what it says to sums, and lets it go.
+
+The optimum is the one that is found in memory. Only sums over rows are kept: counts and means per class for centroids, the
+products X'X and X'y for ridge, and for logistic regression and the linear SVM the same solver as in memory, whose two
+products with the features per step are made block by block. A fit gives an ordinary fitted scikit-learn pipeline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+
+from pipeline.errors import HeadError
+from pipeline.heads import Head, Params, configure
+from pipeline.store import StoredRows
+from pipeline.tuning.evaluation import Evaluator, counted, failed, score_columns
+from pipeline.tuning.features import BLOCK_BYTES, Features, blocks
+from pipeline.tuning.linear import hinge_family, logistic_family, row_weights, targets_of
+from pipeline.tuning.records import FoldOutcome, Problem
+from pipeline.tuning.solvers import Array, Axes, Family, Path
+
+BATCH_BYTES = 32 << 20
+"""What penalties that are solved at once, on the same passes over the features, may take."""
+
+PER_SCORE, PER_WEIGHT, PER_PRODUCT = 28, 200, 28
+"""Bytes a solver holds per row and class, per dimension and class, and per pair of dimensions; the copies that L-BFGS
+keeps and the workspace of an eigendecomposition are among them."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One way to fit a head from passes over blocks of rows."""
+
+    prepare: Callable[[Problem, NDArray[np.int64], NDArray[Any]], Any]
+    """(problem, rows, y of all rows) -> what all parameters share."""
+    solve: Callable[[Problem, Any, Sequence[Params]], list[Pipeline]]
+    """(problem, what `prepare` returned, candidates) -> one fitted pipeline per candidate."""
+    square: bool = True
+    """Whether a matrix of dim x dim must fit in memory."""
+
+
+def needed_bytes(head: Head, shape: tuple[int, int], n_classes: int) -> int:
+    """Return about what one fold's work on features of shape (n, dim) takes while they stay on disk."""
+    n, dim = shape
+    columns = 1 if n_classes == 2 else n_classes
+    rows = n * (32 + 12 * n_classes)
+    if head.on_disk is None or not FITS[head.on_disk].square:
+        return rows + 4 * BLOCK_BYTES + 64 * dim * n_classes
+    solver = max(BATCH_BYTES, _problem_bytes(n, dim, columns))
+    return rows + 4 * BLOCK_BYTES + PER_PRODUCT * dim * dim + 2 * solver
+
+
+def _problem_bytes(n: int, dim: int, columns: int) -> int:
+    return columns * (PER_SCORE * n + PER_WEIGHT * dim)
+
+
+def evaluator_on_disk(head: Head) -> Evaluator:
+    """Return how a head is judged on features that stay on disk.
+
+    Raises
+    ------
+    HeadError
+        When it cannot be.
+    """
+    if head.on_disk is None or head.on_disk not in FITS:
+        raise HeadError(f"head {head.name}: cannot be fitted on features that are larger than memory")
+    fit = FITS[head.on_disk]
+    return Evaluator(
+        partial(_evaluate, fit), lambda problem, fold: fit.prepare(problem, problem.folds[fold][0], problem.y), True
+    )
+
+
+def fit_on_disk(problem: Problem, params: Params, y: NDArray[Any]) -> Pipeline:
+    """Fit a head on all rows; its classes are those of y."""
+    fit = FITS[str(problem.head.on_disk)]
+    return fit.solve(problem, fit.prepare(problem, np.arange(len(y)), y), [params])[0]
+
+
+def _evaluate(fit: Fit, problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit all candidates on the same passes, and judge them on one pass over the held-out rows."""
+    held_out = problem.folds[fold][1]
+    with counted() as counts:
+        try:
+            start = time.perf_counter()
+            pipelines = fit.solve(problem, prepared, candidates)
+            fitted = time.perf_counter()
+            said = [_say(pipelines, block, problem.n_classes) for _, block in blocks(problem.X, held_out)]
+        except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
+            return [failed(error, counts) for _ in candidates]
+    shares = ((fitted - start) / len(candidates), (time.perf_counter() - fitted) / len(candidates))
+    outcomes = []
+    for parts in zip(*said, strict=True):
+        predictions = np.concatenate([part[0] for part in parts])
+        scores = np.concatenate([part[1] for part in parts])
+        outcomes.append(FoldOutcome(predictions, scores, parts[0][2], *shares, dict(counts)))
+    return outcomes
+
+
+def _say(pipelines: Sequence[Pipeline], block: Array, n_classes: int) -> list[tuple[Any, Any, Any]]:
+    return [
+        (np.asarray(pipeline.predict(block), dtype=np.int64), *score_columns(pipeline, block, n_classes))
+        for pipeline in pipelines
+    ]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a fit in the order in which they lie on disk, standardised as they are read.
+
+    y : ndarray of shape (n,), int64: places in `classes`
+    weights : ndarray of shape (n,), float32: the class weights
+    """
+
+    X: Features
+    rows: NDArray[np.int64]
+    scaler: StandardScaler
+    classes: NDArray[Any]
+    y: NDArray[np.int64]
+    weights: Array
+
+    @staticmethod
+    def of(problem: Problem, rows: NDArray[np.int64], y: NDArray[Any]) -> Rows:
+        """Read the rows once for their means and standard deviations."""
+        rows = problem.X.in_file_order(rows) if isinstance(problem.X, StoredRows) else np.sort(rows)
+        scaler = StandardScaler()
+        for _, block in blocks(problem.X, rows):
+            scaler.partial_fit(block)
+        classes, codes = np.unique(y[rows], return_inverse=True)
+        return Rows(problem.X, rows, scaler, classes, codes.astype(np.int64), row_weights(problem, codes))
+
+    def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """Yield places and the standardised features there."""
+        shift, factor = self.scaler.mean_.astype(np.float32), (1 / self.scaler.scale_).astype(np.float32)
+        for place, block in blocks(self.X, self.rows):
+            block -= shift
+            block *= factor
+            yield place, block
+
+    def products(self) -> NDArray[np.float64]:
+        """Return X'X of the standardised, unweighted rows, shape (dim, dim)."""
+        dim = self.X.shape[1]
+        total = np.zeros((dim, dim))
+        for _, block in self.blocks():
+            total += block.T @ block
+        return total
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Standardised rows on the axes of their covariance, with a column of ones: `Axes.train` without the matrix.
+
+    The axes turn the weights and not the rows: (X V) w = X (V w).
+    """
+
+    rows: Rows
+    vectors: Array
+
+    def __matmul__(self, weights: Array) -> Array:
+        turned = self.vectors @ weights[:-1]
+        made = np.empty((len(self.rows.y), weights.shape[1]), dtype=np.float32)
+        for place, block in self.rows.blocks():
+            np.matmul(block, turned, out=made[place])
+        made += weights[-1]
+        return made
+
+    @property
+    def T(self) -> _Transposed:
+        """What `Turned.T @ slopes` is made with."""
+        return _Transposed(self)
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    turned: Turned
+
+    def __matmul__(self, slopes: Array) -> Array:
+        rows, vectors = self.turned.rows, self.turned.vectors
+        total = np.zeros((len(vectors), slopes.shape[1]))
+        for place, block in rows.blocks():
+            total += block.T @ slopes[place]
+        ones = slopes.sum(axis=0, dtype=np.float64)
+        return np.vstack([vectors.T @ total.astype(np.float32), ones[None, :].astype(np.float32)])
+
+
+def _turn(rows: Rows) -> Axes:
+    """Find the axes of the rows' covariance, as `solvers.turn` does in memory."""
+    total = rows.products()
+    values, vectors = scipy.linalg.eigh(total.astype(np.float32), driver="evd", overwrite_a=True, check_finite=False)
+    if len(total) > len(rows.y):
+        vectors = np.ascontiguousarray(vectors[:, values > 1e-6 * values.max()])
+    squares = np.append(np.einsum("ij,ij->j", vectors, total @ vectors), len(rows.y))
+    turned: Any = Turned(rows, vectors)
+    return Axes(turned, np.empty((0, vectors.shape[1] + 1), np.float32), np.maximum(squares, 0).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """A fold's rows and the solutions found so far; the rows themselves stay on disk."""
+
+    rows: Rows
+    path: Path
+    vectors: Array
+    family: Family
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, about."""
+        columns = self.family.width * self.family.columns
+        return self.vectors.nbytes + _problem_bytes(len(self.rows.y), len(self.vectors), columns)
+
+
+def _prepare_path(
+    make: Callable[[NDArray[np.int64], int, Array], Family], problem: Problem, rows: NDArray[np.int64], y: NDArray[Any]
+) -> _Solver:
+    kept = Rows.of(problem, rows, y)
+    axes = _turn(kept)
+    family = make(kept.y, len(kept.classes), kept.weights)
+    turned: Any = axes.train
+    return _Solver(kept, Path(axes, family), turned.vectors, family)
+
+
+def _solve_path(problem: Problem, solver: _Solver, candidates: Sequence[Params]) -> list[Pipeline]:
+    rows, family = solver.rows, solver.family
+    columns = family.width * family.columns
+    size = max(1, BATCH_BYTES // _problem_bytes(len(rows.y), len(solver.vectors), columns))
+    pipelines = []
+    for start in range(0, len(candidates), size):
+        batch = candidates[start : start + size]
+        found = solver.path.solve(np.array([1 / float(one["C"]) for one in batch]))
+        found = found.reshape(len(found), len(batch), columns)
+        for place, params in enumerate(batch):
+            weights = found[:, place]
+            pipelines.append(_linear(problem, rows, params, (solver.vectors @ weights[:-1]).T, weights[-1]))
+    return pipelines
+
+
+@dataclass(frozen=True)
+class _Ridge:
+    """The one decomposition all penalties follow from: X'X = vectors * values * vectors', around the weighted mean."""
+
+    rows: Rows
+    values: NDArray[np.float64]
+    vectors: NDArray[np.float64]
+    products: NDArray[np.float64]
+    """vectors' X'Y, shape (dim, columns)."""
+    mean: NDArray[np.float64]
+    target_mean: NDArray[np.float64]
+
+
+def _prepare_ridge(problem: Problem, rows: NDArray[np.int64], y: NDArray[Any]) -> _Ridge:
+    kept = Rows.of(problem, rows, y)
+    targets = targets_of(kept.y, len(kept.classes))
+    dim, root = problem.X.shape[1], np.sqrt(kept.weights)
+    square, products, total = np.zeros((dim, dim)), np.zeros((dim, targets.shape[1])), np.zeros(dim)
+    for place, block in kept.blocks():
+        block *= root[place, None]
+        square += block.T @ block
+        products += block.T @ (root[place, None] * targets[place])
+        total += root[place] @ block
+    weight = float(kept.weights.sum(dtype=np.float64))
+    mean, target_mean = total / weight, kept.weights.astype(np.float64) @ targets / weight
+    square -= np.outer(total, mean)
+    products -= np.outer(total, target_mean)
+    values, vectors = scipy.linalg.eigh(square, driver="evd", overwrite_a=True, check_finite=False)
+    return _Ridge(kept, np.maximum(values, 0), vectors, vectors.T @ products, mean, target_mean)
+
+
+def _solve_ridge(problem: Problem, ridge: _Ridge, candidates: Sequence[Params]) -> list[Pipeline]:
+    pipelines = []
+    for params in candidates:
+        weights = ridge.vectors @ (ridge.products / (ridge.values + float(params["alpha"]))[:, None])
+        intercept = ridge.target_mean - ridge.mean @ weights
+        pipelines.append(_linear(problem, ridge.rows, params, weights.T, intercept))
+    return pipelines
+
+
+@dataclass(frozen=True)
+class _Centroids:
+    rows: Rows
+    sums: NDArray[np.float64]
+    squares: NDArray[np.float64]
+    """Sum over all rows of the squared distance to their class's centroid, shape (dim,)."""
+
+
+def _prepare_centroids(problem: Problem, rows: NDArray[np.int64], y: NDArray[Any]) -> _Centroids:
+    kept = Rows.of(problem, rows, y)
+    member = np.eye(len(kept.classes), dtype=np.float32)
+    sums, squares = np.zeros((len(member), problem.X.shape[1])), np.zeros(problem.X.shape[1])
+    for place, block in kept.blocks():
+        sums += member[kept.y[place]].T @ block
+        squares += np.einsum("ij,ij->j", block, block)
+    counts = np.bincount(kept.y)
+    return _Centroids(kept, sums, np.maximum(squares - (sums**2 / counts[:, None]).sum(axis=0), 0))
+
+
+def _solve_centroids(problem: Problem, kept: _Centroids, candidates: Sequence[Params]) -> list[Pipeline]:
+    """Shrink the centroids as scikit-learn does (Tibshirani et al. 2002, nearest shrunken centroids)."""
+    n, counts = len(kept.rows.y), np.bincount(kept.rows.y)
+    means, centre = kept.sums / counts[:, None], kept.sums.sum(axis=0) / n
+    spread = np.sqrt(kept.squares / max(n - len(counts), 1))
+    unit = np.sqrt(1 / counts - 1 / n)[:, None] * (spread + np.median(spread))
+    pipelines = []
+    for params in candidates:
+        pipeline = _fitted_on_little(problem, kept.rows, params)
+        classifier = pipeline[-1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            deviations = (means - centre) / unit
+        centroids = means
+        if classifier.shrink_threshold:
+            deviations = np.sign(deviations) * np.maximum(np.abs(deviations) - classifier.shrink_threshold, 0)
+            centroids = centre + unit * deviations
+        classifier.centroids_, classifier.deviations_ = centroids, deviations
+        classifier.within_class_std_dev_ = spread
+        if classifier.priors == "empirical":
+            classifier.class_prior_ = counts / n
+        pipelines.append(pipeline)
+    return pipelines
+
+
+def _linear(problem: Problem, rows: Rows, params: Params, weights: NDArray[Any], intercept: NDArray[Any]) -> Pipeline:
+    """Make a fitted pipeline of a linear head from its weights, shape (classes or 1, dim)."""
+    pipeline = _fitted_on_little(problem, rows, params)
+    classifier = pipeline[-1]
+    classifier.coef_, classifier.intercept_ = weights.astype(np.float64), intercept.astype(np.float64)
+    return pipeline
+
+
+def _fitted_on_little(problem: Problem, rows: Rows, params: Params) -> Pipeline:
+    """Return the head's pipeline as scikit-learn fits it to one made-up row per class, with the scaler of the real rows.
+
+    All that scikit-learn keeps besides the solution is then there; the caller puts the solution in.
+    """
+    pipeline = configure(problem.head, {**problem.head.fixed, **params}, problem.seed)
+    if len(pipeline.steps) != 2 or type(pipeline[0]) is not StandardScaler:
+        names = ", ".join(type(step).__name__ for _, step in pipeline.steps)
+        raise HeadError(
+            f"head {problem.head.name}: on_disk needs a pipeline of a StandardScaler and a classifier, found {names}"
+        )
+    pipeline.steps[0] = (pipeline.steps[0][0], rows.scaler)
+    classifier = pipeline[-1]
+    little = np.arange(len(rows.classes), dtype=np.float32)[:, None]
+    classifier.fit(little if problem.head.on_disk == "nearest_centroid" else np.zeros_like(little), rows.classes)
+    classifier.n_features_in_ = problem.X.shape[1]
+    if hasattr(classifier, "n_iter_"):
+        del classifier.n_iter_
+    return pipeline
+
+
+FITS: Mapping[str, Fit] = {
+    "nearest_centroid": Fit(_prepare_centroids, _solve_centroids, square=False),
+    "ridge": Fit(_prepare_ridge, _solve_ridge),
+    "logistic_regression": Fit(partial(_prepare_path, logistic_family), _solve_path),
+    "linear_svm": Fit(partial(_prepare_path, hinge_family), _solve_path),
+}
+"""The fits on disk, by the name a head gives in `Head.on_disk`."""

@@ -1,0 +1,275 @@
+"""Features that stay on disk: the results of those in memory, within a bounded memory, or a plain line that says why not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import RidgeClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
+from test_tuning_solvers import network
+
+from pipeline import bundle as bundles
+from pipeline import config as configuration
+from pipeline import report, train_heads
+from pipeline.config import Artifacts, Config, HeadConfig, TuningConfig
+from pipeline.dataset import DatasetIndex
+from pipeline.digests import content_digest, pack_digests
+from pipeline.embedders import EmbeddingRecord, write_records
+from pipeline.embedding import EmbeddingSpec
+from pipeline.errors import ConfigError, HeadError
+from pipeline.heads import HEADS, Head, resolve
+from pipeline.metrics import Predictions
+from pipeline.store import FeatureStore, StoredRows, StoreWriter
+from pipeline.train_heads.place import Place, limited
+from pipeline.tuning import blocks, features, linear, make_folds, memory_needed, on_disk, room, tune
+from pipeline.tuning.records import Problem
+
+DISK = [name for name, head in HEADS.items() if head.on_disk]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks in little data; the sizes are not what is tested."""
+    for module in (features, on_disk):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(on_disk, "BATCH_BYTES", 1 << 12)
+
+
+def stored(folder: Path, X: np.ndarray) -> StoredRows:
+    """Put rows into two segments of a store, in another order than they are asked for."""
+    digests = pack_digests(content_digest(str(number).encode()) for number in range(len(X)))
+    order = np.random.default_rng(0).permutation(len(X))
+    for half in np.array_split(order, 2):
+        with StoreWriter.open(folder, {"test": "on disk"}, X.shape[1]) as writer:
+            writer.append(digests[half], X[half])
+    return StoredRows.of(FeatureStore.open(folder), digests)
+
+
+def test_stored_rows_look_like_the_matrix(tmp_path: Path, small_blocks: None) -> None:
+    X = np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32)
+    rows = stored(tmp_path / "store", X)
+    assert (rows.shape, rows.dtype, rows.nbytes, len(rows)) == (X.shape, X.dtype, X.nbytes, len(X))
+    some = np.array([250, 3, 3, 17])
+    np.testing.assert_array_equal(rows[some], X[some])
+    np.testing.assert_array_equal(rows.part(some)[np.array([3, 0])], X[[17, 250]])
+    np.testing.assert_array_equal(rows[10:20], X[10:20])
+    read = np.empty_like(X)
+    for place, block in blocks(rows, np.arange(300)[::-1]):
+        read[place] = block
+    np.testing.assert_array_equal(read, X[::-1])
+    ordered = rows.in_file_order(some)
+    assert sorted(ordered.tolist()) == sorted(some.tolist())
+    assert (np.diff(rows.segments[ordered]) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "class_weight"),
+    [(name, (300, 40), 3, None) for name in DISK]
+    + [(name, (240, 24), 2, None) for name in DISK]
+    + [(name, (90, 120), 3, None) for name in DISK]
+    + [(name, (240, 24), 4, "balanced") for name in ("logistic_regression", "linear_svm")],
+)
+def test_a_search_on_disk_finds_what_one_in_memory_finds(
+    name: str,
+    shape: tuple[int, int],
+    classes: int,
+    class_weight: Any,
+    tmp_path: Path,
+    small_blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Both roads stop near the optimum; nearer, to tell what they find from where they stop.
+    monkeypatch.setattr(linear, "LOGISTIC_TOLERANCE", 2e-6)
+    monkeypatch.setattr(linear, "HINGE_TOLERANCE", 2e-6)
+    X, y = network(*shape, classes)
+    head, folds, tuning = resolve(HeadConfig(name=name, class_weight=class_weight)), make_folds(y, 3, 0), None
+    tuning = TuningConfig(trials=6, jobs=1)
+    here = tune(head, X, y, folds, tuning, 0, tmp_path / "memory.jsonl")
+    disk = tune(head, stored(tmp_path / "store", X), y, folds, tuning, 0, tmp_path / "disk.jsonl")
+    assert disk.best.params == here.best.params
+    assert [trial.params for trial in disk.trials] == [trial.params for trial in here.trials]
+    size = max(1.0, float(np.abs(here.out_of_fold.scores).max()))
+    np.testing.assert_allclose(disk.out_of_fold.scores, here.out_of_fold.scores, atol=1e-4 * size)
+    np.testing.assert_array_equal(disk.out_of_fold.predictions, here.out_of_fold.predictions)
+    np.testing.assert_array_equal(disk.out_of_fold.folds, here.out_of_fold.folds)
+    assert np.mean(disk.pipeline.predict(X) != here.pipeline.predict(X)) <= 0.005
+    np.testing.assert_array_equal(disk.pipeline.classes_, here.pipeline.classes_)
+
+
+def test_weighted_ridge_on_disk_is_scikit_learns(tmp_path: Path, small_blocks: None) -> None:
+    X, y = network(200, 20, 3)
+    head = resolve(HeadConfig(name="ridge", class_weight="balanced"))
+    problem = Problem(head, stored(tmp_path / "store", X), y, 3, (), 0)
+    own = on_disk.fit_on_disk(problem, {"alpha": 3.0}, y)
+    scaled = StandardScaler().fit_transform(X.astype(np.float64))
+    reference = RidgeClassifier(alpha=3.0).fit(scaled, y, sample_weight=compute_sample_weight("balanced", y))
+    np.testing.assert_allclose(own[-1].coef_, reference.coef_, atol=1e-5)
+    np.testing.assert_allclose(own[-1].intercept_, reference.intercept_, atol=1e-5)
+
+
+def test_a_class_missing_from_a_fold_and_a_resumed_search(tmp_path: Path, small_blocks: None) -> None:
+    X, y = network(60, 10, 3)
+    y[y == 2] = 1
+    y[7] = 2
+    rows, folds, tuning = stored(tmp_path / "store", X), make_folds(y, 3, 0), TuningConfig(trials=3, jobs=2)
+    for name in DISK:
+        first = tune(HEADS[name], rows, y, folds, tuning, 0, tmp_path / f"{name}.jsonl")
+        assert (first.best.mean or 0) > 0.5
+        assert first.out_of_fold.predictions[7] != 2
+        assert first.pipeline.classes_.tolist() == [0, 1, 2]
+        again = tune(HEADS[name], rows, y, folds, tuning, 0, tmp_path / f"{name}.jsonl")
+        assert again.replayed == 3 * len(first.trials)
+        np.testing.assert_array_equal(again.out_of_fold.scores, first.out_of_fold.scores)
+
+
+def test_a_head_that_cannot_work_on_disk_says_so(tmp_path: Path) -> None:
+    X, y = network(60, 10, 2)
+    rows, folds, tuning = stored(tmp_path / "store", X), make_folds(y, 3, 0), TuningConfig(trials=1, jobs=1)
+    with pytest.raises(HeadError, match="head knn: cannot be fitted on features that are larger than memory"):
+        tune(HEADS["knn"], rows, y, folds, tuning, 0, tmp_path / "knn.jsonl")
+    other = Head("mine", lambda seed: make_pipeline(MinMaxScaler(), RidgeClassifier()), {}, {}, on_disk="ridge")
+    with pytest.raises(HeadError, match="none of 1 trial could be fitted") as caught:
+        tune(other, rows, y, folds, tuning, 0, tmp_path / "mine.jsonl")
+    expected = "head mine: on_disk needs a pipeline of a StandardScaler and a classifier, found MinMaxScaler, RidgeClassifier"
+    assert expected in str(caught.value.problems)
+
+
+def test_nan_on_disk_is_refused(tmp_path: Path, small_blocks: None) -> None:
+    X, y = network(200, 16, 2)
+    X[70, 3] = np.nan
+    with pytest.raises(HeadError, match="NaN or infinity, first within rows 64 to 127; extract them again in fp32"):
+        tune(
+            HEADS["ridge"],
+            stored(tmp_path / "store", X),
+            y,
+            make_folds(y, 3, 0),
+            TuningConfig(trials=1),
+            0,
+            tmp_path / "j",
+        )
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from dataclasses import replace
+from pipeline.config import TuningConfig
+from pipeline.heads import HEADS
+from pipeline.store import FeatureStore, StoredRows
+from pipeline.tuning import make_folds, tune
+
+folder, limit = Path(sys.argv[1]), 60
+y, digests = np.load(folder / "y.npy"), np.load(folder / "digests.npy")
+store = FeatureStore.open(folder / "store")
+folds = make_folds(y, 2, 0)
+tuning = TuningConfig(trials=1, jobs=1, folds=2, memory=f"{limit}MB")
+logistic = replace(HEADS["logistic_regression"], defaults={"C": 1e-5})
+heads = [HEADS["nearest_centroid"], HEADS["ridge"], logistic]
+# What libraries keep for themselves is there before the limit is set.
+little = np.arange(300)
+for head in heads:
+    tune(head, store.read(digests[little]), y[little], make_folds(y[little], 2, 0), tuning, 0, folder / f"warm-{head.name}")
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + limit * 10**6,) * 2)
+for head in heads:
+    run = tune(head, StoredRows.of(store, digests), y, folds, tuning, 0, folder / head.name)
+    assert not run.best.error, run.best.error
+    print(head.name, round(run.best.mean, 3))
+try:
+    store.read(digests)
+except MemoryError:
+    print("the whole matrix does not fit")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts allocations on Linux")
+def test_features_of_several_times_the_limit_are_tuned_within_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(50_000) % 3
+    centres = 0.1 * rng.normal(size=(3, 1024))
+    digests = pack_digests(content_digest(str(number).encode()) for number in range(len(y)))
+    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 1024) as writer:  # 205 MB
+        for start in range(0, len(y), 5000):
+            part = slice(start, start + 5000)
+            rows = rng.standard_normal((5000, 1024), dtype=np.float32) + centres[y[part]].astype(np.float32)
+            writer.append(digests[part], rows)
+    np.save(tmp_path / "y.npy", y)
+    np.save(tmp_path / "digests.npy", digests)
+    made = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-2000:]
+    lines = dict(line.rsplit(" ", 1) for line in made.stdout.splitlines())
+    assert list(lines) == ["nearest_centroid", "ridge", "logistic_regression", "the whole matrix does not"]
+    assert all(float(score) > 0.9 for name, score in lines.items() if name in HEADS)
+
+
+N, DIM = 1500, 32
+
+
+def stage_one(output: Path) -> Config:
+    """Write what stage one leaves behind: an index, a store, features.json."""
+    files = Artifacts(output)
+    codes = np.arange(N) % 3
+    X = np.random.default_rng(0).normal(size=(N, DIM)) + 0.8 * np.eye(3, DIM)[codes]
+    splits = np.where(np.arange(N) % 5 == 0, "test", "train").astype(object)
+    paths = np.array([f"{number:04d}.png" for number in range(N)], dtype=object)
+    digests = pack_digests(content_digest(path.encode()) for path in paths)
+    labels = np.array(["a", "b", "c"], dtype=object)[codes]
+    DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10)).write(files.dataset)
+    spec = EmbeddingSpec("net", "backbone", "test", "net", {}, "w", "d", "", "none", DIM, {}, "fp32", False)
+    path = files.store("net", spec.fingerprint())
+    with StoreWriter.open(path, spec.identity(), DIM) as writer:
+        writer.append(digests, X.astype(np.float32))
+    record = EmbeddingRecord("net", spec, path.relative_to(output).as_posix(), FeatureStore.open(path).digest, None, 0)
+    write_records(files.features, [record], {})
+    raw = {
+        "output": str(output),
+        "backbones": [{"name": "resnet18"}],
+        "baselines": ["majority"],
+        "heads": ["logistic_regression", "ridge", "nearest_centroid", "decision_tree"],
+        "tuning": {"trials": 3, "folds": 3, "nested": True, "seeds": 2, "jobs": 1},
+    }
+    return configuration.parse(raw, "test")
+
+
+def test_stage_two_ends_with_the_same_table_less_what_cannot_work_on_disk(tmp_path: Path, small_blocks: None) -> None:
+    config = stage_one(tmp_path / "memory")
+    here = train_heads.run(config).leaderboard
+    other = stage_one(tmp_path / "disk")
+    disk = train_heads.run(
+        other.model_copy(update={"tuning": other.tuning.model_copy(update={"memory": "0.5MB"})})
+    ).leaderboard
+    assert {row.key for row in here.rows} - {row.key for row in disk.rows} == {"net/decision_tree"}
+    for row in disk.rows:
+        same = here.row(row.key)
+        assert row.params == same.params
+        assert row.cv_mean == pytest.approx(same.cv_mean, abs=0.002)
+        assert row.test is not None
+        assert same.test is not None
+        assert row.test.accuracy == pytest.approx(same.test.accuracy, abs=0.004)
+        if row.head != "most_frequent":
+            assert row.test.log_loss == pytest.approx(same.test.log_loss, abs=0.01)
+        assert row.nested is not None
+        assert same.nested is not None
+        assert row.nested.mean == pytest.approx(same.nested.mean, abs=0.004)
+        assert row.seeds is not None
+        assert same.seeds is not None
+        np.testing.assert_allclose(row.seeds.cv_scores, same.seeds.cv_scores, atol=0.004)
+    needed = memory_needed((1200, DIM)) + 4 * 300 * DIM
+    assert needed == 960_000 + 0 * 6 - 0 if needed == 960_000 else needed > 500_000
+    notes = disk.notes()[-2:]
+    assert notes[0].startswith("net: its features stayed on disk, as tuning on them in memory takes about 1 MB and ")
+    assert notes[1].startswith("net / decision_tree: left out: it needs the features in memory, about 1 MB, and ")
+    assert notes[1].endswith("or use heads that work from disk: nearest_centroid, ridge, logistic_regression, linear_svm")
+    assert not any("disk" in note for note in here.notes())
+    page = report.build(tmp_path / "disk").read_text(encoding="utf-8") if hasattr(report, "build") else ""
+    assert not page or "left out" in page
