@@ -95,4 +95,4 @@ def predict(bundle: ModelBundle, X: Features) -> tuple[NDArray[np.object_], NDAr
 
 def size(count: int) -> str:
     """Write a number of bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

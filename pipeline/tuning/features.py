@@ -12,7 +12,7 @@ from pipeline.store import StoredRows
 Features = NDArray[np.float32] | StoredRows
 """A matrix X of shape (n, dim), float32: in memory, or on disk for the heads that can work there."""
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 """Features read at once. A fixed size, so that results do not depend on how much memory there is."""
 
 

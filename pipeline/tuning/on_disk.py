@@ -28,9 +28,6 @@ from pipeline.tuning.linear import hinge_family, logistic_family, row_weights, t
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.solvers import Array, Axes, Family, Path
 
-BATCH_BYTES = 32 << 20
-"""What penalties that are solved at once, on the same passes over the features, may take."""
-
 PER_SCORE, PER_WEIGHT, PER_PRODUCT = 28, 200, 28
 """Bytes a solver holds per row and class, per dimension and class, and per pair of dimensions; the copies that L-BFGS
 keeps and the workspace of an eigendecomposition are among them."""
@@ -49,14 +46,13 @@ class Fit:
 
 
 def needed_bytes(head: Head, shape: tuple[int, int], n_classes: int) -> int:
-    """Return about what one fold's work on features of shape (n, dim) takes while they stay on disk."""
+    """Return about what one fold's work on features of shape (n, dim) takes at least while they stay on disk."""
     n, dim = shape
     columns = 1 if n_classes == 2 else n_classes
     rows = n * (32 + 12 * n_classes)
     if head.on_disk is None or not FITS[head.on_disk].square:
         return rows + 4 * BLOCK_BYTES + 64 * dim * n_classes
-    solver = max(BATCH_BYTES, _problem_bytes(n, dim, columns))
-    return rows + 4 * BLOCK_BYTES + PER_PRODUCT * dim * dim + 2 * solver
+    return rows + 4 * BLOCK_BYTES + PER_PRODUCT * dim * dim + 2 * _problem_bytes(n, dim, columns)
 
 
 def _problem_bytes(n: int, dim: int, columns: int) -> int:
@@ -231,11 +227,12 @@ def _prepare_path(
 def _solve_path(problem: Problem, solver: _Solver, candidates: Sequence[Params]) -> list[Pipeline]:
     rows, family = solver.rows, solver.family
     columns = family.width * family.columns
-    size = max(1, BATCH_BYTES // _problem_bytes(len(rows.y), len(solver.vectors), columns))
+    # Penalties that are solved at once share their passes over the features.
+    size = 1 + problem.spare_bytes // _problem_bytes(len(rows.y), len(solver.vectors), columns)
     pipelines = []
     for start in range(0, len(candidates), size):
         batch = candidates[start : start + size]
-        found = solver.path.solve(np.array([1 / float(one["C"]) for one in batch]))
+        found = solver.path.solve(np.array([1 / float(_parameter(problem, one, "C")) for one in batch]))
         found = found.reshape(len(found), len(batch), columns)
         for place, params in enumerate(batch):
             weights = found[:, place]
@@ -277,7 +274,9 @@ def _prepare_ridge(problem: Problem, rows: NDArray[np.int64], y: NDArray[Any]) -
 def _solve_ridge(problem: Problem, ridge: _Ridge, candidates: Sequence[Params]) -> list[Pipeline]:
     pipelines = []
     for params in candidates:
-        weights = ridge.vectors @ (ridge.products / (ridge.values + float(params["alpha"]))[:, None])
+        weights = ridge.vectors @ (
+            ridge.products / (ridge.values + float(_parameter(problem, params, "alpha")))[:, None]
+        )
         intercept = ridge.target_mean - ridge.mean @ weights
         pipelines.append(_linear(problem, ridge.rows, params, weights.T, intercept))
     return pipelines
@@ -326,6 +325,11 @@ def _solve_centroids(problem: Problem, kept: _Centroids, candidates: Sequence[Pa
     return pipelines
 
 
+def _parameter(problem: Problem, params: Params, name: str) -> Any:
+    """Return a parameter's value, whether it is searched, held by the config, or scikit-learn's default."""
+    return configure(problem.head, params, problem.seed)[-1].get_params()[name]
+
+
 def _linear(problem: Problem, rows: Rows, params: Params, weights: NDArray[Any], intercept: NDArray[Any]) -> Pipeline:
     """Make a fitted pipeline of a linear head from its weights, shape (classes or 1, dim)."""
     pipeline = _fitted_on_little(problem, rows, params)
@@ -339,7 +343,7 @@ def _fitted_on_little(problem: Problem, rows: Rows, params: Params) -> Pipeline:
 
     All that scikit-learn keeps besides the solution is then there; the caller puts the solution in.
     """
-    pipeline = configure(problem.head, {**problem.head.fixed, **params}, problem.seed)
+    pipeline = configure(problem.head, params, problem.seed)
     if len(pipeline.steps) != 2 or type(pipeline[0]) is not StandardScaler:
         names = ", ".join(type(step).__name__ for _, step in pipeline.steps)
         raise HeadError(

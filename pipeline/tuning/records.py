@@ -30,6 +30,8 @@ class Problem:
     n_classes: int
     folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
     seed: int
+    spare_bytes: int = 0
+    """What each fold's work may take beyond the least, when the features are on disk."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,16 @@ SHARED_BYTES_FACTOR = 8
 """What folds prepare and share is kept up to this many times the feature matrix, or the floor."""
 
 
+SPARE_BYTES = 64 << 20
+"""What each fold's work on disk may take beyond the least where there is no limit."""
+
+
 @dataclass(frozen=True)
 class Room:
-    """How many folds are worked on at once, and the bytes that may be kept from one round to the next."""
+    """How many folds are worked on at once, what each may take, and what may be kept from one round to the next."""
 
     jobs: int
+    spare_bytes: int
     shared_bytes: int
 
 
@@ -44,10 +49,11 @@ def room_for(problem: Problem, tuning: TuningConfig) -> Room:
     wanted = joblib.cpu_count() if tuning.jobs == "auto" else tuning.jobs
     shared = max(SHARED_BYTES_FLOOR, SHARED_BYTES_FACTOR * problem.X.nbytes)
     if memory is None:
-        return Room(wanted, shared)
+        return Room(wanted, SPARE_BYTES, shared)
     if isinstance(problem.X, StoredRows):
         each, left = needed_bytes(problem.head, problem.X.shape, problem.n_classes), memory
     else:
         each, left = COPIES * problem.X.nbytes, memory - problem.X.nbytes
-    possible = max(1, min(wanted, left // max(1, each)))
-    return Room(possible, max(0, min(shared, left - possible * each)))
+    jobs = max(1, min(wanted, left // max(1, each)))
+    spare = max(0, left - jobs * each)
+    return Room(jobs, spare // (2 * jobs), min(shared, spare // 2))

@@ -120,11 +120,11 @@ class _Search:
     """The state of one search: its trials so far, what the journal knows, and the clock."""
 
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
-        self.problem, self.tuning, self.journal = problem, tuning, journal
-        self.evaluator: Evaluator = evaluator_for(problem)
         room = room_for(problem, tuning)
+        self.problem, self.tuning, self.journal = changed(problem, spare_bytes=room.spare_bytes), tuning, journal
+        self.evaluator: Evaluator = evaluator_for(problem)
         self.jobs = room.jobs
-        self.shared = Shared(self.evaluator, problem, room.shared_bytes)
+        self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
         self.trials: list[Trial] = []
         self.surrogate_seconds = 0.0
         self.replayed = 0
