@@ -269,7 +269,7 @@ def test_stage_two_ends_with_the_same_table_less_what_cannot_work_on_disk(tmp_pa
     assert disk.notes()[-2:] == [
         "net: its features stayed on disk, as tuning on them in memory takes about 1.0 MB and 0.5 MB are allowed (tuning.memory).",
         "net / decision_tree: left out: it needs the features in memory, about 1.0 MB, and 0.5 MB are allowed; raise "
-        "tuning.memory, choose a layer or pooling with fewer numbers, or use heads that work from disk: "
+        "tuning.memory, set tuning.pca to a number of components, or use heads that work from disk: "
         "nearest_centroid, ridge, logistic_regression, linear_svm",
     ]
     assert not any("disk" in note for note in here.notes())
@@ -300,7 +300,8 @@ def test_nothing_that_fits_is_told_in_one_line_per_row(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 4
     assert caught.value.problems[2].startswith("net / ridge: left out: even with its features on disk it needs about 1")
     assert caught.value.problems[2].endswith(
-        "0.1 MB are allowed; raise tuning.memory, or choose a layer or pooling with fewer numbers"
+        "0.1 MB are allowed; raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or "
+        "pooling with fewer numbers"
     )
 
 

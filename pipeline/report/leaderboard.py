@@ -132,6 +132,14 @@ class Leaderboard:
                 f"fine-tuned: the network has learned from training images; its heads were fitted and cross-validated on the "
                 f"other {', '.join(f'{count:,}' for count in unseen)} only, so its cross-validation is of other images than the rest."
             )
+        reduced = {row.embedding: row.components for row in self.rows if row.components is not None}
+        if reduced:
+            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
+            lines.append(
+                f"Heads work on principal components{whitened}, found within each fold's training images: "
+                + ", ".join(f"{count} of {name}" for name, count in reduced.items())
+                + "."
+            )
         if any(row.baseline for row in self.rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
         if best.baseline or best.untrained:

@@ -42,7 +42,7 @@ from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
 from pipeline.train_heads.place import limited, place_of, predict, vectors
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import Features, TuningRun, tune
+from pipeline.tuning import Features, Projections, TuningRun, tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -113,6 +113,7 @@ def run(config: Config) -> HeadsRun:
     tasks = {record.name: unseen_task(task, record, config) for record in records}
     tuning = limited(config.tuning)
     places = {name: place_of(name, store.dim, tasks[name], tuning) for name, store in stores.items()}
+    shared: tuple[str, Projections | None] = "", None
     notes = [place.sentence() for place in places.values() if place.on_disk]
     for entry in _entries(config, records, heads, tuning):
         own, place = tasks.get(entry.name, task), places.get(entry.name)
@@ -127,7 +128,9 @@ def run(config: Config) -> HeadsRun:
         else:
             store, on_disk = stores.get(entry.name), place is not None and place.on_disk
             features = vectors(store, own.train, on_disk), vectors(store, own.test, on_disk)
-            row = _make_row(entry, own, features, config, files, key)
+            if shared[0] != entry.name and tuning.pca is not None:  # of one embedding at a time
+                shared = entry.name, Projections(features[0], tuning.pca, tuning.whiten)
+            row = _make_row(entry, own, features, shared[1], config, files, key)
         rows.append(row)
     if not rows:
         raise HeadError("no head can be tuned within the memory allowed", notes)
@@ -149,7 +152,11 @@ def _entries(
         if record.kind == "baseline":
             yield Entry(record, HEADS[BASELINE_HEAD], tuning)
     if MAJORITY in config.baselines:
-        yield Entry(None, _majority_head(), tuning.model_copy(update={"trials": 1, "seconds": None}))
+        yield Entry(
+            None,
+            _majority_head(),
+            tuning.model_copy(update={"trials": 1, "seconds": None, "pca": None, "whiten": False}),
+        )
 
 
 def _majority_head() -> Head:
@@ -190,14 +197,27 @@ def _finished(folder: Path, key: str) -> LeaderboardRow | None:
 
 
 def _make_row(
-    entry: Entry, task: Task, features: tuple[Features, Features], config: Config, files: Artifacts, key: str
+    entry: Entry,
+    task: Task,
+    features: tuple[Features, Features],
+    projections: Projections | None,
+    config: Config,
+    files: Artifacts,
+    key: str,
 ) -> LeaderboardRow:
     """Tune one head, score it once on the test images, and save its bundle."""
     record, head, spec = entry.record, entry.head, entry.record.spec if entry.record else None
     log.info("%s / %s", entry.name, head.name)
     X_train, X_test = features
     tuned = tune(
-        head, X_train, task.y_train, task.folds, entry.tuning, config.seed, files.trials(entry.name, head.name)
+        head,
+        X_train,
+        task.y_train,
+        task.folds,
+        entry.tuning,
+        config.seed,
+        files.trials(entry.name, head.name),
+        projections,
     )
     calibrator = _calibrator(tuned, task)
     folder = files.bundle(entry.name, head.name)
@@ -230,9 +250,10 @@ def _make_row(
         dim=spec.dim if spec else 0,
         search_seconds=tuned.seconds,
         embed_seconds=record.seconds_per_image if record else None,
+        components=None if entry.tuning.pca is None else int(tuned.pipeline["pca"].n_components_),
         nested=repeats.nested(head, X_train, task, entry.tuning, config.seed, journal),
         seeds=repeats.seeds(head, (X_train, X_test), task, entry.tuning, config.seed, journal, (mean, tested.accuracy)),
-        reweighted=repeats.reweighted(head, X_train, task, entry.tuning, config.seed, tuned, journal),
+        reweighted=repeats.reweighted(head, X_train, task, entry.tuning, config.seed, tuned, journal, projections),
     )
     predictions = _predictions(tuned, task, labels, probabilities, calibrator)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pipeline.dataset import DatasetIndex
 from pipeline.heads import HEADS, Head
 from pipeline.store import FeatureStore, StoredRows
 from pipeline.train_heads.task import Task
-from pipeline.tuning import Features, blocks, memory_needed, memory_needed_on_disk
+from pipeline.tuning import Features, blocks, memory_needed, memory_needed_on_disk, memory_needed_to_project
 
 FREE_SHARE = 0.75
 """Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
@@ -31,6 +31,8 @@ class Place:
     needed: int
     """Bytes that tuning in memory takes."""
     limit: int
+    pca: int | float | None = None
+    folds: int = 1
 
     @property
     def on_disk(self) -> bool:
@@ -49,17 +51,20 @@ class Place:
         if not self.on_disk:
             return None
         where = f"{self.embedding} / {head.name}: left out"
-        found = memory_needed_on_disk(head, self.shape, self.classes)
+        if self.pca is None:
+            found = memory_needed_on_disk(head, self.shape, self.classes)
+        else:
+            found = memory_needed_to_project(self.shape, self.pca, self.folds)
         if found is None:
             able = ", ".join(name for name, row in HEADS.items() if row.on_disk)
             return (
                 f"{where}: it needs the features in memory, about {size(self.needed)}, and {size(self.limit)} are allowed; "
-                f"raise tuning.memory, choose a layer or pooling with fewer numbers, or use heads that work from disk: {able}"
+                f"raise tuning.memory, set tuning.pca to a number of components, or use heads that work from disk: {able}"
             )
         if found > self.limit:
             return (
                 f"{where}: even with its features on disk it needs about {size(found)}, and {size(self.limit)} are allowed; "
-                "raise tuning.memory, or choose a layer or pooling with fewer numbers"
+                "raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or pooling with fewer numbers"
             )
         return None
 
@@ -75,7 +80,8 @@ def place_of(embedding: str, dim: int, task: Task, tuning: TuningConfig) -> Plac
     """Decide where an embedding's features are; `tuning` as `limited` returns it."""
     shape, limit = (len(task.train), dim), tuning.memory_bytes
     assert limit is not None
-    return Place(embedding, shape, len(task.classes), memory_needed(shape) + 4 * len(task.test) * dim, limit)
+    needed = memory_needed(shape) + 4 * len(task.test) * dim
+    return Place(embedding, shape, len(task.classes), needed, limit, tuning.pca, len(task.folds))
 
 
 def vectors(store: FeatureStore | None, part: DatasetIndex, on_disk: bool) -> Features:

@@ -23,7 +23,7 @@ from pipeline.metrics import Scores, scores
 from pipeline.report import Nested, Seeds
 from pipeline.report.imbalance import UNEVEN, unevenness
 from pipeline.train_heads.task import Task
-from pipeline.tuning import SCORERS, Features, TuningRun, blocks, expand_scores, make_folds, part, tune
+from pipeline.tuning import SCORERS, Features, Projections, TuningRun, blocks, expand_scores, make_folds, part, tune
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,14 @@ def seeds(
 
 
 def reweighted(
-    head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int, tuned: TuningRun, journal: Path
+    head: Head,
+    X: Features,
+    task: Task,
+    tuning: TuningConfig,
+    seed: int,
+    tuned: TuningRun,
+    journal: Path,
+    projections: Projections | None,
 ) -> Scores | None:
     """Score the chosen parameters out of fold with class weights switched on, or off where they were on.
 
@@ -95,7 +102,7 @@ def reweighted(
     params = {**head.fixed, **tuned.best.params}
     switched = replace(head, build=build, space={}, defaults={}, fixed=params)
     once = tuning.model_copy(update={"trials": 1, "seconds": None})
-    found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"))
+    found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     names = np.asarray(task.classes, dtype=str)
     guess = names[found.classes[found.out_of_fold.predictions]]
     return scores(names[task.y_train], guess, None, task.classes, seed)

@@ -6,8 +6,9 @@ journal as it ends, so a killed search goes on where it was and ends with the sa
 
 from pipeline.tuning.features import Features, blocks, part
 from pipeline.tuning.folds import Folds, make_folds
+from pipeline.tuning.projection import Projections
 from pipeline.tuning.records import OutOfFold, Trial, TuningRun
-from pipeline.tuning.room import memory_needed, memory_needed_on_disk
+from pipeline.tuning.room import memory_needed, memory_needed_on_disk, memory_needed_to_project
 from pipeline.tuning.scoring import SCORERS, expand_scores
 from pipeline.tuning.search import check, tune
 
@@ -16,6 +17,7 @@ __all__ = [
     "Features",
     "Folds",
     "OutOfFold",
+    "Projections",
     "Trial",
     "TuningRun",
     "blocks",
@@ -24,6 +26,7 @@ __all__ = [
     "make_folds",
     "memory_needed",
     "memory_needed_on_disk",
+    "memory_needed_to_project",
     "part",
     "tune",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.heads import configure
-from pipeline.store import StoredRows
 from pipeline.tuning.evaluation import Evaluator, generic
 from pipeline.tuning.kernel import RBF_SVM
 from pipeline.tuning.linear import LINEAR_SVM, LOGISTIC_REGRESSION, RIDGE
@@ -43,7 +42,7 @@ def evaluator_for(problem: Problem) -> Evaluator:
     HeadError
         When the features are on disk and the head cannot be fitted there.
     """
-    if isinstance(problem.X, StoredRows):
+    if problem.on_disk:
         return evaluator_on_disk(problem.head)
     evaluator = EVALUATORS.get(problem.head.evaluator, GENERIC)
     return evaluator if evaluator.usable(problem) else GENERIC

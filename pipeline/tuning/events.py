@@ -29,13 +29,14 @@ def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfi
     budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
     # On disk the same optimum is found to fewer digits than a resumed search must repeat.
     place = {"on_disk": True} if isinstance(problem.X, StoredRows) else {}
+    reduced = {} if tuning.pca is None else {"pca": tuning.pca, "whiten": tuning.whiten}
     return {
         **place,
         "features": [list(problem.X.shape), str(problem.X.dtype), _digest(problem.X)],
         "labels": [[str(label) for label in classes], bytes_digest(problem.y.tobytes())],
         "folds": bytes_digest(folds),
         "head": identity(problem.head, problem.seed),
-        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **budget},
+        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **reduced, **budget},
         "seed": problem.seed,
         "versions": {
             "scikit-learn": sklearn.__version__,

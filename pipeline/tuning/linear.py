@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_sample_weight
 
 from pipeline.heads import Params, configure
-from pipeline.tuning.evaluation import Evaluator
+from pipeline.tuning.evaluation import Evaluator, standardised
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
 from pipeline.tuning.solvers import (
@@ -23,7 +23,6 @@ from pipeline.tuning.solvers import (
     binomial_loss,
     softmax_loss,
     squared_hinge_loss,
-    standardise,
     turn,
 )
 
@@ -148,8 +147,8 @@ def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[
 
 def _fold(problem: Problem, fold: int) -> tuple[Axes, NDArray[np.int64], NDArray[np.int64], Array]:
     """Return a fold's axes, its training labels as places in the classes present, these classes, and row weights."""
-    train, held_out = problem.folds[fold]
-    axes = turn(*standardise(problem.X[train], problem.X[held_out]))
+    train, _ = problem.folds[fold]
+    axes = turn(*standardised(problem, fold))
     present, y = np.unique(problem.y[train], return_inverse=True)
     return axes, y.astype(np.int64), present, row_weights(problem, y)
 

@@ -8,7 +8,7 @@ products with the features per step are made block by block. A fit gives an ordi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,12 +21,12 @@ from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import HeadError
 from pipeline.heads import Head, Params, configure
-from pipeline.store import StoredRows
 from pipeline.tuning.evaluation import Evaluator, counted, failed, score_columns
-from pipeline.tuning.features import BLOCK_BYTES, Features, blocks
+from pipeline.tuning.features import BLOCK_BYTES, blocks
 from pipeline.tuning.linear import hinge_family, logistic_family, row_weights, targets_of
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.solvers import Array, Axes, Family, Path
+from pipeline.tuning.standardised import Standardised
 
 PER_SCORE, PER_WEIGHT, PER_PRODUCT = 28, 200, 28
 """Bytes a solver holds per row and class, per dimension and class, and per pair of dimensions; the copies that L-BFGS
@@ -110,44 +110,23 @@ def _say(pipelines: Sequence[Pipeline], block: Array, n_classes: int) -> list[tu
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a fit in the order in which they lie on disk, standardised as they are read.
+    """The rows of a fit, and what is known of each.
 
     y : ndarray of shape (n,), int64: places in `classes`
     weights : ndarray of shape (n,), float32: the class weights
     """
 
-    X: Features
-    rows: NDArray[np.int64]
-    scaler: StandardScaler
+    data: Standardised
     classes: NDArray[Any]
     y: NDArray[np.int64]
     weights: Array
 
     @staticmethod
     def of(problem: Problem, rows: NDArray[np.int64], y: NDArray[Any]) -> Rows:
-        """Read the rows once for their means and standard deviations."""
-        rows = problem.X.in_file_order(rows) if isinstance(problem.X, StoredRows) else np.sort(rows)
-        scaler = StandardScaler()
-        for _, block in blocks(problem.X, rows):
-            scaler.partial_fit(block)
-        classes, codes = np.unique(y[rows], return_inverse=True)
-        return Rows(problem.X, rows, scaler, classes, codes.astype(np.int64), row_weights(problem, codes))
-
-    def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Yield places and the standardised features there."""
-        shift, factor = self.scaler.mean_.astype(np.float32), (1 / self.scaler.scale_).astype(np.float32)
-        for place, block in blocks(self.X, self.rows):
-            block -= shift
-            block *= factor
-            yield place, block
-
-    def products(self) -> NDArray[np.float64]:
-        """Return X'X of the standardised, unweighted rows, shape (dim, dim)."""
-        dim = self.X.shape[1]
-        total = np.zeros((dim, dim))
-        for _, block in self.blocks():
-            total += block.T @ block
-        return total
+        """Standardise the rows and sort their labels along."""
+        data = Standardised.of(problem.X, rows)
+        classes, codes = np.unique(y[data.rows], return_inverse=True)
+        return Rows(data, classes, codes.astype(np.int64), row_weights(problem, codes))
 
 
 @dataclass(frozen=True)
@@ -163,7 +142,7 @@ class Turned:
     def __matmul__(self, weights: Array) -> Array:
         turned = self.vectors @ weights[:-1]
         made = np.empty((len(self.rows.y), weights.shape[1]), dtype=np.float32)
-        for place, block in self.rows.blocks():
+        for place, block in self.rows.data.blocks():
             np.matmul(block, turned, out=made[place])
         made += weights[-1]
         return made
@@ -181,7 +160,7 @@ class _Transposed:
     def __matmul__(self, slopes: Array) -> Array:
         rows, vectors = self.turned.rows, self.turned.vectors
         total = np.zeros((len(vectors), slopes.shape[1]))
-        for place, block in rows.blocks():
+        for place, block in rows.data.blocks():
             total += block.T @ slopes[place]
         ones = slopes.sum(axis=0, dtype=np.float64)
         return np.vstack([vectors.T @ total.astype(np.float32), ones[None, :].astype(np.float32)])
@@ -189,7 +168,7 @@ class _Transposed:
 
 def _turn(rows: Rows) -> Axes:
     """Find the axes of the rows' covariance, as `solvers.turn` does in memory."""
-    total = rows.products()
+    total = rows.data.products()
     values, vectors = scipy.linalg.eigh(total.astype(np.float32), driver="evd", overwrite_a=True, check_finite=False)
     if len(total) > len(rows.y):
         vectors = np.ascontiguousarray(vectors[:, values > 1e-6 * values.max()])
@@ -258,7 +237,7 @@ def _prepare_ridge(problem: Problem, rows: NDArray[np.int64], y: NDArray[Any]) -
     targets = targets_of(kept.y, len(kept.classes))
     dim, root = problem.X.shape[1], np.sqrt(kept.weights)
     square, products, total = np.zeros((dim, dim)), np.zeros((dim, targets.shape[1])), np.zeros(dim)
-    for place, block in kept.blocks():
+    for place, block in kept.data.blocks():
         block *= root[place, None]
         square += block.T @ block
         products += block.T @ (root[place, None] * targets[place])
@@ -294,7 +273,7 @@ def _prepare_centroids(problem: Problem, rows: NDArray[np.int64], y: NDArray[Any
     kept = Rows.of(problem, rows, y)
     member = np.eye(len(kept.classes), dtype=np.float32)
     sums, squares = np.zeros((len(member), problem.X.shape[1])), np.zeros(problem.X.shape[1])
-    for place, block in kept.blocks():
+    for place, block in kept.data.blocks():
         sums += member[kept.y[place]].T @ block
         squares += np.einsum("ij,ij->j", block, block)
     counts = np.bincount(kept.y)
@@ -349,7 +328,7 @@ def _fitted_on_little(problem: Problem, rows: Rows, params: Params) -> Pipeline:
         raise HeadError(
             f"head {problem.head.name}: on_disk needs a pipeline of a StandardScaler and a classifier, found {names}"
         )
-    pipeline.steps[0] = (pipeline.steps[0][0], rows.scaler)
+    pipeline.steps[0] = (pipeline.steps[0][0], rows.data.scaler)
     classifier = pipeline[-1]
     little = np.arange(len(rows.classes), dtype=np.float32)[:, None]
     classifier.fit(little if problem.head.on_disk == "nearest_centroid" else np.zeros_like(little), rows.classes)

@@ -9,6 +9,7 @@ import joblib
 from pipeline.config import TuningConfig
 from pipeline.heads import Head
 from pipeline.store import StoredRows
+from pipeline.tuning.features import BLOCK_BYTES
 from pipeline.tuning.on_disk import needed_bytes
 from pipeline.tuning.records import Problem
 
@@ -43,6 +44,17 @@ def memory_needed_on_disk(head: Head, shape: tuple[int, int], n_classes: int) ->
     return None if head.on_disk is None else needed_bytes(head, shape, n_classes)
 
 
+def memory_needed_to_project(shape: tuple[int, int], pca: int | float, folds: int) -> int:
+    """Return about what a search takes on the principal components of features that stay on disk, of shape (n, dim)."""
+    kept = 4 * shape[0] * most_components(shape, pca)
+    return 4 * BLOCK_BYTES + 40 * shape[1] ** 2 + (folds + 1 + COPIES) * kept
+
+
+def most_components(shape: tuple[int, int], pca: int | float) -> int:
+    """Return how many components there can be; a share of the variance may need all."""
+    return shape[1] if isinstance(pca, float) else min(pca, *shape)
+
+
 def room_for(problem: Problem, tuning: TuningConfig) -> Room:
     """Divide the memory a search may take; `auto` has become a size before, or there is no limit."""
     memory = tuning.memory_bytes
@@ -50,8 +62,11 @@ def room_for(problem: Problem, tuning: TuningConfig) -> Room:
     shared = max(SHARED_BYTES_FLOOR, SHARED_BYTES_FACTOR * problem.X.nbytes)
     if memory is None:
         return Room(wanted, SPARE_BYTES, shared)
-    if isinstance(problem.X, StoredRows):
-        each, left = needed_bytes(problem.head, problem.X.shape, problem.n_classes), memory
+    shape, left = problem.X.shape, memory
+    if problem.on_disk:
+        each = needed_bytes(problem.head, shape, problem.n_classes)
+    elif isinstance(problem.X, StoredRows) and tuning.pca is not None:
+        each = 40 * shape[1] ** 2 + COPIES * 4 * shape[0] * most_components(shape, tuning.pca)
     else:
         each, left = COPIES * problem.X.nbytes, memory - problem.X.nbytes
     jobs = max(1, min(wanted, left // max(1, each)))

@@ -21,7 +21,6 @@ from pipeline.config import TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import Head, Params, configure
 from pipeline.progress import Progress, bar
-from pipeline.store import StoredRows
 from pipeline.tuning import racing, strategies
 from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
@@ -30,6 +29,7 @@ from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.folds import Folds
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.on_disk import fit_on_disk
+from pipeline.tuning.projection import Projections, without_scaler
 from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
 from pipeline.tuning.room import room_for
 from pipeline.tuning.scoring import SCORERS
@@ -60,6 +60,7 @@ def tune(
     tuning: TuningConfig,
     seed: int,
     journal: Path,
+    projections: Projections | None = None,
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
@@ -73,6 +74,7 @@ def tune(
         `memory_needed`. `StoredRows` stay on disk and are read in blocks, by the heads that can be fitted so.
     y : array of shape (n,): labels or codes; the fitted pipeline predicts values of the same kind
     journal : the JSON-lines file of this search's fits; what it holds of the same search is not fitted again
+    projections : of this X, to share what is found for `tuning.pca` with searches of other heads
 
     Raises
     ------
@@ -89,6 +91,9 @@ def tune(
         )
     classes, codes = np.unique(np.asarray(y), return_inverse=True)
     problem = Problem(head, X, codes.astype(np.int64), len(classes), tuple(folds), seed)
+    if tuning.pca is not None:
+        shared = projections or Projections(X, tuning.pca, tuning.whiten)
+        problem = changed(problem, head=without_scaler(head), projections=shared)
     book = Journal.open(journal, search_identity(problem, classes, tuning))
     try:
         search = _Search(problem, tuning, book)
@@ -295,7 +300,7 @@ class _Search:
             try:
                 return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), points)
             except (MemoryError, np.linalg.LinAlgError) as error:
-                if isinstance(self.problem.X, StoredRows):
+                if self.problem.on_disk:
                     return [failed(error, {}) for _ in points]
                 log.warning(
                     "head %s: no shared work on fold %d (%r); each trial is fitted by itself",
@@ -380,12 +385,14 @@ def _complete(trial: Trial, cheap: bool) -> bool:
 
 def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
     """Fit the head's plain pipeline on all rows; `n_jobs` is used for the fit and not kept."""
-    if isinstance(problem.X, StoredRows):
-        with counting_warnings(), threadpool_limits(limits=jobs, user_api="blas"):
-            return fit_on_disk(problem, params, y)
     # Threads of a small product wait for each other longer than they work.
-    with counting_warnings(), threadpool_limits(limits=1 if problem.X.size < FEW_FEATURES else None, user_api="blas"):
+    few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
+    with counting_warnings(), threadpool_limits(limits=1 if few else None, user_api="blas"):
+        if problem.on_disk:
+            return fit_on_disk(problem, params, y)
+        projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
         pipeline = configure(problem.head, params, problem.seed)
         parallel = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
         kept = {key: pipeline.get_params()[key] for key in parallel}
-        return pipeline.set_params(**parallel).fit(problem.X, y).set_params(**kept)
+        fitted = pipeline.set_params(**parallel).fit(X, y).set_params(**kept)
+        return fitted if projection is None else projection.before(fitted)
