@@ -179,7 +179,7 @@ logistic = replace(HEADS["logistic_regression"], defaults={"C": 1e-5})
 heads = [HEADS["nearest_centroid"], HEADS["ridge"], logistic]
 # What libraries keep for themselves is there before the limit is set.
 little = np.arange(300)
-for head in heads:
+for head in [*heads, HEADS["decision_tree"]]:
     tune(head, store.read(digests[little]), y[little], make_folds(y[little], 2, 0), tuning, 0, folder / f"warm-{head.name}")
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + limit * 10**6,) * 2)
@@ -187,6 +187,9 @@ for head in heads:
     run = tune(head, StoredRows.of(store, digests), y, folds, tuning, 0, folder / head.name)
     assert not run.best.error, run.best.error
     print(head.name, round(run.best.mean, 3))
+reduced = tuning.model_copy(update={"pca": 8})
+run = tune(HEADS["decision_tree"], StoredRows.of(store, digests), y, folds, reduced, 0, folder / "components")
+print("decision_tree", round(run.best.mean, 3))
 try:
     store.read(digests)
 except MemoryError:
@@ -210,11 +213,12 @@ def test_features_of_several_times_the_limit_are_tuned_within_it(tmp_path: Path)
     made = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-2000:]
     lines = dict(line.rsplit(" ", 1) for line in made.stdout.splitlines())
-    assert list(lines) == ["nearest_centroid", "ridge", "logistic_regression", "the whole matrix does not"]
-    assert all(float(score) > 0.9 for name, score in lines.items() if name in HEADS)
+    names = ["nearest_centroid", "ridge", "logistic_regression", "decision_tree"]
+    assert list(lines) == [*names, "the whole matrix does not"]
+    assert all(float(lines[name]) > (0.4 if name == "decision_tree" else 0.9) for name in names)
 
 
-N, DIM = 1500, 32
+N, DIM = 900, 32
 
 
 def stage_one(output: Path) -> Config:
@@ -248,7 +252,7 @@ def test_stage_two_ends_with_the_same_table_less_what_cannot_work_on_disk(tmp_pa
     here = train_heads.run(config).leaderboard
     other = stage_one(tmp_path / "disk")
     disk = train_heads.run(
-        other.model_copy(update={"tuning": other.tuning.model_copy(update={"memory": "0.5MB"})})
+        other.model_copy(update={"tuning": other.tuning.model_copy(update={"memory": "0.4MB"})})
     ).leaderboard
     assert {row.key for row in here.rows} - {row.key for row in disk.rows} == {"net/decision_tree"}
     for row in disk.rows:
@@ -267,8 +271,8 @@ def test_stage_two_ends_with_the_same_table_less_what_cannot_work_on_disk(tmp_pa
         assert same.seeds is not None
         np.testing.assert_allclose(row.seeds.cv_means, same.seeds.cv_means, atol=0.004)
     assert disk.notes()[-2:] == [
-        "net: its features stayed on disk, as tuning on them in memory takes about 1.0 MB and 0.5 MB are allowed (tuning.memory).",
-        "net / decision_tree: left out: it needs the features in memory, about 1.0 MB, and 0.5 MB are allowed; raise "
+        "net: its features stayed on disk, as tuning on them in memory takes about 0.6 MB and 0.4 MB are allowed (tuning.memory).",
+        "net / decision_tree: left out: it needs the features in memory, about 0.6 MB, and 0.4 MB are allowed; raise "
         "tuning.memory, set tuning.pca to a number of components, or use heads that work from disk: "
         "nearest_centroid, ridge, logistic_regression, linear_svm",
     ]
@@ -278,7 +282,7 @@ def test_stage_two_ends_with_the_same_table_less_what_cannot_work_on_disk(tmp_pa
 
 def test_bundles_made_on_disk_predict_what_the_leaderboard_says(tmp_path: Path, small_blocks: None) -> None:
     config = stage_one(tmp_path)
-    tuning = config.tuning.model_copy(update={"memory": "0.5MB", "nested": False, "seeds": 1})
+    tuning = config.tuning.model_copy(update={"memory": "0.4MB", "nested": False, "seeds": 1})
     board = train_heads.run(config.model_copy(update={"tuning": tuning})).leaderboard
     index = DatasetIndex.read(Artifacts(tmp_path).dataset).select("test")
     record = json.loads(Artifacts(tmp_path).features.read_text(encoding="utf-8"))["embeddings"][0]
@@ -298,7 +302,7 @@ def test_nothing_that_fits_is_told_in_one_line_per_row(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match="no head can be tuned within the memory allowed") as caught:
         train_heads.run(config.model_copy(update={"tuning": tuning, "baselines": ()}))
     assert len(caught.value.problems) == 4
-    assert caught.value.problems[2].startswith("net / ridge: left out: even with its features on disk it needs about 1")
+    assert caught.value.problems[2].startswith("net / ridge: left out: even with its features on disk it needs about 25.")
     assert caught.value.problems[2].endswith(
         "0.1 MB are allowed; raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or "
         "pooling with fewer numbers"

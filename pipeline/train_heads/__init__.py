@@ -3,9 +3,10 @@
 Reads what stage one wrote (the index and the feature stores), needs neither the images nor torch, and writes a bundle per
 head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
 
-    task.py      the rows, the folds, the test images
-    place.py     features in memory or on disk, and the heads that are left out where neither will do
-    repeats.py   searches within outer folds and with other seeds, on request; class weights switched
+    task.py         the rows, the folds, the test images
+    place.py        features in memory or on disk, and the heads that are left out where neither will do
+    predictions.py  what a head said of every image
+    repeats.py      searches within outer folds and with other seeds, on request; class weights switched
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.dummy import DummyClassifier
 from sklearn.pipeline import Pipeline
 
@@ -35,14 +35,14 @@ from pipeline.embedders import EmbeddingRecord, read_records
 from pipeline.errors import BundleError, HeadError
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
-from pipeline.metrics import Predictions, PredictionSet, scores
-from pipeline.metrics.calibration import Calibrator, fit_calibrator
+from pipeline.metrics import Predictions, scores
 from pipeline.report import Leaderboard, LeaderboardRow, judge
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
-from pipeline.train_heads.place import limited, place_of, predict, vectors
+from pipeline.train_heads.place import Embedded, limited, place_of, predict
+from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import Features, Projections, TuningRun, tune
+from pipeline.tuning import tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -113,7 +113,7 @@ def run(config: Config) -> HeadsRun:
     tasks = {record.name: unseen_task(task, record, config) for record in records}
     tuning = limited(config.tuning)
     places = {name: place_of(name, store.dim, tasks[name], tuning) for name, store in stores.items()}
-    shared: tuple[str, Projections | None] = "", None
+    held: tuple[str, Embedded] | None = None
     notes = [place.sentence() for place in places.values() if place.on_disk]
     for entry in _entries(config, records, heads, tuning):
         own, place = tasks.get(entry.name, task), places.get(entry.name)
@@ -126,11 +126,11 @@ def run(config: Config) -> HeadsRun:
             notes.append(objection)
             continue
         else:
-            store, on_disk = stores.get(entry.name), place is not None and place.on_disk
-            features = vectors(store, own.train, on_disk), vectors(store, own.test, on_disk)
-            if shared[0] != entry.name and tuning.pca is not None:  # of one embedding at a time
-                shared = entry.name, Projections(features[0], tuning.pca, tuning.whiten)
-            row = _make_row(entry, own, features, shared[1], config, files, key)
+            if held is None or held[0] != entry.name:
+                held = None  # let go first: one embedding at a time
+                on_disk = place is not None and place.on_disk
+                held = entry.name, Embedded.of(stores.get(entry.name), own, on_disk, entry.tuning)
+            row = _make_row(entry, own, held[1], config, files, key)
         rows.append(row)
     if not rows:
         raise HeadError("no head can be tuned within the memory allowed", notes)
@@ -197,18 +197,12 @@ def _finished(folder: Path, key: str) -> LeaderboardRow | None:
 
 
 def _make_row(
-    entry: Entry,
-    task: Task,
-    features: tuple[Features, Features],
-    projections: Projections | None,
-    config: Config,
-    files: Artifacts,
-    key: str,
+    entry: Entry, task: Task, embedded: Embedded, config: Config, files: Artifacts, key: str
 ) -> LeaderboardRow:
     """Tune one head, score it once on the test images, and save its bundle."""
     record, head, spec = entry.record, entry.head, entry.record.spec if entry.record else None
     log.info("%s / %s", entry.name, head.name)
-    X_train, X_test = features
+    X_train, X_test, projections = embedded.train, embedded.test, embedded.projections
     tuned = tune(
         head,
         X_train,
@@ -219,7 +213,7 @@ def _make_row(
         files.trials(entry.name, head.name),
         projections,
     )
-    calibrator = _calibrator(tuned, task)
+    calibrator = calibrator_of(tuned, task)
     folder = files.bundle(entry.name, head.name)
     bundle = ModelBundle(
         head.name, tuned.best.params, task.classes, record.to_dict() if record else {}, tuned.pipeline, {}, calibrator
@@ -255,50 +249,12 @@ def _make_row(
         seeds=repeats.seeds(head, (X_train, X_test), task, entry.tuning, config.seed, journal, (mean, tested.accuracy)),
         reweighted=repeats.reweighted(head, X_train, task, entry.tuning, config.seed, tuned, journal, projections),
     )
-    predictions = _predictions(tuned, task, labels, probabilities, calibrator)
+    predictions = predictions_of(tuned, task, labels, probabilities, calibrator)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "predictions.npz", predictions.to_bytes())
     provenance = {"key": key, "row": row.to_record(), "seed": config.seed, "strategy": tuned.strategy}
     bundles.save(replace(bundle, provenance=provenance), folder)
     return row
-
-
-def _calibrator(tuned: TuningRun, task: Task) -> Calibrator | None:
-    """Fit the temperature that turns the head's scores into probabilities, on rows it had not seen."""
-    out_of_fold = tuned.out_of_fold
-    if out_of_fold.scores is None or len(tuned.classes) < 2:
-        return None
-    place = {code: column for column, code in enumerate(tuned.classes.tolist())}
-    columns = np.array([place[code] for code in task.y_train.tolist()])
-    return fit_calibrator(bundles.logits(out_of_fold.scores, out_of_fold.kind), columns)
-
-
-def _predictions(
-    tuned: TuningRun,
-    task: Task,
-    labels: NDArray[np.object_],
-    probabilities: NDArray[np.float64] | None,
-    calibrator: Calibrator | None,
-) -> Predictions:
-    """Collect what the head said of every image, for the report and for paired comparison."""
-    names = np.asarray(task.classes, dtype=str)
-    out_of_fold = tuned.out_of_fold
-    held_out = None
-    if out_of_fold.scores is not None and calibrator is not None:
-        held_out = np.zeros((len(task.train), len(task.classes)), dtype=np.float32)
-        held_out[:, tuned.classes] = calibrator.probabilities(bundles.logits(out_of_fold.scores, out_of_fold.kind))
-    tested = None if probabilities is None else probabilities.astype(np.float32)
-    return Predictions(
-        task.classes,
-        PredictionSet(task.test.paths.astype(str), names[task.y_test], labels.astype(str), tested),
-        PredictionSet(
-            task.train.paths.astype(str),
-            names[task.y_train],
-            names[tuned.classes[out_of_fold.predictions]],
-            held_out,
-            out_of_fold.folds,
-        ),
-    )
 
 
 def _provenance(

@@ -14,7 +14,14 @@ from pipeline.dataset import DatasetIndex
 from pipeline.heads import HEADS, Head
 from pipeline.store import FeatureStore, StoredRows
 from pipeline.train_heads.task import Task
-from pipeline.tuning import Features, blocks, memory_needed, memory_needed_on_disk, memory_needed_to_project
+from pipeline.tuning import (
+    Features,
+    Projections,
+    blocks,
+    memory_needed,
+    memory_needed_on_disk,
+    memory_needed_to_project,
+)
 
 FREE_SHARE = 0.75
 """Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
@@ -84,8 +91,25 @@ def place_of(embedding: str, dim: int, task: Task, tuning: TuningConfig) -> Plac
     return Place(embedding, shape, len(task.classes), needed, limit, tuning.pca, len(task.folds))
 
 
-def vectors(store: FeatureStore | None, part: DatasetIndex, on_disk: bool) -> Features:
-    """The features of some images, shape (n, dim); one constant column where a head needs no image."""
+@dataclass(frozen=True)
+class Embedded:
+    """The features of an embedding, and the principal components that its heads share where `tuning.pca` asks for them.
+
+    train, test : of shape (n, dim), float32; one constant column where a head needs no image.
+    """
+
+    train: Features
+    test: Features
+    projections: Projections | None = None
+
+    @staticmethod
+    def of(store: FeatureStore | None, task: Task, on_disk: bool, tuning: TuningConfig) -> Embedded:
+        """Read the features, or find them where they are to stay."""
+        train, test = (_vectors(store, part, on_disk) for part in (task.train, task.test))
+        return Embedded(train, test, None if tuning.pca is None else Projections(train, tuning.pca, tuning.whiten))
+
+
+def _vectors(store: FeatureStore | None, part: DatasetIndex, on_disk: bool) -> Features:
     if store is None:
         return np.zeros((len(part), 1), dtype=np.float32)
     return StoredRows.of(store, part.digests) if on_disk else store.read(part.digests)

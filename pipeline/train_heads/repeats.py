@@ -84,7 +84,7 @@ def reweighted(
     seed: int,
     tuned: TuningRun,
     journal: Path,
-    projections: Projections | None,
+    projections: Projections | None = None,
 ) -> Scores | None:
     """Score the chosen parameters out of fold with class weights switched on, or off where they were on.
 
