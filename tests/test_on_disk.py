@@ -168,9 +168,11 @@ from dataclasses import replace
 from pipeline.config import TuningConfig
 from pipeline.heads import HEADS
 from pipeline.store import FeatureStore, StoredRows
-from pipeline.tuning import make_folds, tune
+from pipeline.tuning import features, make_folds, on_disk, room, tune
 
-folder, limit = Path(sys.argv[1]), 27
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+# Smaller blocks for a smaller test.
+features.BLOCK_BYTES = on_disk.BLOCK_BYTES = room.BLOCK_BYTES = 1 << 20
 y, digests = np.load(folder / "y.npy"), np.load(folder / "digests.npy")
 store = FeatureStore.open(folder / "store")
 folds = make_folds(y, 2, 0)
@@ -187,7 +189,7 @@ for head in heads:
     run = tune(head, StoredRows.of(store, digests), y, folds, tuning, 0, folder / head.name)
     assert not run.best.error, run.best.error
     print(head.name, round(run.best.mean, 3))
-reduced = tuning.model_copy(update={"pca": 8})
+reduced = tuning.model_copy(update={"pca": 4})
 run = tune(HEADS["decision_tree"], StoredRows.of(store, digests), y, folds, reduced, 0, folder / "components")
 print("decision_tree", round(run.best.mean, 3))
 try:
@@ -201,16 +203,18 @@ except MemoryError:
 def test_features_of_several_times_the_limit_are_tuned_within_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     y = np.arange(40_000) % 3
-    centres = 0.15 * rng.normal(size=(3, 512))
+    centres = 0.2 * rng.normal(size=(3, 256))
     digests = pack_digests(content_digest(str(number).encode()) for number in range(len(y)))
-    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 512) as writer:  # 82 MB
+    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 256) as writer:  # 41 MB
         for start in range(0, len(y), 5000):
             part = slice(start, start + 5000)
-            rows = rng.standard_normal((5000, 512), dtype=np.float32) + centres[y[part]].astype(np.float32)
+            rows = rng.standard_normal((5000, 256), dtype=np.float32) + centres[y[part]].astype(np.float32)
             writer.append(digests[part], rows)
     np.save(tmp_path / "y.npy", y)
     np.save(tmp_path / "digests.npy", digests)
-    made = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), "13"], capture_output=True, text=True, check=False
+    )
     assert made.returncode == 0, made.stderr[-2000:]
     lines = dict(line.rsplit(" ", 1) for line in made.stdout.splitlines())
     names = ["nearest_centroid", "ridge", "logistic_regression", "decision_tree"]
@@ -302,7 +306,9 @@ def test_nothing_that_fits_is_told_in_one_line_per_row(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match="no head can be tuned within the memory allowed") as caught:
         train_heads.run(config.model_copy(update={"tuning": tuning, "baselines": ()}))
     assert len(caught.value.problems) == 4
-    assert caught.value.problems[2].startswith("net / ridge: left out: even with its features on disk it needs about 25.")
+    assert caught.value.problems[2].startswith(
+        "net / ridge: left out: even with its features on disk it needs about 25."
+    )
     assert caught.value.problems[2].endswith(
         "0.1 MB are allowed; raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or "
         "pooling with fewer numbers"
