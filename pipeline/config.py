@@ -177,6 +177,9 @@ class HeadConfig(Section):
         return value
 
 
+_UNITS = {"MB": 10**6, "GB": 10**9}
+
+
 class TuningConfig(Section):
     """The search: the same strategy, budget and folds for every head."""
 
@@ -192,8 +195,44 @@ class TuningConfig(Section):
     the work."""
     seeds: int = Field(1, ge=1, le=100)
     """Searches per head, each with its own folds, by the experiment's seed and those after it: so many times the work."""
+    pca: int | float | None = None
+    """Principal components that every head works on, found within each fold: a number, or the share of the variance they
+    hold, such as 0.95."""
+    whiten: bool = False
+    """Whether `pca` also gives all components the same variance."""
     jobs: Literal["auto"] | int = "auto"
     """Parallel processes."""
+    memory: str = "auto"
+    """What the features of one embedding and the work on them may take, such as `2GB` or `500MB`; `auto` is three quarters
+    of what is free. Embeddings that need more stay on disk, and only the heads that can work there are tuned."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The limit in bytes; None for `auto`."""
+        return None if self.memory == "auto" else int(float(self.memory[:-2]) * _UNITS[self.memory[-2:]])
+
+    @field_validator("pca", mode="before")
+    @classmethod
+    def _a_number_or_a_share(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is None or whole or (isinstance(value, float) and 0 < value < 1):
+            return value
+        raise ValueError(
+            f"expected a number of components such as 64, a share of the variance below 1 such as 0.95, or null, got {value!r}"
+        )
+
+    @model_validator(mode="after")
+    def _whitening_needs_components(self) -> TuningConfig:
+        if self.whiten and self.pca is None:
+            raise ValueError("whiten: works on principal components; give pca too, such as pca: 64")
+        return self
+
+    @field_validator("memory")
+    @classmethod
+    def _a_size(cls, value: str) -> str:
+        if value != "auto" and not re.fullmatch(r"\d+(\.\d+)? ?(MB|GB)", value):
+            raise ValueError(f"expected 'auto' or a size such as '2GB' or '500MB', got {value!r}")
+        return value
 
     @field_validator("jobs")
     @classmethod

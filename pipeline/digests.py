@@ -37,7 +37,15 @@ def file_digest(path: Path) -> str:
 
 def bytes_digest(data: bytes | memoryview) -> str:
     """Return the hex BLAKE2b-256 of some bytes."""
-    return hashlib.blake2b(data, digest_size=32).hexdigest()
+    return parts_digest([data])
+
+
+def parts_digest(parts: Iterable[bytes | memoryview]) -> str:
+    """Return the hex BLAKE2b-256 of bytes that come in parts, as if they were in one piece."""
+    digest = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def canonical_json(value: Any) -> str:

@@ -30,7 +30,9 @@ N = 120
 # A scaler fitted outside the folds
 
 
-def held_out_rows_reach_the_fit(head_of: Callable[[np.ndarray], Head], folder: Path) -> bool:
+def held_out_rows_reach_the_fit(
+    head_of: Callable[[np.ndarray], Head], folder: Path, tuning: TuningConfig | None = None
+) -> bool:
     """Whether what a fold's model says of some held-out rows changes when other held-out rows do; head_of : X -> head."""
     rng = np.random.default_rng(0)
     y = np.arange(N) % 3
@@ -39,7 +41,7 @@ def held_out_rows_reach_the_fit(head_of: Callable[[np.ndarray], Head], folder: P
     probe, moved = np.array_split(folds[0][1], 2)
     other = X.copy()
     other[moved] = 50 * other[moved] + 7
-    said, tuning = [], TuningConfig(trials=1, jobs=1)
+    said, tuning = [], tuning or TuningConfig(trials=1, jobs=1)
     for number, features in enumerate((X, other)):
         run = tune(head_of(features), features, y, folds, tuning, 0, folder / f"{number}.jsonl")
         scores = run.out_of_fold.scores

@@ -174,7 +174,7 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(tmp_path):
 def test_features_that_are_no_numbers_are_refused(tmp_path):
     X, y = features()
     X[7, 3] = np.nan
-    with pytest.raises(HeadError, match="the features hold NaN or infinity, first within rows 0 to 4095"):
+    with pytest.raises(HeadError, match="the features hold NaN or infinity, first within rows 0 to 199;"):
         tune(LDA, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
 
 

@@ -75,6 +75,7 @@ _ROWS = (
         defaults={"shrink_threshold": None},
         simplicity=0,
         probabilities=True,
+        on_disk="nearest_centroid",
     ),
     Head(
         name="ridge",
@@ -85,6 +86,7 @@ _ROWS = (
         linear=True,
         takes_class_weight=True,
         evaluator="ridge",
+        on_disk="ridge",
     ),
     Head(
         name="logistic_regression",
@@ -96,6 +98,7 @@ _ROWS = (
         linear=True,
         takes_class_weight=True,
         evaluator="logistic_regression",
+        on_disk="logistic_regression",
     ),
     Head(
         name="linear_svm",
@@ -106,6 +109,7 @@ _ROWS = (
         linear=True,
         takes_class_weight=True,
         evaluator="linear_svm",
+        on_disk="linear_svm",
     ),
     Head(
         name="decision_tree",

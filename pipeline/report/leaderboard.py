@@ -26,7 +26,8 @@ VERSION = 1
 class Leaderboard:
     """Rows ordered by cross-validation, best first, with the provenance needed to make them again.
 
-    `provenance` holds plain values: config, seed, versions, store digests, index fingerprint, date, command.
+    `provenance` holds plain values: config, seed, versions, store digests, index fingerprint, date, command, and notes on
+    what was left out.
     """
 
     rows: tuple[LeaderboardRow, ...]
@@ -131,11 +132,19 @@ class Leaderboard:
                 f"fine-tuned: the network has learned from training images; its heads were fitted and cross-validated on the "
                 f"other {', '.join(f'{count:,}' for count in unseen)} only, so its cross-validation is of other images than the rest."
             )
+        reduced = {row.embedding: row.components for row in self.rows if row.components is not None}
+        if reduced:
+            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
+            lines.append(
+                f"Heads work on principal components{whitened}, found within each fold's training images: "
+                + ", ".join(f"{count} of {name}" for name, count in reduced.items())
+                + "."
+            )
         if any(row.baseline for row in self.rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
         if best.baseline or best.untrained:
             lines.append(f"No trained backbone beats the {best.note} row {best.key} on these images.")
-        return lines
+        return lines + [str(note) for note in self.provenance.get("notes", ())]
 
     def _verdict_notes(self, verdict: Verdict) -> list[str]:
         lines = []

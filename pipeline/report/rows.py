@@ -86,6 +86,8 @@ class LeaderboardRow:
     embed_seconds: float | None = None
     unseen_rows: int | None = None
     """Training images that a fine-tuned network has not learned from, the only ones its heads used; None for others."""
+    components: int | None = None
+    """Principal components that the head works on; None where it works on the features themselves."""
     nested: Nested | None = None
     seeds: Seeds | None = None
     reweighted: Scores | None = None

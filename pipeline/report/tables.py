@@ -230,6 +230,7 @@ def calibration(rows: Sequence[tuple[LeaderboardRow, Calibration]]) -> str:
 def reproduce(material: Material) -> str:
     """Return what is needed to make the experiment again."""
     provenance = dict(material.leaderboard.provenance)
+    provenance.pop("notes", None)
     config = provenance.pop("config", None)
     config_file = Artifacts(material.output).config
     command = provenance.pop("command", None) or f"manyheads features {config_file}\nmanyheads heads {config_file}"

@@ -30,6 +30,7 @@ from pipeline.store.maintain import (
 )
 from pipeline.store.pack import PackedIndex, PackReport, pack, read_packed_index
 from pipeline.store.reader import FeatureStore, load
+from pipeline.store.rows import StoredRows
 from pipeline.store.verify import Problem, VerifyReport, verify
 from pipeline.store.writer import StoreWriter
 
@@ -46,6 +47,7 @@ __all__ = [
     "RepairReport",
     "StoreStatus",
     "StoreWriter",
+    "StoredRows",
     "VerifyReport",
     "collect",
     "differences",

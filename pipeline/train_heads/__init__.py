@@ -3,8 +3,10 @@
 Reads what stage one wrote (the index and the feature stores), needs neither the images nor torch, and writes a bundle per
 head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
 
-    task.py      the rows, the folds, the test images
-    repeats.py   searches within outer folds and with other seeds, on request; class weights switched
+    task.py         the rows, the folds, the test images
+    place.py        features in memory or on disk, and the heads that are left out where neither will do
+    predictions.py  what a head said of every image
+    repeats.py      searches within outer folds and with other seeds, on request; class weights switched
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.dummy import DummyClassifier
 from sklearn.pipeline import Pipeline
 
@@ -31,16 +32,17 @@ from pipeline.config import Artifacts, Config, TuningConfig, dump_yaml
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import fingerprint
 from pipeline.embedders import EmbeddingRecord, read_records
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, HeadError
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
-from pipeline.metrics import Predictions, PredictionSet, scores
-from pipeline.metrics.calibration import Calibrator, fit_calibrator
+from pipeline.metrics import Predictions, scores
 from pipeline.report import Leaderboard, LeaderboardRow, judge
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
+from pipeline.train_heads.place import Embedded, limited, place_of, predict
+from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import TuningRun, tune
+from pipeline.tuning import tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -109,32 +111,52 @@ def run(config: Config) -> HeadsRun:
     rows: list[LeaderboardRow] = []
     reused = 0
     tasks = {record.name: unseen_task(task, record, config) for record in records}
-    for entry in _entries(config, records, heads):
-        own = tasks.get(entry.name, task)
+    tuning = limited(config.tuning)
+    places = {name: place_of(name, store.dim, tasks[name], tuning) for name, store in stores.items()}
+    held: tuple[str, Embedded] | None = None
+    notes = [place.sentence() for place in places.values() if place.on_disk]
+    for entry in _entries(config, records, heads, tuning):
+        own, place = tasks.get(entry.name, task), places.get(entry.name)
         key = _key(entry, own, config.seed)
         row = _finished(files.bundle(entry.name, entry.head.name), key)
-        if row is None:
-            row = _make_row(entry, own, stores.get(entry.name), config, files, key)
-        else:
+        if row is not None:
             reused += 1
+        elif place is not None and (objection := place.objection(entry.head)):
+            log.warning("%s", objection)
+            notes.append(objection)
+            continue
+        else:
+            if held is None or held[0] != entry.name:
+                held = None  # let go first: one embedding at a time
+                on_disk = place is not None and place.on_disk
+                held = entry.name, Embedded.of(stores.get(entry.name), own, on_disk, entry.tuning)
+            row = _make_row(entry, own, held[1], config, files, key)
         rows.append(row)
+    if not rows:
+        raise HeadError("no head can be tuned within the memory allowed", notes)
     write_text_atomic(files.config, dump_yaml(config))
-    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, task, stores)), files.root)
+    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, task, stores, notes)), files.root)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
 
 
-def _entries(config: Config, records: Sequence[EmbeddingRecord], heads: Sequence[Head]) -> Iterator[Entry]:
+def _entries(
+    config: Config, records: Sequence[EmbeddingRecord], heads: Sequence[Head], tuning: TuningConfig
+) -> Iterator[Entry]:
     """Every row of the leaderboard to be: the heads on each backbone's embeddings, then the baselines."""
     for record in records:
         if record.kind == "backbone":
-            yield from (Entry(record, head, config.tuning) for head in heads)
+            yield from (Entry(record, head, tuning) for head in heads)
     for record in records:
         if record.kind == "baseline":
-            yield Entry(record, HEADS[BASELINE_HEAD], config.tuning)
+            yield Entry(record, HEADS[BASELINE_HEAD], tuning)
     if MAJORITY in config.baselines:
-        yield Entry(None, _majority_head(), config.tuning.model_copy(update={"trials": 1, "seconds": None}))
+        yield Entry(
+            None,
+            _majority_head(),
+            tuning.model_copy(update={"trials": 1, "seconds": None, "pca": None, "whiten": False}),
+        )
 
 
 def _majority_head() -> Head:
@@ -154,7 +176,7 @@ def _key(entry: Entry, task: Task, seed: int) -> str:
             "embedding": entry.record.fingerprint if entry.record else MAJORITY,
             "task": task.key,
             "head": head_table.identity(entry.head, seed),
-            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs"}),
+            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory"}),
             "seed": seed,
             "versions": bundles.versions(),
         }
@@ -175,22 +197,29 @@ def _finished(folder: Path, key: str) -> LeaderboardRow | None:
 
 
 def _make_row(
-    entry: Entry, task: Task, store: FeatureStore | None, config: Config, files: Artifacts, key: str
+    entry: Entry, task: Task, embedded: Embedded, config: Config, files: Artifacts, key: str
 ) -> LeaderboardRow:
     """Tune one head, score it once on the test images, and save its bundle."""
     record, head, spec = entry.record, entry.head, entry.record.spec if entry.record else None
     log.info("%s / %s", entry.name, head.name)
-    X_train, X_test = (_vectors(store, part) for part in (task.train, task.test))
+    X_train, X_test, projections = embedded.train, embedded.test, embedded.projections
     tuned = tune(
-        head, X_train, task.y_train, task.folds, entry.tuning, config.seed, files.trials(entry.name, head.name)
+        head,
+        X_train,
+        task.y_train,
+        task.folds,
+        entry.tuning,
+        config.seed,
+        files.trials(entry.name, head.name),
+        projections,
     )
-    calibrator = _calibrator(tuned, task)
+    calibrator = calibrator_of(tuned, task)
     folder = files.bundle(entry.name, head.name)
     bundle = ModelBundle(
         head.name, tuned.best.params, task.classes, record.to_dict() if record else {}, tuned.pipeline, {}, calibrator
     )
     start = time.perf_counter()
-    labels, probabilities = bundle.predict(X_test)
+    labels, probabilities = predict(bundle, X_test)
     predict_seconds = time.perf_counter() - start
     best, tested = tuned.best, scores(task.test.labels, labels, probabilities, task.classes, config.seed)
     mean, journal = float(best.mean if best.mean is not None else np.nan), files.trials(entry.name, head.name)
@@ -215,11 +244,12 @@ def _make_row(
         dim=spec.dim if spec else 0,
         search_seconds=tuned.seconds,
         embed_seconds=record.seconds_per_image if record else None,
+        components=None if entry.tuning.pca is None else int(tuned.pipeline["pca"].n_components_),
         nested=repeats.nested(head, X_train, task, entry.tuning, config.seed, journal),
         seeds=repeats.seeds(head, (X_train, X_test), task, entry.tuning, config.seed, journal, (mean, tested.accuracy)),
-        reweighted=repeats.reweighted(head, X_train, task, entry.tuning, config.seed, tuned, journal),
+        reweighted=repeats.reweighted(head, X_train, task, entry.tuning, config.seed, tuned, journal, projections),
     )
-    predictions = _predictions(tuned, task, labels, probabilities, calibrator)
+    predictions = predictions_of(tuned, task, labels, probabilities, calibrator)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "predictions.npz", predictions.to_bytes())
     provenance = {"key": key, "row": row.to_record(), "seed": config.seed, "strategy": tuned.strategy}
@@ -227,50 +257,9 @@ def _make_row(
     return row
 
 
-def _vectors(store: FeatureStore | None, part: DatasetIndex) -> NDArray[np.float32]:
-    """The features of some images, shape (n, dim); one constant column where a head needs no image."""
-    return np.zeros((len(part), 1), dtype=np.float32) if store is None else store.read(part.digests)
-
-
-def _calibrator(tuned: TuningRun, task: Task) -> Calibrator | None:
-    """Fit the temperature that turns the head's scores into probabilities, on rows it had not seen."""
-    out_of_fold = tuned.out_of_fold
-    if out_of_fold.scores is None or len(tuned.classes) < 2:
-        return None
-    place = {code: column for column, code in enumerate(tuned.classes.tolist())}
-    columns = np.array([place[code] for code in task.y_train.tolist()])
-    return fit_calibrator(bundles.logits(out_of_fold.scores, out_of_fold.kind), columns)
-
-
-def _predictions(
-    tuned: TuningRun,
-    task: Task,
-    labels: NDArray[np.object_],
-    probabilities: NDArray[np.float64] | None,
-    calibrator: Calibrator | None,
-) -> Predictions:
-    """Collect what the head said of every image, for the report and for paired comparison."""
-    names = np.asarray(task.classes, dtype=str)
-    out_of_fold = tuned.out_of_fold
-    held_out = None
-    if out_of_fold.scores is not None and calibrator is not None:
-        held_out = np.zeros((len(task.train), len(task.classes)), dtype=np.float32)
-        held_out[:, tuned.classes] = calibrator.probabilities(bundles.logits(out_of_fold.scores, out_of_fold.kind))
-    tested = None if probabilities is None else probabilities.astype(np.float32)
-    return Predictions(
-        task.classes,
-        PredictionSet(task.test.paths.astype(str), names[task.y_test], labels.astype(str), tested),
-        PredictionSet(
-            task.train.paths.astype(str),
-            names[task.y_train],
-            names[tuned.classes[out_of_fold.predictions]],
-            held_out,
-            out_of_fold.folds,
-        ),
-    )
-
-
-def _provenance(config: Config, files: Artifacts, task: Task, stores: Mapping[str, FeatureStore]) -> dict[str, Any]:
+def _provenance(
+    config: Config, files: Artifacts, task: Task, stores: Mapping[str, FeatureStore], notes: Sequence[str]
+) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
     return {
         # The config as it was used, overrides included, is beside the leaderboard.
@@ -282,6 +271,7 @@ def _provenance(config: Config, files: Artifacts, task: Task, stores: Mapping[st
         "index": DatasetIndex.read(files.dataset).fingerprint(),
         "images": {"train": len(task.train), "test": len(task.test), "classes": len(task.classes)},
         "folds": len(task.folds),
+        "notes": list(notes),
         "stores": {name: store.digest for name, store in stores.items()},
         "versions": {**bundles.versions(), **_feature_versions()},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

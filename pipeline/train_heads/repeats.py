@@ -8,8 +8,10 @@ Each search has its own journal, in the folder beside the main one's, so a kille
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +23,15 @@ from pipeline.metrics import Scores, scores
 from pipeline.report import Nested, Seeds
 from pipeline.report.imbalance import UNEVEN, unevenness
 from pipeline.train_heads.task import Task
-from pipeline.tuning import SCORERS, TuningRun, expand_scores, make_folds, tune
+from pipeline.tuning import SCORERS, Features, Projections, TuningRun, blocks, expand_scores, make_folds, part, tune
 
 log = logging.getLogger(__name__)
 
 
-def nested(
-    head: Head, X: NDArray[np.float32], task: Task, tuning: TuningConfig, seed: int, journal: Path
-) -> Nested | None:
+def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
     """Search within the training images of every fold and score the winner on the fold; None unless it is asked for.
 
-    X : ndarray of shape (n, dim), the training images. The inner folds keep groups together as the outer ones do.
+    X : of shape (n, dim), the training images. The inner folds keep groups together as the outer ones do.
     """
     if not tuning.nested:
         return None
@@ -40,15 +40,17 @@ def nested(
         log.info("%s, nested: outer fold %d of %d", head.name, number + 1, len(task.folds))
         y, groups = task.y_train[train], None if task.groups is None else task.groups[train]
         folds = make_folds(y, tuning.folds, seed, groups)
-        found = tune(head, X[train], y, folds, tuning, seed, _beside(journal, f"nested-{number}"))
+        found = tune(head, part(X, train), y, folds, tuning, seed, _beside(journal, f"nested-{number}"))
         inner.append(float(found.best.mean if found.best.mean is not None else -np.inf))
-        outer.append(_score(found.pipeline, X[held_out], task.y_train[held_out], len(task.classes), tuning.scoring))
+        outer.append(
+            _score(found.pipeline, part(X, held_out), task.y_train[held_out], len(task.classes), tuning.scoring)
+        )
     return Nested(tuple(inner), tuple(outer))
 
 
 def seeds(
     head: Head,
-    features: tuple[NDArray[np.float32], NDArray[np.float32]],
+    features: tuple[Features, Features],
     task: Task,
     tuning: TuningConfig,
     seed: int,
@@ -70,12 +72,19 @@ def seeds(
         folds = make_folds(task.y_train, tuning.folds, number, task.groups)
         run = tune(head, X_train, task.y_train, folds, tuning, number, _beside(journal, f"seed-{number}"))
         mean = float(run.best.mean if run.best.mean is not None else np.nan)
-        found.append((mean, float(np.mean(run.pipeline.predict(X_test) == task.y_test))))
+        found.append((mean, float(np.mean(_in_blocks(run.pipeline.predict, X_test) == task.y_test))))
     return Seeds(numbers, tuple(mean for mean, _ in found), tuple(test for _, test in found))
 
 
 def reweighted(
-    head: Head, X: NDArray[np.float32], task: Task, tuning: TuningConfig, seed: int, tuned: TuningRun, journal: Path
+    head: Head,
+    X: Features,
+    task: Task,
+    tuning: TuningConfig,
+    seed: int,
+    tuned: TuningRun,
+    journal: Path,
+    projections: Projections | None = None,
 ) -> Scores | None:
     """Score the chosen parameters out of fold with class weights switched on, or off where they were on.
 
@@ -93,7 +102,7 @@ def reweighted(
     params = {**head.fixed, **tuned.best.params}
     switched = replace(head, build=build, space={}, defaults={}, fixed=params)
     once = tuning.model_copy(update={"trials": 1, "seconds": None})
-    found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"))
+    found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     names = np.asarray(task.classes, dtype=str)
     guess = names[found.classes[found.out_of_fold.predictions]]
     return scores(names[task.y_train], guess, None, task.classes, seed)
@@ -103,10 +112,14 @@ def _beside(journal: Path, name: str) -> Path:
     return journal.with_suffix("") / f"{name}.jsonl"
 
 
-def _score(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.int64], n_classes: int, scoring: str) -> float:
+def _in_blocks(function: Callable[[NDArray[np.float32]], NDArray[Any]], X: Features) -> NDArray[Any]:
+    return np.concatenate([function(block) for _, block in blocks(X)])
+
+
+def _score(pipeline: Pipeline, X: Features, y: NDArray[np.int64], n_classes: int, scoring: str) -> float:
     """Score a fitted pipeline as the search would have."""
     probabilities = None
     if scoring == "log_loss":
-        columns = pipeline.predict_proba(X)
+        columns = _in_blocks(pipeline.predict_proba, X)
         probabilities = expand_scores(columns, pipeline.classes_.astype(np.int64), n_classes, "probability")
-    return SCORERS[scoring](y, np.asarray(pipeline.predict(X), dtype=np.int64), probabilities)
+    return SCORERS[scoring](y, _in_blocks(pipeline.predict, X).astype(np.int64), probabilities)

@@ -4,19 +4,29 @@ A search asks for a round of points, fits them on the folds, tells the scores, a
 journal as it ends, so a killed search goes on where it was and ends with the same result.
 """
 
+from pipeline.tuning.features import Features, blocks, part
 from pipeline.tuning.folds import Folds, make_folds
+from pipeline.tuning.projection import Projections
 from pipeline.tuning.records import OutOfFold, Trial, TuningRun
+from pipeline.tuning.room import memory_needed, memory_needed_on_disk, memory_needed_to_project
 from pipeline.tuning.scoring import SCORERS, expand_scores
 from pipeline.tuning.search import check, tune
 
 __all__ = [
     "SCORERS",
+    "Features",
     "Folds",
     "OutOfFold",
+    "Projections",
     "Trial",
     "TuningRun",
+    "blocks",
     "check",
     "expand_scores",
     "make_folds",
+    "memory_needed",
+    "memory_needed_on_disk",
+    "memory_needed_to_project",
+    "part",
     "tune",
 ]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeline.heads import Params, configure
 from pipeline.tuning.records import FoldOutcome, Problem, ScoreKind
 from pipeline.tuning.scoring import expand_scores
+from pipeline.tuning.solvers import standardise
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,21 @@ def _fit_one(problem: Problem, fold: int, params: Params) -> FoldOutcome:
         return constant(int(y[0]), len(held_out), problem.n_classes)
     with counted() as counts:
         try:
+            X_train, X = problem.matrices(fold)
             start = time.perf_counter()
-            pipeline = configure(problem.head, params, problem.seed).fit(problem.X[train], y)
+            pipeline = configure(problem.head, params, problem.seed).fit(X_train, y)
             fitted = time.perf_counter()
-            X = problem.X[held_out]
             predictions = np.asarray(pipeline.predict(X), dtype=np.int64)
             scores, kind = score_columns(pipeline, X, problem.n_classes)
         except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
             return failed(error, counts)
     return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted, dict(counts))
+
+
+def standardised(problem: Problem, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return a fold's training and held-out rows as a head gets them behind its StandardScaler."""
+    train, held_out = problem.matrices(fold)
+    return standardise(train, held_out) if problem.projections is None else (train, held_out)
 
 
 def score_columns(

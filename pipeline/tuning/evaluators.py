@@ -8,6 +8,7 @@ from pipeline.heads import configure
 from pipeline.tuning.evaluation import Evaluator, generic
 from pipeline.tuning.kernel import RBF_SVM
 from pipeline.tuning.linear import LINEAR_SVM, LOGISTIC_REGRESSION, RIDGE
+from pipeline.tuning.on_disk import evaluator_on_disk
 from pipeline.tuning.records import Problem
 
 GENERIC = Evaluator(generic)
@@ -34,6 +35,14 @@ EVALUATORS: Mapping[str, Evaluator] = {
 
 
 def evaluator_for(problem: Problem) -> Evaluator:
-    """Return the head's evaluator, or the generic one where it is unknown or cannot serve."""
+    """Return the head's evaluator, or the generic one where it is unknown or cannot serve.
+
+    Raises
+    ------
+    HeadError
+        When the features are on disk and the head cannot be fitted there.
+    """
+    if problem.on_disk:
+        return evaluator_on_disk(problem.head)
     evaluator = EVALUATORS.get(problem.head.evaluator, GENERIC)
     return evaluator if evaluator.usable(problem) else GENERIC

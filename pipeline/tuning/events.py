@@ -13,8 +13,10 @@ import skopt
 from numpy.typing import NDArray
 
 from pipeline.config import TuningConfig
-from pipeline.digests import bytes_digest, canonical_json
+from pipeline.digests import bytes_digest, canonical_json, parts_digest
 from pipeline.heads import Params, identity
+from pipeline.store import StoredRows
+from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.records import FoldOutcome, Problem
 
 SOLVERS_VERSION = 3
@@ -25,12 +27,16 @@ def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfi
     """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
     folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
     budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
+    # On disk the same optimum is found to fewer digits than a resumed search must repeat.
+    place = {"on_disk": True} if isinstance(problem.X, StoredRows) else {}
+    reduced = {} if tuning.pca is None else {"pca": tuning.pca, "whiten": tuning.whiten}
     return {
-        "features": [list(problem.X.shape), str(problem.X.dtype), bytes_digest(_bytes_of(problem.X))],
+        **place,
+        "features": [list(problem.X.shape), str(problem.X.dtype), _digest(problem.X)],
         "labels": [[str(label) for label in classes], bytes_digest(problem.y.tobytes())],
         "folds": bytes_digest(folds),
         "head": identity(problem.head, problem.seed),
-        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **budget},
+        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **reduced, **budget},
         "seed": problem.seed,
         "versions": {
             "scikit-learn": sklearn.__version__,
@@ -42,8 +48,8 @@ def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfi
     }
 
 
-def _bytes_of(array: NDArray[Any]) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))  # type: ignore[arg-type]
+def _digest(X: Features) -> str:
+    return parts_digest(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data for _, block in blocks(X))
 
 
 def fit_key(cheap: bool, params: Params, fold: int) -> str:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from sklearn.svm import SVC
 
 from pipeline.heads import Params, configure
-from pipeline.tuning.evaluation import Evaluator, counted, failed
+from pipeline.tuning.evaluation import Evaluator, counted, failed, standardised
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
-from pipeline.tuning.solvers import Array, standardise
+from pipeline.tuning.solvers import Array
 
 KERNEL_BYTES = 2 << 30
 """A fold's kernel in float64, as libsvm wants it, may take this much; larger problems are fitted from the features."""
@@ -42,12 +42,13 @@ class Distances:
 
 def prepare_distances(problem: Problem, fold: int) -> Distances:
     """Scale a fold once and measure all its distances."""
-    rows, held_out_rows = problem.folds[fold]
-    rows = rows[np.argsort(problem.y[rows], kind="stable")]
-    train, held_out = standardise(problem.X[rows], problem.X[held_out_rows])
+    y = problem.y[problem.folds[fold][0]]
+    order = np.argsort(y, kind="stable")
+    train, held_out = standardised(problem, fold)
+    train = train[order]
     within = _squared_distances(train, train)
     np.fill_diagonal(within, 0)
-    return Distances(within, _squared_distances(held_out, train), problem.y[rows])
+    return Distances(within, _squared_distances(held_out, train), y[order])
 
 
 def rbf_svm(problem: Problem, fold: int, distances: Distances, candidates: Sequence[Params]) -> list[FoldOutcome]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_sample_weight
 
 from pipeline.heads import Params, configure
-from pipeline.tuning.evaluation import Evaluator
+from pipeline.tuning.evaluation import Evaluator, standardised
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
 from pipeline.tuning.solvers import (
@@ -23,7 +23,6 @@ from pipeline.tuning.solvers import (
     binomial_loss,
     softmax_loss,
     squared_hinge_loss,
-    standardise,
     turn,
 )
 
@@ -52,24 +51,19 @@ class Prepared:
         return self.axes.train.nbytes + self.axes.held_out.nbytes + self.targets.nbytes
 
 
-def prepare_logistic(problem: Problem, fold: int) -> Prepared:
-    """Share the axes of a fold and the path of logistic regression: multinomial, for two classes binomial."""
-    axes, y, present, weights = _fold(problem, fold)
+def logistic_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family:
+    """Return logistic regression on n rows of classes 0 to n_classes - 1: multinomial, for two classes binomial."""
 
     def loss(problems: NDArray[np.int64]) -> Loss:
-        if len(present) == 2:
-            return binomial_loss(y, weights)
-        return softmax_loss(y, weights)
+        return binomial_loss(y, weights) if n_classes == 2 else softmax_loss(y, weights)
 
-    columns = 1 if len(present) == 2 else len(present)
-    family = Family(loss, 1, columns, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
-    return Prepared(axes, Path(axes, family), present, _targets(y, present))
+    columns = 1 if n_classes == 2 else n_classes
+    return Family(loss, 1, columns, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
 
 
-def prepare_hinge(problem: Problem, fold: int) -> Prepared:
-    """Share the axes of a fold and the path of the squared hinge loss; as in LIBLINEAR the intercept is penalised."""
-    axes, y, present, weights = _fold(problem, fold)
-    targets = _targets(y, present)
+def hinge_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family:
+    """Return the squared hinge loss of one class against the rest; as in LIBLINEAR the intercept is penalised."""
+    targets = targets_of(y, n_classes)
     width = targets.shape[1]
     # With more than two classes LIBLINEAR weights the rows of the one class and not those of the rest.
     costs = weights[:, None] if width == 1 else np.where(targets > 0, weights[:, None], np.float32(1))
@@ -77,14 +71,27 @@ def prepare_hinge(problem: Problem, fold: int) -> Prepared:
     def loss(problems: NDArray[np.int64]) -> Loss:
         return squared_hinge_loss(targets[:, problems % width], costs[:, problems % width])
 
-    family = Family(loss, width, 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
-    return Prepared(axes, Path(axes, family), present, targets)
+    return Family(loss, width, 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
+
+
+def prepare_logistic(problem: Problem, fold: int) -> Prepared:
+    """Share the axes of a fold and the path of logistic regression."""
+    axes, y, present, weights = _fold(problem, fold)
+    path = Path(axes, logistic_family(y, len(present), weights))
+    return Prepared(axes, path, present, targets_of(y, len(present)))
+
+
+def prepare_hinge(problem: Problem, fold: int) -> Prepared:
+    """Share the axes of a fold and the path of the squared hinge loss."""
+    axes, y, present, weights = _fold(problem, fold)
+    path = Path(axes, hinge_family(y, len(present), weights))
+    return Prepared(axes, path, present, targets_of(y, len(present)))
 
 
 def prepare_ridge(problem: Problem, fold: int) -> Prepared:
     """Share the axes of a fold."""
     axes, y, present, _ = _fold(problem, fold)
-    return Prepared(axes, None, present, _targets(y, present))
+    return Prepared(axes, None, present, targets_of(y, len(present)))
 
 
 def logistic_regression(
@@ -140,17 +147,23 @@ def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[
 
 def _fold(problem: Problem, fold: int) -> tuple[Axes, NDArray[np.int64], NDArray[np.int64], Array]:
     """Return a fold's axes, its training labels as places in the classes present, these classes, and row weights."""
-    train, held_out = problem.folds[fold]
-    axes = turn(*standardise(problem.X[train], problem.X[held_out]))
+    train, _ = problem.folds[fold]
+    axes = turn(*standardised(problem, fold))
     present, y = np.unique(problem.y[train], return_inverse=True)
-    class_weight = configure(problem.head, problem.head.defaults, problem.seed)[-1].class_weight
+    return axes, y.astype(np.int64), present, row_weights(problem, y)
+
+
+def row_weights(problem: Problem, y: NDArray[np.integer]) -> Array:
+    """Return the weights that the head's `class_weight` gives rows of these classes, shape (n,)."""
+    class_weight = configure(problem.head, problem.head.defaults, problem.seed)[-1].get_params().get("class_weight")
     weights = np.ones(len(y)) if class_weight is None else compute_sample_weight(class_weight, y)
-    return axes, y.astype(np.int64), present, weights.astype(np.float32)
+    return weights.astype(np.float32)
 
 
-def _targets(y: NDArray[np.int64], present: NDArray[np.int64]) -> Array:
-    targets = np.where(y[:, None] == np.arange(len(present)), 1, -1).astype(np.float32)
-    return targets[:, 1:] if len(present) == 2 else targets
+def targets_of(y: NDArray[np.int64], n_classes: int) -> Array:
+    """Return targets of -1 and 1, shape (n, n_classes); for two classes the one column of the second."""
+    targets = np.where(y[:, None] == np.arange(n_classes), 1, -1).astype(np.float32)
+    return targets[:, 1:] if n_classes == 2 else targets
 
 
 def _solved(

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from pipeline.heads import Head, Params
+from pipeline.store import StoredRows
+from pipeline.tuning.features import Features
+from pipeline.tuning.projection import Projections
 
 ScoreKind = Literal["probability", "decision"]
 
@@ -19,16 +22,32 @@ ScoreKind = Literal["probability", "decision"]
 class Problem:
     """What every trial of a search is fitted on.
 
-    X : ndarray of shape (n, dim), float32, or a memory map of one
+    X : ndarray of shape (n, dim), float32, or a memory map of one, or rows of a store that stay on disk
     y : ndarray of shape (n,), int64: places in `classes`
     """
 
     head: Head
-    X: NDArray[np.float32]
+    X: Features
     y: NDArray[np.int64]
     n_classes: int
     folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
     seed: int
+    spare_bytes: int = 0
+    """What each fold's work may take beyond the least, when the features are on disk."""
+    projections: Projections | None = None
+    """The principal components that the head works on instead of X."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the head is fitted on features that stay on disk."""
+        return isinstance(self.X, StoredRows) and self.projections is None
+
+    def matrices(self, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return what the head is fitted on in a fold, and what it is judged on, in memory."""
+        train, held_out = self.folds[fold]
+        if self.projections is not None:
+            return self.projections.fold(train, held_out)
+        return self.X[train], self.X[held_out]
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,16 @@ from pipeline.errors import HeadError
 from pipeline.heads import Head, Params, configure
 from pipeline.progress import Progress, bar
 from pipeline.tuning import racing, strategies
-from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings
+from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
 from pipeline.tuning.events import fit_event, fit_key, replay, search_identity
+from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.folds import Folds
 from pipeline.tuning.journal import Journal
+from pipeline.tuning.on_disk import fit_on_disk
+from pipeline.tuning.projection import Projections, without_scaler
 from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
+from pipeline.tuning.room import room_for
 from pipeline.tuning.scoring import SCORERS
 
 log = logging.getLogger(__name__)
@@ -35,15 +39,8 @@ log = logging.getLogger(__name__)
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
 
-BLOCK = 4096
-"""Rows looked at together, so that a memory map is not read as a whole."""
-
 FEW_FEATURES = 1 << 25
 """Numbers in a feature matrix below which the last fit uses one thread for its products."""
-
-SHARED_BYTES_FLOOR = 256 << 20
-SHARED_BYTES_FACTOR = 8
-"""What folds prepare and share is kept up to this many times the feature matrix, or the floor."""
 
 
 def check(head: Head, tuning: TuningConfig) -> list[str]:
@@ -56,19 +53,28 @@ def check(head: Head, tuning: TuningConfig) -> list[str]:
 
 
 def tune(
-    head: Head, X: NDArray[np.float32], y: ArrayLike, folds: Folds, tuning: TuningConfig, seed: int, journal: Path
+    head: Head,
+    X: Features,
+    y: ArrayLike,
+    folds: Folds,
+    tuning: TuningConfig,
+    seed: int,
+    journal: Path,
+    projections: Projections | None = None,
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
-    Results depend on the arguments but for `tuning.jobs` and `journal`; with `tuning.seconds` also on the machine.
+    Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`, which decides what is
+    kept between fits and how many run at once; with `tuning.seconds` also on the machine.
     Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
     Parameters
     ----------
-    X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, so X must
-        fit there about three times
+    X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, see
+        `memory_needed`. `StoredRows` stay on disk and are read in blocks, by the heads that can be fitted so.
     y : array of shape (n,): labels or codes; the fitted pipeline predicts values of the same kind
     journal : the JSON-lines file of this search's fits; what it holds of the same search is not fitted again
+    projections : of this X, to share what is found for `tuning.pca` with searches of other heads
 
     Raises
     ------
@@ -78,13 +84,16 @@ def tune(
     problems = check(head, tuning)
     if problems:
         raise HeadError(problems[0])
-    wrong = [place for place in range(0, len(X), BLOCK) if not np.isfinite(X[place : place + BLOCK]).all()]
-    if wrong:
+    wrong = next((place for place, block in blocks(X) if not np.isfinite(block).all()), None)
+    if wrong is not None:
         raise HeadError(
-            f"the features hold NaN or infinity, first within rows {wrong[0]} to {wrong[0] + BLOCK - 1}; extract them again in fp32"
+            f"the features hold NaN or infinity, first within rows {wrong.start} to {min(wrong.stop, len(X)) - 1}; extract them again in fp32"
         )
     classes, codes = np.unique(np.asarray(y), return_inverse=True)
     problem = Problem(head, X, codes.astype(np.int64), len(classes), tuple(folds), seed)
+    if tuning.pca is not None:
+        shared = projections or Projections(X, tuning.pca, tuning.whiten)
+        problem = changed(problem, head=without_scaler(head), projections=shared)
     book = Journal.open(journal, search_identity(problem, classes, tuning))
     try:
         search = _Search(problem, tuning, book)
@@ -116,11 +125,11 @@ class _Search:
     """The state of one search: its trials so far, what the journal knows, and the clock."""
 
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
-        self.problem, self.tuning, self.journal = problem, tuning, journal
+        room = room_for(problem, tuning)
+        self.problem, self.tuning, self.journal = changed(problem, spare_bytes=room.spare_bytes), tuning, journal
         self.evaluator: Evaluator = evaluator_for(problem)
-        limit = max(SHARED_BYTES_FLOOR, SHARED_BYTES_FACTOR * problem.X.nbytes)
-        self.shared = Shared(self.evaluator, problem, limit)
-        self.jobs = joblib.cpu_count() if tuning.jobs == "auto" else tuning.jobs
+        self.jobs = room.jobs
+        self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
         self.trials: list[Trial] = []
         self.surrogate_seconds = 0.0
         self.replayed = 0
@@ -291,6 +300,8 @@ class _Search:
             try:
                 return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), points)
             except (MemoryError, np.linalg.LinAlgError) as error:
+                if self.problem.on_disk:
+                    return [failed(error, {}) for _ in points]
                 log.warning(
                     "head %s: no shared work on fold %d (%r); each trial is fitted by itself",
                     self.problem.head.name,
@@ -375,8 +386,13 @@ def _complete(trial: Trial, cheap: bool) -> bool:
 def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
     """Fit the head's plain pipeline on all rows; `n_jobs` is used for the fit and not kept."""
     # Threads of a small product wait for each other longer than they work.
-    with counting_warnings(), threadpool_limits(limits=1 if problem.X.size < FEW_FEATURES else None, user_api="blas"):
+    few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
+    with counting_warnings(), threadpool_limits(limits=1 if few else None, user_api="blas"):
+        if problem.on_disk:
+            return fit_on_disk(problem, params, y)
+        projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
         pipeline = configure(problem.head, params, problem.seed)
         parallel = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
         kept = {key: pipeline.get_params()[key] for key in parallel}
-        return pipeline.set_params(**parallel).fit(problem.X, y).set_params(**kept)
+        fitted = pipeline.set_params(**parallel).fit(X, y).set_params(**kept)
+        return fitted if projection is None else projection.before(fitted)

@@ -1,0 +1,50 @@
+"""What a tuned head said of every image, and the calibrator that turns its scores into probabilities."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import bundle as bundles
+from pipeline.metrics import Predictions, PredictionSet
+from pipeline.metrics.calibration import Calibrator, fit_calibrator
+from pipeline.train_heads.task import Task
+from pipeline.tuning import TuningRun
+
+
+def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
+    """Fit the temperature that turns the head's scores into probabilities, on rows it had not seen."""
+    out_of_fold = tuned.out_of_fold
+    if out_of_fold.scores is None or len(tuned.classes) < 2:
+        return None
+    place = {code: column for column, code in enumerate(tuned.classes.tolist())}
+    columns = np.array([place[code] for code in task.y_train.tolist()])
+    return fit_calibrator(bundles.logits(out_of_fold.scores, out_of_fold.kind), columns)
+
+
+def predictions_of(
+    tuned: TuningRun,
+    task: Task,
+    labels: NDArray[np.object_],
+    probabilities: NDArray[np.float64] | None,
+    calibrator: Calibrator | None,
+) -> Predictions:
+    """Collect what the head said of every image, for the report and for paired comparison."""
+    names = np.asarray(task.classes, dtype=str)
+    out_of_fold = tuned.out_of_fold
+    held_out = None
+    if out_of_fold.scores is not None and calibrator is not None:
+        held_out = np.zeros((len(task.train), len(task.classes)), dtype=np.float32)
+        held_out[:, tuned.classes] = calibrator.probabilities(bundles.logits(out_of_fold.scores, out_of_fold.kind))
+    tested = None if probabilities is None else probabilities.astype(np.float32)
+    return Predictions(
+        task.classes,
+        PredictionSet(task.test.paths.astype(str), names[task.y_test], labels.astype(str), tested),
+        PredictionSet(
+            task.train.paths.astype(str),
+            names[task.y_train],
+            names[tuned.classes[out_of_fold.predictions]],
+            held_out,
+            out_of_fold.folds,
+        ),
+    )
