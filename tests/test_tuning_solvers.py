@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -189,24 +188,3 @@ def test_hopeless_penalties_leave_the_race_and_the_choice_stays(tmp_path, monkey
     assert {trial.status for trial in whole.trials} == {"ok"}
     assert raced.best.params == whole.best.params
     assert raced.best.fold_scores == whole.best.fold_scores
-
-
-def test_a_forest_is_screened_small_and_judged_in_full(tmp_path):
-    X, y = network(120, 12, 3)
-    head = replace(HEADS["random_forest"], fixed={"n_estimators": 100})
-    folds = make_folds(y, 2, 0)
-    run = tune(head, X, y, folds, TuningConfig(trials=6), 0, tmp_path / "trials.jsonl")
-    full = [trial for trial in run.trials if trial.status == "ok"]
-    assert 1 <= len(full) <= EVALUATORS["forest"].promote + 1
-    events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
-    screened = [event["estimate"] for event in events if event.get("event") == "trial"][: len(run.trials)]
-    ranked = sorted(range(len(run.trials)), key=lambda number: (-screened[number], number))
-    promoted = {
-        trial.number for trial in run.trials if trial.reason != "screened only" and None not in trial.fold_scores
-    }
-    assert promoted == {0, *ranked[: EVALUATORS["forest"].promote]}
-    assert {trial.reason for trial in run.trials if trial not in full} <= {"screened only"}
-    own = [configure(head, run.best.params, 0).fit(X[t], y[t]).score(X[h], y[h]) for t, h in folds]
-    assert run.best.fold_scores == pytest.approx(tuple(own))
-    assert len(run.pipeline[-1].estimators_) == 100
-    assert run.pipeline[-1].n_jobs is None

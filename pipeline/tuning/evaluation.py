@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,16 @@ from pipeline.heads import Params, configure
 from pipeline.tuning.records import FoldOutcome, Problem, ScoreKind
 from pipeline.tuning.scoring import expand_scores
 from pipeline.tuning.solvers import standardise
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of successive halving (Jamieson and Talwalkar 2016): a cheap version, and how many go on from it."""
+
+    params: Params
+    """Parameters that make a candidate cheap; they replace its own."""
+    keep: int
+    """How many of the best go on to the next rung, or after the last one to full fits."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,10 @@ class Evaluator:
     """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
     usable: Callable[[Problem], bool] = lambda problem: True
     """Whether it can serve this problem, for instance within memory."""
-    screen: Params = field(default_factory=dict)
-    """Parameters of a cheap version that is tried first; the best of it are then fitted in full."""
-    promote: int = 0
-    """How many of the screened are fitted in full, besides the defaults."""
+    rungs: tuple[Rung, ...] = ()
+    """Cheap versions that are tried first, the cheapest first; without any, all candidates are fitted in full."""
+    cost: Callable[[Problem, Params], float] = lambda problem, params: 1.0
+    """What a candidate's fit costs against others', which decides who goes on where scores do not."""
 
 
 def generic(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.heads import configure
 from pipeline.tuning.evaluation import Evaluator, generic
+from pipeline.tuning.forests import FOREST
 from pipeline.tuning.kernel import RBF_SVM
 from pipeline.tuning.linear import LINEAR_SVM, LOGISTIC_REGRESSION, RIDGE
 from pipeline.tuning.on_disk import evaluator_on_disk
 from pipeline.tuning.records import Problem
 
 GENERIC = Evaluator(generic)
-
-SCREEN_TREES = 50
-
-
-def _many_trees(problem: Problem) -> bool:
-    return bool(configure(problem.head, problem.head.defaults, problem.seed)[-1].n_estimators >= 2 * SCREEN_TREES)
-
-
-FOREST = Evaluator(generic, usable=_many_trees, screen={"n_estimators": SCREEN_TREES}, promote=3)
-"""Trees vote independently, so a forest of a few is a noisier version of the same forest at a fraction of its price.
-Folds and not out-of-bag rows, which would know their own group or near-duplicate."""
 
 EVALUATORS: Mapping[str, Evaluator] = {
     "generic": GENERIC,

@@ -19,7 +19,7 @@ from pipeline.store import StoredRows
 from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.records import FoldOutcome, Problem
 
-SOLVERS_VERSION = 3
+SOLVERS_VERSION = 4
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 
@@ -52,20 +52,20 @@ def _digest(X: Features) -> str:
     return parts_digest(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data for _, block in blocks(X))
 
 
-def fit_key(cheap: bool, params: Params, fold: int) -> str:
+def fit_key(rung: int, params: Params, fold: int) -> str:
     """Return what tells one fit of a search from another."""
-    return canonical_json([cheap, dict(params), fold])
+    return canonical_json([rung, dict(params), fold])
 
 
 def fit_event(
-    number: int, params: Params, fold: int, outcome: FoldOutcome, score: float, cheap: bool, elapsed: float
+    number: int, params: Params, fold: int, outcome: FoldOutcome, score: float, rung: int, elapsed: float
 ) -> dict[str, Any]:
     """Return the journal's record of one fit."""
     return {
         "event": "fit",
         "trial": number,
         "params": dict(params),
-        "cheap": cheap,
+        "rung": rung,
         "fold": fold,
         "score": None if math.isnan(score) else score,
         "fit_seconds": round(outcome.fit_seconds, 6),

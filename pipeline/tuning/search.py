@@ -134,13 +134,15 @@ class _Search:
         self.surrogate_seconds = 0.0
         self.replayed = 0
         fits = [event for event in journal.events if event["event"] == "fit"]
-        self._known = {fit_key(event["cheap"], event["params"], event["fold"]): event for event in fits}
+        self._known = {fit_key(event["rung"], event["params"], event["fold"]): event for event in fits}
         self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
         self._start = time.perf_counter()
         self._kept: dict[int, list[FoldOutcome]] = {}
         self._kept_mean = -math.inf
         self._threads = ThreadpoolController()
         self._scorer = SCORERS[tuning.scoring]
+        self._bounded = tuning.scoring != "log_loss"
+        self._held_out_rows = float(np.mean([len(held_out) for _, held_out in problem.folds]))
 
     def elapsed(self) -> float:
         """Seconds of this search, earlier runs included."""
@@ -163,9 +165,13 @@ class _Search:
                 except StopIteration:
                     points = None
                 self.surrogate_seconds += time.perf_counter() - start
-            if self.evaluator.screen:
+            if self.evaluator.rungs:
                 self._promote(progress)
         return self._best()
+
+    def _cheap(self, rung: int) -> bool:
+        """Whether fits on this rung are of a cheaper version."""
+        return rung < len(self.evaluator.rungs)
 
     def _time_left(self) -> bool:
         return self.tuning.seconds is None or not self.trials or self.elapsed() < self.tuning.seconds
@@ -178,7 +184,7 @@ class _Search:
         """Fit one round of points; return what the strategy is told of each."""
         first = len(self.trials)
         numbers = list(range(first, first + len(points)))
-        fresh = self._race(numbers, points, cheap=bool(self.evaluator.screen))
+        fresh = self._race(numbers, points, rung=0)
         self.trials += fresh
         self.journal.append([{"event": "trial", "elapsed": self.elapsed(), **trial.record()} for trial in fresh])
         progress.update(len(fresh))
@@ -190,18 +196,32 @@ class _Search:
         return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
 
     def _promote(self, progress: Progress) -> None:
-        """Fit in full the trials whose cheap version was best, and the defaults."""
-        ranked = sorted(
-            (trial for trial in self.trials if trial.estimate is not None),
-            key=lambda trial: (-(trial.estimate or 0.0), trial.number),
-        )
-        chosen = sorted({trial.number for trial in ranked[: self.evaluator.promote]} | {0})
-        progress.note(f"fitting {len(chosen)} of them in full")
-        for trial in self._race(chosen, [self.trials[number].params for number in chosen], cheap=False):
-            self.trials[trial.number] = trial
-            self.journal.append([{"event": "trial", "elapsed": self.elapsed(), **trial.record()}])
+        """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full."""
+        climbing = [trial.number for trial in self.trials]
+        for rung, step in enumerate(self.evaluator.rungs, start=1):
+            climbing = sorted({*self._promising(climbing)[: step.keep], 0})
+            progress.note(f"{len(climbing)} of them go on")
+            for trial in self._race(climbing, [self.trials[number].params for number in climbing], rung):
+                self.trials[trial.number] = trial
+                self.journal.append([{"event": "trial", "elapsed": self.elapsed(), **trial.record()}])
 
-    def _race(self, numbers: Sequence[int], points: Sequence[Params], cheap: bool) -> list[Trial]:
+    def _promising(self, numbers: Sequence[int]) -> list[int]:
+        """Return the trials with an estimate that are most worth a dearer fit, the best first."""
+        judged = [trial for trial in (self.trials[number] for number in numbers) if trial.estimate is not None]
+        complete = [trial for trial in judged if None not in trial.fold_scores]
+        if not complete:
+            return [trial.number for trial in judged]
+        best = max(complete, key=lambda trial: (trial.estimate or 0.0, -trial.number))
+        value = racing.worth(
+            np.array([trial.estimate for trial in judged], dtype=float),
+            np.array([self.evaluator.cost(self.problem, trial.params) for trial in judged]),
+            np.array(best.fold_scores, dtype=float),
+            self._held_out_rows,
+            self._bounded,
+        )
+        return [judged[place].number for place in np.argsort(-value, kind="stable")]
+
+    def _race(self, numbers: Sequence[int], points: Sequence[Params], rung: int) -> list[Trial]:
         """Fit points fold by fold, stopping those that can no longer win."""
         n_folds = len(self.problem.folds)
         scores = np.full((len(points), n_folds), np.nan)
@@ -209,35 +229,31 @@ class _Search:
         alive = list(range(len(points)))
         reasons: dict[int, str] = {}
         for stage in racing.stages(n_folds, race=True):
-            for place, fold, outcome, score in self._fit(alive, points, stage, numbers, cheap):
+            for place, fold, outcome, score in self._fit(alive, points, stage, numbers, rung):
                 outcomes[place].append(outcome)
                 scores[place, fold] = score
             done = stage[-1] + 1
             alive = [place for place in alive if all(outcome.error is None for outcome in outcomes[place])]
             if done < n_folds:
-                alive = self._still_racing(alive, scores, done, reasons, cheap)
-        leader = self._leader(scores, alive, n_folds, cheap)
+                alive = self._still_racing(alive, scores, done, reasons, rung)
+        leader = self._leader(scores, alive, n_folds, rung)
         trials = []
         for place, (number, params) in enumerate(zip(numbers, points, strict=True)):
-            trials.append(
-                self._trial(number, params, scores[place], outcomes[place], reasons.get(place), leader, cheap)
-            )
+            trials.append(self._trial(number, params, scores[place], outcomes[place], reasons.get(place), leader, rung))
             mean = trials[-1].mean
             if mean is not None and mean > self._kept_mean:
                 self._kept, self._kept_mean = {number: outcomes[place]}, mean
         return trials
 
     def _still_racing(
-        self, alive: list[int], scores: NDArray[np.float64], done: int, reasons: dict[int, str], cheap: bool
+        self, alive: list[int], scores: NDArray[np.float64], done: int, reasons: dict[int, str], rung: int
     ) -> list[int]:
-        leader = self._leader(scores, alive, done, cheap)
+        leader = self._leader(scores, alive, done, rung)
         if leader is None:
             return alive
-        rows = float(np.mean([len(held_out) for _, held_out in self.problem.folds]))
-        bounded = self.tuning.scoring != "log_loss"
         kept = []
         for place in alive:
-            if racing.behind(scores[place, :done], leader[:done], rows, bounded):
+            if racing.behind(scores[place, :done], leader[:done], self._held_out_rows, self._bounded):
                 gap = float(np.mean(leader[:done] - scores[place, :done]))
                 reasons[place] = f"{gap:.4f} behind the best after {done} of {scores.shape[1]} folds"
             else:
@@ -245,16 +261,18 @@ class _Search:
         return kept
 
     def _leader(
-        self, scores: NDArray[np.float64], alive: Sequence[int], done: int, cheap: bool
+        self, scores: NDArray[np.float64], alive: Sequence[int], done: int, rung: int
     ) -> NDArray[np.float64] | None:
         """Fold scores of the best so far on the first `done` folds: of earlier trials and of this round."""
         rows = [scores[place] for place in alive]
-        rows += [np.array(trial.fold_scores, dtype=float) for trial in self.trials if _complete(trial, cheap)]
+        if rung == 0:  # on a later rung this round has all that were judged alike
+            earlier = [trial.fold_scores for trial in self.trials if None not in trial.fold_scores]
+            rows += [np.array(fold_scores, dtype=float) for fold_scores in earlier]
         rows = [row for row in rows if not np.isnan(row[:done]).any()]
         return max(rows, key=lambda row: float(row[:done].mean())) if rows else None
 
     def _fit(
-        self, alive: Sequence[int], points: Sequence[Params], stage: Sequence[int], numbers: Sequence[int], cheap: bool
+        self, alive: Sequence[int], points: Sequence[Params], stage: Sequence[int], numbers: Sequence[int], rung: int
     ) -> list[tuple[int, int, FoldOutcome, float]]:
         """Fit the living points on a stage's folds, in parallel; each is in the journal before this returns."""
         groups = [list(alive)] if self.evaluator.together else [[place] for place in alive]
@@ -262,25 +280,26 @@ class _Search:
         results: list[tuple[int, int, FoldOutcome, float]] = []
         pending = []
         for fold, group in tasks:
-            known = [self._known.get(fit_key(cheap, points[place], fold)) for place in group]
+            known = [self._known.get(fit_key(rung, points[place], fold)) for place in group]
             if all(known):
                 self.replayed += len(group)
                 results += [(place, fold, *replay(event)) for place, event in zip(group, known, strict=True) if event]
             else:
                 pending.append((fold, group))
         run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator_unordered")
-        for fold, group, made in run(joblib.delayed(self._task)(fold, group, points, cheap) for fold, group in pending):
+        for fold, group, made in run(joblib.delayed(self._task)(fold, group, points, rung) for fold, group in pending):
             events = []
             for place, (outcome, score) in zip(group, made, strict=True):
                 results.append((place, fold, outcome, score))
-                events.append(fit_event(numbers[place], points[place], fold, outcome, score, cheap, self.elapsed()))
+                events.append(fit_event(numbers[place], points[place], fold, outcome, score, rung, self.elapsed()))
             self.journal.append(events)
         return sorted(results, key=lambda result: result[:2])
 
     def _task(
-        self, fold: int, group: Sequence[int], points: Sequence[Params], cheap: bool
+        self, fold: int, group: Sequence[int], points: Sequence[Params], rung: int
     ) -> tuple[int, Sequence[int], list[tuple[FoldOutcome, float]]]:
-        candidates = [{**points[place], **(self.evaluator.screen if cheap else {})} for place in group]
+        cheaper = self.evaluator.rungs[rung].params if self._cheap(rung) else {}
+        candidates = [{**points[place], **cheaper} for place in group]
         outcomes = self._evaluate(fold, candidates)
         y = self.problem.y[self.problem.folds[fold][1]]
         judged = []
@@ -318,7 +337,7 @@ class _Search:
         outcomes: Sequence[FoldOutcome],
         reason: str | None,
         leader: NDArray[np.float64] | None,
-        cheap: bool,
+        rung: int,
     ) -> Trial:
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
         fitted = ~np.isnan(scores)
@@ -340,7 +359,7 @@ class _Search:
             estimate = float(leader.mean() + (scores[fitted] - leader[fitted]).mean())
             return changed(trial, status="stopped", estimate=estimate, reason=reason)
         mean = float(scores.mean())
-        if cheap:
+        if self._cheap(rung):
             return changed(trial, status="stopped", estimate=mean, reason="screened only")
         return changed(trial, mean=mean, estimate=mean)
 
@@ -377,10 +396,6 @@ class _Search:
                 scores[held_out] = outcome.scores
         kind: ScoreKind = "decision" if "decision" in kinds else "probability"
         return OutOfFold(predictions, scores, kind if scores is not None else None, place)
-
-
-def _complete(trial: Trial, cheap: bool) -> bool:
-    return None not in trial.fold_scores and (trial.mean is None) == cheap
 
 
 def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:

@@ -1,0 +1,295 @@
+"""Forests are judged from a few trees first: what is reported is scikit-learn's forest, and the choice is no worse than noise."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+from skopt.space import Integer
+from test_tuning import summary
+from test_tuning_solvers import network
+
+from pipeline.config import HeadConfig, TuningConfig
+from pipeline.heads import HEADS, configure, resolve
+from pipeline.tuning import evaluators, make_folds, racing, tune
+from pipeline.tuning import forests as module
+from pipeline.tuning.evaluators import EVALUATORS, GENERIC, evaluator_for
+from pipeline.tuning.forests import RUNGS, Grown, Votes, cost, extrapolated, forests, grow
+from pipeline.tuning.journal import Journal
+from pipeline.tuning.records import Problem
+
+FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 100})
+
+
+def problem_of(head=FOREST, rows=150, dim=12, classes=3):
+    X, y = network(rows, dim, classes)
+    return Problem(head, X, y.astype(np.int64), classes, make_folds(y, 3, 0), 7)
+
+
+def build_scaled(seed: int) -> Pipeline:
+    return Pipeline([("scaler", StandardScaler()), ("head", RandomForestClassifier(100, random_state=seed))])
+
+
+@pytest.mark.parametrize(
+    ("head", "params"),
+    [
+        (FOREST, {"max_features": 0.3, "min_samples_leaf": 1}),
+        (FOREST, {"max_features": 0.1, "min_samples_leaf": 4}),
+        (replace(FOREST, fixed={"n_estimators": 100, "class_weight": "balanced"}), {"min_samples_leaf": 2}),
+        (replace(FOREST, fixed={"n_estimators": 100, "max_samples": 0.5}), {}),
+        (replace(FOREST, build=build_scaled, fixed={}), {"max_features": 0.3}),
+    ],
+    ids=["pure leaves", "mixed leaves", "class weight", "max samples", "scaled"],
+)
+def test_a_forest_grown_in_steps_is_scikit_learns_to_the_last_digit(head, params):
+    problem = problem_of(head)
+    train, held_out = problem.folds[1]
+    grown = Grown()
+    for trees in (12, 32, 100):
+        outcome = forests(problem, 1, grown, [{**head.fixed, **params, "n_estimators": trees}])[0]
+    whole = configure(head, params, problem.seed).fit(problem.X[train], problem.y[train])
+    probabilities = whole.predict_proba(problem.X[held_out])
+    (votes,) = grown.votes.values()
+    assert votes.trees == 100
+    assert np.array_equal(votes.total / 100, probabilities)
+    assert np.array_equal(outcome.predictions, whole.predict(problem.X[held_out]))
+    assert np.array_equal(outcome.scores, probabilities.astype(np.float32))
+    assert outcome.fit_seconds > 0
+
+
+def test_votes_that_are_not_kept_change_nothing(monkeypatch):
+    problem, steps = problem_of(), [{**FOREST.fixed, "n_estimators": trees} for trees in (12, 32, 100)]
+    kept = Grown()
+    outcomes = [forests(problem, 0, kept, [step])[0] for step in steps]
+    monkeypatch.setattr(module, "KEPT_BYTES", 0)
+    empty = Grown()
+    for step, outcome in zip(steps, outcomes, strict=True):
+        assert np.array_equal(forests(problem, 0, empty, [step])[0].scores, outcome.scores)
+    assert kept.votes
+    assert not empty.votes
+
+
+def test_votes_of_more_trees_serve_no_smaller_forest():
+    problem = problem_of()
+    few, many = ({**FOREST.fixed, "n_estimators": trees} for trees in (12, 32))
+    again = grow(problem, 0, few, grow(problem, 0, many, None))
+    assert np.array_equal(again.total, grow(problem, 0, few, None).total)
+
+
+# Few trees speak for many ---------------------------------------------------------------------------------------------
+
+
+def votes_of(draws):
+    """Votes from an array of shape (trees, rows, classes)."""
+    return Votes(len(draws), draws.sum(axis=0), (draws**2).sum(axis=(0, 2)), np.arange(draws.shape[2]))
+
+
+def test_extrapolated_votes_err_as_often_as_more_trees_would():
+    generator = np.random.default_rng(0)
+    y = np.repeat(np.arange(10), 400)
+    gaps = []
+    for strength in (0.3, 0.8):
+        chances = generator.dirichlet(np.ones(10), len(y)) + strength * np.eye(10)[y]
+        chances /= chances.sum(axis=1, keepdims=True)
+        draws = generator.multinomial(1, chances, size=(200, len(y))).astype(float)
+        right = [float((draws[:trees].sum(axis=0).argmax(axis=1) == y).mean()) for trees in (12, 200)]
+        moved = extrapolated(votes_of(draws[:12]), y, 200)
+        np.testing.assert_allclose(moved.sum(axis=1), 1)
+        assert moved.min() >= 0
+        far = float((moved.argmax(axis=1) == y).mean()) - right[1]
+        gaps.append((abs(far), right[1] - right[0]))
+    for ours, plain in gaps:
+        assert plain > 0.1
+        assert ours < 0.2 * plain
+
+
+def test_extrapolating_to_as_many_trees_changes_nothing():
+    votes = votes_of(np.random.default_rng(1).dirichlet(np.ones(3), size=(12, 30)))
+    np.testing.assert_allclose(extrapolated(votes, np.arange(30) % 3, 12), votes.total / 12, atol=1e-12)
+
+
+def test_a_row_alone_in_its_class_and_trees_that_agree_are_left_as_they_are():
+    generator = np.random.default_rng(2)
+    votes = votes_of(generator.dirichlet(np.ones(3), size=(12, 21)))
+    y = np.array([0, 1] * 10 + [2])
+    moved = extrapolated(votes, y, 200)
+    np.testing.assert_array_equal(moved[-1], votes.total[-1] / 12)
+    assert not np.allclose(moved[0], votes.total[0] / 12)
+    alike = votes_of(np.repeat(generator.dirichlet(np.ones(3), size=(1, 21)), 12, axis=0))
+    np.testing.assert_allclose(extrapolated(alike, y, 200), alike.total / 12, atol=1e-7)
+
+
+def test_a_class_that_no_tree_has_seen_stays_wrong():
+    X, y = network(90, 12, 3)
+    y[:] = np.where(y == 2, 1, y)
+    y[0] = 2
+    problem = Problem(FOREST, X, y.astype(np.int64), 3, make_folds(y, 3, 0), 0)
+    fold = next(fold for fold, (_, held_out) in enumerate(problem.folds) if 0 in held_out)
+    outcome = forests(problem, fold, Grown(), [{"n_estimators": 12}])[0]
+    assert set(outcome.predictions) <= {0, 1}
+    assert (outcome.scores[:, 2] == 0).all()
+
+
+def test_a_group_does_not_vouch_for_itself(tmp_path):
+    """Labels drawn per group cannot be learned from other groups; rows out of bag would be recognised by their twins."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(60), 5)
+    X = (generator.normal(size=(60, 10))[groups] + 0.01 * generator.normal(size=(300, 10))).astype(np.float32)
+    y = generator.integers(0, 2, 60)[groups]
+    folds = make_folds(y, 3, 0, groups)
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=6), 0, tmp_path / "trials.jsonl")
+    estimates = [trial.estimate for trial in run.trials]
+    assert max(estimates) < 0.7
+
+
+# Who goes on ----------------------------------------------------------------------------------------------------------
+
+
+def test_of_equal_estimates_the_cheaper_is_worth_more_and_price_cannot_save_one_far_behind():
+    estimates, leader = np.array([0.80, 0.80, 0.79, 0.60, 0.0]), np.full(5, 0.8)
+    value = racing.worth(estimates, np.array([10.0, 5.0, 1.0, 1.0, 0.001]), leader, 200, bounded=True)
+    assert np.argsort(-value).tolist() == [2, 1, 0, 3, 4]
+    assert np.isfinite(value).all()
+    dear = racing.worth(estimates[:3], np.ones(3), leader, 200, bounded=True)
+    assert dear[0] == dear[1] > dear[2]
+
+
+def test_expected_improvement_is_the_mean_of_what_is_gained():
+    estimates, costs = np.array([-0.5, -0.52, -0.6]), np.array([1.0, 2.0, 4.0])
+    leader = np.array([-0.45, -0.5, -0.55])
+    error = leader.std(ddof=1) / np.sqrt(3)
+    draws = np.random.default_rng(0).normal(size=400_000)
+    gains = [
+        np.maximum((e - estimates[0]) / error + draws, 0).mean() / cost
+        for e, cost in zip(estimates, costs, strict=True)
+    ]
+    value = racing.worth(estimates, costs, leader, 100, bounded=False)
+    np.testing.assert_allclose(np.exp(value), gains, rtol=0.05)
+
+
+def test_a_fit_costs_as_much_as_its_splits_look_at():
+    problem = problem_of(dim=16)
+    for wanted, features in (("sqrt", 4), ("log2", 4), (None, 16), (3, 3), (0.5, 8), (0.01, 1)):
+        assert cost(problem, {"max_features": wanted}) == features
+
+
+# The search -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_climb_rung_by_rung_and_are_judged_in_full(tmp_path):
+    X, y = network(160, 12, 3)
+    folds = make_folds(y, 2, 0)
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=12), 0, tmp_path / "trials.jsonl")
+    events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    climbing = set(range(12))
+    for rung in range(len(RUNGS) + 1):
+        assert {event["trial"] for event in events if event.get("event") == "fit" and event["rung"] == rung} == climbing
+        if rung == len(RUNGS):
+            break
+        scores = {
+            number: [
+                event["score"]
+                for event in events
+                if event.get("event") == "fit" and (event["rung"], event["trial"]) == (rung, number)
+            ]
+            for number in climbing
+        }
+        leader = max(climbing, key=lambda number: (np.mean(scores[number]), -number))
+        value = {
+            number: racing.worth(
+                np.array([np.mean(scores[leader]), np.mean(scores[number])]),
+                np.array([1.0, max(1.0, 12 * run.trials[number].params["max_features"])]),
+                np.array(scores[leader]),
+                80,
+                bounded=True,
+            )[1]
+            for number in climbing
+        }
+        climbing = {0, *sorted(climbing, key=lambda number: (-value[number], number))[: RUNGS[rung].keep]}
+    full = [trial for trial in run.trials if trial.status == "ok"]
+    assert {trial.number for trial in full} == climbing
+    assert {trial.reason for trial in run.trials if trial not in full} == {"screened only"}
+    assert run.best.mean == max(trial.mean for trial in full)
+    own = [configure(FOREST, run.best.params, 0).fit(X[t], y[t]).score(X[h], y[h]) for t, h in folds]
+    assert run.best.fold_scores == tuple(own)
+    assert len(run.pipeline[-1].estimators_) == 100
+    assert run.pipeline[-1].n_jobs is None
+    assert run.pipeline[-1].random_state == 0
+    assert np.array_equal(run.pipeline.predict(X), configure(FOREST, run.best.params, 0).fit(X, y).predict(X))
+
+
+@pytest.mark.parametrize("scoring", ["accuracy", "log_loss"])
+def test_the_choice_is_that_of_full_fits_within_noise(scoring, tmp_path, monkeypatch):
+    gaps = []
+    head = replace(FOREST, fixed={"n_estimators": 64})
+    for seed in (0, 1):
+        X, y = network(200, 24, 4, seed)
+        arguments = (make_folds(y, 3, seed), TuningConfig(trials=10, strategy="random", scoring=scoring), seed)
+        climbed = tune(head, X, y, *arguments, tmp_path / f"climbed{seed}.jsonl")
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluators, "EVALUATORS", {})
+            whole = tune(head, X, y, *arguments, tmp_path / f"whole{seed}.jsonl")
+        assert [trial.params for trial in whole.trials] == [trial.params for trial in climbed.trials]
+        same = whole.trials[climbed.best.number]
+        if same.mean is not None:
+            assert same.fold_scores == climbed.best.fold_scores
+        share = climbed.best.mean if scoring == "accuracy" else np.nan
+        noise = np.sqrt(share * (1 - share) / len(y)) if scoring == "accuracy" else whole.best.spread / np.sqrt(3)
+        gaps.append((whole.best.mean - climbed.best.mean) / noise)
+    assert max(gaps) <= 1
+    assert np.mean(gaps) <= 0.5
+
+
+@pytest.mark.parametrize("stop_after", [3, 24, 31])
+def test_an_interrupted_search_of_forests_ends_the_same(stop_after, tmp_path, monkeypatch):
+    X, y = network(90, 12, 3)
+    arguments = (FOREST, X, y, make_folds(y, 2, 0), TuningConfig(trials=8, jobs=1), 0)
+    whole = tune(*arguments, tmp_path / "whole.jsonl")
+    append, seen = Journal.append, []
+
+    def dying(self, events):
+        append(self, events)
+        seen.extend(event for event in events if event.get("event") == "fit")
+        if len(seen) >= stop_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", dying)
+        with pytest.raises(KeyboardInterrupt):
+            tune(*arguments, tmp_path / "trials.jsonl")
+    resumed = tune(*arguments, tmp_path / "trials.jsonl")
+    assert resumed.replayed == stop_after
+    assert summary(resumed) == summary(whole)
+    assert np.array_equal(resumed.out_of_fold.scores, whole.out_of_fold.scores)
+
+
+def test_the_number_of_jobs_does_not_change_forests(tmp_path):
+    X, y = network(90, 12, 3)
+    folds = make_folds(y, 3, 0)
+    runs = [
+        tune(FOREST, X, y, folds, TuningConfig(trials=8, jobs=jobs), 0, tmp_path / f"{jobs}.jsonl") for jobs in (1, 3)
+    ]
+    assert summary(runs[0]) == summary(runs[1])
+    assert np.array_equal(runs[0].out_of_fold.scores, runs[1].out_of_fold.scores)
+
+
+def test_a_forest_that_fails_is_a_failed_trial(tmp_path):
+    X, y = network(90, 12, 3)
+    head = replace(FOREST, fixed={"n_estimators": 100, "criterion": "none such"})
+    problem = Problem(head, X, y.astype(np.int64), 3, make_folds(y, 3, 0), 0)
+    outcome = forests(problem, 0, Grown(), [{**head.fixed, "n_estimators": 12}])[0]
+    assert outcome.error.startswith("InvalidParameterError: The 'criterion' parameter")
+
+
+def test_forests_that_cannot_be_grown_in_steps_are_fitted_plainly():
+    assert evaluator_for(problem_of()) is EVALUATORS["forest"]
+    for fixed in ({"n_estimators": 63}, {"random_state": None}, {"warm_start": True}):
+        assert evaluator_for(problem_of(replace(FOREST, fixed={**FOREST.fixed, **fixed}))) is GENERIC
+    searched = replace(FOREST, space={"n_estimators": Integer(10, 200)}, defaults={"n_estimators": 100}, fixed={})
+    assert evaluator_for(problem_of(searched)) is GENERIC
+    assert evaluator_for(problem_of(resolve(HeadConfig(name="random_forest", class_weight="balanced")))) is not GENERIC
