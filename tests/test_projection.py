@@ -56,6 +56,15 @@ def test_scores_are_those_of_a_plain_pipeline_on_the_same_folds(
     assert np.mean(run.pipeline.predict(X) != fitted.predict(X)) <= 0.01
 
 
+def test_forests_are_grown_on_the_components(tmp_path: Path) -> None:
+    X, y = network(240, 30, 3)
+    folds = make_folds(y, 3, 0)
+    run = tune(HEADS["random_forest"], X, y, folds, REDUCED, 0, tmp_path / "j")
+    expected = cross_val_score(plain("random_forest", 6), X, y, cv=list(folds))
+    np.testing.assert_allclose(run.best.fold_scores, expected, atol=2.01 / 80)  # another digit, another split
+    assert run.pipeline["head"].n_features_in_ == 6
+
+
 def test_probabilities_out_of_fold_are_those_of_a_plain_pipeline(tmp_path: Path) -> None:
     X, y = network(240, 30, 3)
     folds = make_folds(y, 3, 0)
@@ -123,7 +132,7 @@ def test_no_more_components_than_rows_and_dimensions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pca", [6, 0.8])
-@pytest.mark.parametrize("name", ["knn", "logistic_regression", "decision_tree"])
+@pytest.mark.parametrize("name", ["knn", "logistic_regression", "decision_tree", "random_forest"])
 def test_every_head_can_work_on_components_of_features_on_disk(name: str, pca: Any, tmp_path: Path) -> None:
     X, y = network(240, 30, 3)
     folds, tuning = make_folds(y, 3, 0), TuningConfig(trials=3, jobs=1, pca=pca, whiten=True)

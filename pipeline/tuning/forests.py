@@ -103,7 +103,7 @@ def _forest(problem: Problem, fold: int, grown: Grown, params: Params) -> FoldOu
 
 def cost(problem: Problem, params: Params) -> float:
     """Return the features a split looks at, to which the time a tree takes is proportional."""
-    dim = problem.X.shape[1]
+    dim = problem.dim
     wanted = configure(problem.head, params, problem.seed)[-1].max_features
     named = {"sqrt": np.sqrt(dim), "log2": np.log2(dim), None: dim}
     features = float(named[wanted] if wanted in named else wanted if isinstance(wanted, int) else wanted * dim)
@@ -125,13 +125,13 @@ def grow(problem: Problem, fold: int, params: Params, votes: Votes | None) -> Vo
     if votes is not None and votes.trees > trees:
         votes = None
     done = votes.trees if votes is not None else 0
-    start = time.perf_counter()
     state = np.random.RandomState(model.random_state)
     state.randint(np.iinfo(np.int32).max, size=done)
     model.set_params(n_estimators=trees - done, random_state=state)
-    pipeline.fit(problem.X[train], problem.y[train])
+    X_train, X = problem.matrices(fold)
+    start = time.perf_counter()
+    pipeline.fit(X_train, problem.y[train])
     fitted = time.perf_counter()
-    X = problem.X[held_out]
     if len(pipeline) > 1:
         X = pipeline[:-1].transform(X)
     total = np.zeros((len(held_out), len(model.classes_))) if votes is None else votes.total.copy()

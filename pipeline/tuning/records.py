@@ -42,6 +42,11 @@ class Problem:
         """Whether the head is fitted on features that stay on disk."""
         return isinstance(self.X, StoredRows) and self.projections is None
 
+    @property
+    def dim(self) -> int:
+        """The length of what the head works on."""
+        return int((self.X if self.projections is None else self.matrices(0)[0]).shape[1])
+
     def matrices(self, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return what the head is fitted on in a fold, and what it is judged on, in memory."""
         train, held_out = self.folds[fold]
