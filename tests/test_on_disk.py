@@ -235,7 +235,7 @@ def stage_one(output: Path) -> Config:
     digests = pack_digests(content_digest(path.encode()) for path in paths)
     labels = np.array(["a", "b", "c"], dtype=object)[codes]
     DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10)).write(files.dataset)
-    spec = EmbeddingSpec("net", "backbone", "test", "net", {}, "w", "d", "", "none", DIM, {}, "fp32", False)
+    spec = EmbeddingSpec("net", "backbone", "test", "net", {}, "w", "d", "", "none", DIM, {}, "fp32", "torch")
     path = files.store("net", spec.fingerprint())
     with StoreWriter.open(path, spec.identity(), DIM) as writer:
         writer.append(digests, X.astype(np.float32))
