@@ -204,7 +204,7 @@ def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:
 
 def _rates(work: Work) -> dict[str, float]:
     """What one image costs per embedding: reading and decoding, and its own network."""
-    shared = (work.seconds["read"] + work.seconds["decode"]) / max(work.images, 1)
+    shared = (work.seconds["read"] + work.seconds["decode"]) / work.workers / max(work.images, 1)
     return {name: shared + seconds for name, seconds in work.network_seconds.items()}
 
 

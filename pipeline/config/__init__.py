@@ -1,0 +1,43 @@
+"""One experiment: a YAML file turned into a frozen, typed `Config`. Paths are relative to the folder a command is run in.
+
+section.py      what all sections share
+features.py     stage one's sections
+tuning.py       stage two's
+training.py     stage three's, and pretraining's
+experiment.py   Config: all of them
+reading.py      YAML -> Config, every problem at once
+artifacts.py    the names of an experiment's files
+"""
+
+from pipeline.config.artifacts import Artifacts
+from pipeline.config.experiment import Config
+from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.config.reading import dump_yaml, load, load_pretraining, parse, read_yaml
+from pipeline.config.section import BASELINE_NAMES, HEAD_NAMES, Scalar, Section, guess
+from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
+from pipeline.config.tuning import HeadConfig, TuningConfig
+
+__all__ = [
+    "BASELINE_NAMES",
+    "HEAD_NAMES",
+    "Artifacts",
+    "BackboneConfig",
+    "Config",
+    "DatasetConfig",
+    "ExtractionConfig",
+    "FinetuneConfig",
+    "HeadConfig",
+    "PreprocessingConfig",
+    "PretrainConfig",
+    "Scalar",
+    "Section",
+    "TrainingConfig",
+    "TuningConfig",
+    "UnfreezeConfig",
+    "dump_yaml",
+    "guess",
+    "load",
+    "load_pretraining",
+    "parse",
+    "read_yaml",
+]

@@ -1,0 +1,55 @@
+"""One experiment: all its sections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig
+from pipeline.config.section import BASELINE_NAMES, Baseline, Section, not_empty
+from pipeline.config.training import FinetuneConfig
+from pipeline.config.tuning import HeadConfig, TuningConfig
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    output: str
+    """The folder every artifact of this experiment is written to."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    dataset: DatasetConfig = DatasetConfig()
+    backbones: tuple[BackboneConfig, ...]
+    baselines: tuple[Baseline, ...] = BASELINE_NAMES
+    """Cheap rivals in the leaderboard, so that a backbone that does not help is seen not to help."""
+    extraction: ExtractionConfig = ExtractionConfig()
+    heads: tuple[HeadConfig, ...]
+    tuning: TuningConfig = TuningConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+
+    @field_validator("backbones", "baselines", mode="before")
+    @classmethod
+    def _yaml_has_lists(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+    @field_validator("backbones", "heads")
+    @classmethod
+    def _at_least_one(cls, value: tuple[Section, ...]) -> tuple[Section, ...]:
+        return not_empty(value)
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Config:
+        names = [head.name for head in self.heads]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"heads: named more than once: {', '.join(twice)}")
+        if len(set(map(str, self.backbones))) < len(self.backbones):
+            raise ValueError("backbones: the same backbone is given twice")
+        return self

@@ -1,0 +1,204 @@
+"""From YAML to a config, with every problem reported at once.
+
+The YAML is read by the rules of YAML 1.2, so `1e-3` is a number, `NO` is a text, `010` is ten, and a key given twice is
+refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.experiment import Config
+from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.config.section import Section, guess
+from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
+from pipeline.config.tuning import HeadConfig, TuningConfig
+from pipeline.errors import ConfigError
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and validate a config file with `--set a.b=c` overrides applied.
+
+    Raises
+    ------
+    ConfigError
+        With one line for every problem: where it is, what was found, what is allowed, and a guess.
+    """
+    raw = read_yaml(path)
+    for override in overrides:
+        _apply(raw, override)
+    return parse(raw, str(path))
+
+
+def load_pretraining(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Read and validate a pretraining file, as `load` does an experiment's.
+
+    Raises
+    ------
+    ConfigError
+        With one line for every problem.
+    """
+    raw = read_yaml(path)
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return PretrainConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(cast("dict[str, Any]", detail), PretrainConfig) for detail in error.errors()]
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise ConfigError(f"{path}: {len(problems)} {plural}", problems) from None
+
+
+def parse(raw: Mapping[str, Any], origin: str) -> Config:
+    """Validate a config given as nested mappings; `origin` names it in messages."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(cast("dict[str, Any]", detail)) for detail in error.errors()]
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise ConfigError(f"{origin}: {len(problems)} {plural}", problems) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping by the rules of YAML 1.2, refusing duplicate keys."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give an existing config file, such as configs/digits.yaml"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; a config is a YAML file") from None
+    raw = _parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds {type(raw).__name__}, expected keys such as 'output:' and 'backbones:'")
+    return raw
+
+
+def dump_yaml(config: Config) -> str:
+    """Return a config as YAML text that reads back as the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core rules for plain scalars, and no key twice."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - as the library declares it
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{origin}{where}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Put one `a.b.0.c=value` into the raw config; the value is read as YAML."""
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override!r}: expected key.key=value, such as tuning.trials=8")
+    value = _parse_yaml(text, f"--set {override!r}")
+    target: Any = raw
+    for position, key in enumerate(keys):
+        last = position == len(keys) - 1
+        if isinstance(target, list):
+            if not key.isdigit() or int(key) >= len(target):
+                here = ".".join(keys[:position])
+                raise ConfigError(
+                    f"--set {override!r}: '{here}' is a list of {len(target)}; expected an index from 0 to {len(target) - 1}, got {key!r}"
+                )
+            index: Any = int(key)
+        elif isinstance(target, dict):
+            index = key
+            if not last and not isinstance(target.get(key), (dict, list)):
+                target[key] = {}
+        else:
+            raise ConfigError(f"--set {override!r}: '{'.'.join(keys[:position])}' is not a section")
+        if last:
+            target[index] = value
+        else:
+            target = target[index]
+
+
+def _problem(detail: dict[str, Any], root: type[Section] | None = None) -> str:
+    """Turn one of pydantic's error records into one line of ours."""
+    location = ".".join(str(part) for part in detail["loc"] if not _is_union_tag(part))
+    given = detail.get("input")
+    if detail["type"] == "extra_forbidden":
+        key = str(detail["loc"][-1])
+        allowed = _keys_at(detail["loc"][:-1], root or Config)
+        return f"{location}: unknown key{guess(key, allowed)}; allowed: {', '.join(allowed)}"
+    if detail["type"] == "missing":
+        return f"{location}: missing, expected a value"
+    if detail["type"] == "value_error":
+        text = str(detail["ctx"]["error"])
+        return f"{location}: {text}" if location else text
+    hint = ""
+    if detail["type"] == "literal_error" and isinstance(given, str):
+        hint = guess(given, re.findall(r"'([^']+)'", str(detail["ctx"]["expected"])))
+    return f"{location}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {given!r}{hint}"
+
+
+def _is_union_tag(part: object) -> bool:
+    """Whether pydantic added this part of a path for a member of a union, which the user never wrote."""
+    return isinstance(part, str) and (part in {"int", "float", "str", "bool", "none"} or "literal[" in part)
+
+
+def _keys_at(location: tuple[Any, ...], root: type[Section]) -> list[str]:
+    """The keys the section at a place of the config may have."""
+    section: Any = root
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _SECTIONS.get(str(part), section)
+    return list(section.model_fields)
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "dataset": DatasetConfig,
+    "backbones": BackboneConfig,
+    "preprocessing": PreprocessingConfig,
+    "extraction": ExtractionConfig,
+    "heads": HeadConfig,
+    "tuning": TuningConfig,
+    "finetune": FinetuneConfig,
+    "training": TrainingConfig,
+    "unfreeze": UnfreezeConfig,
+}

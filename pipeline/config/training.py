@@ -1,0 +1,134 @@
+"""The sections of everything that trains a network: stage three, and pretraining."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.features import PreprocessingConfig
+from pipeline.config.section import Section
+
+
+class UnfreezeConfig(Section):
+    """From a share of the steps on, everything from the last layer down to one stage is trained."""
+
+    start: float = Field(0.0, ge=0, lt=1)
+    scope: str = "all"
+    """`head`, `last_stage`, `all`, or the lowest stage that is trained, such as `stage3`."""
+
+
+class TrainingConfig(Section):
+    """How a network is trained. The rate is the head's; the stage `d` below it has `rate * rate_decay ** d`."""
+
+    steps: Literal["auto"] | int = "auto"
+    """Optimizer steps; `auto` goes by the number of images."""
+    batch_size: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1)
+    """Batches per step; their gradients are averaged."""
+    replicas: int = Field(1, ge=1)
+    """Copies of the network that share a step's batches on the CPU, one thread each; at most `accumulate`."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    rate: float = Field(1e-3, gt=0)
+    rate_decay: float = Field(0.5, gt=0, le=1)
+    """Stages further from the head learn more slowly, down to a hundredth of the rate."""
+    range_test: bool = False
+    """Choose the rate by a range test first; the network is put back as it was."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-2, ge=0)
+    """Not applied to norms and biases. AdamW's is decoupled from the gradient; SGD's is the usual L2 term."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps in which the rate rises."""
+    schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
+    cooldown: float = Field(0.4, gt=0, le=1)
+    """Share of the steps in which a trapezoid falls to zero."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution; 0 is off. With both mixup and cutmix each batch gets one of them."""
+    cutmix: float = Field(0.0, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Before the last layer."""
+    augment: Literal["none", "flip", "crop", "trivial"] = "crop"
+    """`crop` is a random resized crop and a flip; `trivial` is torchvision's TrivialAugmentWide before it."""
+    smallest_crop: float = Field(0.5, gt=0, le=1)
+    """The smallest share of an image's area that a crop keeps."""
+    class_weight: Literal["balanced"] | None = None
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    batch_norm: Literal["frozen", "affine", "train"] = "frozen"
+    """`frozen`: statistics, scale and shift stay; `affine`: the statistics stay; `train`: nothing stays."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights; 0 is off."""
+    average_top: int = Field(0, ge=0)
+    """Best evaluations whose weights are offered to a greedy soup; 0 is off."""
+    evaluate_every: Literal["auto"] | int = "auto"
+    """Steps between two evaluations on the validation images, each followed by a checkpoint; `auto` makes about ten."""
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without improvement after which training stops."""
+    sizes: tuple[tuple[float, int], ...] = ()
+    """Image sizes by share of the steps, such as `[[0, 24], [0.5, 32]]`; empty is the weights' own size."""
+    profile_steps: int = Field(0, ge=0)
+    """Steps torch's profiler watches; its table is written beside the log."""
+    tensorboard: bool = False
+
+    @field_validator("sizes", mode="before")
+    @classmethod
+    def _yaml_has_lists(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return tuple((float(row[0]), row[1]) if isinstance(row, list) and len(row) == 2 else row for row in value)
+
+    @field_validator("steps", "evaluate_every")
+    @classmethod
+    def _positive(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("should be 'auto' or a whole number from 1 up")
+        return value
+
+    @model_validator(mode="after")
+    def _replicas_have_work(self) -> TrainingConfig:
+        if self.replicas > self.accumulate:
+            raise ValueError(
+                f"replicas: {self.replicas} copies share {self.accumulate} batches; set accumulate to {self.replicas} or more"
+            )
+        return self
+
+
+class FinetuneConfig(Section):
+    """Stage three: train the best backbone end to end, from the best linear head."""
+
+    embedding: str = "best"
+    """An embedding of the leaderboard, or the one of the best row of a backbone whose last layer can be replaced."""
+    head: str = "best"
+    """A linear head to start from; `best` is the best one of that embedding, `random` a control that starts from none."""
+    validation_fraction: float = Field(0.2, gt=0, lt=0.5)
+    """Share of the training images that chooses weights, where the data have no validation split."""
+    unfreeze: tuple[UnfreezeConfig, ...] = (UnfreezeConfig(),)
+    """Which stages are trained from which share of the steps on, such as `[{start: 0, scope: head}, {start: 0.2}]`."""
+    interpolate: bool = True
+    """Also try the weights between hand-over and result, and take what does best on the validation images."""
+    training: TrainingConfig = TrainingConfig()
+
+    @field_validator("unfreeze", mode="before")
+    @classmethod
+    def _yaml_has_lists(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class PretrainConfig(Section):
+    """A network trained from scratch on labelled images; `configs/pretraining/` has the bundled one's."""
+
+    output: str
+    """The folder for checkpoint, log and weights."""
+    data: str
+    """A folder or .tar archive with train/CLASS/ and val/CLASS/ images of one size."""
+    name: str
+    """What the network is called in the config of an experiment."""
+    architecture: str
+    """A torchvision model, or a class that `pipeline.backbone` can build, such as `torchvision.models.regnet.RegNet`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """The architecture's own constructor arguments; anything JSON can hold."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    preprocessing: PreprocessingConfig
+    """What features are made with later; its mean and std are also those of the training."""
+    training: TrainingConfig
