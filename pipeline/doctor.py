@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 BLOCK = 1024
@@ -125,7 +126,10 @@ def project(features: NDArray[np.floating], components: int = COMPONENTS) -> NDA
     X = X - X.mean(axis=0)
     wide = X.shape[1] > len(X)
     gram = X @ X.T if wide else X.T @ X
-    values, vectors = np.linalg.eigh(gram.astype(np.float64))
+    last = len(gram) - 1
+    values, vectors = scipy.linalg.eigh(
+        gram.astype(np.float64), subset_by_index=(max(0, last + 1 - components), last), overwrite_a=True
+    )
     keep = values[::-1][:components] > max(values[-1], 1e-12) * 1e-6
     axes = vectors[:, ::-1][:, :components][:, keep]
     if wide:

@@ -63,7 +63,9 @@ def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
     good = rng.normal(size=(N, DIM)) + 1.2 * np.eye(3, DIM)[codes]
     records = []
     for name, kind, X in (("net-random", "backbone", good), ("pixels", "baseline", rng.normal(size=(N, DIM)))):
-        spec = EmbeddingSpec(name, kind, "test", name, {}, "w", "d", "", "none", DIM, {}, "fp32", "torch", kind == "backbone")
+        spec = EmbeddingSpec(
+            name, kind, "test", name, {}, "w", "d", "", "none", DIM, {}, "fp32", "torch", kind == "backbone"
+        )
         path = files.store(name, spec.fingerprint())
         with StoreWriter.open(path, spec.identity(), DIM) as writer:
             writer.append(digests, X.astype(np.float32))

@@ -246,17 +246,45 @@ def scaling_table(model: str, found: Mapping[int, Mapping[str, float]]) -> list[
     return [*lines, ""]
 
 
+def decode_table(photos: Sequence[Path], large: Path) -> list[str]:
+    """One thread's milliseconds per photo for each `extraction.decode`, as Markdown."""
+    import torch
+
+    from pipeline.images import DECODE_MODES, Preprocessing, decode, prepare
+
+    torch.set_num_threads(1)
+    lines = ["## one thread, ms per photo", "", "| decode | these photos | 4,000 x 3,000 pixels |", "|---|---:|---:|"]
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for _ in range(5):
+        for mode in DECODE_MODES:
+            way = Preprocessing(256, 224, decode=mode)
+            for column, paths in enumerate((photos, [large])):
+                data = [path.read_bytes() for path in paths]
+                began = time.perf_counter()
+                for each in data:
+                    prepare(decode(each, max_pixels=10**9, at_least=way.at_least), way)
+                seconds.setdefault((mode, column), []).append((time.perf_counter() - began) / len(data))
+    for mode in DECODE_MODES:
+        lines.append(
+            f"| {mode} | "
+            + " | ".join(f"{1000 * statistics.median(seconds[mode, column]):.1f}" for column in (0, 1))
+            + " |"
+        )
+    return [*lines, ""]
+
+
 # ---- photos
 
 
-def draw_photos(folder: Path, count: int) -> Path:
-    """Write JPEGs of 400 x 533 pixels and about the size of a photo's: smooth shapes with some noise."""
+def draw_photos(folder: Path, count: int, width: int = 400, height: int = 533) -> Path:
+    """Write JPEGs about the size of a photo's: smooth shapes with some noise."""
     rng = np.random.default_rng(0)
+    folder.mkdir()
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 255, (12, 9, 3), dtype=np.uint8)).resize(
-            (400, 533), Image.Resampling.BICUBIC
+            (width, height), Image.Resampling.BICUBIC
         )
-        pixels = np.clip(np.asarray(coarse) + rng.normal(0, 6, (533, 400, 3)), 0, 255).astype(np.uint8)
+        pixels = np.clip(np.asarray(coarse) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:05d}.jpg", quality=80)
     return folder
 
@@ -291,8 +319,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         photos = arguments.folder
         if photos is None:
-            (drawn := Path(place, "drawn")).mkdir()
-            photos = draw_photos(drawn, arguments.images)
+            photos = draw_photos(Path(place, "drawn"), arguments.images)
         found = sorted(path for path in photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
         count = min(arguments.images, len(found))
         sizes = sorted(
@@ -312,6 +339,9 @@ def main() -> None:
             grown = {size: run("ours", folders[size], arguments.models[0]) for size in sorted(set(steps))}
             results["scaling"] = grown
             lines += scaling_table(arguments.models[0], grown)
+        lines += decode_table(
+            found[:: max(1, len(found) // 150)], draw_photos(Path(place, "large"), 1, 4000, 3000) / "00000.jpg"
+        )
     print("\n".join(lines))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2), encoding="utf-8")
