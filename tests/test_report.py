@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import CLASSES, built_experiment, write_trials
 
 from pipeline import metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
 from pipeline.report import Leaderboard, LeaderboardRow, Nested, Seeds, material
-from pipeline.report.drawing import to_png, to_svg
+from pipeline.report.charts import tuning_chart
+from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.imbalance import effects
 from pipeline.report.material import gather
 from pipeline.report.page import render
@@ -446,3 +448,21 @@ def test_nested_and_seeds_are_columns_only_on_request_and_survive_json():
     assert "seeds 3 to 4" in text
     for made in (text, board.to_markdown(), leaderboard_table(board)):
         assert "80.0 [" in made
+
+
+@pytest.mark.parametrize(
+    "name", ["{}", "regnet_small-untrained-trunk_output-grid/logistic_regression {}", "x" * 90 + "{}"]
+)
+@pytest.mark.parametrize("count", [2, 12])
+def test_long_names_do_not_squeeze_the_tuning_curves(name: str, count: int) -> None:
+    trials = tuple({"mean": 0.5 + 0.01 * trial} for trial in range(12))
+    drawn = tuning_chart({name.format(row): trials for row in range(count)}, "accuracy")(SCREEN)
+    FigureCanvasAgg(drawn).draw()
+    (axes,), (legend,) = drawn.axes, drawn.legends
+    place = axes.get_position()
+    assert place.width > 0.75
+    assert place.height * drawn.get_figheight() > 2.2
+    box = legend.get_window_extent().transformed(drawn.transFigure.inverted())
+    assert box.x0 >= 0
+    assert box.x1 <= 1.01
+    assert 0 <= box.y0 < box.y1 < place.y0

@@ -20,6 +20,9 @@ from pipeline.report.rows import LeaderboardRow
 
 MOST_ROWS = 30
 """Rows of a leaderboard drawn; the table has them all."""
+LEGEND_CHARACTERS = 72
+"""Of a name in a legend below a chart: what a phone's width holds."""
+
 MOST_CELLS = 25
 """Classes of a confusion matrix drawn: the most confused ones."""
 
@@ -82,7 +85,8 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
     """Draw every trial's score and the best so far, one line per search."""
 
     def draw(palette: Palette) -> Figure:
-        made = figure(palette, height=3.6 + 0.08 * len(searches))
+        columns = 2 if max(map(len, searches), default=0) <= LEGEND_CHARACTERS // 2 else 1
+        made = figure(palette, height=3.3 + 0.19 * -(-len(searches) // columns))
         axes = made.subplots()
         lowest = []
         for number, (name, trials) in enumerate(searches.items()):
@@ -92,7 +96,7 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
                 continue
             count = np.arange(1, len(means) + 1)
             best = np.fmax.accumulate(means)
-            axes.step(count, _scaled(best, scoring), where="post", color=colour, label=plain_text(name))
+            axes.step(count, _scaled(best, scoring), where="post", color=colour, label=_short(name, LEGEND_CHARACTERS))
             axes.plot(count, _scaled(means, scoring), ".", color=colour, ms=4, alpha=0.55)
             axes.plot(
                 count[-1],
@@ -111,7 +115,7 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
         axes.set_xlabel("trial")
         axes.set_ylabel(_score_label(scoring))
         if len(searches) > 1:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.42, -0.17), ncols=2, fontsize=7)
+            made.legend(loc="outside lower center", ncols=columns, fontsize=7)
         return made
 
     return draw
