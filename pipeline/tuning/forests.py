@@ -21,7 +21,7 @@ from pipeline.tuning.evaluation import Evaluator, Rung, constant, counted, faile
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
 
-RUNGS = (Rung({"n_estimators": 12}, keep=6), Rung({"n_estimators": 32}, keep=2))
+RUNGS = (Rung({"n_estimators": 12}, keep=8), Rung({"n_estimators": 32}, keep=3))
 
 KEPT_BYTES = 64 << 20
 """Votes kept on one fold; a forest whose votes are not kept is grown from its first tree again, with the same result."""
