@@ -130,8 +130,8 @@ def project(features: NDArray[np.floating], components: int = COMPONENTS) -> NDA
     values, vectors = scipy.linalg.eigh(
         gram.astype(np.float64), subset_by_index=(max(0, last + 1 - components), last), overwrite_a=True
     )
-    keep = values[::-1][:components] > max(values[-1], 1e-12) * 1e-6
-    axes = vectors[:, ::-1][:, :components][:, keep]
+    keep = values[::-1] > max(values[-1], 1e-12) * 1e-6
+    axes = vectors[:, ::-1][:, keep]
     if wide:
         axes = X.T @ axes
         axes /= np.linalg.norm(axes, axis=0)

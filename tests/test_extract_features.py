@@ -358,13 +358,14 @@ def test_the_advice_is_about_what_took_longest(
 def test_the_advice_names_what_this_machine_has_and_the_run_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="fp32", engine="torch")
     slow = {**SECONDS, "network": 50.0}
-    machine: dict[str, Any] = {"bf16": ["amx_bf16"], "versions": {"openvino": None}}
-    monkeypatch.setattr(backbone, "choice_inputs", lambda: machine)
+    monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": ["amx_bf16"]})
+    monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
     assert advise(slow, 2, [spec], ExtractionConfig(precision="fp32")) == (
         "most of the time went on the network; extraction.precision: auto, as this processor computes in bf16 or "
         "OpenVINO (pip install 'manyheads[openvino]') or a GPU or a smaller network would make it faster"
     )
-    machine.update(bf16=[], versions={"openvino": "2026.1"})
+    monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": []})
+    monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
     assert advise(slow, 2, [spec], ExtractionConfig(engine="torch")) == (
         "most of the time went on the network; extraction.engine: auto, as OpenVINO is installed or "
         "a GPU or a smaller network would make it faster"

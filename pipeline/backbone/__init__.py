@@ -35,6 +35,7 @@ __all__ = [
     "engine_at_hand",
     "layers",
     "load",
+    "openvino_is_there",
 ]
 
 

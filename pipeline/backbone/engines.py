@@ -54,7 +54,8 @@ def choose_engine(
 ) -> tuple[str, str]:
     """Return the engine and the reason for it.
 
-    `images` is how many the data set has, `layer_norms` tells transformers and their kin from convolutional networks, `there` is whether OpenVINO is installed.
+    `images` is how many the data set has, `layer_norms` tells transformers and their kin from convolutional networks,
+    `there` is whether OpenVINO is installed.
     Measured in bf16 on two cores with AMX, against torch with folded norms and channels last: 1.4 to 2.5 times as fast for
     ResNets and MobileNets, 0.7 times for ConvNeXt and ViT.
 

@@ -64,14 +64,14 @@ class Backbone:
         )
         self._pooling = self._check(network, nodes, config.pooling)
         self._run: Engine = self._by_torch
+        probes = probe_images(self.preprocessing.size)
+        self.canary: Features = self.embed(probes)
         if arithmetic.engine == "openvino":
             self._run = compile_openvino(
                 self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads()
             )
-        probes = probe_images(network.preprocessing.size)
-        self.canary: Features = self.embed(probes)
-        if self._run != self._by_torch:
-            _require_close(self.canary, self._by_torch(probes))
+            by_torch, self.canary = self.canary, self.embed(probes)
+            _require_close(self.canary, by_torch)
         self.specs: tuple[EmbeddingSpec, ...] = tuple(
             _spec(network, asked, node, pooling, vectors.shape[1], arithmetic)
             for asked, node, pooling, vectors in zip(config.layers, nodes, self._pooling, self.canary, strict=True)

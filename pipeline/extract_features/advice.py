@@ -35,9 +35,13 @@ def _about_network(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig)
     remedies = []
     if all(spec.precision == "fp32" for spec in networks) and backbone.choice_inputs()["bf16"]:
         remedies.append("extraction.precision: auto, as this processor computes in bf16")
-    if extraction.engine == "auto" and all(spec.engine == "torch" for spec in networks) and _openvino_is_missing():
+    if (
+        extraction.engine == "auto"
+        and all(spec.engine == "torch" for spec in networks)
+        and not backbone.openvino_is_there()
+    ):
         remedies.append("OpenVINO (pip install 'manyheads[openvino]')")
-    if extraction.engine == "torch" and not _openvino_is_missing():
+    if extraction.engine == "torch" and backbone.openvino_is_there():
         remedies.append("extraction.engine: auto, as OpenVINO is installed")
     return f"{' or '.join([*remedies, 'a GPU or a smaller network'])} would make it faster"
 
@@ -49,10 +53,6 @@ def _about_decoding(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig
         "fast": "more processors",
     }[extraction.decode]
     return f"{mode} would make it faster"
-
-
-def _openvino_is_missing() -> bool:
-    return backbone.choice_inputs()["versions"]["openvino"] is None
 
 
 _REMEDIES: Mapping[str, Callable[[Sequence[EmbeddingSpec], ExtractionConfig], str]] = {
