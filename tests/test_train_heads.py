@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline import bundle as bundles
 from pipeline import config as configuration
 from pipeline import lineage, train_heads
-from pipeline.config import Artifacts, BackboneConfig, Config, TuningConfig
+from pipeline.config import Artifacts, BackboneConfig, Config, HeadConfig, TuningConfig
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
@@ -150,6 +150,21 @@ def test_a_bundle_predicts_what_the_leaderboard_says(finished: tuple[Config, tra
     assert saved.out_of_fold is not None
     folds = [np.mean(saved.out_of_fold.correct[saved.out_of_fold.folds == fold]) for fold in range(3)]
     np.testing.assert_allclose(folds, row.cv_scores)
+
+
+def test_an_svm_is_calibrated_on_its_margins_and_says_as_likeliest_what_it_predicts(tmp_path: Path) -> None:
+    index = stage_one(tmp_path)
+    heads = (HeadConfig(name="rbf_svm"), HeadConfig(name="ridge"))
+    config = make_config(tmp_path, trials=2).model_copy(update={"baselines": (), "heads": heads})
+    rows = [row for row in train_heads.run(config).leaderboard.rows if row.embedding == "net-random"]
+    made = {row.head: bundles.load(tmp_path / str(row.bundle)) for row in rows}
+    methods = {head: bundle.calibrator.method for head, bundle in made.items() if bundle.calibrator is not None}
+    assert methods == {"rbf_svm": "margins", "ridge": "temperature"}
+    X = np.random.default_rng(1).normal(size=(len(index), DIM)).astype(np.float32)
+    svm = made["rbf_svm"]
+    labels, probabilities = svm.predict(X)
+    assert probabilities is not None
+    assert [svm.classes[column] for column in probabilities.argmax(axis=1)] == list(labels)
 
 
 def test_a_rerun_keeps_finished_rows_and_gives_the_same_leaderboard(

@@ -5,7 +5,6 @@ one head's test scores, and `Predictions` is what it writes beside each bundle s
 """
 
 from pipeline.metrics.calibration import (
-    CALIBRATION_METHODS,
     Calibration,
     Calibrator,
     ReliabilityBin,
@@ -43,7 +42,6 @@ from pipeline.metrics.predictions import Predictions, PredictionSet
 from pipeline.metrics.scoring import ClassScores, Scores, class_columns, confusion_matrix, per_class, scores
 
 __all__ = [
-    "CALIBRATION_METHODS",
     "Calibration",
     "Calibrator",
     "ClassScores",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.svm import SVC, NuSVC
 
 from pipeline import bundle as bundles
 from pipeline.metrics import Predictions, PredictionSet
@@ -13,13 +16,20 @@ from pipeline.tuning import TuningRun
 
 
 def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
-    """Fit the temperature that turns the head's scores into probabilities, on rows it had not seen."""
+    """Fit what turns the head's scores into probabilities, on rows it had not seen."""
     out_of_fold = tuned.out_of_fold
     if out_of_fold.scores is None or len(tuned.classes) < 2:
         return None
     place = {code: column for column, code in enumerate(tuned.classes.tolist())}
     columns = np.array([place[code] for code in task.y_train.tolist()])
-    return fit_calibrator(bundles.logits(out_of_fold.scores, out_of_fold.kind), columns)
+    votes = out_of_fold.kind == "decision" and len(tuned.classes) > 2 and _counts_votes(tuned.pipeline[-1])
+    method = "margins" if votes else "temperature"
+    return fit_calibrator(bundles.logits(out_of_fold.scores, out_of_fold.kind), columns, method)
+
+
+def _counts_votes(model: Any) -> bool:
+    """Whether the scores of a fitted model are counts of pairs it decides, as those of scikit-learn's SVC are."""
+    return isinstance(model, (SVC, NuSVC)) and model.decision_function_shape == "ovr"
 
 
 def predictions_of(

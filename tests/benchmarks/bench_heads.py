@@ -176,7 +176,9 @@ def parse(words):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--naive-dtype", choices=["float32", "float64"], default="float64")
-    parser.add_argument("--naive-seconds", type=float, default=float("inf"), help="stop the naive search of a head then")
+    parser.add_argument(
+        "--naive-seconds", type=float, default=float("inf"), help="stop the naive search of a head then"
+    )
     parser.add_argument("--no-naive", dest="naive", action="store_false", help="time our search alone")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"))
     return parser.parse_args(words)
