@@ -21,12 +21,16 @@ from typing import Any
 import joblib
 import numpy as np
 from numpy.typing import NDArray
-from skops import io as skops_io
 
 from pipeline.digests import bytes_digest
 from pipeline.errors import BundleError
 from pipeline.files import write_atomic, write_text_atomic
+from pipeline.imports import instead
 from pipeline.metrics.calibration import Calibrator, scores_as_columns
+
+with instead({"sklearn.externals.array_api_compat.torch": None}):
+    # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
+    from skops import io as skops_io
 
 FORMAT = "manyheads bundle"
 VERSION = 1

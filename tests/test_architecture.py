@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pipeline"
 
 FLOORS = (
-    {"errors"},
+    {"errors", "imports"},
     {"config", "digests", "files", "memory", "metrics", "progress", "vision"},
     {"embedding", "images", "lineage"},
     {"dataset", "backbone", "baselines", "store", "heads", "bundle", "doctor"},
@@ -115,6 +115,23 @@ def test_importing_the_package_costs_nothing() -> None:
 def test_stage_two_imports_without_torch() -> None:
     names = ", ".join(f"pipeline.{name}" for name in WITHOUT_TORCH)
     assert run(f"{NO_TORCH}\nimport {names}\nprint('ok')") == "ok"
+
+
+def test_stage_two_leaves_an_installed_torch_alone() -> None:
+    assert run("import sys, pipeline.train_heads, pipeline.report; print('torch' in sys.modules)") == "False"
+
+
+def test_torchvision_is_imported_without_the_compiler_of_torch() -> None:
+    code = """
+import sys
+from pipeline import backbone
+from pipeline.backbone.weights import build_empty
+build_empty('resnet18', {})
+print('torch._dynamo' in sys.modules)
+import torch._dynamo
+print(callable(torch._dynamo.optimize))  # the real one, when it is wanted
+"""
+    assert run(code).split() == ["False", "True"]
 
 
 def run(code: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.backbone import BUNDLED
 from pipeline.backbone.graph import classifier, resolve, trace
@@ -144,13 +145,25 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise BackboneError(f"{architecture} cannot be built with arguments {dict(arguments)}: {error}") from None
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out the initialisation of weights that have no memory, for which torch would load its compiler first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RANDOM_FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_RANDOM_FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_})
+
+
 def build_empty(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Construct a network without memory for its weights, in milliseconds; one that needs numbers to be built gets them."""
     free = {"init_weights": False} if "init_weights" in _ALWAYS.get(architecture, {}) else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Uninitialised():
                 return build(architecture, {**free, **arguments})
         except BackboneError:  # a regnet computes its widths with tensors; a wrong argument fails again here
             return build(architecture, {**free, **arguments})
