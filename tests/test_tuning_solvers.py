@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
@@ -188,3 +189,18 @@ def test_hopeless_penalties_leave_the_race_and_the_choice_stays(tmp_path, monkey
     assert {trial.status for trial in whole.trials} == {"ok"}
     assert raced.best.params == whole.best.params
     assert raced.best.fold_scores == whole.best.fold_scores
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_last_fit_of_a_linear_svm_is_at_liblinears_optimum(classes, tmp_path):
+    problem = problem_of("linear_svm", 210, 40, classes, class_weight="balanced")
+    tuned = tune(
+        problem.head, problem.X, problem.y, problem.folds, TuningConfig(trials=2, jobs=1), 0, tmp_path / "trials.jsonl"
+    ).pipeline
+    assert isinstance(tuned[-1], LinearSVC)
+    theirs = clone(tuned).fit(problem.X, problem.y)
+    weights, expected = tuned[-1].coef_, theirs[-1].coef_
+    assert weights.shape == expected.shape
+    assert np.linalg.norm(weights - expected) < 0.01 * np.linalg.norm(expected)
+    np.testing.assert_allclose(tuned[-1].intercept_, theirs[-1].intercept_, atol=0.01)
+    np.testing.assert_array_equal(tuned.predict(problem.X), theirs.predict(problem.X))
