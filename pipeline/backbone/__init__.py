@@ -14,8 +14,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backbone.engines import PAYS_FROM, openvino_is_there
-from pipeline.backbone.precision import choice_inputs, choose_precision
+from pipeline.backbone.engines import BATCH_SIZES, PAYS_FROM, openvino_is_there
+from pipeline.backbone.precision import choice_inputs, choose_precision, devices, divide_threads
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 
@@ -26,12 +26,15 @@ BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetens
 """The weights that come with the package; beside them a `.json` of the same name describes them."""
 
 __all__ = [
+    "BATCH_SIZES",
     "BUNDLED",
     "PAYS_FROM",
     "EmbeddingSpec",
     "check",
     "choice_inputs",
     "choose_precision",
+    "devices",
+    "divide_threads",
     "engine_at_hand",
     "layers",
     "load",

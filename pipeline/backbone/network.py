@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.backbone import graph as graphs
-from pipeline.backbone.engines import Engine, Features, choose_engine, compile_openvino, openvino_is_there
+from pipeline.backbone.engines import Features, Start, at_once, choose_engine, compile_openvino, openvino_is_there
 from pipeline.backbone.precision import resolve_device, resolve_precision
 from pipeline.backbone.weights import Network, load_network
 from pipeline.config import BackboneConfig, ExtractionConfig
@@ -62,13 +62,14 @@ class Backbone:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (network.preprocessing.mean, network.preprocessing.std)
         )
+        self.slots = 1
         self._pooling = self._check(network, nodes, config.pooling)
-        self._run: Engine = self._by_torch
+        self._start: Start = at_once(self._by_torch)
         probes = probe_images(self.preprocessing.size)
         self.canary: Features = self.embed(probes)
         if arithmetic.engine == "openvino":
-            self._run = compile_openvino(
-                self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads()
+            self._start = at_once(
+                compile_openvino(self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads())
             )
             by_torch, self.canary = self.canary, self.embed(probes)
             _require_close(self.canary, by_torch)
@@ -129,7 +130,11 @@ class Backbone:
         -------
         tuple of ndarray of shape (n, dim), float32: one per layer, in the order of `specs`
         """
-        return self._run(pixels)
+        return self._start(pixels)()
+
+    def start(self, pixels: NDArray[np.uint8]) -> Callable[[], Features]:
+        """Embed in two steps; see `pipeline.embedders.Embedder`."""
+        return self._start(pixels)
 
 
 def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int) -> Backbone:
