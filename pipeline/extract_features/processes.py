@@ -45,7 +45,7 @@ DEALT = AHEAD + 2
 """Batches a worker has been dealt and not yet delivered: what it reads ahead, and some so that it need not wait for more."""
 
 GRACE_SECONDS = 10.0
-"""How long a worker may take to leave after its socket was closed, before it is killed."""
+"""How long a worker that has hung up may take to end."""
 
 CODE = "import sys; sys.path[:] = {path}; from pipeline.extract_features.processes import work; work({socket})"
 
@@ -131,14 +131,11 @@ def spread(sources: Sequence[Source], root: Path, count: int) -> Iterator[Networ
             _send(worker, size)
         yield Networks(loaded[0].canaries, lambda items: _deal(team, items, size), threads * count, count)
     finally:
-        for worker in team:
+        for worker in team:  # they own nothing that could be lost
             worker.connection.close()
+            worker.process.kill()
         for worker in team:
-            try:
-                worker.process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
+            worker.process.wait()
 
 
 def _on(device: str, source: Source) -> Source:
