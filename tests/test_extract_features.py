@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.embedders import read_records
 from pipeline.errors import BackboneError, DatasetError
 from pipeline.extract_features import lanes, work
 from pipeline.extract_features.advice import advise
+from pipeline.extract_features.sources import Source
 from pipeline.images import decode, policy_key, prepare
 from pipeline.store import FeatureStore
 
@@ -98,7 +99,7 @@ def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> 
     path.write_text(configuration.dump_yaml(config))
     code = f"""
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from pipeline import config, extract_features, images
@@ -317,6 +318,62 @@ def test_the_batch_halves_when_memory_runs_out_and_no_row_is_lost() -> None:
     assert lane.limit == 3
     with pytest.raises(BackboneError, match="not even one image fits into memory"):
         lanes.start(lanes.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
+
+
+class Beside:
+    """A recipe that works beside the caller, as a GPU does; it notes what it is asked for, and may fail."""
+
+    slots = 2
+    preprocessing = baselines.load("pixels").preprocessing
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.told: list[str] = []
+        self.fails_at = fails_at
+
+    def start(self, pixels: np.ndarray) -> Callable[[], tuple[np.ndarray, ...]]:
+        number = sum(word.startswith("start") for word in self.told)
+        self.told.append(f"start {number}")
+        if number == self.fails_at:
+            raise BackboneError("the device is gone")
+        sums = pixels.reshape(len(pixels), -1).sum(1, dtype=np.float32, keepdims=True)
+
+        def collect() -> tuple[np.ndarray, ...]:
+            self.told.append(f"collect {number}")
+            return (sums,)
+
+        return collect
+
+
+def through(embedder: Beside, photos: Path, size: int) -> Iterator[lanes.Finished]:
+    config = make(photos)
+    items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
+    job = lanes.Job((Source(None, (), config, N),), photos, workers=1)
+    return lanes.embed(job, [lanes.Lane(embedder, limit=size)], size, items)  # type: ignore[arg-type]
+
+
+def test_the_next_batch_is_started_before_the_one_before_is_waited_for(photos: Path) -> None:
+    embedder = Beside()
+    contents, sums = [], []
+    for finished in through(embedder, photos, 10):
+        embedder.told.append("write")
+        contents += [item.content for item in finished.items]
+        (part,) = finished.parts
+        assert part is not None
+        sums += part.vectors[0][:, 0].tolist()
+    assert embedder.told == [
+        "start 0", "start 1", "collect 0", "write", "start 2", "collect 1", "write", "collect 2", "write",
+    ]  # fmt: skip
+    assert contents == list(range(N))
+    for content in (0, 9, 10, N - 1):
+        image = decode((photos / "ab"[content % 2] / f"{content:02d}.png").read_bytes(), max_pixels=10**6)
+        assert sums[content] == prepare(image, embedder.preprocessing).sum(dtype=np.float32)
+
+
+def test_an_error_of_a_network_reaches_the_caller_after_what_was_finished(photos: Path) -> None:
+    finished = through(Beside(fails_at=2), photos, 10)
+    assert [item.content for item in next(finished).items] == list(range(10))
+    with pytest.raises(BackboneError, match="the device is gone"):
+        next(finished)
 
 
 def test_reading_ahead_holds_a_fixed_number_of_batches(photos: Path) -> None:

@@ -94,6 +94,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
 def test_two_processes_fill_the_stores_as_one_does(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     one, two = make(photos, 1), make(photos, 2)
     extract_features.run(one)
+    known = Artifacts(two.output).specs  # so that no network is loaded here to learn what it gives
+    known.parent.mkdir()
+    known.write_bytes(Artifacts(one.output).specs.read_bytes())
     caplog.clear()
     caplog.set_level(logging.INFO, "pipeline")
     result = extract_features.run(two)
@@ -106,7 +109,7 @@ def test_two_processes_fill_the_stores_as_one_does(photos: Path, caplog: pytest.
         for record in caplog.records
         if "squeezenet1_1-random-penultimate on cpu in fp32" in record.getMessage()
     ]
-    assert len(told) == 3, "here, to learn what it is, and in each process"
+    assert len(told) == 2, "what a process logs is heard here"
     digests = dataset.DatasetIndex.read(Artifacts(two.output).dataset).digests
     for name in ("squeezenet", "pixels"):
         mine, theirs = store_of(two, name), store_of(one, name)

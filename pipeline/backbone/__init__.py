@@ -2,6 +2,7 @@
 
     precision.py   which device and number format a run uses
     engines.py     torch or OpenVINO: which one, and how the latter is made
+    cuda.py        torch on an NVIDIA GPU as a CUDA graph
     weights.py     enum member, local file, bundled or random weights -> a network in eval mode
     graph.py       the network's graph: nodes, shapes, the default layer, pooling
     network.py     Backbone: uint8 pixels -> float32 vectors
@@ -14,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backbone.engines import BATCH_SIZES, PAYS_FROM, openvino_is_there
+from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
 from pipeline.backbone.precision import choice_inputs, choose_precision, devices, divide_threads
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
@@ -26,12 +27,12 @@ BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetens
 """The weights that come with the package; beside them a `.json` of the same name describes them."""
 
 __all__ = [
-    "BATCH_SIZES",
     "BUNDLED",
     "PAYS_FROM",
     "EmbeddingSpec",
     "check",
     "choice_inputs",
+    "choose_batch_size",
     "choose_precision",
     "devices",
     "divide_threads",

@@ -39,6 +39,9 @@ Start = Callable[[NDArray[np.uint8]], Callable[[], Features]]
 BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
 """`batch_size: auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
 
+MOST_DEVIATION = 0.1
+"""Of a vector's length, from the one torch gives."""
+
 BATCH = 32
 """Images of a compiled network's batch, which is fixed; a shorter batch is filled up."""
 
@@ -58,6 +61,24 @@ def at_once(engine: Engine) -> Start:
         return lambda: features
 
     return start
+
+
+def require_close(found: Features, expected: Features) -> None:
+    """See that another engine computes the same network; bf16 alone moves a vector by less than a hundredth of its length.
+
+    Raises
+    ------
+    RuntimeError
+    """
+    for mine, torchs in zip(found, expected, strict=True):
+        distance = np.linalg.norm(mine - torchs, axis=1)
+        if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
+            raise RuntimeError("the vectors of the probe images are not torch's")
+
+
+def choose_batch_size(asked: int | str, device: str) -> int:
+    """Return how many images a device, such as `cuda:0`, is given at a time."""
+    return BATCH_SIZES[device.partition(":")[0]] if asked == "auto" else int(asked)
 
 
 def openvino_is_there() -> bool:

@@ -107,18 +107,13 @@ def here(job: Job) -> Networks:
 def open_lanes(job: Job) -> tuple[list[Lane], Loaded]:
     """Load the networks of a job; BackboneError where one is not to be had."""
     embedders = [source.load() for source in job.sources]
+    asked = job.sources[0].config.extraction.batch_size
     lanes = [
-        Lane(embedder, batch_size(source.config.extraction, str(getattr(embedder, "device", "cpu"))))
-        for source, embedder in zip(job.sources, embedders, strict=True)
+        Lane(embedder, backbone.choose_batch_size(asked, str(getattr(embedder, "device", "cpu"))))
+        for embedder in embedders
     ]
     specs = tuple(tuple(embedder.specs) for embedder in embedders)
     return lanes, Loaded(specs, tuple(embedder.canary for embedder in embedders), max(lane.limit for lane in lanes))
-
-
-def batch_size(extraction: ExtractionConfig, device: str) -> int:
-    """Return how many images a network on a device is given at a time."""
-    asked = extraction.batch_size
-    return backbone.BATCH_SIZES[device.partition(":")[0]] if asked == "auto" else asked
 
 
 def workers(extraction: ExtractionConfig, processes: int = 1) -> int:

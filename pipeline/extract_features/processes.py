@@ -87,7 +87,7 @@ def how_many(sources: Sequence[Source], images: int) -> int:
     devices = _devices(sources)
     if asked == "auto":
         asked = len(devices)
-    return max(1, min(asked, math.ceil(images / lanes.batch_size(extraction, devices[0]))))
+    return max(1, min(asked, math.ceil(images / backbone.choose_batch_size(extraction.batch_size, devices[0]))))
 
 
 def _devices(sources: Sequence[Source]) -> list[str]:
