@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +162,26 @@ def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
     (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 36
+
+
+def test_a_signal_is_heard_after_networks_have_come_and_gone() -> None:
+    """OpenVINO gives the main thread a stack for signals; it must not outlive the memory."""
+    pytest.importorskip("openvino")
+    code = """
+import gc, os, signal
+from pipeline import backbone
+from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
+section = BackboneConfig(name="squeezenet1_1", preprocessing=PreprocessingConfig(resize=40, crop=32))
+asked = ExtractionConfig(device="cpu", precision="fp32", engine="openvino")
+live = [backbone.load(section, asked, seed) for seed in (0, 1)]
+while live:
+    del live[0]
+    gc.collect()
+signal.signal(signal.SIGINT, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n")
 
 
 def test_importing_it_starts_no_network_traffic() -> None:

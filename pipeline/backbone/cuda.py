@@ -56,7 +56,7 @@ def capture(vectors: Vectors, size: tuple[int, int], batch: int, device: torch.d
                 vectors(pixels)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):  # where the libraries have what they need already
             outputs = tuple(output.contiguous() for output in vectors(pixels))
         slots = [_Slot.like(pixels, outputs) for _ in range(SLOTS)]
     return Captured(device, graph, pixels, outputs, slots).start

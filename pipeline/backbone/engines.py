@@ -12,6 +12,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,8 +135,6 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
     import torch
 
     began = time.perf_counter()
-    import openvino
-
     # Not `openvino.convert_model`, which reports its use to its maker unless the user has opted out.
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -148,7 +147,7 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
     decoder = TorchScriptPythonDecoder(traced)  # the front end keeps no reference of its own
     model = front_end.convert(front_end.load(decoder))
     model.reshape([BATCH, *size, 3])
-    compiled = openvino.Core().compile_model(
+    compiled = _core().compile_model(
         model,
         "CPU",
         {
@@ -166,6 +165,17 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
         return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
 
     return run
+
+
+@cache
+def _core() -> Any:
+    """Make the one of this process, which lasts as long.
+
+    Each has a stack of its own for signals; when two go in the order in which they came, Ctrl-C is handled on one that is gone.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _infer(request: Any, pixels: NDArray[np.uint8]) -> Sequence[NDArray[np.float32]]:
