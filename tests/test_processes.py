@@ -288,3 +288,13 @@ def test_threads_are_divided_among_processes(monkeypatch: pytest.MonkeyPatch) ->
     auto, eight = ExtractionConfig(), ExtractionConfig(workers=8)
     assert [lanes.workers(auto, count) for count in (1, 2, 4, 80)] == [16, 16, 10, 1]
     assert [lanes.workers(eight, count) for count in (1, 2, 3, 16)] == [8, 4, 2, 1]
+
+
+def test_a_device_without_a_number_is_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert backbone.devices("cpu") == ["cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert backbone.devices("cuda") == backbone.devices("auto") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert backbone.devices("cuda:1") == ["cuda:1"]
