@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import platform
 import time
 import warnings
@@ -155,6 +156,8 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": _FORMATS[precision],
+            # Left to itself it ties its threads to the first processors, in each of several processes to the same ones.
+            **({"ENABLE_CPU_PINNING": False} if threads < (os.cpu_count() or 1) else {}),
         },
     )
     request = compiled.create_infer_request()
