@@ -35,15 +35,15 @@ class Item:
     path: str
     digest: bytes | None
     wanted: tuple[int, ...]
-    """Which of the preprocessings it has to go through."""
+    """Which of the takers it is for, by their place in `Feeder.preprocessings`."""
 
 
 @dataclass
 class Batch:
     """Images on their way to the networks.
 
-    `pixels[k]` is uint8 of shape (size, height, width, 3), prepared by preprocessing k; row i belongs to `items[i]` and is
-    filled only where `items[i].wanted` has k and `problems` has no i.
+    `pixels[k]` is uint8 of shape (size, height, width, 3), prepared for taker k; row i belongs to `items[i]` and is filled
+    only where `items[i].wanted` has k and `problems` has no i.
     """
 
     items: Sequence[Item]
@@ -60,6 +60,7 @@ class Feeder:
     root: Path
     max_pixels: int
     preprocessings: tuple[Preprocessing, ...]
+    """One per taker of pixels; those that are equal are done once."""
     batch_size: int
     workers: int
 
@@ -87,7 +88,8 @@ class Feeder:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _memory(self, size: int) -> list[NDArray[np.uint8]]:
-        return [np.zeros((size, *preprocessing.size, 3), np.uint8) for preprocessing in self.preprocessings]
+        distinct = {way: np.zeros((size, *way.size, 3), np.uint8) for way in set(self.preprocessings)}
+        return [distinct[way] for way in self.preprocessings]
 
     def _submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[tuple[float, float]]]:
         size = max(1, min(CHUNK, -(-len(batch.items) // self.workers)))
@@ -106,8 +108,7 @@ class Feeder:
                 data = open_file(self.root, item.path, item.digest)
                 read = time.perf_counter()
                 decoded: dict[int | None, NDArray[np.uint8]] = {}
-                for number in item.wanted:
-                    preprocessing = self.preprocessings[number]
+                for preprocessing, number in {self.preprocessings[number]: number for number in item.wanted}.items():
                     at_least = preprocessing.at_least
                     if at_least not in decoded:
                         decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)

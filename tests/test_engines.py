@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +164,46 @@ def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
     (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 36
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="there is one processor to be on"
+)
+def test_a_network_with_a_part_of_the_processors_may_be_on_any(pixels: np.ndarray) -> None:
+    """Two processes with a thread each would otherwise both compute on the first processor."""
+    pytest.importorskip("openvino")
+    own = os.sched_getaffinity(0)
+    run = engines.compile_openvino(lambda images: (images.float().mean((1, 2)),), (32, 32), "fp32", 1)
+    caller, seen, ended = threading.get_native_id(), set(), threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            seen.add(frozenset(os.sched_getaffinity(caller)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(200):
+        run(pixels)
+    ended.set()
+    watcher.join()
+    assert seen == {frozenset(own)}
+
+
+def test_a_signal_is_heard_after_networks_have_come_and_gone() -> None:
+    """OpenVINO gives the main thread a stack for signals; it must not outlive the memory."""
+    pytest.importorskip("openvino")
+    code = """
+import gc, os, signal
+from pipeline.backbone.engines import compile_openvino
+live = [compile_openvino(lambda pixels: (pixels.float().mean((1, 2)),), (8, 8), "fp32", 1) for _ in range(2)]
+while live:
+    del live[0]
+    gc.collect()
+signal.signal(signal.SIGINT, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n")
 
 
 def test_importing_it_starts_no_network_traffic() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from pipeline import config as configuration
 from pipeline.config import Artifacts, Config, ExtractionConfig
 from pipeline.embedders import read_records
 from pipeline.errors import BackboneError, DatasetError
-from pipeline.extract_features import work
+from pipeline.extract_features import lanes, work
 from pipeline.extract_features.advice import advise
+from pipeline.extract_features.sources import Source
 from pipeline.images import decode, policy_key, prepare
 from pipeline.store import FeatureStore
 
@@ -97,6 +99,7 @@ def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> 
     path.write_text(configuration.dump_yaml(config))
     code = f"""
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from pipeline import config, extract_features, images
@@ -232,16 +235,16 @@ def stop_after(batches: int, number: int) -> str:
     return f"""
 import os
 from pipeline import store
-from pipeline.extract_features import work
+from pipeline.extract_features import lanes, work
 from pipeline.extract_features.advice import advise
 store.writer.GROUP_BYTES = 1
-original, seen = work._embed_batch, []
+original, seen = work._store, []
 def stopping(*arguments):
     original(*arguments)
     seen.append(1)
     if len(seen) == {batches}:
         os.kill(os.getpid(), {number})
-work._embed_batch = stopping
+work._store = stopping
 """
 
 
@@ -267,14 +270,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches
 def test_a_signal_ends_the_run_after_the_batch_in_hand(
     photos: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, seen = work._embed_batch, []
+    original, seen = work._store, []
 
     def interrupted(*arguments: Any) -> None:
         os.kill(os.getpid(), number)
         original(*arguments)
         seen.append(1)
 
-    monkeypatch.setattr(work, "_embed_batch", interrupted)
+    monkeypatch.setattr(work, "_store", interrupted)
     config = make(photos)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt) as stop:
@@ -282,7 +285,7 @@ def test_a_signal_ends_the_run_after_the_batch_in_hand(
     assert stop.value.args == (number,)
     assert len(seen) == 1
     assert signal.getsignal(number) is before
-    monkeypatch.setattr(work, "_embed_batch", original)
+    monkeypatch.setattr(work, "_store", original)
     rest = extract_features.run(config)
     assert rest.work is not None
     assert rest.work.images == N - 4
@@ -302,15 +305,75 @@ class Tight:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return (pixels.reshape(len(pixels), -1).astype(np.float32),)
 
+    def start(self, pixels: np.ndarray) -> Callable[[], tuple[np.ndarray, ...]]:
+        vectors = self.embed(pixels)
+        return lambda: vectors
+
 
 def test_the_batch_halves_when_memory_runs_out_and_no_row_is_lost() -> None:
     pixels = np.arange(13 * 4 * 3, dtype=np.uint8).reshape(13, 2, 2, 3)
-    lane = work.Lane(Tight(3), [], 0, limit=32)  # type: ignore[arg-type]
-    (vectors,) = work._embed(lane, pixels)
+    lane = lanes.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
+    (vectors,) = lanes.start(lane, pixels)()
     np.testing.assert_array_equal(vectors, pixels.reshape(13, -1))
     assert lane.limit == 3
     with pytest.raises(BackboneError, match="not even one image fits into memory"):
-        work._embed(work.Lane(Tight(0), [], 0, limit=8), pixels)  # type: ignore[arg-type]
+        lanes.start(lanes.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
+
+
+class Beside:
+    """A recipe that works beside the caller, as a GPU does; it notes what it is asked for, and may fail."""
+
+    slots = 2
+    preprocessing = baselines.load("pixels").preprocessing
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.told: list[str] = []
+        self.fails_at = fails_at
+
+    def start(self, pixels: np.ndarray) -> Callable[[], tuple[np.ndarray, ...]]:
+        number = sum(word.startswith("start") for word in self.told)
+        self.told.append(f"start {number}")
+        if number == self.fails_at:
+            raise BackboneError("the device is gone")
+        sums = pixels.reshape(len(pixels), -1).sum(1, dtype=np.float32, keepdims=True)
+
+        def collect() -> tuple[np.ndarray, ...]:
+            self.told.append(f"collect {number}")
+            return (sums,)
+
+        return collect
+
+
+def through(embedder: Beside, photos: Path, size: int) -> Iterator[lanes.Finished]:
+    config = make(photos)
+    items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
+    job = lanes.Job((Source(None, (), config, N),), photos, workers=1)
+    return lanes.embed(job, [lanes.Lane(embedder, limit=size)], size, items)  # type: ignore[arg-type]
+
+
+def test_the_next_batch_is_started_before_the_one_before_is_waited_for(photos: Path) -> None:
+    embedder = Beside()
+    contents, sums = [], []
+    for finished in through(embedder, photos, 10):
+        embedder.told.append("write")
+        contents += [item.content for item in finished.items]
+        (part,) = finished.parts
+        assert part is not None
+        sums += part.vectors[0][:, 0].tolist()
+    assert embedder.told == [
+        "start 0", "start 1", "collect 0", "write", "start 2", "collect 1", "write", "collect 2", "write",
+    ]  # fmt: skip
+    assert contents == list(range(N))
+    for content in (0, 9, 10, N - 1):
+        image = decode((photos / "ab"[content % 2] / f"{content:02d}.png").read_bytes(), max_pixels=10**6)
+        assert sums[content] == prepare(image, embedder.preprocessing).sum(dtype=np.float32)
+
+
+def test_an_error_of_a_network_reaches_the_caller_after_what_was_finished(photos: Path) -> None:
+    finished = through(Beside(fails_at=2), photos, 10)
+    assert [item.content for item in next(finished).items] == list(range(10))
+    with pytest.raises(BackboneError, match="the device is gone"):
+        next(finished)
 
 
 def test_reading_ahead_holds_a_fixed_number_of_batches(photos: Path) -> None:

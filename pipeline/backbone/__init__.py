@@ -2,6 +2,7 @@
 
     precision.py   which device and number format a run uses
     engines.py     torch or OpenVINO: which one, and how the latter is made
+    cuda.py        torch on an NVIDIA GPU as a CUDA graph
     weights.py     enum member, local file, bundled or random weights -> a network in eval mode
     graph.py       the network's graph: nodes, shapes, the default layer, pooling
     network.py     Backbone: uint8 pixels -> float32 vectors
@@ -14,8 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backbone.engines import PAYS_FROM, openvino_is_there
-from pipeline.backbone.precision import choice_inputs, choose_precision
+from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
+from pipeline.backbone.precision import choice_inputs, choose_precision, devices, divide_threads
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 
@@ -31,7 +32,10 @@ __all__ = [
     "EmbeddingSpec",
     "check",
     "choice_inputs",
+    "choose_batch_size",
     "choose_precision",
+    "devices",
+    "divide_threads",
     "engine_at_hand",
     "layers",
     "load",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +35,15 @@ Vectors = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
 Engine = Callable[[NDArray[np.uint8]], Features]
 """The same for arrays."""
 
+Start = Callable[[NDArray[np.uint8]], Callable[[], Features]]
+"""The same in two steps: it has read the pixels when it returns a function, which waits for the vectors."""
+
+BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
+"""`batch_size: auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
+
+MOST_DEVIATION = 0.1
+"""Of a vector's length, from the one torch gives."""
+
 BATCH = 32
 """Images of a compiled network's batch, which is fixed; a shorter batch is filled up."""
 
@@ -42,6 +53,34 @@ saves 1 ms an image. A data set that grows past it is embedded again once, which
 
 _FORMATS = {"fp32": "f32", "bf16": "bf16"}
 _PROCESSORS = frozenset({"x86_64", "amd64"})
+
+
+def at_once(engine: Engine) -> Start:
+    """Make the two steps of an engine that computes in the caller's own thread."""
+
+    def start(pixels: NDArray[np.uint8]) -> Callable[[], Features]:
+        features = engine(pixels)
+        return lambda: features
+
+    return start
+
+
+def require_close(found: Features, expected: Features) -> None:
+    """See that another engine computes the same network; bf16 alone moves a vector by less than a hundredth of its length.
+
+    Raises
+    ------
+    RuntimeError
+    """
+    for mine, torchs in zip(found, expected, strict=True):
+        distance = np.linalg.norm(mine - torchs, axis=1)
+        if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
+            raise RuntimeError("the vectors of the probe images are not torch's")
+
+
+def choose_batch_size(asked: int | str, device: str) -> int:
+    """Return how many images a device, such as `cuda:0`, is given at a time."""
+    return BATCH_SIZES[device.partition(":")[0]] if asked == "auto" else int(asked)
 
 
 def openvino_is_there() -> bool:
@@ -97,8 +136,6 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
     import torch
 
     began = time.perf_counter()
-    import openvino
-
     # Not `openvino.convert_model`, which reports its use to its maker unless the user has opted out.
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -111,7 +148,7 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
     decoder = TorchScriptPythonDecoder(traced)  # the front end keeps no reference of its own
     model = front_end.convert(front_end.load(decoder))
     model.reshape([BATCH, *size, 3])
-    compiled = openvino.Core().compile_model(
+    compiled = _core().compile_model(
         model,
         "CPU",
         {
@@ -119,6 +156,8 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": _FORMATS[precision],
+            # Left to itself it ties its threads to the first processors, in each of several processes to the same ones.
+            **({"ENABLE_CPU_PINNING": False} if threads < (os.cpu_count() or 1) else {}),
         },
     )
     request = compiled.create_infer_request()
@@ -129,6 +168,17 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
         return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
 
     return run
+
+
+@cache
+def _core() -> Any:
+    """Make the one of this process, which lasts as long.
+
+    Each has a stack of its own for signals; when two go in the order in which they came, Ctrl-C is handled on one that is gone.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _infer(request: Any, pixels: NDArray[np.uint8]) -> Sequence[NDArray[np.float32]]:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from pipeline.backbone import cuda
 from pipeline.backbone import graph as graphs
-from pipeline.backbone.engines import Engine, Features, choose_engine, compile_openvino, openvino_is_there
+from pipeline.backbone.engines import (
+    Features,
+    Start,
+    at_once,
+    choose_batch_size,
+    choose_engine,
+    compile_openvino,
+    openvino_is_there,
+    require_close,
+)
 from pipeline.backbone.precision import resolve_device, resolve_precision
 from pipeline.backbone.weights import Network, load_network
 from pipeline.config import BackboneConfig, ExtractionConfig
@@ -24,9 +35,6 @@ from pipeline.errors import BackboneError
 from pipeline.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
-
-MOST_DEVIATION = 0.1
-"""Of a vector's length, from the one torch gives."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Arithmetic:
     """The dtype's name in configs and identities."""
     engine: str
     """`torch` or `openvino`."""
+    graph_of: int = 0
+    """Images of the batches for which a CUDA graph is captured; 0 for none, as for a few images it is not worth it."""
 
 
 class Backbone:
@@ -62,16 +72,23 @@ class Backbone:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (network.preprocessing.mean, network.preprocessing.std)
         )
+        self.slots = cuda.SLOTS if self.device.type == "cuda" else 1
         self._pooling = self._check(network, nodes, config.pooling)
-        self._run: Engine = self._by_torch
+        self._start: Start = self._start_torch
         probes = probe_images(self.preprocessing.size)
         self.canary: Features = self.embed(probes)
         if arithmetic.engine == "openvino":
-            self._run = compile_openvino(
-                self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads()
+            self._start = at_once(
+                compile_openvino(self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads())
             )
             by_torch, self.canary = self.canary, self.embed(probes)
-            _require_close(self.canary, by_torch)
+            require_close(self.canary, by_torch)
+        self.remark = ""  # what is to be said of a CUDA graph
+        if arithmetic.graph_of:
+            # The canary stays that of torch alone, so that a store does not notice whether there was a graph.
+            capture = partial(cuda.capture, self._vectors, self.preprocessing.size, arithmetic.graph_of, self.device)
+            captured, self.remark = cuda.capture_checked(capture, probes, self.canary)
+            self._start = captured or self._start
         self.specs: tuple[EmbeddingSpec, ...] = tuple(
             _spec(network, asked, node, pooling, vectors.shape[1], arithmetic)
             for asked, node, pooling, vectors in zip(config.layers, nodes, self._pooling, self.canary, strict=True)
@@ -113,10 +130,11 @@ class Backbone:
             for output, pooling in zip(outputs, self._pooling, strict=True)
         )
 
-    def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
+    def _start_torch(self, pixels: NDArray[np.uint8]) -> Callable[[], Features]:
+        """Send pixels through the network; a GPU may still be at work when this returns."""
         with torch.inference_mode():
             vectors = self._vectors(torch.from_numpy(pixels).to(self.device, non_blocking=True))
-            return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
+        return lambda: tuple(vector.contiguous().cpu().numpy() for vector in vectors)
 
     def embed(self, pixels: NDArray[np.uint8]) -> Features:
         """Embed n prepared images.
@@ -129,7 +147,11 @@ class Backbone:
         -------
         tuple of ndarray of shape (n, dim), float32: one per layer, in the order of `specs`
         """
-        return self._run(pixels)
+        return self._start(pixels)()
+
+    def start(self, pixels: NDArray[np.uint8]) -> Callable[[], Features]:
+        """Embed in two steps; see `pipeline.embedders.Embedder`."""
+        return self._start(pixels)
 
 
 def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int) -> Backbone:
@@ -150,7 +172,9 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
         layer_norms=_has_layer_norms(network.module),
         there=openvino_is_there(),
     )
-    arithmetic = Arithmetic(device, dtype, precision, engine)
+    batch_size = choose_batch_size(extraction.batch_size, device.type)
+    graph_of = batch_size if device.type == "cuda" and images > batch_size else 0
+    arithmetic = Arithmetic(device, dtype, precision, engine, graph_of)
     try:
         backbone = Backbone(network, config, arithmetic)
     except RuntimeError as error:
@@ -161,21 +185,9 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
             raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
-    logger.info("%s on %s in %s: %s; by %s: %s", backbone.specs[0].name, device, precision, reason, engine, why)
+    how = f"{engine} {backbone.remark}".strip()
+    logger.info("%s on %s in %s: %s; by %s: %s", backbone.specs[0].name, device, precision, reason, how, why)
     return backbone
-
-
-def _require_close(found: Features, expected: Features) -> None:
-    """See that another engine computes the same network; bf16 alone moves a vector by less than a hundredth of its length.
-
-    Raises
-    ------
-    RuntimeError
-    """
-    for mine, torchs in zip(found, expected, strict=True):
-        distance = np.linalg.norm(mine - torchs, axis=1)
-        if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
-            raise RuntimeError("the vectors of the probe images are not torch's")
 
 
 def _has_layer_norms(module: nn.Module) -> bool:

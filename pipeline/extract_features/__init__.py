@@ -1,9 +1,11 @@
 """Stage one: embed what the feature stores do not have yet.
 
-    advice.py    what would have made a run faster
-    sources.py   what a config asks to embed, known without loading a network where it was loaded before
-    targets.py   what each store is missing, and why
-    work.py      batches through the networks into the stores
+    advice.py      what would have made a run faster
+    sources.py     what a config asks to embed, known without loading a network where it was loaded before
+    targets.py     what each store is missing, and why
+    lanes.py       batches through the networks
+    processes.py   the same in several processes
+    work.py        finished batches into the stores
 
 The images are read and decoded once for all networks (`pipeline.feed`). A run with nothing to do imports no torch.
 """
@@ -205,7 +207,7 @@ def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:
 def _rates(work: Work) -> dict[str, float]:
     """What one image costs per embedding: reading and decoding, and its own network."""
     shared = (work.seconds["read"] + work.seconds["decode"]) / work.workers / max(work.images, 1)
-    return {name: shared + seconds for name, seconds in work.network_seconds.items()}
+    return {name: shared + seconds / work.network_images[name] for name, seconds in work.network_seconds.items()}
 
 
 def _write(

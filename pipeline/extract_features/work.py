@@ -1,12 +1,9 @@
-"""Embedding what is missing: batches through the networks into the stores, committed whatever happens."""
+"""Embedding what is missing: finished batches into the stores, committed whatever happens."""
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,22 +18,17 @@ from numpy.typing import NDArray
 from pipeline.config import Config
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import Digests, digests_to_hex
-from pipeline.embedders import Embedder
-from pipeline.errors import BackboneError
+from pipeline.extract_features import lanes, processes
+from pipeline.extract_features.lanes import Finished, Job, Networks
 from pipeline.extract_features.sources import Source
 from pipeline.extract_features.targets import Contents, Target
-from pipeline.feed import Batch, Feeder, Item
-from pipeline.images import Preprocessing, policy_key
-from pipeline.memory import is_out_of_memory, keep_freed_memory
+from pipeline.feed import Item
+from pipeline.images import policy_key
+from pipeline.memory import keep_freed_memory
 from pipeline.progress import bar
 from pipeline.store import StoreWriter
 
 logger = logging.getLogger(__name__)
-
-BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
-"""`auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
-
-MAX_WORKERS = 16
 
 SUMMED_OVER_THREADS = ("read", "decode")
 
@@ -55,12 +47,21 @@ class Work:
     loop_seconds: float = 0.0
     workers: int = 1
     """Threads that read and decoded."""
+    processes: int = 1
+    """Processes that embedded, at the same time."""
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
     )
     """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
     network_seconds: dict[str, float] = field(default_factory=dict)
-    """Embedding -> seconds per image in its network."""
+    """Embedding -> seconds in its network; of several processes, their mean."""
+    network_images: dict[str, int] = field(default_factory=dict)
+    """Embedding -> images that went through its network."""
+
+    def add_network(self, embedding: str, images: int, seconds: float) -> None:
+        """Count images that went through an embedding's network."""
+        self.network_seconds[embedding] = self.network_seconds.get(embedding, 0.0) + seconds
+        self.network_images[embedding] = self.network_images.get(embedding, 0) + images
 
     def add_vectors(self, embedding: str, count: int) -> None:
         """Count new vectors of an embedding."""
@@ -78,21 +79,8 @@ class Output:
     """Contents the store does not have, shape (n,)."""
 
 
-@dataclass
-class Lane:
-    """A source at work: its live embedder and the outputs that are kept."""
-
-    embedder: Embedder
-    outputs: list[Output]
-    preprocessing: int
-    limit: int
-    """Images in one forward pass; halves when memory runs out."""
-    seconds: float = 0.0
-    images: int = 0
-
-    def wants(self, content: int) -> bool:
-        """Whether any of its stores misses a content."""
-        return any(output.missing[content] for output in self.outputs)
+Outputs = Sequence[Sequence[Output]]
+"""Per source those of its outputs that are kept."""
 
 
 def embed(
@@ -107,29 +95,32 @@ def embed(
     KeyboardInterrupt
         After such a stop; its argument is the signal's number.
     StoreError, BackboneError, DatasetError
-        With all finished rows committed as well.
+        With all finished rows committed as well; so with a PipelineError when one of several processes has died.
     """
-    work = Work(workers=_workers(config))
     began = time.perf_counter()
     keep_freed_memory()
     with ExitStack() as stack:
-        lanes, preprocessings = _open_lanes(targets, contents, config, stack)
-        count, items = _items(lanes, contents, index)
-        size = max(lane.limit for lane in lanes)
-        feeder = Feeder(index.root, config.dataset.max_pixels, preprocessings, size, work.workers)
+        by_source: dict[int, list[Target]] = {}
+        for target in targets:
+            by_source.setdefault(id(target.source), []).append(target)
+        sources = [own[0].source for own in by_source.values()]
+        networks = _networks(sources, index.root, max(int(target.pending.sum()) for target in targets), stack)
+        outputs = _open_stores(list(by_source.values()), networks, contents, stack)
+        count, items = _items(outputs, contents, index)
+        work = Work(workers=networks.workers, processes=networks.processes)
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
         try:
             with bar(count, "images", "embedding") as progress, _stop_requested() as stopped:
-                for batch in feeder.batches(items):
-                    _embed_batch(batch, lanes, contents, work)
-                    progress.update(len(batch.items))
+                for finished in networks.embed(items):
+                    _store(finished, outputs, contents, work)
+                    progress.update(len(finished.items))
                     if (number := stopped()) is not None:
                         raise KeyboardInterrupt(number)
         finally:
             # Also after an error or a signal: what was embedded is not to be embedded again.
             write_began = time.perf_counter()
-            for output in (output for lane in lanes for output in lane.outputs):
+            for output in (output for own in outputs for output in own):
                 output.writer.commit()
             policy = policy_key(config.dataset.max_pixels)
             record_failures(ledger_folder, [entry._replace(policy=policy) for entry in work.failures])
@@ -138,76 +129,74 @@ def embed(
         stack.close()  # seals
         work.seconds["write"] += time.perf_counter() - write_began
         work.loop_seconds = time.perf_counter() - began
-    for lane in lanes:
-        work.seconds["network"] += lane.seconds
-        work.network_seconds |= {output.name: lane.seconds / lane.images for output in lane.outputs if lane.images}
     return work
 
 
-def _open_lanes(
-    targets: Sequence[Target], contents: Contents, config: Config, stack: ExitStack
-) -> tuple[list[Lane], tuple[Preprocessing, ...]]:
-    """Load the networks and open their stores for writing; also return the distinct preprocessings."""
-    by_source: dict[int, tuple[Source, list[Target]]] = {}
-    for target in targets:
-        by_source.setdefault(id(target.source), (target.source, []))[1].append(target)
-    lanes: list[Lane] = []
-    preprocessings: dict[Preprocessing, int] = {}
-    for source, own in by_source.values():
-        embedder = source.load()
-        place = preprocessings.setdefault(embedder.preprocessing, len(preprocessings))
-        outputs = []
+def _networks(sources: Sequence[Source], root: Path, images: int, stack: ExitStack) -> Networks:
+    """Load the networks into this process, or into several others where the config and the machine want that."""
+    count = processes.how_many(sources, images)
+    if count > 1:
+        return stack.enter_context(processes.spread(sources, root, count))
+    return lanes.here(Job(tuple(sources), root, lanes.workers(sources[0].config.extraction)))
+
+
+def _open_stores(
+    by_source: Sequence[Sequence[Target]], networks: Networks, contents: Contents, stack: ExitStack
+) -> Outputs:
+    """Open the stores of some targets for writing."""
+    outputs = []
+    for own, canaries in zip(by_source, networks.canaries, strict=True):
+        kept = []
         for target in own:
-            canary = embedder.canary[target.output]
+            canary = canaries[target.output]
             writer = StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary)
             stack.enter_context(writer)
             # The writer also knows the rows of a run that was killed before it could seal them.
             missing = writer.missing(contents.digests) & ~contents.failed
-            outputs.append(Output(target.output, target.spec.name, writer, missing))
-        lanes.append(Lane(embedder, outputs, place, _batch_size(config, embedder)))
-    return lanes, tuple(preprocessings)
+            kept.append(Output(target.output, target.spec.name, writer, missing))
+        outputs.append(kept)
+    return outputs
 
 
-def _items(lanes: Sequence[Lane], contents: Contents, index: DatasetIndex) -> tuple[int, Iterator[Item]]:
-    """The images to read, each once, with the preprocessings it has to go through: their number, and one at a time."""
-    needed = np.zeros(len(contents.rows), dtype=bool)
-    for output in (output for lane in lanes for output in lane.outputs):
-        needed |= output.missing
+def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[int, Iterator[Item]]:
+    """The images to read, each once, with the sources that want it: their number, and one at a time."""
+    # Of shape (sources, contents).
+    wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])
+    needed = wanting.any(axis=0)
 
     def items() -> Iterator[Item]:
         for content in map(int, np.flatnonzero(needed)):
-            wanted = tuple(sorted({lane.preprocessing for lane in lanes if lane.wants(content)}))
+            wanted = tuple(np.flatnonzero(wanting[:, content]).tolist())
             digest = contents.digests[content].tobytes()
             yield Item(content, str(index.paths[contents.rows[content]]), digest, wanted)
 
     return int(needed.sum()), items()
 
 
-def _embed_batch(batch: Batch, lanes: Sequence[Lane], contents: Contents, work: Work) -> None:
-    """Put one batch through every lane that wants some of it, and note what could not be read."""
-    work.seconds["read"] += batch.read_seconds
-    work.seconds["decode"] += batch.decode_seconds
-    for row, problem in sorted(batch.problems.items()):
-        item = batch.items[row]
-        if problem.status == "unavailable":
-            work.unavailable.append(f"{item.path}: {problem.reason}")
+def _store(finished: Finished, outputs: Outputs, contents: Contents, work: Work) -> None:
+    """Store what the networks made of one batch, and note what could not be read."""
+    items = finished.items
+    work.seconds["read"] += finished.read_seconds
+    work.seconds["decode"] += finished.decode_seconds
+    for row, (status, reason) in finished.problems.items():
+        item = items[row]
+        if status == "unavailable":
+            work.unavailable.append(f"{item.path}: {reason}")
         else:
-            work.failures.append(_failure(item.path, contents.digests[item.content], problem.status, problem.reason))
-    work.images += len(batch.items) - len(batch.problems)
-    for lane in lanes:
-        chosen = [row for row, item in enumerate(batch.items) if row not in batch.problems and lane.wants(item.content)]
-        if not chosen:
+            work.failures.append(_failure(item.path, contents.digests[item.content], status, reason))
+    work.images += len(items) - len(finished.problems)
+    began = time.perf_counter()
+    for part, own in zip(finished.parts, outputs, strict=True):
+        if part is None:
             continue
-        began = time.perf_counter()
-        pixels = batch.pixels[lane.preprocessing]
-        vectors = _embed(lane, pixels[: len(chosen)] if len(chosen) == len(batch.items) else pixels[chosen])
-        lane.seconds += time.perf_counter() - began
-        lane.images += len(chosen)
-        began = time.perf_counter()
-        numbers = np.array([batch.items[row].content for row in chosen])
-        for output in lane.outputs:
-            _append(output, numbers, vectors[output.number], [batch.items[row].path for row in chosen], contents, work)
-        work.seconds["write"] += time.perf_counter() - began
+        seconds = part.seconds / work.processes
+        work.seconds["network"] += seconds
+        numbers = np.array([items[row].content for row in part.rows])
+        paths = [items[row].path for row in part.rows]
+        for output in own:
+            work.add_network(output.name, len(numbers), seconds)
+            _append(output, numbers, part.vectors[output.number], paths, contents, work)
+    work.seconds["write"] += time.perf_counter() - began
 
 
 def _append(
@@ -230,50 +219,6 @@ def _append(
 
 def _failure(path: str, digest: Digests, status: str, reason: str) -> LedgerEntry:
     return LedgerEntry(path, digests_to_hex(digest.reshape(1, 2))[0], status, reason)
-
-
-def _embed(lane: Lane, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
-    """Embed in passes of at most the lane's limit, which halves when memory runs out.
-
-    Raises
-    ------
-    BackboneError
-        When not even one image fits.
-    """
-    parts: list[tuple[NDArray[np.float32], ...]] = []
-    done = 0
-    while done < len(pixels):
-        try:
-            parts.append(lane.embedder.embed(pixels[done : done + lane.limit]))
-            done += min(lane.limit, len(pixels) - done)
-            continue
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler, whose traceback still holds the memory.
-        if lane.limit == 1:
-            raise BackboneError("not even one image fits into memory; use a smaller network or preprocessing.crop")
-        lane.limit = max(1, min(lane.limit, len(pixels)) // 2)
-        _free_memory()
-        logger.warning("memory ran out; going on with %d images at a time", lane.limit)
-    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-
-
-def _free_memory() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _batch_size(config: Config, embedder: Embedder) -> int:
-    asked = config.extraction.batch_size
-    return BATCH_SIZES.get(str(getattr(embedder, "device", "cpu")).partition(":")[0], 32) if asked == "auto" else asked
-
-
-def _workers(config: Config) -> int:
-    asked = config.extraction.workers
-    return min(os.cpu_count() or 1, MAX_WORKERS) if asked == "auto" else asked
 
 
 @contextmanager

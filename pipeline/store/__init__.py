@@ -13,7 +13,7 @@ for a whole store, `pack` and `export` make files to share.
 """
 
 from pipeline.store.export import ExportReport, export
-from pipeline.store.identity import differences
+from pipeline.store.identity import check_canary, differences
 from pipeline.store.maintain import (
     FORMAT_VERSION,
     CollectReport,
@@ -49,6 +49,7 @@ __all__ = [
     "StoreWriter",
     "StoredRows",
     "VerifyReport",
+    "check_canary",
     "collect",
     "differences",
     "export",

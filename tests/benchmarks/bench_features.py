@@ -11,32 +11,41 @@ photos, and `--scaling` shows seconds and memory against the number of images.
 perfect sharing of all processors between decoding and the network: their two rates, each measured alone on all processors
 with images that are ready, added as times. Memory is that of the whole process tree, shared pages counted once.
 Weights are random: speed does not depend on their values.
+
+Where torch sees a GPU, the networks run there, and a second table has the network alone at several batch sizes. Where the
+package thingsvision can be imported, it is another way, on the same photos with the same random weights' architecture.
+Neither has ever been run: this file was written without a GPU, and thingsvision cannot be installed beside the versions of
+torch and numpy that this project needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from drawn_photos import copy_photos, draw_photos
 
 BATCH = 32
 OUTPUT = Path("build/benchmarks")
-CLASSES = "ab"
 NAIVE_SHARE = 4
-"""The naive way gets one photo in so many: it takes as long as all others together."""
+"""The naive ways get one photo in so many: one takes as long as all others together."""
+
+NAIVE = ("naive", "thingsvision")
+GPU_BATCHES = (32, 64, 128, 256, 512, 1024)
 
 
 # ---- the ways, each in a process of its own
@@ -64,7 +73,27 @@ def naive(folder: Path, model: str) -> float:
     return len(photos) / (time.perf_counter() - began)
 
 
-def ours(folder: Path, model: str, **extraction: str) -> float:
+def thingsvision(folder: Path, model: str) -> float:
+    """Images/s of the package thingsvision, as its README uses it; never run."""
+    import torch
+    from thingsvision import get_extractor
+    from thingsvision.utils.data import DataLoader, ImageDataset
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extractor = get_extractor(model_name=model, source="torchvision", device=device, pretrained=False)
+    backend = extractor.get_backend()
+    with tempfile.TemporaryDirectory() as output:
+        photos = ImageDataset(
+            root=str(folder), out_path=output, backend=backend, transforms=extractor.get_transformations()
+        )
+        batches = DataLoader(dataset=photos, batch_size=BATCH, backend=backend)
+        began = time.perf_counter()
+        features = extractor.extract_features(batches=batches, module_name="avgpool", flatten_acts=True)
+        np.save(folder.parent / "thingsvision.npy", features)
+        return len(features) / (time.perf_counter() - began)
+
+
+def ours(folder: Path, model: str, **extraction: Any) -> float:
     """Images/s of stage one from files to a sealed store."""
     from pipeline import config, extract_features
 
@@ -98,39 +127,52 @@ def decode_only(folder: Path, model: str) -> float:
     return len(items) / (time.perf_counter() - began)
 
 
-def network_only(folder: Path, model: str, precision: str) -> float:
+def network_only(folder: Path, model: str, precision: str, batch_size: int = BATCH) -> float:
     """Images/s of the network, by the engine of a long run, on pixels that are ready."""
     from pipeline.memory import keep_freed_memory
 
     keep_freed_memory()
-    embedder = _load(model, precision)
-    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, *embedder.preprocessing.size, 3), dtype=np.uint8)
+    embedder = _load(model, precision, batch_size)
+    size = (batch_size, *embedder.preprocessing.size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     for _ in range(3):
         embedder.embed(pixels)
     done, began = 0, time.perf_counter()
+    waiting: deque[Callable[[], Any]] = deque()
     while time.perf_counter() - began < 4:
-        embedder.embed(pixels)
-        done += BATCH
+        waiting.append(embedder.start(pixels))
+        if len(waiting) == embedder.slots:
+            waiting.popleft()()
+            done += batch_size
+    while waiting:
+        waiting.popleft()()
+        done += batch_size
     return done / (time.perf_counter() - began)
 
 
-def _load(model: str, precision: str) -> Any:
+def _load(model: str, precision: str, batch_size: int = BATCH) -> Any:
     from pipeline import backbone
     from pipeline.config import BackboneConfig, ExtractionConfig
 
-    extraction = ExtractionConfig.model_validate({"precision": precision})
+    extraction = ExtractionConfig.model_validate({"precision": precision, "batch_size": batch_size})
     return backbone.load(BackboneConfig(name=model), extraction, 0, images=10**6)
 
 
 WAYS: Mapping[str, Callable[[Path, str], float]] = {
     "naive": naive,
+    **({"thingsvision": thingsvision} if importlib.util.find_spec("thingsvision") else {}),
     "ours": ours,
+    "ours, two processes": lambda folder, model: ours(folder, model, processes=2),
     "ours, fp32": lambda folder, model: ours(folder, model, precision="fp32"),
     "ours, fp32 and exact": lambda folder, model: ours(folder, model, precision="fp32", decode="exact"),
     "ours, by torch": lambda folder, model: ours(folder, model, engine="torch"),
     "decoding only": decode_only,
     "network only": lambda folder, model: network_only(folder, model, "auto"),
     "network only, fp32": lambda folder, model: network_only(folder, model, "fp32"),
+}
+
+GPU_WAYS: Mapping[str, Callable[[Path, str], float]] = {
+    f"network only, batches of {size}": partial(network_only, precision="auto", batch_size=size) for size in GPU_BATCHES
 }
 
 
@@ -184,7 +226,7 @@ def compare(folders: Mapping[int, Path], count: int, model: str, repeats: int) -
     """Every way in turn, so many times."""
     results = []
     for _ in range(repeats):
-        found = {way: run(way, folders[count // NAIVE_SHARE if way == "naive" else count], model) for way in WAYS}
+        found = {way: run(way, folders[count // NAIVE_SHARE if way in NAIVE else count], model) for way in WAYS}
         for suffix in ("", ", fp32"):
             rate = 1 / (1 / found["decoding only"]["rate"] + 1 / found["network only" + suffix]["rate"])
             found["limit" + suffix] = {"rate": rate}
@@ -212,6 +254,30 @@ def table(model: str, count: int, repeats: Sequence[Mapping[str, Mapping[str, fl
             f"| {way} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} | {over:.2f} | {share:.2f} | "
             f"{f'{memory:,.0f}' if memory else ''} |"
         )
+    if "thingsvision" not in repeats[0]:
+        lines.append("| thingsvision | not installed | | | | |")
+    return [*lines, ""]
+
+
+def devices() -> tuple[list[str], list[str]]:
+    """The names of the GPUs that torch sees, and lines that say so."""
+    import torch
+
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return names, [f"GPUs: {', '.join(names) or 'none'}; torch {torch.__version__}", ""]
+
+
+def gpu_table(model: str, repeats: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """The network alone at several batch sizes, as Markdown."""
+    lines = [
+        f"## {model}, the network alone on a GPU",
+        "",
+        "| batch | images/s | lowest to highest |",
+        "|---:|---:|---:|",
+    ]
+    for size, way in zip(GPU_BATCHES, GPU_WAYS, strict=True):
+        rates = [repeat[way]["rate"] for repeat in repeats]
+        lines.append(f"| {size} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} |")
     return [*lines, ""]
 
 
@@ -273,32 +339,6 @@ def decode_table(photos: Sequence[Path], large: Path) -> list[str]:
     return [*lines, ""]
 
 
-# ---- photos
-
-
-def draw_photos(folder: Path, count: int, width: int = 400, height: int = 533) -> Path:
-    """Write JPEGs about the size of a photo's: smooth shapes with some noise."""
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 255, (12, 9, 3), dtype=np.uint8)).resize(
-            (width, height), Image.Resampling.BICUBIC
-        )
-        pixels = np.clip(np.asarray(coarse) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:05d}.jpg", quality=80)
-    return folder
-
-
-def copy_photos(found: Sequence[Path], count: int, target: Path) -> Path:
-    """Copy so many of the photos, evenly chosen, into two class folders."""
-    chosen = [found[row] for row in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
-    for row, path in enumerate(chosen):
-        place = target / CLASSES[row % 2] / f"{row:06d}{path.suffix}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, place)
-    return target
-
-
 def main() -> None:
     """Measure, print Markdown tables, and keep them and the figures behind them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -312,10 +352,10 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps(WAYS[arguments.way](arguments.folder, arguments.models[0])))
+        print(json.dumps({**WAYS, **GPU_WAYS}[arguments.way](arguments.folder, arguments.models[0])))
         return
-    results: dict[str, Any] = {"images": arguments.images, "models": {}}
-    lines: list[str] = []
+    gpus, lines = devices()
+    results: dict[str, Any] = {"images": arguments.images, "gpus": gpus, "models": {}}
     with tempfile.TemporaryDirectory() as place:
         photos = arguments.folder
         if photos is None:
@@ -330,6 +370,10 @@ def main() -> None:
             repeats = compare(folders, count, model, arguments.repeats)
             results["models"][model] = {"repeats": repeats}
             lines += table(model, count, repeats)
+            if gpus:
+                alone = [{way: run(way, folders[count], model) for way in GPU_WAYS} for _ in range(arguments.repeats)]
+                results["models"][model]["gpu"] = alone
+                lines += gpu_table(model, alone)
             if arguments.whole:
                 whole = {way: run(way, folders[len(found)], model) for way in ("naive", "ours")}
                 results["models"][model]["whole"] = whole
