@@ -176,7 +176,7 @@ def _key(entry: Entry, task: Task, seed: int) -> str:
             "embedding": entry.record.fingerprint if entry.record else MAJORITY,
             "task": task.key,
             "head": head_table.identity(entry.head, seed),
-            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory"}),
+            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory", "device"}),
             "seed": seed,
             "versions": bundles.versions(),
         }

@@ -36,6 +36,8 @@ class Problem:
     """What each fold's work may take beyond the least, when the features are on disk."""
     projections: Projections | None = None
     """The principal components that the head works on instead of X."""
+    device: str = "cpu"
+    """Where evaluators with `on_device` do their work: the processor, or a device of torch; see `devices.py`."""
 
     @property
     def on_disk(self) -> bool:

@@ -21,7 +21,7 @@ from pipeline.config import TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import Head, Params, configure
 from pipeline.progress import Progress, bar
-from pipeline.tuning import racing, strategies
+from pipeline.tuning import devices, racing, strategies
 from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
 from pipeline.tuning.events import fit_event, fit_key, replay, search_identity
@@ -31,7 +31,7 @@ from pipeline.tuning.journal import Journal
 from pipeline.tuning.on_disk import fit_on_disk
 from pipeline.tuning.projection import Projections, without_scaler
 from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
-from pipeline.tuning.room import room_for
+from pipeline.tuning.room import most_components, room_for
 from pipeline.tuning.scoring import SCORERS
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ def tune(
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
-    Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`, which decides what is
-    kept between fits and how many run at once; with `tuning.seconds` also on the machine.
+    Results depend on the arguments but for `journal`, `tuning.jobs`, `tuning.device` (to rounding) and `tuning.memory`,
+    which decides what is kept between fits and how many run at once; with `tuning.seconds` also on the machine.
     Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
     Parameters
@@ -125,11 +125,12 @@ class _Search:
     """The state of one search: its trials so far, what the journal knows, and the clock."""
 
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
-        room = room_for(problem, tuning)
-        self.problem, self.tuning, self.journal = changed(problem, spare_bytes=room.spare_bytes), tuning, journal
+        self.room = room_for(problem, tuning)
+        self.problem, self.tuning, self.journal = changed(problem, spare_bytes=self.room.spare_bytes), tuning, journal
         self.evaluator: Evaluator = evaluator_for(problem)
-        self.jobs = room.jobs
-        self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
+        width = problem.X.shape[1] if tuning.pca is None else most_components(problem.X.shape, tuning.pca)
+        large = 4 * len(problem.X) * width >= devices.WORTH_A_GPU
+        self._move(devices.resolve(tuning.device, large) if self.evaluator.on_device else devices.CPU)
         self.trials: list[Trial] = []
         self.surrogate_seconds = 0.0
         self.replayed = 0
@@ -143,6 +144,13 @@ class _Search:
         self._scorer = SCORERS[tuning.scoring]
         self._bounded = tuning.scoring != "log_loss"
         self._held_out_rows = float(np.mean([len(held_out) for _, held_out in problem.folds]))
+
+    def _move(self, device: str) -> None:
+        """Do the folds' work on a device; on a GPU one after another, because each can fill it."""
+        self.problem = changed(self.problem, device=device)
+        self.jobs = self.room.jobs if device == devices.CPU else 1
+        free = devices.free_bytes(device)
+        self.shared = Shared(self.evaluator, self.problem, self.room.shared_bytes if free is None else free // 2)
 
     def elapsed(self) -> float:
         """Seconds of this search, earlier runs included."""
@@ -318,6 +326,18 @@ class _Search:
                 return GENERIC.evaluate(self.problem, fold, None, points)
             try:
                 return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), points)
+            except RuntimeError as error:  # what torch raises, for lack of memory too
+                if self.problem.device == devices.CPU:
+                    raise
+                log.warning(
+                    "head %s: %s gave up on fold %d (%r); the search goes on on the processor",
+                    self.problem.head.name,
+                    self.problem.device,
+                    fold,
+                    error,
+                )
+                self._move(devices.CPU)
+                return self._evaluate(fold, candidates)
             except (MemoryError, np.linalg.LinAlgError) as error:
                 if self.problem.on_disk:
                     return [failed(error, {}) for _ in points]
