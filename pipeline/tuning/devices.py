@@ -97,6 +97,11 @@ def take(array: Any) -> NDArray[Any]:
     return made
 
 
+def copied(array: Any) -> Any:
+    """Return a copy to calculate in, numpy's with its rows one after the other."""
+    return array.copy() if isinstance(array, np.ndarray) else array.clone()
+
+
 def single(array: Any) -> NDArray[np.float32]:
     """Return the array in float32, where it is."""
     xp = namespace(array)

@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from pipeline.tuning.devices import double, namespace, single, take
+from pipeline.tuning.devices import copied, double, namespace, single, take
 
 Array = NDArray[np.float32]
 """Of numpy, or in `Axes`, families and solutions of torch: the two are used alike."""
@@ -124,7 +124,7 @@ def squared_hinge_loss(targets: Array, weights: Array) -> Loss:
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         short = xp.clip(1 - targets * scores[:, :, 0], 0, None)
         slope = weights * short
-        value = (slope * short).sum(axis=0, dtype=xp.float64)
+        value = xp.einsum("np,np->p", double(slope), double(short))
         slope *= -2 * targets
         return value, slope[:, :, None]
 
@@ -313,7 +313,7 @@ class _State:
 
     def _direction(self, axes: Axes) -> Array:
         """Return minus the inverse Hessian's estimate times the gradient: the two loops of L-BFGS."""
-        vector: Array = self.xp.asarray(self.gradient, copy=True, device=self.gradient.device)
+        vector: Array = copied(self.gradient)
         shares = []
         for change, difference, inverse in reversed(self.pairs):
             share = inverse * _dot(change, vector)
