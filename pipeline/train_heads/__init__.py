@@ -39,10 +39,10 @@ from pipeline.metrics import Predictions, scores
 from pipeline.report import Leaderboard, LeaderboardRow, judge
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
-from pipeline.train_heads.place import Embedded, limited, place_of, predict
+from pipeline.train_heads.place import Embedded, place_of, predict
 from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import tune
+from pipeline.tuning import limited, tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 

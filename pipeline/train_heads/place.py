@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import memory
 from pipeline.bundle import ModelBundle
 from pipeline.config import TuningConfig
 from pipeline.dataset import DatasetIndex
@@ -22,9 +21,6 @@ from pipeline.tuning import (
     memory_needed_on_disk,
     memory_needed_to_project,
 )
-
-FREE_SHARE = 0.75
-"""Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +72,8 @@ class Place:
         return None
 
 
-def limited(tuning: TuningConfig) -> TuningConfig:
-    """Return the section with `memory: auto` turned into the size it means here and now."""
-    if tuning.memory_bytes is not None:
-        return tuning
-    return tuning.model_copy(update={"memory": f"{FREE_SHARE * memory.available_bytes() / 1e6:.3f}MB"})
-
-
 def place_of(embedding: str, dim: int, task: Task, tuning: TuningConfig) -> Place:
-    """Decide where an embedding's features are; `tuning` as `limited` returns it."""
+    """Decide where an embedding's features are; `tuning` as `tuning.limited` returns it."""
     shape, limit = (len(task.train), dim), tuning.memory_bytes
     assert limit is not None
     needed = memory_needed(shape) + 4 * len(task.test) * dim

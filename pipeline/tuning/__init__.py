@@ -8,9 +8,9 @@ from pipeline.tuning.features import Features, blocks, part
 from pipeline.tuning.folds import Folds, make_folds
 from pipeline.tuning.projection import Projections
 from pipeline.tuning.records import OutOfFold, Trial, TuningRun
-from pipeline.tuning.room import memory_needed, memory_needed_on_disk, memory_needed_to_project
+from pipeline.tuning.room import limited, memory_needed, memory_needed_on_disk, memory_needed_to_project
 from pipeline.tuning.scoring import SCORERS, expand_scores
-from pipeline.tuning.search import check, tune
+from pipeline.tuning.search import check, refit, tune
 
 __all__ = [
     "SCORERS",
@@ -23,10 +23,12 @@ __all__ = [
     "blocks",
     "check",
     "expand_scores",
+    "limited",
     "make_folds",
     "memory_needed",
     "memory_needed_on_disk",
     "memory_needed_to_project",
     "part",
+    "refit",
     "tune",
 ]

@@ -418,6 +418,27 @@ class _Search:
         return OutOfFold(predictions, scores, kind if scores is not None else None, place)
 
 
+def refit(
+    head: Head,
+    params: Params,
+    X: Features,
+    y: NDArray[Any],
+    seed: int,
+    pca: int | float | None = None,
+    whiten: bool = False,
+) -> Pipeline:
+    """Fit a head with given parameters on all rows, as `tune` does with the best it found.
+
+    X : as for `tune`, and as there on disk only for heads that can be fitted so, or with `pca`
+    """
+    classes, codes = np.unique(y, return_inverse=True)
+    problem = Problem(head, X, codes.astype(np.int64), len(classes), (), seed)
+    if pca is not None:
+        problem = changed(problem, head=without_scaler(head), projections=Projections(X, pca, whiten))
+    with threadpool_limits(limits=1, user_api="openmp"):
+        return _refit(problem, params, y, jobs=1)
+
+
 def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
     """Fit the head's plain pipeline on all rows; `n_jobs` is used for the fit and not kept."""
     # Threads of a small product wait for each other longer than they work.
