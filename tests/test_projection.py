@@ -214,7 +214,7 @@ def parse(tuning: dict[str, Any]) -> TuningConfig:
 
 
 def test_whitening_leaves_out_what_the_rows_do_not_differ_in(tmp_path: Path) -> None:
-    X, y = network(260, 200, 3)
+    X, _ = network(260, 200, 3)
     few = np.arange(60)
     for source in (X, stored(tmp_path / "store", X)):
         whitened = projection.Projection.of(source, few, 1000, True)

@@ -219,7 +219,7 @@ def _make_row(
         head.name, tuned.best.params, task.classes, record.to_dict() if record else {}, tuned.pipeline, {}, calibrator
     )
     start = time.perf_counter()
-    labels, probabilities = predict(bundle, X_test)
+    labels, probabilities = predict(bundle, X_test, entry.tuning)
     predict_seconds = time.perf_counter() - start
     best, tested = tuned.best, scores(task.test.labels, labels, probabilities, task.classes, config.seed)
     mean, journal = float(best.mean if best.mean is not None else np.nan), files.trials(entry.name, head.name)

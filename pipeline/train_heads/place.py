@@ -20,6 +20,7 @@ from pipeline.tuning import (
     memory_needed,
     memory_needed_on_disk,
     memory_needed_to_project,
+    working_memory,
 )
 
 
@@ -104,10 +105,14 @@ def _vectors(store: FeatureStore | None, part: DatasetIndex, on_disk: bool) -> F
     return StoredRows.of(store, part.digests) if on_disk else store.read(part.digests)
 
 
-def predict(bundle: ModelBundle, X: Features) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
-    """Label vectors as `ModelBundle.predict` does, block by block where they are on disk."""
+def predict(
+    bundle: ModelBundle, X: Features, tuning: TuningConfig
+) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
+    """Label vectors as `ModelBundle.predict` does, within `tuning.memory`: block by block where they are on disk."""
     if not isinstance(X, StoredRows):
-        return bundle.predict(X)
+        left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))
+        with working_memory(left):
+            return bundle.predict(X)
     labels, probabilities = zip(*(bundle.predict(block) for _, block in blocks(X)), strict=True)
     return np.concatenate(labels), None if probabilities[0] is None else np.concatenate(probabilities)
 

@@ -4,6 +4,7 @@ A search asks for a round of points, fits them on the folds, tells the scores, a
 journal as it ends, so a killed search goes on where it was and ends with the same result.
 """
 
+from pipeline.tuning.evaluation import working_memory
 from pipeline.tuning.features import Features, blocks, part
 from pipeline.tuning.folds import Folds, make_folds
 from pipeline.tuning.projection import Projections
@@ -31,4 +32,5 @@ __all__ = [
     "part",
     "refit",
     "tune",
+    "working_memory",
 ]

@@ -34,6 +34,8 @@ class Problem:
     seed: int
     spare_bytes: int = 0
     """What each fold's work may take beyond the least, when the features are on disk."""
+    work_bytes: int | None = None
+    """What each fold's fits may take for kernels and distances, beyond copies of the features; None without a limit."""
     projections: Projections | None = None
     """The principal components that the head works on instead of X."""
     device: str = "cpu"

@@ -36,6 +36,8 @@ class Room:
     jobs: int
     spare_bytes: int
     shared_bytes: int
+    work_bytes: int | None
+    """What each may take besides copies of the features; None without a limit."""
 
 
 def limited(tuning: TuningConfig) -> TuningConfig:
@@ -66,13 +68,16 @@ def most_components(shape: tuple[int, int], pca: int | float) -> int:
     return shape[1] if isinstance(pca, float) else min(pca, *shape)
 
 
-def room_for(problem: Problem, tuning: TuningConfig) -> Room:
-    """Divide the memory a search may take; `auto` has become a size before, or there is no limit."""
+def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Room:
+    """Divide the memory a search may take; `auto` has become a size before, or there is no limit.
+
+    work_bytes : what a fold's work takes besides copies of the features, if there is so much room
+    """
     limit = tuning.memory_bytes
     wanted = joblib.cpu_count() if tuning.jobs == "auto" else tuning.jobs
     shared = max(SHARED_BYTES_FLOOR, SHARED_BYTES_FACTOR * problem.X.nbytes)
     if limit is None:
-        return Room(wanted, SPARE_BYTES, shared)
+        return Room(wanted, SPARE_BYTES, shared, None)
     shape, left = problem.X.shape, limit
     if problem.on_disk:
         each = needed_bytes(problem.head, shape, problem.n_classes)
@@ -80,6 +85,7 @@ def room_for(problem: Problem, tuning: TuningConfig) -> Room:
         each = 40 * shape[1] ** 2 + COPIES * 4 * shape[0] * most_components(shape, tuning.pca)
     else:
         each, left = COPIES * problem.X.nbytes, limit - problem.X.nbytes
-    jobs = max(1, min(wanted, left // max(1, each)))
-    spare = max(0, left - jobs * each)
-    return Room(jobs, spare // (2 * jobs), min(shared, spare // 2))
+    work = work_bytes if each + work_bytes <= left else 0
+    jobs = max(1, min(wanted, left // max(1, each + work)))
+    spare = max(0, left - jobs * (each + work))
+    return Room(jobs, spare // (2 * jobs), min(shared, spare // 2), work + spare // (2 * jobs))

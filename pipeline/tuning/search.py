@@ -22,7 +22,7 @@ from pipeline.errors import HeadError
 from pipeline.heads import Head, Params, configure
 from pipeline.progress import Progress, bar
 from pipeline.tuning import devices, racing, strategies
-from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed
+from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed, smaller_caches, working_memory
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
 from pipeline.tuning.events import fit_event, fit_key, replay, search_identity
 from pipeline.tuning.features import Features, blocks
@@ -103,7 +103,7 @@ def tune(
     finally:
         book.close()
     start = time.perf_counter()
-    pipeline = _refit(problem, best.params, np.asarray(y), search.jobs)
+    pipeline = _refit(search.problem, best.params, np.asarray(y), search.jobs)
     return TuningRun(
         head=head,
         classes=classes,
@@ -125,9 +125,18 @@ class _Search:
     """The state of one search: its trials so far, what the journal knows, and the clock."""
 
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
-        self.room = room_for(problem, tuning)
-        self.problem, self.tuning, self.journal = changed(problem, spare_bytes=self.room.spare_bytes), tuning, journal
         self.evaluator: Evaluator = evaluator_for(problem)
+        needed = self.evaluator.work_bytes(problem)
+        self.room = room = room_for(problem, tuning, needed)
+        if room.work_bytes is not None and room.work_bytes < needed:
+            log.info(
+                "head %s: tuning.memory leaves no room for the %.0f MB that trials share on a fold; each is fitted by itself",
+                problem.head.name,
+                needed / 1e6,
+            )
+            self.evaluator = GENERIC
+        self.problem = changed(problem, spare_bytes=room.spare_bytes, work_bytes=room.work_bytes)
+        self.tuning, self.journal = tuning, journal
         width = problem.X.shape[1] if tuning.pca is None else most_components(problem.X.shape, tuning.pca)
         large = 4 * len(problem.X) * width >= devices.WORTH_A_GPU
         self._move(devices.resolve(tuning.device, large) if self.evaluator.on_device else devices.CPU)
@@ -320,7 +329,7 @@ class _Search:
 
     def _evaluate(self, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:
         # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
-        with self._threads.limit(limits=1, user_api="openmp"):
+        with self._threads.limit(limits=1, user_api="openmp"), working_memory(self.problem.work_bytes):
             points = [{**self.problem.head.fixed, **candidate} for candidate in candidates]
             if len(np.unique(self.problem.y[self.problem.folds[fold][0]])) < 2:
                 return GENERIC.evaluate(self.problem, fold, None, points)
@@ -440,7 +449,7 @@ def refit(
 
 
 def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
-    """Fit the head's plain pipeline on all rows; `n_jobs` is used for the fit and not kept."""
+    """Fit the head's plain pipeline on all rows; `n_jobs` and smaller caches are used for the fit and not kept."""
     # Threads of a small product wait for each other longer than they work.
     few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
     with counting_warnings(), threadpool_limits(limits=1 if few else None, user_api="blas"):
@@ -448,7 +457,8 @@ def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipe
             return fit_on_disk(problem, params, y)
         projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
         pipeline = configure(problem.head, params, problem.seed)
-        parallel = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
-        kept = {key: pipeline.get_params()[key] for key in parallel}
-        fitted = pipeline.set_params(**parallel).fit(X, y).set_params(**kept)
+        used: dict[str, float] = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
+        used |= smaller_caches(pipeline, problem.work_bytes)
+        kept = {key: pipeline.get_params()[key] for key in used}
+        fitted = pipeline.set_params(**used).fit(X, y).set_params(**kept)
         return fitted if projection is None else projection.before(fitted)
