@@ -9,26 +9,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.pipeline import Pipeline
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from pipeline.config import TuningConfig
 from pipeline.errors import HeadError
-from pipeline.heads import Head, Params, configure
+from pipeline.heads import Head, Params
 from pipeline.progress import Progress, bar
 from pipeline.tuning import devices, racing, strategies
-from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed, smaller_caches, working_memory
+from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed, working_memory
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
 from pipeline.tuning.events import fit_event, fit_key, replay, search_identity
 from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.folds import Folds
 from pipeline.tuning.journal import Journal
-from pipeline.tuning.on_disk import fit_on_disk
+from pipeline.tuning.last_fit import fit_on_all
 from pipeline.tuning.projection import Projections, without_scaler
 from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
 from pipeline.tuning.room import most_components, room_for
@@ -38,9 +36,6 @@ log = logging.getLogger(__name__)
 
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
-
-FEW_FEATURES = 1 << 25
-"""Numbers in a feature matrix below which the last fit uses one thread for its products."""
 
 
 def check(head: Head, tuning: TuningConfig) -> list[str]:
@@ -103,7 +98,7 @@ def tune(
     finally:
         book.close()
     start = time.perf_counter()
-    pipeline = _refit(search.problem, best.params, np.asarray(y), search.jobs)
+    pipeline = fit_on_all(search.problem, best.params, np.asarray(y), search.jobs)
     return TuningRun(
         head=head,
         classes=classes,
@@ -425,40 +420,3 @@ class _Search:
                 scores[held_out] = outcome.scores
         kind: ScoreKind = "decision" if "decision" in kinds else "probability"
         return OutOfFold(predictions, scores, kind if scores is not None else None, place)
-
-
-def refit(
-    head: Head,
-    params: Params,
-    X: Features,
-    y: NDArray[Any],
-    seed: int,
-    pca: int | float | None = None,
-    whiten: bool = False,
-) -> Pipeline:
-    """Fit a head with given parameters on all rows, as `tune` does with the best it found.
-
-    X : as for `tune`, and as there on disk only for heads that can be fitted so, or with `pca`
-    """
-    classes, codes = np.unique(y, return_inverse=True)
-    problem = Problem(head, X, codes.astype(np.int64), len(classes), (), seed)
-    if pca is not None:
-        problem = changed(problem, head=without_scaler(head), projections=Projections(X, pca, whiten))
-    with threadpool_limits(limits=1, user_api="openmp"):
-        return _refit(problem, params, y, jobs=1)
-
-
-def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
-    """Fit the head's plain pipeline on all rows; `n_jobs` and smaller caches are used for the fit and not kept."""
-    # Threads of a small product wait for each other longer than they work.
-    few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
-    with counting_warnings(), threadpool_limits(limits=1 if few else None, user_api="blas"):
-        if problem.on_disk:
-            return fit_on_disk(problem, params, y)
-        projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
-        pipeline = configure(problem.head, params, problem.seed)
-        used: dict[str, float] = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
-        used |= smaller_caches(pipeline, problem.work_bytes)
-        kept = {key: pipeline.get_params()[key] for key in used}
-        fitted = pipeline.set_params(**used).fit(X, y).set_params(**kept)
-        return fitted if projection is None else projection.before(fitted)
