@@ -12,8 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.special import softmax
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
 
 from pipeline import backbone, finetune, lineage, train_heads
+from pipeline import bundle as bundles
 from pipeline import config as configuration
 from pipeline.backbone.weights import build, load_network
 from pipeline.config import Artifacts, BackboneConfig, Config, ExtractionConfig
@@ -25,7 +29,8 @@ from pipeline.finetune.material import choose, divide, read_pixels
 from pipeline.finetune.start import starting_layer
 from pipeline.metrics import Paired
 from pipeline.store import FeatureStore, StoreWriter
-from pipeline.training import describe, predict_logits, put_head, write_weights
+from pipeline.training import describe, fold, predict_logits, put_head, write_weights
+from pipeline.tuning import Projections
 
 ARCHITECTURE = "torchvision.models.regnet.RegNet"
 ARGUMENTS = {
@@ -143,6 +148,73 @@ def test_the_network_starts_as_the_head_on_the_stored_features(experiment: Path,
     logits = predict_logits(network.module, pixels, mean, std, torch.device("cpu"))
     expected = store.read(parts.test.digests) @ layer[0].T + layer[1]
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(5, False, 72), (5, True, 72), (0.9, True, 72), (1000, True, 24)],
+    ids=["5", "whitened", "share", "fewer rows than components"],
+)
+def reduced(request: pytest.FixtureRequest, experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The config of the same experiment with heads on principal components, for which stages one and two have been run."""
+    folder = tmp_path_factory.mktemp("reduced")
+    components, whiten, count = request.param
+    write_pictures(folder / "pictures", count)
+    (folder / "toy.safetensors").symlink_to(experiment / "toy.safetensors")
+    config = make_config(folder, training={"steps": 2, "evaluate_every": 2})
+    tuning = config.tuning.model_copy(update={"pca": components, "whiten": whiten})
+    config = config.model_copy(update={"tuning": tuning})
+    extract(config)
+    train_heads.run(config)
+    return config
+
+
+@pytest.mark.parametrize("head", ["logistic_regression", "ridge"])
+def test_heads_on_components_are_handed_over_too(reduced: Config, head: str) -> None:
+    config = reduced.model_copy(update={"finetune": reduced.finetune.model_copy(update={"head": head})})
+    files, choice, store, parts = opened(config)
+    bundle = bundles.load(files.root / str(choice.linear.bundle))
+    assert [name for name, _ in bundle.estimator.steps] == ["scaler", "pca", "head"]
+    X = store.read(parts.test.digests)
+    network = load_network(choice.record.section, 0)
+    pixels = read_pixels(config, parts.test, network.preprocessing)
+    mean, std = network.preprocessing.mean, network.preprocessing.std
+
+    def scores(layer: Any) -> np.ndarray:
+        put_head(network.module, layer)
+        return predict_logits(network.module, pixels, mean, std, torch.device("cpu")).numpy().astype(np.float64)
+
+    # Stage two's own head, and the same fitted anew on what stage three learns from.
+    np.testing.assert_allclose(scores(fold(bundle.estimator)), bundle.estimator.decision_function(X), atol=2e-3)
+    layer, _ = starting_layer(config, files, choice, store, parts)
+    found = scores(layer)
+    if head == "logistic_regression":
+        first = Projections(store.read(parts.train.digests), config.tuning.pca, config.tuning.whiten).whole()
+        refitted = first[0].before(Pipeline([("head", clone(bundle.estimator[-1]))]))
+        refitted[-1].fit(first[1], parts.codes(parts.train))
+        np.testing.assert_allclose(softmax(found, axis=1), refitted.predict_proba(X), atol=2e-3)
+
+
+@pytest.mark.parametrize("head", ["logistic_regression", "ridge"])
+def test_features_beyond_the_limit_stay_on_disk_and_start_the_same(
+    experiment: Path, reduced: Config, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for config in (make_config(experiment, head=head), reduced):
+        files, choice, store, parts = opened(config)
+        here, words = starting_layer(config, files, choice, store, parts)
+        small = config.model_copy(update={"tuning": config.tuning.model_copy(update={"memory": "0.001MB"})})
+        with monkeypatch.context() as patch:
+            patch.setattr(FeatureStore, "read", None)
+            disk, same = starting_layer(small, files, choice, store, parts)
+        assert words == same
+        for one, other in zip(here, disk, strict=True):
+            np.testing.assert_allclose(one, other, atol=0.02 * np.abs(here[0]).max())
+
+
+def test_a_head_on_components_goes_all_the_way(reduced: Config) -> None:
+    made = finetune.run(reduced)
+    assert made.result["start"].startswith(("logistic_regression of stage two (", "ridge of stage two ("))
+    assert made.result["steps"] == 2
 
 
 def test_the_handed_over_head_has_not_seen_what_chooses(experiment: Path) -> None:

@@ -30,8 +30,8 @@ from pipeline.errors import ConfigError, HeadError
 from pipeline.heads import HEADS, Head, resolve
 from pipeline.metrics import Predictions
 from pipeline.store import FeatureStore, StoredRows, StoreWriter
-from pipeline.train_heads.place import Place, limited
-from pipeline.tuning import blocks, features, linear, make_folds, memory_needed, on_disk, room, tune
+from pipeline.train_heads.place import Place
+from pipeline.tuning import blocks, features, limited, linear, make_folds, memory_needed, on_disk, room, tune
 from pipeline.tuning.records import Problem
 
 DISK = [name for name, head in HEADS.items() if head.on_disk]

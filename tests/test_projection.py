@@ -211,3 +211,16 @@ def test_what_is_no_number_of_components_is_told() -> None:
 def parse(tuning: dict[str, Any]) -> TuningConfig:
     raw = {"output": "o", "backbones": [{"name": "resnet18"}], "heads": ["knn"], "tuning": tuning}
     return configuration.parse(raw, "test").tuning
+
+
+def test_whitening_leaves_out_what_the_rows_do_not_differ_in(tmp_path: Path) -> None:
+    X, _ = network(260, 200, 3)
+    few = np.arange(60)
+    for source in (X, stored(tmp_path / "store", X)):
+        whitened = projection.Projection.of(source, few, 1000, True)
+        assert whitened.pca.n_components_ == 59  # the 60 rows differ from their mean in 59 directions
+        # Divided by next to nothing, rows that were not fitted would lie half a million units away.
+        assert whitened.apply(X, np.arange(60, 260)).std(axis=0).max() < 10
+        assert whitened.pca.explained_variance_.shape == whitened.pca.singular_values_.shape == (59,)
+    assert projection.Projection.of(X, few, 1000, False).pca.n_components_ == 60
+    assert projection.Projection.of(X, few, 20, True).pca.n_components_ == 20

@@ -59,6 +59,8 @@ class TuningConfig(Section):
     hold, such as 0.95."""
     whiten: bool = False
     """Whether `pca` also gives all components the same variance."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where logistic regression, the linear SVM and ridge are searched; `auto` takes a GPU for large features."""
     jobs: Literal["auto"] | int = "auto"
     """Parallel processes."""
     memory: str = "auto"

@@ -14,8 +14,9 @@ from pipeline.embedders import read_records
 from pipeline.finetune.material import Choice, Parts
 from pipeline.metrics import Paired, paired_test
 from pipeline.report import LeaderboardRow
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, StoredRows
 from pipeline.training import ReturnPath, Task, Trained
+from pipeline.tuning import Features, blocks
 
 
 def progress_report(task: Task, trained: Trained, path: ReturnPath) -> dict[str, Any]:
@@ -82,8 +83,8 @@ def _stage_two_correct(files: Artifacts, winner: LeaderboardRow, parts: Parts) -
     bundle = bundles.load(files.root / str(winner.bundle))
     record = next((record for record in read_records(files.features) if record.name == winner.embedding), None)
     if record is None:  # a constant guess needs no features
-        X = np.zeros((len(parts.test), 1), dtype=np.float32)
+        X: Features = np.zeros((len(parts.test), 1), dtype=np.float32)
     else:
-        X = FeatureStore.open(files.root / record.store, record.fingerprint).read(parts.test.digests)
-    labels, _ = bundle.predict(X)
+        X = StoredRows.of(FeatureStore.open(files.root / record.store, record.fingerprint), parts.test.digests)
+    labels = np.concatenate([bundle.predict(block)[0] for _, block in blocks(X)])
     return np.asarray(labels == parts.test.labels, dtype=bool)

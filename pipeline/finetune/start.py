@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
-from sklearn.model_selection import cross_val_predict
+from sklearn.decomposition import PCA
+from sklearn.pipeline import Pipeline
 
 from pipeline import bundle as bundles
 from pipeline import images
@@ -21,8 +22,9 @@ from pipeline.dataset import DatasetIndex
 from pipeline.embedders import open_record
 from pipeline.errors import TrainingError
 from pipeline.finetune.material import Choice, Parts, read_pixels
+from pipeline.heads import HEADS, Head
 from pipeline.metrics import fit_calibrator
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, StoredRows
 from pipeline.training import (
     Data,
     Labelled,
@@ -37,7 +39,7 @@ from pipeline.training import (
     stages_of,
 )
 from pipeline.training.handover import Layer
-from pipeline.tuning import make_folds
+from pipeline.tuning import Features, blocks, expand_scores, limited, make_folds, memory_needed, part, refit
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +116,14 @@ def starting_layer(
         raise TrainingError(
             f"{choice.linear.bundle}: tells {len(bundle.classes)} classes apart, the data have {classes} others; run `manyheads heads` again"
         )
-    X, y = store.read(parts.train.digests), parts.codes(parts.train)
-    pipeline = clone(bundle.estimator).fit(X, y)
+    limit, needed = limited(config.tuning).memory_bytes, memory_needed((len(parts.train), store.dim))
+    stays = limit is not None and needed > limit
+    X: Features = StoredRows.of(store, parts.train.digests) if stays else store.read(parts.train.digests)
+    y = parts.codes(parts.train)
+    pipeline = _fitted(bundle.estimator, choice.linear.head, X, y, config.seed)
     layer = fold(pipeline)
     if not hasattr(pipeline, "predict_proba"):
-        layer = _tempered(layer, bundle.estimator, X, y, config.seed)
+        layer = _tempered(layer, bundle.estimator, choice.linear.head, X, y, config.seed)
     return _for_all_classes(layer, pipeline.classes_, classes), _in_words(choice)
 
 
@@ -130,15 +135,29 @@ def _in_words(choice: Choice) -> str:
     return f"{linear.head} of stage two ({linear.cv_mean:.2%} in cross-validation{behind})"
 
 
-def _tempered(layer: Layer, estimator: Any, X: NDArray[np.float32], y: NDArray[np.int64], seed: int) -> Layer:
+def _fitted(estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: int) -> Pipeline:
+    """Fit stage two's head anew as stage two would: on fewer rows there may be fewer components, and X may be on disk."""
+    pca = dict(estimator.steps).get("pca")
+    if not isinstance(pca, PCA):
+        head = Head(name, lambda seed: clone(estimator), {}, {}, on_disk=HEADS[name].on_disk)
+        return refit(head, {}, X, y, seed)
+    head = Head(name, lambda seed: clone(estimator[2:]), {}, {})  # behind the scaler and the PCA
+    return refit(head, {}, X, y, seed, pca.n_components, pca.whiten)
+
+
+def _tempered(layer: Layer, estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: int) -> Layer:
     """Scale margins to logits by one temperature fitted on out-of-fold scores; no predicted label changes.
 
     Cross-entropy on raw margins of a ridge (which lie around +-1) would start far too unsure.
     """
-    folds = list(make_folds(y, TEMPERATURE_FOLDS, seed))
-    scores = cross_val_predict(clone(estimator), X, y, cv=folds, method="decision_function")
-    columns = np.stack([-scores / 2, scores / 2], axis=1) if scores.ndim == 1 else scores
-    slope = fit_calibrator(columns, np.unique(y, return_inverse=True)[1]).slopes[0]
+    classes, codes = np.unique(y, return_inverse=True)
+    columns = np.empty((len(y), len(classes)), dtype=np.float32)
+    for learned, held_out in make_folds(y, TEMPERATURE_FOLDS, seed):
+        pipeline = _fitted(estimator, name, part(X, learned), codes[learned], seed)
+        for place, block in blocks(X, held_out):
+            scores = expand_scores(pipeline.decision_function(block), pipeline.classes_, len(classes), "decision")
+            columns[held_out[place]] = scores / 2 if len(classes) == 2 else scores
+    slope = fit_calibrator(columns, codes).slopes[0]
     return layer[0] * slope, layer[1] * slope
 
 

@@ -39,10 +39,10 @@ from pipeline.metrics import Predictions, scores
 from pipeline.report import Leaderboard, LeaderboardRow, judge
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
-from pipeline.train_heads.place import Embedded, limited, place_of, predict
+from pipeline.train_heads.place import Embedded, place_of, predict
 from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import tune
+from pipeline.tuning import limited, tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -176,7 +176,7 @@ def _key(entry: Entry, task: Task, seed: int) -> str:
             "embedding": entry.record.fingerprint if entry.record else MAJORITY,
             "task": task.key,
             "head": head_table.identity(entry.head, seed),
-            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory"}),
+            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory", "device"}),
             "seed": seed,
             "versions": bundles.versions(),
         }
@@ -219,7 +219,7 @@ def _make_row(
         head.name, tuned.best.params, task.classes, record.to_dict() if record else {}, tuned.pipeline, {}, calibrator
     )
     start = time.perf_counter()
-    labels, probabilities = predict(bundle, X_test)
+    labels, probabilities = predict(bundle, X_test, entry.tuning)
     predict_seconds = time.perf_counter() - start
     best, tested = tuned.best, scores(task.test.labels, labels, probabilities, task.classes, config.seed)
     mean, journal = float(best.mean if best.mean is not None else np.nan), files.trials(entry.name, head.name)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import memory
 from pipeline.bundle import ModelBundle
 from pipeline.config import TuningConfig
 from pipeline.dataset import DatasetIndex
@@ -21,10 +20,8 @@ from pipeline.tuning import (
     memory_needed,
     memory_needed_on_disk,
     memory_needed_to_project,
+    working_memory,
 )
-
-FREE_SHARE = 0.75
-"""Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,8 @@ class Place:
         return None
 
 
-def limited(tuning: TuningConfig) -> TuningConfig:
-    """Return the section with `memory: auto` turned into the size it means here and now."""
-    if tuning.memory_bytes is not None:
-        return tuning
-    return tuning.model_copy(update={"memory": f"{FREE_SHARE * memory.available_bytes() / 1e6:.3f}MB"})
-
-
 def place_of(embedding: str, dim: int, task: Task, tuning: TuningConfig) -> Place:
-    """Decide where an embedding's features are; `tuning` as `limited` returns it."""
+    """Decide where an embedding's features are; `tuning` as `tuning.limited` returns it."""
     shape, limit = (len(task.train), dim), tuning.memory_bytes
     assert limit is not None
     needed = memory_needed(shape) + 4 * len(task.test) * dim
@@ -115,10 +105,14 @@ def _vectors(store: FeatureStore | None, part: DatasetIndex, on_disk: bool) -> F
     return StoredRows.of(store, part.digests) if on_disk else store.read(part.digests)
 
 
-def predict(bundle: ModelBundle, X: Features) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
-    """Label vectors as `ModelBundle.predict` does, block by block where they are on disk."""
+def predict(
+    bundle: ModelBundle, X: Features, tuning: TuningConfig
+) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
+    """Label vectors as `ModelBundle.predict` does, within `tuning.memory`: block by block where they are on disk."""
     if not isinstance(X, StoredRows):
-        return bundle.predict(X)
+        left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))
+        with working_memory(left):
+            return bundle.predict(X)
     labels, probabilities = zip(*(bundle.predict(block) for _, block in blocks(X)), strict=True)
     return np.concatenate(labels), None if probabilities[0] is None else np.concatenate(probabilities)
 

@@ -4,11 +4,13 @@ A search asks for a round of points, fits them on the folds, tells the scores, a
 journal as it ends, so a killed search goes on where it was and ends with the same result.
 """
 
+from pipeline.tuning.evaluation import working_memory
 from pipeline.tuning.features import Features, blocks, part
 from pipeline.tuning.folds import Folds, make_folds
+from pipeline.tuning.last_fit import refit
 from pipeline.tuning.projection import Projections
 from pipeline.tuning.records import OutOfFold, Trial, TuningRun
-from pipeline.tuning.room import memory_needed, memory_needed_on_disk, memory_needed_to_project
+from pipeline.tuning.room import limited, memory_needed, memory_needed_on_disk, memory_needed_to_project
 from pipeline.tuning.scoring import SCORERS, expand_scores
 from pipeline.tuning.search import check, tune
 
@@ -23,10 +25,13 @@ __all__ = [
     "blocks",
     "check",
     "expand_scores",
+    "limited",
     "make_folds",
     "memory_needed",
     "memory_needed_on_disk",
     "memory_needed_to_project",
     "part",
+    "refit",
     "tune",
+    "working_memory",
 ]

@@ -11,12 +11,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn import config_context
+from sklearn.pipeline import Pipeline
 
 from pipeline.heads import Params, configure
 from pipeline.tuning.records import FoldOutcome, Problem, ScoreKind
@@ -44,8 +46,12 @@ class Evaluator:
     """What all candidates share on a fold, made once."""
     together: bool = False
     """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
+    on_device: bool = False
+    """Whether it can do its work on a GPU."""
     usable: Callable[[Problem], bool] = lambda problem: True
-    """Whether it can serve this problem, for instance within memory."""
+    """Whether it can serve this problem."""
+    work_bytes: Callable[[Problem], int] = lambda problem: 0
+    """What a fold's work takes besides copies of the features. Where a limit leaves less, the generic evaluator serves."""
     rungs: tuple[Rung, ...] = ()
     """Cheap versions that are tried first, the cheapest first; without any, all candidates are fitted in full."""
     cost: Callable[[Problem, Params], float] = lambda problem, params: 1.0
@@ -66,13 +72,31 @@ def _fit_one(problem: Problem, fold: int, params: Params) -> FoldOutcome:
         try:
             X_train, X = problem.matrices(fold)
             start = time.perf_counter()
-            pipeline = configure(problem.head, params, problem.seed).fit(X_train, y)
+            pipeline = configure(problem.head, params, problem.seed)
+            pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes)).fit(X_train, y)
             fitted = time.perf_counter()
             predictions = np.asarray(pipeline.predict(X), dtype=np.int64)
             scores, kind = score_columns(pipeline, X, problem.n_classes)
         except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
             return failed(error, counts)
     return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted, dict(counts))
+
+
+def smaller_caches(pipeline: Pipeline, work_bytes: int | None) -> dict[str, float]:
+    """Return the parameters that keep the kernel caches of a pipeline, in MB, within a limit; they change no result."""
+    sizes = {key: value for key, value in pipeline.get_params().items() if key.endswith("__cache_size")}
+    return {} if work_bytes is None else {key: max(1.0, min(mb, work_bytes / 1e6)) for key, mb in sizes.items()}
+
+
+def working_memory(work_bytes: int | None) -> AbstractContextManager[None]:
+    """Keep scikit-learn's blocks of distances, as nearest neighbours take, within a limit, in this thread.
+
+    It counts a block in float64; besides the distances there are their places, so that twice as much is taken.
+    """
+    made: AbstractContextManager[None] = (
+        nullcontext() if work_bytes is None else config_context(working_memory=max(1, work_bytes >> 21))
+    )
+    return made
 
 
 def standardised(problem: Problem, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -117,4 +117,12 @@ def _fits_in_memory(problem: Problem) -> bool:
     return max(len(train) for train, _ in problem.folds) ** 2 * 8 <= KERNEL_BYTES
 
 
-RBF_SVM = Evaluator(rbf_svm, prepare_distances, usable=_fits_in_memory)
+def _work_bytes(problem: Problem) -> int:
+    """Return what a fold takes: distances in float32 and kernels in float64, and what libsvm keeps of two classes."""
+    cache = configure(problem.head, problem.head.defaults, problem.seed)[-1].cache_size
+    pair = int(np.sort(np.bincount(problem.y))[-2:].sum())
+    kernels = max(12 * len(train) * (len(train) + len(held_out)) for train, held_out in problem.folds)
+    return kernels + min(int(cache * 1e6), 4 * pair**2)
+
+
+RBF_SVM = Evaluator(rbf_svm, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_sample_weight
 
 from pipeline.heads import Params, configure
+from pipeline.tuning.devices import namespace, put, single, take
 from pipeline.tuning.evaluation import Evaluator, standardised
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
@@ -37,7 +38,7 @@ BATCH_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fold for one linear head: its features on their axes, its labels, and the solutions found so far."""
+    """A fold for one linear head, on the problem's device: its features on their axes, its labels, the solutions so far."""
 
     axes: Axes
     path: Path | None
@@ -66,7 +67,7 @@ def hinge_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family
     targets = targets_of(y, n_classes)
     width = targets.shape[1]
     # With more than two classes LIBLINEAR weights the rows of the one class and not those of the rest.
-    costs = weights[:, None] if width == 1 else np.where(targets > 0, weights[:, None], np.float32(1))
+    costs = weights[:, None] if width == 1 else namespace(targets).where(targets > 0, weights[:, None], 1)
 
     def loss(problems: NDArray[np.int64]) -> Loss:
         return squared_hinge_loss(targets[:, problems % width], costs[:, problems % width])
@@ -132,15 +133,16 @@ def linear_svm(problem: Problem, fold: int, prepared: Prepared, candidates: Sequ
 def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
     """Fit ridge regression onto targets of -1 and 1 at every alpha, from the fold's one decomposition."""
     axes, targets = prepared.axes, prepared.targets
-    products = axes.train.T @ targets
+    xp, products = namespace(targets), axes.train.T @ targets
 
     def solve(batch: Sequence[Params]) -> Array:
-        found = np.empty((len(axes.squares), len(batch), targets.shape[1]), dtype=np.float32)
-        for place, one in enumerate(batch):
-            penalty = np.full(len(axes.squares), float(one["alpha"]), dtype=np.float32)
+        found = []
+        for one in batch:
+            penalty = xp.full_like(axes.squares, float(one["alpha"]))
             penalty[-1] = 0
-            found[:, place] = products / (axes.squares + penalty)[:, None]
-        return found
+            found.append(products / (axes.squares + penalty)[:, None])
+        made: Array = xp.stack(found, axis=1)
+        return made
 
     return _decided(problem, prepared.present, _solved(prepared, candidates, targets.shape[1], solve))
 
@@ -148,9 +150,10 @@ def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[
 def _fold(problem: Problem, fold: int) -> tuple[Axes, NDArray[np.int64], NDArray[np.int64], Array]:
     """Return a fold's axes, its training labels as places in the classes present, these classes, and row weights."""
     train, _ = problem.folds[fold]
-    axes = turn(*standardised(problem, fold))
+    axes = turn(*(put(part, problem.device) for part in standardised(problem, fold)))
     present, y = np.unique(problem.y[train], return_inverse=True)
-    return axes, y.astype(np.int64), present, row_weights(problem, y)
+    weights = put(row_weights(problem, y), problem.device)
+    return axes, put(y.astype(np.int64), problem.device), present, weights
 
 
 def row_weights(problem: Problem, y: NDArray[np.integer]) -> Array:
@@ -162,7 +165,8 @@ def row_weights(problem: Problem, y: NDArray[np.integer]) -> Array:
 
 def targets_of(y: NDArray[np.int64], n_classes: int) -> Array:
     """Return targets of -1 and 1, shape (n, n_classes); for two classes the one column of the second."""
-    targets = np.where(y[:, None] == np.arange(n_classes), 1, -1).astype(np.float32)
+    own = y[:, None] == namespace(y).arange(n_classes, device=y.device)
+    targets = 2 * single(own) - 1
     return targets[:, 1:] if n_classes == 2 else targets
 
 
@@ -178,7 +182,7 @@ def _solved(
         batch = candidates[start : start + size]
         begun = time.perf_counter()
         weights = solve(batch)
-        scores = (axes.held_out @ weights.reshape(len(weights), -1)).reshape(-1, len(batch), weights.shape[2])
+        scores = take(axes.held_out @ weights.reshape(len(weights), -1)).reshape(-1, len(batch), weights.shape[2])
         seconds = (time.perf_counter() - begun) / len(batch)
         solved += [(scores[:, place], seconds) for place in range(len(batch))]
     return solved
@@ -199,6 +203,6 @@ def _unweighted(problem: Problem) -> bool:
     return configure(problem.head, problem.head.defaults, problem.seed)[-1].class_weight is None
 
 
-LOGISTIC_REGRESSION = Evaluator(logistic_regression, prepare_logistic, together=True)
-LINEAR_SVM = Evaluator(linear_svm, prepare_hinge, together=True)
-RIDGE = Evaluator(ridge, prepare_ridge, together=True, usable=_unweighted)
+LOGISTIC_REGRESSION = Evaluator(logistic_regression, prepare_logistic, together=True, on_device=True)
+LINEAR_SVM = Evaluator(linear_svm, prepare_hinge, together=True, on_device=True)
+RIDGE = Evaluator(ridge, prepare_ridge, together=True, on_device=True, usable=_unweighted)

@@ -24,6 +24,9 @@ from pipeline.tuning.standardised import Standardised
 
 Array = NDArray[np.float32]
 
+NOISE = 1e-6
+"""Of the largest component's variance: what float32 leaves of none at all."""
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -36,7 +39,7 @@ class Projection:
     def of(X: Features, rows: NDArray[np.int64], components: int | float, whiten: bool) -> Projection:
         """Fit both on some rows of X, shape (n, dim): as many components, or as many as hold this share of the variance.
 
-        No more components than rows or dimensions are kept.
+        No more components than rows or dimensions are kept, and for `whiten` only those along which the rows differ.
         """
         n, dim = len(rows), X.shape[1]
         kept = components if isinstance(components, float) else min(components, n, dim)
@@ -45,9 +48,9 @@ class Projection:
         pca = PCA(kept, whiten=whiten, svd_solver=solver)
         if isinstance(X, StoredRows):
             source = Standardised.of(X, rows)
-            return Projection(source.scaler, _fit_products(pca, source.products(), n))
+            return Projection(source.scaler, _without_noise(_fit_products(pca, source.products(), n)))
         scaler = StandardScaler()
-        return Projection(scaler, pca.fit(scaler.fit_transform(X[rows])))
+        return Projection(scaler, _without_noise(pca.fit(scaler.fit_transform(X[rows]))))
 
     def apply(self, X: Features, rows: NDArray[np.int64]) -> Array:
         """Return some rows on the components, shape (n, components), float32."""
@@ -76,6 +79,16 @@ def _fit_products(pca: PCA, products: NDArray[np.float64], n: int) -> PCA:
     pca.singular_values_ = np.sqrt(variances[:count] * (n - 1))
     pca.noise_variance_ = float(variances[count:].mean()) if count < len(variances) else 0.0
     pca.n_samples_, pca.n_features_in_ = n, len(products)
+    return pca
+
+
+def _without_noise(pca: PCA) -> PCA:
+    """Take off whitened components of no variance: divided by it, other rows would be thrown a million units away."""
+    variances = pca.explained_variance_
+    count = max(1, int((variances > NOISE * variances[0]).sum())) if pca.whiten else len(variances)
+    pca.components_, pca.n_components_ = pca.components_[:count], count
+    for name in ("explained_variance_", "explained_variance_ratio_", "singular_values_"):
+        setattr(pca, name, getattr(pca, name)[:count])
     return pca
 
 

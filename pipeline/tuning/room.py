@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import joblib
 
+from pipeline import memory
 from pipeline.config import TuningConfig
 from pipeline.heads import Head
 from pipeline.store import StoredRows
 from pipeline.tuning.features import BLOCK_BYTES
 from pipeline.tuning.on_disk import needed_bytes
 from pipeline.tuning.records import Problem
+
+FREE_SHARE = 0.75
+"""Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
 
 COPIES = 5
 """Times its own size that one fold's work on features in memory takes besides them; scikit-learn turns some to float64."""
@@ -32,6 +36,15 @@ class Room:
     jobs: int
     spare_bytes: int
     shared_bytes: int
+    work_bytes: int | None
+    """What each may take besides copies of the features; None without a limit."""
+
+
+def limited(tuning: TuningConfig) -> TuningConfig:
+    """Return the section with `memory: auto` turned into the size it means here and now."""
+    if tuning.memory_bytes is not None:
+        return tuning
+    return tuning.model_copy(update={"memory": f"{FREE_SHARE * memory.available_bytes() / 1e6:.3f}MB"})
 
 
 def memory_needed(shape: tuple[int, int]) -> int:
@@ -55,20 +68,24 @@ def most_components(shape: tuple[int, int], pca: int | float) -> int:
     return shape[1] if isinstance(pca, float) else min(pca, *shape)
 
 
-def room_for(problem: Problem, tuning: TuningConfig) -> Room:
-    """Divide the memory a search may take; `auto` has become a size before, or there is no limit."""
-    memory = tuning.memory_bytes
+def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Room:
+    """Divide the memory a search may take; `auto` has become a size before, or there is no limit.
+
+    work_bytes : what a fold's work takes besides copies of the features, if there is so much room
+    """
+    limit = tuning.memory_bytes
     wanted = joblib.cpu_count() if tuning.jobs == "auto" else tuning.jobs
     shared = max(SHARED_BYTES_FLOOR, SHARED_BYTES_FACTOR * problem.X.nbytes)
-    if memory is None:
-        return Room(wanted, SPARE_BYTES, shared)
-    shape, left = problem.X.shape, memory
+    if limit is None:
+        return Room(wanted, SPARE_BYTES, shared, None)
+    shape, left = problem.X.shape, limit
     if problem.on_disk:
         each = needed_bytes(problem.head, shape, problem.n_classes)
     elif isinstance(problem.X, StoredRows) and tuning.pca is not None:
         each = 40 * shape[1] ** 2 + COPIES * 4 * shape[0] * most_components(shape, tuning.pca)
     else:
-        each, left = COPIES * problem.X.nbytes, memory - problem.X.nbytes
-    jobs = max(1, min(wanted, left // max(1, each)))
-    spare = max(0, left - jobs * each)
-    return Room(jobs, spare // (2 * jobs), min(shared, spare // 2))
+        each, left = COPIES * problem.X.nbytes, limit - problem.X.nbytes
+    work = work_bytes if each + work_bytes <= left else 0
+    jobs = max(1, min(wanted, left // max(1, each + work)))
+    spare = max(0, left - jobs * (each + work))
+    return Room(jobs, spare // (2 * jobs), min(shared, spare // 2), work + spare // (2 * jobs))

@@ -9,42 +9,33 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.pipeline import Pipeline
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from pipeline.config import TuningConfig
 from pipeline.errors import HeadError
-from pipeline.heads import Head, Params, configure
+from pipeline.heads import Head, Params
 from pipeline.progress import Progress, bar
-from pipeline.tuning import racing, strategies
-from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed
+from pipeline.tuning import devices, racing, strategies
+from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed, working_memory
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
 from pipeline.tuning.events import fit_event, fit_key, replay, search_identity
 from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.folds import Folds
 from pipeline.tuning.journal import Journal
-from pipeline.tuning.on_disk import fit_on_disk
+from pipeline.tuning.last_fit import fit_on_all
 from pipeline.tuning.projection import Projections, without_scaler
 from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
-from pipeline.tuning.room import room_for
+from pipeline.tuning.room import most_components, room_for
 from pipeline.tuning.scoring import SCORERS
 
 log = logging.getLogger(__name__)
 
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
-
-BY_BLOCKS = frozenset({"linear_svm"})
-"""Heads on disk whose last fit is made that way in memory too: at 2,500 x 512 and 20 classes LIBLINEAR takes twenty times
-as long to the same optimum."""
-
-FEW_FEATURES = 1 << 25
-"""Numbers in a feature matrix below which the last fit uses one thread for its products."""
 
 
 def check(head: Head, tuning: TuningConfig) -> list[str]:
@@ -68,8 +59,8 @@ def tune(
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
-    Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`, which decides what is
-    kept between fits and how many run at once; with `tuning.seconds` also on the machine.
+    Results depend on the arguments but for `journal`, `tuning.jobs`, `tuning.device` (to rounding) and `tuning.memory`,
+    which decides what is kept between fits and how many run at once; with `tuning.seconds` also on the machine.
     Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
     Parameters
@@ -107,7 +98,7 @@ def tune(
     finally:
         book.close()
     start = time.perf_counter()
-    pipeline = _refit(problem, best.params, np.asarray(y), search.jobs)
+    pipeline = fit_on_all(search.problem, best.params, np.asarray(y), search.jobs)
     return TuningRun(
         head=head,
         classes=classes,
@@ -129,11 +120,21 @@ class _Search:
     """The state of one search: its trials so far, what the journal knows, and the clock."""
 
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
-        room = room_for(problem, tuning)
-        self.problem, self.tuning, self.journal = changed(problem, spare_bytes=room.spare_bytes), tuning, journal
         self.evaluator: Evaluator = evaluator_for(problem)
-        self.jobs = room.jobs
-        self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
+        needed = self.evaluator.work_bytes(problem)
+        self.room = room = room_for(problem, tuning, needed)
+        if room.work_bytes is not None and room.work_bytes < needed:
+            log.info(
+                "head %s: tuning.memory leaves no room for the %.0f MB that trials share on a fold; each is fitted by itself",
+                problem.head.name,
+                needed / 1e6,
+            )
+            self.evaluator = GENERIC
+        self.problem = changed(problem, spare_bytes=room.spare_bytes, work_bytes=room.work_bytes)
+        self.tuning, self.journal = tuning, journal
+        width = problem.X.shape[1] if tuning.pca is None else most_components(problem.X.shape, tuning.pca)
+        large = 4 * len(problem.X) * width >= devices.WORTH_A_GPU
+        self._move(devices.resolve(tuning.device, large) if self.evaluator.on_device else devices.CPU)
         self.trials: list[Trial] = []
         self.surrogate_seconds = 0.0
         self.replayed = 0
@@ -147,6 +148,13 @@ class _Search:
         self._scorer = SCORERS[tuning.scoring]
         self._bounded = tuning.scoring != "log_loss"
         self._held_out_rows = float(np.mean([len(held_out) for _, held_out in problem.folds]))
+
+    def _move(self, device: str) -> None:
+        """Do the folds' work on a device; on a GPU one after another, because each can fill it."""
+        self.problem = changed(self.problem, device=device)
+        self.jobs = self.room.jobs if device == devices.CPU else 1
+        free = devices.free_bytes(device)
+        self.shared = Shared(self.evaluator, self.problem, self.room.shared_bytes if free is None else free // 2)
 
     def elapsed(self) -> float:
         """Seconds of this search, earlier runs included."""
@@ -316,12 +324,24 @@ class _Search:
 
     def _evaluate(self, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:
         # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
-        with self._threads.limit(limits=1, user_api="openmp"):
+        with self._threads.limit(limits=1, user_api="openmp"), working_memory(self.problem.work_bytes):
             points = [{**self.problem.head.fixed, **candidate} for candidate in candidates]
             if len(np.unique(self.problem.y[self.problem.folds[fold][0]])) < 2:
                 return GENERIC.evaluate(self.problem, fold, None, points)
             try:
                 return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), points)
+            except RuntimeError as error:  # what torch raises, for lack of memory too
+                if self.problem.device == devices.CPU:
+                    raise
+                log.warning(
+                    "head %s: %s gave up on fold %d (%r); the search goes on on the processor",
+                    self.problem.head.name,
+                    self.problem.device,
+                    fold,
+                    error,
+                )
+                self._move(devices.CPU)
+                return self._evaluate(fold, candidates)
             except (MemoryError, np.linalg.LinAlgError) as error:
                 if self.problem.on_disk:
                     return [failed(error, {}) for _ in points]
@@ -400,18 +420,3 @@ class _Search:
                 scores[held_out] = outcome.scores
         kind: ScoreKind = "decision" if "decision" in kinds else "probability"
         return OutOfFold(predictions, scores, kind if scores is not None else None, place)
-
-
-def _refit(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
-    """Fit the head's pipeline on all rows; `n_jobs` is used for the fit and not kept."""
-    # Threads of a small product wait for each other longer than they work.
-    few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
-    with counting_warnings(), threadpool_limits(limits=1 if few else None, user_api="blas"):
-        if problem.on_disk or (problem.projections is None and problem.head.on_disk in BY_BLOCKS):
-            return fit_on_disk(problem, params, y)
-        projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
-        pipeline = configure(problem.head, params, problem.seed)
-        parallel = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
-        kept = {key: pipeline.get_params()[key] for key in parallel}
-        fitted = pipeline.set_params(**parallel).fit(X, y).set_params(**kept)
-        return fitted if projection is None else projection.before(fitted)
