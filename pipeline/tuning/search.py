@@ -298,8 +298,10 @@ class _Search:
     def _task(
         self, fold: int, group: Sequence[int], points: Sequence[Params], rung: int
     ) -> tuple[int, Sequence[int], list[tuple[FoldOutcome, float]]]:
-        cheaper = self.evaluator.rungs[rung].params if self._cheap(rung) else {}
-        candidates = [{**points[place], **cheaper} for place in group]
+        candidates = [points[place] for place in group]
+        if self._cheap(rung):
+            step = self.evaluator.rungs[rung]
+            candidates = [{**params, **step.cheaper(self.problem, params)} for params in candidates]
         outcomes = self._evaluate(fold, candidates)
         y = self.problem.y[self.problem.folds[fold][1]]
         judged = []
