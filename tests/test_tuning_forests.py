@@ -183,8 +183,6 @@ def test_a_first_look_takes_as_long_as_the_defaults_whatever_a_split_costs():
     problem = problem_of(head, dim=100)
     trees = {wanted: few(problem, {"max_features": wanted})["n_estimators"] for wanted in (0.01, 0.04, 0.05, 0.1, 0.5)}
     assert trees == {0.01: MOST, 0.04: FEW * 5 // 4, 0.05: FEW, 0.1: FEW // 2, 0.5: FEWEST}
-    short = problem_of(replace(FOREST, fixed={"n_estimators": MOST}), dim=100)
-    assert few(short, {"max_features": 0.01}) == {"n_estimators": MOST // 2}
 
 
 def test_a_first_look_gives_the_first_trees_of_the_whole_forest(tmp_path):
@@ -195,8 +193,36 @@ def test_a_first_look_gives_the_first_trees_of_the_whole_forest(tmp_path):
     problem = Problem(FOREST, X, y.astype(np.int64), 3, folds, 0)
     for event in events:
         if event.get("event") == "fit" and event["rung"] == 0:
-            outcome = forests(problem, event["fold"], Grown(), [{**event["params"], **few(problem, event["params"])}])[0]
+            params = {**event["params"], **few(problem, event["params"])}
+            outcome = forests(problem, event["fold"], Grown(), [params])[0]
             assert event["score"] == np.mean(outcome.predictions == y[folds[event["fold"]][1]])
+
+
+def test_the_better_half_goes_on_and_never_fewer_than_two():
+    scores = np.array([[0.5, 0.7], [0.9, 0.1], [0.8, 0.8], [0.6, 0.6], [0.2, 0.9]])
+    assert racing.better_half(scores, [0, 1, 2, 3, 4]) == [0, 2, 3]
+    assert racing.better_half(scores, [1, 3, 4]) == [3, 4]
+    assert racing.better_half(scores, [0, 3]) == [0, 3]
+    assert racing.better_half(scores, [4]) == [4]
+
+
+def test_of_those_that_go_on_the_better_half_is_fitted_further(tmp_path):
+    X, y = network(150, 12, 3)
+    run = tune(FOREST, X, y, make_folds(y, 5, 0), TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    fits = [event for event in map(json.loads, lines) if event.get("event") == "fit" and event["rung"] == 1]
+    fitted = [{event["trial"] for event in fits if event["fold"] == fold} for fold in range(5)]
+    assert fitted[0] == fitted[1] > fitted[2] == fitted[3] >= fitted[4]
+    scores = {(event["trial"], event["fold"]): event["score"] for event in fits}
+    for before, after in ((0, 2), (2, 4)):
+        mean = {number: np.mean([scores[number, fold] for fold in range(after)]) for number in fitted[before]}
+        assert len(fitted[after]) <= max(2, (len(mean) + 1) // 2)
+        assert min(mean[number] for number in fitted[after]) >= max(
+            (mean[number] for number in mean if number not in fitted[after]), default=0
+        )
+    stopped = fitted[0] - fitted[2]
+    assert all(run.trials[number].reason.endswith("behind the best after 2 of 5 folds") for number in stopped)
+    assert {trial.number for trial in run.trials if trial.mean is not None} == fitted[4]
 
 
 # The search -----------------------------------------------------------------------------------------------------------

@@ -21,14 +21,14 @@ from pipeline.tuning.evaluation import Evaluator, Rung, constant, counted, faile
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
 
-FEW = 32
+FEW = 16
 """Trees a candidate is first judged from, at the price of the head's defaults."""
 
-FEWEST, MOST = 8, 64
+FEWEST, MOST = 6, 32
 """Bounds of that number for dearer and cheaper candidates."""
 
-KEEP = 4
-"""Candidates that are judged in full; the defaults may be one more."""
+KEEP = 5
+"""Candidates that go on to the whole forest; the defaults may be one more."""
 
 KEPT_BYTES = 64 << 20
 """Votes kept on one fold; a forest whose votes are not kept is grown from its first tree again, with the same result."""
@@ -67,14 +67,14 @@ class Grown:
 
 
 def usable(problem: Problem) -> bool:
-    """Whether the head is a forest with a seed that has more trees than candidates are first judged from."""
+    """Whether the head is a forest with a seed that has twice the trees of a first look or more."""
     model = configure(problem.head, problem.head.defaults, problem.seed)[-1]
     return (
         type(model) in (RandomForestClassifier, ExtraTreesClassifier)
         and isinstance(model.random_state, int)
         and not model.warm_start
         and "n_estimators" not in problem.head.space
-        and bool(model.n_estimators >= MOST)
+        and bool(model.n_estimators >= 2 * MOST)
     )
 
 
@@ -123,9 +123,8 @@ def few(problem: Problem, params: Params) -> Params:
     A forest whose splits look at few features is cheap, and its trees differ much: from an equal number of trees it
     would be judged worse than it is, and a dear forest better, which leads the surrogate to where trees are dear.
     """
-    whole = int(configure(problem.head, {}, problem.seed)[-1].n_estimators)
     trees = FEW * cost(problem, problem.head.defaults) / cost(problem, params)
-    return {"n_estimators": int(np.clip(trees, FEWEST, min(MOST, whole // 2)))}
+    return {"n_estimators": int(np.clip(round(trees), FEWEST, MOST))}
 
 
 def grow(problem: Problem, fold: int, params: Params, votes: Votes | None) -> Votes:

@@ -251,10 +251,14 @@ class _Search:
         leader = self._leader(scores, alive, done, rung)
         if leader is None:
             return alive
+        # What came through the rungs is close together: there the better half goes on from look to look.
+        last = self.evaluator.rungs and not self._cheap(rung)
+        left = set(racing.better_half(scores[:, :done], alive) if last else alive)
         kept = []
         for place in alive:
-            if racing.behind(scores[place, :done], leader[:done], self._held_out_rows, self._bounded):
-                gap = float(np.mean(leader[:done] - scores[place, :done]))
+            own, best = scores[place, :done], leader[:done]
+            if place not in left or racing.behind(own, best, self._held_out_rows, self._bounded):
+                gap = float(np.mean(best - own))
                 reasons[place] = f"{gap:.4f} behind the best after {done} of {scores.shape[1]} folds"
             else:
                 kept.append(place)
