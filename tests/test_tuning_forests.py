@@ -286,10 +286,10 @@ def test_the_choice_is_that_of_full_fits_within_noise(scoring, tmp_path, monkeyp
     assert np.mean(gaps) <= 0.5
 
 
-@pytest.mark.parametrize("stop_after", [3, 14, 19])
+@pytest.mark.parametrize("stop_after", [3, 22, 27])
 def test_an_interrupted_search_of_forests_ends_the_same(stop_after, tmp_path, monkeypatch):
     X, y = network(90, 12, 3)
-    arguments = (FOREST, X, y, make_folds(y, 2, 0), TuningConfig(trials=8, jobs=1), 0)
+    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(trials=8, jobs=1), 0)
     whole = tune(*arguments, tmp_path / "whole.jsonl")
     append, seen = Journal.append, []
 

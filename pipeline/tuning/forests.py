@@ -24,7 +24,7 @@ from pipeline.tuning.scoring import expand_scores
 FEW = 16
 """Trees a candidate is first judged from, at the price of the head's defaults."""
 
-FEWEST, MOST = 6, 32
+FEWEST, MOST = 8, 32
 """Bounds of that number for dearer and cheaper candidates."""
 
 KEEP = 5

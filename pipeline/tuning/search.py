@@ -196,7 +196,10 @@ class _Search:
         return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
 
     def _promote(self, progress: Progress) -> None:
-        """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full."""
+        """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full.
+
+        In full they race too: the better half of them is fitted on the next folds.
+        """
         climbing = [trial.number for trial in self.trials]
         for rung, step in enumerate(self.evaluator.rungs, start=1):
             climbing = sorted({*self._promising(climbing)[: step.keep], 0})
