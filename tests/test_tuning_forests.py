@@ -19,7 +19,7 @@ from pipeline.heads import HEADS, configure, resolve
 from pipeline.tuning import evaluators, make_folds, racing, tune
 from pipeline.tuning import forests as module
 from pipeline.tuning.evaluators import EVALUATORS, GENERIC, evaluator_for
-from pipeline.tuning.forests import RUNGS, Grown, Votes, cost, extrapolated, forests, grow
+from pipeline.tuning.forests import FEW, FEWEST, KEEP, MOST, Grown, Votes, cost, extrapolated, few, forests, grow
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.records import Problem
 
@@ -178,41 +178,82 @@ def test_a_fit_costs_as_much_as_its_splits_look_at():
         assert cost(problem, {"max_features": wanted}) == features
 
 
+def test_a_first_look_takes_as_long_as_the_defaults_whatever_a_split_costs():
+    head = replace(HEADS["random_forest"], fixed={})
+    problem = problem_of(head, dim=100)
+    trees = {wanted: few(problem, {"max_features": wanted})["n_estimators"] for wanted in (0.01, 0.04, 0.05, 0.1, 0.5)}
+    assert trees == {0.01: MOST, 0.04: FEW * 5 // 4, 0.05: FEW, 0.1: FEW // 2, 0.5: FEWEST}
+
+
+def test_a_first_look_gives_the_first_trees_of_the_whole_forest(tmp_path):
+    X, y = network(90, 12, 3)
+    folds = make_folds(y, 2, 0)
+    tune(FOREST, X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
+    events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    problem = Problem(FOREST, X, y.astype(np.int64), 3, folds, 0)
+    for event in events:
+        if event.get("event") == "fit" and event["rung"] == 0:
+            params = {**event["params"], **few(problem, event["params"])}
+            outcome = forests(problem, event["fold"], Grown(), [params])[0]
+            assert event["score"] == np.mean(outcome.predictions == y[folds[event["fold"]][1]])
+
+
+def test_the_better_half_goes_on_and_never_fewer_than_two():
+    scores = np.array([[0.5, 0.7], [0.9, 0.1], [0.8, 0.8], [0.6, 0.6], [0.2, 0.9]])
+    assert racing.better_half(scores, [0, 1, 2, 3, 4]) == [0, 2, 3]
+    assert racing.better_half(scores, [1, 3, 4]) == [3, 4]
+    assert racing.better_half(scores, [0, 3]) == [0, 3]
+    assert racing.better_half(scores, [4]) == [4]
+
+
+def test_of_those_that_go_on_the_better_half_is_fitted_further(tmp_path):
+    X, y = network(150, 12, 3)
+    run = tune(FOREST, X, y, make_folds(y, 5, 0), TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    fits = [event for event in map(json.loads, lines) if event.get("event") == "fit" and event["rung"] == 1]
+    fitted = [{event["trial"] for event in fits if event["fold"] == fold} for fold in range(5)]
+    assert fitted[0] == fitted[1] > fitted[2] == fitted[3] >= fitted[4]
+    scores = {(event["trial"], event["fold"]): event["score"] for event in fits}
+    for before, after in ((0, 2), (2, 4)):
+        mean = {number: np.mean([scores[number, fold] for fold in range(after)]) for number in fitted[before]}
+        assert len(fitted[after]) <= max(2, (len(mean) + 1) // 2)
+        assert min(mean[number] for number in fitted[after]) >= max(
+            (mean[number] for number in mean if number not in fitted[after]), default=0
+        )
+    stopped = fitted[0] - fitted[2]
+    assert all(run.trials[number].reason.endswith("behind the best after 2 of 5 folds") for number in stopped)
+    assert {trial.number for trial in run.trials if trial.mean is not None} == fitted[4]
+
+
 # The search -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_climb_rung_by_rung_and_are_judged_in_full(tmp_path):
+def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
     X, y = network(160, 12, 3)
     folds = make_folds(y, 2, 0)
     run = tune(FOREST, X, y, folds, TuningConfig(trials=12), 0, tmp_path / "trials.jsonl")
     events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
-    climbing = set(range(12))
-    for rung in range(len(RUNGS) + 1):
-        assert {event["trial"] for event in events if event.get("event") == "fit" and event["rung"] == rung} == climbing
-        if rung == len(RUNGS):
-            break
-        scores = {
-            number: [
-                event["score"]
-                for event in events
-                if event.get("event") == "fit" and (event["rung"], event["trial"]) == (rung, number)
-            ]
-            for number in climbing
-        }
-        leader = max(climbing, key=lambda number: (np.mean(scores[number]), -number))
-        value = {
-            number: racing.worth(
-                np.array([np.mean(scores[leader]), np.mean(scores[number])]),
-                np.array([1.0, max(1.0, 12 * run.trials[number].params["max_features"])]),
-                np.array(scores[leader]),
-                80,
-                bounded=True,
-            )[1]
-            for number in climbing
-        }
-        climbing = {0, *sorted(climbing, key=lambda number: (-value[number], number))[: RUNGS[rung].keep]}
+    fits = [event for event in events if event.get("event") == "fit"]
+    first = {number: [] for number in range(12)}
+    for event in fits:
+        if event["rung"] == 0:
+            first[event["trial"]].append(event["score"])
+    assert all(len(scores) == 2 for scores in first.values())
+    leader = max(first, key=lambda number: (np.mean(first[number]), -number))
+    value = {
+        number: racing.worth(
+            np.array([np.mean(first[leader]), np.mean(first[number])]),
+            np.array([1.0, max(1.0, 12 * run.trials[number].params["max_features"])]),
+            np.array(first[leader]),
+            80,
+            bounded=True,
+        )[1]
+        for number in first
+    }
+    chosen = {0, *sorted(first, key=lambda number: (-value[number], number))[:KEEP]}
+    assert {event["trial"] for event in fits if event["rung"] == 1} == chosen
     full = [trial for trial in run.trials if trial.status == "ok"]
-    assert {trial.number for trial in full} == climbing
+    assert {trial.number for trial in full} == chosen
     assert {trial.reason for trial in run.trials if trial not in full} == {"screened only"}
     assert run.best.mean == max(trial.mean for trial in full)
     own = [configure(FOREST, run.best.params, 0).fit(X[t], y[t]).score(X[h], y[h]) for t, h in folds]
@@ -245,10 +286,10 @@ def test_the_choice_is_that_of_full_fits_within_noise(scoring, tmp_path, monkeyp
     assert np.mean(gaps) <= 0.5
 
 
-@pytest.mark.parametrize("stop_after", [3, 24, 31])
+@pytest.mark.parametrize("stop_after", [3, 22, 27])
 def test_an_interrupted_search_of_forests_ends_the_same(stop_after, tmp_path, monkeypatch):
     X, y = network(90, 12, 3)
-    arguments = (FOREST, X, y, make_folds(y, 2, 0), TuningConfig(trials=8, jobs=1), 0)
+    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(trials=8, jobs=1), 0)
     whole = tune(*arguments, tmp_path / "whole.jsonl")
     append, seen = Journal.append, []
 

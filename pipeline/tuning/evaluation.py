@@ -30,8 +30,8 @@ from pipeline.tuning.solvers import standardise
 class Rung:
     """A step of successive halving (Jamieson and Talwalkar 2016): a cheap version, and how many go on from it."""
 
-    params: Params
-    """Parameters that make a candidate cheap; they replace its own."""
+    cheaper: Callable[[Problem, Params], Params]
+    """(problem, a candidate) -> parameters that make it cheap; they replace its own."""
     keep: int
     """How many of the best go on to the next rung, or after the last one to full fits."""
 

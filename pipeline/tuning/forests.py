@@ -21,7 +21,14 @@ from pipeline.tuning.evaluation import Evaluator, Rung, constant, counted, faile
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
 
-RUNGS = (Rung({"n_estimators": 12}, keep=8), Rung({"n_estimators": 32}, keep=3))
+FEW = 16
+"""Trees a candidate is first judged from, at the price of the head's defaults."""
+
+FEWEST, MOST = 8, 32
+"""Bounds of that number for dearer and cheaper candidates."""
+
+KEEP = 5
+"""Candidates that go on to the whole forest; the defaults may be one more."""
 
 KEPT_BYTES = 64 << 20
 """Votes kept on one fold; a forest whose votes are not kept is grown from its first tree again, with the same result."""
@@ -60,14 +67,14 @@ class Grown:
 
 
 def usable(problem: Problem) -> bool:
-    """Whether the head is a forest with a seed that has twice the trees of the last rung or more."""
+    """Whether the head is a forest with a seed that has twice the trees of a first look or more."""
     model = configure(problem.head, problem.head.defaults, problem.seed)[-1]
     return (
         type(model) in (RandomForestClassifier, ExtraTreesClassifier)
         and isinstance(model.random_state, int)
         and not model.warm_start
         and "n_estimators" not in problem.head.space
-        and bool(model.n_estimators >= 2 * RUNGS[-1].params["n_estimators"])
+        and bool(model.n_estimators >= 2 * MOST)
     )
 
 
@@ -108,6 +115,16 @@ def cost(problem: Problem, params: Params) -> float:
     named = {"sqrt": np.sqrt(dim), "log2": np.log2(dim), None: dim}
     features = float(named[wanted] if wanted in named else wanted if isinstance(wanted, int) else wanted * dim)
     return max(1.0, features)
+
+
+def few(problem: Problem, params: Params) -> Params:
+    """Return how many trees a candidate is first judged from: about as many as take as long as the defaults' `FEW`.
+
+    A forest whose splits look at few features is cheap, and its trees differ much: from an equal number of trees it
+    would be judged worse than it is, and a dear forest better, which leads the surrogate to where trees are dear.
+    """
+    trees = FEW * cost(problem, problem.head.defaults) / cost(problem, params)
+    return {"n_estimators": int(np.clip(round(trees), FEWEST, MOST))}
 
 
 def grow(problem: Problem, fold: int, params: Params, votes: Votes | None) -> Votes:
@@ -181,4 +198,4 @@ def extrapolated(votes: Votes, y: NDArray[np.int64], trees: int) -> NDArray[np.f
     return np.asarray(shares - (1 - keep) * away)
 
 
-FOREST = Evaluator(forests, prepare=lambda problem, fold: Grown(), usable=usable, rungs=RUNGS, cost=cost)
+FOREST = Evaluator(forests, prepare=lambda problem, fold: Grown(), usable=usable, rungs=(Rung(few, KEEP),), cost=cost)

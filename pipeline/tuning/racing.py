@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
@@ -32,6 +34,16 @@ def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out
     difference = candidate - leader
     error = max(float(difference.std(ddof=1)), _floor(leader, held_out_rows, bounded)) / np.sqrt(len(difference))
     return bool(difference.mean() + CONFIDENCE * error < 0)
+
+
+def better_half(scores: NDArray[np.float64], alive: Sequence[int]) -> list[int]:
+    """Return the living candidates with the better half of the means, at least two.
+
+    scores : ndarray of shape (n_candidates, k): the fold scores so far
+    alive : rows of `scores`; of equal means the earlier stays
+    """
+    best = sorted(alive, key=lambda place: (-float(scores[place].mean()), place))
+    return sorted(best[: max(2, (len(best) + 1) // 2)])
 
 
 def worth(

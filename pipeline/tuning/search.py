@@ -208,7 +208,10 @@ class _Search:
         return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
 
     def _promote(self, progress: Progress) -> None:
-        """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full."""
+        """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full.
+
+        In full they race too: the better half of them is fitted on the next folds.
+        """
         climbing = [trial.number for trial in self.trials]
         for rung, step in enumerate(self.evaluator.rungs, start=1):
             climbing = sorted({*self._promising(climbing)[: step.keep], 0})
@@ -263,10 +266,14 @@ class _Search:
         leader = self._leader(scores, alive, done, rung)
         if leader is None:
             return alive
+        # What came through the rungs is close together: there the better half goes on from look to look.
+        last = self.evaluator.rungs and not self._cheap(rung)
+        left = set(racing.better_half(scores[:, :done], alive) if last else alive)
         kept = []
         for place in alive:
-            if racing.behind(scores[place, :done], leader[:done], self._held_out_rows, self._bounded):
-                gap = float(np.mean(leader[:done] - scores[place, :done]))
+            own, best = scores[place, :done], leader[:done]
+            if place not in left or racing.behind(own, best, self._held_out_rows, self._bounded):
+                gap = float(np.mean(best - own))
                 reasons[place] = f"{gap:.4f} behind the best after {done} of {scores.shape[1]} folds"
             else:
                 kept.append(place)
@@ -310,8 +317,10 @@ class _Search:
     def _task(
         self, fold: int, group: Sequence[int], points: Sequence[Params], rung: int
     ) -> tuple[int, Sequence[int], list[tuple[FoldOutcome, float]]]:
-        cheaper = self.evaluator.rungs[rung].params if self._cheap(rung) else {}
-        candidates = [{**points[place], **cheaper} for place in group]
+        candidates = [points[place] for place in group]
+        if self._cheap(rung):
+            step = self.evaluator.rungs[rung]
+            candidates = [{**params, **step.cheaper(self.problem, params)} for params in candidates]
         outcomes = self._evaluate(fold, candidates)
         y = self.problem.y[self.problem.folds[fold][1]]
         judged = []
