@@ -57,6 +57,10 @@ class Evaluator:
     cost: Callable[[Problem, Params], float] = lambda problem, params: 1.0
     """What a candidate's fit costs against others', which decides who goes on where scores do not."""
 
+    def cheap(self, rung: int) -> bool:
+        """Whether fits on this rung are of a cheaper version."""
+        return rung < len(self.rungs)
+
 
 def generic(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
     """Fit the head's pipeline on a fold's training rows for each candidate, and predict the held-out rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import Counter
@@ -10,29 +9,24 @@ from collections.abc import Sequence
 from dataclasses import replace as changed
 from pathlib import Path
 
-import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from threadpoolctl import ThreadpoolController, threadpool_limits
+from threadpoolctl import threadpool_limits
 
 from pipeline.config import TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import Head, Params
 from pipeline.progress import Progress, bar
-from pipeline.tuning import devices, racing, strategies
-from pipeline.tuning.evaluation import Evaluator, Shared, counting_warnings, failed, working_memory
-from pipeline.tuning.evaluators import GENERIC, evaluator_for
-from pipeline.tuning.events import fit_event, fit_key, replay, search_identity
+from pipeline.tuning import racing, strategies
+from pipeline.tuning.evaluation import counting_warnings
+from pipeline.tuning.events import search_identity
 from pipeline.tuning.features import Features, blocks
+from pipeline.tuning.fold_fits import FoldFits
 from pipeline.tuning.folds import Folds
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.last_fit import fit_on_all
 from pipeline.tuning.projection import Projections, without_scaler
 from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
-from pipeline.tuning.room import most_components, room_for
-from pipeline.tuning.scoring import SCORERS
-
-log = logging.getLogger(__name__)
 
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
@@ -91,14 +85,15 @@ def tune(
         problem = changed(problem, head=without_scaler(head), projections=shared)
     book = Journal.open(journal, search_identity(problem, classes, tuning))
     try:
-        search = _Search(problem, tuning, book)
+        fits = FoldFits(problem, tuning, book)
+        search = _Search(fits, tuning, book)
         with counting_warnings(), threadpool_limits(limits=1, user_api="blas"):
             best = search.run()
             out_of_fold = search.out_of_fold(best)
     finally:
         book.close()
     start = time.perf_counter()
-    pipeline = fit_on_all(search.problem, best.params, np.asarray(y), search.jobs)
+    pipeline = fit_on_all(fits.problem, best.params, np.asarray(y), fits.jobs)
     return TuningRun(
         head=head,
         classes=classes,
@@ -107,9 +102,9 @@ def tune(
         strategy=tuning.strategy,
         scoring=tuning.scoring,
         seed=seed,
-        seconds=search.elapsed(),
+        seconds=fits.elapsed(),
         surrogate_seconds=search.surrogate_seconds,
-        replayed=search.replayed,
+        replayed=fits.replayed,
         out_of_fold=out_of_fold,
         pipeline=pipeline,
         fit_seconds=time.perf_counter() - start,
@@ -117,48 +112,17 @@ def tune(
 
 
 class _Search:
-    """The state of one search: its trials so far, what the journal knows, and the clock."""
+    """The state of one search: its trials so far, and what is kept of the best."""
 
-    def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
-        self.evaluator: Evaluator = evaluator_for(problem)
-        needed = self.evaluator.work_bytes(problem)
-        self.room = room = room_for(problem, tuning, needed)
-        if room.work_bytes is not None and room.work_bytes < needed:
-            log.info(
-                "head %s: tuning.memory leaves no room for the %.0f MB that trials share on a fold; each is fitted by itself",
-                problem.head.name,
-                needed / 1e6,
-            )
-            self.evaluator = GENERIC
-        self.problem = changed(problem, spare_bytes=room.spare_bytes, work_bytes=room.work_bytes)
-        self.tuning, self.journal = tuning, journal
-        width = problem.X.shape[1] if tuning.pca is None else most_components(problem.X.shape, tuning.pca)
-        large = 4 * len(problem.X) * width >= devices.WORTH_A_GPU
-        self._move(devices.resolve(tuning.device, large) if self.evaluator.on_device else devices.CPU)
+    def __init__(self, fits: FoldFits, tuning: TuningConfig, journal: Journal) -> None:
+        self.fits, self.tuning, self.journal = fits, tuning, journal
+        self.problem, self.evaluator = fits.problem, fits.evaluator
         self.trials: list[Trial] = []
         self.surrogate_seconds = 0.0
-        self.replayed = 0
-        fits = [event for event in journal.events if event["event"] == "fit"]
-        self._known = {fit_key(event["rung"], event["params"], event["fold"]): event for event in fits}
-        self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
-        self._start = time.perf_counter()
         self._kept: dict[int, list[FoldOutcome]] = {}
         self._kept_mean = -math.inf
-        self._threads = ThreadpoolController()
-        self._scorer = SCORERS[tuning.scoring]
         self._bounded = tuning.scoring != "log_loss"
-        self._held_out_rows = float(np.mean([len(held_out) for _, held_out in problem.folds]))
-
-    def _move(self, device: str) -> None:
-        """Do the folds' work on a device; on a GPU one after another, because each can fill it."""
-        self.problem = changed(self.problem, device=device)
-        self.jobs = self.room.jobs if device == devices.CPU else 1
-        free = devices.free_bytes(device)
-        self.shared = Shared(self.evaluator, self.problem, self.room.shared_bytes if free is None else free // 2)
-
-    def elapsed(self) -> float:
-        """Seconds of this search, earlier runs included."""
-        return self._before + time.perf_counter() - self._start
+        self._held_out_rows = float(np.mean([len(held_out) for _, held_out in self.problem.folds]))
 
     def run(self) -> Trial:
         """Search until the budget is spent and return the best finished trial."""
@@ -181,12 +145,8 @@ class _Search:
                 self._promote(progress)
         return self._best()
 
-    def _cheap(self, rung: int) -> bool:
-        """Whether fits on this rung are of a cheaper version."""
-        return rung < len(self.evaluator.rungs)
-
     def _time_left(self) -> bool:
-        return self.tuning.seconds is None or not self.trials or self.elapsed() < self.tuning.seconds
+        return self.tuning.seconds is None or not self.trials or self.fits.elapsed() < self.tuning.seconds
 
     def _hopeless(self, size: int) -> bool:
         """Whether the first two rounds failed to the last trial: more would fail too."""
@@ -198,7 +158,7 @@ class _Search:
         numbers = list(range(first, first + len(points)))
         fresh = self._race(numbers, points, rung=0)
         self.trials += fresh
-        self.journal.append([{"event": "trial", "elapsed": self.elapsed(), **trial.record()} for trial in fresh])
+        self.journal.append([{"event": "trial", "elapsed": self.fits.elapsed(), **trial.record()} for trial in fresh])
         progress.update(len(fresh))
         estimates = [trial.estimate for trial in self.trials if trial.estimate is not None]
         if estimates:
@@ -218,7 +178,7 @@ class _Search:
             progress.note(f"{len(climbing)} of them go on")
             for trial in self._race(climbing, [self.trials[number].params for number in climbing], rung):
                 self.trials[trial.number] = trial
-                self.journal.append([{"event": "trial", "elapsed": self.elapsed(), **trial.record()}])
+                self.journal.append([{"event": "trial", "elapsed": self.fits.elapsed(), **trial.record()}])
 
     def _promising(self, numbers: Sequence[int]) -> list[int]:
         """Return the trials with an estimate that are most worth a dearer fit, the best first."""
@@ -244,7 +204,7 @@ class _Search:
         alive = list(range(len(points)))
         reasons: dict[int, str] = {}
         for stage in racing.stages(n_folds, race=True):
-            for place, fold, outcome, score in self._fit(alive, points, stage, numbers, rung):
+            for place, fold, outcome, score in self.fits.fit(alive, points, stage, numbers, rung):
                 outcomes[place].append(outcome)
                 scores[place, fold] = score
             done = stage[-1] + 1
@@ -267,7 +227,7 @@ class _Search:
         if leader is None:
             return alive
         # What came through the rungs is close together: there the better half goes on from look to look.
-        last = self.evaluator.rungs and not self._cheap(rung)
+        last = self.evaluator.rungs and not self.evaluator.cheap(rung)
         left = set(racing.better_half(scores[:, :done], alive) if last else alive)
         kept = []
         for place in alive:
@@ -289,78 +249,6 @@ class _Search:
             rows += [np.array(fold_scores, dtype=float) for fold_scores in earlier]
         rows = [row for row in rows if not np.isnan(row[:done]).any()]
         return max(rows, key=lambda row: float(row[:done].mean())) if rows else None
-
-    def _fit(
-        self, alive: Sequence[int], points: Sequence[Params], stage: Sequence[int], numbers: Sequence[int], rung: int
-    ) -> list[tuple[int, int, FoldOutcome, float]]:
-        """Fit the living points on a stage's folds, in parallel; each is in the journal before this returns."""
-        groups = [list(alive)] if self.evaluator.together else [[place] for place in alive]
-        tasks = [(fold, group) for fold in stage for group in groups if group]
-        results: list[tuple[int, int, FoldOutcome, float]] = []
-        pending = []
-        for fold, group in tasks:
-            known = [self._known.get(fit_key(rung, points[place], fold)) for place in group]
-            if all(known):
-                self.replayed += len(group)
-                results += [(place, fold, *replay(event)) for place, event in zip(group, known, strict=True) if event]
-            else:
-                pending.append((fold, group))
-        run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator_unordered")
-        for fold, group, made in run(joblib.delayed(self._task)(fold, group, points, rung) for fold, group in pending):
-            events = []
-            for place, (outcome, score) in zip(group, made, strict=True):
-                results.append((place, fold, outcome, score))
-                events.append(fit_event(numbers[place], points[place], fold, outcome, score, rung, self.elapsed()))
-            self.journal.append(events)
-        return sorted(results, key=lambda result: result[:2])
-
-    def _task(
-        self, fold: int, group: Sequence[int], points: Sequence[Params], rung: int
-    ) -> tuple[int, Sequence[int], list[tuple[FoldOutcome, float]]]:
-        candidates = [points[place] for place in group]
-        if self._cheap(rung):
-            step = self.evaluator.rungs[rung]
-            candidates = [{**params, **step.cheaper(self.problem, params)} for params in candidates]
-        outcomes = self._evaluate(fold, candidates)
-        y = self.problem.y[self.problem.folds[fold][1]]
-        judged = []
-        for outcome in outcomes:
-            if outcome.predictions is None:
-                judged.append((outcome, math.nan))
-                continue
-            judged.append((outcome, self._scorer(y, outcome.predictions, outcome.scores)))
-        return fold, group, judged
-
-    def _evaluate(self, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:
-        # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
-        with self._threads.limit(limits=1, user_api="openmp"), working_memory(self.problem.work_bytes):
-            points = [{**self.problem.head.fixed, **candidate} for candidate in candidates]
-            if len(np.unique(self.problem.y[self.problem.folds[fold][0]])) < 2:
-                return GENERIC.evaluate(self.problem, fold, None, points)
-            try:
-                return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), points)
-            except RuntimeError as error:  # what torch raises, for lack of memory too
-                if self.problem.device == devices.CPU:
-                    raise
-                log.warning(
-                    "head %s: %s gave up on fold %d (%r); the search goes on on the processor",
-                    self.problem.head.name,
-                    self.problem.device,
-                    fold,
-                    error,
-                )
-                self._move(devices.CPU)
-                return self._evaluate(fold, candidates)
-            except (MemoryError, np.linalg.LinAlgError) as error:
-                if self.problem.on_disk:
-                    return [failed(error, {}) for _ in points]
-                log.warning(
-                    "head %s: no shared work on fold %d (%r); each trial is fitted by itself",
-                    self.problem.head.name,
-                    fold,
-                    error,
-                )
-                return GENERIC.evaluate(self.problem, fold, None, points)
 
     def _trial(
         self,
@@ -392,7 +280,7 @@ class _Search:
             estimate = float(leader.mean() + (scores[fitted] - leader[fitted]).mean())
             return changed(trial, status="stopped", estimate=estimate, reason=reason)
         mean = float(scores.mean())
-        if self._cheap(rung):
+        if self.evaluator.cheap(rung):
             return changed(trial, status="stopped", estimate=mean, reason="screened only")
         return changed(trial, mean=mean, estimate=mean)
 
@@ -414,9 +302,7 @@ class _Search:
         # Replayed fits have no predictions. What was solved together is solved again alone, so that a resumed search
         # and an uninterrupted one give the same to the last digit.
         if self.evaluator.together or not outcomes or any(outcome.predictions is None for outcome in outcomes):
-            run = joblib.Parallel(n_jobs=self.jobs, backend="threading")
-            tasks = (joblib.delayed(self._evaluate)(fold, [best.params]) for fold in range(len(problem.folds)))
-            outcomes = [made[0] for made in run(tasks)]
+            outcomes = self.fits.on_every_fold(best.params)
         predictions = np.full(len(problem.y), -1, dtype=np.int64)
         place = np.full(len(problem.y), -1, dtype=np.int64)
         kinds = {outcome.kind for outcome in outcomes}
