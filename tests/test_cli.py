@@ -62,7 +62,9 @@ def test_a_bug_of_ours_keeps_its_traceback() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_its_exit_code_and_one_line(number: signal.Signals, code: int) -> None:
     stop = f"import os, pipeline.check\npipeline.check.run = lambda config: os.kill(os.getpid(), {int(number)}) or [1]"
-    done = run("check", before=stop)
+    # A job in the background is started with SIGINT ignored, and so would these tests be.
+    listen = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    done = run("check", before=listen + stop)
     assert done.returncode == code
     assert done.stderr.lstrip() == "error: stopped; what was finished is kept, the same command goes on from there\n"
 

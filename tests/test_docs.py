@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 from photos import make_photos
 
 from pipeline.cli import cli
@@ -61,17 +62,18 @@ def shortened(arguments: list[str]) -> list[str]:
     return ["photos" if word == "artifacts/digits/images" else word for word in arguments]
 
 
-def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
+def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in an empty folder with the reader's photos, the example head and our configs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MANYHEADS_NO_MALLOPT", "1")  # a process of many tests is no command
     make_photos(tmp_path / "photos")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (module,) = [block for block in blocks("python") if block.startswith("# my_heads.py")]
     (tmp_path / "my_heads.py").write_text(module, encoding="utf-8")
     for line in commands():
         if line.startswith("manyheads "):
-            command = [sys.executable, "-m", "pipeline", *shortened(shlex.split(line)[1:])]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            done = CliRunner().invoke(cli, shortened(shlex.split(line)[1:]), catch_exceptions=False)
+            assert done.exit_code == 0, f"{line}\n{done.output}"
     for name in ("labels.csv", "digits.csv"):
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 37
 

@@ -286,11 +286,18 @@ def test_the_choice_is_that_of_full_fits_within_noise(scoring, tmp_path, monkeyp
     assert np.mean(gaps) <= 0.5
 
 
-@pytest.mark.parametrize("stop_after", [3, 22, 27])
-def test_an_interrupted_search_of_forests_ends_the_same(stop_after, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole_search(tmp_path_factory):
+    """A search of small forests, and its arguments."""
     X, y = network(90, 12, 3)
-    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(trials=8, jobs=1), 0)
-    whole = tune(*arguments, tmp_path / "whole.jsonl")
+    head = replace(FOREST, fixed={"n_estimators": 64})
+    arguments = (head, X, y, make_folds(y, 3, 0), TuningConfig(trials=8, jobs=1), 0)
+    return arguments, tune(*arguments, tmp_path_factory.mktemp("whole") / "trials.jsonl")
+
+
+@pytest.mark.parametrize("stop_after", [3, 22, 27])
+def test_an_interrupted_search_of_forests_ends_the_same(stop_after, whole_search, tmp_path, monkeypatch):
+    arguments, whole = whole_search
     append, seen = Journal.append, []
 
     def dying(self, events):
@@ -309,14 +316,11 @@ def test_an_interrupted_search_of_forests_ends_the_same(stop_after, tmp_path, mo
     assert np.array_equal(resumed.out_of_fold.scores, whole.out_of_fold.scores)
 
 
-def test_the_number_of_jobs_does_not_change_forests(tmp_path):
-    X, y = network(90, 12, 3)
-    folds = make_folds(y, 3, 0)
-    runs = [
-        tune(FOREST, X, y, folds, TuningConfig(trials=8, jobs=jobs), 0, tmp_path / f"{jobs}.jsonl") for jobs in (1, 3)
-    ]
-    assert summary(runs[0]) == summary(runs[1])
-    assert np.array_equal(runs[0].out_of_fold.scores, runs[1].out_of_fold.scores)
+def test_the_number_of_jobs_does_not_change_forests(whole_search, tmp_path):
+    (head, X, y, folds, _, seed), whole = whole_search
+    run = tune(head, X, y, folds, TuningConfig(trials=8, jobs=3), seed, tmp_path / "trials.jsonl")
+    assert summary(run) == summary(whole)
+    assert np.array_equal(run.out_of_fold.scores, whole.out_of_fold.scores)
 
 
 def test_a_forest_that_fails_is_a_failed_trial(tmp_path):
