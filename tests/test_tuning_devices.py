@@ -158,7 +158,7 @@ def test_without_a_driver_torch_is_not_even_imported() -> None:
 
 def test_the_choice_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(devices, "DRIVERS", ("/",))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, "pipeline.tuning.devices"):
         chosen = [devices.resolve("auto", False) for _ in range(3)]
     assert chosen == ["cpu"] * 3
     assert [record.getMessage() for record in caplog.records] == [

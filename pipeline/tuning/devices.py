@@ -32,7 +32,7 @@ DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 
 @functools.cache
 def resolve(asked: str, large: bool) -> str:
-    """Return the device for `tuning.device`, and log once why; `large` is whether the features are worth a GPU.
+    """Return the device for `tuning.device`, and log a GPU once; `large` is whether the features are worth one.
 
     Raises
     ------
@@ -48,7 +48,8 @@ def resolve(asked: str, large: bool) -> str:
                 f"tuning.device: {asked!r} is not available here: torch sees {found} CUDA GPUs, counted from 0; "
                 "set it to 'auto' or 'cpu'"
             )
-    log.info("linear heads are solved on %s: %s", device, reason)
+    # The processor is what users expect, and news only to who looks for the reason.
+    log.log(logging.DEBUG if device == CPU else logging.INFO, "linear heads are solved on %s: %s", device, reason)
     return device
 
 
