@@ -78,6 +78,25 @@ def test_true_is_not_a_number_of_trials(tmp_path: Path) -> None:
     )
 
 
+def test_what_may_be_one_of_several_kinds_is_one_problem(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "extraction.processes=many")[1:] == [
+        "extraction.processes: input should be 'auto' or a valid integer, got 'many'"
+    ]
+
+
+@pytest.mark.parametrize("value", ["cuda", "cuda:1", "cpu", "auto"])
+def test_a_device_may_have_a_number(tmp_path: Path, value: str) -> None:
+    config = configuration.load(write(tmp_path, GOOD), [f"extraction.device={value}", f"tuning.device={value}"])
+    assert (config.extraction.device, config.tuning.device) == (value, value)
+
+
+@pytest.mark.parametrize("value", ["tpu", "cuda:", "cuda:x", "cpu:1", "mps"])
+def test_another_device_is_refused_with_those_there_are(tmp_path: Path, value: str) -> None:
+    assert problems_of(tmp_path, GOOD, f"tuning.device='{value}'")[1:] == [
+        f"tuning.device: should be 'auto', 'cpu', 'cuda' or a GPU by number, such as 'cuda:1', got '{value}'"
+    ]
+
+
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
     (message,) = problems_of(tmp_path, GOOD + "output: b\n")
     assert message.endswith("config.yaml line 6: the key 'output' is given twice")

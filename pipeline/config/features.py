@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import Scalar, Section, not_empty
+from pipeline.config.section import Scalar, Section, device_of, not_empty
 
 
 class DatasetConfig(Section):
@@ -89,7 +89,7 @@ class BackboneConfig(Section):
 class ExtractionConfig(Section):
     """How images become vectors: nothing here but `precision`, `engine` and `decode` changes the vectors."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: Annotated[str, device_of("auto", "cpu", "mps", "cuda")] = "auto"
     batch_size: Literal["auto"] | int = "auto"
     workers: Literal["auto"] | int = "auto"
     """Threads that read and decode, in all processes together."""

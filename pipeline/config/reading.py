@@ -50,9 +50,7 @@ def load_pretraining(path: Path, overrides: Sequence[str] = ()) -> PretrainConfi
     try:
         return PretrainConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(cast("dict[str, Any]", detail), PretrainConfig) for detail in error.errors()]
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise ConfigError(f"{path}: {len(problems)} {plural}", problems) from None
+        raise _refused(str(path), error, PretrainConfig) from None
 
 
 def parse(raw: Mapping[str, Any], origin: str) -> Config:
@@ -60,9 +58,7 @@ def parse(raw: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(cast("dict[str, Any]", detail)) for detail in error.errors()]
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise ConfigError(f"{origin}: {len(problems)} {plural}", problems) from None
+        raise _refused(origin, error, Config) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -157,13 +153,24 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             target = target[index]
 
 
-def _problem(detail: dict[str, Any], root: type[Section] | None = None) -> str:
-    """Turn one of pydantic's error records into one line of ours."""
-    location = ".".join(str(part) for part in detail["loc"] if not _is_union_tag(part))
+def _refused(origin: str, error: ValidationError, root: type[Section]) -> ConfigError:
+    """Tell every problem of a config in a line; what pydantic says of each member of a union is one problem."""
+    details: dict[str, list[dict[str, Any]]] = {}
+    for detail in error.errors():
+        location = ".".join(str(part) for part in detail["loc"] if not _is_union_tag(part))
+        details.setdefault(location, []).append(cast("dict[str, Any]", detail))
+    problems = [_problem(location, same, root) for location, same in details.items()]
+    plural = "problem" if len(problems) == 1 else "problems"
+    return ConfigError(f"{origin}: {len(problems)} {plural}", problems)
+
+
+def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) -> str:
+    """Turn pydantic's error records of one place into one line of ours."""
+    detail = details[0]
     given = detail.get("input")
     if detail["type"] == "extra_forbidden":
         key = str(detail["loc"][-1])
-        allowed = _keys_at(detail["loc"][:-1], root or Config)
+        allowed = _keys_at(detail["loc"][:-1], root)
         return f"{location}: unknown key{guess(key, allowed)}; allowed: {', '.join(allowed)}"
     if detail["type"] == "missing":
         return f"{location}: missing, expected a value"
@@ -173,7 +180,11 @@ def _problem(detail: dict[str, Any], root: type[Section] | None = None) -> str:
     hint = ""
     if detail["type"] == "literal_error" and isinstance(given, str):
         hint = guess(given, re.findall(r"'([^']+)'", str(detail["ctx"]["expected"])))
-    return f"{location}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {given!r}{hint}"
+    first, *others = (each["msg"] for each in details)
+    expected = " or ".join(
+        [first[0].lower() + first[1:], *(other.removeprefix("Input should be ") for other in others)]
+    )
+    return f"{location}: {expected}, got {given!r}{hint}"
 
 
 def _is_union_tag(part: object) -> bool:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 HEAD_NAMES = (
     "logistic_regression",
@@ -42,6 +42,20 @@ def not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
     if not value:
         raise ValueError("expected at least one, got an empty list")
     return value
+
+
+def device_of(*kinds: str) -> AfterValidator:
+    """Return a check that a device is of one of these kinds, `cuda` also with an index."""
+
+    def check(value: str) -> str:
+        kind, colon, index = value.partition(":")
+        if kind not in kinds or (colon and not (kind == "cuda" and index.isdecimal())):
+            raise ValueError(
+                f"should be {', '.join(map(repr, kinds))} or a GPU by number, such as 'cuda:1', got {value!r}"
+            )
+        return value
+
+    return AfterValidator(check)
 
 
 def guess(word: str, allowed: Sequence[str]) -> str:
