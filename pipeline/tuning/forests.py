@@ -27,7 +27,7 @@ FEW = 16
 FEWEST, MOST = 8, 32
 """Bounds of that number for dearer and cheaper candidates."""
 
-KEEP = 5
+KEEP = 8
 """Candidates that go on to the whole forest; the defaults may be one more."""
 
 KEPT_BYTES = 64 << 20
