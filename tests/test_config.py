@@ -84,6 +84,10 @@ def test_what_may_be_one_of_several_kinds_is_one_problem(tmp_path: Path) -> None
     ]
 
 
+def test_a_list_is_asked_for_in_the_words_of_the_file(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "heads=ridge")[1:] == ["heads: input should be a list, got 'ridge'"]
+
+
 @pytest.mark.parametrize("value", ["cuda", "cuda:1", "cpu", "auto"])
 def test_a_device_may_have_a_number(tmp_path: Path, value: str) -> None:
     config = configuration.load(write(tmp_path, GOOD), [f"extraction.device={value}", f"tuning.device={value}"])

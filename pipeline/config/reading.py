@@ -180,7 +180,7 @@ def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) 
     hint = ""
     if detail["type"] == "literal_error" and isinstance(given, str):
         hint = guess(given, re.findall(r"'([^']+)'", str(detail["ctx"]["expected"])))
-    first, *others = (each["msg"] for each in details)
+    first, *others = (each["msg"].replace("a valid tuple", "a list") for each in details)
     expected = " or ".join(
         [first[0].lower() + first[1:], *(other.removeprefix("Input should be ") for other in others)]
     )
