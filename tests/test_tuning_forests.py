@@ -19,7 +19,7 @@ from pipeline.heads import HEADS, configure, resolve
 from pipeline.tuning import evaluators, make_folds, racing, tune
 from pipeline.tuning import forests as module
 from pipeline.tuning.evaluators import EVALUATORS, GENERIC, evaluator_for
-from pipeline.tuning.forests import FEW, FEWEST, KEEP, MOST, Grown, Votes, cost, extrapolated, few, forests, grow
+from pipeline.tuning.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forests, grow
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.records import Problem
 
@@ -240,17 +240,24 @@ def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
             first[event["trial"]].append(event["score"])
     assert all(len(scores) == 2 for scores in first.values())
     leader = max(first, key=lambda number: (np.mean(first[number]), -number))
+    costs = {number: max(1.0, 12 * run.trials[number].params["max_features"]) for number in first}
     value = {
         number: racing.worth(
             np.array([np.mean(first[leader]), np.mean(first[number])]),
-            np.array([1.0, max(1.0, 12 * run.trials[number].params["max_features"])]),
+            np.array([1.0, costs[number]]),
             np.array(first[leader]),
             80,
             bounded=True,
         )[1]
         for number in first
     }
-    chosen = {0, *sorted(first, key=lambda number: (-value[number], number))[:KEEP]}
+    chosen, left = {0}, BUDGET  # the defaults cost 1
+    for number in sorted(first, key=lambda number: (-value[number], number)):
+        if costs[number] <= left:
+            chosen.add(number)
+            left -= costs[number]
+    assert 3 < len(chosen) < 12
+    assert max(costs.values()) > BUDGET / 2, "a dear candidate must have been weighed"
     assert {event["trial"] for event in fits if event["rung"] == 1} == chosen
     full = [trial for trial in run.trials if trial.status == "ok"]
     assert {trial.number for trial in full} == chosen

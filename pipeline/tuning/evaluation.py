@@ -28,12 +28,12 @@ from pipeline.tuning.solvers import standardise
 
 @dataclass(frozen=True)
 class Rung:
-    """A step of successive halving (Jamieson and Talwalkar 2016): a cheap version, and how many go on from it."""
+    """A step of successive halving (Jamieson and Talwalkar 2016): a cheap version, and what goes on from it."""
 
     cheaper: Callable[[Problem, Params], Params]
     """(problem, a candidate) -> parameters that make it cheap; they replace its own."""
-    keep: int
-    """How many of the best go on to the next rung, or after the last one to full fits."""
+    budget: float
+    """The best that together cost no more than so many of the head's defaults go on to the next rung, or to full fits."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ FEW = 16
 FEWEST, MOST = 8, 32
 """Bounds of that number for dearer and cheaper candidates."""
 
-KEEP = 8
-"""Candidates that go on to the whole forest; the defaults may be one more."""
+BUDGET = 6.0
+"""What goes on to the whole forest may cost so many forests of the head's defaults, which may go on besides."""
 
 KEPT_BYTES = 64 << 20
 """Votes kept on one fold; a forest whose votes are not kept is grown from its first tree again, with the same result."""
@@ -198,4 +198,4 @@ def extrapolated(votes: Votes, y: NDArray[np.int64], trees: int) -> NDArray[np.f
     return np.asarray(shares - (1 - keep) * away)
 
 
-FOREST = Evaluator(forests, prepare=lambda problem, fold: Grown(), usable=usable, rungs=(Rung(few, KEEP),), cost=cost)
+FOREST = Evaluator(forests, prepare=lambda problem, fold: Grown(), usable=usable, rungs=(Rung(few, BUDGET),), cost=cost)

@@ -174,7 +174,7 @@ class _Search:
         """
         climbing = [trial.number for trial in self.trials]
         for rung, step in enumerate(self.evaluator.rungs, start=1):
-            climbing = sorted({*self._promising(climbing)[: step.keep], 0})
+            climbing = sorted({*self._affordable(self._promising(climbing), step.budget), 0})
             progress.note(f"{len(climbing)} of them go on")
             for trial in self._race(climbing, [self.trials[number].params for number in climbing], rung):
                 self.trials[trial.number] = trial
@@ -195,6 +195,21 @@ class _Search:
             self._bounded,
         )
         return [judged[place].number for place in np.argsort(-value, kind="stable")]
+
+    def _affordable(self, numbers: Sequence[int], budget: float) -> list[int]:
+        """Return the trials, in this order, that fit into a budget, which is in fits of the head's defaults.
+
+        The one with the best estimate is always among them, whatever it costs.
+        """
+        left = budget * self.evaluator.cost(self.problem, self.problem.head.defaults)
+        best = max(numbers, key=lambda number: self.trials[number].estimate or 0.0, default=None)
+        chosen = []
+        for number in numbers:
+            cost = self.evaluator.cost(self.problem, self.trials[number].params)
+            if number == best or cost <= left:
+                chosen.append(number)
+                left -= cost
+        return chosen
 
     def _race(self, numbers: Sequence[int], points: Sequence[Params], rung: int) -> list[Trial]:
         """Fit points fold by fold, stopping those that can no longer win."""
