@@ -132,8 +132,8 @@ def spread(sources: Sequence[Source], root: Path, count: int) -> Iterator[Networ
         yield Networks(loaded[0].canaries, lambda items: _deal(team, items, size), threads * count, count)
     finally:
         for worker in team:  # they own nothing that could be lost
-            worker.connection.close()
             worker.process.kill()
+            worker.connection.close()
         for worker in team:
             worker.process.wait()
 
