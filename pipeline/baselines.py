@@ -59,7 +59,7 @@ class Baseline:
 def load(name: str, decode: str = "exact") -> Baseline:
     """Return a baseline, `pixels` or `hog`; KeyError for any other name.
 
-    `decode` is the extraction's. Thumbnails are always resized by Pillow, which needs no torch, unless it is `fast`.
+    `decode` is the extraction's. Of `standard` and `exact` thumbnails are resized by Pillow in both, which needs no torch.
     """
     size, dim, library, arguments, recipe = _TABLE[name]
     # The whole image, squeezed to a square: a centre crop would hide what a thumbnail shows.
@@ -68,7 +68,7 @@ def load(name: str, decode: str = "exact") -> Baseline:
         crop=(size, size),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-        decode="fast" if decode == "fast" else "exact",
+        decode="exact" if decode == "standard" else decode,
     )
     spec = EmbeddingSpec(
         name=name,

@@ -5,6 +5,7 @@ The store knows contents, the index knows images; here the two are joined, so th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 from pipeline import embedders, store
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex, failed_digests
-from pipeline.digests import Digests, content_digest, digests_to_hex
+from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedders import EmbeddingRecord
-from pipeline.images import ImageProblem, decode, open_file, policy_key, prepare
+from pipeline.feed import Feeder, Item, gpu_at_hand
+from pipeline.images import policy_key
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
@@ -180,23 +182,22 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
     rows = np.flatnonzero(~stored.missing(here.index.digests))
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
     embedder, output = embedders.open_record(record, here.config.extraction.device)
+    items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
+    gpu = gpu_at_hand(embedder.preprocessing, str(getattr(embedder, "device", "cpu")))
+    feeder = Feeder(
+        here.index.root, here.config.dataset.max_pixels, (embedder.preprocessing,), 1, os.cpu_count() or 1, gpu
+    )
     deviating = []
-    for row in chosen.tolist():
-        path = str(here.index.paths[row])
-        try:
-            data = open_file(here.index.root, path)
-            image = decode(data, max_pixels=here.config.dataset.max_pixels, at_least=embedder.preprocessing.at_least)
-        except ImageProblem as problem:
-            deviating.append(f"{path} (cannot be read now: {problem.reason})")
+    for batch in feeder.batches(items):
+        (item,) = batch.items
+        if batch.problems:
+            deviating.append(f"{item.path} (not compared: {batch.problems[0].reason})")
             continue
-        if content_digest(data) != here.index.digests[row].tobytes():
-            deviating.append(f"{path} (changed since the last `manyheads features`)")
-            continue
-        again = embedder.embed(prepare(image, embedder.preprocessing)[None])[output][0]
-        before = stored.read(here.index.digests[row : row + 1])[0]
+        again = embedder.embed(batch.pixels[0])[output][0]
+        before = stored.read(here.index.digests[item.content : item.content + 1])[0]
         cosine = float(again @ before) / max(float(np.linalg.norm(again) * np.linalg.norm(before)), 1e-30)
         if cosine < SAME_COSINE:
-            deviating.append(f"{path} (cosine {cosine:.6f}, expected at least {SAME_COSINE})")
+            deviating.append(f"{item.path} (cosine {cosine:.6f}, expected at least {SAME_COSINE})")
     return len(chosen), tuple(deviating)
 
 

@@ -22,7 +22,7 @@ from pipeline.config import Artifacts, DatasetConfig
 from pipeline.dataset import is_image_name
 from pipeline.embedders import Embedder, EmbeddingRecord, open_record
 from pipeline.errors import BundleError, DatasetError
-from pipeline.feed import Batch, Feeder, Item
+from pipeline.feed import Batch, Feeder, Item, gpu_at_hand
 from pipeline.files import write_text_atomic
 from pipeline.progress import bar
 from pipeline.report import Leaderboard
@@ -158,7 +158,8 @@ def _cells(row: Row, classes: Sequence[str], top: int) -> list[str]:
 def _batches(files: Sequence[Path], embedder: Embedder) -> Iterator[Batch]:
     items = [Item(number, str(path.absolute()), None, (0,)) for number, path in enumerate(files)]
     limits = DatasetConfig()
-    feeder = Feeder(Path("/"), limits.max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1)
+    gpu = gpu_at_hand(embedder.preprocessing, str(getattr(embedder, "device", "cpu")))
+    feeder = Feeder(Path("/"), limits.max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1, gpu)
     return feeder.batches(items)
 
 

@@ -25,6 +25,7 @@ from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import BackboneError
 from pipeline.extract_features.sources import Source
 from pipeline.feed import Batch, Feeder, Item
+from pipeline.images import gpu_decoder
 from pipeline.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -132,13 +133,15 @@ def embed(job: Job, lanes: Sequence[Lane], size: int, items: Iterable[Item]) -> 
     Raises
     ------
     BackboneError
-        When not even one image fits into memory.
+        When not even one image fits into memory, or `decode: gpu` is not to be had.
     """
-    max_pixels = job.sources[0].config.dataset.max_pixels
+    config = job.sources[0].config
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
     slots = max(lane.embedder.slots for lane in lanes)
     under_way: deque[Callable[[], Finished]] = deque()
-    for batch in Feeder(job.root, max_pixels, preprocessings, size, job.workers).batches(items):
+    gpu = gpu_decoder(backbone.devices(config.extraction.device)[0]) if config.extraction.decode == "gpu" else None
+    feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers, gpu)
+    for batch in feeder.batches(items):
         under_way.append(_start_batch(batch, lanes))
         if len(under_way) == slots:
             yield under_way.popleft()()

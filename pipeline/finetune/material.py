@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 from pipeline import images, progress
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex
-from pipeline.digests import digests_to_hex
 from pipeline.embedders import EmbeddingRecord, read_records
 from pipeline.errors import PipelineError, TrainingError
+from pipeline.feed import Feeder, Item
 from pipeline.heads import HEADS
 from pipeline.report import Leaderboard, LeaderboardRow
 from pipeline.store import FeatureStore
@@ -23,6 +22,9 @@ from pipeline.tuning import make_folds
 
 MEMORY = 2 << 30
 """Bytes of pixels kept in memory; more go to a file beside the checkpoint."""
+
+BATCH = 64
+"""Images that are read at a time."""
 
 SHOWN = 20
 
@@ -131,23 +133,19 @@ def read_pixels(
         if scratch is not None and np.prod(shape) > MEMORY
         else np.empty(shape, np.uint8)
     )
-    contents = [bytes.fromhex(text) for text in digests_to_hex(index.digests)]
-
-    def put(row: int) -> str | None:
-        try:
-            data = images.open_file(index.root, index.paths[row], contents[row])
-            decoded = images.decode(data, max_pixels=config.dataset.max_pixels, at_least=preprocessing.at_least)
-            pixels[row] = images.prepare(decoded, preprocessing)
-        except images.ImageProblem as problem:
-            return f"{index.paths[row]}: {problem.reason}"
-        return None
-
+    items = (Item(row, str(path), index.digests[row].tobytes(), (0,)) for row, path in enumerate(index.paths))
+    feeder = Feeder(index.root, config.dataset.max_pixels, (preprocessing,), BATCH, os.cpu_count() or 1)
     problems = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress.bar(len(index), "image", "reading") as bar:
-        for problem in pool.map(put, range(len(index))):
-            bar.update()
-            if problem is not None:
-                problems.append(problem)
+    done = 0
+    with progress.bar(len(index), "image", "reading") as bar:
+        for batch in feeder.batches(items):
+            count = len(batch.items)
+            pixels[done : done + count] = batch.pixels[0][:count]
+            problems += [
+                f"{batch.items[row].path}: {problem.reason}" for row, problem in sorted(batch.problems.items())
+            ]
+            done += count
+            bar.update(count)
     if problems:
         raise TrainingError(
             f"{len(problems)} of {len(index)} images that have features cannot be read now; run `manyheads features` again",

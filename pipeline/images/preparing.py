@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,14 @@ from PIL import Image
 
 from pipeline.images.decoding import DECODE_POLICY
 
+if TYPE_CHECKING:
+    import torch
+
 DECODE_MODES: Final[Mapping[str, str]] = {
     "exact": "resized by Pillow: the pixels of torchvision's transforms on a PIL image, bit for bit",
     "standard": "resized by torch: a value is at most one grey level away from that",
     "fast": "and a JPEG more than twice as large as needed is decoded at a fraction of its size",
+    "gpu": "as `standard`, but JPEGs are decoded, resized and cropped by the GPU, whose decoder is a grey level or two away",
 }
 
 _INTERPOLATIONS = {
@@ -107,17 +111,47 @@ def _resize_by_torch(pixels: NDArray[np.uint8], height: int, width: int, interpo
     return made
 
 
+def prepare_tensor(image: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Do on its device what `prepare` does to an image of shape (3, height, width), uint8; the result has the channels last.
+
+    A value is at most one grey level away from mode `exact`: torch's floats are right but for the last rounding.
+    """
+    import torch
+
+    height, width = image.shape[1:]
+    wide, high = _resized((width, height), preprocessing.resize)
+    if preprocessing.interpolation not in _TORCH_MODES or wide * high > MAX_RESIZED_PIXELS:
+        return torch.from_numpy(prepare(image.permute(1, 2, 0).cpu().numpy(), preprocessing)).to(image.device)
+    for size in ((height, wide), (high, wide)):  # Pillow rounds to bytes in between as well
+        if size != tuple(image.shape[1:]):
+            resized = torch.nn.functional.interpolate(
+                image[None].float(), size, mode=preprocessing.interpolation, antialias=True, align_corners=False
+            )
+            image = resized[0].round_().clamp_(0, 255).to(torch.uint8)
+    kept_y, put_y = _window(high, preprocessing.size[0])
+    kept_x, put_x = _window(wide, preprocessing.size[1])
+    cropped = torch.zeros(*preprocessing.size, 3, dtype=torch.uint8, device=image.device)
+    cropped[put_y, put_x] = image[:, kept_y, kept_x].permute(1, 2, 0)
+    return cropped
+
+
 def _crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Cut out the centre; a side that is too short is padded with black."""
-    (height, width), (crop_height, crop_width) = pixels.shape[:2], size
-    top, left = _crop_start(height, crop_height), _crop_start(width, crop_width)
-    kept = pixels[max(top, 0) : max(top, 0) + crop_height, max(left, 0) : max(left, 0) + crop_width]
+    kept_y, put_y = _window(pixels.shape[0], size[0])
+    kept_x, put_x = _window(pixels.shape[1], size[1])
+    kept = pixels[kept_y, kept_x]
     if kept.shape[:2] == size:
         return np.array(kept)
     padded = np.zeros((*size, 3), np.uint8)
-    y, x = max(-top, 0), max(-left, 0)
-    padded[y : y + kept.shape[0], x : x + kept.shape[1]] = kept
+    padded[put_y, put_x] = kept
     return padded
+
+
+def _window(length: int, crop: int) -> tuple[slice, slice]:
+    """Which part of a side is kept, and where in the crop it goes."""
+    start = _crop_start(length, crop)
+    kept = min(length, crop)
+    return slice(max(start, 0), max(start, 0) + kept), slice(max(-start, 0), max(-start, 0) + kept)
 
 
 def _prepare_by_pillow(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -32,16 +33,21 @@ from pipeline.images import Preprocessing, decode, prepare
 from pipeline.metrics import paired_test
 
 OUTPUT = Path("build/benchmarks/accuracy.json")
-EXACT = {"precision": "fp32", "engine": "torch", "decode": "exact"}
+EXACT = {"device": "cpu", "precision": "fp32", "engine": "torch", "decode": "exact"}
 WAYS: Mapping[str, Mapping[str, str]] = {
     "fp32, torch, exact": EXACT,
     "fp32, torch, standard": {**EXACT, "decode": "standard"},
     "fp32, torch, fast": {**EXACT, "decode": "fast"},
     "fp32, OpenVINO, exact": {**EXACT, "engine": "openvino"},
     "bf16, torch, exact": {**EXACT, "precision": "bf16"},
-    "bf16, OpenVINO, standard": {"precision": "bf16", "engine": "openvino", "decode": "standard"},
-    "bf16, OpenVINO, fast": {"precision": "bf16", "engine": "openvino", "decode": "fast"},
+    "bf16, OpenVINO, standard": {**EXACT, "precision": "bf16", "engine": "openvino", "decode": "standard"},
+    "bf16, OpenVINO, fast": {**EXACT, "precision": "bf16", "engine": "openvino", "decode": "fast"},
 }
+GPU_WAYS: Mapping[str, Mapping[str, str]] = {
+    f"{precision} on a GPU, {mode}": {"device": "cuda", "precision": precision, "decode": mode}
+    for precision, mode in (("fp32", "exact"), ("bf16", "standard"), ("bf16", "gpu"))
+}
+"""Only where torch sees one; these have never been run."""
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "bundled": {
         "weights": "bundled",
@@ -111,7 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--networks", nargs="+", default=["bundled", "resnet18", "resnet50"])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="the first is always run")
+    there = {**WAYS, **(GPU_WAYS if torch.cuda.is_available() else {})}
+    parser.add_argument("--ways", nargs="+", default=list(there), choices=list(there), help="the first is always run")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     if arguments.folder is None:
@@ -122,7 +129,7 @@ def main() -> None:
     for network in arguments.networks:
         made = {
             name: features(arguments.folder, network, way)
-            for name, way in WAYS.items()
+            for name, way in there.items()
             if way is EXACT or name in arguments.ways
         }
         X, y = made["fp32, torch, exact"]

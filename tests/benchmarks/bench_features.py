@@ -9,11 +9,11 @@ photos, and `--scaling` shows seconds and memory against the number of images.
 
 `naive` is an image folder, a DataLoader with two workers, eval, no_grad and fp32, on a quarter of the photos. `limit` is
 perfect sharing of all processors between decoding and the network: their two rates, each measured alone on all processors
-with images that are ready, added as times. Memory is that of the whole process tree, shared pages counted once.
+with images that are ready, added as times; on a GPU, which shares nothing with decoding, the lower rate. Memory is that of the whole process tree, shared pages counted once.
 Weights are random: speed does not depend on their values.
 
-Where torch sees a GPU, the networks run there, and a second table has the network alone at several batch sizes. Where the
-package thingsvision can be imported, it is another way, on the same photos with the same random weights' architecture.
+Where torch sees a GPU, the networks run there, and a second table has images decoded by the GPU, that decoding alone, and
+the network alone at several batch sizes. Where the package thingsvision can be imported, it is another way, on the same photos with the same random weights' architecture.
 Neither has ever been run: this file was written without a GPU, and thingsvision cannot be installed beside the versions of
 torch and numpy that this project needs.
 """
@@ -112,13 +112,15 @@ def ours(folder: Path, model: str, **extraction: Any) -> float:
     return run.work.images / run.work.loop_seconds
 
 
-def decode_only(folder: Path, model: str) -> float:
-    """Images/s of reading, decoding and preparing on all processors."""
+def decode_only(folder: Path, model: str, by_gpu: bool = False) -> float:
+    """Images/s of reading, decoding and preparing, on all processors or by the GPU."""
     from pipeline.feed import Feeder, Item
+    from pipeline.images import gpu_decoder
 
     preprocessing = _load(model, "fp32").preprocessing
     items = [Item(row, str(path), None, (0,)) for row, path in enumerate(sorted(folder.rglob("*.*")))]
-    feeder = Feeder(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1)
+    gpu = gpu_decoder("cuda") if by_gpu else None
+    feeder = Feeder(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1, gpu)
     for _ in feeder.batches(items[:BATCH]):
         pass
     began = time.perf_counter()
@@ -127,13 +129,15 @@ def decode_only(folder: Path, model: str) -> float:
     return len(items) / (time.perf_counter() - began)
 
 
-def network_only(folder: Path, model: str, precision: str, batch_size: int = BATCH) -> float:
+def network_only(folder: Path, model: str, precision: str, batch_size: int | str = "auto") -> float:
     """Images/s of the network, by the engine of a long run, on pixels that are ready."""
+    from pipeline.backbone import choose_batch_size
     from pipeline.memory import keep_freed_memory
 
     keep_freed_memory()
     embedder = _load(model, precision, batch_size)
-    size = (batch_size, *embedder.preprocessing.size, 3)
+    images = choose_batch_size(batch_size, str(embedder.device))
+    size = (images, *embedder.preprocessing.size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     for _ in range(3):
         embedder.embed(pixels)
@@ -143,14 +147,14 @@ def network_only(folder: Path, model: str, precision: str, batch_size: int = BAT
         waiting.append(embedder.start(pixels))
         if len(waiting) == embedder.slots:
             waiting.popleft()()
-            done += batch_size
+            done += images
     while waiting:
         waiting.popleft()()
-        done += batch_size
+        done += images
     return done / (time.perf_counter() - began)
 
 
-def _load(model: str, precision: str, batch_size: int = BATCH) -> Any:
+def _load(model: str, precision: str, batch_size: int | str = "auto") -> Any:
     from pipeline import backbone
     from pipeline.config import BackboneConfig, ExtractionConfig
 
@@ -172,7 +176,12 @@ WAYS: Mapping[str, Callable[[Path, str], float]] = {
 }
 
 GPU_WAYS: Mapping[str, Callable[[Path, str], float]] = {
-    f"network only, batches of {size}": partial(network_only, precision="auto", batch_size=size) for size in GPU_BATCHES
+    "ours, decoded by the GPU": lambda folder, model: ours(folder, model, decode="gpu"),
+    "decoding only, by the GPU": lambda folder, model: decode_only(folder, model, by_gpu=True),
+    **{
+        f"network only, batches of {size}": partial(network_only, precision="auto", batch_size=size)
+        for size in GPU_BATCHES
+    },
 }
 
 
@@ -222,14 +231,16 @@ def _proportional_memory(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
-def compare(folders: Mapping[int, Path], count: int, model: str, repeats: int) -> list[dict[str, dict[str, float]]]:
+def compare(
+    folders: Mapping[int, Path], count: int, model: str, repeats: int, *, gpu: bool
+) -> list[dict[str, dict[str, float]]]:
     """Every way in turn, so many times."""
     results = []
     for _ in range(repeats):
         found = {way: run(way, folders[count // NAIVE_SHARE if way in NAIVE else count], model) for way in WAYS}
         for suffix in ("", ", fp32"):
-            rate = 1 / (1 / found["decoding only"]["rate"] + 1 / found["network only" + suffix]["rate"])
-            found["limit" + suffix] = {"rate": rate}
+            decode, network = (found[way]["rate"] for way in ("decoding only", "network only" + suffix))
+            found["limit" + suffix] = {"rate": min(decode, network) if gpu else 1 / (1 / decode + 1 / network)}
         results.append(found)
     return results
 
@@ -268,16 +279,11 @@ def devices() -> tuple[list[str], list[str]]:
 
 
 def gpu_table(model: str, repeats: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """The network alone at several batch sizes, as Markdown."""
-    lines = [
-        f"## {model}, the network alone on a GPU",
-        "",
-        "| batch | images/s | lowest to highest |",
-        "|---:|---:|---:|",
-    ]
-    for size, way in zip(GPU_BATCHES, GPU_WAYS, strict=True):
+    """Decoding by the GPU, and the network alone at several batch sizes, as Markdown."""
+    lines = [f"## {model}, on a GPU", "", "| way | images/s | lowest to highest |", "|---|---:|---:|"]
+    for way in GPU_WAYS:
         rates = [repeat[way]["rate"] for repeat in repeats]
-        lines.append(f"| {size} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} |")
+        lines.append(f"| {way} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} |")
     return [*lines, ""]
 
 
@@ -319,10 +325,11 @@ def decode_table(photos: Sequence[Path], large: Path) -> list[str]:
     from pipeline.images import DECODE_MODES, Preprocessing, decode, prepare
 
     torch.set_num_threads(1)
+    on_processor = [mode for mode in DECODE_MODES if mode != "gpu"]
     lines = ["## one thread, ms per photo", "", "| decode | these photos | 4,000 x 3,000 pixels |", "|---|---:|---:|"]
     seconds: dict[tuple[str, int], list[float]] = {}
     for _ in range(5):
-        for mode in DECODE_MODES:
+        for mode in on_processor:
             way = Preprocessing(256, 224, decode=mode)
             for column, paths in enumerate((photos, [large])):
                 data = [path.read_bytes() for path in paths]
@@ -330,7 +337,7 @@ def decode_table(photos: Sequence[Path], large: Path) -> list[str]:
                 for each in data:
                     prepare(decode(each, max_pixels=10**9, at_least=way.at_least), way)
                 seconds.setdefault((mode, column), []).append((time.perf_counter() - began) / len(data))
-    for mode in DECODE_MODES:
+    for mode in on_processor:
         lines.append(
             f"| {mode} | "
             + " | ".join(f"{1000 * statistics.median(seconds[mode, column]):.1f}" for column in (0, 1))
@@ -367,7 +374,7 @@ def main() -> None:
         )
         folders = {size: copy_photos(found, size, Path(place, str(size), "photos")) for size in sizes}
         for model in arguments.models:
-            repeats = compare(folders, count, model, arguments.repeats)
+            repeats = compare(folders, count, model, arguments.repeats, gpu=bool(gpus))
             results["models"][model] = {"repeats": repeats}
             lines += table(model, count, repeats)
             if gpus:
