@@ -17,6 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def first(lines: Sequence[str], most: int) -> list[str]:
+    """Return so many of some lines, and one that says how many more there are."""
+    left = len(lines) - most
+    return [*lines[:most], f"… and {left:,} more"] if left > 0 else list(lines)
+
+
 class PipelineError(Exception):
     """A problem that the user can solve; the message says what was found, what was expected, what to do.
 

@@ -17,6 +17,7 @@ from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedders import EmbeddingRecord
+from pipeline.errors import first
 from pipeline.feed import Feeder, Item, gpu_at_hand
 from pipeline.images import policy_key
 
@@ -300,9 +301,7 @@ def _table(config: Config, embedding: str | None) -> tuple[Digests, Mapping[str,
 def _named(what: str, paths: Sequence[str]) -> Iterator[str]:
     if paths:
         yield f"  {len(paths):,} {what}:"
-        yield from (f"    {path}" for path in paths[:EXAMPLES])
-        if len(paths) > EXAMPLES:
-            yield f"    … and {len(paths) - EXAMPLES:,} more"
+        yield from (f"    {path}" for path in first(paths, EXAMPLES))
 
 
 def _size(count: int) -> str:

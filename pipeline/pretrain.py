@@ -23,7 +23,7 @@ from pipeline.backbone.precision import resolve_device, resolve_precision
 from pipeline.backbone.weights import build
 from pipeline.config import PretrainConfig
 from pipeline.digests import bytes_digest, fingerprint
-from pipeline.errors import TrainingError
+from pipeline.errors import TrainingError, first
 from pipeline.files import make_folder, write_text_atomic
 from pipeline.training import (
     Data,
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 MAX_PIXELS = 1_000_000
+SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def read_source(path: Path) -> Source:
     problems += _misfits(rows)
     if problems:
         raise TrainingError(
-            f"{path}: {len(problems)} problems; expected train/CLASS/ and val/CLASS/ images", problems[:20]
+            f"{path}: {len(problems)} problems; expected train/CLASS/ and val/CLASS/ images", first(problems, SHOWN)
         )
     codes = sorted({label for label, _ in rows["train"]})
     train_part, validation = (_labelled(rows[split], codes) for split in SPLITS)

@@ -513,6 +513,13 @@ class TestRefused:
             "  dog/2.png: the file is empty"
         )
 
+    def test_of_many_images_that_cannot_be_read_the_first_are_named_and_the_rest_counted(self, tmp_path: Path) -> None:
+        root = tmp_path / "photos"
+        write(root, **{f"cat/{number:02d}.png": "" for number in range(23)})
+        lines = self.refused(root).splitlines()
+        assert lines[1] == "  cat/00.png: the file is empty"
+        assert lines[20:] == ["  cat/19.png: the file is empty", "  … and 3 more"]
+
     def test_no_training_image(self, tmp_path: Path) -> None:
         root = tmp_path / "photos"
         write(root, **{"test/cat/1.png": "1", "test/dog/2.png": "2"})

@@ -27,7 +27,7 @@ from pipeline.backbone import BUNDLED
 from pipeline.backbone.graph import classifier, resolve, trace
 from pipeline.config import BackboneConfig, PreprocessingConfig, guess
 from pipeline.digests import canonical_json
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first
 from pipeline.images import Preprocessing
 from pipeline.vision import torchvision
 
@@ -365,11 +365,9 @@ def fill(architecture: str, arguments: Mapping[str, Any], state: Mapping[str, to
     expected = module.state_dict()
     problems = _misfits(expected, state)
     if problems:
-        shown = problems[:MAX_PROBLEMS] + (
-            [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        )
         raise BackboneError(
-            f"weights file {origin} does not fit {architecture}: {len(problems)} of {len(expected)} tensors", shown
+            f"weights file {origin} does not fit {architecture}: {len(problems)} of {len(expected)} tensors",
+            first(problems, MAX_PROBLEMS),
         )
     kept = {name: value.to(expected[name].dtype) for name, value in state.items()}
     kept |= {name: torch.zeros((), dtype=torch.long) for name in expected if name not in kept}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.dataset.ledger import LedgerEntry
 from pipeline.dataset.listing import SPLIT_NAMES, Listing, shown
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, first
 
 COLUMNS = ("path", "label", "split", "group")
 REQUIRED = ("path", "label")
@@ -100,9 +100,8 @@ def _label_problems(label: str) -> list[str]:
 
 def _refuse(path: Path, problems: Sequence[str]) -> None:
     if problems:
-        more = [f"… and {len(problems) - MOST_PROBLEMS:,} more"] if len(problems) > MOST_PROBLEMS else []
         plural = "problem" if len(problems) == 1 else "problems"
-        raise DatasetError(f"{path}: {len(problems):,} {plural}", [*problems[:MOST_PROBLEMS], *more])
+        raise DatasetError(f"{path}: {len(problems):,} {plural}", first(problems, MOST_PROBLEMS))
 
 
 def _require_file(path: Path) -> None:

@@ -23,7 +23,7 @@ from pipeline.dataset.sources import list_source
 from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
 from pipeline.dataset.statcache import StatCache, read_cache
 from pipeline.digests import bytes_digest, canonical_json
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, first
 
 if TYPE_CHECKING:
     from pipeline.config import DatasetConfig
@@ -193,8 +193,8 @@ def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> 
     index = found.index
     if len(index) == 0:
         entries = sorted([*listing.entries, *found.entries])
-        problems = [f"{entry.path}: {entry.reason}" for entry in entries[:MOST_PROBLEMS]]
-        raise DatasetError(f"{listing.root}: holds no image that can be read", problems)
+        problems = [f"{entry.path}: {entry.reason}" for entry in entries]
+        raise DatasetError(f"{listing.root}: holds no image that can be read", first(problems, MOST_PROBLEMS))
     if len(index.classes) < 2:
         label = index.classes[0]
         hint = ""
@@ -270,12 +270,10 @@ def _remarks(copies: Copies, policy: str) -> list[LedgerEntry]:
 
 
 def _leak_error(copies: Copies) -> DatasetError:
-    problems = [f"{shown(pair.first)} = {shown(pair.second)}" for pair in copies.leaks[:MOST_PROBLEMS]]
-    if len(copies.leaks) > MOST_PROBLEMS:
-        problems.append(f"… and {len(copies.leaks) - MOST_PROBLEMS:,} more")
+    problems = [f"{shown(pair.first)} = {shown(pair.second)}" for pair in copies.leaks]
     return DatasetError(
         f"{len(copies.leaks):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
-        problems,
+        first(problems, MOST_PROBLEMS),
     )
 
 

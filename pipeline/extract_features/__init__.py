@@ -25,7 +25,7 @@ from pipeline.config import Artifacts, Config, ExtractionConfig, dump_yaml
 from pipeline.dataset import DatasetIndex, ScanResult
 from pipeline.digests import digests_to_hex
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
-from pipeline.errors import DatasetError, PipelineError
+from pipeline.errors import DatasetError, PipelineError, first
 from pipeline.extract_features.advice import advise
 from pipeline.extract_features.sources import resolve
 from pipeline.extract_features.targets import Contents, Target, find_targets, reasons
@@ -71,9 +71,7 @@ class FeaturesRun:
         lines = self.scan.summary_lines()
         lines += list(self._plan_lines()) if self.planned else list(self._work_lines())
         if why and self.planned:
-            lines += self.reasons[:WHY_SHOWN]
-            if len(self.reasons) > WHY_SHOWN:
-                lines.append(f"… and {len(self.reasons) - WHY_SHOWN:,} more")
+            lines += first(self.reasons, WHY_SHOWN)
         if any(record.untrained for record in self.records):
             lines.append("note: weights: random is an untrained control, marked `untrained` wherever it shows")
         return lines
@@ -107,16 +105,11 @@ class FeaturesRun:
         yield advise(work.seconds, work.workers, [target.spec for target in self.targets], self.extraction)
         if work.failures:
             yield f"{len(work.failures):,} images could not be used; dataset/ledger.csv names each with its reason:"
-            yield from _examples([f"{entry.path}: {entry.reason}" for entry in work.failures])
+            reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
+            yield from (f"  {line}" for line in first(reasons, EXAMPLES))
         if work.unavailable:
             yield f"warning: {len(work.unavailable):,} images could not be read this time; run again:"
-            yield from _examples(work.unavailable)
-
-
-def _examples(lines: Sequence[str]) -> Iterator[str]:
-    yield from (f"  {line}" for line in lines[:EXAMPLES])
-    if len(lines) > EXAMPLES:
-        yield f"  … and {len(lines) - EXAMPLES:,} more"
+            yield from (f"  {line}" for line in first(work.unavailable, EXAMPLES))
 
 
 def run(config: Config, *, plan: bool = False, rehash: bool = False) -> FeaturesRun:

@@ -14,7 +14,7 @@ from pipeline.config import Artifacts
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedding import EmbeddingSpec
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, first
 from pipeline.extract_features.sources import Source
 from pipeline.store import FeatureStore, differences
 
@@ -130,11 +130,7 @@ def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:
     if closest is None:
         return "no features of it yet"
     _, other, changes = closest
-    shown = [
-        *changes[:MOST_DIFFERENCES],
-        *([f"and {len(changes) - MOST_DIFFERENCES} more"] if len(changes) > MOST_DIFFERENCES else []),
-    ]
-    return f"{IDENTITY_DIFFERS} from that of {other.name} in {'; '.join(shown)}"
+    return f"{IDENTITY_DIFFERS} from that of {other.name} in {'; '.join(first(changes, MOST_DIFFERENCES))}"
 
 
 def reasons(index: DatasetIndex, before: Mapping[str, str], contents: Contents, target: Target) -> list[str]:

@@ -13,7 +13,7 @@ from pipeline import images, progress
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex
 from pipeline.embedders import EmbeddingRecord, read_records
-from pipeline.errors import PipelineError, TrainingError
+from pipeline.errors import PipelineError, TrainingError, first
 from pipeline.feed import Feeder, Item
 from pipeline.heads import HEADS
 from pipeline.report import Leaderboard, LeaderboardRow
@@ -149,6 +149,6 @@ def read_pixels(
     if problems:
         raise TrainingError(
             f"{len(problems)} of {len(index)} images that have features cannot be read now; run `manyheads features` again",
-            problems[:SHOWN],
+            first(problems, SHOWN),
         )
     return pixels
