@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import backbone, baselines
-from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.config import BackboneConfig, Config, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.files import write_text_atomic
@@ -26,7 +26,7 @@ from pipeline.store import differences
 logger = logging.getLogger(__name__)
 
 FORMAT = "manyheads features"
-VERSION = 1
+VERSION = 2
 
 
 class Embedder(Protocol):
@@ -100,14 +100,51 @@ class EmbeddingRecord:
         return EmbeddingRecord(**{**values, "spec": EmbeddingSpec.from_dict(values["spec"]), "section": made})
 
 
-def write_records(path: Path, records: Sequence[EmbeddingRecord], about: Mapping[str, Any]) -> None:
-    """Write `features.json`; `about` is what else is worth knowing of the run."""
-    document = {"format": FORMAT, "version": VERSION, "embeddings": [record.to_dict() for record in records], **about}
+def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config, index: str) -> None:
+    """Write `features.json`; `index` is the fingerprint of the data set's index."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "asked": asked(config),
+        "index": index,
+        "embeddings": [record.to_dict() for record in records],
+    }
     write_text_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
+def asked(config: Config) -> dict[str, Any]:
+    """Return what a config asks of stage one: all that decides which images there are, and which vectors of them."""
+    return {
+        "seed": config.seed,
+        "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures"}),
+        "backbones": {
+            str(number): section.model_dump(mode="json") for number, section in enumerate(config.backbones, start=1)
+        },
+        "baselines": sorted(set(config.baselines) - {"majority"}),
+        "extraction": config.extraction.model_dump(mode="json", include={"precision", "engine", "decode"}),
+    }
+
+
+def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
+    """Read `features.json` where it is what a config asks for.
+
+    Raises
+    ------
+    PipelineError
+        When stage one has not been run for this config, with every setting that is another.
+    """
+    records = read_records(path)
+    found = json.loads(path.read_text(encoding="utf-8")).get("asked", {})
+    if problems := differences(found, asked(config), "the run of `manyheads features`", "this config"):
+        raise PipelineError(
+            f"{path}: is of another config; run `manyheads features` with this config first, which embeds only what is new",
+            problems,
+        )
+    return records
+
+
 def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
-    """Read `features.json`.
+    """Read `features.json`, whatever config it is of.
 
     Raises
     ------

@@ -155,7 +155,7 @@ def test_an_experiment_whose_record_names_a_packed_file(experiment: Config, tmp_
     for record in embedders.read_records(files.features):
         if record.name == BACKBONE:
             shutil.rmtree(output / record.store)
-    embedders.write_records(files.features, records, {})
+    embedders.write_records(files.features, records, config, "")
     assert all(check.ok for check in maintenance.verify(config, full=True, sample=2))
     assert any("a packed file" in line for line in maintenance.status(config))
     assert "which stays as it is" in maintenance.gc(config)[0]

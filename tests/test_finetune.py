@@ -105,7 +105,7 @@ def extract(config: Config) -> None:
             relative = path.relative_to(files.root).as_posix()
             digest = FeatureStore.open(path).digest
             records.append(EmbeddingRecord(spec.name, spec, relative, digest, section, config.seed))
-    write_records(files.features, records, {})
+    write_records(files.features, records, config, index.fingerprint())
 
 
 @pytest.fixture(scope="module")
@@ -426,11 +426,11 @@ def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> No
     wrong = replace(choice.record, store="features/wrong.store", digest=FeatureStore.open(path).digest)
     before = read_records(files.features)
     try:
-        write_records(files.features, [wrong], {})
+        write_records(files.features, [wrong], config, "")
         with pytest.raises(TrainingError, match="stored vectors differ from what the network gives now"):
             finetune.run(config)
     finally:
-        write_records(files.features, before, {})
+        write_records(files.features, before, config, "")
 
 
 def test_images_that_are_gone_are_named(experiment: Path) -> None:

@@ -240,7 +240,6 @@ def stage_one(output: Path) -> Config:
     with StoreWriter.open(path, spec.identity(), DIM) as writer:
         writer.append(digests, X.astype(np.float32))
     record = EmbeddingRecord("net", spec, path.relative_to(output).as_posix(), FeatureStore.open(path).digest, None, 0)
-    write_records(files.features, [record], {})
     raw = {
         "output": str(output),
         "backbones": [{"name": "resnet18"}],
@@ -248,7 +247,9 @@ def stage_one(output: Path) -> Config:
         "heads": ["logistic_regression", "ridge", "decision_tree"],
         "tuning": {"trials": 2, "folds": 3, "nested": True, "seeds": 2, "jobs": 1},
     }
-    return configuration.parse(raw, "test")
+    config = configuration.parse(raw, "test")
+    write_records(files.features, [record], config, "")
+    return config
 
 
 def test_stage_two_ends_with_the_same_table_less_what_cannot_work_on_disk(tmp_path: Path, small_blocks: None) -> None:

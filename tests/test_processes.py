@@ -255,7 +255,9 @@ def test_processes_that_would_make_other_vectors_are_refused() -> None:
     coarse = replace(loaded, specs=((replace(made.specs[0], precision="bf16"),),))
     with pytest.raises(BackboneError, match=message) as caught:
         processes._require_the_same(team, [loaded, coarse])
-    assert caught.value.problems == ("precision: the store has 'fp32', this run has 'bf16'",)
+    assert caught.value.problems == (
+        "precision: process 1 of 2 on cuda:0 has 'fp32', process 2 of 2 on cuda:1 has 'bf16'",
+    )
     with pytest.raises(BackboneError, match=message) as caught:
         processes._require_the_same(team, [loaded, replace(loaded, canaries=((made.canary[0] * 1.1,),))])
     assert caught.value.problems[0].startswith("probe image 0: cosine 1.0")

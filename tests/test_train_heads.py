@@ -21,7 +21,7 @@ from pipeline import lineage, train_heads
 from pipeline.config import Artifacts, BackboneConfig, Config, HeadConfig, TuningConfig
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import content_digest, digests_to_hex, pack_digests
-from pipeline.embedders import EmbeddingRecord, read_records, write_records
+from pipeline.embedders import EmbeddingRecord, read_asked_records, read_records, write_records
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import DatasetError, PipelineError, StoreError
 from pipeline.heads import HEADS
@@ -71,7 +71,7 @@ def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
             writer.append(digests, X.astype(np.float32))
         digest = FeatureStore.open(path).digest
         records.append(EmbeddingRecord(name, spec, path.relative_to(output).as_posix(), digest, None, 0))
-    write_records(files.features, records, {})
+    write_records(files.features, records, make_config(output), index.fingerprint())
     return index
 
 
@@ -155,7 +155,7 @@ def test_a_bundle_predicts_what_the_leaderboard_says(finished: tuple[Config, tra
 def test_an_svm_is_calibrated_on_its_margins_and_says_as_likeliest_what_it_predicts(tmp_path: Path) -> None:
     index = stage_one(tmp_path)
     heads = (HeadConfig(name="rbf_svm"), HeadConfig(name="ridge"))
-    config = make_config(tmp_path, trials=2).model_copy(update={"baselines": (), "heads": heads})
+    config = make_config(tmp_path, trials=2).model_copy(update={"heads": heads})
     rows = [row for row in train_heads.run(config).leaderboard.rows if row.embedding == "net-random"]
     made = {row.head: bundles.load(tmp_path / str(row.bundle)) for row in rows}
     methods = {head: bundle.calibrator.method for head, bundle in made.items() if bundle.calibrator is not None}
@@ -165,6 +165,52 @@ def test_an_svm_is_calibrated_on_its_margins_and_says_as_likeliest_what_it_predi
     labels, probabilities = svm.predict(X)
     assert probabilities is not None
     assert [svm.classes[column] for column in probabilities.argmax(axis=1)] == list(labels)
+
+
+def test_features_of_another_config_are_refused(tmp_path: Path) -> None:
+    """Their rows would be told to be of images and networks that they are not of."""
+    stage_one(tmp_path)
+    config = make_config(tmp_path)
+    other = config.model_copy(
+        update={
+            "seed": 1,
+            "dataset": config.dataset.model_copy(update={"source": "folder", "path": "/other", "max_failures": 0.5}),
+            "backbones": (BackboneConfig(name="resnet50", pooling="max"),),
+            "baselines": ("majority", "hog", "pixels"),
+        }
+    )
+    with pytest.raises(PipelineError) as error:
+        train_heads.run(other)
+    assert str(error.value).splitlines() == [
+        f"{Artifacts(tmp_path).features}: is of another config; run `manyheads features` with this config first, which embeds "
+        "only what is new",
+        "  backbones.1.name: the run of `manyheads features` has 'resnet18', this config has 'resnet50'",
+        "  backbones.1.pooling: the run of `manyheads features` has 'avg', this config has 'max'",
+        "  baselines: the run of `manyheads features` has ['pixels'], this config has ['hog', 'pixels']",
+        "  dataset.path: the run of `manyheads features` has None, this config has '/other'",
+        "  dataset.source: the run of `manyheads features` has 'digits', this config has 'folder'",
+        "  seed: the run of `manyheads features` has 0, this config has 1",
+    ]
+    assert not Artifacts(tmp_path).config.exists(), "nor is the other config kept as the recipe"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tuning": {"trials": 2}},
+        {"heads": ["ridge"]},
+        {"extraction": {"workers": 1, "batch_size": 4, "device": "cpu"}},
+        {"dataset": {"max_failures": 0.9}},
+    ],
+)
+def test_what_changes_no_feature_needs_no_new_ones(tmp_path: Path, changes: dict[str, Any]) -> None:
+    stage_one(tmp_path)
+    config = make_config(tmp_path)
+    changed = configuration.parse({**config.model_dump(mode="json"), **changes}, "test")
+    assert [record.name for record in read_asked_records(Artifacts(tmp_path).features, changed)] == [
+        "net-random",
+        "pixels",
+    ]
 
 
 def test_a_rerun_keeps_finished_rows_and_gives_the_same_leaderboard(
@@ -184,7 +230,10 @@ def test_a_changed_seed_makes_every_row_again(finished: tuple[Config, train_head
     stage_one(tmp_path)
     config = make_config(tmp_path)
     train_heads.run(config)
-    assert train_heads.run(config.model_copy(update={"seed": 7})).reused == 0
+    changed = config.model_copy(update={"seed": 7})
+    features = Artifacts(tmp_path).features
+    write_records(features, read_records(features), changed, "")
+    assert train_heads.run(changed).reused == 0
 
 
 def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path: Path) -> None:
@@ -337,7 +386,7 @@ def fine_tuned(output: Path, seen: NDArray[np.uint64]) -> Config:
         else record
         for record in read_records(files.features)
     ]
-    write_records(files.features, records, {})
+    write_records(files.features, records, make_config(output), "")
     return make_config(output)
 
 

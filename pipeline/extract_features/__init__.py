@@ -220,7 +220,7 @@ def _write(
         for target in targets
     ]
     make_folder(files.root)
-    write_records(files.features, records, {"index": scanned.index.fingerprint()})
+    write_records(files.features, records, config, scanned.index.fingerprint())
     write_text_atomic(files.config, dump_yaml(config))
     return records
 

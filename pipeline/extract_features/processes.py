@@ -224,7 +224,7 @@ def _require_the_same(team: Sequence[Worker], loaded: Sequence[Loaded]) -> None:
     references = list(zip(specs, canaries, strict=True))
     for worker, own in zip(team[1:], loaded[1:], strict=True):
         for (spec, canary), mine, vectors in zip(references, chain(*own.specs), chain(*own.canaries), strict=True):
-            problems = tuple(differences(spec.identity(), mine.identity()))
+            problems = tuple(differences(spec.identity(), mine.identity(), first.name, worker.name))
             if not problems:
                 try:
                     check_canary(canary, vectors, worker.name)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline import images, progress
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex
-from pipeline.embedders import EmbeddingRecord, read_records
+from pipeline.embedders import EmbeddingRecord, read_asked_records
 from pipeline.errors import PipelineError, TrainingError, first
 from pipeline.feed import Feeder, Item
 from pipeline.heads import HEADS
@@ -63,7 +63,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
     PipelineError
         When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it.
     """
-    records = {record.name: record for record in read_records(files.features)}
+    records = {record.name: record for record in read_asked_records(files.features, config)}
     try:
         board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
     except OSError:

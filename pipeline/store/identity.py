@@ -15,11 +15,13 @@ MAX_DEVIATION = 1e-2
 """Largest difference of a canary feature, relative to the root mean square of the recorded row."""
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], one: str = "the store", other: str = "this run"
+) -> list[str]:
     """Return one line for each field that differs: `preprocessing.resize: the store has 256, this run has 224`."""
     left, right = dict(_flat(stored)), dict(_flat(wanted))
     return [
-        f"{name}: the store has {_show(left, name)}, this run has {_show(right, name)}"
+        f"{name}: {one} has {_show(left, name)}, {other} has {_show(right, name)}"
         for name in sorted(left.keys() | right.keys())
         if left.get(name, _ABSENT) != right.get(name, _ABSENT)
     ]

@@ -31,7 +31,7 @@ from pipeline.bundle import ModelBundle
 from pipeline.config import Artifacts, Config, TuningConfig, dump_yaml
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import fingerprint
-from pipeline.embedders import EmbeddingRecord, read_records
+from pipeline.embedders import EmbeddingRecord, read_asked_records
 from pipeline.errors import BundleError, HeadError
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
@@ -105,7 +105,7 @@ def run(config: Config) -> HeadsRun:
     """
     files = Artifacts(config.output)
     heads = head_table.resolve_all(config.heads)
-    records = read_records(files.features)
+    records = read_asked_records(files.features, config)
     stores = {record.name: FeatureStore.open(files.root / record.store, record.fingerprint) for record in records}
     task = make_task(config, files, list(stores.values()))
     rows: list[LeaderboardRow] = []
