@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -139,21 +140,45 @@ def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
-    config = small_config(make_photos(tmp_path / "photos"), tmp_path / "out")
+    monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(backbone, "PAYS_FROM", 20)
+    monkeypatch.setattr(engines, "PAYS_FROM", 20)
+    all_photos = make_photos(tmp_path / "all", per_class=15)
+    config = small_config(tmp_path / "photos", tmp_path / "out")
     config = config.model_copy(update={"extraction": ExtractionConfig(device="cpu", precision="fp32")})
     files = Artifacts(config.output)
-    extract_features.run(config)
-    assert read_records(files.features)[0].spec.engine == "torch"
 
-    monkeypatch.setattr(backbone, "PAYS_FROM", 1)
-    monkeypatch.setattr(engines, "PAYS_FROM", 1)
-    monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
+    def photos_of(per_class: int) -> None:
+        shutil.rmtree(tmp_path / "photos", ignore_errors=True)
+        shutil.copytree(
+            all_photos,
+            tmp_path / "photos",
+            ignore=lambda _, names: [
+                name for name in names if name >= f"{per_class:02d}.png" and name.endswith(".png")
+            ],
+        )
+
+    def embedded(per_class: int) -> tuple[str, int]:
+        """The engine and the number of new vectors with so many photos."""
+        photos_of(per_class)
+        work = extract_features.run(config).work
+        record = read_records(files.features)[0]
+        return record.spec.engine, 0 if work is None else work.vectors[record.name]
+
+    assert embedded(4) == ("torch", 12)
+    assert embedded(7) == ("torch", 9), "an image more or less does not make all features anew"
+    assert embedded(7) == ("torch", 0)
+
+    photos_of(15)
+    differs = "engine: the store has 'torch', this run has 'openvino'"
     plan = extract_features.run(config, plan=True)
-    assert any("engine: the store has 'torch', this run has 'openvino'" in line for line in plan.summary_lines())
-    extract_features.run(config)
-    assert extract_features.run(config).work is None
+    assert any(differs in line for line in plan.summary_lines())
+    work = extract_features.run(config)
+    assert any("45 new vectors; identity differs" in line and differs in line for line in work.summary_lines())
+    assert embedded(15) == ("openvino", 0)
+    assert embedded(5) == ("openvino", 0), "nor do images that are gone"
+    assert embedded(12) == ("openvino", 0)
     record = read_records(files.features)[0]
-    assert record.spec.engine == "openvino"
 
     # Where OpenVINO is missing, the same network computes with torch, to the same vectors but for rounding.
     embedder, output = open_record(record, "cpu")
@@ -163,7 +188,7 @@ def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
     assert other.specs[output] == replace(record.spec, engine="torch")
     (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 36
+    assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 45
 
 
 @pytest.mark.skipif(

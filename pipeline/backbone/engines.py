@@ -49,7 +49,7 @@ BATCH = 32
 
 PAYS_FROM = 1_000
 """Images from which `auto` takes OpenVINO: its start costs 0.5 to 1 s, and ResNet-18, the smallest of the usual networks,
-saves 1 ms an image. A data set that grows past it is embedded again once, which then costs seconds."""
+saves 1 ms an image."""
 
 _FORMATS = {"fp32": "f32", "bf16": "bf16"}
 _PROCESSORS = frozenset({"x86_64", "amd64"})

@@ -1,6 +1,7 @@
 """Stage one: embed what the feature stores do not have yet.
 
     advice.py      what would have made a run faster
+    stores.py      where the store of an embedding is
     sources.py     what a config asks to embed, known without loading a network where it was loaded before
     targets.py     what each store is missing, and why
     lanes.py       batches through the networks
@@ -28,7 +29,7 @@ from pipeline.embedders import EmbeddingRecord, read_records, write_records
 from pipeline.errors import DatasetError, PipelineError, first
 from pipeline.extract_features.advice import advise
 from pipeline.extract_features.sources import resolve
-from pipeline.extract_features.targets import Contents, Target, find_targets, reasons
+from pipeline.extract_features.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, reasons
 from pipeline.extract_features.work import SUMMED_OVER_THREADS, Work, embed
 from pipeline.files import make_folder, write_text_atomic
 from pipeline.images import policy_key
@@ -97,8 +98,9 @@ class FeaturesRun:
             return
         rate = work.images / work.loop_seconds if work.loop_seconds else 0.0
         yield f"{work.images:,} images embedded in {_duration(work.loop_seconds)} ({rate:,.0f} images/s)"
+        anew = {target.spec.name: target.why for target in self.targets if IDENTITY_DIFFERS in target.why}
         for name, count in work.vectors.items():
-            yield f"  {name}: {count:,} new vectors"
+            yield f"  {name}: {count:,} new vectors" + (f"; {anew[name]}" if name in anew else "")
         threads = [f"{name} {work.seconds[name]:.1f}" for name in SUMMED_OVER_THREADS]
         others = [f"{name} {seconds:.1f}" for name, seconds in work.seconds.items() if name not in SUMMED_OVER_THREADS]
         yield f"seconds: {', '.join(others)}; beside them, summed over threads: {', '.join(threads)}"

@@ -19,6 +19,7 @@ from pipeline.config import Artifacts, BackboneConfig, Config
 from pipeline.digests import fingerprint
 from pipeline.embedders import Embedder
 from pipeline.embedding import EMBED_VERSION, EmbeddingSpec
+from pipeline.extract_features.stores import rows_there
 from pipeline.files import make_folder, write_text_atomic
 from pipeline.images import DECODE_POLICY
 
@@ -36,7 +37,7 @@ class Source:
     specs: tuple[EmbeddingSpec, ...]
     config: Config
     images: int
-    """Distinct images of the data set."""
+    """Distinct images of the data set, for the choice of an engine."""
     embedder: Embedder | None = field(default=None, repr=False)
 
     def load(self) -> Embedder:
@@ -64,10 +65,11 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
     found: dict[str, list[dict[str, Any]]] = dict(known)
     sources = []
     for section in config.backbones:
-        key = _key(section, config, images)
-        source = Source(section, _known_specs(known.get(key)), config, images)
+        size = _size_of_choice(section, config, files, images, known)
+        key = _key(section, config, size)
+        source = Source(section, _known_specs(known.get(key)), config, size)
         if not source.specs:
-            made = backbone.load(section, config.extraction, config.seed, images)
+            made = backbone.load(section, config.extraction, config.seed, size)
             source = replace(source, embedder=made, specs=made.specs)
             found[key] = [spec.to_dict() for spec in source.specs]
         sources.append(source)
@@ -80,6 +82,27 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
             files.specs, json.dumps({"format": FORMAT, "version": VERSION, "entries": found}, indent=1) + "\n"
         )
     return _with_unique_names(sources)
+
+
+def _size_of_choice(
+    section: BackboneConfig, config: Config, files: Artifacts, images: int, known: Mapping[str, Any]
+) -> int:
+    """Return for how many images the engine is chosen: as before where most of the images have been embedded so.
+
+    Otherwise an image more or less would make all features anew; data that have more than doubled since may.
+    """
+    large = images >= backbone.PAYS_FROM
+    other = backbone.PAYS_FROM - 1 if large else backbone.PAYS_FROM
+    now, before = (_known_specs(known.get(_key(section, config, size))) for size in (images, other))
+    if not before or (now and [spec.engine for spec in now] == [spec.engine for spec in before]):
+        return images
+    there = min(rows_there(spec, files) for spec in before)
+    if 2 * there < images or (now and min(rows_there(spec, files) for spec in now) >= there):
+        return images
+    logger.info(
+        "%s: by %s as before, for which %s vectors are there", before[0].name, before[0].engine, format(there, ",")
+    )
+    return other
 
 
 def _key(section: BackboneConfig, config: Config, images: int) -> str:

@@ -16,6 +16,7 @@ from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import StoreError, first
 from pipeline.extract_features.sources import Source
+from pipeline.extract_features.stores import open_store, place
 from pipeline.store import FeatureStore, differences
 
 MOST_DIFFERENCES = 6
@@ -66,19 +67,10 @@ def find_targets(sources: Sequence[Source], contents: Contents, files: Artifacts
     targets: dict[Path, Target] = {}
     for source in sources:
         for output, spec in enumerate(source.specs):
-            path = _place(spec, files)
+            path = place(spec, files)
             if path not in targets:
                 targets[path] = _target(source, output, spec, path, contents, files)
     return list(targets.values())
-
-
-def _place(spec: EmbeddingSpec, files: Artifacts) -> Path:
-    """The embedding's store, also where it was made under another name: weights in a file that was renamed since."""
-    path = files.store(spec.name, spec.fingerprint())
-    if not path.exists():
-        suffix = path.name.removeprefix(spec.name)
-        return next(iter(sorted(files.stores.glob(f"*{suffix}"))), path)
-    return path
 
 
 def _target(
@@ -94,19 +86,6 @@ def _target(
     elif count:
         why = f"{count:,} images are new or changed since the store was filled"
     return Target(source, output, spec, path, pending, 0 if store is None else store.rows, why)
-
-
-def open_store(path: Path, spec: EmbeddingSpec) -> FeatureStore | None:
-    """Open an embedding's store; None when it was never published.
-
-    Raises
-    ------
-    StoreError
-        When it is damaged.
-    """
-    if not any(path.glob("snapshot-*.h5")):
-        return None
-    return FeatureStore.open(path, spec.fingerprint())
 
 
 def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:
