@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import images, progress
+from pipeline.backbone.architectures import build
 from pipeline.backbone.precision import resolve_device, resolve_precision
-from pipeline.backbone.weights import build
 from pipeline.config import PretrainConfig
 from pipeline.digests import bytes_digest, fingerprint
 from pipeline.errors import TrainingError, first

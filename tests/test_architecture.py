@@ -125,7 +125,7 @@ def test_torchvision_is_imported_without_the_compiler_of_torch() -> None:
     code = """
 import sys
 from pipeline import backbone
-from pipeline.backbone.weights import build_empty
+from pipeline.backbone.architectures import build_empty
 build_empty('resnet18', {})
 print('torch._dynamo' in sys.modules)
 import torch._dynamo

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline import backbone
-from pipeline.backbone import choose_precision, graph, weights
+from pipeline.backbone import architectures, choose_precision, graph, preprocessing, weights, weights_files
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
 from pipeline.embedding import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
@@ -79,7 +79,7 @@ def small() -> backbone.Backbone:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_penultimate_is_the_input_of_the_classifier_in_every_family(name: str) -> None:
     # Without weights (meta tensors) the graph and its shapes are all that is computed, so the real architectures are cheap.
-    model = weights.build_empty(name, {})
+    model = architectures.build_empty(name, {})
     traced = graph.trace(model)
     expected, expected_node = FAMILIES[name]
     (node,) = graph.resolve(traced, ["penultimate"])
@@ -183,9 +183,9 @@ def test_a_vision_transformer_takes_its_own_image_size_and_no_other() -> None:
     with pytest.raises(
         BackboneError, match=r"vit_b_32 takes images of 224 x 224 pixels only, the config says preprocessing.crop: 32"
     ):
-        weights._fitting_preprocessing(
+        preprocessing.fitting_preprocessing(
             BackboneConfig(name="vit_b_32", preprocessing=SMALL),
-            weights.build_empty("vit_b_32", {}),
+            architectures.build_empty("vit_b_32", {}),
             weights.Preprocessing(256, 224),
         )
 
@@ -274,21 +274,28 @@ def test_a_spec_survives_json(small: backbone.Backbone) -> None:
 
 def test_the_digest_of_the_weights_sees_one_bit_a_name_and_a_shape() -> None:
     state = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "n": torch.tensor(1)}
-    digest = weights.tensors_digest(state)
-    assert digest == weights.tensors_digest(dict(reversed(state.items())))
+    digest = weights_files.tensors_digest(state)
+    assert digest == weights_files.tensors_digest(dict(reversed(state.items())))
     flipped = {**state, "a": state["a"].clone()}
     flipped["a"].view(torch.uint8)[0, 0] ^= 1
     assert (
-        len({digest, weights.tensors_digest(flipped), weights.tensors_digest({**state, "a": torch.zeros(3, 2)})}) == 3
+        len(
+            {
+                digest,
+                weights_files.tensors_digest(flipped),
+                weights_files.tensors_digest({**state, "a": torch.zeros(3, 2)}),
+            }
+        )
+        == 3
     )
-    assert digest != weights.tensors_digest({"c": state["a"], "b": state["b"], "n": state["n"]})
+    assert digest != weights_files.tensors_digest({"c": state["a"], "b": state["b"], "n": state["n"]})
 
 
 # ---- weights files
 
 
 def test_a_fine_tuned_file_loads_with_its_own_number_of_classes(tmp_path: Path, pixels: np.ndarray) -> None:
-    model = weights.build("squeezenet1_1", {"num_classes": 10})
+    model = architectures.build("squeezenet1_1", {"num_classes": 10})
     torch.save(
         {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "tuned.pth"
     )
@@ -303,7 +310,7 @@ def test_a_fine_tuned_file_loads_with_its_own_number_of_classes(tmp_path: Path, 
 
 
 def test_every_misfit_of_a_file_is_told_at_once(tmp_path: Path) -> None:
-    state = weights.build("squeezenet1_1", {}).state_dict()
+    state = architectures.build("squeezenet1_1", {}).state_dict()
     state["extra.weight"] = torch.zeros(2)
     state["features.0.bias"] = torch.zeros(3)
     del state["features.3.squeeze.weight"]
@@ -353,7 +360,7 @@ def regnet(tmp_path: Path) -> tuple[Path, dict[str, object]]:
         "classes": ["a", "b", "c", "d", "e"],
         "trained_on": "abc",
     }  # fmt: skip
-    model = weights.build(description["architecture"], description["arguments"])  # type: ignore[arg-type]
+    model = architectures.build(description["architecture"], description["arguments"])  # type: ignore[arg-type]
     path = tmp_path / "own.safetensors"
     save_file(model.state_dict(), path, metadata={"manyheads": json.dumps(description)})
     return path, description
@@ -428,9 +435,9 @@ def test_a_checkpoint_that_is_not_what_its_name_says_is_refused(hub: Path) -> No
 
 def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.mkdir()
-    model = weights.build("squeezenet1_1", {})
+    model = architectures.build("squeezenet1_1", {})
     torch.save(model.state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
-    monkeypatch.setattr(weights, "_sha256", lambda file: "b8a52dc0" + "0" * 56)
+    monkeypatch.setattr(weights_files, "_sha256", lambda file: "b8a52dc0" + "0" * 56)
     made = backbone.load(BackboneConfig(name="squeezenet1_1", weights="IMAGENET1K_V1"), FP32, 0)
     assert made.specs[0].name == "squeezenet1_1-IMAGENET1K_V1-penultimate"
     assert not made.specs[0].untrained
@@ -439,15 +446,15 @@ def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pyte
         224,
         (0.485, 0.456, 0.406),
     )
-    assert made.specs[0].weights_digest == weights.tensors_digest(model.state_dict())
+    assert made.specs[0].weights_digest == weights_files.tensors_digest(model.state_dict())
 
 
 def test_other_weights_have_other_transforms() -> None:
-    members = weights.torchvision.models.get_model_weights("resnet50").__members__
-    assert weights._preprocessing_of(members["IMAGENET1K_V1"]).resize == 256
-    assert weights._preprocessing_of(members["IMAGENET1K_V2"]).resize == 232
-    bicubic = weights.torchvision.models.get_model_weights("efficientnet_b0").__members__["IMAGENET1K_V1"]
-    assert weights._preprocessing_of(bicubic).interpolation == "bicubic"
+    members = architectures.torchvision.models.get_model_weights("resnet50").__members__
+    assert preprocessing.preprocessing_of(members["IMAGENET1K_V1"]).resize == 256
+    assert preprocessing.preprocessing_of(members["IMAGENET1K_V2"]).resize == 232
+    bicubic = architectures.torchvision.models.get_model_weights("efficientnet_b0").__members__["IMAGENET1K_V1"]
+    assert preprocessing.preprocessing_of(bicubic).interpolation == "bicubic"
 
 
 def test_unknown_names_get_a_guess() -> None:

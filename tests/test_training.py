@@ -25,7 +25,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from pipeline import pretrain
-from pipeline.backbone.weights import build, load_network
+from pipeline.backbone.architectures import build
+from pipeline.backbone.weights import load_network
 from pipeline.config import BackboneConfig, PretrainConfig, TrainingConfig, load_pretraining
 from pipeline.errors import TrainingError
 from pipeline.training import (

@@ -1,11 +1,14 @@
 """Backbone: a frozen torchvision network, its weights and some of its layers, from pixels to vectors.
 
-    precision.py   which device and number format a run uses
-    engines.py     torch or OpenVINO: which one, and how the latter is made
-    cuda.py        torch on an NVIDIA GPU as a CUDA graph
-    weights.py     enum member, local file, bundled or random weights -> a network in eval mode
-    graph.py       the network's graph: nodes, shapes, the default layer, pooling
-    network.py     Backbone: uint8 pixels -> float32 vectors
+    precision.py      which device and number format a run uses
+    engines.py        torch or OpenVINO: which one, and how the latter is made
+    cuda.py           torch on an NVIDIA GPU as a CUDA graph
+    architectures.py  networks by name, without weights of their own
+    weights_files.py  files of weights -> tensors, and nothing else
+    preprocessing.py  the transform that belongs to weights
+    weights.py        enum member, local file, bundled or random weights -> a network in eval mode
+    graph.py          the network's graph: nodes, shapes, the default layer, pooling
+    network.py        Backbone: uint8 pixels -> float32 vectors
 
 Nothing here imports torch before a network is asked for: a run with nothing to do never pays for that import.
 """

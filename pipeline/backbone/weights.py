@@ -6,37 +6,37 @@ and the preprocessing that belongs to them.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
-import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from pipeline.backbone import BUNDLED
+from pipeline.backbone.architectures import (
+    ALWAYS,
+    AUXILIARY,
+    build,
+    build_empty,
+    check_architecture,
+    classification_models,
+)
 from pipeline.backbone.graph import classifier, resolve, trace
-from pipeline.config import BackboneConfig, PreprocessingConfig, guess
-from pipeline.digests import canonical_json
+from pipeline.backbone.preprocessing import (
+    default_preprocessing,
+    described_preprocessing,
+    fitting_preprocessing,
+    preprocessing_of,
+)
+from pipeline.backbone.weights_files import SUFFIXES, read_weights, require_checkpoint, tensors_digest, tensors_only
+from pipeline.config import BackboneConfig, guess
 from pipeline.errors import BackboneError, first
 from pipeline.images import Preprocessing
 from pipeline.vision import torchvision
 
-logger = logging.getLogger(__name__)
-
-METADATA_KEY = "manyheads"
-"""Under it a weights file made by this project carries its description in the safetensors header."""
-
-SUFFIXES = (".safetensors", ".pth", ".pt")
 MAX_PROBLEMS = 20
 
 
@@ -86,110 +86,15 @@ def check(config: BackboneConfig) -> None:
         if config.weights != "random":
             _member(config)
         module = build_empty(config.name, config.arguments)
-        _fitting_preprocessing(config, module, _default_preprocessing(config.name))
+        fitting_preprocessing(config, module, default_preprocessing(config.name))
     resolve(trace(module), config.layers)
-
-
-# ---- architectures
-
-
-def _regnet(block_params: Mapping[str, Any], **arguments: Any) -> nn.Module:
-    """A RegNet of any shape; `block_params` are BlockParams' own, or those of its `from_init_params`."""
-    from torchvision.models.regnet import BlockParams, RegNet
-
-    make = BlockParams.from_init_params if "depth" in block_params else BlockParams
-    module: nn.Module = RegNet(make(**block_params), **arguments)
-    return module
-
-
-def _resnet(block: str, layers: list[int], **arguments: Any) -> nn.Module:
-    """A ResNet of any depth; `block` is BasicBlock or Bottleneck."""
-    from torchvision.models import resnet
-
-    module: nn.Module = resnet.ResNet(
-        {"BasicBlock": resnet.BasicBlock, "Bottleneck": resnet.Bottleneck}[block], layers, **arguments
-    )
-    return module
-
-
-CONSTRUCTORS: Mapping[str, Callable[..., nn.Module]] = {
-    "torchvision.models.regnet.RegNet": _regnet,
-    "torchvision.models.resnet.ResNet": _resnet,
-}
-"""Architectures with nested arguments, which only a weights file's own description can name."""
-
-# The auxiliary classifiers of these two serve training only; without `init_weights` they warn.
-_ALWAYS: Mapping[str, Mapping[str, Any]] = {
-    "googlenet": {"aux_logits": False, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "init_weights": True},
-}
-_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
-
-
-def classification_models() -> list[str]:
-    """Return the names of torchvision's classification models."""
-    names: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return names
-
-
-def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Construct a network in eval mode with whatever weights its constructor makes."""
-    check_architecture(architecture)
-    make = CONSTRUCTORS.get(architecture)
-    try:
-        if make is not None:
-            return make(**arguments).eval()
-        module: nn.Module = torchvision.models.get_model(architecture, **{**_ALWAYS.get(architecture, {}), **arguments})
-        return module.eval()
-    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-        raise BackboneError(f"{architecture} cannot be built with arguments {dict(arguments)}: {error}") from None
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Leaves out the initialisation of weights that have no memory, for which torch would load its compiler first."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _RANDOM_FILLS or getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-_RANDOM_FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_})
-
-
-def build_empty(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Construct a network without memory for its weights, in milliseconds; one that needs numbers to be built gets them."""
-    free = {"init_weights": False} if "init_weights" in _ALWAYS.get(architecture, {}) else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with torch.device("meta"), _Uninitialised():
-                return build(architecture, {**free, **arguments})
-        except BackboneError:  # a regnet computes its widths with tensors; a wrong argument fails again here
-            return build(architecture, {**free, **arguments})
-
-
-def check_architecture(name: str) -> None:
-    """Refuse a name that torchvision does not have.
-
-    Raises
-    ------
-    BackboneError
-    """
-    if name not in CONSTRUCTORS and name not in classification_models():
-        raise BackboneError(
-            f"no classification model {name!r} in torchvision {torchvision.__version__}{guess(name, classification_models())}"
-        )
-
-
-# ---- sources
 
 
 def _from_seed(config: BackboneConfig, seed: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(config.name, config.arguments)
-    return _network(config, module, "random", _default_preprocessing(config.name), untrained=True)
+    return _network(config, module, "random", default_preprocessing(config.name), untrained=True)
 
 
 def _member(config: BackboneConfig) -> Any:
@@ -206,14 +111,14 @@ def _member(config: BackboneConfig) -> Any:
 
 def _from_enum(config: BackboneConfig) -> Network:
     member = _member(config)
-    _require_checkpoint(member)
-    with _tensors_only():
+    require_checkpoint(member)
+    with tensors_only():
         module = build(
             config.name,
-            {**config.arguments, "weights": member, **({"init_weights": False} if config.name in _ALWAYS else {})},
+            {**config.arguments, "weights": member, **({"init_weights": False} if config.name in ALWAYS else {})},
         )
     classes = tuple(member.meta.get("categories", ()))
-    return _network(config, module, config.weights, _preprocessing_of(member), classes=classes)
+    return _network(config, module, config.weights, preprocessing_of(member), classes=classes)
 
 
 def _from_file(config: BackboneConfig, path: Path) -> Network:
@@ -248,9 +153,9 @@ def _from_state(
     arguments = {**description.get("arguments", {}), **config.arguments}
     module = fill(architecture, arguments, state, origin)
     preprocessing = (
-        _described_preprocessing(description["preprocessing"])
+        described_preprocessing(description["preprocessing"])
         if "preprocessing" in description
-        else _default_preprocessing(architecture)
+        else default_preprocessing(architecture)
     )
     network = _network(
         config,
@@ -273,79 +178,9 @@ def _network(
         arguments=dict(config.arguments),
         weights=weights,
         weights_digest=tensors_digest(module.state_dict()),
-        preprocessing=_fitting_preprocessing(config, module, preprocessing),
+        preprocessing=fitting_preprocessing(config, module, preprocessing),
         **rest,
     )
-
-
-def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the hex BLAKE2b-256 of tensors: of each, sorted by name, the name, dtype, shape and bytes."""
-    digest = hashlib.blake2b(digest_size=32)
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-# ---- files
-
-
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a weights file: its tensors, and the description a file of this project carries.
-
-    Raises
-    ------
-    BackboneError
-        When the file is missing, damaged, or holds more than tensors.
-    """
-    if not path.is_file():
-        raise BackboneError(
-            f"weights file {path} does not exist; paths are relative to the folder the command is run in"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return _tensors(torch.load(path, map_location="cpu", weights_only=True), path), {}
-    except BackboneError:
-        raise
-    except Exception as error:  # the readers raise almost anything on damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BackboneError(
-            f"weights file {path} cannot be read as tensors only ({reason}); save it with torch.save(model.state_dict(), ...) or as .safetensors"
-        ) from None
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    return _tensors(state, path), json.loads(metadata.get(METADATA_KEY, "{}"))
-
-
-def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in what a file holds: itself, or under the keys training scripts use."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(value, torch.Tensor) for value in content.values())
-    ):
-        raise BackboneError(
-            f"weights file {path} holds no state dict; expected names with tensors, at the top or under 'state_dict' or 'model'"
-        )
-    return {_plain_name(name): value for name, value in content.items()}
-
-
-def _plain_name(name: str) -> str:
-    """Drop what DataParallel and torch.compile put before a name, and write densenet's old names the new way."""
-    for prefix in ("module.", "_orig_mod."):
-        name = name.removeprefix(prefix)
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def fill(architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: str) -> nn.Module:
@@ -356,7 +191,7 @@ def fill(architecture: str, arguments: Mapping[str, Any], state: Mapping[str, to
     BackboneError
         With one line for every tensor that is missing, left over or of another shape.
     """
-    state = {name: value for name, value in state.items() if not name.startswith(_AUXILIARY)}
+    state = {name: value for name, value in state.items() if not name.startswith(AUXILIARY)}
     if "num_classes" not in arguments:
         head = f"{classifier(trace(build_empty(architecture, arguments))[0]).target}.weight"
         if head in state:
@@ -392,111 +227,3 @@ def _misfits(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Ten
             if name in state and state[name].shape != expected[name].shape
         ),
     ]
-
-
-# ---- torchvision's own files
-
-
-def _require_checkpoint(member: Any) -> None:
-    """Have torchvision's file in its folder, fetched if need be, with the hash in its name."""
-    name = member.url.rsplit("/", 1)[-1]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / name
-    found = re.search(r"-([a-f0-9]{8,})\.", name)
-    prefix = found.group(1) if found else ""
-    if not path.exists():
-        logger.info("fetching %s to %s", member.url, folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:
-            raise BackboneError(
-                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}"
-            ) from None
-    if prefix:
-        with path.open("rb") as file:
-            digest = _sha256(file)
-        if not digest.startswith(prefix):
-            raise BackboneError(
-                f"{path} is damaged: its SHA-256 starts with {digest[: len(prefix)]}, its name says {prefix}; delete it and run again"
-            )
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Make torch refuse pickled code in torchvision's files too; it asks for the opposite by default."""
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
-
-
-# ---- preprocessing
-
-
-def _preprocessing_of(member: Any) -> Preprocessing:
-    """The transform that comes with torchvision's weights."""
-    preset = member.transforms()
-    return Preprocessing(
-        resize=_side(preset.resize_size),
-        crop=_side(preset.crop_size),
-        interpolation=preset.interpolation.value,
-        antialias=bool(preset.antialias),
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-    )
-
-
-def _default_preprocessing(architecture: str) -> Preprocessing:
-    """The transform of an architecture's first published weights, for weights that come without one."""
-    if architecture in CONSTRUCTORS:
-        return Preprocessing(resize=256, crop=224)
-    members = list(torchvision.models.get_model_weights(architecture))
-    return _preprocessing_of(members[0]) if members else Preprocessing(resize=256, crop=224)
-
-
-def _described_preprocessing(values: Mapping[str, Any]) -> Preprocessing:
-    def plain(key: str) -> Any:
-        return tuple(values[key]) if isinstance(values[key], list) else values[key]
-
-    return Preprocessing(
-        resize=plain("resize"),
-        crop=plain("crop"),
-        interpolation=plain("interpolation"),
-        mean=plain("mean"),
-        std=plain("std"),
-    )
-
-
-def _fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Preprocessing) -> Preprocessing:
-    """The config's transform before the weights' own; a network of one fixed image size gets that size."""
-    size = getattr(module, "image_size", None)  # vision transformers
-    asked: PreprocessingConfig | None = config.preprocessing
-    if asked is not None:
-        if size not in (None, asked.crop):
-            raise BackboneError(
-                f"{config.name} takes images of {size} x {size} pixels only, the config says preprocessing.crop: {asked.crop}"
-            )
-        return Preprocessing(
-            resize=asked.resize, crop=asked.crop, interpolation=asked.interpolation, mean=asked.mean, std=asked.std
-        )
-    if size is not None and default.size != (size, size):
-        return replace(default, resize=size, crop=size)
-    return default
-
-
-def _side(sizes: list[int]) -> int | tuple[int, int]:
-    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.backbone.weights import METADATA_KEY
+from pipeline.backbone.weights_files import METADATA_KEY
 from pipeline.digests import Digests
 from pipeline.files import make_folder, write_atomic
 from pipeline.lineage import CONTENTS_KEY, contents_digest, contents_text

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-from pipeline.backbone.weights import build
+from pipeline.backbone.architectures import build
 from pipeline.config import load_pretraining
 from pipeline.training import (
     Data,

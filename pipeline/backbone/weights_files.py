@@ -1,0 +1,143 @@
+"""Files of weights: those a user names, and torchvision's own, with nothing but tensors taken from either."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.digests import canonical_json
+from pipeline.errors import BackboneError
+
+logger = logging.getLogger(__name__)
+
+METADATA_KEY = "manyheads"
+"""Under it a weights file made by this project carries its description in the safetensors header."""
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a weights file: its tensors, and the description a file of this project carries.
+
+    Raises
+    ------
+    BackboneError
+        When the file is missing, damaged, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise BackboneError(
+            f"weights file {path} does not exist; paths are relative to the folder the command is run in"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return _tensors(torch.load(path, map_location="cpu", weights_only=True), path), {}
+    except BackboneError:
+        raise
+    except Exception as error:  # the readers raise almost anything on damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BackboneError(
+            f"weights file {path} cannot be read as tensors only ({reason}); save it with torch.save(model.state_dict(), ...) or as .safetensors"
+        ) from None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    return _tensors(state, path), json.loads(metadata.get(METADATA_KEY, "{}"))
+
+
+def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in what a file holds: itself, or under the keys training scripts use."""
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(value, torch.Tensor) for value in content.values())
+    ):
+        raise BackboneError(
+            f"weights file {path} holds no state dict; expected names with tensors, at the top or under 'state_dict' or 'model'"
+        )
+    return {_plain_name(name): value for name, value in content.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Drop what DataParallel and torch.compile put before a name, and write densenet's old names the new way."""
+    for prefix in ("module.", "_orig_mod."):
+        name = name.removeprefix(prefix)
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+
+
+def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the hex BLAKE2b-256 of tensors: of each, sorted by name, the name, dtype, shape and bytes."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---- torchvision's own
+
+
+def require_checkpoint(member: Any) -> None:
+    """Have torchvision's file in its folder, fetched if need be, with the hash in its name."""
+    name = member.url.rsplit("/", 1)[-1]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / name
+    found = re.search(r"-([a-f0-9]{8,})\.", name)
+    prefix = found.group(1) if found else ""
+    if not path.exists():
+        logger.info("fetching %s to %s", member.url, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise BackboneError(
+                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}"
+            ) from None
+    if prefix:
+        with path.open("rb") as file:
+            digest = _sha256(file)
+        if not digest.startswith(prefix):
+            raise BackboneError(
+                f"{path} is damaged: its SHA-256 starts with {digest[: len(prefix)]}, its name says {prefix}; delete it and run again"
+            )
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Make torch refuse pickled code in torchvision's files too; it asks for the opposite by default."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
