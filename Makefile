@@ -43,8 +43,9 @@ test: $(VENV)/.installed-test ## Install what the tests need and run them all
 proofs: $(VENV)/.installed-test ## The store's promises at long counts (hours)
 	@$(BIN)/python -m pytest tests/proofs --override-ini=addopts= $(ARGS)
 
-bench: $(VENV)/.installed-test ## Measure speed against what a user would write
-	@for bench in tests/benchmarks/bench_*.py; do $(BIN)/python $$bench $(ARGS) || exit 1; done
+bench: $(VENV)/.installed-test ## Measure speed against what a user would write: make bench PHOTOS=folder
+	@for bench in features accuracy; do $(BIN)/python tests/benchmarks/bench_$$bench.py $(PHOTOS) || exit 1; done
+	@for bench in heads store dataset training; do $(BIN)/python tests/benchmarks/bench_$$bench.py || exit 1; done
 
 lint: $(VENV)/.installed-lint ## ruff, and mypy in strict mode on the package
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
