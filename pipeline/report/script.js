@@ -113,7 +113,7 @@
       mark(next, box.right, box.top);
     });
     document.querySelectorAll("#map-classes button").forEach((button, code) => {
-      header.addEventListener("click", () => {
+      button.addEventListener("click", () => {
         chosen = chosen === code ? null : code;
         document.querySelectorAll("#map-classes button").forEach((other, number) => other.setAttribute("aria-pressed", String(number === chosen)));
         dots.forEach((dot, number) => { dot.style.opacity = visible(number) ? "" : "0.06"; });
