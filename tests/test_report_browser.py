@@ -67,10 +67,10 @@ addEventListener("load", () => {
   const bar = document.querySelector('[data-chart="leaderboard"] .tip');
   over(bar, "pointerover");
   found.bar = { shown: shown(), text: tip.textContent };
-  const header = [...document.querySelectorAll("#leaderboard thead button")][3];
+  const header = [...document.querySelectorAll("#leaderboard thead th")][3];
   const column = () => [...document.querySelectorAll("#leaderboard tbody tr")].map((row) => Number(row.cells[3].dataset.v));
   header.click(); found.descending = column();
-  header.click(); found.ascending = column();
+  header.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" })); found.ascending = column();
   const score = document.querySelector("#leaderboard tbody tr").cells[2];
   found.score = { text: score.textContent, right: score.getBoundingClientRect().right, width: innerWidth };
   bar.dispatchEvent(new PointerEvent("pointerout", { bubbles: true, pointerType: "mouse" }));

@@ -147,7 +147,7 @@ def test_the_cost_chart_says_which_rows_it_leaves_out_and_why():
     said = sections._unpriced(material(rows))
     assert said == (
         f"Not drawn: 1 row ({key}/hopeless) below {100 * found.floor:.0f} %, where they would squeeze all others; "
-        f"1 row ({key}/untimed) whose embedding left no time per image; 1 row ({key}/untested) without a test score."
+        f"1 row ({key}/untimed) without a measured time per image; 1 row ({key}/untested) without a test score."
     )
     assert sections._unpriced(material(rows[:4])) == ""
     many = [*rows[:4], *(row(f"bad{place}", 0.1, correct=place, embed_seconds=0.01) for place in range(1, 4 + 1))]

@@ -84,7 +84,7 @@ def mistakes(material: Material) -> str:
     pictures = gallery(material.index, part.paths[order].tolist())
     figures = []
     for row in order.tolist():
-        share = f" · {100 * sure[row]:.0f} %" if part.probabilities is not None else ""
+        share = f" · {100 * sure[row]:.0f}&nbsp;%" if part.probabilities is not None else ""
         caption = f"<b>{escape(part.y_pred[row])}</b>{share}<br><span>is {escape(part.y_true[row])}</span>"
         figures.append(_figure(str(part.paths[row]), pictures, caption))
     which = "; these with most conviction" if len(wrong) > len(order) else ""
@@ -124,7 +124,7 @@ def _trust(material: Material) -> str:
     best = material.best
     if best is None or best.out_of_fold is None:
         return ""
-    return f"It is right on {100 * float(best.out_of_fold.correct.mean()):.0f} % of them all, so many doubts are its own mistakes."
+    return f"It is right on {100 * float(best.out_of_fold.correct.mean()):.0f} % of them all, so a doubt may be its own mistake."
 
 
 def copies(material: Material) -> str:

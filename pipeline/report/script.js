@@ -121,13 +121,16 @@
     });
   }
 
-  // Tables sort by the column whose header is pressed
+  // Tables sort by the column whose header is pressed; with buttons in its headers no browser repeats them on every sheet
   document.querySelectorAll("table").forEach((table) => {
     const headers = [...table.tHead.rows[0].cells];
     headers.forEach((header, column) => {
-      const button = document.createElement("button");
-      button.append(...header.childNodes);
-      header.append(button);
+      header.tabIndex = 0;
+      header.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault();
+        header.click();
+      });
       header.addEventListener("click", () => {
         const up = header.getAttribute("aria-sort") === "descending";
         headers.forEach((other) => other.removeAttribute("aria-sort"));

@@ -169,11 +169,12 @@ def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
         if board.verdict
         else ""
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith("Recommended"))
+    # Recommended and ~ are said above the table, where the page has a blue edge for the sign.
+    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith(("Recommended", "~")))
     return (
         "<h2>Leaderboard</h2>"
         '<p class="quiet">Each row is a head, the classifier, fitted on an embedding, the numbers that a frozen network makes of an image. '
-        "Ordered by cross-validation on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best.</p>"
+        "Ordered by cross-validation on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows).</p>"
         f"{reason}{tables.leaderboard(board)}"
         f'<details><summary>How to read this</summary><ul class="quiet">{notes}</ul></details>'
     )
@@ -311,7 +312,7 @@ def _unpriced(material: Material) -> str:
     found = charts.priced(material.leaderboard.rows)
     reasons = (
         (found.low, f"below {100 * found.floor:.0f} %, where they would squeeze all others"),
-        (found.untimed, "whose embedding left no time per image"),
+        (found.untimed, "without a measured time per image"),
         (found.untested, "without a test score"),
     )
     parts = [f"{_counted(rows)} {reason}" for rows, reason in reasons if rows]

@@ -231,7 +231,7 @@ def _class_table(name: str, rows: Sequence[ClassScores]) -> str:
     for row in rows:
         interval = f"[{100 * row.interval[0]:.0f}, {100 * row.interval[1]:.0f}]"
         cells: list[Cell] = [
-            (f'<span class="embedding">{escape(row.label)}</span>', None),
+            (escape(row.label), None),
             (f"{row.support:,}", float(row.support)),
             (f"{100 * row.precision:.1f}", row.precision) if row.predicted else _missing(),
             (f"{100 * row.recall:.1f} <span class='quiet'>{interval}</span>", row.recall)
