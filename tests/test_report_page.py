@@ -114,6 +114,8 @@ def test_of_many_classes_the_most_confused_are_drawn_and_the_rest_is_said():
     svg = to_svg(confusion_chart(matrix, LONG), "confusion")
     assert all(svg.count(f">…{place:02d}</text>") == 2 for place in kept)
     assert f"{LONG[kept[0]]} taken for" in svg
+    assert ">true class: the 25 of 60 with most mistakes</text>" in svg
+    assert ">true class</text>" in to_svg(confusion_chart(matrix[:25, :25], LONG[:25]), "confusion")
 
 
 def test_of_many_classes_the_worst_come_first_and_all_are_on_the_page():

@@ -77,7 +77,11 @@ def confusion_chart(matrix: NDArray[np.int64], classes: Sequence[str]) -> Chart:
         axes.set_xticks(range(len(names)), labels, rotation=turned, ha=side, fontsize=size, color=palette.ink)
         axes.set_yticks(range(len(names)), labels, fontsize=size)
         axes.set_xlabel("predicted class")
-        axes.set_ylabel("true class")
+        # On paper there is no caption.
+        axes.set_ylabel(
+            "true class"
+            + (f": the {len(names)} of {len(matrix)} with most mistakes" if len(names) < len(matrix) else "")
+        )
         axes.spines[:].set_visible(False)
         return made
 
