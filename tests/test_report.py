@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from report_experiment import CLASSES, built_experiment, write_trials
+from report_experiment import CLASSES, built_experiment, row, write_trials
 
 from pipeline import metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
-from pipeline.report import Leaderboard, LeaderboardRow, Nested, Seeds, material
+from pipeline.report import Leaderboard, Nested, Seeds, material
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.imbalance import effects
@@ -31,28 +31,6 @@ from pipeline.report.several import compare, rank, searches
 from pipeline.report.tables import leaderboard as leaderboard_table
 
 ROOT = Path(__file__).parents[1]
-
-
-def row(head: str, cv: float, correct: int = 90, embedding: str = "resnet18-penultimate", **changes) -> LeaderboardRow:
-    y = np.array(["a", "b"] * 50)
-    guess = np.where(np.arange(100) < correct, y, "c")
-    made = LeaderboardRow(
-        embedding=embedding,
-        backbone="resnet18",
-        layer="penultimate",
-        head=head,
-        untrained=False,
-        baseline=False,
-        cv_mean=cv,
-        cv_std=0.01,
-        cv_scores=(cv - 0.01, cv, cv + 0.01),
-        test=metrics.scores(y, guess, None, ("a", "b", "c")),
-        fit_seconds=1.25,
-        predict_seconds=0.01,
-        trials=16,
-        params={"C": np.float64(0.5), "k": np.int64(3)},
-    )
-    return dataclasses.replace(made, **changes)
 
 
 # Leaderboard

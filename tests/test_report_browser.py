@@ -67,22 +67,55 @@ addEventListener("load", () => {
   const bar = document.querySelector('[data-chart="leaderboard"] .tip');
   over(bar, "pointerover");
   found.bar = { shown: shown(), text: tip.textContent };
-  const header = [...document.querySelectorAll("#leaderboard th")][3];
+  const header = [...document.querySelectorAll("#leaderboard thead th")][3];
   const column = () => [...document.querySelectorAll("#leaderboard tbody tr")].map((row) => Number(row.cells[3].dataset.v));
   header.click(); found.descending = column();
-  header.click(); found.ascending = column();
+  header.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" })); found.ascending = column();
+  const score = document.querySelector("#leaderboard tbody tr").cells[2];
+  found.score = { text: score.textContent, right: score.getBoundingClientRect().right, width: innerWidth };
+  bar.dispatchEvent(new PointerEvent("pointerout", { bubbles: true, pointerType: "mouse" }));
+  found.mouse = shown();
+  bar.dispatchEvent(new PointerEvent("pointerover", { bubbles: true, pointerType: "touch" }));
+  bar.dispatchEvent(new PointerEvent("pointerout", { bubbles: true, pointerType: "touch" }));
+  found.touched = shown();
+  document.querySelector("h1").dispatchEvent(new PointerEvent("pointerdown", { bubbles: true, pointerType: "touch" }));
+  found.elsewhere = shown();
+  const press = (element, key) => element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const matrix = document.querySelector('[data-chart="confusion"]');
+  const cells = [...matrix.querySelectorAll(".tip")];
+  found.stops = matrix.querySelectorAll('[tabindex="0"]').length;
+  cells[0].focus();
+  press(cells[0], "ArrowRight");
+  found.arrow = { text: tip.textContent, next: cells[1].dataset.tip, label: cells[1].getAttribute("aria-label"), shown: shown() };
+  press(cells[1], "Escape");
+  found.escaped = !shown();
+  press(map, "ArrowRight");
+  found.walked = { shown: shown(), text: tip.textContent, paths: data.paths.filter((_, dot) => data.codes[dot] === 1) };
+  const folded = [...document.querySelectorAll("details")];
+  found.folded = folded.map((part) => part.open);
+  dispatchEvent(new Event("beforeprint"));
+  found.printed = folded.map((part) => part.open);
+  dispatchEvent(new Event("afterprint"));
+  found.after = folded.map((part) => part.open);
   document.getElementById("theme").click();
   found.toggled = document.documentElement.dataset.theme;
   sheet.onload = () => {
     found.sheet = [sheet.naturalWidth, sheet.naturalHeight];
-    const result = document.createElement("pre");
-    result.id = "found";
-    result.textContent = JSON.stringify(found);
-    document.body.append(result);
+    parent.postMessage(JSON.stringify(found), "*");
   };
   sheet.src = data.sheet;
 });
 </script>"""
+
+
+FRAME = """<!doctype html><style>body { margin: 0 } iframe { border: 0; width: WIDTHpx; height: 900px }</style>
+<script>addEventListener("message", (event) => {
+  const result = document.createElement("pre");
+  result.id = "found";
+  result.textContent = event.data;
+  document.body.append(result);
+});</script><iframe src="PAGE"></iframe>"""
+"""A browser's window is never as narrow as a phone; a frame is."""
 
 
 def look(page: Path, folder: Path, width: int, theme: str) -> tuple[dict[str, Any], str]:
@@ -92,15 +125,18 @@ def look(page: Path, folder: Path, width: int, theme: str) -> tuple[dict[str, An
     probed.write_text(
         text.replace("<title>", WATCH + "<title>", 1).replace("</body>", EXAMINE + "</body>", 1), encoding="utf-8"
     )
+    frame = folder / "frame.html"
+    address = f"{probed.as_uri()}?theme={theme}"
+    frame.write_text(FRAME.replace("WIDTH", str(width)).replace("PAGE", address), encoding="utf-8")
     done = subprocess.run(
         [
             str(BROWSER),
             *FLAGS,
             f"--user-data-dir={folder / 'profile'}",
-            f"--window-size={width},900",
+            f"--window-size={max(width, 500)},900",
             "--virtual-time-budget=20000",
             "--dump-dom",
-            f"{probed.as_uri()}?theme={theme}",
+            frame.as_uri(),
         ],
         capture_output=True,
         text=True,
@@ -124,7 +160,7 @@ def wide(experiment: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def narrow(experiment: Path, tmp_path_factory: pytest.TempPathFactory):
-    return look(experiment / "report.html", tmp_path_factory.mktemp("narrow"), 500, "dark")
+    return look(experiment / "report.html", tmp_path_factory.mktemp("narrow"), 390, "dark")
 
 
 def test_page_loads_without_errors(wide, narrow):
@@ -188,3 +224,35 @@ def test_light_and_dark_are_different_and_readable(wide, narrow):
     assert (dark["theme"], dark["toggled"]) == ("dark", "light")
     assert brightness(light["background"]) > 200 > brightness(light["ink"]) + 100
     assert brightness(dark["background"]) < 60 < brightness(dark["ink"]) - 100
+
+
+def test_a_phone_shows_the_score_with_its_interval_without_scrolling(narrow):
+    score = narrow[0]["score"]
+    assert re.fullmatch(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", score["text"])
+    assert score["width"] == 390
+    assert score["right"] <= 390
+
+
+def test_what_a_finger_showed_stays_until_it_touches_elsewhere(wide):
+    found, _ = wide
+    assert not found["mouse"]
+    assert found["touched"]
+    assert not found["elsewhere"]
+
+
+def test_the_keyboard_stops_once_at_a_chart_and_walks_its_marks(wide):
+    found, _ = wide
+    assert found["stops"] == 1
+    assert found["arrow"]["shown"]
+    assert found["arrow"]["text"] == found["arrow"]["next"] == found["arrow"]["label"]
+    assert found["escaped"]
+    assert found["walked"]["shown"]
+    assert any(path in found["walked"]["text"] for path in found["walked"]["paths"])
+
+
+def test_paper_shows_what_the_screen_folds_away(wide):
+    found, _ = wide
+    assert not any(found["folded"])
+    assert len(found["printed"]) >= 3
+    assert all(found["printed"])
+    assert found["after"] == found["folded"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -16,15 +16,15 @@ from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
 from pipeline.report.judge import Trials
 from pipeline.report.leaderboard import seconds
 from pipeline.report.material import Map
+from pipeline.report.names import shorten_all
 from pipeline.report.rows import LeaderboardRow
 
 MOST_ROWS = 30
 """Rows of a leaderboard drawn; the table has them all."""
-LEGEND_CHARACTERS = 72
+LEGEND_CHARACTERS = 54
 """Of a name in a legend below a chart: what a phone's width holds."""
-
-MOST_CELLS = 25
-"""Classes of a confusion matrix drawn: the most confused ones."""
+LABEL_CHARACTERS = 24
+"""Of an embedding's name beside a row."""
 
 
 def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str) -> Chart:
@@ -32,14 +32,14 @@ def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str], scoring
 
     def draw(palette: Palette) -> Figure:
         shown = rows[:MOST_ROWS]
-        made = figure(palette, height=0.9 + 0.27 * len(shown))
+        made = figure(palette, height=_height(shown))
         axes = made.subplots()
         floor = 100 * _floor([row.test.interval[0] for row in shown if row.test])
         for place, row in enumerate(shown):
             colour = palette.accent if row.key in group else palette.muted
             if row.test is not None:
                 low, high = row.test.interval
-                text = f"{row.key}: test {_points(row.test.accuracy)} [{_points(low)}, {_points(high)}], cross-validation {_points(row.cv_mean)}"
+                text = f"{row.key}: test {_points(row.test.accuracy)} [{_points(low)}, {_points(high)}], cross-validation {_points(row.cv_mean, scoring)}"
                 if 100 * row.test.accuracy < floor:
                     axes.plot(floor, place, "<", color=colour, ms=6, gid=tip(text))
                     continue
@@ -48,7 +48,8 @@ def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str], scoring
             if scoring == "accuracy" and 100 * row.cv_mean >= floor:
                 axes.plot(100 * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
         _row_names(axes, shown)
-        axes.set_xlabel("● test, %, 95 % interval" + ("  | cross-validation" if scoring == "accuracy" else ""))
+        label = "accuracy, %:  ● test  — its 95 % interval"
+        axes.set_xlabel(label + ("  | cross-validation" if scoring == "accuracy" else ""), loc="right")
         return made
 
     return draw
@@ -59,7 +60,7 @@ def difference_chart(differences: Sequence[Difference], rows: Mapping[str, Leade
 
     def draw(palette: Palette) -> Figure:
         shown = [item for item in differences if item.key in rows][:MOST_ROWS]
-        made = figure(palette, height=0.9 + 0.27 * len(shown))
+        made = figure(palette, height=_height([rows[item.key] for item in shown]))
         axes = made.subplots()
         axes.axvline(0, color=palette.ink, lw=1)
         floor = 100 * _floor([-item.interval[1] for item in shown])
@@ -75,7 +76,7 @@ def difference_chart(differences: Sequence[Difference], rows: Mapping[str, Leade
             axes.plot(-100 * item.difference, place, "o", color=colour, ms=6, gid=tip(text))
         _row_names(axes, [rows[item.key] for item in shown])
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel("points from the best, out of fold")
+        axes.set_xlabel("percentage points from the best row, out of fold", loc="right")
         return made
 
     return draw
@@ -85,8 +86,9 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
     """Draw every trial's score and the best so far, one line per search."""
 
     def draw(palette: Palette) -> Figure:
-        columns = 2 if max(map(len, searches), default=0) <= LEGEND_CHARACTERS // 2 else 1
-        made = figure(palette, height=3.3 + 0.19 * -(-len(searches) // columns))
+        labels = shorten_all(list(searches), LEGEND_CHARACTERS)
+        columns = 2 if max(map(len, labels), default=0) <= LEGEND_CHARACTERS // 2 else 1
+        made = figure(palette, height=3.3 + 0.21 * -(-len(searches) // columns))
         axes = made.subplots()
         lowest = []
         for number, (name, trials) in enumerate(searches.items()):
@@ -96,7 +98,7 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
                 continue
             count = np.arange(1, len(means) + 1)
             best = np.fmax.accumulate(means)
-            axes.step(count, _scaled(best, scoring), where="post", color=colour, label=_short(name, LEGEND_CHARACTERS))
+            axes.step(count, _scaled(best, scoring), where="post", color=colour, label=plain_text(labels[number]))
             axes.plot(count, _scaled(means, scoring), ".", color=colour, ms=4, alpha=0.55)
             axes.plot(
                 count[-1],
@@ -115,63 +117,7 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
         axes.set_xlabel("trial")
         axes.set_ylabel(_score_label(scoring))
         if len(searches) > 1:
-            made.legend(loc="outside lower center", ncols=columns, fontsize=7)
-        return made
-
-    return draw
-
-
-def confusion_chart(matrix: NDArray[np.int64], classes: Sequence[str]) -> Chart:
-    """Draw a confusion matrix, each row as shares of its true class; many classes: those with most mistakes."""
-
-    def draw(palette: Palette) -> Figure:
-        wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
-        kept = np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
-        cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
-        shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
-        made = figure(palette, height=4.7)
-        axes = made.subplots()
-        axes.grid(False)
-        for row, column in np.argwhere(cells > 0).tolist():
-            right = row == column
-            share = float(shares[row, column])
-            text = (
-                f"{names[row]} taken for {names[column]}: {cells[row, column]} ({100 * share:.0f} %)"
-                if not right
-                else f"{names[row]} right: {cells[row, column]} ({100 * share:.0f} %)"
-            )
-            axes.add_patch(
-                Rectangle(
-                    (column - 0.46, row - 0.46), 0.92, 0.92, lw=0,
-                    color=palette.accent if right else palette.bad,
-                    alpha=max(0.12, share if right else min(1.0, 3 * share)),
-                    gid=tip(text),
-                )
-            )  # fmt: skip
-            if len(names) <= 12:
-                solid = share > 0.6 if right else share > 0.25
-                axes.text(
-                    column,
-                    row,
-                    str(cells[row, column]),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color=palette.surface if solid else palette.ink,
-                )
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_aspect("equal")
-        axes.set_xticks(
-            range(len(names)),
-            [_short(name) for name in names],
-            rotation=45 if max(map(len, names)) > 2 else 0,
-            ha="right" if max(map(len, names)) > 2 else "center",
-        )
-        axes.set_yticks(range(len(names)), [_short(name) for name in names])
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
-        axes.spines[:].set_visible(False)
+            made.legend(loc="outside lower center", ncols=columns)
         return made
 
     return draw
@@ -207,8 +153,8 @@ def reliability_chart(out_of_fold: Calibration | None, test: Calibration) -> Cha
         lowest = min([b.confidence for b in test.bins] + [b.interval[0] for b in test.bins])
         axes.set_xlim(100 * max(0, lowest - 0.05), 101)
         axes.set_ylim(100 * max(0, lowest - 0.05), 101)
-        axes.set_xlabel("how sure, %")
-        axes.set_ylabel("how often right, %")
+        axes.set_xlabel("how sure the head is, %")
+        axes.set_ylabel("how often it is right, %")
         axes.legend(loc="upper left")
         return made
 
@@ -247,7 +193,7 @@ def learning_chart(curve: LearningCurve, head: str) -> Chart:
                 color=palette.muted,
                 lw=1.2,
                 ls=(0, (4, 3)),
-                label="law: floor + scale · n^-rate",
+                label="fitted curve, carried on",
             )
         for item in (*curve.held_back, *curve.forecast):
             forecast = np.isnan(item.measured)
@@ -263,7 +209,7 @@ def learning_chart(curve: LearningCurve, head: str) -> Chart:
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
-        axes.set_xlabel("labelled images")
+        axes.set_xlabel("number of labelled images")
         axes.set_ylabel("accuracy, %")
         axes.legend(loc="lower right")
         return made
@@ -271,21 +217,49 @@ def learning_chart(curve: LearningCurve, head: str) -> Chart:
     return draw
 
 
+@dataclass(frozen=True)
+class Priced:
+    """Rows divided by what the cost chart can say of them; `whole` when the time of the embedding is known and counted."""
+
+    shown: tuple[LeaderboardRow, ...]
+    untested: tuple[LeaderboardRow, ...]
+    untimed: tuple[LeaderboardRow, ...]
+    low: tuple[LeaderboardRow, ...]
+    floor: float
+    whole: bool
+
+
+def priced(rows: Sequence[LeaderboardRow]) -> Priced:
+    """Divide rows into those that the cost chart shows and those it cannot, or only by squeezing all others."""
+    tested = [row for row in rows if row.test is not None]
+    whole = any(row.embed_seconds for row in rows)
+    floor = _floor([row.test.interval[0] for row in tested if row.test])
+    timed = [row for row in tested if not whole or row.embed_seconds]
+    low = [row for row in timed if row.test and row.test.accuracy < floor]
+    return Priced(
+        shown=tuple(row for row in timed if row not in low),
+        untested=tuple(row for row in rows if row.test is None),
+        untimed=tuple(row for row in tested if row not in timed),
+        low=tuple(low),
+        floor=floor,
+        whole=whole,
+    )
+
+
 def cost_chart(rows: Sequence[LeaderboardRow], images: int) -> Chart:
-    """Draw accuracy against time per image (embedding and head), the rows no other row beats on both sides joined."""
+    """Draw accuracy against time per image (embedding and head); rows that none beats in both are joined."""
 
     def draw(palette: Palette) -> Figure:
-        made = figure(palette)
+        found = priced(rows)
+        names = list(dict.fromkeys(row.head for row in found.shown))
+        made = figure(palette, height=3.3 + 0.21 * -(-len(names) // 2))
         axes = made.subplots()
-        floor = _floor([row.test.interval[0] for row in rows if row.test])
-        known = any(row.embed_seconds for row in rows)
-        shown = [row for row in rows if row.test and row.test.accuracy >= floor and bool(row.embed_seconds) == known]
+        shown, known = found.shown, found.whole
         cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
         value = [row.test.accuracy for row in shown if row.test is not None]
         best = pareto(cost, value)
         edge = sorted((c, 100 * v) for c, v, kept in zip(cost, value, best, strict=True) if kept)
         axes.step([c for c, _ in edge], [v for _, v in edge], where="post", color=palette.muted, lw=1, ls=(0, (4, 3)))
-        names = list(dict.fromkeys(row.head for row in shown))
         for row, c, v, kept in zip(shown, cost, value, best, strict=True):
             colour = palette.categories[names.index(row.head) % len(palette.categories)]
             text = f"{row.key}: {_points(v)} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' if kept else ''}"
@@ -299,14 +273,20 @@ def cost_chart(rows: Sequence[LeaderboardRow], images: int) -> Chart:
                 gid=tip(text),
             )
         for number, name in enumerate(names):
-            axes.plot([], [], "o", color=palette.categories[number % len(palette.categories)], label=plain_text(name))
+            axes.plot(
+                [],
+                [],
+                "o",
+                color=palette.categories[number % len(palette.categories)],
+                label=plain_text(name.replace("_", " ")),
+            )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("milliseconds per image" + ("" if known else " (head alone)"))
+        axes.set_xlabel("time per image, milliseconds: " + ("embedding and head" if known else "head alone"))
         axes.set_ylabel("test accuracy, %")
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        made.legend(loc="outside lower center", ncols=2)
         return made
 
     return draw
@@ -348,24 +328,20 @@ def _floor(values: Sequence[float]) -> float:
     return max(min(values), middle - 3 * (top - middle) - 0.02)
 
 
+def _height(rows: Sequence[LeaderboardRow]) -> float:
+    """Return the inches of a chart with a line per row, or two where the embedding is named too."""
+    return 0.9 + (0.38 if len({row.embedding for row in rows}) > 1 else 0.27) * len(rows)
+
+
 def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
-    several = len({row.embedding for row in rows}) > 1
     names = [row.head.replace("_", " ") for row in rows]
-    if several:
-        short = [row.embedding.removesuffix("-penultimate") for row in rows]
-        names = [
-            f"{name} · {embedding if len(embedding) < 22 else embedding[:20] + '…'}"
-            for name, embedding in zip(names, short, strict=True)
-        ]
-    axes.set_yticks(range(len(rows)), [plain_text(name) for name in names], fontsize=8)
+    if len({row.embedding for row in rows}) > 1:
+        short = shorten_all([row.embedding.removesuffix("-penultimate") for row in rows], LABEL_CHARACTERS)
+        names = [f"{name}\n{embedding}" for name, embedding in zip(names, short, strict=True)]
+    axes.set_yticks(range(len(rows)), [plain_text(name) for name in names], fontsize=8.5, linespacing=1.2)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
-
-
-def _short(text: str, length: int = 14) -> str:
-    """Return a name that fits beside an axis; the tooltip has the whole of it."""
-    return plain_text(text if len(text) <= length else f"{text[: length - 1]}…")
 
 
 def _points(share: float, scoring: str = "accuracy") -> str:

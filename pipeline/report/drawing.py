@@ -70,8 +70,8 @@ Chart = Callable[[Palette], Figure]
 """Draws itself with the colours it is given."""
 
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
+    "font.size": 10,
+    "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -79,7 +79,8 @@ STYLE = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 8.5,
+    "axes.labelsize": 9.5,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "svg.fonttype": "none",
@@ -95,8 +96,11 @@ def figure(palette: Palette, width: float = 4.9, height: float = 3.5) -> Figure:
     return made
 
 
-def to_svg(chart: Chart, name: str) -> str:
-    """Draw a chart as an SVG element; `tip` ids become tooltips, stand-in colours become CSS variables."""
+def to_svg(chart: Chart, name: str, label: str = "") -> str:
+    """Draw a chart as an SVG element; `tip` ids become tooltips, stand-in colours become CSS variables.
+
+    `label` is what a screen reader calls the chart.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context(_style(SCREEN)), warnings.catch_warnings():
         # A glyph that matplotlib's font lacks is set by the browser in a font that has it.
@@ -109,14 +113,22 @@ def to_svg(chart: Chart, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    # Hundredths of a point cannot be seen; tooltips keep their digits.
+    text = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
+    # The page sets its own font.
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     # Ids are unique in one SVG only; a page has many.
     text = re.sub(r'\bid="(?!tip:)([^"]*)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
-    text = re.sub(r'id="tip:([^"]*)"', r'class="tip" tabindex="0" data-tip="\1"', text)
+    text = re.sub(r'id="tip:([^"]*)"', r'class="tip" data-tip="\1"', text)
     for stand_in, variable in _VARIABLES.items():
         text = text.replace(stand_in, f"var(--{variable})")
-    return text.replace("<svg ", f'<svg class="chart" role="img" data-chart="{html.escape(name)}" ', 1)
+    return text.replace(
+        "<svg ",
+        f'<svg class="chart" role="group" aria-label="{html.escape(label or name)}" data-chart="{html.escape(name)}" ',
+        1,
+    )
 
 
 def to_png(chart: Chart) -> bytes:

@@ -1,17 +1,69 @@
-"""Sections made of pictures: the worst mistakes, labels to check, near-duplicates, outliers."""
+"""Sections made of pictures: the map of the embedding, the worst mistakes, labels to check, near-duplicates, outliers."""
 
 from __future__ import annotations
 
+import json
 from html import escape
 
 import numpy as np
 
 from pipeline.metrics import class_columns
+from pipeline.report.drawing import CATEGORIES
 from pipeline.report.material import Material
-from pipeline.report.pictures import gallery
+from pipeline.report.names import shorten_all
+from pipeline.report.pictures import gallery, sheet
 
 MOST_PICTURES = 24
 MOST_PAIRS = 18
+CHIP = 28
+"""Characters of a class on the map's buttons."""
+
+
+def space_map(material: Material, drawing: str | None) -> str:
+    """Show the drawn map of the embedding with what the page's script needs to show the image at a dot."""
+    space, index = material.map, material.index
+    if drawing is None or space is None or index is None:
+        return ""
+    picture, columns = sheet(index, space.rows.tolist())
+    labels = index.labels[space.rows].astype(str)
+    data = {
+        "paths": index.paths[space.rows].tolist(),
+        "splits": index.splits[space.rows].tolist(),
+        "codes": class_columns(labels, index.classes).tolist(),
+        "classes": list(index.classes),
+        "columns": columns,
+        "sheet": picture,
+    }
+    chips = "".join(
+        f'<button aria-pressed="false" title="{escape(label)}"><i style="background:var(--c{number % len(CATEGORIES)})"></i>{escape(short)}</button>'
+        for number, (label, short) in enumerate(zip(index.classes, shorten_all(index.classes, CHIP), strict=True))
+    )
+    total = (
+        f"{len(space.rows):,} of {len(index):,} images"
+        if len(space.rows) < len(index)
+        else f"all {len(index):,} images"
+    )
+    repeated = (
+        f" {len(CATEGORIES)} colours serve {len(index.classes)} classes, so several share one."
+        if len(index.classes) > len(CATEGORIES)
+        else ""
+    )
+    return (
+        f'<h2>Map of the embedding</h2><p class="quiet">{escape(material.embedding or "")}, {space.method} of {total}: images that lie close together look alike to the network; '
+        f"the axes have no unit. Point at a dot or touch it to see its image; choose a class to see it alone.{repeated}</p>"
+        f'<div class="chips" id="map-classes">{chips}</div><div class="map">{drawing}</div>'
+        f'<script type="application/json" id="map-data">{_json(data)}</script>'
+    )
+
+
+def _json(value: object) -> str:
+    """Return JSON that cannot end its script element."""
+    return (
+        json.dumps(value, ensure_ascii=False)
+        .replace("<", "\\u003c")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )
 
 
 def mistakes(material: Material) -> str:
@@ -32,10 +84,14 @@ def mistakes(material: Material) -> str:
     pictures = gallery(material.index, part.paths[order].tolist())
     figures = []
     for row in order.tolist():
-        share = f" · {100 * sure[row]:.0f} %" if part.probabilities is not None else ""
+        share = f" · {100 * sure[row]:.0f}&nbsp;%" if part.probabilities is not None else ""
         caption = f"<b>{escape(part.y_pred[row])}</b>{share}<br><span>is {escape(part.y_true[row])}</span>"
         figures.append(_figure(str(part.paths[row]), pictures, caption))
-    text = f"{len(wrong):,} of {len(part.paths):,} test images were labelled wrong; these with most conviction. In bold what {escape(material.leaderboard.best.key)} said."
+    which = "; these with most conviction" if len(wrong) > len(order) else ""
+    text = (
+        f"{len(wrong):,} of {len(part.paths):,} test images were labelled wrong{which}. In bold what {escape(material.leaderboard.best.key)} said"
+        f"{' and how sure it was' if part.probabilities is not None else ''}, below it the image's own label."
+    )
     return f'<h2>Worst mistakes</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'
 
 
@@ -68,7 +124,7 @@ def _trust(material: Material) -> str:
     best = material.best
     if best is None or best.out_of_fold is None:
         return ""
-    return f"It is right on {100 * float(best.out_of_fold.correct.mean()):.0f} % of them all, so many doubts are its own mistakes."
+    return f"It is right on {100 * float(best.out_of_fold.correct.mean()):.0f} % of them all, so a doubt may be its own mistake."
 
 
 def copies(material: Material) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,16 +15,30 @@ from pipeline.metrics import (
     measure_calibration,
     per_class,
 )
-from pipeline.report import charts, tables
+from pipeline.report import charts, confusion, tables
 from pipeline.report.drawing import CATEGORIES, Chart, to_svg
-from pipeline.report.galleries import copies, mistakes, strangers, suspects
+from pipeline.report.galleries import copies, mistakes, space_map, strangers, suspects
 from pipeline.report.imbalance import effects
 from pipeline.report.leaderboard import seconds
 from pipeline.report.material import CURVE_HEAD, Material
-from pipeline.report.pictures import sheet
+from pipeline.report.rows import LeaderboardRow
 
-MOST_SEARCHES = 10
-"""Searches in the tuning chart: the best rows'."""
+MOST_SEARCHES = len(CATEGORIES)
+"""Searches in the tuning chart: each has a colour of its own."""
+MOST_NAMED = 3
+"""Rows that a caption names; of more it says how many."""
+
+CHARTS = {
+    "leaderboard": "Test accuracy and cross-validation of every row",
+    "differences": "How far every row lies behind the best",
+    "tuning": "Best score so far, trial by trial",
+    "confusion": "Confusion matrix",
+    "reliability": "How often predictions are right against how sure they are",
+    "learning_curve": "Accuracy against the number of labelled images",
+    "cost": "Test accuracy against time per image",
+    "map": "Map of the images; arrow keys go from dot to dot",
+}
+"""What a screen reader calls each chart."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ def charts_of(material: Material) -> dict[str, Chart]:
     found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.rows, group, board.scoring)}
     if board.verdict and len(board.verdict.differences) > 1:
         found["differences"] = charts.difference_chart(board.verdict.differences, {row.key: row for row in board.rows})
-    searches = {row.key: material.trials[row.key] for row in board.rows if len(material.trials.get(row.key, ())) > 1}
+    searches = {row.key: material.trials[row.key] for row in _searched(material)}
     if searches:
         several = len({key.split("/")[0] for key in searches}) > 1
         named = {
@@ -61,7 +74,7 @@ def charts_of(material: Material) -> dict[str, Chart]:
         found["tuning"] = charts.tuning_chart(named, board.scoring)
     if best is not None:
         matrix = confusion_matrix(best.test.y_true, best.test.y_pred, best.classes)
-        found["confusion"] = charts.confusion_chart(matrix, best.classes)
+        found["confusion"] = confusion.confusion_chart(matrix, best.classes)
         on_test = _calibration(best.test, best.classes)
         if on_test is not None:
             held_out = _calibration(best.out_of_fold, best.classes) if best.out_of_fold else None
@@ -76,9 +89,13 @@ def charts_of(material: Material) -> dict[str, Chart]:
     return found
 
 
+def _searched(material: Material) -> list[LeaderboardRow]:
+    return [row for row in material.leaderboard.rows if len(material.trials.get(row.key, ())) > 1]
+
+
 def make(material: Material) -> list[Section]:
     """Return the sections that have something to show."""
-    drawn = {name: to_svg(chart, name) for name, chart in charts_of(material).items()}
+    drawn = {name: to_svg(chart, name, CHARTS[name]) for name, chart in charts_of(material).items()}
     makers: tuple[tuple[str, str, Callable[[Material, Mapping[str, str]], str]], ...] = (
         ("leaderboard", "Leaderboard", _leaderboard),
         ("difference", "Difference", _difference),
@@ -86,7 +103,7 @@ def make(material: Material) -> list[Section]:
         ("classes", "Classes", _classes),
         ("calibration", "Calibration", _calibration_section),
         ("cost", "Labels and cost", _growth),
-        ("map", "Map", _map),
+        ("map", "Map", lambda material, drawn: space_map(material, drawn.get("map"))),
         ("mistakes", "Mistakes", lambda material, _: mistakes(material)),
         ("labels", "Labels", lambda material, _: suspects(material)),
         ("copies", "Copies", lambda material, _: copies(material)),
@@ -101,7 +118,7 @@ def header(material: Material) -> str:
     """Return the top of the page: what was compared, and the four numbers to take home."""
     board = material.leaderboard
     best, verdict, images = board.best, board.verdict, board.provenance.get("images", {})
-    parts = [f"{len(board.rows)} rows"]
+    parts = [f"{len(board.rows)} rows, each a head on an embedding"]
     if images:
         parts += [
             f"{images.get('train', 0):,} training and {images.get('test', 0):,} test images",
@@ -152,11 +169,13 @@ def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
         if board.verdict
         else ""
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith("Recommended"))
+    # Recommended and ~ are said above the table, where the page has a blue edge for the sign.
+    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith(("Recommended", "~")))
     return (
         "<h2>Leaderboard</h2>"
-        '<p class="quiet">Ordered by cross-validation; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best.</p>'
-        f'{reason}<div class="scroll">{tables.leaderboard(board)}</div>'
+        '<p class="quiet">Each row is a head, the classifier, fitted on an embedding, the numbers that a frozen network makes of an image. '
+        "Ordered by cross-validation on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows).</p>"
+        f"{reason}{tables.leaderboard(board)}"
         f'<details><summary>How to read this</summary><ul class="quiet">{notes}</ul></details>'
     )
 
@@ -165,17 +184,21 @@ def _difference(material: Material, drawn: Mapping[str, str]) -> str:
     board = material.leaderboard
     text = (
         '<p class="quiet">All rows are compared on the same images. An interval that reaches 0 means that the row may be as good as the best; '
-        "intervals hold for all pairs of rows at once, so that the best of many is not taken for better than it is.</p>"
+        "intervals hold for all pairs of rows at once, so that the best of many is not taken for better than it is. "
+        "Out of fold: every training image is judged by a head that was fitted without it. A triangle stands for a row too far left to be drawn."
+        f"{_rows_left_out(len(board.rows))}</p>"
     )
     left = f"<h3>Accuracy</h3>{drawn['leaderboard']}"
     right = f"<h3>Behind the best, out of fold</h3>{drawn['differences']}" if "differences" in drawn else ""
     table = tables.differences(board)
-    more = (
-        f'<details><summary>Paired tests on test images and folds</summary><div class="scroll">{table}</div></details>'
-        if table
-        else ""
-    )
-    return f'<h2>Is the difference real?</h2>{text}<div class="two"><div>{left}</div><div>{right}</div></div>{_optimism(material)}{more}'
+    more = f"<details><summary>Paired tests on test images and folds</summary>{table}</details>" if table else ""
+    return f'<h2>Is the difference real?</h2>{text}<div class="two charts"><div>{left}</div><div>{right}</div></div>{_optimism(material)}{more}'
+
+
+def _rows_left_out(count: int) -> str:
+    if count <= charts.MOST_ROWS:
+        return ""
+    return f" Drawn are the {charts.MOST_ROWS} best rows of {count}, for want of room; the tables have all."
 
 
 def _optimism(material: Material) -> str:
@@ -202,7 +225,11 @@ def _tuning(material: Material, drawn: Mapping[str, str]) -> str:
         if tuning
         else ""
     )
-    return f'<h2>Tuning</h2><p class="quiet">{escape(how)} Lines are the best so far, dots single trials.</p><div class="two"><div>{drawn["tuning"]}</div><div class="scroll">{tables.searches(material)}</div></div>'
+    text = f"{how} Lines are the best so far, dots single trials; trials far below are cut off."
+    count = len(_searched(material))
+    if count > MOST_SEARCHES:
+        text += f" Drawn are the {MOST_SEARCHES} best searches of {count}, as many as there are colours to tell apart; the table has all."
+    return f'<h2>Tuning</h2><p class="quiet">{escape(text)}</p><div class="two"><div>{drawn["tuning"]}</div><div>{tables.searches(material)}</div></div>'
 
 
 def _classes(material: Material, drawn: Mapping[str, str]) -> str:
@@ -210,9 +237,15 @@ def _classes(material: Material, drawn: Mapping[str, str]) -> str:
     if best is None:
         return ""
     rows = per_class(best.test.y_true, best.test.y_pred, best.classes)
+    text = (
+        f"{material.leaderboard.best.key} on the test images. Rows of the matrix are true classes; blue is right, orange is wrong, "
+        "and the stronger the colour, the larger the share of the class. Precision: of the images given this label, those that are it; "
+        f"recall: of the images that are it, those given the label; F1 joins the two. "
+        f"{confusion.left_out(confusion_matrix(best.test.y_true, best.test.y_pred, best.classes))}"
+    )
     return (
-        f'<h2>Class by class</h2><p class="quiet">{escape(material.leaderboard.best.key)} on the test images. Rows of the matrix are true classes; blue is right, orange is wrong.</p>'
-        f'<div class="two"><div>{drawn["confusion"]}</div><div class="scroll">{tables.classes(rows)}</div></div>{_imbalance(material)}'
+        f'<h2>Class by class</h2><p class="quiet">{escape(text)}</p>'
+        f'<div class="two"><div>{drawn["confusion"]}</div><div>{tables.classes(rows)}</div></div>{_imbalance(material)}'
     )
 
 
@@ -225,7 +258,7 @@ def _imbalance(material: Material) -> str:
         "calibrated probabilities by how frequent each class was in training; it needs no new fit, and is worth its loss in accuracy "
         "only where every class matters equally."
     )
-    return f'<h3>Uneven classes</h3><p class="quiet">{text}</p><div class="scroll">{tables.imbalance(found)}</div>'
+    return f'<h3>Uneven classes</h3><p class="quiet">{text}</p>{tables.imbalance(found)}'
 
 
 def _calibration(part: PredictionSet, classes: tuple[str, ...]) -> Calibration | None:
@@ -247,8 +280,9 @@ def _calibration_section(material: Material, drawn: Mapping[str, str]) -> str:
     ]
     return (
         '<h2>Can its probabilities be believed?</h2><p class="quiet">A dot on the dashed line is right as often as it says. '
-        "Probabilities were fitted on out-of-fold scores, never on test images.</p>"
-        f'<div class="two"><div>{drawn["reliability"]}</div><div class="scroll">{tables.calibration(rows)}</div></div>'
+        "Probabilities were fitted on out-of-fold scores, never on test images. The chart is of the best row. Calibration error: how far "
+        "sureness and being right lie apart on average; Brier score and log loss also punish what is wrong. Of all three less is better.</p>"
+        f'<div class="two"><div>{drawn["reliability"]}</div><div>{tables.calibration(rows)}</div></div>'
     )
 
 
@@ -268,46 +302,23 @@ def _growth(material: Material, drawn: Mapping[str, str]) -> str:
         )
     if "cost" in drawn:
         best = material.leaderboard.best
-        text = f"The dashed line joins rows that none beats in both. The best row was fitted in {seconds(best.fit_seconds)} s. Squares are baselines."
+        text = f"The dashed line joins rows that no other beats in both. The best row was fitted in {seconds(best.fit_seconds)} s. Squares are baselines. {_unpriced(material)}"
         parts.append(f'<div><h3>What does accuracy cost?</h3>{drawn["cost"]}<p class="quiet">{escape(text)}</p></div>')
-    return f'<h2>Labels and cost</h2><div class="two">{"".join(parts)}</div>' if parts else ""
+    return f'<h2>Labels and cost</h2><div class="two charts">{"".join(parts)}</div>' if parts else ""
 
 
-def _map(material: Material, drawn: Mapping[str, str]) -> str:
-    space, index = material.map, material.index
-    if "map" not in drawn or space is None or index is None:
-        return ""
-    picture, columns = sheet(index, space.rows.tolist())
-    labels = index.labels[space.rows].astype(str)
-    data = {
-        "paths": index.paths[space.rows].tolist(),
-        "splits": index.splits[space.rows].tolist(),
-        "codes": class_columns(labels, index.classes).tolist(),
-        "classes": list(index.classes),
-        "columns": columns,
-        "sheet": picture,
-    }
-    chips = "".join(
-        f'<button aria-pressed="false"><i style="background:var(--c{number % len(CATEGORIES)})"></i>{escape(label)}</button>'
-        for number, label in enumerate(index.classes)
+def _unpriced(material: Material) -> str:
+    """Say which rows the cost chart leaves out and why."""
+    found = charts.priced(material.leaderboard.rows)
+    reasons = (
+        (found.low, f"below {100 * found.floor:.0f} %, where they would squeeze all others"),
+        (found.untimed, "without a measured time per image"),
+        (found.untested, "without a test score"),
     )
-    total = (
-        f"{len(space.rows):,} of {len(index):,} images"
-        if len(space.rows) < len(index)
-        else f"all {len(index):,} images"
-    )
-    return (
-        f'<h2>Map of the embedding</h2><p class="quiet">{escape(material.embedding or "")}, {space.method} of {total}. Point at a dot to see its image; choose a class to see it alone.</p>'
-        f'<div class="chips" id="map-classes">{chips}</div><div class="map">{drawn["map"]}</div>'
-        f'<script type="application/json" id="map-data">{_json(data)}</script>'
-    )
+    parts = [f"{_counted(rows)} {reason}" for rows, reason in reasons if rows]
+    return f"Not drawn: {'; '.join(parts)}." if parts else ""
 
 
-def _json(value: object) -> str:
-    """Return JSON that cannot end its script element."""
-    return (
-        json.dumps(value, ensure_ascii=False)
-        .replace("<", "\\u003c")
-        .replace("\u2028", "\\u2028")
-        .replace("\u2029", "\\u2029")
-    )
+def _counted(rows: Sequence[LeaderboardRow]) -> str:
+    names = f" ({', '.join(row.key for row in rows)})" if len(rows) <= MOST_NAMED else ""
+    return f"{len(rows)} {'row' if len(rows) == 1 else 'rows'}{names}"

@@ -14,24 +14,51 @@ from pipeline.report.leaderboard import REPEATS, Leaderboard, seconds
 from pipeline.report.material import Material
 from pipeline.report.rows import LeaderboardRow
 
+MOST_CLASSES = 25
+"""Classes up to which the table has them all at once."""
+WORST_CLASSES = 15
+"""Of more classes, those shown before the table is unfolded."""
+
 Cell = tuple[str, float | None]
 """HTML and the number it is sorted by; None for text."""
 
 
-def table(headers: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:
-    """Return a table that sorts when a header is clicked; each row has a CSS class and cells."""
+def table(name: str, headers: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:
+    """Return a table that sorts when a header is pressed; each row has a CSS class and cells, the first names it.
+
+    `name` is what a screen reader calls the table. Where it is wider than the screen it scrolls.
+    """
+    # A unit alone on a line would be read as a name.
+    headers = [
+        text.replace(", %", ",&nbsp;%").replace(", s", ",&nbsp;s").replace("[95 %]", "[95&nbsp;%]") for text in headers
+    ]
     numeric = [bool(rows) and rows[0][1][column][1] is not None for column in range(len(headers))]
     head = "".join(
-        f'<th class="n">{name}</th>' if is_number else f"<th>{name}</th>"
-        for name, is_number in zip(headers, numeric, strict=True)
+        f'<th scope="col" class="n">{text}</th>' if is_number else f'<th scope="col">{text}</th>'
+        for text, is_number in zip(headers, numeric, strict=True)
     )
-    body = "".join(f'<tr class="{name}">{"".join(_cell(cell) for cell in cells)}</tr>' for name, cells in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    body = "".join(
+        f'<tr class="{kind}">{_first(cells[0])}{"".join(map(_cell, cells[1:]))}</tr>' for kind, cells in rows
+    )
+    return (
+        f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _first(cell: Cell) -> str:
+    return f'<th scope="row">{cell[0]}</th>'
 
 
 def _cell(cell: Cell) -> str:
     text, value = cell
     return f"<td>{text}</td>" if value is None else f'<td class="n" data-v="{value:.10g}">{text}</td>'
+
+
+def _named(row: LeaderboardRow, more: str = "") -> Cell:
+    """Name a row by head and embedding, so that no two rows of a table are called the same."""
+    head = f'<span class="nowrap">{escape(row.head.replace("_", " "))}</span>{more}'
+    return (f'{head}<span class="quiet embedding">{escape(row.embedding)}</span>', None)
 
 
 def _missing() -> Cell:
@@ -59,50 +86,56 @@ def leaderboard(board: Leaderboard) -> str:
         rows.append((kind, _leaderboard_cells(row, board, span)))
     asked = [name.capitalize() for name, _ in REPEATS if any(getattr(row, name) for row in board.rows)]
     headers = [
-        "Head",
-        "Embedding",
-        "Cross-validation",
+        "Head <span class='quiet'>and embedding</span>",
+        f"Cross-validation, {unit(board.scoring)}",
+        "Test accuracy, % <span class='quiet'>[95 %]</span>",
         *asked,
-        "Test accuracy",
-        "95 % interval",
-        "Balanced",
-        "Macro F1",
+        "Balanced accuracy, %",
+        "Macro F1, %",
         "Log loss",
-        "Fit s",
+        "Fit, s",
         "Trials",
     ]
-    return table(headers, rows)
+    return table("Leaderboard", headers, rows)
+
+
+def unit(scoring: str) -> str:
+    """Return what a cross-validation score is measured in."""
+    return (
+        "minus log loss"
+        if scoring == "log_loss"
+        else "%"
+        if scoring == "accuracy"
+        else f"{scoring.replace('_', ' ')}, %"
+    )
+
+
+def _score(value: float, scoring: str) -> str:
+    return f"{value:.3f}" if scoring == "log_loss" else f"{100 * value:.1f}"
 
 
 def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) -> list[Cell]:
-    tags = ""
-    if row.key == board.best.key:
-        tags += ' <span class="tag blue">best</span>'
+    tags = [f'<span class="tag">{row.note}</span>'] if row.note else []
     if board.verdict and row.key == board.verdict.recommended:
-        tags += ' <span class="tag green">recommended</span>'
-    note = f' <span class="tag">{row.note}</span>' if row.note else ""
-    loss = board.scoring == "log_loss"
-    validation = (
-        f"{row.cv_mean:.3f} ± {row.cv_std:.3f}" if loss else f"{100 * row.cv_mean:.1f} ± {100 * row.cv_std:.1f}"
-    )
-    test = row.test
+        tags.insert(0, '<span class="tag green">recommended</span>')
+    if row.key == board.best.key:
+        tags.insert(0, '<span class="tag blue">best</span>')
+    test, scoring = row.test, board.scoring
     cells: list[Cell] = [
-        (f'<span class="nowrap">{escape(row.head.replace("_", " "))}</span>{tags}', None),
-        (f'<span class="embedding">{escape(row.embedding)}</span>{note}', None),
-        (validation, row.cv_mean),
+        _named(row, "".join(f" {tag}" for tag in tags)),
+        (f'<span class="nowrap">{_score(row.cv_mean, scoring)} ± {_score(row.cv_std, scoring)}</span>', row.cv_mean),
+        (_tested(test.accuracy, test.interval, span), test.accuracy) if test else _missing(),
     ]
     for name, text in REPEATS:
         repeated = getattr(row, name)
         if repeated is not None:
-            cells.append((text(row, board.scoring), repeated.mean if name == "nested" else repeated.cv[0]))
+            cells.append((text(row, scoring), repeated.mean if name == "nested" else repeated.cv[0]))
         elif any(getattr(other, name) for other in board.rows):
             cells.append(_missing())
     if test is None:
-        cells += [_missing()] * 5
+        cells += [_missing()] * 3
     else:
         cells += [
-            (f"{100 * test.accuracy:.1f}", test.accuracy),
-            (_range(test.accuracy, test.interval, span), test.interval[0]),
             (f"{100 * test.balanced_accuracy:.1f}", test.balanced_accuracy),
             (f"{100 * test.macro_f1:.1f}", test.macro_f1),
             (f"{test.log_loss:.3f}", test.log_loss) if test.log_loss is not None else _missing(),
@@ -110,13 +143,13 @@ def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) 
     return [*cells, (seconds(row.fit_seconds), row.fit_seconds), (str(row.trials), float(row.trials))]
 
 
-def _range(value: float, interval: Interval, span: Interval) -> str:
+def _tested(value: float, interval: Interval, span: Interval) -> str:
     def place(share: float) -> float:
         return min(100.0, max(0.0, 100 * (share - span[0]) / max(span[1] - span[0], 1e-9)))
 
     left, right = place(interval[0]), place(interval[1])
-    text = f"{100 * value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    return f'<span class="range tip" data-tip="{text}"><i style="left:{left:.1f}%;width:{right - left:.1f}%"></i><b style="left:{place(value):.1f}%"></b></span>'
+    text = f"<span class='nowrap'>{100 * value:.1f}</span> <span class='quiet'>[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]</span>"
+    return f'{text}<span class="range" aria-hidden="true"><i style="left:{left:.1f}%;width:{right - left:.1f}%"></i><b style="left:{place(value):.1f}%"></b></span>'
 
 
 def differences(board: Leaderboard) -> str:
@@ -128,7 +161,7 @@ def differences(board: Leaderboard) -> str:
         if item.key == board.best.key:
             continue
         cells: list[Cell] = [
-            (escape(item.key), None),
+            _named(board.row(item.key)),
             (_signed(item.difference, item.interval), item.difference),
             (_p(item.p_value), item.p_value),
         ]
@@ -140,15 +173,15 @@ def differences(board: Leaderboard) -> str:
             )
         rows.append(("group" if item.no_evidence else "", cells))
     headers = [
-        "Best minus this row, points",
-        "Out of fold",
+        "Best minus this row, percentage points",
+        "Out of fold <span class='quiet'>[95 %]</span>",
         "p, all pairs",
-        "Test images",
-        "McNemar, Holm",
-        "Folds",
-        "Corrected t, Holm",
+        "Test images <span class='quiet'>[95 %]</span>",
+        "p, McNemar and Holm",
+        "Folds <span class='quiet'>[95 %]</span>",
+        "p, corrected t and Holm",
     ]
-    return table(headers, rows) if rows else ""
+    return table("Paired tests", headers, rows) if rows else ""
 
 
 def searches(material: Material) -> str:
@@ -162,34 +195,53 @@ def searches(material: Material) -> str:
         stopped = sum(trial["status"] == "stopped" for trial in trials)
         params = ", ".join(f"{name} = {_short(value)}" for name, value in row.params.items())
         spent = row.search_seconds or 0.0
+        name, _ = _named(row)
         cells: list[Cell] = [
-            (
-                f'<span class="tip" data-tip="{escape(row.key)}">{escape(row.head.replace("_", " "))}</span><br><span class="quiet">{escape(params)}</span>',
-                None,
-            ),
-            (f"{100 * row.cv_mean:.1f}", row.cv_mean),
+            (f'{name}<span class="quiet embedding">{escape(params)}</span>', None),
+            (_score(row.cv_mean, material.leaderboard.scoring), row.cv_mean),
             (str(len(trials)), float(len(trials))),
             (f"{stopped} / {failed}", float(stopped + failed)),
             (seconds(spent), spent),
         ]
         rows.append(("", cells))
-    return table(["Search, best parameters", "CV", "Trials", "Stopped / failed", "Seconds"], rows)
+    headers = [
+        "Search <span class='quiet'>and best parameters</span>",
+        f"Best cross-validation, {unit(material.leaderboard.scoring)}",
+        "Trials",
+        "Stopped / failed",
+        "Time, s",
+    ]
+    return table("Searches", headers, rows)
 
 
 def classes(rows: Sequence[ClassScores]) -> str:
-    """Return precision, recall and F1 class by class."""
+    """Return precision, recall and F1 class by class; of many classes the worst first, and all of them folded away."""
+    if len(rows) <= MOST_CLASSES:
+        return _class_table("Classes", rows)
+    # A class that is neither among the test images nor among the answers has no F1, and is not the worst.
+    worst = sorted(rows, key=lambda row: (not row.support + row.predicted, row.f1))[:WORST_CLASSES]
+    return (
+        f"<h3>The {len(worst)} worst of {len(rows)} classes, lowest F1 first</h3>{_class_table('Worst classes', worst)}"
+        f"<details><summary>All {len(rows)} classes</summary>{_class_table('All classes', rows)}</details>"
+    )
+
+
+def _class_table(name: str, rows: Sequence[ClassScores]) -> str:
     made = []
     for row in rows:
+        interval = f"[{100 * row.interval[0]:.0f}, {100 * row.interval[1]:.0f}]"
         cells: list[Cell] = [
             (escape(row.label), None),
             (f"{row.support:,}", float(row.support)),
-            (f"{100 * row.precision:.1f}", row.precision),
-            (f"{100 * row.recall:.1f}", row.recall),
-            (f"{100 * row.interval[0]:.0f}–{100 * row.interval[1]:.0f}", row.interval[0]),
-            (f"{100 * row.f1:.1f}", row.f1),
+            (f"{100 * row.precision:.1f}", row.precision) if row.predicted else _missing(),
+            (f"{100 * row.recall:.1f} <span class='quiet'>{interval}</span>", row.recall)
+            if row.support
+            else _missing(),
+            (f"{100 * row.f1:.1f}", row.f1) if row.support + row.predicted else _missing(),
         ]
         made.append(("", cells))
-    return table(["Class", "Images", "Precision", "Recall", "95 %", "F1"], made)
+    headers = ["Class", "Test images", "Precision, %", "Recall, % <span class='quiet'>[95 %]</span>", "F1, %"]
+    return table(name, headers, made)
 
 
 def imbalance(found: Sequence[Effect]) -> str:
@@ -209,8 +261,12 @@ def imbalance(found: Sequence[Effect]) -> str:
                 text = f"{100 * value:.1f} <span class='quiet'>[{100 * low:.1f}, {100 * high:.1f}]</span>"
                 cells.append((text, value))
         rows.append(("", cells))
-    sides = [f"{name}, {where}" for where in ("out of fold", "test") for name in ("Accuracy", "balanced", "macro F1")]
-    return table(["Treatment", *sides], rows)
+    sides = [
+        f"{name}, {where}, %"
+        for where in ("out of fold", "test")
+        for name in ("Accuracy", "Balanced accuracy", "Macro F1")
+    ]
+    return table("Uneven classes", ["Treatment", *sides], rows)
 
 
 def calibration(rows: Sequence[tuple[LeaderboardRow, Calibration]]) -> str:
@@ -218,13 +274,17 @@ def calibration(rows: Sequence[tuple[LeaderboardRow, Calibration]]) -> str:
     made = []
     for row, found in rows:
         cells: list[Cell] = [
-            (f'{escape(row.head.replace("_", " "))}<br><span class="quiet">{escape(row.embedding)}</span>', None),
+            _named(row),
             (f"{100 * found.ece:.1f}", found.ece),
             (f"{found.brier:.3f}", found.brier),
             (f"{found.log_loss:.3f}", found.log_loss),
         ]
         made.append(("", cells))
-    return table(["Row", "Calibration error, %", "Brier", "Log loss"], made)
+    return table(
+        "Calibration",
+        ["Head <span class='quiet'>and embedding</span>", "Calibration error, %", "Brier", "Log loss"],
+        made,
+    )
 
 
 def reproduce(material: Material) -> str:

@@ -1,0 +1,88 @@
+"""Which classes are taken for which: the matrix, as large as can be read, and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
+from pipeline.report.names import shorten_all
+
+MOST_CELLS = 25
+"""Classes of a confusion matrix drawn: with more of them no label can be read."""
+MOST_COUNTED = 12
+"""Classes up to which a cell has room for its count."""
+LABEL = 18
+"""Characters of a label beside the matrix; the tooltips have the whole names."""
+
+
+def most_confused(matrix: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Return the classes that are drawn, in their order: all, or those with most mistakes, either way round."""
+    wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
+    return np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
+
+
+def left_out(matrix: NDArray[np.int64]) -> str:
+    """Return what a reader must know of a matrix too large to be drawn whole; nothing where it is whole."""
+    kept = most_confused(matrix)
+    if len(kept) == len(matrix):
+        return ""
+    cells = matrix[np.ix_(kept, kept)]
+    drawn, mistakes = int(cells.sum() - np.trace(cells)), int(matrix.sum() - np.trace(matrix))
+    return (
+        f"Drawn are the {len(kept)} classes with most mistakes of {len(matrix)}, and with them {drawn:,} of {mistakes:,} mistakes; "
+        "in the others a class that is not drawn has a part."
+    )
+
+
+def confusion_chart(matrix: NDArray[np.int64], classes: Sequence[str]) -> Chart:
+    """Draw a confusion matrix, each row as shares of its true class; of many classes those with most mistakes."""
+
+    def draw(palette: Palette) -> Figure:
+        kept = most_confused(matrix)
+        cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
+        shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
+        many = len(names) > MOST_COUNTED
+        made = figure(palette, height=5.0 if many else 4.7)
+        axes = made.subplots()
+        axes.grid(False)
+        for row, column in np.argwhere(cells > 0).tolist():
+            right = row == column
+            share = float(shares[row, column])
+            # A count on a wrong cell is read on half a colour, on light and on dark.
+            strength = share if right else min(1.0 if many else 0.6, 3 * share)
+            found = "right" if right else f"taken for {names[column]}"
+            axes.add_patch(
+                Rectangle(
+                    (column - 0.46, row - 0.46), 0.92, 0.92, lw=0,
+                    color=palette.accent if right else palette.bad,
+                    alpha=max(0.12, strength),
+                    gid=tip(f"{names[row]} {found}: {cells[row, column]} ({100 * share:.0f} %)"),
+                )
+            )  # fmt: skip
+            if not many:
+                colour = palette.surface if right and share > 0.78 else palette.ink
+                axes.text(column, row, str(cells[row, column]), ha="center", va="center", fontsize=9, color=colour)
+        labels = [plain_text(name) for name in shorten_all(names, LABEL)]
+        turned = 0 if max(map(len, labels)) <= 2 else 90 if many else 45
+        size = 8 if many else 9
+        side = "right" if turned == 45 else "center"
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_aspect("equal")
+        axes.set_xticks(range(len(names)), labels, rotation=turned, ha=side, fontsize=size, color=palette.ink)
+        axes.set_yticks(range(len(names)), labels, fontsize=size)
+        axes.set_xlabel("predicted class")
+        # On paper there is no caption.
+        axes.set_ylabel(
+            "true class"
+            + (f": the {len(names)} of {len(matrix)} with most mistakes" if len(names) < len(matrix) else "")
+        )
+        axes.spines[:].set_visible(False)
+        return made
+
+    return draw

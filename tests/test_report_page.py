@@ -1,0 +1,224 @@
+"""What the page says beside its charts and in its tables: nothing left out in silence, no two rows or classes called the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_experiment import row
+
+from pipeline import doctor, metrics
+from pipeline.report import Leaderboard, Nested, sections, tables
+from pipeline.report.charts import accuracy_chart, priced
+from pipeline.report.confusion import confusion_chart, left_out, most_confused
+from pipeline.report.drawing import to_svg
+from pipeline.report.material import Material
+from pipeline.report.names import shorten_all
+
+LONG = tuple(f"a rather long class name number {number:02d}" for number in range(60))
+
+
+class Table(HTMLParser):
+    """The words of every cell that a reader sees, row by row, without any attribute."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] = f"{self.rows[-1][-1]} {data}".strip()
+
+
+def material(rows, trials=None, provenance=None) -> Material:
+    board = Leaderboard(tuple(rows), provenance or {})
+    return Material(Path("out"), board, {}, trials or {}, None, None, None, None, doctor.Findings(), ())
+
+
+def trials(count: int = 3):
+    return tuple({"mean": 0.5 + 0.01 * number, "status": "ok"} for number in range(count))
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["cat", "dog"], ["cat", "dog"]),
+        (["cat", "a very very long class name indeed"], ["cat", "a very v…indeed"]),
+        ([LONG[7], LONG[31]], ["…07", "…31"]),
+        (
+            [f"photograph of a {thing} on a plain background" for thing in ("blue circle", "dark red rectangle")],
+            ["…blue circle…", "…dark re…tangle…"],
+        ),
+        ([f"{'abcdefgh' * 3}{sign}{'abcdefgh' * 3}" for sign in "xy"] + ["zz"], ["…x…", "…y…", "zz"]),
+    ],
+)
+def test_long_names_keep_what_tells_them_apart(names, short):
+    assert shorten_all(names, 16) == short
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text("ab -", min_size=1, max_size=14), unique=True, max_size=8), st.integers(4, 10))
+def test_different_names_stay_different(names, length):
+    assert len(set(shorten_all(names, length))) == len(names)
+
+
+def test_rows_on_different_embeddings_have_different_labels():
+    rows = [row("ridge", 0.9, embedding=f"regnet_small-bundled-{layer}") for layer in ("block_1-grid", "block_2-grid")]
+    svg = to_svg(accuracy_chart(rows, (), "accuracy"), "leaderboard")
+    assert ">…1…</text>" in svg
+    assert ">…2…</text>" in svg
+
+
+# Classes
+
+
+def confused() -> np.ndarray:
+    """Sixty classes of five images; class 2k is taken for 2k + 1 by k mod 6 of its images."""
+    matrix = np.diag(np.full(60, 5))
+    for place in range(0, 60, 2):
+        wrong = place // 2 % 6
+        matrix[place, place] -= wrong
+        matrix[place, place + 1] += wrong
+    return matrix
+
+
+def test_of_many_classes_the_most_confused_are_drawn_and_the_rest_is_said():
+    matrix = confused()
+    kept = most_confused(matrix)
+    mistakes = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
+    assert len(kept) == 25
+    assert min(mistakes[kept]) >= max(np.delete(mistakes, kept))
+    assert kept.tolist() == sorted(kept)
+    drawn = sum(matrix[i, j] for i in kept for j in kept if i != j)
+    assert left_out(matrix) == (
+        f"Drawn are the 25 classes with most mistakes of 60, and with them {drawn} of 75 mistakes; "
+        "in the others a class that is not drawn has a part."
+    )
+    assert left_out(matrix[:25, :25]) == ""
+    svg = to_svg(confusion_chart(matrix, LONG), "confusion")
+    assert all(svg.count(f">…{place:02d}</text>") == 2 for place in kept)
+    assert f"{LONG[kept[0]]} taken for" in svg
+    assert ">true class: the 25 of 60 with most mistakes</text>" in svg
+    assert ">true class</text>" in to_svg(confusion_chart(matrix[:25, :25], LONG[:25]), "confusion")
+
+
+def test_of_many_classes_the_worst_come_first_and_all_are_on_the_page():
+    matrix = confused()
+    truth = np.repeat(LONG, matrix.sum(axis=1))
+    guess = np.concatenate([np.repeat(LONG, counts) for counts in matrix])
+    found = metrics.per_class(truth, guess, (*LONG, "never seen"))
+    text = tables.classes(found)
+    first, rest = text.split("<details>")
+    worst = Table(first).rows[1:]
+    assert "The 15 worst of 61 classes, lowest F1 first" in first
+    assert [line[0] for line in worst] == [item.label for item in sorted(found[:60], key=lambda item: item.f1)[:15]]
+    assert [line[0] for line in Table(rest).rows[1:]] == [*LONG, "never seen"]
+    assert Table(rest).rows[-1] == ["never seen", "0", "–", "–", "–"]
+    few = tables.classes(found[:25])
+    assert "<details>" not in few
+    assert [line[0] for line in Table(few).rows[1:]] == list(LONG[:25])
+
+
+# Rows that a chart leaves out
+
+
+def test_the_cost_chart_says_which_rows_it_leaves_out_and_why():
+    rows = [row(f"head{place}", 0.9, correct=90 - place, embed_seconds=0.01) for place in range(4)]
+    rows += [row("hopeless", 0.1, correct=5, embed_seconds=0.01), row("untimed", 0.8), row("untested", 0.7, test=None)]
+    found = priced(rows)
+    assert [item.head for item in found.shown] == ["head0", "head1", "head2", "head3"]
+    parts = (*found.shown, *found.low, *found.untimed, *found.untested)
+    assert sorted(item.head for item in parts) == sorted(item.head for item in rows)
+    key = "resnet18-penultimate"
+    said = sections._unpriced(material(rows))
+    assert said == (
+        f"Not drawn: 1 row ({key}/hopeless) below {100 * found.floor:.0f} %, where they would squeeze all others; "
+        f"1 row ({key}/untimed) without a measured time per image; 1 row ({key}/untested) without a test score."
+    )
+    assert sections._unpriced(material(rows[:4])) == ""
+    many = [*rows[:4], *(row(f"bad{place}", 0.1, correct=place, embed_seconds=0.01) for place in range(1, 4 + 1))]
+    many += [row(f"fine{place}", 0.9, embed_seconds=0.01) for place in range(4)]
+    assert "Not drawn: 4 rows below" in sections._unpriced(material(many))
+
+
+@pytest.mark.parametrize(("count", "said"), [(10, False), (12, True)])
+def test_the_tuning_chart_says_how_many_searches_it_leaves_out(count: int, said: bool):
+    rows = [row("ridge", 0.9 - 0.01 * place, embedding=f"net{place:02d}") for place in range(count)]
+    found = material(rows, {item.key: trials() for item in rows})
+    assert set(re.findall(r">(net\d+)/ridge<", to_svg(sections.charts_of(found)["tuning"], "tuning"))) == {
+        f"net{place:02d}" for place in range(10)
+    }
+    text = sections._tuning(found, {"tuning": ""})
+    sentence = (
+        f"Drawn are the 10 best searches of {count}, as many as there are colours to tell apart; the table has all."
+    )
+    assert (sentence in text) == said
+    assert len(Table(text).rows) == count + 1
+
+
+def test_a_leaderboard_too_long_to_draw_says_so():
+    assert sections._rows_left_out(30) == ""
+    assert sections._rows_left_out(41) == " Drawn are the 30 best rows of 41, for want of room; the tables have all."
+
+
+# Tables
+
+
+def test_every_row_of_the_tuning_table_is_named_by_head_and_embedding():
+    names = ("resnet18-penultimate", "hog", "pixels")
+    rows = [row("logistic_regression", 0.9, embedding=name) for name in names]
+    found = Table(tables.searches(material(rows, {item.key: trials() for item in rows})))
+    assert [line[0] for line in found.rows[1:]] == [
+        f"logistic regression {name} C = 0.5, k = 3" for name in sorted(names)
+    ]
+
+
+def test_the_score_and_its_interval_are_words_and_come_before_all_but_the_name():
+    board = Leaderboard((row("ridge", 0.9, nested=Nested((0.9, 0.8), (0.7, 0.9))),))
+    low, high = metrics.wilson(90, 100)
+    header, line = Table(tables.leaderboard(board)).rows
+    assert header[:4] == ["Head and embedding", "Cross-validation,\xa0%", "Test accuracy,\xa0% [95\xa0%]", "Nested"]
+    assert line[0] == "ridge best resnet18-penultimate"
+    assert line[1:3] == ["90.0 ± 1.0", f"90.0 [{100 * low:.1f}, {100 * high:.1f}]"]
+
+
+def test_log_loss_is_never_a_percentage():
+    rows = [dataclasses.replace(row("ridge", -0.351), cv_std=0.02)]
+    found = material(rows, {rows[0].key: trials()}, {"scoring": "log_loss"})
+    header, line = Table(tables.searches(found)).rows
+    assert (header[1], line[1]) == ("Best cross-validation, minus log loss", "-0.351")
+    assert "cross-validation -0.351" in to_svg(sections.charts_of(found)["leaderboard"], "leaderboard")
+
+
+def test_a_screen_reader_is_told_what_a_cell_belongs_to():
+    text = tables.leaderboard(Leaderboard((row("ridge", 0.9),)))
+    assert 'role="region" aria-label="Leaderboard" tabindex="0"' in text
+    assert text.count('scope="col"') == 8
+    assert text.count('scope="row"') == 1
+    svg = to_svg(accuracy_chart([row("ridge", 0.9)], (), "accuracy"), "leaderboard", "Test accuracy & more")
+    assert 'role="group" aria-label="Test accuracy &amp; more"' in svg
+
+
+def test_a_drawing_is_rounded_and_its_tooltips_are_not():
+    svg = to_svg(accuracy_chart([row("ridge", -0.12345)], (), "log_loss"), "leaderboard")
+    assert "cross-validation -0.123" in svg
+    numbers = " ".join(re.findall(r'\b(?:d|x|y|transform)="([^"]*)"', svg))
+    assert re.search(r"\.\d\d\b", numbers)
+    assert not re.search(r"\.\d{3}", numbers)
+    assert "font-family" not in svg
