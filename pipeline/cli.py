@@ -18,6 +18,7 @@ import click
 from tqdm import tqdm
 
 from pipeline import config as configuration
+from pipeline import files
 from pipeline.errors import PipelineError
 
 DEFAULT_CONFIG = "configs/digits.yaml"
@@ -43,6 +44,12 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)  # the reader of our output, such as `head`, has what it wanted
+    except OSError as error:
+        text = files.refusal(error)
+        if text is None:
+            raise
+        _complain(text)
+        sys.exit(2)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -119,14 +126,16 @@ def finetune(config: Path, overrides: tuple[str, ...], output: Path | None) -> N
 
     Example: manyheads finetune configs/digits.yaml --output finetuned.safetensors
     """
-    from pipeline import files
     from pipeline import finetune as stage
 
-    result = stage.run(configuration.load(config, overrides))
+    settings = configuration.load(config, overrides)
     if output is not None:
-        files.write_atomic(output, result.weights.read_bytes())
+        files.require_place(output)
+    result = stage.run(settings)
     for line in result.summary_lines():
         click.echo(line)
+    if output is not None:
+        files.write_atomic(output, result.weights.read_bytes())
 
 
 @cli.command()

@@ -37,11 +37,61 @@ Data = bytes | bytearray | memoryview
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
+REMEDIES = {
+    errno.ENOSPC: "free some space there, or write to another place",
+    errno.EDQUOT: "free some of your quota, or write to another place",
+    errno.EROFS: "write to another place",
+    errno.EACCES: "allow it, or choose another place",
+    errno.EPERM: "allow it, or choose another place",
+    errno.EISDIR: "it is a folder, expected the name of a file",
+    errno.ENOTDIR: "a file is where a folder was expected; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the symbolic links on the way to it",
+    errno.EIO: "check the disk",
+}
+"""What the file system refuses to users -> what they can do. Every other error number is taken for a bug of ours."""
+
+
+def refusal(error: OSError) -> str | None:
+    """Say in one line what the file system refuses and what to do about it; None where it may be a bug of ours."""
+    if error.errno not in REMEDIES:
+        return None
+    where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else "a file"
+    return f"{where}: cannot be used ({error.strerror}); {REMEDIES[error.errno]}"
+
+
+def require_place(path: Path) -> None:
+    """See that a file can be written under this name, and make its folder: before the work whose result it is to hold.
+
+    Raises
+    ------
+    OSError
+        As writing would, and for a device such as /dev/null, which a rename would replace.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise PermissionError(errno.EPERM, "It is not an ordinary file", str(path))
+    make_folder(path.parent)
+    try:
+        remove(write_temporary(path.parent, [], f".{path.name}"))
+    except OSError as error:
+        raise _named(error, path) from None
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same error of the file that the user knows, in place of a temporary one or none."""
+    error.filename, error.filename2 = str(path), None
+    return error
+
 
 def write_atomic(path: Path, data: Data, temporary: Path | None = None) -> None:
     """Replace a file's content in one step; `temporary` is a folder of the same file system for the partial file."""
-    scratch = write_temporary(temporary or path.parent, [data], f".{path.name}")
-    rename(scratch, path)
+    try:
+        scratch = write_temporary(temporary or path.parent, [data], f".{path.name}")
+        rename(scratch, path)
+    except OSError as error:
+        raise _named(error, path) from None
 
 
 def write_text_atomic(path: Path, text: str, temporary: Path | None = None) -> None:
@@ -149,11 +199,16 @@ def remove(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder with its parents and sync the name of each; one that exists is fine."""
+    """Create a folder with its parents and sync the name of each; one that exists is fine, a file of that name is not."""
     if path.is_dir():
         return
     if path.parent != path:
         make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):
+    try:
         SYSTEM["mkdir"](path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    except FileNotFoundError:  # though its parent is there: a file system that has no room for new names, such as /proc
+        raise PermissionError(errno.EPERM, "No folder can be made there", str(path)) from None
     sync_folder(path.parent)
