@@ -123,6 +123,37 @@ def test_a_network_that_openvino_cannot_take_runs_by_torch_unless_it_was_asked_f
         load("openvino", "squeezenet1_1")
 
 
+def test_half_an_openvino_is_told_and_torch_computes_unless_it_was_asked_for(tmp_path: Path) -> None:
+    """In a process of its own, whose openvino is a package that fails."""
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "__init__.py").write_text("raise ImportError('libopenvino.so.2026: cannot open\\nmore')")
+    code = """
+import logging, platform
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from pipeline import backbone
+from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.errors import BackboneError
+platform.machine = lambda: "x86_64"
+section = BackboneConfig.model_validate({"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}})
+print(backbone.load(section, ExtractionConfig(device="cpu", precision="fp32"), 0, images=10**6).specs[0].engine)
+try:
+    backbone.load(section, ExtractionConfig(device="cpu", precision="fp32", engine="openvino"), 0)
+except BackboneError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(engines.__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    reason = "it is installed and cannot be imported: libopenvino.so.2026: cannot open"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "torch",
+        f"OpenVINO cannot run squeezenet1_1 ({reason}); set extraction.engine: torch",
+    ]
+    assert f"by torch: OpenVINO cannot run this network ({reason})" in done.stderr
+
+
 def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
     real = engines.compile_openvino

@@ -180,7 +180,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     except RuntimeError as error:
         if engine != "openvino" or is_out_of_memory(error):
             raise
-        found = str(error).strip().splitlines()[0]
+        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if extraction.engine == "openvino":
             raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"
