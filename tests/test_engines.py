@@ -123,6 +123,16 @@ def test_a_network_that_openvino_cannot_take_runs_by_torch_unless_it_was_asked_f
         load("openvino", "squeezenet1_1")
 
 
+def test_a_choice_is_logged_with_its_reason_unless_the_caller_made_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="pipeline")
+    section = BackboneConfig(name="squeezenet1_1", preprocessing=SMALL)
+    backbone.load(section, ExtractionConfig(device="cpu", precision="fp32", engine="torch"), 0)
+    backbone.load(section, ExtractionConfig(device="cpu", precision="fp32"), 0, images=1)
+    name = "squeezenet1_1-random-penultimate on cpu in fp32; by torch"
+    assert caplog.messages[0] == name
+    assert caplog.messages[1].startswith(f"{name}: ")
+
+
 def test_half_an_openvino_is_told_and_torch_computes_unless_it_was_asked_for(tmp_path: Path) -> None:
     """In a process of its own, whose openvino is a package that fails."""
     (tmp_path / "openvino").mkdir()

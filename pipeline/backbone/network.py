@@ -185,8 +185,12 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
             raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
+    # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
+    asked = (extraction.precision != "auto", extraction.engine == engine)
+    because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
     how = f"{engine} {backbone.remark}".strip()
-    logger.info("%s on %s in %s: %s; by %s: %s", backbone.specs[0].name, device, precision, reason, how, why)
+    name = backbone.specs[0].name
+    logger.info("%s on %s in %s%s; by %s%s", name, device, precision, because[0], how, because[1])
     return backbone
 
 
