@@ -36,7 +36,7 @@ def main() -> None:
         _complain(str(error))
         sys.exit(2)
     except click.exceptions.Abort as stop:  # what click makes of KeyboardInterrupt
-        _complain("stopped; what was finished is kept, the same command goes on from there")
+        _complain("stopped; what was finished is kept, and features, heads, finetune and pretrain go on from there")
         reason = stop.__cause__.args if stop.__cause__ else ()
         sys.exit(143 if reason[:1] == (signal.SIGTERM,) else 130)
     except click.ClickException as error:
@@ -164,17 +164,22 @@ def pretrain(recipe: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--top", default=3, type=click.IntRange(min=1), help="How many labels with probabilities per image.")
 @click.option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N.")
 @click.option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code.")
-def predict(bundle: Path, images: tuple[Path, ...], output: Path, top: int, device: str, trust: bool) -> None:
+@click.option(
+    "--max-pixels", type=click.IntRange(min=1), help="Larger images are not read; the experiment's limit otherwise."
+)
+def predict(
+    bundle: Path, images: tuple[Path, ...], output: Path, top: int, device: str, trust: bool, max_pixels: int | None
+) -> None:
     """Label new images with a saved head.
 
     BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used. IMAGES are image files
-    and folders.
+    and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
 
     Example: manyheads predict artifacts/digits photos/ --output labels.csv
     """
     from pipeline import predict as stage
 
-    result = stage.run(bundle, images, output=output, top=top, device=device, trust_code=trust)
+    result = stage.run(bundle, images, output=output, top=top, device=device, trust_code=trust, max_pixels=max_pixels)
     for line in result.summary_lines():
         click.echo(line)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import backbone, baselines
-from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.config import BackboneConfig, DatasetConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.files import write_text_atomic
@@ -70,6 +70,8 @@ class EmbeddingRecord:
     seed: int
     seconds_per_image: float | None = None
     """What one image cost when it was last measured: decoding and the network together."""
+    max_pixels: int = DatasetConfig().max_pixels
+    """The experiment's limit on an image's size, which new images are read with too."""
 
     @property
     def kind(self) -> str:

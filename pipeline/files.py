@@ -15,7 +15,8 @@ import errno
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,30 +74,68 @@ def require_place(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise PermissionError(errno.EPERM, "It is not an ordinary file", str(path))
     make_folder(path.parent)
-    try:
+    with _named(path):
         remove(write_temporary(path.parent, [], f".{path.name}"))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let errors name the file that the user knows, in place of a temporary one or none."""
+    try:
+        yield
     except OSError as error:
-        raise _named(error, path) from None
-
-
-def _named(error: OSError, path: Path) -> OSError:
-    """The same error of the file that the user knows, in place of a temporary one or none."""
-    error.filename, error.filename2 = str(path), None
-    return error
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_atomic(path: Path, data: Data, temporary: Path | None = None) -> None:
     """Replace a file's content in one step; `temporary` is a folder of the same file system for the partial file."""
-    try:
-        scratch = write_temporary(temporary or path.parent, [data], f".{path.name}")
-        rename(scratch, path)
-    except OSError as error:
-        raise _named(error, path) from None
+    with _named(path):
+        rename(write_temporary(temporary or path.parent, [data], f".{path.name}"), path)
 
 
 def write_text_atomic(path: Path, text: str, temporary: Path | None = None) -> None:
     """Replace a text file's content in one step, as UTF-8 with the newlines as given."""
     write_atomic(path, text.encode("utf-8"), temporary)
+
+
+@dataclass
+class Growing:
+    """A file that is being written beside the name it will have; `written` counts the bytes."""
+
+    path: Path
+    target: Path
+    descriptor: int
+    written: int = 0
+
+    def add(self, data: Data) -> None:
+        """Hand bytes to the system, so that they outlive this process."""
+        with _named(self.target):
+            write_all(self.descriptor, data)
+        self.written += len(data)
+
+
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[Growing]:
+    """Open a file that grows beside `path` as `NAME.*.partial` and takes that name when the block ends.
+
+    Where the block fails or the process is killed, what was written before stays there; an empty file does not.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    with _named(path):
+        file = Growing(partial, path, create(partial))
+    try:
+        yield file
+        with _named(path):
+            sync(file.descriptor)
+            _move(partial, path)
+    except BaseException:
+        if not file.written:
+            remove(partial)
+        raise
+    finally:
+        SYSTEM["close"](file.descriptor)
+    sync_folder(path.parent)
 
 
 def write_temporary(folder: Path, parts: Iterable[Data], prefix: str = "") -> Path:
@@ -158,12 +197,16 @@ def sync_folder(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Give a synced file its final name, replacing what had it, and sync the folder. The source is removed on failure."""
     try:
-        (SYSTEM["rename"] if os.name != "nt" else os.replace)(source, target)
+        _move(source, target)
     except OSError:
         with contextlib.suppress(OSError):
             remove(source)
         raise
     sync_folder(target.parent)
+
+
+def _move(source: Path, target: Path) -> None:
+    (SYSTEM["rename"] if os.name != "nt" else os.replace)(source, target)
 
 
 def publish(source: Path, target: Path) -> None:

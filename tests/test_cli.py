@@ -66,7 +66,9 @@ def test_a_signal_ends_with_its_exit_code_and_one_line(number: signal.Signals, c
     listen = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     done = run("check", before=listen + stop)
     assert done.returncode == code
-    assert done.stderr.lstrip() == "error: stopped; what was finished is kept, the same command goes on from there\n"
+    assert done.stderr.lstrip() == (
+        "error: stopped; what was finished is kept, and features, heads, finetune and pretrain go on from there\n"
+    )
 
 
 def test_a_check_that_finds_something_is_exit_code_1() -> None:

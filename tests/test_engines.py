@@ -153,7 +153,11 @@ except BackboneError as error:
 """
     path = os.pathsep.join([str(tmp_path), str(Path(engines.__file__).parents[2])])
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
     )
     reason = "it is installed and cannot be imported: libopenvino.so.2026: cannot open"
     assert done.returncode == 0, done.stderr

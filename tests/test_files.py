@@ -120,3 +120,41 @@ def test_a_place_that_cannot_be_written_is_refused_in_words(tmp_path, monkeypatc
     assert files.refusal(caught.value) == (
         f"{tmp_path}/x.csv: cannot be used (Read-only file system); write to another place"
     )
+
+
+def test_a_growing_file_takes_its_name_when_it_is_whole(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("old")
+    with files.growing(path) as file:
+        file.add(b"one")
+        assert file.path.read_bytes() == b"one"
+        assert path.read_text() == "old"
+        file.add(b"two")
+    assert path.read_bytes() == b"onetwo"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "rename"])
+def test_what_a_growing_file_holds_outlives_a_failure(tmp_path, monkeypatch, name):
+    path = tmp_path / "x.csv"
+
+    def write():
+        with files.growing(path) as file:
+            file.add(b"one")
+            monkeypatch.setitem(files.SYSTEM, name, refuse_with(errno.ENOSPC))
+            file.add(b"two")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write()
+    assert caught.value.filename == str(path)
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith("x.csv.")
+    assert partial.suffix == ".partial"
+    assert partial.read_bytes().startswith(b"one")
+
+
+def test_an_error_of_the_block_keeps_its_own_name_and_an_empty_file_is_not_left(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, files.growing(tmp_path / "x.csv"):
+        (tmp_path / "other").read_bytes()
+    assert caught.value.filename == str(tmp_path / "other")
+    assert list(tmp_path.iterdir()) == []

@@ -216,6 +216,7 @@ def _write(
             section=target.source.section,
             seed=config.seed,
             seconds_per_image=rates.get(target.spec.name),
+            max_pixels=config.dataset.max_pixels,
         )
         for target in targets
     ]
