@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.dataset.index import DatasetIndex
 from pipeline.dataset.ledger import LedgerEntry, check_failures, failed_digests, read_ledger, record_failures
 from pipeline.dataset.listing import is_image_name
-from pipeline.dataset.report import ScanResult, fold_warnings
+from pipeline.dataset.report import ScanResult, fold_warnings, missing_side
 from pipeline.dataset.scan import scan
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "failed_digests",
     "fold_warnings",
     "is_image_name",
+    "missing_side",
     "read_ledger",
     "record_failures",
     "scan",
