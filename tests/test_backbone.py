@@ -412,7 +412,8 @@ def test_without_network_the_file_and_its_folder_are_named(hub: Path, monkeypatc
         load("squeezenet1_1", weights="IMAGENET1K_V1")
     assert str(error.value) == (
         "weights SqueezeNet1_1_Weights.IMAGENET1K_V1 cannot be fetched (<urlopen error no network>); fetch "
-        f"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth elsewhere and put it in {hub}"
+        f"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth elsewhere and put it in {hub}, "
+        "or say weights: bundled, as configs/bundled.yaml does, which needs no download"
     )
 
 

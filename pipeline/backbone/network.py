@@ -97,25 +97,9 @@ class Backbone:
     def _check(self, network: Network, nodes: Sequence[str], pooling: str) -> list[str]:
         """Run two images through, so that what does not fit is found before the work starts."""
         height, width = self.preprocessing.size
-        try:
-            with torch.inference_mode():
-                outputs = self._outputs(torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BackboneError(
-                f"{network.name} cannot take images of {height} x {width} pixels ({reason}); change preprocessing.crop"
-            ) from None
-        for node, output in zip(nodes, outputs, strict=True):
-            if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
-                raise BackboneError(
-                    f"layer {node!r} does not give a tensor per image; `manyheads layers {network.name}` lists those that do"
-                )
-        return [
-            graphs.effective_pooling(output, pooling, self._has_class_token, node)
-            for node, output in zip(nodes, outputs, strict=True)
-        ]
+        pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device)
+        about = f"{network.name} cannot take images of {height} x {width} pixels"
+        return graphs.effective_poolings(lambda: self._outputs(pixels), nodes, pooling, self._has_class_token, about)
 
     def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.

@@ -24,7 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.backbone import BUNDLED
-from pipeline.backbone.graph import classifier, resolve, trace
+from pipeline.backbone.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
 from pipeline.config import BackboneConfig, PreprocessingConfig, guess
 from pipeline.digests import canonical_json
 from pipeline.errors import BackboneError, first
@@ -74,20 +74,43 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
 
 
 def check(config: BackboneConfig) -> None:
-    """Refuse a section whose model, arguments, weights, image size or layers are not to be had; fetches nothing.
+    """Refuse a section whose model, arguments, weights, image size, layers or pooling are not to be had; fetches nothing.
 
     Raises
     ------
     BackboneError
     """
     if config.weights == "bundled" or config.weights.endswith(SUFFIXES):
-        module = load_network(config, seed=0).module
+        network = load_network(config, seed=0)
+        module, preprocessing = network.module, network.preprocessing
     else:
         if config.weights != "random":
             _member(config)
         module = build_empty(config.name, config.arguments)
-        _fitting_preprocessing(config, module, _default_preprocessing(config.name))
-    resolve(trace(module), config.layers)
+        preprocessing = _fitting_preprocessing(config, module, _default_preprocessing(config.name))
+    graph = trace(module)
+    nodes = resolve(graph, config.layers)
+    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), "avg", None):
+        return  # fits every network; running one without weights for the first time costs two seconds
+    height, width = preprocessing.size
+    device = next(module.parameters()).device
+    kept = cut(graph, nodes)
+    effective_poolings(
+        lambda: kept(torch.zeros(2, 3, height, width, device=device)),
+        nodes,
+        config.pooling,
+        hasattr(module, "class_token"),
+        f"{config.name} cannot take images of {height} x {width} pixels",
+    )
+
+
+def to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
+    """Return what a section's weights have to be fetched from, the folder, and their size in MB; None where they are here."""
+    if config.weights in ("bundled", "random") or config.weights.endswith(SUFFIXES):
+        return None
+    member = _member(config)
+    path = _checkpoint(member)
+    return None if path.exists() else (member.url, path.parent, float(member.meta.get("_file_size", 0)))
 
 
 # ---- architectures
@@ -397,12 +420,16 @@ def _misfits(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Ten
 # ---- torchvision's own files
 
 
+def _checkpoint(member: Any) -> Path:
+    """Where torchvision keeps the file of its weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / str(member.url.rsplit("/", 1)[-1])
+
+
 def _require_checkpoint(member: Any) -> None:
     """Have torchvision's file in its folder, fetched if need be, with the hash in its name."""
-    name = member.url.rsplit("/", 1)[-1]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / name
-    found = re.search(r"-([a-f0-9]{8,})\.", name)
+    path = _checkpoint(member)
+    folder = path.parent
+    found = re.search(r"-([a-f0-9]{8,})\.", path.name)
     prefix = found.group(1) if found else ""
     if not path.exists():
         logger.info("fetching %s to %s", member.url, folder)
@@ -411,7 +438,8 @@ def _require_checkpoint(member: Any) -> None:
             torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             raise BackboneError(
-                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}"
+                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}, "
+                "or say weights: bundled, as configs/bundled.yaml does, which needs no download"
             ) from None
     if prefix:
         with path.open("rb") as file:
