@@ -13,9 +13,6 @@ from pipeline.errors import DatasetError, PipelineError
 from pipeline.images import gpu_decoder
 from pipeline.tuning import devices
 
-NO_DOWNLOAD = "torchvision"
-"""The source whose images may have to be downloaded first."""
-
 
 def run(config: Config) -> list[str]:
     """Look at the heads, the backbones and the data, and return what was found.
@@ -102,8 +99,8 @@ def _machine(config: Config) -> list[str]:
 
 
 def _data(config: Config) -> list[str]:
-    if config.dataset.source == NO_DOWNLOAD:
-        return [f"data set {config.dataset.name}: not looked at, because that may mean a download"]
+    if dataset.needs_download(config.dataset):
+        return [f"data set {config.dataset.name}: not looked at, because that means a download"]
     with tempfile.TemporaryDirectory() as folder:
         # Into a folder of its own: a look at the data must not fix their splits.
         found = dataset.scan(config.dataset, config.seed, Path(folder, "dataset"))

@@ -220,7 +220,9 @@ def compare(outputs: tuple[Path, ...], output: Path, row: str | None) -> None:
 @cli.command()
 @_experiment
 def status(config: Path, overrides: tuple[str, ...]) -> None:
-    """Say what is cached, missing, stale and failed. CONFIG may also be a packed file.
+    """Say what is cached, missing, changed, stale and failed. CONFIG may also be a packed file.
+
+    The images are looked at, and those that are new or changed are read; nothing is embedded or written.
 
     Example: manyheads status configs/folder.yaml
     """

@@ -65,7 +65,7 @@ class ScanResult:
         if self.unchanged:
             lines.append("nothing changed since the last scan")
         elif self.difference and not self.first:
-            lines.append("since the last scan: " + _difference_text(self.difference))
+            lines.append("since the last scan: " + difference_text(self.difference))
         lines += self.notes
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += _pair_lines(self.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})", False)
@@ -193,7 +193,8 @@ def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     return lines
 
 
-def _difference_text(difference: Difference) -> str:
+def difference_text(difference: Difference) -> str:
+    """Return `3 added, 1 removed`; only what there is."""
     names = ("added", "changed", "renamed", "removed")
     return ", ".join(f"{getattr(difference, name):,} {name}" for name in names if getattr(difference, name))
 
