@@ -125,7 +125,10 @@ def status(config: Config) -> list[str]:
             )
     for record in here.records:
         found = store.status(here.path(record), live)
-        lines += _status_lines(f"{record.name}{' (untrained)' if record.untrained else ''}", found)
+        name = f"{record.name}{' (untrained)' if record.untrained else ''}"
+        lines += _status_lines(
+            name, found, "`manyheads gc`" if not changes else "`manyheads gc` after `manyheads features`"
+        )
     return lines + [
         f"{path}: {_size(_bytes_in(path))}, used by no embedding of the last `manyheads features`; it serves again when the "
         "config asks for it again, else delete the folder"
@@ -163,8 +166,8 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _status_lines(name: str, found: store.StoreStatus) -> Iterator[str]:
-    """One store in plain lines."""
+def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads gc`") -> Iterator[str]:
+    """One store in plain lines; `remedy` is what removes stale vectors, which goes by the last run's index."""
     missing = found.missing_rows or 0
     yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
     yield (
@@ -173,7 +176,7 @@ def _status_lines(name: str, found: store.StoreStatus) -> Iterator[str]:
     )
     yield f"  {found.path}  digest {found.digest[:16]}"
     if found.stale_rows:
-        yield f"  {found.stale_rows:,} vectors belong to no image any more; `manyheads gc` removes them"
+        yield f"  {found.stale_rows:,} vectors belong to no image any more; {remedy} removes them"
     if found.journal_rows:
         yield f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
     if found.quarantined:

@@ -1,7 +1,7 @@
 """Predict: a bundle and new images become labels and probabilities, one row of a CSV file per image.
 
-An image that cannot be read has a row too, with the reason in its `status`. Rows are written as batches come, so memory
-does not grow with the number of images.
+An image that cannot be read has a row too, with the reason in its `status`. Rows are written as batches come: what
+grows in memory with the number of images is the names of one folder.
 """
 
 from __future__ import annotations
