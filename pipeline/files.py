@@ -57,7 +57,7 @@ def refusal(error: OSError) -> str | None:
     """Say in one line what the file system refuses and what to do about it; None where it may be a bug of ours."""
     if error.errno not in REMEDIES:
         return None
-    where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else "a file"
+    where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else "the output"
     return f"{where}: cannot be used ({error.strerror}); {REMEDIES[error.errno]}"
 
 
