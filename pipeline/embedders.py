@@ -174,7 +174,19 @@ def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
                 engine,
             )
         asked = {"device": device, "precision": spec.precision, "engine": engine, "decode": decode}
-        embedder = backbone.load(record.section, ExtractionConfig.model_validate(asked), record.seed)
+        extraction = ExtractionConfig.model_validate(asked)
+        try:
+            embedder = backbone.load(record.section, extraction, record.seed)
+        except BackboneError as error:
+            if engine == "torch":
+                raise
+            # What else may be wrong is wrong again.
+            extraction = extraction.model_copy(update={"engine": "torch"})
+            embedder = backbone.load(record.section, extraction, record.seed)
+            logger.warning(
+                "%s; torch computes the same network, whose vectors agree but for rounding",
+                error.message.partition(";")[0],
+            )
     for output, made in enumerate(embedder.specs):
         if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
             return embedder, output

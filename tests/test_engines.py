@@ -114,7 +114,9 @@ def test_a_network_that_openvino_cannot_take_runs_by_torch_unless_it_was_asked_f
         raise RuntimeError("no such operation\n  details")
 
     pytest.importorskip("openvino")
-    monkeypatch.setattr(backbone.network, "compile_openvino", refuse)
+    from pipeline.backbone import network
+
+    monkeypatch.setattr(network, "compile_openvino", refuse)
     monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
     section = BackboneConfig(name="squeezenet1_1", preprocessing=SMALL)
     extraction = ExtractionConfig(device="cpu", precision="fp32")
@@ -181,7 +183,7 @@ def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.
 
 
 def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("openvino")
     config = small_config(make_photos(tmp_path / "photos"), tmp_path / "out")
@@ -209,6 +211,19 @@ def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
     (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 36
+
+    # The same where it is installed and fails.
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
+    monkeypatch.setattr(backbone.network, "compile_openvino", refuse)
+    other, output = open_record(record, "cpu")
+    assert other.specs[output] == replace(record.spec, engine="torch")
+    assert caplog.messages[-1] == (
+        "OpenVINO cannot run resnet18 (no such operation); "
+        "torch computes the same network, whose vectors agree but for rounding"
+    )
 
 
 @pytest.mark.skipif(
