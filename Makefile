@@ -34,7 +34,7 @@ predict: install ## Label new images: make predict BUNDLE=artifacts/digits IMAGE
 report: install ## Build the report page again from the saved results
 	@$(RUN) report $(CONFIG) $(ARGS)
 
-status: install ## Say what is cached, missing, changed, failed
+status: install ## Say what is cached, missing, changed, stale and failed
 	@$(RUN) status $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-test ## Install what the tests need and run them all

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from pipeline import backbone, dataset, tuning
 from pipeline import heads as head_table
-from pipeline.config import Config
-from pipeline.errors import PipelineError
-
-NO_DOWNLOAD = "torchvision"
-"""The source whose images may have to be downloaded first."""
+from pipeline.config import BackboneConfig, Config
+from pipeline.errors import DatasetError, PipelineError
+from pipeline.images import gpu_decoder
+from pipeline.tuning import devices
 
 
 def run(config: Config) -> list[str]:
@@ -25,7 +24,7 @@ def run(config: Config) -> list[str]:
     """
     lines: list[str] = []
     problems: list[str] = []
-    for part in (_heads, _backbones, _data):
+    for part in (_heads, _backbones, _machine, _data):
         _collect(part, config, lines, problems)
     if problems:
         plural = "problem" if len(problems) == 1 else "problems"
@@ -58,17 +57,56 @@ def _backbones(config: Config) -> list[str]:
     if problems:
         raise PipelineError("backbones", problems)
     return [
-        f"{len(config.backbones)} backbones: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}"
+        f"{len(config.backbones)} backbones: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}",
+        *dict.fromkeys(line for section in config.backbones for line in _download(section)),
     ]
 
 
+def _download(section: BackboneConfig) -> list[str]:
+    """Say which weights the next command will fetch: where there is no network, this is the time to know."""
+    found = backbone.to_fetch(section)
+    if found is None:
+        return []
+    url, folder, megabytes = found
+    size = f" ({megabytes:.0f} MB)" if megabytes else ""
+    return [
+        f"note: {section.name} ({section.weights}) is not here yet: `features` fetches {url}{size} to {folder}; "
+        "weights: bundled, as in configs/bundled.yaml, needs no download"
+    ]
+
+
+def _machine(config: Config) -> list[str]:
+    """See that this machine has the devices and engines that the config insists on."""
+    problems: list[str] = []
+
+    def extraction() -> None:
+        device = backbone.require_arithmetic(config.extraction)
+        if config.extraction.decode == "gpu":
+            gpu_decoder(device)
+
+    def tuned() -> None:
+        if config.tuning.device != "auto":
+            devices.resolve(config.tuning.device, large=True)
+
+    for part in (extraction, tuned):
+        try:
+            part()
+        except PipelineError as error:
+            problems += [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
+    if problems:
+        raise PipelineError("machine", problems)
+    return []
+
+
 def _data(config: Config) -> list[str]:
-    if config.dataset.source == NO_DOWNLOAD:
-        return [f"data set {config.dataset.name}: not looked at, because that may mean a download"]
+    if dataset.needs_download(config.dataset):
+        return [f"data set {config.dataset.name}: not looked at, because that means a download"]
     with tempfile.TemporaryDirectory() as folder:
         # Into a folder of its own: a look at the data must not fix their splits.
         found = dataset.scan(config.dataset, config.seed, Path(folder, "dataset"))
         failures = len(found.failures)
         dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("ledger.csv"))
+        if lack := dataset.missing_side(found.index):
+            raise DatasetError(lack)
         warnings = [f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds)]
     return [line for line in found.summary_lines() if not line.startswith("since the last scan")] + warnings

@@ -18,6 +18,7 @@ import click
 from tqdm import tqdm
 
 from pipeline import config as configuration
+from pipeline import files
 from pipeline.errors import PipelineError
 
 DEFAULT_CONFIG = "configs/digits.yaml"
@@ -35,7 +36,7 @@ def main() -> None:
         _complain(str(error))
         sys.exit(2)
     except click.exceptions.Abort as stop:  # what click makes of KeyboardInterrupt
-        _complain("stopped; what was finished is kept, the same command goes on from there")
+        _complain("stopped; what was finished is kept, and features, heads, finetune and pretrain go on from there")
         reason = stop.__cause__.args if stop.__cause__ else ()
         sys.exit(143 if reason[:1] == (signal.SIGTERM,) else 130)
     except click.ClickException as error:
@@ -43,6 +44,12 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)  # the reader of our output, such as `head`, has what it wanted
+    except OSError as error:
+        text = files.refusal(error)
+        if text is None:
+            raise
+        _complain(text)
+        sys.exit(2)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -119,14 +126,16 @@ def finetune(config: Path, overrides: tuple[str, ...], output: Path | None) -> N
 
     Example: manyheads finetune configs/digits.yaml --output finetuned.safetensors
     """
-    from pipeline import files
     from pipeline import finetune as stage
 
-    result = stage.run(configuration.load(config, overrides))
+    settings = configuration.load(config, overrides)
     if output is not None:
-        files.write_atomic(output, result.weights.read_bytes())
+        files.require_place(output)
+    result = stage.run(settings)
     for line in result.summary_lines():
         click.echo(line)
+    if output is not None:
+        files.write_atomic(output, result.weights.read_bytes())
 
 
 @cli.command()
@@ -155,17 +164,22 @@ def pretrain(recipe: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--top", default=3, type=click.IntRange(min=1), help="How many labels with probabilities per image.")
 @click.option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N.")
 @click.option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code.")
-def predict(bundle: Path, images: tuple[Path, ...], output: Path, top: int, device: str, trust: bool) -> None:
+@click.option(
+    "--max-pixels", type=click.IntRange(min=1), help="Larger images are not read; the experiment's limit otherwise."
+)
+def predict(
+    bundle: Path, images: tuple[Path, ...], output: Path, top: int, device: str, trust: bool, max_pixels: int | None
+) -> None:
     """Label new images with a saved head.
 
     BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used. IMAGES are image files
-    and folders.
+    and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
 
     Example: manyheads predict artifacts/digits photos/ --output labels.csv
     """
     from pipeline import predict as stage
 
-    result = stage.run(bundle, images, output=output, top=top, device=device, trust_code=trust)
+    result = stage.run(bundle, images, output=output, top=top, device=device, trust_code=trust, max_pixels=max_pixels)
     for line in result.summary_lines():
         click.echo(line)
 
@@ -206,7 +220,9 @@ def compare(outputs: tuple[Path, ...], output: Path, row: str | None) -> None:
 @cli.command()
 @_experiment
 def status(config: Path, overrides: tuple[str, ...]) -> None:
-    """Say what is cached, missing, stale and failed. CONFIG may also be a packed file.
+    """Say what is cached, missing, changed, stale and failed. CONFIG may also be a packed file.
+
+    The images are looked at, and those that are new or changed are read; nothing is embedded or written.
 
     Example: manyheads status configs/folder.yaml
     """

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import backbone, baselines
-from pipeline.config import BackboneConfig, Config, ExtractionConfig
+from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.files import write_text_atomic
@@ -70,6 +70,8 @@ class EmbeddingRecord:
     seed: int
     seconds_per_image: float | None = None
     """What one image cost when it was last measured: decoding and the network together."""
+    max_pixels: int = DatasetConfig().max_pixels
+    """The experiment's limit on an image's size, which new images are read with too."""
 
     @property
     def kind(self) -> str:
@@ -105,42 +107,57 @@ def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "asked": asked(config),
+        "shared": shared(config),
+        "backbones": [section.model_dump(mode="json") for section in config.backbones],
         "index": index,
         "embeddings": [record.to_dict() for record in records],
     }
     write_text_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def asked(config: Config) -> dict[str, Any]:
-    """Return what a config asks of stage one: all that decides which images there are, and which vectors of them."""
+def shared(config: Config) -> dict[str, Any]:
+    """Return what of a config all its embeddings share: which images there are, and how they become vectors."""
     return {
         "seed": config.seed,
         "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures"}),
-        "backbones": {
-            str(number): section.model_dump(mode="json") for number, section in enumerate(config.backbones, start=1)
-        },
-        "baselines": sorted(set(config.baselines) - {"majority"}),
         "extraction": config.extraction.model_dump(mode="json", include={"precision", "engine", "decode"}),
     }
 
 
 def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
-    """Read `features.json` where it is what a config asks for.
+    """Read those of the embeddings in `features.json` that a config asks for.
 
     Raises
     ------
     PipelineError
-        When stage one has not been run for this config, with every setting that is another.
+        When stage one has not been run for this config, with every setting that is another and every embedding that is missing.
     """
     records = read_records(path)
-    found = json.loads(path.read_text(encoding="utf-8")).get("asked", {})
-    if problems := differences(found, asked(config), "the run of `manyheads features`", "this config"):
+    document = json.loads(path.read_text(encoding="utf-8"))
+    problems = differences(document["shared"], shared(config), "the run of `manyheads features`", "this config")
+    asked = [BackboneConfig.model_validate_json(json.dumps(values)) for values in document["backbones"]]
+    problems += [f"backbones: not {_described(section)}" for section in config.backbones if section not in asked]
+    floors = set(config.baselines) - {"majority"}
+    problems += [f"baselines: not {name}" for name in sorted(floors - {record.name for record in records})]
+    if problems:
         raise PipelineError(
-            f"{path}: is of another config; run `manyheads features` with this config first, which embeds only what is new",
+            f"{path}: its features are of another config; run `manyheads features` with this config first, which embeds only "
+            "what is new",
             problems,
         )
-    return records
+    # Two sections may name one embedding, whose record has the first: then nobody can say whose it is.
+    told = all(section in [record.section for record in records] for section in asked)
+    return tuple(
+        record
+        for record in records
+        if (record.name in floors if record.kind == "baseline" else not told or record.section in config.backbones)
+    )
+
+
+def _described(section: BackboneConfig) -> str:
+    """A section in a line: what it sets."""
+    given = section.model_dump(mode="json", exclude_defaults=True)
+    return ", ".join(f"{key}: {value}" for key, value in given.items())
 
 
 def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
@@ -209,7 +226,19 @@ def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
                 engine,
             )
         asked = {"device": device, "precision": spec.precision, "engine": engine, "decode": decode}
-        embedder = backbone.load(record.section, ExtractionConfig.model_validate(asked), record.seed)
+        extraction = ExtractionConfig.model_validate(asked)
+        try:
+            embedder = backbone.load(record.section, extraction, record.seed)
+        except BackboneError as error:
+            if engine == "torch":
+                raise
+            # What else may be wrong is wrong again.
+            extraction = extraction.model_copy(update={"engine": "torch"})
+            embedder = backbone.load(record.section, extraction, record.seed)
+            logger.warning(
+                "%s; torch computes the same network, whose vectors agree but for rounding",
+                error.message.partition(";")[0],
+            )
     for output, made in enumerate(embedder.specs):
         if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
             return embedder, output

@@ -15,7 +15,8 @@ import errno
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,104 @@ Data = bytes | bytearray | memoryview
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
+REMEDIES = {
+    errno.ENOSPC: "free some space there, or write to another place",
+    errno.EDQUOT: "free some of your quota, or write to another place",
+    errno.EROFS: "write to another place",
+    errno.EACCES: "allow it, or choose another place",
+    errno.EPERM: "allow it, or choose another place",
+    errno.EISDIR: "it is a folder, expected the name of a file",
+    errno.ENOTDIR: "a file is where a folder was expected; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the symbolic links on the way to it",
+    errno.EIO: "check the disk",
+}
+"""What the file system refuses to users -> what they can do. Every other error number is taken for a bug of ours."""
+
+
+def refusal(error: OSError) -> str | None:
+    """Say in one line what the file system refuses and what to do about it; None where it may be a bug of ours."""
+    if error.errno not in REMEDIES:
+        return None
+    where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else "the output"
+    return f"{where}: cannot be used ({error.strerror}); {REMEDIES[error.errno]}"
+
+
+def require_place(path: Path) -> None:
+    """See that a file can be written under this name, and make its folder: before the work whose result it is to hold.
+
+    Raises
+    ------
+    OSError
+        As writing would, and for a device such as /dev/null, which a rename would replace.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise PermissionError(errno.EPERM, "It is not an ordinary file", str(path))
+    make_folder(path.parent)
+    with _named(path):
+        remove(write_temporary(path.parent, [], f".{path.name}"))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let errors name the file that the user knows, in place of a temporary one or none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
 
 def write_atomic(path: Path, data: Data, temporary: Path | None = None) -> None:
     """Replace a file's content in one step; `temporary` is a folder of the same file system for the partial file."""
-    scratch = write_temporary(temporary or path.parent, [data], f".{path.name}")
-    rename(scratch, path)
+    with _named(path):
+        rename(write_temporary(temporary or path.parent, [data], f".{path.name}"), path)
 
 
 def write_text_atomic(path: Path, text: str, temporary: Path | None = None) -> None:
     """Replace a text file's content in one step, as UTF-8 with the newlines as given."""
     write_atomic(path, text.encode("utf-8"), temporary)
+
+
+@dataclass
+class Growing:
+    """A file that is being written beside the name it will have; `written` counts the bytes."""
+
+    path: Path
+    target: Path
+    descriptor: int
+    written: int = 0
+
+    def add(self, data: Data) -> None:
+        """Hand bytes to the system, so that they outlive this process."""
+        with _named(self.target):
+            write_all(self.descriptor, data)
+        self.written += len(data)
+
+
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[Growing]:
+    """Open a file that grows beside `path` as `NAME.*.partial` and takes that name when the block ends.
+
+    Where the block fails or the process is killed, what was written before stays there; an empty file does not.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    with _named(path):
+        file = Growing(partial, path, create(partial))
+    try:
+        yield file
+        with _named(path):
+            sync(file.descriptor)
+            _move(partial, path)
+    except BaseException:
+        if not file.written:
+            remove(partial)
+        raise
+    finally:
+        SYSTEM["close"](file.descriptor)
+    sync_folder(path.parent)
 
 
 def write_temporary(folder: Path, parts: Iterable[Data], prefix: str = "") -> Path:
@@ -108,12 +197,16 @@ def sync_folder(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Give a synced file its final name, replacing what had it, and sync the folder. The source is removed on failure."""
     try:
-        (SYSTEM["rename"] if os.name != "nt" else os.replace)(source, target)
+        _move(source, target)
     except OSError:
         with contextlib.suppress(OSError):
             remove(source)
         raise
     sync_folder(target.parent)
+
+
+def _move(source: Path, target: Path) -> None:
+    (SYSTEM["rename"] if os.name != "nt" else os.replace)(source, target)
 
 
 def publish(source: Path, target: Path) -> None:
@@ -149,11 +242,16 @@ def remove(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder with its parents and sync the name of each; one that exists is fine."""
+    """Create a folder with its parents and sync the name of each; one that exists is fine, a file of that name is not."""
     if path.is_dir():
         return
     if path.parent != path:
         make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):
+    try:
         SYSTEM["mkdir"](path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    except FileNotFoundError:  # though its parent is there: a file system that has no room for new names, such as /proc
+        raise PermissionError(errno.EPERM, "No folder can be made there", str(path)) from None
     sync_folder(path.parent)

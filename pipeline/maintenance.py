@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from pipeline import embedders, store
+from pipeline import dataset, embedders, store
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedders import EmbeddingRecord
-from pipeline.errors import first
+from pipeline.errors import PipelineError, first
 from pipeline.feed import Feeder, Item, gpu_at_hand
 from pipeline.images import policy_key
 
@@ -102,27 +102,72 @@ class Experiment:
 
 
 def status(config: Config) -> list[str]:
-    """Say what is cached, missing, stale and failed, and where."""
-    here = Experiment.open(config)
+    """Say what is cached, missing, changed, stale and failed, and where. The images are looked at as they are now."""
+    before = Experiment.open(config)
+    here, changes = _as_of_now(before)
     failed = failed_digests(here.files.dataset, policy_key(config.dataset.max_pixels))
     known = set(digests_to_hex(failed))
     live = here.index.digests[[digest not in known for digest in digests_to_hex(here.index.digests)]]
     contents = len(np.unique(live, axis=0))
     lines = [
-        f"{len(here.index):,} images in {len(here.index.classes)} classes, {contents:,} distinct contents that decode"
+        f"{len(here.index):,} images in {len(here.index.classes)} classes, {contents:,} distinct contents that decode",
+        *changes,
     ]
     if len(failed):
         lines.append(
             f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'ledger.csv'} names each"
         )
+    sections = [record.section for record in here.records]
+    for section in config.backbones:
+        if section not in sections:
+            lines.append(
+                f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
+            )
     for record in here.records:
         found = store.status(here.path(record), live)
-        lines += _status_lines(f"{record.name}{' (untrained)' if record.untrained else ''}", found)
-    return lines
+        name = f"{record.name}{' (untrained)' if record.untrained else ''}"
+        lines += _status_lines(
+            name, found, "`manyheads gc`" if not changes else "`manyheads gc` after `manyheads features`"
+        )
+    return lines + [
+        f"{path}: {_size(_bytes_in(path))}, used by no embedding of the last `manyheads features`; it serves again when the "
+        "config asks for it again, else delete the folder"
+        for path in _unused_stores(here)
+    ]
 
 
-def _status_lines(name: str, found: store.StoreStatus) -> Iterator[str]:
-    """One store in plain lines."""
+def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
+    """The experiment with the images that there are now, and what is different from the last run of stage one."""
+    config = before.config
+    if dataset.needs_download(config.dataset):
+        return before, ["the images are not looked at, because that means a download"]
+    try:
+        found = dataset.look(config.dataset, config.seed, before.files.dataset)
+    except PipelineError as error:
+        return before, [
+            f"warning: the images cannot be used as they are now: {line}" for line in str(error).splitlines()[:1]
+        ]
+    changes = []
+    if not found.unchanged:
+        what = dataset.difference_text(found.difference) or "labels, splits, groups or the folder changed"
+        changes.append(f"since the last `manyheads features`: {what}; run it again")
+    if found.failures:
+        changes.append(f"{len(found.failures):,} files cannot be used; `manyheads check` says why")
+    return replace(before, index=found.index), changes
+
+
+def _unused_stores(here: Experiment) -> list[Path]:
+    """Stores of identities that were asked for once: another precision, layer, or file of weights."""
+    used = {here.path(record) for record in here.records}
+    return [path for path in sorted(here.files.stores.glob("*.store*")) if path.is_dir() and path not in used]
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads gc`") -> Iterator[str]:
+    """One store in plain lines; `remedy` is what removes stale vectors, which goes by the last run's index."""
     missing = found.missing_rows or 0
     yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
     yield (
@@ -131,7 +176,7 @@ def _status_lines(name: str, found: store.StoreStatus) -> Iterator[str]:
     )
     yield f"  {found.path}  digest {found.digest[:16]}"
     if found.stale_rows:
-        yield f"  {found.stale_rows:,} vectors belong to no image any more; `manyheads gc` removes them"
+        yield f"  {found.stale_rows:,} vectors belong to no image any more; {remedy} removes them"
     if found.journal_rows:
         yield f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
     if found.quarantined:

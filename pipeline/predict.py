@@ -1,16 +1,19 @@
 """Predict: a bundle and new images become labels and probabilities, one row of a CSV file per image.
 
-An image that cannot be read has a row too, with the reason in its `status`.
+An image that cannot be read has a row too, with the reason in its `status`. Rows are written as batches come: what
+grows in memory with the number of images is the names of one folder.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +21,20 @@ from numpy.typing import NDArray
 
 from pipeline import bundle as bundles
 from pipeline.bundle import ModelBundle
-from pipeline.config import Artifacts, DatasetConfig
+from pipeline.config import NETWORK_DEVICES, Artifacts, checked_device
 from pipeline.dataset import is_image_name
 from pipeline.embedders import Embedder, EmbeddingRecord, open_record
-from pipeline.errors import BundleError, DatasetError
+from pipeline.errors import BundleError, ConfigError, DatasetError, first
 from pipeline.feed import Batch, Feeder, Item, gpu_at_hand
-from pipeline.files import write_text_atomic
+from pipeline.files import growing, require_place
 from pipeline.progress import bar
 from pipeline.report import Leaderboard
 
+log = logging.getLogger(__name__)
+
 BATCH_SIZE = 32
+EXAMPLES = 5
+"""Reasons told when no image can be read."""
 
 
 @dataclass(frozen=True)
@@ -67,30 +74,66 @@ class Row:
 
 
 def run(
-    bundle: Path, images: Sequence[Path], *, output: Path, top: int = 3, device: str = "auto", trust_code: bool = False
+    bundle: Path,
+    images: Sequence[Path],
+    *,
+    output: Path,
+    top: int = 3,
+    device: str = "auto",
+    trust_code: bool = False,
+    max_pixels: int | None = None,
 ) -> PredictRun:
     """Label image files and folders of them with a saved head.
 
-    `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used.
+    `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used. `max_pixels` is the
+    experiment's where it is not given. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
 
     Raises
     ------
     PipelineError
-        When the bundle or an image path is not there, or the backbone that made the head's features is not to be had.
+        When the bundle or an image path is not there, the backbone that made the head's features is not to be had, or no
+        image can be read; the rows are written in that last case too.
+    OSError
+        When `output` cannot be written, which is found before the work where it can be.
     """
+    try:
+        checked_device(device, NETWORK_DEVICES)
+    except ValueError as error:
+        raise ConfigError(f"--device: {error}") from None
     folder = find_bundle(bundle)
     model = bundles.load(folder, trust_code=trust_code)
-    files = list_images(images)
+    require_all(images)
+    require_place(output)
     record = EmbeddingRecord.from_dict(model.embedding)
     embedder, output_number = open_record(record, device)
-    rows: list[Row] = []
-    with bar(len(files), "images", "predicting") as progress:
-        for batch in _batches(files, embedder):
-            rows += _rows(batch, files, model, embedder, output_number)
-            progress.update(len(batch.items))
-    write_text_atomic(output, to_csv(rows, model.classes, top))
-    labels = Counter(row.label for row in rows if row.label is not None)
-    return PredictRun(output, folder, labels, sum(row.label is None for row in rows), record.untrained)
+    total = sum(1 for _ in images_in(images))
+    if not total:
+        raise DatasetError(f"no image files in {', '.join(map(str, images))}")
+    given, ahead = tee(images_in(images))
+    labels: Counter[str] = Counter()
+    done, reasons = 0, list[str]()
+    with growing(output) as file, bar(total, "images", "predicting") as progress:
+        try:
+            for batch in _batches(ahead, embedder, max_pixels or record.max_pixels):
+                rows = list(_rows(batch, given, model, embedder, output_number))
+                header = "" if done else csv_header(model.classes, top)
+                file.add((header + to_csv(rows, model.classes, top)).encode())
+                labels.update(row.label for row in rows if row.label is not None)
+                done += len(rows)
+                if len(reasons) <= EXAMPLES:
+                    reasons += [f"{row.path}: {row.status}" for row in rows if row.label is None]
+                progress.update(len(rows))
+        except BaseException:
+            if done:
+                kept = "stopped after %d of %d images: their rows are in %s, and a new run begins with the first image"
+                log.warning(kept, done, total, file.path)
+            raise
+    unreadable = done - labels.total()
+    if unreadable == done:
+        raise DatasetError(
+            f"none of the {done:,} images could be read; {output} says why of each", first(reasons, EXAMPLES)
+        )
+    return PredictRun(output, folder, labels, unreadable, record.untrained)
 
 
 def find_bundle(path: Path) -> Path:
@@ -105,45 +148,52 @@ def find_bundle(path: Path) -> Path:
     return path / best.bundle
 
 
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the files named, and every image file in the folders named, each once, in order.
-
-    Raises
-    ------
-    DatasetError
-        With one line for every path that is not there.
-    """
-    missing = [str(path) for path in paths if not path.exists()]
+def require_all(paths: Sequence[Path]) -> None:
+    """See that every path is there; DatasetError with one line for each that is not."""
+    missing = [shown(str(path)) for path in paths if not path.exists()]
     if missing:
         raise DatasetError("no such file or folder", missing)
-    found: dict[Path, None] = {}
+
+
+def images_in(paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the files named, and every image file in the folders named, each once, in order."""
+    seen: set[str] = set()
     for path in paths:
-        for file in _walk(path) if path.is_dir() else (path,):
-            found[file] = None
-    if not found:
-        raise DatasetError(f"no image files in {', '.join(map(str, paths))}")
-    return list(found)
+        for file in _walk(path) if path.is_dir() else (str(path),):
+            if len(paths) > 1:  # one folder has no file twice, and millions of names are memory
+                if file in seen:
+                    continue
+                seen.add(file)
+            yield file
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path) -> Iterator[str]:
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and is_image_name(name):
-                yield Path(root, name)
+                yield str(Path(root, name))
+
+
+def shown(path: str) -> str:
+    """Return a path as text that can be written: bytes of it that are not UTF-8 as `\\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def csv_header(classes: Sequence[str], top: int) -> str:
+    """Return the first line: path, status, label, probability, then the next likely labels with theirs."""
+    names = ["path", "status", "label", "probability"]
+    for rank in range(2, min(top, len(classes)) + 1):
+        names += [f"label_{rank}", f"probability_{rank}"]
+    return ",".join(names) + "\n"
 
 
 def to_csv(rows: Sequence[Row], classes: Sequence[str], top: int) -> str:
-    """Return the CSV: path, status, label, probability, then the next likely labels with theirs."""
-    top = min(top, len(classes))
-    header = ["path", "status", "label", "probability"]
-    for rank in range(2, top + 1):
-        header += [f"label_{rank}", f"probability_{rank}"]
+    """Return the lines of some rows, without the first."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
     for row in rows:
-        writer.writerow([row.path, row.status, *_cells(row, classes, top)])
+        writer.writerow([row.path, row.status, *_cells(row, classes, min(top, len(classes)))])
     return text.getvalue()
 
 
@@ -155,17 +205,18 @@ def _cells(row: Row, classes: Sequence[str], top: int) -> list[str]:
     return [cell for place in order[:top] for cell in (classes[place], f"{row.probabilities[place]:.6f}")]
 
 
-def _batches(files: Sequence[Path], embedder: Embedder) -> Iterator[Batch]:
-    items = [Item(number, str(path.absolute()), None, (0,)) for number, path in enumerate(files)]
-    limits = DatasetConfig()
+def _batches(paths: Iterable[str], embedder: Embedder, max_pixels: int) -> Iterator[Batch]:
+    here = os.getcwd()
+    items = (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
     gpu = gpu_at_hand(embedder.preprocessing, str(getattr(embedder, "device", "cpu")))
-    feeder = Feeder(Path("/"), limits.max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1, gpu)
+    feeder = Feeder(Path("/"), max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1, gpu)
     return feeder.batches(items)
 
 
 def _rows(
-    batch: Batch, files: Sequence[Path], model: ModelBundle, embedder: Embedder, output_number: int
+    batch: Batch, given: Iterator[str], model: ModelBundle, embedder: Embedder, output_number: int
 ) -> Iterator[Row]:
+    """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
     good = [row for row in range(len(batch.items)) if row not in batch.problems]
     labelled: dict[int, tuple[str, NDArray[np.float64] | None]] = {}
     if good:
@@ -175,9 +226,10 @@ def _rows(
             row: (str(labels[place]), None if probabilities is None else probabilities[place])
             for place, row in enumerate(good)
         }
-    for row, item in enumerate(batch.items):
+    for row in range(len(batch.items)):
+        path = shown(next(given))
         if row in labelled:
-            yield Row(str(files[item.content]), *labelled[row], "ok")
+            yield Row(path, *labelled[row], "ok")
         else:
             problem = batch.problems[row]
-            yield Row(str(files[item.content]), None, None, f"{problem.status}: {problem.reason}")
+            yield Row(path, None, None, f"{problem.status}: {problem.reason}")

@@ -419,7 +419,8 @@ def test_without_network_the_file_and_its_folder_are_named(hub: Path, monkeypatc
         load("squeezenet1_1", weights="IMAGENET1K_V1")
     assert str(error.value) == (
         "weights SqueezeNet1_1_Weights.IMAGENET1K_V1 cannot be fetched (<urlopen error no network>); fetch "
-        f"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth elsewhere and put it in {hub}"
+        f"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth elsewhere and put it in {hub}, "
+        "or say weights: bundled, as configs/bundled.yaml does, which needs no download"
     )
 
 
@@ -514,7 +515,7 @@ def test_the_precision_follows_from_what_the_machine_is(
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(
         BackboneError,
-        match=r"device 'cuda' is not available here, found .*cpu; set extraction.device to one of these or to 'auto'",
+        match=r"device 'cuda' is not available here, found .*cpu; set extraction.device \(predict: --device\) to one of these or to 'auto'",
     ):
         load(extraction=ExtractionConfig(device="cuda"))
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import check
+from pipeline import backbone, check
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.errors import PipelineError
+from pipeline.errors import BackboneError, PipelineError
 
 
 def make_config(tmp_path: Path, **changes: Any) -> Config:
@@ -59,7 +59,103 @@ def test_problems_of_every_part_are_told_together(tmp_path: Path) -> None:
     assert caught.value.message == f"{len(problems)} problems; nothing was embedded or trained"
 
 
-def test_a_class_with_few_images_is_named(tmp_path: Path) -> None:
+def problems_of(config: Config) -> tuple[str, ...]:
+    with pytest.raises(PipelineError) as caught:
+        check.run(config)
+    return caught.value.problems
+
+
+def without_a_gpu() -> bool:
+    return not backbone.choice_inputs()["cuda"][0]
+
+
+@pytest.mark.skipif(not without_a_gpu(), reason="there is a GPU")
+def test_what_this_machine_does_not_have_is_found(tmp_path: Path) -> None:
     make_photos(tmp_path)
-    lines = check.run(make_config(tmp_path, tuning={"folds": 8}))
-    assert any(line.startswith("warning: class day has") for line in lines)
+    config = make_config(tmp_path, extraction={"device": "cuda:9"}, tuning={"device": "cuda"})
+    assert problems_of(config) == (
+        "device 'cuda:9' is not available here, found cpu; set extraction.device (predict: --device) to one of these or to 'auto'",
+        "tuning.device: 'cuda' is not available here: torch sees 0 CUDA GPUs, counted from 0; set it to 'auto' or 'cpu'",
+    )
+    assert problems_of(make_config(tmp_path, extraction={"decode": "gpu", "device": "cpu"})) == (
+        "extraction.decode is gpu, which needs an NVIDIA GPU, and the device is cpu; set extraction.decode: standard",
+    )
+
+
+def test_an_engine_that_cannot_be_used_is_found_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_photos(tmp_path)
+    monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
+    assert problems_of(make_config(tmp_path, extraction={"engine": "openvino", "device": "cpu"})) == (
+        "extraction.engine is openvino, but it cannot be used: it is not installed; pip install 'manyheads[openvino]'",
+    )
+
+
+@pytest.mark.parametrize("weights", ["random", "bundled"])
+def test_a_pooling_that_a_layer_cannot_have_is_found_in_the_words_of_the_run(tmp_path: Path, weights: str) -> None:
+    make_photos(tmp_path)
+    layer = {"random": "layer4", "bundled": "trunk_output"}[weights]
+    name = {"random": "resnet18", "bundled": "regnet_small"}[weights]
+    config = make_config(
+        tmp_path, backbones=[{"name": name, "weights": weights, "layers": [layer], "pooling": "cls"}], baselines=[]
+    )
+    found = problems_of(config)
+    with pytest.raises(BackboneError) as caught:
+        backbone.load(config.backbones[0], config.extraction, 0)
+    assert found == (caught.value.message,)
+    assert "has no class token; pooling 'cls' needs one" in found[0]
+
+
+def test_images_too_small_for_a_network_are_found(tmp_path: Path) -> None:
+    make_photos(tmp_path)
+    found = problems_of(
+        make_config(tmp_path, backbones=[{"name": "inception_v3", "preprocessing": {"resize": 20, "crop": 20}}])
+    )
+    assert len(found) == 1
+    assert found[0].startswith("inception_v3 cannot take images of 20 x 20 pixels (")
+
+
+def test_weights_that_are_to_be_fetched_are_told_with_what_needs_no_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    make_photos(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    config = make_config(tmp_path, backbones=[{"name": "resnet50", "weights": "IMAGENET1K_V2"}])
+    (note,) = [line for line in check.run(config) if line.startswith("note: ")]
+    assert note == (
+        "note: resnet50 (IMAGENET1K_V2) is not here yet: `features` fetches "
+        "https://download.pytorch.org/models/resnet50-11ad3fa6.pth (98 MB) to "
+        f"{tmp_path}/hub/checkpoints; weights: bundled, as in configs/bundled.yaml, needs no download"
+    )
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth").write_bytes(b"")
+    assert not [line for line in check.run(config) if line.startswith("note: ")]
+
+
+def test_data_without_a_test_image_are_refused_with_the_cause(tmp_path: Path) -> None:
+    make_photos(tmp_path)
+    rows = [f"{label}/{number}.png,{label},{label}" for label in ("day", "night") for number in range(6)]
+    path = tmp_path / "photos" / "list.csv"
+    path.write_text("\n".join(["path,label,group", *rows]), encoding="utf-8")
+    (problem,) = problems_of(make_config(tmp_path, dataset={"source": "manifest", "path": str(path)}))
+    assert problem.startswith(
+        "no image is left for the test, and every leaderboard needs some: a group is never parted"
+    )
+
+
+def test_classes_with_few_images_are_named_unless_all_have_too_few_for_the_folds(tmp_path: Path) -> None:
+    make_photos(tmp_path)
+    (tmp_path / "photos" / "day" / "0.png").unlink()
+    (tmp_path / "photos" / "day" / "1.png").unlink()
+
+    def warnings(folds: int) -> list[str]:
+        lines = check.run(make_config(tmp_path, tuning={"folds": folds}))
+        return [line for line in lines if line.startswith("warning: ")]
+
+    (named,) = warnings(5)
+    assert named.startswith("warning: class day has 3 training images, fewer than the 5 folds")
+    (lowered,) = warnings(1000)
+    assert lowered.startswith("warning: tuning.folds is 1000, and the training images allow 5")

@@ -66,7 +66,9 @@ def test_a_signal_ends_with_its_exit_code_and_one_line(number: signal.Signals, c
     listen = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     done = run("check", before=listen + stop)
     assert done.returncode == code
-    assert done.stderr.lstrip() == "error: stopped; what was finished is kept, the same command goes on from there\n"
+    assert done.stderr.lstrip() == (
+        "error: stopped; what was finished is kept, and features, heads, finetune and pretrain go on from there\n"
+    )
 
 
 def test_a_check_that_finds_something_is_exit_code_1() -> None:
@@ -79,3 +81,33 @@ def test_a_check_that_finds_something_is_exit_code_1() -> None:
     )
     done = run("verify", before=found)
     assert (done.returncode, done.stdout) == (1, "one: DAMAGED\n")
+
+
+def test_a_folder_that_refuses_is_one_line_with_exit_code_2() -> None:
+    refuse = (
+        "import errno, os, pipeline.check\n"
+        "def refused(config): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'out/report.html')\n"
+        "pipeline.check.run = refused"
+    )
+    done = run("check", before=refuse)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: out/report.html: cannot be used (No space left on device); free some space there, or write to another place\n"
+    )
+
+
+def test_a_file_of_ours_that_is_missing_is_a_bug_and_keeps_its_traceback() -> None:
+    done = run("check", before="import pipeline.check\npipeline.check.run = lambda config: open('nowhere')")
+    assert done.returncode == 1
+    assert done.stderr.endswith("FileNotFoundError: [Errno 2] No such file or directory: 'nowhere'\n")
+
+
+def test_finetune_asks_for_the_place_of_its_copy_before_it_trains(tmp_path: Path) -> None:
+    trained = (
+        f"import pipeline.finetune\npipeline.finetune.run = lambda config: open({str(tmp_path / 'trained')!r}, 'w')"
+    )
+    (tmp_path / "file").write_text("")
+    done = run("finetune", "--output", str(tmp_path / "file" / "w.safetensors"), before=trained)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/file: cannot be used (Not a directory)")
+    assert not (tmp_path / "trained").exists()

@@ -165,3 +165,43 @@ def test_shipped_configs_are_valid_and_open_with_their_command(path: Path) -> No
 
 def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
     assert problems_of(tmp_path, GOOD, "heads=[knn, knn]")[1] == "heads: named more than once: knn"
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("5", "got 5; write '5GB' or '5MB'"),
+        ("0.5", "got 0.5; write '0.5GB' or '0.5MB'"),
+        ("0MB", "got '0MB'"),
+        ("0.0 GB", "got '0.0 GB'"),
+        ("2TB", "got '2TB'"),
+        ("true", "got True"),
+        ("-1", "got -1"),
+        ("null", "got None"),
+    ],
+)
+def test_memory_is_a_size_above_nothing(tmp_path: Path, value: str, hint: str) -> None:
+    assert problems_of(tmp_path, GOOD, f"tuning.memory={value}")[1:] == [
+        f"tuning.memory: expected 'auto' or a size above 0 such as '2GB' or '500MB', {hint}"
+    ]
+
+
+def test_memory_in_bytes(tmp_path: Path) -> None:
+    for value, expected in {"2GB": 2 * 10**9, "1.5 MB": 1_500_000, "auto": None}.items():
+        assert configuration.load(write(tmp_path, GOOD), [f"tuning.memory={value}"]).tuning.memory_bytes == expected
+
+
+@pytest.mark.parametrize("below", ["", "/out/x"])
+def test_an_output_that_is_a_file_is_told_as_one(tmp_path: Path, below: str) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    (message,) = problems_of(tmp_path, GOOD, f"output={taken}{below}")
+    assert message == (
+        f"{tmp_path}/config.yaml: output: {taken} is a file, expected a folder or a name that is free; choose another output"
+    )
+
+
+@pytest.mark.parametrize("output", [".", "new", "../new", "a/b/c"])
+def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert configuration.load(write(tmp_path, GOOD), [f"output={output}"]).output == output

@@ -16,13 +16,15 @@ from pipeline.dataset import (
     check_failures,
     failed_digests,
     fold_warnings,
+    missing_side,
     read_ledger,
     record_failures,
     scan,
     statcache,
 )
 from pipeline.digests import content_digest, digests_to_hex
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, HeadError
+from pipeline.tuning import make_folds
 
 
 def write(root: Path, **files: str) -> None:
@@ -504,6 +506,22 @@ class TestRefused:
             f"if these are the classes, give {root}/animals as dataset.path"
         )
 
+    @pytest.mark.parametrize(
+        ("rows", "words"),
+        [
+            ("", "names no image; expected a row with path and label for each"),
+            ("a.png,cat\n", "holds no image that can be read\n  a.png: there is no such file"),
+            ("b.png,cat\n", "all 1 images are of one class, 'cat'; expected at least 2 classes"),
+        ],
+    )
+    def test_a_manifest_is_named_itself_and_not_its_folder(self, tmp_path: Path, rows: str, words: str) -> None:
+        put(tmp_path, "b.png", "1")
+        path = tmp_path / "list.csv"
+        path.write_text(f"path,label\n{rows}")
+        with pytest.raises(DatasetError) as caught:
+            scan(DatasetConfig(source="manifest", path=str(path)), 0, tmp_path / "dataset")
+        assert str(caught.value) == f"{path}: {words}"
+
     def test_no_image_at_all(self, tmp_path: Path) -> None:
         root = tmp_path / "photos"
         write(root, **{"cat/1.heic": "1", "dog/2.png": ""})
@@ -547,6 +565,85 @@ def test_a_class_with_fewer_training_images_than_folds_is_named(tmp_path: Path) 
         "class few has 2 training images, fewer than the 3 folds: "
         "some folds are without it; add images or set tuning.folds lower",
     ]
+
+
+def test_more_folds_than_the_images_allow_are_one_line(photos: Path) -> None:
+    assert fold_warnings(run(photos).index, 1000) == [
+        "tuning.folds is 1000, and the training images allow 8: heads are tuned on as many, some of them without "
+        "the smallest classes"
+    ]
+
+
+class TestMissingSide:
+    """Each text is also what really happens: the test set is empty, or the folds cannot be made."""
+
+    def of_manifest(self, tmp_path: Path, rows: list[str]) -> str | None:
+        for row in rows:
+            put(tmp_path, row.partition(",")[0], row)
+        (tmp_path / "list.csv").write_text("\n".join(["path,label,split,group", *rows]))
+        result = scan(DatasetConfig(source="manifest", path=str(tmp_path / "list.csv")), 0, tmp_path / "dataset")
+        found = missing_side(result.index)
+        if found and found.startswith("no image"):
+            assert len(result.index.select("test")) == 0
+            assert found in result.warnings
+        elif found:
+            train = result.index.select("train", "validation")
+            with pytest.raises(HeadError):
+                make_folds(train.labels.astype(str), 5, 0, train.fold_groups())
+        return found
+
+    def test_nothing_is_missing(self, photos: Path) -> None:
+        assert missing_side(run(photos).index) is None
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_few_images(self, tmp_path: Path, count: int) -> None:
+        found = self.of_manifest(
+            tmp_path, [f"{label}{number}.png,{label},," for label in "ab" for number in range(count)]
+        )
+        words = "1 distinct image" if count == 1 else "2 distinct images"
+        assert found == (
+            f"no image is left for the test, and every leaderboard needs some: no class has more than {words}, expected at "
+            "least 3; add images"
+        )
+
+    def test_the_fraction_that_is_named_is_enough_and_none_below_it(self, tmp_path: Path) -> None:
+        names = [f"{label}/{number}.png" for label in "ab" for number in range(5)]
+        write(tmp_path / "photos", **{name: name for name in names})
+        found = missing_side(run(tmp_path / "photos", test_fraction=0.05).index)
+        assert found is not None
+        assert found.endswith(
+            "no class has more than 5 distinct images; add images, or set dataset.test_fraction above 0.10"
+        )
+        assert missing_side(run(tmp_path / "photos", test_fraction=0.10, resplit=True).index) is not None
+        assert missing_side(run(tmp_path / "photos", test_fraction=0.11, resplit=True).index) is None
+
+    def test_groups_that_are_the_classes(self, tmp_path: Path) -> None:
+        found = self.of_manifest(
+            tmp_path, [f"{label}{number}.png,{label},,{label}" for label in "ab" for number in range(9)]
+        )
+        assert found == (
+            "no image is left for the test, and every leaderboard needs some: a group is never parted between training and "
+            "test, and each of the 2 classes has one; make the groups smaller, leave the `group` column out, or name the "
+            "images of each side in a manifest's `split` column, or in folders train/ and test/"
+        )
+
+    def test_one_class_to_train_on(self, tmp_path: Path) -> None:
+        rows = ["a.png,a,train,", "b.png,a,train,", "c.png,b,test,"]
+        found = self.of_manifest(tmp_path, rows)
+        assert found is not None
+        assert found.startswith("the training images are of 1 class, and a classifier needs at least 2; ")
+
+    def test_one_image_of_each_class_to_train_on(self, tmp_path: Path) -> None:
+        rows = ["a.png,a,train,", "b.png,b,train,", "c.png,b,test,"]
+        assert self.of_manifest(tmp_path, rows) == (
+            "cross-validation is not possible, as every class has 1 training image; expected at least 2 folds, so give more images"
+        )
+
+    def test_one_group_to_train_on(self, tmp_path: Path) -> None:
+        rows = [*(f"{label}{number}.png,{label},train,g" for label in "ab" for number in range(4)), "c.png,b,test,"]
+        assert self.of_manifest(tmp_path, rows) == (
+            "cross-validation is not possible, as all training images are of one group; expected at least 2 folds, so give more images"
+        )
 
 
 def test_labels_that_differ_in_case_only_are_pointed_out(tmp_path: Path) -> None:

@@ -115,13 +115,60 @@ def test_a_network_that_openvino_cannot_take_runs_by_torch_unless_it_was_asked_f
         raise RuntimeError("no such operation\n  details")
 
     pytest.importorskip("openvino")
-    monkeypatch.setattr(backbone.network, "compile_openvino", refuse)
+    from pipeline.backbone import network
+
+    monkeypatch.setattr(network, "compile_openvino", refuse)
     monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
     section = BackboneConfig(name="squeezenet1_1", preprocessing=SMALL)
     extraction = ExtractionConfig(device="cpu", precision="fp32")
     assert backbone.load(section, extraction, 0, images=10**6).specs[0].engine == "torch"
     with pytest.raises(BackboneError, match=r"OpenVINO cannot run squeezenet1_1 \(no such operation\); set extraction"):
         load("openvino", "squeezenet1_1")
+
+
+def test_a_choice_is_logged_with_its_reason_unless_the_caller_made_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="pipeline")
+    section = BackboneConfig(name="squeezenet1_1", preprocessing=SMALL)
+    backbone.load(section, ExtractionConfig(device="cpu", precision="fp32", engine="torch"), 0)
+    backbone.load(section, ExtractionConfig(device="cpu", precision="fp32"), 0, images=1)
+    name = "squeezenet1_1-random-penultimate on cpu in fp32; by torch"
+    assert caplog.messages[0] == name
+    assert caplog.messages[1].startswith(f"{name}: ")
+
+
+def test_half_an_openvino_is_told_and_torch_computes_unless_it_was_asked_for(tmp_path: Path) -> None:
+    """In a process of its own, whose openvino is a package that fails."""
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "__init__.py").write_text("raise ImportError('libopenvino.so.2026: cannot open\\nmore')")
+    code = """
+import logging, platform
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from pipeline import backbone
+from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.errors import BackboneError
+platform.machine = lambda: "x86_64"
+section = BackboneConfig.model_validate({"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}})
+print(backbone.load(section, ExtractionConfig(device="cpu", precision="fp32"), 0, images=10**6).specs[0].engine)
+try:
+    backbone.load(section, ExtractionConfig(device="cpu", precision="fp32", engine="openvino"), 0)
+except BackboneError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(engines.__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    reason = "it is installed and cannot be imported: libopenvino.so.2026: cannot open"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "torch",
+        f"OpenVINO cannot run squeezenet1_1 ({reason}); set extraction.engine: torch",
+    ]
+    assert f"by torch: OpenVINO cannot run this network ({reason})" in done.stderr
 
 
 def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +184,7 @@ def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.
 
 
 def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
@@ -189,6 +236,19 @@ def test_a_store_grows_with_the_engine_of_its_size_and_is_read_without_it(
     (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 45
+
+    # The same where it is installed and fails.
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
+    monkeypatch.setattr(backbone.network, "compile_openvino", refuse)
+    other, output = open_record(record, "cpu")
+    assert other.specs[output] == replace(record.spec, engine="torch")
+    assert caplog.messages[-1] == (
+        "OpenVINO cannot run resnet18 (no such operation); "
+        "torch computes the same network, whose vectors agree but for rounding"
+    )
 
 
 @pytest.mark.skipif(

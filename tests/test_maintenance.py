@@ -61,6 +61,74 @@ def test_status_counts_stale_and_missing_vectors(tmp_path: Path) -> None:
     assert extract_features.run(config).work is None
 
 
+@pytest.fixture
+def tiny(tmp_path: Path) -> Config:
+    """An experiment on thumbnails alone, whose images tests change."""
+    photos = make_photos(tmp_path / "photos", per_class=4)
+    config = small_config(photos, tmp_path / "output")
+    extract_features.run(config)
+    return config
+
+
+def test_status_looks_at_the_images_and_changes_nothing(tiny: Config, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    shutil.rmtree(photos / "土")
+    (photos / "leaf" / "00.png").rename(photos / "sky, blue" / "moved.png")
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(photos / "leaf" / "new.png")
+    Image.new("RGB", (9, 9), (3, 2, 1)).save(photos / "leaf" / "01.png")
+    (photos / "leaf" / "02.png").write_bytes(b"")
+    before = {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
+    lines = maintenance.status(tiny)
+    assert lines[:4] == [
+        "8 images in 2 classes, 8 distinct contents that decode",
+        "since the last `manyheads features`: 1 added, 1 changed, 1 renamed, 5 removed; run it again",
+        "1 files cannot be used; `manyheads check` says why",
+        f"{BACKBONE} (untrained): 2 missing: run `manyheads features`",
+    ]
+    assert lines == maintenance.status(tiny)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
+    # What is said of the stale ones is what helps: gc goes by the index of the last run.
+    (stale,) = {line for line in lines if "belong to no image" in line}
+    assert stale == "  6 vectors belong to no image any more; `manyheads gc` after `manyheads features` removes them"
+    maintenance.gc(tiny)
+    assert stale in maintenance.status(tiny)
+    (photos / "leaf" / "02.png").unlink()
+    extract_features.run(tiny)
+    assert "  6 vectors belong to no image any more; `manyheads gc` removes them" in maintenance.status(tiny)
+    maintenance.gc(tiny)
+    assert not any("belong to no image" in line for line in maintenance.status(tiny))
+
+
+def test_status_of_images_that_are_gone_tells_what_is_cached(tiny: Config, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "photos")
+    lines = maintenance.status(tiny)
+    assert lines[0] == "12 images in 3 classes, 12 distinct contents that decode"
+    assert lines[1].startswith(
+        f"warning: the images cannot be used as they are now: {tmp_path}/photos: there is no such"
+    )
+    assert lines[2] == f"{BACKBONE} (untrained): complete"
+
+
+def test_status_names_stores_that_nothing_uses_and_backbones_not_embedded_yet(tiny: Config, tmp_path: Path) -> None:
+    store = store_of(tiny)
+    (section,) = tiny.backbones
+    other = tiny.model_copy(
+        update={"backbones": (section.model_copy(update={"pooling": "max", "layers": ("layer1",)}),)}
+    )
+    assert "resnet18 (random): not embedded as the config says now: run `manyheads features`" in maintenance.status(
+        other
+    )
+    assert not any("used by no embedding" in line for line in maintenance.status(other))
+    extract_features.run(other)
+    size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    (line,) = [line for line in maintenance.status(other) if "used by no embedding" in line]
+    assert line == (
+        f"{store}: {size / 1000:.1f} KB, used by no embedding of the last `manyheads features`; it serves again when the "
+        "config asks for it again, else delete the folder"
+    )
+    assert not any("not embedded" in line for line in maintenance.status(other))
+
+
 def test_a_sample_embedded_anew_gives_the_stored_vectors(experiment: Config) -> None:
     checks = maintenance.verify(experiment, full=True, sample=5)
     assert [check.ok for check in checks] == [True, True]

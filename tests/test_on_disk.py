@@ -350,5 +350,5 @@ def test_the_limit_is_a_size_or_what_is_free(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError) as caught:
         configuration.parse(raw, "test")
     assert caught.value.problems == (
-        "tuning.memory: expected 'auto' or a size such as '2GB' or '500MB', got '2 gigabytes'",
+        "tuning.memory: expected 'auto' or a size above 0 such as '2GB' or '500MB', got '2 gigabytes'",
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from photos import PHOTO_CLASSES, make_photos
 
 from pipeline import predict
 from pipeline.config import Artifacts, Config
-from pipeline.errors import BackboneError, BundleError, DatasetError
+from pipeline.errors import BackboneError, BundleError, ConfigError, DatasetError
 from pipeline.report import Leaderboard
 
 
@@ -88,5 +91,124 @@ def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config
 
 def test_the_heads_own_label_comes_first_when_two_are_as_likely() -> None:
     row = predict.Row("a.jpg", "b", np.array([0.4, 0.4, 0.2]), "ok")
-    text = predict.to_csv([row], ("a", "b", "c"), top=3)
-    assert text.splitlines()[1] == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000"
+    assert predict.to_csv([row], ("a", "b", "c"), top=3) == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000\n"
+
+
+def pixels_bundle(experiment: Config) -> Path:
+    """A head on thumbnails, which loads no network."""
+    return Artifacts(experiment.output).bundle("pixels", "logistic_regression")
+
+
+@pytest.mark.parametrize("wrong", ["folder", "file/x.csv"])
+def test_an_output_that_cannot_be_written_is_found_before_any_image_is_read(
+    experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(predict, "_batches", None)
+    with pytest.raises(OSError, match=r"Is a directory|Not a directory"):
+        predict.run(pixels_bundle(experiment), [Path(str(experiment.dataset.path))], output=tmp_path / wrong)
+
+
+def test_the_folder_of_the_output_is_made(experiment: Config, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "new", per_class=1)
+    predict.run(pixels_bundle(experiment), [photos], output=tmp_path / "a" / "b" / "out.csv")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out.csv"]
+    assert len(read(tmp_path / "a" / "b" / "out.csv")) == 3
+
+
+def test_a_name_that_is_not_utf_8_is_labelled_and_written_with_its_bytes_escaped(
+    experiment: Config, tmp_path: Path
+) -> None:
+    photos = make_photos(tmp_path / "new", per_class=1)
+    (photos / "leaf" / "00.png").rename(photos / "leaf" / os.fsdecode(b"bad\xff.png"))
+    predict.run(pixels_bundle(experiment), [photos], output=tmp_path / "out.csv")
+    first = read(tmp_path / "out.csv")[0]
+    assert (first["path"], first["status"]) == (f"{photos}/leaf/bad\\xff.png", "ok")
+
+
+def test_a_name_with_signs_that_csv_uses_is_written_as_it_is(
+    experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_photos(tmp_path, per_class=1)
+    name = 'a,"b"\n\u202fc.png'
+    (tmp_path / "leaf" / "00.png").rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    predict.run(pixels_bundle(experiment), [Path(name), Path("leaf"), Path(name)], output=Path("out.csv"))
+    assert [(row["path"], row["status"]) for row in read(tmp_path / "out.csv")] == [(name, "ok")]
+
+
+def test_a_device_that_there_is_not_is_refused_as_the_config_does(experiment: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        predict.run(pixels_bundle(experiment), [tmp_path], output=tmp_path / "out.csv", device="gpu")
+    assert str(caught.value) == (
+        "--device: should be 'auto', 'cpu', 'mps', 'cuda' or a GPU by number, such as 'cuda:1', got 'gpu'"
+    )
+
+
+def test_where_no_image_can_be_read_the_rows_are_written_and_the_run_fails(experiment: Config, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    with pytest.raises(
+        DatasetError, match=r"none of the 2 images could be read; .*out\.csv says why of each"
+    ) as caught:
+        predict.run(pixels_bundle(experiment), [tmp_path], output=tmp_path / "out.csv")
+    rows = read(tmp_path / "out.csv")
+    assert [row["path"] for row in rows] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]
+    assert caught.value.problems == tuple(f"{row['path']}: {row['status']}" for row in rows)
+
+
+def test_images_are_as_large_as_the_experiment_allows_unless_told_otherwise(experiment: Config, tmp_path: Path) -> None:
+    bundle = shutil.copytree(pixels_bundle(experiment), tmp_path / "bundle")
+    document = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    assert document["embedding"]["max_pixels"] == experiment.dataset.max_pixels
+    document["embedding"]["max_pixels"] = 20 * 24 - 1
+    (bundle / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    photos = make_photos(tmp_path / "new", per_class=1)
+    with pytest.raises(DatasetError, match="none of the 3 images"):
+        predict.run(bundle, [photos], output=tmp_path / "out.csv")
+    assert read(tmp_path / "out.csv")[0]["status"].startswith("too_many_pixels")
+    assert predict.run(bundle, [photos], output=tmp_path / "out.csv", max_pixels=20 * 24).unreadable == 0
+
+
+def test_a_stopped_run_leaves_the_rows_of_finished_batches_and_the_old_output(
+    experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = make_photos(tmp_path / "new", per_class=4)
+    output = tmp_path / "out.csv"
+    predict.run(pixels_bundle(experiment), [photos], output=output)
+    whole = output.read_text(encoding="utf-8")
+    monkeypatch.setattr(predict, "BATCH_SIZE", 5)
+    rows_of, calls = predict._rows, iter(range(3))
+
+    def stop_at_the_third(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return rows_of(*arguments)
+
+    monkeypatch.setattr(predict, "_rows", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(pixels_bundle(experiment), [photos], output=output)
+    (partial,) = tmp_path.glob("out.csv.*.partial")
+    assert partial.read_text(encoding="utf-8") == "".join(whole.splitlines(keepends=True)[:11])
+    assert output.read_text(encoding="utf-8") == whole
+    assert caplog.messages == [
+        f"stopped after 10 of 12 images: their rows are in {partial}, and a new run begins with the first image"
+    ]
+
+
+def test_rows_are_not_kept_in_memory(experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each batch only its own rows are alive."""
+    photos = make_photos(tmp_path / "new", per_class=20)
+    monkeypatch.setattr(predict, "BATCH_SIZE", 4)
+    alive: list[int] = []
+    to_csv = predict.to_csv
+
+    def count(rows: Any, *rest: Any) -> str:
+        alive.append(sum(type(found) is predict.Row for found in gc.get_objects()))
+        return to_csv(rows, *rest)
+
+    monkeypatch.setattr(predict, "to_csv", count)
+    predict.run(pixels_bundle(experiment), [photos], output=tmp_path / "out.csv")
+    assert len(alive) == 15
+    assert max(alive) <= 8  # this batch's, and the one before until its name is taken

@@ -182,14 +182,13 @@ def test_features_of_another_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PipelineError) as error:
         train_heads.run(other)
     assert str(error.value).splitlines() == [
-        f"{Artifacts(tmp_path).features}: is of another config; run `manyheads features` with this config first, which embeds "
-        "only what is new",
-        "  backbones.1.name: the run of `manyheads features` has 'resnet18', this config has 'resnet50'",
-        "  backbones.1.pooling: the run of `manyheads features` has 'avg', this config has 'max'",
-        "  baselines: the run of `manyheads features` has ['pixels'], this config has ['hog', 'pixels']",
+        f"{Artifacts(tmp_path).features}: its features are of another config; run `manyheads features` with this config first, "
+        "which embeds only what is new",
         "  dataset.path: the run of `manyheads features` has None, this config has '/other'",
         "  dataset.source: the run of `manyheads features` has 'digits', this config has 'folder'",
         "  seed: the run of `manyheads features` has 0, this config has 1",
+        "  backbones: not name: resnet50, pooling: max",
+        "  baselines: not hog",
     ]
     assert not Artifacts(tmp_path).config.exists(), "nor is the other config kept as the recipe"
 
@@ -211,6 +210,31 @@ def test_what_changes_no_feature_needs_no_new_ones(tmp_path: Path, changes: dict
         "net-random",
         "pixels",
     ]
+
+
+def test_of_several_embeddings_those_are_tuned_that_the_config_asks_for(tmp_path: Path) -> None:
+    stage_one(tmp_path)
+    path, config = Artifacts(tmp_path).features, make_config(tmp_path)
+    other = BackboneConfig(name="resnet50", weights="random")
+    both = config.model_copy(update={"backbones": (*config.backbones, other)})
+    first, pixels = read_records(path)
+    records = [
+        replace(first, section=config.backbones[0]),
+        replace(first, name="other", section=other),
+        pixels,
+    ]
+    write_records(path, records, both, "")
+
+    def names(config: Config) -> list[str]:
+        return [record.name for record in read_asked_records(path, config)]
+
+    assert names(both) == ["net-random", "other", "pixels"]
+    assert names(config) == ["net-random", "pixels"]
+    assert names(both.model_copy(update={"backbones": (other,), "baselines": ("majority",)})) == ["other"]
+    write_records(path, records[:1], both, "")
+    with pytest.raises(PipelineError, match="baselines: not pixels"):
+        names(both)
+    assert names(both.model_copy(update={"baselines": ()})) == ["net-random"], "two sections may name one embedding"
 
 
 def test_a_rerun_keeps_finished_rows_and_gives_the_same_leaderboard(

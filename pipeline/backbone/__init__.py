@@ -43,6 +43,8 @@ __all__ = [
     "layers",
     "load",
     "openvino_is_there",
+    "require_arithmetic",
+    "to_fetch",
 ]
 
 
@@ -59,6 +61,13 @@ def check(config: BackboneConfig) -> None:
     weights.check(config)
 
 
+def to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
+    """Return where a section's weights will be fetched from, to which folder, and how many MB; None where they are here."""
+    from pipeline.backbone import weights
+
+    return weights.to_fetch(config)
+
+
 def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int = 0) -> Backbone:
     """Build a backbone as the config asks, on its device and in its precision, ready to embed.
 
@@ -73,6 +82,23 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     from pipeline.backbone import network
 
     return network.load(config, extraction, seed, images)
+
+
+def require_arithmetic(extraction: ExtractionConfig) -> str:
+    """Return the device a run would compute on, having seen that it, the precision and the engine are to be had.
+
+    Raises
+    ------
+    BackboneError
+    """
+    from pipeline.backbone.engines import choose_engine
+    from pipeline.backbone.precision import resolve_device, resolve_precision
+
+    device = resolve_device(extraction.device)
+    _, precision, _ = resolve_precision(extraction.precision, device)
+    there = openvino_is_there()
+    choose_engine(extraction.engine, device.type, precision, images=0, layer_norms=False, there=there)
+    return str(device)
 
 
 def engine_at_hand(engine: str, device: str) -> str:

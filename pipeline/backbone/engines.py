@@ -131,14 +131,20 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
     Raises
     ------
     RuntimeError
-        When the network has an operation that OpenVINO does not know.
+        When the network has an operation that OpenVINO does not know, or what is installed as OpenVINO cannot be imported.
     """
     import torch
 
     began = time.perf_counter()
-    # Not `openvino.convert_model`, which reports its use to its maker unless the user has opted out.
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+    try:
+        # Not `openvino.convert_model`, which reports its use to its maker unless the user has opted out.
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        core = _core()
+    except Exception as error:  # half an installation, or another package of that name, fails in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(f"it is installed and cannot be imported: {reason}") from None
 
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that shapes become constants, which they are
@@ -148,7 +154,7 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
     decoder = TorchScriptPythonDecoder(traced)  # the front end keeps no reference of its own
     model = front_end.convert(front_end.load(decoder))
     model.reshape([BATCH, *size, 3])
-    compiled = _core().compile_model(
+    compiled = core.compile_model(
         model,
         "CPU",
         {

@@ -6,7 +6,7 @@ Nodes have the names of `torchvision.models.feature_extraction`: the path of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import fx, nn
@@ -15,6 +15,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from pipeline.config import guess
 from pipeline.errors import BackboneError
+from pipeline.memory import is_out_of_memory
 from pipeline.vision import torchvision
 
 PENULTIMATE = "penultimate"
@@ -144,6 +145,36 @@ def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
         maps = output if axes == (2, 3) else output.permute(0, 3, 1, 2)
         return torch.nn.functional.adaptive_avg_pool2d(maps, GRID).flatten(1)
     return output.mean(axes) if pooling == "avg" else output.amax(axes)
+
+
+def effective_poolings(
+    run: Callable[[], Sequence[object]], nodes: Sequence[str], pooling: str, has_class_token: bool, about: str
+) -> list[str]:
+    """Return the pooling of each layer, having run two images through: what does not fit is found before the work starts.
+
+    `run` gives the layers' outputs for the two, with weights or on torch's meta device; `about` names the network and the size.
+
+    Raises
+    ------
+    BackboneError
+        When the network does not take the images, or a layer gives no vectors in this way.
+    """
+    try:
+        with torch.inference_mode():
+            outputs = run()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BackboneError(f"{about} ({reason}); change preprocessing.crop") from None
+    found = []
+    for node, output in zip(nodes, outputs, strict=True):
+        if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
+            raise BackboneError(
+                f"layer {node!r} does not give a tensor per image; `manyheads layers {about.partition(' ')[0]}` lists those that do"
+            )
+        found.append(effective_pooling(output, pooling, has_class_token, node))
+    return found
 
 
 def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool, layer: str) -> str:

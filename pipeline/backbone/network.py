@@ -97,25 +97,9 @@ class Backbone:
     def _check(self, network: Network, nodes: Sequence[str], pooling: str) -> list[str]:
         """Run two images through, so that what does not fit is found before the work starts."""
         height, width = self.preprocessing.size
-        try:
-            with torch.inference_mode():
-                outputs = self._outputs(torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BackboneError(
-                f"{network.name} cannot take images of {height} x {width} pixels ({reason}); change preprocessing.crop"
-            ) from None
-        for node, output in zip(nodes, outputs, strict=True):
-            if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
-                raise BackboneError(
-                    f"layer {node!r} does not give a tensor per image; `manyheads layers {network.name}` lists those that do"
-                )
-        return [
-            graphs.effective_pooling(output, pooling, self._has_class_token, node)
-            for node, output in zip(nodes, outputs, strict=True)
-        ]
+        pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device)
+        about = f"{network.name} cannot take images of {height} x {width} pixels"
+        return graphs.effective_poolings(lambda: self._outputs(pixels), nodes, pooling, self._has_class_token, about)
 
     def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
@@ -180,13 +164,17 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     except RuntimeError as error:
         if engine != "openvino" or is_out_of_memory(error):
             raise
-        found = str(error).strip().splitlines()[0]
+        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if extraction.engine == "openvino":
             raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
+    # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
+    asked = (extraction.precision != "auto", extraction.engine == engine)
+    because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
     how = f"{engine} {backbone.remark}".strip()
-    logger.info("%s on %s in %s: %s; by %s: %s", backbone.specs[0].name, device, precision, reason, how, why)
+    name = backbone.specs[0].name
+    logger.info("%s on %s in %s%s; by %s%s", name, device, precision, because[0], how, because[1])
     return backbone
 
 

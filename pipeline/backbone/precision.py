@@ -89,7 +89,7 @@ def resolve_device(asked: str) -> torch.device:
     if not there[device.type]:
         found = ", ".join(kind for kind, available in there.items() if available)
         raise BackboneError(
-            f"device {asked!r} is not available here, found {found}; set extraction.device to one of these or to 'auto'"
+            f"device {asked!r} is not available here, found {found}; set extraction.device (predict: --device) to one of these or to 'auto'"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackboneError(

@@ -24,14 +24,21 @@ from pipeline.backbone.architectures import (
     check_architecture,
     classification_models,
 )
-from pipeline.backbone.graph import classifier, resolve, trace
+from pipeline.backbone.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
 from pipeline.backbone.preprocessing import (
     default_preprocessing,
     described_preprocessing,
     fitting_preprocessing,
     preprocessing_of,
 )
-from pipeline.backbone.weights_files import SUFFIXES, read_weights, require_checkpoint, tensors_digest, tensors_only
+from pipeline.backbone.weights_files import (
+    SUFFIXES,
+    checkpoint,
+    read_weights,
+    require_checkpoint,
+    tensors_digest,
+    tensors_only,
+)
 from pipeline.config import BackboneConfig, guess
 from pipeline.errors import BackboneError, first
 from pipeline.images import Preprocessing
@@ -74,20 +81,43 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
 
 
 def check(config: BackboneConfig) -> None:
-    """Refuse a section whose model, arguments, weights, image size or layers are not to be had; fetches nothing.
+    """Refuse a section whose model, arguments, weights, image size, layers or pooling are not to be had; fetches nothing.
 
     Raises
     ------
     BackboneError
     """
     if config.weights == "bundled" or config.weights.endswith(SUFFIXES):
-        module = load_network(config, seed=0).module
+        network = load_network(config, seed=0)
+        module, preprocessing = network.module, network.preprocessing
     else:
         if config.weights != "random":
             _member(config)
         module = build_empty(config.name, config.arguments)
-        fitting_preprocessing(config, module, default_preprocessing(config.name))
-    resolve(trace(module), config.layers)
+        preprocessing = fitting_preprocessing(config, module, default_preprocessing(config.name))
+    graph = trace(module)
+    nodes = resolve(graph, config.layers)
+    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), "avg", None):
+        return  # fits every network; running one without weights for the first time costs two seconds
+    height, width = preprocessing.size
+    device = next(module.parameters()).device
+    kept = cut(graph, nodes)
+    effective_poolings(
+        lambda: kept(torch.zeros(2, 3, height, width, device=device)),
+        nodes,
+        config.pooling,
+        hasattr(module, "class_token"),
+        f"{config.name} cannot take images of {height} x {width} pixels",
+    )
+
+
+def to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
+    """Return what a section's weights have to be fetched from, the folder, and their size in MB; None where they are here."""
+    if config.weights in ("bundled", "random") or config.weights.endswith(SUFFIXES):
+        return None
+    member = _member(config)
+    path = checkpoint(member)
+    return None if path.exists() else (member.url, path.parent, float(member.meta.get("_file_size", 0)))
 
 
 def _from_seed(config: BackboneConfig, seed: int) -> Network:

@@ -96,12 +96,16 @@ def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
 # ---- torchvision's own
 
 
+def checkpoint(member: Any) -> Path:
+    """Return where torchvision keeps the file of its weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / str(member.url.rsplit("/", 1)[-1])
+
+
 def require_checkpoint(member: Any) -> None:
     """Have torchvision's file in its folder, fetched if need be, with the hash in its name."""
-    name = member.url.rsplit("/", 1)[-1]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / name
-    found = re.search(r"-([a-f0-9]{8,})\.", name)
+    path = checkpoint(member)
+    folder = path.parent
+    found = re.search(r"-([a-f0-9]{8,})\.", path.name)
     prefix = found.group(1) if found else ""
     if not path.exists():
         logger.info("fetching %s to %s", member.url, folder)
@@ -110,7 +114,8 @@ def require_checkpoint(member: Any) -> None:
             torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             raise BackboneError(
-                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}"
+                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}, "
+                "or say weights: bundled, as configs/bundled.yaml does, which needs no download"
             ) from None
     if prefix:
         with path.open("rb") as file:

@@ -11,15 +11,22 @@ artifacts.py    the names of an experiment's files
 
 from pipeline.config.artifacts import Artifacts
 from pipeline.config.experiment import Config
-from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.config.features import (
+    NETWORK_DEVICES,
+    BackboneConfig,
+    DatasetConfig,
+    ExtractionConfig,
+    PreprocessingConfig,
+)
 from pipeline.config.reading import dump_yaml, load, load_pretraining, parse, read_yaml
-from pipeline.config.section import BASELINE_NAMES, HEAD_NAMES, Scalar, Section, guess
+from pipeline.config.section import BASELINE_NAMES, HEAD_NAMES, Scalar, Section, checked_device, guess
 from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 
 __all__ = [
     "BASELINE_NAMES",
     "HEAD_NAMES",
+    "NETWORK_DEVICES",
     "Artifacts",
     "BackboneConfig",
     "Config",
@@ -34,6 +41,7 @@ __all__ = [
     "TrainingConfig",
     "TuningConfig",
     "UnfreezeConfig",
+    "checked_device",
     "dump_yaml",
     "guess",
     "load",

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Scalar, Section, device_of, not_empty
 
+NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
+"""Where a network may compute."""
+
 
 class DatasetConfig(Section):
     """Where the images are and how they are split."""
@@ -89,7 +92,7 @@ class BackboneConfig(Section):
 class ExtractionConfig(Section):
     """How images become vectors: nothing here but `precision`, `engine` and `decode` changes the vectors."""
 
-    device: Annotated[str, device_of("auto", "cpu", "mps", "cuda")] = "auto"
+    device: Annotated[str, device_of(*NETWORK_DEVICES)] = "auto"
     batch_size: Literal["auto"] | int = "auto"
     workers: Literal["auto"] | int = "auto"
     """Threads that read and decode, in all processes together."""

@@ -33,7 +33,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     raw = read_yaml(path)
     for override in overrides:
         _apply(raw, override)
-    return parse(raw, str(path))
+    config = parse(raw, str(path))
+    _require_folder(config.output, str(path))
+    return config
 
 
 def load_pretraining(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -48,9 +50,20 @@ def load_pretraining(path: Path, overrides: Sequence[str] = ()) -> PretrainConfi
     for override in overrides:
         _apply(raw, override)
     try:
-        return PretrainConfig.model_validate(raw)
+        config = PretrainConfig.model_validate(raw)
     except ValidationError as error:
         raise _refused(str(path), error, PretrainConfig) from None
+    _require_folder(config.output, str(path))
+    return config
+
+
+def _require_folder(output: str, origin: str) -> None:
+    """Refuse an output folder that is a file, or in one: whatever is read there would look damaged."""
+    place = next(place for place in (Path(output), *Path(output).parents, Path()) if place.exists())
+    if not place.is_dir():
+        raise ConfigError(
+            f"{origin}: output: {place} is a file, expected a folder or a name that is free; choose another output"
+        )
 
 
 def parse(raw: Mapping[str, Any], origin: str) -> Config:

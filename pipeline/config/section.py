@@ -46,16 +46,15 @@ def not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
 
 def device_of(*kinds: str) -> AfterValidator:
     """Return a check that a device is of one of these kinds, `cuda` also with an index."""
+    return AfterValidator(lambda value: checked_device(value, kinds))
 
-    def check(value: str) -> str:
-        kind, colon, index = value.partition(":")
-        if kind not in kinds or (colon and not (kind == "cuda" and index.isdecimal())):
-            raise ValueError(
-                f"should be {', '.join(map(repr, kinds))} or a GPU by number, such as 'cuda:1', got {value!r}"
-            )
-        return value
 
-    return AfterValidator(check)
+def checked_device(value: str, kinds: Sequence[str]) -> str:
+    """Return a device of one of these kinds, `cuda` also with an index; ValueError for any other."""
+    kind, colon, index = value.partition(":")
+    if kind not in kinds or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"should be {', '.join(map(repr, kinds))} or a GPU by number, such as 'cuda:1', got {value!r}")
+    return value
 
 
 def guess(word: str, allowed: Sequence[str]) -> str:

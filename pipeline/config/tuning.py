@@ -88,11 +88,14 @@ class TuningConfig(Section):
             raise ValueError("whiten: works on principal components; give pca too, such as pca: 64")
         return self
 
-    @field_validator("memory")
+    @field_validator("memory", mode="before")
     @classmethod
-    def _a_size(cls, value: str) -> str:
-        if value != "auto" and not re.fullmatch(r"\d+(\.\d+)? ?(MB|GB)", value):
-            raise ValueError(f"expected 'auto' or a size such as '2GB' or '500MB', got {value!r}")
+    def _a_size(cls, value: Any) -> Any:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", value) if isinstance(value, str) else None
+        if value != "auto" and (found is None or not float(found[1])):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+            hint = f"; write '{value}GB' or '{value}MB'" if number else ""
+            raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}{hint}")
         return value
 
     @field_validator("jobs")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pipeline.dataset.index import DatasetIndex
 from pipeline.dataset.ledger import LedgerEntry, check_failures, failed_digests, read_ledger, record_failures
 from pipeline.dataset.listing import is_image_name
-from pipeline.dataset.report import ScanResult, fold_warnings
+from pipeline.dataset.look import look, needs_download
+from pipeline.dataset.report import ScanResult, difference_text, fold_warnings, missing_side
 from pipeline.dataset.scan import scan
 
 __all__ = [
@@ -13,9 +14,13 @@ __all__ = [
     "LedgerEntry",
     "ScanResult",
     "check_failures",
+    "difference_text",
     "failed_digests",
     "fold_warnings",
     "is_image_name",
+    "look",
+    "missing_side",
+    "needs_download",
     "read_ledger",
     "record_failures",
     "scan",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.dataset.index import SPLITS, DatasetIndex, encode
 from pipeline.dataset.leaks import Pair
@@ -64,7 +65,7 @@ class ScanResult:
         if self.unchanged:
             lines.append("nothing changed since the last scan")
         elif self.difference and not self.first:
-            lines.append("since the last scan: " + _difference_text(self.difference))
+            lines.append("since the last scan: " + difference_text(self.difference))
         lines += self.notes
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += _pair_lines(self.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})", False)
@@ -102,12 +103,20 @@ def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
 
 
 def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
-    """Name the classes that have too few images, or groups of images, on the training side for so many folds."""
+    """Name the classes that have too few images, or groups of images, on the training side for so many folds.
+
+    One line where the images do not allow so many folds at all: then there are as many as they allow.
+    """
     train = index.select("train", "validation")
     codes, names = encode(train.labels)
     pairs = np.unique(np.stack([codes, leakage_units(train.digests, train.groups)], axis=1), axis=0)
     units = np.bincount(pairs[:, 0], minlength=len(names))
     images = np.bincount(codes, minlength=len(names))
+    if (possible := _possible_folds(train, images)) < folds:
+        return [
+            f"tuning.folds is {folds}, and the training images allow {possible}: heads are tuned on as many, some of them without "
+            "the smallest classes"
+        ]
     lines = []
     for row in sorted(range(len(names)), key=names.__getitem__):
         if images[row] < folds:
@@ -120,6 +129,49 @@ def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
             f"class {shown(names[row])} has {have}, fewer than the {folds} folds: some folds are without it; add images or set tuning.folds lower"
         )
     return lines
+
+
+def _possible_folds(train: DatasetIndex, images: NDArray[np.int64]) -> int:
+    """As many as the largest class has images, and as there are groups."""
+    groups = train.fold_groups()
+    largest = int(images.max(initial=0))
+    return largest if groups is None else min(largest, len(np.unique(groups)))
+
+
+def missing_side(index: DatasetIndex) -> str | None:
+    """Say what the data lack so that no head can be tuned, or none can be tested; None when they have both sides.
+
+    A test set that was to be made may be empty: no class had a group, or a content, to spare.
+    """
+    train, test = index.select("train", "validation"), index.select("test")
+    if len(test) == 0:
+        return f"no image is left for the test, and every leaderboard needs some: {_why_no_test(train)}"
+    classes, images = encode(train.labels)[1], np.bincount(encode(train.labels)[0])
+    if len(classes) < 2:
+        return f"the training images are of {len(classes)} class, and a classifier needs at least 2; {_OTHER_SPLIT}"
+    if _possible_folds(train, images) < 2:
+        few = "every class has 1 training image" if images.max() < 2 else "all training images are of one group"
+        return f"cross-validation is not possible, as {few}; expected at least 2 folds, so give more images"
+    return None
+
+
+_OTHER_SPLIT = "name the images of each side in a manifest's `split` column, or in folders train/ and test/"
+
+
+def _why_no_test(train: DatasetIndex) -> str:
+    units = leakage_units(train.digests, train.groups)
+    codes, names = encode(train.labels)
+    pairs = np.unique(np.stack([codes, units], axis=1), axis=0)
+    most = int(np.bincount(pairs[:, 0], minlength=1).max())
+    if train.groups is not None and len(np.unique(units)) < len(np.unique(train.digests, axis=0)):
+        have, raised = ("one", "") if most == 1 else (f"at most {most}", "raise dataset.test_fraction, ")
+        return (
+            f"a group is never parted between training and test, and each of the {len(names)} classes has {have}; "
+            f"make the groups smaller, {raised}leave the `group` column out, or {_OTHER_SPLIT}"
+        )
+    if most < 3:  # two folds and a test
+        return f"no class has more than {most} distinct image{'s' * (most > 1)}, expected at least 3; add images"
+    return f"no class has more than {most} distinct images; add images, or set dataset.test_fraction above {0.5 / most:.2f}"
 
 
 def _headline(index: DatasetIndex) -> str:
@@ -141,7 +193,8 @@ def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     return lines
 
 
-def _difference_text(difference: Difference) -> str:
+def difference_text(difference: Difference) -> str:
+    """Return `3 added, 1 removed`; only what there is."""
     names = ("added", "changed", "renamed", "removed")
     return ", ".join(f"{getattr(difference, name):,} {name}" for name in names if getattr(difference, name))
 

@@ -18,7 +18,7 @@ from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, w
 from pipeline.dataset.listing import Listing, shown
 from pipeline.dataset.match import Difference, difference
 from pipeline.dataset.reading import read_digests
-from pipeline.dataset.report import ScanResult, class_counts
+from pipeline.dataset.report import ScanResult, class_counts, missing_side
 from pipeline.dataset.sources import list_source
 from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
 from pipeline.dataset.statcache import StatCache, read_cache
@@ -190,11 +190,13 @@ def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
 
 def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> None:
     """Refuse data that nothing can be learned from, with the likely reason."""
-    index = found.index
+    index, origin = found.index, config.path if config.source == "manifest" else listing.root
     if len(index) == 0:
         entries = sorted([*listing.entries, *found.entries])
         problems = [f"{entry.path}: {entry.reason}" for entry in entries]
-        raise DatasetError(f"{listing.root}: holds no image that can be read", first(problems, MOST_PROBLEMS))
+        if config.source == "manifest" and not problems:
+            raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
+        raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
     if len(index.classes) < 2:
         label = index.classes[0]
         hint = ""
@@ -204,10 +206,10 @@ def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> 
             if len(below) > 1:
                 hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / label} as dataset.path"
         raise DatasetError(
-            f"{listing.root}: all {len(index):,} images are of one class, {label!r}; expected at least 2 classes{hint}"
+            f"{origin}: all {len(index):,} images are of one class, {label!r}; expected at least 2 classes{hint}"
         )
     if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
-        raise DatasetError(f"{listing.root}: every image is in the test split; expected training images as well")
+        raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
 
 
 def _label_warnings(index: DatasetIndex) -> list[str]:
@@ -232,7 +234,7 @@ def _split_warnings(index: DatasetIndex) -> list[str]:
         )
     untested = [name for name, count in counts.items() if not count["test"]]
     if len(untested) == len(counts):
-        lines.append("no image is left for the test; add images, or raise dataset.test_fraction")
+        lines.append(missing_side(index) or "no image is left for the test")
     elif untested:
         lines.append(f"no test images in {_some(untested)}")
     both = sorted(_groups(index, "train", "validation") & _groups(index, "test"))

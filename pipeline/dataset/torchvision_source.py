@@ -21,6 +21,11 @@ _SPLITS = {"train": "train", "trainval": "train", "val": "validation", "valid": 
 """What data sets call their splits -> what a manifest calls them, in the order they are tried."""
 
 
+def images_folder(name: str, root: Path) -> Path:
+    """Where the images of a data set are written to."""
+    return root / f"{name}-images"
+
+
 def torchvision_manifest(name: str, root: Path) -> Path:
     """Return the manifest of a torchvision data set below `root`, after downloading and writing it out if need be.
 
@@ -29,7 +34,7 @@ def torchvision_manifest(name: str, root: Path) -> Path:
     DatasetError
         When there is no such data set, it is not one of images with one label each, or it cannot be downloaded.
     """
-    images = root / f"{name}-images"
+    images = images_folder(name, root)
     if not images.exists():
         make = _constructor(name)
         materialised(images, lambda folder: _write(folder, name, make, root))

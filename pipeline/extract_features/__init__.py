@@ -14,12 +14,9 @@ The images are read and decoded once for all networks (`pipeline.feed`). A run w
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline import dataset
 from pipeline.config import Artifacts, Config, ExtractionConfig, dump_yaml
@@ -36,9 +33,6 @@ from pipeline.images import policy_key
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
-
-MATERIALISED = ("digits", "torchvision")
-"""Sources whose images this program writes itself: they do not change between two scans."""
 
 WHY_SHOWN = 20
 EXAMPLES = 3
@@ -128,11 +122,8 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     began = time.perf_counter()
     files = Artifacts(config.output)
     before = _index_before(files) if plan else {}
-    scanned = (
-        _plan_scan(config, files, rehash)
-        if plan
-        else dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash)
-    )
+    scan = dataset.look if plan else dataset.scan  # a plan made twice says the same
+    scanned = scan(config.dataset, config.seed, files.dataset, rehash=rehash)
     policy = policy_key(config.dataset.max_pixels)
     contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
@@ -165,17 +156,6 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         total_seconds=time.perf_counter() - began,
         extraction=config.extraction,
     )
-
-
-def _plan_scan(config: Config, files: Artifacts, rehash: bool) -> ScanResult:
-    """Scan without touching the experiment's index, so that a plan made twice says the same."""
-    if config.dataset.source in MATERIALISED:
-        return dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, files.dataset.name)
-        if files.dataset.is_dir():
-            shutil.copytree(files.dataset, copy)
-        return dataset.scan(config.dataset, config.seed, copy, rehash=rehash)
 
 
 def _index_before(files: Artifacts) -> dict[str, str]:
@@ -218,6 +198,7 @@ def _write(
             section=target.source.section,
             seed=config.seed,
             seconds_per_image=rates.get(target.spec.name),
+            max_pixels=config.dataset.max_pixels,
         )
         for target in targets
     ]
