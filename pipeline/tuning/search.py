@@ -170,7 +170,7 @@ class _Search:
     def _promote(self, progress: Progress) -> None:
         """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full.
 
-        In full they race too: the better half of them is fitted on the next folds.
+        In full they race too: the better half of them is fitted on the next fold.
         """
         climbing = [trial.number for trial in self.trials]
         for rung, step in enumerate(self.evaluator.rungs, start=1):
@@ -218,7 +218,7 @@ class _Search:
         outcomes: list[list[FoldOutcome]] = [[] for _ in points]
         alive = list(range(len(points)))
         reasons: dict[int, str] = {}
-        for stage in racing.stages(n_folds, race=True):
+        for stage in racing.stages(n_folds, 1 if self._halves(rung) else racing.STAGE):
             for place, fold, outcome, score in self.fits.fit(alive, points, stage, numbers, rung):
                 outcomes[place].append(outcome)
                 scores[place, fold] = score
@@ -235,19 +235,21 @@ class _Search:
                 self._kept, self._kept_mean = {number: outcomes[place]}, mean
         return trials
 
+    def _halves(self, rung: int) -> bool:
+        """Whether the better half goes on from fold to fold: what came through the rungs is too close for a margin."""
+        return bool(self.evaluator.rungs) and not self.evaluator.cheap(rung)
+
     def _still_racing(
         self, alive: list[int], scores: NDArray[np.float64], done: int, reasons: dict[int, str], rung: int
     ) -> list[int]:
         leader = self._leader(scores, alive, done, rung)
         if leader is None:
             return alive
-        # What came through the rungs is close together: there the better half goes on from look to look.
-        last = self.evaluator.rungs and not self.evaluator.cheap(rung)
-        left = set(racing.better_half(scores[:, :done], alive) if last else alive)
+        left = set(racing.better_half(scores[:, :done], alive) if self._halves(rung) else alive)
         kept = []
         for place in alive:
             own, best = scores[place, :done], leader[:done]
-            if place not in left or racing.behind(own, best, self._held_out_rows, self._bounded):
+            if place not in left or (done > 1 and racing.behind(own, best, self._held_out_rows, self._bounded)):
                 gap = float(np.mean(best - own))
                 reasons[place] = f"{gap:.4f} behind the best after {done} of {scores.shape[1]} folds"
             else:
