@@ -121,6 +121,8 @@ class _Search:
         self.surrogate_seconds = 0.0
         self._kept: dict[int, list[FoldOutcome]] = {}
         self._kept_mean = -math.inf
+        self._progress: Progress | None = None
+        self._said = ""
         self._bounded = tuning.scoring != "log_loss"
         self._held_out_rows = float(np.mean([len(held_out) for _, held_out in self.problem.folds]))
 
@@ -132,6 +134,7 @@ class _Search:
             self.tuning.strategy, head.space, head.defaults, self.tuning.trials, self.problem.seed
         )
         with bar(limit, "trials", head.name) as progress:
+            self._progress = progress
             points = next(asked, None)
             while points and len(self.trials) < limit and self._time_left() and not self._hopeless(len(points)):
                 values = self._round(points[: limit - len(self.trials)], progress)
@@ -142,8 +145,14 @@ class _Search:
                     points = None
                 self.surrogate_seconds += time.perf_counter() - start
             if self.evaluator.rungs:
-                self._promote(progress)
+                self._promote()
         return self._best()
+
+    def _say(self, text: str | None = None) -> None:
+        """Show a text behind the bar, or the last one again, with the fits so far: a trial of many rows takes hours."""
+        self._said = self._said if text is None else text
+        if self._progress is not None:
+            self._progress.note(", ".join(filter(None, [self._said, f"{self.fits.done} fits"])))
 
     def _time_left(self) -> bool:
         return self.tuning.seconds is None or not self.trials or self.fits.elapsed() < self.tuning.seconds
@@ -162,12 +171,12 @@ class _Search:
         progress.update(len(fresh))
         estimates = [trial.estimate for trial in self.trials if trial.estimate is not None]
         if estimates:
-            progress.note(f"best {self.tuning.scoring} {abs(max(estimates)):.4f}")
+            self._say(f"best {self.tuning.scoring} {abs(max(estimates)):.4f}")
         # A failed trial counts as the worst seen, so that the surrogate keeps away from it.
         worst = min(estimates, default=None)
         return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
 
-    def _promote(self, progress: Progress) -> None:
+    def _promote(self) -> None:
         """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full.
 
         In full they race too: the better half of them is fitted on the next fold.
@@ -175,7 +184,7 @@ class _Search:
         climbing = [trial.number for trial in self.trials]
         for rung, step in enumerate(self.evaluator.rungs, start=1):
             climbing = sorted({*self._affordable(self._promising(climbing), step.budget), 0})
-            progress.note(f"{len(climbing)} of them go on")
+            self._say(f"{len(climbing)} of them go on")
             for trial in self._race(climbing, [self.trials[number].params for number in climbing], rung):
                 self.trials[trial.number] = trial
                 self.journal.append([{"event": "trial", "elapsed": self.fits.elapsed(), **trial.record()}])
@@ -219,7 +228,7 @@ class _Search:
         alive = list(range(len(points)))
         reasons: dict[int, str] = {}
         for stage in racing.stages(n_folds, 1 if self._halves(rung) else racing.STAGE):
-            for place, fold, outcome, score in self.fits.fit(alive, points, stage, numbers, rung):
+            for place, fold, outcome, score in self.fits.fit(alive, points, stage, numbers, rung, self._say):
                 outcomes[place].append(outcome)
                 scores[place, fold] = score
             done = stage[-1] + 1
