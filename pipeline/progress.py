@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,31 +17,36 @@ LOG_SECONDS = 15.0
 class Progress:
     """The bar of one piece of work."""
 
-    def __init__(self, bar: tqdm[Any]) -> None:
-        self._bar = bar
+    def __init__(self, bar: tqdm[Any], interval: float = LOG_SECONDS) -> None:
+        self._bar, self._interval = bar, interval
+        self._noted = time.monotonic()
 
     def update(self, count: int = 1) -> None:
         """Say that `count` more are done."""
         self._bar.update(count)
 
     def note(self, text: str) -> None:
-        """Show a short text behind the bar, such as the best score so far."""
-        self._bar.set_postfix_str(text, refresh=False)
+        """Show a short text behind the bar, such as the best score so far; soon, also where no piece ends for hours."""
+        due = time.monotonic() - self._noted >= self._interval
+        if due:
+            self._noted = time.monotonic()
+        self._bar.set_postfix_str(text, refresh=due)
 
 
 @contextmanager
 def bar(total: int, unit: str, label: str, initial: int = 0) -> Iterator[Progress]:
     """Show a bar on standard error for `total` pieces of work, `initial` of them done before."""
     live = sys.stderr.isatty()
+    interval = 0.2 if live else LOG_SECONDS
     with tqdm(
         total=total,
         initial=initial,
         unit=f" {unit}",
         desc=label,
-        mininterval=0.2 if live else LOG_SECONDS,
+        mininterval=interval,
         maxinterval=10.0 if live else LOG_SECONDS,
         dynamic_ncols=live,
         leave=True,
         disable=total <= initial,
     ) as raw:
-        yield Progress(raw)
+        yield Progress(raw, interval)

@@ -212,16 +212,17 @@ def test_of_those_that_go_on_the_better_half_is_fitted_further(tmp_path):
     lines = (tmp_path / "trials.jsonl").read_text().splitlines()
     fits = [event for event in map(json.loads, lines) if event.get("event") == "fit" and event["rung"] == 1]
     fitted = [{event["trial"] for event in fits if event["fold"] == fold} for fold in range(5)]
-    assert fitted[0] == fitted[1] > fitted[2] == fitted[3] >= fitted[4]
+    assert len(fitted[0]) > len(fitted[1]) > 2
     scores = {(event["trial"], event["fold"]): event["score"] for event in fits}
-    for before, after in ((0, 2), (2, 4)):
-        mean = {number: np.mean([scores[number, fold] for fold in range(after)]) for number in fitted[before]}
+    for after in range(1, 5):
+        mean = {number: np.mean([scores[number, fold] for fold in range(after)]) for number in fitted[after - 1]}
+        assert fitted[after] <= set(mean)
         assert len(fitted[after]) <= max(2, (len(mean) + 1) // 2)
         assert min(mean[number] for number in fitted[after]) >= max(
             (mean[number] for number in mean if number not in fitted[after]), default=0
         )
-    stopped = fitted[0] - fitted[2]
-    assert all(run.trials[number].reason.endswith("behind the best after 2 of 5 folds") for number in stopped)
+    stopped = fitted[0] - fitted[1]
+    assert all(run.trials[number].reason.endswith("behind the best after 1 of 5 folds") for number in stopped)
     assert {trial.number for trial in run.trials if trial.mean is not None} == fitted[4]
 
 
@@ -256,12 +257,14 @@ def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
         if costs[number] <= left:
             chosen.add(number)
             left -= costs[number]
-    assert 3 < len(chosen) < 12
+    assert 4 < len(chosen) < 12
     assert max(costs.values()) > BUDGET / 2, "a dear candidate must have been weighed"
     assert {event["trial"] for event in fits if event["rung"] == 1} == chosen
     full = [trial for trial in run.trials if trial.status == "ok"]
-    assert {trial.number for trial in full} == chosen
-    assert {trial.reason for trial in run.trials if trial not in full} == {"screened only"}
+    assert {trial.number for trial in full} < chosen
+    reasons = {trial.number: trial.reason for trial in run.trials if trial not in full}
+    assert {number for number, reason in reasons.items() if reason == "screened only"} == set(first) - chosen
+    assert all(reasons[number].endswith("after 1 of 2 folds") for number in chosen & set(reasons))
     assert run.best.mean == max(trial.mean for trial in full)
     own = [configure(FOREST, run.best.params, 0).fit(X[t], y[t]).score(X[h], y[h]) for t, h in folds]
     assert run.best.fold_scores == tuple(own)

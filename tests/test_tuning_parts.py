@@ -185,7 +185,7 @@ def test_racing_hardly_ever_drops_the_winner():
     assert fits < 0.8 * 400 * candidates * folds
 
 
-def test_racing_looks_after_every_second_fold():
-    assert racing.stages(5, race=True) == [[0, 1], [2, 3], [4]]
-    assert racing.stages(5, race=False) == [[0, 1, 2, 3, 4]]
-    assert racing.stages(2, race=True) == [[0, 1]]
+def test_racing_looks_after_every_second_fold_or_after_each():
+    assert racing.stages(5) == [[0, 1], [2, 3], [4]]
+    assert racing.stages(2) == [[0, 1]]
+    assert racing.stages(3, 1) == [[0], [1], [2]]

@@ -12,9 +12,10 @@ import pytest
 import sklearn
 from test_tuning_solvers import network
 
+from pipeline import progress
 from pipeline.config import TuningConfig
 from pipeline.heads import HEADS
-from pipeline.tuning import make_folds, tune
+from pipeline.tuning import kernel, make_folds, tune
 from pipeline.tuning.evaluation import smaller_caches, working_memory
 from pipeline.tuning.evaluators import EVALUATORS
 from pipeline.tuning.records import Problem
@@ -60,6 +61,30 @@ def test_kernels_and_distances_stay_within_the_limit(limit: int, tmp_path: Path)
     lines = dict(line.split() for line in made.stdout.splitlines())
     assert list(lines) == ["rbf_svm", "knn"]
     assert all(float(score) > 0.5 for score in lines.values())
+
+
+def test_kernels_too_large_to_be_kept_are_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "KERNEL_BYTES", 8 * 39**2)
+    X, y = network(80, 6, 2)
+    tune(HEADS["rbf_svm"], X, y, make_folds(y, 2, 0), TuningConfig(trials=1, folds=2, jobs=1), 0, tmp_path / "trials")
+    assert [record.getMessage() for record in caplog.records] == [
+        "head rbf_svm: the kernel of 40 training rows takes 0.0 GB, more than the 0.0 GB that are kept; each trial is fitted "
+        "from the features, which may take minutes to hours; leave the head out of `heads` if that is too long"
+    ]
+
+
+@pytest.mark.parametrize(("interval", "shown"), [(0.0, True), (3600.0, False)])
+def test_the_fits_of_a_trial_are_counted_before_it_ends(
+    interval: float, shown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", interval)
+    X, y = network(80, 6, 2)
+    tune(HEADS["rbf_svm"], X, y, make_folds(y, 2, 0), TuningConfig(trials=1, folds=2, jobs=1), 0, tmp_path / "trials")
+    drawn = capsys.readouterr().err.split("\r")
+    assert any("0/1" in line and "1 fits" in line for line in drawn) == shown
+    assert "2 fits" in drawn[-1]
 
 
 def test_without_room_for_kernels_each_trial_is_fitted_by_itself(

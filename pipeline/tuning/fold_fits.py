@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
 
 import joblib
@@ -47,7 +47,7 @@ class FoldFits:
         width = problem.X.shape[1] if tuning.pca is None else most_components(problem.X.shape, tuning.pca)
         large = 4 * len(problem.X) * width >= devices.WORTH_A_GPU
         self._move(devices.resolve(tuning.device, large) if self.evaluator.on_device else devices.CPU)
-        self.replayed = 0
+        self.replayed = self.done = 0
         self.journal = journal
         fits = [event for event in journal.events if event["event"] == "fit"]
         self._known = {fit_key(event["rung"], event["params"], event["fold"]): event for event in fits}
@@ -68,9 +68,18 @@ class FoldFits:
         return self._before + time.perf_counter() - self._start
 
     def fit(
-        self, alive: Sequence[int], points: Sequence[Params], stage: Sequence[int], numbers: Sequence[int], rung: int
+        self,
+        alive: Sequence[int],
+        points: Sequence[Params],
+        stage: Sequence[int],
+        numbers: Sequence[int],
+        rung: int,
+        tell: Callable[[], None] = lambda: None,
     ) -> list[tuple[int, int, FoldOutcome, float]]:
-        """Fit the living points on a stage's folds, in parallel; each is in the journal before this returns."""
+        """Fit the living points on a stage's folds, in parallel; each is in the journal before this returns.
+
+        tell : called as fits end, when they are in `done`
+        """
         groups = [list(alive)] if self.evaluator.together else [[place] for place in alive]
         tasks = [(fold, group) for fold in stage for group in groups if group]
         results: list[tuple[int, int, FoldOutcome, float]] = []
@@ -89,6 +98,8 @@ class FoldFits:
                 results.append((place, fold, outcome, score))
                 events.append(fit_event(numbers[place], points[place], fold, outcome, score, rung, self.elapsed()))
             self.journal.append(events)
+            self.done += len(group)
+            tell()
         return sorted(results, key=lambda result: result[:2])
 
     def _task(

@@ -27,7 +27,7 @@ FEW = 16
 FEWEST, MOST = 8, 32
 """Bounds of that number for dearer and cheaper candidates."""
 
-BUDGET = 6.0
+BUDGET = 7.0
 """What goes on to the whole forest may cost so many forests of the head's defaults, which may go on besides."""
 
 KEPT_BYTES = 64 << 20

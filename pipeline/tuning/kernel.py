@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pipeline.tuning.evaluation import Evaluator, counted, failed, standardised
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
 from pipeline.tuning.solvers import Array
+
+log = logging.getLogger(__name__)
 
 KERNEL_BYTES = 2 << 30
 """A fold's kernel in float64, as libsvm wants it, may take this much; larger problems are fitted from the features."""
@@ -114,7 +117,17 @@ def _squared_distances(a: Array, b: Array) -> Array:
 
 
 def _fits_in_memory(problem: Problem) -> bool:
-    return max(len(train) for train, _ in problem.folds) ** 2 * 8 <= KERNEL_BYTES
+    rows = max(len(train) for train, _ in problem.folds)
+    if rows**2 * 8 > KERNEL_BYTES:
+        log.warning(
+            "head %s: the kernel of %d training rows takes %.1f GB, more than the %.1f GB that are kept; each trial is fitted "
+            "from the features, which may take minutes to hours; leave the head out of `heads` if that is too long",
+            problem.head.name,
+            rows,
+            rows**2 * 8 / 1e9,
+            KERNEL_BYTES / 1e9,
+        )
+    return rows**2 * 8 <= KERNEL_BYTES
 
 
 def _work_bytes(problem: Problem) -> int:

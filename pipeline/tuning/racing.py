@@ -15,9 +15,8 @@ CONFIDENCE = 2.0
 """Standard errors a candidate must lie behind the leader, on the same folds, to be stopped."""
 
 
-def stages(n_folds: int, race: bool) -> list[list[int]]:
-    """Return the folds in the groups between which candidates may be stopped."""
-    size = STAGE if race and n_folds > STAGE else n_folds
+def stages(n_folds: int, size: int = STAGE) -> list[list[int]]:
+    """Return the folds in the groups of a size between which candidates may be stopped."""
     return [list(range(start, min(start + size, n_folds))) for start in range(0, n_folds, size)]
 
 

@@ -121,6 +121,8 @@ class _Search:
         self.surrogate_seconds = 0.0
         self._kept: dict[int, list[FoldOutcome]] = {}
         self._kept_mean = -math.inf
+        self._progress: Progress | None = None
+        self._said = ""
         self._bounded = tuning.scoring != "log_loss"
         self._held_out_rows = float(np.mean([len(held_out) for _, held_out in self.problem.folds]))
 
@@ -132,6 +134,7 @@ class _Search:
             self.tuning.strategy, head.space, head.defaults, self.tuning.trials, self.problem.seed
         )
         with bar(limit, "trials", head.name) as progress:
+            self._progress = progress
             points = next(asked, None)
             while points and len(self.trials) < limit and self._time_left() and not self._hopeless(len(points)):
                 values = self._round(points[: limit - len(self.trials)], progress)
@@ -142,8 +145,14 @@ class _Search:
                     points = None
                 self.surrogate_seconds += time.perf_counter() - start
             if self.evaluator.rungs:
-                self._promote(progress)
+                self._promote()
         return self._best()
+
+    def _say(self, text: str | None = None) -> None:
+        """Show a text behind the bar, or the last one again, with the fits so far: a trial of many rows takes hours."""
+        self._said = self._said if text is None else text
+        if self._progress is not None:
+            self._progress.note(", ".join(filter(None, [self._said, f"{self.fits.done} fits"])))
 
     def _time_left(self) -> bool:
         return self.tuning.seconds is None or not self.trials or self.fits.elapsed() < self.tuning.seconds
@@ -162,20 +171,20 @@ class _Search:
         progress.update(len(fresh))
         estimates = [trial.estimate for trial in self.trials if trial.estimate is not None]
         if estimates:
-            progress.note(f"best {self.tuning.scoring} {abs(max(estimates)):.4f}")
+            self._say(f"best {self.tuning.scoring} {abs(max(estimates)):.4f}")
         # A failed trial counts as the worst seen, so that the surrogate keeps away from it.
         worst = min(estimates, default=None)
         return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
 
-    def _promote(self, progress: Progress) -> None:
+    def _promote(self) -> None:
         """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full.
 
-        In full they race too: the better half of them is fitted on the next folds.
+        In full they race too: the better half of them is fitted on the next fold.
         """
         climbing = [trial.number for trial in self.trials]
         for rung, step in enumerate(self.evaluator.rungs, start=1):
             climbing = sorted({*self._affordable(self._promising(climbing), step.budget), 0})
-            progress.note(f"{len(climbing)} of them go on")
+            self._say(f"{len(climbing)} of them go on")
             for trial in self._race(climbing, [self.trials[number].params for number in climbing], rung):
                 self.trials[trial.number] = trial
                 self.journal.append([{"event": "trial", "elapsed": self.fits.elapsed(), **trial.record()}])
@@ -218,8 +227,8 @@ class _Search:
         outcomes: list[list[FoldOutcome]] = [[] for _ in points]
         alive = list(range(len(points)))
         reasons: dict[int, str] = {}
-        for stage in racing.stages(n_folds, race=True):
-            for place, fold, outcome, score in self.fits.fit(alive, points, stage, numbers, rung):
+        for stage in racing.stages(n_folds, 1 if self._halves(rung) else racing.STAGE):
+            for place, fold, outcome, score in self.fits.fit(alive, points, stage, numbers, rung, self._say):
                 outcomes[place].append(outcome)
                 scores[place, fold] = score
             done = stage[-1] + 1
@@ -235,19 +244,21 @@ class _Search:
                 self._kept, self._kept_mean = {number: outcomes[place]}, mean
         return trials
 
+    def _halves(self, rung: int) -> bool:
+        """Whether the better half goes on from fold to fold: what came through the rungs is too close for a margin."""
+        return bool(self.evaluator.rungs) and not self.evaluator.cheap(rung)
+
     def _still_racing(
         self, alive: list[int], scores: NDArray[np.float64], done: int, reasons: dict[int, str], rung: int
     ) -> list[int]:
         leader = self._leader(scores, alive, done, rung)
         if leader is None:
             return alive
-        # What came through the rungs is close together: there the better half goes on from look to look.
-        last = self.evaluator.rungs and not self.evaluator.cheap(rung)
-        left = set(racing.better_half(scores[:, :done], alive) if last else alive)
+        left = set(racing.better_half(scores[:, :done], alive) if self._halves(rung) else alive)
         kept = []
         for place in alive:
             own, best = scores[place, :done], leader[:done]
-            if place not in left or racing.behind(own, best, self._held_out_rows, self._bounded):
+            if place not in left or (done > 1 and racing.behind(own, best, self._held_out_rows, self._bounded)):
                 gap = float(np.mean(best - own))
                 reasons[place] = f"{gap:.4f} behind the best after {done} of {scores.shape[1]} folds"
             else:
