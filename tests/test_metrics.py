@@ -529,6 +529,32 @@ def test_true_probabilities_are_measured_as_calibrated():
     assert np.mean([row.interval[0] <= row.confidence <= row.interval[1] for row in found.bins]) > 0.8
 
 
+def test_images_that_are_equally_sure_share_a_bin_whatever_their_order():
+    """A constant guess is right as often as it says; cut in the order of the paths it would be right in some bins only."""
+    y = np.sort(np.arange(359) % 10)
+    p = np.tile(np.bincount(y) / 359, (359, 1))
+    orders = (np.arange(359), np.random.default_rng(0).permutation(359), np.arange(359)[::-1])
+    found = [metrics.measure_calibration(p[order], y[order]) for order in orders]
+    assert [len(one.bins) for one in found] == [1, 1, 1]
+    assert found[0].bins[0].count == 359
+    assert found[0].ece == pytest.approx(0, abs=1e-12)
+    assert found[1].bins == found[2].bins == found[0].bins
+
+
+def test_bins_are_cut_between_distinct_confidences_only_and_stay_about_equal():
+    rng = np.random.default_rng(0)
+    sure = rng.choice([0.6, 0.7, 0.8, 0.9, 1.0], 600, p=(0.1, 0.3, 0.1, 0.1, 0.4))
+    y = (rng.random(600) > sure).astype(int)
+    p = np.stack([sure, 1 - sure], axis=1)
+    bins = metrics.measure_calibration(p, y).bins
+    assert [(row.low, row.high) for row in bins] == [(value, value) for value in (0.6, 0.7, 0.8, 0.9, 1.0)]
+    assert [row.count for row in bins] == np.unique(sure, return_counts=True)[1].tolist()
+    few = np.append(np.linspace(0.55, 0.6, 5), np.full(595, 0.9))
+    assert [row.count for row in metrics.measure_calibration(np.stack([few, 1 - few], axis=1), y).bins] == [600]
+    distinct = np.stack([np.linspace(0.5, 1, 600), 1 - np.linspace(0.5, 1, 600)], axis=1)
+    assert [row.count for row in metrics.measure_calibration(distinct, y).bins] == [40] * 15
+
+
 def test_brier_score_equals_scikit_learn():
     _, p, y = logits(50)
     two = p[:, :2] / p[:, :2].sum(axis=1, keepdims=True)
