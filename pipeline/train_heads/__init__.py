@@ -67,7 +67,7 @@ class HeadsRun:
 
     def summary_lines(self) -> list[str]:
         """The leaderboard and where everything is."""
-        best = self.leaderboard.best
+        best, verdict = self.leaderboard.best, self.leaderboard.verdict
         lines = [self.leaderboard.to_text(), ""]
         if self.reused:
             lines.append(f"{self.reused} of {len(self.leaderboard.rows)} rows were finished before and kept.")
@@ -78,6 +78,9 @@ class HeadsRun:
             else "best head    none: a constant guess won",
             f"to predict   manyheads predict {self.files.root} IMAGES --output labels.csv",
         ]
+        chosen = self.leaderboard.row(verdict.recommended) if verdict else best
+        if chosen.key != best.key and chosen.bundle and chosen.embedding != MAJORITY:
+            lines.append(f"recommended  {self.files.root / chosen.bundle}")
         return lines
 
 
@@ -114,7 +117,7 @@ def run(config: Config) -> HeadsRun:
     tuning = limited(config.tuning)
     places = {name: place_of(name, store.dim, tasks[name], tuning) for name, store in stores.items()}
     held: tuple[str, Embedded] | None = None
-    notes = [place.sentence() for place in places.values() if place.on_disk]
+    notes, left_out = [place.sentence() for place in places.values() if place.on_disk], list[str]()
     for entry in _entries(config, records, heads, tuning):
         own, place = tasks.get(entry.name, task), places.get(entry.name)
         key = _key(entry, own, config.seed)
@@ -122,8 +125,7 @@ def run(config: Config) -> HeadsRun:
         if row is not None:
             reused += 1
         elif place is not None and (objection := place.objection(entry.head)):
-            log.warning("%s", objection)
-            notes.append(objection)
+            left_out.append(objection)
             continue
         else:
             if held is None or held[0] != entry.name:
@@ -132,10 +134,12 @@ def run(config: Config) -> HeadsRun:
                 held = entry.name, Embedded.of(stores.get(entry.name), own, on_disk, entry.tuning)
             row = _make_row(entry, own, held[1], config, files, key)
         rows.append(row)
-    if not rows:
-        raise HeadError("no head can be tuned within the memory allowed", notes)
+    if left_out and all(row.embedding == MAJORITY for row in rows):
+        raise HeadError("no head on images can be tuned within the memory allowed", left_out)
     write_text_atomic(files.config, dump_yaml(config))
-    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, task, stores, notes)), files.root)
+    leaderboard = judge(
+        Leaderboard(tuple(rows), _provenance(config, files, task, stores, [*notes, *left_out])), files.root
+    )
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
