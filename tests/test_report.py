@@ -534,6 +534,36 @@ def test_rows_are_ranked_over_several_experiments(tmp_path: Path):
         rank(outputs[:1], tmp_path / "several")
 
 
+def test_several_experiments_are_ranked_by_the_score_that_was_tuned(tmp_path: Path):
+    """Ridge labels more images right; knn has the lower loss everywhere."""
+    outputs = [write_board(tmp_path / f"data{i}", {"ridge": 90 + i, "knn": 80 + i}) for i in range(3)]
+    losses = {"ridge": 0.6, "knn": 0.4}
+    for number, output in enumerate(outputs):
+        board = board_of(output)
+        rows = tuple(
+            dataclasses.replace(
+                item, cv_mean=-losses[item.head], test=dataclasses.replace(item.test, log_loss=losses[item.head])
+            )
+            for item in board.rows
+        )
+        board = Leaderboard(rows, {**board.provenance, "scoring": "log_loss", "task": str(number)})
+        Artifacts(output).leaderboard.write_text(board.to_json(), encoding="utf-8")
+    keys, ranking = rank(outputs, tmp_path / "several")
+    ranks = dict(zip(keys, ranking.average_ranks, strict=True))
+    assert ranks == {"resnet18-penultimate/knn": 1.0, "resnet18-penultimate/ridge": 2.0}
+    assert "- 3 data sets, ranked by log loss on the test images; Friedman" in (
+        tmp_path / "several" / "ranks.md"
+    ).read_text(encoding="utf-8")
+    other = write_board(tmp_path / "accuracy", {"ridge": 90, "knn": 80})
+    for comparing in (compare, rank):
+        with pytest.raises(PipelineError) as caught:
+            comparing([outputs[0], other], tmp_path)
+        assert str(caught.value) == (
+            "the experiments were tuned for different scores; run them with the same tuning.scoring\n"
+            f"  {outputs[0]}: log_loss\n  {other}: accuracy"
+        )
+
+
 def test_strategies_are_drawn_side_by_side(tmp_path: Path):
     outputs = [write_board(tmp_path / name, {"ridge": 90}, name) for name in ("bayes", "random", "grid")]
     assert searches(outputs, "resnet18-penultimate/ridge", tmp_path).read_bytes().startswith(b"\x89PNG")
@@ -546,6 +576,7 @@ def test_compare_ranks_several_data_sets_and_draws_searches_on_one(tmp_path: Pat
     text = "\n".join(compare(outputs, tmp_path / "one"))
     assert "| row" in text
     assert re.search(r"resnet18-penultimate/ridge \| \*\*90.00\*\* \(16 trials, 0.000 s\)", text)
+    assert "score (accuracy) that each search found; bold is the highest of its row" in text
     assert all(name in text for name in ("bayes", "random", "grid"))
     assert (tmp_path / "one" / "search.png").read_bytes().startswith(b"\x89PNG")
     for number, output in enumerate(outputs):
