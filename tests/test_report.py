@@ -260,6 +260,22 @@ def test_with_few_images_the_best_score_is_recommended_and_not_the_simplest_row(
     assert "manyheads predict" not in board.to_text()
 
 
+def test_where_a_constant_guess_may_be_as_good_it_is_not_recommended_for_being_simple(tmp_path: Path):
+    y = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2])
+    heads = {"most_frequent": np.zeros(11, dtype=np.int64), "knn": flipped(y, range(3))}
+    guess = {"most_frequent": {"embedding": "majority", "baseline": True, "simplicity": -1, "embed_seconds": None}}
+    board = judged(tmp_path, heads, y, changes=guess)
+    assert board.verdict is not None
+    assert board.verdict.recommended == "resnet18-penultimate/knn"
+    assert board.verdict.reason == (
+        "11 images do not show that any row is better than a constant guess: the row with the best score is named for want of "
+        "evidence."
+    )
+    many = judged(tmp_path, {head: np.tile(guess, 20) for head, guess in heads.items()}, np.tile(y, 20), changes=guess)
+    assert many.verdict is not None
+    assert many.verdict.reason == "Every other row is worse by more than chance explains."
+
+
 def test_the_verdict_speaks_of_the_score_that_was_tuned(tmp_path: Path):
     """Blunt labels nothing as the rare class: right on more images than careful, which finds them, and worse by macro F1."""
     y = np.repeat([0, 1], [900, 60])

@@ -30,7 +30,7 @@ from pipeline.metrics import (
 )
 from pipeline.metrics.scoring import row_log_losses
 from pipeline.report.leaderboard import Leaderboard
-from pipeline.report.rows import LeaderboardRow, Verdict
+from pipeline.report.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
 
 Trials = Sequence[Mapping[str, Any]]
 """The finished, stopped and failed trials of one search, as its journal holds them."""
@@ -169,7 +169,8 @@ def _recommend(leaderboard: Leaderboard, differences: Sequence[Difference], imag
 
     A row of the no-evidence group stands in for the best only if its whole interval lies within MARGIN: a test of
     non-inferiority (Schuirmann 1987), because few images show no difference of anything, and absence of evidence is not
-    evidence of absence (Altman and Bland 1995). Where no cheaper row passes, the best score decides.
+    evidence of absence (Altman and Bland 1995). Where no cheaper row passes, the best score decides; so it does where even
+    the guess that looks at no image may be as good.
     """
     best, metric = leaderboard.best, leaderboard.metric
     group = {row.key: row for row in differences if row.no_evidence}
@@ -179,13 +180,18 @@ def _recommend(leaderboard: Leaderboard, differences: Sequence[Difference], imag
             "Every other row" if len(differences) == len(leaderboard.rows) else "Every other row on the same images"
         )
         return best, f"{others} is worse by more than chance explains."
+    if any(row.embedding == CONSTANT_GUESS for row in alike):
+        return best, (
+            f"{images:,} images do not show that any row is better than a constant guess: the row with the best score is named for "
+            "want of evidence."
+        )
     cheapest = min(alike, key=_cost)
     candidates = [row for row in alike if row.key == best.key or group[row.key].interval[1] <= MARGIN]
     chosen = min(candidates, key=_cost)
     if cheapest.key == best.key:
         others = "the one row" if len(alike) == 2 else f"any of the {len(alike) - 1} rows"
         return best, f"It scores best, and is simpler or cheaper than {others} that may be as good."
-    margin = f"{metric.gap_text(MARGIN).lstrip('+').removesuffix('.0')} {metric.unit}"
+    margin = f"{abs(metric.scale) * MARGIN:g} {metric.unit}"
     behind = group[cheapest.key if chosen.key == best.key else chosen.key]
     low, high = (metric.gap_text(end) for end in behind.interval)
     gap = f"({metric.gap_text(behind.difference)} {metric.unit} in favour of the best, 95 % interval {low} to {high})"

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
 from pipeline.metrics import METRICS, Metric
-from pipeline.report.rows import LeaderboardRow, Nested, Verdict, nested_choice, plain
+from pipeline.report.rows import CONSTANT_GUESS, LeaderboardRow, Nested, Verdict, nested_choice, plain
 
 FORMAT = "manyheads leaderboard"
 VERSION = 1
@@ -162,7 +162,11 @@ class Leaderboard:
             )
         lines.append(f"Recommended: {verdict.recommended}. {verdict.reason}")
         recommended = self.row(verdict.recommended)
-        if recommended.key != self.best.key and recommended.bundle is not None and recommended.dim != 0:
+        if (
+            recommended.key != self.best.key
+            and recommended.bundle is not None
+            and recommended.embedding != CONSTANT_GUESS
+        ):
             lines.append(
                 f"`manyheads predict` takes the best row when it is given the output folder; for the recommended one give it {recommended.bundle} in there."
             )
@@ -177,6 +181,8 @@ class Leaderboard:
     def _trials_text(self, verdict: Verdict) -> str:
         """Say what picking the best trial adds, and of how many trials that is known."""
         trials, finished = self.best.trials, verdict.finished_trials
+        if trials == 1:
+            return ""
         if verdict.trial_optimism is None:
             return (
                 ""

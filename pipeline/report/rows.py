@@ -13,6 +13,9 @@ import numpy as np
 from pipeline.metrics import Difference, Optimism, Paired, Scores, repeated_interval
 from pipeline.metrics.intervals import Interval
 
+CONSTANT_GUESS = "majority"
+"""The embedding's name in the row of the guess that looks at no image."""
+
 
 @dataclass(frozen=True)
 class Nested:

@@ -37,6 +37,7 @@ from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
 from pipeline.metrics import Predictions, scores
 from pipeline.report import Leaderboard, LeaderboardRow, judge
+from pipeline.report.rows import CONSTANT_GUESS
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
 from pipeline.train_heads.place import Embedded, place_of, predict
@@ -48,7 +49,6 @@ __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
 log = logging.getLogger(__name__)
 
-MAJORITY = "majority"
 BASELINE_HEAD = "logistic_regression"
 """What the pixels and HOG baselines are classified with."""
 
@@ -79,7 +79,7 @@ class HeadsRun:
             f"to predict   manyheads predict {self.files.root} IMAGES --output labels.csv",
         ]
         chosen = self.leaderboard.row(verdict.recommended) if verdict else best
-        if chosen.key != best.key and chosen.bundle and chosen.embedding != MAJORITY:
+        if chosen.key != best.key and chosen.bundle and chosen.embedding != CONSTANT_GUESS:
             lines.append(f"recommended  {self.files.root / chosen.bundle}")
         return lines
 
@@ -95,7 +95,7 @@ class Entry:
     @property
     def name(self) -> str:
         """The embedding's name."""
-        return MAJORITY if self.record is None else self.record.name
+        return CONSTANT_GUESS if self.record is None else self.record.name
 
 
 def run(config: Config) -> HeadsRun:
@@ -134,7 +134,7 @@ def run(config: Config) -> HeadsRun:
                 held = entry.name, Embedded.of(stores.get(entry.name), own, on_disk, entry.tuning)
             row = _make_row(entry, own, held[1], config, files, key)
         rows.append(row)
-    if left_out and all(row.embedding == MAJORITY for row in rows):
+    if left_out and all(row.embedding == CONSTANT_GUESS for row in rows):
         raise HeadError("no head on images can be tuned within the memory allowed", left_out)
     write_text_atomic(files.config, dump_yaml(config))
     leaderboard = judge(
@@ -155,7 +155,7 @@ def _entries(
     for record in records:
         if record.kind == "baseline":
             yield Entry(record, HEADS[BASELINE_HEAD], tuning)
-    if MAJORITY in config.baselines:
+    if CONSTANT_GUESS in config.baselines:
         yield Entry(
             None,
             _majority_head(),
@@ -177,7 +177,7 @@ def _key(entry: Entry, task: Task, seed: int) -> str:
     return fingerprint(
         {
             "row": ROW_VERSION,
-            "embedding": entry.record.fingerprint if entry.record else MAJORITY,
+            "embedding": entry.record.fingerprint if entry.record else CONSTANT_GUESS,
             "task": task.key,
             "head": head_table.identity(entry.head, seed),
             "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory", "device"}),
@@ -229,7 +229,7 @@ def _make_row(
     mean, journal = float(best.mean if best.mean is not None else np.nan), files.trials(entry.name, head.name)
     row = LeaderboardRow(
         embedding=entry.name,
-        backbone=spec.architecture if spec else MAJORITY,
+        backbone=spec.architecture if spec else CONSTANT_GUESS,
         layer=spec.layer if spec else "",
         head=head.name,
         untrained=spec is not None and spec.untrained,
