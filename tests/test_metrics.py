@@ -327,6 +327,20 @@ def test_paired_intervals_of_every_metric_cover_the_true_difference(name):
     assert 0.93 <= np.mean(inside) <= 0.97
 
 
+def test_a_head_that_is_two_points_worse_is_seldom_shown_to_be_as_good():
+    """The recommendation asks for an interval within 2 points; at just 2 points that must happen in at most 5 % of runs."""
+    passed, equal = 0, 0
+    for run in range(300):
+        rng = np.random.default_rng(run)
+        hard = rng.random(3000)
+        rows = {"a": said(hard < 0.92), "b": said(hard + rng.normal(0, 0.001, 3000) < 0.90)}
+        rows["c"] = said(hard + rng.normal(0, 0.001, 3000) < 0.92)
+        found = {row.key: row.interval[1] <= 0.02 for row in metrics.compare(rows, "a", seed=run)}
+        passed, equal = passed + found["b"], equal + found["c"]
+    assert passed <= 15
+    assert equal == 300
+
+
 def test_exchanging_answers_is_mcnemars_test_for_accuracy():
     a, b = said(right(60, (0, 50))), said(right(60, (0, 38), (57, 60)))
     exact = metrics.mcnemar(a.correct, b.correct)
