@@ -9,7 +9,7 @@ exchanging answers, for any metric); Dietterich 1998; Nadeau and Bengio 2003; Ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,11 +83,23 @@ def paired_answers(metric: Metric, a: Answers, b: Answers, seed: int) -> Paired:
     """
     if metric is ACCURACY:
         return paired_test(a.correct, b.correct, seed)
-    both = Together(metric, (a, b))
-    draws = np.concatenate([both.weighted(counts) for counts in both.resamples(seed, RESAMPLES)])
-    low, high = np.quantile(draws[:, 0] - draws[:, 1], [0.025, 0.975])
     difference = metric.score(a) - metric.score(b)
-    return Paired(difference, (float(low), float(high)), _paired_p(metric, a, b, seed))
+    return Paired(difference, bootstrap_difference(metric, a, b, seed), _paired_p(metric, a, b, seed))
+
+
+def bootstrap_difference(metric: Metric, a: Answers, b: Answers, seed: int, resamples: int = RESAMPLES) -> Interval:
+    """Return the 95 % bootstrap interval of score(a) - score(b), images drawn with replacement, in any metric.
+
+    The expanded percentile interval of Hesterberg 2015: drawn shares vary less than shares of few images do, by the number
+    of images of the rarest class where the score is a mean over classes.
+    """
+    both = Together(metric, (a, b))
+    draws = np.concatenate([both.weighted(counts) for counts in both.resamples(seed, resamples)])
+    images = np.bincount(a.truth)
+    m = max(2, int(images[images > 0].min() if metric.per_class else len(a.truth)))
+    tail = float(stats.norm.cdf(-np.sqrt(m / (m - 1)) * stats.t.ppf(0.975, m - 1)))
+    low, high = np.quantile(draws[:, 0] - draws[:, 1], [tail, 1 - tail])
+    return (float(low), float(high))
 
 
 def exchange_test(metric: Metric, a: Answers, b: Answers, seed: int, draws: int = RESAMPLES) -> float:
@@ -96,22 +108,41 @@ def exchange_test(metric: Metric, a: Answers, b: Answers, seed: int, draws: int 
     What McNemar's exact test is for accuracy, for any metric, and as it is right for few images too. Sources: Noreen 1989;
     Yeh 2000.
     """
-    observed = abs(metric.score(a) - metric.score(b))
-    counts = np.ones(len(a.truth), dtype=np.int64)
-    if not metric.needs_probabilities:  # images with the same answers change sides by so many coins at once
-        alike = np.stack([a.truth, a.guess, b.guess], axis=1)
-        _, first, counts = np.unique(alike, axis=0, return_index=True, return_counts=True)
-        a, b = a.rows(first), b.rows(first)
-    own = None
-    if a.log_probabilities is not None and b.log_probabilities is not None:
-        own = np.concatenate([a.log_probabilities, b.log_probabilities])
-    both = Answers(np.concatenate([a.truth, b.truth]), np.concatenate([a.guess, b.guess]), own)
-    score, rng, beyond = Together(metric, (both,)).weighted, np.random.default_rng(seed), 0
-    for part in np.array_split(np.arange(draws), max(1, draws * len(counts) >> 20)):
+    observed, rng = abs(metric.score(a) - metric.score(b)), np.random.default_rng(seed)
+    exchanged = _exchanged_shares if metric.per_class else _exchanged_means
+    beyond = sum(int(np.sum(np.abs(part) >= observed - 1e-12)) for part in exchanged(metric, a, b, rng, draws))
+    return (1 + beyond) / (1 + draws)
+
+
+_CELLS = 1 << 20
+"""Coins that are held at once."""
+
+
+def _exchanged_means(
+    metric: Metric, a: Answers, b: Answers, rng: np.random.Generator, draws: int
+) -> Iterator[NDArray[np.float64]]:
+    """Yield differences of the two scores after coins: each image's own difference changes its sign."""
+    gaps = (metric.shares(a).contributions() - metric.shares(b).contributions()) / len(a.truth)
+    gaps = gaps[gaps != 0]
+    bytes_each = -(-len(gaps) // 8)
+    for part in np.array_split(np.arange(draws), max(1, draws * len(gaps) // _CELLS)):
+        coins = rng.integers(0, 256, (len(part), bytes_each), dtype=np.uint8)
+        yield 2 * (np.unpackbits(coins, axis=1, count=len(gaps)) @ gaps) - gaps.sum()
+
+
+def _exchanged_shares(
+    metric: Metric, a: Answers, b: Answers, rng: np.random.Generator, draws: int
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the same for a mean over classes; images with the same answers change sides by so many coins at once."""
+    _, first, counts = np.unique(
+        np.stack([a.truth, a.guess, b.guess], axis=1), axis=0, return_index=True, return_counts=True
+    )
+    a, b = a.rows(first), b.rows(first)
+    both = Together(metric, (Answers(np.concatenate([a.truth, b.truth]), np.concatenate([a.guess, b.guess])),))
+    for part in np.array_split(np.arange(draws), max(1, draws * len(counts) // _CELLS)):
         stay = rng.binomial(counts, 0.5, (len(part), len(counts)))
         left, right = np.concatenate([stay, counts - stay], axis=1), np.concatenate([counts - stay, stay], axis=1)
-        beyond += int(np.sum(np.abs(score(left) - score(right)) >= observed - 1e-12))
-    return (1 + beyond) / (1 + draws)
+        yield (both.weighted(left) - both.weighted(right))[:, 0]
 
 
 def corrected_t(scores_a: Sequence[float], scores_b: Sequence[float], test_share: float) -> Paired:

@@ -150,7 +150,7 @@ class Metric:
 
     def gap_text(self, difference: float) -> str:
         """Write by how much a score is better than another, with its sign: positive is better, also of a loss."""
-        return f"{abs(self.scale) * difference:+.{self.digits}f}"
+        return f"{abs(self.scale) * difference + 0.0:+.{self.digits}f}"
 
 
 def _mean_of(values: NDArray[np.floating] | NDArray[np.bool_]) -> Shares:
