@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from sklearn.svm import SVC
 from statistics_cases import CHEAP_HEADS, folds_of, out_of_fold
 
 from pipeline import metrics
+from pipeline.config import TuningConfig
 from pipeline.errors import BundleError
-from pipeline.metrics import Predictions, PredictionSet
+from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet
 from pipeline.metrics.calibration import margins
 from pipeline.tuning.kernel import one_against_rest
 
@@ -162,9 +164,14 @@ def right(n: int, *ranges: tuple[int, int]):
     return correct
 
 
+def said(correct) -> Answers:
+    """Answers that are right where they are to be."""
+    return Answers(np.zeros(len(correct), dtype=np.int64), np.where(correct, 0, 1))
+
+
 def test_145_against_143_of_153_is_no_evidence():
-    rows = {"a": right(153, (0, 145)), "b": right(153, (0, 140), (150, 153))}
-    assert (rows["a"].sum(), rows["b"].sum()) == (145, 143)
+    rows = {"a": said(right(153, (0, 145))), "b": said(right(153, (0, 140), (150, 153)))}
+    assert [row.correct.sum() for row in rows.values()] == [145, 143]
     best, other = metrics.compare(rows, "a", test=rows)
     assert best.no_evidence
     assert other.no_evidence
@@ -175,7 +182,7 @@ def test_145_against_143_of_153_is_no_evidence():
 
 
 def test_145_against_120_of_153_is_evidence():
-    rows = {"a": right(153, (0, 145)), "b": right(153, (0, 120))}
+    rows = {"a": said(right(153, (0, 145))), "b": said(right(153, (0, 120)))}
     _, other = metrics.compare(rows, "a", test=rows)
     assert not other.no_evidence
     assert other.test is not None
@@ -208,7 +215,7 @@ def test_holm_by_hand():
 
 
 def test_identical_rows_are_never_told_apart():
-    rows = {name: right(50, (0, 30)) for name in "abc"}
+    rows = {name: said(right(50, (0, 30))) for name in "abc"}
     assert all(row.no_evidence and row.difference == 0 and row.p_value == 1.0 for row in metrics.compare(rows, "b"))
 
 
@@ -223,8 +230,8 @@ def test_permuted_labels_have_a_false_winner_in_at_most_5_percent_of_200_runs():
         correct, scores = out_of_fold(X, y, folds_of(y, 5, run))
         best = max(scores, key=lambda name: float(np.mean(scores[name])))
         X_test, y_test = rng.normal(size=(150, 8)), rng.integers(0, 3, 150)
-        test = {name: head(X, y, X_test) == y_test for name, head in CHEAP_HEADS.items()}
-        found = metrics.compare(correct, best, test, scores, seed=run)
+        test = {name: said(head(X, y, X_test) == y_test) for name, head in CHEAP_HEADS.items()}
+        found = metrics.compare({name: said(row) for name, row in correct.items()}, best, test, scores, seed=run)
         false_on_folds += any(not row.no_evidence for row in found)
         false_on_test += any(row.test is not None and row.test.p_value < 0.05 for row in found)
         naive += any(metrics.mcnemar(correct[best], correct[name]) < 0.05 for name in correct)
@@ -240,19 +247,177 @@ def test_a_real_difference_is_found():
         y = rng.integers(0, 3, 600)
         X = rng.normal(size=(600, 8)) + 1.5 * np.eye(3, 8)[y]
         correct, scores = out_of_fold(X, y, folds_of(y, 5, run), ("centroid", "stump"))
-        rows = metrics.compare(correct, "centroid", folds=scores, seed=run)
+        rows = metrics.compare({name: said(row) for name, row in correct.items()}, "centroid", folds=scores, seed=run)
         found += not rows[1].no_evidence
     assert found >= 28
 
 
 def test_comparison_is_repeatable_and_ignores_the_order_of_images():
     rng = np.random.default_rng(0)
-    rows = {name: rng.random(300) < share for name, share in (("a", 0.9), ("b", 0.85), ("c", 0.7))}
+    rows = {name: said(rng.random(300) < share) for name, share in (("a", 0.9), ("b", 0.85), ("c", 0.7))}
     order = rng.permutation(300)
     first = metrics.compare(rows, "a", seed=5)
     assert metrics.compare(rows, "a", seed=5) == first
-    shuffled = metrics.compare({name: row[order] for name, row in rows.items()}, "a", seed=5)
+    shuffled = metrics.compare({name: row.rows(order) for name, row in rows.items()}, "a", seed=5)
     assert [row.p_value for row in shuffled] == pytest.approx([row.p_value for row in first], abs=0.01)
+
+
+# The metric that was tuned
+
+
+def answers_of_heads(n: int, seed: int, sharpness: tuple[float, ...] = (2.0, 1.5)) -> list[Answers]:
+    """Three uneven classes; a head is right more often and surer the sharper it is."""
+    rng = np.random.default_rng(seed)
+    y = rng.choice(3, n, p=(0.7, 0.22, 0.08))
+    hard = rng.normal(size=(n, 3))
+    made = []
+    for sharp in sharpness:
+        logits = 0.8 * hard + 0.6 * rng.normal(size=(n, 3)) + sharp * np.eye(3)[y]
+        p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        made.append(Answers.of(y, p.argmax(axis=1), p))
+    return made
+
+
+def by_scikit_learn(name: str, answers: Answers, rows) -> float:
+    y, guess = answers.truth[rows], answers.guess[rows]
+    if name == "log_loss":
+        assert answers.log_probabilities is not None
+        return float(answers.log_probabilities[rows].mean())
+    if name == "macro_f1":
+        return float(f1_score(y, guess, average="macro", zero_division=0.0))
+    recalls = [np.mean(guess[y == label] == label) for label in np.unique(y)]
+    return float(np.mean(recalls) if name == "balanced_accuracy" else np.mean(y == guess))
+
+
+def test_there_is_a_metric_for_every_scoring_of_the_config():
+    assert tuple(METRICS) == TuningConfig.model_fields["scoring"].annotation.__args__
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_is_the_mean_of_what_images_add_and_can_be_weighted(name):
+    first, second = answers_of_heads(150, 0)
+    metric = METRICS[name]
+    added = metric.shares(first).contributions()
+    assert metric.score(first) == pytest.approx(by_scikit_learn(name, first, np.arange(150)))
+    assert added.mean() == pytest.approx(metric.score(first))
+    drawn = np.random.default_rng(1).integers(0, 150, 150)
+    weighted = metrics.metric.Together(metric, (first, second)).weighted(np.bincount(drawn, minlength=150)[None])
+    assert weighted[0] == pytest.approx([by_scikit_learn(name, head, drawn) for head in (first, second)])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_what_images_add_varies_as_the_score_does(name):
+    """The standard error from one sample is the spread of the score over many."""
+    metric = METRICS[name]
+    samples = [answers_of_heads(400, seed, (2.0,))[0] for seed in range(300)]
+    errors = [metric.shares(sample).contributions().std() / np.sqrt(400) for sample in samples]
+    assert np.mean(errors) == pytest.approx(np.std([metric.score(sample) for sample in samples]), rel=0.12)
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "macro_f1", "log_loss"])
+def test_paired_intervals_of_every_metric_cover_the_true_difference(name):
+    metric = METRICS[name]
+    many = answers_of_heads(400_000, 99)
+    truth = metric.score(many[0]) - metric.score(many[1])
+    inside = []
+    for seed in range(400):
+        low, high = metrics.bootstrap_difference(metric, *answers_of_heads(400, seed), seed, resamples=300)
+        inside.append(low <= truth <= high)
+    assert 0.93 <= np.mean(inside) <= 0.97
+
+
+def test_a_head_that_is_two_points_worse_is_seldom_shown_to_be_as_good():
+    """The recommendation asks for an interval within 2 points; at just 2 points that must happen in at most 5 % of runs."""
+    passed, equal = 0, 0
+    for run in range(300):
+        rng = np.random.default_rng(run)
+        hard = rng.random(3000)
+        rows = {"a": said(hard < 0.92), "b": said(hard + rng.normal(0, 0.001, 3000) < 0.90)}
+        rows["c"] = said(hard + rng.normal(0, 0.001, 3000) < 0.92)
+        found = {row.key: row.interval[1] <= 0.02 for row in metrics.compare(rows, "a", seed=run)}
+        passed, equal = passed + found["b"], equal + found["c"]
+    assert passed <= 15
+    assert equal == 300
+
+
+def test_exchanging_answers_is_mcnemars_test_for_accuracy():
+    a, b = said(right(60, (0, 50))), said(right(60, (0, 38), (57, 60)))
+    exact = metrics.mcnemar(a.correct, b.correct)
+    assert metrics.exchange_test(METRICS["accuracy"], a, b, seed=0, draws=20_000) == pytest.approx(exact, abs=0.003)
+    assert metrics.exchange_test(METRICS["accuracy"], a, a, seed=0) == 1.0
+    y, a_says, b_says = np.array([0, 0, 0, 0, 1, 1, 1, 2]), np.array([0, 0, 1, 0, 1, 1, 1, 2]), np.repeat(0, 8)
+    for name in ("balanced_accuracy", "macro_f1"):
+        coins = np.array(list(itertools.product([True, False], repeat=8)))
+        first, second = (np.where(side, a_says, b_says) for side in (coins, ~coins))
+        by_hand = [
+            by_scikit_learn(name, Answers(y, one), np.arange(8))
+            - by_scikit_learn(name, Answers(y, other), np.arange(8))
+            for one, other in zip(first, second, strict=True)
+        ]
+        found = metrics.exchange_test(METRICS[name], Answers(y, a_says), Answers(y, b_says), seed=0, draws=20_000)
+        assert found == pytest.approx(np.mean(np.abs(by_hand) >= abs(by_hand[0]) - 1e-12), abs=0.01)
+    few = said(right(11, (0, 9))), said(right(11, (0, 4)))
+    assert metrics.exchange_test(METRICS["macro_f1"], *few, seed=0) > 0.05
+
+
+@pytest.mark.parametrize("name", ["macro_f1", "log_loss"])
+def test_permuted_labels_have_few_false_winners_in_other_metrics(name):
+    """At most 5 % of 200 runs with five equal heads, nearest neighbours each on their own random features; uneven labels."""
+    metric, wrong, naive = METRICS[name], 0, 0
+    for run in range(200):
+        rng = np.random.default_rng(run)
+        y = rng.permutation(np.repeat([0, 1, 2], [144, 60, 36]))
+        folds, heads, scores = folds_of(y, 5, run), {}, {}
+        for head in "abcde":
+            X, guess = rng.normal(size=(240, 4)), np.zeros(240, dtype=np.int64)
+            for fold in range(5):
+                guess[folds == fold] = CHEAP_HEADS["five_nearest"](X[folds != fold], y[folds != fold], X[folds == fold])
+            sure = rng.uniform(0.4, 0.8, (240, 1))
+            heads[head] = Answers.of(y, guess, np.where(np.eye(3)[guess] == 1, sure, (1 - sure) / 2))
+            scores[head] = [metric.score(heads[head].rows(np.flatnonzero(folds == fold))) for fold in range(5)]
+        best = max(scores, key=lambda head: float(np.mean(scores[head])))
+        found = metrics.compare(heads, best, None, scores, seed=run, metric=metric)
+        wrong += any(not row.no_evidence for row in found)
+        added = {head: metric.shares(row).contributions() for head, row in heads.items()}
+        gaps = [added[best] - other for head, other in added.items() if head != best]
+        naive += any(gap.mean() > 1.96 * gap.std() / np.sqrt(240) for gap in gaps)
+    assert wrong <= 10
+    assert naive > 20, "without the correction for picking the simulation would have no teeth"
+
+
+def test_heads_are_compared_in_the_metric_and_not_in_accuracy():
+    """One finds most rare images and pays with common ones: behind by accuracy, clearly ahead by macro F1."""
+    y = np.repeat([0, 1], [300, 40])
+    careful, blunt = y.copy(), np.zeros(340, dtype=np.int64)
+    careful[:30], careful[300:306] = 1, 0
+    rows = {"careful": Answers(y, careful), "blunt": Answers(y, blunt)}
+    ahead = {name: metrics.compare(rows, "careful", rows, metric=METRICS[name])[1] for name in ("accuracy", "macro_f1")}
+    assert ahead["accuracy"].no_evidence
+    assert not ahead["macro_f1"].no_evidence
+    assert ahead["accuracy"].difference == pytest.approx(4 / 340)
+    assert ahead["macro_f1"].difference == pytest.approx(
+        f1_score(y, careful, average="macro") - f1_score(y, blunt, average="macro", zero_division=0)
+    )
+    assert ahead["macro_f1"].test is not None
+    assert ahead["macro_f1"].test.p_value < 0.01 < ahead["macro_f1"].test.interval[0]
+
+
+def test_no_interval_leaves_what_a_score_can_be():
+    rng = np.random.default_rng(0)
+    rows = {name: said(rng.random(8) < share) for name, share in (("a", 0.9), ("b", 0.2), ("c", 0.4))}
+    folds = {"a": [1.0, 0.0, 1.0], "b": [0.0, 0.5, 0.0], "c": [0.2, 0.2, 0.9]}
+    for row in metrics.compare(rows, "a", rows, folds):
+        for low, high in [row.interval, *(part.interval for part in (row.test, row.folds) if part)]:
+            assert -1 <= low <= high <= 1
+    assert METRICS["accuracy"].interval_text((-0.098, 1.32)) == "[0.0, 100.0]"
+    assert METRICS["log_loss"].interval_text((-1.5, 0.2)) == "[0.000, 1.500]"
+
+
+def test_a_metric_writes_its_scores_as_users_know_them():
+    f1, loss = METRICS["macro_f1"], METRICS["log_loss"]
+    assert (f1.title, f1.text(0.7831), f1.gap_text(0.21), f1.unit) == ("macro F1", "78.3", "+21.0", "points")
+    assert (loss.title, loss.text(-1.26), loss.gap_text(0.21), loss.unit) == ("log loss", "1.260", "+0.210", "nats")
+    assert (loss.text(0.0), loss.gap_text(-0.0)) == ("0.000", "+0.000")
 
 
 # Optimism
@@ -262,7 +427,7 @@ def test_the_best_of_many_equal_candidates_is_corrected_to_the_truth():
     corrected, apparent = [], []
     for run in range(20):
         correct = np.random.default_rng(run).random((300, 30)) < 0.7
-        found = metrics.selection_optimism(correct, seed=run, resamples=100)
+        found = metrics.selection_optimism([said(column) for column in correct.T], seed=run, resamples=100)
         corrected.append(found.corrected)
         apparent.append(found.apparent)
     assert np.mean(apparent) > 0.74
@@ -271,9 +436,20 @@ def test_the_best_of_many_equal_candidates_is_corrected_to_the_truth():
 
 def test_a_clear_winner_owes_nothing_to_luck():
     rng = np.random.default_rng(0)
-    correct = np.stack([rng.random(500) < 0.95, rng.random(500) < 0.5], axis=1)
-    assert abs(metrics.selection_optimism(correct, seed=0).bias) < 0.003
+    columns = [said(rng.random(500) < 0.95), said(rng.random(500) < 0.5)]
+    assert abs(metrics.selection_optimism(columns, seed=0).bias) < 0.003
     assert metrics.trial_optimism(np.array([[0.9, 0.92], [0.5, 0.6]])) == 0.0
+
+
+def test_the_picked_head_is_corrected_in_the_metric_it_was_picked_by():
+    columns = answers_of_heads(300, 0, (1.5,) * 12)
+    for name in ("macro_f1", "log_loss"):
+        metric = METRICS[name]
+        truth = metric.score(answers_of_heads(200_000, 99, (1.5,))[0])
+        found = metrics.selection_optimism(columns, seed=0, resamples=200, metric=metric)
+        assert found.apparent == max(metric.score(column) for column in columns)
+        assert found.apparent > truth
+        assert 0 < found.bias < 3 * (found.apparent - truth)
 
 
 def test_trial_optimism_by_hand():
@@ -375,6 +551,32 @@ def test_true_probabilities_are_measured_as_calibrated():
     assert found.log_loss == pytest.approx(log_loss(y, p))
     assert sum(row.count for row in found.bins) == 20000
     assert np.mean([row.interval[0] <= row.confidence <= row.interval[1] for row in found.bins]) > 0.8
+
+
+def test_images_that_are_equally_sure_share_a_bin_whatever_their_order():
+    """A constant guess is right as often as it says; cut in the order of the paths it would be right in some bins only."""
+    y = np.sort(np.arange(359) % 10)
+    p = np.tile(np.bincount(y) / 359, (359, 1))
+    orders = (np.arange(359), np.random.default_rng(0).permutation(359), np.arange(359)[::-1])
+    found = [metrics.measure_calibration(p[order], y[order]) for order in orders]
+    assert [len(one.bins) for one in found] == [1, 1, 1]
+    assert found[0].bins[0].count == 359
+    assert found[0].ece == pytest.approx(0, abs=1e-12)
+    assert found[1].bins == found[2].bins == found[0].bins
+
+
+def test_bins_are_cut_between_distinct_confidences_only_and_stay_about_equal():
+    rng = np.random.default_rng(0)
+    sure = rng.choice([0.6, 0.7, 0.8, 0.9, 1.0], 600, p=(0.1, 0.3, 0.1, 0.1, 0.4))
+    y = (rng.random(600) > sure).astype(int)
+    p = np.stack([sure, 1 - sure], axis=1)
+    bins = metrics.measure_calibration(p, y).bins
+    assert [(row.low, row.high) for row in bins] == [(value, value) for value in (0.6, 0.7, 0.8, 0.9, 1.0)]
+    assert [row.count for row in bins] == np.unique(sure, return_counts=True)[1].tolist()
+    few = np.append(np.linspace(0.55, 0.6, 5), np.full(595, 0.9))
+    assert [row.count for row in metrics.measure_calibration(np.stack([few, 1 - few], axis=1), y).bins] == [600]
+    distinct = np.stack([np.linspace(0.5, 1, 600), 1 - np.linspace(0.5, 1, 600)], axis=1)
+    assert [row.count for row in metrics.measure_calibration(distinct, y).bins] == [40] * 15
 
 
 def test_brier_score_equals_scikit_learn():

@@ -301,16 +301,24 @@ def test_bundles_made_on_disk_predict_what_the_leaderboard_says(tmp_path: Path, 
         np.testing.assert_allclose(probabilities, saved.probabilities, atol=1e-6)
 
 
-def test_nothing_that_fits_is_told_in_one_line_per_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("baselines", [(), ("majority",)])
+def test_nothing_that_fits_is_told_in_one_line_per_row(
+    tmp_path: Path, baselines: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A constant guess that is left over is no result."""
     config = stage_one(tmp_path)
     tuning = config.tuning.model_copy(update={"memory": "0.1MB"})
-    with pytest.raises(HeadError, match="no head can be tuned within the memory allowed") as caught:
-        train_heads.run(config.model_copy(update={"tuning": tuning, "baselines": ()}))
-    assert len(caught.value.problems) == 4
-    assert caught.value.problems[2].startswith(
+    with pytest.raises(HeadError, match="no head on images can be tuned within the memory allowed") as caught:
+        train_heads.run(config.model_copy(update={"tuning": tuning, "baselines": baselines}))
+    assert not Artifacts(tmp_path).leaderboard.exists()
+    assert "left out" not in caplog.text  # said once, by the error
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        f"net / {head.name}" for head in config.heads
+    ]
+    assert caught.value.problems[1].startswith(
         "net / ridge: left out: even with its features on disk it needs about 25."
     )
-    assert caught.value.problems[2].endswith(
+    assert caught.value.problems[1].endswith(
         "0.1 MB are allowed; raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or "
         "pooling with fewer numbers"
     )

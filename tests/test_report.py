@@ -19,6 +19,7 @@ from report_experiment import CLASSES, built_experiment, row, write_trials
 from pipeline import metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
+from pipeline.metrics import Predictions, PredictionSet
 from pipeline.report import Leaderboard, Nested, Seeds, material
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
@@ -84,9 +85,25 @@ def test_markdown_is_a_table_with_the_interval():
     assert header.count("|") == line.count("|") == 13
 
 
-def test_log_loss_is_not_shown_as_a_percentage():
-    text = Leaderboard((row("ridge", -0.351, cv_std=0.012),), {"scoring": "log_loss"}).to_text()
-    assert "-0.351 ± 0.012" in text
+def test_a_loss_is_shown_as_users_know_it_with_its_name():
+    rows = (row("knn", -1.26, cv_std=0.2), row("ridge", -0.351, cv_std=0.012))
+    board = Leaderboard(rows, {"scoring": "log_loss"})
+    assert board.best.head == "ridge"
+    text = board.to_text()
+    assert "  0.351 ± 0.012" in text
+    assert "-0." not in text
+    assert "-1." not in text
+    assert "CV log loss" in text.splitlines()[0]
+    assert "ridge (log loss 0.351 ± 0.012, lower is better)" in text
+    assert "| cross-validation (log loss) |" in re.sub(" +", " ", board.to_markdown())
+
+
+@pytest.mark.parametrize(("scoring", "name"), [("accuracy", "accuracy"), ("macro_f1", "macro F1")])
+def test_the_score_that_was_tuned_is_named_in_the_heading_and_with_the_best(scoring: str, name: str):
+    board = Leaderboard((row("ridge", 0.783),), {"scoring": scoring})
+    assert f"CV {name} " in board.to_text().splitlines()[0]
+    for text in (board.to_text(), board.to_markdown()):
+        assert f"Best by cross-validation: resnet18-penultimate/ridge ({name} 78.3 ± 1.0). Test" in text
 
 
 def test_an_unknown_row_and_an_empty_leaderboard():
@@ -150,22 +167,152 @@ def test_verdict_survives_json_and_names_the_group(experiment: Path):
     assert board.verdict.reason in board.to_text()
 
 
-def test_the_simplest_of_the_group_is_recommended_and_the_embedding_counts_first(copy: Path):
-    board = board_of(copy)
-    group = [item for item in board.rows if not item.baseline]
-    assert len(group) == 2
-    cheap, simple = group[1].key, group[0].key
-    rows = tuple(
-        dataclasses.replace(
-            item, embed_seconds=0.001 if item.key == cheap else 0.1, simplicity=0 if item.key == simple else 9
-        )
-        for item in board.rows
+def judged(
+    output: Path,
+    heads: dict[str, np.ndarray],
+    y: np.ndarray,
+    scoring: str = "accuracy",
+    losses: dict[str, np.ndarray] | None = None,
+    changes: dict[str, dict[str, object]] | None = None,
+) -> Leaderboard:
+    """Write what these heads said out of fold, in five folds, and judge them; the same answers for the test."""
+    metric, folds, names = metrics.METRICS[scoring], np.arange(len(y)) % 5, ("a", "b", "c")
+    rows = []
+    for place, (head, guess) in enumerate(heads.items()):
+        own = None if losses is None else -losses[head]
+        answers = metrics.Answers(y, guess, own)
+        fold_scores = tuple(metric.score(answers.rows(np.flatnonzero(folds == fold))) for fold in range(5))
+        labels = np.array(names)
+        told = np.full((len(y), 3), 0.1) + 0.7 * np.eye(3)[guess]
+        part = PredictionSet(np.arange(len(y)).astype(str), labels[y], labels[guess], told)
+        folder = output / "heads" / head
+        folder.mkdir(parents=True, exist_ok=True)
+        held_out = dataclasses.replace(part, folds=folds, log_probabilities=own)
+        (folder / "predictions.npz").write_bytes(Predictions(names, part, held_out).to_bytes())
+        fields = {"cv_scores": fold_scores, "bundle": f"heads/{head}", "simplicity": place, "embed_seconds": 0.01}
+        mean = float(np.mean(fold_scores))
+        rows.append(row(head, mean, cv_std=0.02, **{**fields, **(changes or {}).get(head, {})}))
+    return report.judge(Leaderboard(tuple(rows), {"scoring": scoring, "seed": 0}), output)
+
+
+def flipped(y: np.ndarray, *rows: range) -> np.ndarray:
+    guess = y.copy()
+    for part in rows:
+        guess[list(part)] = (guess[list(part)] + 1) % 3
+    return guess
+
+
+def test_the_cheapest_row_that_is_as_good_is_recommended_and_the_embedding_counts_first(tmp_path: Path):
+    """Each is wrong on 40 of 2,000 images, on nearly the same ones: an interval of less than 2 points shows that."""
+    y = np.arange(2000) % 3
+    heads = {"simple": flipped(y, range(1, 41)), "cheap": flipped(y, range(2, 42)), "best": flipped(y, range(40))}
+    changes = {"best": {"cv_mean": 0.99}, "cheap": {"embed_seconds": 0.001, "simplicity": 9}}
+    board = judged(tmp_path, heads, y, changes=changes)
+    assert board.verdict is not None
+    assert board.verdict.recommended.endswith("/cheap")
+    assert re.fullmatch(
+        r"Nothing shows it to be worse than resnet18-penultimate/best \(\+0\.0 points in favour of the best, 95 % interval -\d\.\d to "
+        r"\+\d\.\d\), and it is the simplest and cheapest of the 3 rows of which that is true\.",
+        board.verdict.reason,
     )
-    judged = report.judge(Leaderboard(rows, board.provenance), copy)
-    assert judged.verdict is not None
-    if cheap in judged.verdict.no_evidence:
-        assert judged.verdict.recommended == cheap
-        assert "simplest and cheapest" in judged.verdict.reason
+    even = judged(tmp_path, heads, y, changes={**changes, "cheap": {}})
+    assert even.verdict is not None
+    assert even.verdict.recommended.endswith("/simple")
+    # A prediction is made with the best row where nothing else is said.
+    assert "for the recommended one give it heads/simple in there" in even.to_text()
+
+
+def test_with_few_images_the_best_score_is_recommended_and_not_the_simplest_row(tmp_path: Path):
+    """Nine points behind on 85 images is no evidence of a difference, and none of equality either."""
+    y = np.arange(85) % 3
+    heads = {"pixels": flipped(y, range(31)), "knn": flipped(y, range(20, 43))}
+    board = judged(tmp_path, heads, y)
+    assert board.verdict is not None
+    assert len(board.verdict.no_evidence) == 2
+    assert board.verdict.recommended == board.best.key == "resnet18-penultimate/knn"
+    assert board.verdict.reason.startswith(
+        "85 images cannot tell these 2 rows apart, nor show that the simplest and cheapest of them, resnet18-penultimate/pixels, "
+        "is at most 2 points worse (+9.4 points in favour of the best, 95 % interval -"
+    )
+    assert board.verdict.reason.endswith(": the row with the best score is named for want of evidence.")
+    assert "manyheads predict" not in board.to_text()
+
+
+def test_where_a_constant_guess_may_be_as_good_it_is_not_recommended_for_being_simple(tmp_path: Path):
+    y = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2])
+    heads = {"most_frequent": np.zeros(11, dtype=np.int64), "knn": flipped(y, range(3))}
+    guess = {"most_frequent": {"embedding": "majority", "baseline": True, "simplicity": -1, "embed_seconds": None}}
+    board = judged(tmp_path, heads, y, changes=guess)
+    assert board.verdict is not None
+    assert board.verdict.recommended == "resnet18-penultimate/knn"
+    assert board.verdict.reason == (
+        "11 images do not show that any row is better than a constant guess: the row with the best score is named for want of "
+        "evidence."
+    )
+    many = judged(tmp_path, {head: np.tile(guess, 20) for head, guess in heads.items()}, np.tile(y, 20), changes=guess)
+    assert many.verdict is not None
+    assert many.verdict.reason == "Every other row is worse by more than chance explains."
+
+
+def test_the_verdict_speaks_of_the_score_that_was_tuned(tmp_path: Path):
+    """Blunt labels nothing as the rare class: right on more images than careful, which finds them, and worse by macro F1."""
+    y = np.repeat([0, 1], [900, 60])
+    y = y[np.random.default_rng(0).permutation(960)]
+    careful, blunt = y.copy(), np.zeros(960, dtype=np.int64)
+    careful[np.flatnonzero(y == 0)[:50]], careful[np.flatnonzero(y == 1)[:12]] = 1, 0
+    heads = {"blunt": blunt, "careful": careful}
+    by_accuracy, by_f1 = (judged(tmp_path, heads, y, scoring) for scoring in ("accuracy", "macro_f1"))
+    assert by_accuracy.verdict is not None
+    assert by_f1.verdict is not None
+    assert by_accuracy.verdict.recommended.endswith("/blunt")
+    assert by_f1.verdict.recommended.endswith("/careful")
+    f1 = [metrics.scores(y.astype(str), heads[head].astype(str), None, ("0", "1")).macro_f1 for head in heads]
+    gap = next(item for item in by_f1.verdict.differences if item.key.endswith("/blunt"))
+    assert gap.difference == pytest.approx(f1[1] - f1[0])
+    assert gap.test is not None
+    assert gap.test.difference == pytest.approx(f1[1] - f1[0])
+    assert by_f1.verdict.optimism is not None
+    assert by_f1.verdict.optimism.apparent == pytest.approx(f1[1])
+    assert "flatters its cross-validation macro F1 by about" in by_f1.to_text()
+
+
+def test_a_verdict_by_log_loss_is_of_the_probabilities_that_were_searched(tmp_path: Path):
+    y, rng = np.arange(600) % 3, np.random.default_rng(0)
+    losses = {"knn": rng.uniform(0.6, 1.8, 600), "ridge": rng.uniform(0.1, 0.5, 600)}
+    board = judged(tmp_path, dict.fromkeys(losses, flipped(y, range(30))), y, "log_loss", losses)
+    assert board.best.head == "ridge"
+    assert board.verdict is not None
+    assert board.verdict.recommended == board.best.key
+    behind = next(item for item in board.verdict.differences if item.key.endswith("/knn"))
+    assert not behind.no_evidence
+    assert behind.difference == pytest.approx(losses["knn"].mean() - losses["ridge"].mean())
+    assert board.verdict.optimism is not None
+    assert board.verdict.optimism.apparent == pytest.approx(-losses["ridge"].mean())
+    assert "flatters its cross-validation log loss by about 0.000 nats." in board.to_text()
+
+
+def test_what_picking_a_trial_adds_is_said_of_the_trials_it_is_known_of(tmp_path: Path):
+    y = np.arange(300) % 3
+    heads = {"ridge": flipped(y, range(20)), "knn": flipped(y, range(60))}
+    trials = {
+        "finished": {"event": "trial", "status": "ok", "fold_scores": [0.9, 0.8, 0.9, 0.9, 0.9]},
+        "too": {"event": "trial", "status": "ok", "fold_scores": [0.8, 0.84, 0.8, 0.8, 0.8]},
+        "stopped": {"event": "trial", "status": "stopped", "fold_scores": [0.5, 0.5, None, None, None]},
+    }
+    texts = {}
+    for kinds in (("finished", "too"), ("finished", "too", "stopped"), ("finished", "stopped")):
+        path = Artifacts(tmp_path).trials("resnet18-penultimate", "ridge")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({**trials[kind], "number": n}) + "\n" for n, kind in enumerate(kinds)))
+        board = judged(tmp_path, heads, y, changes={"ridge": {"trials": len(kinds)}})
+        texts[kinds] = next(line for line in board.notes() if line.startswith("Picking"))
+        assert Leaderboard.from_json(board.to_json()).verdict == board.verdict
+    all_of_them, some, one = texts.values()
+    assert all_of_them.endswith("points, picking the best of its 2 trials by about 0.8.")
+    assert some.endswith("its 3 trials by at least about 0.8 (from the 2 that were fitted on every fold).")
+    assert one.endswith(
+        "points; what picking the best of its 2 trials adds is not known, as only one was fitted on every fold."
+    )
 
 
 def test_without_predictions_there_is_no_verdict_but_a_page(copy: Path):
@@ -381,6 +528,36 @@ def test_rows_are_ranked_over_several_experiments(tmp_path: Path):
         rank(outputs[:1], tmp_path / "several")
 
 
+def test_several_experiments_are_ranked_by_the_score_that_was_tuned(tmp_path: Path):
+    """Ridge labels more images right; knn has the lower loss everywhere."""
+    outputs = [write_board(tmp_path / f"data{i}", {"ridge": 90 + i, "knn": 80 + i}) for i in range(3)]
+    losses = {"ridge": 0.6, "knn": 0.4}
+    for number, output in enumerate(outputs):
+        board = board_of(output)
+        rows = tuple(
+            dataclasses.replace(
+                item, cv_mean=-losses[item.head], test=dataclasses.replace(item.test, log_loss=losses[item.head])
+            )
+            for item in board.rows
+        )
+        board = Leaderboard(rows, {**board.provenance, "scoring": "log_loss", "task": str(number)})
+        Artifacts(output).leaderboard.write_text(board.to_json(), encoding="utf-8")
+    keys, ranking = rank(outputs, tmp_path / "several")
+    ranks = dict(zip(keys, ranking.average_ranks, strict=True))
+    assert ranks == {"resnet18-penultimate/knn": 1.0, "resnet18-penultimate/ridge": 2.0}
+    assert "- 3 data sets, ranked by log loss on the test images; Friedman" in (
+        tmp_path / "several" / "ranks.md"
+    ).read_text(encoding="utf-8")
+    other = write_board(tmp_path / "accuracy", {"ridge": 90, "knn": 80})
+    for comparing in (compare, rank):
+        with pytest.raises(PipelineError) as caught:
+            comparing([outputs[0], other], tmp_path)
+        assert str(caught.value) == (
+            "the experiments were tuned for different scores; run them with the same tuning.scoring\n"
+            f"  {outputs[0]}: log_loss\n  {other}: accuracy"
+        )
+
+
 def test_strategies_are_drawn_side_by_side(tmp_path: Path):
     outputs = [write_board(tmp_path / name, {"ridge": 90}, name) for name in ("bayes", "random", "grid")]
     assert searches(outputs, "resnet18-penultimate/ridge", tmp_path).read_bytes().startswith(b"\x89PNG")
@@ -393,6 +570,7 @@ def test_compare_ranks_several_data_sets_and_draws_searches_on_one(tmp_path: Pat
     text = "\n".join(compare(outputs, tmp_path / "one"))
     assert "| row" in text
     assert re.search(r"resnet18-penultimate/ridge \| \*\*90.00\*\* \(16 trials, 0.000 s\)", text)
+    assert "score (accuracy) that each search found; bold is the highest of its row" in text
     assert all(name in text for name in ("bayes", "random", "grid"))
     assert (tmp_path / "one" / "search.png").read_bytes().startswith(b"\x89PNG")
     for number, output in enumerate(outputs):
@@ -421,6 +599,7 @@ def test_nested_and_seeds_are_columns_only_on_request_and_survive_json():
     assert chosen is not None
     assert chosen.outer == (0.70, 0.60)
     text = board.to_text()
+    assert "gives 65.0 [0.0, 100.0], the unbiased score" in text  # two folds tell little, but no score is above 100
     assert "92.0 ± 2.8" in text
     assert "gives 65.0 [" in text
     assert "seeds 3 to 4" in text

@@ -26,7 +26,7 @@ from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import DatasetError, PipelineError, StoreError
 from pipeline.heads import HEADS
 from pipeline.images import policy_key
-from pipeline.metrics import Predictions
+from pipeline.metrics import METRICS, Answers, Predictions
 from pipeline.store import FeatureStore, StoreWriter
 from pipeline.train_heads import repeats
 from pipeline.tuning import make_folds, tune
@@ -117,6 +117,53 @@ def test_every_embedding_and_head_has_a_row_with_its_floors(
 def test_the_best_is_chosen_by_cross_validation(finished: tuple[Config, train_heads.HeadsRun]) -> None:
     leaderboard = finished[1].leaderboard
     assert leaderboard.best.cv_mean == max(row.cv_mean for row in leaderboard.rows)
+
+
+def test_the_terminal_says_which_bundle_is_recommended_and_how_to_predict_with_it(
+    finished: tuple[Config, train_heads.HeadsRun],
+) -> None:
+    result = finished[1]
+    board, root = result.leaderboard, result.files.root
+    assert board.verdict is not None
+    assert board.verdict.recommended == board.best.key
+    assert not any(line.startswith("recommended") for line in result.summary_lines())
+    other = next(row for row in board.rows[1:] if row.embedding == "net-random")
+    verdict = replace(board.verdict, recommended=other.key)
+    lines = replace(result, leaderboard=replace(board, verdict=verdict)).summary_lines()
+    assert f"best head    {root / str(board.best.bundle)}" in lines
+    assert f"recommended  {root / str(other.bundle)}" in lines
+    assert bundles.load(root / str(other.bundle)).head == other.head
+    assert (
+        "`manyheads predict` takes the best row when it is given the output folder; for the recommended one give it "
+        f"{other.bundle} in there." in lines[0]
+    )
+    guess = board.row("majority/most_frequent")
+    lines = replace(result, leaderboard=replace(board, verdict=replace(verdict, recommended=guess.key))).summary_lines()
+    assert not any(line.startswith("recommended") or "manyheads predict` takes" in line for line in lines)
+
+
+@pytest.mark.parametrize("scoring", ["macro_f1", "log_loss"])
+def test_the_score_that_is_tuned_is_the_one_that_is_compared(tmp_path: Path, scoring: str) -> None:
+    """What is kept out of fold gives the fold scores of the search again, and they the differences."""
+    stage_one(tmp_path)
+    raw = make_config(tmp_path, scoring=scoring, trials=2).model_dump(mode="json")
+    raw.update(baselines=["pixels", "majority"], heads=["nearest_centroid" if scoring == "macro_f1" else "knn"])
+    board = train_heads.run(configuration.parse(raw, "test")).leaderboard
+    pooled, metric = {}, METRICS[scoring]
+    for row in board.rows:
+        held_out = Predictions.read(tmp_path / str(row.bundle) / "predictions.npz").out_of_fold
+        assert held_out is not None
+        assert held_out.folds is not None
+        y, guess = (np.searchsorted(sorted(CLASSES), labels) for labels in (held_out.y_true, held_out.y_pred))
+        answers = Answers(y, guess, held_out.log_probabilities)
+        folds = [metric.score(answers.rows(np.flatnonzero(held_out.folds == fold))) for fold in range(3)]
+        assert folds == pytest.approx(row.cv_scores)
+        pooled[row.key] = metric.score(answers)
+    assert board.verdict is not None
+    assert board.verdict.optimism is not None
+    assert board.verdict.optimism.apparent == pytest.approx(max(pooled.values()))
+    for item in board.verdict.differences:
+        assert item.difference == pytest.approx(pooled[board.best.key] - pooled[item.key])
 
 
 def test_test_labels_choose_nothing(finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path) -> None:

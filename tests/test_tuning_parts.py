@@ -10,7 +10,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 from skopt.space import Categorical, Integer, Real
 
 from pipeline.errors import HeadError
-from pipeline.tuning import SCORERS, expand_scores, make_folds, racing, strategies
+from pipeline.metrics import METRICS, Answers
+from pipeline.tuning import expand_scores, make_folds, racing, strategies
 from pipeline.tuning.strategies import cardinality
 
 
@@ -145,10 +146,11 @@ def test_scorers_are_those_of_scikit_learn():
     y = generator.integers(0, 4, 300)
     probabilities = generator.dirichlet(np.ones(4), 300).astype(np.float32)
     predictions = probabilities.argmax(axis=1)
-    assert SCORERS["accuracy"](y, predictions, None) == pytest.approx(accuracy_score(y, predictions))
-    assert SCORERS["balanced_accuracy"](y, predictions, None) == pytest.approx(balanced_accuracy_score(y, predictions))
-    assert SCORERS["macro_f1"](y, predictions, None) == pytest.approx(f1_score(y, predictions, average="macro"))
-    assert SCORERS["log_loss"](y, predictions, probabilities) == pytest.approx(-log_loss(y, probabilities), rel=1e-5)
+    answers = Answers.of(y, predictions, probabilities)
+    assert METRICS["accuracy"].score(answers) == pytest.approx(accuracy_score(y, predictions))
+    assert METRICS["balanced_accuracy"].score(answers) == pytest.approx(balanced_accuracy_score(y, predictions))
+    assert METRICS["macro_f1"].score(answers) == pytest.approx(f1_score(y, predictions, average="macro"))
+    assert METRICS["log_loss"].score(answers) == pytest.approx(-log_loss(y, probabilities), rel=1e-5)
 
 
 def test_absent_classes_never_win():

@@ -18,10 +18,13 @@ from pipeline.metrics.comparison import (
     Difference,
     Paired,
     Ranking,
+    bootstrap_difference,
     compare,
     corrected_t,
+    exchange_test,
     holm,
     mcnemar,
+    paired_answers,
     paired_bootstrap,
     paired_test,
     rank_over_datasets,
@@ -37,11 +40,15 @@ from pipeline.metrics.learning_curve import (
     measure_curve,
     pareto,
 )
+from pipeline.metrics.metric import ACCURACY, METRICS, Answers, Metric
 from pipeline.metrics.optimism import Optimism, selection_optimism, trial_optimism
 from pipeline.metrics.predictions import Predictions, PredictionSet
 from pipeline.metrics.scoring import ClassScores, Scores, class_columns, confusion_matrix, per_class, scores
 
 __all__ = [
+    "ACCURACY",
+    "METRICS",
+    "Answers",
     "Calibration",
     "Calibrator",
     "ClassScores",
@@ -50,6 +57,7 @@ __all__ = [
     "HeldBack",
     "Interval",
     "LearningCurve",
+    "Metric",
     "Optimism",
     "Paired",
     "PowerLaw",
@@ -58,6 +66,7 @@ __all__ = [
     "Ranking",
     "ReliabilityBin",
     "Scores",
+    "bootstrap_difference",
     "bootstrap_interval",
     "class_columns",
     "compare",
@@ -67,12 +76,14 @@ __all__ = [
     "curve_from_scores",
     "curve_sizes",
     "estimate_priors",
+    "exchange_test",
     "fit_calibrator",
     "holm",
     "mcnemar",
     "mean_interval",
     "measure_calibration",
     "measure_curve",
+    "paired_answers",
     "paired_bootstrap",
     "paired_test",
     "pareto",

@@ -171,15 +171,16 @@ def measure_calibration(
 ) -> Calibration:
     """Measure probabilities of shape (n, n_classes) against the true columns y, shape (n,).
 
-    Bins hold equal numbers of images, so that none is nearly empty, and by default at least 20; Brier is the sum over classes of squared errors,
-    from 0 (sure and right) to 2 (sure and wrong); log loss is in nats.
+    Bins hold about equal numbers of images, so that none is nearly empty, and by default 20 or nearly so many. Images that are
+    equally sure share a bin, as nothing but their order could part them, so the numbers differ where there are many of these.
+    Brier is the sum over classes of squared errors, from 0 (sure and right) to 2 (sure and wrong); log loss is in nats.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     confidence, right = p.max(axis=1), p.argmax(axis=1) == y
     order = np.argsort(confidence, kind="stable")
     bins = min(MOST_BINS, max(1, len(order) // IMAGES_PER_BIN)) if bins is None else bins
     table, gap = [], 0.0
-    for rows in np.array_split(order, min(bins, len(order))):
+    for rows in np.split(order, _cuts(confidence[order], min(bins, len(order)))):
         accuracy, mean = float(right[rows].mean()), float(confidence[rows].mean())
         gap += len(rows) / len(order) * abs(accuracy - mean)
         ends = (float(confidence[rows[0]]), float(confidence[rows[-1]]))
@@ -189,6 +190,21 @@ def measure_calibration(
     brier = float(np.mean(np.sum((p - truth) ** 2, axis=1)))
     loss = -float(np.mean(np.log(np.clip(p[np.arange(len(y)), y], 1e-15, 1.0))))
     return Calibration(gap, brier, loss, tuple(table))
+
+
+def _cuts(values: NDArray[np.float64], bins: int) -> list[int]:
+    """Return where to cut sorted values into at most so many parts of about equal size, never between two equal ones.
+
+    A part that would have less than half of its size joins the next.
+    """
+    n, cuts = len(values), [0]
+    # Equal to float32 is equal, as predictions are kept in it: rounding must not cut a constant guess.
+    allowed = np.flatnonzero(np.diff(values.astype(np.float32))) + 1
+    for part in range(1, bins if len(allowed) else 0):
+        cut = int(allowed[np.abs(allowed - part * n / bins).argmin()])
+        if min(cut - cuts[-1], n - cut) >= n / bins / 2:
+            cuts.append(cut)
+    return cuts[1:]
 
 
 def correct_priors(

@@ -1,23 +1,28 @@
 """How much a winner's score owes to having been picked: two estimates from what a search leaves behind.
 
-The best of many is better than it will be on new images, because luck was picked too. Out-of-fold correctness gives the
+The best of many is better than it will be on new images, because luck was picked too. Out-of-fold answers give the
 bootstrap of Tsamardinos, Greasidou and Borboudakis 2018 (BBC-CV); fold scores of trials alone give the estimate of
 Tibshirani and Tibshirani 2009.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.metrics.intervals import Interval
+from pipeline.metrics.metric import ACCURACY, Answers, Metric, Together
 
 
 @dataclass(frozen=True)
 class Optimism:
-    """The picked candidate's `apparent` score, the score `corrected` for the picking with its 95 % interval."""
+    """The picked candidate's `apparent` score, the score `corrected` for the picking with its 95 % interval.
+
+    In the metric it was picked by, higher being better.
+    """
 
     candidates: int
     apparent: float
@@ -30,23 +35,23 @@ class Optimism:
         return self.apparent - self.corrected
 
 
-def selection_optimism(correct: NDArray[np.bool_], seed: int, resamples: int = 1000) -> Optimism:
-    """Estimate the optimism of taking the column with the highest mean.
+def selection_optimism(
+    columns: Sequence[Answers], seed: int, resamples: int = 1000, metric: Metric = ACCURACY
+) -> Optimism:
+    """Estimate the optimism of taking the head with the highest score; answers out of fold, to the same images.
 
-    correct : ndarray of shape (n, n_candidates): which rows each candidate labelled right, out of fold. Each bootstrap
-    sample picks its own best column and judges it on the rows it did not draw.
+    Each bootstrap sample picks its own best head and judges it on the images it did not draw.
     """
-    values = np.asarray(correct, dtype=np.float64)
-    n, k = values.shape
-    rng = np.random.default_rng(seed)
-    scores = []
-    for _ in range(resamples):
-        counts = np.bincount(rng.integers(0, n, n), minlength=n)
-        left_out = counts == 0
-        if left_out.any():
-            scores.append(float(values[left_out, int(np.argmax(counts @ values))].mean()))
+    heads = Together(metric, tuple(columns))
+    scores: list[float] = []
+    for counts in heads.resamples(seed, resamples):
+        left_out = (counts == 0).astype(np.int64)
+        picked = np.argmax(heads.weighted(counts), axis=1)
+        judged = heads.weighted(left_out)[np.arange(len(counts)), picked]
+        scores += judged[left_out.any(axis=1)].tolist()
     low, high = np.quantile(scores, [0.025, 0.975])
-    return Optimism(k, float(values.mean(axis=0).max()), float(np.mean(scores)), (float(low), float(high)))
+    apparent = max(metric.score(column) for column in columns)
+    return Optimism(len(columns), apparent, float(np.mean(scores)), (float(low), float(high)))
 
 
 def trial_optimism(fold_scores: NDArray[np.float64]) -> float:

@@ -28,6 +28,8 @@ class PredictionSet:
 
     probabilities : ndarray of shape (n, n_classes), float32, columns in the order of the classes; None without any.
     folds : ndarray of shape (n,), int64: the fold in which a row was held out; None for the test images.
+    log_probabilities : ndarray of shape (n,), float64: of the true classes, by the head itself and before calibration, as a
+        search that is scored by log loss judges them; None where another score was tuned.
     """
 
     paths: NDArray[np.str_]
@@ -35,6 +37,7 @@ class PredictionSet:
     y_pred: NDArray[np.str_]
     probabilities: NDArray[np.float32] | None = None
     folds: NDArray[np.int64] | None = None
+    log_probabilities: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         for name in ("paths", "y_true", "y_pred"):

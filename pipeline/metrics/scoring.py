@@ -14,10 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from pipeline.metrics.intervals import Interval, wilson
+from pipeline.metrics.metric import SMALLEST_PROBABILITY
 
 RESAMPLES = 1000
-SMALLEST_PROBABILITY = 1e-15
-"""Log loss counts a smaller probability of the true class as this one, so that one image cannot make it infinite."""
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.config import Artifacts
 from pipeline.errors import BundleError
 from pipeline.metrics import (
+    Answers,
     Difference,
+    Metric,
     Optimism,
     Predictions,
     PredictionSet,
+    class_columns,
     compare,
     selection_optimism,
     trial_optimism,
 )
+from pipeline.metrics.scoring import row_log_losses
 from pipeline.report.leaderboard import Leaderboard
-from pipeline.report.rows import LeaderboardRow, Verdict
+from pipeline.report.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
 
 Trials = Sequence[Mapping[str, Any]]
 """The finished, stopped and failed trials of one search, as its journal holds them."""
@@ -80,38 +83,73 @@ def _event(line: str) -> dict[str, Any]:
 def _verdict(
     leaderboard: Leaderboard, predictions: Mapping[str, Predictions], trials: Mapping[str, Trials]
 ) -> Verdict | None:
-    best = leaderboard.best
-    seed = int(leaderboard.provenance.get("seed", 0))
-    held_out = _same_images({key: value.out_of_fold for key, value in predictions.items()}, best.key)
+    best, metric = leaderboard.best, leaderboard.metric
+    if best.key not in predictions:
+        return None
+    seed, classes = int(leaderboard.provenance.get("seed", 0)), predictions[best.key].classes
+    held_out = _same_images(
+        {key: value.out_of_fold for key, value in predictions.items()}, best.key, classes, metric, as_searched=True
+    )
     if best.key not in held_out:
         return None
     folds = {row.key: row.cv_scores for row in leaderboard.rows}
-    test = _same_images({key: value.test for key, value in predictions.items()}, best.key)
+    test = _same_images({key: value.test for key, value in predictions.items()}, best.key, classes, metric)
     ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
-    differences = compare(ordered, best.key, test, folds, seed)
-    recommended, reason = _recommend(leaderboard, differences)
+    differences = compare(ordered, best.key, test, folds, seed, metric)
+    recommended, reason = _recommend(leaderboard, differences, len(ordered[best.key].truth))
     optimism: Optimism | None = None
     if len(ordered) > 1:
-        optimism = selection_optimism(np.stack(list(ordered.values()), axis=1), seed)
-    return Verdict(differences, recommended.key, reason, optimism, _trial_optimism(trials.get(best.key, ())))
+        optimism = selection_optimism(tuple(ordered.values()), seed, metric=metric)
+    return Verdict(differences, recommended.key, reason, optimism, *_trial_optimism(trials.get(best.key, ())))
 
 
-def _same_images(sets: Mapping[str, PredictionSet | None], best: str) -> dict[str, NDArray[np.bool_]]:
-    """Return which images each row labelled right, for the rows that saw the best row's images in the same order."""
+def _same_images(
+    sets: Mapping[str, PredictionSet | None],
+    best: str,
+    classes: Sequence[str],
+    metric: Metric,
+    as_searched: bool = False,
+) -> dict[str, Answers]:
+    """Return each row's answers, for the rows that saw the best row's images in the same order.
+
+    A search that is scored by log loss judges a head's own probabilities (`as_searched`); users get calibrated ones, which
+    the test images are compared by. A row without what the metric looks at takes no part.
+    """
     reference = sets.get(best)
     if reference is None:
         return {}
-    return {
-        key: part.correct
-        for key, part in sets.items()
-        if part is not None and np.array_equal(part.paths, reference.paths)
-    }
+    # A test image may have a label that no training image has.
+    names = (*classes, *sorted(set(reference.y_true.tolist()) - set(classes)))
+    truth = class_columns(reference.y_true, names).astype(np.int64)
+    found = {}
+    for key, part in sets.items():
+        if part is None or not np.array_equal(part.paths, reference.paths):
+            continue
+        own = None
+        if metric.needs_probabilities:
+            own = part.log_probabilities if as_searched else _log_probabilities(part, classes)
+            if own is None:
+                continue
+        found[key] = Answers(truth, class_columns(part.y_pred, names).astype(np.int64), own)
+    return found
 
 
-def _trial_optimism(trials: Trials) -> float | None:
+def _log_probabilities(part: PredictionSet, classes: Sequence[str]) -> np.ndarray | None:
+    return None if part.probabilities is None else -row_log_losses(part.y_true, part.probabilities, classes)
+
+
+def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
+    """Return the optimism of picking the best trial, and of how many: those that were fitted on every fold.
+
+    The estimate needs the others' scores on the same folds. More trials can only raise it, so it is a lower bound where
+    some were stopped early; of one trial alone there is none.
+    """
     finished = [trial["fold_scores"] for trial in trials if trial.get("status") == "ok"]
     complete = [scores for scores in finished if scores and all(score is not None for score in scores)]
-    return trial_optimism(np.array(complete, dtype=np.float64)) if complete else None
+    if not complete:
+        return None, None
+    lonely = len(complete) == 1 and len(trials) > 1
+    return None if lonely else trial_optimism(np.array(complete, dtype=np.float64)), len(complete)
 
 
 def _cost(row: LeaderboardRow) -> tuple[float, int, float, float]:
@@ -121,23 +159,49 @@ def _cost(row: LeaderboardRow) -> tuple[float, int, float, float]:
     return (free, row.simplicity, row.predict_seconds, row.fit_seconds)
 
 
-def _recommend(leaderboard: Leaderboard, differences: Sequence[Difference]) -> tuple[LeaderboardRow, str]:
-    """Pick the cheapest and simplest row of the no-evidence group, with the reason in one sentence."""
+MARGIN = 0.02
+"""What a simpler row may at most be behind the best: 2 points of a share, or 0.02 nats, by which the true class's
+probability falls by 2 %."""
+
+
+def _recommend(leaderboard: Leaderboard, differences: Sequence[Difference], images: int) -> tuple[LeaderboardRow, str]:
+    """Pick the cheapest and simplest row that is shown to be as good as the best, with the reason in one sentence.
+
+    A row of the no-evidence group stands in for the best only if its whole interval lies within MARGIN: a test of
+    non-inferiority (Schuirmann 1987), because few images show no difference of anything, and absence of evidence is not
+    evidence of absence (Altman and Bland 1995). Where no cheaper row passes, the best score decides; so it does where even
+    the guess that looks at no image may be as good.
+    """
+    best, metric = leaderboard.best, leaderboard.metric
     group = {row.key: row for row in differences if row.no_evidence}
-    candidates = [row for row in leaderboard.rows if row.key in group]
-    chosen = min(candidates, key=_cost)
-    best = leaderboard.best
-    if len(candidates) == 1:
+    alike = [row for row in leaderboard.rows if row.key in group]
+    if len(alike) == 1:
         others = (
             "Every other row" if len(differences) == len(leaderboard.rows) else "Every other row on the same images"
         )
         return best, f"{others} is worse by more than chance explains."
-    if chosen.key == best.key:
-        others = "the one row" if len(candidates) == 2 else f"any of the {len(candidates) - 1} rows"
+    if any(row.embedding == CONSTANT_GUESS for row in alike):
+        return best, (
+            f"{images:,} images do not show that any row is better than a constant guess: the row with the best score is named for "
+            "want of evidence."
+        )
+    cheapest = min(alike, key=_cost)
+    candidates = [row for row in alike if row.key == best.key or group[row.key].interval[1] <= MARGIN]
+    chosen = min(candidates, key=_cost)
+    if cheapest.key == best.key:
+        others = "the one row" if len(alike) == 2 else f"any of the {len(alike) - 1} rows"
         return best, f"It scores best, and is simpler or cheaper than {others} that may be as good."
-    behind = group[chosen.key]
-    low, high = (100 * end for end in behind.interval)
+    margin = f"{abs(metric.scale) * MARGIN:g} {metric.unit}"
+    behind = group[cheapest.key if chosen.key == best.key else chosen.key]
+    low, high = (metric.gap_text(end) for end in behind.interval)
+    gap = f"({metric.gap_text(behind.difference)} {metric.unit} in favour of the best, 95 % interval {low} to {high})"
+    if chosen.key == best.key:
+        return best, (
+            f"{images:,} images cannot tell these {len(alike)} rows apart, nor show that the simplest and cheapest of them, {cheapest.key}, "
+            f"is at most {margin} worse {gap}: the row with the best score is named for want of evidence."
+        )
+    near = "" if len(candidates) == len(alike) else f" and that are at most {margin} worse"
     return chosen, (
-        f"Nothing shows it to be worse than {best.key} ({100 * behind.difference:+.1f} points in favour of the best, "
-        f"95 % interval {low:+.1f} to {high:+.1f}), and it is the simplest and cheapest of the {len(candidates)} rows of which that is true."
+        f"Nothing shows it to be worse than {best.key} {gap}, "
+        f"and it is the simplest and cheapest of the {len(candidates)} rows of which that is true{near}."
     )

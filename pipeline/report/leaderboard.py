@@ -16,7 +16,8 @@ from tabulate import tabulate
 
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
-from pipeline.report.rows import LeaderboardRow, Nested, Verdict, nested_choice, plain
+from pipeline.metrics import METRICS, Metric
+from pipeline.report.rows import CONSTANT_GUESS, LeaderboardRow, Nested, Verdict, nested_choice, plain
 
 FORMAT = "manyheads leaderboard"
 VERSION = 1
@@ -91,19 +92,19 @@ class Leaderboard:
 
     def to_markdown(self) -> str:
         """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
-        table = self._table("github", HEADERS, bold="**")
+        table = self._table("github", f"cross-validation ({self.metric.title})", HEADERS, bold="**")
         return "\n".join(["# Leaderboard", "", table, "", *(f"- {line}" for line in self.notes()), ""])
 
     def to_text(self) -> str:
         """Return the leaderboard for a terminal."""
-        return "\n".join([self._table("simple", SHORT_HEADERS), "", *self.notes()])
+        return "\n".join([self._table("simple", f"CV {self.metric.title}", SHORT_HEADERS), "", *self.notes()])
 
-    def _table(self, form: str, headers: Sequence[str], bold: str = "") -> str:
+    def _table(self, form: str, score: str, headers: Sequence[str], bold: str = "") -> str:
         asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in self.rows)]
         cells = self._cells(bold)
         for row, line in zip(self.rows, cells, strict=True):
             line[4:4] = [text(row, self.scoring) for _, text in asked]
-        names = [*headers[:4], *(name for name, _ in asked), *headers[4:]]
+        names = [*headers[:3], score, *(name for name, _ in asked), *headers[3:]]
         align = [*ALIGN[:4], *("right" for _ in asked), *ALIGN[4:]]
         return tabulate(cells, headers=names, tablefmt=form, disable_numparse=True, colalign=align)
 
@@ -111,10 +112,15 @@ class Leaderboard:
         """Return what must be said beside the table, one sentence each."""
         if not self.rows:
             return ["No rows."]
-        best, lines = self.best, []
+        best, lines, metric = self.best, [], self.metric
+        better = ", lower is better" if metric.lower_is_better else ""
         lines.append(
-            f"Best by cross-validation: {best.key} ({_percent(best.cv_mean, self.scoring)} ± {_percent(best.cv_std, self.scoring)}). Test scores choose nothing."
+            f"Best by cross-validation: {best.key} ({metric.title} {cross_validated(best, self.scoring)}{better}). Test scores choose nothing."
         )
+        if metric.needs_probabilities:
+            lines.append(
+                f"Cross-validation judges the heads' own probabilities, as the search did; the test's {metric.title} is of calibrated ones."
+            )
         if self.verdict:
             lines += self._verdict_notes(self.verdict)
         lines += self._repeat_notes()
@@ -155,18 +161,38 @@ class Leaderboard:
                 "(paired, out of fold, corrected for all pairs of rows)."
             )
         lines.append(f"Recommended: {verdict.recommended}. {verdict.reason}")
-        if verdict.optimism is not None:
-            trials = verdict.trial_optimism
+        recommended = self.row(verdict.recommended)
+        if (
+            recommended.key != self.best.key
+            and recommended.bundle is not None
+            and recommended.embedding != CONSTANT_GUESS
+        ):
             lines.append(
-                f"Picking the best of {verdict.optimism.candidates} rows flatters its cross-validation accuracy by about "
-                f"{100 * max(verdict.optimism.bias, 0.0):.1f} points"
-                + (
-                    f", picking the best of its {self.best.trials} trials by about {100 * trials:.1f}."
-                    if trials is not None
-                    else "."
-                )
+                f"`manyheads predict` takes the best row when it is given the output folder; for the recommended one give it {recommended.bundle} in there."
+            )
+        if verdict.optimism is not None:
+            metric = self.metric
+            lines.append(
+                f"Picking the best of {verdict.optimism.candidates} rows flatters its cross-validation {metric.title} by about "
+                f"{_luck(metric, verdict.optimism.bias)} {metric.unit}{self._trials_text(verdict)}."
             )
         return lines
+
+    def _trials_text(self, verdict: Verdict) -> str:
+        """Say what picking the best trial adds, and of how many trials that is known."""
+        trials, finished = self.best.trials, verdict.finished_trials
+        if trials == 1:
+            return ""
+        if verdict.trial_optimism is None:
+            return (
+                ""
+                if finished is None
+                else f"; what picking the best of its {trials} trials adds is not known, as only one was fitted on every fold"
+            )
+        luck = _luck(self.metric, verdict.trial_optimism)
+        if finished is None or finished == trials:
+            return f", picking the best of its {trials} trials by about {luck}"
+        return f", picking the best of its {trials} trials by at least about {luck} (from the {finished} that were fitted on every fold)"
 
     def _repeat_notes(self) -> list[str]:
         lines = []
@@ -184,6 +210,11 @@ class Leaderboard:
                 "folds and search; the test images stay the same."
             )
         return lines
+
+    @property
+    def metric(self) -> Metric:
+        """The score that was tuned, by which rows are ordered and compared."""
+        return METRICS[self.scoring]
 
     @property
     def scoring(self) -> str:
@@ -206,7 +237,7 @@ class Leaderboard:
                     self.mark(row).replace("*", "\\*" if bold else "*"),
                     row.embedding,
                     f"{first}{row.head}{first}",
-                    f"{_percent(row.cv_mean, self.scoring)} ± {_percent(row.cv_std, self.scoring)}",
+                    cross_validated(row, self.scoring),
                     f"{100 * test.accuracy:.1f} [{100 * test.interval[0]:.1f}, {100 * test.interval[1]:.1f}]"
                     if test
                     else "",
@@ -226,7 +257,6 @@ HEADERS = (
     "",
     "embedding",
     "head",
-    "cross-validation",
     "test accuracy [95 %]",
     "balanced",
     "macro F1",
@@ -240,7 +270,6 @@ SHORT_HEADERS = (
     "",
     "embedding",
     "head",
-    "CV",
     "test [95 %]",
     "bal.",
     "F1",
@@ -258,16 +287,22 @@ def nested_text(nested: Nested | None, scoring: str) -> str:
     """Return a nested score with its interval."""
     if nested is None:
         return ""
-    low, high = nested.interval
-    return f"{_percent(nested.mean, scoring)} [{_percent(low, scoring)}, {_percent(high, scoring)}]"
+    metric = METRICS[scoring]
+    return f"{metric.text(nested.mean)} {metric.interval_text(nested.interval)}"
+
+
+def cross_validated(row: LeaderboardRow, scoring: str) -> str:
+    """Return the cross-validation score and its spread over the folds."""
+    metric = METRICS[scoring]
+    return f"{metric.text(row.cv_mean)} ± {metric.spread_text(row.cv_std)}"
 
 
 def seeds_text(row: LeaderboardRow, scoring: str) -> str:
     """Return the mean and spread over seeds."""
     if row.seeds is None:
         return ""
-    mean, spread = row.seeds.cv
-    return f"{_percent(mean, scoring)} ± {_percent(spread, scoring)}"
+    (mean, spread), metric = row.seeds.cv, METRICS[scoring]
+    return f"{metric.text(mean)} ± {metric.spread_text(spread)}"
 
 
 REPEATS: tuple[tuple[str, Callable[[LeaderboardRow, str], str]], ...] = (
@@ -305,8 +340,8 @@ def seconds(value: float) -> str:
     )
 
 
-def _percent(value: float, scoring: str) -> str:
-    return f"{value:.3f}" if scoring == "log_loss" else f"{100 * value:.1f}"
+def _luck(metric: Metric, bias: float) -> str:
+    return metric.gap_text(max(bias, 0.0)).lstrip("+")
 
 
 def _plural(word: str, count: int) -> str:

@@ -13,6 +13,9 @@ import numpy as np
 from pipeline.metrics import Difference, Optimism, Paired, Scores, repeated_interval
 from pipeline.metrics.intervals import Interval
 
+CONSTANT_GUESS = "majority"
+"""The embedding's name in the row of the guess that looks at no image."""
+
 
 @dataclass(frozen=True)
 class Nested:
@@ -122,10 +125,11 @@ class LeaderboardRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What paired comparison says about the rows; `report.judge` makes it from the predictions beside the bundles.
+    """What paired comparison says about the rows, in the score that was tuned; `report.judge` makes it from the predictions.
 
     `differences` are to the best row, for every row with out-of-fold predictions. `optimism` is for picking the best of the
-    rows, `trial_optimism` for picking the best of the trials of the best row's own search (None where unknown).
+    rows, `trial_optimism` for picking the best of the trials of the best row's own search: of `finished_trials` of them,
+    those that were fitted on every fold (None where unknown).
     """
 
     differences: tuple[Difference, ...]
@@ -133,6 +137,7 @@ class Verdict:
     reason: str
     optimism: Optimism | None = None
     trial_optimism: float | None = None
+    finished_trials: int | None = None
 
     @property
     def no_evidence(self) -> tuple[str, ...]:
@@ -148,6 +153,7 @@ class Verdict:
             raw["reason"],
             Optimism(**_tuples(raw["optimism"])) if raw["optimism"] else None,
             raw["trial_optimism"],
+            raw.get("finished_trials"),
         )
 
 

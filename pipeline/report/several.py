@@ -6,6 +6,7 @@ One data set cannot say which head is better in general; average ranks over seve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def compare(outputs: Sequence[Path], target: Path, row: str | None = None) -> li
     if len(outputs) < 2:
         raise PipelineError(f"{len(outputs)} experiment given; a comparison needs at least 2 output folders")
     boards = [read_leaderboard(output) for output in outputs]
+    _alike(outputs, boards)
     questions = {board.provenance.get("task") for board in boards}
     if len(questions) > 1 and row is None:
         rank(outputs, target)
@@ -47,20 +49,29 @@ def compare(outputs: Sequence[Path], target: Path, row: str | None = None) -> li
     return [text, f"plot     {picture} ({row or shared[0]})", f"table    {target / 'searches.md'}"]
 
 
+def _alike(outputs: Sequence[Path], boards: Sequence[Leaderboard]) -> None:
+    """Refuse experiments that were tuned for different scores: their numbers cannot stand side by side."""
+    if len({board.scoring for board in boards}) > 1:
+        raise PipelineError(
+            "the experiments were tuned for different scores; run them with the same tuning.scoring",
+            [f"{output}: {board.scoring}" for output, board in zip(outputs, boards, strict=True)],
+        )
+
+
 def _has(board: Leaderboard, key: str) -> bool:
     return any(row.key == key for row in board.rows)
 
 
 def _search_table(outputs: Sequence[Path], boards: Sequence[Leaderboard], keys: Sequence[str]) -> str:
     """Return the best cross-validation score of every shared row in every experiment, with trials and seconds."""
-    names = _names(outputs, boards)
+    names, metric = _names(outputs, boards), boards[0].metric
     lines = []
     for key in keys:
         found = [board.row(key) for board in boards]
         best = max(row.cv_mean for row in found)
         cells = []
         for row, board in zip(found, boards, strict=True):
-            score = f"{row.cv_mean:.3f}" if board.scoring == "log_loss" else f"{100 * row.cv_mean:.2f}"
+            score = replace(board.metric, digits=board.metric.digits + 1).text(row.cv_mean)
             mark = "**" if round(row.cv_mean, 4) == round(best, 4) else ""
             cells.append(f"{mark}{score}{mark} ({row.trials} trials, {seconds(row.search_seconds or 0.0)} s)")
         lines.append([key, *cells])
@@ -71,7 +82,7 @@ def _search_table(outputs: Sequence[Path], boards: Sequence[Leaderboard], keys: 
             "",
             table,
             "",
-            "- The best cross-validation score that each search found; bold is the highest of its row. Every search begins with the "
+            f"- The best cross-validation score ({metric.title}) that each search found; bold is the {'lowest' if metric.lower_is_better else 'highest'} of its row. Every search begins with the "
             "head's defaults. A gap within the spread of the folds says nothing about the strategies: repeat with tuning.seeds.",
             "",
         ]
@@ -91,17 +102,18 @@ def _names(outputs: Sequence[Path], boards: Sequence[Leaderboard]) -> list[str]:
 
 
 def rank(outputs: Sequence[Path], target: Path) -> tuple[tuple[str, ...], Ranking]:
-    """Rank the rows that all experiments share by test accuracy; write `ranks.png` and `ranks.md` into `target`.
+    """Rank the rows that all experiments share by the tuned score on the test; write `ranks.png` and `ranks.md` into `target`.
 
     Returns the rows' keys and their ranking. One experiment per data set, with the same embeddings and heads.
 
     Raises
     ------
     PipelineError
-        With fewer than two experiments, or fewer than two rows in common.
+        With fewer than two experiments, or fewer than two rows in common, or when different scores were tuned.
     """
     boards = [read_leaderboard(output) for output in outputs]
-    tested = [{row.key: row.test.accuracy for row in board.rows if row.test} for board in boards]
+    _alike(outputs, boards)
+    tested = [_tested(board) for board in boards]
     keys = tuple(key for key in (tested[0] if tested else {}) if all(key in rows for rows in tested))
     if len(boards) < 2 or len(keys) < 2:
         raise PipelineError(
@@ -111,8 +123,15 @@ def rank(outputs: Sequence[Path], target: Path) -> tuple[tuple[str, ...], Rankin
     ranking = rank_over_datasets(np.array([[rows[key] for key in keys] for rows in tested]))
     make_folder(target)
     write_atomic(target / "ranks.png", to_png(ranking_chart(ranking, keys)))
-    write_text_atomic(target / "ranks.md", _markdown(keys, ranking, len(boards)))
+    write_text_atomic(target / "ranks.md", _markdown(keys, ranking, boards))
     return keys, ranking
+
+
+def _tested(board: Leaderboard) -> dict[str, float]:
+    """Return what each row scores on the test images in the tuned score, higher is better; without those that have none."""
+    found = {row.key: getattr(row.test, board.scoring) for row in board.rows if row.test}
+    sign = -1.0 if board.metric.lower_is_better else 1.0
+    return {key: sign * value for key, value in found.items() if value is not None}
 
 
 def searches(outputs: Sequence[Path], key: str, target: Path) -> Path:
@@ -139,7 +158,7 @@ def searches(outputs: Sequence[Path], key: str, target: Path) -> Path:
     return target / "search.png"
 
 
-def _markdown(keys: Sequence[str], ranking: Ranking, n: int) -> str:
+def _markdown(keys: Sequence[str], ranking: Ranking, boards: Sequence[Leaderboard]) -> str:
     order = np.argsort(ranking.average_ranks, kind="stable").tolist()
     table = tabulate(
         [[f"{ranking.average_ranks[i]:.2f}", keys[i]] for i in order],
@@ -149,7 +168,7 @@ def _markdown(keys: Sequence[str], ranking: Ranking, n: int) -> str:
     )
     told_apart = "ranks differ by more than chance" if ranking.p_value < 0.05 else "no evidence that ranks differ"
     lines = [
-        f"- {n} data sets; Friedman's test with the correction of Iman and Davenport: p = {ranking.p_value:.3g}, {told_apart}."
+        f"- {len(boards)} data sets, ranked by {boards[0].metric.title} on the test images; Friedman's test with the correction of Iman and Davenport: p = {ranking.p_value:.3g}, {told_apart}."
     ]
     lines.append(f"- Nemenyi's critical difference at 5 %: {ranking.critical_difference:.2f} ranks.")
     lines += [f"- Not told apart: {', '.join(keys[i] for i in group)}." for group in ranking.groups]

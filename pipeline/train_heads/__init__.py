@@ -37,6 +37,7 @@ from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
 from pipeline.metrics import Predictions, scores
 from pipeline.report import Leaderboard, LeaderboardRow, judge
+from pipeline.report.rows import CONSTANT_GUESS
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
 from pipeline.train_heads.place import Embedded, place_of, predict
@@ -48,11 +49,10 @@ __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
 log = logging.getLogger(__name__)
 
-MAJORITY = "majority"
 BASELINE_HEAD = "logistic_regression"
 """What the pixels and HOG baselines are classified with."""
 
-ROW_VERSION = 2
+ROW_VERSION = 3
 """Goes up when a row or a bundle changes its meaning, so that finished ones are made again."""
 
 
@@ -67,7 +67,7 @@ class HeadsRun:
 
     def summary_lines(self) -> list[str]:
         """The leaderboard and where everything is."""
-        best = self.leaderboard.best
+        best, verdict = self.leaderboard.best, self.leaderboard.verdict
         lines = [self.leaderboard.to_text(), ""]
         if self.reused:
             lines.append(f"{self.reused} of {len(self.leaderboard.rows)} rows were finished before and kept.")
@@ -78,6 +78,9 @@ class HeadsRun:
             else "best head    none: a constant guess won",
             f"to predict   manyheads predict {self.files.root} IMAGES --output labels.csv",
         ]
+        chosen = self.leaderboard.row(verdict.recommended) if verdict else best
+        if chosen.key != best.key and chosen.bundle and chosen.embedding != CONSTANT_GUESS:
+            lines.append(f"recommended  {self.files.root / chosen.bundle}")
         return lines
 
 
@@ -92,7 +95,7 @@ class Entry:
     @property
     def name(self) -> str:
         """The embedding's name."""
-        return MAJORITY if self.record is None else self.record.name
+        return CONSTANT_GUESS if self.record is None else self.record.name
 
 
 def run(config: Config) -> HeadsRun:
@@ -114,7 +117,7 @@ def run(config: Config) -> HeadsRun:
     tuning = limited(config.tuning)
     places = {name: place_of(name, store.dim, tasks[name], tuning) for name, store in stores.items()}
     held: tuple[str, Embedded] | None = None
-    notes = [place.sentence() for place in places.values() if place.on_disk]
+    notes, left_out = [place.sentence() for place in places.values() if place.on_disk], list[str]()
     for entry in _entries(config, records, heads, tuning):
         own, place = tasks.get(entry.name, task), places.get(entry.name)
         key = _key(entry, own, config.seed)
@@ -122,8 +125,7 @@ def run(config: Config) -> HeadsRun:
         if row is not None:
             reused += 1
         elif place is not None and (objection := place.objection(entry.head)):
-            log.warning("%s", objection)
-            notes.append(objection)
+            left_out.append(objection)
             continue
         else:
             if held is None or held[0] != entry.name:
@@ -132,10 +134,12 @@ def run(config: Config) -> HeadsRun:
                 held = entry.name, Embedded.of(stores.get(entry.name), own, on_disk, entry.tuning)
             row = _make_row(entry, own, held[1], config, files, key)
         rows.append(row)
-    if not rows:
-        raise HeadError("no head can be tuned within the memory allowed", notes)
+    if left_out and all(row.embedding == CONSTANT_GUESS for row in rows):
+        raise HeadError("no head on images can be tuned within the memory allowed", left_out)
     write_text_atomic(files.config, dump_yaml(config))
-    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, task, stores, notes)), files.root)
+    leaderboard = judge(
+        Leaderboard(tuple(rows), _provenance(config, files, task, stores, [*notes, *left_out])), files.root
+    )
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
@@ -151,7 +155,7 @@ def _entries(
     for record in records:
         if record.kind == "baseline":
             yield Entry(record, HEADS[BASELINE_HEAD], tuning)
-    if MAJORITY in config.baselines:
+    if CONSTANT_GUESS in config.baselines:
         yield Entry(
             None,
             _majority_head(),
@@ -173,7 +177,7 @@ def _key(entry: Entry, task: Task, seed: int) -> str:
     return fingerprint(
         {
             "row": ROW_VERSION,
-            "embedding": entry.record.fingerprint if entry.record else MAJORITY,
+            "embedding": entry.record.fingerprint if entry.record else CONSTANT_GUESS,
             "task": task.key,
             "head": head_table.identity(entry.head, seed),
             "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory", "device"}),
@@ -225,7 +229,7 @@ def _make_row(
     mean, journal = float(best.mean if best.mean is not None else np.nan), files.trials(entry.name, head.name)
     row = LeaderboardRow(
         embedding=entry.name,
-        backbone=spec.architecture if spec else MAJORITY,
+        backbone=spec.architecture if spec else CONSTANT_GUESS,
         layer=spec.layer if spec else "",
         head=head.name,
         untrained=spec is not None and spec.untrained,

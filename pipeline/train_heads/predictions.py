@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.svm import SVC, NuSVC
 
 from pipeline import bundle as bundles
-from pipeline.metrics import Predictions, PredictionSet
+from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet
 from pipeline.metrics.calibration import Calibrator, fit_calibrator
 from pipeline.train_heads.task import Task
 from pipeline.tuning import TuningRun
@@ -56,5 +56,15 @@ def predictions_of(
             names[tuned.classes[out_of_fold.predictions]],
             held_out,
             out_of_fold.folds,
+            _as_searched(tuned, task),
         ),
     )
+
+
+def _as_searched(tuned: TuningRun, task: Task) -> NDArray[np.float64] | None:
+    """Return the log-probabilities of the true classes where the search was scored by them, before calibration."""
+    found = tuned.out_of_fold
+    if not METRICS[tuned.scoring].needs_probabilities:
+        return None
+    place = np.searchsorted(tuned.classes, task.y_train).astype(np.int64)
+    return Answers.of(place, found.predictions, found.scores).log_probabilities

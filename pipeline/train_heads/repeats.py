@@ -19,11 +19,11 @@ from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
 from pipeline.heads import Head
-from pipeline.metrics import Scores, scores
+from pipeline.metrics import METRICS, Answers, Scores, scores
 from pipeline.report import Nested, Seeds
 from pipeline.report.imbalance import UNEVEN, unevenness
 from pipeline.train_heads.task import Task
-from pipeline.tuning import SCORERS, Features, Projections, TuningRun, blocks, expand_scores, make_folds, part, tune
+from pipeline.tuning import Features, Projections, TuningRun, blocks, expand_scores, make_folds, part, tune
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ def _in_blocks(function: Callable[[NDArray[np.float32]], NDArray[Any]], X: Featu
 
 def _score(pipeline: Pipeline, X: Features, y: NDArray[np.int64], n_classes: int, scoring: str) -> float:
     """Score a fitted pipeline as the search would have."""
-    probabilities = None
-    if scoring == "log_loss":
+    metric, probabilities = METRICS[scoring], None
+    if metric.needs_probabilities:
         columns = _in_blocks(pipeline.predict_proba, X)
         probabilities = expand_scores(columns, pipeline.classes_.astype(np.int64), n_classes, "probability")
-    return SCORERS[scoring](y, _in_blocks(pipeline.predict, X).astype(np.int64), probabilities)
+    return metric.score(Answers.of(y, _in_blocks(pipeline.predict, X).astype(np.int64), probabilities))

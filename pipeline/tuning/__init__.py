@@ -11,11 +11,10 @@ from pipeline.tuning.last_fit import refit
 from pipeline.tuning.projection import Projections
 from pipeline.tuning.records import OutOfFold, Trial, TuningRun
 from pipeline.tuning.room import limited, memory_needed, memory_needed_on_disk, memory_needed_to_project
-from pipeline.tuning.scoring import SCORERS, expand_scores
+from pipeline.tuning.scoring import expand_scores
 from pipeline.tuning.search import check, tune
 
 __all__ = [
-    "SCORERS",
     "Features",
     "Folds",
     "OutOfFold",

@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from pipeline.config import TuningConfig
 from pipeline.heads import Params
+from pipeline.metrics import METRICS, Answers
 from pipeline.tuning import devices
 from pipeline.tuning.evaluation import Evaluator, Shared, failed, working_memory
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
@@ -24,7 +25,6 @@ from pipeline.tuning.events import fit_event, fit_key, replay
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.room import most_components, room_for
-from pipeline.tuning.scoring import SCORERS
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class FoldFits:
         self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
         self._start = time.perf_counter()
         self._threads = ThreadpoolController()
-        self._scorer = SCORERS[tuning.scoring]
+        self._metric = METRICS[tuning.scoring]
 
     def _move(self, device: str) -> None:
         """Do the folds' work on a device; on a GPU one after another, because each can fill it."""
@@ -116,7 +116,8 @@ class FoldFits:
             if outcome.predictions is None:
                 judged.append((outcome, math.nan))
                 continue
-            judged.append((outcome, self._scorer(y, outcome.predictions, outcome.scores)))
+            columns = outcome.scores if self._metric.needs_probabilities else None
+            judged.append((outcome, self._metric.score(Answers.of(y, outcome.predictions, columns))))
         return fold, group, judged
 
     def _evaluate(self, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:

@@ -1,48 +1,9 @@
-"""Scores a search can maximise, as plain functions of codes and score columns; higher is better."""
+"""Score columns: what an estimator says of each class, with a column for every class of the problem."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score
-
-Scorer = Callable[[NDArray[np.int64], NDArray[np.int64], "NDArray[np.float32] | None"], float]
-
-
-def accuracy(y: NDArray[np.int64], predictions: NDArray[np.int64], probabilities: NDArray[np.float32] | None) -> float:
-    """Share of rows predicted right."""
-    return float(np.mean(y == predictions))
-
-
-def balanced_accuracy(
-    y: NDArray[np.int64], predictions: NDArray[np.int64], probabilities: NDArray[np.float32] | None
-) -> float:
-    """Mean over the classes that occur in y of the share of their rows predicted right."""
-    counts = np.bincount(y)
-    right = np.bincount(y[y == predictions], minlength=len(counts))
-    return float(np.mean(right[counts > 0] / counts[counts > 0]))
-
-
-def macro_f1(y: NDArray[np.int64], predictions: NDArray[np.int64], probabilities: NDArray[np.float32] | None) -> float:
-    """Mean F1 over the classes that occur in y or are predicted."""
-    return float(f1_score(y, predictions, average="macro", zero_division=0.0))
-
-
-def log_loss(y: NDArray[np.int64], predictions: NDArray[np.int64], probabilities: NDArray[np.float32] | None) -> float:
-    """Minus the mean log loss in nats, so that higher is better here too."""
-    assert probabilities is not None, "a head without probabilities is refused before the search"
-    own = probabilities[np.arange(len(y)), y].astype(np.float64)
-    return float(np.mean(np.log(np.clip(own, 1e-15, 1.0))))
-
-
-SCORERS: Mapping[str, Scorer] = {
-    "accuracy": accuracy,
-    "balanced_accuracy": balanced_accuracy,
-    "macro_f1": macro_f1,
-    "log_loss": log_loss,
-}
 
 
 def expand_scores(

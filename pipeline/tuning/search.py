@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.config import TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import Head, Params
+from pipeline.metrics import METRICS
 from pipeline.progress import Progress, bar
 from pipeline.tuning import racing, strategies
 from pipeline.tuning.evaluation import counting_warnings
@@ -34,7 +35,7 @@ MOST_TRIALS = 200
 
 def check(head: Head, tuning: TuningConfig) -> list[str]:
     """Return the reasons why a head cannot be tuned as configured, before anything is spent."""
-    if tuning.scoring == "log_loss" and not head.probabilities:
+    if METRICS[tuning.scoring].needs_probabilities and not head.probabilities:
         return [
             f"head {head.name}: scoring 'log_loss' needs probabilities, which it does not give; use 'accuracy', 'balanced_accuracy' or 'macro_f1'"
         ]
@@ -123,7 +124,7 @@ class _Search:
         self._kept_mean = -math.inf
         self._progress: Progress | None = None
         self._said = ""
-        self._bounded = tuning.scoring != "log_loss"
+        self._bounded = METRICS[tuning.scoring].bounded
         self._held_out_rows = float(np.mean([len(held_out) for _, held_out in self.problem.folds]))
 
     def run(self) -> Trial:
