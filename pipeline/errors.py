@@ -5,7 +5,8 @@
     ├── DatasetError         the images, their labels, their splits
     ├── BackboneError        the network, its weights, its layers, the device
     ├── StoreError           the feature store: wrong identity, damage, a second writer, no space
-    ├── HeadError            a head, its search space, or a search in which no trial could be fitted
+    ├── HeadError            a head, its search space, its search
+    │   └── UnfittedError    a search in which no trial could be fitted
     ├── TrainingError        training a network: its plan, its data, its checkpoint
     └── BundleError          a saved head: unreadable, another version, not trusted
 
@@ -55,7 +56,11 @@ class StoreError(PipelineError):
 
 
 class HeadError(PipelineError):
-    """A head or its search space is wrong, or no trial of it could be fitted."""
+    """A head, its search space or its search is wrong."""
+
+
+class UnfittedError(HeadError):
+    """No trial of a head could be fitted on these images; others may be."""
 
 
 class TrainingError(PipelineError):

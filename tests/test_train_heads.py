@@ -23,7 +23,7 @@ from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.embedders import EmbeddingRecord, read_asked_records, read_records, write_records
 from pipeline.embedding import EmbeddingSpec
-from pipeline.errors import DatasetError, PipelineError, StoreError
+from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
 from pipeline.heads import HEADS
 from pipeline.images import policy_key
 from pipeline.metrics import METRICS, Answers, Predictions
@@ -282,6 +282,22 @@ def test_of_several_embeddings_those_are_tuned_that_the_config_asks_for(tmp_path
     with pytest.raises(PipelineError, match="baselines: not pixels"):
         names(both)
     assert names(both.model_copy(update={"baselines": ()})) == ["net-random"], "two sections may name one embedding"
+
+
+def test_a_head_that_cannot_be_fitted_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    stage_one(tmp_path)
+    many = HeadConfig(name="knn", space={"n_neighbors": (200, 300)})
+    config = make_config(tmp_path, trials=2).model_copy(update={"heads": (many, HeadConfig(name="ridge"))})
+    board = train_heads.run(config).leaderboard
+    assert [row.head for row in board.rows if row.embedding == "net-random"] == ["ridge"]
+    (note,) = [note for note in board.notes() if "left out" in note]
+    assert note.startswith("net-random / knn: left out: head knn: none of 2 trials could be fitted: 1 x ")
+    assert "n_neighbors" in note
+
+    alone = config.model_copy(update={"heads": (many,), "baselines": ("majority",)})
+    with pytest.raises(HeadError, match="no head on images can be tuned") as error:
+        train_heads.run(alone)
+    assert error.value.problems == (note,)
 
 
 def test_a_rerun_keeps_finished_rows_and_gives_the_same_leaderboard(

@@ -32,7 +32,7 @@ from pipeline.config import Artifacts, Config, TuningConfig, dump_yaml
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import fingerprint
 from pipeline.embedders import EmbeddingRecord, read_asked_records
-from pipeline.errors import BundleError, HeadError
+from pipeline.errors import BundleError, HeadError, UnfittedError
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
 from pipeline.metrics import Predictions, scores
@@ -132,10 +132,16 @@ def run(config: Config) -> HeadsRun:
                 held = None  # let go first: one embedding at a time
                 on_disk = place is not None and place.on_disk
                 held = entry.name, Embedded.of(stores.get(entry.name), own, on_disk, entry.tuning)
-            row = _make_row(entry, own, held[1], config, files, key)
+            try:
+                row = _make_row(entry, own, held[1], config, files, key)
+            except UnfittedError as error:
+                left_out.append(
+                    f"{entry.name} / {entry.head.name}: left out: {error.message}: {'; '.join(error.problems)}"
+                )
+                continue
         rows.append(row)
     if left_out and all(row.embedding == CONSTANT_GUESS for row in rows):
-        raise HeadError("no head on images can be tuned within the memory allowed", left_out)
+        raise HeadError("no head on images can be tuned", left_out)
     write_text_atomic(files.config, dump_yaml(config))
     leaderboard = judge(
         Leaderboard(tuple(rows), _provenance(config, files, task, stores, [*notes, *left_out])), files.root

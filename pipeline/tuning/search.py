@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import TuningConfig
-from pipeline.errors import HeadError
+from pipeline.errors import HeadError, UnfittedError
 from pipeline.heads import Head, Params
 from pipeline.metrics import METRICS
 from pipeline.progress import Progress, bar
@@ -317,8 +317,8 @@ class _Search:
             return max(done, key=lambda trial: (trial.mean or 0.0, -trial.number))
         counts = Counter(trial.error for trial in self.trials)
         plural = "trial" if len(self.trials) == 1 else "trials"
-        raise HeadError(
-            f"head {self.problem.head.name}: none of {len(self.trials)} {plural} could be fitted; see what it needs in the errors below",
+        raise UnfittedError(
+            f"head {self.problem.head.name}: none of {len(self.trials)} {plural} could be fitted",
             [f"{count} x {error}" for error, count in counts.most_common(5)],
         )
 
