@@ -202,7 +202,7 @@ def test_log_loss_is_never_a_percentage():
     rows = [dataclasses.replace(row("ridge", -0.351), cv_std=0.02)]
     found = material(rows, {rows[0].key: trials()}, {"scoring": "log_loss"})
     header, line = Table(tables.searches(found)).rows
-    assert (header[1], line[1]) == ("Best cross-validation, log loss", "0.351")
+    assert (header[1], line[1]) == ("Best cross-validation, log\xa0loss", "0.351")
     assert "cross-validation log loss 0.351" in to_svg(sections.charts_of(found)["leaderboard"], "leaderboard")
 
 

@@ -28,10 +28,9 @@ def table(name: str, headers: Sequence[str], rows: Sequence[tuple[str, Sequence[
 
     `name` is what a screen reader calls the table. Where it is wider than the screen it scrolls.
     """
-    # A unit alone on a line would be read as a name.
-    headers = [
-        text.replace(", %", ",&nbsp;%").replace(", s", ",&nbsp;s").replace("[95 %]", "[95&nbsp;%]") for text in headers
-    ]
+    # A unit alone on a line would be read as a name, and so would half a name.
+    for text in (", %", ", s", "[95 %]", "macro F1", "log loss"):
+        headers = [header.replace(text, text.replace(" ", "&nbsp;")) for header in headers]
     numeric = [bool(rows) and rows[0][1][column][1] is not None for column in range(len(headers))]
     head = "".join(
         f'<th scope="col" class="n">{text}</th>' if is_number else f'<th scope="col">{text}</th>'
