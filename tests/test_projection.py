@@ -175,7 +175,7 @@ def test_stage_two_records_the_components(tmp_path: Path) -> None:
         "net/decision_tree": 4,
         "majority/most_frequent": None,
     }
-    note = "Heads work on principal components, whitened, found within each fold's training images: 4 of net."
+    note = "Heads work on principal components, whitened, found within each fold's training images: up to 4 of net; fewer where a fold has fewer training images."
     assert note in board.notes()
     page = report.build(tmp_path).read_text(encoding="utf-8")
     assert note.replace("'", "&#x27;") in page or note in page

@@ -202,8 +202,8 @@ def test_log_loss_is_never_a_percentage():
     rows = [dataclasses.replace(row("ridge", -0.351), cv_std=0.02)]
     found = material(rows, {rows[0].key: trials()}, {"scoring": "log_loss"})
     header, line = Table(tables.searches(found)).rows
-    assert (header[1], line[1]) == ("Best cross-validation, minus log loss", "-0.351")
-    assert "cross-validation -0.351" in to_svg(sections.charts_of(found)["leaderboard"], "leaderboard")
+    assert (header[1], line[1]) == ("Best cross-validation, log\xa0loss", "0.351")
+    assert "cross-validation log loss 0.351" in to_svg(sections.charts_of(found)["leaderboard"], "leaderboard")
 
 
 def test_a_screen_reader_is_told_what_a_cell_belongs_to():
@@ -217,7 +217,7 @@ def test_a_screen_reader_is_told_what_a_cell_belongs_to():
 
 def test_a_drawing_is_rounded_and_its_tooltips_are_not():
     svg = to_svg(accuracy_chart([row("ridge", -0.12345)], (), "log_loss"), "leaderboard")
-    assert "cross-validation -0.123" in svg
+    assert "cross-validation log loss 0.123" in svg
     numbers = " ".join(re.findall(r'\b(?:d|x|y|transform)="([^"]*)"', svg))
     assert re.search(r"\.\d\d\b", numbers)
     assert not re.search(r"\.\d{3}", numbers)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
 
-from pipeline.metrics import Calibration, Difference, LearningCurve, pareto
+from pipeline.metrics import ACCURACY, METRICS, Calibration, Difference, LearningCurve, Metric, pareto
 from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
 from pipeline.report.judge import Trials
 from pipeline.report.leaderboard import seconds
@@ -28,7 +28,12 @@ LABEL_CHARACTERS = 24
 
 
 def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str) -> Chart:
-    """Draw test accuracy with its interval and the cross-validation mean of each row; the no-evidence group is filled."""
+    """Draw each row's test accuracy with its interval; the no-evidence group is filled.
+
+    The cross-validation mean is drawn beside it where it is an accuracy too; another score is in the tooltip only.
+    """
+    metric = METRICS[scoring]
+    named = "" if metric is ACCURACY else f"{metric.title} "
 
     def draw(palette: Palette) -> Figure:
         shown = rows[:MOST_ROWS]
@@ -39,51 +44,60 @@ def accuracy_chart(rows: Sequence[LeaderboardRow], group: Sequence[str], scoring
             colour = palette.accent if row.key in group else palette.muted
             if row.test is not None:
                 low, high = row.test.interval
-                text = f"{row.key}: test {_points(row.test.accuracy)} [{_points(low)}, {_points(high)}], cross-validation {_points(row.cv_mean, scoring)}"
+                text = f"{row.key}: test {_points(row.test.accuracy)} [{_points(low)}, {_points(high)}], cross-validation {named}{_score(row.cv_mean, metric)}"
                 if 100 * row.test.accuracy < floor:
                     axes.plot(floor, place, "<", color=colour, ms=6, gid=tip(text))
                     continue
                 axes.plot([max(floor, 100 * low), 100 * high], [place, place], color=colour, solid_capstyle="round")
                 axes.plot(100 * row.test.accuracy, place, "o", color=colour, ms=6, gid=tip(text))
-            if scoring == "accuracy" and 100 * row.cv_mean >= floor:
+            if metric is ACCURACY and 100 * row.cv_mean >= floor:
                 axes.plot(100 * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
         _row_names(axes, shown)
         label = "accuracy, %:  ● test  — its 95 % interval"
-        axes.set_xlabel(label + ("  | cross-validation" if scoring == "accuracy" else ""), loc="right")
+        axes.set_xlabel(label + ("  | cross-validation" if metric is ACCURACY else ""), loc="right")
         return made
 
     return draw
 
 
-def difference_chart(differences: Sequence[Difference], rows: Mapping[str, LeaderboardRow]) -> Chart:
-    """Draw how far each row lies behind the best one, with simultaneous 95 % intervals; 0 is the best row."""
+def difference_chart(differences: Sequence[Difference], rows: Mapping[str, LeaderboardRow], scoring: str) -> Chart:
+    """Draw how far each row lies behind the best one, with simultaneous 95 % intervals; 0 is the best row.
+
+    Left is worse, also of a loss, whose numbers say by how much it is above the best row's.
+    """
+    metric = METRICS[scoring]
+    scale = abs(metric.scale)
 
     def draw(palette: Palette) -> Figure:
         shown = [item for item in differences if item.key in rows][:MOST_ROWS]
         made = figure(palette, height=_height([rows[item.key] for item in shown]))
         axes = made.subplots()
         axes.axvline(0, color=palette.ink, lw=1)
-        floor = 100 * _floor([-item.interval[1] for item in shown])
+        floor = scale * _floor([-item.interval[1] for item in shown])
         for place, item in enumerate(shown):
             colour = palette.accent if item.no_evidence else palette.muted
-            low, high = (100 * end for end in item.interval)
+            low, high = (scale * end for end in item.interval)
             verdict = "no evidence of a difference" if item.no_evidence else "worse than the best"
-            text = f"{item.key}: {-100 * item.difference:+.1f} points [{-high:+.1f}, {-low:+.1f}], p = {item.p_value:.3f}, {verdict}"
-            if -100 * item.difference < floor:
+            text = f"{item.key}: {_behind(item, metric)}, p = {item.p_value:.3f}, {verdict}"
+            if -scale * item.difference < floor:
                 axes.plot(floor, place, "<", color=colour, ms=6, gid=tip(text))
                 continue
             axes.plot([max(floor, -high), -low], [place, place], color=colour, solid_capstyle="round")
-            axes.plot(-100 * item.difference, place, "o", color=colour, ms=6, gid=tip(text))
+            axes.plot(-scale * item.difference, place, "o", color=colour, ms=6, gid=tip(text))
         _row_names(axes, [rows[item.key] for item in shown])
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel("percentage points from the best row, out of fold", loc="right")
+        _as_a_loss_is_known(axes.xaxis, metric)
+        axes.set_xlabel(_behind_label(metric), loc="right")
         return made
 
     return draw
 
 
 def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
-    """Draw every trial's score and the best so far, one line per search."""
+    """Draw every trial's score and the best so far, one line per search; up is better, also of a loss."""
+    metric = METRICS[scoring]
+    scale = abs(metric.scale)
+    named = "" if metric is ACCURACY else f"{metric.title} "
 
     def draw(palette: Palette) -> Figure:
         labels = shorten_all(list(searches), LEGEND_CHARACTERS)
@@ -98,24 +112,25 @@ def tuning_chart(searches: Mapping[str, Trials], scoring: str) -> Chart:
                 continue
             count = np.arange(1, len(means) + 1)
             best = np.fmax.accumulate(means)
-            axes.step(count, _scaled(best, scoring), where="post", color=colour, label=plain_text(labels[number]))
-            axes.plot(count, _scaled(means, scoring), ".", color=colour, ms=4, alpha=0.55)
+            axes.step(count, scale * best, where="post", color=colour, label=plain_text(labels[number]))
+            axes.plot(count, scale * means, ".", color=colour, ms=4, alpha=0.55)
             axes.plot(
                 count[-1],
-                _scaled(best, scoring)[-1],
+                scale * best[-1],
                 "o",
                 color=colour,
                 ms=5,
-                gid=tip(f"{name}: best {_points(best[-1], scoring)} after {len(means)} trials"),
+                gid=tip(f"{name}: best {named}{_score(float(best[-1]), metric)} after {len(means)} trials"),
             )
             lowest.append(float(np.nanmin(best)))
         if lowest:
             # Failed, hopeless trials and searches would flatten the part that matters.
-            floor, top = _scaled(np.array([_floor(lowest)]), scoring)[0], axes.get_ylim()[1]
+            floor, top = scale * _floor(lowest), axes.get_ylim()[1]
             axes.set_ylim(floor - 0.1 * (top - floor) - 1e-3, top)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trial")
-        axes.set_ylabel(_score_label(scoring))
+        _as_a_loss_is_known(axes.yaxis, metric)
+        axes.set_ylabel(f"{metric.title}, cross-validation{'' if metric.lower_is_better else ', %'}")
         if len(searches) > 1:
             made.legend(loc="outside lower center", ncols=columns)
         return made
@@ -344,17 +359,31 @@ def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _points(share: float, scoring: str = "accuracy") -> str:
-    return f"{share:.3f}" if scoring == "log_loss" else f"{100 * share:.1f} %"
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
-def _scaled(values: NDArray[np.float64], scoring: str) -> NDArray[np.float64]:
-    return values if scoring == "log_loss" else 100 * values
+def _score(score: float, metric: Metric) -> str:
+    return metric.text(score) if metric.lower_is_better else f"{metric.text(score)} %"
 
 
-def _score_label(scoring: str) -> str:
-    return (
-        "minus log loss, cross-validation"
-        if scoring == "log_loss"
-        else f"{scoring.replace('_', ' ')}, cross-validation, %"
-    )
+def _behind(item: Difference, metric: Metric) -> str:
+    """Say how far a row lies from the best: below 0 where it is worse, but a loss is worse above 0."""
+    low, high = item.interval
+    ends = (low, high) if metric.lower_is_better else (-high, -low)
+    named = "" if metric is ACCURACY else f"{metric.title} "
+    gap = item.difference if metric.lower_is_better else -item.difference
+    return f"{named}{metric.gap_text(gap)} {metric.unit} [{metric.gap_text(ends[0])}, {metric.gap_text(ends[1])}]"
+
+
+def _behind_label(metric: Metric) -> str:
+    if metric.lower_is_better:
+        return f"{metric.title}, {metric.unit} above the best row's, out of fold"
+    named = "" if metric is ACCURACY else f"{metric.title}, "
+    return f"{named}percentage points from the best row, out of fold"
+
+
+def _as_a_loss_is_known(axis: Axis, metric: Metric) -> None:
+    """Number an axis of minus a loss by the loss itself, so that better stays up or to the right."""
+    if metric.lower_is_better:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(0.0 - value, 6) + 0.0:g}"))

@@ -143,8 +143,8 @@ class Leaderboard:
             whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
             lines.append(
                 f"Heads work on principal components{whitened}, found within each fold's training images: "
-                + ", ".join(f"{count} of {name}" for name, count in reduced.items())
-                + "."
+                + ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
+                + "; fewer where a fold has fewer training images."
             )
         if any(row.baseline for row in self.rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")

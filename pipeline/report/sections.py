@@ -8,8 +8,12 @@ from html import escape
 from pathlib import Path
 
 from pipeline.metrics import (
+    ACCURACY,
     Calibration,
+    Interval,
+    Metric,
     PredictionSet,
+    Scores,
     class_columns,
     confusion_matrix,
     measure_calibration,
@@ -19,9 +23,9 @@ from pipeline.report import charts, confusion, tables
 from pipeline.report.drawing import CATEGORIES, Chart, to_svg
 from pipeline.report.galleries import copies, mistakes, space_map, strangers, suspects
 from pipeline.report.imbalance import effects
-from pipeline.report.leaderboard import seconds
+from pipeline.report.leaderboard import Leaderboard, seconds
 from pipeline.report.material import CURVE_HEAD, Material
-from pipeline.report.rows import LeaderboardRow
+from pipeline.report.rows import LeaderboardRow, Verdict
 
 MOST_SEARCHES = len(CATEGORIES)
 """Searches in the tuning chart: each has a colour of its own."""
@@ -63,7 +67,8 @@ def charts_of(material: Material) -> dict[str, Chart]:
     group = board.verdict.no_evidence if board.verdict else (board.best.key,)
     found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.rows, group, board.scoring)}
     if board.verdict and len(board.verdict.differences) > 1:
-        found["differences"] = charts.difference_chart(board.verdict.differences, {row.key: row for row in board.rows})
+        rows = {row.key: row for row in board.rows}
+        found["differences"] = charts.difference_chart(board.verdict.differences, rows, board.scoring)
     searches = {row.key: material.trials[row.key] for row in _searched(material)}
     if searches:
         several = len({key.split("/")[0] for key in searches}) > 1
@@ -95,7 +100,10 @@ def _searched(material: Material) -> list[LeaderboardRow]:
 
 def make(material: Material) -> list[Section]:
     """Return the sections that have something to show."""
-    drawn = {name: to_svg(chart, name, CHARTS[name]) for name, chart in charts_of(material).items()}
+    names = (
+        CHARTS if material.leaderboard.metric is ACCURACY else {**CHARTS, "leaderboard": "Test accuracy of every row"}
+    )
+    drawn = {name: to_svg(chart, name, names[name]) for name, chart in charts_of(material).items()}
     makers: tuple[tuple[str, str, Callable[[Material, Mapping[str, str]], str]], ...] = (
         ("leaderboard", "Leaderboard", _leaderboard),
         ("difference", "Difference", _difference),
@@ -117,7 +125,7 @@ def make(material: Material) -> list[Section]:
 def header(material: Material) -> str:
     """Return the top of the page: what was compared, and the four numbers to take home."""
     board = material.leaderboard
-    best, verdict, images = board.best, board.verdict, board.provenance.get("images", {})
+    best, verdict, images, metric = board.best, board.verdict, board.provenance.get("images", {}), board.metric
     parts = [f"{len(board.rows)} rows, each a head on an embedding"]
     if images:
         parts += [
@@ -125,23 +133,18 @@ def header(material: Material) -> str:
             f"{images.get('classes')} classes",
         ]
     parts.append(str(board.provenance.get("date", ""))[:10])
-    cards = [_card("Best by cross-validation", _name(best.head), f"on {best.embedding}", named=True)]
+    tuned = "" if metric is ACCURACY else f" by {metric.title}"
+    by = "cross-validation" if metric is ACCURACY else f"cross-validated {metric.title}"
+    cards = [_card(f"Best by {by}", _name(best.head), f"on {best.embedding}", named=True)]
     if best.test:
-        low, high = best.test.interval
-        cards.append(
-            _card(
-                "Its test accuracy",
-                f"{100 * best.test.accuracy:.1f} % <small>{100 * low:.1f} to {100 * high:.1f}</small>",
-                f"{best.test.correct:,} of {best.test.n:,} right, 95 % interval",
-            )
-        )
+        cards.append(_test_card(best.test, metric))
     if verdict:
         group = len(verdict.no_evidence)
         cards.append(
             _card(
                 "No evidence of a difference",
                 f"{group} <small>of {len(board.rows)} rows</small>",
-                "may be as good as the best",
+                f"may be as good as the best{tuned}",
             )
         )
         chosen = board.row(verdict.recommended)
@@ -149,9 +152,34 @@ def header(material: Material) -> str:
     warning = ""
     if best.untrained or best.baseline:
         kind = "an untrained backbone (random weights)" if best.untrained else "a baseline without any backbone"
-        warning = f'<p class="callout warn">The best row uses {kind}: no trained backbone of this leaderboard does better on these images.</p>'
+        warning = f'<p class="callout warn">The best row uses {kind}: no trained backbone of this leaderboard does better on these images{tuned}.</p>'
     lead = " · ".join(escape(part) for part in parts if part)
     return f'<h1>{escape(title(material))}</h1><p class="lead">{lead}</p><div class="cards">{"".join(cards)}</div>{warning}'
+
+
+def _test_card(test: Scores, metric: Metric) -> str:
+    """Return the best row's test score in the score that was tuned; its accuracy where it gives no probabilities."""
+    value, interval = getattr(test, metric.name), _test_interval(test, metric)
+    if value is None or interval is None:
+        metric, value, interval = ACCURACY, test.accuracy, test.interval
+    sign = -1.0 if metric.lower_is_better else 1.0
+    percent = "" if metric.lower_is_better else " %"
+    span = _span(metric, (sign * interval[0], sign * interval[1]))
+    right = f"{test.correct:,} of {test.n:,} right"
+    return _card(
+        f"Its test {metric.title}{', lower is better' if metric.lower_is_better else ''}",
+        f"{metric.text(sign * value)}{percent} <small>{span}</small>",
+        f"{right}, 95 % interval" if metric is ACCURACY else f"95 % interval; {right}",
+    )
+
+
+def _test_interval(test: Scores, metric: Metric) -> Interval | None:
+    return test.interval if metric is ACCURACY else getattr(test, f"{metric.name}_interval")
+
+
+def _span(metric: Metric, interval: Interval) -> str:
+    """Write an interval of scores in words, the lower number first."""
+    return metric.interval_text(interval).strip("[]").replace(", ", " to ")
 
 
 def _card(label: str, value: str, more: str, named: bool = False) -> str:
@@ -169,30 +197,47 @@ def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
         if board.verdict
         else ""
     )
+    order = (
+        "cross-validation"
+        if board.metric is ACCURACY
+        else f"cross-validated {board.metric.title}{', the lowest first,' if board.metric.lower_is_better else ''}"
+    )
     # Recommended and ~ are said above the table, where the page has a blue edge for the sign.
     notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith(("Recommended", "~")))
     return (
         "<h2>Leaderboard</h2>"
         '<p class="quiet">Each row is a head, the classifier, fitted on an embedding, the numbers that a frozen network makes of an image. '
-        "Ordered by cross-validation on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows).</p>"
+        f"Ordered by {order} on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows).</p>"
         f"{reason}{tables.leaderboard(board)}"
         f'<details><summary>How to read this</summary><ul class="quiet">{notes}</ul></details>'
     )
 
 
 def _difference(material: Material, drawn: Mapping[str, str]) -> str:
-    board = material.leaderboard
+    board, metric = material.leaderboard, material.leaderboard.metric
     text = (
-        '<p class="quiet">All rows are compared on the same images. An interval that reaches 0 means that the row may be as good as the best; '
+        f'<p class="quiet">All rows are compared on the same images{_compared_in(metric)}. An interval that reaches 0 means that the row may be as good as the best; '
         "intervals hold for all pairs of rows at once, so that the best of many is not taken for better than it is. "
         "Out of fold: every training image is judged by a head that was fitted without it. A triangle stands for a row too far left to be drawn."
         f"{_rows_left_out(len(board.rows))}</p>"
     )
-    left = f"<h3>Accuracy</h3>{drawn['leaderboard']}"
-    right = f"<h3>Behind the best, out of fold</h3>{drawn['differences']}" if "differences" in drawn else ""
+    same = metric is ACCURACY
+    left = f"<h3>{'Accuracy' if same else 'Test accuracy'}</h3>{drawn['leaderboard']}"
+    right = (
+        f"<h3>Behind the best{'' if same else f' by {metric.title}'}, out of fold</h3>{drawn['differences']}"
+        if "differences" in drawn
+        else ""
+    )
     table = tables.differences(board)
     more = f"<details><summary>Paired tests on test images and folds</summary>{table}</details>" if table else ""
     return f'<h2>Is the difference real?</h2>{text}<div class="two charts"><div>{left}</div><div>{right}</div></div>{_optimism(material)}{more}'
+
+
+def _compared_in(metric: Metric) -> str:
+    if metric is ACCURACY:
+        return ""
+    left = "; less is better, and left is worse" if metric.lower_is_better else ""
+    return f" in {metric.title}, the score that was tuned{left}"
 
 
 def _rows_left_out(count: int) -> str:
@@ -205,14 +250,27 @@ def _optimism(material: Material) -> str:
     verdict = material.leaderboard.verdict
     if verdict is None or verdict.optimism is None:
         return ""
-    found = verdict.optimism
+    found, metric = verdict.optimism, material.leaderboard.metric
+    named, percent = "" if metric is ACCURACY else f"{metric.title} ", "" if metric.lower_is_better else " %"
     text = (
-        f"Picking the best of {found.candidates} rows: {100 * found.apparent:.1f} % out of fold as measured, about {100 * found.corrected:.1f} % "
-        f"({100 * found.interval[0]:.1f} to {100 * found.interval[1]:.1f}) once the luck of having been picked is taken off."
+        f"Picking the best of {found.candidates} rows: {named}{metric.text(found.apparent)}{percent} out of fold as measured, "
+        f"about {metric.text(found.corrected)}{percent} ({_span(metric, found.interval)}) once the luck of having been picked is taken off."
     )
-    if verdict.trial_optimism is not None:
-        text += f" Picking the best of its {material.leaderboard.best.trials} trials adds about {100 * verdict.trial_optimism:.1f} points of such luck."
-    return f'<p class="callout">{escape(text)}</p>'
+    return f'<p class="callout">{escape(text + _trial_luck(material.leaderboard, verdict))}</p>'
+
+
+def _trial_luck(board: Leaderboard, verdict: Verdict) -> str:
+    """Say what picking the best trial adds, and of how many trials that is known."""
+    trials, finished = board.best.trials, verdict.finished_trials
+    if trials == 1:
+        return ""
+    picking = f"picking the best of its {trials} trials adds"
+    if verdict.trial_optimism is None:
+        return "" if finished is None else f" What {picking} is not known, as only one was fitted on every fold."
+    luck = f"about {board.metric.gap_text(verdict.trial_optimism).lstrip('+')} {board.metric.unit} of such luck"
+    if finished is None or finished == trials:
+        return f" {picking.capitalize()} {luck}."
+    return f" {picking.capitalize()} at least {luck} (from the {finished} that were fitted on every fold)."
 
 
 def _tuning(material: Material, drawn: Mapping[str, str]) -> str:
@@ -226,6 +284,8 @@ def _tuning(material: Material, drawn: Mapping[str, str]) -> str:
         else ""
     )
     text = f"{how} Lines are the best so far, dots single trials; trials far below are cut off."
+    if board.metric.lower_is_better:
+        text += f" Less {board.metric.title} is better, and is further up."
     count = len(_searched(material))
     if count > MOST_SEARCHES:
         text += f" Drawn are the {MOST_SEARCHES} best searches of {count}, as many as there are colours to tell apart; the table has all."
@@ -291,6 +351,8 @@ def _growth(material: Material, drawn: Mapping[str, str]) -> str:
     curve = material.curve
     if "learning_curve" in drawn and curve is not None:
         text = f"Measured with {CURVE_HEAD}, in each of five draws on another fifth of the training images, held out."
+        if material.leaderboard.metric is not ACCURACY:
+            text += f" It is of accuracy, not of the {material.leaderboard.metric.title} that was tuned."
         if curve.forecast:
             ahead = curve.forecast[0]
             text += f" With twice the labels, {ahead.size:,}, about {100 * ahead.predicted:.1f} % ({100 * ahead.interval[0]:.1f} to {100 * min(ahead.interval[1], 1):.1f}) is to be expected."

@@ -8,9 +8,9 @@ from html import escape
 from statistics import median
 
 from pipeline.config import Artifacts
-from pipeline.metrics import Calibration, ClassScores, Interval
+from pipeline.metrics import ACCURACY, Calibration, ClassScores, Interval, Metric
 from pipeline.report.imbalance import Effect
-from pipeline.report.leaderboard import REPEATS, Leaderboard, seconds
+from pipeline.report.leaderboard import REPEATS, Leaderboard, cross_validated, seconds
 from pipeline.report.material import Material
 from pipeline.report.rows import LeaderboardRow
 
@@ -28,10 +28,9 @@ def table(name: str, headers: Sequence[str], rows: Sequence[tuple[str, Sequence[
 
     `name` is what a screen reader calls the table. Where it is wider than the screen it scrolls.
     """
-    # A unit alone on a line would be read as a name.
-    headers = [
-        text.replace(", %", ",&nbsp;%").replace(", s", ",&nbsp;s").replace("[95 %]", "[95&nbsp;%]") for text in headers
-    ]
+    # A unit alone on a line would be read as a name, and so would half a name.
+    for text in (", %", ", s", "[95 %]", "macro F1", "log loss"):
+        headers = [header.replace(text, text.replace(" ", "&nbsp;")) for header in headers]
     numeric = [bool(rows) and rows[0][1][column][1] is not None for column in range(len(headers))]
     head = "".join(
         f'<th scope="col" class="n">{text}</th>' if is_number else f'<th scope="col">{text}</th>'
@@ -87,7 +86,7 @@ def leaderboard(board: Leaderboard) -> str:
     asked = [name.capitalize() for name, _ in REPEATS if any(getattr(row, name) for row in board.rows)]
     headers = [
         "Head <span class='quiet'>and embedding</span>",
-        f"Cross-validation, {unit(board.scoring)}",
+        f"Cross-validation, {unit(board.metric)}",
         "Test accuracy, % <span class='quiet'>[95 %]</span>",
         *asked,
         "Balanced accuracy, %",
@@ -99,19 +98,11 @@ def leaderboard(board: Leaderboard) -> str:
     return table("Leaderboard", headers, rows)
 
 
-def unit(scoring: str) -> str:
-    """Return what a cross-validation score is measured in."""
-    return (
-        "minus log loss"
-        if scoring == "log_loss"
-        else "%"
-        if scoring == "accuracy"
-        else f"{scoring.replace('_', ' ')}, %"
-    )
-
-
-def _score(value: float, scoring: str) -> str:
-    return f"{value:.3f}" if scoring == "log_loss" else f"{100 * value:.1f}"
+def unit(metric: Metric) -> str:
+    """Return what a cross-validation score is and is measured in."""
+    if metric.lower_is_better:
+        return metric.title
+    return "%" if metric is ACCURACY else f"{metric.title}, %"
 
 
 def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) -> list[Cell]:
@@ -120,16 +111,17 @@ def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) 
         tags.insert(0, '<span class="tag green">recommended</span>')
     if row.key == board.best.key:
         tags.insert(0, '<span class="tag blue">best</span>')
-    test, scoring = row.test, board.scoring
+    test, scoring, scale = row.test, board.scoring, board.metric.scale
     cells: list[Cell] = [
         _named(row, "".join(f" {tag}" for tag in tags)),
-        (f'<span class="nowrap">{_score(row.cv_mean, scoring)} ± {_score(row.cv_std, scoring)}</span>', row.cv_mean),
+        (f'<span class="nowrap">{cross_validated(row, scoring)}</span>', scale * row.cv_mean),
         (_tested(test.accuracy, test.interval, span), test.accuracy) if test else _missing(),
     ]
     for name, text in REPEATS:
         repeated = getattr(row, name)
         if repeated is not None:
-            cells.append((text(row, scoring), repeated.mean if name == "nested" else repeated.cv[0]))
+            mean = repeated.mean if name == "nested" else repeated.cv[0]
+            cells.append((text(row, scoring), scale * mean))
         elif any(getattr(other, name) for other in board.rows):
             cells.append(_missing())
     if test is None:
@@ -156,37 +148,47 @@ def differences(board: Leaderboard) -> str:
     """Return the paired comparisons of every row with the best one; empty without a verdict."""
     if board.verdict is None:
         return ""
-    rows = []
+    rows, metric = [], board.metric
     for item in board.verdict.differences:
         if item.key == board.best.key:
             continue
         cells: list[Cell] = [
             _named(board.row(item.key)),
-            (_signed(item.difference, item.interval), item.difference),
+            (_signed(item.difference, item.interval, metric), item.difference),
             (_p(item.p_value), item.p_value),
         ]
         for paired in (item.test, item.folds):
             cells += (
-                [(_signed(paired.difference, paired.interval), paired.difference), (_p(paired.p_value), paired.p_value)]
+                [
+                    (_signed(paired.difference, paired.interval, metric), paired.difference),
+                    (_p(paired.p_value), paired.p_value),
+                ]
                 if paired
                 else [_missing(), _missing()]
             )
         rows.append(("group" if item.no_evidence else "", cells))
     headers = [
-        "Best minus this row, percentage points",
+        _gap_header(metric),
         "Out of fold <span class='quiet'>[95 %]</span>",
         "p, all pairs",
         "Test images <span class='quiet'>[95 %]</span>",
-        "p, McNemar and Holm",
+        "p, McNemar and Holm" if metric is ACCURACY else "p, randomisation and Holm",
         "Folds <span class='quiet'>[95 %]</span>",
         "p, corrected t and Holm",
     ]
     return table("Paired tests", headers, rows) if rows else ""
 
 
+def _gap_header(metric: Metric) -> str:
+    """Say what is taken from what, so that a positive number is in favour of the best row, of a loss too."""
+    if metric.lower_is_better:
+        return f"This row's {metric.title} minus the best row's, {metric.unit}"
+    return f"Best minus this row, {'' if metric is ACCURACY else f'{metric.title}, '}percentage points"
+
+
 def searches(material: Material) -> str:
     """Return what each search tried and found."""
-    rows = []
+    rows, metric = [], material.leaderboard.metric
     for row in material.leaderboard.rows:
         trials = material.trials.get(row.key)
         if not trials or len(trials) < 2:
@@ -198,7 +200,7 @@ def searches(material: Material) -> str:
         name, _ = _named(row)
         cells: list[Cell] = [
             (f'{name}<span class="quiet embedding">{escape(params)}</span>', None),
-            (_score(row.cv_mean, material.leaderboard.scoring), row.cv_mean),
+            (metric.text(row.cv_mean), metric.scale * row.cv_mean),
             (str(len(trials)), float(len(trials))),
             (f"{stopped} / {failed}", float(stopped + failed)),
             (seconds(spent), spent),
@@ -206,7 +208,7 @@ def searches(material: Material) -> str:
         rows.append(("", cells))
     headers = [
         "Search <span class='quiet'>and best parameters</span>",
-        f"Best cross-validation, {unit(material.leaderboard.scoring)}",
+        f"Best cross-validation, {unit(metric)}",
         "Trials",
         "Stopped / failed",
         "Time, s",
@@ -306,9 +308,9 @@ def reproduce(material: Material) -> str:
     return "".join(parts)
 
 
-def _signed(value: float, interval: Interval) -> str:
-    low, high = (f"{100 * end:+.1f}" if abs(end) < 1e6 else "∞" for end in interval)
-    return f"{100 * value:+.1f} <span class='quiet'>[{low}, {high}]</span>"
+def _signed(value: float, interval: Interval, metric: Metric) -> str:
+    low, high = (metric.gap_text(end) if abs(end) < 1e6 else "-∞" if end < 0 else "+∞" for end in interval)
+    return f"{metric.gap_text(value)} <span class='quiet'>[{low}, {high}]</span>"
 
 
 def _p(value: float) -> str:

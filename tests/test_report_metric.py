@@ -1,0 +1,280 @@
+"""The page speaks of the score that was tuned: its name and its unit, whichever it is, and never a per cent of a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from report_experiment import make_experiment, row, write_trials
+
+from pipeline import report
+from pipeline.config import Artifacts
+from pipeline.metrics import METRICS, Answers, Difference, Optimism, Paired, Predictions, class_columns
+from pipeline.report import Leaderboard, Verdict, sections, tables
+from pipeline.report.charts import difference_chart, tuning_chart
+from pipeline.report.drawing import SCREEN, to_svg
+from pipeline.report.material import gather
+from pipeline.report.page import render
+
+OTHERS = tuple(name for name in METRICS if name != "accuracy")
+NAMES = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "log_loss": "log loss"}
+
+
+def tuned_for(scoring: str, output: Path) -> Leaderboard:
+    """Judge the experiment's own predictions again in another score, as if it had been tuned for it."""
+    metric, rows = METRICS[scoring], []
+    board = Leaderboard.from_json(Artifacts(output).leaderboard.read_text(encoding="utf-8"))
+    for item in board.rows:
+        path = output / str(item.bundle) / "predictions.npz"
+        found = Predictions.read(path)
+        held = found.out_of_fold
+        assert held is not None
+        assert held.folds is not None
+        truth, guess = (class_columns(labels, found.classes).astype(np.int64) for labels in (held.y_true, held.y_pred))
+        # A head that has no probabilities is taken to be sure to 80 % of what it says.
+        sure = np.full((len(truth), 3), 0.1) + 0.7 * np.eye(3)[guess]
+        answers = Answers.of(truth, guess, sure if held.probabilities is None else held.probabilities)
+        held = dataclasses.replace(held, log_probabilities=answers.log_probabilities)
+        path.write_bytes(dataclasses.replace(found, out_of_fold=held).to_bytes())
+        scores = tuple(metric.score(answers.rows(np.flatnonzero(held.folds == fold))) for fold in range(4))
+        write_trials(Artifacts(output).trials(item.embedding, item.head), scores, item.trials)
+        mean, spread = float(np.mean(scores)), float(np.std(scores, ddof=1))
+        rows.append(dataclasses.replace(item, cv_mean=mean, cv_std=spread, cv_scores=scores))
+    return report.judge(Leaderboard(tuple(rows), {**board.provenance, "scoring": scoring}), output)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Leaderboard, str]]:
+    """The leaderboard and the page for each score, of the same predictions."""
+    found = {}
+    for scoring in METRICS:
+        folder = tmp_path_factory.mktemp(scoring)
+        output = make_experiment(folder / "squares", folder / "images")
+        shutil.rmtree(output / "features")  # what is drawn of features is the same for all
+        board = tuned_for(scoring, output)
+        Artifacts(output).leaderboard.write_text(board.to_json(), encoding="utf-8")
+        found[scoring] = (board, render(gather(output)))
+    return found
+
+
+def words(page: str) -> str:
+    """Return what a reader sees, in one line."""
+    seen = re.sub(r"<(style|script).*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", seen)).split())
+
+
+def headers(page: str, name: str) -> list[str]:
+    found = re.search(rf'aria-label="{name}".*?<thead>(.*?)</thead>', page, flags=re.DOTALL)
+    assert found is not None
+    return [words(cell) for cell in re.findall(r"<th.*?</th>", found.group(1))]
+
+
+def tips(page: str) -> list[str]:
+    return [html.unescape(text) for text in re.findall(r'data-tip="([^"]*)"', page)]
+
+
+def test_of_accuracy_the_page_says_what_it_always_said(pages):
+    board, page = pages["accuracy"]
+    text, best = words(page), board.best.test
+    assert best is not None
+    low, high = (100 * end for end in best.interval)
+    for said in (
+        f"Best by cross-validation {board.best.head.replace('_', ' ')} on {board.best.embedding}",
+        f"Its test accuracy {100 * best.accuracy:.1f} % {low:.1f} to {high:.1f} {best.correct} of {best.n} right, 95 % interval",
+        "of 3 rows may be as good as the best Recommended",
+        "Ordered by cross-validation on the training images; test images choose nothing.",
+        "All rows are compared on the same images. An interval that reaches 0",
+        "accuracy, %: ● test — its 95 % interval | cross-validation",
+        "percentage points from the best row, out of fold",
+        "Picking the best of 3 rows: 90.8 % out of fold as measured, about ",
+        "accuracy, cross-validation, %",
+    ):
+        assert said in text
+    assert headers(page, "Leaderboard")[1] == "Cross-validation, %"
+    assert headers(page, "Searches")[1] == "Best cross-validation, %"
+    paired = headers(page, "Paired tests")
+    assert (paired[0], paired[4]) == ("Best minus this row, percentage points", "p, McNemar and Holm")
+    assert any(re.search(r"/nearest_centroid: [+-]\d+\.\d points \[", tip) for tip in tips(page))
+    assert "<h3>Accuracy</h3>" in page
+    assert "<h3>Behind the best, out of fold</h3>" in page
+    assert 'aria-label="Test accuracy and cross-validation of every row"' in page
+
+
+@pytest.mark.parametrize("scoring", OTHERS)
+def test_the_page_names_another_score_wherever_it_shows_it(pages, scoring: str):
+    (board, page), name = pages[scoring], NAMES[scoring]
+    text, loss = words(page), scoring == "log_loss"
+    assert f"Best by cross-validated {name} " in text
+    assert f"may be as good as the best by {name}" in text
+    assert f"Its test {name}{', lower is better' if loss else ''} " in text
+    assert "Its test accuracy" not in text
+    assert f"Ordered by cross-validated {name}{', the lowest first,' if loss else ''} on the training images" in text
+    assert f"compared on the same images in {name}, the score that was tuned" in text
+    assert f"<h3>Behind the best by {name}, out of fold</h3>" in page
+    assert "<h3>Test accuracy</h3>" in page
+    assert "accuracy, %: ● test — its 95 % interval" in text
+    assert "| cross-validation" not in text
+    assert 'aria-label="Test accuracy of every row"' in page
+    assert headers(page, "Leaderboard")[1] == f"Cross-validation, {name}{'' if loss else ', %'}"
+    assert headers(page, "Searches")[1] == f"Best cross-validation, {name}{'' if loss else ', %'}"
+    paired = headers(page, "Paired tests")
+    assert paired[0] == (
+        "This row's log loss minus the best row's, nats" if loss else f"Best minus this row, {name}, percentage points"
+    )
+    assert paired[4] == "p, randomisation and Holm"
+    assert "McNemar" not in text
+    assert ("Less log loss is better, and is further up." in text) == loss
+    assert any(f"cross-validation {name} {board.metric.text(board.best.cv_mean)}" in tip for tip in tips(page))
+
+
+@pytest.mark.parametrize("scoring", METRICS)
+def test_the_card_has_the_best_rows_test_score_in_the_score_that_was_tuned(pages, scoring: str):
+    board, page = pages[scoring]
+    test = board.best.test
+    assert test is not None
+    value = getattr(test, scoring)
+    low, high = test.interval if scoring == "accuracy" else getattr(test, f"{scoring}_interval")
+    said = (
+        f"{value:.3f} {low:.3f} to {high:.3f}"
+        if scoring == "log_loss"
+        else f"{100 * value:.1f} % {100 * low:.1f} to {100 * high:.1f}"
+    )
+    card = next(part for part in page.split('<div class="card">') if "Its test " in part)
+    assert said in words(card)
+
+
+def test_without_probabilities_the_card_has_the_test_accuracy_and_says_so():
+    assert row("ridge", -0.3).test.log_loss is None
+    card = words(sections._test_card(row("ridge", -0.3).test, METRICS["log_loss"]))
+    assert card.startswith("Its test accuracy 90.0 % ")
+
+
+def test_a_log_loss_is_never_a_percentage_nor_below_nought(pages):
+    board, page = pages["log_loss"]
+    text = words(page)
+    for item in board.rows:
+        assert f"{-100 * item.cv_mean:.1f}" not in re.findall(r"cross-validation log loss (\S+)", " ".join(tips(page)))
+        assert f"{-item.cv_mean:.3f} ± {item.cv_std:.3f}" in text
+        assert f'data-v="{-item.cv_mean:.10g}"' in page
+        assert f"-{-item.cv_mean:.3f}" not in text
+    verdict = board.verdict
+    assert verdict is not None
+    assert verdict.optimism is not None
+    low, high = (-end for end in reversed(verdict.optimism.interval))
+    assert (
+        f"Picking the best of {verdict.optimism.candidates} rows: log loss {-verdict.optimism.apparent:.3f} out of fold as measured, "
+        f"about {-verdict.optimism.corrected:.3f} ({low:.3f} to {high:.3f}) once the luck of having been picked is taken off."
+    ) in text
+    assert not re.search(r"log loss \S+ %|nats? ?%|minus log loss", text + " ".join(tips(page)))
+
+
+def behind(scoring: str) -> tuple[Difference, dict]:
+    """One row that is a little worse than the best, as far as the score's unit goes."""
+    item = Difference("net/knn", 0.0312, (-0.0104, 0.0728), 0.2, True)
+    return item, {"net/knn": row("knn", 0.8, embedding="net")}
+
+
+@pytest.mark.parametrize(
+    ("scoring", "tip", "label"),
+    [
+        ("accuracy", "-3.1 points [-7.3, +1.0]", "percentage points from the best row, out of fold"),
+        ("macro_f1", "macro F1 -3.1 points [-7.3, +1.0]", "macro F1, percentage points from the best row, out of fold"),
+        (
+            "balanced_accuracy",
+            "balanced accuracy -3.1 points [-7.3, +1.0]",
+            "balanced accuracy, percentage points from the best row, out of fold",
+        ),
+        ("log_loss", "log loss +0.031 nats [-0.010, +0.073]", "log loss, nats above the best row's, out of fold"),
+    ],
+)
+def test_worse_is_left_and_a_loss_that_is_worse_is_higher(scoring: str, tip: str, label: str):
+    item, rows = behind(scoring)
+    chart = difference_chart([item], rows, scoring)
+    assert f"net/knn: {tip}, p = 0.200, no evidence of a difference" in tips(to_svg(chart, "differences"))
+    drawn = chart(SCREEN)
+    FigureCanvasAgg(drawn).draw()
+    (axes,) = drawn.axes
+    assert axes.get_xlabel() == label
+    (dot,) = (line for line in axes.lines if line.get_marker() == "o")
+    assert dot.get_xdata()[0] < 0
+    low, high = axes.get_xlim()
+    numbers = [
+        float(tick.get_text().replace("−", "-"))
+        for tick, place in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True)
+        if low <= place <= high
+    ]
+    assert numbers == sorted(numbers, reverse=scoring == "log_loss")
+    # The label may not be cut off.
+    box = axes.xaxis.label.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= drawn.bbox.width
+
+
+@pytest.mark.parametrize("scoring", METRICS)
+def test_the_tuning_curve_is_in_the_unit_of_the_score_and_rises(scoring: str):
+    means = (-0.5, -0.3, -0.4) if scoring == "log_loss" else (0.5, 0.7, 0.6)
+    chart = tuning_chart({"knn": tuple({"mean": mean} for mean in means)}, scoring)
+    title = NAMES.get(scoring, "accuracy")
+    best = {"accuracy": "70.0 %", "log_loss": "log loss 0.300"}.get(scoring, f"{title} 70.0 %")
+    assert f"knn: best {best} after 3 trials" in tips(to_svg(chart, "tuning"))
+    drawn = chart(SCREEN)
+    FigureCanvasAgg(drawn).draw()
+    (axes,) = drawn.axes
+    assert axes.get_ylabel() == f"{title}, cross-validation{'' if scoring == 'log_loss' else ', %'}"
+    curve = axes.lines[0].get_ydata()
+    assert curve[-1] > curve[0]
+    numbers = [float(tick.get_text().replace("−", "-")) for tick in axes.get_yticklabels()]
+    assert min(numbers) >= 0
+    assert numbers == sorted(numbers, reverse=scoring == "log_loss")
+
+
+def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():
+    rows = (row("ridge", -0.2), row("knn", -0.3))
+    paired = Paired(0.1, (-np.inf, 0.25), 0.04)
+    gap = Difference(rows[1].key, 0.1, (0.02, 0.18), 0.01, False, paired, None)
+    best = Difference(rows[0].key, 0.0, (0.0, 0.0), 1.0, True)
+    board = Leaderboard(rows, {"scoring": "log_loss"}, Verdict((best, gap), rows[0].key, ""))
+    text = words(tables.differences(board))
+    assert "+0.100 [+0.020, +0.180] 0.010 +0.100 [-∞, +0.250] 0.040" in text
+
+
+@pytest.mark.parametrize(
+    ("trials", "luck", "finished", "said"),
+    [
+        (8, 0.0123, 8, " Picking the best of its 8 trials adds about {} of such luck."),
+        (8, 0.0123, None, " Picking the best of its 8 trials adds about {} of such luck."),
+        (
+            8,
+            0.0123,
+            3,
+            " Picking the best of its 8 trials adds at least about {} of such luck (from the 3 that were fitted on every fold).",
+        ),
+        (
+            8,
+            None,
+            1,
+            " What picking the best of its 8 trials adds is not known, as only one was fitted on every fold.",
+        ),
+        (8, None, None, ""),
+        (1, 0.0, 1, ""),
+    ],
+)
+@pytest.mark.parametrize(("scoring", "amount"), [("accuracy", "1.2 points"), ("log_loss", "0.012 nats")])
+def test_the_luck_of_the_trials_is_said_of_those_it_is_known_of(trials, luck, finished, said, scoring, amount):
+    best = row("ridge", 0.9, trials=trials)
+    verdict = Verdict((), best.key, "", Optimism(2, 0.9, 0.89, (0.8, 0.95)), luck, finished)
+    board = Leaderboard((best,), {"scoring": scoring}, verdict)
+    assert sections._trial_luck(board, verdict) == said.format(amount)
+
+
+def test_the_note_on_components_does_not_promise_more_than_a_fold_has():
+    board = Leaderboard((row("ridge", 0.9, embedding="net", components=64),))
+    assert (
+        "Heads work on principal components, found within each fold's training images: up to 64 of net; "
+        "fewer where a fold has fewer training images."
+    ) in board.notes()
