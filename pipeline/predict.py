@@ -27,8 +27,8 @@ from pipeline.embedders import Embedder, EmbeddingRecord, open_record
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
 from pipeline.feed import Batch, Feeder, Item, gpu_at_hand
 from pipeline.files import growing, require_place
+from pipeline.leaderboard import Leaderboard
 from pipeline.progress import bar
-from pipeline.report import Leaderboard
 
 log = logging.getLogger(__name__)
 

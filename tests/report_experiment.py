@@ -17,8 +17,8 @@ from sklearn.neighbors import NearestCentroid
 from pipeline import report
 from pipeline.config import Artifacts, DatasetConfig
 from pipeline.dataset import DatasetIndex, scan
+from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.metrics import Predictions, PredictionSet, scores
-from pipeline.report import Leaderboard, LeaderboardRow, judge
 from pipeline.store.writer import StoreWriter
 
 CLASSES = ("ant", "猫 $5", "<b>bee</b> & 'co'")

@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "imports"},
     {"config", "digests", "files", "memory", "metrics", "progress", "vision"},
     {"embedding", "images", "lineage"},
-    {"dataset", "backbone", "baselines", "store", "heads", "bundle", "doctor"},
+    {"dataset", "backbone", "baselines", "store", "heads", "bundle", "doctor", "leaderboard"},
     {"tuning", "training", "report", "embedders", "feed"},
     {"check", "extract_features", "train_heads", "finetune", "pretrain", "predict", "maintenance", "api"},
     {"cli"},
@@ -53,7 +53,18 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch)
 """
 
-WITHOUT_TORCH = ("dataset", "store", "heads", "bundle", "tuning", "report", "train_heads", "baselines", "cli")
+WITHOUT_TORCH = (
+    "dataset",
+    "store",
+    "heads",
+    "bundle",
+    "tuning",
+    "leaderboard",
+    "report",
+    "train_heads",
+    "baselines",
+    "cli",
+)
 
 
 def modules() -> Iterator[tuple[str, Path]]:

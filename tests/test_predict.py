@@ -17,7 +17,7 @@ from photos import PHOTO_CLASSES, make_photos
 from pipeline import predict
 from pipeline.config import Artifacts, Config
 from pipeline.errors import BackboneError, BundleError, ConfigError, DatasetError
-from pipeline.report import Leaderboard
+from pipeline.leaderboard import Leaderboard
 
 
 def read(path: Path) -> list[dict[str, str]]:

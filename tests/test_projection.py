@@ -23,6 +23,7 @@ from pipeline import report, train_heads
 from pipeline.config import TuningConfig
 from pipeline.errors import ConfigError
 from pipeline.heads import HEADS, Head, configure
+from pipeline.leaderboard import Leaderboard
 from pipeline.train_heads.place import Place
 from pipeline.training.handover import fold
 from pipeline.tuning import Projections, make_folds, memory_needed, projection, tune
@@ -180,7 +181,7 @@ def test_stage_two_records_the_components(tmp_path: Path) -> None:
     page = report.build(tmp_path).read_text(encoding="utf-8")
     assert note.replace("'", "&#x27;") in page or note in page
     assert "&quot;pca&quot;: 4" in page
-    assert report.Leaderboard.from_json(board.to_json()) == board
+    assert Leaderboard.from_json(board.to_json()) == board
 
 
 def test_components_make_room_for_every_head() -> None:

@@ -19,15 +19,16 @@ from report_experiment import CLASSES, built_experiment, row, write_trials
 from pipeline import metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
+from pipeline.leaderboard import Leaderboard, Nested, Seeds, judge
+from pipeline.leaderboard.imbalance import effects
+from pipeline.leaderboard.rows import nested_choice
 from pipeline.metrics import Predictions, PredictionSet
-from pipeline.report import Leaderboard, Nested, Seeds, material
+from pipeline.report import material
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
-from pipeline.report.imbalance import effects
 from pipeline.report.material import gather
 from pipeline.report.page import render
 from pipeline.report.ranks import ranking_chart
-from pipeline.report.rows import nested_choice
 from pipeline.report.several import compare, rank, searches
 from pipeline.report.tables import leaderboard as leaderboard_table
 
@@ -192,7 +193,7 @@ def judged(
         fields = {"cv_scores": fold_scores, "bundle": f"heads/{head}", "simplicity": place, "embed_seconds": 0.01}
         mean = float(np.mean(fold_scores))
         rows.append(row(head, mean, cv_std=0.02, **{**fields, **(changes or {}).get(head, {})}))
-    return report.judge(Leaderboard(tuple(rows), {"scoring": scoring, "seed": 0}), output)
+    return judge(Leaderboard(tuple(rows), {"scoring": scoring, "seed": 0}), output)
 
 
 def flipped(y: np.ndarray, *rows: range) -> np.ndarray:
@@ -318,7 +319,7 @@ def test_what_picking_a_trial_adds_is_said_of_the_trials_it_is_known_of(tmp_path
 def test_without_predictions_there_is_no_verdict_but_a_page(copy: Path):
     for path in copy.rglob("predictions.npz"):
         path.unlink()
-    board = report.judge(board_of(copy), copy)
+    board = judge(board_of(copy), copy)
     assert board.verdict is None
     Artifacts(copy).leaderboard.write_text(board.to_json(), encoding="utf-8")
     text = render(gather(copy))

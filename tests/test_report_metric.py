@@ -13,10 +13,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import make_experiment, row, write_trials
 
-from pipeline import report
 from pipeline.config import Artifacts
+from pipeline.leaderboard import Leaderboard, Verdict, judge
 from pipeline.metrics import METRICS, Answers, Difference, Optimism, Paired, Predictions, class_columns
-from pipeline.report import Leaderboard, Verdict, sections, tables
+from pipeline.report import sections, tables
 from pipeline.report.charts import difference_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_svg
 from pipeline.report.material import gather
@@ -46,7 +46,7 @@ def tuned_for(scoring: str, output: Path) -> Leaderboard:
         write_trials(Artifacts(output).trials(item.embedding, item.head), scores, item.trials)
         mean, spread = float(np.mean(scores)), float(np.std(scores, ddof=1))
         rows.append(dataclasses.replace(item, cv_mean=mean, cv_std=spread, cv_scores=scores))
-    return report.judge(Leaderboard(tuple(rows), {**board.provenance, "scoring": scoring}), output)
+    return judge(Leaderboard(tuple(rows), {**board.provenance, "scoring": scoring}), output)
 
 
 @pytest.fixture(scope="module")

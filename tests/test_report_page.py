@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from report_experiment import row
 
 from pipeline import doctor, metrics
-from pipeline.report import Leaderboard, Nested, sections, tables
+from pipeline.leaderboard import Leaderboard, Nested
+from pipeline.report import sections, tables
 from pipeline.report.charts import accuracy_chart, priced
 from pipeline.report.confusion import confusion_chart, left_out, most_confused
 from pipeline.report.drawing import to_svg

@@ -12,8 +12,8 @@ from pipeline import bundle as bundles
 from pipeline.config import Artifacts
 from pipeline.embedders import read_records
 from pipeline.finetune.material import Choice, Parts
+from pipeline.leaderboard import LeaderboardRow
 from pipeline.metrics import Paired, paired_test
-from pipeline.report import LeaderboardRow
 from pipeline.store import FeatureStore, StoredRows
 from pipeline.training import ReturnPath, Task, Trained
 from pipeline.tuning import Features, blocks

@@ -16,7 +16,7 @@ from pipeline.embedders import EmbeddingRecord, read_asked_records
 from pipeline.errors import PipelineError, TrainingError, first
 from pipeline.feed import Feeder, Item
 from pipeline.heads import HEADS
-from pipeline.report import Leaderboard, LeaderboardRow
+from pipeline.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.store import FeatureStore
 from pipeline.tuning import make_folds
 

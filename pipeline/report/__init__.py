@@ -1,19 +1,13 @@
-"""The leaderboard and its views: JSON is the truth; Markdown, the terminal table and one HTML page are drawn from it.
+"""The report page of an experiment, its charts for papers, and several experiments side by side, all from saved artifacts.
 
-Stage two builds `judge(Leaderboard(rows, provenance), output)`, writes `to_json()` and `to_markdown()`, shows `to_text()`.
-`build(output)` makes `report.html`, `plots/*.png` and `doctor/*.csv` from the saved artifacts alone; matplotlib is imported
-only then.
+`build(output)` makes `report.html`, `plots/*.png` and `doctor/*.csv`; matplotlib is imported only then.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.report.judge import judge
-from pipeline.report.leaderboard import Leaderboard
-from pipeline.report.rows import LeaderboardRow, Nested, Seeds, Verdict
-
-__all__ = ["Leaderboard", "LeaderboardRow", "Nested", "Seeds", "Verdict", "build", "judge"]
+__all__ = ["build"]
 
 
 def build(output: Path) -> Path:

@@ -11,13 +11,13 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from pipeline.leaderboard.judge import Trials
+from pipeline.leaderboard.rows import LeaderboardRow
+from pipeline.leaderboard.table import seconds
 from pipeline.metrics import ACCURACY, METRICS, Calibration, Difference, LearningCurve, Metric, pareto
 from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
-from pipeline.report.judge import Trials
-from pipeline.report.leaderboard import seconds
 from pipeline.report.material import Map
 from pipeline.report.names import shorten_all
-from pipeline.report.rows import LeaderboardRow
 
 MOST_ROWS = 30
 """Rows of a leaderboard drawn; the table has them all."""

@@ -20,10 +20,10 @@ from pipeline.config import Artifacts
 from pipeline.dataset import DatasetIndex
 from pipeline.errors import PipelineError
 from pipeline.heads import HEADS, configure
+from pipeline.leaderboard.judge import Trials, judge, read_predictions, read_trials
+from pipeline.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_from_scores, curve_sizes, measure_curve
 from pipeline.metrics.learning_curve import stratified_order
-from pipeline.report.judge import Trials, judge, read_predictions, read_trials
-from pipeline.report.leaderboard import Leaderboard, read_leaderboard
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)

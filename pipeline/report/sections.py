@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from pipeline.leaderboard.imbalance import effects
+from pipeline.leaderboard.rows import LeaderboardRow, Verdict
+from pipeline.leaderboard.table import Leaderboard, seconds
 from pipeline.metrics import (
     ACCURACY,
     Calibration,
@@ -22,10 +25,7 @@ from pipeline.metrics import (
 from pipeline.report import charts, confusion, tables
 from pipeline.report.drawing import CATEGORIES, Chart, to_svg
 from pipeline.report.galleries import copies, mistakes, space_map, strangers, suspects
-from pipeline.report.imbalance import effects
-from pipeline.report.leaderboard import Leaderboard, seconds
 from pipeline.report.material import CURVE_HEAD, Material
-from pipeline.report.rows import LeaderboardRow, Verdict
 
 MOST_SEARCHES = len(CATEGORIES)
 """Searches in the tuning chart: each has a colour of its own."""

@@ -14,11 +14,11 @@ from tabulate import tabulate
 
 from pipeline.errors import PipelineError
 from pipeline.files import make_folder, write_atomic, write_text_atomic
+from pipeline.leaderboard.judge import Trials, read_trials
+from pipeline.leaderboard.table import Leaderboard, read_leaderboard, seconds
 from pipeline.metrics import Ranking, rank_over_datasets
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import to_png
-from pipeline.report.judge import Trials, read_trials
-from pipeline.report.leaderboard import Leaderboard, read_leaderboard, seconds
 from pipeline.report.ranks import ranking_chart
 
 

@@ -8,11 +8,11 @@ from html import escape
 from statistics import median
 
 from pipeline.config import Artifacts
+from pipeline.leaderboard.imbalance import Effect
+from pipeline.leaderboard.rows import LeaderboardRow
+from pipeline.leaderboard.table import REPEATS, Leaderboard, cross_validated, seconds
 from pipeline.metrics import ACCURACY, Calibration, ClassScores, Interval, Metric
-from pipeline.report.imbalance import Effect
-from pipeline.report.leaderboard import REPEATS, Leaderboard, cross_validated, seconds
 from pipeline.report.material import Material
-from pipeline.report.rows import LeaderboardRow
 
 MOST_CLASSES = 25
 """Classes up to which the table has them all at once."""

@@ -35,9 +35,9 @@ from pipeline.embedders import EmbeddingRecord, read_asked_records
 from pipeline.errors import BundleError, HeadError, UnfittedError
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
+from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
+from pipeline.leaderboard.rows import CONSTANT_GUESS
 from pipeline.metrics import Predictions, scores
-from pipeline.report import Leaderboard, LeaderboardRow, judge
-from pipeline.report.rows import CONSTANT_GUESS
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
 from pipeline.train_heads.place import Embedded, place_of, predict

@@ -19,9 +19,9 @@ from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
 from pipeline.heads import Head
+from pipeline.leaderboard import Nested, Seeds
+from pipeline.leaderboard.imbalance import UNEVEN, unevenness
 from pipeline.metrics import METRICS, Answers, Scores, scores
-from pipeline.report import Nested, Seeds
-from pipeline.report.imbalance import UNEVEN, unevenness
 from pipeline.train_heads.task import Task
 from pipeline.tuning import Features, Projections, TuningRun, blocks, expand_scores, make_folds, part, tune
 

@@ -16,8 +16,8 @@ from tabulate import tabulate
 
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
+from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Nested, Verdict, nested_choice, plain
 from pipeline.metrics import METRICS, Metric
-from pipeline.report.rows import CONSTANT_GUESS, LeaderboardRow, Nested, Verdict, nested_choice, plain
 
 FORMAT = "manyheads leaderboard"
 VERSION = 1

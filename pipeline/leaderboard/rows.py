@@ -125,7 +125,7 @@ class LeaderboardRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What paired comparison says about the rows, in the score that was tuned; `report.judge` makes it from the predictions.
+    """What paired comparison says about the rows, in the score that was tuned; `judge` makes it from the predictions.
 
     `differences` are to the best row, for every row with out-of-fold predictions. `optimism` is for picking the best of the
     rows, `trial_optimism` for picking the best of the trials of the best row's own search: of `finished_trials` of them,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.leaderboard.rows import LeaderboardRow
+from pipeline.leaderboard.table import Leaderboard
 from pipeline.metrics import Predictions, PredictionSet, Scores, class_columns, correct_priors, scores
-from pipeline.report.leaderboard import Leaderboard
-from pipeline.report.rows import LeaderboardRow
 
 UNEVEN = 1.5
 """Classes count as uneven when the largest has this many times the training images of the smallest."""

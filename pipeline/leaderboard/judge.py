@@ -16,6 +16,8 @@ import numpy as np
 
 from pipeline.config import Artifacts
 from pipeline.errors import BundleError
+from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
+from pipeline.leaderboard.table import Leaderboard
 from pipeline.metrics import (
     Answers,
     Difference,
@@ -29,8 +31,6 @@ from pipeline.metrics import (
     trial_optimism,
 )
 from pipeline.metrics.scoring import row_log_losses
-from pipeline.report.leaderboard import Leaderboard
-from pipeline.report.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
 
 Trials = Sequence[Mapping[str, Any]]
 """The finished, stopped and failed trials of one search, as its journal holds them."""
