@@ -17,6 +17,7 @@ from statistics_cases import CHEAP_HEADS, folds_of, out_of_fold
 from pipeline import metrics
 from pipeline.config import TuningConfig
 from pipeline.errors import BundleError
+from pipeline.leaderboard.judge import MARGIN
 from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet
 from pipeline.metrics.calibration import margins
 from pipeline.tuning.kernel import one_against_rest
@@ -326,15 +327,15 @@ def test_paired_intervals_of_every_metric_cover_the_true_difference(name):
     assert 0.93 <= np.mean(inside) <= 0.97
 
 
-def test_a_head_that_is_two_points_worse_is_seldom_shown_to_be_as_good():
-    """The recommendation asks for an interval within 2 points; at just 2 points that must happen in at most 5 % of runs."""
+def test_a_head_that_is_five_points_worse_is_seldom_shown_to_be_as_good():
+    """The recommendation asks for an interval within 5 points; at just 5 points that must happen in at most 5 % of runs."""
     passed, equal = 0, 0
     for run in range(300):
         rng = np.random.default_rng(run)
         hard = rng.random(3000)
-        rows = {"a": said(hard < 0.92), "b": said(hard + rng.normal(0, 0.001, 3000) < 0.90)}
+        rows = {"a": said(hard < 0.92), "b": said(hard + rng.normal(0, 0.001, 3000) < 0.87)}
         rows["c"] = said(hard + rng.normal(0, 0.001, 3000) < 0.92)
-        found = {row.key: row.interval[1] <= 0.02 for row in metrics.compare(rows, "a", seed=run)}
+        found = {row.key: row.interval[1] <= MARGIN for row in metrics.compare(rows, "a", seed=run)}
         passed, equal = passed + found["b"], equal + found["c"]
     assert passed <= 15
     assert equal == 300

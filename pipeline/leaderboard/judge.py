@@ -159,9 +159,10 @@ def _cost(row: LeaderboardRow) -> tuple[float, int, float, float]:
     return (free, row.simplicity, row.predict_seconds, row.fit_seconds)
 
 
-MARGIN = 0.02
-"""What a simpler row may at most be behind the best: 2 points of a share, or 0.02 nats, by which the true class's
-probability falls by 2 %."""
+MARGIN = 0.05
+"""What a row of the no-evidence group may at most be behind the best to be recommended for being simpler: 5 points of a share, or
+0.05 nats, by which the true class's probability falls by 5 %. With a few thousand images hardly a row of the group is
+further away; with a few hundred most may be."""
 
 
 def _recommend(leaderboard: Leaderboard, differences: Sequence[Difference], images: int) -> tuple[LeaderboardRow, str]:

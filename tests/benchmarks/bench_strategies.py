@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from bench_heads import EQUAL, network_features
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 import pipeline
@@ -102,6 +103,7 @@ def draw(curves):
             axes.step(trials, scores.mean(axis=0), where="post", color=colour, linewidth=2.2, label=strategy)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("trial")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         low, high = np.quantile([curve[1:] for group in found.values() for curve in group], [0.05, 1])
         axes.set_ylim(100 * low - 0.3, 100 * high + 0.2)
     figure.axes[0].set_ylabel("best so far, cross-validation, %")
