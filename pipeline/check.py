@@ -41,10 +41,13 @@ def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[st
 
 def _heads(config: Config) -> list[str]:
     heads = head_table.resolve_all(config.heads)
-    problems = [problem for head in heads for problem in tuning.check(head, config.tuning)]
-    if problems:
-        raise PipelineError("heads", problems)
-    return [f"{len(heads)} heads: {', '.join(head.name for head in heads)}"]
+    problems = {head.name: tuning.check(head, config.tuning) for head in heads}
+    able = [name for name, found in problems.items() if not found]
+    reasons = [reason for found in problems.values() for reason in found]
+    if not able:
+        raise PipelineError("heads", reasons)
+    plural = "head" if len(able) == 1 else "heads"
+    return [f"{len(able)} {plural}: {', '.join(able)}", *(f"left out: {reason}" for reason in reasons)]
 
 
 def _backbones(config: Config) -> list[str]:
@@ -57,7 +60,7 @@ def _backbones(config: Config) -> list[str]:
     if problems:
         raise PipelineError("backbones", problems)
     return [
-        f"{len(config.backbones)} backbones: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}",
+        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}",
         *dict.fromkeys(line for section in config.backbones for line in _download(section)),
     ]
 

@@ -136,7 +136,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     document = json.loads(path.read_text(encoding="utf-8"))
     problems = differences(document["shared"], shared(config), "the run of `manyheads features`", "this config")
     asked = [BackboneConfig.model_validate_json(json.dumps(values)) for values in document["backbones"]]
-    problems += [f"backbones: not {_described(section)}" for section in config.backbones if section not in asked]
+    problems += [f"backbones: not {described(section)}" for section in config.backbones if section not in asked]
     floors = set(config.baselines) - {"majority"}
     problems += [f"baselines: not {name}" for name in sorted(floors - {record.name for record in records})]
     if problems:
@@ -154,8 +154,8 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     )
 
 
-def _described(section: BackboneConfig) -> str:
-    """A section in a line: what it sets."""
+def described(section: BackboneConfig) -> str:
+    """Return a section in a line: what it sets."""
     given = section.model_dump(mode="json", exclude_defaults=True)
     return ", ".join(f"{key}: {value}" for key, value in given.items())
 

@@ -28,6 +28,7 @@ from pipeline.errors import BundleError, ConfigError, DatasetError, first
 from pipeline.feed import Batch, Feeder, Item, gpu_at_hand
 from pipeline.files import growing, require_place
 from pipeline.leaderboard import Leaderboard
+from pipeline.leaderboard.rows import CONSTANT_GUESS
 from pipeline.progress import bar
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,8 @@ def run(
     model = bundles.load(folder, trust_code=trust_code)
     require_all(images)
     require_place(output)
+    if not model.embedding:
+        raise BundleError(f"{folder}: is the constant guess, which looks at no image; name another bundle's folder")
     record = EmbeddingRecord.from_dict(model.embedding)
     embedder, output_number = open_record(record, device)
     total = sum(1 for _ in images_in(images))
@@ -142,9 +145,13 @@ def find_bundle(path: Path) -> Path:
     if (path / "bundle.json").exists() or not leaderboard.exists():
         return path
     board = Leaderboard.from_json(leaderboard.read_text(encoding="utf-8"))
-    best = next((row for row in board.rows if row.bundle is not None and row.embedding != "majority"), None)
+    best = next((row for row in board.rows if row.bundle is not None and row.embedding != CONSTANT_GUESS), None)
     if best is None or best.bundle is None:
         raise BundleError(f"{path}: its leaderboard has no head that looks at images; name a bundle's folder")
+    if board.best.embedding == CONSTANT_GUESS:
+        log.warning(
+            "the best row is the constant guess, which looks at no image; labelling with the best head, %s", best.key
+        )
     return path / best.bundle
 
 

@@ -35,8 +35,8 @@ def make_photos(tmp_path: Path) -> None:
 def test_a_good_config_is_described_and_nothing_is_written(tmp_path: Path) -> None:
     make_photos(tmp_path)
     lines = check.run(make_config(tmp_path))
-    assert lines[0] == "1 heads: logistic_regression"
-    assert lines[1] == "1 backbones: resnet18 (random)"
+    assert lines[0] == "1 head: logistic_regression"
+    assert lines[1] == "1 backbone: resnet18 (random)"
     assert "12 images in 2 classes: 10 train, 2 test" in lines
     assert lines[-1] == "the config is valid and the data can be used"
     assert not (tmp_path / "output").exists()
@@ -57,6 +57,17 @@ def test_problems_of_every_part_are_told_together(tmp_path: Path) -> None:
     assert any("resnet81" in problem and "resnet" in problem for problem in problems)
     assert any("photos" in problem for problem in problems)
     assert caught.value.message == f"{len(problems)} problems; nothing was embedded or trained"
+
+
+def test_heads_without_probabilities_are_left_out_of_log_loss(tmp_path: Path) -> None:
+    make_photos(tmp_path)
+    reason = (
+        "head ridge: tuning.scoring 'log_loss' needs probabilities, which it does not give; the others are accuracy, "
+        "balanced_accuracy and macro_f1"
+    )
+    both = make_config(tmp_path, heads=["ridge", "knn"], tuning={"scoring": "log_loss"})
+    assert check.run(both)[:2] == ["1 head: knn", f"left out: {reason}"]
+    assert problems_of(make_config(tmp_path, heads=["ridge"], tuning={"scoring": "log_loss"})) == (reason,)
 
 
 def problems_of(config: Config) -> tuple[str, ...]:

@@ -330,7 +330,11 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     lines = again.summary_lines()
     assert lines[0] == "finished before and kept"
     assert any(line.startswith("verdict    ") for line in lines)
-    assert f"{{name: toy, weights: {tuned.weights}}}" in lines[-1]
+    going_on = f"to go on   put {{name: toy, weights: {tuned.weights}}} under backbones: and run features and heads"
+    kept = "           nothing that was learned helped on the validation images: the network is the start"
+    for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
+        lines = replace(again, result={**again.result, "alpha": alpha}).summary_lines()
+        assert [line in lines for line in (going_on, kept)] == expected
 
 
 def test_a_stopped_run_gives_the_same_weights(
@@ -432,6 +436,26 @@ def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> No
             finetune.run(config)
     finally:
         write_records(files.features, before, config, "")
+
+
+def test_a_leaderboard_of_another_config_is_refused(experiment: Path) -> None:
+    config = make_config(experiment)
+    path = Artifacts(config.output).leaderboard
+    before = path.read_text(encoding="utf-8")
+    document = json.loads(before)
+    document["provenance"]["config"]["seed"] += 1
+    document["provenance"]["config"]["backbones"] = [{"name": "resnet18"}]
+    try:
+        path.write_text(json.dumps(document), encoding="utf-8")
+        with pytest.raises(PipelineError) as error:
+            finetune.run(config)
+    finally:
+        path.write_text(before, encoding="utf-8")
+    assert str(error.value).splitlines()[:2] == [
+        f"{path}: is of another config; run `manyheads heads` with this config first",
+        f"  seed: the leaderboard has {config.seed + 1}, this config has {config.seed}",
+    ]
+    assert str(error.value).splitlines()[2].startswith("  backbones: not name: toy")
 
 
 def test_images_that_are_gone_are_named(experiment: Path) -> None:

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,26 @@ def test_no_bundle_is_an_error(tmp_path: Path) -> None:
     make_photos(tmp_path / "new", per_class=1)
     with pytest.raises(BundleError, match=r"no bundle here \(bundle\.json is missing\)"):
         predict.run(tmp_path, [tmp_path / "new"], output=tmp_path / "out.csv")
+
+
+def test_the_constant_guess_labels_nothing_and_is_passed_over_in_words(
+    experiment: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = Artifacts(experiment.output)
+    guess = files.bundle("majority", "most_frequent")
+    with pytest.raises(BundleError) as error:
+        predict.run(guess, [make_photos(tmp_path / "new", per_class=1)], output=tmp_path / "out.csv")
+    assert str(error.value) == f"{guess}: is the constant guess, which looks at no image; name another bundle's folder"
+
+    copy = Path(shutil.copytree(experiment.output, tmp_path / "copy"))
+    board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
+    rows = tuple(replace(row, cv_mean=2.0) if row.embedding == "majority" else row for row in board.rows)
+    Artifacts(copy).leaderboard.write_text(Leaderboard(rows, board.provenance).to_json(), encoding="utf-8")
+    second = board.best
+    assert predict.find_bundle(copy) == copy / str(second.bundle)
+    assert caplog.messages == [
+        f"the best row is the constant guess, which looks at no image; labelling with the best head, {second.key}"
+    ]
 
 
 def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config, tmp_path: Path) -> None:

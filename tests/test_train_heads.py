@@ -300,6 +300,16 @@ def test_a_head_that_cannot_be_fitted_is_left_out_with_its_reason(tmp_path: Path
     assert error.value.problems == (note,)
 
 
+def test_a_head_without_probabilities_is_left_out_of_log_loss(tmp_path: Path) -> None:
+    stage_one(tmp_path)
+    heads = tuple(HeadConfig(name=name) for name in ("ridge", "nearest_centroid"))
+    config = make_config(tmp_path, trials=2, scoring="log_loss").model_copy(update={"heads": heads})
+    board = train_heads.run(config).leaderboard
+    assert [row.head for row in board.rows if row.embedding == "net-random"] == ["nearest_centroid"]
+    (note,) = [note for note in board.notes() if "left out" in note]
+    assert note.startswith("net-random / ridge: left out: head ridge: tuning.scoring 'log_loss' needs probabilities")
+
+
 def test_a_rerun_keeps_finished_rows_and_gives_the_same_leaderboard(
     finished: tuple[Config, train_heads.HeadsRun],
 ) -> None:

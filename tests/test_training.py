@@ -347,6 +347,17 @@ def test_two_classes_get_two_rows_with_the_same_probability(vectors: tuple[np.nd
     np.testing.assert_allclose(probabilities, pipeline.predict_proba(X), atol=1e-6)
 
 
+@pytest.mark.parametrize("dim", [1, 64])
+def test_two_classes_of_a_ridge_get_two_rows_with_its_scores(vectors: tuple[np.ndarray, np.ndarray], dim: int) -> None:
+    """Its coefficients have one dimension less than those of other heads."""
+    X, y = vectors[0][:, :dim], vectors[1] > 0
+    pipeline = make_pipeline(StandardScaler(), RidgeClassifier()).fit(X, y)
+    weights, bias = fold(pipeline)
+    assert (weights.shape, bias.shape) == ((2, dim), (2,))
+    scores = X @ weights.T + bias
+    np.testing.assert_allclose(scores[:, 1] - scores[:, 0], pipeline.decision_function(X), atol=1e-5)
+
+
 def test_the_network_starts_with_the_heads_scores(data: Data, vectors: tuple[np.ndarray, np.ndarray]) -> None:
     network = Toy(classes=10).eval()
     features: list[torch.Tensor] = []

@@ -116,7 +116,7 @@ def test_a_space_whose_parameters_are_all_fixed_has_one_trial(tmp_path):
 def test_log_loss_needs_probabilities(tmp_path):
     tuning = TuningConfig(scoring="log_loss")
     assert check(HEADS["logistic_regression"], tuning) == []
-    with pytest.raises(HeadError, match="head rbf_svm: scoring 'log_loss' needs probabilities"):
+    with pytest.raises(HeadError, match=r"head rbf_svm: tuning\.scoring 'log_loss' needs probabilities"):
         tune(HEADS["rbf_svm"], *features(), (), tuning, 0, tmp_path / "trials.jsonl")
 
 

@@ -55,7 +55,13 @@ class FinetuneRun:
             *(["finished before and kept"] if self.reused else []),
             *lines(self.result),
             f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)",
-            f"to go on   put {{name: {self.network}, weights: {self.weights}}} under backbones: and run features and heads",
+            *(
+                [
+                    f"to go on   put {{name: {self.network}, weights: {self.weights}}} under backbones: and run features and heads"
+                ]
+                if self.result["alpha"]
+                else []
+            ),
         ]
 
 

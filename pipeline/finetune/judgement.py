@@ -75,6 +75,11 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         f"chosen     {result['source']}, alpha {result['alpha']:g}: {validation['chosen']:.2%} on validation, {validation['start']:.2%} at the start",
         f"test       {test['stage_three']:.2%} fine-tuned, {test['stage_two']:.2%} stage two ({result['winner']})",
         f"verdict    {result['verdict']}",
+        *(
+            ["           nothing that was learned helped on the validation images: the network is the start"]
+            if not result["alpha"]
+            else []
+        ),
     ]
 
 

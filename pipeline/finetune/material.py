@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import config as configuration
 from pipeline import images, progress
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex
-from pipeline.embedders import EmbeddingRecord, read_asked_records
-from pipeline.errors import PipelineError, TrainingError, first
+from pipeline.embedders import EmbeddingRecord, described, read_asked_records, shared
+from pipeline.errors import ConfigError, PipelineError, TrainingError, first
 from pipeline.feed import Feeder, Item
 from pipeline.heads import HEADS
 from pipeline.leaderboard import Leaderboard, LeaderboardRow
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, differences
 from pipeline.tuning import make_folds
 
 MEMORY = 2 << 30
@@ -68,6 +69,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
         board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
     except OSError:
         raise PipelineError(f"{files.leaderboard}: missing; run `manyheads heads` with this config first") from None
+    _require_of(board, config, files)
     wanted = config.finetune
     able = [row for row in board.rows if not row.baseline and row.embedding in records]
     names = sorted({row.embedding for row in able})
@@ -89,6 +91,29 @@ def choose(config: Config, files: Artifacts) -> Choice:
             "`manyheads heads`, or set it to random"
         )
     return Choice(records[embedding], linear[0], board.best)
+
+
+def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
+    """See that a leaderboard was made for this config's images and backbones.
+
+    Raises
+    ------
+    PipelineError
+        With what is another.
+    """
+    try:
+        made = configuration.parse(board.provenance.get("config", {}), str(files.leaderboard))
+    except ConfigError:
+        problems = ["it was written by another version of this package"]
+    else:
+        problems = differences(shared(made), shared(config), "the leaderboard", "this config")
+        problems += [
+            f"backbones: not {described(section)}" for section in config.backbones if section not in made.backbones
+        ]
+    if problems:
+        raise PipelineError(
+            f"{files.leaderboard}: is of another config; run `manyheads heads` with this config first", problems
+        )
 
 
 def divide(config: Config, files: Artifacts, store: FeatureStore) -> Parts:

@@ -43,7 +43,7 @@ from pipeline.train_heads import repeats
 from pipeline.train_heads.place import Embedded, place_of, predict
 from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import limited, tune
+from pipeline.tuning import check, limited, tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -124,6 +124,9 @@ def run(config: Config) -> HeadsRun:
         row = _finished(files.bundle(entry.name, entry.head.name), key)
         if row is not None:
             reused += 1
+        elif problems := check(entry.head, entry.tuning):
+            left_out.append(f"{entry.name} / {entry.head.name}: left out: {'; '.join(problems)}")
+            continue
         elif place is not None and (objection := place.objection(entry.head)):
             left_out.append(objection)
             continue

@@ -44,7 +44,8 @@ def fold(pipeline: Pipeline) -> Layer:
         raise TrainingError(
             f"a {type(classifier).__name__} is no linear layer and cannot be handed over; expected a linear head such as logistic_regression"
         )
-    weights = np.asarray(classifier.coef_, dtype=np.float64)
+    # Of two classes a ridge keeps one dimension less than the other linear classifiers.
+    weights = np.asarray(classifier.coef_, dtype=np.float64).reshape(-1, classifier.n_features_in_)
     bias = np.zeros(len(weights)) + np.asarray(classifier.intercept_, dtype=np.float64)
     for _, step in reversed(pipeline.steps[:-1]):
         if step is None or step == "passthrough":

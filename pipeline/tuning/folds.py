@@ -50,7 +50,8 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
     rare = [str(name) for name, count in zip(classes, counts, strict=True) if count < possible]
     if rare:
         names = ", ".join(rare[:5]) + (" ..." if len(rare) > 5 else "")
-        log.warning("%d classes have fewer training rows than the %d folds: %s", len(rare), possible, names)
+        have = "1 class has" if len(rare) == 1 else f"{len(rare)} classes have"
+        log.warning("%s fewer training rows than the %d folds: %s", have, possible, names)
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     rows = np.zeros(len(codes))
     with warnings.catch_warnings():

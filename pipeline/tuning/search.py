@@ -37,7 +37,7 @@ def check(head: Head, tuning: TuningConfig) -> list[str]:
     """Return the reasons why a head cannot be tuned as configured, before anything is spent."""
     if METRICS[tuning.scoring].needs_probabilities and not head.probabilities:
         return [
-            f"head {head.name}: scoring 'log_loss' needs probabilities, which it does not give; use 'accuracy', 'balanced_accuracy' or 'macro_f1'"
+            f"head {head.name}: tuning.scoring 'log_loss' needs probabilities, which it does not give; the others are accuracy, balanced_accuracy and macro_f1"
         ]
     return []
 
