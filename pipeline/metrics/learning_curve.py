@@ -41,17 +41,17 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class HeldBack:
-    """The extrapolation's test: what the fit to smaller sizes alone said about this size, and what was measured."""
+    """The extrapolation's test: what the fit to smaller sizes alone said about this size, and what was measured, if it was."""
 
     size: int
     predicted: float
     interval: Interval
-    measured: float
+    measured: float | None
 
     @property
     def inside(self) -> bool:
         """Whether the measured accuracy lies in the predicted interval."""
-        return self.interval[0] <= self.measured <= self.interval[1]
+        return self.measured is not None and self.interval[0] <= self.measured <= self.interval[1]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LearningCurve:
     law: PowerLaw | None
     held_back: tuple[HeldBack, ...]
     forecast: tuple[HeldBack, ...]
-    """At 2 and 4 times the images there are; `measured` is NaN."""
+    """At 2 and 4 times the images there are; `measured` is None."""
 
 
 def curve_sizes(n: int, n_classes: int, steps: int = 7) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ def curve_from_scores(sizes: Sequence[int], scores: Sequence[NDArray[np.float64]
         return LearningCurve(points, None, held_back, ())
     largest = points[-1].size
     return LearningCurve(
-        points, _fit(points), held_back, _predict(points, [2 * largest, 4 * largest], [np.nan, np.nan], seed)
+        points, _fit(points), held_back, _predict(points, [2 * largest, 4 * largest], [None, None], seed)
     )
 
 
@@ -151,7 +151,11 @@ def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None)
 
 
 def _predict(
-    points: Sequence[CurvePoint], sizes: Sequence[int], measured: Sequence[float], seed: int, resamples: int = 100
+    points: Sequence[CurvePoint],
+    sizes: Sequence[int],
+    measured: Sequence[float | None],
+    seed: int,
+    resamples: int = 100,
 ) -> tuple[HeldBack, ...]:
     """Extrapolate with an interval: draws are resampled per size and the law is fitted anew.
 
@@ -167,7 +171,7 @@ def _predict(
     spread = np.mean([np.var(point.scores) / len(point.scores) for point in points[-3:]])
     half = 1.96 * np.sqrt(np.var(draws, axis=0) + np.mean(misfit**2) + spread)
     return tuple(
-        HeldBack(size, float(p), (float(p - h), float(p + h)), float(m))
+        HeldBack(size, float(p), (float(p - h), float(p + h)), None if m is None else float(m))
         for size, p, h, m in zip(sizes, law.accuracy(sizes), half, measured, strict=True)
     )
 

@@ -211,10 +211,9 @@ def learning_chart(curve: LearningCurve, head: str) -> Chart:
                 label="fitted curve, carried on",
             )
         for item in (*curve.held_back, *curve.forecast):
-            forecast = np.isnan(item.measured)
-            colour = palette.muted if forecast else palette.categories[1]
-            text = f"{'forecast for' if forecast else 'forecast without the largest sizes, for'} {item.size:,} images: {_points(item.predicted)} [{_points(item.interval[0])}, {_points(item.interval[1])}]"
-            text += "" if forecast else f"; measured {_points(item.measured)}"
+            colour = palette.muted if item.measured is None else palette.categories[1]
+            text = f"{'forecast for' if item.measured is None else 'forecast without the largest sizes, for'} {item.size:,} images: {_points(item.predicted)} [{_points(item.interval[0])}, {_points(item.interval[1])}]"
+            text += "" if item.measured is None else f"; measured {_points(item.measured)}"
             axes.plot([item.size] * 2, [100 * end for end in item.interval], color=colour, lw=1.2)
             axes.plot(item.size, 100 * item.predicted, "D", color=colour, ms=4.5, gid=tip(text))
         if curve.held_back:
