@@ -21,7 +21,7 @@ from pipeline.report.names import shorten_all
 
 MOST_ROWS = 30
 """Rows of a leaderboard drawn; the table has them all."""
-LEGEND_CHARACTERS = 54
+LEGEND_CHARACTERS = 52
 """Of a name in a legend below a chart: what a phone's width holds."""
 LABEL_CHARACTERS = 24
 """Of an embedding's name beside a row."""
