@@ -132,11 +132,10 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     PipelineError
         When stage one has not been run for this config, with every setting that is another and every embedding that is missing.
     """
-    records = read_records(path)
-    document = json.loads(path.read_text(encoding="utf-8"))
-    problems = differences(document["shared"], shared(config), "the run of `manyheads features`", "this config")
+    document = _read_document(path)
+    records = _records_of(document, path)
     asked = [BackboneConfig.model_validate_json(json.dumps(values)) for values in document["backbones"]]
-    problems += [f"backbones: not {described(section)}" for section in config.backbones if section not in asked]
+    problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
     floors = set(config.baselines) - {"majority"}
     problems += [f"baselines: not {name}" for name in sorted(floors - {record.name for record in records})]
     if problems:
@@ -154,10 +153,18 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     )
 
 
-def described(section: BackboneConfig) -> str:
-    """Return a section in a line: what it sets."""
-    given = section.model_dump(mode="json", exclude_defaults=True)
-    return ", ".join(f"{key}: {value}" for key, value in given.items())
+def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
+    """Return where a config asks for what something was not made of: one line per other setting and missing backbone.
+
+    `made` is the `shared` of its config, and `whose` names it.
+    """
+    missing = [
+        section.model_dump(mode="json", exclude_defaults=True)
+        for section in config.backbones
+        if section not in backbones
+    ]
+    lines = [", ".join(f"{key}: {value}" for key, value in given.items()) for given in missing]
+    return [*differences(made, shared(config), whose, "this config"), *(f"backbones: not {line}" for line in lines)]
 
 
 def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
@@ -168,6 +175,10 @@ def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
     PipelineError
         When stage one has not written it, or another version has.
     """
+    return _records_of(_read_document(path), path)
+
+
+def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -179,6 +190,10 @@ def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
         raise PipelineError(
             f"{path}: is {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}; run `manyheads features` again"
         )
+    return dict(document)
+
+
+def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecord, ...]:
     try:
         return tuple(EmbeddingRecord.from_dict(values) for values in document["embeddings"])
     except (KeyError, TypeError, ValueError):

@@ -13,12 +13,12 @@ from pipeline import config as configuration
 from pipeline import images, progress
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex
-from pipeline.embedders import EmbeddingRecord, described, read_asked_records, shared
+from pipeline.embedders import EmbeddingRecord, departures, read_asked_records, shared
 from pipeline.errors import ConfigError, PipelineError, TrainingError, first
 from pipeline.feed import Feeder, Item
 from pipeline.heads import HEADS
 from pipeline.leaderboard import Leaderboard, LeaderboardRow
-from pipeline.store import FeatureStore, differences
+from pipeline.store import FeatureStore
 from pipeline.tuning import make_folds
 
 MEMORY = 2 << 30
@@ -106,10 +106,7 @@ def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
     except ConfigError:
         problems = ["it was written by another version of this package"]
     else:
-        problems = differences(shared(made), shared(config), "the leaderboard", "this config")
-        problems += [
-            f"backbones: not {described(section)}" for section in config.backbones if section not in made.backbones
-        ]
+        problems = departures(shared(made), made.backbones, config, "the leaderboard")
     if problems:
         raise PipelineError(
             f"{files.leaderboard}: is of another config; run `manyheads heads` with this config first", problems
