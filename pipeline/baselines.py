@@ -37,6 +37,11 @@ class Baseline:
     recipe: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
     @property
+    def device(self) -> str:
+        """It computes on the processor."""
+        return "cpu"
+
+    @property
     def slots(self) -> int:
         """It works in the caller's own thread."""
         return 1

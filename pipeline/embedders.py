@@ -51,6 +51,10 @@ class Embedder(Protocol):
         """Do the same in two steps: it has read the pixels when it returns a function, which waits for the vectors."""
 
     @property
+    def device(self) -> object:
+        """Where it computes; as text `cpu`, or such as `cuda:0`."""
+
+    @property
     def slots(self) -> int:
         """How many batches may be started before one is waited for; 1 where nothing is gained by it."""
 

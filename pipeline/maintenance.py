@@ -229,7 +229,7 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
     embedder, output = embedders.open_record(record, here.config.extraction.device)
     items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
-    gpu = gpu_at_hand(embedder.preprocessing, str(getattr(embedder, "device", "cpu")))
+    gpu = gpu_at_hand(embedder.preprocessing, str(embedder.device))
     feeder = Feeder(
         here.index.root, here.config.dataset.max_pixels, (embedder.preprocessing,), 1, os.cpu_count() or 1, gpu
     )

@@ -215,7 +215,7 @@ def _cells(row: Row, classes: Sequence[str], top: int) -> list[str]:
 def _batches(paths: Iterable[str], embedder: Embedder, max_pixels: int) -> Iterator[Batch]:
     here = os.getcwd()
     items = (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
-    gpu = gpu_at_hand(embedder.preprocessing, str(getattr(embedder, "device", "cpu")))
+    gpu = gpu_at_hand(embedder.preprocessing, str(embedder.device))
     feeder = Feeder(Path("/"), max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1, gpu)
     return feeder.batches(items)
 

@@ -109,10 +109,7 @@ def open_lanes(job: Job) -> tuple[list[Lane], Loaded]:
     """Load the networks of a job; BackboneError where one is not to be had."""
     embedders = [source.load() for source in job.sources]
     asked = job.sources[0].config.extraction.batch_size
-    lanes = [
-        Lane(embedder, backbone.choose_batch_size(asked, str(getattr(embedder, "device", "cpu"))))
-        for embedder in embedders
-    ]
+    lanes = [Lane(embedder, backbone.choose_batch_size(asked, str(embedder.device))) for embedder in embedders]
     specs = tuple(tuple(embedder.specs) for embedder in embedders)
     return lanes, Loaded(specs, tuple(embedder.canary for embedder in embedders), max(lane.limit for lane in lanes))
 
