@@ -24,6 +24,11 @@ def first(lines: Sequence[str], most: int) -> list[str]:
     return [*lines[:most], f"… and {left:,} more"] if left > 0 else list(lines)
 
 
+def first_line(error: BaseException) -> str:
+    """Return what a library's error says, without the pages that torch adds; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class PipelineError(Exception):
     """A problem that the user can solve; the message says what was found, what was expected, what to do.
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.backbone.engines import Features, Start, Vectors, require_close
+from pipeline.errors import first_line
 
 SLOTS = 2
 """Batches under way: one in the network, one on its way to it or back."""
@@ -34,7 +35,7 @@ def capture_checked(
         start = capture()
         require_close(start(probes)(), expected)
     except RuntimeError as error:  # torch's own errors of CUDA and of memory are such
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return None, f"without a CUDA graph ({reason})"
     return start, "as a CUDA graph"
 

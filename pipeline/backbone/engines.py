@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
 
         core = _core()
     except Exception as error:  # half an installation, or another package of that name, fails in any way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RuntimeError(f"it is installed and cannot be imported: {reason}") from None
 
     with torch.inference_mode(), warnings.catch_warnings():

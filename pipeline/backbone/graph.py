@@ -14,7 +14,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
 
 from pipeline.config import guess
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 from pipeline.memory import is_out_of_memory
 from pipeline.vision import torchvision
 
@@ -165,7 +165,7 @@ def effective_poolings(
     except (RuntimeError, AssertionError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BackboneError(f"{about} ({reason}); change preprocessing.crop") from None
     found = []
     for node, output in zip(nodes, outputs, strict=True):

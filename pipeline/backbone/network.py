@@ -31,7 +31,7 @@ from pipeline.backbone.weights import Network, load_network
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.digests import canonical_json
 from pipeline.embedding import EmbeddingSpec, probe_images
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 from pipeline.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     except RuntimeError as error:
         if engine != "openvino" or is_out_of_memory(error):
             raise
-        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        found = first_line(error)
         if extraction.engine == "openvino":
             raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.digests import canonical_json
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except BackboneError:
         raise
     except Exception as error:  # the readers raise almost anything on damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BackboneError(
             f"weights file {path} cannot be read as tensors only ({reason}); save it with torch.save(model.state_dict(), ...) or as .safetensors"
         ) from None

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 from pipeline.images.decoding import JpegHeader, decode, jpeg_header
 from pipeline.images.preparing import Preprocessing, prepare_tensor
 from pipeline.memory import is_out_of_memory
@@ -157,7 +157,7 @@ def checked(made: GpuDecoder) -> GpuDecoder:
         try:
             found = made.decode([data])[0].permute(1, 2, 0).cpu().numpy()
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise _refusal(f"nvJPEG is not to be had ({reason})") from None
         if found.shape != expected.shape:
             raise _refusal(f"a built-in {name} has the shape {found.shape} there, {expected.shape} here")
