@@ -52,7 +52,7 @@ def test_a_forest_grown_in_steps_is_scikit_learns_to_the_last_digit(head, params
     grown = Grown()
     for trees in (12, 32, 100):
         outcome = forests(problem, 1, grown, [{**head.fixed, **params, "n_estimators": trees}])[0]
-    whole = configure(head, params, problem.seed).fit(problem.X[train], problem.y[train])
+    whole = configure(head, params, problem.fold_seed(1)).fit(problem.X[train], problem.y[train])
     probabilities = whole.predict_proba(problem.X[held_out])
     (votes,) = grown.votes.values()
     assert votes.trees == 100
