@@ -228,8 +228,9 @@ def test_scores_on_training_rows_are_those_of_fits_on_the_folds(name, tmp_path):
     folds = make_folds(y, 3, 0)
     params = dict(HEADS[name].defaults)
     head = replace(HEADS[name], space={}, defaults={}, fixed=params)
-    if name in ("random_forest", "mlp"):  # what their evaluators ask for
-        head = replace(HEADS[name], space={key: HEADS[name].space[key] for key in params})
+    if name in ("random_forest", "mlp"):  # their evaluators ask for the space
+        fixed = {"n_estimators": 64} if name == "random_forest" else {"max_iter": 15, "hidden_layer_sizes": 32}
+        head = replace(HEADS[name], fixed=fixed)
     run = tune(head, X, y, folds, TuningConfig(trials=1, jobs=1), 0, tmp_path / "trials.jsonl")
     assert len(run.trials) == 1
     for fold, (train, _) in enumerate(folds):
@@ -261,12 +262,12 @@ def outside(draws: int, n: int, n_test: int, share: float, size: int = 1, alike:
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize(("n", "n_test"), [(40, 10), (400, 100), (1600, 400)])
 def test_honest_tests_are_within_what_is_expected(n, n_test, share):
-    assert outside(600, n, n_test, share) <= 0.005
+    assert outside(200, n, n_test, share) <= 0.01
 
 
 @pytest.mark.parametrize(("share", "alike"), [(0.9, 0.4), (0.98, 0.4), (0.7, 0.9)])
 def test_honest_tests_of_groups_are_within_too(share, alike):
-    assert outside(300, 720, 180, share, 20, alike) <= 0.01
+    assert outside(150, 720, 180, share, 20, alike) <= 0.01
 
 
 def test_a_broken_fit_and_a_test_full_of_copies_are_outside():
