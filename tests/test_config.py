@@ -79,9 +79,21 @@ def test_true_is_not_a_number_of_trials(tmp_path: Path) -> None:
 
 
 def test_what_may_be_one_of_several_kinds_is_one_problem(tmp_path: Path) -> None:
-    assert problems_of(tmp_path, GOOD, "extraction.processes=many")[1:] == [
-        "extraction.processes: input should be 'auto' or a valid integer, got 'many'"
+    assert problems_of(tmp_path, GOOD, "extraction.workers=many")[1:] == [
+        "extraction.workers: input should be 'auto' or a valid integer, got 'many'"
     ]
+
+
+def test_a_key_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "extraction.processes=4")[1:] == [
+        "extraction.processes: is gone: one process uses all processors and one GPU; remove it, and name a GPU with "
+        "extraction.device"
+    ]
+
+
+def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    plain = configuration.load(write(tmp_path, GOOD))
+    assert configuration.load(write(tmp_path, GOOD), ["extraction.processes=auto"]) == plain
 
 
 def test_a_list_is_asked_for_in_the_words_of_the_file(tmp_path: Path) -> None:

@@ -348,7 +348,7 @@ def through(embedder: Beside, photos: Path, size: int) -> Iterator[lanes.Finishe
     config = make(photos)
     items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
     job = lanes.Job((Source(None, (), config, N),), photos, workers=1)
-    return lanes.embed(job, [lanes.Lane(embedder, limit=size)], size, items)  # type: ignore[arg-type]
+    return lanes.embed(job, [lanes.Lane(embedder, limit=size)], items)  # type: ignore[arg-type]
 
 
 def test_the_next_batch_is_started_before_the_one_before_is_waited_for(photos: Path) -> None:

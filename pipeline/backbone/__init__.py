@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
-from pipeline.backbone.precision import choice_inputs, choose_precision, devices, divide_threads
+from pipeline.backbone.precision import choice_inputs, choose_precision, devices
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 
@@ -38,7 +38,6 @@ __all__ = [
     "choose_batch_size",
     "choose_precision",
     "devices",
-    "divide_threads",
     "engine_at_hand",
     "layers",
     "load",

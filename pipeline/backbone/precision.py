@@ -108,13 +108,6 @@ def devices(asked: str) -> list[str]:
     return [str(device)]
 
 
-def divide_threads(processes: int) -> None:
-    """Leave the threads of torch, and of an engine made after this, to so many processes in equal parts."""
-    import torch
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-
-
 def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str, str]:
     """Return the torch dtype, its name and the reason."""
     import torch

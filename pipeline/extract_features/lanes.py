@@ -1,6 +1,6 @@
 """From images to vectors: every network of a run has a lane, and a batch goes through those that want some of it.
 
-This is the one way, in whichever process it runs; nothing here knows of stores.
+This is the one way; nothing here knows of stores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from pipeline import backbone
 from pipeline.config import ExtractionConfig
 from pipeline.embedders import Embedder
-from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import BackboneError
 from pipeline.extract_features.sources import Source
 from pipeline.feed import Batch, Feeder, Item
@@ -66,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Finished:
-    """A batch that has been through the lanes; plain data, which can travel between processes."""
+    """A batch that has been through the lanes."""
 
     items: Sequence[Item]
     problems: Mapping[int, tuple[str, str]]
@@ -77,52 +76,20 @@ class Finished:
     decode_seconds: float
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What is known of the lanes once their networks are loaded."""
-
-    specs: tuple[tuple[EmbeddingSpec, ...], ...]
-    canaries: tuple[Vectors, ...]
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Networks:
-    """Networks that are ready, in this process or in others."""
-
-    canaries: tuple[Vectors, ...]
-    """Per lane, the vectors of the built-in probe images."""
-    embed: Callable[[Iterable[Item]], Iterator[Finished]]
-    """The items in order as finished batches."""
-    workers: int
-    """Threads that read and decode, in all processes together."""
-    processes: int = 1
-
-
-def here(job: Job) -> Networks:
-    """Load the networks into this process."""
-    lanes, loaded = open_lanes(job)
-    return Networks(loaded.canaries, lambda items: embed(job, lanes, loaded.batch_size, items), job.workers)
-
-
-def open_lanes(job: Job) -> tuple[list[Lane], Loaded]:
+def open_lanes(job: Job) -> list[Lane]:
     """Load the networks of a job; BackboneError where one is not to be had."""
     embedders = [source.load() for source in job.sources]
     asked = job.sources[0].config.extraction.batch_size
-    lanes = [Lane(embedder, backbone.choose_batch_size(asked, str(embedder.device))) for embedder in embedders]
-    specs = tuple(tuple(embedder.specs) for embedder in embedders)
-    return lanes, Loaded(specs, tuple(embedder.canary for embedder in embedders), max(lane.limit for lane in lanes))
+    return [Lane(embedder, backbone.choose_batch_size(asked, str(embedder.device))) for embedder in embedders]
 
 
-def workers(extraction: ExtractionConfig, processes: int = 1) -> int:
-    """Return how many threads read and decode in each of some processes."""
-    if extraction.workers == "auto":
-        return max(1, min((os.cpu_count() or 1) // processes, MAX_WORKERS))
-    return max(1, extraction.workers // processes)
+def workers(extraction: ExtractionConfig) -> int:
+    """Return how many threads read and decode."""
+    return min(os.cpu_count() or 1, MAX_WORKERS) if extraction.workers == "auto" else extraction.workers
 
 
-def embed(job: Job, lanes: Sequence[Lane], size: int, items: Iterable[Item]) -> Iterator[Finished]:
-    """Yield the items in order as finished batches of a size.
+def embed(job: Job, lanes: Sequence[Lane], items: Iterable[Item]) -> Iterator[Finished]:
+    """Yield the items in order as finished batches.
 
     Where a network works beside this thread (`Embedder.slots`), the next batch is on its way through it before the one
     before is waited for, so that what the caller does with a batch costs the network no time.
@@ -135,6 +102,7 @@ def embed(job: Job, lanes: Sequence[Lane], size: int, items: Iterable[Item]) -> 
     config = job.sources[0].config
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
     slots = max(lane.embedder.slots for lane in lanes)
+    size = max(lane.limit for lane in lanes)
     under_way: deque[Callable[[], Finished]] = deque()
     gpu = gpu_decoder(backbone.devices(config.extraction.device)[0]) if config.extraction.decode == "gpu" else None
     feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers, gpu)

@@ -166,7 +166,6 @@ WAYS: Mapping[str, Callable[[Path, str], float]] = {
     "naive": naive,
     **({"thingsvision": thingsvision} if importlib.util.find_spec("thingsvision") else {}),
     "ours": ours,
-    "ours, two processes": lambda folder, model: ours(folder, model, processes=2),
     "ours, fp32": lambda folder, model: ours(folder, model, precision="fp32"),
     "ours, fp32 and exact": lambda folder, model: ours(folder, model, precision="fp32", decode="exact"),
     "ours, by torch": lambda folder, model: ours(folder, model, engine="torch"),
