@@ -2,7 +2,6 @@
 
     precision.py      which device and number format a run uses
     engines.py        torch or OpenVINO: which one, and how the latter is made
-    cuda.py           torch on an NVIDIA GPU as a CUDA graph
     architectures.py  networks by name, without weights of their own
     weights_files.py  files of weights -> tensors, and nothing else
     preprocessing.py  the transform that belongs to weights

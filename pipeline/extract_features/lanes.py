@@ -10,8 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,9 +90,6 @@ def workers(extraction: ExtractionConfig) -> int:
 def embed(job: Job, lanes: Sequence[Lane], items: Iterable[Item]) -> Iterator[Finished]:
     """Yield the items in order as finished batches.
 
-    Where a network works beside this thread (`Embedder.slots`), the next batch is on its way through it before the one
-    before is waited for, so that what the caller does with a batch costs the network no time.
-
     Raises
     ------
     BackboneError
@@ -101,66 +97,34 @@ def embed(job: Job, lanes: Sequence[Lane], items: Iterable[Item]) -> Iterator[Fi
     """
     config = job.sources[0].config
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
-    slots = max(lane.embedder.slots for lane in lanes)
     size = max(lane.limit for lane in lanes)
-    under_way: deque[Callable[[], Finished]] = deque()
     gpu = gpu_decoder(backbone.devices(config.extraction.device)[0]) if config.extraction.decode == "gpu" else None
     feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers, gpu)
     for batch in feeder.batches(items):
-        under_way.append(_start_batch(batch, lanes))
-        if len(under_way) == slots:
-            yield under_way.popleft()()
-    while under_way:
-        yield under_way.popleft()()
-
-
-def _start_batch(batch: Batch, lanes: Sequence[Lane]) -> Callable[[], Finished]:
-    """Send a batch through every lane that wants some of it; the function returned waits for what they make of it."""
-    started: list[tuple[NDArray[np.int64], Callable[[], Vectors], float] | None] = []
-    for number, lane in enumerate(lanes):
-        rows = [row for row, item in enumerate(batch.items) if row not in batch.problems and number in item.wanted]
-        if not rows:
-            started.append(None)
-            continue
-        pixels = batch.pixels[number]
-        began = time.perf_counter()
-        collect = start(lane, pixels[: len(rows)] if len(rows) == len(batch.items) else pixels[rows])
-        started.append((np.array(rows), collect, time.perf_counter() - began))
-
-    def finish() -> Finished:
         problems = {row: (problem.status, problem.reason) for row, problem in sorted(batch.problems.items())}
-        parts = [None if part is None else _collect(*part) for part in started]
-        return Finished(batch.items, problems, parts, batch.read_seconds, batch.decode_seconds)
-
-    return finish
+        parts = [_part(batch, number, lane) for number, lane in enumerate(lanes)]
+        yield Finished(batch.items, problems, parts, batch.read_seconds, batch.decode_seconds)
 
 
-def _collect(rows: NDArray[np.int64], collect: Callable[[], Vectors], seconds: float) -> Part:
+def _part(batch: Batch, number: int, lane: Lane) -> Part | None:
+    """Send what a lane wants of a batch through its network; None where that is nothing."""
+    rows = [row for row, item in enumerate(batch.items) if row not in batch.problems and number in item.wanted]
+    if not rows:
+        return None
+    pixels = batch.pixels[number]
     began = time.perf_counter()
-    vectors = collect()
-    return Part(rows, vectors, seconds + time.perf_counter() - began)
+    vectors = in_passes(lane, pixels[: len(rows)] if len(rows) == len(batch.items) else pixels[rows])
+    return Part(np.array(rows), vectors, time.perf_counter() - began)
 
 
-def start(lane: Lane, pixels: NDArray[np.uint8]) -> Callable[[], Vectors]:
-    """Start to embed, in passes of at most the lane's limit, which halves when memory runs out; return what to wait with.
+def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Vectors:
+    """Embed in passes of at most the lane's limit, which halves when memory runs out.
 
     Raises
     ------
     BackboneError
         When not even one image fits.
     """
-    if len(pixels) <= lane.limit:
-        try:
-            return lane.embedder.start(pixels)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        _halve(lane, len(pixels))  # outside the handler, whose traceback still holds the memory
-    vectors = _in_passes(lane, pixels)
-    return lambda: vectors
-
-
-def _in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Vectors:
     passes: list[Vectors] = []
     done = 0
     while done < len(pixels):
@@ -171,7 +135,7 @@ def _in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Vectors:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        _halve(lane, len(pixels))
+        _halve(lane, len(pixels))  # outside the handler, whose traceback still holds the memory
     return tuple(np.concatenate(arrays) for arrays in zip(*passes, strict=True))
 
 
