@@ -10,7 +10,6 @@ from pipeline import backbone, dataset, tuning
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
 from pipeline.errors import DatasetError, PipelineError
-from pipeline.images import gpu_decoder
 from pipeline.tuning import devices
 
 
@@ -83,9 +82,7 @@ def _machine(config: Config) -> list[str]:
     problems: list[str] = []
 
     def extraction() -> None:
-        device = backbone.require_arithmetic(config.extraction)
-        if config.extraction.decode == "gpu":
-            gpu_decoder(device)
+        backbone.require_arithmetic(config.extraction)
 
     def tuned() -> None:
         if config.tuning.device != "auto":

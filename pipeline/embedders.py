@@ -20,7 +20,7 @@ from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionCon
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.files import write_text_atomic
-from pipeline.images import Preprocessing
+from pipeline.images import DECODE_MODES, Preprocessing
 from pipeline.store import differences
 
 logger = logging.getLogger(__name__)
@@ -226,6 +226,11 @@ def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
     """
     spec = record.spec
     decode = spec.preprocessing["decode"]["mode"]
+    if decode not in DECODE_MODES:
+        raise BackboneError(
+            f"{record.name}: its images were decoded in the way {decode!r}, which this version does not have; run `manyheads "
+            "features` and `manyheads heads` again"
+        )
     if record.section is None:
         embedder: Embedder = baselines.load(spec.architecture, decode)
     else:

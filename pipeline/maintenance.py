@@ -18,7 +18,7 @@ from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedders import EmbeddingRecord
 from pipeline.errors import PipelineError, first
-from pipeline.feed import Feeder, Item, gpu_at_hand
+from pipeline.feed import Feeder, Item
 from pipeline.images import policy_key
 
 EXAMPLES = 10
@@ -229,10 +229,7 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
     embedder, output = embedders.open_record(record, here.config.extraction.device)
     items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
-    gpu = gpu_at_hand(embedder.preprocessing, str(embedder.device))
-    feeder = Feeder(
-        here.index.root, here.config.dataset.max_pixels, (embedder.preprocessing,), 1, os.cpu_count() or 1, gpu
-    )
+    feeder = Feeder(here.index.root, here.config.dataset.max_pixels, (embedder.preprocessing,), 1, os.cpu_count() or 1)
     deviating = []
     for batch in feeder.batches(items):
         (item,) = batch.items

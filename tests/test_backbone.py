@@ -526,7 +526,9 @@ def test_a_gpu_gives_the_vectors_of_the_processor(precision: str, tolerance: flo
     pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     section = BackboneConfig(name="resnet18", preprocessing=PreprocessingConfig(resize=64, crop=64))
     there, here = (
-        backbone.load(section, ExtractionConfig.model_validate({"device": device, "precision": asked, "engine": "torch"}), 0)
+        backbone.load(
+            section, ExtractionConfig.model_validate({"device": device, "precision": asked, "engine": "torch"}), 0
+        )
         for device, asked in (("cuda", precision), ("cpu", "fp32"))
     )
     (found,), (expected,) = there.embed(pixels), here.embed(pixels)

@@ -88,9 +88,6 @@ def test_what_this_machine_does_not_have_is_found(tmp_path: Path) -> None:
         "device 'cuda:9' is not available here, found cpu; set extraction.device (predict: --device) to one of these or to 'auto'",
         "tuning.device: 'cuda' is not available here: torch sees 0 CUDA GPUs, counted from 0; set it to 'auto' or 'cpu'",
     )
-    assert problems_of(make_config(tmp_path, extraction={"decode": "gpu", "device": "cpu"})) == (
-        "extraction.decode is gpu, which needs an NVIDIA GPU, and the device is cpu; set extraction.decode: standard",
-    )
 
 
 def test_an_engine_that_cannot_be_used_is_found_with_its_reason(

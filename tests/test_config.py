@@ -85,9 +85,10 @@ def test_what_may_be_one_of_several_kinds_is_one_problem(tmp_path: Path) -> None
 
 
 def test_a_key_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
-    assert problems_of(tmp_path, GOOD, "extraction.processes=4")[1:] == [
+    assert problems_of(tmp_path, GOOD, "extraction.processes=4", "extraction.decode=gpu")[1:] == [
+        "extraction.decode: gpu is gone: the processor decodes; set it to standard, or fast for large photos",
         "extraction.processes: is gone: one process uses all processors and one GPU; remove it, and name a GPU with "
-        "extraction.device"
+        "extraction.device",
     ]
 
 

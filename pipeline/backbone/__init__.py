@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
-from pipeline.backbone.precision import choice_inputs, choose_precision, devices
+from pipeline.backbone.precision import choice_inputs, choose_precision
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 
@@ -36,7 +36,6 @@ __all__ = [
     "choice_inputs",
     "choose_batch_size",
     "choose_precision",
-    "devices",
     "engine_at_hand",
     "layers",
     "load",

@@ -98,16 +98,6 @@ def resolve_device(asked: str) -> torch.device:
     return device
 
 
-def devices(asked: str) -> list[str]:
-    """Return every GPU by its number where any will do, else the one device; BackboneError where it is not there."""
-    import torch
-
-    device = resolve_device(asked)
-    if device.type == "cuda" and device.index is None:
-        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return [str(device)]
-
-
 def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str, str]:
     """Return the torch dtype, its name and the reason."""
     import torch

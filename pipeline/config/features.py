@@ -99,9 +99,9 @@ class ExtractionConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What computes; `auto` takes OpenVINO where it is installed and the job is long enough to gain from it."""
-    decode: Literal["standard", "exact", "fast", "gpu"] = "standard"
+    decode: Literal["standard", "exact", "fast"] = "standard"
     """`exact` gives the pixels of torchvision's transforms on a PIL image bit for bit, `standard` is within one grey level of
-    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size, `gpu` lets the GPU decode."""
+    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size."""
 
     @field_validator("batch_size", "workers")
     @classmethod

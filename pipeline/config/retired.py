@@ -25,7 +25,9 @@ KEYS: Final[Mapping[str, Retired]] = {
 }
 """Section and key -> what became of it."""
 
-VALUES: Final[Mapping[tuple[str, str], str]] = {}
+VALUES: Final[Mapping[tuple[str, str], str]] = {
+    ("extraction.decode", "gpu"): "is gone: the processor decodes; set it to standard, or fast for large photos"
+}
 """Section and key, and a value that is gone -> what became of it."""
 
 

@@ -23,7 +23,6 @@ from pipeline.embedders import Embedder
 from pipeline.errors import BackboneError
 from pipeline.extract_features.sources import Source
 from pipeline.feed import Batch, Feeder, Item
-from pipeline.images import gpu_decoder
 from pipeline.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -93,13 +92,12 @@ def embed(job: Job, lanes: Sequence[Lane], items: Iterable[Item]) -> Iterator[Fi
     Raises
     ------
     BackboneError
-        When not even one image fits into memory, or `decode: gpu` is not to be had.
+        When not even one image fits into memory.
     """
     config = job.sources[0].config
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
     size = max(lane.limit for lane in lanes)
-    gpu = gpu_decoder(backbone.devices(config.extraction.device)[0]) if config.extraction.decode == "gpu" else None
-    feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers, gpu)
+    feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers)
     for batch in feeder.batches(items):
         problems = {row: (problem.status, problem.reason) for row, problem in sorted(batch.problems.items())}
         parts = [_part(batch, number, lane) for number, lane in enumerate(lanes)]
