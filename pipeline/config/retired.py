@@ -22,6 +22,7 @@ KEYS: Final[Mapping[str, Retired]] = {
     "extraction.processes": Retired(
         "auto", "is gone: one process uses all processors and one GPU; remove it, and name a GPU with extraction.device"
     ),
+    "tuning.device": Retired("auto", "is gone: heads are searched on the processor; remove it"),
 }
 """Section and key -> what became of it."""
 
