@@ -302,25 +302,6 @@ def export_pack(path: Path, output: Path) -> str:
     return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
 
 
-def migrate(config: Config) -> list[str]:
-    """Write the stores of an older format anew in this version's; the old ones are kept beside."""
-    here = Experiment.open(config)
-    lines = []
-    for record in here.records:
-        if here.path(record).is_file():
-            lines.append(f"{record.name}: is a packed file, which stays as it is")
-            continue
-        if (version := store.format_version(here.path(record))) == store.FORMAT_VERSION:
-            lines.append(f"{record.name}: has format {version} already")
-            continue
-        report = store.migrate(here.path(record))
-        lines.append(
-            f"{record.name}: {report.rows:,} vectors written anew in format {report.version} and compared; "
-            f"the store as it was is {report.backup}; delete it when you like"
-        )
-    return lines
-
-
 def merge(target: Path, sources: Sequence[Path]) -> list[str]:
     """Add the vectors of other stores of the same identity to a store."""
     report = store.merge(target, sources)
