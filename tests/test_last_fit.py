@@ -172,7 +172,9 @@ def test_a_bad_last_fit_is_made_again_with_other_seeds(tmp_path):
     run = run_unlucky(unlucky(3), tmp_path)
     assert (run.last_fit.tries, run.last_fit.sound) == (3, True)
     assert run.last_fit.score > min(run.last_fit.fold_scores) - 0.05
-    assert [seed for rows, seed in Unlucky.seeds if rows == ROWS] == [derived_seed(0, 1, attempt) for attempt in range(3)]
+    assert [seed for rows, seed in Unlucky.seeds if rows == ROWS] == [
+        derived_seed(0, 1, attempt) for attempt in range(3)
+    ]
 
 
 @pytest.mark.parametrize(("chance", "tries"), [(True, 4), (False, 2)])
@@ -295,7 +297,21 @@ def row(head: str, mean: float, fit: LastFit | None = None, tested: int = 360, e
     share = tested / 400
     test = Scores(400, tested, share, (share - 0.03, share + 0.03), share, (0.8, 1.0), share, (0.8, 1.0), None, None)
     return LeaderboardRow(
-        "net", "net", "", head, False, False, mean, 0.01, (mean,), test, 0.1, 0.1, 4, last_fit=fit, expected_test=expected
+        "net",
+        "net",
+        "",
+        head,
+        False,
+        False,
+        mean,
+        0.01,
+        (mean,),
+        test,
+        0.1,
+        0.1,
+        4,
+        last_fit=fit,
+        expected_test=expected,
     )
 
 

@@ -267,7 +267,9 @@ def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
     assert all(reasons[number].endswith("after 1 of 2 folds") for number in chosen & set(reasons))
     assert run.best.mean == max(trial.mean for trial in full)
     seeds = [derived_seed(0, 0, fold) for fold in range(2)]
-    grown = [configure(FOREST, run.best.params, seed).fit(X[t], y[t]) for seed, (t, _) in zip(seeds, folds, strict=True)]
+    grown = [
+        configure(FOREST, run.best.params, seed).fit(X[t], y[t]) for seed, (t, _) in zip(seeds, folds, strict=True)
+    ]
     own = [forest.score(X[h], y[h]) for forest, (_, h) in zip(grown, folds, strict=True)]
     assert run.best.fold_scores == tuple(own)
     assert len(run.pipeline[-1].estimators_) == 100

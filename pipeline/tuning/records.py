@@ -46,8 +46,6 @@ class Problem:
     """The principal components that the head works on instead of X."""
     judge_training: bool = False
     """Whether the rows a fold is fitted on are judged too, after those it holds out."""
-    device: str = "cpu"
-    """Where evaluators with `on_device` do their work: the processor, or a device of torch; see `devices.py`."""
 
     @property
     def on_disk(self) -> bool:
