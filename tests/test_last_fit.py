@@ -17,9 +17,9 @@ from pipeline.bundle import ModelBundle
 from pipeline.config import TuningConfig
 from pipeline.errors import UnfittedError
 from pipeline.heads import HEADS, Head, configure
-from pipeline.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.leaderboard.rows import LastFit
-from pipeline.metrics import METRICS, Scores
+from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet, Scores
 from pipeline.metrics.expected import expected_accuracy
 from pipeline.metrics.said import said
 from pipeline.tuning import make_folds, tune
@@ -353,9 +353,27 @@ def test_a_bad_fit_is_ranked_last_and_every_mark_has_its_sentence():
 
 
 def test_measured_is_the_score_with_its_standard_error():
-    from pipeline.metrics import Answers
-
     truth = np.zeros(400, dtype=np.int64)
     measured = Measured.of(METRICS["accuracy"], Answers(truth, (np.arange(400) < 40).astype(np.int64)))
     assert measured.score == pytest.approx(0.9)
     assert measured.error == pytest.approx(np.sqrt(0.9 * 0.1 / 400))
+
+
+def test_a_row_with_a_bad_fit_is_neither_compared_nor_recommended(tmp_path):
+    names = ("a", "b")
+    truth = np.array(names)[np.arange(200) % 2]
+    paths = np.arange(200).astype(str)
+    rows = []
+    for head, wrong, sound in (("mlp", 2, False), ("ridge", 10, True), ("knn", 12, True)):
+        said_ = np.where(np.arange(200) < wrong, truth[::-1], truth)
+        folds = np.arange(200) % 4
+        part = PredictionSet(paths, truth, said_, None, folds)
+        (tmp_path / head).mkdir()
+        (tmp_path / head / "predictions.npz").write_bytes(Predictions(names, part, part).to_bytes())
+        fit = LastFit(1.0 if sound else 0.8, (1.0, 1.0), 1, sound)
+        rows.append(replace(row(head, 1 - wrong / 200, fit), bundle=head, cv_scores=(1 - wrong / 200,) * 4))
+    board = judge(Leaderboard(tuple(rows), {"seed": 0}), tmp_path)
+    assert [found.head for found in board.rows] == ["ridge", "knn", "mlp"]
+    assert {found.key for found in board.verdict.differences} == {"net/ridge", "net/knn"}
+    assert board.verdict.recommended in {"net/ridge", "net/knn"}
+    assert judge(Leaderboard((board.rows[-1],), {"seed": 0}), tmp_path).verdict is None
