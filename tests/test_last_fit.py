@@ -125,7 +125,8 @@ class Unlucky(ClassifierMixin, BaseEstimator):
     def fit(self, X, y):
         Unlucky.seeds.append((len(X), self.random_state))
         if self.warn:
-            warnings.warn("hard going", RuntimeWarning, stacklevel=2)
+            warnings.warn("hard going.\nSee the manual", RuntimeWarning, stacklevel=2)
+            warnings.warn("renamed in the next release", FutureWarning, stacklevel=2)
         whole = sum(rows == ROWS for rows, _ in Unlucky.seeds)
         self.classes_ = np.unique(y)
         self.lost_ = len(X) == ROWS and not 0 < Unlucky.lucky_from <= whole
@@ -196,8 +197,8 @@ def test_a_last_fit_that_raises_is_a_reason_and_no_traceback(tmp_path):
 
 def test_warnings_of_the_last_fit_and_of_the_chosen_trial_are_kept(tmp_path):
     run = run_unlucky(unlucky(1, warn=True), tmp_path)
-    assert run.last_fit.warnings == {"RuntimeWarning": 1}
-    assert run.last_fit.fold_warnings == {"RuntimeWarning": 4}
+    assert run.last_fit.warnings == {"RuntimeWarning: hard going": 1}
+    assert run.last_fit.fold_warnings == {"RuntimeWarning: hard going": 4}
 
 
 def test_the_promise_allows_for_more_rows_and_for_chance():

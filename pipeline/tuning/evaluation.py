@@ -136,7 +136,7 @@ _current = threading.local()
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Count this thread's warnings by category, within `counting_warnings`."""
+    """Count this thread's warnings by category, vague ones by their text too, within `counting_warnings`."""
     _current.counts = Counter()
     try:
         yield _current.counts
@@ -150,8 +150,11 @@ def counting_warnings() -> Iterator[None]:
 
     def count(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         counts = getattr(_current, "counts", None)
-        if counts is not None:
-            counts[category.__name__] += 1
+        # What a library plans to change is said to programmers, and is no news of a fit.
+        if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
+            vague = category in (UserWarning, RuntimeWarning)
+            text = str(message).partition(".")[0].partition("\n")[0][:80]
+            counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
