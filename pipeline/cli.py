@@ -358,6 +358,8 @@ def migrate(config: Path, overrides: tuple[str, ...]) -> None:
 def layers(model: str) -> None:
     """List the layers of a backbone that can be embedded, with their shapes.
 
+    MODEL is a torchvision model, regnet_small, or a weights file that `finetune` wrote.
+
     Example: manyheads layers resnet18
     """
     from pipeline import backbone

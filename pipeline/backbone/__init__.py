@@ -108,14 +108,19 @@ def engine_at_hand(engine: str, device: str) -> str:
     return engine if openvino_is_there() and resolve_device(device).type == "cpu" else "torch"
 
 
-def layers(name: str, weights: str = "random") -> list[tuple[str, tuple[int, ...]]]:
+def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
     """List the nodes of a model that give vectors, each with the shape of its output for one image.
+
+    `name` is that of a torchvision model or of the bundled one, or a weights file that says what it holds.
 
     Raises
     ------
     BackboneError
-        When there is no such model, or no such weights.
+        When there is no such model.
     """
-    from pipeline.backbone import network
+    from pipeline.backbone import network, weights
 
-    return network.layers(BackboneConfig(name=name, weights=weights))
+    if name.endswith(weights.SUFFIXES):
+        return network.layers(BackboneConfig(name=Path(name).stem, weights=name))
+    bundled = name not in weights.classification_models() and name == weights.bundled()["name"]
+    return network.layers(BackboneConfig(name=name, weights="bundled" if bundled else "random"))

@@ -25,6 +25,10 @@ METADATA_KEY = "manyheads"
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+"""What DataParallel, torch.compile, Lightning and self-supervised training put before the names of a network's tensors, in any
+order; what lies beside them is of the training, such as a projection head."""
+
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a weights file: its tensors, and the description a file of this project carries.
@@ -73,14 +77,16 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
         raise BackboneError(
             f"weights file {path} holds no state dict; expected names with tensors, at the top or under 'state_dict' or 'model'"
         )
-    return {_plain_name(name): value for name, value in content.items()}
-
-
-def _plain_name(name: str) -> str:
-    """Drop what DataParallel and torch.compile put before a name, and write densenet's old names the new way."""
-    for prefix in ("module.", "_orig_mod."):
-        name = name.removeprefix(prefix)
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+    state, others = dict(content), list[str]()
+    while prefix := next((found for found in WRAPPERS if any(name.startswith(found) for name in state)), None):
+        others += [name for name in state if not name.startswith(prefix)]
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if others:
+        logger.info(
+            "%s: tensors that are no part of the network are left out: %d, such as %s", path, len(others), others[0]
+        )
+    densenet = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # its old names are written the new way
+    return {densenet.sub(r"\1\2", name): value for name, value in state.items()}
 
 
 def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:

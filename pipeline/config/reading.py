@@ -20,6 +20,7 @@ from pipeline.config.section import Section, guess
 from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 from pipeline.errors import ConfigError
+from pipeline.imports import look_in
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,6 +36,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         _apply(raw, override)
     config = parse(raw, str(path))
     _require_folder(config.output, str(path))
+    if any(":" in head.name for head in config.heads):
+        look_in(path.parent)
     return config
 
 
