@@ -145,6 +145,19 @@ print(callable(torch._dynamo.optimize))  # the real one, when it is wanted
     assert run(code).split() == ["False", "True"]
 
 
+def test_the_users_own_import_of_torchvision_works_after_ours() -> None:
+    code = """
+try:
+    import torchvision  # fails beside a CPU-only torch
+except RuntimeError:
+    pass
+from pipeline.vision import torchvision as ours
+import torchvision, torchvision.transforms.v2, torchvision.ops
+print(torchvision is ours, torchvision.models.squeezenet1_1().eval()(__import__('torch').zeros(1, 3, 64, 64)).shape[1])
+"""
+    assert run(code) == "True 1000"
+
+
 def run(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import softmax
@@ -335,6 +336,12 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
         lines = replace(again, result={**again.result, "alpha": alpha}).summary_lines()
         assert [line in lines for line in (going_on, kept)] == expected
+    odd = replace(again, result={**again.result, "alpha": 0.5}, weights=Path("it's my #1: {best}.safetensors"), network="1e3")
+    (told,) = [line for line in odd.summary_lines() if line.startswith("to go on")]
+    assert yaml.safe_load(told.removeprefix("to go on   put ").partition(" under backbones:")[0]) == {
+        "name": "1e3",
+        "weights": "it's my #1: {best}.safetensors",
+    }
 
 
 def test_a_stopped_run_gives_the_same_weights(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +142,25 @@ def test_the_terminal_says_which_bundle_is_recommended_and_how_to_predict_with_i
     guess = board.row("majority/most_frequent")
     lines = replace(result, leaderboard=replace(board, verdict=replace(verdict, recommended=guess.key))).summary_lines()
     assert not any(line.startswith("recommended") or "manyheads predict` takes" in line for line in lines)
+
+
+def test_the_commands_it_prints_can_be_pasted_into_a_shell(
+    finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path
+) -> None:
+    output = tmp_path / "it's (my) photos"
+    shutil.copytree(finished[1].files.root, output)
+    result = train_heads.run(finished[0].model_copy(update={"output": str(output)}))
+    told = next(line for line in result.summary_lines() if line.startswith("to predict   "))
+    assert shlex.split(told.removeprefix("to predict   ")) == [
+        "manyheads", "predict", str(output), "IMAGES", "--output", "labels.csv",
+    ]  # fmt: skip
+    commands = result.leaderboard.provenance["command"].splitlines()
+    assert [shlex.split(line) for line in commands] == [
+        ["manyheads", stage, str(output / "config.yaml")] for stage in ("features", "heads")
+    ]
+    bundle = output / str(result.leaderboard.best.bundle) / "bundle.json"
+    bundle.write_text(json.dumps({**json.loads(bundle.read_text()), "runs_code_when_loaded": True}))
+    assert next(line for line in result.summary_lines() if line.startswith("to predict")) == f"{told} --trust"
 
 
 @pytest.mark.parametrize("scoring", ["macro_f1", "log_loss"])

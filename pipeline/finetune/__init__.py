@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,12 +58,18 @@ class FinetuneRun:
             f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)",
             *(
                 [
-                    f"to go on   put {{name: {self.network}, weights: {self.weights}}} under backbones: and run features and heads"
+                    f"to go on   put {{name: {_in_yaml(self.network)}, weights: {_in_yaml(str(self.weights))}}} under backbones: "
+                    "and run features and heads"
                 ]
                 if self.result["alpha"]
                 else []
             ),
         ]
+
+
+def _in_yaml(text: str) -> str:
+    """A name as a list of a config takes it: quoted where it is more than letters, digits and `._/-`."""
+    return text if re.fullmatch(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*", text) else json.dumps(text, ensure_ascii=False)
 
 
 def run(config: Config) -> FinetuneRun:

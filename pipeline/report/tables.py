@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from html import escape
 from statistics import median
 
-from pipeline.config import Artifacts
 from pipeline.leaderboard.imbalance import Effect
 from pipeline.leaderboard.rows import LeaderboardRow
 from pipeline.leaderboard.table import REPEATS, Leaderboard, cross_validated, seconds
@@ -294,8 +293,7 @@ def reproduce(material: Material) -> str:
     provenance = dict(material.leaderboard.provenance)
     provenance.pop("notes", None)
     config = provenance.pop("config", None)
-    config_file = Artifacts(material.output).config
-    command = provenance.pop("command", None) or f"manyheads features {config_file}\nmanyheads heads {config_file}"
+    command = provenance.pop("command", "")
     versions = provenance.pop("versions", {})
     digests = provenance.pop("stores", {})
     facts = "\n".join(f"{name}: {_short(value)}" for name, value in provenance.items() if not isinstance(value, dict))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -76,12 +77,16 @@ class HeadsRun:
             f"best head    {self.files.root / best.bundle}"
             if best.bundle
             else "best head    none: a constant guess won",
-            f"to predict   manyheads predict {self.files.root} IMAGES --output labels.csv",
+            f"to predict   manyheads predict {quote(str(self.files.root))} IMAGES --output labels.csv{self._trust(best)}",
         ]
         chosen = self.leaderboard.row(verdict.recommended) if verdict else best
         if chosen.key != best.key and chosen.bundle and chosen.embedding != CONSTANT_GUESS:
             lines.append(f"recommended  {self.files.root / chosen.bundle}")
         return lines
+
+    def _trust(self, row: LeaderboardRow) -> str:
+        runs_code = row.bundle and bundles.describe(self.files.root / row.bundle).get("runs_code_when_loaded")
+        return " --trust" if runs_code else ""
 
 
 @dataclass(frozen=True)
@@ -276,7 +281,7 @@ def _provenance(
     """What is needed to make the leaderboard again."""
     return {
         # The config as it was used, overrides included, is beside the leaderboard.
-        "command": f"manyheads features {files.config}\nmanyheads heads {files.config}",
+        "command": f"manyheads features {quote(str(files.config))}\nmanyheads heads {quote(str(files.config))}",
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "scoring": config.tuning.scoring,
