@@ -383,7 +383,7 @@ def test_a_file_with_code_or_without_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="cannot be read as tensors only"):
         load(weights=str(tmp_path / "cut.safetensors"))
     with pytest.raises(
-        BackboneError, match=r"gone.pth does not exist; paths are relative to the folder the command is run in"
+        BackboneError, match=r"gone.pth does not exist; a path in a config is relative to the config's folder"
     ):
         load(weights=str(tmp_path / "gone.pth"))
 

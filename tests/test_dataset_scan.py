@@ -258,11 +258,22 @@ class TestSplitsOfAScan:
         (photos.parent / "dataset" / "index.csv").unlink()
         assert sides(run(photos, seed=0)) == sides(first)
 
-    def test_another_data_set_in_the_same_output_starts_afresh(self, photos: Path) -> None:
+    def test_another_data_set_in_the_same_output_is_refused_or_starts_afresh(self, photos: Path) -> None:
         first = run(photos)
         other = photos.parent / "other"
         for path in first.index.paths:
             put(other, path, f"other {path}")
+        folder = photos.parent / "dataset"
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(DatasetError) as caught:
+            run(other)
+        assert str(caught.value) == (
+            f"the output folder holds an experiment on the images in {photos}, and this config is about those in {other}; set "
+            "output to another folder, or leave it out: it follows the name of the data set. To go on in this one, delete "
+            "dataset/index.json there: its splits and features are kept"
+        )
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        (folder / "index.json").unlink()
         second = run(other)
         alone = scan(DatasetConfig(source="folder", path=str(other)), 0, photos.parent / "elsewhere")
         assert sides(second) == sides(alone)

@@ -55,7 +55,7 @@ def test_every_make_target_exists(line: str) -> None:
 def shortened(arguments: list[str]) -> list[str]:
     """A README command on 36 small photos instead of the reader's own or the digits, and without a download."""
     if "configs/digits.yaml" in arguments:
-        arguments = [*arguments, "--set", "dataset={source: folder, path: photos}"]
+        arguments = [*arguments, "--set", "dataset={source: folder, path: photos}", "--set", "output=artifacts/digits"]
     given = {arguments[place + 1].partition("=")[0] for place, word in enumerate(arguments) if word == "--set"}
     for change in SMALL.get(arguments[0], ()):
         if change.partition("=")[0] not in given:

@@ -96,7 +96,7 @@ def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> 
     config = make(photos)
     extract_features.run(config)
     path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config))
+    path.write_text(configuration.dump_yaml(config, path.parent))
     code = f"""
 import sys
 from collections.abc import Callable, Iterator
@@ -252,7 +252,7 @@ work._store = stopping
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches: int) -> None:
     config = make(photos)
     path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config))
+    path.write_text(configuration.dump_yaml(config, path.parent))
     code = stop_after(batches, signal.SIGKILL) + (
         "from pathlib import Path\nfrom pipeline import config, extract_features\n"
         f"extract_features.run(config.load(Path({str(path)!r})))"

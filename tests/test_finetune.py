@@ -336,7 +336,9 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
         lines = replace(again, result={**again.result, "alpha": alpha}).summary_lines()
         assert [line in lines for line in (going_on, kept)] == expected
-    odd = replace(again, result={**again.result, "alpha": 0.5}, weights=Path("it's my #1: {best}.safetensors"), network="1e3")
+    odd = replace(
+        again, result={**again.result, "alpha": 0.5}, weights=Path("it's my #1: {best}.safetensors"), network="1e3"
+    )
     (told,) = [line for line in odd.summary_lines() if line.startswith("to go on")]
     assert yaml.safe_load(told.removeprefix("to go on   put ").partition(" under backbones:")[0]) == {
         "name": "1e3",

@@ -387,7 +387,7 @@ def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
 
 def heads_command(config: Config, before: str = "") -> list[str]:
     path = Path(config.output) / "test.yaml"
-    path.write_text(configuration.dump_yaml(config), encoding="utf-8")
+    path.write_text(configuration.dump_yaml(config, path.parent), encoding="utf-8")
     code = (
         f"{before}\nimport sys; sys.argv = ['manyheads', 'heads', {str(path)!r}]\nfrom pipeline.cli import main\nmain()"
     )

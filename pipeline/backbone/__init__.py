@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
 from pipeline.backbone.precision import choice_inputs, choose_precision, devices, divide_threads
-from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
     """
     from pipeline.backbone import network, weights
 
-    if name.endswith(weights.SUFFIXES):
+    if name.endswith(WEIGHTS_FILES):
         return network.layers(BackboneConfig(name=Path(name).stem, weights=name))
     bundled = name not in weights.classification_models() and name == weights.bundled()["name"]
     return network.layers(BackboneConfig(name=name, weights="bundled" if bundled else "random"))

@@ -32,14 +32,13 @@ from pipeline.backbone.preprocessing import (
     preprocessing_of,
 )
 from pipeline.backbone.weights_files import (
-    SUFFIXES,
     checkpoint,
     read_weights,
     require_checkpoint,
     tensors_digest,
     tensors_only,
 )
-from pipeline.config import BackboneConfig, guess
+from pipeline.config import WEIGHTS_FILES, BackboneConfig, guess
 from pipeline.errors import BackboneError, first
 from pipeline.images import Preprocessing
 from pipeline.vision import torchvision
@@ -75,7 +74,7 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
     """
     if config.weights == "bundled":
         return _from_bundle(config)
-    if config.weights.endswith(SUFFIXES):
+    if config.weights.endswith(WEIGHTS_FILES):
         return _from_file(config, Path(config.weights))
     if config.weights == "random":
         return _from_seed(config, seed)
@@ -89,7 +88,7 @@ def check(config: BackboneConfig) -> None:
     ------
     BackboneError
     """
-    if config.weights == "bundled" or config.weights.endswith(SUFFIXES):
+    if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):
         network = load_network(config, seed=0)
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
     else:
@@ -116,7 +115,7 @@ def check(config: BackboneConfig) -> None:
 
 def to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
     """Return what a section's weights have to be fetched from, the folder, and their size in MB; None where they are here."""
-    if config.weights in ("bundled", "random") or config.weights.endswith(SUFFIXES):
+    if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
         return None
     member = _member(config)
     path = checkpoint(member)

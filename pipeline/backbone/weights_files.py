@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "manyheads"
 """Under it a weights file made by this project carries its description in the safetensors header."""
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
-
 WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 """What DataParallel, torch.compile, Lightning and self-supervised training put before the names of a network's tensors, in any
 order; what lies beside them is of the training, such as a projection head."""
@@ -40,7 +38,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise BackboneError(
-            f"weights file {path} does not exist; paths are relative to the folder the command is run in"
+            f"weights file {path} does not exist; a path in a config is relative to the config's folder, one given with --set to "
+            "the folder the command is run in"
         )
     try:
         if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""One experiment: a YAML file turned into a frozen, typed `Config`. Paths are relative to the folder a command is run in.
+"""One experiment: a YAML file turned into a frozen, typed `Config`, whose paths are relative to the working folder.
 
 section.py      what all sections share
 features.py     stage one's sections
@@ -6,6 +6,7 @@ tuning.py       stage two's
 training.py     stage three's, and pretraining's
 experiment.py   Config: all of them
 reading.py      YAML -> Config, every problem at once
+paths.py        paths relative to the file
 artifacts.py    the names of an experiment's files
 """
 
@@ -13,6 +14,7 @@ from pipeline.config.artifacts import Artifacts
 from pipeline.config.experiment import Config
 from pipeline.config.features import (
     NETWORK_DEVICES,
+    WEIGHTS_FILES,
     BackboneConfig,
     DatasetConfig,
     ExtractionConfig,
@@ -27,6 +29,7 @@ __all__ = [
     "BASELINE_NAMES",
     "HEAD_NAMES",
     "NETWORK_DEVICES",
+    "WEIGHTS_FILES",
     "Artifacts",
     "BackboneConfig",
     "Config",

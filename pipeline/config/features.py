@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Scalar, Section, device_of, not_empty
 
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
+"""Endings of weights files."""
+
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from pipeline.config.experiment import Config
 from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.config.paths import seen_from, seen_from_here
 from pipeline.config.section import Section, guess
 from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
@@ -32,6 +33,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         With one line for every problem: where it is, what was found, what is allowed, and a guess.
     """
     raw = read_yaml(path)
+    seen_from_here(raw, path)
     for override in overrides:
         _apply(raw, override)
     config = parse(raw, str(path))
@@ -50,6 +52,7 @@ def load_pretraining(path: Path, overrides: Sequence[str] = ()) -> PretrainConfi
         With one line for every problem.
     """
     raw = read_yaml(path)
+    seen_from_here(raw, path)
     for override in overrides:
         _apply(raw, override)
     try:
@@ -93,9 +96,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def dump_yaml(config: Config) -> str:
-    """Return a config as YAML text that reads back as the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_yaml(config: Config, folder: Path) -> str:
+    """Return a config as the YAML text of a file in a folder, which reads back as the same config."""
+    raw = config.model_dump(mode="json")
+    seen_from(raw, folder)
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):

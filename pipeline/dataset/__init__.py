@@ -7,7 +7,7 @@ from pipeline.dataset.ledger import LedgerEntry, check_failures, failed_digests,
 from pipeline.dataset.listing import is_image_name
 from pipeline.dataset.look import look, needs_download
 from pipeline.dataset.report import ScanResult, difference_text, fold_warnings, missing_side
-from pipeline.dataset.scan import scan
+from pipeline.dataset.scan import require_its_own, scan
 
 __all__ = [
     "DatasetIndex",
@@ -23,5 +23,6 @@ __all__ = [
     "needs_download",
     "read_ledger",
     "record_failures",
+    "require_its_own",
     "scan",
 ]

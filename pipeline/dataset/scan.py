@@ -46,6 +46,7 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     began = time.time_ns()
     listing = list_source(config, folder)
     listing.sort()
+    require_its_own(listing.root, folder, config)
     cache, before = read_cache(folder), _Before.read(folder)
     key = _scan_key(listing, config)
     as_it_was = cache.scan == key and cache.index == before.fingerprint and not cache.racy().any()
@@ -90,6 +91,26 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         remembered=sum(bool(entry.policy) for entry in ledger),
         warnings=tuple(warnings),
         notes=tuple(notes),
+    )
+
+
+def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
+    """See that the index in `folder` is not of other data, whose experiment would be written over.
+
+    Data that were moved are the same data: nothing is in their old place.
+
+    Raises
+    ------
+    DatasetError
+    """
+    record = read_record(folder) or {}
+    there = Path(record.get("root", root))
+    if not there.is_dir() or there.samefile(root) or record.get("source") == config.source == "digits":
+        return
+    raise DatasetError(
+        f"the output folder holds an experiment on the images in {there}, and this config is about those in {root}; set output to "
+        "another folder, or leave it out: it follows the name of the data set. To go on in this one, delete dataset/index.json "
+        "there: its splits and features are kept"
     )
 
 

@@ -205,7 +205,7 @@ def _write(
     ]
     make_folder(files.root)
     write_records(files.features, records, config, scanned.index.fingerprint())
-    write_text_atomic(files.config, dump_yaml(config))
+    write_text_atomic(files.config, dump_yaml(config, files.root))
     return records
 
 

@@ -69,7 +69,11 @@ class FinetuneRun:
 
 def _in_yaml(text: str) -> str:
     """A name as a list of a config takes it: quoted where it is more than letters, digits and `._/-`."""
-    return text if re.fullmatch(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*", text) else json.dumps(text, ensure_ascii=False)
+    return (
+        text
+        if re.fullmatch(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*", text)
+        else json.dumps(text, ensure_ascii=False)
+    )
 
 
 def run(config: Config) -> FinetuneRun:

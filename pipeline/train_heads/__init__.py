@@ -150,7 +150,7 @@ def run(config: Config) -> HeadsRun:
         rows.append(row)
     if left_out and all(row.embedding == CONSTANT_GUESS for row in rows):
         raise HeadError("no head on images can be tuned", left_out)
-    write_text_atomic(files.config, dump_yaml(config))
+    write_text_atomic(files.config, dump_yaml(config, files.root))
     leaderboard = judge(
         Leaderboard(tuple(rows), _provenance(config, files, task, stores, [*notes, *left_out])), files.root
     )
