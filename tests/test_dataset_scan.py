@@ -686,3 +686,34 @@ def test_the_digits_are_written_once_and_split_by_class(tmp_path: Path) -> None:
     assert again.unchanged
     assert (tmp_path / "images").stat().st_mtime_ns == marker
     assert result.summary_lines()[0] == "1,797 images in 10 classes: 1,438 train, 359 test"
+
+
+@pytest.mark.parametrize(
+    ("labels", "question"),
+    [
+        ([f"{20 + 179 * row // 200 / 10}" for row in range(200)], "is this a number to predict?"),
+        ([f"{row // 4}" for row in range(200)], "is this a number to predict?"),
+        ([f"person {row}" for row in range(190)] + ["person 1"] * 10, "are these the labels, or names of the images?"),
+        ([f"{row // 10}" for row in range(300)], None),
+        ([f"{row % 9 / 2}" for row in range(200)], None),
+        ([f"bird {row // 2}" for row in range(200)], None),
+    ],
+    ids=["decimals", "few of each number", "names", "numbered classes", "half steps", "pairs"],
+)
+def test_labels_that_are_hardly_classes_are_asked_about(
+    tmp_path: Path, labels: list[str], question: str | None
+) -> None:
+    for row in range(len(labels)):
+        put(tmp_path, f"{row}.png", f"{row}")
+    rows = "\n".join(f"{row}.png,{label}" for row, label in enumerate(labels))
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
+    config = DatasetConfig(source="manifest", path=str(tmp_path / "list.csv"))
+    if question is not None:
+        with pytest.raises(DatasetError) as caught:
+            scan(config, 0, tmp_path / "dataset")
+        assert f"{len(set(labels))} classes of {len(labels)} images, such as '" in caught.value.message
+        assert question in caught.value.message
+        assert caught.value.message.endswith("If they are classes, set dataset.target: classification")
+        assert not (tmp_path / "dataset").exists()
+        config = config.model_copy(update={"target": "classification"})
+    assert len(scan(config, 0, tmp_path / "dataset").index.classes) == len(set(labels))

@@ -28,6 +28,9 @@ from pipeline.errors import DatasetError, first
 if TYPE_CHECKING:
     from pipeline.config import DatasetConfig
 
+MANY_CLASSES, FEW_IMAGES = 20, 5
+"""More labels than these are asked about where they are numbers with fewer images each than those."""
+
 MOST_PROBLEMS = 20
 """Lines of one error; more help nobody."""
 
@@ -209,6 +212,30 @@ def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
     return difference(old.paths, old.digests, new.paths, new.digests)
 
 
+def _require_few_classes(index: DatasetIndex, origin: object, config: DatasetConfig) -> None:
+    """Ask before a number to predict, or a column of names, is taken for classes."""
+    classes, images = index.classes, len(index)
+    if config.target == "classification" or len(classes) <= MANY_CLASSES:
+        return
+    try:
+        numbers = np.array(classes, dtype=float)
+    except ValueError:
+        numbers = np.array([])
+    if len(numbers) and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
+        question = (
+            "is this a number to predict? Heads tell classes apart; cut it into a few ranges and give those as labels"
+        )
+    elif images < 1.5 * len(classes):
+        question = "are these the labels, or names of the images?"
+    else:
+        return
+    some = ", ".join(map(repr, classes[:3]))
+    raise DatasetError(
+        f"{origin}: {len(classes):,} classes of {images:,} images, such as {some}: {question}. If they are classes, set "
+        "dataset.target: classification"
+    )
+
+
 def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> None:
     """Refuse data that nothing can be learned from, with the likely reason."""
     index, origin = found.index, config.path if config.source == "manifest" else listing.root
@@ -229,6 +256,7 @@ def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> 
         raise DatasetError(
             f"{origin}: all {len(index):,} images are of one class, {label!r}; expected at least 2 classes{hint}"
         )
+    _require_few_classes(index, origin, config)
     if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
         raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
 
