@@ -7,6 +7,7 @@ training.py     stage three's, and pretraining's
 experiment.py   Config: all of them
 reading.py      YAML -> Config, every problem at once
 paths.py        paths relative to the file
+retired.py      keys of earlier versions
 artifacts.py    the names of an experiment's files
 """
 
