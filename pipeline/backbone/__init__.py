@@ -116,8 +116,9 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
         When there is no such model.
     """
     from pipeline.backbone import network, weights
+    from pipeline.backbone.architectures import classification_models
 
     if name.endswith(WEIGHTS_FILES):
         return network.layers(BackboneConfig(name=Path(name).stem, weights=name))
-    bundled = name not in weights.classification_models() and name == weights.bundled()["name"]
+    bundled = name not in classification_models() and name == weights.bundled()["name"]
     return network.layers(BackboneConfig(name=name, weights="bundled" if bundled else "random"))
