@@ -38,6 +38,8 @@ class Head:
     StandardScaler and the classifier; None where it cannot be."""
     fixed: Params = field(default_factory=dict)
     """Parameters that the config holds at one value."""
+    fit: Callable[[Pipeline, Any, Any], Pipeline] = Pipeline.fit
+    """(its pipeline, X, y) -> the pipeline, fitted."""
 
 
 def configure(head: Head, params: Params, seed: int) -> Pipeline:
@@ -60,6 +62,7 @@ def identity(head: Head, seed: int) -> dict[str, Any]:
         "defaults": {key: _stable(value) for key, value in head.defaults.items()},
         "fixed": {key: _stable(value) for key, value in head.fixed.items()},
         "evaluator": head.evaluator,
+        "fit": _stable(head.fit),
     }
 
 

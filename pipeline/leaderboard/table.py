@@ -17,7 +17,8 @@ from tabulate import tabulate
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
 from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Nested, Verdict, nested_choice, plain
-from pipeline.metrics import ACCURACY, METRICS, Metric
+from pipeline.metrics import ACCURACY, METRICS, Metric, Scores
+from pipeline.metrics.intervals import Interval
 
 FORMAT = "manyheads leaderboard"
 VERSION = 1
@@ -36,12 +37,12 @@ class Leaderboard:
     verdict: Verdict | None = None
 
     def __post_init__(self) -> None:
-        ordered = sorted(self.rows, key=lambda row: (-row.cv_mean, row.simplicity, row.key))
+        ordered = sorted(self.rows, key=lambda row: (not row.sound, -row.cv_mean, row.simplicity, row.key))
         object.__setattr__(self, "rows", tuple(ordered))
 
     @property
     def best(self) -> LeaderboardRow:
-        """The row with the highest cross-validation mean; the simpler of two equal ones. Test scores play no part."""
+        """The row with the highest cross-validation mean whose saved fit is sound; the simpler of two equal ones."""
         if not self.rows:
             raise PipelineError("the leaderboard has no rows; run `manyheads heads` first")
         return self.rows[0]
@@ -152,8 +153,42 @@ class Leaderboard:
         if any(row.baseline for row in self.rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
         if best.baseline or best.untrained:
-            lines.append(f"No trained backbone beats the {best.note} row {best.key} on these images.")
-        return lines + [str(note) for note in self.provenance.get("notes", ())]
+            lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
+        return [*self.alerts(), *lines] + [str(note) for note in self.provenance.get("notes", ())]
+
+    def alerts(self) -> list[str]:
+        """Return what may be wrong with rows, one sentence each: their last fit, its warnings, a test unlike the promise."""
+        lines = [line for row in self.rows for line in self._fit_alerts(row)]
+        for side, meaning in SURPRISES.items():
+            rows = [row for row in self.rows if row.surprise == side]
+            named = "; ".join(f"{row.key} {_percent(row.test, row.expected_test)}" for row in rows)
+            if rows:
+                lines.append(
+                    f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {named}: {meaning}."
+                )
+        return lines
+
+    def _fit_alerts(self, row: LeaderboardRow) -> list[str]:
+        fit, text = row.last_fit, self.metric.text
+        if fit is None:
+            return []
+        lines, lowest = [], text(min(fit.fold_scores, default=fit.score))
+        tried = "one try" if fit.tries == 1 else f"{fit.tries} tries"
+        if not fit.sound:
+            lines.append(
+                f"{row.key}: a bad fit. Fitted on all training images it scores {text(fit.score)} on them, and cross-validation's fits "
+                f"at least {lowest} on theirs ({tried}, the best kept): ranked last and never recommended."
+            )
+        elif fit.tries > 1:
+            lines.append(
+                f"{row.key}: the fit on all training images was below cross-validation's and was made again with another seed "
+                f"({tried}); it scores {text(fit.score)} on them, and cross-validation's fits at least {lowest} on theirs."
+            )
+        for where, found in (("last fit", fit.warnings), ("fits on folds", fit.fold_warnings)):
+            if found:
+                counts = ", ".join(f"{count} x {name}" for name, count in found.items())
+                lines.append(f"{row.key}: warnings in its {where}: {counts}.")
+        return lines
 
     def _verdict_notes(self, verdict: Verdict) -> list[str]:
         lines = []
@@ -284,6 +319,19 @@ SHORT_HEADERS = (
 )
 """The terminal is narrow."""
 ALIGN = ("left", "left", "left", "right", "right", "right", "right", "right", "right", "right", "right", "left")
+
+
+SURPRISES = {
+    "above": "the test is easier: look for copies",
+    "below": "the fit or the test images differ",
+}
+"""What a test accuracy outside of its interval means."""
+
+
+def _percent(test: Scores | None, expected: Interval | None) -> str:
+    assert test is not None
+    assert expected is not None
+    return f"{100 * test.accuracy:.1f}, expected {100 * expected[0]:.1f} to {100 * expected[1]:.1f}"
 
 
 def nested_text(nested: Nested | None, scoring: str) -> str:

@@ -203,12 +203,18 @@ def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
         else f"cross-validated {board.metric.title}{', the lowest first,' if board.metric.lower_is_better else ''}"
     )
     # Recommended and ~ are said above the table, where the page has a blue edge for the sign.
-    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith(("Recommended", "~")))
+    alerts = board.alerts()
+    notes = "".join(
+        f"<li>{escape(note)}</li>"
+        for note in board.notes()
+        if note not in alerts and not note.startswith(("Recommended", "~"))
+    )
+    warning = f'<p class="callout warn">{"<br>".join(map(escape, alerts))}</p>' if alerts else ""
     return (
         "<h2>Leaderboard</h2>"
         '<p class="quiet">Each row is a head, the classifier, fitted on an embedding, the numbers that a frozen network makes of an image. '
         f"Ordered by {order} on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows).</p>"
-        f"{reason}{tables.leaderboard(board)}"
+        f"{reason}{warning}{tables.leaderboard(board)}"
         f'<details><summary>How to read this</summary><ul class="quiet">{notes}</ul></details>'
     )
 

@@ -105,7 +105,8 @@ def unit(metric: Metric) -> str:
 
 
 def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) -> list[Cell]:
-    tags = [f'<span class="tag">{row.note}</span>'] if row.note else []
+    tags = [f'<span class="tag">{row.kind}</span>'] if row.kind else []
+    tags += [f'<span class="tag orange">{mark}</span>' for mark in row.marks]
     if board.verdict and row.key == board.verdict.recommended:
         tags.insert(0, '<span class="tag green">recommended</span>')
     if row.key == board.best.key:
