@@ -28,6 +28,7 @@ from pipeline.images import (
     decode,
     gpu_decoder,
     open_file,
+    perceptual_hash,
     prepare,
 )
 
@@ -65,6 +66,8 @@ class Batch:
     items: Sequence[Item]
     pixels: list[NDArray[np.uint8]]
     problems: dict[int, ImageProblem] = field(default_factory=dict)
+    hashes: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """Row -> perceptual hash, where they are asked for."""
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -81,6 +84,8 @@ class Feeder:
     workers: int
     gpu: GpuDecoder | None = None
     """What decodes, if any; the processor decodes what it leaves."""
+    hashed: bool = False
+    """Whether images that the processor decodes get a perceptual hash as well."""
 
     def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
         """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
@@ -163,6 +168,8 @@ class Feeder:
                 if at_least not in decoded:
                     decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)
                 batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
+            if self.hashed:
+                batch.hashes[row] = perceptual_hash(next(iter(decoded.values())))
         except ImageProblem as problem:
             batch.problems[row] = problem
 

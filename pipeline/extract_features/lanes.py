@@ -73,6 +73,8 @@ class Finished:
     """Item -> status and reason of an image that cannot be used, as in `ImageProblem`."""
     parts: Sequence[Part | None]
     """One per lane; None where it wanted nothing of the batch."""
+    hashes: Mapping[int, NDArray[np.uint8]]
+    """Item -> perceptual hash."""
     read_seconds: float
     decode_seconds: float
 
@@ -137,7 +139,7 @@ def embed(job: Job, lanes: Sequence[Lane], size: int, items: Iterable[Item]) -> 
     slots = max(lane.embedder.slots for lane in lanes)
     under_way: deque[Callable[[], Finished]] = deque()
     gpu = gpu_decoder(backbone.devices(config.extraction.device)[0]) if config.extraction.decode == "gpu" else None
-    feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers, gpu)
+    feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers, gpu, hashed=True)
     for batch in feeder.batches(items):
         under_way.append(_start_batch(batch, lanes))
         if len(under_way) == slots:
@@ -162,7 +164,7 @@ def _start_batch(batch: Batch, lanes: Sequence[Lane]) -> Callable[[], Finished]:
     def finish() -> Finished:
         problems = {row: (problem.status, problem.reason) for row, problem in sorted(batch.problems.items())}
         parts = [None if part is None else _collect(*part) for part in started]
-        return Finished(batch.items, problems, parts, batch.read_seconds, batch.decode_seconds)
+        return Finished(batch.items, problems, parts, batch.hashes, batch.read_seconds, batch.decode_seconds)
 
     return finish
 
