@@ -4,11 +4,9 @@ reading.py     one file of a data set, safely
 decoding.py    bytes -> RGB pixels, by one documented policy
 hashing.py     a perceptual hash, by which copies are found that were resized, compressed or cropped
 preparing.py   the transform that belongs to the weights: resize and crop
-gpu.py         JPEGs decoded and prepared by an NVIDIA GPU
 """
 
 from pipeline.images.decoding import DECODE_POLICY, FORMATS, decode, policy_key
-from pipeline.images.gpu import MOST_DIFFERENCE, GpuDecoder, gpu_decoder
 from pipeline.images.hashing import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances, perceptual_hash
 from pipeline.images.preparing import DECODE_MODES, MAX_RESIZED_PIXELS, Preprocessing, prepare
 from pipeline.images.reading import ImageProblem, open_file
@@ -21,12 +19,9 @@ __all__ = [
     "HASH_IDENTITY",
     "HASH_STORE",
     "MAX_RESIZED_PIXELS",
-    "MOST_DIFFERENCE",
-    "GpuDecoder",
     "ImageProblem",
     "Preprocessing",
     "decode",
-    "gpu_decoder",
     "hash_distances",
     "open_file",
     "perceptual_hash",
