@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
+from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
 
 CHUNK = 8
 """Images a thread takes at a time: handing them over one by one costs 0.1 to 0.2 ms each."""
@@ -49,6 +49,8 @@ class Batch:
     items: Sequence[Item]
     pixels: list[NDArray[np.uint8]]
     problems: dict[int, ImageProblem] = field(default_factory=dict)
+    hashes: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """Row -> perceptual hash, where they are asked for."""
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -63,6 +65,8 @@ class Feeder:
     """One per taker of pixels; those that are equal are done once."""
     batch_size: int
     workers: int
+    hashed: bool = False
+    """Whether images get a perceptual hash as well."""
 
     def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
         """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
@@ -131,5 +135,7 @@ class Feeder:
                 if at_least not in decoded:
                     decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)
                 batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
+            if self.hashed:
+                batch.hashes[row] = perceptual_hash(next(iter(decoded.values())))
         except ImageProblem as problem:
             batch.problems[row] = problem

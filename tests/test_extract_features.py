@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import backbone, baselines, dataset, extract_features, feed
+from pipeline import audit, backbone, baselines, dataset, extract_features, feed
 from pipeline import config as configuration
 from pipeline.config import Artifacts, Config, ExtractionConfig
 from pipeline.embedders import read_records
@@ -26,7 +26,7 @@ from pipeline.errors import BackboneError, DatasetError
 from pipeline.extract_features import lanes, work
 from pipeline.extract_features.advice import advise
 from pipeline.extract_features.sources import Source
-from pipeline.images import decode, policy_key, prepare
+from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare
 from pipeline.store import FeatureStore
 
 N = 24
@@ -90,6 +90,37 @@ def test_each_image_gets_the_vector_of_its_own_pixels(photos: Path) -> None:
             image = decode((photos / index.paths[row]).read_bytes(), max_pixels=10**6)
             (expected,) = embedder.embed(prepare(image, embedder.preprocessing)[None])
             np.testing.assert_allclose(stored[row], expected[0], rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_images_are_hashed_where_they_are_decoded_and_only_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(photos)
+    extract_features.run(config)
+    folder = Artifacts(config.output).dataset
+    index = dataset.DatasetIndex.read(folder)
+    expected = [
+        perceptual_hash(decode((photos / path).read_bytes(), max_pixels=10**6)) for path in index.paths.tolist()
+    ]
+    assert np.array_equal(audit.read_hashes(folder, index.digests), expected)
+    picture(photos / "a" / "new.png", N)
+    decoded: list[int] = []
+    monkeypatch.setattr(feed, "perceptual_hash", lambda pixels: decoded.append(1) or perceptual_hash(pixels))
+    extract_features.run(config)
+    assert len(decoded) == 1
+    index = dataset.DatasetIndex.read(folder)
+    assert audit.read_hashes(folder, index.digests).any(axis=1).all()
+
+
+def test_without_readable_hashes_there_are_none_and_it_is_said(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make(photos)
+    folder = Artifacts(config.output).dataset
+    digests = np.ones((3, 2), np.uint64)
+    assert not audit.read_hashes(folder, digests).any()
+    assert not caplog.messages
+    extract_features.run(config)
+    for snapshot in (folder / HASH_STORE).glob("snapshot-*.h5"):
+        snapshot.write_bytes(snapshot.read_bytes()[:-100])
+    assert not audit.read_hashes(folder, digests).any()
+    assert caplog.messages[-1].startswith("near-duplicates are searched without perceptual hashes: ")
 
 
 def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> None:

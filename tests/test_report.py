@@ -21,7 +21,7 @@ from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
 from pipeline.leaderboard import Leaderboard, Nested, Seeds, judge
 from pipeline.leaderboard.imbalance import effects
-from pipeline.leaderboard.rows import nested_choice
+from pipeline.leaderboard.rows import Leaks, nested_choice
 from pipeline.metrics import Predictions, PredictionSet
 from pipeline.report import material
 from pipeline.report.charts import tuning_chart
@@ -399,7 +399,7 @@ def test_page_has_every_section_and_chart(page: str):
         "map",
         "mistakes",
         "labels",
-        "copies",
+        "near-duplicates",
         "outliers",
         "reproduce",
     ):
@@ -416,12 +416,45 @@ def test_labels_cannot_become_markup(page: str):
 
 def test_page_shows_what_was_planted(experiment: Path, page: str):
     """A flipped label, a copy from train in test, an outlier: each is in its section and its table."""
-    labels = (experiment / "doctor" / "suspicious_labels.csv").read_text(encoding="utf-8")
+    labels = (experiment / "audit" / "label_issues.csv").read_text(encoding="utf-8")
     assert "train/class0/006.png,猫 $5,ant" in labels
-    copies = (experiment / "doctor" / "near_duplicates.csv").read_text(encoding="utf-8").splitlines()
+    copies = (experiment / "audit" / "near_duplicates.csv").read_text(encoding="utf-8").splitlines()
     assert copies[1].startswith("test/class0/000.png,train/class0/000.png")
     assert "1 across splits" in page
-    assert "test/class0/001.png" in (experiment / "doctor" / "outliers.csv").read_text(encoding="utf-8")
+    assert "test/class0/001.png" in (experiment / "audit" / "outliers.csv").read_text(encoding="utf-8")
+
+
+def test_what_more_labels_bring_is_said_of_the_users_own_labels(experiment: Path, page: str):
+    """Of 120 training images the curve can only measure up to 96; twice the labels are 240 all the same."""
+    curve = gather(experiment).curve
+    assert curve is not None
+    assert curve.points[-1].size == 96
+    assert [item.size for item in curve.forecast] == [240, 480]
+    assert "Measured with ridge on random-net, in each of five draws" in page
+    assert "With twice your 120 labelled training images, about" in page
+    assert "is to be expected of ridge on random-net." in page
+
+
+def test_leaks_stand_above_the_table(experiment: Path, tmp_path: Path):
+    output = shutil.copytree(experiment, tmp_path / "leaking")
+    board = board_of(output)
+    best = board.best
+    leaks = Leaks("random-net", 180, 3, 60, 0, 120, {best.key: 0.5}, {})
+    leaking = dataclasses.replace(board, leaks=leaks)
+    Artifacts(output).leaderboard.write_text(leaking.to_json(), encoding="utf-8")
+    assert board_of(output) == leaking
+    line = (
+        f"Leak: 3 of 60 test images are nearly the same as a training image; on the other test images {best.key} has "
+        f"50.0 % in place of {100 * best.test.accuracy:.1f} %."
+    )
+    page = render(gather(output))
+    for text, table in ((page, "<table>"), (leaking.to_text(), "embedding "), (leaking.to_markdown(), "| embedding")):
+        assert (
+            text.index(line) < text.index("same `group`, a column of a manifest (path,label,group)") < text.index(table)
+        )
+    none = dataclasses.replace(board, leaks=dataclasses.replace(leaks, test=0))
+    assert none.warnings() == []
+    assert none.to_text() == board.to_text()
 
 
 def test_page_is_the_same_when_made_again(experiment: Path, page: str):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def make_config(output: Path, **tuning: Any) -> Config:
     return configuration.parse(raw, "test")
 
 
-def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
-    """Write what stage one leaves behind: an index, two stores, features.json."""
+def stage_one(output: Path, *, labels_seed: int = 0, alike: Sequence[tuple[int, int]] = ()) -> DatasetIndex:
+    """Write what stage one leaves behind: an index, two stores, features.json; of rows that are `alike` one nearly is the other."""
     files = Artifacts(output)
     rng = np.random.default_rng(0)
     codes = np.arange(N) % 3
@@ -63,6 +64,8 @@ def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
     index = DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10))
     index.write(files.dataset)
     good = rng.normal(size=(N, DIM)) + 1.2 * np.eye(3, DIM)[codes]
+    for first, second in alike:
+        good[second] = good[first] + 0.01
     records = []
     for name, kind, X in (("net-random", "backbone", good), ("pixels", "baseline", rng.normal(size=(N, DIM)))):
         spec = EmbeddingSpec(
@@ -197,6 +200,48 @@ def test_test_labels_choose_nothing(finished: tuple[Config, train_heads.HeadsRun
     assert mine.best.test is not None
     assert other.best.test is not None
     assert other.best.test.accuracy < mine.best.test.accuracy
+
+
+def test_near_duplicates_across_the_test_and_across_folds_are_said_with_the_scores_without_them(tmp_path: Path) -> None:
+    """Two test images are nearly training images; of ten pairs of training images some are parted by the folds."""
+    tested = [(3, 0), (18, 15)]
+    pairs = [(row, row + 3) for row in (31, 46, 61, 76, 91, 106, 121, 136, 1, 16)]
+    stage_one(tmp_path, alike=[*tested, *pairs])
+    config = make_config(tmp_path).model_copy(update={"heads": (HeadConfig(name="nearest_centroid"),)})
+    result = train_heads.run(config)
+    board = result.leaderboard
+    leaks = board.leaks
+    assert leaks is not None
+    assert (leaks.embedding, leaks.images, leaks.test_images, leaks.train_images) == ("net-random", 150, 30, 120)
+    found = Predictions.read(tmp_path / str(board.best.bundle) / "predictions.npz")
+    assert found.out_of_fold is not None
+    assert found.out_of_fold.folds is not None
+    fold = dict(zip(found.out_of_fold.paths.tolist(), found.out_of_fold.folds.tolist(), strict=True))
+    parted = {f"{row:04d}.png" for pair in pairs for row in pair if len({fold[f"{end:04d}.png"] for end in pair}) == 2}
+    assert 0 < len(parted) < 20
+    assert (leaks.test, leaks.folds) == (2, len(parted))
+    others = ~np.isin(found.test.paths, ["0000.png", "0015.png"])
+    assert leaks.without[board.best.key] == found.test.correct[others].mean()
+    kept = ~np.isin(found.out_of_fold.paths, sorted(parted))
+    expected = (found.out_of_fold.correct.mean(), found.out_of_fold.correct[kept].mean())
+    assert leaks.held_out[board.best.key] == expected
+    lines = result.summary_lines()[0].splitlines()
+    assert lines[0].startswith(
+        "Leak: 2 of 30 test images are nearly the same as a training image; on the other test images"
+    )
+    assert lines[1].startswith(
+        f"Leak: {len(parted)} of 120 training images are nearly the same as one of another fold;"
+    )
+    assert f"{board.best.key} is right in {100 * expected[1]:.1f} % in place of {100 * expected[0]:.1f} %" in lines[1]
+    assert "the same `group`" in lines[2]
+    assert train_heads.run(config).leaderboard.leaks == leaks
+
+
+def test_data_without_near_duplicates_have_nothing_said_of_them(finished: tuple[Config, train_heads.HeadsRun]) -> None:
+    board = finished[1].leaderboard
+    assert board.leaks is not None
+    assert (board.leaks.test, board.leaks.folds) == (0, 0)
+    assert "Leak" not in board.to_text()
 
 
 def test_a_bundle_predicts_what_the_leaderboard_says(finished: tuple[Config, train_heads.HeadsRun]) -> None:

@@ -31,7 +31,7 @@ def look(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary, folder.name)
         if folder.is_dir():
-            shutil.copytree(folder, copy)
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.store"))  # the images' hashes
         return scan(config, seed, copy, rehash=rehash)
 
 

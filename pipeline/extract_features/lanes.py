@@ -70,6 +70,8 @@ class Finished:
     """Item -> status and reason of an image that cannot be used, as in `ImageProblem`."""
     parts: Sequence[Part | None]
     """One per lane; None where it wanted nothing of the batch."""
+    hashes: Mapping[int, NDArray[np.uint8]]
+    """Item -> perceptual hash."""
     read_seconds: float
     decode_seconds: float
 
@@ -97,11 +99,11 @@ def embed(job: Job, lanes: Sequence[Lane], items: Iterable[Item]) -> Iterator[Fi
     config = job.sources[0].config
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
     size = max(lane.limit for lane in lanes)
-    feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers)
+    feeder = Feeder(job.root, config.dataset.max_pixels, preprocessings, size, job.workers, hashed=True)
     for batch in feeder.batches(items):
         problems = {row: (problem.status, problem.reason) for row, problem in sorted(batch.problems.items())}
         parts = [_part(batch, number, lane) for number, lane in enumerate(lanes)]
-        yield Finished(batch.items, problems, parts, batch.read_seconds, batch.decode_seconds)
+        yield Finished(batch.items, problems, parts, batch.hashes, batch.read_seconds, batch.decode_seconds)
 
 
 def _part(batch: Batch, number: int, lane: Lane) -> Part | None:

@@ -22,7 +22,7 @@ from pipeline.extract_features import lanes
 from pipeline.extract_features.lanes import Finished, Job, Lane
 from pipeline.extract_features.targets import Contents, Target
 from pipeline.feed import Item
-from pipeline.images import policy_key
+from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.memory import keep_freed_memory
 from pipeline.progress import bar
 from pipeline.store import StoreWriter
@@ -80,10 +80,8 @@ Outputs = Sequence[Sequence[Output]]
 """Per source those of its outputs that are kept."""
 
 
-def embed(
-    targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, ledger_folder: Path
-) -> Work:
-    """Embed the pending contents of some targets into their stores.
+def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, folder: Path) -> Work:
+    """Embed the pending contents of some targets into their stores; `folder` holds the ledger and the perceptual hashes.
 
     A signal to stop ends the run after the batch in hand, with all finished rows committed.
 
@@ -104,6 +102,8 @@ def embed(
         job = Job(tuple(sources), index.root, lanes.workers(config.extraction))
         opened = lanes.open_lanes(job)
         outputs = _open_stores(list(by_source.values()), opened, contents, stack)
+        # A byte is exact in float16.
+        hashes = stack.enter_context(StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
         work = Work(workers=job.workers)
         work.seconds["start-up"] = time.perf_counter() - began
@@ -112,6 +112,7 @@ def embed(
             with bar(count, "images", "embedding") as progress, _stop_requested() as stopped:
                 for finished in lanes.embed(job, opened, items):
                     _store(finished, outputs, contents, work)
+                    _store_hashes(finished, hashes, contents)
                     progress.update(len(finished.items))
                     if (number := stopped()) is not None:
                         raise KeyboardInterrupt(number)
@@ -120,8 +121,9 @@ def embed(
             write_began = time.perf_counter()
             for output in (output for own in outputs for output in own):
                 output.writer.commit()
+            hashes.commit()
             policy = policy_key(config.dataset.max_pixels)
-            record_failures(ledger_folder, [entry._replace(policy=policy) for entry in work.failures])
+            record_failures(folder, [entry._replace(policy=policy) for entry in work.failures])
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
         stack.close()  # seals
@@ -187,6 +189,13 @@ def _store(finished: Finished, outputs: Outputs, contents: Contents, work: Work)
             work.add_network(output.name, len(numbers), part.seconds)
             _append(output, numbers, part.vectors[output.number], paths, contents, work)
     work.seconds["write"] += time.perf_counter() - began
+
+
+def _store_hashes(finished: Finished, writer: StoreWriter, contents: Contents) -> None:
+    """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
+    if finished.hashes:
+        numbers = [finished.items[row].content for row in finished.hashes]
+        writer.append(contents.digests[numbers], np.stack(list(finished.hashes.values())).astype(np.float32))
 
 
 def _append(

@@ -176,6 +176,63 @@ class LeaderboardRow:
 
 
 @dataclass(frozen=True)
+class Leaks:
+    """Near-duplicates that stand on both sides of a score, as the data audit finds them in one embedding.
+
+    Of `images` as many as `test_images` and `train_images` together were looked at. `test` of the `test_images` are nearly the same as a training image, `folds` of the `train_images` as one of another
+    fold. `without` is each row's test accuracy on the other test images, `held_out` its accuracy on all out-of-fold
+    answers and on those of the other training images; a row is named where these can be told.
+    """
+
+    embedding: str
+    images: int
+    test: int
+    test_images: int
+    folds: int
+    train_images: int
+    without: Mapping[str, float]
+    held_out: Mapping[str, tuple[float, float]]
+
+    def lines(self, rows: Sequence[LeaderboardRow]) -> list[str]:
+        """Return what must be said above the table; rows : the best row and, if it is another, the recommended one."""
+        found = []
+        if self.test:
+            scores = [
+                f"{row.key} has {100 * self.without[row.key]:.1f} % in place of {100 * row.test.accuracy:.1f} %"
+                for row in rows
+                if row.test and row.key in self.without
+            ]
+            scored = f"; on the other test images {' and '.join(scores)}" if scores else ""
+            found.append(
+                f"Leak: {self.test:,} of {self.test_images:,} test images {_are(self.test)} nearly the same as a training image{scored}."
+            )
+        if self.folds:
+            scores = [
+                f"{row.key} is right in {100 * without:.1f} % in place of {100 * with_all:.1f} %"
+                for row in rows
+                for with_all, without in [self.held_out.get(row.key, (np.nan, np.nan))]
+                if np.isfinite(without)
+            ]
+            scored = f"; held out, without them, {' and '.join(scores)}" if scores else ""
+            found.append(
+                f"Leak: {self.folds:,} of {self.train_images:,} training images {_are(self.folds)} nearly the same as one of another fold{scored}."
+            )
+        if found:
+            found.append(
+                "The report shows the pairs. Give images that belong together the same `group`, a column of a manifest "
+                "(path,label,group): groups are never parted."
+            )
+        looked = self.test_images + self.train_images
+        if looked < self.images:
+            found.append(f"Near-duplicates were searched among {looked:,} of the {self.images:,} images.")
+        return found
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What paired comparison says about the rows, in the score that was tuned; `judge` makes it from the predictions.
 

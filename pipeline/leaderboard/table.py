@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
-from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Nested, Verdict, nested_choice, plain
+from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Leaks, Nested, Verdict, nested_choice, plain
 from pipeline.metrics import ACCURACY, METRICS, Metric, Scores
 from pipeline.metrics.intervals import Interval
 
@@ -35,6 +35,7 @@ class Leaderboard:
     rows: tuple[LeaderboardRow, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict | None = None
+    leaks: Leaks | None = None
 
     def __post_init__(self) -> None:
         ordered = sorted(self.rows, key=lambda row: (not row.sound, -row.cv_mean, row.simplicity, row.key))
@@ -62,6 +63,7 @@ class Leaderboard:
             "best": self.best.key if self.rows else None,
             "rows": [row.to_record() for row in self.rows],
             "verdict": dataclasses.asdict(self.verdict) if self.verdict else None,
+            "leaks": dataclasses.asdict(self.leaks) if self.leaks else None,
             "provenance": self.provenance,
         }
         return json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -89,19 +91,22 @@ class Leaderboard:
             tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
             record["provenance"],
             Verdict.from_record(verdict) if verdict else None,
+            Leaks(**record["leaks"]) if record.get("leaks") else None,
         )
 
     def to_markdown(self) -> str:
         """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
         table = self._table("github", f"cross-validation ({self.metric.title})", HEADERS, bold="**")
-        return "\n".join(["# Leaderboard", "", table, "", *(f"- {line}" for line in self.notes()), ""])
+        above = [text for line in self.warnings() for text in (f"> {line}", "")]
+        return "\n".join(["# Leaderboard", "", *above, table, "", *(f"- {line}" for line in self.notes()), ""])
 
     def to_text(self) -> str:
         """Return the leaderboard for a terminal."""
         headers = [*SHORT_HEADERS]
         if self.metric is not ACCURACY:  # where everything else is accuracy too, the narrow table need not say so
             headers[headers.index("test [95 %]")] = "test acc. [95 %]"
-        return "\n".join([self._table("simple", f"CV {self.metric.title}", headers), "", *self.notes()])
+        above = [*self.warnings(), ""] if self.warnings() else []
+        return "\n".join([*above, self._table("simple", f"CV {self.metric.title}", headers), "", *self.notes()])
 
     def _table(self, form: str, score: str, headers: Sequence[str], bold: str = "") -> str:
         asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in self.rows)]
@@ -111,6 +116,13 @@ class Leaderboard:
         names = [*headers[:3], score, *(name for name, _ in asked), *headers[3:]]
         align = [*ALIGN[:4], *("right" for _ in asked), *ALIGN[4:]]
         return tabulate(cells, headers=names, tablefmt=form, disable_numparse=True, colalign=align)
+
+    def warnings(self) -> list[str]:
+        """Return what must be known before the table is read, one sentence each."""
+        if self.leaks is None or not self.rows:
+            return []
+        recommended = self.verdict.recommended if self.verdict else self.best.key
+        return self.leaks.lines([row for row in self.rows if row.key in (self.best.key, recommended)])
 
     def notes(self) -> list[str]:
         """Return what must be said beside the table, one sentence each."""

@@ -105,8 +105,13 @@ def measure_curve(
     return curve_from_scores([size for size, _ in kept], [row for _, row in kept], seeds[0] if seeds else 0)
 
 
-def curve_from_scores(sizes: Sequence[int], scores: Sequence[NDArray[np.float64]], seed: int) -> LearningCurve:
-    """Make the curve, its test and its forecast from measured scores per size."""
+def curve_from_scores(
+    sizes: Sequence[int], scores: Sequence[NDArray[np.float64]], seed: int, labels: int | None = None
+) -> LearningCurve:
+    """Make the curve, its test and its forecast from measured scores per size.
+
+    The forecast is for 2 and 4 times `labels`, the labelled images there are; as many as the largest size if None.
+    """
     points = tuple(
         CurvePoint(size, float(np.mean(row)), mean_interval(np.asarray(row)), tuple(float(v) for v in row))
         for size, row in zip(sizes, scores, strict=True)
@@ -119,10 +124,9 @@ def curve_from_scores(sizes: Sequence[int], scores: Sequence[NDArray[np.float64]
         held_back = _predict(shown, ahead, [point.accuracy for point in points[-hidden:]], seed)
     if len(points) < 4:
         return LearningCurve(points, None, held_back, ())
-    largest = points[-1].size
-    return LearningCurve(
-        points, _fit(points), held_back, _predict(points, [2 * largest, 4 * largest], [None, None], seed)
-    )
+    there_are = labels or points[-1].size
+    ahead = _predict(points, [2 * there_are, 4 * there_are], [None, None], seed)
+    return LearningCurve(points, _fit(points), held_back, ahead)
 
 
 RATES = np.geomspace(0.05, 2.0, 80)

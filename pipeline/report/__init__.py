@@ -1,6 +1,6 @@
 """The report page of an experiment, its charts for papers, and several experiments side by side, all from saved artifacts.
 
-`build(output)` makes `report.html`, `plots/*.png` and `doctor/*.csv`; matplotlib is imported only then.
+`build(output)` makes `report.html`, `plots/*.png` and `audit/*.csv`; matplotlib is imported only then.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The report page: one HTML file with its charts, images, styles and script inside.
 
 `build` gathers the material, draws the charts once for the page and once as PNG, and writes `report.html`, `plots/` and
-`doctor/`. The sections are in `sections`; the look is `style.css`, the behaviour `script.js`.
+`audit/`. The sections are in `sections`; the look is `style.css`, the behaviour `script.js`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def build(output: Path) -> Path:
     material = gather(output)
     page = output / PAGE
     write_text_atomic(page, render(material))
-    for folder, files in (("plots", _plots(material)), ("doctor", _tables(material))):
+    for folder, files in (("plots", _plots(material)), ("audit", _tables(material))):
         make_folder(output / folder)
         for name, data in files.items():
             write_atomic(output / folder / name, data)

@@ -6,6 +6,7 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     task.py         the rows, the folds, the test images
     place.py        features in memory or on disk, and the heads that are left out where neither will do
     predictions.py  what a head said of every image
+    leaks.py        near-duplicates across test or folds, and the scores without them
     repeats.py      searches within outer folds and with other seeds, on request; class weights switched
 """
 
@@ -43,6 +44,7 @@ from pipeline.metrics.expected import expected_accuracy
 from pipeline.metrics.intervals import Interval
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
+from pipeline.train_heads.leaks import find_leaks
 from pipeline.train_heads.place import Embedded, place_of, predict
 from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
@@ -156,6 +158,7 @@ def run(config: Config) -> HeadsRun:
     leaderboard = judge(
         Leaderboard(tuple(rows), _provenance(config, files, task, stores, [*notes, *left_out])), files.root
     )
+    leaderboard = replace(leaderboard, leaks=find_leaks(leaderboard, task, stores, files))
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
