@@ -113,7 +113,7 @@ def heads(config: Path, overrides: tuple[str, ...]) -> None:
     from pipeline import train_heads as stage
 
     result = stage.run(configuration.load(config, overrides))
-    page = pages.build(result.files.root)
+    page = pages.refresh(result.files.root)
     for line in [*result.summary_lines(), f"report       {page}"]:
         click.echo(line)
 

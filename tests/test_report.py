@@ -23,7 +23,7 @@ from pipeline.leaderboard import Leaderboard, Nested, Seeds, judge
 from pipeline.leaderboard.imbalance import effects
 from pipeline.leaderboard.rows import nested_choice
 from pipeline.metrics import Predictions, PredictionSet
-from pipeline.report import material
+from pipeline.report import inputs, material
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.material import gather
@@ -624,3 +624,58 @@ def test_long_names_do_not_squeeze_the_tuning_curves(name: str, count: int) -> N
     assert box.x0 >= 0
     assert box.x1 <= 1.01
     assert 0 <= box.y0 < box.y1 < place.y0
+
+
+# ---- work that did not change
+
+
+def stamps(output: Path) -> dict[str, int]:
+    made = [output / "report.html", *(output / "plots").iterdir(), *(output / "doctor").iterdir()]
+    return {path.name: path.stat().st_mtime_ns for path in made}
+
+
+def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
+    before = stamps(copy)
+    record = json.loads((copy / "leaderboard.json").read_text())
+    record["provenance"]["date"] = "2027-01-01T00:00:00+00:00"  # what a run with nothing to do writes
+    (copy / "leaderboard.json").write_text(json.dumps(record))
+    assert report.refresh(copy) == copy / "report.html"
+    assert stamps(copy) == before
+    report.build(copy)
+    assert all(stamp > before[name] for name, stamp in stamps(copy).items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "leaderboard.json",
+        "heads/random-net/logistic_regression/predictions.npz",
+        "trials/random-net/logistic_regression.jsonl",
+        "dataset/index.csv",
+        "features.json",
+        "report.html",
+        "plots/confusion.png",
+        "doctor/outliers.csv",
+        "report.json",
+    ],
+)
+def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(copy: Path, name: str):
+    assert inputs.is_current(copy)
+    if name == "leaderboard.json":
+        record = json.loads((copy / name).read_text())
+        record["provenance"]["notes"] = ["a head was left out"]
+        (copy / name).write_text(json.dumps(record))
+    elif name.endswith(("csv", "jsonl")) or name == "features.json":
+        (copy / name).write_bytes((copy / name).read_bytes() + b"\n")
+    else:
+        (copy / name).unlink()
+    assert not inputs.is_current(copy)
+    if name == "plots/confusion.png":
+        report.refresh(copy)
+        assert (copy / name).is_file()
+        assert inputs.is_current(copy)
+
+
+def test_other_code_or_libraries_make_another_page(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inputs, "LIBRARIES", (*inputs.LIBRARIES, "click"))
+    assert not inputs.is_current(copy)
