@@ -49,6 +49,34 @@ def test_of_two_equal_rows_the_simpler_wins():
     assert board.best.head == "ridge"
 
 
+def test_rows_on_other_images_are_ranked_apart_and_never_win():
+    """A fine-tuned network's rows come in a table of their own, however high their cross-validation is."""
+    frozen = row("ridge", 0.90), row("knn", 0.80), row("most_frequent", 0.3, embedding="majority", baseline=True)
+    new = {"embedding": "tuned", "unseen_rows": 50, "task": "b"}
+    apart = row("ridge", 0.99, **new), row("knn", 0.98, **new)
+    told = row("ridge", 0.995, embedding="other", unseen_rows=40, chose_rows=40, task="c")
+    board = Leaderboard((told, *apart, *frozen))
+    assert board.best.key == "resnet18-penultimate/ridge"
+    assert [item.cv_mean for item in board.ranked] == [0.90, 0.80, 0.3]
+    assert [[item.cv_mean for item in rows] for rows in board.apart] == [[0.995], [0.99, 0.98]]
+    assert board.rows == (*board.ranked, told, *apart)
+    main, *tables = board.to_markdown().split("## Ranked apart, on other images")
+    assert "tuned" not in main
+    assert len(tables) == 2
+    assert "99.5" not in tables[0]
+    assert "40 of them chose the network's weights" in tables[0]
+    assert "99.0 ± 1.0" in tables[1]
+    assert "\\*" not in "".join(tables)
+    assert board.to_text().count("Ranked apart, on other images: heads on a fine-tuned network") == 2
+    page = leaderboard_table(board)
+    assert page.count("<table>") == 3
+    assert "99.5" not in page
+    assert Leaderboard.from_json(board.to_json()) == board
+    # Where there is no other backbone the fine-tuned one's rows are compared, and the guess stands apart.
+    assert Leaderboard((*apart, frozen[2])).best == apart[0]
+    assert Leaderboard((*apart, frozen[2])).apart == ((frozen[2],),)
+
+
 def test_json_gives_the_same_leaderboard_back():
     rows = (row("ridge", 0.90), row("knn", 0.85, test=None), row("mlp", 0.8, embed_seconds=0.01, dim=512))
     board = Leaderboard(rows, {"seed": np.int64(3), "scoring": "accuracy", "nan": float("nan"), "list": (1, 2)})
