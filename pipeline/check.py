@@ -10,8 +10,6 @@ from pipeline import backbone, dataset, tuning
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
 from pipeline.errors import DatasetError, PipelineError
-from pipeline.images import gpu_decoder
-from pipeline.tuning import devices
 
 
 def run(config: Config) -> list[str]:
@@ -80,24 +78,11 @@ def _download(section: BackboneConfig) -> list[str]:
 
 def _machine(config: Config) -> list[str]:
     """See that this machine has the devices and engines that the config insists on."""
-    problems: list[str] = []
-
-    def extraction() -> None:
-        device = backbone.require_arithmetic(config.extraction)
-        if config.extraction.decode == "gpu":
-            gpu_decoder(device)
-
-    def tuned() -> None:
-        if config.tuning.device != "auto":
-            devices.resolve(config.tuning.device, large=True)
-
-    for part in (extraction, tuned):
-        try:
-            part()
-        except PipelineError as error:
-            problems += [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
-    if problems:
-        raise PipelineError("machine", problems)
+    try:
+        backbone.require_arithmetic(config.extraction)
+    except PipelineError as error:
+        problems = [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
+        raise PipelineError("machine", problems) from None
     return []
 
 

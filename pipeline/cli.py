@@ -341,19 +341,6 @@ def merge(store: Path, sources: tuple[Path, ...]) -> None:
 
 
 @cli.command()
-@_experiment
-def migrate(config: Path, overrides: tuple[str, ...]) -> None:
-    """Write feature stores of an older format anew in that of this version; the old ones are kept beside.
-
-    Example: manyheads migrate configs/folder.yaml
-    """
-    from pipeline import maintenance
-
-    for line in maintenance.migrate(configuration.load(config, overrides)):
-        click.echo(line)
-
-
-@cli.command()
 @click.argument("model")
 def layers(model: str) -> None:
     """List the layers of a backbone that can be embedded, with their shapes.

@@ -7,37 +7,21 @@ once for each size that is wanted).
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.images import (
-    MOST_DIFFERENCE,
-    GpuDecoder,
-    ImageProblem,
-    Preprocessing,
-    decode,
-    gpu_decoder,
-    open_file,
-    prepare,
-)
-
-logger = logging.getLogger(__name__)
+from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 
 CHUNK = 8
 """Images a thread takes at a time: handing them over one by one costs 0.1 to 0.2 ms each."""
-
-GPU_CHUNK = 16
-"""The same where a GPU decodes, which is faster on several at a time; their files are all in memory then."""
 
 AHEAD = 3
 """Batches under way: one with the network, one ready, one being filled."""
@@ -79,8 +63,6 @@ class Feeder:
     """One per taker of pixels; those that are equal are done once."""
     batch_size: int
     workers: int
-    gpu: GpuDecoder | None = None
-    """What decodes, if any; the processor decodes what it leaves."""
 
     def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
         """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
@@ -110,10 +92,9 @@ class Feeder:
         return [distinct[way] for way in self.preprocessings]
 
     def _submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[tuple[float, float]]]:
-        most, fill = (CHUNK, self._fill) if self.gpu is None else (GPU_CHUNK, partial(self._fill_by_gpu, self.gpu))
-        size = max(1, min(most, -(-len(batch.items) // self.workers)))
+        size = max(1, min(CHUNK, -(-len(batch.items) // self.workers)))
         return [
-            pool.submit(fill, batch, range(start, min(start + size, len(batch.items))))
+            pool.submit(self._fill, batch, range(start, min(start + size, len(batch.items))))
             for start in range(0, len(batch.items), size)
         ]
 
@@ -129,19 +110,6 @@ class Feeder:
             reading += read - began
             decoding += time.perf_counter() - read
         return reading, decoding
-
-    def _fill_by_gpu(self, gpu: GpuDecoder, batch: Batch, rows: range) -> tuple[float, float]:
-        """Do the same in two steps: read all, and then decode all that the GPU takes together."""
-        began = time.perf_counter()
-        contents = {row: data for row in rows if (data := self._read(batch, row)) is not None}
-        read = time.perf_counter()
-        takers = {row: self._takers(batch.items[row]) for row in contents}
-        made = gpu.prepare(contents, {row: list(ways) for row, ways in takers.items()}, self.max_pixels)
-        for (row, preprocessing), pixels in made.items():
-            batch.pixels[takers[row][preprocessing]][row] = pixels
-        for row in contents.keys() - {row for row, _ in made}:
-            self._decode(batch, row, contents[row])
-        return read - began, time.perf_counter() - read
 
     def _takers(self, item: Item) -> dict[Preprocessing, int]:
         """Each preprocessing an item is wanted in, with one of the takers that want it."""
@@ -165,22 +133,3 @@ class Feeder:
                 batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
         except ImageProblem as problem:
             batch.problems[row] = problem
-
-
-def gpu_at_hand(preprocessing: Preprocessing, device: str) -> GpuDecoder | None:
-    """Return what decodes images whose features were made with `decode: gpu`: that device where it is a GPU, else None.
-
-    Raises
-    ------
-    BackboneError
-        When the GPU is there and its decoder is not.
-    """
-    if preprocessing.decode != "gpu":
-        return None
-    if not device.startswith("cuda"):
-        logger.warning(
-            "the features were made of images that a GPU had decoded; the processor decodes them here, within %g grey levels",
-            MOST_DIFFERENCE,
-        )
-        return None
-    return gpu_decoder(device)

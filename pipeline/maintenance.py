@@ -18,7 +18,7 @@ from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedders import EmbeddingRecord
 from pipeline.errors import PipelineError, first
-from pipeline.feed import Feeder, Item, gpu_at_hand
+from pipeline.feed import Feeder, Item
 from pipeline.images import policy_key
 
 EXAMPLES = 10
@@ -229,10 +229,7 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
     embedder, output = embedders.open_record(record, here.config.extraction.device)
     items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
-    gpu = gpu_at_hand(embedder.preprocessing, str(embedder.device))
-    feeder = Feeder(
-        here.index.root, here.config.dataset.max_pixels, (embedder.preprocessing,), 1, os.cpu_count() or 1, gpu
-    )
+    feeder = Feeder(here.index.root, here.config.dataset.max_pixels, (embedder.preprocessing,), 1, os.cpu_count() or 1)
     deviating = []
     for batch in feeder.batches(items):
         (item,) = batch.items
@@ -303,25 +300,6 @@ def export_pack(path: Path, output: Path) -> str:
     columns = {} if output.suffix == ".npy" else {name: values.tolist() for name, values in index.columns.items()}
     report = store.export(path, output, index.digests, columns)
     return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
-
-
-def migrate(config: Config) -> list[str]:
-    """Write the stores of an older format anew in this version's; the old ones are kept beside."""
-    here = Experiment.open(config)
-    lines = []
-    for record in here.records:
-        if here.path(record).is_file():
-            lines.append(f"{record.name}: is a packed file, which stays as it is")
-            continue
-        if (version := store.format_version(here.path(record))) == store.FORMAT_VERSION:
-            lines.append(f"{record.name}: has format {version} already")
-            continue
-        report = store.migrate(here.path(record))
-        lines.append(
-            f"{record.name}: {report.rows:,} vectors written anew in format {report.version} and compared; "
-            f"the store as it was is {report.backup}; delete it when you like"
-        )
-    return lines
 
 
 def merge(target: Path, sources: Sequence[Path]) -> list[str]:

@@ -25,7 +25,7 @@ from pipeline.config import NETWORK_DEVICES, Artifacts, checked_device
 from pipeline.dataset import is_image_name
 from pipeline.embedders import Embedder, EmbeddingRecord, open_record
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
-from pipeline.feed import Batch, Feeder, Item, gpu_at_hand
+from pipeline.feed import Batch, Feeder, Item
 from pipeline.files import growing, require_place
 from pipeline.leaderboard import Leaderboard
 from pipeline.leaderboard.rows import CONSTANT_GUESS
@@ -215,8 +215,7 @@ def _cells(row: Row, classes: Sequence[str], top: int) -> list[str]:
 def _batches(paths: Iterable[str], embedder: Embedder, max_pixels: int) -> Iterator[Batch]:
     here = os.getcwd()
     items = (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
-    gpu = gpu_at_hand(embedder.preprocessing, str(embedder.device))
-    feeder = Feeder(Path("/"), max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1, gpu)
+    feeder = Feeder(Path("/"), max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1)
     return feeder.batches(items)
 
 

@@ -162,18 +162,3 @@ def test_an_experiment_whose_record_names_a_packed_file(experiment: Config, tmp_
     maintenance.export(config, tmp_path / "x.npy", embedding=BACKBONE)
     assert np.array_equal(np.load(tmp_path / "x.npy"), stored(experiment)[0])
     assert len(train_heads.run(config).summary_lines()) > 3
-
-
-def test_migrating_keeps_the_old_stores_beside(
-    experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    output = Path(shutil.copytree(experiment.output, tmp_path / "output"))
-    config = experiment.model_copy(update={"output": str(output)})
-    assert maintenance.migrate(config)[0] == f"{BACKBONE}: has format 1.0 already"
-    monkeypatch.setattr(maintenance.store, "FORMAT_VERSION", "1.1")  # as if this were a newer program
-    lines = maintenance.migrate(config)
-    assert lines[0].startswith(f"{BACKBONE}: 36 vectors written anew in format 1.0 and compared; ")
-    assert len(list((output / "features").glob("*.before-migration"))) == 2
-    assert np.array_equal(stored(config)[0], stored(experiment)[0])

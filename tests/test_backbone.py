@@ -520,6 +520,21 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         load(extraction=ExtractionConfig(device="cuda"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 5e-2)])
+def test_a_gpu_gives_the_vectors_of_the_processor(precision: str, tolerance: float) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    section = BackboneConfig(name="resnet18", preprocessing=PreprocessingConfig(resize=64, crop=64))
+    there, here = (
+        backbone.load(
+            section, ExtractionConfig.model_validate({"device": device, "precision": asked, "engine": "torch"}), 0
+        )
+        for device, asked in (("cuda", precision), ("cpu", "fp32"))
+    )
+    (found,), (expected,) = there.embed(pixels), here.embed(pixels)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
 def test_importing_the_backbone_does_not_import_torch() -> None:
     code = "import sys, pipeline.backbone as b; b.choice_inputs(); sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

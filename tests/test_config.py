@@ -79,9 +79,23 @@ def test_true_is_not_a_number_of_trials(tmp_path: Path) -> None:
 
 
 def test_what_may_be_one_of_several_kinds_is_one_problem(tmp_path: Path) -> None:
-    assert problems_of(tmp_path, GOOD, "extraction.processes=many")[1:] == [
-        "extraction.processes: input should be 'auto' or a valid integer, got 'many'"
+    assert problems_of(tmp_path, GOOD, "extraction.workers=many")[1:] == [
+        "extraction.workers: input should be 'auto' or a valid integer, got 'many'"
     ]
+
+
+def test_a_key_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "extraction.processes=4", "extraction.decode=gpu", "tuning.device=cuda")[1:] == [
+        "extraction.decode: gpu is gone: the processor decodes; set it to standard, or fast for large photos",
+        "extraction.processes: is gone: one process uses all processors and one GPU; remove it, and name a GPU with "
+        "extraction.device",
+        "tuning.device: is gone: heads are searched on the processor; remove it",
+    ]
+
+
+def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    plain = configuration.load(write(tmp_path, GOOD))
+    assert configuration.load(write(tmp_path, GOOD), ["extraction.processes=auto", "tuning.device=auto"]) == plain
 
 
 def test_a_list_is_asked_for_in_the_words_of_the_file(tmp_path: Path) -> None:
@@ -90,14 +104,14 @@ def test_a_list_is_asked_for_in_the_words_of_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["cuda", "cuda:1", "cpu", "auto"])
 def test_a_device_may_have_a_number(tmp_path: Path, value: str) -> None:
-    config = configuration.load(write(tmp_path, GOOD), [f"extraction.device={value}", f"tuning.device={value}"])
-    assert (config.extraction.device, config.tuning.device) == (value, value)
+    config = configuration.load(write(tmp_path, GOOD), [f"extraction.device={value}"])
+    assert config.extraction.device == value
 
 
-@pytest.mark.parametrize("value", ["tpu", "cuda:", "cuda:x", "cpu:1", "mps"])
+@pytest.mark.parametrize("value", ["tpu", "cuda:", "cuda:x", "cpu:1", "mps:0"])
 def test_another_device_is_refused_with_those_there_are(tmp_path: Path, value: str) -> None:
-    assert problems_of(tmp_path, GOOD, f"tuning.device='{value}'")[1:] == [
-        f"tuning.device: should be 'auto', 'cpu', 'cuda' or a GPU by number, such as 'cuda:1', got '{value}'"
+    assert problems_of(tmp_path, GOOD, f"extraction.device='{value}'")[1:] == [
+        f"extraction.device: should be 'auto', 'cpu', 'mps', 'cuda' or a GPU by number, such as 'cuda:1', got '{value}'"
     ]
 
 

@@ -2,7 +2,6 @@
 
     precision.py      which device and number format a run uses
     engines.py        torch or OpenVINO: which one, and how the latter is made
-    cuda.py           torch on an NVIDIA GPU as a CUDA graph
     architectures.py  networks by name, without weights of their own
     weights_files.py  files of weights -> tensors, and nothing else
     preprocessing.py  the transform that belongs to weights
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
-from pipeline.backbone.precision import choice_inputs, choose_precision, devices, divide_threads
+from pipeline.backbone.precision import choice_inputs, choose_precision
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 
@@ -37,8 +36,6 @@ __all__ = [
     "choice_inputs",
     "choose_batch_size",
     "choose_precision",
-    "devices",
-    "divide_threads",
     "engine_at_hand",
     "layers",
     "load",

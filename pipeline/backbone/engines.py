@@ -35,9 +35,6 @@ Vectors = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
 Engine = Callable[[NDArray[np.uint8]], Features]
 """The same for arrays."""
 
-Start = Callable[[NDArray[np.uint8]], Callable[[], Features]]
-"""The same in two steps: it has read the pixels when it returns a function, which waits for the vectors."""
-
 BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
 """`batch_size: auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
 
@@ -53,16 +50,6 @@ saves 1 ms an image."""
 
 _FORMATS = {"fp32": "f32", "bf16": "bf16"}
 _PROCESSORS = frozenset({"x86_64", "amd64"})
-
-
-def at_once(engine: Engine) -> Start:
-    """Make the two steps of an engine that computes in the caller's own thread."""
-
-    def start(pixels: NDArray[np.uint8]) -> Callable[[], Features]:
-        features = engine(pixels)
-        return lambda: features
-
-    return start
 
 
 def require_close(found: Features, expected: Features) -> None:

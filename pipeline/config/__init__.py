@@ -6,6 +6,7 @@ tuning.py       stage two's
 training.py     stage three's, and pretraining's
 experiment.py   Config: all of them
 reading.py      YAML -> Config, every problem at once
+retired.py      keys of earlier versions
 artifacts.py    the names of an experiment's files
 """
 

@@ -95,17 +95,15 @@ class ExtractionConfig(Section):
     device: Annotated[str, device_of(*NETWORK_DEVICES)] = "auto"
     batch_size: Literal["auto"] | int = "auto"
     workers: Literal["auto"] | int = "auto"
-    """Threads that read and decode, in all processes together."""
-    processes: Literal["auto"] | int = "auto"
-    """Processes that embed, each with networks of its own; `auto` is one per GPU where `device` names none, else 1."""
+    """Threads that read and decode."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What computes; `auto` takes OpenVINO where it is installed and the job is long enough to gain from it."""
-    decode: Literal["standard", "exact", "fast", "gpu"] = "standard"
+    decode: Literal["standard", "exact", "fast"] = "standard"
     """`exact` gives the pixels of torchvision's transforms on a PIL image bit for bit, `standard` is within one grey level of
-    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size, `gpu` lets the GPU decode."""
+    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size."""
 
-    @field_validator("batch_size", "workers", "processes")
+    @field_validator("batch_size", "workers")
     @classmethod
     def _positive(cls, value: str | int) -> str | int:
         if isinstance(value, int) and value < 1:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from pipeline.config.experiment import Config
 from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.config.retired import KEYS, VALUES, without_defaults
 from pipeline.config.section import Section, guess
 from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
@@ -69,7 +70,7 @@ def _require_folder(output: str, origin: str) -> None:
 def parse(raw: Mapping[str, Any], origin: str) -> Config:
     """Validate a config given as nested mappings; `origin` names it in messages."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(without_defaults(raw))
     except ValidationError as error:
         raise _refused(origin, error, Config) from None
 
@@ -182,6 +183,8 @@ def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) 
     detail = details[0]
     given = detail.get("input")
     if detail["type"] == "extra_forbidden":
+        if location in KEYS:
+            return f"{location}: {KEYS[location].told}"
         key = str(detail["loc"][-1])
         allowed = _keys_at(detail["loc"][:-1], root)
         return f"{location}: unknown key{guess(key, allowed)}; allowed: {', '.join(allowed)}"
@@ -192,6 +195,8 @@ def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) 
         return f"{location}: {text}" if location else text
     hint = ""
     if detail["type"] == "literal_error" and isinstance(given, str):
+        if (location, given) in VALUES:
+            return f"{location}: {given} {VALUES[location, given]}"
         hint = guess(given, re.findall(r"'([^']+)'", str(detail["ctx"]["expected"])))
     first, *others = (each["msg"].replace("a valid tuple", "a list") for each in details)
     expected = " or ".join(

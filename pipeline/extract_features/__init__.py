@@ -5,7 +5,6 @@
     sources.py     what a config asks to embed, known without loading a network where it was loaded before
     targets.py     what each store is missing, and why
     lanes.py       batches through the networks
-    processes.py   the same in several processes
     work.py        finished batches into the stores
 
 The images are read and decoded once for all networks (`pipeline.feed`). A run with nothing to do imports no torch.

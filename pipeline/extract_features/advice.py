@@ -51,11 +51,7 @@ def _about_decoding(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig
         "exact": "extraction.decode: standard or fast",
         "standard": "more processors, or for photos much larger than the network sees extraction.decode: fast,",
         "fast": "more processors",
-        "gpu": "a faster GPU",
     }[extraction.decode]
-    there, _ = backbone.choice_inputs()["cuda"]
-    if there and extraction.device != "cpu" and extraction.decode != "gpu":
-        mode = f"extraction.decode: gpu, as there is an NVIDIA GPU, or {mode}"
     return f"{mode} would make it faster"
 
 

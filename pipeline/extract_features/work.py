@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from pipeline.config import Config
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import Digests, digests_to_hex
-from pipeline.extract_features import lanes, processes
-from pipeline.extract_features.lanes import Finished, Job, Networks
-from pipeline.extract_features.sources import Source
+from pipeline.extract_features import lanes
+from pipeline.extract_features.lanes import Finished, Job, Lane
 from pipeline.extract_features.targets import Contents, Target
 from pipeline.feed import Item
 from pipeline.images import policy_key
@@ -47,14 +46,12 @@ class Work:
     loop_seconds: float = 0.0
     workers: int = 1
     """Threads that read and decoded."""
-    processes: int = 1
-    """Processes that embedded, at the same time."""
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
     )
     """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
     network_seconds: dict[str, float] = field(default_factory=dict)
-    """Embedding -> seconds in its network; of several processes, their mean."""
+    """Embedding -> seconds in its network."""
     network_images: dict[str, int] = field(default_factory=dict)
     """Embedding -> images that went through its network."""
 
@@ -95,7 +92,7 @@ def embed(
     KeyboardInterrupt
         After such a stop; its argument is the signal's number.
     StoreError, BackboneError, DatasetError
-        With all finished rows committed as well; so with a PipelineError when one of several processes has died.
+        With all finished rows committed as well.
     """
     began = time.perf_counter()
     keep_freed_memory()
@@ -104,15 +101,16 @@ def embed(
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
         sources = [own[0].source for own in by_source.values()]
-        networks = _networks(sources, index.root, max(int(target.pending.sum()) for target in targets), stack)
-        outputs = _open_stores(list(by_source.values()), networks, contents, stack)
+        job = Job(tuple(sources), index.root, lanes.workers(config.extraction))
+        opened = lanes.open_lanes(job)
+        outputs = _open_stores(list(by_source.values()), opened, contents, stack)
         count, items = _items(outputs, contents, index)
-        work = Work(workers=networks.workers, processes=networks.processes)
+        work = Work(workers=job.workers)
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
         try:
             with bar(count, "images", "embedding") as progress, _stop_requested() as stopped:
-                for finished in networks.embed(items):
+                for finished in lanes.embed(job, opened, items):
                     _store(finished, outputs, contents, work)
                     progress.update(len(finished.items))
                     if (number := stopped()) is not None:
@@ -132,20 +130,13 @@ def embed(
     return work
 
 
-def _networks(sources: Sequence[Source], root: Path, images: int, stack: ExitStack) -> Networks:
-    """Load the networks into this process, or into several others where the config and the machine want that."""
-    count = processes.how_many(sources, images)
-    if count > 1:
-        return stack.enter_context(processes.spread(sources, root, count))
-    return lanes.here(Job(tuple(sources), root, lanes.workers(sources[0].config.extraction)))
-
-
 def _open_stores(
-    by_source: Sequence[Sequence[Target]], networks: Networks, contents: Contents, stack: ExitStack
+    by_source: Sequence[Sequence[Target]], opened: Sequence[Lane], contents: Contents, stack: ExitStack
 ) -> Outputs:
     """Open the stores of some targets for writing."""
     outputs = []
-    for own, canaries in zip(by_source, networks.canaries, strict=True):
+    for own, lane in zip(by_source, opened, strict=True):
+        canaries = lane.embedder.canary
         kept = []
         for target in own:
             canary = canaries[target.output]
@@ -189,12 +180,11 @@ def _store(finished: Finished, outputs: Outputs, contents: Contents, work: Work)
     for part, own in zip(finished.parts, outputs, strict=True):
         if part is None:
             continue
-        seconds = part.seconds / work.processes
-        work.seconds["network"] += seconds
+        work.seconds["network"] += part.seconds
         numbers = np.array([items[row].content for row in part.rows])
         paths = [items[row].path for row in part.rows]
         for output in own:
-            work.add_network(output.name, len(numbers), seconds)
+            work.add_network(output.name, len(numbers), part.seconds)
             _append(output, numbers, part.vectors[output.number], paths, contents, work)
     work.seconds["write"] += time.perf_counter() - began
 

@@ -3,11 +3,9 @@
 reading.py     one file of a data set, safely
 decoding.py    bytes -> RGB pixels, by one documented policy
 preparing.py   the transform that belongs to the weights: resize and crop
-gpu.py         JPEGs decoded and prepared by an NVIDIA GPU
 """
 
 from pipeline.images.decoding import DECODE_POLICY, FORMATS, decode, policy_key
-from pipeline.images.gpu import MOST_DIFFERENCE, GpuDecoder, gpu_decoder
 from pipeline.images.preparing import DECODE_MODES, MAX_RESIZED_PIXELS, Preprocessing, prepare
 from pipeline.images.reading import ImageProblem, open_file
 
@@ -16,12 +14,9 @@ __all__ = [
     "DECODE_POLICY",
     "FORMATS",
     "MAX_RESIZED_PIXELS",
-    "MOST_DIFFERENCE",
-    "GpuDecoder",
     "ImageProblem",
     "Preprocessing",
     "decode",
-    "gpu_decoder",
     "open_file",
     "policy_key",
     "prepare",

@@ -18,7 +18,6 @@ import io
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -59,8 +58,6 @@ _ORIENTATIONS = {
 }
 _JPEG_FORMATS = frozenset({"JPEG", "MPO"})
 """MPO is a JPEG with more pictures behind it, as phones write it."""
-
-_JPEG_END = b"\xff\xd9"
 
 _LIMIT_LOCK = threading.Lock()
 
@@ -134,36 +131,6 @@ def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.u
     except ValueError:  # anything odd: Pillow knows whether it matters, and says what it is
         return None
     return pixels
-
-
-@dataclass(frozen=True)
-class JpegHeader:
-    """What a JPEG says of itself before it is decoded."""
-
-    width: int
-    height: int
-    orientation: int
-    """EXIF; 1 is upright."""
-
-
-def jpeg_header(data: bytes, max_pixels: int) -> JpegHeader | None:
-    """Read the header of a whole JPEG in grey or YCbCr, of which any decoder makes the same; None for every other file.
-
-    Others are those of other colours, of too many pixels, or without an end: only `decode` knows what to make of them.
-    """
-    if not data.rstrip(b"\0").endswith(_JPEG_END):
-        return None
-    _allow_pixels(max_pixels)
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
-            components = bytes(component[0] for component in image.layer)  # type: ignore[attr-defined]
-            if image.mode not in {"RGB", "L"} or components == b"RGB" or image.info.get("adobe_transform") == 0:
-                return None
-            if image.width * image.height > max_pixels:
-                return None
-            return JpegHeader(*image.size, _orientation(image))
-    except Exception:  # Pillow's readers raise almost anything on damaged files; `decode` says what it is
-        return None
 
 
 def _allow_pixels(max_pixels: int) -> None:

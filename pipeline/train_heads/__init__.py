@@ -189,7 +189,7 @@ def _key(entry: Entry, task: Task, seed: int) -> str:
             "embedding": entry.record.fingerprint if entry.record else CONSTANT_GUESS,
             "task": task.key,
             "head": head_table.identity(entry.head, seed),
-            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory", "device"}),
+            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory"}),
             "seed": seed,
             "versions": bundles.versions(),
         }

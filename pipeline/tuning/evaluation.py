@@ -46,8 +46,6 @@ class Evaluator:
     """What all candidates share on a fold, made once."""
     together: bool = False
     """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
-    on_device: bool = False
-    """Whether it can do its work on a GPU."""
     usable: Callable[[Problem], bool] = lambda problem: True
     """Whether it can serve this problem."""
     work_bytes: Callable[[Problem], int] = lambda problem: 0

@@ -24,11 +24,7 @@ SOLVERS_VERSION = 6
 
 
 def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfig) -> dict[str, Any]:
-    """Everything that determines what a search finds, and nothing else: no number of jobs, no path.
-
-    Nor the device: it changes rounding only, as another processor does, and a search begun on a GPU must be able to go on
-    where there is none. What is kept besides the scores is solved again at the end in any case.
-    """
+    """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
     folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
     budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
     # On disk the same optimum is found to fewer digits than a resumed search must repeat.

@@ -1,6 +1,6 @@
 """Fits on folds: candidates are fitted on a fold's training rows and judged on those it holds out.
 
-In parallel, on the processor or a GPU, within the memory there is; each is in the journal before it counts.
+In parallel, within the memory there is; each is in the journal before it counts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from threadpoolctl import ThreadpoolController
 from pipeline.config import TuningConfig
 from pipeline.heads import Params
 from pipeline.metrics import METRICS, Answers
-from pipeline.tuning import devices
 from pipeline.tuning.evaluation import Evaluator, Shared, failed, working_memory
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
 from pipeline.tuning.events import fit_event, fit_key, replay
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.records import FoldOutcome, Problem
-from pipeline.tuning.room import most_components, room_for
+from pipeline.tuning.room import room_for
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class FoldFits:
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
         self.evaluator: Evaluator = evaluator_for(problem)
         needed = self.evaluator.work_bytes(problem)
-        self.room = room = room_for(problem, tuning, needed)
+        room = room_for(problem, tuning, needed)
         if room.work_bytes is not None and room.work_bytes < needed:
             log.info(
                 "head %s: tuning.memory leaves no room for the %.0f MB that trials share on a fold; each is fitted by itself",
@@ -44,9 +43,8 @@ class FoldFits:
             )
             self.evaluator = GENERIC
         self.problem = changed(problem, spare_bytes=room.spare_bytes, work_bytes=room.work_bytes)
-        width = problem.X.shape[1] if tuning.pca is None else most_components(problem.X.shape, tuning.pca)
-        large = 4 * len(problem.X) * width >= devices.WORTH_A_GPU
-        self._move(devices.resolve(tuning.device, large) if self.evaluator.on_device else devices.CPU)
+        self.jobs = room.jobs
+        self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
         self.replayed = self.done = 0
         self.journal = journal
         fits = [event for event in journal.events if event["event"] == "fit"]
@@ -55,13 +53,6 @@ class FoldFits:
         self._start = time.perf_counter()
         self._threads = ThreadpoolController()
         self._metric = METRICS[tuning.scoring]
-
-    def _move(self, device: str) -> None:
-        """Do the folds' work on a device; on a GPU one after another, because each can fill it."""
-        self.problem = changed(self.problem, device=device)
-        self.jobs = self.room.jobs if device == devices.CPU else 1
-        free = devices.free_bytes(device)
-        self.shared = Shared(self.evaluator, self.problem, self.room.shared_bytes if free is None else free // 2)
 
     def elapsed(self) -> float:
         """Seconds of this search, earlier runs included."""
@@ -128,18 +119,6 @@ class FoldFits:
                 return GENERIC.evaluate(self.problem, fold, None, points)
             try:
                 return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), points)
-            except RuntimeError as error:  # what torch raises, for lack of memory too
-                if self.problem.device == devices.CPU:
-                    raise
-                log.warning(
-                    "head %s: %s gave up on fold %d (%r); the search goes on on the processor",
-                    self.problem.head.name,
-                    self.problem.device,
-                    fold,
-                    error,
-                )
-                self._move(devices.CPU)
-                return self._evaluate(fold, candidates)
             except (MemoryError, np.linalg.LinAlgError) as error:
                 if self.problem.on_disk:
                     return [failed(error, {}) for _ in points]

@@ -38,8 +38,6 @@ class Problem:
     """What each fold's fits may take for kernels and distances, beyond copies of the features; None without a limit."""
     projections: Projections | None = None
     """The principal components that the head works on instead of X."""
-    device: str = "cpu"
-    """Where evaluators with `on_device` do their work: the processor, or a device of torch; see `devices.py`."""
 
     @property
     def on_disk(self) -> bool:

@@ -54,7 +54,7 @@ def tune(
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
-    Results depend on the arguments but for `journal`, `tuning.jobs`, `tuning.device` (to rounding) and `tuning.memory`,
+    Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`,
     which decides what is kept between fits and how many run at once; with `tuning.seconds` also on the machine.
     Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
