@@ -19,7 +19,7 @@ FLOORS = (
     {"embedding", "images", "lineage"},
     {"dataset", "backbone", "baselines", "store", "heads", "bundle", "doctor", "leaderboard"},
     {"tuning", "training", "report", "embedders", "feed"},
-    {"check", "extract_features", "train_heads", "finetune", "pretrain", "predict", "maintenance", "api"},
+    {"check", "extract_features", "train_heads", "finetune", "predict", "maintenance", "api"},
     {"cli"},
     {"__main__"},
 )

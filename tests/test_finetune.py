@@ -31,7 +31,7 @@ from pipeline.finetune.start import starting_layer
 from pipeline.leaderboard import Leaderboard
 from pipeline.metrics import Paired
 from pipeline.store import FeatureStore, StoreWriter
-from pipeline.training import describe, fold, predict_logits, put_head, write_weights
+from pipeline.training import describe, fold, loop, predict_logits, put_head, write_weights
 from pipeline.tuning import Projections
 
 ARCHITECTURE = "torchvision.models.regnet.RegNet"
@@ -359,28 +359,29 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
 def test_a_stopped_run_gives_the_same_weights(
     experiment: Path, tuned: finetune.FinetuneRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is stopped before its first evaluation, which is after four steps."""
     config = make_config(experiment, embedding="toy-toy-penultimate", training={"range_test": True, "steps": 8})
     whole = finetune.run(config)
     weights = load_file(whole.weights)
     for name in ("result.json", "checkpoint.pt", whole.weights.name):
         (whole.weights.parent / name).unlink()
-    saves = []
-    real = finetune.train
+    real, done = loop.train_step, []
 
-    def interrupted(task: Any, data: Any, run: Any) -> Any:
-        def stop(step: int, weights: Any) -> None:
-            saves.append(step)
+    def stop(task: Any, data: Any, optimizer: Any, scaler: Any, step: int) -> float:
+        if step == 3 and not done.count(3):
+            done.append(step)
             raise KeyboardInterrupt
+        done.append(step)
+        return real(task, data, optimizer, scaler, step)
 
-        return real(task, data, run, stop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "train", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune.run(config)
-    assert saves == [4]
-    resumed = load_file(finetune.run(config).weights)
-    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    monkeypatch.setattr(loop, "train_step", stop)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(config)
+    resumed = finetune.run(config)
+    assert done == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+    assert resumed.result["rate"] == whole.result["rate"]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in load_file(resumed.weights).items())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 section.py      what all sections share
 features.py     stage one's sections
 tuning.py       stage two's
-training.py     stage three's, and pretraining's
+training.py     stage three's
 experiment.py   Config: all of them
 reading.py      YAML -> Config, every problem at once
 retired.py      keys of earlier versions
@@ -19,9 +19,9 @@ from pipeline.config.features import (
     ExtractionConfig,
     PreprocessingConfig,
 )
-from pipeline.config.reading import dump_yaml, load, load_pretraining, parse, read_yaml
+from pipeline.config.reading import dump_yaml, load, parse, read_yaml
 from pipeline.config.section import BASELINE_NAMES, HEAD_NAMES, Scalar, Section, checked_device, guess
-from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
+from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "FinetuneConfig",
     "HeadConfig",
     "PreprocessingConfig",
-    "PretrainConfig",
     "Scalar",
     "Section",
     "TrainingConfig",
@@ -46,7 +45,6 @@ __all__ = [
     "dump_yaml",
     "guess",
     "load",
-    "load_pretraining",
     "parse",
     "read_yaml",
 ]

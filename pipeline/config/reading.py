@@ -18,7 +18,7 @@ from pipeline.config.experiment import Config
 from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig, PreprocessingConfig
 from pipeline.config.retired import KEYS, VALUES, without_defaults
 from pipeline.config.section import Section, guess
-from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
+from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 from pipeline.errors import ConfigError
 
@@ -35,25 +35,6 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(raw, override)
     config = parse(raw, str(path))
-    _require_folder(config.output, str(path))
-    return config
-
-
-def load_pretraining(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read and validate a pretraining file, as `load` does an experiment's.
-
-    Raises
-    ------
-    ConfigError
-        With one line for every problem.
-    """
-    raw = read_yaml(path)
-    for override in overrides:
-        _apply(raw, override)
-    try:
-        config = PretrainConfig.model_validate(raw)
-    except ValidationError as error:
-        raise _refused(str(path), error, PretrainConfig) from None
     _require_folder(config.output, str(path))
     return config
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ from pipeline.finetune.material import Choice, Parts, choose, divide, lineage_of
 from pipeline.finetune.start import make_task, open_network, starting_layer
 from pipeline.lineage import Lineage
 from pipeline.store import FeatureStore
-from pipeline.training import Run, describe, predict_logits, range_test, return_path, train, write_weights
-from pipeline.training.averages import copy_weights
+from pipeline.training import Run, copy_weights, describe, predict_logits, return_path, train, write_weights
 from pipeline.training.search import ALPHAS
 
 __all__ = ["FinetuneRun", "run"]
@@ -69,7 +68,7 @@ class FinetuneRun:
 def run(config: Config) -> FinetuneRun:
     """Fine-tune a backbone of the leaderboard and say whether it was worth it.
 
-    A finished run is kept; a stopped one goes on from its last evaluation.
+    A finished run is kept; a stopped one goes on from its last checkpoint.
 
     Raises
     ------
@@ -94,10 +93,6 @@ def run(config: Config) -> FinetuneRun:
     log.info("%s, starting from %s", choice.record.name, start)
     make_folder(folder)
     task, data = make_task(config, network, layer, parts, folder)
-    if config.finetune.training.range_test:
-        found = range_test(task, data)
-        log.info("range test: rate %.2g", found.suggestion)
-        task = replace(task, settings=replace(task.settings, rate=found.suggestion))
     handed_over = copy_weights(task.network)
     trained = train(task, data, Run(folder, key))
     path = return_path(task, data, handed_over, trained.weights, ALPHAS if config.finetune.interpolate else (0.0, 1.0))

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
-from pipeline.training.settings import BatchNormMode
 
+BatchNorm = Literal["frozen", "affine", "train"]
 SCOPE_WORDS = ("head", "last_stage", "all")
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -182,7 +183,7 @@ def describe_plan(
     return lines
 
 
-def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batch_norm: BatchNormMode) -> None:
+def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batch_norm: BatchNorm) -> None:
     """Put the network into training with everything below stage `lowest` as still as in evaluation.
 
     Frozen stages get no gradient, keep their BatchNorm statistics and drop nothing out. In trained stages BatchNorm's
