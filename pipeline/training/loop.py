@@ -123,7 +123,7 @@ def _averaging(decay: float) -> Callable[..., None]:
     def follow(average: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
         if average[0].is_floating_point():
             now = min(decay, (1 + int(count)) / (10 + int(count)))
-            get_ema_multi_avg_fn(now)(average, weights, count)
+            get_ema_multi_avg_fn(now)(average, weights, count)  # type: ignore[no-untyped-call]
         else:  # BatchNorm's counters
             for kept, new in zip(average, weights, strict=True):
                 kept.copy_(new)

@@ -121,7 +121,7 @@ def train_step(
         with _autocast(task.device, task.precision):
             logits = task.network(images).float()
         loss = functional.cross_entropy(logits, target, weights, label_smoothing=settings.label_smoothing)
-        scaler.scale(loss / settings.accumulate).backward()
+        scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
         total += loss.item() / settings.accumulate
     if not np.isfinite(total):
         raise TrainingError(
