@@ -43,7 +43,7 @@ from pipeline.training import (
 )
 from pipeline.training.batches import augmented, crop_and_flip, mixed, rows_at, to_float
 from pipeline.training.search import range_test, recompute_statistics
-from pipeline.training.stages import groups_of, set_trainable
+from pipeline.training.stages import set_trainable
 from pipeline.training.steps import _class_weights, make_optimizer, make_schedule, stage_rates
 from pipeline.training.weights import interpolate
 
@@ -231,20 +231,22 @@ def test_stages_of_the_toy_and_of_torchvisions_networks() -> None:
     assert mobile["stem"] == ("features.0",)
     assert mobile["head"] == ("classifier.1",)
     assert len(mobile) == 7  # five resolutions between stem and head, the stem's own included
+    vgg = names(torchvision.models.vgg11(), 64)
+    assert [name for name, _ in vgg] == ["stem", *(f"stage{number}" for number in range(1, 7)), "head"]
+    assert vgg[2] == ("stage2", ("features.6", "features.8"))
     vit = torchvision.models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=5)
     assert [name for name, _ in names(vit, 32)] == ["stem", "stage1", "stage2", "stage3", "stage4", "head"]
 
 
 def test_every_parameter_is_in_one_group_and_norms_and_biases_do_not_decay() -> None:
-    network = Toy()
-    groups = groups_of(network, stages_of(network, 16))
-    names = [name for group in groups for name in group.names]
-    assert sorted(names) == sorted(name for name, _ in network.named_parameters())
-    decayed = {name for group in groups if group.decays for name in group.names}
-    assert decayed == {name for name, p in network.named_parameters() if p.ndim > 1}
-    optimizer = make_optimizer(make_task(but(BASE, weight_decay=0.3, rate_decay=0.5)), 1.0)
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.3, 0.0}
-    assert [g["lr"] for g in optimizer.param_groups if g["stage"] == "stage2"] == [0.25, 0.25]
+    task = make_task(but(BASE, weight_decay=0.3, rate_decay=0.5))
+    groups = make_optimizer(task, 1.0).param_groups
+    names = {id(parameter): name for name, parameter in task.network.named_parameters()}
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(names)
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {name for name, p in task.network.named_parameters() if p.ndim > 1}
+    assert [group["lr"] for group in groups if group["stage"] == "stage2"] == [0.25, 0.25]
 
 
 def test_a_network_without_a_last_layer_is_refused() -> None:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from pipeline.config import TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.training.batches import Data, Labelled, augmented, mixed, rows_at, to_float
-from pipeline.training.stages import Stage, groups_of, set_trainable
+from pipeline.training.stages import Stage, set_trainable, stage_of_parameters
 from pipeline.training.weights import Score
 
 EVALUATIONS = 10
@@ -69,19 +69,16 @@ def stage_rates(rate: float, decay: float, stages: int) -> list[float]:
 
 def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
     """Return the optimizer with one group per stage and decay; `rate` is the head's before any schedule."""
-    settings = task.settings
+    settings, groups = task.settings, list[dict[str, Any]]()
+    owners = stage_of_parameters(task.network, task.stages)
     rates = stage_rates(rate, settings.rate_decay, len(task.stages))
-    rate_of = {stage.name: own for stage, own in zip(task.stages, rates, strict=True)}
-    parameters = dict(task.network.named_parameters())
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [parameters[name] for name in group.names],
-            "weight_decay": settings.weight_decay if group.decays else 0.0,
-            "lr": rate_of[group.stage],
-            "stage": group.stage,
-        }
-        for group in groups_of(task.network, task.stages)
-    ]
+    for stage, own in zip(task.stages, rates, strict=True):
+        for decays in (True, False):  # norms and biases, which are vectors, do not
+            inside = [p for name, p in task.network.named_parameters() if owners[name] == stage.name]
+            members = [parameter for parameter in inside if (parameter.ndim > 1) == decays]
+            decay = settings.weight_decay if decays else 0.0
+            if members:
+                groups.append({"params": members, "weight_decay": decay, "lr": own, "stage": stage.name})
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
     return torch.optim.AdamW(groups, lr=rate)
