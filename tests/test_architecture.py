@@ -20,7 +20,7 @@ FLOORS = (
     {"dataset", "backbone", "baselines", "store", "heads", "bundle", "leaderboard"},
     {"audit"},
     {"tuning", "training", "report", "embedders", "feed"},
-    {"check", "extract_features", "train_heads", "finetune", "pretrain", "predict", "maintenance", "api"},
+    {"check", "extract_features", "train_heads", "finetune", "predict", "maintenance", "api"},
     {"cli"},
     {"__main__"},
 )

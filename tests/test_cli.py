@@ -67,7 +67,7 @@ def test_a_signal_ends_with_its_exit_code_and_one_line(number: signal.Signals, c
     done = run("check", before=listen + stop)
     assert done.returncode == code
     assert done.stderr.lstrip() == (
-        "error: stopped; what was finished is kept, and features, heads, finetune and pretrain go on from there\n"
+        "error: stopped; what was finished is kept, and features, heads and finetune go on from there\n"
     )
 
 
@@ -111,3 +111,13 @@ def test_finetune_asks_for_the_place_of_its_copy_before_it_trains(tmp_path: Path
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}/file: cannot be used (Not a directory)")
     assert not (tmp_path / "trained").exists()
+
+
+def test_a_command_that_left_the_package_says_where_it_is() -> None:
+    assert "pretrain" not in run("--help").stdout
+    done = run("pretrain", "configs/pretraining/bundled.yaml", "--set", "seed=1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "Error: pretrain is a script of the source repository now: "
+        "python configs/pretraining/pretrain.py configs/pretraining/bundled.yaml"
+    )

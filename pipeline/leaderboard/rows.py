@@ -105,7 +105,11 @@ class LeaderboardRow:
     search_seconds: float | None = None
     embed_seconds: float | None = None
     unseen_rows: int | None = None
-    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None for others."""
+    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None where all are used."""
+    chose_rows: int = 0
+    """Of those, the images that chose the network's weights: cross-validation on them flatters, and its score is not shown."""
+    task: str = ""
+    """Digest of the images, labels and folds of the row; rows on other images are ranked apart."""
     components: int | None = None
     """Principal components that the head works on; None where it works on the features themselves."""
     nested: Nested | None = None
@@ -120,6 +124,11 @@ class LeaderboardRow:
     def key(self) -> str:
         """The row's name: `embedding/head`."""
         return f"{self.embedding}/{self.head}"
+
+    @property
+    def images(self) -> str:
+        """What the rows that are cross-validated on the same images have in common."""
+        return "" if self.unseen_rows is None else f"{self.unseen_rows} of {self.task}"
 
     def to_record(self) -> dict[str, Any]:
         """Return the row as plain values for JSON."""

@@ -48,7 +48,7 @@ def find_leaks(
     predictions = read_predictions(leaderboard, files.root)
     tested_paths, folded_paths = task.test.paths[test[tested - n_train]], task.train.paths[train[folded]]
     without = {key: _accuracies(found.test, tested_paths)[1] for key, found in predictions.items()}
-    held_out = {
+    judged = {
         key: _accuracies(found.out_of_fold, folded_paths) for key, found in predictions.items() if found.out_of_fold
     }
     return Leaks(
@@ -59,7 +59,7 @@ def find_leaks(
         len(folded),
         n_train,
         {key: value for key, value in without.items() if np.isfinite(value)},
-        {key: value for key, value in held_out.items() if np.isfinite(value[1])},
+        {key: value for key, value in judged.items() if np.isfinite(value[1])},
     )
 
 
