@@ -16,7 +16,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import CLASSES, built_experiment, row, write_trials
 
-from pipeline import metrics, report
+from pipeline import audit, metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
 from pipeline.leaderboard import Leaderboard, Nested, Seeds, judge
@@ -368,7 +368,7 @@ def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: P
 
 
 def test_of_many_images_a_stratified_part_is_looked_at(experiment: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(material, "MOST_IMAGES", 90)
+    monkeypatch.setattr(audit, "MOST_IMAGES", 90)
     found = gather(experiment)
     assert "look at 90 of 180 images" in " ".join(found.missing)
     assert found.map is not None
