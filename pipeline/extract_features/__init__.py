@@ -4,10 +4,9 @@
     stores.py      where the store of an embedding is
     sources.py     what a config asks to embed, known without loading a network where it was loaded before
     targets.py     what each store is missing, and why
-    lanes.py       batches through the networks
-    work.py        finished batches into the stores
+    work.py        batches through the networks (`pipeline.feed`) and into the stores
 
-The images are read and decoded once for all networks (`pipeline.feed`). A run with nothing to do imports no torch.
+The images are read and decoded once for all networks. A run with nothing to do imports no torch.
 """
 
 from __future__ import annotations
