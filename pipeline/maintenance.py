@@ -141,7 +141,7 @@ def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
     if dataset.needs_download(config.dataset):
         return before, ["the images are not looked at, because that means a download"]
     try:
-        found = dataset.look(config.dataset, config.seed, before.files.dataset)
+        found = dataset.scan(config.dataset, config.seed, before.files.dataset, write=False)
     except PipelineError as error:
         return before, [
             f"warning: the images cannot be used as they are now: {line}" for line in str(error).splitlines()[:1]

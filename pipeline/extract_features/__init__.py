@@ -120,8 +120,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     began = time.perf_counter()
     files = Artifacts(config.output)
     before = _index_before(files) if plan else {}
-    scan = dataset.look if plan else dataset.scan  # a plan made twice says the same
-    scanned = scan(config.dataset, config.seed, files.dataset, rehash=rehash)
+    scanned = dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
     policy = policy_key(config.dataset.max_pixels)
     contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
