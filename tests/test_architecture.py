@@ -33,7 +33,7 @@ DOORS = {
     "tqdm": {"progress", "cli"},
     "h5py": {"store"},
     "torchvision": {"vision", "backbone"},  # backbone reaches submodules, after vision has opened the door
-    "skopt": {"heads", "tuning"},
+    "skopt": {"tuning"},
     "skops": {"bundle"},
     "joblib": {"bundle", "tuning"},
     "pyarrow": {"dataset", "store"},

@@ -43,7 +43,7 @@ from pipeline.train_heads import repeats
 from pipeline.train_heads.place import Embedded, place_of, predict
 from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import check, limited, tune
+from pipeline.tuning import check, limited, require, tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -108,6 +108,7 @@ def run(config: Config) -> HeadsRun:
     """
     files = Artifacts(config.output)
     heads = head_table.resolve_all(config.heads)
+    require(config.tuning.strategy)
     records = read_asked_records(files.features, config)
     stores = {record.name: FeatureStore.open(files.root / record.store, record.fingerprint) for record in records}
     task = make_task(config, files, list(stores.values()))
