@@ -17,7 +17,7 @@ def run(*arguments: str, before: str = "", cwd: Path = ROOT) -> subprocess.Compl
         f"{before}\nimport sys\nsys.argv = ['manyheads', *{list(arguments)!r}]\nfrom pipeline.cli import main\nmain()"
     )
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False, timeout=600
     )
 
 

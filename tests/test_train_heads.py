@@ -384,7 +384,7 @@ def test_heads_run_where_torch_cannot_be_imported(tmp_path: Path) -> None:
         "sys.meta_path.insert(0, NoTorch)"
     )
     found = subprocess.run(
-        heads_command(make_config(tmp_path), blocked), capture_output=True, text=True, check=True, timeout=120
+        heads_command(make_config(tmp_path), blocked), capture_output=True, text=True, check=True, timeout=600
     )
     assert "Best by cross-validation: net-random/" in found.stdout
 
@@ -403,7 +403,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_results(
         "    if count[0] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "journal.Journal.append = dying"
     )
-    killed = subprocess.run(heads_command(config, die), capture_output=True, check=False, timeout=120)
+    killed = subprocess.run(heads_command(config, die), capture_output=True, check=False, timeout=600)
     assert killed.returncode == -signal.SIGKILL
     assert not Artifacts(tmp_path).leaderboard.exists()
     train_heads.run(config)

@@ -297,7 +297,7 @@ def test_a_killed_search_ends_as_an_uninterrupted_one(tmp_path):
     root = Path(__file__).parents[1]
     script = KILLED.format(root=str(root), tests=str(root / "tests"))
     command = [sys.executable, "-c", script, str(journal), "16", name]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = sum('"event":"fit"' in line for line in journal.read_text().splitlines())
     assert finished > 0
