@@ -158,7 +158,8 @@ def noise_rate(p: NDArray[np.float64], y: NDArray[np.integer]) -> float:
 
     best = minimize(loss, [0.0, -3.0], method="Nelder-Mead").x
     # Some of the replaced labels are replaced by themselves.
-    return float(expit(best[1])) * (1 - 1 / p.shape[1])
+    share: float = expit(best[1]) * (1 - 1 / p.shape[1])
+    return share
 
 
 @dataclass(frozen=True)

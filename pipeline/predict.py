@@ -23,9 +23,9 @@ from pipeline import bundle as bundles
 from pipeline.bundle import ModelBundle
 from pipeline.config import NETWORK_DEVICES, Artifacts, checked_device
 from pipeline.dataset import is_image_name
-from pipeline.embedders import Embedder, EmbeddingRecord, open_record
+from pipeline.embedders import EmbeddingRecord, open_record
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
-from pipeline.feed import Batch, Feeder, Item
+from pipeline.feed import Batch, Item, Lane, Part, embed
 from pipeline.files import growing, require_place
 from pipeline.leaderboard import Leaderboard
 from pipeline.leaderboard.rows import CONSTANT_GUESS
@@ -117,8 +117,11 @@ def run(
     done, reasons = 0, list[str]()
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
-            for batch in _batches(ahead, embedder, max_pixels or record.max_pixels):
-                rows = list(_rows(batch, given, model, embedder, output_number))
+            items = _items(ahead)
+            for batch, (part,) in embed(
+                [Lane(embedder, BATCH_SIZE)], items, Path("/"), max_pixels or record.max_pixels
+            ):
+                rows = list(_rows(batch, part, given, model, output_number))
                 header = "" if done else csv_header(model.classes, top)
                 file.add((header + to_csv(rows, model.classes, top)).encode())
                 labels.update(row.label for row in rows if row.label is not None)
@@ -212,25 +215,21 @@ def _cells(row: Row, classes: Sequence[str], top: int) -> list[str]:
     return [cell for place in order[:top] for cell in (classes[place], f"{row.probabilities[place]:.6f}")]
 
 
-def _batches(paths: Iterable[str], embedder: Embedder, max_pixels: int) -> Iterator[Batch]:
+def _items(paths: Iterable[str]) -> Iterator[Item]:
     here = os.getcwd()
-    items = (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
-    feeder = Feeder(Path("/"), max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1)
-    return feeder.batches(items)
+    return (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
 
 
 def _rows(
-    batch: Batch, given: Iterator[str], model: ModelBundle, embedder: Embedder, output_number: int
+    batch: Batch, part: Part | None, given: Iterator[str], model: ModelBundle, output_number: int
 ) -> Iterator[Row]:
     """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
-    good = [row for row in range(len(batch.items)) if row not in batch.problems]
     labelled: dict[int, tuple[str, NDArray[np.float64] | None]] = {}
-    if good:
-        X = embedder.embed(batch.pixels[0][good])[output_number]
-        labels, probabilities = model.predict(X)
+    if part is not None:
+        labels, probabilities = model.predict(part.vectors[output_number])
         labelled = {
             row: (str(labels[place]), None if probabilities is None else probabilities[place])
-            for place, row in enumerate(good)
+            for place, row in enumerate(part.rows.tolist())
         }
     for row in range(len(batch.items)):
         path = shown(next(given))

@@ -126,7 +126,7 @@ def test_an_output_that_cannot_be_written_is_found_before_any_image_is_read(
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(predict, "_batches", None)
+    monkeypatch.setattr(predict, "embed", None)
     with pytest.raises(OSError, match=r"Is a directory|Not a directory"):
         predict.run(pixels_bundle(experiment), [Path(str(experiment.dataset.path))], output=tmp_path / wrong)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pipeline.dataset.index import DatasetIndex
 from pipeline.dataset.ledger import LedgerEntry, check_failures, failed_digests, read_ledger, record_failures
 from pipeline.dataset.listing import is_image_name
-from pipeline.dataset.look import look, needs_download
 from pipeline.dataset.report import ScanResult, difference_text, fold_warnings, missing_side
 from pipeline.dataset.scan import require_its_own, scan
+from pipeline.dataset.sources import needs_download
 
 __all__ = [
     "DatasetIndex",
@@ -18,7 +18,6 @@ __all__ = [
     "failed_digests",
     "fold_warnings",
     "is_image_name",
-    "look",
     "missing_side",
     "needs_download",
     "read_ledger",

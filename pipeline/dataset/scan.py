@@ -35,11 +35,13 @@ MOST_PROBLEMS = 20
 """Lines of one error; more help nobody."""
 
 
-def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False) -> ScanResult:
+def scan(
+    config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False, write: bool = True
+) -> ScanResult:
     """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
 
     `rehash` trusts no file time and reads every file; `resplit` makes the test split anew. A scan that finds everything as
-    it was reads no image and writes nothing.
+    it was reads no image and writes nothing; without `write` the index stays as it is, and two scans say the same.
 
     Raises
     ------
@@ -72,10 +74,11 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     )
     fingerprint_now = before.fingerprint if as_it_was and found.index is before.index else index.fingerprint()
     unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
-    write_ledger(folder, ledger)
-    if not unchanged or plan != before.made:
+    if write:
+        write_ledger(folder, ledger)
+    if write and (not unchanged or plan != before.made):
         index.write(folder, None if plan is None else asdict(plan), config.source)
-    if found.read or not (as_it_was and unchanged):
+    if write and (found.read or not (as_it_was and unchanged)):
         # A file that could not be read is tried again next time, so that scan must not be taken for complete.
         whole = "" if found.entries else key
         StatCache(index.paths, found.stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)

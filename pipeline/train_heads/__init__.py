@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shlex import quote
@@ -48,7 +48,7 @@ from pipeline.train_heads.leaks import find_leaks
 from pipeline.train_heads.place import Embedded, place_of, predict
 from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import TuningRun, check, limited, tune
+from pipeline.tuning import TuningRun, check, limited, require, tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -117,6 +117,7 @@ def run(config: Config) -> HeadsRun:
     """
     files = Artifacts(config.output)
     heads = head_table.resolve_all(config.heads)
+    require(config.tuning.strategy)
     records = read_asked_records(files.features, config)
     stores = {record.name: FeatureStore.open(files.root / record.store, record.fingerprint) for record in records}
     task = make_task(config, files, list(stores.values()))
@@ -310,7 +311,7 @@ def _provenance(
         "notes": list(notes),
         "stores": {name: store.digest for name, store in stores.items()},
         "versions": {**bundles.versions(), **_feature_versions()},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
