@@ -120,8 +120,7 @@ def embed(
             write_began = time.perf_counter()
             for output in (output for own in outputs for output in own):
                 output.writer.commit()
-            policy = policy_key(config.dataset.max_pixels)
-            record_failures(ledger_folder, [entry._replace(policy=policy) for entry in work.failures])
+            record_failures(ledger_folder, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
         stack.close()  # seals
