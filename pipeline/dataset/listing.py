@@ -12,32 +12,14 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.ledger import LedgerEntry
 
-EXTENSIONS = frozenset(
-    ["apng", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "mpo", "pjp", "pjpeg", "png", "tif", "tiff", "webp"]
-)
+EXTENSIONS = frozenset({
+    "apng", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "mpo", "pjp", "pjpeg", "png", "tif", "tiff", "webp",
+})  # fmt: skip
 """File name endings, in any case, that say "image" without a look into the file."""
 
-OTHER_IMAGES = frozenset(
-    [
-        "arw",
-        "cr2",
-        "cr3",
-        "crw",
-        "dng",
-        "heic",
-        "heif",
-        "nef",
-        "nrw",
-        "orf",
-        "pcx",
-        "pef",
-        "raf",
-        "raw",
-        "rw2",
-        "srw",
-        "tga",
-    ]
-)
+OTHER_IMAGES = frozenset({
+    "arw", "cr2", "cr3", "crw", "dng", "heic", "heif", "nef", "nrw", "orf", "pcx", "pef", "raf", "raw", "rw2", "srw", "tga",
+})  # fmt: skip
 """Endings of images that are not read, where the content does not say so: a user who has them should hear of it as of a failure."""
 
 Stat = tuple[int, int, int]
