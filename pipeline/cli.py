@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found something, 2 a mistake the user can solve, 1
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -28,6 +29,7 @@ PACKED = (".h5", ".hdf5")
 
 def main() -> None:
     """Run the command line; a user's mistake is printed without a traceback and ends with exit code 2."""
+    _write_what_a_stream_can_show()
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -345,6 +347,13 @@ def layers(model: str) -> None:
 
     for name, shape in backbone.layers(model):
         click.echo(f"{name:<40} {' x '.join(map(str, shape))}")
+
+
+def _write_what_a_stream_can_show() -> None:
+    """Escape what a terminal or pipe has no sign for: a class name must not be a traceback after hours of work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _log_to_stderr() -> None:

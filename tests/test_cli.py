@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -49,6 +50,22 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_cannot_show_a_class_name_is_no_traceback(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import check, cli
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    monkeypatch.setattr(sys, "argv", ["manyheads", "check", str(ROOT / "configs/digits.yaml")])
+    monkeypatch.setattr(check, "run", lambda config: ["  猫: 10 train"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert written.getvalue().decode("utf-8") in {"  \\u732b: 10 train\n", "  猫: 10 train\n"}
 
 
 def test_a_bug_of_ours_keeps_its_traceback() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.index import INDEX_FILE, DatasetIndex, Texts, read_record, texts
 from pipeline.dataset.leaks import Copies, apply_leaks, find_copies
-from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, write_ledger
+from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, record_failures, write_ledger
 from pipeline.dataset.listing import Listing, shown
 from pipeline.dataset.match import Difference, difference
 from pipeline.dataset.reading import read_digests
@@ -22,8 +22,10 @@ from pipeline.dataset.report import ScanResult, class_counts, missing_side
 from pipeline.dataset.sources import list_source
 from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
 from pipeline.dataset.statcache import StatCache, read_cache
+from pipeline.dataset.upgrade import incomplete_jpegs
 from pipeline.digests import bytes_digest, canonical_json
 from pipeline.errors import DatasetError, first
+from pipeline.images import policy_key
 
 if TYPE_CHECKING:
     from pipeline.config import DatasetConfig
@@ -61,6 +63,8 @@ def scan(
         base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
     else:
         found = _read_changed(listing, cache, rehash)
+        if cache.is_old and before.index is not None:
+            record_failures(folder, incomplete_jpegs(found.index, config.max_pixels), policy_key(config.max_pixels))
         _require_classes(found, listing, config)
         base, plan, notes = _split(found.index, before, config, seed, resplit)
     copies = find_copies(found.index.with_splits(base))

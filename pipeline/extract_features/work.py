@@ -122,8 +122,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             for output in (output for own in outputs for output in own):
                 output.writer.commit()
             hashes.commit()
-            policy = policy_key(config.dataset.max_pixels)
-            record_failures(folder, [entry._replace(policy=policy) for entry in work.failures])
+            record_failures(folder, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
         stack.close()  # seals

@@ -139,16 +139,15 @@ def _with_folds(
 
 
 def _usable(digests: Digests, stores: Sequence[FeatureStore], failed: Digests) -> NDArray[np.bool_]:
-    """Which images have a vector in every store; those that have none must be known to have failed."""
+    """Which images did not fail, shape (n,); those must have a vector in every store."""
     missing = np.zeros(len(digests), dtype=bool)
     for store in stores:
         missing |= store.missing(digests)
     known = set(digests_to_hex(failed))
-    lost = [digest for digest in digests_to_hex(digests[missing]) if digest not in known]
+    unread = np.array([digest in known for digest in digests_to_hex(digests)], dtype=bool)
+    lost = int((missing & ~unread).sum())
     if lost:
-        raise StoreError(
-            f"{len(lost):,} of {len(digests):,} images have no features yet; run `manyheads features` first"
-        )
-    if missing.any():
-        log.info("%d images could not be read and are left out; dataset/ledger.csv names each", int(missing.sum()))
-    return ~missing
+        raise StoreError(f"{lost:,} of {len(digests):,} images have no features yet; run `manyheads features` first")
+    if unread.any():
+        log.info("%d images could not be read and are left out; dataset/ledger.csv names each", int(unread.sum()))
+    return ~unread
