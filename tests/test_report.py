@@ -72,6 +72,11 @@ def test_rows_on_other_images_are_ranked_apart_and_never_win():
     assert page.count("<table>") == 3
     assert "99.5" not in page
     assert Leaderboard.from_json(board.to_json()) == board
+    saved = Leaderboard((dataclasses.replace(apart[0], bundle="heads/tuned/ridge"), *frozen))
+    assert (
+        "To label with a row that stands apart, give `manyheads predict` its folder, heads/tuned/ridge."
+        in saved.notes()
+    )
     # Where there is no other backbone the fine-tuned one's rows are compared, and the guess stands apart.
     assert Leaderboard((*apart, frozen[2])).best == apart[0]
     assert Leaderboard((*apart, frozen[2])).apart == ((frozen[2],),)

@@ -178,6 +178,9 @@ class Leaderboard:
             lines.append(
                 "untrained: the backbone has random weights and saw no image before; a control, not a contender."
             )
+        other = next((row for rows in self.apart for row in rows if row.unseen_rows is not None and row.bundle), None)
+        if other is not None:
+            lines.append(f"To label with a row that stands apart, give `manyheads predict` its folder, {other.bundle}.")
         if best.unseen_rows is not None:
             lines.append(f"All of them: {apart_text(self.ranked)}")
         reduced = {row.embedding: row.components for row in self.rows if row.components is not None}

@@ -64,16 +64,9 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
         When the loss is no number, the precision is not to be had on the device, or the folder holds another run.
     """
     _check(task, data)
-    settings, found = task.settings, load(run)
-    clock = time.perf_counter()
-    state = found[0] if found else State(range_test(task, data) if settings.range_test else settings.rate)
-    parts = _parts(task, state.rate)
-    if found:
-        for name, part in parts.items():
-            part.load_state_dict(found[1][name])
-    else:
-        save(run, state, parts)  # what the range test found is not looked for again
-    saved = state.seconds
+    settings = task.settings
+    state, parts = _begin(task, data, run)
+    saved, clock = state.seconds, time.perf_counter()
     with (
         progress.bar(task.steps, "step", "training", initial=state.step) as bar,
         dropout(task.network, settings.dropout),
@@ -101,6 +94,20 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
     task.network.load_state_dict(weights)
     task.network.eval()
     return Trained(weights, source, score, tuple(state.history), state.step, state.seconds, state.rate)
+
+
+def _begin(task: Task, data: Data, run: Run) -> tuple[State, dict[str, Any]]:
+    """Return the state of a run and all that changes with it, as the checkpoint has them or before the first step."""
+    found = load(run)
+    if found is None:
+        state = State(range_test(task, data) if task.settings.range_test else task.settings.rate)
+        parts = _parts(task, state.rate)
+        save(run, state, parts)  # what the range test found is not looked for again
+        return state, parts
+    parts = _parts(task, found[0].rate)
+    for name, part in parts.items():
+        part.load_state_dict(found[1][name])
+    return found[0], parts
 
 
 def _parts(task: Task, rate: float) -> dict[str, Any]:
