@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.digests import bytes_digest
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, first_line
 from pipeline.files import write_atomic, write_text_atomic
-from pipeline.imports import instead
+from pipeline.imports import instead, look_in
 from pipeline.metrics.calibration import Calibrator, scores_as_columns
 from pipeline.metrics.said import said
 
@@ -194,7 +194,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
             raise BundleError(
                 f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
             )
-        estimator = joblib.load(path)
+        estimator = _load_joblib(path)
     else:
         estimator = _load_skops(path, data)
     return ModelBundle(
@@ -206,6 +206,17 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
         provenance=document.get("provenance", {}),
         calibrator=_calibrator(folder, document.get("calibrator")),
     )
+
+
+def _load_joblib(path: Path) -> Any:
+    look_in(Path())
+    try:
+        return joblib.load(path)
+    except (ImportError, AttributeError) as error:
+        raise BundleError(
+            f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
+            "run the command in the folder where that module is"
+        ) from None
 
 
 def check_file(folder: Path, document: Mapping[str, Any]) -> bytes:

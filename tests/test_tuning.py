@@ -19,12 +19,11 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.datasets import make_classification
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.pipeline import Pipeline
-from skopt.space import Real
 
 from pipeline import files
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.errors import HeadError
-from pipeline.heads import HEADS, Head, configure, resolve
+from pipeline.heads import HEADS, Head, Real, configure, resolve
 from pipeline.tuning import check, make_folds, search, tune
 from pipeline.tuning.journal import Journal
 

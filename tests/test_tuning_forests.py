@@ -10,12 +10,11 @@ import pytest
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
-from skopt.space import Integer
 from test_tuning import summary
 from test_tuning_solvers import network
 
 from pipeline.config import HeadConfig, TuningConfig
-from pipeline.heads import HEADS, configure, resolve
+from pipeline.heads import HEADS, Integer, configure, resolve
 from pipeline.tuning import evaluators, make_folds, racing, tune
 from pipeline.tuning import forests as module
 from pipeline.tuning.evaluators import EVALUATORS, GENERIC, evaluator_for

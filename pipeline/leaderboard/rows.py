@@ -105,7 +105,11 @@ class LeaderboardRow:
     search_seconds: float | None = None
     embed_seconds: float | None = None
     unseen_rows: int | None = None
-    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None for others."""
+    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None where all are used."""
+    chose_rows: int = 0
+    """Of those, the images that chose the network's weights: cross-validation on them flatters, and its score is not shown."""
+    task: str = ""
+    """Digest of the images, labels and folds of the row; rows on other images are ranked apart."""
     components: int | None = None
     """Principal components that the head works on; None where it works on the features themselves."""
     nested: Nested | None = None
@@ -120,6 +124,11 @@ class LeaderboardRow:
     def key(self) -> str:
         """The row's name: `embedding/head`."""
         return f"{self.embedding}/{self.head}"
+
+    @property
+    def images(self) -> str:
+        """What the rows that are cross-validated on the same images have in common."""
+        return "" if self.unseen_rows is None else f"{self.unseen_rows} of {self.task}"
 
     def to_record(self) -> dict[str, Any]:
         """Return the row as plain values for JSON."""
@@ -173,6 +182,63 @@ class LeaderboardRow:
     def note(self) -> str:
         """The kind and the marks."""
         return ", ".join(filter(None, [self.kind, *self.marks]))
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Near-duplicates that stand on both sides of a score, as the data audit finds them in one embedding.
+
+    Of `images` as many as `test_images` and `train_images` together were looked at. `test` of the `test_images` are nearly the same as a training image, `folds` of the `train_images` as one of another
+    fold. `without` is each row's test accuracy on the other test images, `held_out` its accuracy on all out-of-fold
+    answers and on those of the other training images; a row is named where these can be told.
+    """
+
+    embedding: str
+    images: int
+    test: int
+    test_images: int
+    folds: int
+    train_images: int
+    without: Mapping[str, float]
+    held_out: Mapping[str, tuple[float, float]]
+
+    def lines(self, rows: Sequence[LeaderboardRow]) -> list[str]:
+        """Return what must be said above the table; rows : the best row and, if it is another, the recommended one."""
+        found = []
+        if self.test:
+            scores = [
+                f"{row.key} has {100 * self.without[row.key]:.1f} % in place of {100 * row.test.accuracy:.1f} %"
+                for row in rows
+                if row.test and row.key in self.without
+            ]
+            scored = f"; on the other test images {' and '.join(scores)}" if scores else ""
+            found.append(
+                f"Leak: {self.test:,} of {self.test_images:,} test images {_are(self.test)} nearly the same as a training image{scored}."
+            )
+        if self.folds:
+            scores = [
+                f"{row.key} is right in {100 * without:.1f} % in place of {100 * with_all:.1f} %"
+                for row in rows
+                for with_all, without in [self.held_out.get(row.key, (np.nan, np.nan))]
+                if np.isfinite(without)
+            ]
+            scored = f"; held out, without them, {' and '.join(scores)}" if scores else ""
+            found.append(
+                f"Leak: {self.folds:,} of {self.train_images:,} training images {_are(self.folds)} nearly the same as one of another fold{scored}."
+            )
+        if found:
+            found.append(
+                "The report shows the pairs. Give images that belong together the same `group`, a column of a manifest "
+                "(path,label,group): groups are never parted."
+            )
+        looked = self.test_images + self.train_images
+        if looked < self.images:
+            found.append(f"Near-duplicates were searched among {looked:,} of the {self.images:,} images.")
+        return found
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 @dataclass(frozen=True)

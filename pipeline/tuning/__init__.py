@@ -13,6 +13,7 @@ from pipeline.tuning.records import OutOfFold, Trial, TuningRun
 from pipeline.tuning.room import limited, memory_needed, memory_needed_on_disk, memory_needed_to_project
 from pipeline.tuning.scoring import expand_scores
 from pipeline.tuning.search import check, tune
+from pipeline.tuning.strategies import require
 
 __all__ = [
     "Features",
@@ -32,6 +33,7 @@ __all__ = [
     "memory_needed_to_project",
     "part",
     "refit",
+    "require",
     "tune",
     "working_memory",
 ]
