@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import partial
+from html import escape
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from pipeline.leaderboard.rows import LastFit
 from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet, Scores
 from pipeline.metrics.expected import expected_accuracy
 from pipeline.metrics.said import said
+from pipeline.report import sections
 from pipeline.tuning import make_folds, tune
 from pipeline.tuning.last_fit import Promise
 from pipeline.tuning.records import Measured, derived_seed
@@ -378,3 +381,12 @@ def test_a_row_with_a_bad_fit_is_neither_compared_nor_recommended(tmp_path):
     assert {found.key for found in board.verdict.differences} == {"net/ridge", "net/knn"}
     assert board.verdict.recommended in {"net/ridge", "net/knn"}
     assert judge(Leaderboard((board.rows[-1],), {"seed": 0}), tmp_path).verdict is None
+
+
+def test_the_page_shows_marks_beside_the_rows_and_their_sentences_above_the_table():
+    page = sections._leaderboard(SimpleNamespace(leaderboard=BOARD), {})
+    for mark in ("refitted", "warnings", "bad fit", "test above", "test below"):
+        assert f'<span class="tag orange">{mark}</span>' in page
+    callout = page.partition('<p class="callout warn">')[2].partition("</p>")[0]
+    assert callout.split("<br>") == [escape(line) for line in BOARD.alerts()]
+    assert page.count("look for copies") == 1  # and not once more among the notes
