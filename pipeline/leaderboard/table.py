@@ -389,9 +389,10 @@ def apart_text(rows: Sequence[LeaderboardRow]) -> str:
     if row.unseen_rows is None:
         return "heads fitted and cross-validated on all training images: compare them with the others by the test."
     others = f"on a fine-tuned network, fitted on the {row.unseen_rows:,} training images that it has not learned from"
+    some = "All" if row.chose_rows == row.unseen_rows else f"{row.chose_rows:,}"
     if row.chose_rows:
         return (
-            f"heads {others}. {row.chose_rows:,} of them chose the network's weights, so that cross-validation on them would flatter: "
+            f"heads {others}. {some} of them chose the network's weights, so that cross-validation on them would flatter: "
             "it orders these rows and is not shown. Compare them with the others by the test, which chose nothing."
         )
     return f"heads {others} and that did not choose its weights, cross-validated on those only: compare them with the others by the test."

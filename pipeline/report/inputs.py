@@ -11,6 +11,7 @@ import pipeline
 from pipeline.config import Artifacts
 from pipeline.digests import file_digest, fingerprint
 from pipeline.files import write_text_atomic
+from pipeline.images import HASH_STORE
 from pipeline.leaderboard.table import read_leaderboard
 
 FORMAT = "manyheads report"
@@ -66,7 +67,7 @@ def digest_inputs(output: Path) -> str:
 def _sources(output: Path) -> Iterator[Path]:
     """The files beside the leaderboard that the page is made of; the features are named by their digest in features.json."""
     files = Artifacts(output)
-    yield from (files.features, *sorted(files.dataset.glob("*.csv")))
+    yield from (files.features, *sorted(files.dataset.glob("*.csv")), *sorted((files.dataset / HASH_STORE).glob("*")))
     for row in read_leaderboard(output).rows:
         yield files.trials(row.embedding, row.head)
         if row.bundle is not None:
