@@ -50,5 +50,5 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
             places.append((section, "weights", f"backbones.{number}.weights"))
     for section, key, where in places:
         path = section.get(key) if isinstance(section, dict) else None
-        if isinstance(path, str) and path and not Path(path).expanduser().is_absolute():
+        if isinstance(path, str) and path and not os.path.isabs(os.path.expanduser(path)):
             yield section, key, where
