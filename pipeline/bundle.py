@@ -27,6 +27,7 @@ from pipeline.errors import BundleError, first_line
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.imports import instead, look_in
 from pipeline.metrics.calibration import Calibrator, scores_as_columns
+from pipeline.metrics.said import said
 
 with instead({"sklearn.externals.array_api_compat.torch": None}):
     # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
@@ -84,18 +85,16 @@ class ModelBundle:
         dim = getattr(self.estimator, "n_features_in_", X.shape[1])
         if X.shape[1] != dim:
             raise BundleError(f"head {self.head!r} takes vectors of {dim} numbers, got {X.shape[1]}")
-        names = np.asarray(self.classes, dtype=object)
-        labels = names[self.estimator.predict(X)]
-        return labels, self._probabilities(X)
+        places, raw, kind = said(self.estimator, X)
+        labels = np.asarray(self.classes, dtype=object)[self.estimator.classes_[places]]
+        return labels, self._probabilities(raw, kind)
 
-    def _probabilities(self, X: NDArray[np.float32]) -> NDArray[np.float64] | None:
+    def _probabilities(self, raw: NDArray[np.floating] | None, kind: str | None) -> NDArray[np.float64] | None:
         """Zero for a class the head never saw."""
-        kind = "probability" if hasattr(self.estimator, "predict_proba") else "decision"
-        if kind == "decision" and self.calibrator is None:
+        if raw is None or (kind == "decision" and self.calibrator is None):
             return None
-        raw = self.estimator.predict_proba(X) if kind == "probability" else self.estimator.decision_function(X)
         seen = raw if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
-        probabilities = np.zeros((len(X), len(self.classes)))
+        probabilities = np.zeros((len(raw), len(self.classes)))
         probabilities[:, self.estimator.classes_] = seen
         return probabilities
 

@@ -39,6 +39,7 @@ def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[st
 
 def _heads(config: Config) -> list[str]:
     heads = head_table.resolve_all(config.heads)
+    tuning.require(config.tuning.strategy)
     problems = {head.name: tuning.check(head, config.tuning) for head in heads}
     able = [name for name, found in problems.items() if not found]
     reasons = [reason for found in problems.values() for reason in found]

@@ -17,9 +17,11 @@ FLOORS = (
     {"errors", "imports"},
     {"config", "digests", "files", "memory", "metrics", "progress", "vision"},
     {"embedding", "images", "lineage"},
-    {"dataset", "backbone", "baselines", "store", "heads", "bundle", "doctor", "leaderboard"},
-    {"tuning", "training", "report", "embedders", "feed"},
-    {"check", "extract_features", "train_heads", "finetune", "pretrain", "predict", "maintenance", "api"},
+    {"dataset", "backbone", "baselines", "store", "heads", "bundle", "leaderboard"},
+    {"audit"},
+    {"tuning", "training", "report", "embedders"},
+    {"feed"},
+    {"check", "extract_features", "train_heads", "finetune", "predict", "maintenance", "api"},
     {"cli"},
     {"__main__"},
 )
@@ -32,7 +34,7 @@ DOORS = {
     "tqdm": {"progress", "cli"},
     "h5py": {"store"},
     "torchvision": {"vision", "backbone"},  # backbone reaches submodules, after vision has opened the door
-    "skopt": {"heads", "tuning"},
+    "skopt": {"tuning"},
     "skops": {"bundle"},
     "joblib": {"bundle", "tuning"},
     "pyarrow": {"dataset", "store"},

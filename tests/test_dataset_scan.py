@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.config import DatasetConfig
 from pipeline.dataset import (
@@ -24,6 +26,7 @@ from pipeline.dataset import (
 )
 from pipeline.digests import content_digest, digests_to_hex
 from pipeline.errors import DatasetError, HeadError
+from pipeline.images import policy_key
 from pipeline.tuning import make_folds
 
 
@@ -395,7 +398,7 @@ class TestLedger:
     def test_failures_are_remembered_by_content_and_policy(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
         run(photos)
-        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")])
+        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")], "p1")
         assert sorted(digests_to_hex(failed_digests(folder, "p1"))) == sorted(
             content_digest(c).hex() for c in (b"cat 1", b"dog 2")
         )
@@ -407,17 +410,36 @@ class TestLedger:
     def test_a_renamed_failure_keeps_its_entry_and_a_mended_one_loses_it(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
         run(photos)
-        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")])
+        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")], "p1")
         (photos / "cat/1.png").rename(photos / "cat/one.png")
         put(photos, "dog/2.png", "mended")
         run(photos)
         assert read_ledger(folder) == [self.entry("cat/one.png", "cat 1")]
 
+    def test_jpegs_that_an_earlier_version_took_for_whole_are_found_once(self, photos: Path, calm: None) -> None:
+        sink = io.BytesIO()
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(sink, "JPEG")
+        for name, share in {"whole": 1.0, "half": 0.5}.items():
+            data = sink.getvalue()
+            (photos / f"cat/{name}.jpg").write_bytes(data[: int(len(data) * share)] + b"\xff\xd9")
+        folder = photos.parent / "dataset"
+        run(photos)
+        assert read_ledger(folder) == []
+        cache = dict(np.load(folder / statcache.CACHE_FILE))
+        with (folder / statcache.CACHE_FILE).open("wb") as file:
+            np.savez(file, **{**cache, "version": np.array(1)})
+        result = run(photos)
+        (entry,) = read_ledger(folder)
+        assert (entry.path, entry.status, entry.policy) == ("cat/half.jpg", "truncated", policy_key(64_000_000))
+        assert (result.read, result.remembered, result.unchanged) == (22, 1, True)
+        assert digests_to_hex(failed_digests(folder, policy_key(64_000_000))) == [entry.digest]
+        assert (run(photos).read, read_ledger(folder)) == (0, [entry])
+
     def test_a_failure_under_a_new_policy_replaces_all_of_the_old(self, tmp_path: Path) -> None:
-        record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")])
-        record_failures(tmp_path, [self.entry("a", "1", "p2")])
+        record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")], "p1")
+        record_failures(tmp_path, [self.entry("a", "1", "p2")], "p2")
         assert read_ledger(tmp_path) == [self.entry("a", "1", "p2")]
-        record_failures(tmp_path, [self.entry("b", "2", "p2")])
+        record_failures(tmp_path, [self.entry("b", "2", "p2")], "p2")
         assert read_ledger(tmp_path) == [self.entry("a", "1", "p2"), self.entry("b", "2", "p2")]
 
     def test_a_file_that_could_not_be_read_is_listed_until_the_next_scan(self, photos: Path, calm: None) -> None:
@@ -426,8 +448,8 @@ class TestLedger:
         gone = self.entry("cat/1.png", "cat 1")._replace(
             status="unavailable", reason="it cannot be read: Input/output error"
         )
-        record_failures(folder, [self.entry("dog/2.png", "dog 2")])
-        record_failures(folder, [gone])
+        record_failures(folder, [self.entry("dog/2.png", "dog 2")], "p1")
+        record_failures(folder, [gone], "p1")
         assert [entry.path for entry in read_ledger(folder)] == ["cat/1.png", "dog/2.png"]
         assert digests_to_hex(failed_digests(folder, "p1")) == [content_digest(b"dog 2").hex()]
         run(photos)
@@ -435,7 +457,7 @@ class TestLedger:
 
     def test_an_entry_without_content_is_a_mistake(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="needs its digest and its decode policy"):
-            record_failures(tmp_path, [LedgerEntry("a", "", "truncated", "r", "p")])
+            record_failures(tmp_path, [LedgerEntry("a", "", "truncated", "r")], "p")
 
     def test_a_damaged_ledger_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "ledger.csv").write_text("path,reason\na,b\n")
@@ -456,7 +478,7 @@ class TestLedger:
         ]
         assert len(ledger) == 7
         assert result.failures == ()
-        reason = "its name does not end like an image's (.jpg, .png, .webp, .bmp, .gif, .tif)"
+        reason = "it is not an image of a known format (JPEG, PNG, GIF, WEBP, BMP, TIFF, AVIF, HEIF)"
         assert result.summary_lines()[-8:] == [
             "6 files not used (not an image):",
             f"  cat/notes.txt: {reason}",

@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import backbone, baselines, dataset, extract_features, feed
+from pipeline import audit, backbone, baselines, dataset, extract_features, feed
 from pipeline import config as configuration
 from pipeline.config import Artifacts, Config, ExtractionConfig
 from pipeline.embedders import read_records
 from pipeline.errors import BackboneError, DatasetError
-from pipeline.extract_features import lanes, work
+from pipeline.extract_features import work
 from pipeline.extract_features.advice import advise
-from pipeline.extract_features.sources import Source
-from pipeline.images import decode, policy_key, prepare
+from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare
 from pipeline.store import FeatureStore
 
 N = 24
@@ -90,6 +89,37 @@ def test_each_image_gets_the_vector_of_its_own_pixels(photos: Path) -> None:
             image = decode((photos / index.paths[row]).read_bytes(), max_pixels=10**6)
             (expected,) = embedder.embed(prepare(image, embedder.preprocessing)[None])
             np.testing.assert_allclose(stored[row], expected[0], rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_images_are_hashed_where_they_are_decoded_and_only_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(photos)
+    extract_features.run(config)
+    folder = Artifacts(config.output).dataset
+    index = dataset.DatasetIndex.read(folder)
+    expected = [
+        perceptual_hash(decode((photos / path).read_bytes(), max_pixels=10**6)) for path in index.paths.tolist()
+    ]
+    assert np.array_equal(audit.read_hashes(folder, index.digests), expected)
+    picture(photos / "a" / "new.png", N)
+    decoded: list[int] = []
+    monkeypatch.setattr(feed, "perceptual_hash", lambda pixels: decoded.append(1) or perceptual_hash(pixels))
+    extract_features.run(config)
+    assert len(decoded) == 1
+    index = dataset.DatasetIndex.read(folder)
+    assert audit.read_hashes(folder, index.digests).any(axis=1).all()
+
+
+def test_without_readable_hashes_there_are_none_and_it_is_said(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make(photos)
+    folder = Artifacts(config.output).dataset
+    digests = np.ones((3, 2), np.uint64)
+    assert not audit.read_hashes(folder, digests).any()
+    assert not caplog.messages
+    extract_features.run(config)
+    for snapshot in (folder / HASH_STORE).glob("snapshot-*.h5"):
+        snapshot.write_bytes(snapshot.read_bytes()[:-100])
+    assert not audit.read_hashes(folder, digests).any()
+    assert caplog.messages[-1].startswith("near-duplicates are searched without perceptual hashes: ")
 
 
 def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> None:
@@ -235,8 +265,7 @@ def stop_after(batches: int, number: int) -> str:
     return f"""
 import os
 from pipeline import store
-from pipeline.extract_features import lanes, work
-from pipeline.extract_features.advice import advise
+from pipeline.extract_features import work
 store.writer.GROUP_BYTES = 1
 original, seen = work._store, []
 def stopping(*arguments):
@@ -308,12 +337,12 @@ class Tight:
 
 def test_the_batch_halves_when_memory_runs_out_and_no_row_is_lost() -> None:
     pixels = np.arange(13 * 4 * 3, dtype=np.uint8).reshape(13, 2, 2, 3)
-    lane = lanes.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
-    (vectors,) = lanes.in_passes(lane, pixels)
+    lane = feed.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
+    (vectors,) = feed.in_passes(lane, pixels)
     np.testing.assert_array_equal(vectors, pixels.reshape(13, -1))
     assert lane.limit == 3
     with pytest.raises(BackboneError, match="not even one image fits into memory"):
-        lanes.in_passes(lanes.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
+        feed.in_passes(feed.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
 
 
 class Sums:
@@ -332,20 +361,17 @@ class Sums:
         return (pixels.reshape(len(pixels), -1).sum(1, dtype=np.float32, keepdims=True),)
 
 
-def through(embedder: Sums, photos: Path, size: int) -> Iterator[lanes.Finished]:
-    config = make(photos)
+def through(embedder: Sums, photos: Path, size: int) -> Iterator[tuple[feed.Batch, list[feed.Part | None]]]:
     items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
-    job = lanes.Job((Source(None, (), config, N),), photos, workers=1)
-    return lanes.embed(job, [lanes.Lane(embedder, limit=size)], items)  # type: ignore[arg-type]
+    return feed.embed([feed.Lane(embedder, limit=size)], items, photos, 10**6, workers=1)  # type: ignore[arg-type]
 
 
 def test_a_batch_is_embedded_only_when_it_is_asked_for_and_in_order(photos: Path) -> None:
     embedder = Sums()
     contents, sums = [], []
-    for number, finished in enumerate(through(embedder, photos, 10)):
+    for number, (batch, (part,)) in enumerate(through(embedder, photos, 10)):
         assert embedder.batches == number + 1, "what is finished can be stored before the next batch may fail"
-        contents += [item.content for item in finished.items]
-        (part,) = finished.parts
+        contents += [item.content for item in batch.items]
         assert part is not None
         sums += part.vectors[0][:, 0].tolist()
     assert contents == list(range(N))
@@ -356,7 +382,7 @@ def test_a_batch_is_embedded_only_when_it_is_asked_for_and_in_order(photos: Path
 
 def test_an_error_of_a_network_reaches_the_caller_after_what_was_finished(photos: Path) -> None:
     finished = through(Sums(fails_at=1), photos, 10)
-    assert [item.content for item in next(finished).items] == list(range(10))
+    assert [item.content for item in next(finished)[0].items] == list(range(10))
     with pytest.raises(BackboneError, match="the device is gone"):
         next(finished)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
+from pipeline.backbone.engines import choose_batch_size, openvino_is_there
 from pipeline.backbone.precision import choice_inputs, choose_precision
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
@@ -30,7 +30,6 @@ BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetens
 
 __all__ = [
     "BUNDLED",
-    "PAYS_FROM",
     "EmbeddingSpec",
     "check",
     "choice_inputs",

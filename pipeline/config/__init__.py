@@ -3,7 +3,7 @@
 section.py      what all sections share
 features.py     stage one's sections
 tuning.py       stage two's
-training.py     stage three's, and pretraining's
+training.py     stage three's
 experiment.py   Config: all of them
 reading.py      YAML -> Config, every problem at once
 paths.py        paths relative to the file
@@ -21,9 +21,9 @@ from pipeline.config.features import (
     ExtractionConfig,
     PreprocessingConfig,
 )
-from pipeline.config.reading import dump_yaml, load, load_pretraining, parse, read_yaml
+from pipeline.config.reading import dump_yaml, load, parse, read_yaml
 from pipeline.config.section import BASELINE_NAMES, HEAD_NAMES, Scalar, Section, checked_device, guess
-from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
+from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "FinetuneConfig",
     "HeadConfig",
     "PreprocessingConfig",
-    "PretrainConfig",
     "Scalar",
     "Section",
     "TrainingConfig",
@@ -49,7 +48,6 @@ __all__ = [
     "dump_yaml",
     "guess",
     "load",
-    "load_pretraining",
     "parse",
     "read_yaml",
 ]

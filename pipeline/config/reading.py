@@ -19,7 +19,7 @@ from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionCo
 from pipeline.config.paths import seen_from, seen_from_here
 from pipeline.config.retired import KEYS, VALUES, without_defaults
 from pipeline.config.section import Section, guess
-from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
+from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 from pipeline.errors import ConfigError
 from pipeline.imports import look_in
@@ -41,26 +41,6 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     _require_folder(config.output, str(path))
     if any(":" in head.name for head in config.heads):
         look_in(path.parent)
-    return config
-
-
-def load_pretraining(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read and validate a pretraining file, as `load` does an experiment's.
-
-    Raises
-    ------
-    ConfigError
-        With one line for every problem.
-    """
-    raw = read_yaml(path)
-    seen_from_here(raw, path)
-    for override in overrides:
-        _apply(raw, override)
-    try:
-        config = PretrainConfig.model_validate(raw)
-    except ValidationError as error:
-        raise _refused(str(path), error, PretrainConfig) from None
-    _require_folder(config.output, str(path))
     return config
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.index import INDEX_FILE, DatasetIndex, Texts, read_record, texts
 from pipeline.dataset.leaks import Copies, apply_leaks, find_copies
-from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, write_ledger
+from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, record_failures, write_ledger
 from pipeline.dataset.listing import Listing, shown
 from pipeline.dataset.match import Difference, difference
 from pipeline.dataset.reading import read_digests
@@ -22,8 +22,10 @@ from pipeline.dataset.report import ScanResult, class_counts, missing_side
 from pipeline.dataset.sources import list_source
 from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
 from pipeline.dataset.statcache import StatCache, read_cache
+from pipeline.dataset.upgrade import incomplete_jpegs
 from pipeline.digests import bytes_digest, canonical_json
 from pipeline.errors import DatasetError, first
+from pipeline.images import policy_key
 
 if TYPE_CHECKING:
     from pipeline.config import DatasetConfig
@@ -35,11 +37,13 @@ MOST_PROBLEMS = 20
 """Lines of one error; more help nobody."""
 
 
-def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False) -> ScanResult:
+def scan(
+    config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False, write: bool = True
+) -> ScanResult:
     """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
 
     `rehash` trusts no file time and reads every file; `resplit` makes the test split anew. A scan that finds everything as
-    it was reads no image and writes nothing.
+    it was reads no image and writes nothing; without `write` the index stays as it is, and two scans say the same.
 
     Raises
     ------
@@ -59,6 +63,8 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
     else:
         found = _read_changed(listing, cache, rehash)
+        if cache.is_old and before.index is not None:
+            record_failures(folder, incomplete_jpegs(found.index, config.max_pixels), policy_key(config.max_pixels))
         _require_classes(found, listing, config)
         base, plan, notes = _split(found.index, before, config, seed, resplit)
     copies = find_copies(found.index.with_splits(base))
@@ -72,10 +78,11 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     )
     fingerprint_now = before.fingerprint if as_it_was and found.index is before.index else index.fingerprint()
     unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
-    write_ledger(folder, ledger)
-    if not unchanged or plan != before.made:
+    if write:
+        write_ledger(folder, ledger)
+    if write and (not unchanged or plan != before.made):
         index.write(folder, None if plan is None else asdict(plan), config.source)
-    if found.read or not (as_it_was and unchanged):
+    if write and (found.read or not (as_it_was and unchanged)):
         # A file that could not be read is tried again next time, so that scan must not be taken for complete.
         whole = "" if found.entries else key
         StatCache(index.paths, found.stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)

@@ -4,10 +4,9 @@
     stores.py      where the store of an embedding is
     sources.py     what a config asks to embed, known without loading a network where it was loaded before
     targets.py     what each store is missing, and why
-    lanes.py       batches through the networks
-    work.py        finished batches into the stores
+    work.py        batches through the networks (`pipeline.feed`) and into the stores
 
-The images are read and decoded once for all networks (`pipeline.feed`). A run with nothing to do imports no torch.
+The images are read and decoded once for all networks. A run with nothing to do imports no torch.
 """
 
 from __future__ import annotations
@@ -122,8 +121,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     began = time.perf_counter()
     files = Artifacts(config.output)
     before = _index_before(files) if plan else {}
-    scan = dataset.look if plan else dataset.scan  # a plan made twice says the same
-    scanned = scan(config.dataset, config.seed, files.dataset, rehash=rehash)
+    scanned = dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
     policy = policy_key(config.dataset.max_pixels)
     contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
