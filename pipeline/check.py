@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import backbone, dataset, tuning
 from pipeline import heads as head_table
-from pipeline.config import BackboneConfig, Config
+from pipeline.config import Artifacts, BackboneConfig, Config
 from pipeline.errors import DatasetError, PipelineError
 
 
@@ -93,6 +93,8 @@ def _data(config: Config) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         # Into a folder of its own: a look at the data must not fix their splits.
         found = dataset.scan(config.dataset, config.seed, Path(folder, "dataset"))
+        if config.dataset.source in {"folder", "manifest"}:
+            dataset.require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)
         dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("ledger.csv"))
         if lack := dataset.missing_side(found.index):

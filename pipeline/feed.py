@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.embedders import Embedder
 from pipeline.errors import BackboneError
-from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
+from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
 from pipeline.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class Batch:
     items: Sequence[Item]
     pixels: list[NDArray[np.uint8]]
     problems: dict[int, ImageProblem] = field(default_factory=dict)
+    hashes: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """Row -> perceptual hash, where they are asked for."""
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -83,6 +85,8 @@ class Feeder:
     """One per taker of pixels; those that are equal are done once."""
     batch_size: int
     workers: int = field(default_factory=threads)
+    hashed: bool = False
+    """Whether images get a perceptual hash as well."""
 
     def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
         """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
@@ -151,6 +155,8 @@ class Feeder:
                 if at_least not in decoded:
                     decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)
                 batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
+            if self.hashed:
+                batch.hashes[row] = perceptual_hash(next(iter(decoded.values())))
         except ImageProblem as problem:
             batch.problems[row] = problem
 
@@ -174,7 +180,12 @@ class Part:
 
 
 def embed(
-    lanes: Sequence[Lane], items: Iterable[Item], root: Path, max_pixels: int, workers: int | str = "auto"
+    lanes: Sequence[Lane],
+    items: Iterable[Item],
+    root: Path,
+    max_pixels: int,
+    workers: int | str = "auto",
+    hashed: bool = False,
 ) -> Iterator[tuple[Batch, list[Part | None]]]:
     """Read images and send them through the networks: yield the items in order, in batches.
 
@@ -187,7 +198,7 @@ def embed(
         When not even one image fits into memory.
     """
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
-    feeder = Feeder(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers))
+    feeder = Feeder(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
     for batch in feeder.batches(items):
         yield batch, [_part(batch, number, lane) for number, lane in enumerate(lanes)]
 

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import backbone, baselines, dataset, extract_features, feed
+from pipeline import audit, backbone, baselines, dataset, extract_features, feed
 from pipeline import config as configuration
 from pipeline.config import Artifacts, Config, ExtractionConfig
 from pipeline.embedders import read_records
 from pipeline.errors import BackboneError, DatasetError
 from pipeline.extract_features import work
 from pipeline.extract_features.advice import advise
-from pipeline.images import decode, policy_key, prepare
+from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare
 from pipeline.store import FeatureStore
 
 N = 24
@@ -91,11 +91,42 @@ def test_each_image_gets_the_vector_of_its_own_pixels(photos: Path) -> None:
             np.testing.assert_allclose(stored[row], expected[0], rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_images_are_hashed_where_they_are_decoded_and_only_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(photos)
+    extract_features.run(config)
+    folder = Artifacts(config.output).dataset
+    index = dataset.DatasetIndex.read(folder)
+    expected = [
+        perceptual_hash(decode((photos / path).read_bytes(), max_pixels=10**6)) for path in index.paths.tolist()
+    ]
+    assert np.array_equal(audit.read_hashes(folder, index.digests), expected)
+    picture(photos / "a" / "new.png", N)
+    decoded: list[int] = []
+    monkeypatch.setattr(feed, "perceptual_hash", lambda pixels: decoded.append(1) or perceptual_hash(pixels))
+    extract_features.run(config)
+    assert len(decoded) == 1
+    index = dataset.DatasetIndex.read(folder)
+    assert audit.read_hashes(folder, index.digests).any(axis=1).all()
+
+
+def test_without_readable_hashes_there_are_none_and_it_is_said(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make(photos)
+    folder = Artifacts(config.output).dataset
+    digests = np.ones((3, 2), np.uint64)
+    assert not audit.read_hashes(folder, digests).any()
+    assert not caplog.messages
+    extract_features.run(config)
+    for snapshot in (folder / HASH_STORE).glob("snapshot-*.h5"):
+        snapshot.write_bytes(snapshot.read_bytes()[:-100])
+    assert not audit.read_hashes(folder, digests).any()
+    assert caplog.messages[-1].startswith("near-duplicates are searched without perceptual hashes: ")
+
+
 def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> None:
     config = make(photos)
     extract_features.run(config)
     path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config))
+    path.write_text(configuration.dump_yaml(config, path.parent))
     code = f"""
 import sys
 from collections.abc import Iterator
@@ -250,7 +281,7 @@ work._store = stopping
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches: int) -> None:
     config = make(photos)
     path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config))
+    path.write_text(configuration.dump_yaml(config, path.parent))
     code = stop_after(batches, signal.SIGKILL) + (
         "from pathlib import Path\nfrom pipeline import config, extract_features\n"
         f"extract_features.run(config.load(Path({str(path)!r})))"
@@ -368,7 +399,10 @@ def test_reading_ahead_holds_a_fixed_number_of_batches(photos: Path) -> None:
     assert len(memory) == feed.AHEAD
 
 
-SECONDS = {"start-up": 1.0, "read": 2.0, "decode": 8.0, "network": 3.0, "write": 0.5}
+def worked(**seconds: float) -> work.Work:
+    """A run with two threads and the time it took."""
+    usual = {"start-up": 1.0, "read": 2.0, "decode": 8.0, "network": 3.0, "write": 0.5}
+    return work.Work(seconds=usual | seconds, workers=2)
 
 
 @pytest.mark.parametrize(
@@ -395,21 +429,33 @@ def test_the_advice_is_about_what_took_longest(
 ) -> None:
     asked = ExtractionConfig.model_validate(extraction)
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="bf16", engine="openvino")
-    assert advise({**SECONDS, **changes}, 2, [spec], asked) == expected
+    assert advise(worked(**changes), [spec], asked) == expected
+
+
+def test_the_advice_does_not_blame_the_network_for_a_baseline() -> None:
+    specs = [baselines.load(name).specs[0] for name in ("pixels", "hog")]
+    specs.append(replace(specs[0], name="small", kind="backbone"))
+    made = worked(network=9.0)
+    made.network_seconds = {"pixels": 0.5, "hog": 6.0, "small": 2.5}
+    assert advise(made, specs, ExtractionConfig()) == (
+        "most of the time went on the baseline hog; leaving it out of baselines would make it faster"
+    )
+    made.network_seconds = {"pixels": 0.5, "hog": 4.0, "small": 4.5}
+    assert advise(made, specs, ExtractionConfig()).startswith("most of the time went on the network; ")
 
 
 def test_the_advice_names_what_this_machine_has_and_the_run_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="fp32", engine="torch")
-    slow = {**SECONDS, "network": 50.0}
+    slow = worked(network=50.0)
     monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": ["amx_bf16"]})
     monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
-    assert advise(slow, 2, [spec], ExtractionConfig(precision="fp32")) == (
+    assert advise(slow, [spec], ExtractionConfig(precision="fp32")) == (
         "most of the time went on the network; extraction.precision: auto, as this processor computes in bf16 or "
         "OpenVINO (pip install 'manyheads[openvino]') or a GPU or a smaller network would make it faster"
     )
     monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": []})
     monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
-    assert advise(slow, 2, [spec], ExtractionConfig(engine="torch")) == (
+    assert advise(slow, [spec], ExtractionConfig(engine="torch")) == (
         "most of the time went on the network; extraction.engine: auto, as OpenVINO is installed or "
         "a GPU or a smaller network would make it faster"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline import config
+from pipeline import config as configuration
 from pipeline.config import HeadConfig
 from pipeline.errors import HeadError
 from pipeline.heads import (
@@ -35,7 +36,7 @@ def features(classes: int = 3, rows: int = 120, seed: int = 0):
 
 
 def test_table_and_config_name_the_same_heads():
-    assert set(HEADS) == set(config.HEAD_NAMES)
+    assert set(HEADS) == set(configuration.HEAD_NAMES)
 
 
 def test_simplicity_orders_the_heads_from_centroids_to_networks():
@@ -189,6 +190,15 @@ def test_a_users_own_head_is_imported_from_the_current_folder(own_heads):
     assert head.space["var_smoothing"].high == 1e-2
     X, y = features()
     assert configure(head, head.defaults, 0).fit(X, y).score(X, y) > 0.6
+
+
+def test_a_users_own_head_is_imported_from_beside_the_config(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "heads_beside_the_config.py").write_text(OWN_HEADS)
+    config = tmp_path / "configs" / "own.yaml"
+    config.write_text("{output: o, backbones: [{name: resnet18}], heads: ['heads_beside_the_config:BAYES']}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_all(configuration.load(Path("configs/own.yaml")).heads)[0].name == "naive_bayes"
 
 
 def test_dimensions_of_scikit_optimize_are_taken_and_have_its_text():

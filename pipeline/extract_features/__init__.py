@@ -95,8 +95,9 @@ class FeaturesRun:
             yield f"  {name}: {count:,} new vectors" + (f"; {anew[name]}" if name in anew else "")
         threads = [f"{name} {work.seconds[name]:.1f}" for name in SUMMED_OVER_THREADS]
         others = [f"{name} {seconds:.1f}" for name, seconds in work.seconds.items() if name not in SUMMED_OVER_THREADS]
-        yield f"seconds: {', '.join(others)}; beside them, summed over threads: {', '.join(threads)}"
-        yield advise(work.seconds, work.workers, [target.spec for target in self.targets], self.extraction)
+        told = ", ".join(others).replace("network ", "network and baselines ")
+        yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
+        yield advise(work, [target.spec for target in self.targets], self.extraction)
         if work.failures:
             yield f"{len(work.failures):,} images could not be used; dataset/ledger.csv names each with its reason:"
             reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
@@ -201,7 +202,7 @@ def _write(
     ]
     make_folder(files.root)
     write_records(files.features, records, config, scanned.index.fingerprint())
-    write_text_atomic(files.config, dump_yaml(config))
+    write_text_atomic(files.config, dump_yaml(config, files.root))
     return records
 
 

@@ -23,7 +23,7 @@ from pipeline.extract_features.sources import Source
 from pipeline.extract_features.targets import Contents, Target
 from pipeline.feed import Batch, Item, Lane, Part, threads
 from pipeline.feed import embed as embedded
-from pipeline.images import policy_key
+from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.memory import keep_freed_memory
 from pipeline.progress import bar
 from pipeline.store import StoreWriter
@@ -81,10 +81,8 @@ Outputs = Sequence[Sequence[Output]]
 """Per source those of its outputs that are kept."""
 
 
-def embed(
-    targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, ledger_folder: Path
-) -> Work:
-    """Embed the pending contents of some targets into their stores.
+def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, folder: Path) -> Work:
+    """Embed the pending contents of some targets into their stores; `folder` holds the ledger and the perceptual hashes.
 
     A signal to stop ends the run after the batch in hand, with all finished rows committed.
 
@@ -103,14 +101,18 @@ def embed(
             by_source.setdefault(id(target.source), []).append(target)
         lanes = [_lane(own[0].source, config.extraction) for own in by_source.values()]
         outputs = _open_stores(list(by_source.values()), lanes, contents, stack)
+        # A byte is exact in float16.
+        hashes = stack.enter_context(StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
         work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
         try:
             with bar(count, "images", "embedding") as progress, _stop_requested() as stopped:
-                for batch, parts in embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers):
+                made = embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers, hashed=True)
+                for batch, parts in made:
                     _store(batch, parts, outputs, contents, work)
+                    _store_hashes(batch, hashes, contents)
                     progress.update(len(batch.items))
                     if (number := stopped()) is not None:
                         raise KeyboardInterrupt(number)
@@ -119,8 +121,8 @@ def embed(
             write_began = time.perf_counter()
             for output in (output for own in outputs for output in own):
                 output.writer.commit()
-            policy = policy_key(config.dataset.max_pixels)
-            record_failures(ledger_folder, [entry._replace(policy=policy) for entry in work.failures])
+            hashes.commit()
+            record_failures(folder, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
         stack.close()  # seals
@@ -192,6 +194,13 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, content
             work.add_network(output.name, len(numbers), part.seconds)
             _append(output, numbers, part.vectors[output.number], paths, contents, work)
     work.seconds["write"] += time.perf_counter() - began
+
+
+def _store_hashes(batch: Batch, writer: StoreWriter, contents: Contents) -> None:
+    """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
+    if batch.hashes:
+        numbers = [batch.items[row].content for row in batch.hashes]
+        writer.append(contents.digests[numbers], np.stack(list(batch.hashes.values())).astype(np.float32))
 
 
 def _append(

@@ -40,6 +40,8 @@ class Head:
     StandardScaler and the classifier; None where it cannot be."""
     fixed: Params = field(default_factory=dict)
     """Parameters that the config holds at one value."""
+    fit: Callable[[Pipeline, Any, Any], Pipeline] = Pipeline.fit
+    """(its pipeline, X, y) -> the pipeline, fitted."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "space", {key: dimension(given) for key, given in self.space.items()})
@@ -64,6 +66,7 @@ def identity(head: Head, seed: int) -> dict[str, Any]:
         "defaults": {key: _stable(value) for key, value in head.defaults.items()},
         "fixed": {key: _stable(value) for key, value in head.fixed.items()},
         "evaluator": head.evaluator,
+        "fit": _stable(head.fit),
     }
 
 

@@ -4,7 +4,7 @@ A search asks for a round of points, fits them on the folds, tells the scores, a
 journal as it ends, so a killed search goes on where it was and ends with the same result.
 """
 
-from pipeline.tuning.evaluation import working_memory
+from pipeline.tuning.evaluation import answers, working_memory
 from pipeline.tuning.features import Features, blocks, part
 from pipeline.tuning.folds import Folds, make_folds
 from pipeline.tuning.last_fit import refit
@@ -22,6 +22,7 @@ __all__ = [
     "Projections",
     "Trial",
     "TuningRun",
+    "answers",
     "blocks",
     "check",
     "expand_scores",

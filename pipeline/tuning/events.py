@@ -19,7 +19,7 @@ from pipeline.store import StoredRows
 from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.records import FoldOutcome, Problem
 
-SOLVERS_VERSION = 6
+SOLVERS_VERSION = 7
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 
