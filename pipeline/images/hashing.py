@@ -54,7 +54,8 @@ def _resampled(start: float, stop: float) -> NDArray[np.float64]:
     edges = np.linspace(start, stop, SIZE + 1) * SIZE
     low, high = edges[:-1, None], edges[1:, None]
     cells = np.arange(SIZE)
-    return np.clip(np.minimum(high, cells + 1) - np.maximum(low, cells), 0, None) / (high - low)
+    shared: NDArray[np.float64] = np.clip(np.minimum(high, cells + 1) - np.maximum(low, cells), 0, None)
+    return shared / (high - low)
 
 
 _DOWN, _ACROSS = _views()

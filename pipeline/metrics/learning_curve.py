@@ -125,8 +125,8 @@ def curve_from_scores(
     if len(points) < 4:
         return LearningCurve(points, None, held_back, ())
     there_are = labels or points[-1].size
-    ahead = _predict(points, [2 * there_are, 4 * there_are], [None, None], seed)
-    return LearningCurve(points, _fit(points), held_back, ahead)
+    forecast = _predict(points, [2 * there_are, 4 * there_are], [None, None], seed)
+    return LearningCurve(points, _fit(points), held_back, forecast)
 
 
 RATES = np.geomspace(0.05, 2.0, 80)

@@ -95,8 +95,8 @@ def gather(output: Path) -> Material:
         embedding, space, curve = view.embedding, _map(view, seed), _curve(view, seed)
         part = view.images
         hashes = audit.read_hashes(files.dataset, part.digests)
-        names = (column.tolist() for column in (part.paths, part.labels, part.splits))
-        found = audit.examine(view.features, *names, hashes)
+        paths, labels, splits = (column.tolist() for column in (part.paths, part.labels, part.splits))
+        found = audit.examine(view.features, paths, labels, splits, hashes)
         findings = replace(found, label_issues=findings.label_issues)
     return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
 
@@ -203,8 +203,8 @@ def _curve(view: _View, seed: int) -> LearningCurve | None:
         found = measure_curve(build, train, test, sizes, (draw,))
         scores.append({point.size: point.accuracy for point in found.points})
     shared = [size for size in sizes if all(size in draw for draw in scores)]
-    found = [np.array([draw[size] for draw in scores]) for size in shared]
-    return curve_from_scores(shared, found, seed, view.labelled)
+    measured = [np.array([draw[size] for draw in scores]) for size in shared]
+    return curve_from_scores(shared, measured, seed, view.labelled)
 
 
 def _held_apart(images: DatasetIndex, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

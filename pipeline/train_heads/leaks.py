@@ -37,8 +37,8 @@ def find_leaks(
     near = audit.neighbours(audit.project(stores[embedding].read(digests)))
     pairs = audit.close_pairs(near, audit.read_hashes(files.dataset, digests))
     fold = np.full(len(digests), -1)
-    for number, (_, held_out) in enumerate(task.folds):
-        fold[:n_train][np.isin(train, held_out)] = number
+    for number, (_, rows) in enumerate(task.folds):
+        fold[:n_train][np.isin(train, rows)] = number
     in_test = np.arange(len(digests)) >= n_train
     across = in_test[pairs.first] != in_test[pairs.second]
     parted = ~across & (fold[pairs.first] != fold[pairs.second])
