@@ -153,12 +153,13 @@ def noise_rate(p: NDArray[np.float64], y: NDArray[np.integer]) -> float:
     def loss(values: NDArray[np.float64]) -> float:
         sharpened = np.exp(values[0]) * logs
         true = np.exp(sharpened[rows, y] - np.logaddexp.reduce(sharpened, axis=1))
-        rate = expit(values[1])
-        return -float(np.mean(np.log((1 - rate) * true + rate / p.shape[1])))
+        rate = float(expit(values[1]))
+        return -float(np.log((1 - rate) * true + rate / p.shape[1]).mean())
 
     best = minimize(loss, [0.0, -3.0], method="Nelder-Mead").x
-    rate = float(expit(best[1]))
-    return rate * (1 - 1 / int(p.shape[1]))  # some of the replaced labels are replaced by themselves
+    # Some of the replaced labels are replaced by themselves.
+    share: float = expit(best[1]) * (1 - 1 / p.shape[1])
+    return share
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,7 @@ def close_pairs(near: Neighbours, hashes: NDArray[np.uint8] | None = None) -> Pa
     """
     n, k = near.distances.shape
     if k == 0:
-        none = np.zeros(0, dtype=np.intp)
-        return Pairs(none, none, np.zeros(0))
+        return Pairs(np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp), np.zeros(0))
     tenth, fortieth = (near.distances[:, min(place, k) - 1] for place in (NEAR, FAR))
     usual = np.where(tenth <= CLOSE * fortieth, fortieth, tenth).astype(np.float64)
     yardstick = np.minimum(usual[:, None], usual[near.rows])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import backbone, dataset, tuning
 from pipeline import heads as head_table
-from pipeline.config import BackboneConfig, Config
+from pipeline.config import Artifacts, BackboneConfig, Config
 from pipeline.errors import DatasetError, PipelineError
 
 
@@ -39,6 +39,7 @@ def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[st
 
 def _heads(config: Config) -> list[str]:
     heads = head_table.resolve_all(config.heads)
+    tuning.require(config.tuning.strategy)
     problems = {head.name: tuning.check(head, config.tuning) for head in heads}
     able = [name for name, found in problems.items() if not found]
     reasons = [reason for found in problems.values() for reason in found]
@@ -92,6 +93,8 @@ def _data(config: Config) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         # Into a folder of its own: a look at the data must not fix their splits.
         found = dataset.scan(config.dataset, config.seed, Path(folder, "dataset"))
+        if config.dataset.source in {"folder", "manifest"}:
+            dataset.require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)
         dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("ledger.csv"))
         if lack := dataset.missing_side(found.index):

@@ -116,7 +116,7 @@ def shared(config: Config) -> dict[str, Any]:
     """Return what of a config all its embeddings share: which images there are, and how they become vectors."""
     return {
         "seed": config.seed,
-        "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures"}),
+        "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures", "target"}),
         "extraction": config.extraction.model_dump(mode="json", include={"precision", "engine", "decode"}),
     }
 

@@ -68,6 +68,13 @@ def test_rows_are_indexed_as_numpy_does(place: Path, experiment: Config) -> None
         assert np.array_equal(X[rows], vectors[rows]), rows
 
 
+def test_in_a_notebook_it_is_one_line(place: Path) -> None:
+    loaded = pipeline.load(place)
+    assert repr(loaded) == "Features(X: Vectors of shape (36, 512), float32, on disk, y: 3 classes, paths)"
+    grouped = loaded._replace(groups=np.array(["a", "b"] * 18, dtype=object))
+    assert repr(grouped).endswith("y: 3 classes, paths, 2 groups)")
+
+
 def test_a_run_of_rows_is_a_view_of_the_file(place: Path) -> None:
     X = pipeline.load(place).X
     assert not X[3:9].flags.owndata

@@ -23,9 +23,8 @@ from pipeline import config as configuration
 from pipeline.config import Artifacts, Config, ExtractionConfig
 from pipeline.embedders import read_records
 from pipeline.errors import BackboneError, DatasetError
-from pipeline.extract_features import lanes, work
+from pipeline.extract_features import work
 from pipeline.extract_features.advice import advise
-from pipeline.extract_features.sources import Source
 from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare
 from pipeline.store import FeatureStore
 
@@ -127,7 +126,7 @@ def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> 
     config = make(photos)
     extract_features.run(config)
     path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config))
+    path.write_text(configuration.dump_yaml(config, path.parent))
     code = f"""
 import sys
 from collections.abc import Iterator
@@ -266,8 +265,7 @@ def stop_after(batches: int, number: int) -> str:
     return f"""
 import os
 from pipeline import store
-from pipeline.extract_features import lanes, work
-from pipeline.extract_features.advice import advise
+from pipeline.extract_features import work
 store.writer.GROUP_BYTES = 1
 original, seen = work._store, []
 def stopping(*arguments):
@@ -283,7 +281,7 @@ work._store = stopping
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches: int) -> None:
     config = make(photos)
     path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config))
+    path.write_text(configuration.dump_yaml(config, path.parent))
     code = stop_after(batches, signal.SIGKILL) + (
         "from pathlib import Path\nfrom pipeline import config, extract_features\n"
         f"extract_features.run(config.load(Path({str(path)!r})))"
@@ -339,12 +337,12 @@ class Tight:
 
 def test_the_batch_halves_when_memory_runs_out_and_no_row_is_lost() -> None:
     pixels = np.arange(13 * 4 * 3, dtype=np.uint8).reshape(13, 2, 2, 3)
-    lane = lanes.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
-    (vectors,) = lanes.in_passes(lane, pixels)
+    lane = feed.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
+    (vectors,) = feed.in_passes(lane, pixels)
     np.testing.assert_array_equal(vectors, pixels.reshape(13, -1))
     assert lane.limit == 3
     with pytest.raises(BackboneError, match="not even one image fits into memory"):
-        lanes.in_passes(lanes.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
+        feed.in_passes(feed.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
 
 
 class Sums:
@@ -363,20 +361,17 @@ class Sums:
         return (pixels.reshape(len(pixels), -1).sum(1, dtype=np.float32, keepdims=True),)
 
 
-def through(embedder: Sums, photos: Path, size: int) -> Iterator[lanes.Finished]:
-    config = make(photos)
+def through(embedder: Sums, photos: Path, size: int) -> Iterator[tuple[feed.Batch, list[feed.Part | None]]]:
     items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
-    job = lanes.Job((Source(None, (), config, N),), photos, workers=1)
-    return lanes.embed(job, [lanes.Lane(embedder, limit=size)], items)  # type: ignore[arg-type]
+    return feed.embed([feed.Lane(embedder, limit=size)], items, photos, 10**6, workers=1)  # type: ignore[arg-type]
 
 
 def test_a_batch_is_embedded_only_when_it_is_asked_for_and_in_order(photos: Path) -> None:
     embedder = Sums()
     contents, sums = [], []
-    for number, finished in enumerate(through(embedder, photos, 10)):
+    for number, (batch, (part,)) in enumerate(through(embedder, photos, 10)):
         assert embedder.batches == number + 1, "what is finished can be stored before the next batch may fail"
-        contents += [item.content for item in finished.items]
-        (part,) = finished.parts
+        contents += [item.content for item in batch.items]
         assert part is not None
         sums += part.vectors[0][:, 0].tolist()
     assert contents == list(range(N))
@@ -387,7 +382,7 @@ def test_a_batch_is_embedded_only_when_it_is_asked_for_and_in_order(photos: Path
 
 def test_an_error_of_a_network_reaches_the_caller_after_what_was_finished(photos: Path) -> None:
     finished = through(Sums(fails_at=1), photos, 10)
-    assert [item.content for item in next(finished).items] == list(range(10))
+    assert [item.content for item in next(finished)[0].items] == list(range(10))
     with pytest.raises(BackboneError, match="the device is gone"):
         next(finished)
 
@@ -404,7 +399,10 @@ def test_reading_ahead_holds_a_fixed_number_of_batches(photos: Path) -> None:
     assert len(memory) == feed.AHEAD
 
 
-SECONDS = {"start-up": 1.0, "read": 2.0, "decode": 8.0, "network": 3.0, "write": 0.5}
+def worked(**seconds: float) -> work.Work:
+    """A run with two threads and the time it took."""
+    usual = {"start-up": 1.0, "read": 2.0, "decode": 8.0, "network": 3.0, "write": 0.5}
+    return work.Work(seconds=usual | seconds, workers=2)
 
 
 @pytest.mark.parametrize(
@@ -431,21 +429,33 @@ def test_the_advice_is_about_what_took_longest(
 ) -> None:
     asked = ExtractionConfig.model_validate(extraction)
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="bf16", engine="openvino")
-    assert advise({**SECONDS, **changes}, 2, [spec], asked) == expected
+    assert advise(worked(**changes), [spec], asked) == expected
+
+
+def test_the_advice_does_not_blame_the_network_for_a_baseline() -> None:
+    specs = [baselines.load(name).specs[0] for name in ("pixels", "hog")]
+    specs.append(replace(specs[0], name="small", kind="backbone"))
+    made = worked(network=9.0)
+    made.network_seconds = {"pixels": 0.5, "hog": 6.0, "small": 2.5}
+    assert advise(made, specs, ExtractionConfig()) == (
+        "most of the time went on the baseline hog; leaving it out of baselines would make it faster"
+    )
+    made.network_seconds = {"pixels": 0.5, "hog": 4.0, "small": 4.5}
+    assert advise(made, specs, ExtractionConfig()).startswith("most of the time went on the network; ")
 
 
 def test_the_advice_names_what_this_machine_has_and_the_run_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="fp32", engine="torch")
-    slow = {**SECONDS, "network": 50.0}
+    slow = worked(network=50.0)
     monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": ["amx_bf16"]})
     monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
-    assert advise(slow, 2, [spec], ExtractionConfig(precision="fp32")) == (
+    assert advise(slow, [spec], ExtractionConfig(precision="fp32")) == (
         "most of the time went on the network; extraction.precision: auto, as this processor computes in bf16 or "
         "OpenVINO (pip install 'manyheads[openvino]') or a GPU or a smaller network would make it faster"
     )
     monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": []})
     monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
-    assert advise(slow, 2, [spec], ExtractionConfig(engine="torch")) == (
+    assert advise(slow, [spec], ExtractionConfig(engine="torch")) == (
         "most of the time went on the network; extraction.engine: auto, as OpenVINO is installed or "
         "a GPU or a smaller network would make it faster"
     )

@@ -23,7 +23,7 @@ from pipeline.leaderboard import Leaderboard, Nested, Seeds, judge
 from pipeline.leaderboard.imbalance import effects
 from pipeline.leaderboard.rows import Leaks, nested_choice
 from pipeline.metrics import Predictions, PredictionSet
-from pipeline.report import material
+from pipeline.report import inputs, material
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.material import gather
@@ -47,6 +47,39 @@ def test_best_is_chosen_by_cross_validation_and_never_by_the_test():
 def test_of_two_equal_rows_the_simpler_wins():
     board = Leaderboard((row("rbf_svm", 0.9, simplicity=5), row("ridge", 0.9, simplicity=1)))
     assert board.best.head == "ridge"
+
+
+def test_rows_on_other_images_are_ranked_apart_and_never_win():
+    """A fine-tuned network's rows come in a table of their own, however high their cross-validation is."""
+    frozen = row("ridge", 0.90), row("knn", 0.80), row("most_frequent", 0.3, embedding="majority", baseline=True)
+    new = {"embedding": "tuned", "unseen_rows": 50, "task": "b"}
+    apart = row("ridge", 0.99, **new), row("knn", 0.98, **new)
+    told = row("ridge", 0.995, embedding="other", unseen_rows=40, chose_rows=40, task="c")
+    board = Leaderboard((told, *apart, *frozen))
+    assert board.best.key == "resnet18-penultimate/ridge"
+    assert [item.cv_mean for item in board.ranked] == [0.90, 0.80, 0.3]
+    assert [[item.cv_mean for item in rows] for rows in board.apart] == [[0.995], [0.99, 0.98]]
+    assert board.rows == (*board.ranked, told, *apart)
+    main, *tables = board.to_markdown().split("## Ranked apart, on other images")
+    assert "tuned" not in main
+    assert len(tables) == 2
+    assert "99.5" not in tables[0]
+    assert "40 of them chose the network's weights" in tables[0]
+    assert "99.0 ± 1.0" in tables[1]
+    assert "\\*" not in "".join(tables)
+    assert board.to_text().count("Ranked apart, on other images: heads on a fine-tuned network") == 2
+    page = leaderboard_table(board)
+    assert page.count("<table>") == 3
+    assert "99.5" not in page
+    assert Leaderboard.from_json(board.to_json()) == board
+    saved = Leaderboard((dataclasses.replace(apart[0], bundle="heads/tuned/ridge"), *frozen))
+    assert (
+        "To label with a row that stands apart, give `manyheads predict` its folder, heads/tuned/ridge."
+        in saved.notes()
+    )
+    # Where there is no other backbone the fine-tuned one's rows are compared, and the guess stands apart.
+    assert Leaderboard((*apart, frozen[2])).best == apart[0]
+    assert Leaderboard((*apart, frozen[2])).apart == ((frozen[2],),)
 
 
 def test_json_gives_the_same_leaderboard_back():
@@ -657,3 +690,58 @@ def test_long_names_do_not_squeeze_the_tuning_curves(name: str, count: int) -> N
     assert box.x0 >= 0
     assert box.x1 <= 1.01
     assert 0 <= box.y0 < box.y1 < place.y0
+
+
+# ---- work that did not change
+
+
+def stamps(output: Path) -> dict[str, int]:
+    made = [output / "report.html", *(output / "plots").iterdir(), *(output / "audit").iterdir()]
+    return {path.name: path.stat().st_mtime_ns for path in made}
+
+
+def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
+    before = stamps(copy)
+    record = json.loads((copy / "leaderboard.json").read_text())
+    record["provenance"]["date"] = "2027-01-01T00:00:00+00:00"  # what a run with nothing to do writes
+    (copy / "leaderboard.json").write_text(json.dumps(record))
+    assert report.refresh(copy) == copy / "report.html"
+    assert stamps(copy) == before
+    report.build(copy)
+    assert all(stamp > before[name] for name, stamp in stamps(copy).items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "leaderboard.json",
+        "heads/random-net/logistic_regression/predictions.npz",
+        "trials/random-net/logistic_regression.jsonl",
+        "dataset/index.csv",
+        "features.json",
+        "report.html",
+        "plots/confusion.png",
+        "audit/outliers.csv",
+        "report.json",
+    ],
+)
+def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(copy: Path, name: str):
+    assert inputs.is_current(copy)
+    if name == "leaderboard.json":
+        record = json.loads((copy / name).read_text())
+        record["provenance"]["notes"] = ["a head was left out"]
+        (copy / name).write_text(json.dumps(record))
+    elif name.endswith(("csv", "jsonl")) or name == "features.json":
+        (copy / name).write_bytes((copy / name).read_bytes() + b"\n")
+    else:
+        (copy / name).unlink()
+    assert not inputs.is_current(copy)
+    if name == "plots/confusion.png":
+        report.refresh(copy)
+        assert (copy / name).is_file()
+        assert inputs.is_current(copy)
+
+
+def test_other_code_or_libraries_make_another_page(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inputs, "LIBRARIES", (*inputs.LIBRARIES, "click"))
+    assert not inputs.is_current(copy)

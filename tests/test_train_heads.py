@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +29,11 @@ from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
 from pipeline.heads import HEADS
 from pipeline.images import policy_key
+from pipeline.leaderboard.table import cross_validated
 from pipeline.metrics import METRICS, Answers, Predictions
 from pipeline.store import FeatureStore, StoreWriter
 from pipeline.train_heads import repeats
+from pipeline.train_heads.task import unseen_task
 from pipeline.tuning import make_folds, tune
 
 CLASSES = ("boot, left", "凉鞋", "shirt")
@@ -143,6 +147,25 @@ def test_the_terminal_says_which_bundle_is_recommended_and_how_to_predict_with_i
     guess = board.row("majority/most_frequent")
     lines = replace(result, leaderboard=replace(board, verdict=replace(verdict, recommended=guess.key))).summary_lines()
     assert not any(line.startswith("recommended") or "manyheads predict` takes" in line for line in lines)
+
+
+def test_the_commands_it_prints_can_be_pasted_into_a_shell(
+    finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path
+) -> None:
+    output = tmp_path / "it's (my) photos"
+    shutil.copytree(finished[1].files.root, output)
+    result = train_heads.run(finished[0].model_copy(update={"output": str(output)}))
+    told = next(line for line in result.summary_lines() if line.startswith("to predict   "))
+    assert shlex.split(told.removeprefix("to predict   ")) == [
+        "manyheads", "predict", str(output), "IMAGES", "--output", "labels.csv",
+    ]  # fmt: skip
+    commands = result.leaderboard.provenance["command"].splitlines()
+    assert [shlex.split(line) for line in commands] == [
+        ["manyheads", stage, str(output / "config.yaml")] for stage in ("features", "heads")
+    ]
+    bundle = output / str(result.leaderboard.best.bundle) / "bundle.json"
+    bundle.write_text(json.dumps({**json.loads(bundle.read_text()), "runs_code_when_loaded": True}))
+    assert next(line for line in result.summary_lines() if line.startswith("to predict")) == f"{told} --trust"
 
 
 @pytest.mark.parametrize("scoring", ["macro_f1", "log_loss"])
@@ -397,10 +420,12 @@ def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path:
         train_heads.run(config)
     assert str(caught.value) == "1 of 151 images have no features yet; run `manyheads features` first"
     policy = policy_key(config.dataset.max_pixels)
-    failed = LedgerEntry("9999.png", digests_to_hex(digests[-1:])[0], "truncated", "its end is missing", policy)
-    record_failures(files.dataset, [failed])
+    failed = LedgerEntry("9999.png", digests_to_hex(digests[-1:])[0], "truncated", "its end is missing")
+    known = failed._replace(path=str(index.paths[0]), digest=digests_to_hex(digests[:1])[0])
+    assert index.splits[0] == "test"
+    record_failures(files.dataset, [failed, known], policy)  # one has a vector, which an earlier version made of it
     run = train_heads.run(config)
-    assert run.leaderboard.provenance["images"] == {"train": 120, "test": 30, "classes": 3}
+    assert run.leaderboard.provenance["images"] == {"train": 120, "test": 29, "classes": 3}
 
 
 def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
@@ -411,7 +436,7 @@ def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
 
 def heads_command(config: Config, before: str = "") -> list[str]:
     path = Path(config.output) / "test.yaml"
-    path.write_text(configuration.dump_yaml(config), encoding="utf-8")
+    path.write_text(configuration.dump_yaml(config, path.parent), encoding="utf-8")
     code = (
         f"{before}\nimport sys; sys.argv = ['manyheads', 'heads', {str(path)!r}]\nfrom pipeline.cli import main\nmain()"
     )
@@ -514,16 +539,19 @@ def test_class_weights_are_switched_where_classes_are_uneven(tmp_path: Path) -> 
     assert repeats.reweighted(unweighted, X, task, tuning, 0, tuned, tmp_path / "head.jsonl") is None
 
 
-def fine_tuned(output: Path, seen: NDArray[np.uint64]) -> Config:
-    """An experiment whose backbone is a weights file that has learned from the given contents."""
+def fine_tuned(output: Path, learned: NDArray[np.uint64], chose: NDArray[np.uint64] | None = None) -> Config:
+    """An experiment whose backbone is a weights file that has learned from, and was chosen by, the given contents."""
     stage_one(output)
     files = Artifacts(output)
     weights = output / "tuned.safetensors"
-    header = json.dumps({"__metadata__": {lineage.CONTENTS_KEY: lineage.contents_text(seen)}}).encode()
+    known = lineage.Lineage(
+        frozenset(digests_to_hex(learned)), None if chose is None else frozenset(digests_to_hex(chose))
+    )
+    header = json.dumps({"__metadata__": known.header()}).encode()
     weights.write_bytes(len(header).to_bytes(8, "little") + header)
     section = BackboneConfig(name="resnet18", weights=str(weights))
     records = [
-        replace(record, section=section, spec=replace(record.spec, trained_on=lineage.contents_digest(seen)))
+        replace(record, section=section, spec=replace(record.spec, trained_on=known.digest))
         if record.kind == "backbone"
         else record
         for record in read_records(files.features)
@@ -532,19 +560,63 @@ def fine_tuned(output: Path, seen: NDArray[np.uint64]) -> Config:
     return make_config(output)
 
 
-def test_heads_on_a_fine_tuned_backbone_use_only_images_it_has_not_learned_from(tmp_path: Path) -> None:
-    index = stage_one(tmp_path)
-    train = index.select("train")
-    result = train_heads.run(fine_tuned(tmp_path, train.digests[:80]))
+@pytest.mark.parametrize(
+    ("learned", "chose", "used", "choosers"),
+    [
+        (slice(0, 60), slice(60, 80), slice(80, 120), 0),  # as many as chose, and more, have done neither
+        (slice(0, 60), slice(60, 100), slice(60, 120), 40),  # 20 are too few to do without the 40 that chose
+        (slice(0, 80), slice(80, 120), slice(80, 120), 40),  # as finetune leaves it
+        (slice(0, 80), None, slice(80, 120), 40),  # weights of an earlier version do not say which images chose
+    ],
+)
+def test_only_images_that_neither_taught_nor_chose_the_weights_judge_a_fine_tuned_row(
+    tmp_path: Path, learned: slice, chose: slice | None, used: slice, choosers: int
+) -> None:
+    train = stage_one(tmp_path).select("train")
+    config = fine_tuned(tmp_path, train.digests[learned], None if chose is None else train.digests[chose])
     files = Artifacts(tmp_path)
-    for row in result.leaderboard.rows:
-        assert row.bundle is not None
-        held_out = Predictions.read(files.root / row.bundle / "predictions.npz").out_of_fold
+    task = train_heads.make_task(config, files, [])
+    backbone, floor = (
+        next(r for r in read_records(files.features) if r.kind == kind) for kind in ("backbone", "baseline")
+    )
+    own = unseen_task(task, backbone, config)
+    assert list(own.train.paths) == list(train.paths[used])
+    assert sorted(row for _, held_out in own.folds for row in held_out.tolist()) == list(range(len(own.train)))
+    assert own.chose == choosers
+    assert unseen_task(task, floor, config) is task
+
+
+def test_rows_on_a_fine_tuned_network_stand_apart_from_those_on_all_images(tmp_path: Path) -> None:
+    train = stage_one(tmp_path).select("train")
+    result = train_heads.run(fine_tuned(tmp_path, train.digests[:80], train.digests[80:]))
+    board = result.leaderboard
+    for row in board.rows:
+        held_out = Predictions.read(result.files.root / str(row.bundle) / "predictions.npz").out_of_fold
         assert held_out is not None
         tuned = row.embedding == "net-random"
         assert list(held_out.paths) == list(train.paths[80:] if tuned else train.paths)
-        assert (row.unseen_rows, row.note) == ((40, "fine-tuned") if tuned else (None, "baseline"))
-    assert any(line.startswith("fine-tuned: the network has learned from") for line in result.leaderboard.notes())
+        assert (row.unseen_rows, row.chose_rows) == ((40, 40) if tuned else (None, 0))
+        assert (cross_validated(row, "accuracy") == "–") == tuned
+    # No other backbone is there: the best is the network's own, and the floors stand apart.
+    assert board.best.embedding == "net-random"
+    assert [{row.embedding for row in rows} for rows in board.apart] == [{"majority", "pixels"}]
+    assert any(
+        line.startswith("All of them: heads on a fine-tuned network, fitted on the 40") for line in board.notes()
+    )
+
+
+def test_images_of_a_group_that_was_learned_from_are_not_unseen(tmp_path: Path) -> None:
+    train = stage_one(tmp_path).select("train")
+    config = fine_tuned(tmp_path, train.digests[:40], train.digests[40:50])
+    files = Artifacts(tmp_path)
+    record = next(record for record in read_records(files.features) if record.kind == "backbone")
+    task = train_heads.make_task(config, files, [])
+    assert len(unseen_task(task, record, config).train) == 70
+    grouped = replace(task, groups=np.arange(120) // 8 * 8)  # the sixth group of eight holds what chose
+    assert list(unseen_task(grouped, record, config).train.paths) == list(train.paths[56:])
+    film = replace(task, groups=np.arange(120) // 60)  # half of them were learned from, the others have done nothing
+    assert list(unseen_task(film, record, config).train.paths) == list(train.paths[60:])
+    assert unseen_task(film, record, config).chose == 0
 
 
 def test_a_backbone_that_has_learned_from_all_training_images_is_refused(tmp_path: Path) -> None:
@@ -559,5 +631,7 @@ def test_a_backbone_that_has_learned_from_all_training_images_is_refused(tmp_pat
 
 def test_a_backbone_that_has_learned_from_test_images_is_refused(tmp_path: Path) -> None:
     test = stage_one(tmp_path).select("test")
-    with pytest.raises(DatasetError, match="net-random: its network has learned from 3 of the 30 test images"):
-        train_heads.run(fine_tuned(tmp_path, test.digests[:3]))
+    with pytest.raises(
+        DatasetError, match="net-random: its network has learned from, or was chosen by, 3 of the 30 test images"
+    ):
+        train_heads.run(fine_tuned(tmp_path, test.digests[:2], test.digests[1:3]))

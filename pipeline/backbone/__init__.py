@@ -17,9 +17,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
+from pipeline.backbone.engines import choose_batch_size, openvino_is_there
 from pipeline.backbone.precision import choice_inputs, choose_precision
-from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetens
 
 __all__ = [
     "BUNDLED",
-    "PAYS_FROM",
     "EmbeddingSpec",
     "check",
     "choice_inputs",
@@ -105,14 +104,20 @@ def engine_at_hand(engine: str, device: str) -> str:
     return engine if openvino_is_there() and resolve_device(device).type == "cpu" else "torch"
 
 
-def layers(name: str, weights: str = "random") -> list[tuple[str, tuple[int, ...]]]:
+def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
     """List the nodes of a model that give vectors, each with the shape of its output for one image.
+
+    `name` is that of a torchvision model or of the bundled one, or a weights file that says what it holds.
 
     Raises
     ------
     BackboneError
-        When there is no such model, or no such weights.
+        When there is no such model.
     """
-    from pipeline.backbone import network
+    from pipeline.backbone import network, weights
+    from pipeline.backbone.architectures import classification_models
 
-    return network.layers(BackboneConfig(name=name, weights=weights))
+    if name.endswith(WEIGHTS_FILES):
+        return network.layers(BackboneConfig(name=Path(name).stem, weights=name))
+    bundled = name not in classification_models() and name == weights.bundled()["name"]
+    return network.layers(BackboneConfig(name=name, weights="bundled" if bundled else "random"))

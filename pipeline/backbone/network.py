@@ -53,7 +53,7 @@ class Backbone:
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
         graph = graphs.trace(network.module)
-        nodes = graphs.resolve(graph, config.layers)
+        nodes = graphs.resolve(graph, config.layers, network.has_classifier)
         self._has_class_token = hasattr(network.module, "class_token")
         self.device = arithmetic.device
         # OpenVINO is handed the exact weights and does its own rounding.

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Scalar, Section, device_of, not_empty
 
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
+"""Endings of weights files."""
+
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
 
@@ -29,6 +32,8 @@ class DatasetConfig(Section):
     max_pixels: int = Field(64_000_000, ge=1)
     """Larger images are refused before they are decoded."""
     follow_symlinks: bool = False
+    target: Literal["auto", "classification"] = "auto"
+    """`auto` stops where labels look like a number to predict, or like a name for every image."""
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> DatasetConfig:

@@ -5,7 +5,7 @@ A key with the value that changed nothing is passed over: files that this packag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 
@@ -22,12 +22,19 @@ KEYS: Final[Mapping[str, Retired]] = {
     "extraction.processes": Retired(
         "auto", "is gone: one process uses all processors and one GPU; remove it, and name a GPU with extraction.device"
     ),
+    "finetune.training.replicas": Retired(1, "is gone: torch's own threads share a step's work; remove it"),
+    "finetune.training.average_top": Retired(
+        0, "is gone: no soup of weights is made; remove it, and set ema for an average"
+    ),
+    "finetune.training.sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
+    "finetune.training.cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
     "tuning.device": Retired("auto", "is gone: heads are searched on the processor; remove it"),
 }
 """Section and key -> what became of it."""
 
 VALUES: Final[Mapping[tuple[str, str], str]] = {
-    ("extraction.decode", "gpu"): "is gone: the processor decodes; set it to standard, or fast for large photos"
+    ("finetune.training.schedule", "trapezoid"): "is gone: set it to cosine or constant",
+    ("extraction.decode", "gpu"): "is gone: the processor decodes; set it to standard, or fast for large photos",
 }
 """Section and key, and a value that is gone -> what became of it."""
 
@@ -36,8 +43,14 @@ def without_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config as it was read, less the retired keys whose value meant what happens now."""
     kept = dict(raw)
     for path, key in KEYS.items():
-        section, _, name = path.rpartition(".")
-        found = kept.get(section)
-        if isinstance(found, dict) and name in found and found[name] == key.default:
-            kept[section] = {other: value for other, value in found.items() if other != name}
+        kept = _without(kept, path.split("."), key.default)
     return kept
+
+
+def _without(section: dict[str, Any], path: Sequence[str], default: object) -> dict[str, Any]:
+    name, *rest = path
+    if rest and isinstance(section.get(name), dict):
+        return {**section, name: _without(section[name], rest, default)}
+    if not rest and name in section and section[name] == default:
+        return {other: value for other, value in section.items() if other != name}
+    return section

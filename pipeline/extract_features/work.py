@@ -15,13 +15,14 @@ from types import FrameType
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline import backbone
+from pipeline.config import Config, ExtractionConfig
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import Digests, digests_to_hex
-from pipeline.extract_features import lanes
-from pipeline.extract_features.lanes import Finished, Job, Lane
+from pipeline.extract_features.sources import Source
 from pipeline.extract_features.targets import Contents, Target
-from pipeline.feed import Item
+from pipeline.feed import Batch, Item, Lane, Part, threads
+from pipeline.feed import embed as embedded
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.memory import keep_freed_memory
 from pipeline.progress import bar
@@ -98,22 +99,21 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
         by_source: dict[int, list[Target]] = {}
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
-        sources = [own[0].source for own in by_source.values()]
-        job = Job(tuple(sources), index.root, lanes.workers(config.extraction))
-        opened = lanes.open_lanes(job)
-        outputs = _open_stores(list(by_source.values()), opened, contents, stack)
+        lanes = [_lane(own[0].source, config.extraction) for own in by_source.values()]
+        outputs = _open_stores(list(by_source.values()), lanes, contents, stack)
         # A byte is exact in float16.
         hashes = stack.enter_context(StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
-        work = Work(workers=job.workers)
+        work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
         try:
             with bar(count, "images", "embedding") as progress, _stop_requested() as stopped:
-                for finished in lanes.embed(job, opened, items):
-                    _store(finished, outputs, contents, work)
-                    _store_hashes(finished, hashes, contents)
-                    progress.update(len(finished.items))
+                made = embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers, hashed=True)
+                for batch, parts in made:
+                    _store(batch, parts, outputs, contents, work)
+                    _store_hashes(batch, hashes, contents)
+                    progress.update(len(batch.items))
                     if (number := stopped()) is not None:
                         raise KeyboardInterrupt(number)
         finally:
@@ -122,8 +122,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             for output in (output for own in outputs for output in own):
                 output.writer.commit()
             hashes.commit()
-            policy = policy_key(config.dataset.max_pixels)
-            record_failures(folder, [entry._replace(policy=policy) for entry in work.failures])
+            record_failures(folder, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
         stack.close()  # seals
@@ -132,12 +131,18 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
     return work
 
 
+def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
+    """Load the network of a source."""
+    embedder = source.load()
+    return Lane(embedder, backbone.choose_batch_size(extraction.batch_size, str(embedder.device)))
+
+
 def _open_stores(
-    by_source: Sequence[Sequence[Target]], opened: Sequence[Lane], contents: Contents, stack: ExitStack
+    by_source: Sequence[Sequence[Target]], lanes: Sequence[Lane], contents: Contents, stack: ExitStack
 ) -> Outputs:
     """Open the stores of some targets for writing."""
     outputs = []
-    for own, lane in zip(by_source, opened, strict=True):
+    for own, lane in zip(by_source, lanes, strict=True):
         canaries = lane.embedder.canary
         kept = []
         for target in own:
@@ -166,20 +171,20 @@ def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[i
     return int(needed.sum()), items()
 
 
-def _store(finished: Finished, outputs: Outputs, contents: Contents, work: Work) -> None:
+def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, contents: Contents, work: Work) -> None:
     """Store what the networks made of one batch, and note what could not be read."""
-    items = finished.items
-    work.seconds["read"] += finished.read_seconds
-    work.seconds["decode"] += finished.decode_seconds
-    for row, (status, reason) in finished.problems.items():
+    items = batch.items
+    work.seconds["read"] += batch.read_seconds
+    work.seconds["decode"] += batch.decode_seconds
+    for row, problem in sorted(batch.problems.items()):
         item = items[row]
-        if status == "unavailable":
-            work.unavailable.append(f"{item.path}: {reason}")
+        if problem.status == "unavailable":
+            work.unavailable.append(f"{item.path}: {problem.reason}")
         else:
-            work.failures.append(_failure(item.path, contents.digests[item.content], status, reason))
-    work.images += len(items) - len(finished.problems)
+            work.failures.append(_failure(item.path, contents.digests[item.content], problem.status, problem.reason))
+    work.images += len(items) - len(batch.problems)
     began = time.perf_counter()
-    for part, own in zip(finished.parts, outputs, strict=True):
+    for part, own in zip(parts, outputs, strict=True):
         if part is None:
             continue
         work.seconds["network"] += part.seconds
@@ -191,11 +196,11 @@ def _store(finished: Finished, outputs: Outputs, contents: Contents, work: Work)
     work.seconds["write"] += time.perf_counter() - began
 
 
-def _store_hashes(finished: Finished, writer: StoreWriter, contents: Contents) -> None:
+def _store_hashes(batch: Batch, writer: StoreWriter, contents: Contents) -> None:
     """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
-    if finished.hashes:
-        numbers = [finished.items[row].content for row in finished.hashes]
-        writer.append(contents.digests[numbers], np.stack(list(finished.hashes.values())).astype(np.float32))
+    if batch.hashes:
+        numbers = [batch.items[row].content for row in batch.hashes]
+        writer.append(contents.digests[numbers], np.stack(list(batch.hashes.values())).astype(np.float32))
 
 
 def _append(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.heads import HEADS, configure
 from pipeline.leaderboard.judge import Trials, judge, read_predictions, read_trials
 from pipeline.leaderboard.table import Leaderboard, read_leaderboard
-from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_from_scores, curve_sizes, measure_curve
+from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_from_scores, curve_scores, curve_sizes
 from pipeline.metrics.learning_curve import stratified_order
 from pipeline.store import FeatureStore
 
@@ -95,8 +95,7 @@ def gather(output: Path) -> Material:
         embedding, space, curve = view.embedding, _map(view, seed), _curve(view, seed)
         part = view.images
         hashes = audit.read_hashes(files.dataset, part.digests)
-        paths, labels, splits = (column.tolist() for column in (part.paths, part.labels, part.splits))
-        found = audit.examine(view.features, paths, labels, splits, hashes)
+        found = audit.examine(view.features, part.paths.tolist(), part.labels.tolist(), part.splits.tolist(), hashes)
         findings = replace(found, label_issues=findings.label_issues)
     return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
 
@@ -193,18 +192,17 @@ def _curve(view: _View, seed: int) -> LearningCurve | None:
     if smallest < 40:  # one group holds nearly all images
         return None
     sizes = curve_sizes(smallest, len(index.classes))
-    scores = []
 
     def build(seed: int) -> Any:
         return configure(HEADS[CURVE_HEAD], {"alpha": float(features.shape[1])}, seed)
 
-    for draw, places in enumerate(draws, seed):
+    def measured(draw: int, places: Sequence[NDArray[np.intp]]) -> NDArray[np.float64]:
         train, test = ((features[rows[part]], y[rows[part]]) for part in places)
-        found = measure_curve(build, train, test, sizes, (draw,))
-        scores.append({point.size: point.accuracy for point in found.points})
-    shared = [size for size in sizes if all(size in draw for draw in scores)]
-    measured = [np.array([draw[size] for draw in scores]) for size in shared]
-    return curve_from_scores(shared, measured, seed, view.labelled)
+        return curve_scores(build, train, test, sizes, draw)
+
+    scores = np.stack([measured(draw, places) for draw, places in enumerate(draws, seed)], axis=1)
+    shared = np.flatnonzero(np.isfinite(scores).all(axis=1)).tolist()
+    return curve_from_scores([sizes[size] for size in shared], [scores[size] for size in shared], seed, view.labelled)
 
 
 def _held_apart(images: DatasetIndex, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

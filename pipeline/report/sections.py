@@ -65,7 +65,7 @@ def charts_of(material: Material) -> dict[str, Chart]:
     """Return every chart that the material has the numbers for, by name; the page and the PNG files share them."""
     board, best = material.leaderboard, material.best
     group = board.verdict.no_evidence if board.verdict else (board.best.key,)
-    found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.rows, group, board.scoring)}
+    found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.ranked, group, board.scoring)}
     if board.verdict and len(board.verdict.differences) > 1:
         rows = {row.key: row for row in board.rows}
         found["differences"] = charts.difference_chart(board.verdict.differences, rows, board.scoring)
@@ -143,7 +143,7 @@ def header(material: Material) -> str:
         cards.append(
             _card(
                 "No evidence of a difference",
-                f"{group} <small>of {len(board.rows)} rows</small>",
+                f"{group} <small>of {len(board.ranked)} rows</small>",
                 f"may be as good as the best{tuned}",
             )
         )
@@ -204,12 +204,18 @@ def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
     )
     warnings = "".join(f'<p class="callout warn">{escape(line)}</p>' for line in board.warnings())
     # Recommended and ~ are said above the table, where the page has a blue edge for the sign.
-    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith(("Recommended", "~")))
+    alerts = board.alerts()
+    notes = "".join(
+        f"<li>{escape(note)}</li>"
+        for note in board.notes()
+        if note not in alerts and not note.startswith(("Recommended", "~"))
+    )
+    warning = f'<p class="callout warn">{"<br>".join(map(escape, alerts))}</p>' if alerts else ""
     return (
         "<h2>Leaderboard</h2>"
         '<p class="quiet">Each row is a head, the classifier, fitted on an embedding, the numbers that a frozen network makes of an image. '
         f"Ordered by {order} on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows).</p>"
-        f"{warnings}{reason}{tables.leaderboard(board)}"
+        f"{warnings}{reason}{warning}{tables.leaderboard(board)}"
         f'<details><summary>How to read this</summary><ul class="quiet">{notes}</ul></details>'
     )
 
@@ -220,7 +226,7 @@ def _difference(material: Material, drawn: Mapping[str, str]) -> str:
         f'<p class="quiet">All rows are compared on the same images{_compared_in(metric)}. An interval that reaches 0 means that the row may be as good as the best; '
         "intervals hold for all pairs of rows at once, so that the best of many is not taken for better than it is. "
         "Out of fold: every training image is judged by a head that was fitted without it. A triangle stands for a row too far left to be drawn."
-        f"{_rows_left_out(len(board.rows))}</p>"
+        f"{_rows_left_out(len(board.ranked))}</p>"
     )
     same = metric is ACCURACY
     left = f"<h3>{'Accuracy' if same else 'Test accuracy'}</h3>{drawn['leaderboard']}"

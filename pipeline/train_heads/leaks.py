@@ -37,8 +37,8 @@ def find_leaks(
     near = audit.neighbours(audit.project(stores[embedding].read(digests)))
     pairs = audit.close_pairs(near, audit.read_hashes(files.dataset, digests))
     fold = np.full(len(digests), -1)
-    for number, (_, rows) in enumerate(task.folds):
-        fold[:n_train][np.isin(train, rows)] = number
+    for number, (_, held_out) in enumerate(task.folds):
+        fold[:n_train][np.isin(train, held_out)] = number
     in_test = np.arange(len(digests)) >= n_train
     across = in_test[pairs.first] != in_test[pairs.second]
     parted = ~across & (fold[pairs.first] != fold[pairs.second])
@@ -48,7 +48,7 @@ def find_leaks(
     predictions = read_predictions(leaderboard, files.root)
     tested_paths, folded_paths = task.test.paths[test[tested - n_train]], task.train.paths[train[folded]]
     without = {key: _accuracies(found.test, tested_paths)[1] for key, found in predictions.items()}
-    held_out = {
+    judged = {
         key: _accuracies(found.out_of_fold, folded_paths) for key, found in predictions.items() if found.out_of_fold
     }
     return Leaks(
@@ -59,7 +59,7 @@ def find_leaks(
         len(folded),
         n_train,
         {key: value for key, value in without.items() if np.isfinite(value)},
-        {key: value for key, value in held_out.items() if np.isfinite(value[1])},
+        {key: value for key, value in judged.items() if np.isfinite(value[1])},
     )
 
 

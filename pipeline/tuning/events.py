@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import scipy
 import sklearn
-import skopt
 from numpy.typing import NDArray
 
 from pipeline.config import TuningConfig
@@ -19,7 +19,7 @@ from pipeline.store import StoredRows
 from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.records import FoldOutcome, Problem
 
-SOLVERS_VERSION = 6
+SOLVERS_VERSION = 7
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 
@@ -40,12 +40,19 @@ def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfi
         "seed": problem.seed,
         "versions": {
             "scikit-learn": sklearn.__version__,
-            "scikit-optimize": skopt.__version__,
+            "scikit-optimize": _version_of_skopt(),
             "numpy": np.__version__,
             "scipy": scipy.__version__,
             "solvers": SOLVERS_VERSION,
         },
     }
+
+
+def _version_of_skopt() -> str | None:
+    try:
+        return version("scikit-optimize")
+    except PackageNotFoundError:
+        return None
 
 
 def _digest(X: Features) -> str:

@@ -105,7 +105,7 @@ def logistic_regression(
         return prepared.path.solve(np.array([1 / float(one["C"]) for one in batch]))
 
     outcomes = []
-    for scores, seconds in _solved(prepared, candidates, 1 if len(present) == 2 else len(present), solve):
+    for scores, seconds in _solved(problem, prepared, candidates, 1 if len(present) == 2 else len(present), solve):
         if len(present) == 2:
             raised = 1 / (1 + np.exp(-scores.astype(np.float64)))
             probabilities = np.hstack([1 - raised, raised])
@@ -126,7 +126,7 @@ def linear_svm(problem: Problem, fold: int, prepared: Prepared, candidates: Sequ
         found = prepared.path.solve(np.array([1 / float(one["C"]) for one in batch]))
         return found.reshape(len(found), len(batch), width)
 
-    return _decided(problem, prepared.present, _solved(prepared, candidates, width, solve))
+    return _decided(problem, prepared.present, _solved(problem, prepared, candidates, width, solve))
 
 
 def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
@@ -143,7 +143,7 @@ def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[
         made: Array = np.stack(found, axis=1)
         return made
 
-    return _decided(problem, prepared.present, _solved(prepared, candidates, targets.shape[1], solve))
+    return _decided(problem, prepared.present, _solved(problem, prepared, candidates, targets.shape[1], solve))
 
 
 def _fold(problem: Problem, fold: int) -> tuple[Axes, NDArray[np.int64], NDArray[np.int64], Array]:
@@ -168,9 +168,13 @@ def targets_of(y: NDArray[np.int64], n_classes: int) -> Array:
 
 
 def _solved(
-    prepared: Prepared, candidates: Sequence[Params], columns: int, solve: Callable[[Sequence[Params]], Array]
+    problem: Problem,
+    prepared: Prepared,
+    candidates: Sequence[Params],
+    columns: int,
+    solve: Callable[[Sequence[Params]], Array],
 ) -> list[tuple[Array, float]]:
-    """Solve candidates in batches that fit in memory; return each one's held-out scores and its share of the seconds."""
+    """Solve candidates in batches that fit in memory; return the scores of the rows judged and the share of the seconds."""
     axes = prepared.axes
     n = len(axes.train)
     size = max(1, int(max(BATCH_BYTES, axes.train.nbytes) // (6 * 4 * n * columns)))
@@ -179,7 +183,9 @@ def _solved(
         batch = candidates[start : start + size]
         begun = time.perf_counter()
         weights = solve(batch)
-        scores = (axes.held_out @ weights.reshape(len(weights), -1)).reshape(-1, len(batch), weights.shape[2])
+        judged = (axes.held_out, axes.train) if problem.judge_training else (axes.held_out,)
+        scores = np.concatenate([rows @ weights.reshape(len(weights), -1) for rows in judged])
+        scores = scores.reshape(-1, len(batch), weights.shape[2])
         seconds = (time.perf_counter() - begun) / len(batch)
         solved += [(scores[:, place], seconds) for place in range(len(batch))]
     return solved
