@@ -10,14 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, f, friedmanchisquare
-from sklearn.metrics import balanced_accuracy_score, brier_score_loss, f1_score, log_loss
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    brier_score_loss,
+    f1_score,
+    log_loss,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 from sklearn.svm import SVC
 from statistics_cases import CHEAP_HEADS, folds_of, out_of_fold
 
 from pipeline import metrics
 from pipeline.config import TuningConfig
 from pipeline.errors import BundleError
-from pipeline.leaderboard.judge import MARGIN
+from pipeline.leaderboard.judge import margin
 from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet
 from pipeline.metrics.calibration import margins
 from pipeline.tuning.kernel import one_against_rest
@@ -140,19 +147,16 @@ def test_paired_interval_covers_the_true_difference_and_unpaired_thinking_is_too
     for run in range(1000):
         hard = rng.random(500)
         a, b = hard < 0.85 + 0.05 * rng.standard_normal(500), hard < 0.80 + 0.05 * rng.standard_normal(500)
-        intervals.append(metrics.paired_bootstrap(a, b, seed=run, resamples=500))
+        intervals.append(metrics.paired_answers(METRICS["accuracy"], said(a), said(b), seed=run).interval)
     assert 0.93 <= covered(intervals, 0.05) <= 0.97
     widths = np.mean([high - low for low, high in intervals])
     unpaired = 2 * 1.96 * np.sqrt(0.85 * 0.15 / 500 + 0.8 * 0.2 / 500)
     assert widths < 0.6 * unpaired
 
 
-def test_mean_interval_covers_and_bootstrap_agrees():
+def test_mean_interval_covers():
     rng = np.random.default_rng(3)
     assert 0.93 <= covered([metrics.mean_interval(rng.normal(0.8, 0.02, 5)) for _ in range(2000)], 0.8) <= 0.97
-    values = rng.normal(0.5, 0.1, 400)
-    by_bootstrap = metrics.bootstrap_interval(lambda rows: float(values[rows].mean()), 400, seed=0)
-    assert by_bootstrap == pytest.approx(metrics.mean_interval(values), abs=0.002)
 
 
 # Comparison
@@ -266,24 +270,32 @@ def test_comparison_is_repeatable_and_ignores_the_order_of_images():
 # The metric that was tuned
 
 
-def answers_of_heads(n: int, seed: int, sharpness: tuple[float, ...] = (2.0, 1.5)) -> list[Answers]:
-    """Three uneven classes; a head is right more often and surer the sharper it is."""
-    rng = np.random.default_rng(seed)
-    y = rng.choice(3, n, p=(0.7, 0.22, 0.08))
-    hard = rng.normal(size=(n, 3))
+def answers_of_heads(
+    n: int, seed: int, sharpness: tuple[float, ...] = (2.0, 1.5), priors: tuple[float, ...] = (0.7, 0.22, 0.08)
+) -> list[Answers]:
+    """Uneven classes; a head is right more often and surer the sharper it is."""
+    rng, k = np.random.default_rng(seed), len(priors)
+    y = rng.choice(k, n, p=priors)
+    hard = rng.normal(size=(n, k))
     made = []
     for sharp in sharpness:
-        logits = 0.8 * hard + 0.6 * rng.normal(size=(n, 3)) + sharp * np.eye(3)[y]
+        logits = 0.8 * hard + 0.6 * rng.normal(size=(n, k)) + sharp * np.eye(k)[y]
         p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-        made.append(Answers.of(y, p.argmax(axis=1), p))
+        made.append(Answers(y, p.argmax(axis=1), p))
     return made
 
 
 def by_scikit_learn(name: str, answers: Answers, rows) -> float:
     y, guess = answers.truth[rows], answers.guess[rows]
-    if name == "log_loss":
-        assert answers.log_probabilities is not None
-        return float(answers.log_probabilities[rows].mean())
+    if METRICS[name].needs_probabilities:
+        assert answers.probabilities is not None
+        p = answers.probabilities[rows]
+        every = np.arange(p.shape[1])
+        if name == "log_loss":
+            return -float(log_loss(y, p, labels=every))
+        if name == "roc_auc":
+            return float(roc_auc_score(y, p, multi_class="ovr", labels=every))
+        return float(top_k_accuracy_score(y, p, k=5, labels=every))
     if name == "macro_f1":
         return float(f1_score(y, guess, average="macro", zero_division=0.0))
     recalls = [np.mean(guess[y == label] == label) for label in np.unique(y)]
@@ -294,14 +306,19 @@ def test_there_is_a_metric_for_every_scoring_of_the_config():
     assert tuple(METRICS) == TuningConfig.model_fields["scoring"].annotation.__args__
 
 
+SEVEN = (0.4, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05)
+"""Shares of seven classes, so that not every class is among the five likeliest."""
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_a_metric_is_the_mean_of_what_images_add_and_can_be_weighted(name):
-    first, second = answers_of_heads(150, 0)
+    first, second = answers_of_heads(150, 0, priors=SEVEN)
     metric = METRICS[name]
-    added = metric.shares(first).contributions()
+    added = metric.contributions(first)
     assert metric.score(first) == pytest.approx(by_scikit_learn(name, first, np.arange(150)))
     assert added.mean() == pytest.approx(metric.score(first))
     drawn = np.random.default_rng(1).integers(0, 150, 150)
+    assert not metric.shares or metric.shares(first).contributions().mean() == pytest.approx(metric.score(first))
     weighted = metrics.metric.Together(metric, (first, second)).weighted(np.bincount(drawn, minlength=150)[None])
     assert weighted[0] == pytest.approx([by_scikit_learn(name, head, drawn) for head in (first, second)])
 
@@ -310,8 +327,9 @@ def test_a_metric_is_the_mean_of_what_images_add_and_can_be_weighted(name):
 def test_what_images_add_varies_as_the_score_does(name):
     """The standard error from one sample is the spread of the score over many."""
     metric = METRICS[name]
-    samples = [answers_of_heads(400, seed, (2.0,))[0] for seed in range(300)]
-    errors = [metric.shares(sample).contributions().std() / np.sqrt(400) for sample in samples]
+    samples = [answers_of_heads(400, seed, (2.0,), SEVEN)[0] for seed in range(300)]
+    added = [metric.contributions(sample) for sample in samples[: 300 if metric.shares else 4]]
+    errors = [part.std() / np.sqrt(len(part)) for part in added]
     assert np.mean(errors) == pytest.approx(np.std([metric.score(sample) for sample in samples]), rel=0.12)
 
 
@@ -328,14 +346,15 @@ def test_paired_intervals_of_every_metric_cover_the_true_difference(name):
 
 
 def test_a_head_that_is_five_points_worse_is_seldom_shown_to_be_as_good():
-    """The recommendation asks for an interval within 5 points; at just 5 points that must happen in at most 5 % of runs."""
+    """At 8 % of errors a row may be 4 points behind; of one that is 5 points behind that may be shown in at most 5 % of runs."""
     passed, equal = 0, 0
     for run in range(300):
         rng = np.random.default_rng(run)
         hard = rng.random(3000)
         rows = {"a": said(hard < 0.92), "b": said(hard + rng.normal(0, 0.001, 3000) < 0.87)}
         rows["c"] = said(hard + rng.normal(0, 0.001, 3000) < 0.92)
-        found = {row.key: row.interval[1] <= MARGIN for row in metrics.compare(rows, "a", seed=run)}
+        allowed = margin(METRICS["accuracy"], 0.92, 3000)
+        found = {row.key: row.interval[1] <= allowed for row in metrics.compare(rows, "a", seed=run)}
         passed, equal = passed + found["b"], equal + found["c"]
     assert passed <= 15
     assert equal == 300
@@ -374,12 +393,12 @@ def test_permuted_labels_have_few_false_winners_in_other_metrics(name):
             for fold in range(5):
                 guess[folds == fold] = CHEAP_HEADS["five_nearest"](X[folds != fold], y[folds != fold], X[folds == fold])
             sure = rng.uniform(0.4, 0.8, (240, 1))
-            heads[head] = Answers.of(y, guess, np.where(np.eye(3)[guess] == 1, sure, (1 - sure) / 2))
+            heads[head] = Answers(y, guess, np.where(np.eye(3)[guess] == 1, sure, (1 - sure) / 2))
             scores[head] = [metric.score(heads[head].rows(np.flatnonzero(folds == fold))) for fold in range(5)]
         best = max(scores, key=lambda head: float(np.mean(scores[head])))
         found = metrics.compare(heads, best, None, scores, seed=run, metric=metric)
         wrong += any(not row.no_evidence for row in found)
-        added = {head: metric.shares(row).contributions() for head, row in heads.items()}
+        added = {head: metric.contributions(row) for head, row in heads.items()}
         gaps = [added[best] - other for head, other in added.items() if head != best]
         naive += any(gap.mean() > 1.96 * gap.std() / np.sqrt(240) for gap in gaps)
     assert wrong <= 10
@@ -691,7 +710,7 @@ def test_damaged_or_foreign_predictions_are_refused_with_the_remedy(tmp_path: Pa
         Predictions.read(path)
     np.savez(path, format="manyheads predictions", version=99)
     with pytest.raises(
-        BundleError, match="found 'manyheads predictions' version 99, expected 'manyheads predictions' version 1"
+        BundleError, match="found 'manyheads predictions' version 99, expected 'manyheads predictions' version 2"
     ):
         Predictions.read(path)
 

@@ -105,7 +105,7 @@ def reweighted(
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     names = np.asarray(task.classes, dtype=str)
     guess = names[found.classes[found.out_of_fold.predictions]]
-    return scores(names[task.y_train], guess, None, task.classes, seed)
+    return scores(names[task.y_train], guess, None, task.classes, seed, task.groups)
 
 
 def _beside(journal: Path, name: str) -> Path:
@@ -122,4 +122,4 @@ def _score(pipeline: Pipeline, X: Features, y: NDArray[np.int64], n_classes: int
     if metric.needs_probabilities:
         columns = _in_blocks(pipeline.predict_proba, X)
         probabilities = expand_scores(columns, pipeline.classes_.astype(np.int64), n_classes, "probability")
-    return metric.score(Answers.of(y, _in_blocks(pipeline.predict, X).astype(np.int64), probabilities))
+    return metric.score(Answers(y, _in_blocks(pipeline.predict, X).astype(np.int64), probabilities))

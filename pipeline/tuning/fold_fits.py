@@ -13,15 +13,16 @@ from dataclasses import replace as changed
 
 import joblib
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from pipeline.config import TuningConfig
 from pipeline.heads import Params
-from pipeline.metrics import METRICS, Answers
+from pipeline.metrics import METRICS, Answers, joined
 from pipeline.tuning import devices
 from pipeline.tuning.evaluation import Evaluator, Shared, failed, working_memory
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
-from pipeline.tuning.events import fit_event, fit_key, replay
+from pipeline.tuning.events import fit_event, fit_key, replay, trial_key
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.room import most_components, room_for
@@ -49,12 +50,17 @@ class FoldFits:
         self._move(devices.resolve(tuning.device, large) if self.evaluator.on_device else devices.CPU)
         self.replayed = self.done = 0
         self.journal = journal
+        self._metric = METRICS[tuning.scoring]
         fits = [event for event in journal.events if event["event"] == "fit"]
+        ended = [event for event in journal.events if event["event"] == "trial"]
+        self._judged = {trial_key(event["rung"], event["params"]): event["estimate"] for event in ended}
+        if not self._metric.mean_of_images:
+            # The journal keeps no predictions, so what was not judged as a whole before a kill is fitted again.
+            fits = [event for event in fits if trial_key(event["rung"], event["params"]) in self._judged]
         self._known = {fit_key(event["rung"], event["params"], event["fold"]): event for event in fits}
         self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
         self._start = time.perf_counter()
         self._threads = ThreadpoolController()
-        self._metric = METRICS[tuning.scoring]
 
     def _move(self, device: str) -> None:
         """Do the folds' work on a device; on a GPU one after another, because each can fill it."""
@@ -75,10 +81,12 @@ class FoldFits:
         numbers: Sequence[int],
         rung: int,
         tell: Callable[[], None] = lambda: None,
+        going_on: Callable[[Sequence[int]], bool] = lambda group: True,
     ) -> list[tuple[int, int, FoldOutcome, float]]:
         """Fit the living points on a stage's folds, in parallel; each is in the journal before this returns.
 
         tell : called as fits end, when they are in `done`
+        going_on : asked of the candidates of each fit before it begins; what it refuses is left out
         """
         groups = [list(alive)] if self.evaluator.together else [[place] for place in alive]
         tasks = [(fold, group) for fold in stage for group in groups if group]
@@ -92,7 +100,10 @@ class FoldFits:
             else:
                 pending.append((fold, group))
         run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator_unordered")
-        for fold, group, made in run(joblib.delayed(self._task)(fold, group, points, rung) for fold, group in pending):
+        tasks_left = (joblib.delayed(self._task)(fold, group, points, rung, going_on) for fold, group in pending)
+        for fold, group, made in run(tasks_left):
+            if not made:
+                continue
             events = []
             for place, (outcome, score) in zip(group, made, strict=True):
                 results.append((place, fold, outcome, score))
@@ -103,22 +114,45 @@ class FoldFits:
         return sorted(results, key=lambda result: result[:2])
 
     def _task(
-        self, fold: int, group: Sequence[int], points: Sequence[Params], rung: int
+        self,
+        fold: int,
+        group: Sequence[int],
+        points: Sequence[Params],
+        rung: int,
+        going_on: Callable[[Sequence[int]], bool],
     ) -> tuple[int, Sequence[int], list[tuple[FoldOutcome, float]]]:
+        if not going_on(group):
+            return fold, group, []
         candidates = [points[place] for place in group]
         if self.evaluator.cheap(rung):
             step = self.evaluator.rungs[rung]
             candidates = [{**params, **step.cheaper(self.problem, params)} for params in candidates]
         outcomes = self._evaluate(fold, candidates)
-        y = self.problem.y[self.problem.folds[fold][1]]
         judged = []
         for outcome in outcomes:
             if outcome.predictions is None:
                 judged.append((outcome, math.nan))
                 continue
-            columns = outcome.scores if self._metric.needs_probabilities else None
-            judged.append((outcome, self._metric.score(Answers.of(y, outcome.predictions, columns))))
+            judged.append((outcome, self._metric.score(self._answers(fold, outcome))))
         return fold, group, judged
+
+    def _answers(self, fold: int, outcome: FoldOutcome) -> Answers:
+        assert outcome.predictions is not None, "a fit that failed is not judged"
+        columns = outcome.scores if self._metric.needs_probabilities else None
+        return Answers(self.problem.y[self.problem.folds[fold][1]], outcome.predictions, columns)
+
+    def score(self, params: Params, rung: int, scores: NDArray[np.float64], outcomes: Sequence[FoldOutcome]) -> float:
+        """Return the score of all held-out answers together, of a candidate that was fitted on every fold.
+
+        Of a mean over images that is the mean of the folds' scores, weighted by their images. A mean over classes is no
+        mean over folds: a fold without a rare class would count as if nothing were wrong with it.
+        """
+        if self._metric.mean_of_images:
+            return float(np.average(scores, weights=[len(held_out) for _, held_out in self.problem.folds]))
+        known = self._judged.get(trial_key(rung, params))
+        if known is not None:
+            return float(known)
+        return self._metric.score(joined([self._answers(fold, outcome) for fold, outcome in enumerate(outcomes)]))
 
     def _evaluate(self, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:
         # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
