@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, f, friedmanchisquare
 from sklearn.metrics import (
     balanced_accuracy_score,
     brier_score_loss,
+    cohen_kappa_score,
     f1_score,
     log_loss,
     roc_auc_score,
     top_k_accuracy_score,
 )
 from sklearn.svm import SVC
-from statistics_cases import CHEAP_HEADS, folds_of, out_of_fold
+from statistics_cases import (
+    CHEAP_HEADS,
+    coverage,
+    false_winners,
+    false_winners_of_permuted_groups,
+    folds_of,
+    in_groups,
+    out_of_fold,
+    true_scores,
+)
 
 from pipeline import metrics
 from pipeline.config import TuningConfig
 from pipeline.errors import BundleError
 from pipeline.leaderboard.judge import margin
-from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet
+from pipeline.metrics import METRICS, Answers, Metric, Predictions, PredictionSet
 from pipeline.metrics.calibration import margins
+from pipeline.metrics.intervals import effective_size
 from pipeline.tuning.kernel import one_against_rest
 
 CLASSES = ("ant", "bee", "cat")
@@ -139,6 +152,102 @@ def test_intervals_of_every_score_cover_the_truth():
     assert 0.93 <= covered([s.interval for s in found], float(np.trace(joint))) <= 0.97
     assert 0.93 <= covered([s.balanced_accuracy_interval for s in found], 0.8) <= 0.97
     assert 0.92 <= covered([s.macro_f1_interval for s in found], float(true_f1)) <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("n", "groups", "effect"), [(400, None, 0.0), (150, None, 0.0), (480, 24, 0.7), (240, 12, 0.5)]
+)
+def test_intervals_cover_the_truth_with_groups_and_rare_classes(n, groups, effect):
+    """100 runs: three standard errors below 95 %; tests/proofs has 600. Of a paired difference few disagreements make more."""
+    assert min(coverage(100, n, groups, effect).values()) >= 0.88
+
+
+def test_wilson_of_images_would_not_cover_where_groups_answer_alike():
+    truth, inside = true_scores()["accuracy"], []
+    for run in range(100):
+        (head,) = in_groups(np.random.default_rng(run), 480, 24, 1.0)
+        inside.append(metrics.share_interval(head.correct, None))
+    assert covered(inside, truth) < 0.8
+
+
+def test_images_are_worth_less_the_more_their_groups_agree():
+    units = np.repeat(np.arange(50), 4)
+    alike, mixed = np.repeat(np.arange(50) % 5 > 0, 4).astype(float), (np.arange(200) % 5 > 0).astype(float)
+    assert effective_size(alike, units) == pytest.approx(50)
+    assert effective_size(mixed, units) == 200
+    assert effective_size(np.ones(200), units) == 50  # nothing tells how alike they are
+    assert effective_size(mixed, None) == 200
+
+
+def test_what_groups_add_is_the_sum_of_what_their_images_add():
+    """Against groups that are drawn anew: the standard error of the score is that over many samples."""
+    metric, found, errors = METRICS["macro_f1"], [], []
+    for run in range(200):
+        (head,) = in_groups(np.random.default_rng(run), 300, 30, 0.7)
+        added = metric.contributions(head)
+        assert added.mean() == pytest.approx(metric.score(head))
+        assert len(added) <= 30
+        found.append(metric.score(head))
+        errors.append(added.std(ddof=1) / np.sqrt(len(added)))
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.15)
+
+
+@pytest.mark.parametrize("z", [1.96, 2.8])
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "n"), [(12, 2, 50), (5, 0, 100), (0, 1, 44), (3, 3, 12), (7.5, 1.25, 30.5)]
+)
+def test_tangos_interval_ends_where_the_score_statistic_says(only_a, only_b, n, z):
+    """By definition, and with the likelihood maximised by search: Tango 1998."""
+    for end in metrics.tango(only_a, only_b, n, z):
+
+        def surprise(p_b: float, end: float = end) -> float:
+            p = np.array([p_b + end, p_b, 1 - 2 * p_b - end])
+            return -float(np.sum(np.array([only_a, only_b, n - only_a - only_b]) * np.log(np.maximum(p, 1e-300))))
+
+        found = minimize_scalar(
+            surprise, bounds=(max(0, -end), (1 - end) / 2), method="bounded", options={"xatol": 1e-10}
+        )
+        variance = (2 * found.x + end - end**2) / n
+        assert abs((only_a - only_b) / n - end) == pytest.approx(z * np.sqrt(variance), rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [10, 20, 40])
+@pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy", "macro_f1", "log_loss"])
+def test_rows_that_agree_on_all_images_are_not_shown_to_be_equal_by_few(name, n):
+    """Of ten images nothing can be said to 28 points, of forty to 9; a head five points worse often agrees on all of them."""
+    rng = np.random.default_rng(0)
+    y, p = np.arange(n) % 2, rng.uniform(0.1, 0.9, n)
+    answers = Answers(y, np.where(np.arange(n) % 7 == 0, 1 - y, y), np.stack([p, 1 - p], axis=1))
+    metric, alone = METRICS[name], 3.8415 / (n + 3.8415)
+    _, same = metrics.compare({"a": answers, "b": answers}, "a", {"a": answers, "b": answers}, metric=metric)
+    assert same.no_evidence
+    assert same.test is not None
+    assert same.test.p_value == same.p_value == 1
+    assert -same.interval[0] == pytest.approx(same.interval[1])
+    assert same.interval[1] > same.test.interval[1] > 0.05
+    if name == "accuracy":
+        assert same.test.interval == pytest.approx((-alone, alone), abs=1e-4)
+
+
+def test_a_head_five_points_worse_is_seldom_shown_to_be_within_five_points_by_few_images():
+    """Where the first is right the second errs in one image of twenty, and never the other way round."""
+    for n in (10, 20, 40):
+        shown = 0
+        for run in range(40):
+            rng = np.random.default_rng(run)
+            a = rng.random(n) < 0.9
+            rows = {"a": said(a), "b": said(a & (rng.random(n) < 0.944))}
+            shown += metrics.compare(rows, "a", seed=run)[1].interval[1] <= 0.05
+        assert shown <= 2
+
+
+def test_few_disagreements_are_no_evidence_whatever_their_interval_says():
+    found = {
+        lost: metrics.paired_answers(METRICS["accuracy"], said(right(100, (0, 100))), said(right(100, (lost, 100))), 0)
+        for lost in (5, 6)
+    }
+    assert found[5].interval[0] > 0
+    assert (found[5].shown, found[6].shown) == (0, 1)
 
 
 def test_paired_interval_covers_the_true_difference_and_unpaired_thinking_is_too_wide():
@@ -420,6 +529,62 @@ def test_heads_are_compared_in_the_metric_and_not_in_accuracy():
     )
     assert ahead["macro_f1"].test is not None
     assert ahead["macro_f1"].test.p_value < 0.01 < ahead["macro_f1"].test.interval[0]
+
+
+@pytest.mark.parametrize(("groups", "effect", "metric"), [(24, 1.0, "accuracy"), (None, 0.0, "macro_f1")])
+def test_equal_heads_have_few_false_winners_with_groups_and_rare_classes(groups, effect, metric):
+    """20 runs of five heads; tests/proofs has up to 400. As images, the same answers would have found many."""
+    found = false_winners(20, 240, groups, effect, metric)
+    assert found["out of fold"] <= 0.1
+    assert found["test"] <= 0.15
+    assert found["images"] >= 0.2 or metric != "accuracy"
+
+
+def test_permuted_labels_of_groups_have_few_false_winners():
+    assert false_winners_of_permuted_groups(60) <= 0.1
+
+
+def test_any_function_of_scikit_learns_kind_is_a_metric():
+    """Compared, corrected and given intervals by resampling alone."""
+    kappa = Metric("kappa", "Cohen's kappa", "labels", cohen_kappa_score, low=-1.0)
+    sharp, blunt = answers_of_heads(100, 0, (2.5, 0.5))
+    assert kappa.score(sharp) == cohen_kappa_score(sharp.truth, sharp.guess)
+    rows = {"sharp": sharp, "same": sharp, "blunt": blunt}
+    _, same, worse = metrics.compare(rows, "sharp", rows, metric=kappa)
+    assert same.no_evidence
+    assert not worse.no_evidence
+    assert worse.test is not None
+    assert worse.test.shown == 1
+    gap = kappa.score(sharp) - kappa.score(blunt)
+    assert worse.difference == pytest.approx(gap)
+    assert worse.interval[0] < gap < worse.interval[1]
+    assert abs(metrics.selection_optimism([sharp, blunt], seed=0, metric=kappa).bias) < 0.03
+
+
+def test_roc_auc_is_that_of_the_classes_that_are_there():
+    (head,) = answers_of_heads(200, 0, (1.0,))
+    seen = head.rows(np.flatnonzero(head.truth < 2))
+    p = seen.probabilities
+    assert METRICS["roc_auc"].score(seen) == pytest.approx(
+        np.mean([roc_auc_score(seen.truth == c, p[:, c]) for c in (0, 1)])
+    )
+    assert METRICS["roc_auc"].score(head.rows(np.flatnonzero(head.truth == 0))) == 0.5
+    with pytest.raises(ValueError, match="ROC AUC needs probabilities, and these answers have none"):
+        METRICS["roc_auc"].score(replace(head, probabilities=None))
+
+
+@pytest.mark.parametrize(
+    ("best", "images", "allowed"),
+    [(0.995, 20_000, 0.0025), (0.8, 1_000, 0.05), (0.94, 1_000, 0.03), (1.0, 150, 1 / 300)],
+)
+def test_the_margin_of_the_recommendation_is_half_of_the_errors_and_at_most_five_points(best, images, allowed):
+    assert margin(METRICS["accuracy"], best, images) == pytest.approx(allowed)
+
+
+def test_images_are_counted_with_their_groups():
+    assert metrics.counted(1500, None) == "1,500 images"
+    assert metrics.counted(72, np.repeat(np.arange(12), 6)) == "72 images of 12 groups"
+    assert metrics.counted(3, np.arange(3) + 7) == "3 images"
 
 
 def test_no_interval_leaves_what_a_score_can_be():

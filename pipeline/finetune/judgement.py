@@ -50,13 +50,11 @@ def judge(
         "images": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
         "test": {"stage_two": float(second.mean()), "stage_three": float(third.mean())},
         "gain": {"difference": paired.difference, "interval": list(paired.interval), "p_value": paired.p_value},
-        "verdict": verdict(paired, minutes, counted(len(third), units)),
+        "verdict": verdict(paired, minutes, counted(len(third), units, "test images")),
     }
 
 
-def compared(
-    tuned: NDArray[np.bool_], other: NDArray[np.bool_], units: NDArray[np.int64] | None, seed: int
-) -> Paired:
+def compared(tuned: NDArray[np.bool_], other: NDArray[np.bool_], units: NDArray[np.int64] | None, seed: int) -> Paired:
     """Compare which test images two classifiers label right, shape (n,) each: tuned minus other.
 
     units : ndarray of shape (n,), int64: images of one group, or copies, share a number; None when all are independent
@@ -70,11 +68,11 @@ def compared(
 def verdict(paired: Paired, minutes: float, images: str) -> str:
     """Say in one sentence whether fine-tuning was worth it: worth it, not worth it, or no evidence.
 
-    As in the leaderboard, the interval and the exact test must both show it. images : how many, such as `360 images`
+    As in the leaderboard, the interval and the exact test must both show it. images : how many, such as `360 test images`
     """
     low, high = paired.interval
     numbers = (
-        f"{paired.difference:+.2%} on {images} of the test (95 % interval {low:+.2%} to {high:+.2%}, p = {paired.p_value:.2g}) "
+        f"{paired.difference:+.2%} on {images} (95 % interval {low:+.2%} to {high:+.2%}, p = {paired.p_value:.2g}) "
         f"for {minutes:.1f} minutes of training"
     )
     words = {1: "worth it", -1: "not worth it", 0: "no evidence that it helps"}

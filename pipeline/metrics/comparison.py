@@ -41,7 +41,7 @@ class Paired:
         """
         if self.p_value >= LEVEL or self.interval[0] <= 0 <= self.interval[1]:
             return 0
-        return 1 if self.difference > 0 else -1
+        return 1 if self.interval[0] > 0 else -1
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,9 @@ def compare(
     values = np.stack([metric.contributions(out_of_fold[key]) for key in keys], axis=1)
     k = len(folds[best]) if folds and best in folds else 5
     inflation, units = shared_training(k, metric.per_class), _units(winner)
-    joint = _against_best(values, keys.index(best), inflation, len(values) - 1 if units is None else freedom(units), seed)
+    joint = _against_best(
+        values, keys.index(best), inflation, len(values) - 1 if units is None else freedom(units), seed
+    )
     on_test = (
         _adjusted(
             {key: paired_answers(metric, test[best], test[key], seed) for key in keys if key != best and key in test}

@@ -61,10 +61,10 @@ def numbered(units: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
     return np.arange(n) if units is None else np.unique(units, return_inverse=True)[1].reshape(-1)
 
 
-def counted(n: int, units: NDArray[np.int64] | None) -> str:
+def counted(n: int, units: NDArray[np.int64] | None, what: str = "images") -> str:
     """Say how many images there are, and of how many groups where not each is one of its own."""
     groups = n if units is None else len(np.unique(units))
-    return f"{n:,} images" if groups == n else f"{n:,} images of {groups:,} group{'s' if groups > 1 else ''}"
+    return f"{n:,} {what}" if groups == n else f"{n:,} {what} of {groups:,} group{'s' if groups > 1 else ''}"
 
 
 def per_unit(values: NDArray[np.float64], units: NDArray[np.int64] | None) -> NDArray[np.float64]:
@@ -350,7 +350,8 @@ class Together:
         if self.metric.shares is None:
             drawn = [np.repeat(np.arange(len(row)), row) for row in counts]
             scores = [
-                [self.metric.score(column.rows(rows)) if len(rows) else np.nan for column in self.columns] for rows in drawn
+                [self.metric.score(column.rows(rows)) if len(rows) else np.nan for column in self.columns]
+                for rows in drawn
             ]
             return np.array(scores)
         groups, shares = self._patterns

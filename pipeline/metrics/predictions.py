@@ -47,7 +47,12 @@ class PredictionSet:
     def __post_init__(self) -> None:
         for name in ("paths", "y_true", "y_pred"):
             object.__setattr__(self, name, np.asarray(getattr(self, name)).astype(str))
-        for name, kind in (("probabilities", np.float32), ("searched", np.float32), ("folds", np.int64), ("units", np.int64)):
+        for name, kind in (
+            ("probabilities", np.float32),
+            ("searched", np.float32),
+            ("folds", np.int64),
+            ("units", np.int64),
+        ):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=kind))
         lengths = {name: len(part) for name, part in vars(self).items() if part is not None}

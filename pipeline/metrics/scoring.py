@@ -118,7 +118,10 @@ def answers_of(
 ) -> Answers:
     """Return labels as the codes that metrics work on; labels outside `classes` come after them, with probability 0."""
     known = set(classes)
-    names = (*classes, *sorted({*np.asarray(y_true).astype(str).tolist(), *np.asarray(y_pred).astype(str).tolist()} - known))
+    names = (
+        *classes,
+        *sorted({*np.asarray(y_true).astype(str).tolist(), *np.asarray(y_pred).astype(str).tolist()} - known),
+    )
     if probabilities is not None and len(names) > probabilities.shape[1]:
         probabilities = np.pad(probabilities, ((0, 0), (0, len(names) - probabilities.shape[1])))
     place = None if units is None else numbered(units, len(units))

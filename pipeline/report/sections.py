@@ -188,11 +188,7 @@ def _name(head: str) -> str:
 
 def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
     board = material.leaderboard
-    reason = (
-        f'<p class="callout">{_advice(board.verdict)}</p>'
-        if board.verdict
-        else ""
-    )
+    reason = f'<p class="callout">{_advice(board.verdict)}</p>' if board.verdict else ""
     order = (
         "cross-validation"
         if board.metric is ACCURACY

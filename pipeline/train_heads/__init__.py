@@ -246,9 +246,7 @@ def _make_row(
     labels, probabilities = predict(bundle, X_test, entry.tuning)
     predict_seconds = time.perf_counter() - start
     best, metric = tuned.best, METRICS[tuned.scoring]
-    tested = scores(
-        task.test.labels, labels, probabilities, task.classes, config.seed, task.test.fold_groups(), metric
-    )
+    tested = scores(task.test.labels, labels, probabilities, task.classes, config.seed, task.test.fold_groups(), metric)
     mean, journal = float(best.mean if best.mean is not None else np.nan), files.trials(entry.name, head.name)
     row = LeaderboardRow(
         embedding=entry.name,

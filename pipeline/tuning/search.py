@@ -198,7 +198,9 @@ class _Search:
 
     def _write(self, trials: Sequence[Trial], rung: int) -> None:
         elapsed = self.fits.elapsed()
-        self.journal.append([{"event": "trial", "elapsed": elapsed, "rung": rung, **trial.record()} for trial in trials])
+        self.journal.append(
+            [{"event": "trial", "elapsed": elapsed, "rung": rung, **trial.record()} for trial in trials]
+        )
 
     def _promising(self, numbers: Sequence[int]) -> list[int]:
         """Return the trials with an estimate that are most worth a dearer fit, the best first."""
