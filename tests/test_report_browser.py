@@ -140,7 +140,7 @@ def look(page: Path, folder: Path, width: int, theme: str) -> tuple[dict[str, An
         ],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=True,
     )
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)

@@ -52,7 +52,7 @@ def tango(only_a: float, only_b: float, n: float, z: float = Z) -> Interval:
     return (float(low), float(high))
 
 
-def effective_size(values: NDArray[np.floating], units: NDArray[np.int64] | None) -> float:
+def effective_size(values: NDArray[np.floating] | NDArray[np.bool_], units: NDArray[np.int64] | None) -> float:
     """Return how many independent images would tell the mean of the values as well as these do.
 
     n divided by the design effect (Kish 1965): how many times the variance it has of the mean of n independent images, by

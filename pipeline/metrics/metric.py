@@ -53,7 +53,7 @@ class Answers:
 def joined(parts: Sequence[Answers]) -> Answers:
     """Return the answers of several sets of images as one set."""
     columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Answers(*(None if column[0] is None else np.concatenate(column) for column in columns))
+    return Answers(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
 
 
 def numbered(units: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
@@ -187,8 +187,10 @@ class Metric:
             return per_unit(self.shares(answers).contributions(), answers.units)
         whole, place = self.score(answers), numbered(answers.units, len(answers.truth))
         blocks = min(SLOW_RESAMPLES, int(place.max()) + 1)
-        without = [self.score(answers.rows(np.flatnonzero(place % blocks != block))) for block in range(blocks)]
-        return np.asarray(whole + (blocks - 1) * (np.mean(without) - without))
+        without = np.array(
+            [self.score(answers.rows(np.flatnonzero(place % blocks != block))) for block in range(blocks)]
+        )
+        return np.asarray(whole + (blocks - 1) * (without.mean() - without))
 
     def clipped(self, interval: Interval) -> Interval:
         """Return an interval of a score without what no score can be."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -88,7 +89,7 @@ def scores(
             f"{len(truth)} true labels and {len(guess)} predicted ones; both need the same number, at least 1"
         )
     answers = answers_of(truth, guess, probabilities, classes, units)
-    macro = {}
+    macro: dict[str, Any] = {}
     for name in ("balanced_accuracy", "macro_f1"):
         macro |= {name: METRICS[name].score(answers), f"{name}_interval": _class_mean_interval(METRICS[name], answers)}
     loss, loss_interval = (None, None) if probabilities is None else _mean_interval(METRICS["log_loss"], answers)
