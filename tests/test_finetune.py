@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pipeline.config import Artifacts, BackboneConfig, Config, ExtractionConfig
 from pipeline.dataset import DatasetIndex, scan
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
 from pipeline.errors import PipelineError, TrainingError
-from pipeline.finetune.judgement import judge, lines, verdict
+from pipeline.finetune.judgement import compared, judge, lines, verdict
 from pipeline.finetune.material import LINEAR, choose, divide, lineage_of, read_pixels
 from pipeline.finetune.start import starting_layer
 from pipeline.leaderboard import Leaderboard
@@ -398,9 +399,41 @@ def test_a_stopped_run_gives_the_same_weights(
     [(0.01, 0.09, "worth it: +5.00%"), (-0.09, -0.01, "not worth it"), (-0.01, 0.05, "no evidence that it helps")],
 )
 def test_the_verdict_is_one_plain_sentence(low: float, high: float, start: str) -> None:
-    sentence = verdict(Paired(0.05, (low, high), 0.5), minutes=2.34, n_images=372)
+    sentence = verdict(
+        Paired(0.05, (low, high), 0.5 if low < 0 < high else 0.01), minutes=2.34, images="372 test images"
+    )
     assert sentence.startswith(start)
-    assert f"on 372 test images (95 % interval {low:+.2%} to {high:+.2%}) for 2.3 minutes of training" in sentence
+    assert re.search(
+        r"on 372 test images \(95 % interval \S+ to \S+, p = 0\.\S+\) for 2\.3 minutes of training$", sentence
+    )
+
+
+@pytest.mark.parametrize(
+    ("only_tuned", "only_other", "said"),
+    [
+        (4, 0, "no evidence that it helps: +4.00%"),
+        (5, 0, "no evidence that it helps: +5.00%"),  # by the exact test 6 %, whatever an interval says
+        (6, 0, "worth it: +6.00%"),
+        (0, 5, "no evidence that it helps: -5.00%"),
+        (0, 6, "not worth it: -6.00%"),
+        (9, 2, "no evidence that it helps: +7.00%"),
+    ],
+)
+def test_the_verdict_is_that_of_the_exact_test_whatever_the_seed(only_tuned: int, only_other: int, said: str) -> None:
+    tuned, other = np.ones(100, dtype=bool), np.ones(100, dtype=bool)
+    other[:only_tuned], tuned[50 : 50 + only_other] = False, False
+    sentences = {verdict(compared(tuned, other, None, seed), 1.0, "100 test images") for seed in range(5)}
+    assert len(sentences) == 1
+    assert sentences.pop().startswith(f"{said} on 100 test images (95 % interval ")
+
+
+def test_the_verdict_counts_groups_and_not_their_images() -> None:
+    """Thirty more right of 300 are evidence where images are independent, and none when they are one group of ten."""
+    tuned, other = np.ones(300, dtype=bool), np.ones(300, dtype=bool)
+    other[:30] = False
+    assert compared(tuned, other, None, 0).shown == 1
+    assert compared(tuned, other, np.arange(300) // 30, 0).shown == 0
+    assert compared(tuned, other, np.arange(300) // 3, 0).shown == 1
 
 
 def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen(experiment: Path) -> None:

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import make_experiment, row, write_trials
+from sklearn.metrics import roc_auc_score
 
 from pipeline.config import Artifacts
 from pipeline.leaderboard import Leaderboard, Verdict, judge
-from pipeline.metrics import METRICS, Answers, Difference, Optimism, Paired, Predictions, class_columns
+from pipeline.metrics import METRICS, Answers, Difference, Optimism, Paired, Predictions, class_columns, scores
 from pipeline.report import sections, tables
 from pipeline.report.charts import difference_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_svg
 from pipeline.report.material import gather
 from pipeline.report.page import render
 
-OTHERS = tuple(name for name in METRICS if name != "accuracy")
-NAMES = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "log_loss": "log loss"}
+OTHERS = ("balanced_accuracy", "macro_f1", "log_loss")
+SHOWN = ("accuracy", *OTHERS)
+NAMES = {name: metric.title for name, metric in METRICS.items() if name != "accuracy"}
 
 
 def tuned_for(scoring: str, output: Path) -> Leaderboard:
@@ -39,13 +41,13 @@ def tuned_for(scoring: str, output: Path) -> Leaderboard:
         truth, guess = (class_columns(labels, found.classes).astype(np.int64) for labels in (held.y_true, held.y_pred))
         # A head that has no probabilities is taken to be sure to 80 % of what it says.
         sure = np.full((len(truth), 3), 0.1) + 0.7 * np.eye(3)[guess]
-        answers = Answers.of(truth, guess, sure if held.probabilities is None else held.probabilities)
-        held = dataclasses.replace(held, log_probabilities=answers.log_probabilities)
+        answers = Answers(truth, guess, sure if held.probabilities is None else held.probabilities)
+        held = dataclasses.replace(held, searched=answers.probabilities)
         path.write_bytes(dataclasses.replace(found, out_of_fold=held).to_bytes())
-        scores = tuple(metric.score(answers.rows(np.flatnonzero(held.folds == fold))) for fold in range(4))
-        write_trials(Artifacts(output).trials(item.embedding, item.head), scores, item.trials)
-        mean, spread = float(np.mean(scores)), float(np.std(scores, ddof=1))
-        rows.append(dataclasses.replace(item, cv_mean=mean, cv_std=spread, cv_scores=scores))
+        by_fold = tuple(metric.score(answers.rows(np.flatnonzero(held.folds == fold))) for fold in range(4))
+        write_trials(Artifacts(output).trials(item.embedding, item.head), by_fold, item.trials)
+        mean, spread = metric.score(answers), float(np.std(by_fold, ddof=1))
+        rows.append(dataclasses.replace(item, cv_mean=mean, cv_std=spread, cv_scores=by_fold))
     return judge(Leaderboard(tuple(rows), {**board.provenance, "scoring": scoring}), output)
 
 
@@ -53,7 +55,7 @@ def tuned_for(scoring: str, output: Path) -> Leaderboard:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Leaderboard, str]]:
     """The leaderboard and the page for each score, of the same predictions."""
     found = {}
-    for scoring in METRICS:
+    for scoring in SHOWN:
         folder = tmp_path_factory.mktemp(scoring)
         output = make_experiment(folder / "squares", folder / "images")
         shutil.rmtree(output / "features")  # what is drawn of features is the same for all
@@ -88,6 +90,8 @@ def test_of_accuracy_the_page_says_what_it_always_said(pages):
         f"Best by cross-validation {board.best.head.replace('_', ' ')} on {board.best.embedding}",
         f"Its test accuracy {100 * best.accuracy:.1f} % {low:.1f} to {high:.1f} {best.correct} of {best.n} right, 95 % interval",
         "of 3 rows may be as good as the best Recommended",
+        f"Use {board.verdict.recommended} ; 2 rows are as good as ",
+        "± is the standard deviation of the folds' scores: how they differ, and no interval of the score.",
         "Ordered by cross-validation on the training images; test images choose nothing.",
         "All rows are compared on the same images. An interval that reaches 0",
         "accuracy, %: ● test — its 95 % interval | cross-validation",
@@ -133,7 +137,7 @@ def test_the_page_names_another_score_wherever_it_shows_it(pages, scoring: str):
     assert any(f"cross-validation {name} {board.metric.text(board.best.cv_mean)}" in tip for tip in tips(page))
 
 
-@pytest.mark.parametrize("scoring", METRICS)
+@pytest.mark.parametrize("scoring", SHOWN)
 def test_the_card_has_the_best_rows_test_score_in_the_score_that_was_tuned(pages, scoring: str):
     board, page = pages[scoring]
     test = board.best.test
@@ -147,6 +151,21 @@ def test_the_card_has_the_best_rows_test_score_in_the_score_that_was_tuned(pages
     )
     card = next(part for part in page.split('<div class="card">') if "Its test " in part)
     assert said in words(card)
+
+
+def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
+    rng, metric = np.random.default_rng(0), METRICS["roc_auc"]
+    y, p = np.array(["a", "b", "c"] * 30), rng.dirichlet(np.ones(3), 90)
+    p[np.arange(90), np.arange(90) % 3] += 0.5
+    p /= p.sum(axis=1, keepdims=True)
+    test = scores(y, np.array(["a", "b", "c"])[p.argmax(axis=1)], p, ("a", "b", "c"), metric=metric)
+    assert test.tuned == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
+    low, high = test.tuned_interval
+    assert low < test.tuned < high
+    card = words(sections._test_card(test, metric))
+    assert card.startswith(
+        f"Its test ROC AUC {100 * test.tuned:.1f} % {100 * low:.1f} to {100 * high:.1f} 95 % interval; "
+    )
 
 
 def test_without_probabilities_the_card_has_the_test_accuracy_and_says_so():

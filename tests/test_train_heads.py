@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
 from pipeline.heads import HEADS
 from pipeline.images import policy_key
+from pipeline.leaderboard.imbalance import advice
 from pipeline.leaderboard.table import cross_validated
 from pipeline.metrics import METRICS, Answers, Predictions
 from pipeline.store import FeatureStore, StoreWriter
@@ -116,7 +118,7 @@ def test_every_embedding_and_head_has_a_row_with_its_floors(
     majority = rows["majority/most_frequent"]
     assert majority.test is not None
     assert majority.test.accuracy == pytest.approx(1 / 3)
-    assert majority.cv_mean == pytest.approx(1 / 3, abs=0.02)  # folds of 40 cannot hold thirds exactly
+    assert majority.cv_mean == pytest.approx(1 / 3)
     informed, blind = rows["net-random/logistic_regression"], rows["pixels/logistic_regression"]
     assert informed.cv_mean > 0.6 > 0.5 > blind.cv_mean
 
@@ -168,7 +170,7 @@ def test_the_commands_it_prints_can_be_pasted_into_a_shell(
     assert next(line for line in result.summary_lines() if line.startswith("to predict")) == f"{told} --trust"
 
 
-@pytest.mark.parametrize("scoring", ["macro_f1", "log_loss"])
+@pytest.mark.parametrize("scoring", ["macro_f1", "log_loss", "roc_auc"])
 def test_the_score_that_is_tuned_is_the_one_that_is_compared(tmp_path: Path, scoring: str) -> None:
     """What is kept out of fold gives the fold scores of the search again, and they the differences."""
     stage_one(tmp_path)
@@ -181,15 +183,41 @@ def test_the_score_that_is_tuned_is_the_one_that_is_compared(tmp_path: Path, sco
         assert held_out is not None
         assert held_out.folds is not None
         y, guess = (np.searchsorted(sorted(CLASSES), labels) for labels in (held_out.y_true, held_out.y_pred))
-        answers = Answers(y, guess, held_out.log_probabilities)
+        answers = Answers(y, guess, held_out.searched)
         folds = [metric.score(answers.rows(np.flatnonzero(held_out.folds == fold))) for fold in range(3)]
         assert folds == pytest.approx(row.cv_scores)
         pooled[row.key] = metric.score(answers)
+        assert row.cv_mean == pytest.approx(pooled[row.key])  # of all held-out answers, not the mean over the folds
     assert board.verdict is not None
     assert board.verdict.optimism is not None
     assert board.verdict.optimism.apparent == pytest.approx(max(pooled.values()))
     for item in board.verdict.differences:
         assert item.difference == pytest.approx(pooled[board.best.key] - pooled[item.key])
+
+
+@pytest.mark.parametrize("counts", [(60, 58, 2), (40, 41, 39), (7, 7, 7)])
+def test_a_constant_guess_has_a_balanced_accuracy_of_one_in_so_many_classes(
+    counts: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Also where folds lack a class, and where the fold decides which class is the most frequent of the rest."""
+    y, groups = np.repeat(np.arange(3), counts), None
+    task = SimpleNamespace(y_train=y, classes=CLASSES)
+    folds = make_folds(y, 5, 0, groups)
+    tuning = TuningConfig(trials=1, scoring="balanced_accuracy")
+    guess = train_heads._majority_head(task)
+    run = tune(guess, np.zeros((len(y), 1), dtype=np.float32), y, folds, tuning, 0, tmp_path / "trials.jsonl")
+    assert run.best.mean == pytest.approx(1 / 3, abs=1e-12)
+    assert run.pipeline.predict(np.zeros((1, 1)))[0] == np.argmax(counts)
+
+
+def test_very_uneven_classes_and_accuracy_say_what_to_set() -> None:
+    (said,) = advice([320, 3, 0], ("cat", "dog", "bee"), "accuracy")
+    assert said == (
+        "Classes are uneven: 320 training images of cat, 3 of dog, and accuracy hardly sees the small ones; where they matter, set "
+        "tuning.scoring: balanced_accuracy (or macro_f1), and class_weight: balanced for the heads that take it."
+    )
+    assert advice([320, 3, 0], ("cat", "dog", "bee"), "macro_f1") == []
+    assert advice([320, 32], ("cat", "dog"), "accuracy") == []
 
 
 def test_test_labels_choose_nothing(finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path) -> None:

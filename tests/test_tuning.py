@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from pipeline import files
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import HEADS, Head, Real, configure, resolve
-from pipeline.tuning import check, make_folds, search, tune
+from pipeline.tuning import check, fold_fits, make_folds, tune
 from pipeline.tuning.journal import Journal
 
 
@@ -218,16 +217,50 @@ def test_warnings_are_counted_and_not_printed(tmp_path, recwarn):
     assert not [warning for warning in recwarn if "Convergence" in warning.category.__name__]
 
 
-def test_a_time_budget_ends_a_search(tmp_path, monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr(search, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.01))
+@pytest.mark.parametrize(
+    ("seconds", "fits", "reasons"),
+    [
+        (0.5, 3, [None]),  # one trial always ends
+        (1.5, 4, [None, "time was up after 1 of 3 folds"]),
+        (6.5, 8, [None, *["time was up after 2 of 3 folds"] * 2, "time was up after 1 of 3 folds"]),
+    ],
+)
+def test_a_time_budget_is_looked_at_between_fits(tmp_path, monkeypatch, seconds, fits, reasons):
+    """A clock that goes on by a second with every fit: no fit begins after its time but those of the trial that has to end."""
+    monkeypatch.setattr(fold_fits, "time", SimpleNamespace(perf_counter=lambda: float(len(Counting.fits))))
     X, y = features()
     folds = make_folds(y, 3, 0)
-    run = tune(counting(), X, y, folds, TuningConfig(seconds=1e-9), 0, tmp_path / "a.jsonl")
-    assert len(run.trials) == 4  # one round is always finished
-    longer = tune(counting(), X, y, folds, TuningConfig(seconds=1.0, jobs=1), 0, tmp_path / "b.jsonl")
-    assert 8 <= len(longer.trials) <= 60
-    assert longer.seconds >= 1.0
+    run = tune(counting(), X, y, folds, TuningConfig(seconds=seconds, jobs=1), 0, tmp_path / "trials.jsonl")
+    assert sum(score is not None for trial in run.trials for score in trial.fold_scores) == fits
+    assert sorted(str(trial.reason) for trial in run.trials) == sorted(map(str, reasons))
+    assert run.best.mean is not None
+
+
+def test_a_trial_in_a_score_over_classes_has_that_of_all_held_out_answers(tmp_path):
+    """Three images of the rare class in five folds: two folds have none, and the mean over folds would pass that by."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [320, 3])
+    X = np.stack([y + 0.6 * rng.normal(size=323), rng.normal(size=323)], axis=1).astype(np.float32)
+    folds = make_folds(y, 5, 0)
+    tuning = TuningConfig(trials=4, scoring="balanced_accuracy")
+    run = tune(LDA, X, y, folds, tuning, 0, tmp_path / "trials.jsonl")
+    found = run.out_of_fold.predictions
+    assert run.best.mean == pytest.approx(np.mean([np.mean(found[y == code] == code) for code in (0, 1)]))
+    assert np.mean(run.best.fold_scores) > run.best.mean + 0.05
+    again = tune(LDA, X, y, folds, tuning, 0, tmp_path / "trials.jsonl")
+    assert summary(again) == summary(run)
+    assert again.replayed == sum(score is not None for trial in run.trials for score in trial.fold_scores)
+
+
+def test_a_killed_search_in_a_score_over_classes_ends_as_an_uninterrupted_one(tmp_path):
+    X, y = features()
+    rare = np.where(np.arange(200) < 4, "rare", y)
+    arguments = (X, rare, make_folds(rare, 3, 0), TuningConfig(trials=8, scoring="macro_f1", jobs=1), 0)
+    whole = tune(counting(), *arguments, tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    for kept in (3, len(lines) // 2, len(lines) - 2):
+        (tmp_path / "cut.jsonl").write_text("".join(lines[:kept]))
+        assert summary(tune(counting(), *arguments, tmp_path / "cut.jsonl")) == summary(whole)
 
 
 # The journal ---------------------------------------------------------------------------------------------------------

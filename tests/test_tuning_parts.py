@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 from pipeline.errors import HeadError
 from pipeline.heads import Categorical, Integer, Real
@@ -202,11 +202,12 @@ def test_scorers_are_those_of_scikit_learn():
     y = generator.integers(0, 4, 300)
     probabilities = generator.dirichlet(np.ones(4), 300).astype(np.float32)
     predictions = probabilities.argmax(axis=1)
-    answers = Answers.of(y, predictions, probabilities)
+    answers = Answers(y, predictions, probabilities)
     assert METRICS["accuracy"].score(answers) == pytest.approx(accuracy_score(y, predictions))
     assert METRICS["balanced_accuracy"].score(answers) == pytest.approx(balanced_accuracy_score(y, predictions))
     assert METRICS["macro_f1"].score(answers) == pytest.approx(f1_score(y, predictions, average="macro"))
     assert METRICS["log_loss"].score(answers) == pytest.approx(-log_loss(y, probabilities), rel=1e-5)
+    assert METRICS["roc_auc"].score(answers) == pytest.approx(roc_auc_score(y, probabilities, multi_class="ovr"))
 
 
 def test_absent_classes_never_win():

@@ -48,7 +48,8 @@ class TuningConfig(Section):
     seconds: float | None = Field(None, gt=0)
     """Time per head instead of a number of trials."""
     folds: int = Field(5, ge=2)
-    scoring: Literal["accuracy", "balanced_accuracy", "macro_f1", "log_loss"] = "accuracy"
+    scoring: Literal["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "roc_auc", "top_5_accuracy"] = "accuracy"
+    """What is searched, ranked and compared by; the last three need heads that give probabilities."""
     nested: bool = False
     """Also repeat every search within each fold's training images, for a score that nothing was chosen by: folds times
     the work."""

@@ -13,7 +13,7 @@ from pipeline.config import Artifacts
 from pipeline.embedders import read_records
 from pipeline.finetune.material import Choice, Parts
 from pipeline.leaderboard import LeaderboardRow
-from pipeline.metrics import Paired, paired_test
+from pipeline.metrics import ACCURACY, Answers, Paired, counted, paired_answers
 from pipeline.store import FeatureStore, StoredRows
 from pipeline.training import ReturnPath, Task, Trained
 from pipeline.tuning import Features, blocks
@@ -54,28 +54,38 @@ def _compared(
     files: Artifacts, row: LeaderboardRow, parts: Parts, third: NDArray[np.bool_], minutes: float, seed: int
 ) -> dict[str, Any]:
     """Return what one paired comparison with a row of stage two says; `third` : right or wrong, of shape (n_test,)."""
-    second = _stage_two_correct(files, row, parts)
-    paired = paired_test(third, second, seed)
+    second, units = _stage_two_correct(files, row, parts), parts.test.fold_groups()
+    paired = compared(third, second, units, seed)
     return {
         "row": row.key,
         "test": float(second.mean()),
         "gain": {"difference": paired.difference, "interval": list(paired.interval), "p_value": paired.p_value},
-        "verdict": verdict(paired, minutes, len(third)),
+        "verdict": verdict(paired, minutes, counted(len(third), units, "test images")),
     }
 
 
-def verdict(paired: Paired, minutes: float, n_images: int) -> str:
-    """Say in one sentence whether fine-tuning was worth it: worth it, not worth it, or no evidence."""
+def compared(tuned: NDArray[np.bool_], other: NDArray[np.bool_], units: NDArray[np.int64] | None, seed: int) -> Paired:
+    """Compare which test images two classifiers label right, shape (n,) each: tuned minus other.
+
+    units : ndarray of shape (n,), int64: images of one group, or copies, share a number; None when all are independent
+    """
+    right = np.zeros(len(tuned), dtype=np.int64)
+    a, b = (Answers(right, np.where(correct, 0, 1), units=units) for correct in (tuned, other))
+    return paired_answers(ACCURACY, a, b, seed)
+
+
+def verdict(paired: Paired, minutes: float, images: str) -> str:
+    """Say in one sentence whether fine-tuning was worth it: worth it, not worth it, or no evidence.
+
+    As in the leaderboard, the interval and the exact test must both show it. images : how many, such as `360 test images`
+    """
     low, high = paired.interval
     numbers = (
-        f"{paired.difference:+.2%} on {n_images:,} test images (95 % interval {low:+.2%} to {high:+.2%}) "
+        f"{paired.difference:+.2%} on {images} (95 % interval {low:+.2%} to {high:+.2%}, p = {paired.p_value:.2g}) "
         f"for {minutes:.1f} minutes of training"
     )
-    if low > 0:
-        return f"worth it: {numbers}"
-    if high < 0:
-        return f"not worth it: {numbers}"
-    return f"no evidence that it helps: {numbers}"
+    words = {1: "worth it", -1: "not worth it", 0: "no evidence that it helps"}
+    return f"{words[paired.shown]}: {numbers}"
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

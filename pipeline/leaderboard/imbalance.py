@@ -15,6 +15,22 @@ UNEVEN = 1.5
 """Classes count as uneven when the largest has this many times the training images of the smallest."""
 
 
+MOST_UNEVEN = 10
+"""Beyond it accuracy hardly sees the smallest class."""
+
+
+def advice(counts: Sequence[int], classes: Sequence[str], scoring: str) -> list[str]:
+    """Return what to set where classes are very uneven and accuracy is tuned; counts : training images of each class."""
+    if scoring != "accuracy" or unevenness(counts) <= MOST_UNEVEN:
+        return []
+    present = [(count, name) for count, name in zip(counts, classes, strict=True) if count > 0]
+    (least, rare), (most, common) = min(present), max(present)
+    return [
+        f"Classes are uneven: {most:,} training images of {common}, {least:,} of {rare}, and accuracy hardly sees the small ones; where "
+        "they matter, set tuning.scoring: balanced_accuracy (or macro_f1), and class_weight: balanced for the heads that take it."
+    ]
+
+
 @dataclass(frozen=True)
 class Effect:
     """One way to treat uneven classes: scores out of fold, and on the test images where they are known."""
@@ -50,7 +66,7 @@ def effects(board: Leaderboard, found: Predictions) -> tuple[Effect, ...]:
 
 
 def _scores(images: PredictionSet, guess: np.ndarray, found: Predictions) -> Scores:
-    return scores(images.y_true, guess, None, found.classes)
+    return scores(images.y_true, guess, None, found.classes, units=images.units)
 
 
 def _corrected(images: PredictionSet, shares: np.ndarray, found: Predictions) -> Scores | None:

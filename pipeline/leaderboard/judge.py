@@ -6,7 +6,6 @@ Reads what stage two saved: `predictions.npz` beside each bundle and the trials'
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +24,12 @@ from pipeline.metrics import (
     Optimism,
     Predictions,
     PredictionSet,
-    class_columns,
+    answers_of,
     compare,
+    counted,
     selection_optimism,
     trial_optimism,
 )
-from pipeline.metrics.scoring import row_log_losses
 
 Trials = Sequence[Mapping[str, Any]]
 """The finished, stopped and failed trials of one search, as its journal holds them."""
@@ -98,7 +97,7 @@ def _verdict(
     test = _same_images({key: value.test for key, value in predictions.items()}, best.key, classes, metric)
     ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
     differences = compare(ordered, best.key, test, folds, seed, metric)
-    recommended, reason = _recommend(leaderboard, differences, len(ordered[best.key].truth))
+    recommended, reason = _recommend(leaderboard, differences, ordered[best.key])
     optimism: Optimism | None = None
     if len(ordered) > 1:
         optimism = selection_optimism(tuple(ordered.values()), seed, metric=metric)
@@ -114,30 +113,23 @@ def _same_images(
 ) -> dict[str, Answers]:
     """Return each row's answers, for the rows that saw the best row's images in the same order.
 
-    A search that is scored by log loss judges a head's own probabilities (`as_searched`); users get calibrated ones, which
-    the test images are compared by. A row without what the metric looks at takes no part.
+    A search that is scored by probabilities judges a head's own (`as_searched`); users get calibrated ones, which the test
+    images are compared by. A row without what the metric looks at takes no part.
     """
     reference = sets.get(best)
     if reference is None:
         return {}
-    # A test image may have a label that no training image has.
-    names = (*classes, *sorted(set(reference.y_true.tolist()) - set(classes)))
-    truth = class_columns(reference.y_true, names).astype(np.int64)
     found = {}
     for key, part in sets.items():
         if part is None or not np.array_equal(part.paths, reference.paths):
             continue
         own = None
         if metric.needs_probabilities:
-            own = part.log_probabilities if as_searched else _log_probabilities(part, classes)
+            own = part.searched if as_searched else part.probabilities
             if own is None:
                 continue
-        found[key] = Answers(truth, class_columns(part.y_pred, names).astype(np.int64), own)
+        found[key] = answers_of(reference.y_true, part.y_pred, own, classes, reference.units)
     return found
-
-
-def _log_probabilities(part: PredictionSet, classes: Sequence[str]) -> np.ndarray | None:
-    return None if part.probabilities is None else -row_log_losses(part.y_true, part.probabilities, classes)
 
 
 def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
@@ -154,57 +146,67 @@ def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
     return None if lonely else trial_optimism(np.array(complete, dtype=np.float64)), len(complete)
 
 
-def _cost(row: LeaderboardRow) -> tuple[float, int, float, float]:
-    """What a user pays for a row: the embedding first (steps of 25 %, as times are noisy), then how simple the head is."""
-    embedding = 0.0 if not row.embed_seconds else round(math.log(row.embed_seconds) / math.log(1.25))
-    free = -math.inf if not row.embed_seconds and row.baseline else embedding
-    return (free, row.simplicity, row.predict_seconds, row.fit_seconds)
+def _cost(row: LeaderboardRow) -> tuple[bool, int, int, str]:
+    """What a user pays for a row, in what no busy machine changes.
+
+    A network or none, then how simple the head is, then how many numbers an image becomes.
+    """
+    return (not row.baseline, row.simplicity, row.dim or 0, row.key)
 
 
-MARGIN = 0.05
-"""What a row of the no-evidence group may at most be behind the best to be recommended for being simpler: 5 points of a share, or
-0.05 nats, by which the true class's probability falls by 5 %. With a few thousand images hardly a row of the group is
-further away; with a few hundred most may be."""
+LARGEST_MARGIN = 0.05
+"""5 points of a share, or 0.05 nats, by which the true class's probability falls by 5 %."""
+
+SHARE_OF_THE_ERROR = 0.5
 
 
-def _recommend(leaderboard: Leaderboard, differences: Sequence[Difference], images: int) -> tuple[LeaderboardRow, str]:
-    """Pick the cheapest and simplest row that is shown to be as good as the best, with the reason in one sentence.
+def margin(metric: Metric, best: float, images: int) -> float:
+    """Return what a row of the no-evidence group may at most be behind the best to be recommended for being simpler.
 
-    A row of the no-evidence group stands in for the best only if its whole interval lies within MARGIN: a test of
+    Half of the best row's error, as 5 points at 99.5 % are ten times the errors, and never more than `LARGEST_MARGIN`. An error
+    that no image shows counts as one image. best : its score out of fold, higher being better
+    """
+    return min(LARGEST_MARGIN, SHARE_OF_THE_ERROR * max(metric.high - best, 1 / images))
+
+
+def _recommend(
+    leaderboard: Leaderboard, differences: Sequence[Difference], held_out: Answers
+) -> tuple[LeaderboardRow, str]:
+    """Pick the cheapest and simplest row that is shown to be as good as the best, and say what to use and why.
+
+    A row of the no-evidence group stands in for the best only if its whole interval lies within the margin: a test of
     non-inferiority (Schuirmann 1987), because few images show no difference of anything, and absence of evidence is not
     evidence of absence (Altman and Bland 1995). Where no cheaper row passes, the best score decides; so it does where even
     the guess that looks at no image may be as good.
     """
     best, metric = leaderboard.best, leaderboard.metric
+    images = counted(len(held_out.truth), held_out.units)
     group = {row.key: row for row in differences if row.no_evidence}
     alike = [row for row in leaderboard.rows if row.key in group]
     if len(alike) == 1:
-        others = (
-            "Every other row" if len(differences) == len(leaderboard.rows) else "Every other row on the same images"
-        )
-        return best, f"{others} is worse by more than chance explains."
+        where = "" if len(differences) == len(leaderboard.rows) else " on the same images"
+        return best, f"Use {best.key}; every other row{where} is worse by more than chance explains."
     if any(row.embedding == CONSTANT_GUESS for row in alike):
         return best, (
-            f"{images:,} images do not show that any row is better than a constant guess: the row with the best score is named for "
-            "want of evidence."
+            f"Use {best.key} for want of evidence: {images} do not show that any row is better than a constant guess."
         )
+    allowed = margin(metric, best.cv_mean, len(held_out.truth))
     cheapest = min(alike, key=_cost)
-    candidates = [row for row in alike if row.key == best.key or group[row.key].interval[1] <= MARGIN]
+    candidates = [row for row in alike if row.key == best.key or group[row.key].interval[1] <= allowed]
     chosen = min(candidates, key=_cost)
+    as_good = f"{len(alike)} rows are as good as {images} can show"
     if cheapest.key == best.key:
-        others = "the one row" if len(alike) == 2 else f"any of the {len(alike) - 1} rows"
-        return best, f"It scores best, and is simpler or cheaper than {others} that may be as good."
-    margin = f"{abs(metric.scale) * MARGIN:g} {metric.unit}"
+        return best, f"Use {best.key}; {as_good}, and it scores best and is the simplest and cheapest of them."
+    written = f"{float(f'{abs(metric.scale) * allowed:.2g}'):g} {metric.unit}"
     behind = group[cheapest.key if chosen.key == best.key else chosen.key]
     low, high = (metric.gap_text(end) for end in behind.interval)
     gap = f"({metric.gap_text(behind.difference)} {metric.unit} in favour of the best, 95 % interval {low} to {high})"
     if chosen.key == best.key:
         return best, (
-            f"{images:,} images cannot tell these {len(alike)} rows apart, nor show that the simplest and cheapest of them, {cheapest.key}, "
-            f"is at most {margin} worse {gap}: the row with the best score is named for want of evidence."
+            f"Use {best.key}; {as_good}. It scores best, and that the simplest and cheapest of them, {cheapest.key}, is at most "
+            f"{written} worse is not shown {gap}."
         )
-    near = "" if len(candidates) == len(alike) else f" and that are at most {margin} worse"
     return chosen, (
-        f"Nothing shows it to be worse than {best.key} {gap}, "
-        f"and it is the simplest and cheapest of the {len(candidates)} rows of which that is true{near}."
+        f"Use {chosen.key}; {as_good}, and it is the simplest and cheapest of those shown to be at most {written} worse than "
+        f"the best, {best.key} {gap}."
     )

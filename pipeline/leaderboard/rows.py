@@ -79,9 +79,10 @@ class LastFit:
 class LeaderboardRow:
     """One tuned head on one embedding.
 
-    `cv_mean` and `cv_std` are over `cv_scores`, the fold scores at the chosen parameters; higher is better, so a log loss
-    is negated. `bundle` is the bundle's folder relative to the output folder. `simplicity` ranks the head's kind, lowest
-    is simplest. `embed_seconds` is what one image costs before any head, where it is known. `nested` and `seeds` are there
+    `cv_mean` is the score of all held-out answers, `cv_std` the standard deviation of `cv_scores`, the fold scores at the
+    chosen parameters; higher is better, so a log loss is negated. `bundle` is the bundle's folder relative to the output
+    folder. `simplicity` ranks the head's kind, lowest is simplest, and tells with `dim` what a row costs. `embed_seconds` is
+    what one image costs before any head, where it is known. `nested` and `seeds` are there
     on request.
     """
 
@@ -256,6 +257,11 @@ class Verdict:
     optimism: Optimism | None = None
     trial_optimism: float | None = None
     finished_trials: int | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to use, and why."""
+        return self.reason if self.reason.startswith("Use ") else f"Use {self.recommended}. {self.reason}"
 
     @property
     def no_evidence(self) -> tuple[str, ...]:

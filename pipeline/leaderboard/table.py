@@ -163,6 +163,10 @@ class Leaderboard:
         lines.append(
             f"Best by cross-validation: {best.key} ({metric.title} {cross_validated(best, self.scoring)}{better}). Test scores choose nothing."
         )
+        lines.append(
+            f"±: the standard deviation of the scores of the {len(best.cv_scores)} folds; it says how they differ, and is no interval of "
+            "the score."
+        )
         if metric.needs_probabilities:
             lines.append(
                 f"Cross-validation judges the heads' own probabilities, as the search did; the test's {metric.title} is of calibrated ones."
@@ -171,9 +175,9 @@ class Leaderboard:
             lines += self._verdict_notes(self.verdict)
         lines += self._repeat_notes()
         if any(row.test for row in self.rows):
-            lines.append(
-                f"Test: {max(row.test.n for row in self.rows if row.test)} images, in brackets the 95 % interval (Wilson)."
-            )
+            test = max((row.test for row in self.rows if row.test), key=lambda test: test.n)
+            of = "" if test.units in (None, test.n) else f" of {test.units:,} groups, which the interval counts"
+            lines.append(f"Test: {test.n:,} images{of}, in brackets the 95 % interval (Wilson).")
         if any(row.untrained for row in self.rows):
             lines.append(
                 "untrained: the backbone has random weights and saw no image before; a control, not a contender."
@@ -239,7 +243,7 @@ class Leaderboard:
                 f"~ marks {len(others)} more {_plural('row', len(others))} with no evidence of a difference from the best "
                 "(paired, out of fold, corrected for all pairs of rows)."
             )
-        lines.append(f"Recommended: {verdict.recommended}. {verdict.reason}")
+        lines.append(verdict.advice)
         recommended = self.row(verdict.recommended)
         if (
             recommended.key != self.best.key

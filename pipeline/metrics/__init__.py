@@ -1,6 +1,6 @@
 """Scores with intervals, honest comparison, calibration, and the learning curve: numbers from predictions.
 
-Needs numpy and scipy, no torch, no plots. Two names for stage two: `scores(y_true, y_pred, probabilities, classes)` gives
+Needs scikit-learn, no torch, no plots. Two names for stage two: `scores(y_true, y_pred, probabilities, classes)` gives
 one head's test scores, and `Predictions` is what it writes beside each bundle so that heads can be compared image by image.
 """
 
@@ -25,11 +25,9 @@ from pipeline.metrics.comparison import (
     holm,
     mcnemar,
     paired_answers,
-    paired_bootstrap,
-    paired_test,
     rank_over_datasets,
 )
-from pipeline.metrics.intervals import Interval, bootstrap_interval, mean_interval, repeated_interval, wilson
+from pipeline.metrics.intervals import Interval, mean_interval, repeated_interval, share_interval, tango, wilson
 from pipeline.metrics.learning_curve import (
     CurvePoint,
     HeldBack,
@@ -41,10 +39,18 @@ from pipeline.metrics.learning_curve import (
     measure_curve,
     pareto,
 )
-from pipeline.metrics.metric import ACCURACY, METRICS, Answers, Metric
+from pipeline.metrics.metric import ACCURACY, METRICS, Answers, Metric, counted, joined
 from pipeline.metrics.optimism import Optimism, selection_optimism, trial_optimism
 from pipeline.metrics.predictions import Predictions, PredictionSet
-from pipeline.metrics.scoring import ClassScores, Scores, class_columns, confusion_matrix, per_class, scores
+from pipeline.metrics.scoring import (
+    ClassScores,
+    Scores,
+    answers_of,
+    class_columns,
+    confusion_matrix,
+    per_class,
+    scores,
+)
 
 __all__ = [
     "ACCURACY",
@@ -67,13 +73,14 @@ __all__ = [
     "Ranking",
     "ReliabilityBin",
     "Scores",
+    "answers_of",
     "bootstrap_difference",
-    "bootstrap_interval",
     "class_columns",
     "compare",
     "confusion_matrix",
     "correct_priors",
     "corrected_t",
+    "counted",
     "curve_from_scores",
     "curve_scores",
     "curve_sizes",
@@ -81,13 +88,12 @@ __all__ = [
     "exchange_test",
     "fit_calibrator",
     "holm",
+    "joined",
     "mcnemar",
     "mean_interval",
     "measure_calibration",
     "measure_curve",
     "paired_answers",
-    "paired_bootstrap",
-    "paired_test",
     "pareto",
     "per_class",
     "rank_over_datasets",
@@ -95,6 +101,8 @@ __all__ = [
     "scores",
     "scores_as_columns",
     "selection_optimism",
+    "share_interval",
+    "tango",
     "trial_optimism",
     "wilson",
 ]

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from pipeline.metrics.intervals import Interval, wilson
+from pipeline.metrics.intervals import Interval, share_interval
+from pipeline.metrics.metric import numbered
 
 MOST_BINS = 15
 IMAGES_PER_BIN = 20
@@ -167,12 +168,16 @@ _APPLY: Mapping[str, Callable[[NDArray[np.float64], Calibrator], NDArray[np.floa
 
 
 def measure_calibration(
-    probabilities: NDArray[np.floating], y: NDArray[np.integer], bins: int | None = None
+    probabilities: NDArray[np.floating],
+    y: NDArray[np.integer],
+    bins: int | None = None,
+    units: NDArray[np.int64] | None = None,
 ) -> Calibration:
     """Measure probabilities of shape (n, n_classes) against the true columns y, shape (n,).
 
     Bins hold about equal numbers of images, so that none is nearly empty, and by default 20 or nearly so many. Images that are
     equally sure share a bin, as nothing but their order could part them, so the numbers differ where there are many of these.
+    units : ndarray of shape (n,), int64: images that are not independent share a number; None when all are.
     Brier is the sum over classes of squared errors, from 0 (sure and right) to 2 (sure and wrong); log loss is in nats.
     """
     p = np.asarray(probabilities, dtype=np.float64)
@@ -184,7 +189,8 @@ def measure_calibration(
         accuracy, mean = float(right[rows].mean()), float(confidence[rows].mean())
         gap += len(rows) / len(order) * abs(accuracy - mean)
         ends = (float(confidence[rows[0]]), float(confidence[rows[-1]]))
-        table.append(ReliabilityBin(*ends, len(rows), mean, accuracy, wilson(int(right[rows].sum()), len(rows))))
+        within = None if units is None else numbered(units[rows], len(rows))
+        table.append(ReliabilityBin(*ends, len(rows), mean, accuracy, share_interval(right[rows], within)))
     truth = np.zeros_like(p)
     truth[np.arange(len(y)), y] = 1.0
     brier = float(np.mean(np.sum((p - truth) ** 2, axis=1)))

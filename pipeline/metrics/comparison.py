@@ -1,23 +1,24 @@
 """Is one head better than another? Paired tests, corrected for many comparisons and for having picked the best.
 
-Every test is paired: two heads are compared on the same images or the same folds. The group of rows with no evidence of a
+Every test is paired: two heads are compared on the same images or the same folds. What is drawn, summed and exchanged are
+units: images, or groups and sets of copies where images are not independent. The group of rows with no evidence of a
 difference from the best comes from pooled out-of-fold predictions, because it is used to choose; the test images only
-confirm. All of it is in the metric that was tuned. Sources: McNemar 1947 (exact form); Noreen 1989 and Yeh 2000 (the same by
+confirm. All of it is in the metric that was tuned. Sources: McNemar 1947 (exact form); Tango 1998 (paired shares); Noreen 1989 and Yeh 2000 (the same by
 exchanging answers, for any metric); Dietterich 1998; Nadeau and Bengio 2003; Holm 1979; Hothorn, Bretz and Westfall 2008
 (the largest studentised difference); Demsar 2006 (several data sets).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipeline.metrics.intervals import Interval
-from pipeline.metrics.metric import ACCURACY, Answers, Metric, Together
+from pipeline.metrics.intervals import Interval, critical, effective_size, freedom, tango
+from pipeline.metrics.metric import ACCURACY, SLOW_RESAMPLES, Answers, Metric, Together, joined, numbered
 
 LEVEL = 0.05
 RESAMPLES = 2000
@@ -31,6 +32,16 @@ class Paired:
     difference: float
     interval: Interval
     p_value: float
+
+    @property
+    def shown(self) -> int:
+        """1 where the first is shown to be better, -1 where the second is, 0 where there is no evidence of a difference.
+
+        The interval and the test have to agree: of few disagreements the interval is too sure, and the exact test is not.
+        """
+        if self.p_value >= LEVEL or self.interval[0] <= 0 <= self.interval[1]:
+            return 0
+        return 1 if self.interval[0] > 0 else -1
 
 
 @dataclass(frozen=True)
@@ -59,90 +70,94 @@ def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 
-def paired_bootstrap(
-    correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_], seed: int, resamples: int = RESAMPLES
-) -> Interval:
-    """Return the 95 % percentile interval of accuracy(a) - accuracy(b), images drawn with replacement."""
-    n, (only_a, only_b) = len(correct_a), _discordant(correct_a, correct_b)
-    shares = [only_a / n, only_b / n, (n - only_a - only_b) / n]
-    draws = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
-    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [0.025, 0.975])
-    return (float(low), float(high))
-
-
-def paired_test(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_], seed: int) -> Paired:
-    """Compare two heads on the same images: difference in accuracy, bootstrap interval, exact McNemar p-value."""
-    difference = float(np.mean(correct_a) - np.mean(correct_b))
-    return Paired(difference, paired_bootstrap(correct_a, correct_b, seed), mcnemar(correct_a, correct_b))
-
-
 def paired_answers(metric: Metric, a: Answers, b: Answers, seed: int) -> Paired:
-    """Compare two heads on the same images in any metric: difference, paired bootstrap interval, p-value.
+    """Compare two heads on the same images in any metric: difference, 95 % interval, p-value.
 
-    The p-value is McNemar's exact one for accuracy, and that of `exchange_test` for other metrics.
+    Of accuracy: the score interval of a paired difference, and McNemar's exact test where images are independent. Of other
+    metrics and of groups: a bootstrap and `exchange_test`.
     """
+    difference, p_value = metric.score(a) - metric.score(b), paired_p(metric, a, b, seed)
     if metric is ACCURACY:
-        return paired_test(a.correct, b.correct, seed)
-    difference = metric.score(a) - metric.score(b)
-    return Paired(difference, bootstrap_difference(metric, a, b, seed), _paired_p(metric, a, b, seed))
+        return Paired(difference, paired_interval(a, b, critical(_units(a))), p_value)
+    low, high = bootstrap_difference(metric, a, b, seed)
+    least = least_half_width(metric, a, b, critical(_units(a)))
+    return Paired(difference, (min(low, difference - least), max(high, difference + least)), p_value)
+
+
+def paired_p(metric: Metric, a: Answers, b: Answers, seed: int) -> float:
+    """Return the p-value of two heads being equally good, right for small numbers of disagreements too."""
+    if metric is ACCURACY and a.units is None:
+        return mcnemar(a.correct, b.correct)
+    return exchange_test(metric, a, b, seed)
+
+
+def paired_interval(a: Answers, b: Answers, z: float) -> Interval:
+    """Return the score interval of accuracy(a) - accuracy(b), of so many images as they are worth."""
+    only_a, only_b = _discordant(a.correct, b.correct)
+    n = len(a.truth)
+    worth = effective_size(a.correct.astype(np.float64) - b.correct, _units(a)) / n
+    return tango(only_a * worth, only_b * worth, n * worth, z)
+
+
+def least_half_width(metric: Metric, a: Answers, b: Answers, z: float) -> float:
+    """Return how far apart two heads may be although they agree on every image: z^2 / (m + z^2) of m units may be otherwise.
+
+    That is what the score interval of a paired difference says of full agreement. A mean over classes has it of every class;
+    a loss without a bound counts such a unit as far off as the images that there are lie apart.
+    """
+    truth, units = a.truth, numbered(a.units, len(a.truth))
+    if metric.per_class:
+        sizes = np.array([len(np.unique(units[truth == code])) for code in np.unique(truth)])
+        return float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
+    m = int(units.max()) + 1
+    span = metric.high - metric.low if metric.bounded else float(np.ptp(metric.contributions(a)))
+    return span * z * z / (m + z * z)
+
+
+def _units(answers: Answers) -> NDArray[np.int64] | None:
+    return None if answers.units is None else numbered(answers.units, len(answers.truth))
 
 
 def bootstrap_difference(metric: Metric, a: Answers, b: Answers, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """Return the 95 % bootstrap interval of score(a) - score(b), images drawn with replacement, in any metric.
+    """Return the 95 % bootstrap interval of score(a) - score(b), units drawn with replacement, in any metric.
 
-    The expanded percentile interval of Hesterberg 2015: drawn shares vary less than shares of few images do, by the number
-    of images of the rarest class where the score is a mean over classes.
+    The expanded percentile interval of Hesterberg 2015: drawn shares vary less than shares of few units do, by the number
+    of units of the rarest class where the score is a mean over classes.
     """
     both = Together(metric, (a, b))
     draws = np.concatenate([both.weighted(counts) for counts in both.resamples(seed, resamples)])
-    images = np.bincount(a.truth)
-    m = max(2, int(images[images > 0].min() if metric.per_class else len(a.truth)))
+    units, codes = numbered(a.units, len(a.truth)), np.unique(a.truth)
+    parts = [units[a.truth == code] for code in codes] if metric.per_class else [units]
+    m = max(2, min(len(np.unique(part)) for part in parts))
     tail = float(stats.norm.cdf(-np.sqrt(m / (m - 1)) * stats.t.ppf(0.975, m - 1)))
     low, high = np.quantile(draws[:, 0] - draws[:, 1], [tail, 1 - tail])
     return (float(low), float(high))
 
 
 def exchange_test(metric: Metric, a: Answers, b: Answers, seed: int, draws: int = RESAMPLES) -> float:
-    """Return the two-sided p-value of a paired randomisation test: each image's two answers change sides by a coin.
+    """Return the two-sided p-value of a paired randomisation test: each unit's two answers change sides by a coin.
 
-    What McNemar's exact test is for accuracy, for any metric, and as it is right for few images too. Sources: Noreen 1989;
-    Yeh 2000.
+    What McNemar's exact test is for accuracy, for any metric and for groups, and as it is right for few of them too.
+    Sources: Noreen 1989; Yeh 2000.
     """
-    observed, rng = abs(metric.score(a) - metric.score(b)), np.random.default_rng(seed)
-    exchanged = _exchanged_shares if metric.per_class else _exchanged_means
-    beyond = sum(int(np.sum(np.abs(part) >= observed - 1e-12)) for part in exchanged(metric, a, b, rng, draws))
+    units, rng = numbered(a.units, len(a.truth)), np.random.default_rng(seed)
+    draws = draws if metric.shares is not None else min(draws, SLOW_RESAMPLES)
+    both = Together(metric, (joined([a, b]),))
+
+    def gap(coins: NDArray[np.int64]) -> NDArray[np.float64]:
+        stay = coins[:, units]
+        left, right = np.concatenate([stay, 1 - stay], axis=1), np.concatenate([1 - stay, stay], axis=1)
+        return np.asarray((both.weighted(left) - both.weighted(right))[:, 0])
+
+    m = int(units.max()) + 1
+    observed, beyond = abs(gap(np.ones((1, m), dtype=np.int64))[0]), 0
+    for part in np.array_split(np.arange(draws), max(1, draws * len(units) // _CELLS)):
+        beyond += int(np.sum(np.abs(gap(rng.integers(0, 2, (len(part), m)))) >= observed - 1e-12))
     return (1 + beyond) / (1 + draws)
 
 
 _CELLS = 1 << 20
 """Coins that are held at once."""
-
-
-def _exchanged_means(
-    metric: Metric, a: Answers, b: Answers, rng: np.random.Generator, draws: int
-) -> Iterator[NDArray[np.float64]]:
-    """Yield differences of the two scores after coins: each image's own difference changes its sign."""
-    gaps = (metric.shares(a).contributions() - metric.shares(b).contributions()) / len(a.truth)
-    gaps = gaps[gaps != 0]
-    bytes_each = -(-len(gaps) // 8)
-    for part in np.array_split(np.arange(draws), max(1, draws * len(gaps) // _CELLS)):
-        coins = rng.integers(0, 256, (len(part), bytes_each), dtype=np.uint8)
-        yield 2 * (np.unpackbits(coins, axis=1, count=len(gaps)) @ gaps) - gaps.sum()
-
-
-def _exchanged_shares(
-    metric: Metric, a: Answers, b: Answers, rng: np.random.Generator, draws: int
-) -> Iterator[NDArray[np.float64]]:
-    """Yield the same for a mean over classes; images with the same answers change sides by so many coins at once."""
-    _, first, counts = np.unique(
-        np.stack([a.truth, a.guess, b.guess], axis=1), axis=0, return_index=True, return_counts=True
-    )
-    a, b = a.rows(first), b.rows(first)
-    both = Together(metric, (Answers(np.concatenate([a.truth, b.truth]), np.concatenate([a.guess, b.guess])),))
-    for part in np.array_split(np.arange(draws), max(1, draws * len(counts) // _CELLS)):
-        stay = rng.binomial(counts, 0.5, (len(part), len(counts)))
-        left, right = np.concatenate([stay, counts - stay], axis=1), np.concatenate([counts - stay, stay], axis=1)
-        yield (both.weighted(left) - both.weighted(right))[:, 0]
 
 
 def corrected_t(scores_a: Sequence[float], scores_b: Sequence[float], test_share: float) -> Paired:
@@ -174,40 +189,49 @@ def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class _Simultaneous:
-    """Differences of the best column to every other, adjusted for all pairs at once."""
+    """Differences of the best column to every other, adjusted for all pairs at once.
+
+    `errors` are standard errors, infinite where two columns do not differ, `factor` how many of them make an interval.
+    """
 
     differences: NDArray[np.float64]
-    half_widths: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    factor: float
     p_values: NDArray[np.float64]
 
 
-def _against_best(
-    values: NDArray[np.float64], best: int, folds: int, seed: int, per_class: bool = False
-) -> _Simultaneous:
-    """Compare column `best` with the others by what each image adds to every row's score, shape (n, k).
+def shared_training(folds: int, per_class: bool) -> float:
+    """Return by how much more a score out of fold varies than its images say, because folds share training images.
+
+    1 + 2 / (folds - 1) kept false winners under permuted labels below 5 % where 1 gave up to 10 %; Nadeau and Bengio's own
+    1 + folds / (folds - 1) gave 0.5 %. A mean over classes varies more than its contributions say to first order: with 3 in
+    place of 2 false winners with one image in seven of the rarest class stayed below 4.1 %, where 2 gave up to 7.8 %.
+    """
+    return 1 + (3 if per_class else 2) / max(folds - 1, 1)
+
+
+def _against_best(values: NDArray[np.float64], best: int, inflation: float, freedom: float, seed: int) -> _Simultaneous:
+    """Compare column `best` with the others by what each unit adds to every row's score, shape (m, k).
 
     The best was picked on the same rows, so the reference is the largest studentised difference over all k (k - 1) / 2
-    pairs (drawn from the normal law with the columns' own covariance, as correlated heads cost little): whichever column
-    had won, the error rate holds. Out-of-fold rows share training images, which the variance between rows does not see:
-    it is multiplied by 1 + 2 / (folds - 1), the factor that kept false winners under permuted labels below 5 % where 1
-    gave up to 10 %; Nadeau and Bengio's own 1 + folds / (folds - 1) gave 0.5 %. A score that is a mean over classes varies
-    more than its contributions say to first order: 1 + 3 / (folds - 1) kept false winners with one image in seven of the
-    rarest class below 4.1 %, where 2 in place of 3 gave up to 7.8 %.
+    pairs, whichever column had won: drawn from the normal law with the columns' own covariance, as correlated heads cost
+    little, or from Student's with so many degrees of freedom where units are few.
     """
-    n, k = values.shape
+    m, k = values.shape
     scores = values.mean(axis=0)
-    covariance = np.atleast_2d(np.cov(values, rowvar=False, ddof=1)) / n
-    covariance *= 1 + (3 if per_class else 2) / max(folds - 1, 1)
+    covariance = np.atleast_2d(np.cov(values, rowvar=False, ddof=1)) / m * inflation
     variances = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
-    errors = np.sqrt(np.where(variances > 1e-12 / n, variances, np.inf))
+    errors = np.sqrt(np.where(variances > 1e-12 / m, variances, np.inf))
     rng = np.random.default_rng(seed)
     drift = rng.multivariate_normal(np.zeros(k), covariance, size=DRAWS, check_valid="ignore")
+    drift /= np.sqrt(rng.chisquare(freedom, DRAWS) / freedom)[:, None]
     parts = [np.abs(part[:, :, None] - part[:, None, :]) / errors for part in np.array_split(drift, 20)]
     largest = np.concatenate([part.reshape(len(part), -1).max(axis=1) for part in parts])
     differences = scores[best] - scores
     p_values = (1 + np.sum(largest[:, None] >= differences / errors[best], axis=0)) / (1 + DRAWS)
-    half = np.quantile(largest, 1 - LEVEL) * np.where(np.isfinite(errors[best]), errors[best], 0.0)
-    return _Simultaneous(differences, half, np.where(np.arange(k) == best, 1.0, p_values))
+    # Where all rows agree nothing is drawn, and one comparison is left.
+    factor = max(float(np.quantile(largest, 1 - LEVEL)), float(stats.t.ppf(0.975, freedom)))
+    return _Simultaneous(differences, errors[best], factor, np.where(np.arange(k) == best, 1.0, p_values))
 
 
 def compare(
@@ -220,15 +244,18 @@ def compare(
 ) -> tuple[Difference, ...]:
     """Compare every row with the best one, in the order of `out_of_fold`.
 
-    out_of_fold, test : key -> its answers to the same images in the same order for every key. folds : key -> fold scores.
-    A row leaves the no-evidence group only when the adjusted test and the paired one (exact McNemar for accuracy, else
-    `exchange_test`; it guards small numbers of disagreements) both say that it is worse. Intervals end where the metric
-    does: no difference of two accuracies is above 1.
+    out_of_fold, test : key -> its answers to the same images in the same order for every key, with the same units. folds : key
+    -> fold scores. A row leaves the no-evidence group only when the adjusted test and the paired one (`paired_p`; it guards
+    small numbers of disagreements) both say that it is worse. Intervals end where the metric does: no difference of two
+    accuracies is above 1.
     """
-    keys = list(out_of_fold)
-    values = np.stack([metric.shares(out_of_fold[key]).contributions() for key in keys], axis=1)
+    keys, winner = list(out_of_fold), out_of_fold[best]
+    values = np.stack([metric.contributions(out_of_fold[key]) for key in keys], axis=1)
     k = len(folds[best]) if folds and best in folds else 5
-    joint = _against_best(values, keys.index(best), k, seed, metric.per_class)
+    inflation, units = shared_training(k, metric.per_class), _units(winner)
+    joint = _against_best(
+        values, keys.index(best), inflation, len(values) - 1 if units is None else freedom(units), seed
+    )
     on_test = (
         _adjusted(
             {key: paired_answers(metric, test[best], test[key], seed) for key in keys if key != best and key in test}
@@ -247,25 +274,23 @@ def compare(
         )
     rows = []
     for column, key in enumerate(keys):
-        difference, half = float(joint.differences[column]), float(joint.half_widths[column])
-        p_value = float(joint.p_values[column])
-        worse = p_value < LEVEL and _paired_p(metric, out_of_fold[best], out_of_fold[key], seed) < LEVEL
+        row, difference, p_value = out_of_fold[key], float(joint.differences[column]), float(joint.p_values[column])
+        if key == best:
+            interval = (0.0, 0.0)
+        elif metric is ACCURACY:
+            interval = paired_interval(winner, row, joint.factor * float(np.sqrt(inflation)))
+        else:
+            error = float(joint.errors[column])
+            drawn = joint.factor * error if np.isfinite(error) else 0.0
+            half = max(drawn, least_half_width(metric, winner, row, joint.factor * float(np.sqrt(inflation))))
+            interval = metric.clipped_difference((difference - half, difference + half))
+        worse = p_value < LEVEL and paired_p(metric, winner, row, seed) < LEVEL
         rows.append(
             Difference(
-                key,
-                difference,
-                metric.clipped_difference((difference - half, difference + half)),
-                p_value,
-                not worse,
-                on_test.get(key),
-                _within(metric, on_folds.get(key)),
+                key, difference, interval, p_value, not worse, on_test.get(key), _within(metric, on_folds.get(key))
             )
         )
     return tuple(rows)
-
-
-def _paired_p(metric: Metric, a: Answers, b: Answers, seed: int) -> float:
-    return mcnemar(a.correct, b.correct) if metric is ACCURACY else exchange_test(metric, a, b, seed)
 
 
 def _within(metric: Metric, paired: Paired | None) -> Paired | None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 Interval = tuple[float, float]
 """Lower and upper end."""
 
+Z = float(stats.norm.ppf(0.975))
+"""Standard errors to either side of 95 %."""
 
-def wilson(correct: int, n: int, level: float = 0.95) -> Interval:
-    """Return Wilson's score interval for a share of `correct` out of `n`.
 
-    Keeps its coverage near 0 and 1, where the normal interval fails. Source: Wilson 1927; Brown, Cai, DasGupta 2001.
+def wilson(correct: float, n: float, z: float = Z) -> Interval:
+    """Return Wilson's score interval for a share of `correct` out of `n`, which need be no whole numbers.
+
+    Keeps its coverage near 0 and 1, where the normal interval fails. Source: Wilson 1927; Brown, Cai, DasGupta 2001. SciPy has
+    it for whole numbers only.
     """
-    if n == 0:
+    if n <= 0:
         return (0.0, 1.0)
-    z = float(stats.norm.ppf(0.5 + level / 2))
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -27,6 +30,64 @@ def wilson(correct: int, n: int, level: float = 0.95) -> Interval:
     low = 0.0 if correct == 0 else max(0.0, float(centre - half))
     high = 1.0 if correct == n else min(1.0, float(centre + half))
     return (low, high)
+
+
+def tango(only_a: float, only_b: float, n: float, z: float = Z) -> Interval:
+    """Return the score interval for the difference of two shares of the same n images, which need be no whole numbers.
+
+    only_a, only_b : how many only the first, and only the second, has right. Where both agree on all images it is as wide as n
+    allows, z^2 / (n + z^2) to either side, and not nothing. Source: Tango 1998; the restricted estimate is his equation 4.
+    """
+
+    def score(difference: float) -> float:
+        b = (2 * n - only_a + only_b) * difference - only_a - only_b
+        c = -only_b * difference * (1 - difference)
+        only = (np.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+        variance = n * (2 * only + difference * (1 - difference))
+        return float((only_a - only_b - n * difference) / np.sqrt(max(variance, 1e-300)))
+
+    observed, edge = (only_a - only_b) / n, 1 - 1e-12
+    low = optimize.brentq(lambda d: score(d) - z, -edge, observed) if score(-edge) > z and observed > -edge else -1.0
+    high = optimize.brentq(lambda d: score(d) + z, observed, edge) if score(edge) < -z and observed < edge else 1.0
+    return (float(low), float(high))
+
+
+def effective_size(values: NDArray[np.floating] | NDArray[np.bool_], units: NDArray[np.int64] | None) -> float:
+    """Return how many independent images would tell the mean of the values as well as these do.
+
+    n divided by the design effect (Kish 1965): how many times the variance it has of the mean of n independent images, by
+    leaving out a unit at a time. Not less than 1, and not more than where all images of a unit say the same; that much where the
+    values do not vary at all.
+
+    values : ndarray of shape (n,); units : ndarray of shape (n,), int64, numbered from 0, or None
+    """
+    n = len(values)
+    if units is None:
+        return float(n)
+    sizes, centred = np.bincount(units), np.asarray(values, dtype=np.float64) - np.mean(values)
+    largest, m, squares = float(np.sum(sizes**2) / n), len(sizes), float(np.sum(centred**2))
+    if m < 2 or squares == 0.0:
+        return n / largest
+    left_out = np.bincount(units, centred) / (1 - sizes / n)
+    effect = (m - 1) / m * float(np.sum(left_out**2)) / squares
+    return n / min(max(effect, 1.0), largest)
+
+
+def freedom(units: NDArray[np.int64]) -> float:
+    """Return the degrees of freedom of a variance between units: as of so many equally large ones, less 1."""
+    sizes = np.bincount(units)
+    return max(float(sizes.sum() ** 2 / np.sum(sizes**2)) - 1, 1.0)
+
+
+def critical(units: NDArray[np.int64] | None) -> float:
+    """Return the factor of a standard error for 95 %: the normal law's, or Student's where units have to tell the error."""
+    return Z if units is None else float(stats.t.ppf(0.975, freedom(units)))
+
+
+def share_interval(values: NDArray[np.bool_], units: NDArray[np.int64] | None) -> Interval:
+    """Return Wilson's interval for the share of true values of shape (n,), of so many images as they are worth."""
+    size = effective_size(values, units)
+    return wilson(float(np.mean(values)) * size, size, critical(units))
 
 
 def mean_interval(values: NDArray[np.float64], level: float = 0.95) -> Interval:
@@ -52,16 +113,3 @@ def repeated_interval(scores: Sequence[float], test_share: float | None = None) 
     half = float(stats.t.ppf(0.975, k - 1) * np.sqrt((1 / k + share) * np.var(scores, ddof=1)))
     mean = float(np.mean(scores))
     return (mean - half, mean + half)
-
-
-def bootstrap_interval(
-    statistic: Callable[[NDArray[np.intp]], float], n: int, seed: int, resamples: int = 2000, level: float = 0.95
-) -> Interval:
-    """Return the percentile bootstrap interval of a statistic of `n` rows.
-
-    `statistic` gets the drawn row numbers, shape (n,). Source: Efron and Tibshirani 1993, chapter 13.
-    """
-    rng = np.random.default_rng(seed)
-    values = np.array([statistic(rng.integers(0, n, n)) for _ in range(resamples)])
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return (float(low), float(high))

@@ -40,7 +40,7 @@ def selection_optimism(
 ) -> Optimism:
     """Estimate the optimism of taking the head with the highest score; answers out of fold, to the same images.
 
-    Each bootstrap sample picks its own best head and judges it on the images it did not draw.
+    Each bootstrap sample of the units picks its own best head and judges it on the images it did not draw.
     """
     heads = Together(metric, tuple(columns))
     scores: list[float] = []

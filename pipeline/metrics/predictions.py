@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from pipeline.errors import BundleError
 
 FORMAT = "manyheads predictions"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
+"""Version 1 has no units, and of the searched probabilities those of the true classes only, which are left out."""
 FILE_NAME = "predictions.npz"
 
 
@@ -28,8 +30,10 @@ class PredictionSet:
 
     probabilities : ndarray of shape (n, n_classes), float32, columns in the order of the classes; None without any.
     folds : ndarray of shape (n,), int64: the fold in which a row was held out; None for the test images.
-    log_probabilities : ndarray of shape (n,), float64: of the true classes, by the head itself and before calibration, as a
-        search that is scored by log loss judges them; None where another score was tuned.
+    searched : ndarray of shape (n, n_classes), float32: the head's own probabilities before calibration, as a search judges
+        them; None where the score that was tuned looks at labels.
+    units : ndarray of shape (n,), int64: images that are not independent, of one group or copies, share a number; None when
+        all are.
     """
 
     paths: NDArray[np.str_]
@@ -37,15 +41,20 @@ class PredictionSet:
     y_pred: NDArray[np.str_]
     probabilities: NDArray[np.float32] | None = None
     folds: NDArray[np.int64] | None = None
-    log_probabilities: NDArray[np.float64] | None = None
+    searched: NDArray[np.float32] | None = None
+    units: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         for name in ("paths", "y_true", "y_pred"):
             object.__setattr__(self, name, np.asarray(getattr(self, name)).astype(str))
-        if self.probabilities is not None:
-            object.__setattr__(self, "probabilities", np.asarray(self.probabilities, dtype=np.float32))
-        if self.folds is not None:
-            object.__setattr__(self, "folds", np.asarray(self.folds, dtype=np.int64))
+        for name, kind in (
+            ("probabilities", np.float32),
+            ("searched", np.float32),
+            ("folds", np.int64),
+            ("units", np.int64),
+        ):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=kind))
         lengths = {name: len(part) for name, part in vars(self).items() if part is not None}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"a prediction set needs one row per image in every part, got {lengths}")
@@ -94,13 +103,14 @@ class Predictions:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise BundleError(f"{path}: no readable predictions ({error}); run `manyheads heads` again") from None
         found = (str(arrays.get("format", "")), int(arrays.get("version", -1)))
-        if found != (FORMAT, VERSION):
+        if found not in [(FORMAT, version) for version in READABLE]:
             raise BundleError(
                 f"{path}: found {found[0]!r} version {found[1]}, expected {FORMAT!r} version {VERSION}; run `manyheads heads` again"
             )
 
         def part(name: str) -> PredictionSet | None:
             own = {key.removeprefix(f"{name}_"): value for key, value in arrays.items() if key.startswith(f"{name}_")}
+            own.pop("log_probabilities", None)
             return PredictionSet(**own) if own else None
 
         test = part("test")

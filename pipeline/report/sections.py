@@ -159,7 +159,7 @@ def header(material: Material) -> str:
 
 def _test_card(test: Scores, metric: Metric) -> str:
     """Return the best row's test score in the score that was tuned; its accuracy where it gives no probabilities."""
-    value, interval = getattr(test, metric.name), _test_interval(test, metric)
+    value, interval = test.of(metric)
     if value is None or interval is None:
         metric, value, interval = ACCURACY, test.accuracy, test.interval
     sign = -1.0 if metric.lower_is_better else 1.0
@@ -171,10 +171,6 @@ def _test_card(test: Scores, metric: Metric) -> str:
         f"{metric.text(sign * value)}{percent} <small>{span}</small>",
         f"{right}, 95 % interval" if metric is ACCURACY else f"95 % interval; {right}",
     )
-
-
-def _test_interval(test: Scores, metric: Metric) -> Interval | None:
-    return test.interval if metric is ACCURACY else getattr(test, f"{metric.name}_interval")
 
 
 def _span(metric: Metric, interval: Interval) -> str:
@@ -192,32 +188,35 @@ def _name(head: str) -> str:
 
 def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
     board = material.leaderboard
-    reason = (
-        f'<p class="callout"><b>Recommended: {escape(board.verdict.recommended)}.</b> {escape(board.verdict.reason)}</p>'
-        if board.verdict
-        else ""
-    )
+    reason = f'<p class="callout">{_advice(board.verdict)}</p>' if board.verdict else ""
     order = (
         "cross-validation"
         if board.metric is ACCURACY
         else f"cross-validated {board.metric.title}{', the lowest first,' if board.metric.lower_is_better else ''}"
     )
     warnings = "".join(f'<p class="callout warn">{escape(line)}</p>' for line in board.warnings())
-    # Recommended and ~ are said above the table, where the page has a blue edge for the sign.
+    # What to use, ~ and ± are said above the table, where the page has a blue edge for the sign.
     alerts = board.alerts()
     notes = "".join(
         f"<li>{escape(note)}</li>"
         for note in board.notes()
-        if note not in alerts and not note.startswith(("Recommended", "~"))
+        if note not in alerts and not note.startswith(("Use ", "~", "±"))
     )
     warning = f'<p class="callout warn">{"<br>".join(map(escape, alerts))}</p>' if alerts else ""
     return (
         "<h2>Leaderboard</h2>"
         '<p class="quiet">Each row is a head, the classifier, fitted on an embedding, the numbers that a frozen network makes of an image. '
-        f"Ordered by {order} on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows).</p>"
+        f"Ordered by {order} on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows). "
+        "± is the standard deviation of the folds' scores: how they differ, and no interval of the score.</p>"
         f"{warnings}{reason}{warning}{tables.leaderboard(board)}"
         f'<details><summary>How to read this</summary><ul class="quiet">{notes}</ul></details>'
     )
+
+
+def _advice(verdict: Verdict) -> str:
+    """Return what to use and why, what to use in bold."""
+    said = f"Use {verdict.recommended}"
+    return f"<b>{escape(said)}</b>{escape(verdict.advice.removeprefix(said))}"
 
 
 def _difference(material: Material, drawn: Mapping[str, str]) -> str:
@@ -303,7 +302,7 @@ def _classes(material: Material, drawn: Mapping[str, str]) -> str:
     best = material.best
     if best is None:
         return ""
-    rows = per_class(best.test.y_true, best.test.y_pred, best.classes)
+    rows = per_class(best.test.y_true, best.test.y_pred, best.classes, best.test.units)
     text = (
         f"{material.leaderboard.best.key} on the test images. Rows of the matrix are true classes; blue is right, orange is wrong, "
         "and the stronger the colour, the larger the share of the class. Precision: of the images given this label, those that are it; "
@@ -333,7 +332,8 @@ def _calibration(part: PredictionSet, classes: tuple[str, ...]) -> Calibration |
         return None
     y = class_columns(part.y_true, classes)
     known = y >= 0
-    return measure_calibration(part.probabilities[known], y[known]) if known.any() else None
+    units = None if part.units is None else part.units[known]
+    return measure_calibration(part.probabilities[known], y[known], units=units) if known.any() else None
 
 
 def _calibration_section(material: Material, drawn: Mapping[str, str]) -> str:

@@ -129,7 +129,7 @@ def rank(outputs: Sequence[Path], target: Path) -> tuple[tuple[str, ...], Rankin
 
 def _tested(board: Leaderboard) -> dict[str, float]:
     """Return what each row scores on the test images in the tuned score, higher is better; without those that have none."""
-    found = {row.key: getattr(row.test, board.scoring) for row in board.rows if row.test}
+    found = {row.key: row.test.of(board.metric)[0] for row in board.rows if row.test}
     sign = -1.0 if board.metric.lower_is_better else 1.0
     return {key: sign * value for key, value in found.items() if value is not None}
 

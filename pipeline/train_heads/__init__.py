@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.dummy import DummyClassifier
+from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 
 from pipeline import bundle as bundles
@@ -38,8 +39,9 @@ from pipeline.errors import BundleError, HeadError, UnfittedError
 from pipeline.files import write_atomic, write_text_atomic
 from pipeline.heads import HEADS, Head
 from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
+from pipeline.leaderboard.imbalance import advice
 from pipeline.leaderboard.rows import CONSTANT_GUESS
-from pipeline.metrics import Predictions, scores
+from pipeline.metrics import METRICS, Predictions, scores
 from pipeline.metrics.expected import expected_accuracy
 from pipeline.metrics.intervals import Interval
 from pipeline.store import FeatureStore
@@ -57,7 +59,7 @@ log = logging.getLogger(__name__)
 BASELINE_HEAD = "logistic_regression"
 """What the pixels and HOG baselines are classified with."""
 
-ROW_VERSION = 4
+ROW_VERSION = 5
 """Goes up when a row or a bundle changes its meaning, so that finished ones are made again."""
 
 
@@ -128,7 +130,8 @@ def run(config: Config) -> HeadsRun:
     places = {name: place_of(name, store.dim, tasks[name], tuning) for name, store in stores.items()}
     held: tuple[str, Embedded] | None = None
     notes, left_out = [place.sentence() for place in places.values() if place.on_disk], list[str]()
-    for entry in _entries(config, records, heads, tuning):
+    notes += advice(np.bincount(task.y_train, minlength=len(task.classes)).tolist(), task.classes, tuning.scoring)
+    for entry in _entries(config, records, heads, tuning, task):
         own, place = tasks.get(entry.name, task), places.get(entry.name)
         key = _key(entry, own, config.seed)
         row = _finished(files.bundle(entry.name, entry.head.name), key)
@@ -166,7 +169,7 @@ def run(config: Config) -> HeadsRun:
 
 
 def _entries(
-    config: Config, records: Sequence[EmbeddingRecord], heads: Sequence[Head], tuning: TuningConfig
+    config: Config, records: Sequence[EmbeddingRecord], heads: Sequence[Head], tuning: TuningConfig, task: Task
 ) -> Iterator[Entry]:
     """Every row of the leaderboard to be: the heads on each backbone's embeddings, then the baselines."""
     for record in records:
@@ -178,16 +181,24 @@ def _entries(
     if CONSTANT_GUESS in config.baselines:
         yield Entry(
             None,
-            _majority_head(),
+            _majority_head(task),
             tuning.model_copy(update={"trials": 1, "seconds": None, "pca": None, "whiten": False}),
         )
 
 
-def _majority_head() -> Head:
-    """The guess that needs no image: always the most frequent class."""
+def _majority_head(task: Task) -> Head:
+    """The guess that needs no image: always the most frequent class of all training images, in every fold the same.
+
+    Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
+    """
+    _, codes = np.unique(task.y_train, return_inverse=True)
+    whole = len(np.unique(task.y_train)) == len(task.classes)
 
     def build(seed: int) -> Pipeline:
-        return Pipeline([("head", DummyClassifier(strategy="prior", random_state=seed))])
+        guess = DummyClassifier(strategy="prior", random_state=seed)
+        if whole:  # else folds and the last fit number the classes differently
+            guess = FrozenEstimator(guess.fit(np.zeros((len(codes), 1)), codes))
+        return Pipeline([("head", guess)])
 
     return Head(name="most_frequent", build=build, space={}, defaults={}, simplicity=-1, probabilities=True)
 
@@ -245,7 +256,8 @@ def _make_row(
     start = time.perf_counter()
     labels, probabilities = predict(bundle, X_test, entry.tuning)
     predict_seconds = time.perf_counter() - start
-    best, tested = tuned.best, scores(task.test.labels, labels, probabilities, task.classes, config.seed)
+    best, metric = tuned.best, METRICS[tuned.scoring]
+    tested = scores(task.test.labels, labels, probabilities, task.classes, config.seed, task.test.fold_groups(), metric)
     mean, journal = float(best.mean if best.mean is not None else np.nan), files.trials(entry.name, head.name)
     row = LeaderboardRow(
         embedding=entry.name,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.svm import SVC, NuSVC
 
 from pipeline import bundle as bundles
-from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet
+from pipeline.metrics import METRICS, Predictions, PredictionSet
 from pipeline.metrics.calibration import Calibrator, fit_calibrator
 from pipeline.train_heads.task import Task
 from pipeline.tuning import TuningRun
@@ -49,7 +49,13 @@ def predictions_of(
     tested = None if probabilities is None else probabilities.astype(np.float32)
     return Predictions(
         task.classes,
-        PredictionSet(task.test.paths.astype(str), names[task.y_test], labels.astype(str), tested),
+        PredictionSet(
+            task.test.paths.astype(str),
+            names[task.y_test],
+            labels.astype(str),
+            tested,
+            units=task.test.fold_groups(),
+        ),
         PredictionSet(
             task.train.paths.astype(str),
             names[task.y_train],
@@ -57,14 +63,15 @@ def predictions_of(
             held_out,
             out_of_fold.folds,
             _as_searched(tuned, task),
+            task.groups,
         ),
     )
 
 
-def _as_searched(tuned: TuningRun, task: Task) -> NDArray[np.float64] | None:
-    """Return the log-probabilities of the true classes where the search was scored by them, before calibration."""
-    found = tuned.out_of_fold
+def _as_searched(tuned: TuningRun, task: Task) -> NDArray[np.float32] | None:
+    """Return the probabilities before calibration where the search was scored by them: shape (n, n_classes), float32."""
     if not METRICS[tuned.scoring].needs_probabilities:
         return None
-    place = np.searchsorted(tuned.classes, task.y_train).astype(np.int64)
-    return Answers.of(place, found.predictions, found.scores).log_probabilities
+    found = np.zeros((len(task.train), len(task.classes)), dtype=np.float32)
+    found[:, tuned.classes] = tuned.out_of_fold.scores
+    return found

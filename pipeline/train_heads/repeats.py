@@ -103,7 +103,7 @@ def reweighted(
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     names = np.asarray(task.classes, dtype=str)
     guess = names[found.classes[found.out_of_fold.predictions]]
-    return scores(names[task.y_train], guess, None, task.classes, seed)
+    return scores(names[task.y_train], guess, None, task.classes, seed, task.groups)
 
 
 def _beside(journal: Path, name: str) -> Path:
@@ -115,4 +115,4 @@ def _score(pipeline: Pipeline, X: Features, y: NDArray[np.int64], n_classes: int
     said = [answers(pipeline, block, n_classes) for _, block in blocks(X)]
     labels, metric = np.concatenate([labels for labels, _, _ in said]), METRICS[scoring]
     columns = [scores for _, scores, _ in said if scores is not None and metric.needs_probabilities]
-    return metric.score(Answers.of(y, labels, np.concatenate(columns) if columns else None))
+    return metric.score(Answers(y, labels, np.concatenate(columns) if columns else None))

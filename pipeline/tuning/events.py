@@ -19,7 +19,7 @@ from pipeline.store import StoredRows
 from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.records import FoldOutcome, Problem
 
-SOLVERS_VERSION = 7
+SOLVERS_VERSION = 8
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 
@@ -62,6 +62,11 @@ def _digest(X: Features) -> str:
 def fit_key(rung: int, params: Params, fold: int) -> str:
     """Return what tells one fit of a search from another."""
     return canonical_json([rung, dict(params), fold])
+
+
+def trial_key(rung: int, params: Params) -> str:
+    """Return what tells one candidate on a rung from another."""
+    return canonical_json([rung, dict(params)])
 
 
 def fit_event(

@@ -18,10 +18,10 @@ from threadpoolctl import ThreadpoolController
 
 from pipeline.config import TuningConfig
 from pipeline.heads import Params
-from pipeline.metrics import METRICS, Answers
+from pipeline.metrics import METRICS, Answers, joined
 from pipeline.tuning.evaluation import Evaluator, Shared, failed, working_memory
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
-from pipeline.tuning.events import fit_event, fit_key, replay
+from pipeline.tuning.events import fit_event, fit_key, replay, trial_key
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.records import FoldOutcome, Measured, Problem
 from pipeline.tuning.room import room_for
@@ -54,12 +54,17 @@ class FoldFits:
         self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
         self.replayed = self.done = 0
         self.journal = journal
+        self._metric = METRICS[tuning.scoring]
         fits = [event for event in journal.events if event["event"] == "fit"]
+        ended = [event for event in journal.events if event["event"] == "trial"]
+        self._judged = {trial_key(event["rung"], event["params"]): event["estimate"] for event in ended}
+        if not self._metric.mean_of_images:
+            # The journal keeps no predictions, so what was not judged as a whole before a kill is fitted again.
+            fits = [event for event in fits if trial_key(event["rung"], event["params"]) in self._judged]
         self._known = {fit_key(event["rung"], event["params"], event["fold"]): event for event in fits}
         self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
         self._start = time.perf_counter()
         self._threads = ThreadpoolController()
-        self._metric = METRICS[tuning.scoring]
 
     def elapsed(self) -> float:
         """Seconds of this search, earlier runs included."""
@@ -73,10 +78,12 @@ class FoldFits:
         numbers: Sequence[int],
         rung: int,
         tell: Callable[[], None] = lambda: None,
+        going_on: Callable[[Sequence[int]], bool] = lambda group: True,
     ) -> list[tuple[int, int, FoldOutcome, float]]:
         """Fit the living points on a stage's folds, in parallel; each is in the journal before this returns.
 
         tell : called as fits end, when they are in `done`
+        going_on : asked of the candidates of each fit before it begins; what it refuses is left out
         """
         groups = [list(alive)] if self.evaluator.together else [[place] for place in alive]
         tasks = [(fold, group) for fold in stage for group in groups if group]
@@ -90,7 +97,10 @@ class FoldFits:
             else:
                 pending.append((fold, group))
         run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator_unordered")
-        for fold, group, made in run(joblib.delayed(self._task)(fold, group, points, rung) for fold, group in pending):
+        tasks_left = (joblib.delayed(self._task)(fold, group, points, rung, going_on) for fold, group in pending)
+        for fold, group, made in run(tasks_left):
+            if not made:
+                continue
             events = []
             for place, (outcome, score) in zip(group, made, strict=True):
                 results.append((place, fold, outcome, score))
@@ -101,8 +111,15 @@ class FoldFits:
         return sorted(results, key=lambda result: result[:2])
 
     def _task(
-        self, fold: int, group: Sequence[int], points: Sequence[Params], rung: int
+        self,
+        fold: int,
+        group: Sequence[int],
+        points: Sequence[Params],
+        rung: int,
+        going_on: Callable[[Sequence[int]], bool],
     ) -> tuple[int, Sequence[int], list[tuple[FoldOutcome, float]]]:
+        if not going_on(group):
+            return fold, group, []
         candidates = [points[place] for place in group]
         if self.evaluator.cheap(rung):
             step = self.evaluator.rungs[rung]
@@ -116,8 +133,23 @@ class FoldFits:
         return fold, group, list(zip(outcomes, scores, strict=True))
 
     def _answers(self, y: NDArray[np.int64], outcome: FoldOutcome) -> Answers:
-        assert outcome.predictions is not None
-        return Answers.of(y, outcome.predictions, outcome.scores if self._metric.needs_probabilities else None)
+        assert outcome.predictions is not None, "a fit that failed is not judged"
+        return Answers(y, outcome.predictions, outcome.scores if self._metric.needs_probabilities else None)
+
+    def score(self, params: Params, rung: int, scores: NDArray[np.float64], outcomes: Sequence[FoldOutcome]) -> float:
+        """Return the score of all held-out answers together, of a candidate that was fitted on every fold.
+
+        Of a mean over images that is the mean of the folds' scores, weighted by their images. A mean over classes is no
+        mean over folds: a fold without a rare class would count as if nothing were wrong with it.
+        """
+        held_out = [rows for _, rows in self.problem.folds]
+        if self._metric.mean_of_images:
+            return float(np.average(scores, weights=[len(rows) for rows in held_out]))
+        known = self._judged.get(trial_key(rung, params))
+        if known is not None:
+            return float(known)
+        parts = [self._answers(self.problem.y[rows], one) for rows, one in zip(held_out, outcomes, strict=True)]
+        return self._metric.score(joined(parts))
 
     def _judge_training(self, problem: Problem, fold: int, outcomes: Sequence[FoldOutcome]) -> list[FoldOutcome]:
         """Score what was said of the rows a fold was fitted on, and leave the outcomes of those it holds out."""

@@ -130,7 +130,7 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
             parts = [said(pipeline, block) for _, block in blocks(problem.X)]
     labels = np.concatenate([part[0] for part in parts]).astype(np.int64)
     columns = np.concatenate([part[1] for part in parts]) if metric.needs_probabilities else None
-    measured = Measured.of(metric, Answers.of(problem.y, labels, columns))
+    measured = Measured.of(metric, Answers(problem.y, labels, columns))
     return Fitted(pipeline, labels, measured, seconds, dict(counts))
 
 

@@ -85,8 +85,8 @@ class Measured:
 
     @staticmethod
     def of(metric: Metric, answers: Answers) -> Measured:
-        """Score answers; the standard error is that of the mean of what each row adds."""
-        added = metric.shares(answers).contributions()
+        """Score answers; the standard error is that of the mean of what each unit adds."""
+        added = metric.contributions(answers)
         return Measured(metric.score(answers), float(added.std() / np.sqrt(len(added))))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace as changed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,9 @@ MOST_TRIALS = 200
 def check(head: Head, tuning: TuningConfig) -> list[str]:
     """Return the reasons why a head cannot be tuned as configured, before anything is spent."""
     if METRICS[tuning.scoring].needs_probabilities and not head.probabilities:
+        *some, last = (name for name, metric in METRICS.items() if not metric.needs_probabilities)
         return [
-            f"head {head.name}: tuning.scoring 'log_loss' needs probabilities, which it does not give; the others are accuracy, balanced_accuracy and macro_f1"
+            f"head {head.name}: tuning.scoring {tuning.scoring!r} needs probabilities, which it does not give; the others are {', '.join(some)} and {last}"
         ]
     return []
 
@@ -139,11 +141,11 @@ class _Search:
         with bar(limit, "trials", head.name) as progress:
             self._progress = progress
             points = next(asked, None)
-            while points and len(self.trials) < limit and self._time_left() and not self._hopeless(len(points)):
+            while points and len(self.trials) < limit and self._goes_on() and not self._hopeless(len(points)):
                 values = self._round(points[: limit - len(self.trials)], progress)
                 start = time.perf_counter()
                 try:
-                    points = asked.send(values) if len(self.trials) < limit else None
+                    points = asked.send(values) if len(self.trials) < limit and self._time_left() else None
                 except StopIteration:
                     points = None
                 self.surrogate_seconds += time.perf_counter() - start
@@ -158,7 +160,11 @@ class _Search:
             self._progress.note(", ".join(filter(None, [self._said, f"{self.fits.done} fits"])))
 
     def _time_left(self) -> bool:
-        return self.tuning.seconds is None or not self.trials or self.fits.elapsed() < self.tuning.seconds
+        return self.tuning.seconds is None or self.fits.elapsed() < self.tuning.seconds
+
+    def _goes_on(self) -> bool:
+        """Whether another round may begin: the first always may, as one trial must end."""
+        return not self.trials or self._time_left()
 
     def _hopeless(self, size: int) -> bool:
         """Whether the first two rounds failed to the last trial: more would fail too."""
@@ -170,7 +176,7 @@ class _Search:
         numbers = list(range(first, first + len(points)))
         fresh = self._race(numbers, points, rung=0)
         self.trials += fresh
-        self.journal.append([{"event": "trial", "elapsed": self.fits.elapsed(), **trial.record()} for trial in fresh])
+        self._write(fresh, rung=0)
         progress.update(len(fresh))
         estimates = [trial.estimate for trial in self.trials if trial.estimate is not None]
         if estimates:
@@ -190,7 +196,13 @@ class _Search:
             self._say(f"{len(climbing)} of them go on")
             for trial in self._race(climbing, [self.trials[number].params for number in climbing], rung):
                 self.trials[trial.number] = trial
-                self.journal.append([{"event": "trial", "elapsed": self.fits.elapsed(), **trial.record()}])
+                self._write([trial], rung)
+
+    def _write(self, trials: Sequence[Trial], rung: int) -> None:
+        elapsed = self.fits.elapsed()
+        self.journal.append(
+            [{"event": "trial", "elapsed": elapsed, "rung": rung, **trial.record()} for trial in trials]
+        )
 
     def _promising(self, numbers: Sequence[int]) -> list[int]:
         """Return the trials with an estimate that are most worth a dearer fit, the best first."""
@@ -224,28 +236,67 @@ class _Search:
         return chosen
 
     def _race(self, numbers: Sequence[int], points: Sequence[Params], rung: int) -> list[Trial]:
-        """Fit points fold by fold, stopping those that can no longer win."""
+        """Fit points fold by fold, stopping those that can no longer win, and when time is up all but one.
+
+        Returns the trials of those that were fitted on a fold at least.
+        """
         n_folds = len(self.problem.folds)
         scores = np.full((len(points), n_folds), np.nan)
         outcomes: list[list[FoldOutcome]] = [[] for _ in points]
         alive = list(range(len(points)))
         reasons: dict[int, str] = {}
-        for stage in racing.stages(n_folds, 1 if self._halves(rung) else racing.STAGE):
-            for place, fold, outcome, score in self.fits.fit(alive, points, stage, numbers, rung, self._say):
+        one_by_one = self._halves(rung) or self.tuning.seconds is not None
+        for stage in racing.stages(n_folds, 1 if one_by_one else racing.STAGE):
+            last = self._to_finish(alive, scores[:, : stage[0]])
+            begins = partial(self._begins, last)
+            for place, fold, outcome, score in self.fits.fit(alive, points, stage, numbers, rung, self._say, begins):
                 outcomes[place].append(outcome)
                 scores[place, fold] = score
             done = stage[-1] + 1
             alive = [place for place in alive if all(outcome.error is None for outcome in outcomes[place])]
+            alive = self._in_time(alive, outcomes, scores, done, reasons)
             if done < n_folds:
                 alive = self._still_racing(alive, scores, done, reasons, rung)
-        leader = self._leader(scores, alive, n_folds, rung)
+        wholes = {place: self.fits.score(points[place], rung, scores[place], outcomes[place]) for place in alive}
+        leader = self._leader(scores, alive, n_folds, rung, wholes)
         trials = []
         for place, (number, params) in enumerate(zip(numbers, points, strict=True)):
-            trials.append(self._trial(number, params, scores[place], outcomes[place], reasons.get(place), leader, rung))
+            if not outcomes[place]:
+                continue
+            trial = self._trial(number, params, scores[place], outcomes[place], wholes.get(place), rung)
+            trials.append(self._stopped(trial, reasons.get(place), leader))
             mean = trials[-1].mean
             if mean is not None and mean > self._kept_mean:
                 self._kept, self._kept_mean = {number: outcomes[place]}, mean
         return trials
+
+    def _begins(self, last: int | None, group: Sequence[int]) -> bool:
+        """Whether a fit may begin: while there is time, and that of the candidate that has to finish."""
+        return self._time_left() or last in group
+
+    def _to_finish(self, alive: Sequence[int], scores: NDArray[np.float64]) -> int | None:
+        """Return which candidate is fitted whatever the clock says: the best so far, until a trial has finished."""
+        if not alive or any(trial.mean is not None for trial in self.trials):
+            return None
+        return max(alive, key=lambda place: (float(scores[place].mean()) if scores.size else 0.0, -place))
+
+    def _in_time(
+        self,
+        alive: list[int],
+        outcomes: Sequence[Sequence[FoldOutcome]],
+        scores: NDArray[np.float64],
+        done: int,
+        reasons: dict[int, str],
+    ) -> list[int]:
+        """Return who goes on: all that were fitted on the folds so far, and when time is up the one that has to finish."""
+        n_folds = scores.shape[1]
+        kept = [place for place in alive if len(outcomes[place]) == done]
+        if done < n_folds and not self._time_left():
+            last = self._to_finish(kept, scores[:, :done])
+            kept = [] if last is None else [last]
+        for place in set(alive) - set(kept):
+            reasons[place] = f"time was up after {len(outcomes[place])} of {n_folds} folds"
+        return kept
 
     def _halves(self, rung: int) -> bool:
         """Whether the better half goes on from fold to fold: what came through the rungs is too close for a margin."""
@@ -254,9 +305,10 @@ class _Search:
     def _still_racing(
         self, alive: list[int], scores: NDArray[np.float64], done: int, reasons: dict[int, str], rung: int
     ) -> list[int]:
-        leader = self._leader(scores, alive, done, rung)
-        if leader is None:
+        found = self._leader(scores, alive, done, rung)
+        if found is None:
             return alive
+        leader, _ = found
         left = set(racing.better_half(scores[:, :done], alive) if self._halves(rung) else alive)
         kept = []
         for place in alive:
@@ -269,15 +321,27 @@ class _Search:
         return kept
 
     def _leader(
-        self, scores: NDArray[np.float64], alive: Sequence[int], done: int, rung: int
-    ) -> NDArray[np.float64] | None:
-        """Fold scores of the best so far on the first `done` folds: of earlier trials and of this round."""
-        rows = [scores[place] for place in alive]
+        self,
+        scores: NDArray[np.float64],
+        alive: Sequence[int],
+        done: int,
+        rung: int,
+        wholes: Mapping[int, float] | None = None,
+    ) -> tuple[NDArray[np.float64], float] | None:
+        """Fold scores of the best so far on the first `done` folds, of earlier trials and of this round, and its score.
+
+        wholes : the scores of all held-out answers of this round's candidates; without them the folds' mean decides
+        """
+        rows = [(scores[place], None if wholes is None else wholes[place]) for place in alive]
         if rung == 0:  # on a later rung this round has all that were judged alike
-            earlier = [trial.fold_scores for trial in self.trials if None not in trial.fold_scores]
-            rows += [np.array(fold_scores, dtype=float) for fold_scores in earlier]
-        rows = [row for row in rows if not np.isnan(row[:done]).any()]
-        return max(rows, key=lambda row: float(row[:done].mean())) if rows else None
+            earlier = [trial for trial in self.trials if None not in trial.fold_scores and trial.estimate is not None]
+            rows += [
+                (np.array(trial.fold_scores, dtype=float), None if wholes is None else trial.estimate)
+                for trial in earlier
+            ]
+        judged = [(row, float(row[:done].mean()) if whole is None else whole) for row, whole in rows]
+        judged = [(row, score) for row, score in judged if not np.isnan(row[:done]).any()]
+        return max(judged, key=lambda pair: pair[1]) if judged else None
 
     def _trial(
         self,
@@ -285,33 +349,39 @@ class _Search:
         params: Params,
         scores: NDArray[np.float64],
         outcomes: Sequence[FoldOutcome],
-        reason: str | None,
-        leader: NDArray[np.float64] | None,
+        whole: float | None,
         rung: int,
     ) -> Trial:
+        """Return the trial of a candidate; whole : the score of all its held-out answers, None where it was not fitted on all."""
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-        fitted = ~np.isnan(scores)
         trial = Trial(
             number=number,
             params=dict(params),
             status="ok",
-            fold_scores=tuple(float(score) if known else None for score, known in zip(scores, fitted, strict=True)),
-            mean=None,
-            estimate=None,
+            fold_scores=tuple(None if np.isnan(score) else float(score) for score in scores),
+            mean=whole,
+            estimate=whole,
             fit_seconds=sum(outcome.fit_seconds for outcome in outcomes),
             score_seconds=sum(outcome.score_seconds for outcome in outcomes),
             warnings=dict(sum((Counter(outcome.warnings) for outcome in outcomes), Counter())),
         )
         if errors:
-            return changed(trial, status="failed", error=errors[0])
-        if reason is not None and leader is not None:
+            return changed(trial, status="failed", error=errors[0], mean=None, estimate=None)
+        if whole is not None and self.evaluator.cheap(rung):
+            return changed(trial, status="stopped", mean=None, reason="screened only")
+        return trial
+
+    def _stopped(self, trial: Trial, reason: str | None, leader: tuple[NDArray[np.float64], float] | None) -> Trial:
+        """Return a trial that was stopped with what its folds let expect."""
+        if reason is None or trial.status == "failed":
+            return trial
+        estimate = None
+        if leader is not None:
             # On the same folds the difference to the leader is less noisy than the score itself.
-            estimate = float(leader.mean() + (scores[fitted] - leader[fitted]).mean())
-            return changed(trial, status="stopped", estimate=estimate, reason=reason)
-        mean = float(scores.mean())
-        if self.evaluator.cheap(rung):
-            return changed(trial, status="stopped", estimate=mean, reason="screened only")
-        return changed(trial, mean=mean, estimate=mean)
+            fold_scores, score = leader
+            gaps = [own - best for own, best in zip(trial.fold_scores, fold_scores, strict=True) if own is not None]
+            estimate = float(score + np.mean(gaps))
+        return changed(trial, status="stopped", estimate=estimate, reason=reason)
 
     def _best(self) -> Trial:
         done = [trial for trial in self.trials if trial.mean is not None]

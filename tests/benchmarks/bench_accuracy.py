@@ -29,8 +29,8 @@ from sklearn.preprocessing import StandardScaler
 
 import pipeline
 from pipeline import config, extract_features
+from pipeline.finetune.judgement import compared
 from pipeline.images import Preprocessing, decode, prepare
-from pipeline.metrics import paired_test
 
 OUTPUT = Path("build/benchmarks/accuracy.json")
 EXACT = {"device": "cpu", "precision": "fp32", "engine": "torch", "decode": "exact"}
@@ -143,7 +143,7 @@ def main() -> None:
         ]
         for name, (other, _) in made.items():
             right = out_of_fold(other, y, penalty)
-            test = paired_test(right, exact, seed=0)
+            test = compared(right, exact, None, seed=0)
             kept = float((neighbours(other) == nearest).mean())
             low, high = (100 * end for end in test.interval)
             results[f"{network}: {name}"] = {"accuracy": float(right.mean()), "change": test.difference, "kept": kept}

@@ -1,0 +1,39 @@
+"""Intervals and comparisons with groups and rare classes, at counts that take minutes: `python -m pytest tests/proofs -n 0 -s -k statistics`."""
+
+from __future__ import annotations
+
+import pytest
+from statistics_cases import coverage, false_winners, false_winners_of_permuted_groups
+
+
+@pytest.mark.parametrize(
+    ("n", "groups", "effect"), [(400, None, 0.0), (150, None, 0.0), (1440, 72, 0.7), (240, 12, 0.5), (800, 40, 0.7)]
+)
+def test_statistics_intervals_cover_the_truth(n: int, groups: int | None, effect: float) -> None:
+    found = coverage(600, n, groups, effect)
+    print(f"\ncoverage, {n} images, {groups} groups: {found}")
+    assert all(share >= 0.93 for share in found.values())
+
+
+@pytest.mark.parametrize(
+    ("runs", "n", "groups", "effect", "metric"),
+    [
+        (200, 1440, 72, 1.0, "accuracy"),
+        (400, 240, 12, 0.7, "accuracy"),
+        (300, 400, None, 0.0, "macro_f1"),
+        (200, 720, 36, 0.7, "macro_f1"),
+        (200, 720, 36, 0.7, "balanced_accuracy"),
+    ],
+)
+def test_statistics_have_few_false_winners(runs: int, n: int, groups: int | None, effect: float, metric: str) -> None:
+    found = false_winners(runs, n, groups, effect, metric)
+    print(f"\nfalse winners in {runs} runs, {n} images, {groups} groups, {metric}: {found}")
+    assert found["out of fold"] <= 0.05
+    assert found["test"] <= 0.05
+
+
+@pytest.mark.parametrize(("groups", "size"), [(40, 6), (72, 4)])
+def test_statistics_of_permuted_groups_have_few_false_winners(groups: int, size: int) -> None:
+    found = false_winners_of_permuted_groups(600, groups, size)
+    print(f"\nfalse winners in 600 runs with permuted labels of {groups} groups of {size}: {found}")
+    assert found <= 0.05
