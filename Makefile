@@ -59,7 +59,7 @@ EXTRA := $(if $(wildcard /dev/nvidiactl),,[openvino])
 
 # The stamps are written last, so an install that was interrupted is done again.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Python %d.%d found, 3.10 to 3.13 needed: make PYTHON=python3.12 ..." % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else "Python %d.%d found, 3.11 to 3.14 needed: make PYTHON=python3.12 ..." % v)'
 	@echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python

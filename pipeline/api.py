@@ -45,6 +45,9 @@ class Vectors:
     def __len__(self) -> int:
         return len(self.digests)
 
+    def __repr__(self) -> str:
+        return f"Vectors of shape {self.shape}, float32, on disk"
+
     def __getitem__(self, rows: Any) -> NDArray[np.float32]:
         if isinstance(rows, tuple):
             first, *rest = rows
@@ -67,6 +70,10 @@ class Features(NamedTuple):
     paths: NDArray[np.object_]
     """Relative to the data set's root, with '/'; shape (n,)."""
     groups: NDArray[np.object_] | None
+
+    def __repr__(self) -> str:
+        groups = "" if self.groups is None else f", {len(np.unique(self.groups)):,} groups"
+        return f"Features(X: {self.X}, y: {len(np.unique(self.y)):,} classes, paths{groups})"
 
 
 def load(path: str | Path, split: str | None = None, embedding: str | None = None) -> Features:

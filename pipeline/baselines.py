@@ -42,11 +42,6 @@ class Baseline:
         return "cpu"
 
     @property
-    def slots(self) -> int:
-        """It works in the caller's own thread."""
-        return 1
-
-    @property
     def canary(self) -> tuple[NDArray[np.float32]]:
         """The vectors of the built-in probe images."""
         return self.embed(probe_images(self.preprocessing.size))
@@ -54,11 +49,6 @@ class Baseline:
     def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32]]:
         """Embed n prepared images, uint8 of shape (n, height, width, 3): one float32 array of shape (n, dim)."""
         return (self.recipe(pixels),)
-
-    def start(self, pixels: NDArray[np.uint8]) -> Callable[[], tuple[NDArray[np.float32]]]:
-        """Embed, as a network that works beside the caller does in two steps."""
-        vectors = self.embed(pixels)
-        return lambda: vectors
 
 
 def load(name: str, decode: str = "exact") -> Baseline:

@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.digests import bytes_digest
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, first_line
 from pipeline.files import write_atomic, write_text_atomic
-from pipeline.imports import instead
+from pipeline.imports import instead, look_in
 from pipeline.metrics.calibration import Calibrator, scores_as_columns
+from pipeline.metrics.said import said
 
 with instead({"sklearn.externals.array_api_compat.torch": None}):
     # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
@@ -84,18 +85,16 @@ class ModelBundle:
         dim = getattr(self.estimator, "n_features_in_", X.shape[1])
         if X.shape[1] != dim:
             raise BundleError(f"head {self.head!r} takes vectors of {dim} numbers, got {X.shape[1]}")
-        names = np.asarray(self.classes, dtype=object)
-        labels = names[self.estimator.predict(X)]
-        return labels, self._probabilities(X)
+        places, raw, kind = said(self.estimator, X)
+        labels = np.asarray(self.classes, dtype=object)[self.estimator.classes_[places]]
+        return labels, self._probabilities(raw, kind)
 
-    def _probabilities(self, X: NDArray[np.float32]) -> NDArray[np.float64] | None:
+    def _probabilities(self, raw: NDArray[np.floating] | None, kind: str | None) -> NDArray[np.float64] | None:
         """Zero for a class the head never saw."""
-        kind = "probability" if hasattr(self.estimator, "predict_proba") else "decision"
-        if kind == "decision" and self.calibrator is None:
+        if raw is None or (kind == "decision" and self.calibrator is None):
             return None
-        raw = self.estimator.predict_proba(X) if kind == "probability" else self.estimator.decision_function(X)
         seen = raw if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
-        probabilities = np.zeros((len(X), len(self.classes)))
+        probabilities = np.zeros((len(raw), len(self.classes)))
         probabilities[:, self.estimator.classes_] = seen
         return probabilities
 
@@ -195,7 +194,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
             raise BundleError(
                 f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
             )
-        estimator = joblib.load(path)
+        estimator = _load_joblib(path)
     else:
         estimator = _load_skops(path, data)
     return ModelBundle(
@@ -207,6 +206,17 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
         provenance=document.get("provenance", {}),
         calibrator=_calibrator(folder, document.get("calibrator")),
     )
+
+
+def _load_joblib(path: Path) -> Any:
+    look_in(Path())
+    try:
+        return joblib.load(path)
+    except (ImportError, AttributeError) as error:
+        raise BundleError(
+            f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
+            "run the command in the folder where that module is"
+        ) from None
 
 
 def check_file(folder: Path, document: Mapping[str, Any]) -> bytes:

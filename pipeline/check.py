@@ -8,10 +8,8 @@ from pathlib import Path
 
 from pipeline import backbone, dataset, tuning
 from pipeline import heads as head_table
-from pipeline.config import BackboneConfig, Config
+from pipeline.config import Artifacts, BackboneConfig, Config
 from pipeline.errors import DatasetError, PipelineError
-from pipeline.images import gpu_decoder
-from pipeline.tuning import devices
 
 
 def run(config: Config) -> list[str]:
@@ -41,6 +39,7 @@ def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[st
 
 def _heads(config: Config) -> list[str]:
     heads = head_table.resolve_all(config.heads)
+    tuning.require(config.tuning.strategy)
     problems = {head.name: tuning.check(head, config.tuning) for head in heads}
     able = [name for name, found in problems.items() if not found]
     reasons = [reason for found in problems.values() for reason in found]
@@ -80,24 +79,11 @@ def _download(section: BackboneConfig) -> list[str]:
 
 def _machine(config: Config) -> list[str]:
     """See that this machine has the devices and engines that the config insists on."""
-    problems: list[str] = []
-
-    def extraction() -> None:
-        device = backbone.require_arithmetic(config.extraction)
-        if config.extraction.decode == "gpu":
-            gpu_decoder(device)
-
-    def tuned() -> None:
-        if config.tuning.device != "auto":
-            devices.resolve(config.tuning.device, large=True)
-
-    for part in (extraction, tuned):
-        try:
-            part()
-        except PipelineError as error:
-            problems += [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
-    if problems:
-        raise PipelineError("machine", problems)
+    try:
+        backbone.require_arithmetic(config.extraction)
+    except PipelineError as error:
+        problems = [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
+        raise PipelineError("machine", problems) from None
     return []
 
 
@@ -107,6 +93,8 @@ def _data(config: Config) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         # Into a folder of its own: a look at the data must not fix their splits.
         found = dataset.scan(config.dataset, config.seed, Path(folder, "dataset"))
+        if config.dataset.source in {"folder", "manifest"}:
+            dataset.require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)
         dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("ledger.csv"))
         if lack := dataset.missing_side(found.index):

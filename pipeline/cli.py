@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found something, 2 a mistake the user can solve, 1
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -28,6 +29,7 @@ PACKED = (".h5", ".hdf5")
 
 def main() -> None:
     """Run the command line; a user's mistake is printed without a traceback and ends with exit code 2."""
+    _write_what_a_stream_can_show()
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -36,7 +38,7 @@ def main() -> None:
         _complain(str(error))
         sys.exit(2)
     except click.exceptions.Abort as stop:  # what click makes of KeyboardInterrupt
-        _complain("stopped; what was finished is kept, and features, heads, finetune and pretrain go on from there")
+        _complain("stopped; what was finished is kept, and features, heads and finetune go on from there")
         reason = stop.__cause__.args if stop.__cause__ else ()
         sys.exit(143 if reason[:1] == (signal.SIGTERM,) else 130)
     except click.ClickException as error:
@@ -113,7 +115,7 @@ def heads(config: Path, overrides: tuple[str, ...]) -> None:
     from pipeline import train_heads as stage
 
     result = stage.run(configuration.load(config, overrides))
-    page = pages.build(result.files.root)
+    page = pages.refresh(result.files.root)
     for line in [*result.summary_lines(), f"report       {page}"]:
         click.echo(line)
 
@@ -138,21 +140,13 @@ def finetune(config: Path, overrides: tuple[str, ...], output: Path | None) -> N
         files.write_atomic(output, result.weights.read_bytes())
 
 
-@cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
-)
-def pretrain(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Train a small network from scratch on a folder or archive of labelled images.
-
-    Example: manyheads pretrain configs/pretraining/bundled.yaml
-    """
-    from pipeline import pretrain as stage
-
-    result = stage.run(configuration.load_pretraining(recipe, overrides))
-    for line in result.summary_lines():
-        click.echo(line)
+@cli.command(hidden=True, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1)
+def pretrain(arguments: tuple[str, ...]) -> None:
+    """Gone from the package."""
+    raise click.UsageError(
+        "pretrain is a script of the source repository now: python configs/pretraining/pretrain.py configs/pretraining/bundled.yaml"
+    )
 
 
 @cli.command()
@@ -341,22 +335,11 @@ def merge(store: Path, sources: tuple[Path, ...]) -> None:
 
 
 @cli.command()
-@_experiment
-def migrate(config: Path, overrides: tuple[str, ...]) -> None:
-    """Write feature stores of an older format anew in that of this version; the old ones are kept beside.
-
-    Example: manyheads migrate configs/folder.yaml
-    """
-    from pipeline import maintenance
-
-    for line in maintenance.migrate(configuration.load(config, overrides)):
-        click.echo(line)
-
-
-@cli.command()
 @click.argument("model")
 def layers(model: str) -> None:
     """List the layers of a backbone that can be embedded, with their shapes.
+
+    MODEL is a torchvision model, regnet_small, or a weights file that `finetune` wrote.
 
     Example: manyheads layers resnet18
     """
@@ -364,6 +347,13 @@ def layers(model: str) -> None:
 
     for name, shape in backbone.layers(model):
         click.echo(f"{name:<40} {' x '.join(map(str, shape))}")
+
+
+def _write_what_a_stream_can_show() -> None:
+    """Escape what a terminal or pipe has no sign for: a class name must not be a traceback after hours of work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _log_to_stderr() -> None:

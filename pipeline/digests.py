@@ -21,9 +21,9 @@ Digests = NDArray[np.uint64]
 """Content digests of n images: ndarray of shape (n, 2), little-endian uint64; row i is one 16-byte digest."""
 
 
-def content_digest(data: bytes | memoryview) -> bytes:
-    """Return the 16-byte digest that names an image's content."""
-    return hashlib.blake2b(data, digest_size=CONTENT_BYTES).digest()
+def content_digest(data: bytes | memoryview, revision: bytes = b"") -> bytes:
+    """Return the 16-byte digest of some bytes; another one under each `revision`, of at most 16 bytes."""
+    return hashlib.blake2b(data, digest_size=CONTENT_BYTES, person=revision).digest()
 
 
 def file_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionCon
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.files import write_text_atomic
-from pipeline.images import Preprocessing
+from pipeline.images import DECODE_MODES, Preprocessing
 from pipeline.store import differences
 
 logger = logging.getLogger(__name__)
@@ -47,16 +47,9 @@ class Embedder(Protocol):
     def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
         """Turn uint8 (n, height, width, 3) into one float32 (n, dim) per spec."""
 
-    def start(self, pixels: NDArray[np.uint8]) -> Callable[[], tuple[NDArray[np.float32], ...]]:
-        """Do the same in two steps: it has read the pixels when it returns a function, which waits for the vectors."""
-
     @property
     def device(self) -> object:
         """Where it computes; as text `cpu`, or such as `cuda:0`."""
-
-    @property
-    def slots(self) -> int:
-        """How many batches may be started before one is waited for; 1 where nothing is gained by it."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ def shared(config: Config) -> dict[str, Any]:
     """Return what of a config all its embeddings share: which images there are, and how they become vectors."""
     return {
         "seed": config.seed,
-        "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures"}),
+        "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures", "target"}),
         "extraction": config.extraction.model_dump(mode="json", include={"precision", "engine", "decode"}),
     }
 
@@ -233,6 +226,11 @@ def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
     """
     spec = record.spec
     decode = spec.preprocessing["decode"]["mode"]
+    if decode not in DECODE_MODES:
+        raise BackboneError(
+            f"{record.name}: its images were decoded in the way {decode!r}, which this version does not have; run `manyheads "
+            "features` and `manyheads heads` again"
+        )
     if record.section is None:
         embedder: Embedder = baselines.load(spec.architecture, decode)
     else:

@@ -1,46 +1,50 @@
-"""From files to batches of pixels: threads read, decode and prepare images ahead of the network.
+"""From files to vectors: threads read, decode and prepare images ahead of the networks, and batches go through those.
 
 Each thread fills a part of a batch whose memory exists already, and a fixed number of batches is under way, so memory stays
 the same however many images there are. An image is decoded once, whatever number of networks wants it (with `decode: fast`,
-once for each size that is wanted).
+once for each size that is wanted). Every stage that embeds does it by `embed`.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.images import (
-    MOST_DIFFERENCE,
-    GpuDecoder,
-    ImageProblem,
-    Preprocessing,
-    decode,
-    gpu_decoder,
-    open_file,
-    prepare,
-)
+from pipeline.embedders import Embedder
+from pipeline.errors import BackboneError
+from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
+from pipeline.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 8
 """Images a thread takes at a time: handing them over one by one costs 0.1 to 0.2 ms each."""
 
-GPU_CHUNK = 16
-"""The same where a GPU decodes, which is faster on several at a time; their files are all in memory then."""
-
 AHEAD = 3
 """Batches under way: one with the network, one ready, one being filled."""
+
+MOST_THREADS = 16
+"""Threads that read and decode, unless the user asks for more."""
+
+Vectors = tuple[NDArray[np.float32], ...]
+"""One array of shape (n, dim), float32, per output of an embedder."""
+
+
+def threads(asked: int | str = "auto") -> int:
+    """Return how many threads read and decode."""
+    return min(os.cpu_count() or 1, MOST_THREADS) if asked == "auto" else int(asked)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Batch:
     items: Sequence[Item]
     pixels: list[NDArray[np.uint8]]
     problems: dict[int, ImageProblem] = field(default_factory=dict)
+    hashes: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """Row -> perceptual hash, where they are asked for."""
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -78,9 +84,9 @@ class Feeder:
     preprocessings: tuple[Preprocessing, ...]
     """One per taker of pixels; those that are equal are done once."""
     batch_size: int
-    workers: int
-    gpu: GpuDecoder | None = None
-    """What decodes, if any; the processor decodes what it leaves."""
+    workers: int = field(default_factory=threads)
+    hashed: bool = False
+    """Whether images get a perceptual hash as well."""
 
     def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
         """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
@@ -110,10 +116,9 @@ class Feeder:
         return [distinct[way] for way in self.preprocessings]
 
     def _submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[tuple[float, float]]]:
-        most, fill = (CHUNK, self._fill) if self.gpu is None else (GPU_CHUNK, partial(self._fill_by_gpu, self.gpu))
-        size = max(1, min(most, -(-len(batch.items) // self.workers)))
+        size = max(1, min(CHUNK, -(-len(batch.items) // self.workers)))
         return [
-            pool.submit(fill, batch, range(start, min(start + size, len(batch.items))))
+            pool.submit(self._fill, batch, range(start, min(start + size, len(batch.items))))
             for start in range(0, len(batch.items), size)
         ]
 
@@ -129,19 +134,6 @@ class Feeder:
             reading += read - began
             decoding += time.perf_counter() - read
         return reading, decoding
-
-    def _fill_by_gpu(self, gpu: GpuDecoder, batch: Batch, rows: range) -> tuple[float, float]:
-        """Do the same in two steps: read all, and then decode all that the GPU takes together."""
-        began = time.perf_counter()
-        contents = {row: data for row in rows if (data := self._read(batch, row)) is not None}
-        read = time.perf_counter()
-        takers = {row: self._takers(batch.items[row]) for row in contents}
-        made = gpu.prepare(contents, {row: list(ways) for row, ways in takers.items()}, self.max_pixels)
-        for (row, preprocessing), pixels in made.items():
-            batch.pixels[takers[row][preprocessing]][row] = pixels
-        for row in contents.keys() - {row for row, _ in made}:
-            self._decode(batch, row, contents[row])
-        return read - began, time.perf_counter() - read
 
     def _takers(self, item: Item) -> dict[Preprocessing, int]:
         """Each preprocessing an item is wanted in, with one of the takers that want it."""
@@ -163,24 +155,92 @@ class Feeder:
                 if at_least not in decoded:
                     decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)
                 batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
+            if self.hashed:
+                batch.hashes[row] = perceptual_hash(next(iter(decoded.values())))
         except ImageProblem as problem:
             batch.problems[row] = problem
 
 
-def gpu_at_hand(preprocessing: Preprocessing, device: str) -> GpuDecoder | None:
-    """Return what decodes images whose features were made with `decode: gpu`: that device where it is a GPU, else None.
+@dataclass
+class Lane:
+    """An embedder, and how many images it is given at a time; halves when memory runs out."""
+
+    embedder: Embedder
+    limit: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one lane made of a batch."""
+
+    rows: NDArray[np.int64]
+    """Which of the batch's items, shape (n,)."""
+    vectors: Vectors
+    seconds: float
+
+
+def embed(
+    lanes: Sequence[Lane],
+    items: Iterable[Item],
+    root: Path,
+    max_pixels: int,
+    workers: int | str = "auto",
+    hashed: bool = False,
+) -> Iterator[tuple[Batch, list[Part | None]]]:
+    """Read images and send them through the networks: yield the items in order, in batches.
+
+    Of each batch there is what every lane made of it, by the lane's place; None where it wanted none of the images, or none
+    could be read.
 
     Raises
     ------
     BackboneError
-        When the GPU is there and its decoder is not.
+        When not even one image fits into memory.
     """
-    if preprocessing.decode != "gpu":
+    preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
+    feeder = Feeder(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
+    for batch in feeder.batches(items):
+        yield batch, [_part(batch, number, lane) for number, lane in enumerate(lanes)]
+
+
+def _part(batch: Batch, number: int, lane: Lane) -> Part | None:
+    rows = [row for row, item in enumerate(batch.items) if row not in batch.problems and number in item.wanted]
+    if not rows:
         return None
-    if not device.startswith("cuda"):
-        logger.warning(
-            "the features were made of images that a GPU had decoded; the processor decodes them here, within %g grey levels",
-            MOST_DIFFERENCE,
-        )
-        return None
-    return gpu_decoder(device)
+    pixels = batch.pixels[number]
+    began = time.perf_counter()
+    vectors = in_passes(lane, pixels[: len(rows)] if len(rows) == len(batch.items) else pixels[rows])
+    return Part(np.array(rows), vectors, time.perf_counter() - began)
+
+
+def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Vectors:
+    """Embed uint8 (n, height, width, 3) in passes of at most the lane's limit, which halves when memory runs out.
+
+    Raises
+    ------
+    BackboneError
+        When not even one image fits.
+    """
+    passes: list[Vectors] = []
+    done = 0
+    while done < len(pixels):
+        try:
+            passes.append(lane.embedder.embed(pixels[done : done + lane.limit]))
+            done += min(lane.limit, len(pixels) - done)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        _halve(lane, len(pixels))  # outside the handler, whose traceback still holds the memory
+    return tuple(np.concatenate(arrays) for arrays in zip(*passes, strict=True))
+
+
+def _halve(lane: Lane, tried: int) -> None:
+    if lane.limit == 1:
+        raise BackboneError("not even one image fits into memory; use a smaller network or preprocessing.crop")
+    lane.limit = max(1, min(lane.limit, tried) // 2)
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # else what was freed stays cut to the size of what did not fit
+    logger.warning("memory ran out; going on with %d images at a time", lane.limit)

@@ -1,10 +1,11 @@
-"""Imports that cost more than they are worth: what a library loads and this package never uses is left out."""
+"""What importing costs and where it looks: parts of libraries that are never used are left out, the user's own modules are found."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 
@@ -18,3 +19,10 @@ def instead(stand_ins: Mapping[str, ModuleType | None]) -> Iterator[None]:
     finally:
         for name in added:
             del sys.modules[name]
+
+
+def look_in(folder: Path) -> None:
+    """Let the user's own modules be found in a folder too, after all that is installed; worker processes look there as well."""
+    name = str(folder.absolute())
+    if name not in sys.path:
+        sys.path.append(name)

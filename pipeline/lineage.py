@@ -1,50 +1,62 @@
-"""Lineage: which images a network's weights have learned from, so that nobody cross-validates on them.
+"""Lineage: which images a network's weights have learned from and been chosen by, so that nobody cross-validates on them.
 
 A head on features of a network that was fine-tuned on the same labelled images is told the answers: its folds are no
-longer unseen. The weights file therefore carries the content digests of those images. Needs no torch.
+longer unseen. On images that only chose among weights it looks better than it is. The weights file therefore carries the
+content digests of both. Needs no torch.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
+from pipeline.digests import Digests, bytes_digest, digests_to_hex
 from pipeline.errors import TrainingError
 
 CONTENTS_KEY = "manyheads_trained_on"
-"""Key of the safetensors header under which the digests stand, as one hex text, sorted."""
+CHOSEN_KEY = "manyheads_chosen_on"
+"""Keys of the safetensors header under which the digests stand, as one hex text, sorted."""
 
 _HEX = 32
 
 
-def contents_text(digests: Digests) -> str:
-    """Return the text that names a set of image contents: their hex digests, sorted, without repeats."""
-    return "".join(sorted(set(digests_to_hex(digests))))
+@dataclass(frozen=True)
+class Lineage:
+    """What a weights file says of the images behind it, as hex digests; `chosen_on` is None where it does not say."""
+
+    trained_on: frozenset[str]
+    chosen_on: frozenset[str] | None
+
+    def joined(self, learned: Digests, chose: Digests) -> Lineage:
+        """Return the lineage of weights that were trained further on some images and chosen on others."""
+        chosen = None if self.chosen_on is None else self.chosen_on | set(digests_to_hex(chose))
+        return Lineage(self.trained_on | set(digests_to_hex(learned)), chosen)
+
+    def header(self) -> dict[str, str]:
+        """Return what a weights file says of it, as text by key of the safetensors header."""
+        sets = {CONTENTS_KEY: self.trained_on, CHOSEN_KEY: self.chosen_on}
+        return {key: "".join(sorted(digests)) for key, digests in sets.items() if digests is not None}
+
+    @property
+    def digest(self) -> str:
+        """The one digest of the images that were learned from, whatever their order."""
+        return bytes_digest(self.header()[CONTENTS_KEY].encode("ascii"))
+
+    def learned(self, digests: Digests) -> NDArray[np.bool_]:
+        """Say which images the network has learned from: bool of shape (n,)."""
+        return _among(digests, self.trained_on)
+
+    def chose(self, digests: Digests) -> NDArray[np.bool_]:
+        """Say which images are known to have chosen among its weights: bool of shape (n,)."""
+        return _among(digests, self.chosen_on or frozenset())
 
 
-def contents_digest(digests: Digests) -> str:
-    """Return the one digest of a set of image contents, whatever their order."""
-    return bytes_digest(contents_text(digests).encode("ascii"))
-
-
-def trained_on(weights: Path) -> Digests:
-    """Read the contents a weights file was trained on, shape (n, 2); none when the file does not say.
-
-    Raises
-    ------
-    TrainingError
-        When the file cannot be read.
-    """
-    text = _header(weights).get(CONTENTS_KEY, "")
-    return digests_from_hex(text[start : start + _HEX] for start in range(0, len(text), _HEX))
-
-
-def seen(weights: Path, digests: Digests, expected: str) -> NDArray[np.bool_]:
-    """Say which images a network has learned from: bool of shape (n,).
+def read(weights: Path, expected: str | None = None) -> Lineage:
+    """Read the lineage of a weights file; a file without any has learned from no image of ours.
 
     `expected` is the `trained_on` of the embedding, so that another file under the same name is noticed.
 
@@ -53,14 +65,25 @@ def seen(weights: Path, digests: Digests, expected: str) -> NDArray[np.bool_]:
     TrainingError
         When the file cannot be read or is not the one the embedding was made with.
     """
-    known = trained_on(weights)
-    found = contents_digest(known)
-    if found != expected:
+    header = _header(weights)
+    found = Lineage(_split(header.get(CONTENTS_KEY, "")), _split(header[CHOSEN_KEY]) if CHOSEN_KEY in header else None)
+    if expected is not None and found.digest != expected:
         raise TrainingError(
-            f"{weights}: was trained on other images ({found[:12]}) than the features say ({expected[:12]}); run `manyheads features` again"
+            f"{weights}: was trained on other images ({found.digest[:12]}) than the features say ({expected[:12]}); run `manyheads features` again"
         )
-    names = set(digests_to_hex(known))
-    return np.array([name in names for name in digests_to_hex(digests)], dtype=bool)
+    return found
+
+
+NONE = Lineage(frozenset(), frozenset())
+"""Of weights that have met no image of ours."""
+
+
+def _split(text: str) -> frozenset[str]:
+    return frozenset(text[start : start + _HEX] for start in range(0, len(text), _HEX))
+
+
+def _among(digests: Digests, known: frozenset[str]) -> NDArray[np.bool_]:
+    return np.array([digest in known for digest in digests_to_hex(digests)], dtype=bool)
 
 
 def _header(weights: Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ The store knows contents, the index knows images; here the two are joined, so th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedders import EmbeddingRecord
 from pipeline.errors import PipelineError, first
-from pipeline.feed import Feeder, Item, gpu_at_hand
+from pipeline.feed import Item, Lane, embed
 from pipeline.images import policy_key
 
 EXAMPLES = 10
@@ -142,7 +141,7 @@ def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
     if dataset.needs_download(config.dataset):
         return before, ["the images are not looked at, because that means a download"]
     try:
-        found = dataset.look(config.dataset, config.seed, before.files.dataset)
+        found = dataset.scan(config.dataset, config.seed, before.files.dataset, write=False)
     except PipelineError as error:
         return before, [
             f"warning: the images cannot be used as they are now: {line}" for line in str(error).splitlines()[:1]
@@ -229,17 +228,13 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
     embedder, output = embedders.open_record(record, here.config.extraction.device)
     items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
-    gpu = gpu_at_hand(embedder.preprocessing, str(embedder.device))
-    feeder = Feeder(
-        here.index.root, here.config.dataset.max_pixels, (embedder.preprocessing,), 1, os.cpu_count() or 1, gpu
-    )
     deviating = []
-    for batch in feeder.batches(items):
+    for batch, (part,) in embed([Lane(embedder, 1)], items, here.index.root, here.config.dataset.max_pixels):
         (item,) = batch.items
-        if batch.problems:
+        if part is None:
             deviating.append(f"{item.path} (not compared: {batch.problems[0].reason})")
             continue
-        again = embedder.embed(batch.pixels[0])[output][0]
+        again = part.vectors[output][0]
         before = stored.read(here.index.digests[item.content : item.content + 1])[0]
         cosine = float(again @ before) / max(float(np.linalg.norm(again) * np.linalg.norm(before)), 1e-30)
         if cosine < SAME_COSINE:
@@ -303,25 +298,6 @@ def export_pack(path: Path, output: Path) -> str:
     columns = {} if output.suffix == ".npy" else {name: values.tolist() for name, values in index.columns.items()}
     report = store.export(path, output, index.digests, columns)
     return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
-
-
-def migrate(config: Config) -> list[str]:
-    """Write the stores of an older format anew in this version's; the old ones are kept beside."""
-    here = Experiment.open(config)
-    lines = []
-    for record in here.records:
-        if here.path(record).is_file():
-            lines.append(f"{record.name}: is a packed file, which stays as it is")
-            continue
-        if (version := store.format_version(here.path(record))) == store.FORMAT_VERSION:
-            lines.append(f"{record.name}: has format {version} already")
-            continue
-        report = store.migrate(here.path(record))
-        lines.append(
-            f"{record.name}: {report.rows:,} vectors written anew in format {report.version} and compared; "
-            f"the store as it was is {report.backup}; delete it when you like"
-        )
-    return lines
 
 
 def merge(target: Path, sources: Sequence[Path]) -> list[str]:

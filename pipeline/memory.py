@@ -22,8 +22,8 @@ def keep_freed_memory() -> bool:
     """Let glibc's allocator keep freed memory; say whether it does. MANYHEADS_NO_MALLOPT in the environment prevents it.
 
     A large network's activations are otherwise mapped and unmapped with every batch: 527,000 page faults in one forward pass
-    of ResNet-50 at batch 32, none with it, for 80 to 150 MB more memory. It applies to the whole process, so a command or a
-    worker process calls it, never an import.
+    of ResNet-50 at batch 32, none with it, for 80 to 150 MB more memory. It applies to the whole process, so a command calls
+    it, never an import.
     """
     if os.environ.get(OPT_OUT) or not sys.platform.startswith("linux"):
         return False

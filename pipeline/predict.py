@@ -1,7 +1,7 @@
 """Predict: a bundle and new images become labels and probabilities, one row of a CSV file per image.
 
-An image that cannot be read has a row too, with the reason in its `status`. Rows are written as batches come: what
-grows in memory with the number of images is the names of one folder.
+An image that cannot be read has a row too, with the reason in its `status`; what else is passed over in a folder is counted.
+Rows are written as batches come: what grows in memory with the number of images is the names of one folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from pipeline import bundle as bundles
 from pipeline.bundle import ModelBundle
 from pipeline.config import NETWORK_DEVICES, Artifacts, checked_device
-from pipeline.dataset import is_image_name
-from pipeline.embedders import Embedder, EmbeddingRecord, open_record
+from pipeline.dataset import REMARKS, LedgerEntry, Walk, passed_over_lines
+from pipeline.embedders import EmbeddingRecord, open_record
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
-from pipeline.feed import Batch, Feeder, Item, gpu_at_hand
+from pipeline.feed import Batch, Item, Lane, Part, embed
 from pipeline.files import growing, require_place
 from pipeline.leaderboard import Leaderboard
 from pipeline.leaderboard.rows import CONSTANT_GUESS
@@ -47,6 +47,8 @@ class PredictRun:
     labels: Mapping[str, int]
     """Label -> images."""
     unreadable: int
+    passed_over: Sequence[str]
+    """Lines on the files in the folders that are no images, and on what else is not looked at."""
     untrained: bool
 
     def summary_lines(self) -> list[str]:
@@ -59,6 +61,7 @@ class PredictRun:
         ]
         if self.unreadable:
             lines.append(f"{self.unreadable:,} images could not be read; their `status` says why")
+        lines += self.passed_over
         if self.untrained:
             lines.append("warning: this head's backbone is untrained (weights: random); it is a control, not for use")
         return [*lines, f"written to {self.output}"]
@@ -109,16 +112,21 @@ def run(
         raise BundleError(f"{folder}: is the constant guess, which looks at no image; name another bundle's folder")
     record = EmbeddingRecord.from_dict(model.embedding)
     embedder, output_number = open_record(record, device)
-    total = sum(1 for _ in images_in(images))
-    if not total:
-        raise DatasetError(f"no image files in {', '.join(map(str, images))}")
-    given, ahead = tee(images_in(images))
+    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
+    total = sum(1 for _ in images_in(images, walks))
+    unread, passed_over = _passed_over(walks)
+    if not total and not unread:
+        raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
+    given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
     labels: Counter[str] = Counter()
     done, reasons = 0, list[str]()
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
-            for batch in _batches(ahead, embedder, max_pixels or record.max_pixels):
-                rows = list(_rows(batch, given, model, embedder, output_number))
+            items = _items(ahead)
+            for batch, (part,) in embed(
+                [Lane(embedder, BATCH_SIZE)], items, Path("/"), max_pixels or record.max_pixels
+            ):
+                rows = list(_rows(batch, part, given, model, output_number))
                 header = "" if done else csv_header(model.classes, top)
                 file.add((header + to_csv(rows, model.classes, top)).encode())
                 labels.update(row.label for row in rows if row.label is not None)
@@ -126,17 +134,22 @@ def run(
                 if len(reasons) <= EXAMPLES:
                     reasons += [f"{row.path}: {row.status}" for row in rows if row.label is None]
                 progress.update(len(rows))
+            if unread:
+                header = "" if done else csv_header(model.classes, top)
+                file.add((header + to_csv(unread, model.classes, top)).encode())
         except BaseException:
             if done:
                 kept = "stopped after %d of %d images: their rows are in %s, and a new run begins with the first image"
                 log.warning(kept, done, total, file.path)
             raise
+    done += len(unread)
     unreadable = done - labels.total()
     if unreadable == done:
+        reasons += [f"{row.path}: {row.status}" for row in unread]
         raise DatasetError(
             f"none of the {done:,} images could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
-    return PredictRun(output, folder, labels, unreadable, record.untrained)
+    return PredictRun(output, folder, labels, unreadable, passed_over, record.untrained)
 
 
 def find_bundle(path: Path) -> Path:
@@ -162,11 +175,12 @@ def require_all(paths: Sequence[Path]) -> None:
         raise DatasetError("no such file or folder", missing)
 
 
-def images_in(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield the files named, and every image file in the folders named, each once, in order."""
+def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
+    """Yield the files named, and every image in the folders named, by one walk for each; each once, in order."""
     seen: set[str] = set()
+    left = iter(walks)
     for path in paths:
-        for file in _walk(path) if path.is_dir() else (str(path),):
+        for file in _images(next(left)) if path.is_dir() else (str(path),):
             if len(paths) > 1:  # one folder has no file twice, and millions of names are memory
                 if file in seen:
                     continue
@@ -174,12 +188,27 @@ def images_in(paths: Sequence[Path]) -> Iterator[str]:
             yield file
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and is_image_name(name):
-                yield str(Path(root, name))
+def _images(walk: Walk) -> Iterator[str]:
+    for folder, found in walk.below():
+        for name in sorted(found.images):
+            yield str(walk.root / folder / name)
+
+
+def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
+    """Return a row for each image that finished walks passed over, and lines on the rest."""
+    unread: set[tuple[str, str]] = set()
+    others: set[LedgerEntry] = set()
+    ignored: Counter[str] = Counter()
+    for walk in walks:
+        ignored += walk.ignored
+        for entry in walk.entries:
+            path = str(walk.root / entry.path)
+            if entry.status in REMARKS:
+                others.add(entry._replace(path=path))
+            else:
+                unread.add((path, f"{entry.status}: {entry.reason}"))
+    rows = [Row(path, None, None, status) for path, status in sorted(unread)]
+    return rows, passed_over_lines(sorted(others), ignored, "")
 
 
 def shown(path: str) -> str:
@@ -212,26 +241,21 @@ def _cells(row: Row, classes: Sequence[str], top: int) -> list[str]:
     return [cell for place in order[:top] for cell in (classes[place], f"{row.probabilities[place]:.6f}")]
 
 
-def _batches(paths: Iterable[str], embedder: Embedder, max_pixels: int) -> Iterator[Batch]:
+def _items(paths: Iterable[str]) -> Iterator[Item]:
     here = os.getcwd()
-    items = (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
-    gpu = gpu_at_hand(embedder.preprocessing, str(embedder.device))
-    feeder = Feeder(Path("/"), max_pixels, (embedder.preprocessing,), BATCH_SIZE, os.cpu_count() or 1, gpu)
-    return feeder.batches(items)
+    return (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
 
 
 def _rows(
-    batch: Batch, given: Iterator[str], model: ModelBundle, embedder: Embedder, output_number: int
+    batch: Batch, part: Part | None, given: Iterator[str], model: ModelBundle, output_number: int
 ) -> Iterator[Row]:
     """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
-    good = [row for row in range(len(batch.items)) if row not in batch.problems]
     labelled: dict[int, tuple[str, NDArray[np.float64] | None]] = {}
-    if good:
-        X = embedder.embed(batch.pixels[0][good])[output_number]
-        labels, probabilities = model.predict(X)
+    if part is not None:
+        labels, probabilities = model.predict(part.vectors[output_number])
         labelled = {
             row: (str(labels[place]), None if probabilities is None else probabilities[place])
-            for place, row in enumerate(good)
+            for place, row in enumerate(part.rows.tolist())
         }
     for row in range(len(batch.items)):
         path = shown(next(given))

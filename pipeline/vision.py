@@ -3,10 +3,8 @@
 The torchvision wheel on PyPI is built for CUDA. Beside a CPU-only torch its compiled operators do not load and
 `import torchvision` fails with "operator torchvision::nms does not exist", because torchvision registers shape functions
 for operators that were never declared. Declaring the two of them first is enough for models, transforms and feature
-extraction, which need none of the compiled operators; `torchvision.io`'s decoders stay unavailable.
-
-The import would also load torch's compiler, which takes longer than the rest of torchvision, to ask whether the region
-operators of detectors may be compiled. No classifier has them.
+extraction, which need none of the compiled operators; `torchvision.io`'s decoders stay unavailable. Your own code opens it with
+`from pipeline.vision import torchvision`, also after an `import torchvision` that failed.
 """
 
 from __future__ import annotations
@@ -14,12 +12,9 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
-import types
 import warnings
 
 import torch
-
-from pipeline.imports import instead
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -52,22 +47,12 @@ def _declare_missing_operators() -> torch.library.Library | None:
     return library
 
 
-def _no_compiler() -> dict[str, types.ModuleType | None]:
-    utils = types.ModuleType("torch._dynamo.utils")
-    utils.is_compile_supported = lambda device_type: False  # type: ignore[attr-defined]
-    return {"torch._dynamo": types.ModuleType("torch._dynamo"), "torch._dynamo.utils": utils}
-
-
 _load_compiled_operators()
 _LIBRARY = _declare_missing_operators()  # lives as long as the process: dropping it would undo the declarations
 
 with warnings.catch_warnings():
     # torchvision warns that its image decoders are missing; images are decoded by Pillow here.
     warnings.filterwarnings("ignore", message="Failed to load image Python extension")
-    try:
-        with instead(_no_compiler()):
-            import torchvision
-    except ImportError:  # another version may ask the compiler for more
-        import torchvision
+    import torchvision
 
 __all__ = ["torchvision"]

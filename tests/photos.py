@@ -14,6 +14,28 @@ PHOTO_CLASSES = {"leaf": (40, 160, 60), "sky, blue": (70, 130, 230), "土": (150
 PHOTOS_PER_CLASS = 12
 
 
+def draw_photo(rng: np.random.Generator, height: int = 133, width: int = 100) -> Image.Image:
+    """Draw smooth shapes with some noise, as a photo has them; no two are alike."""
+    coarse = Image.fromarray(rng.integers(0, 255, (12, 9, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 6, (height, width, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def crop(photo: Image.Image, left: float, top: float, right: float, bottom: float) -> Image.Image:
+    """Cut shares of the sides off."""
+    width, height = photo.size
+    return photo.crop(
+        (round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height))
+    )
+
+
+def frame(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Take the scene of a photo once more: the camera has moved a little, the light has changed, there is new noise."""
+    moved = crop(photo, *rng.uniform(0, 0.03, 4))
+    pixels = np.asarray(moved) * rng.uniform(0.95, 1.05) + rng.normal(0, 4, (moved.height, moved.width, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
 def make_photos(folder: Path, per_class: int = PHOTOS_PER_CLASS, seed: int = 0) -> Path:
     """Write a folder of noisy images whose colour tells the class."""
     rng = np.random.default_rng(seed)

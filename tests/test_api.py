@@ -68,6 +68,13 @@ def test_rows_are_indexed_as_numpy_does(place: Path, experiment: Config) -> None
         assert np.array_equal(X[rows], vectors[rows]), rows
 
 
+def test_in_a_notebook_it_is_one_line(place: Path) -> None:
+    loaded = pipeline.load(place)
+    assert repr(loaded) == "Features(X: Vectors of shape (36, 512), float32, on disk, y: 3 classes, paths)"
+    grouped = loaded._replace(groups=np.array(["a", "b"] * 18, dtype=object))
+    assert repr(grouped).endswith("y: 3 classes, paths, 2 groups)")
+
+
 def test_a_run_of_rows_is_a_view_of_the_file(place: Path) -> None:
     X = pipeline.load(place).X
     assert not X[3:9].flags.owndata
@@ -162,18 +169,3 @@ def test_an_experiment_whose_record_names_a_packed_file(experiment: Config, tmp_
     maintenance.export(config, tmp_path / "x.npy", embedding=BACKBONE)
     assert np.array_equal(np.load(tmp_path / "x.npy"), stored(experiment)[0])
     assert len(train_heads.run(config).summary_lines()) > 3
-
-
-def test_migrating_keeps_the_old_stores_beside(
-    experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    output = Path(shutil.copytree(experiment.output, tmp_path / "output"))
-    config = experiment.model_copy(update={"output": str(output)})
-    assert maintenance.migrate(config)[0] == f"{BACKBONE}: has format 1.0 already"
-    monkeypatch.setattr(maintenance.store, "FORMAT_VERSION", "1.1")  # as if this were a newer program
-    lines = maintenance.migrate(config)
-    assert lines[0].startswith(f"{BACKBONE}: 36 vectors written anew in format 1.0 and compared; ")
-    assert len(list((output / "features").glob("*.before-migration"))) == 2
-    assert np.array_equal(stored(config)[0], stored(experiment)[0])

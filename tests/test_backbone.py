@@ -179,6 +179,11 @@ def test_layers_lists_the_nodes_with_their_shapes() -> None:
     assert nodes["flatten"] == (1000,)
 
 
+def test_layers_lists_those_of_the_bundled_network_and_of_a_weights_file(regnet: tuple[Path, object]) -> None:
+    assert dict(backbone.layers("regnet_small"))["flatten"] == (384,)
+    assert dict(backbone.layers(str(regnet[0])))["fc"] == (5,)
+
+
 def test_a_vision_transformer_takes_its_own_image_size_and_no_other() -> None:
     with pytest.raises(
         BackboneError, match=r"vit_b_32 takes images of 224 x 224 pixels only, the config says preprocessing.crop: 32"
@@ -309,6 +314,44 @@ def test_a_fine_tuned_file_loads_with_its_own_number_of_classes(tmp_path: Path, 
     np.testing.assert_array_equal(pickled.embed(pixels)[0], safe.embed(pixels)[0])
 
 
+@pytest.mark.parametrize(
+    "wrapped", ["model.", "backbone.", "_orig_mod.module.", "module._orig_mod.", "model.backbone.module._orig_mod."]
+)
+def test_what_wrappers_put_before_names_is_taken_off_in_any_order(wrapped: str, tmp_path: Path) -> None:
+    model = architectures.build("squeezenet1_1", {"num_classes": 3})
+    state = {f"{wrapped}{key}": value for key, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": {"n_averaged": torch.tensor(2), **state}}, tmp_path / "wrapped.pth")
+    found, _ = weights_files.read_weights(tmp_path / "wrapped.pth")
+    assert weights_files.tensors_digest(found) == weights_files.tensors_digest(model.state_dict())
+
+
+def test_weights_without_a_classifier_give_all_that_is_before_it(
+    tmp_path: Path, pixels: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As self-supervised training leaves them: a projection head beside the backbone, or in the classifier's place."""
+    caplog.set_level("INFO", logger="pipeline")
+    state = architectures.build("resnet18", {}).state_dict()
+    save_file(state, tmp_path / "whole.safetensors")
+    bare = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    beside = {f"backbone.{key}": value for key, value in bare.items()} | {"projector.0.weight": torch.zeros(4, 512)}
+    (expected,) = load("resnet18", weights=str(tmp_path / "whole.safetensors")).embed(pixels)
+    for name, content in {
+        "bare": bare,
+        "beside": beside,
+        "inside": {**bare, "fc.0.weight": torch.zeros(4, 512)},
+    }.items():
+        path = tmp_path / f"{name}.safetensors"
+        save_file(content, path)
+        np.testing.assert_array_equal(load("resnet18", weights=str(path)).embed(pixels)[0], expected)
+    assert [line for line in caplog.messages if "no part of the network" in line] == [
+        f"{tmp_path / 'beside.safetensors'}: tensors that are no part of the network are left out: 1, such as projector.0.weight"
+    ]
+    with pytest.raises(
+        BackboneError, match=r"the weights have no classifier, so they give no fc; use layers: \[penultimate\]"
+    ):
+        load("resnet18", weights=str(path), layers=("layer4", "fc"))
+
+
 def test_every_misfit_of_a_file_is_told_at_once(tmp_path: Path) -> None:
     state = architectures.build("squeezenet1_1", {}).state_dict()
     state["extra.weight"] = torch.zeros(2)
@@ -340,7 +383,7 @@ def test_a_file_with_code_or_without_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="cannot be read as tensors only"):
         load(weights=str(tmp_path / "cut.safetensors"))
     with pytest.raises(
-        BackboneError, match=r"gone.pth does not exist; paths are relative to the folder the command is run in"
+        BackboneError, match=r"gone.pth does not exist; a path in a config is relative to the config's folder"
     ):
         load(weights=str(tmp_path / "gone.pth"))
 
@@ -518,6 +561,21 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         match=r"device 'cuda' is not available here, found .*cpu; set extraction.device \(predict: --device\) to one of these or to 'auto'",
     ):
         load(extraction=ExtractionConfig(device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 5e-2)])
+def test_a_gpu_gives_the_vectors_of_the_processor(precision: str, tolerance: float) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    section = BackboneConfig(name="resnet18", preprocessing=PreprocessingConfig(resize=64, crop=64))
+    there, here = (
+        backbone.load(
+            section, ExtractionConfig.model_validate({"device": device, "precision": asked, "engine": "torch"}), 0
+        )
+        for device, asked in (("cuda", precision), ("cpu", "fp32"))
+    )
+    (found,), (expected,) = there.embed(pixels), here.embed(pixels)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def test_importing_the_backbone_does_not_import_torch() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline import baselines
+from pipeline.embedders import EmbeddingRecord, open_record
+from pipeline.errors import BackboneError
 from pipeline.images import prepare
 
 
@@ -63,3 +66,15 @@ def test_the_two_have_identities_of_their_own() -> None:
 def test_baselines_need_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; from pipeline import baselines; baselines.load('hog').canary"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_features_of_images_decoded_in_a_way_that_is_gone_are_refused_in_a_line() -> None:
+    spec = baselines.load("pixels").specs[0]
+    decode = {**spec.preprocessing["decode"], "mode": "gpu"}
+    made = replace(spec, preprocessing={**spec.preprocessing, "decode": decode})
+    with pytest.raises(BackboneError) as caught:
+        open_record(EmbeddingRecord("pixels", made, "pixels.store", "", None, 0), "cpu")
+    assert str(caught.value) == (
+        "pixels: its images were decoded in the way 'gpu', which this version does not have; run `manyheads features` and "
+        "`manyheads heads` again"
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,27 @@ def test_an_unknown_type_is_saved_by_joblib_and_loaded_only_when_trusted(
         "add --trust only if you know who made it"
     )
     assert set(bundles.load(tmp_path, trust_code=True).predict(X)[0]) == {"a,b"}
+
+
+def test_a_head_of_a_users_own_module_is_loaded_where_the_module_is(
+    data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y = data
+    (tmp_path / "module_of_a_user.py").write_text(
+        "from sklearn.naive_bayes import GaussianNB\nclass Own(GaussianNB): pass\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    bundles.save(make(importlib.import_module("module_of_a_user").Own().fit(X, y)), tmp_path / "bundle")
+    sys.path.pop()
+    del sys.modules["module_of_a_user"]
+    with pytest.raises(BundleError) as caught:
+        bundles.load(tmp_path / "bundle", trust_code=True)
+    assert str(caught.value) == (
+        f"{tmp_path}/bundle/head.joblib: its head is of a module of yours that cannot be imported "
+        "(No module named 'module_of_a_user'); run the command in the folder where that module is"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert type(bundles.load(tmp_path / "bundle", trust_code=True).estimator).__name__ == "Own"
 
 
 def test_a_head_saved_anew_in_the_other_format_leaves_no_old_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -51,6 +52,22 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_cannot_show_a_class_name_is_no_traceback(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import check, cli
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    monkeypatch.setattr(sys, "argv", ["manyheads", "check", str(ROOT / "configs/digits.yaml")])
+    monkeypatch.setattr(check, "run", lambda config: ["  猫: 10 train"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert written.getvalue().decode("utf-8") in {"  \\u732b: 10 train\n", "  猫: 10 train\n"}
+
+
 def test_a_bug_of_ours_keeps_its_traceback() -> None:
     bug = "import pipeline.check\ndef broken(config): raise RuntimeError('a bug')\npipeline.check.run = broken"
     done = run("check", before=bug)
@@ -67,7 +84,7 @@ def test_a_signal_ends_with_its_exit_code_and_one_line(number: signal.Signals, c
     done = run("check", before=listen + stop)
     assert done.returncode == code
     assert done.stderr.lstrip() == (
-        "error: stopped; what was finished is kept, and features, heads, finetune and pretrain go on from there\n"
+        "error: stopped; what was finished is kept, and features, heads and finetune go on from there\n"
     )
 
 
@@ -111,3 +128,13 @@ def test_finetune_asks_for_the_place_of_its_copy_before_it_trains(tmp_path: Path
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}/file: cannot be used (Not a directory)")
     assert not (tmp_path / "trained").exists()
+
+
+def test_a_command_that_left_the_package_says_where_it_is() -> None:
+    assert "pretrain" not in run("--help").stdout
+    done = run("pretrain", "configs/pretraining/bundled.yaml", "--set", "seed=1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "Error: pretrain is a script of the source repository now: "
+        "python configs/pretraining/pretrain.py configs/pretraining/bundled.yaml"
+    )

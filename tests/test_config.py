@@ -41,9 +41,8 @@ heads: [logistic_regresion]
 tuning: {trials: ten}
 """
     message, *problems = problems_of(tmp_path, text)
-    assert message.endswith("config.yaml: 7 problems")
+    assert message.endswith("config.yaml: 6 problems")
     assert problems == [
-        "output: missing, expected a value",
         "dataset.source: input should be 'digits', 'folder', 'manifest' or 'torchvision', got 'fodler', did you mean 'folder'?",
         "dataset.test_fraction: input should be less than 1, got 1.5",
         "backbones.0.weigths: unknown key, did you mean 'weights'?; "
@@ -68,7 +67,7 @@ def test_a_number_is_a_number(tmp_path: Path, yaml: str, value: float) -> None:
 def test_yaml_1_2_reads_no_as_text_and_010_as_ten(tmp_path: Path) -> None:
     text = GOOD.replace("artifacts/x", "NO") + "tuning: {trials: 010}\n"
     config = configuration.load(write(tmp_path, text))
-    assert (config.output, config.tuning.trials) == ("NO", 10)
+    assert (config.output, config.tuning.trials) == (str(tmp_path / "NO"), 10)
 
 
 def test_true_is_not_a_number_of_trials(tmp_path: Path) -> None:
@@ -79,9 +78,38 @@ def test_true_is_not_a_number_of_trials(tmp_path: Path) -> None:
 
 
 def test_what_may_be_one_of_several_kinds_is_one_problem(tmp_path: Path) -> None:
-    assert problems_of(tmp_path, GOOD, "extraction.processes=many")[1:] == [
-        "extraction.processes: input should be 'auto' or a valid integer, got 'many'"
+    assert problems_of(tmp_path, GOOD, "extraction.workers=many")[1:] == [
+        "extraction.workers: input should be 'auto' or a valid integer, got 'many'"
     ]
+
+
+def test_a_key_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "extraction.processes=4", "extraction.decode=gpu", "tuning.device=cuda")[1:] == [
+        "extraction.decode: gpu is gone: the processor decodes; set it to standard, or fast for large photos",
+        "extraction.processes: is gone: one process uses all processors and one GPU; remove it, and name a GPU with "
+        "extraction.device",
+        "tuning.device: is gone: heads are searched on the processor; remove it",
+    ]
+
+
+def test_a_key_of_training_that_is_gone_is_told_too_and_passed_over_where_it_changed_nothing(tmp_path: Path) -> None:
+    old = ["replicas=2", "average_top=3", "sizes=[[0, 24], [0.5, 32]]", "cooldown=0.2", "schedule=trapezoid"]
+    assert problems_of(tmp_path, GOOD, *(f"finetune.training.{text}" for text in old))[1:] == [
+        "finetune.training.schedule: trapezoid is gone: set it to cosine or constant",
+        "finetune.training.replicas: is gone: torch's own threads share a step's work; remove it",
+        "finetune.training.average_top: is gone: no soup of weights is made; remove it, and set ema for an average",
+        "finetune.training.sizes: is gone: images have the size of the weights' preprocessing; remove it",
+        "finetune.training.cooldown: is gone with the schedule trapezoid; remove it",
+    ]
+    idle = ["replicas=1", "average_top=0", "sizes=[]", "cooldown=0.4", "steps=20"]
+    assert configuration.load(
+        write(tmp_path, GOOD), [f"finetune.training.{text}" for text in idle]
+    ) == configuration.load(write(tmp_path, GOOD), ["finetune.training.steps=20"])
+
+
+def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    plain = configuration.load(write(tmp_path, GOOD))
+    assert configuration.load(write(tmp_path, GOOD), ["extraction.processes=auto", "tuning.device=auto"]) == plain
 
 
 def test_a_list_is_asked_for_in_the_words_of_the_file(tmp_path: Path) -> None:
@@ -90,14 +118,14 @@ def test_a_list_is_asked_for_in_the_words_of_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["cuda", "cuda:1", "cpu", "auto"])
 def test_a_device_may_have_a_number(tmp_path: Path, value: str) -> None:
-    config = configuration.load(write(tmp_path, GOOD), [f"extraction.device={value}", f"tuning.device={value}"])
-    assert (config.extraction.device, config.tuning.device) == (value, value)
+    config = configuration.load(write(tmp_path, GOOD), [f"extraction.device={value}"])
+    assert config.extraction.device == value
 
 
-@pytest.mark.parametrize("value", ["tpu", "cuda:", "cuda:x", "cpu:1", "mps"])
+@pytest.mark.parametrize("value", ["tpu", "cuda:", "cuda:x", "cpu:1", "mps:0"])
 def test_another_device_is_refused_with_those_there_are(tmp_path: Path, value: str) -> None:
-    assert problems_of(tmp_path, GOOD, f"tuning.device='{value}'")[1:] == [
-        f"tuning.device: should be 'auto', 'cpu', 'cuda' or a GPU by number, such as 'cuda:1', got '{value}'"
+    assert problems_of(tmp_path, GOOD, f"extraction.device='{value}'")[1:] == [
+        f"extraction.device: should be 'auto', 'cpu', 'mps', 'cuda' or a GPU by number, such as 'cuda:1', got '{value}'"
     ]
 
 
@@ -151,7 +179,7 @@ def test_missing_file_is_one_line() -> None:
 
 def test_a_config_survives_being_written_and_read(tmp_path: Path) -> None:
     config = configuration.load(write(tmp_path, GOOD), ["heads=[{name: rbf_svm, space: {C: [0.1, 10]}}, knn]"])
-    again = configuration.load(write(tmp_path, configuration.dump_yaml(config)))
+    again = configuration.load(write(tmp_path, configuration.dump_yaml(config, tmp_path)))
     assert again == config
 
 
@@ -160,7 +188,7 @@ def test_shipped_configs_are_valid_and_open_with_their_command(path: Path) -> No
     configuration.load(path)
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
-    assert "make " in text.partition("output:")[0]
+    assert "make " in text.partition("dataset:")[0]
 
 
 def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -205,3 +233,66 @@ def test_an_output_that_is_a_file_is_told_as_one(tmp_path: Path, below: str) -> 
 def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert configuration.load(write(tmp_path, GOOD), [f"output={output}"]).output == output
+
+
+WITH_PATHS = """
+dataset: {source: folder, path: ../data/photos}
+backbones: [{name: resnet18, weights: best.safetensors}, {name: resnet18, weights: IMAGENET1K_V1}]
+heads: [knn]
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with configs/ and data/photos/, in which commands are run."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "data" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_path_in_a_config_is_relative_to_it_and_one_given_with_set_to_the_working_folder(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = project / "configs" / "config.yaml"
+    file.write_text(WITH_PATHS + "output: ../results", encoding="utf-8")
+    config = configuration.load(Path("configs/config.yaml"))
+    assert (config.output, config.dataset.path) == ("results", "data/photos")
+    assert [section.weights for section in config.backbones] == ["configs/best.safetensors", "IMAGENET1K_V1"]
+    assert configuration.load(Path("configs/config.yaml"), ["dataset.path=photos"]).dataset.path == "photos"
+
+    (project / "results").mkdir()
+    copy = project / "results" / "config.yaml"
+    copy.write_text(configuration.dump_yaml(config, copy.parent), encoding="utf-8")
+    assert "output: .\n" in copy.read_text(encoding="utf-8")
+    assert configuration.load(Path("results/config.yaml")) == config
+    monkeypatch.chdir(project / "data")
+    assert configuration.load(Path("../results/config.yaml")).dataset.path == "photos"
+
+
+def test_a_path_as_it_was_written_up_to_0_1_is_told_with_the_new_spelling(project: Path) -> None:
+    (project / "artifacts" / "photos").mkdir(parents=True)
+    file = project / "configs" / "config.yaml"
+    file.write_text(WITH_PATHS.replace("../data", "data") + "output: artifacts/photos", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(Path("configs/config.yaml"))
+    assert caught.value.message == "configs/config.yaml: paths in a config are relative to the folder the config is in"
+    assert caught.value.problems == (
+        "output: 'artifacts/photos' is relative to the working folder, expected '../artifacts/photos'",
+        "dataset.path: 'data/photos' is relative to the working folder, expected '../data/photos'",
+    )
+
+
+@pytest.mark.parametrize(
+    ("dataset", "output"),
+    [
+        ("{source: digits}", "artifacts/digits"),
+        ("{source: folder, path: /some/where/my photos/}", "artifacts/my photos"),
+        ("{source: manifest, path: /some/where/birds.csv}", "artifacts/birds"),
+        ("{source: torchvision, name: CIFAR10, path: /data}", "artifacts/CIFAR10"),
+    ],
+)
+def test_the_output_follows_the_name_of_the_data(dataset: str, output: str, tmp_path: Path) -> None:
+    text = f"dataset: {dataset}\nbackbones: [{{name: resnet18}}]\nheads: [knn]\n"
+    assert configuration.load(write(tmp_path, text)).output == output
+    assert configuration.load(write(tmp_path, text), ["output=mine"]).output == "mine"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.config import DatasetConfig
 from pipeline.dataset import (
@@ -24,6 +26,7 @@ from pipeline.dataset import (
 )
 from pipeline.digests import content_digest, digests_to_hex
 from pipeline.errors import DatasetError, HeadError
+from pipeline.images import policy_key
 from pipeline.tuning import make_folds
 
 
@@ -258,11 +261,22 @@ class TestSplitsOfAScan:
         (photos.parent / "dataset" / "index.csv").unlink()
         assert sides(run(photos, seed=0)) == sides(first)
 
-    def test_another_data_set_in_the_same_output_starts_afresh(self, photos: Path) -> None:
+    def test_another_data_set_in_the_same_output_is_refused_or_starts_afresh(self, photos: Path) -> None:
         first = run(photos)
         other = photos.parent / "other"
         for path in first.index.paths:
             put(other, path, f"other {path}")
+        folder = photos.parent / "dataset"
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(DatasetError) as caught:
+            run(other)
+        assert str(caught.value) == (
+            f"the output folder holds an experiment on the images in {photos}, and this config is about those in {other}; set "
+            "output to another folder, or leave it out: it follows the name of the data set. To go on in this one, delete "
+            "dataset/index.json there: its splits and features are kept"
+        )
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        (folder / "index.json").unlink()
         second = run(other)
         alone = scan(DatasetConfig(source="folder", path=str(other)), 0, photos.parent / "elsewhere")
         assert sides(second) == sides(alone)
@@ -384,7 +398,7 @@ class TestLedger:
     def test_failures_are_remembered_by_content_and_policy(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
         run(photos)
-        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")])
+        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")], "p1")
         assert sorted(digests_to_hex(failed_digests(folder, "p1"))) == sorted(
             content_digest(c).hex() for c in (b"cat 1", b"dog 2")
         )
@@ -396,17 +410,36 @@ class TestLedger:
     def test_a_renamed_failure_keeps_its_entry_and_a_mended_one_loses_it(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
         run(photos)
-        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")])
+        record_failures(folder, [self.entry("cat/1.png", "cat 1"), self.entry("dog/2.png", "dog 2")], "p1")
         (photos / "cat/1.png").rename(photos / "cat/one.png")
         put(photos, "dog/2.png", "mended")
         run(photos)
         assert read_ledger(folder) == [self.entry("cat/one.png", "cat 1")]
 
+    def test_jpegs_that_an_earlier_version_took_for_whole_are_found_once(self, photos: Path, calm: None) -> None:
+        sink = io.BytesIO()
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(sink, "JPEG")
+        for name, share in {"whole": 1.0, "half": 0.5}.items():
+            data = sink.getvalue()
+            (photos / f"cat/{name}.jpg").write_bytes(data[: int(len(data) * share)] + b"\xff\xd9")
+        folder = photos.parent / "dataset"
+        run(photos)
+        assert read_ledger(folder) == []
+        cache = dict(np.load(folder / statcache.CACHE_FILE))
+        with (folder / statcache.CACHE_FILE).open("wb") as file:
+            np.savez(file, **{**cache, "version": np.array(1)})
+        result = run(photos)
+        (entry,) = read_ledger(folder)
+        assert (entry.path, entry.status, entry.policy) == ("cat/half.jpg", "truncated", policy_key(64_000_000))
+        assert (result.read, result.remembered, result.unchanged) == (22, 1, True)
+        assert digests_to_hex(failed_digests(folder, policy_key(64_000_000))) == [entry.digest]
+        assert (run(photos).read, read_ledger(folder)) == (0, [entry])
+
     def test_a_failure_under_a_new_policy_replaces_all_of_the_old(self, tmp_path: Path) -> None:
-        record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")])
-        record_failures(tmp_path, [self.entry("a", "1", "p2")])
+        record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")], "p1")
+        record_failures(tmp_path, [self.entry("a", "1", "p2")], "p2")
         assert read_ledger(tmp_path) == [self.entry("a", "1", "p2")]
-        record_failures(tmp_path, [self.entry("b", "2", "p2")])
+        record_failures(tmp_path, [self.entry("b", "2", "p2")], "p2")
         assert read_ledger(tmp_path) == [self.entry("a", "1", "p2"), self.entry("b", "2", "p2")]
 
     def test_a_file_that_could_not_be_read_is_listed_until_the_next_scan(self, photos: Path, calm: None) -> None:
@@ -415,8 +448,8 @@ class TestLedger:
         gone = self.entry("cat/1.png", "cat 1")._replace(
             status="unavailable", reason="it cannot be read: Input/output error"
         )
-        record_failures(folder, [self.entry("dog/2.png", "dog 2")])
-        record_failures(folder, [gone])
+        record_failures(folder, [self.entry("dog/2.png", "dog 2")], "p1")
+        record_failures(folder, [gone], "p1")
         assert [entry.path for entry in read_ledger(folder)] == ["cat/1.png", "dog/2.png"]
         assert digests_to_hex(failed_digests(folder, "p1")) == [content_digest(b"dog 2").hex()]
         run(photos)
@@ -424,7 +457,7 @@ class TestLedger:
 
     def test_an_entry_without_content_is_a_mistake(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="needs its digest and its decode policy"):
-            record_failures(tmp_path, [LedgerEntry("a", "", "truncated", "r", "p")])
+            record_failures(tmp_path, [LedgerEntry("a", "", "truncated", "r")], "p")
 
     def test_a_damaged_ledger_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "ledger.csv").write_text("path,reason\na,b\n")
@@ -445,7 +478,7 @@ class TestLedger:
         ]
         assert len(ledger) == 7
         assert result.failures == ()
-        reason = "its name does not end like an image's (.jpg, .png, .webp, .bmp, .gif, .tif)"
+        reason = "it is not an image of a known format (JPEG, PNG, GIF, WEBP, BMP, TIFF, AVIF, HEIF)"
         assert result.summary_lines()[-8:] == [
             "6 files not used (not an image):",
             f"  cat/notes.txt: {reason}",
@@ -675,3 +708,34 @@ def test_the_digits_are_written_once_and_split_by_class(tmp_path: Path) -> None:
     assert again.unchanged
     assert (tmp_path / "images").stat().st_mtime_ns == marker
     assert result.summary_lines()[0] == "1,797 images in 10 classes: 1,438 train, 359 test"
+
+
+@pytest.mark.parametrize(
+    ("labels", "question"),
+    [
+        ([f"{20 + 179 * row // 200 / 10}" for row in range(200)], "is this a number to predict?"),
+        ([f"{row // 4}" for row in range(200)], "is this a number to predict?"),
+        ([f"person {row}" for row in range(190)] + ["person 1"] * 10, "are these the labels, or names of the images?"),
+        ([f"{row // 10}" for row in range(300)], None),
+        ([f"{row % 9 / 2}" for row in range(200)], None),
+        ([f"bird {row // 2}" for row in range(200)], None),
+    ],
+    ids=["decimals", "few of each number", "names", "numbered classes", "half steps", "pairs"],
+)
+def test_labels_that_are_hardly_classes_are_asked_about(
+    tmp_path: Path, labels: list[str], question: str | None
+) -> None:
+    for row in range(len(labels)):
+        put(tmp_path, f"{row}.png", f"{row}")
+    rows = "\n".join(f"{row}.png,{label}" for row, label in enumerate(labels))
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
+    config = DatasetConfig(source="manifest", path=str(tmp_path / "list.csv"))
+    if question is not None:
+        with pytest.raises(DatasetError) as caught:
+            scan(config, 0, tmp_path / "dataset")
+        assert f"{len(set(labels))} classes of {len(labels)} images, such as '" in caught.value.message
+        assert question in caught.value.message
+        assert caught.value.message.endswith("If they are classes, set dataset.target: classification")
+        assert not (tmp_path / "dataset").exists()
+        config = config.model_copy(update={"target": "classification"})
+    assert len(scan(config, 0, tmp_path / "dataset").index.classes) == len(set(labels))

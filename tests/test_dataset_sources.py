@@ -20,6 +20,7 @@ from pipeline.dataset.manifest import list_manifest
 from pipeline.dataset.materialise import materialised
 from pipeline.dataset.torchvision_source import torchvision_manifest
 from pipeline.errors import DatasetError
+from pipeline.images import NO_IMAGE
 
 
 def put(root: Path, *paths: str) -> Path:
@@ -45,7 +46,40 @@ def entries(listing: Listing) -> list[tuple[str, str]]:
     return sorted((entry.path, entry.status) for entry in listing.entries)
 
 
+JPEG, PNG, TIFF = b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0"
+
+
 class TestFolder:
+    def test_where_a_name_says_nothing_the_content_decides(self, tmp_path: Path) -> None:
+        put(tmp_path, "cat/a.jfif", "cat/b.PJPEG", "cat/c.mpo", "cat/d.apng", "dog/1.png")
+        contents = {
+            "cat/no_ending": JPEG,
+            "cat/e.dat": PNG,
+            "cat/phone.heic": JPEG,
+            "cat/f.avif": b"\0\0\0\x1cftypavif",
+            "cat/camera.NEF": TIFF,
+            "cat/old.tga": b"\0\0\2",
+            "cat/g.xyz": b"8BPS\0\1",
+            "cat/h.xyz": b"%PDF-1.7",
+            "cat/i.xyz": b"",
+            "j.xyz": PNG,
+        }
+        for path, content in contents.items():
+            (tmp_path / path).write_bytes(content)
+        listing = list_folder(tmp_path)
+        assert [path for path, _ in rows(listing)] == [
+            "cat/a.jfif", "cat/b.PJPEG", "cat/c.mpo", "cat/d.apng", "cat/e.dat", "cat/f.avif", "cat/no_ending",
+            "cat/phone.heic", "dog/1.png",
+        ]  # fmt: skip
+        assert sorted((entry.path, entry.status, entry.reason) for entry in listing.entries) == [
+            ("cat/camera.NEF", "unsupported_format", "it is a camera's raw file (.nef); save the photo as JPEG or PNG"),
+            ("cat/g.xyz", "unsupported_format", "it is a Photoshop file; save it as JPEG or PNG"),
+            ("cat/h.xyz", "not_an_image", "it is a PDF document; save it as JPEG or PNG"),
+            ("cat/i.xyz", "not_an_image", NO_IMAGE),
+            ("cat/old.tga", "unsupported_format", "images of kind .tga are not read; save it as JPEG or PNG"),
+            ("j.xyz", "not_in_a_class", "it is in no class folder, so it has no label"),
+        ]
+
     def test_sub_folders_are_classes_at_any_depth(self, tmp_path: Path) -> None:
         put(tmp_path, "cat/b.PNG", "cat/deep/er/a.jpeg", "dog/c.webp", "dog/d.TIF")
         assert rows(list_folder(tmp_path)) == [

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import backbone, baselines, dataset, extract_features, feed
+from pipeline import audit, backbone, baselines, dataset, extract_features, feed
 from pipeline import config as configuration
 from pipeline.config import Artifacts, Config, ExtractionConfig
 from pipeline.embedders import read_records
 from pipeline.errors import BackboneError, DatasetError
-from pipeline.extract_features import lanes, work
+from pipeline.extract_features import work
 from pipeline.extract_features.advice import advise
-from pipeline.extract_features.sources import Source
-from pipeline.images import decode, policy_key, prepare
+from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare
 from pipeline.store import FeatureStore
 
 N = 24
@@ -92,14 +91,45 @@ def test_each_image_gets_the_vector_of_its_own_pixels(photos: Path) -> None:
             np.testing.assert_allclose(stored[row], expected[0], rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_images_are_hashed_where_they_are_decoded_and_only_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(photos)
+    extract_features.run(config)
+    folder = Artifacts(config.output).dataset
+    index = dataset.DatasetIndex.read(folder)
+    expected = [
+        perceptual_hash(decode((photos / path).read_bytes(), max_pixels=10**6)) for path in index.paths.tolist()
+    ]
+    assert np.array_equal(audit.read_hashes(folder, index.digests), expected)
+    picture(photos / "a" / "new.png", N)
+    decoded: list[int] = []
+    monkeypatch.setattr(feed, "perceptual_hash", lambda pixels: decoded.append(1) or perceptual_hash(pixels))
+    extract_features.run(config)
+    assert len(decoded) == 1
+    index = dataset.DatasetIndex.read(folder)
+    assert audit.read_hashes(folder, index.digests).any(axis=1).all()
+
+
+def test_without_readable_hashes_there_are_none_and_it_is_said(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make(photos)
+    folder = Artifacts(config.output).dataset
+    digests = np.ones((3, 2), np.uint64)
+    assert not audit.read_hashes(folder, digests).any()
+    assert not caplog.messages
+    extract_features.run(config)
+    for snapshot in (folder / HASH_STORE).glob("snapshot-*.h5"):
+        snapshot.write_bytes(snapshot.read_bytes()[:-100])
+    assert not audit.read_hashes(folder, digests).any()
+    assert caplog.messages[-1].startswith("near-duplicates are searched without perceptual hashes: ")
+
+
 def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> None:
     config = make(photos)
     extract_features.run(config)
     path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config))
+    path.write_text(configuration.dump_yaml(config, path.parent))
     code = f"""
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from pipeline import config, extract_features, images
@@ -235,8 +265,7 @@ def stop_after(batches: int, number: int) -> str:
     return f"""
 import os
 from pipeline import store
-from pipeline.extract_features import lanes, work
-from pipeline.extract_features.advice import advise
+from pipeline.extract_features import work
 store.writer.GROUP_BYTES = 1
 original, seen = work._store, []
 def stopping(*arguments):
@@ -252,7 +281,7 @@ work._store = stopping
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches: int) -> None:
     config = make(photos)
     path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config))
+    path.write_text(configuration.dump_yaml(config, path.parent))
     code = stop_after(batches, signal.SIGKILL) + (
         "from pathlib import Path\nfrom pipeline import config, extract_features\n"
         f"extract_features.run(config.load(Path({str(path)!r})))"
@@ -305,64 +334,46 @@ class Tight:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return (pixels.reshape(len(pixels), -1).astype(np.float32),)
 
-    def start(self, pixels: np.ndarray) -> Callable[[], tuple[np.ndarray, ...]]:
-        vectors = self.embed(pixels)
-        return lambda: vectors
-
 
 def test_the_batch_halves_when_memory_runs_out_and_no_row_is_lost() -> None:
     pixels = np.arange(13 * 4 * 3, dtype=np.uint8).reshape(13, 2, 2, 3)
-    lane = lanes.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
-    (vectors,) = lanes.start(lane, pixels)()
+    lane = feed.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
+    (vectors,) = feed.in_passes(lane, pixels)
     np.testing.assert_array_equal(vectors, pixels.reshape(13, -1))
     assert lane.limit == 3
     with pytest.raises(BackboneError, match="not even one image fits into memory"):
-        lanes.start(lanes.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
+        feed.in_passes(feed.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
 
 
-class Beside:
-    """A recipe that works beside the caller, as a GPU does; it notes what it is asked for, and may fail."""
+class Sums:
+    """A recipe that adds up an image's bytes, and may fail at one of its batches."""
 
-    slots = 2
     preprocessing = baselines.load("pixels").preprocessing
 
     def __init__(self, fails_at: int | None = None) -> None:
-        self.told: list[str] = []
+        self.batches = 0
         self.fails_at = fails_at
 
-    def start(self, pixels: np.ndarray) -> Callable[[], tuple[np.ndarray, ...]]:
-        number = sum(word.startswith("start") for word in self.told)
-        self.told.append(f"start {number}")
-        if number == self.fails_at:
+    def embed(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self.batches == self.fails_at:
             raise BackboneError("the device is gone")
-        sums = pixels.reshape(len(pixels), -1).sum(1, dtype=np.float32, keepdims=True)
-
-        def collect() -> tuple[np.ndarray, ...]:
-            self.told.append(f"collect {number}")
-            return (sums,)
-
-        return collect
+        self.batches += 1
+        return (pixels.reshape(len(pixels), -1).sum(1, dtype=np.float32, keepdims=True),)
 
 
-def through(embedder: Beside, photos: Path, size: int) -> Iterator[lanes.Finished]:
-    config = make(photos)
+def through(embedder: Sums, photos: Path, size: int) -> Iterator[tuple[feed.Batch, list[feed.Part | None]]]:
     items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
-    job = lanes.Job((Source(None, (), config, N),), photos, workers=1)
-    return lanes.embed(job, [lanes.Lane(embedder, limit=size)], size, items)  # type: ignore[arg-type]
+    return feed.embed([feed.Lane(embedder, limit=size)], items, photos, 10**6, workers=1)  # type: ignore[arg-type]
 
 
-def test_the_next_batch_is_started_before_the_one_before_is_waited_for(photos: Path) -> None:
-    embedder = Beside()
+def test_a_batch_is_embedded_only_when_it_is_asked_for_and_in_order(photos: Path) -> None:
+    embedder = Sums()
     contents, sums = [], []
-    for finished in through(embedder, photos, 10):
-        embedder.told.append("write")
-        contents += [item.content for item in finished.items]
-        (part,) = finished.parts
+    for number, (batch, (part,)) in enumerate(through(embedder, photos, 10)):
+        assert embedder.batches == number + 1, "what is finished can be stored before the next batch may fail"
+        contents += [item.content for item in batch.items]
         assert part is not None
         sums += part.vectors[0][:, 0].tolist()
-    assert embedder.told == [
-        "start 0", "start 1", "collect 0", "write", "start 2", "collect 1", "write", "collect 2", "write",
-    ]  # fmt: skip
     assert contents == list(range(N))
     for content in (0, 9, 10, N - 1):
         image = decode((photos / "ab"[content % 2] / f"{content:02d}.png").read_bytes(), max_pixels=10**6)
@@ -370,8 +381,8 @@ def test_the_next_batch_is_started_before_the_one_before_is_waited_for(photos: P
 
 
 def test_an_error_of_a_network_reaches_the_caller_after_what_was_finished(photos: Path) -> None:
-    finished = through(Beside(fails_at=2), photos, 10)
-    assert [item.content for item in next(finished).items] == list(range(10))
+    finished = through(Sums(fails_at=1), photos, 10)
+    assert [item.content for item in next(finished)[0].items] == list(range(10))
     with pytest.raises(BackboneError, match="the device is gone"):
         next(finished)
 
@@ -388,7 +399,10 @@ def test_reading_ahead_holds_a_fixed_number_of_batches(photos: Path) -> None:
     assert len(memory) == feed.AHEAD
 
 
-SECONDS = {"start-up": 1.0, "read": 2.0, "decode": 8.0, "network": 3.0, "write": 0.5}
+def worked(**seconds: float) -> work.Work:
+    """A run with two threads and the time it took."""
+    usual = {"start-up": 1.0, "read": 2.0, "decode": 8.0, "network": 3.0, "write": 0.5}
+    return work.Work(seconds=usual | seconds, workers=2)
 
 
 @pytest.mark.parametrize(
@@ -415,21 +429,33 @@ def test_the_advice_is_about_what_took_longest(
 ) -> None:
     asked = ExtractionConfig.model_validate(extraction)
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="bf16", engine="openvino")
-    assert advise({**SECONDS, **changes}, 2, [spec], asked) == expected
+    assert advise(worked(**changes), [spec], asked) == expected
+
+
+def test_the_advice_does_not_blame_the_network_for_a_baseline() -> None:
+    specs = [baselines.load(name).specs[0] for name in ("pixels", "hog")]
+    specs.append(replace(specs[0], name="small", kind="backbone"))
+    made = worked(network=9.0)
+    made.network_seconds = {"pixels": 0.5, "hog": 6.0, "small": 2.5}
+    assert advise(made, specs, ExtractionConfig()) == (
+        "most of the time went on the baseline hog; leaving it out of baselines would make it faster"
+    )
+    made.network_seconds = {"pixels": 0.5, "hog": 4.0, "small": 4.5}
+    assert advise(made, specs, ExtractionConfig()).startswith("most of the time went on the network; ")
 
 
 def test_the_advice_names_what_this_machine_has_and_the_run_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="fp32", engine="torch")
-    slow = {**SECONDS, "network": 50.0}
+    slow = worked(network=50.0)
     monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": ["amx_bf16"]})
     monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
-    assert advise(slow, 2, [spec], ExtractionConfig(precision="fp32")) == (
+    assert advise(slow, [spec], ExtractionConfig(precision="fp32")) == (
         "most of the time went on the network; extraction.precision: auto, as this processor computes in bf16 or "
         "OpenVINO (pip install 'manyheads[openvino]') or a GPU or a smaller network would make it faster"
     )
     monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": []})
     monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
-    assert advise(slow, 2, [spec], ExtractionConfig(engine="torch")) == (
+    assert advise(slow, [spec], ExtractionConfig(engine="torch")) == (
         "most of the time went on the network; extraction.engine: auto, as OpenVINO is installed or "
         "a GPU or a smaller network would make it faster"
     )

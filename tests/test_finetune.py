@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import softmax
@@ -25,12 +26,13 @@ from pipeline.config import Artifacts, BackboneConfig, Config, ExtractionConfig
 from pipeline.dataset import DatasetIndex, scan
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
 from pipeline.errors import PipelineError, TrainingError
-from pipeline.finetune.judgement import verdict
-from pipeline.finetune.material import choose, divide, read_pixels
+from pipeline.finetune.judgement import judge, lines, verdict
+from pipeline.finetune.material import LINEAR, choose, divide, lineage_of, read_pixels
 from pipeline.finetune.start import starting_layer
+from pipeline.leaderboard import Leaderboard
 from pipeline.metrics import Paired
 from pipeline.store import FeatureStore, StoreWriter
-from pipeline.training import describe, fold, predict_logits, put_head, write_weights
+from pipeline.training import describe, fold, loop, predict_logits, put_head, write_weights
 from pipeline.tuning import Projections
 
 ARCHITECTURE = "torchvision.models.regnet.RegNet"
@@ -282,24 +284,42 @@ def test_the_weights_are_a_backbone_like_any_other(experiment: Path, tuned: fine
     prepared = network.preprocessing
     logits = predict_logits(network.module, pixels, prepared.mean, prepared.std, torch.device("cpu"))
     accuracy = float((logits.argmax(1).numpy() == parts.codes(parts.test)).mean())
-    assert accuracy == tuned.result["test"]["stage_three"]
+    assert accuracy == tuned.result["test"]
 
 
-def test_the_weights_know_what_they_have_seen(experiment: Path, tuned: finetune.FinetuneRun) -> None:
-    _, _, _, parts = opened(make_config(experiment))
+def test_the_weights_know_what_they_have_learned_from_and_what_chose_them(
+    experiment: Path, tuned: finetune.FinetuneRun
+) -> None:
+    _, choice, _, parts = opened(make_config(experiment))
     expected = (
         backbone.load(BackboneConfig(name="toy", weights=str(tuned.weights)), ExtractionConfig(), 0).specs[0].trained_on
     )
-    assert lineage.seen(tuned.weights, parts.train.digests, expected).all()
-    assert not lineage.seen(tuned.weights, parts.validation.digests, expected).any()
-    assert not lineage.seen(tuned.weights, parts.test.digests, expected).any()
-    assert len(lineage.trained_on(experiment / "toy.safetensors")) == 0
+    known = lineage.read(tuned.weights, expected)
+    for part, said in ((parts.train, (True, False)), (parts.validation, (False, True)), (parts.test, (False, False))):
+        found = known.learned(part.digests), known.chose(part.digests)
+        assert [(set(one.tolist()) == {wanted}) for one, wanted in zip(found, said, strict=True)] == [True, True]
+    assert lineage_of(choice.record) == lineage.NONE
+    assert lineage.read(experiment / "toy.safetensors") == lineage.Lineage(frozenset(), None)
     with pytest.raises(TrainingError, match="was trained on other images"):
-        lineage.seen(experiment / "toy.safetensors", parts.train.digests, expected)
+        lineage.read(experiment / "toy.safetensors", expected)
     broken = experiment / "broken.safetensors"
     broken.write_bytes(b"\x10\0\0\0\0\0\0\0rubbish")
     with pytest.raises(TrainingError, match="cannot be read as a safetensors file"):
-        lineage.trained_on(broken)
+        lineage.read(broken)
+
+
+def test_weights_that_are_tuned_again_keep_what_they_learned_from_before(experiment: Path) -> None:
+    config = make_config(experiment)
+    files, _, store, parts = opened(config)
+    parent = lineage.NONE.joined(parts.validation.digests[:3], parts.train.digests[:2])
+    again = divide(config, files, store, parent)
+    assert list(again.validation.paths) == list(parts.validation.paths[3:])  # the three know their labels
+    child = parent.joined(again.train.digests, again.validation.digests)
+    assert child.learned(parts.validation.digests).tolist() == [True] * 3 + [False] * (len(parts.validation) - 3)
+    assert child.chose(parts.train.digests).sum() == 2
+    everything = lineage.NONE.joined(parts.validation.digests, parts.train.digests)
+    with pytest.raises(TrainingError, match="there are no validation images with features"):
+        divide(config, files, store, everything)
 
 
 def test_test_images_choose_nothing(experiment: Path, tuned: finetune.FinetuneRun) -> None:
@@ -327,41 +347,50 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     assert again.reused
     assert again.result == json.loads((tuned.weights.parent / "result.json").read_text())
     assert tuned.weights.stat().st_mtime_ns == before
-    lines = again.summary_lines()
-    assert lines[0] == "finished before and kept"
-    assert any(line.startswith("verdict    ") for line in lines)
+    said = again.summary_lines()
+    assert said[0] == "finished before and kept"
+    assert any(line.startswith("verdict    against the best row") for line in said)
     going_on = f"to go on   put {{name: toy, weights: {tuned.weights}}} under backbones: and run features and heads"
     kept = "           nothing that was learned helped on the validation images: the network is the start"
     for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
-        lines = replace(again, result={**again.result, "alpha": alpha}).summary_lines()
-        assert [line in lines for line in (going_on, kept)] == expected
+        said = replace(again, result={**again.result, "alpha": alpha}).summary_lines()
+        assert [line in said for line in (going_on, kept)] == expected
+    odd = replace(
+        again, result={**again.result, "alpha": 0.5}, weights=Path("it's my #1: {best}.safetensors"), network="1e3"
+    )
+    (told,) = [line for line in odd.summary_lines() if line.startswith("to go on")]
+    assert yaml.safe_load(told.removeprefix("to go on   put ").partition(" under backbones:")[0]) == {
+        "name": "1e3",
+        "weights": "it's my #1: {best}.safetensors",
+    }
 
 
 def test_a_stopped_run_gives_the_same_weights(
     experiment: Path, tuned: finetune.FinetuneRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is stopped before its first evaluation, which is after four steps."""
     config = make_config(experiment, embedding="toy-toy-penultimate", training={"range_test": True, "steps": 8})
     whole = finetune.run(config)
     weights = load_file(whole.weights)
     for name in ("result.json", "checkpoint.pt", whole.weights.name):
         (whole.weights.parent / name).unlink()
-    saves = []
-    real = finetune.train
+    real, done = loop.train_step, []
 
-    def interrupted(task: Any, data: Any, run: Any) -> Any:
-        def stop(step: int, weights: Any) -> None:
-            saves.append(step)
+    def stop(task: Any, data: Any, optimizer: Any, scaler: Any, step: int) -> float:
+        if step == 3 and not done.count(3):
+            done.append(step)
             raise KeyboardInterrupt
+        done.append(step)
+        return real(task, data, optimizer, scaler, step)
 
-        return real(task, data, run, stop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "train", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune.run(config)
-    assert saves == [4]
-    resumed = load_file(finetune.run(config).weights)
-    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    monkeypatch.setattr(loop, "train_step", stop)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(config)
+    resumed = finetune.run(config)
+    assert done == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+    assert resumed.result["rate"] == whole.result["rate"]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in load_file(resumed.weights).items())
 
 
 @pytest.mark.parametrize(
@@ -372,6 +401,38 @@ def test_the_verdict_is_one_plain_sentence(low: float, high: float, start: str) 
     sentence = verdict(Paired(0.05, (low, high), 0.5), minutes=2.34, n_images=372)
     assert sentence.startswith(start)
     assert f"on 372 test images (95 % interval {low:+.2%} to {high:+.2%}) for 2.3 minutes of training" in sentence
+
+
+def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen(experiment: Path) -> None:
+    config = make_config(experiment, head="ridge")
+    files, choice, _, parts = opened(config)
+    others = [row for row in board_of(files).rows if row.key not in (choice.frozen.key, "majority/most_frequent")]
+    assert (choice.linear, choice.frozen.key) == (choice.frozen, "toy-toy-penultimate/ridge")
+    choice = replace(choice, winner=others[0])
+    right = parts.codes(parts.test)
+    found = judge(files, choice, parts, right, 1.5, 0)
+    assert found["test"] == 1.0
+    assert {name: one["row"] for name, one in found["comparisons"].items()} == {
+        "best": others[0].key,
+        "frozen": "toy-toy-penultimate/ridge",
+    }
+    for one, row in zip(found["comparisons"].values(), (others[0], choice.frozen), strict=True):
+        assert one["test"] == row.test.accuracy
+        assert one["gain"]["difference"] == pytest.approx(1 - row.test.accuracy)
+    result = {**found, "start": "", "source": "", "alpha": 1, "validation": {"chosen": 1, "start": 1}}
+    verdicts = [line for line in lines(result) if " against " in line]
+    assert verdicts[0].startswith(f"verdict    against the best row, {others[0].key} ({others[0].test.accuracy:.2%}): ")
+    assert verdicts[1].startswith("           against the same network frozen, toy-toy-penultimate/ridge (")
+    same = judge(files, replace(choice, winner=choice.frozen), parts, right, 1.5, 0)
+    verdicts = [line for line in lines({**result, **same}) if " against " in line]
+    assert len(verdicts) == 1
+    assert "against the best row, which is the same network frozen, toy-toy-penultimate/ridge (" in verdicts[0]
+    random = choose(make_config(experiment, head="random"), files)
+    assert (random.linear, random.frozen.embedding, random.frozen.head in LINEAR) == (None, "toy-toy-penultimate", True)
+
+
+def board_of(files: Artifacts) -> Leaderboard:
+    return Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
 
 
 # ---- what is refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,22 @@ from sklearn.datasets import make_classification
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
-from skopt.space import Categorical, Integer, Real
 
-from pipeline import config
+from pipeline import config as configuration
 from pipeline.config import HeadConfig
 from pipeline.errors import HeadError
-from pipeline.heads import HEADS, Head, configure, identity, linear_parts, resolve, resolve_all
+from pipeline.heads import (
+    HEADS,
+    Categorical,
+    Head,
+    Integer,
+    Real,
+    configure,
+    identity,
+    linear_parts,
+    resolve,
+    resolve_all,
+)
 
 
 def features(classes: int = 3, rows: int = 120, seed: int = 0):
@@ -25,7 +36,7 @@ def features(classes: int = 3, rows: int = 120, seed: int = 0):
 
 
 def test_table_and_config_name_the_same_heads():
-    assert set(HEADS) == set(config.HEAD_NAMES)
+    assert set(HEADS) == set(configuration.HEAD_NAMES)
 
 
 def test_simplicity_orders_the_heads_from_centroids_to_networks():
@@ -179,6 +190,37 @@ def test_a_users_own_head_is_imported_from_the_current_folder(own_heads):
     assert head.space["var_smoothing"].high == 1e-2
     X, y = features()
     assert configure(head, head.defaults, 0).fit(X, y).score(X, y) > 0.6
+
+
+def test_a_users_own_head_is_imported_from_beside_the_config(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "heads_beside_the_config.py").write_text(OWN_HEADS)
+    config = tmp_path / "configs" / "own.yaml"
+    config.write_text("{output: o, backbones: [{name: resnet18}], heads: ['heads_beside_the_config:BAYES']}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_all(configuration.load(Path("configs/own.yaml")).heads)[0].name == "naive_bayes"
+
+
+def test_dimensions_of_scikit_optimize_are_taken_and_have_its_text():
+    """The text is in the identity of a search, which journals are continued by."""
+    import skopt.space as theirs
+
+    given = {
+        "a": theirs.Real(1e-6, 100, prior="log-uniform"),
+        "b": theirs.Integer(1, 64, prior="log-uniform"),
+        "c": theirs.Integer(2, 32),
+        "d": theirs.Categorical([None, 0.1, "x"]),
+    }
+    space = Head("own", lambda seed: None, given, {}).space
+    assert space == {
+        "a": Real(1e-6, 100, prior="log-uniform"),
+        "b": Integer(1, 64, prior="log-uniform"),
+        "c": Integer(2, 32),
+        "d": Categorical((None, 0.1, "x")),
+    }
+    assert [repr(row) for row in space.values()] == [repr(row) for row in given.values()]
+    with pytest.raises(HeadError, match=r"\(1, 2\) is no dimension of a search space"):
+        Head("own", lambda seed: None, {"a": (1, 2)}, {})
 
 
 def test_what_is_wrong_with_a_users_own_head_is_told(own_heads):

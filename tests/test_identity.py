@@ -158,11 +158,10 @@ def test_one_flipped_bit_of_one_weight_is_another_network(copied: Config, networ
         {"batch_size": 7},
         {"batch_size": "auto", "workers": "auto"},
         {"workers": 3},
-        {"processes": 2},
     ],
     ids=str,
 )
-def test_batch_size_workers_and_processes_change_no_identity(copied: Config, change: dict[str, Any]) -> None:
+def test_batch_size_and_workers_change_no_identity(copied: Config, change: dict[str, Any]) -> None:
     extraction = {**copied.extraction.model_dump(), **change}
     config = copied.model_copy(update={"extraction": type(copied.extraction).model_validate(extraction)})
     assert extract_features.run(config).work is None

@@ -18,6 +18,7 @@ from photos import PHOTO_CLASSES, make_photos
 from pipeline import predict
 from pipeline.config import Artifacts, Config
 from pipeline.errors import BackboneError, BundleError, ConfigError, DatasetError
+from pipeline.images import NO_IMAGE
 from pipeline.leaderboard import Leaderboard
 
 
@@ -126,7 +127,7 @@ def test_an_output_that_cannot_be_written_is_found_before_any_image_is_read(
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(predict, "_batches", None)
+    monkeypatch.setattr(predict, "embed", None)
     with pytest.raises(OSError, match=r"Is a directory|Not a directory"):
         predict.run(pixels_bundle(experiment), [Path(str(experiment.dataset.path))], output=tmp_path / wrong)
 
@@ -165,6 +166,59 @@ def test_a_device_that_there_is_not_is_refused_as_the_config_does(experiment: Co
     assert str(caught.value) == (
         "--device: should be 'auto', 'cpu', 'mps', 'cuda' or a GPU by number, such as 'cuda:1', got 'gpu'"
     )
+
+
+def test_a_folder_is_walked_as_a_data_set_is_and_nothing_goes_without_a_row_or_a_count(
+    experiment: Config, tmp_path: Path
+) -> None:
+    photos = make_photos(tmp_path / "new", per_class=1)
+    first, *_ = sorted(photos.rglob("*.png"))
+    contents = {
+        "a/photo": first.read_bytes(),
+        "a/raw.nef": b"II*\0",
+        "a/x.psd": b"8BPS",
+        "notes.txt": b"x",
+        ".hidden": b"",
+    }
+    for name, content in contents.items():
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(content)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(first, tmp_path / "elsewhere" / "linked.png")
+    (photos / "link").symlink_to(tmp_path / "elsewhere")
+    (photos / "link.png").symlink_to(first)
+    (photos / "a" / "loop").symlink_to(photos)
+    (photos / "gone.png").symlink_to("nothing.png")
+    os.mkfifo(photos / "pipe.png")
+    result = predict.run(pixels_bundle(experiment), [photos], output=tmp_path / "out.csv")
+    rows = {row["path"]: row["status"] for row in read(tmp_path / "out.csv")}
+    assert {path: status for path, status in rows.items() if status != "ok"} == {
+        f"{photos}/a/raw.nef": "unsupported_format: it is a camera's raw file (.nef); save the photo as JPEG or PNG",
+        f"{photos}/a/x.psd": "unsupported_format: it is a Photoshop file; save it as JPEG or PNG",
+        f"{photos}/gone.png": "unreadable: it is a broken symbolic link: No such file or directory",
+        f"{photos}/pipe.png": "unreadable: it is not a regular file",
+    }
+    good = [path.removeprefix(f"{photos}/") for path, status in rows.items() if status == "ok"]
+    inside = [str(path.relative_to(photos)) for path in photos.rglob("*/00.png")]
+    assert good == ["link.png", "a/photo", *sorted([*inside, "link/linked.png"])]
+    assert result.unreadable == 4
+    assert result.summary_lines()[-6:-1] == [
+        "4 images could not be read; their `status` says why",
+        "1 file not used (not an image):",
+        f"  {photos}/notes.txt: {NO_IMAGE}",
+        "ignored hidden files and folders: 1",
+        "ignored symbolic links to a folder that is already read: 1",
+    ]
+
+
+def test_a_folder_of_photos_that_cannot_be_read_has_a_row_for_each(experiment: Config, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "a.cr3").write_bytes(b"\0\0\0\x18ftypcrx ")
+    with pytest.raises(DatasetError, match="none of the 1 images could be read"):
+        predict.run(pixels_bundle(experiment), [tmp_path / "new"], output=tmp_path / "out.csv")
+    assert [row["status"] for row in read(tmp_path / "out.csv")] == [
+        "unsupported_format: it is a camera's raw file; save it as JPEG or PNG"
+    ]
 
 
 def test_where_no_image_can_be_read_the_rows_are_written_and_the_run_fails(experiment: Config, tmp_path: Path) -> None:

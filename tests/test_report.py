@@ -16,14 +16,14 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import CLASSES, built_experiment, row, write_trials
 
-from pipeline import metrics, report
+from pipeline import audit, metrics, report
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
 from pipeline.leaderboard import Leaderboard, Nested, Seeds, judge
 from pipeline.leaderboard.imbalance import effects
-from pipeline.leaderboard.rows import nested_choice
+from pipeline.leaderboard.rows import Leaks, nested_choice
 from pipeline.metrics import Predictions, PredictionSet
-from pipeline.report import material
+from pipeline.report import inputs, material
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.material import gather
@@ -47,6 +47,39 @@ def test_best_is_chosen_by_cross_validation_and_never_by_the_test():
 def test_of_two_equal_rows_the_simpler_wins():
     board = Leaderboard((row("rbf_svm", 0.9, simplicity=5), row("ridge", 0.9, simplicity=1)))
     assert board.best.head == "ridge"
+
+
+def test_rows_on_other_images_are_ranked_apart_and_never_win():
+    """A fine-tuned network's rows come in a table of their own, however high their cross-validation is."""
+    frozen = row("ridge", 0.90), row("knn", 0.80), row("most_frequent", 0.3, embedding="majority", baseline=True)
+    new = {"embedding": "tuned", "unseen_rows": 50, "task": "b"}
+    apart = row("ridge", 0.99, **new), row("knn", 0.98, **new)
+    told = row("ridge", 0.995, embedding="other", unseen_rows=40, chose_rows=40, task="c")
+    board = Leaderboard((told, *apart, *frozen))
+    assert board.best.key == "resnet18-penultimate/ridge"
+    assert [item.cv_mean for item in board.ranked] == [0.90, 0.80, 0.3]
+    assert [[item.cv_mean for item in rows] for rows in board.apart] == [[0.995], [0.99, 0.98]]
+    assert board.rows == (*board.ranked, told, *apart)
+    main, *tables = board.to_markdown().split("## Ranked apart, on other images")
+    assert "tuned" not in main
+    assert len(tables) == 2
+    assert "99.5" not in tables[0]
+    assert "40 of them chose the network's weights" in tables[0]
+    assert "99.0 ± 1.0" in tables[1]
+    assert "\\*" not in "".join(tables)
+    assert board.to_text().count("Ranked apart, on other images: heads on a fine-tuned network") == 2
+    page = leaderboard_table(board)
+    assert page.count("<table>") == 3
+    assert "99.5" not in page
+    assert Leaderboard.from_json(board.to_json()) == board
+    saved = Leaderboard((dataclasses.replace(apart[0], bundle="heads/tuned/ridge"), *frozen))
+    assert (
+        "To label with a row that stands apart, give `manyheads predict` its folder, heads/tuned/ridge."
+        in saved.notes()
+    )
+    # Where there is no other backbone the fine-tuned one's rows are compared, and the guess stands apart.
+    assert Leaderboard((*apart, frozen[2])).best == apart[0]
+    assert Leaderboard((*apart, frozen[2])).apart == ((frozen[2],),)
 
 
 def test_json_gives_the_same_leaderboard_back():
@@ -340,7 +373,7 @@ def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: P
 
 
 def test_of_many_images_a_stratified_part_is_looked_at(experiment: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(material, "MOST_IMAGES", 90)
+    monkeypatch.setattr(audit, "MOST_IMAGES", 90)
     found = gather(experiment)
     assert "look at 90 of 180 images" in " ".join(found.missing)
     assert found.map is not None
@@ -399,7 +432,7 @@ def test_page_has_every_section_and_chart(page: str):
         "map",
         "mistakes",
         "labels",
-        "copies",
+        "near-duplicates",
         "outliers",
         "reproduce",
     ):
@@ -416,12 +449,45 @@ def test_labels_cannot_become_markup(page: str):
 
 def test_page_shows_what_was_planted(experiment: Path, page: str):
     """A flipped label, a copy from train in test, an outlier: each is in its section and its table."""
-    labels = (experiment / "doctor" / "suspicious_labels.csv").read_text(encoding="utf-8")
+    labels = (experiment / "audit" / "label_issues.csv").read_text(encoding="utf-8")
     assert "train/class0/006.png,猫 $5,ant" in labels
-    copies = (experiment / "doctor" / "near_duplicates.csv").read_text(encoding="utf-8").splitlines()
+    copies = (experiment / "audit" / "near_duplicates.csv").read_text(encoding="utf-8").splitlines()
     assert copies[1].startswith("test/class0/000.png,train/class0/000.png")
     assert "1 across splits" in page
-    assert "test/class0/001.png" in (experiment / "doctor" / "outliers.csv").read_text(encoding="utf-8")
+    assert "test/class0/001.png" in (experiment / "audit" / "outliers.csv").read_text(encoding="utf-8")
+
+
+def test_what_more_labels_bring_is_said_of_the_users_own_labels(experiment: Path, page: str):
+    """Of 120 training images the curve can only measure up to 96; twice the labels are 240 all the same."""
+    curve = gather(experiment).curve
+    assert curve is not None
+    assert curve.points[-1].size == 96
+    assert [item.size for item in curve.forecast] == [240, 480]
+    assert "Measured with ridge on random-net, in each of five draws" in page
+    assert "With twice your 120 labelled training images, about" in page
+    assert "is to be expected of ridge on random-net." in page
+
+
+def test_leaks_stand_above_the_table(experiment: Path, tmp_path: Path):
+    output = shutil.copytree(experiment, tmp_path / "leaking")
+    board = board_of(output)
+    best = board.best
+    leaks = Leaks("random-net", 180, 3, 60, 0, 120, {best.key: 0.5}, {})
+    leaking = dataclasses.replace(board, leaks=leaks)
+    Artifacts(output).leaderboard.write_text(leaking.to_json(), encoding="utf-8")
+    assert board_of(output) == leaking
+    line = (
+        f"Leak: 3 of 60 test images are nearly the same as a training image; on the other test images {best.key} has "
+        f"50.0 % in place of {100 * best.test.accuracy:.1f} %."
+    )
+    page = render(gather(output))
+    for text, table in ((page, "<table>"), (leaking.to_text(), "embedding "), (leaking.to_markdown(), "| embedding")):
+        assert (
+            text.index(line) < text.index("same `group`, a column of a manifest (path,label,group)") < text.index(table)
+        )
+    none = dataclasses.replace(board, leaks=dataclasses.replace(leaks, test=0))
+    assert none.warnings() == []
+    assert none.to_text() == board.to_text()
 
 
 def test_page_is_the_same_when_made_again(experiment: Path, page: str):
@@ -624,3 +690,58 @@ def test_long_names_do_not_squeeze_the_tuning_curves(name: str, count: int) -> N
     assert box.x0 >= 0
     assert box.x1 <= 1.01
     assert 0 <= box.y0 < box.y1 < place.y0
+
+
+# ---- work that did not change
+
+
+def stamps(output: Path) -> dict[str, int]:
+    made = [output / "report.html", *(output / "plots").iterdir(), *(output / "audit").iterdir()]
+    return {path.name: path.stat().st_mtime_ns for path in made}
+
+
+def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
+    before = stamps(copy)
+    record = json.loads((copy / "leaderboard.json").read_text())
+    record["provenance"]["date"] = "2027-01-01T00:00:00+00:00"  # what a run with nothing to do writes
+    (copy / "leaderboard.json").write_text(json.dumps(record))
+    assert report.refresh(copy) == copy / "report.html"
+    assert stamps(copy) == before
+    report.build(copy)
+    assert all(stamp > before[name] for name, stamp in stamps(copy).items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "leaderboard.json",
+        "heads/random-net/logistic_regression/predictions.npz",
+        "trials/random-net/logistic_regression.jsonl",
+        "dataset/index.csv",
+        "features.json",
+        "report.html",
+        "plots/confusion.png",
+        "audit/outliers.csv",
+        "report.json",
+    ],
+)
+def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(copy: Path, name: str):
+    assert inputs.is_current(copy)
+    if name == "leaderboard.json":
+        record = json.loads((copy / name).read_text())
+        record["provenance"]["notes"] = ["a head was left out"]
+        (copy / name).write_text(json.dumps(record))
+    elif name.endswith(("csv", "jsonl")) or name == "features.json":
+        (copy / name).write_bytes((copy / name).read_bytes() + b"\n")
+    else:
+        (copy / name).unlink()
+    assert not inputs.is_current(copy)
+    if name == "plots/confusion.png":
+        report.refresh(copy)
+        assert (copy / name).is_file()
+        assert inputs.is_current(copy)
+
+
+def test_other_code_or_libraries_make_another_page(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inputs, "LIBRARIES", (*inputs.LIBRARIES, "click"))
+    assert not inputs.is_current(copy)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_experiment import row
 
-from pipeline import doctor, metrics
+from pipeline import audit, metrics
 from pipeline.leaderboard import Leaderboard, Nested
 from pipeline.report import sections, tables
 from pipeline.report.charts import accuracy_chart, priced
@@ -46,7 +46,7 @@ class Table(HTMLParser):
 
 def material(rows, trials=None, provenance=None) -> Material:
     board = Leaderboard(tuple(rows), provenance or {})
-    return Material(Path("out"), board, {}, trials or {}, None, None, None, None, doctor.Findings(), ())
+    return Material(Path("out"), board, {}, trials or {}, None, None, None, None, audit.Findings(), ())
 
 
 def trials(count: int = 3):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,11 @@ from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
 from pipeline.heads import HEADS
 from pipeline.images import policy_key
+from pipeline.leaderboard.table import cross_validated
 from pipeline.metrics import METRICS, Answers, Predictions
 from pipeline.store import FeatureStore, StoreWriter
 from pipeline.train_heads import repeats
+from pipeline.train_heads.task import unseen_task
 from pipeline.tuning import make_folds, tune
 
 CLASSES = ("boot, left", "凉鞋", "shirt")
@@ -46,8 +51,8 @@ def make_config(output: Path, **tuning: Any) -> Config:
     return configuration.parse(raw, "test")
 
 
-def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
-    """Write what stage one leaves behind: an index, two stores, features.json."""
+def stage_one(output: Path, *, labels_seed: int = 0, alike: Sequence[tuple[int, int]] = ()) -> DatasetIndex:
+    """Write what stage one leaves behind: an index, two stores, features.json; of rows that are `alike` one nearly is the other."""
     files = Artifacts(output)
     rng = np.random.default_rng(0)
     codes = np.arange(N) % 3
@@ -61,6 +66,8 @@ def stage_one(output: Path, *, labels_seed: int = 0) -> DatasetIndex:
     index = DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10))
     index.write(files.dataset)
     good = rng.normal(size=(N, DIM)) + 1.2 * np.eye(3, DIM)[codes]
+    for first, second in alike:
+        good[second] = good[first] + 0.01
     records = []
     for name, kind, X in (("net-random", "backbone", good), ("pixels", "baseline", rng.normal(size=(N, DIM)))):
         spec = EmbeddingSpec(
@@ -142,6 +149,25 @@ def test_the_terminal_says_which_bundle_is_recommended_and_how_to_predict_with_i
     assert not any(line.startswith("recommended") or "manyheads predict` takes" in line for line in lines)
 
 
+def test_the_commands_it_prints_can_be_pasted_into_a_shell(
+    finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path
+) -> None:
+    output = tmp_path / "it's (my) photos"
+    shutil.copytree(finished[1].files.root, output)
+    result = train_heads.run(finished[0].model_copy(update={"output": str(output)}))
+    told = next(line for line in result.summary_lines() if line.startswith("to predict   "))
+    assert shlex.split(told.removeprefix("to predict   ")) == [
+        "manyheads", "predict", str(output), "IMAGES", "--output", "labels.csv",
+    ]  # fmt: skip
+    commands = result.leaderboard.provenance["command"].splitlines()
+    assert [shlex.split(line) for line in commands] == [
+        ["manyheads", stage, str(output / "config.yaml")] for stage in ("features", "heads")
+    ]
+    bundle = output / str(result.leaderboard.best.bundle) / "bundle.json"
+    bundle.write_text(json.dumps({**json.loads(bundle.read_text()), "runs_code_when_loaded": True}))
+    assert next(line for line in result.summary_lines() if line.startswith("to predict")) == f"{told} --trust"
+
+
 @pytest.mark.parametrize("scoring", ["macro_f1", "log_loss"])
 def test_the_score_that_is_tuned_is_the_one_that_is_compared(tmp_path: Path, scoring: str) -> None:
     """What is kept out of fold gives the fold scores of the search again, and they the differences."""
@@ -176,6 +202,48 @@ def test_test_labels_choose_nothing(finished: tuple[Config, train_heads.HeadsRun
     assert mine.best.test is not None
     assert other.best.test is not None
     assert other.best.test.accuracy < mine.best.test.accuracy
+
+
+def test_near_duplicates_across_the_test_and_across_folds_are_said_with_the_scores_without_them(tmp_path: Path) -> None:
+    """Two test images are nearly training images; of ten pairs of training images some are parted by the folds."""
+    tested = [(3, 0), (18, 15)]
+    pairs = [(row, row + 3) for row in (31, 46, 61, 76, 91, 106, 121, 136, 1, 16)]
+    stage_one(tmp_path, alike=[*tested, *pairs])
+    config = make_config(tmp_path).model_copy(update={"heads": (HeadConfig(name="nearest_centroid"),)})
+    result = train_heads.run(config)
+    board = result.leaderboard
+    leaks = board.leaks
+    assert leaks is not None
+    assert (leaks.embedding, leaks.images, leaks.test_images, leaks.train_images) == ("net-random", 150, 30, 120)
+    found = Predictions.read(tmp_path / str(board.best.bundle) / "predictions.npz")
+    assert found.out_of_fold is not None
+    assert found.out_of_fold.folds is not None
+    fold = dict(zip(found.out_of_fold.paths.tolist(), found.out_of_fold.folds.tolist(), strict=True))
+    parted = {f"{row:04d}.png" for pair in pairs for row in pair if len({fold[f"{end:04d}.png"] for end in pair}) == 2}
+    assert 0 < len(parted) < 20
+    assert (leaks.test, leaks.folds) == (2, len(parted))
+    others = ~np.isin(found.test.paths, ["0000.png", "0015.png"])
+    assert leaks.without[board.best.key] == found.test.correct[others].mean()
+    kept = ~np.isin(found.out_of_fold.paths, sorted(parted))
+    expected = (found.out_of_fold.correct.mean(), found.out_of_fold.correct[kept].mean())
+    assert leaks.held_out[board.best.key] == expected
+    lines = result.summary_lines()[0].splitlines()
+    assert lines[0].startswith(
+        "Leak: 2 of 30 test images are nearly the same as a training image; on the other test images"
+    )
+    assert lines[1].startswith(
+        f"Leak: {len(parted)} of 120 training images are nearly the same as one of another fold;"
+    )
+    assert f"{board.best.key} is right in {100 * expected[1]:.1f} % in place of {100 * expected[0]:.1f} %" in lines[1]
+    assert "the same `group`" in lines[2]
+    assert train_heads.run(config).leaderboard.leaks == leaks
+
+
+def test_data_without_near_duplicates_have_nothing_said_of_them(finished: tuple[Config, train_heads.HeadsRun]) -> None:
+    board = finished[1].leaderboard
+    assert board.leaks is not None
+    assert (board.leaks.test, board.leaks.folds) == (0, 0)
+    assert "Leak" not in board.to_text()
 
 
 def test_a_bundle_predicts_what_the_leaderboard_says(finished: tuple[Config, train_heads.HeadsRun]) -> None:
@@ -352,10 +420,12 @@ def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path:
         train_heads.run(config)
     assert str(caught.value) == "1 of 151 images have no features yet; run `manyheads features` first"
     policy = policy_key(config.dataset.max_pixels)
-    failed = LedgerEntry("9999.png", digests_to_hex(digests[-1:])[0], "truncated", "its end is missing", policy)
-    record_failures(files.dataset, [failed])
+    failed = LedgerEntry("9999.png", digests_to_hex(digests[-1:])[0], "truncated", "its end is missing")
+    known = failed._replace(path=str(index.paths[0]), digest=digests_to_hex(digests[:1])[0])
+    assert index.splits[0] == "test"
+    record_failures(files.dataset, [failed, known], policy)  # one has a vector, which an earlier version made of it
     run = train_heads.run(config)
-    assert run.leaderboard.provenance["images"] == {"train": 120, "test": 30, "classes": 3}
+    assert run.leaderboard.provenance["images"] == {"train": 120, "test": 29, "classes": 3}
 
 
 def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
@@ -366,7 +436,7 @@ def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
 
 def heads_command(config: Config, before: str = "") -> list[str]:
     path = Path(config.output) / "test.yaml"
-    path.write_text(configuration.dump_yaml(config), encoding="utf-8")
+    path.write_text(configuration.dump_yaml(config, path.parent), encoding="utf-8")
     code = (
         f"{before}\nimport sys; sys.argv = ['manyheads', 'heads', {str(path)!r}]\nfrom pipeline.cli import main\nmain()"
     )
@@ -469,16 +539,19 @@ def test_class_weights_are_switched_where_classes_are_uneven(tmp_path: Path) -> 
     assert repeats.reweighted(unweighted, X, task, tuning, 0, tuned, tmp_path / "head.jsonl") is None
 
 
-def fine_tuned(output: Path, seen: NDArray[np.uint64]) -> Config:
-    """An experiment whose backbone is a weights file that has learned from the given contents."""
+def fine_tuned(output: Path, learned: NDArray[np.uint64], chose: NDArray[np.uint64] | None = None) -> Config:
+    """An experiment whose backbone is a weights file that has learned from, and was chosen by, the given contents."""
     stage_one(output)
     files = Artifacts(output)
     weights = output / "tuned.safetensors"
-    header = json.dumps({"__metadata__": {lineage.CONTENTS_KEY: lineage.contents_text(seen)}}).encode()
+    known = lineage.Lineage(
+        frozenset(digests_to_hex(learned)), None if chose is None else frozenset(digests_to_hex(chose))
+    )
+    header = json.dumps({"__metadata__": known.header()}).encode()
     weights.write_bytes(len(header).to_bytes(8, "little") + header)
     section = BackboneConfig(name="resnet18", weights=str(weights))
     records = [
-        replace(record, section=section, spec=replace(record.spec, trained_on=lineage.contents_digest(seen)))
+        replace(record, section=section, spec=replace(record.spec, trained_on=known.digest))
         if record.kind == "backbone"
         else record
         for record in read_records(files.features)
@@ -487,19 +560,63 @@ def fine_tuned(output: Path, seen: NDArray[np.uint64]) -> Config:
     return make_config(output)
 
 
-def test_heads_on_a_fine_tuned_backbone_use_only_images_it_has_not_learned_from(tmp_path: Path) -> None:
-    index = stage_one(tmp_path)
-    train = index.select("train")
-    result = train_heads.run(fine_tuned(tmp_path, train.digests[:80]))
+@pytest.mark.parametrize(
+    ("learned", "chose", "used", "choosers"),
+    [
+        (slice(0, 60), slice(60, 80), slice(80, 120), 0),  # as many as chose, and more, have done neither
+        (slice(0, 60), slice(60, 100), slice(60, 120), 40),  # 20 are too few to do without the 40 that chose
+        (slice(0, 80), slice(80, 120), slice(80, 120), 40),  # as finetune leaves it
+        (slice(0, 80), None, slice(80, 120), 40),  # weights of an earlier version do not say which images chose
+    ],
+)
+def test_only_images_that_neither_taught_nor_chose_the_weights_judge_a_fine_tuned_row(
+    tmp_path: Path, learned: slice, chose: slice | None, used: slice, choosers: int
+) -> None:
+    train = stage_one(tmp_path).select("train")
+    config = fine_tuned(tmp_path, train.digests[learned], None if chose is None else train.digests[chose])
     files = Artifacts(tmp_path)
-    for row in result.leaderboard.rows:
-        assert row.bundle is not None
-        held_out = Predictions.read(files.root / row.bundle / "predictions.npz").out_of_fold
+    task = train_heads.make_task(config, files, [])
+    backbone, floor = (
+        next(r for r in read_records(files.features) if r.kind == kind) for kind in ("backbone", "baseline")
+    )
+    own = unseen_task(task, backbone, config)
+    assert list(own.train.paths) == list(train.paths[used])
+    assert sorted(row for _, held_out in own.folds for row in held_out.tolist()) == list(range(len(own.train)))
+    assert own.chose == choosers
+    assert unseen_task(task, floor, config) is task
+
+
+def test_rows_on_a_fine_tuned_network_stand_apart_from_those_on_all_images(tmp_path: Path) -> None:
+    train = stage_one(tmp_path).select("train")
+    result = train_heads.run(fine_tuned(tmp_path, train.digests[:80], train.digests[80:]))
+    board = result.leaderboard
+    for row in board.rows:
+        held_out = Predictions.read(result.files.root / str(row.bundle) / "predictions.npz").out_of_fold
         assert held_out is not None
         tuned = row.embedding == "net-random"
         assert list(held_out.paths) == list(train.paths[80:] if tuned else train.paths)
-        assert (row.unseen_rows, row.note) == ((40, "fine-tuned") if tuned else (None, "baseline"))
-    assert any(line.startswith("fine-tuned: the network has learned from") for line in result.leaderboard.notes())
+        assert (row.unseen_rows, row.chose_rows) == ((40, 40) if tuned else (None, 0))
+        assert (cross_validated(row, "accuracy") == "–") == tuned
+    # No other backbone is there: the best is the network's own, and the floors stand apart.
+    assert board.best.embedding == "net-random"
+    assert [{row.embedding for row in rows} for rows in board.apart] == [{"majority", "pixels"}]
+    assert any(
+        line.startswith("All of them: heads on a fine-tuned network, fitted on the 40") for line in board.notes()
+    )
+
+
+def test_images_of_a_group_that_was_learned_from_are_not_unseen(tmp_path: Path) -> None:
+    train = stage_one(tmp_path).select("train")
+    config = fine_tuned(tmp_path, train.digests[:40], train.digests[40:50])
+    files = Artifacts(tmp_path)
+    record = next(record for record in read_records(files.features) if record.kind == "backbone")
+    task = train_heads.make_task(config, files, [])
+    assert len(unseen_task(task, record, config).train) == 70
+    grouped = replace(task, groups=np.arange(120) // 8 * 8)  # the sixth group of eight holds what chose
+    assert list(unseen_task(grouped, record, config).train.paths) == list(train.paths[56:])
+    film = replace(task, groups=np.arange(120) // 60)  # half of them were learned from, the others have done nothing
+    assert list(unseen_task(film, record, config).train.paths) == list(train.paths[60:])
+    assert unseen_task(film, record, config).chose == 0
 
 
 def test_a_backbone_that_has_learned_from_all_training_images_is_refused(tmp_path: Path) -> None:
@@ -514,5 +631,7 @@ def test_a_backbone_that_has_learned_from_all_training_images_is_refused(tmp_pat
 
 def test_a_backbone_that_has_learned_from_test_images_is_refused(tmp_path: Path) -> None:
     test = stage_one(tmp_path).select("test")
-    with pytest.raises(DatasetError, match="net-random: its network has learned from 3 of the 30 test images"):
-        train_heads.run(fine_tuned(tmp_path, test.digests[:3]))
+    with pytest.raises(
+        DatasetError, match="net-random: its network has learned from, or was chosen by, 3 of the 30 test images"
+    ):
+        train_heads.run(fine_tuned(tmp_path, test.digests[:2], test.digests[1:3]))

@@ -10,18 +10,17 @@ import pytest
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
-from skopt.space import Integer
 from test_tuning import summary
 from test_tuning_solvers import network
 
 from pipeline.config import HeadConfig, TuningConfig
-from pipeline.heads import HEADS, configure, resolve
+from pipeline.heads import HEADS, Integer, configure, resolve
 from pipeline.tuning import evaluators, make_folds, racing, tune
 from pipeline.tuning import forests as module
 from pipeline.tuning.evaluators import EVALUATORS, GENERIC, evaluator_for
 from pipeline.tuning.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forests, grow
 from pipeline.tuning.journal import Journal
-from pipeline.tuning.records import Problem
+from pipeline.tuning.records import Problem, derived_seed
 
 FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 100})
 
@@ -52,7 +51,7 @@ def test_a_forest_grown_in_steps_is_scikit_learns_to_the_last_digit(head, params
     grown = Grown()
     for trees in (12, 32, 100):
         outcome = forests(problem, 1, grown, [{**head.fixed, **params, "n_estimators": trees}])[0]
-    whole = configure(head, params, problem.seed).fit(problem.X[train], problem.y[train])
+    whole = configure(head, params, problem.fold_seed(1)).fit(problem.X[train], problem.y[train])
     probabilities = whole.predict_proba(problem.X[held_out])
     (votes,) = grown.votes.values()
     assert votes.trees == 100
@@ -266,12 +265,17 @@ def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
     assert {number for number, reason in reasons.items() if reason == "screened only"} == set(first) - chosen
     assert all(reasons[number].endswith("after 1 of 2 folds") for number in chosen & set(reasons))
     assert run.best.mean == max(trial.mean for trial in full)
-    own = [configure(FOREST, run.best.params, 0).fit(X[t], y[t]).score(X[h], y[h]) for t, h in folds]
+    seeds = [derived_seed(0, 0, fold) for fold in range(2)]
+    grown = [
+        configure(FOREST, run.best.params, seed).fit(X[t], y[t]) for seed, (t, _) in zip(seeds, folds, strict=True)
+    ]
+    own = [forest.score(X[h], y[h]) for forest, (_, h) in zip(grown, folds, strict=True)]
     assert run.best.fold_scores == tuple(own)
     assert len(run.pipeline[-1].estimators_) == 100
     assert run.pipeline[-1].n_jobs is None
-    assert run.pipeline[-1].random_state == 0
-    assert np.array_equal(run.pipeline.predict(X), configure(FOREST, run.best.params, 0).fit(X, y).predict(X))
+    seed = derived_seed(0, 1, 0)
+    assert run.pipeline[-1].random_state == seed
+    assert np.array_equal(run.pipeline.predict(X), configure(FOREST, run.best.params, seed).fit(X, y).predict(X))
 
 
 @pytest.mark.parametrize("scoring", ["accuracy", "log_loss"])
@@ -306,7 +310,7 @@ def whole_search(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop_after", [3, 22, 27])
-def test_an_interrupted_search_of_forests_ends_the_same(stop_after, whole_search, tmp_path, monkeypatch):
+def test_an_interrupted_search_of_grownends_the_same(stop_after, whole_search, tmp_path, monkeypatch):
     arguments, whole = whole_search
     append, seen = Journal.append, []
 
@@ -341,7 +345,7 @@ def test_a_forest_that_fails_is_a_failed_trial(tmp_path):
     assert outcome.error.startswith("InvalidParameterError: The 'criterion' parameter")
 
 
-def test_forests_that_cannot_be_grown_in_steps_are_fitted_plainly():
+def test_grownthat_cannot_be_grown_in_steps_are_fitted_plainly():
     assert evaluator_for(problem_of()) is EVALUATORS["forest"]
     for fixed in ({"n_estimators": 63}, {"random_state": None}, {"warm_start": True}):
         assert evaluator_for(problem_of(replace(FOREST, fixed={**FOREST.fixed, **fixed}))) is GENERIC

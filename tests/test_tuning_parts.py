@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
-from skopt.space import Categorical, Integer, Real
 
 from pipeline.errors import HeadError
+from pipeline.heads import Categorical, Integer, Real
 from pipeline.metrics import METRICS, Answers
 from pipeline.tuning import expand_scores, make_folds, racing, strategies
 from pipeline.tuning.strategies import cardinality
@@ -96,6 +98,60 @@ def test_every_strategy_starts_with_the_defaults_and_repeats_with_its_seed(strat
     json.dumps(points)
     if strategy != "grid":
         assert points != drive(strategy, SPACE, DEFAULTS, 9, 1, bowl)[0]
+
+
+def test_random_draws_are_those_of_scikit_optimize():
+    """So that the journals of searches whose points it drew are continued."""
+    import skopt.space
+
+    space = {
+        "a": Real(1e-3, 1e3, prior="log-uniform"),
+        "b": Real(-2, 5),
+        "c": Integer(1, 64, prior="log-uniform"),
+        "d": Integer(-3, 9),
+        "e": Categorical([None, "x", 0.5, 7]),
+    }
+    theirs = skopt.space.Space([strategies._of_skopt(row) for row in space.values()])
+    theirs.set_transformer("normalize")
+    generator = np.random.RandomState(3)
+    asked = strategies.rounds("random", space, {"a": 1.0, "b": 0.0, "c": 1, "d": 0, "e": None}, 400, 3)
+    for point in [point for _ in range(20) for point in next(asked)][1:]:
+        a, b, c, d, e = theirs.rvs(1, random_state=generator)[0]
+        assert (point["c"], point["d"], point["e"]) == (c, d, (None, "x", 0.5, 7)[int(e)])
+        np.testing.assert_allclose([point["a"], point["b"]], [a, b], rtol=1e-5)
+
+
+WITHOUT_SKOPT = """
+import sys
+class Blocked:
+    @staticmethod
+    def find_spec(name, *_):
+        if name.partition('.')[0] == 'skopt':
+            raise ImportError("cannot import name 'x' from 'sklearn.utils'")
+sys.meta_path.insert(0, Blocked)
+from pipeline import check, train_heads
+from pipeline.errors import HeadError
+from pipeline.heads import HEADS
+from pipeline.tuning import require, strategies
+for strategy in ("random", "grid"):
+    require(strategy)
+    for head in HEADS.values():
+        print(len(next(strategies.rounds(strategy, head.space, head.defaults, 8, 0))), end=" ")
+try:
+    require("bayes")
+except HeadError as error:
+    print(error)
+"""
+
+
+def test_random_and_grid_search_work_without_scikit_optimize():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_SKOPT], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == (
+        "2 "
+        * 18
+        + "tuning.strategy: bayes needs scikit-optimize, which cannot be imported (cannot import name 'x' from "
+        "'sklearn.utils'); install it, or set tuning.strategy to random or grid"
+    )
 
 
 def test_bayes_finds_what_random_and_grid_only_come_near_to():

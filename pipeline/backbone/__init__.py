@@ -2,7 +2,6 @@
 
     precision.py      which device and number format a run uses
     engines.py        torch or OpenVINO: which one, and how the latter is made
-    cuda.py           torch on an NVIDIA GPU as a CUDA graph
     architectures.py  networks by name, without weights of their own
     weights_files.py  files of weights -> tensors, and nothing else
     preprocessing.py  the transform that belongs to weights
@@ -18,9 +17,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backbone.engines import PAYS_FROM, choose_batch_size, openvino_is_there
-from pipeline.backbone.precision import choice_inputs, choose_precision, devices, divide_threads
-from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.backbone.engines import choose_batch_size, openvino_is_there
+from pipeline.backbone.precision import choice_inputs, choose_precision
+from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 
 if TYPE_CHECKING:
@@ -31,14 +30,11 @@ BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "bundled.safetens
 
 __all__ = [
     "BUNDLED",
-    "PAYS_FROM",
     "EmbeddingSpec",
     "check",
     "choice_inputs",
     "choose_batch_size",
     "choose_precision",
-    "devices",
-    "divide_threads",
     "engine_at_hand",
     "layers",
     "load",
@@ -108,14 +104,20 @@ def engine_at_hand(engine: str, device: str) -> str:
     return engine if openvino_is_there() and resolve_device(device).type == "cpu" else "torch"
 
 
-def layers(name: str, weights: str = "random") -> list[tuple[str, tuple[int, ...]]]:
+def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
     """List the nodes of a model that give vectors, each with the shape of its output for one image.
+
+    `name` is that of a torchvision model or of the bundled one, or a weights file that says what it holds.
 
     Raises
     ------
     BackboneError
-        When there is no such model, or no such weights.
+        When there is no such model.
     """
-    from pipeline.backbone import network
+    from pipeline.backbone import network, weights
+    from pipeline.backbone.architectures import classification_models
 
-    return network.layers(BackboneConfig(name=name, weights=weights))
+    if name.endswith(WEIGHTS_FILES):
+        return network.layers(BackboneConfig(name=Path(name).stem, weights=name))
+    bundled = name not in classification_models() and name == weights.bundled()["name"]
+    return network.layers(BackboneConfig(name=name, weights="bundled" if bundled else "random"))

@@ -10,10 +10,12 @@ import importlib.util
 import logging
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,9 +37,6 @@ Vectors = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
 Engine = Callable[[NDArray[np.uint8]], Features]
 """The same for arrays."""
 
-Start = Callable[[NDArray[np.uint8]], Callable[[], Features]]
-"""The same in two steps: it has read the pixels when it returns a function, which waits for the vectors."""
-
 BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
 """`batch_size: auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
 
@@ -53,16 +52,6 @@ saves 1 ms an image."""
 
 _FORMATS = {"fp32": "f32", "bf16": "bf16"}
 _PROCESSORS = frozenset({"x86_64", "amd64"})
-
-
-def at_once(engine: Engine) -> Start:
-    """Make the two steps of an engine that computes in the caller's own thread."""
-
-    def start(pixels: NDArray[np.uint8]) -> Callable[[], Features]:
-        features = engine(pixels)
-        return lambda: features
-
-    return start
 
 
 def require_close(found: Features, expected: Features) -> None:
@@ -138,10 +127,7 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
 
     began = time.perf_counter()
     try:
-        # Not `openvino.convert_model`, which reports its use to its maker unless the user has opted out.
-        from openvino.frontend import FrontEndManager
-        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
+        openvino = import_openvino()
         core = _core()
     except Exception as error:  # half an installation, or another package of that name, fails in any way
         reason = first_line(error)
@@ -151,12 +137,8 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
         warnings.simplefilter("ignore")  # that shapes become constants, which they are
         example = torch.zeros(1, *size, 3, dtype=torch.uint8)
         traced = torch.jit.trace(vectors, (example,), check_trace=False)  # type: ignore[no-untyped-call]
-    front_end = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced)  # the front end keeps no reference of its own
-    model = front_end.convert(front_end.load(decoder))
-    model.reshape([BATCH, *size, 3])
     compiled = core.compile_model(
-        model,
+        openvino.convert_model(traced, input=[BATCH, *size, 3]),
         "CPU",
         {
             "PERFORMANCE_HINT": "LATENCY",
@@ -177,15 +159,27 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
     return run
 
 
+def import_openvino() -> ModuleType:
+    """Import OpenVINO, which in this process can report its use to its maker no more; nothing else may import it.
+
+    Its import and every conversion are reported by the package `openvino_telemetry`, under an id kept in the home folder,
+    from a forked process that a firewall makes hang. OpenVINO has a stand-in for machines that lack that package, which is
+    what None says; where the user imported OpenVINO first, its messages are dropped.
+    """
+    telemetry = sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    if telemetry is not None:
+        sender = importlib.import_module("openvino_telemetry.main").TelemetrySender
+        sender.send = lambda *_: None
+    return importlib.import_module("openvino")
+
+
 @cache
 def _core() -> Any:
     """Make the one of this process, which lasts as long.
 
     Each has a stack of its own for signals; when two go in the order in which they came, Ctrl-C is handled on one that is gone.
     """
-    import openvino
-
-    return openvino.Core()
+    return import_openvino().Core()
 
 
 def _infer(request: Any, pixels: NDArray[np.uint8]) -> Sequence[NDArray[np.float32]]:

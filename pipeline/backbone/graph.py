@@ -51,13 +51,13 @@ def classifier(module: fx.GraphModule) -> fx.Node:
     )
 
 
-def resolve(graph: Graph, asked: Sequence[str]) -> list[str]:
+def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> list[str]:
     """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
 
     Raises
     ------
     BackboneError
-        With one line for every unknown layer.
+        With one line for every unknown layer, or for every one that is not before a classifier that the weights lack.
     """
     module, names = graph
     ends = {layer: _last_of(layer, names) for layer in asked if layer != PENULTIMATE}
@@ -73,6 +73,13 @@ def resolve(graph: Graph, asked: Sequence[str]) -> list[str]:
     by_node = {node: name for name, node in names.items()}
     source = classifier(module).args[0] if PENULTIMATE in asked else None
     ends[PENULTIMATE] = by_node.get(source)  # type: ignore[arg-type]
+    order = list(names)
+    if not has_classifier and (
+        late := [layer for layer in asked if order.index(str(ends[layer])) >= order.index(by_node[classifier(module)])]
+    ):
+        raise BackboneError(
+            f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
+        )
     return [str(ends[layer]) for layer in asked]
 
 
@@ -171,7 +178,7 @@ def effective_poolings(
     for node, output in zip(nodes, outputs, strict=True):
         if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
             raise BackboneError(
-                f"layer {node!r} does not give a tensor per image; `manyheads layers {about.partition(' ')[0]}` lists those that do"
+                f"layer {node!r} does not give a tensor per image; `manyheads layers` lists those that do"
             )
         found.append(effective_pooling(output, pooling, has_class_token, node))
     return found

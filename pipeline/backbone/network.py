@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.backbone import cuda
 from pipeline.backbone import graph as graphs
 from pipeline.backbone.engines import (
+    Engine,
     Features,
-    Start,
-    at_once,
-    choose_batch_size,
     choose_engine,
     compile_openvino,
     openvino_is_there,
@@ -47,8 +43,6 @@ class Arithmetic:
     """The dtype's name in configs and identities."""
     engine: str
     """`torch` or `openvino`."""
-    graph_of: int = 0
-    """Images of the batches for which a CUDA graph is captured; 0 for none, as for a few images it is not worth it."""
 
 
 class Backbone:
@@ -59,7 +53,7 @@ class Backbone:
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
         graph = graphs.trace(network.module)
-        nodes = graphs.resolve(graph, config.layers)
+        nodes = graphs.resolve(graph, config.layers, network.has_classifier)
         self._has_class_token = hasattr(network.module, "class_token")
         self.device = arithmetic.device
         # OpenVINO is handed the exact weights and does its own rounding.
@@ -72,23 +66,16 @@ class Backbone:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (network.preprocessing.mean, network.preprocessing.std)
         )
-        self.slots = cuda.SLOTS if self.device.type == "cuda" else 1
         self._pooling = self._check(network, nodes, config.pooling)
-        self._start: Start = self._start_torch
+        self._engine: Engine = self._by_torch
         probes = probe_images(self.preprocessing.size)
         self.canary: Features = self.embed(probes)
         if arithmetic.engine == "openvino":
-            self._start = at_once(
-                compile_openvino(self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads())
+            self._engine = compile_openvino(
+                self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads()
             )
             by_torch, self.canary = self.canary, self.embed(probes)
             require_close(self.canary, by_torch)
-        self.remark = ""  # what is to be said of a CUDA graph
-        if arithmetic.graph_of:
-            # The canary stays that of torch alone, so that a store does not notice whether there was a graph.
-            capture = partial(cuda.capture, self._vectors, self.preprocessing.size, arithmetic.graph_of, self.device)
-            captured, self.remark = cuda.capture_checked(capture, probes, self.canary)
-            self._start = captured or self._start
         self.specs: tuple[EmbeddingSpec, ...] = tuple(
             _spec(network, asked, node, pooling, vectors.shape[1], arithmetic)
             for asked, node, pooling, vectors in zip(config.layers, nodes, self._pooling, self.canary, strict=True)
@@ -114,11 +101,13 @@ class Backbone:
             for output, pooling in zip(outputs, self._pooling, strict=True)
         )
 
-    def _start_torch(self, pixels: NDArray[np.uint8]) -> Callable[[], Features]:
-        """Send pixels through the network; a GPU may still be at work when this returns."""
+    def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
         with torch.inference_mode():
-            vectors = self._vectors(torch.from_numpy(pixels).to(self.device, non_blocking=True))
-        return lambda: tuple(vector.contiguous().cpu().numpy() for vector in vectors)
+            sent = torch.from_numpy(pixels)
+            if self.device.type == "cuda":
+                sent = sent.pin_memory()  # only from such memory does a copy go on while the GPU is given its work
+            vectors = self._vectors(sent.to(self.device, non_blocking=True))
+            return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
 
     def embed(self, pixels: NDArray[np.uint8]) -> Features:
         """Embed n prepared images.
@@ -131,11 +120,7 @@ class Backbone:
         -------
         tuple of ndarray of shape (n, dim), float32: one per layer, in the order of `specs`
         """
-        return self._start(pixels)()
-
-    def start(self, pixels: NDArray[np.uint8]) -> Callable[[], Features]:
-        """Embed in two steps; see `pipeline.embedders.Embedder`."""
-        return self._start(pixels)
+        return self._engine(pixels)
 
 
 def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int) -> Backbone:
@@ -156,9 +141,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
         layer_norms=_has_layer_norms(network.module),
         there=openvino_is_there(),
     )
-    batch_size = choose_batch_size(extraction.batch_size, device.type)
-    graph_of = batch_size if device.type == "cuda" and images > batch_size else 0
-    arithmetic = Arithmetic(device, dtype, precision, engine, graph_of)
+    arithmetic = Arithmetic(device, dtype, precision, engine)
     try:
         backbone = Backbone(network, config, arithmetic)
     except RuntimeError as error:
@@ -172,9 +155,8 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
     asked = (extraction.precision != "auto", extraction.engine == engine)
     because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
-    how = f"{engine} {backbone.remark}".strip()
     name = backbone.specs[0].name
-    logger.info("%s on %s in %s%s; by %s%s", name, device, precision, because[0], how, because[1])
+    logger.info("%s on %s in %s%s; by %s%s", name, device, precision, because[0], engine, because[1])
     return backbone
 
 

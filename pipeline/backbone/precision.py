@@ -98,23 +98,6 @@ def resolve_device(asked: str) -> torch.device:
     return device
 
 
-def devices(asked: str) -> list[str]:
-    """Return every GPU by its number where any will do, else the one device; BackboneError where it is not there."""
-    import torch
-
-    device = resolve_device(asked)
-    if device.type == "cuda" and device.index is None:
-        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return [str(device)]
-
-
-def divide_threads(processes: int) -> None:
-    """Leave the threads of torch, and of an engine made after this, to so many processes in equal parts."""
-    import torch
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-
-
 def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str, str]:
     """Return the torch dtype, its name and the reason."""
     import torch

@@ -32,14 +32,13 @@ from pipeline.backbone.preprocessing import (
     preprocessing_of,
 )
 from pipeline.backbone.weights_files import (
-    SUFFIXES,
     checkpoint,
     read_weights,
     require_checkpoint,
     tensors_digest,
     tensors_only,
 )
-from pipeline.config import BackboneConfig, guess
+from pipeline.config import WEIGHTS_FILES, BackboneConfig, guess
 from pipeline.errors import BackboneError, first
 from pipeline.images import Preprocessing
 from pipeline.vision import torchvision
@@ -61,6 +60,8 @@ class Network:
     untrained: bool = False
     trained_on: str | None = None
     classes: tuple[str, ...] = ()
+    has_classifier: bool = True
+    """Whether the weights have the last layer, which those of self-supervised training lack."""
 
 
 def load_network(config: BackboneConfig, seed: int) -> Network:
@@ -73,7 +74,7 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
     """
     if config.weights == "bundled":
         return _from_bundle(config)
-    if config.weights.endswith(SUFFIXES):
+    if config.weights.endswith(WEIGHTS_FILES):
         return _from_file(config, Path(config.weights))
     if config.weights == "random":
         return _from_seed(config, seed)
@@ -87,16 +88,17 @@ def check(config: BackboneConfig) -> None:
     ------
     BackboneError
     """
-    if config.weights == "bundled" or config.weights.endswith(SUFFIXES):
+    if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):
         network = load_network(config, seed=0)
-        module, preprocessing = network.module, network.preprocessing
+        module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
     else:
         if config.weights != "random":
             _member(config)
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, default_preprocessing(config.name))
+        has_classifier = True
     graph = trace(module)
-    nodes = resolve(graph, config.layers)
+    nodes = resolve(graph, config.layers, has_classifier)
     if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), "avg", None):
         return  # fits every network; running one without weights for the first time costs two seconds
     height, width = preprocessing.size
@@ -113,7 +115,7 @@ def check(config: BackboneConfig) -> None:
 
 def to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
     """Return what a section's weights have to be fetched from, the folder, and their size in MB; None where they are here."""
-    if config.weights in ("bundled", "random") or config.weights.endswith(SUFFIXES):
+    if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
         return None
     member = _member(config)
     path = checkpoint(member)
@@ -157,19 +159,25 @@ def _from_file(config: BackboneConfig, path: Path) -> Network:
 
 
 def _from_bundle(config: BackboneConfig) -> Network:
-    description = json.loads(_require_bundled().read_text(encoding="utf-8"))
+    description = bundled()
     state, _ = read_weights(BUNDLED)
     return _from_state(config, state, description, str(BUNDLED), "bundled")
 
 
-def _require_bundled() -> Path:
-    """The description of the bundled weights, which lies beside them."""
+def bundled() -> dict[str, Any]:
+    """Return the description of the bundled weights, which lies beside them.
+
+    Raises
+    ------
+    BackboneError
+        When this installation comes without them.
+    """
     described = BUNDLED.with_suffix(".json")
     if not BUNDLED.exists() or not described.exists():
         raise BackboneError(
             f"weights: bundled: this installation comes without {BUNDLED.name}; use weights: random or a torchvision weights name"
         )
-    return described
+    return dict(json.loads(described.read_text(encoding="utf-8")))
 
 
 def _from_state(
@@ -181,7 +189,7 @@ def _from_state(
             f"{origin} holds a {architecture}, the config says {config.name}; write name: {description.get('name', architecture)}"
         )
     arguments = {**description.get("arguments", {}), **config.arguments}
-    module = fill(architecture, arguments, state, origin)
+    module, has_classifier = fill(architecture, arguments, state, origin)
     preprocessing = (
         described_preprocessing(description["preprocessing"])
         if "preprocessing" in description
@@ -195,7 +203,7 @@ def _from_state(
         trained_on=description.get("trained_on"),
         classes=tuple(description.get("classes", ())),
     )
-    return replace(network, architecture=architecture, arguments=arguments)
+    return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
 
 
 def _network(
@@ -213,8 +221,12 @@ def _network(
     )
 
 
-def fill(architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: str) -> nn.Module:
+def fill(
+    architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: str
+) -> tuple[nn.Module, bool]:
     """Build a network from a state dict; the number of classes is the file's.
+
+    Returned with whether the file has the network's last layer, which is zero otherwise.
 
     Raises
     ------
@@ -222,12 +234,15 @@ def fill(architecture: str, arguments: Mapping[str, Any], state: Mapping[str, to
         With one line for every tensor that is missing, left over or of another shape.
     """
     state = {name: value for name, value in state.items() if not name.startswith(AUXILIARY)}
-    if "num_classes" not in arguments:
-        head = f"{classifier(trace(build_empty(architecture, arguments))[0]).target}.weight"
-        if head in state:
-            arguments = {**arguments, "num_classes": state[head].shape[0]}
+    head = f"{classifier(trace(build_empty(architecture, arguments))[0]).target}."
+    has_classifier = f"{head}weight" in state
+    if "num_classes" not in arguments and has_classifier:
+        arguments = {**arguments, "num_classes": state[f"{head}weight"].shape[0]}
     module = build_empty(architecture, arguments)
     expected = module.state_dict()
+    if not has_classifier:  # what may be in its place is a projection head
+        state = {name: value for name, value in state.items() if not name.startswith(head)}
+        state |= {name: torch.zeros(value.shape) for name, value in expected.items() if name.startswith(head)}
     problems = _misfits(expected, state)
     if problems:
         raise BackboneError(
@@ -237,7 +252,7 @@ def fill(architecture: str, arguments: Mapping[str, Any], state: Mapping[str, to
     kept = {name: value.to(expected[name].dtype) for name, value in state.items()}
     kept |= {name: torch.zeros((), dtype=torch.long) for name in expected if name not in kept}
     module.load_state_dict(kept, strict=True, assign=True)
-    return module.eval()
+    return module.eval(), has_classifier
 
 
 def _misfits(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:

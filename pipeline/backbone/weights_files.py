@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "manyheads"
 """Under it a weights file made by this project carries its description in the safetensors header."""
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+"""What DataParallel, torch.compile, Lightning and self-supervised training put before the names of a network's tensors, in any
+order; what lies beside them is of the training, such as a projection head."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -36,7 +38,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise BackboneError(
-            f"weights file {path} does not exist; paths are relative to the folder the command is run in"
+            f"weights file {path} does not exist; a path in a config is relative to the config's folder, one given with --set to "
+            "the folder the command is run in"
         )
     try:
         if path.suffix == ".safetensors":
@@ -73,14 +76,16 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
         raise BackboneError(
             f"weights file {path} holds no state dict; expected names with tensors, at the top or under 'state_dict' or 'model'"
         )
-    return {_plain_name(name): value for name, value in content.items()}
-
-
-def _plain_name(name: str) -> str:
-    """Drop what DataParallel and torch.compile put before a name, and write densenet's old names the new way."""
-    for prefix in ("module.", "_orig_mod."):
-        name = name.removeprefix(prefix)
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+    state, others = dict(content), list[str]()
+    while prefix := next((found for found in WRAPPERS if any(name.startswith(found) for name in state)), None):
+        others += [name for name in state if not name.startswith(prefix)]
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if others:
+        logger.info(
+            "%s: tensors that are no part of the network are left out: %d, such as %s", path, len(others), others[0]
+        )
+    densenet = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # its old names are written the new way
+    return {densenet.sub(r"\1\2", name): value for name, value in state.items()}
 
 
 def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:

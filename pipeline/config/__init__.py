@@ -1,11 +1,13 @@
-"""One experiment: a YAML file turned into a frozen, typed `Config`. Paths are relative to the folder a command is run in.
+"""One experiment: a YAML file turned into a frozen, typed `Config`, whose paths are relative to the working folder.
 
 section.py      what all sections share
 features.py     stage one's sections
 tuning.py       stage two's
-training.py     stage three's, and pretraining's
+training.py     stage three's
 experiment.py   Config: all of them
 reading.py      YAML -> Config, every problem at once
+paths.py        paths relative to the file
+retired.py      keys of earlier versions
 artifacts.py    the names of an experiment's files
 """
 
@@ -13,20 +15,22 @@ from pipeline.config.artifacts import Artifacts
 from pipeline.config.experiment import Config
 from pipeline.config.features import (
     NETWORK_DEVICES,
+    WEIGHTS_FILES,
     BackboneConfig,
     DatasetConfig,
     ExtractionConfig,
     PreprocessingConfig,
 )
-from pipeline.config.reading import dump_yaml, load, load_pretraining, parse, read_yaml
+from pipeline.config.reading import dump_yaml, load, parse, read_yaml
 from pipeline.config.section import BASELINE_NAMES, HEAD_NAMES, Scalar, Section, checked_device, guess
-from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
+from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 
 __all__ = [
     "BASELINE_NAMES",
     "HEAD_NAMES",
     "NETWORK_DEVICES",
+    "WEIGHTS_FILES",
     "Artifacts",
     "BackboneConfig",
     "Config",
@@ -35,7 +39,6 @@ __all__ = [
     "FinetuneConfig",
     "HeadConfig",
     "PreprocessingConfig",
-    "PretrainConfig",
     "Scalar",
     "Section",
     "TrainingConfig",
@@ -45,7 +48,6 @@ __all__ = [
     "dump_yaml",
     "guess",
     "load",
-    "load_pretraining",
     "parse",
     "read_yaml",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -16,7 +17,7 @@ class Config(Section):
     """A whole experiment."""
 
     output: str
-    """The folder every artifact of this experiment is written to."""
+    """The folder every artifact of this experiment is written to; `artifacts/NAME` of the data set when not given."""
     seed: int = Field(0, ge=0, lt=2**32)
     dataset: DatasetConfig = DatasetConfig()
     backbones: tuple[BackboneConfig, ...]
@@ -26,6 +27,13 @@ class Config(Section):
     heads: tuple[HeadConfig, ...]
     tuning: TuningConfig = TuningConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _output_of_the_data(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("output") is not None:
+            return raw
+        return {**raw, "output": f"artifacts/{_name_of_the_data(raw.get('dataset'))}"}
 
     @field_validator("backbones", "baselines", mode="before")
     @classmethod
@@ -53,3 +61,15 @@ class Config(Section):
         if len(set(map(str, self.backbones))) < len(self.backbones):
             raise ValueError("backbones: the same backbone is given twice")
         return self
+
+
+def _name_of_the_data(section: Any) -> str:
+    """What a data set is called: its torchvision name, else its folder or its manifest without the ending."""
+    found = section if isinstance(section, dict) else {}
+    if isinstance(name := found.get("name"), str):
+        return Path(name).name
+    path = found.get("path")
+    if not isinstance(path, str):
+        return str(found.get("source", "digits"))
+    real = Path(path).expanduser().resolve()
+    return real.stem if real.suffix.lower() in {".csv", ".parquet"} else real.name

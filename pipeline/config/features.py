@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Scalar, Section, device_of, not_empty
 
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
+"""Endings of weights files."""
+
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
 
@@ -29,6 +32,8 @@ class DatasetConfig(Section):
     max_pixels: int = Field(64_000_000, ge=1)
     """Larger images are refused before they are decoded."""
     follow_symlinks: bool = False
+    target: Literal["auto", "classification"] = "auto"
+    """`auto` stops where labels look like a number to predict, or like a name for every image."""
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> DatasetConfig:
@@ -95,17 +100,15 @@ class ExtractionConfig(Section):
     device: Annotated[str, device_of(*NETWORK_DEVICES)] = "auto"
     batch_size: Literal["auto"] | int = "auto"
     workers: Literal["auto"] | int = "auto"
-    """Threads that read and decode, in all processes together."""
-    processes: Literal["auto"] | int = "auto"
-    """Processes that embed, each with networks of its own; `auto` is one per GPU where `device` names none, else 1."""
+    """Threads that read and decode."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What computes; `auto` takes OpenVINO where it is installed and the job is long enough to gain from it."""
-    decode: Literal["standard", "exact", "fast", "gpu"] = "standard"
+    decode: Literal["standard", "exact", "fast"] = "standard"
     """`exact` gives the pixels of torchvision's transforms on a PIL image bit for bit, `standard` is within one grey level of
-    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size, `gpu` lets the GPU decode."""
+    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size."""
 
-    @field_validator("batch_size", "workers", "processes")
+    @field_validator("batch_size", "workers")
     @classmethod
     def _positive(cls, value: str | int) -> str | int:
         if isinstance(value, int) and value < 1:

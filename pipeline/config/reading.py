@@ -16,10 +16,13 @@ from pydantic import ValidationError
 
 from pipeline.config.experiment import Config
 from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.config.paths import seen_from, seen_from_here
+from pipeline.config.retired import KEYS, VALUES, without_defaults
 from pipeline.config.section import Section, guess
-from pipeline.config.training import FinetuneConfig, PretrainConfig, TrainingConfig, UnfreezeConfig
+from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 from pipeline.errors import ConfigError
+from pipeline.imports import look_in
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -31,29 +34,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         With one line for every problem: where it is, what was found, what is allowed, and a guess.
     """
     raw = read_yaml(path)
+    seen_from_here(raw, path)
     for override in overrides:
         _apply(raw, override)
     config = parse(raw, str(path))
     _require_folder(config.output, str(path))
-    return config
-
-
-def load_pretraining(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read and validate a pretraining file, as `load` does an experiment's.
-
-    Raises
-    ------
-    ConfigError
-        With one line for every problem.
-    """
-    raw = read_yaml(path)
-    for override in overrides:
-        _apply(raw, override)
-    try:
-        config = PretrainConfig.model_validate(raw)
-    except ValidationError as error:
-        raise _refused(str(path), error, PretrainConfig) from None
-    _require_folder(config.output, str(path))
+    if any(":" in head.name for head in config.heads):
+        look_in(path.parent)
     return config
 
 
@@ -69,7 +56,7 @@ def _require_folder(output: str, origin: str) -> None:
 def parse(raw: Mapping[str, Any], origin: str) -> Config:
     """Validate a config given as nested mappings; `origin` names it in messages."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(without_defaults(raw))
     except ValidationError as error:
         raise _refused(origin, error, Config) from None
 
@@ -90,9 +77,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def dump_yaml(config: Config) -> str:
-    """Return a config as YAML text that reads back as the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_yaml(config: Config, folder: Path) -> str:
+    """Return a config as the YAML text of a file in a folder, which reads back as the same config."""
+    raw = config.model_dump(mode="json")
+    seen_from(raw, folder)
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -182,6 +171,8 @@ def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) 
     detail = details[0]
     given = detail.get("input")
     if detail["type"] == "extra_forbidden":
+        if location in KEYS:
+            return f"{location}: {KEYS[location].told}"
         key = str(detail["loc"][-1])
         allowed = _keys_at(detail["loc"][:-1], root)
         return f"{location}: unknown key{guess(key, allowed)}; allowed: {', '.join(allowed)}"
@@ -192,6 +183,8 @@ def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) 
         return f"{location}: {text}" if location else text
     hint = ""
     if detail["type"] == "literal_error" and isinstance(given, str):
+        if (location, given) in VALUES:
+            return f"{location}: {given} {VALUES[location, given]}"
         hint = guess(given, re.findall(r"'([^']+)'", str(detail["ctx"]["expected"])))
     first, *others = (each["msg"].replace("a valid tuple", "a list") for each in details)
     expected = " or ".join(

@@ -1,12 +1,11 @@
-"""The sections of everything that trains a network: stage three, and pretraining."""
+"""The sections of stage three, which trains a network."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from pipeline.config.features import PreprocessingConfig
 from pipeline.config.section import Section
 
 
@@ -26,8 +25,6 @@ class TrainingConfig(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     """Batches per step; their gradients are averaged."""
-    replicas: int = Field(1, ge=1)
-    """Copies of the network that share a step's batches on the CPU, one thread each; at most `accumulate`."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     rate: float = Field(1e-3, gt=0)
     rate_decay: float = Field(0.5, gt=0, le=1)
@@ -39,9 +36,7 @@ class TrainingConfig(Section):
     """Not applied to norms and biases. AdamW's is decoupled from the gradient; SGD's is the usual L2 term."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the rate rises."""
-    schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
-    cooldown: float = Field(0.4, gt=0, le=1)
-    """Share of the steps in which a trapezoid falls to zero."""
+    schedule: Literal["cosine", "constant"] = "cosine"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
     """Alpha of the Beta distribution; 0 is off. With both mixup and cutmix each batch gets one of them."""
@@ -59,24 +54,13 @@ class TrainingConfig(Section):
     """`frozen`: statistics, scale and shift stay; `affine`: the statistics stay; `train`: nothing stays."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of a moving average of the weights; 0 is off."""
-    average_top: int = Field(0, ge=0)
-    """Best evaluations whose weights are offered to a greedy soup; 0 is off."""
     evaluate_every: Literal["auto"] | int = "auto"
-    """Steps between two evaluations on the validation images, each followed by a checkpoint; `auto` makes about ten."""
+    """Steps between two evaluations on the validation images; `auto` makes about ten."""
     patience: int | None = Field(None, ge=1)
     """Evaluations without improvement after which training stops."""
-    sizes: tuple[tuple[float, int], ...] = ()
-    """Image sizes by share of the steps, such as `[[0, 24], [0.5, 32]]`; empty is the weights' own size."""
     profile_steps: int = Field(0, ge=0)
-    """Steps torch's profiler watches; its table is written beside the log."""
+    """Steps torch's profiler watches after the first; its table is written beside the log."""
     tensorboard: bool = False
-
-    @field_validator("sizes", mode="before")
-    @classmethod
-    def _yaml_has_lists(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        return tuple((float(row[0]), row[1]) if isinstance(row, list) and len(row) == 2 else row for row in value)
 
     @field_validator("steps", "evaluate_every")
     @classmethod
@@ -84,14 +68,6 @@ class TrainingConfig(Section):
         if isinstance(value, int) and value < 1:
             raise ValueError("should be 'auto' or a whole number from 1 up")
         return value
-
-    @model_validator(mode="after")
-    def _replicas_have_work(self) -> TrainingConfig:
-        if self.replicas > self.accumulate:
-            raise ValueError(
-                f"replicas: {self.replicas} copies share {self.accumulate} batches; set accumulate to {self.replicas} or more"
-            )
-        return self
 
 
 class FinetuneConfig(Section):
@@ -113,22 +89,3 @@ class FinetuneConfig(Section):
     @classmethod
     def _yaml_has_lists(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
-
-
-class PretrainConfig(Section):
-    """A network trained from scratch on labelled images; `configs/pretraining/` has the bundled one's."""
-
-    output: str
-    """The folder for checkpoint, log and weights."""
-    data: str
-    """A folder or .tar archive with train/CLASS/ and val/CLASS/ images of one size."""
-    name: str
-    """What the network is called in the config of an experiment."""
-    architecture: str
-    """A torchvision model, or a class that `pipeline.backbone` can build, such as `torchvision.models.regnet.RegNet`."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """The architecture's own constructor arguments; anything JSON can hold."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    preprocessing: PreprocessingConfig
-    """What features are made with later; its mean and std are also those of the training."""
-    training: TrainingConfig

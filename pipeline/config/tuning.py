@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import HEAD_NAMES, Scalar, Section, device_of, guess
+from pipeline.config.section import HEAD_NAMES, Scalar, Section, guess
 
 
 class HeadConfig(Section):
@@ -59,8 +59,6 @@ class TuningConfig(Section):
     hold, such as 0.95."""
     whiten: bool = False
     """Whether `pca` also gives all components the same variance."""
-    device: Annotated[str, device_of("auto", "cpu", "cuda")] = "auto"
-    """Where logistic regression, the linear SVM and ridge are searched; `auto` takes a GPU for large features."""
     jobs: Literal["auto"] | int = "auto"
     """Parallel processes."""
     memory: str = "auto"

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from pipeline.dataset.index import DatasetIndex
-from pipeline.dataset.ledger import LedgerEntry, check_failures, failed_digests, read_ledger, record_failures
-from pipeline.dataset.listing import is_image_name
-from pipeline.dataset.look import look, needs_download
-from pipeline.dataset.report import ScanResult, difference_text, fold_warnings, missing_side
-from pipeline.dataset.scan import scan
+from pipeline.dataset.ledger import REMARKS, LedgerEntry, check_failures, failed_digests, read_ledger, record_failures
+from pipeline.dataset.report import ScanResult, difference_text, fold_warnings, missing_side, passed_over_lines
+from pipeline.dataset.scan import require_its_own, scan
+from pipeline.dataset.sources import needs_download
+from pipeline.dataset.walk import Walk
 
 __all__ = [
+    "REMARKS",
     "DatasetIndex",
     "LedgerEntry",
     "ScanResult",
+    "Walk",
     "check_failures",
     "difference_text",
     "failed_digests",
     "fold_warnings",
-    "is_image_name",
-    "look",
     "missing_side",
     "needs_download",
+    "passed_over_lines",
     "read_ledger",
     "record_failures",
+    "require_its_own",
     "scan",
 ]

@@ -75,25 +75,23 @@ def write_ledger(folder: Path, entries: Iterable[LedgerEntry]) -> None:
         write_text_atomic(path, text.getvalue())
 
 
-def record_failures(folder: Path, entries: Sequence[LedgerEntry]) -> None:
-    """Add contents that could not be decoded; each needs its digest and policy, and replaces what was known of it.
+def record_failures(folder: Path, entries: Sequence[LedgerEntry], policy: str) -> None:
+    """Add contents that could not be decoded under a policy; each needs its digest, and replaces what was known of it.
 
     What failed under another policy is forgotten: it is tried again under this one. A file that could not be read this
     time is listed too, but only until the next scan looks again.
     """
-    if not entries:
-        return
-    if not all(entry.digest and entry.policy for entry in entries):
+    if not policy or not all(entry.digest for entry in entries):
         raise ValueError("a failed image needs its digest and its decode policy")
-    entries = [entry if entry.status not in TRANSIENT else entry._replace(digest="", policy="") for entry in entries]
     fresh = {entry.digest for entry in entries}
-    policies = {entry.policy for entry in entries if entry.policy}
-    kept = [
-        entry
-        for entry in read_ledger(folder)
-        if not entry.policy or not policies or (entry.policy in policies and entry.digest not in fresh)
-    ]
-    write_ledger(folder, [*kept, *entries])
+    known = read_ledger(folder)
+    kept = [entry for entry in known if not entry.policy or (entry.policy == policy and entry.digest not in fresh)]
+    if entries or len(kept) < len(known):
+        added = [
+            entry._replace(digest="", policy="") if entry.status in TRANSIENT else entry._replace(policy=policy)
+            for entry in entries
+        ]
+        write_ledger(folder, [*kept, *added])
 
 
 def failed_digests(folder: Path, policy: str) -> Digests:

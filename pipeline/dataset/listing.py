@@ -12,12 +12,18 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.ledger import LedgerEntry
 
-EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"})
-"""File name endings that say "image", in any case."""
+EXTENSIONS = frozenset({
+    "apng", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "mpo", "pjp", "pjpeg", "png", "tif", "tiff", "webp",
+})  # fmt: skip
+"""File name endings, in any case, that say "image" without a look into the file."""
 
-_NOT_READ = "arw avif cr2 cr3 dng heic heif ico j2k jp2 jxl nef orf pcx pgm pnm ppm psd raw rw2 svg tga"
-OTHER_IMAGES = frozenset(_NOT_READ.split())
-"""Endings of images that are not read: a user who has them should hear of it as of a failure."""
+OTHER_IMAGES = frozenset({
+    "arw", "cr2", "cr3", "crw", "dng", "heic", "heif", "nef", "nrw", "orf", "pcx", "pef", "raf", "raw", "rw2", "srw", "tga",
+})  # fmt: skip
+"""Endings of images that are not read, where the content does not say so: a user who has them should hear of it as of a failure."""
+
+Stat = tuple[int, int, int]
+"""Size, mtime_ns and ctime_ns of a file."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -45,7 +51,7 @@ class Listing:
     labels: list[str] = field(default_factory=list)
     splits: list[str] | None = None
     groups: list[str] | None = None
-    stats: list[tuple[int, int, int]] = field(default_factory=list)
+    stats: list[Stat] = field(default_factory=list)
     entries: list[LedgerEntry] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.dataset.ledger import LedgerEntry
-from pipeline.dataset.listing import shown
+from pipeline.dataset.listing import Stat, shown
 from pipeline.digests import CONTENT_BYTES, Digests
+from pipeline.images import MAY_BE_READ_OTHERWISE, START_BYTES, content_key, is_read_otherwise, kind_of
 from pipeline.progress import Progress, bar
 
 BLOCK = 1 << 20
@@ -25,8 +26,6 @@ CHUNK = 64
 THREADS = 4
 FILES_PER_SECOND = 10_000
 """A cautious guess."""
-
-Stat = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,19 +78,32 @@ def _read(root: Path, path: str) -> tuple[bytes, Stat] | LedgerEntry:
             return LedgerEntry(path, "", "unreadable", f"it cannot be read: {error.strerror}")
         try:
             before = _stat(descriptor)
-            digest = hashlib.blake2b(digest_size=CONTENT_BYTES)
-            size = 0
-            while block := os.read(descriptor, BLOCK):
-                digest.update(block)
-                size += len(block)
+            digest, size = _content_key(descriptor)
             after = _stat(descriptor)
         except OSError as error:
             return LedgerEntry(path, "", "unreadable", f"it cannot be read: {error.strerror}")
         finally:
             os.close(descriptor)
         if before == after and size == after[0]:
-            return (digest.digest(), after) if size else LedgerEntry(path, "", "empty", "the file is empty")
+            return (digest, after) if size else LedgerEntry(path, "", "empty", "the file is empty")
     return LedgerEntry(path, "", "changing", "it changes while it is read")
+
+
+def _content_key(descriptor: int) -> tuple[bytes, int]:
+    """Return the content key of an open file and its size; only of few kinds the whole file has to be in memory."""
+    block = os.read(descriptor, BLOCK)
+    kind = kind_of(block[:START_BYTES])
+    kept = [block] if kind is not None and kind.format in MAY_BE_READ_OTHERWISE else []
+    digest, size = hashlib.blake2b(digest_size=CONTENT_BYTES), 0
+    while block:
+        digest.update(block)
+        size += len(block)
+        block = os.read(descriptor, BLOCK)
+        if kept:
+            kept.append(block)
+    if kept and is_read_otherwise(data := b"".join(kept)):
+        return content_key(data), size
+    return digest.digest(), size
 
 
 def _stat(descriptor: int) -> Stat:

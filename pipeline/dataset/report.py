@@ -74,11 +74,9 @@ class ScanResult:
             lines.append(
                 f"copies of another image on the same side, kept, and never parted by folds: {self.duplicates:,}"
             )
-        lines += _entry_lines(self.entries)
         if self.remembered:
             lines.append(f"images known not to decode, see ledger.csv: {self.remembered:,}")
-        lines += [f"ignored {what}: {count:,}" for what, count in sorted(self.ignored.items())]
-        return lines
+        return lines + passed_over_lines(self.entries, self.ignored)
 
 
 _LEAK_TEXT = {
@@ -211,15 +209,18 @@ def _pair_lines(pairs: Sequence[Pair], what: str, with_labels: bool) -> list[str
     return lines + _more(len(pairs))
 
 
-def _entry_lines(entries: Sequence[LedgerEntry]) -> list[str]:
+def passed_over_lines(
+    entries: Sequence[LedgerEntry], ignored: Mapping[str, int], where: str = ", see ledger.csv"
+) -> list[str]:
+    """Return lines on what a walk passed over: a few examples of each status, and the counts."""
     lines = []
     for status in sorted({entry.status for entry in entries}):
         same = [entry for entry in entries if entry.status == status]
         lines.append(f"{len(same):,} {'file' if len(same) == 1 else 'files'} not used ({status.replace('_', ' ')}):")
         lines += [f"  {entry.path}: {entry.reason}" for entry in same[:EXAMPLES]]
-        lines += _more(len(same))
-    return lines
+        lines += _more(len(same), where)
+    return lines + [f"ignored {what}: {count:,}" for what, count in sorted(ignored.items())]
 
 
-def _more(count: int) -> list[str]:
-    return [f"  … and {count - EXAMPLES:,} more, see ledger.csv"] if count > EXAMPLES else []
+def _more(count: int, where: str = ", see ledger.csv") -> list[str]:
+    return [f"  … and {count - EXAMPLES:,} more{where}"] if count > EXAMPLES else []

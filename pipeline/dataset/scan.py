@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.index import INDEX_FILE, DatasetIndex, Texts, read_record, texts
 from pipeline.dataset.leaks import Copies, apply_leaks, find_copies
-from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, write_ledger
+from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, record_failures, write_ledger
 from pipeline.dataset.listing import Listing, shown
 from pipeline.dataset.match import Difference, difference
 from pipeline.dataset.reading import read_digests
@@ -22,21 +22,28 @@ from pipeline.dataset.report import ScanResult, class_counts, missing_side
 from pipeline.dataset.sources import list_source
 from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
 from pipeline.dataset.statcache import StatCache, read_cache
+from pipeline.dataset.upgrade import incomplete_jpegs
 from pipeline.digests import bytes_digest, canonical_json
 from pipeline.errors import DatasetError, first
+from pipeline.images import policy_key
 
 if TYPE_CHECKING:
     from pipeline.config import DatasetConfig
+
+MANY_CLASSES, FEW_IMAGES = 20, 5
+"""More labels than these are asked about where they are numbers with fewer images each than those."""
 
 MOST_PROBLEMS = 20
 """Lines of one error; more help nobody."""
 
 
-def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False) -> ScanResult:
+def scan(
+    config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False, write: bool = True
+) -> ScanResult:
     """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
 
     `rehash` trusts no file time and reads every file; `resplit` makes the test split anew. A scan that finds everything as
-    it was reads no image and writes nothing.
+    it was reads no image and writes nothing; without `write` the index stays as it is, and two scans say the same.
 
     Raises
     ------
@@ -46,6 +53,7 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     began = time.time_ns()
     listing = list_source(config, folder)
     listing.sort()
+    require_its_own(listing.root, folder, config)
     cache, before = read_cache(folder), _Before.read(folder)
     key = _scan_key(listing, config)
     as_it_was = cache.scan == key and cache.index == before.fingerprint and not cache.racy().any()
@@ -55,6 +63,8 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
     else:
         found = _read_changed(listing, cache, rehash)
+        if cache.is_old and before.index is not None:
+            record_failures(folder, incomplete_jpegs(found.index, config.max_pixels), policy_key(config.max_pixels))
         _require_classes(found, listing, config)
         base, plan, notes = _split(found.index, before, config, seed, resplit)
     copies = find_copies(found.index.with_splits(base))
@@ -68,10 +78,11 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     )
     fingerprint_now = before.fingerprint if as_it_was and found.index is before.index else index.fingerprint()
     unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
-    write_ledger(folder, ledger)
-    if not unchanged or plan != before.made:
+    if write:
+        write_ledger(folder, ledger)
+    if write and (not unchanged or plan != before.made):
         index.write(folder, None if plan is None else asdict(plan), config.source)
-    if found.read or not (as_it_was and unchanged):
+    if write and (found.read or not (as_it_was and unchanged)):
         # A file that could not be read is tried again next time, so that scan must not be taken for complete.
         whole = "" if found.entries else key
         StatCache(index.paths, found.stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
@@ -90,6 +101,26 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         remembered=sum(bool(entry.policy) for entry in ledger),
         warnings=tuple(warnings),
         notes=tuple(notes),
+    )
+
+
+def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
+    """See that the index in `folder` is not of other data, whose experiment would be written over.
+
+    Data that were moved are the same data: nothing is in their old place.
+
+    Raises
+    ------
+    DatasetError
+    """
+    record = read_record(folder) or {}
+    there = Path(record.get("root", root))
+    if not there.is_dir() or there.samefile(root) or record.get("source") == config.source == "digits":
+        return
+    raise DatasetError(
+        f"the output folder holds an experiment on the images in {there}, and this config is about those in {root}; set output to "
+        "another folder, or leave it out: it follows the name of the data set. To go on in this one, delete dataset/index.json "
+        "there: its splits and features are kept"
     )
 
 
@@ -188,6 +219,30 @@ def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
     return difference(old.paths, old.digests, new.paths, new.digests)
 
 
+def _require_few_classes(index: DatasetIndex, origin: object, config: DatasetConfig) -> None:
+    """Ask before a number to predict, or a column of names, is taken for classes."""
+    classes, images = index.classes, len(index)
+    if config.target == "classification" or len(classes) <= MANY_CLASSES:
+        return
+    try:
+        numbers = np.array(classes, dtype=float)
+    except ValueError:
+        numbers = np.array([])
+    if len(numbers) and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
+        question = (
+            "is this a number to predict? Heads tell classes apart; cut it into a few ranges and give those as labels"
+        )
+    elif images < 1.5 * len(classes):
+        question = "are these the labels, or names of the images?"
+    else:
+        return
+    some = ", ".join(map(repr, classes[:3]))
+    raise DatasetError(
+        f"{origin}: {len(classes):,} classes of {images:,} images, such as {some}: {question}. If they are classes, set "
+        "dataset.target: classification"
+    )
+
+
 def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> None:
     """Refuse data that nothing can be learned from, with the likely reason."""
     index, origin = found.index, config.path if config.source == "manifest" else listing.root
@@ -208,6 +263,7 @@ def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> 
         raise DatasetError(
             f"{origin}: all {len(index):,} images are of one class, {label!r}; expected at least 2 classes{hint}"
         )
+    _require_few_classes(index, origin, config)
     if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
         raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
 

@@ -10,7 +10,7 @@ from pipeline.dataset.digits import digit_images
 from pipeline.dataset.folder import list_folder
 from pipeline.dataset.listing import Listing
 from pipeline.dataset.manifest import list_manifest
-from pipeline.dataset.torchvision_source import torchvision_manifest
+from pipeline.dataset.torchvision_source import images_folder, torchvision_manifest
 from pipeline.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -58,3 +58,8 @@ def list_source(config: DatasetConfig, folder: Path) -> Listing:
         When the source is not there or not laid out as it should be.
     """
     return SOURCES[config.source](config, folder)
+
+
+def needs_download(config: DatasetConfig) -> bool:
+    """Whether listing the images means a download first."""
+    return config.source == "torchvision" and not images_folder(config.name or "", _path(config)).exists()

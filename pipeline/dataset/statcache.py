@@ -22,7 +22,9 @@ from pipeline.digests import Digests
 from pipeline.files import write_atomic
 
 CACHE_FILE = "stat-cache.npz"
-VERSION = 1
+VERSION = 2
+"""Caches of version 1 have other digests for the files that are decoded otherwise since; then every file is read again."""
+
 RACY_NS = 2_000_000_000
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class StatCache:
     scan: str
     index: str = ""
     """The fingerprint of the index that scan wrote."""
+    is_old: bool = False
+    """An earlier version of this package wrote it, of which nothing else is taken over."""
 
     def racy(self) -> NDArray[np.bool_]:
         """Rows whose file may have changed without showing it, shape (n,)."""
@@ -76,8 +80,10 @@ class StatCache:
 
 def read_cache(folder: Path) -> StatCache:
     """Read a folder's cache; an empty one when there is none or it is damaged, which costs time and nothing else."""
+    is_old = False
     try:
         with np.load(folder / CACHE_FILE, allow_pickle=False) as file:
+            is_old = int(file["version"]) < VERSION
             if int(file["version"]) != VERSION:
                 raise ValueError(f"version {int(file['version'])}")
             blob = file["paths"].tobytes().decode()
@@ -93,4 +99,4 @@ def read_cache(folder: Path) -> StatCache:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.debug("%s is not used (%s); every image is read again", folder / CACHE_FILE, error)
     empty = np.zeros((0, 3), dtype=np.int64)
-    return StatCache(texts([]), empty, np.zeros((0, 2), dtype=np.uint64), 0, 0, "")
+    return StatCache(texts([]), empty, np.zeros((0, 2), dtype=np.uint64), 0, 0, "", is_old=is_old)

@@ -4,11 +4,9 @@
     stores.py      where the store of an embedding is
     sources.py     what a config asks to embed, known without loading a network where it was loaded before
     targets.py     what each store is missing, and why
-    lanes.py       batches through the networks
-    processes.py   the same in several processes
-    work.py        finished batches into the stores
+    work.py        batches through the networks (`pipeline.feed`) and into the stores
 
-The images are read and decoded once for all networks (`pipeline.feed`). A run with nothing to do imports no torch.
+The images are read and decoded once for all networks. A run with nothing to do imports no torch.
 """
 
 from __future__ import annotations
@@ -97,8 +95,9 @@ class FeaturesRun:
             yield f"  {name}: {count:,} new vectors" + (f"; {anew[name]}" if name in anew else "")
         threads = [f"{name} {work.seconds[name]:.1f}" for name in SUMMED_OVER_THREADS]
         others = [f"{name} {seconds:.1f}" for name, seconds in work.seconds.items() if name not in SUMMED_OVER_THREADS]
-        yield f"seconds: {', '.join(others)}; beside them, summed over threads: {', '.join(threads)}"
-        yield advise(work.seconds, work.workers, [target.spec for target in self.targets], self.extraction)
+        told = ", ".join(others).replace("network ", "network and baselines ")
+        yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
+        yield advise(work, [target.spec for target in self.targets], self.extraction)
         if work.failures:
             yield f"{len(work.failures):,} images could not be used; dataset/ledger.csv names each with its reason:"
             reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
@@ -122,8 +121,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     began = time.perf_counter()
     files = Artifacts(config.output)
     before = _index_before(files) if plan else {}
-    scan = dataset.look if plan else dataset.scan  # a plan made twice says the same
-    scanned = scan(config.dataset, config.seed, files.dataset, rehash=rehash)
+    scanned = dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
     policy = policy_key(config.dataset.max_pixels)
     contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
@@ -204,7 +202,7 @@ def _write(
     ]
     make_folder(files.root)
     write_records(files.features, records, config, scanned.index.fingerprint())
-    write_text_atomic(files.config, dump_yaml(config))
+    write_text_atomic(files.config, dump_yaml(config, files.root))
     return records
 
 

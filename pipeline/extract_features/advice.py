@@ -7,31 +7,32 @@ from collections.abc import Callable, Mapping, Sequence
 from pipeline import backbone
 from pipeline.config import ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
+from pipeline.extract_features.work import Work
 
 
-def advise(
-    seconds: Mapping[str, float], workers: int, specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig
-) -> str:
+def advise(work: Work, specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
     """Return one line: what took longest, and what to change about it.
 
-    `seconds` is per kind of work as in `Work.seconds`; reading and decoding are summed over `workers` threads, which work
-    beside the network.
+    Reading and decoding are summed over threads, which work beside the network; baselines are made in the network's place.
     """
+    seconds = work.seconds
+    baselines = {spec.name: work.network_seconds.get(spec.name, 0.0) for spec in specs if spec.kind == "baseline"}
     spans = {
         "start-up": seconds["start-up"],
-        "reading files": seconds["read"] / workers,
-        "decoding": seconds["decode"] / workers,
-        "the network": seconds["network"],
+        "reading files": seconds["read"] / work.workers,
+        "decoding": seconds["decode"] / work.workers,
+        "the network": seconds["network"] - sum(baselines.values()),
         "writing": seconds["write"],
+        **baselines,
     }
     longest = max(spans, key=lambda name: spans[name])
+    if longest in baselines:
+        return f"most of the time went on the baseline {longest}; leaving it out of baselines would make it faster"
     return f"most of the time went on {longest}; {_REMEDIES[longest](specs, extraction)}"
 
 
 def _about_network(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
     networks = [spec for spec in specs if spec.kind == "backbone"]
-    if not networks:
-        return "fewer baselines would make it faster"
     remedies = []
     if all(spec.precision == "fp32" for spec in networks) and backbone.choice_inputs()["bf16"]:
         remedies.append("extraction.precision: auto, as this processor computes in bf16")
@@ -51,11 +52,7 @@ def _about_decoding(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig
         "exact": "extraction.decode: standard or fast",
         "standard": "more processors, or for photos much larger than the network sees extraction.decode: fast,",
         "fast": "more processors",
-        "gpu": "a faster GPU",
     }[extraction.decode]
-    there, _ = backbone.choice_inputs()["cuda"]
-    if there and extraction.device != "cpu" and extraction.decode != "gpu":
-        mode = f"extraction.decode: gpu, as there is an NVIDIA GPU, or {mode}"
     return f"{mode} would make it faster"
 
 

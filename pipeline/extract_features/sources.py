@@ -2,13 +2,12 @@
 
 The embeddings of a section are known only once its network has been loaded (the digest of its weights, the length of its
 vectors). They are therefore kept in `specs.json` under all that they depend on, and the next run loads no network to learn
-that there is nothing to do.
+that there is nothing to do. So `engine: auto` is decided once, by the images that there were then.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +18,11 @@ from pipeline.config import Artifacts, BackboneConfig, Config
 from pipeline.digests import fingerprint
 from pipeline.embedders import Embedder
 from pipeline.embedding import EMBED_VERSION, EmbeddingSpec
-from pipeline.extract_features.stores import rows_there
 from pipeline.files import make_folder, write_text_atomic
 from pipeline.images import DECODE_POLICY
 
-logger = logging.getLogger(__name__)
-
 FORMAT = "manyheads specs"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -36,17 +32,16 @@ class Source:
     section: BackboneConfig | None
     specs: tuple[EmbeddingSpec, ...]
     config: Config
-    images: int
-    """Distinct images of the data set, for the choice of an engine."""
     embedder: Embedder | None = field(default=None, repr=False)
 
     def load(self) -> Embedder:
         """Return the live embedder."""
         if self.embedder is None:
+            extraction = self.config.extraction.model_copy(update={"engine": self.specs[0].engine})
             self.embedder = (
-                baselines.load(self.specs[0].architecture, self.config.extraction.decode)
+                baselines.load(self.specs[0].architecture, extraction.decode)
                 if self.section is None
-                else backbone.load(self.section, self.config.extraction, self.config.seed, self.images)
+                else backbone.load(self.section, extraction, self.config.seed)
             )
         return self.embedder
 
@@ -54,7 +49,7 @@ class Source:
 def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
     """Return every source with its embeddings, under names that are unique in the experiment.
 
-    `images` is the number of distinct ones in the data set.
+    `images` is the number of distinct ones in the data set, which an engine is chosen for.
 
     Raises
     ------
@@ -65,17 +60,16 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
     found: dict[str, list[dict[str, Any]]] = dict(known)
     sources = []
     for section in config.backbones:
-        size = _size_of_choice(section, config, files, images, known)
-        key = _key(section, config, size)
-        source = Source(section, _known_specs(known.get(key)), config, size)
+        key = _key(section, config)
+        source = Source(section, _known_specs(known.get(key)), config)
         if not source.specs:
-            made = backbone.load(section, config.extraction, config.seed, size)
+            made = backbone.load(section, config.extraction, config.seed, images)
             source = replace(source, embedder=made, specs=made.specs)
             found[key] = [spec.to_dict() for spec in source.specs]
         sources.append(source)
     for name in config.baselines:
         if name != "majority":
-            sources.append(Source(None, baselines.load(name, config.extraction.decode).specs, config, images))
+            sources.append(Source(None, baselines.load(name, config.extraction.decode).specs, config))
     if found != known:
         make_folder(files.root)
         write_text_atomic(
@@ -84,35 +78,13 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
     return _with_unique_names(sources)
 
 
-def _size_of_choice(
-    section: BackboneConfig, config: Config, files: Artifacts, images: int, known: Mapping[str, Any]
-) -> int:
-    """Return for how many images the engine is chosen: as before where most of the images have been embedded so.
-
-    Otherwise an image more or less would make all features anew; data that have more than doubled since may.
-    """
-    large = images >= backbone.PAYS_FROM
-    other = backbone.PAYS_FROM - 1 if large else backbone.PAYS_FROM
-    now, before = (_known_specs(known.get(_key(section, config, size))) for size in (images, other))
-    if not before or (now and [spec.engine for spec in now] == [spec.engine for spec in before]):
-        return images
-    there = min(rows_there(spec, files) for spec in before)
-    if 2 * there < images or (now and min(rows_there(spec, files) for spec in now) >= there):
-        return images
-    logger.info(
-        "%s: by %s as before, for which %s vectors are there", before[0].name, before[0].engine, format(there, ",")
-    )
-    return other
-
-
-def _key(section: BackboneConfig, config: Config, images: int) -> str:
+def _key(section: BackboneConfig, config: Config) -> str:
     """The digest of all that the specs of a section depend on, none of which needs torch to be known."""
     return fingerprint(
         {
             "embed_version": EMBED_VERSION,
             "section": section.model_dump(mode="json"),
             "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
-            "many": images >= backbone.PAYS_FROM,
             "seed": config.seed if section.weights == "random" else None,
             "machine": backbone.choice_inputs(),
             "decode": dict(DECODE_POLICY),

@@ -29,9 +29,3 @@ def open_store(path: Path, spec: EmbeddingSpec) -> FeatureStore | None:
     if not any(path.glob("snapshot-*.h5")):
         return None
     return FeatureStore.open(path, spec.fingerprint())
-
-
-def rows_there(spec: EmbeddingSpec, files: Artifacts) -> int:
-    """How many vectors of an embedding are stored."""
-    store = open_store(place(spec, files), spec)
-    return 0 if store is None else store.rows

@@ -15,15 +15,15 @@ from types import FrameType
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline import backbone
+from pipeline.config import Config, ExtractionConfig
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import Digests, digests_to_hex
-from pipeline.extract_features import lanes, processes
-from pipeline.extract_features.lanes import Finished, Job, Networks
 from pipeline.extract_features.sources import Source
 from pipeline.extract_features.targets import Contents, Target
-from pipeline.feed import Item
-from pipeline.images import policy_key
+from pipeline.feed import Batch, Item, Lane, Part, threads
+from pipeline.feed import embed as embedded
+from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.memory import keep_freed_memory
 from pipeline.progress import bar
 from pipeline.store import StoreWriter
@@ -47,14 +47,12 @@ class Work:
     loop_seconds: float = 0.0
     workers: int = 1
     """Threads that read and decoded."""
-    processes: int = 1
-    """Processes that embedded, at the same time."""
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
     )
     """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
     network_seconds: dict[str, float] = field(default_factory=dict)
-    """Embedding -> seconds in its network; of several processes, their mean."""
+    """Embedding -> seconds in its network."""
     network_images: dict[str, int] = field(default_factory=dict)
     """Embedding -> images that went through its network."""
 
@@ -83,10 +81,8 @@ Outputs = Sequence[Sequence[Output]]
 """Per source those of its outputs that are kept."""
 
 
-def embed(
-    targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, ledger_folder: Path
-) -> Work:
-    """Embed the pending contents of some targets into their stores.
+def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, folder: Path) -> Work:
+    """Embed the pending contents of some targets into their stores; `folder` holds the ledger and the perceptual hashes.
 
     A signal to stop ends the run after the batch in hand, with all finished rows committed.
 
@@ -95,7 +91,7 @@ def embed(
     KeyboardInterrupt
         After such a stop; its argument is the signal's number.
     StoreError, BackboneError, DatasetError
-        With all finished rows committed as well; so with a PipelineError when one of several processes has died.
+        With all finished rows committed as well.
     """
     began = time.perf_counter()
     keep_freed_memory()
@@ -103,18 +99,21 @@ def embed(
         by_source: dict[int, list[Target]] = {}
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
-        sources = [own[0].source for own in by_source.values()]
-        networks = _networks(sources, index.root, max(int(target.pending.sum()) for target in targets), stack)
-        outputs = _open_stores(list(by_source.values()), networks, contents, stack)
+        lanes = [_lane(own[0].source, config.extraction) for own in by_source.values()]
+        outputs = _open_stores(list(by_source.values()), lanes, contents, stack)
+        # A byte is exact in float16.
+        hashes = stack.enter_context(StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
-        work = Work(workers=networks.workers, processes=networks.processes)
+        work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
         try:
             with bar(count, "images", "embedding") as progress, _stop_requested() as stopped:
-                for finished in networks.embed(items):
-                    _store(finished, outputs, contents, work)
-                    progress.update(len(finished.items))
+                made = embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers, hashed=True)
+                for batch, parts in made:
+                    _store(batch, parts, outputs, contents, work)
+                    _store_hashes(batch, hashes, contents)
+                    progress.update(len(batch.items))
                     if (number := stopped()) is not None:
                         raise KeyboardInterrupt(number)
         finally:
@@ -122,8 +121,8 @@ def embed(
             write_began = time.perf_counter()
             for output in (output for own in outputs for output in own):
                 output.writer.commit()
-            policy = policy_key(config.dataset.max_pixels)
-            record_failures(ledger_folder, [entry._replace(policy=policy) for entry in work.failures])
+            hashes.commit()
+            record_failures(folder, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
         stack.close()  # seals
@@ -132,20 +131,19 @@ def embed(
     return work
 
 
-def _networks(sources: Sequence[Source], root: Path, images: int, stack: ExitStack) -> Networks:
-    """Load the networks into this process, or into several others where the config and the machine want that."""
-    count = processes.how_many(sources, images)
-    if count > 1:
-        return stack.enter_context(processes.spread(sources, root, count))
-    return lanes.here(Job(tuple(sources), root, lanes.workers(sources[0].config.extraction)))
+def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
+    """Load the network of a source."""
+    embedder = source.load()
+    return Lane(embedder, backbone.choose_batch_size(extraction.batch_size, str(embedder.device)))
 
 
 def _open_stores(
-    by_source: Sequence[Sequence[Target]], networks: Networks, contents: Contents, stack: ExitStack
+    by_source: Sequence[Sequence[Target]], lanes: Sequence[Lane], contents: Contents, stack: ExitStack
 ) -> Outputs:
     """Open the stores of some targets for writing."""
     outputs = []
-    for own, canaries in zip(by_source, networks.canaries, strict=True):
+    for own, lane in zip(by_source, lanes, strict=True):
+        canaries = lane.embedder.canary
         kept = []
         for target in own:
             canary = canaries[target.output]
@@ -173,30 +171,36 @@ def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[i
     return int(needed.sum()), items()
 
 
-def _store(finished: Finished, outputs: Outputs, contents: Contents, work: Work) -> None:
+def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, contents: Contents, work: Work) -> None:
     """Store what the networks made of one batch, and note what could not be read."""
-    items = finished.items
-    work.seconds["read"] += finished.read_seconds
-    work.seconds["decode"] += finished.decode_seconds
-    for row, (status, reason) in finished.problems.items():
+    items = batch.items
+    work.seconds["read"] += batch.read_seconds
+    work.seconds["decode"] += batch.decode_seconds
+    for row, problem in sorted(batch.problems.items()):
         item = items[row]
-        if status == "unavailable":
-            work.unavailable.append(f"{item.path}: {reason}")
+        if problem.status == "unavailable":
+            work.unavailable.append(f"{item.path}: {problem.reason}")
         else:
-            work.failures.append(_failure(item.path, contents.digests[item.content], status, reason))
-    work.images += len(items) - len(finished.problems)
+            work.failures.append(_failure(item.path, contents.digests[item.content], problem.status, problem.reason))
+    work.images += len(items) - len(batch.problems)
     began = time.perf_counter()
-    for part, own in zip(finished.parts, outputs, strict=True):
+    for part, own in zip(parts, outputs, strict=True):
         if part is None:
             continue
-        seconds = part.seconds / work.processes
-        work.seconds["network"] += seconds
+        work.seconds["network"] += part.seconds
         numbers = np.array([items[row].content for row in part.rows])
         paths = [items[row].path for row in part.rows]
         for output in own:
-            work.add_network(output.name, len(numbers), seconds)
+            work.add_network(output.name, len(numbers), part.seconds)
             _append(output, numbers, part.vectors[output.number], paths, contents, work)
     work.seconds["write"] += time.perf_counter() - began
+
+
+def _store_hashes(batch: Batch, writer: StoreWriter, contents: Contents) -> None:
+    """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
+    if batch.hashes:
+        numbers = [batch.items[row].content for row in batch.hashes]
+        writer.append(contents.digests[numbers], np.stack(list(batch.hashes.values())).astype(np.float32))
 
 
 def _append(

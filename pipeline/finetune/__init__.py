@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from pipeline.config import Artifacts, Config
 from pipeline.digests import digests_to_hex, fingerprint
 from pipeline.files import make_folder, remove, write_text_atomic
 from pipeline.finetune.judgement import judge, lines, progress_report
-from pipeline.finetune.material import Choice, Parts, choose, divide, read_pixels
+from pipeline.finetune.material import Choice, Parts, choose, divide, lineage_of, read_pixels
 from pipeline.finetune.start import make_task, open_network, starting_layer
+from pipeline.lineage import Lineage
 from pipeline.store import FeatureStore
-from pipeline.training import Run, describe, predict_logits, range_test, return_path, train, write_weights
-from pipeline.training.averages import copy_weights
+from pipeline.training import Run, copy_weights, describe, predict_logits, return_path, train, write_weights
 from pipeline.training.search import ALPHAS
 
 __all__ = ["FinetuneRun", "run"]
@@ -36,7 +37,7 @@ __all__ = ["FinetuneRun", "run"]
 log = logging.getLogger(__name__)
 
 FORMAT = "manyheads fine-tuning"
-VERSION = 1
+VERSION = 2
 """Goes up when a result changes its meaning, so that finished ones are made again."""
 
 
@@ -57,7 +58,8 @@ class FinetuneRun:
             f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)",
             *(
                 [
-                    f"to go on   put {{name: {self.network}, weights: {self.weights}}} under backbones: and run features and heads"
+                    f"to go on   put {{name: {_in_yaml(self.network)}, weights: {_in_yaml(str(self.weights))}}} under backbones: "
+                    "and run features and heads"
                 ]
                 if self.result["alpha"]
                 else []
@@ -65,10 +67,19 @@ class FinetuneRun:
         ]
 
 
+def _in_yaml(text: str) -> str:
+    """A name as a list of a config takes it: quoted where it is more than letters, digits and `._/-`."""
+    return (
+        text
+        if re.fullmatch(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*", text)
+        else json.dumps(text, ensure_ascii=False)
+    )
+
+
 def run(config: Config) -> FinetuneRun:
     """Fine-tune a backbone of the leaderboard and say whether it was worth it.
 
-    A finished run is kept; a stopped one goes on from its last evaluation.
+    A finished run is kept; a stopped one goes on from its last checkpoint.
 
     Raises
     ------
@@ -78,7 +89,9 @@ def run(config: Config) -> FinetuneRun:
     files = Artifacts(config.output)
     choice = choose(config, files)
     store = FeatureStore.open(files.root / choice.record.store, choice.record.fingerprint)
-    parts = divide(config, files, store)
+    parent = lineage_of(choice.record)
+    parts = divide(config, files, store, parent)
+    lineage = parent.joined(parts.train.digests, parts.validation.digests)
     key = _key(config, choice, store, parts)
     folder = files.root / "finetuned" / f"{choice.record.name}-{key[:8]}"
     weights = folder / f"finetuned-{key[:8]}.safetensors"
@@ -91,14 +104,10 @@ def run(config: Config) -> FinetuneRun:
     log.info("%s, starting from %s", choice.record.name, start)
     make_folder(folder)
     task, data = make_task(config, network, layer, parts, folder)
-    if config.finetune.training.range_test:
-        found = range_test(task, data)
-        log.info("range test: rate %.2g", found.suggestion)
-        task = replace(task, settings=replace(task.settings, rate=found.suggestion))
     handed_over = copy_weights(task.network)
     trained = train(task, data, Run(folder, key))
     path = return_path(task, data, handed_over, trained.weights, ALPHAS if config.finetune.interpolate else (0.0, 1.0))
-    write_weights(weights, path.weights, _description(config, network, choice, parts), parts.train.digests)
+    write_weights(weights, path.weights, _description(config, network, choice, parts, lineage), lineage)
     pixels = read_pixels(config, parts.test, network.preprocessing, folder / "test.npy")
     predicted = predict_logits(task.network, pixels, data.mean, data.std, task.device).argmax(1).numpy()
     done = progress_report(task, trained, path)
@@ -132,7 +141,7 @@ def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> s
             "head": None
             if linear is None
             else [linear.head, sorted((key, str(value)) for key, value in linear.params.items())],
-            "winner": choice.winner.key,
+            "compared": [choice.winner.key, choice.frozen.key if choice.frozen else None],
             "finetune": config.finetune.model_dump(mode="json"),
             "device": config.extraction.device,
             "seed": config.seed,
@@ -149,7 +158,7 @@ def _finished(folder: Path, key: str, weights: Path) -> dict[str, Any] | None:
     return found if found.get("key") == key and weights.exists() else None
 
 
-def _description(config: Config, network: Network, choice: Choice, parts: Parts) -> dict[str, Any]:
+def _description(config: Config, network: Network, choice: Choice, parts: Parts, lineage: Lineage) -> dict[str, Any]:
     """What the weights file says of itself: how to build the network, and where the weights come from."""
     prepared = network.preprocessing
     return describe(
@@ -158,7 +167,7 @@ def _description(config: Config, network: Network, choice: Choice, parts: Parts)
         arguments=network.arguments,
         preprocessing={key: getattr(prepared, key) for key in ("resize", "crop", "interpolation", "mean", "std")},
         classes=parts.classes,
-        contents=parts.train.digests,
+        lineage=lineage,
         parent={"embedding": choice.record.name, "weights_digest": network.weights_digest},
         training=config.finetune.model_dump(mode="json"),
         seed=config.seed,

@@ -24,8 +24,8 @@ def progress_report(task: Task, trained: Trained, path: ReturnPath) -> dict[str,
     return {
         "steps": trained.steps,
         "minutes": trained.seconds / 60,
-        "rate": task.settings.rate,
-        "precision": task.settings.precision,
+        "rate": trained.rate,
+        "precision": task.precision,
         "source": trained.source if path.alpha > 0 else "hand-over",
         "alpha": path.alpha,
         "curve": [[alpha, *score] for alpha, score in zip(path.alphas, path.scores, strict=True)],
@@ -36,18 +36,29 @@ def progress_report(task: Task, trained: Trained, path: ReturnPath) -> dict[str,
 def judge(
     files: Artifacts, choice: Choice, parts: Parts, predicted: NDArray[np.int64], minutes: float, seed: int
 ) -> dict[str, Any]:
-    """Compare the fine-tuned network with stage two's best row on the same test images.
+    """Compare the fine-tuned network with stage two's best row, and with itself frozen, on the same test images.
 
     predicted : places in the classes, int64 of shape (n_test,)
     """
     third = predicted == parts.codes(parts.test)
-    second = _stage_two_correct(files, choice.winner, parts)
-    paired = paired_test(third, second, seed)
+    rows = {"best": choice.winner, **({"frozen": choice.frozen} if choice.frozen else {})}
     return {
         "embedding": choice.record.name,
-        "winner": choice.winner.key,
         "images": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
-        "test": {"stage_two": float(second.mean()), "stage_three": float(third.mean())},
+        "test": float(third.mean()),
+        "comparisons": {name: _compared(files, row, parts, third, minutes, seed) for name, row in rows.items()},
+    }
+
+
+def _compared(
+    files: Artifacts, row: LeaderboardRow, parts: Parts, third: NDArray[np.bool_], minutes: float, seed: int
+) -> dict[str, Any]:
+    """Return what one paired comparison with a row of stage two says; `third` : right or wrong, of shape (n_test,)."""
+    second = _stage_two_correct(files, row, parts)
+    paired = paired_test(third, second, seed)
+    return {
+        "row": row.key,
+        "test": float(second.mean()),
         "gain": {"difference": paired.difference, "interval": list(paired.interval), "p_value": paired.p_value},
         "verdict": verdict(paired, minutes, len(third)),
     }
@@ -69,18 +80,27 @@ def verdict(paired: Paired, minutes: float, n_images: int) -> str:
 
 def lines(result: Mapping[str, Any]) -> list[str]:
     """Return the result in the words a user needs."""
-    validation, test = result["validation"], result["test"]
+    validation = result["validation"]
     return [
         f"start      {result['start']}",
         f"chosen     {result['source']}, alpha {result['alpha']:g}: {validation['chosen']:.2%} on validation, {validation['start']:.2%} at the start",
-        f"test       {test['stage_three']:.2%} fine-tuned, {test['stage_two']:.2%} stage two ({result['winner']})",
-        f"verdict    {result['verdict']}",
+        f"test       {result['test']:.2%} fine-tuned",
+        *_verdict_lines(result["comparisons"]),
         *(
             ["           nothing that was learned helped on the validation images: the network is the start"]
             if not result["alpha"]
             else []
         ),
     ]
+
+
+def _verdict_lines(comparisons: Mapping[str, Any]) -> list[str]:
+    """A line for each comparison, with the row and its score; one line where both are with the same row."""
+    named = {"best": "the best row", "frozen": "the same network frozen"}
+    if "frozen" in comparisons and comparisons["frozen"]["row"] == comparisons["best"]["row"]:
+        comparisons, named = {"both": comparisons["best"]}, {"both": "the best row, which is the same network frozen"}
+    lines = [f"{named[name]}, {one['row']} ({one['test']:.2%}): {one['verdict']}" for name, one in comparisons.items()]
+    return [f"{'' if place else 'verdict':<10} against {line}" for place, line in enumerate(lines)]
 
 
 def _stage_two_correct(files: Artifacts, winner: LeaderboardRow, parts: Parts) -> NDArray[np.bool_]:

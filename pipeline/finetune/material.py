@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import config as configuration
-from pipeline import images, progress
+from pipeline import images, lineage, progress
 from pipeline.config import Artifacts, Config
 from pipeline.dataset import DatasetIndex
 from pipeline.embedders import EmbeddingRecord, departures, read_asked_records, shared
@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, PipelineError, TrainingError, first
 from pipeline.feed import Feeder, Item
 from pipeline.heads import HEADS
 from pipeline.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.lineage import Lineage
 from pipeline.store import FeatureStore
 from pipeline.tuning import make_folds
 
@@ -34,11 +35,15 @@ LINEAR = tuple(name for name, head in HEADS.items() if head.linear)
 
 @dataclass(frozen=True)
 class Choice:
-    """What is fine-tuned: stage one's record, the linear row that is handed over (or none), the best row of all."""
+    """What is fine-tuned, from which head, and what the result is compared with."""
 
     record: EmbeddingRecord
     linear: LeaderboardRow | None
+    """The row whose head is handed over; none for a random start."""
     winner: LeaderboardRow
+    """The best row of all."""
+    frozen: LeaderboardRow | None
+    """The same network frozen: the row that is handed over, after a random start the best linear one."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,9 @@ def choose(config: Config, files: Artifacts) -> Choice:
             f"finetune.embedding: {wanted.embedding!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
         )
     embedding = able[0].embedding
-    if wanted.head == "random":
-        return Choice(records[embedding], None, board.best)
     linear = [row for row in able if row.embedding == embedding and row.head in LINEAR]
+    if wanted.head == "random":
+        return Choice(records[embedding], None, board.best, next(iter(linear), None))
     if wanted.head != "best":
         linear = [row for row in linear if row.head == wanted.head]
     if not linear:
@@ -90,7 +95,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
             f"finetune.head: {embedding} has no linear head {wanted.head!r}; add one of {', '.join(LINEAR)} to heads: and run "
             "`manyheads heads`, or set it to random"
         )
-    return Choice(records[embedding], linear[0], board.best)
+    return Choice(records[embedding], linear[0], board.best, linear[0])
 
 
 def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
@@ -113,11 +118,18 @@ def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
         )
 
 
-def divide(config: Config, files: Artifacts, store: FeatureStore) -> Parts:
+def lineage_of(record: EmbeddingRecord) -> Lineage:
+    """Return the lineage of an embedding's network, which is no longer empty when it was fine-tuned before."""
+    if record.spec.trained_on is None or record.section is None:
+        return lineage.NONE
+    return lineage.read(Path(record.section.weights), record.spec.trained_on)
+
+
+def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineage = lineage.NONE) -> Parts:
     """Divide stage two's images: its training images into those learned from and those that choose.
 
     The data's own validation split chooses where there is one; otherwise a stratified share, in which groups and copies of
-    one image stay together.
+    one image stay together. What the network to be tuned has learned from before chooses nothing.
 
     Raises
     ------
@@ -131,6 +143,7 @@ def divide(config: Config, files: Artifacts, store: FeatureStore) -> Parts:
         folds = round(1 / config.finetune.validation_fraction)
         rows, held_out = make_folds(learned.labels, folds, config.seed, learned.fold_groups())[0]
         learned, validation = learned.rows(rows), learned.rows(held_out)
+    validation = validation.rows(~parent.learned(validation.digests))
     for name, part in (("training", learned), ("validation", validation), ("test", test)):
         if len(part) == 0:
             raise TrainingError(

@@ -31,12 +31,12 @@ from pipeline.training import (
     PlanStep,
     Task,
     check_plan,
-    decide,
     describe_plan,
     fold,
     put_head,
     random_layer,
     stages_of,
+    steps_for,
 )
 from pipeline.training.handover import Layer
 from pipeline.tuning import Features, blocks, expand_scores, limited, make_folds, memory_needed, part, refit
@@ -179,14 +179,15 @@ def make_task(config: Config, network: Network, layer: Layer, parts: Parts, fold
     """
     device = resolve_device(config.extraction.device)
     _, precision, reason = resolve_precision(config.finetune.training.precision, device)
-    settings = decide(config.finetune.training, len(parts.train), precision)  # type: ignore[arg-type]
+    settings = config.finetune.training
+    steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
     put_head(network.module, layer)
     stages = stages_of(network.module, network.preprocessing.size[0])
     plan = check_plan([PlanStep(step.start, step.scope) for step in config.finetune.unfreeze], stages)
     log.info("training on %s in %s: %s", device, precision, reason)
     for stage in stages:
         log.info("  %-7s %s", stage.name, ", ".join(stage.modules))
-    for line in describe_plan(plan, stages, network.module, settings.steps):
+    for line in describe_plan(plan, stages, network.module, steps):
         log.info("%s", line)
     data = Data(
         _labelled(config, network.preprocessing, parts, parts.train, folder / "train.npy"),
@@ -195,7 +196,7 @@ def make_task(config: Config, network: Network, layer: Layer, parts: Parts, fold
         network.preprocessing.mean,
         network.preprocessing.std,
     )
-    return Task(network.module, stages, plan, settings, config.seed, device), data
+    return Task(network.module, stages, plan, settings, steps, precision, config.seed, device), data
 
 
 def _labelled(

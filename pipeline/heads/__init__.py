@@ -8,6 +8,20 @@ of your own in the config as `package.module:ATTRIBUTE`.
 from pipeline.heads.choosing import resolve, resolve_all
 from pipeline.heads.head import Head, Params, configure, identity
 from pipeline.heads.linear import linear_parts
+from pipeline.heads.space import Categorical, Dimension, Integer, Real
 from pipeline.heads.table import HEADS
 
-__all__ = ["HEADS", "Head", "Params", "configure", "identity", "linear_parts", "resolve", "resolve_all"]
+__all__ = [
+    "HEADS",
+    "Categorical",
+    "Dimension",
+    "Head",
+    "Integer",
+    "Params",
+    "Real",
+    "configure",
+    "identity",
+    "linear_parts",
+    "resolve",
+    "resolve_all",
+]

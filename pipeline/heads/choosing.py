@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from sklearn.pipeline import Pipeline
-from skopt.space import Categorical, Dimension, Integer, Real
 
 from pipeline.config import HeadConfig, Scalar, guess
 from pipeline.errors import HeadError
 from pipeline.heads.head import Head
 from pipeline.heads.own import load_own
+from pipeline.heads.space import Categorical, Dimension, Integer
 from pipeline.heads.table import HEADS
 
 
@@ -127,9 +127,9 @@ def _kind(value: object) -> str:
 
 def _changed(dimension: Dimension, values: Sequence[Scalar]) -> Dimension:
     if isinstance(dimension, Categorical):
-        return Categorical(list(values))
-    kind = Integer if isinstance(dimension, Integer) else Real
-    return kind(values[0], values[1], prior=dimension.prior)
+        return Categorical(tuple(values))
+    low, high = values
+    return replace(dimension, low=low, high=high)  # type: ignore[arg-type]  # numbers, as `_mismatch` has seen
 
 
 def _nearest(dimension: Dimension, value: Any) -> Any:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sklearn.pipeline import Pipeline
-from skopt.space import Dimension
+
+from pipeline.heads.space import Dimension, dimension
 
 Params = Mapping[str, Any]
 
@@ -21,7 +22,8 @@ class Head:
     build: Callable[[int], Pipeline]
     """Seed -> an unfitted scikit-learn Pipeline, the classifier as its last step."""
     space: Mapping[str, Dimension]
-    """Parameter of the last step (or `step__parameter` of any) -> the dimension it is searched in."""
+    """Parameter of the last step (or `step__parameter` of any) -> the dimension it is searched in; scikit-optimize's are
+    taken as well."""
     defaults: Params
     """A value for each parameter of the space: the first trial."""
     simplicity: int = 100
@@ -38,6 +40,11 @@ class Head:
     StandardScaler and the classifier; None where it cannot be."""
     fixed: Params = field(default_factory=dict)
     """Parameters that the config holds at one value."""
+    fit: Callable[[Pipeline, Any, Any], Pipeline] = Pipeline.fit
+    """(its pipeline, X, y) -> the pipeline, fitted."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "space", {key: dimension(given) for key, given in self.space.items()})
 
 
 def configure(head: Head, params: Params, seed: int) -> Pipeline:
@@ -55,11 +62,11 @@ def identity(head: Head, seed: int) -> dict[str, Any]:
     return {
         "name": head.name,
         "pipeline": {key: _stable(params[key]) for key in sorted(params) if key != "steps"},
-        # skopt leaves the prior of an integer out of its text.
-        "space": {key: [_stable(row), str(getattr(row, "prior", None))] for key, row in head.space.items()},
+        "space": {key: [_stable(row), str(row.prior)] for key, row in head.space.items()},
         "defaults": {key: _stable(value) for key, value in head.defaults.items()},
         "fixed": {key: _stable(value) for key, value in head.fixed.items()},
         "evaluator": head.evaluator,
+        "fit": _stable(head.fit),
     }
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.config import guess
 from pipeline.errors import HeadError
 from pipeline.heads.head import Head, configure
+from pipeline.imports import look_in
 
 
 def load_own(path: str) -> Head:
@@ -20,12 +18,12 @@ def load_own(path: str) -> Head:
     if not module_name or not attribute:
         raise HeadError(f"head {path!r}: expected package.module:ATTRIBUTE, such as my_heads:GRADIENT_BOOSTING")
     try:
-        with _current_folder_importable():
-            module = importlib.import_module(module_name)
+        look_in(Path())
+        module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail at import in any way
         raise HeadError(
             f"head {path!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error}); "
-            "it must be installed or lie in the folder the command is run in"
+            "it must be installed, or lie beside the config or in the folder the command is run in"
         ) from error
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if isinstance(value, Head)]
@@ -39,17 +37,6 @@ def load_own(path: str) -> Head:
         plural = "problem" if len(problems) == 1 else "problems"
         raise HeadError(f"head {path!r}: {len(problems)} {plural}", problems)
     return head
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    """Let a user's module be found in the folder the command is run in, as `python -m` would."""
-    folder = os.getcwd()
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 def _flaws(head: Head) -> list[str]:

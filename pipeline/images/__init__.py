@@ -1,28 +1,40 @@
 """Images: from a file's bytes to the pixels a network is given.
 
 reading.py     one file of a data set, safely
-decoding.py    bytes -> RGB pixels, by one documented policy
+contents.py    what names a content
+kinds.py       what a file is, by its first bytes
+decoding.py    bytes -> RGB pixels, by one documented policy; png.py and tiff.py: what Pillow takes otherwise than the file says
+hashing.py     a perceptual hash, by which copies are found that were resized, compressed or cropped
 preparing.py   the transform that belongs to the weights: resize and crop
-gpu.py         JPEGs decoded and prepared by an NVIDIA GPU
 """
 
-from pipeline.images.decoding import DECODE_POLICY, FORMATS, decode, policy_key
-from pipeline.images.gpu import MOST_DIFFERENCE, GpuDecoder, gpu_decoder
+from pipeline.images.contents import MAY_BE_READ_OTHERWISE, content_key, is_read_otherwise
+from pipeline.images.decoding import DECODE_POLICY, NO_IMAGE, decode, policy_key
+from pipeline.images.hashing import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances, perceptual_hash
+from pipeline.images.kinds import START_BYTES, Kind, kind_of
 from pipeline.images.preparing import DECODE_MODES, MAX_RESIZED_PIXELS, Preprocessing, prepare
 from pipeline.images.reading import ImageProblem, open_file
 
 __all__ = [
     "DECODE_MODES",
     "DECODE_POLICY",
-    "FORMATS",
+    "HASH_BYTES",
+    "HASH_IDENTITY",
+    "HASH_STORE",
     "MAX_RESIZED_PIXELS",
-    "MOST_DIFFERENCE",
-    "GpuDecoder",
+    "MAY_BE_READ_OTHERWISE",
+    "NO_IMAGE",
+    "START_BYTES",
     "ImageProblem",
+    "Kind",
     "Preprocessing",
+    "content_key",
     "decode",
-    "gpu_decoder",
+    "hash_distances",
+    "is_read_otherwise",
+    "kind_of",
     "open_file",
+    "perceptual_hash",
     "policy_key",
     "prepare",
 ]

@@ -2,36 +2,40 @@
 
 The policy, which is part of a store's identity (`DECODE_POLICY`):
 
-- JPEG, PNG, WebP, BMP, GIF and TIFF, recognised by content; of several frames or pages the first.
-- The EXIF orientation is applied; broken EXIF is as good as none.
+- JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF and, with the extra `heic`, HEIC, recognised by content; of several frames or pages
+  the first.
+- The EXIF orientation is applied.
 - Transparency, from an alpha channel, a palette or a transparent colour, is composited on white.
 - JPEG is decoded by libjpeg-turbo with the accurate DCT and smooth upsampling, bit for bit as Pillow does.
-- 16-bit grey is scaled to 8 bits by value * 255 / 65535, rounded; 16-bit colour keeps its high byte.
+- 16-bit grey is scaled to 8 bits by value * 255 / 65535, rounded, 12-bit grey likewise; where white is zero it is turned
+  round. 16-bit colour keeps its high byte.
 - CMYK and YCbCr become RGB as Pillow does it; colour profiles are ignored.
-- 32-bit integer or float pixels, which have no agreed brightness, and truncated files are refused.
+- What is not about the pixels, such as texts, profiles and broken EXIF, costs no image.
+- 32-bit, float or signed pixels, which have no agreed brightness, cameras' raw files, and files with data missing are refused.
 - An image of more pixels than allowed is refused before its pixels are decoded.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Final
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from pipeline.digests import fingerprint
 from pipeline.errors import DatasetError
+from pipeline.images.kinds import READ, START_BYTES, Kind, kind_of, reads_heic
+from pipeline.images.png import is_transparent, odd_transparency, pixels_only
 from pipeline.images.reading import ImageProblem
-
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""The decoders that may touch a user's file; Pillow has dozens more, some with a record of holes."""
+from pipeline.images.tiff import TiffPixels, silence_libtiff
 
 DECODE_POLICY: Final[Mapping[str, str | int]] = {
     "version": 2,
@@ -45,7 +49,11 @@ DECODE_POLICY: Final[Mapping[str, str | int]] = {
     "cmyk": "Pillow",
     "icc": "ignored",
 }
-"""What of decoding changes the pixels. `version` goes up by hand when this file changes them."""
+"""What of decoding changes the pixels of ordinary images. `version` goes up by hand when this file changes them; where only
+some kinds of files are concerned, `content_key` sets those apart instead, so that nothing else is embedded again."""
+
+REFUSALS: Final = 1
+"""Goes up by hand when other files are refused, or for other reasons: then those that failed are tried again."""
 
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
@@ -60,7 +68,14 @@ _ORIENTATIONS = {
 _JPEG_FORMATS = frozenset({"JPEG", "MPO"})
 """MPO is a JPEG with more pictures behind it, as phones write it."""
 
-_JPEG_END = b"\xff\xd9"
+_DATA_LOST = re.compile(r"premature end|bad (Huffman|arithmetic) code|instead of RST", re.IGNORECASE)
+"""What libjpeg-turbo remarks where pixels are missing; it also remarks on what does no harm."""
+
+_CUT_OFF = re.compile(r"truncated|end of file|requires a buffer", re.IGNORECASE)
+_UNKNOWN_PIXELS = re.compile(r"unknown (pixel|raw) mode")
+"""What Pillow and the libraries in it say of files that are cut off, and of TIFFs that it knows no way to read."""
+
+NO_IMAGE: Final = f"it is not an image of a known format ({', '.join(READ)})"
 
 _LIMIT_LOCK = threading.Lock()
 
@@ -68,11 +83,13 @@ _LIMIT_LOCK = threading.Lock()
 # limit on pixels ends in an exception instead of a remark; `decode` makes it a problem of that image.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+silence_libtiff()
 
 
 def policy_key(max_pixels: int) -> str:
     """Return the short name of the decode policy under which a content failed, for the ledger."""
-    return fingerprint({**DECODE_POLICY, "max_pixels": max_pixels})[:16]
+    refusals = {"refusals": REFUSALS, "heic": reads_heic(), "max_pixels": max_pixels}
+    return fingerprint({**DECODE_POLICY, **refusals})[:16]
 
 
 def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDArray[np.uint8]:
@@ -93,8 +110,14 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True in this process: truncated images would pass as whole; leave it False"
         )
     _allow_pixels(max_pixels)
+    kind = _readable_kind(data)
     try:
-        return _decode(data, max_pixels, at_least)
+        try:
+            return _decode(data, kind, max_pixels, at_least)
+        except Exception as error:  # it may be about what is not the pixels
+            if kind.format != "PNG" or isinstance(error, ImageProblem):
+                raise
+        return _decode(pixels_only(data), kind, max_pixels, at_least)
     except ImageProblem:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -102,11 +125,21 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
             "too_many_pixels", f"it has more than the {max_pixels:,} pixels of dataset.max_pixels"
         ) from None
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        raise _problem(data, error) from None
+        raise _problem(data, kind, error) from None
 
 
-def _decode(data: bytes, max_pixels: int, at_least: int | None) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def _readable_kind(data: bytes) -> Kind:
+    kind = kind_of(data[:START_BYTES])
+    if kind is None:
+        raise ImageProblem("unreadable", NO_IMAGE if data else "the file is empty")
+    if kind.refusal:
+        raise ImageProblem("unsupported_format", kind.refusal)
+    return kind
+
+
+def _decode(data: bytes, kind: Kind, max_pixels: int, at_least: int | None) -> NDArray[np.uint8]:
+    tiff = _tiff(data) if kind.format == "TIFF" else None
+    with _open(data, kind) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise ImageProblem(
@@ -115,9 +148,32 @@ def _decode(data: bytes, max_pixels: int, at_least: int | None) -> NDArray[np.ui
         pixels = _jpeg(data, image, at_least)
         if pixels is None:
             image.load()  # turns a TIFF upright and drops the tag
-            pixels = np.asarray(_to_rgb(image))
+            pixels = np.asarray(_to_rgb(data, image, tiff))
         method = _ORIENTATIONS.get(_orientation(image))
     return pixels if method is None else np.asarray(Image.fromarray(pixels).transpose(method))
+
+
+def _open(data: bytes, kind: Kind) -> ImageFile.ImageFile:
+    """Open an image by its own decoder and no other, which says what is wrong with it."""
+    if kind.format not in Image.OPEN:
+        Image.init()
+    return Image.OPEN[kind.format][0](io.BytesIO(data), "")
+
+
+def _tiff(data: bytes) -> TiffPixels:
+    """Read the tags of a TIFF that Pillow reads rightly, if at all."""
+    tiff = TiffPixels.read(data)
+    if tiff.is_raw:
+        raise ImageProblem(
+            "unsupported_format", "it is a camera's raw file, or begins with a preview; save the photo as JPEG or PNG"
+        )
+    if tiff.is_read_wrongly:
+        raise _not_read(tiff)
+    return tiff
+
+
+def _not_read(tiff: TiffPixels) -> ImageProblem:
+    return ImageProblem("unsupported_format", f"a TIFF of {tiff} is not read; save it as PNG, or in RGB with 8 bits")
 
 
 def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.uint8] | None:
@@ -125,45 +181,18 @@ def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.u
 
     The same pixels as Pillow's in two thirds of the time: they are written once, without a fourth byte each.
     """
-    if image.format not in _JPEG_FORMATS or image.mode not in {"RGB", "L"}:
+    if image.format not in _JPEG_FORMATS:
         return None
+    colours = "CMYK" if image.mode == "CMYK" else "RGB"
     divisor = next((by for by in (8, 4, 2) if at_least is not None and min(image.size) >= at_least * by), 1)
     width, height = (-(-side // divisor) for side in image.size)
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-    except ValueError:  # anything odd: Pillow knows whether it matters, and says what it is
-        return None
-    return pixels
-
-
-@dataclass(frozen=True)
-class JpegHeader:
-    """What a JPEG says of itself before it is decoded."""
-
-    width: int
-    height: int
-    orientation: int
-    """EXIF; 1 is upright."""
-
-
-def jpeg_header(data: bytes, max_pixels: int) -> JpegHeader | None:
-    """Read the header of a whole JPEG in grey or YCbCr, of which any decoder makes the same; None for every other file.
-
-    Others are those of other colours, of too many pixels, or without an end: only `decode` knows what to make of them.
-    """
-    if not data.rstrip(b"\0").endswith(_JPEG_END):
-        return None
-    _allow_pixels(max_pixels)
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
-            components = bytes(component[0] for component in image.layer)  # type: ignore[attr-defined]
-            if image.mode not in {"RGB", "L"} or components == b"RGB" or image.info.get("adobe_transform") == 0:
-                return None
-            if image.width * image.height > max_pixels:
-                return None
-            return JpegHeader(*image.size, _orientation(image))
-    except Exception:  # Pillow's readers raise almost anything on damaged files; `decode` says what it is
-        return None
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width)
+    except ValueError as error:
+        if _DATA_LOST.search(str(error)):  # of which Pillow says nothing: it fills up with grey
+            raise ImageProblem("truncated", f"some of its data are missing or damaged ({error})") from None
+        return None  # anything else that is odd: Pillow knows whether it matters, and says what it is
+    return pixels if colours == "RGB" else None
 
 
 def _allow_pixels(max_pixels: int) -> None:
@@ -181,18 +210,25 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(data: bytes, image: Image.Image, tiff: TiffPixels | None) -> Image.Image:
     mode = image.mode
-    if mode == "I" and image.format == "PNG":  # how Pillow before 11.3 opens 16-bit grey
-        return _grey16(image)
     if mode.startswith("I;16"):
-        return _grey16(image)
+        return _grey16(image, tiff)
     if mode in {"I", "F"}:
+        bits = "32" if tiff is None else f"{'signed ' * tiff.is_signed}{max(tiff.bits)}"
         raise ImageProblem(
-            "unsupported_format", "it has 32-bit pixels, whose brightness range is not known; save it with 8 or 16 bits"
+            "unsupported_format",
+            f"it has {bits}-bit pixels, whose brightness range is not known; save it with 8 or 16 bits",
         )
     if mode in {"La", "RGBa"}:
         image = image.convert(mode[:-1] + "A")
+    colour = odd_transparency(data) if image.format == "PNG" else None
+    if colour is not None:
+        transparent = is_transparent(data, image, colour)
+        del image.info["transparency"]
+        pixels = np.array(image.convert("RGB"))
+        pixels[transparent] = 255
+        return Image.fromarray(pixels)
     if mode in {"LA", "PA", "La", "RGBA", "RGBa"} or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -200,39 +236,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey16(image: Image.Image) -> Image.Image:
+def _grey16(image: Image.Image, tiff: TiffPixels | None) -> Image.Image:
     values = np.asarray(image).astype(np.uint32)
-    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    most = 65535 if tiff is None else 2 ** tiff.bits[0] - 1
+    grey = ((values * 255 + most // 2) // most).astype(np.uint8)
+    if tiff is not None and tiff.white_is_zero:
+        grey = 255 - grey
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")
 
 
-_OTHER_KINDS = (
-    (b"%PDF", "a PDF document"),
-    (b"8BPS", "a Photoshop file"),
-    (b"<svg", "an SVG drawing"),
-    (b"<!doctype html", "a web page"),
-    (b"<html", "a web page"),
-    (b"ftypheic", "a HEIC photo"),
-    (b"ftypmif1", "a HEIF photo"),
-    (b"ftypavif", "an AVIF image"),
-    (b"\x00\x00\x00\x0cjp  ", "a JPEG 2000 image"),
-)
-
-
-def _problem(data: bytes, error: Exception) -> ImageProblem:
+def _problem(data: bytes, kind: Kind, error: Exception) -> ImageProblem:
     """Say in the user's words what Pillow could not do."""
-    if not data:
-        return ImageProblem("unreadable", "the file is empty")
-    start = data[:64].lower().lstrip()
-    for mark, kind in _OTHER_KINDS:
-        if mark.lower() in start:
-            return ImageProblem("unsupported_format", f"it is {kind}; save it as JPEG or PNG")
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        return ImageProblem("unreadable", f"it is not an image of a known format ({', '.join(FORMATS)})")
-    if isinstance(error, EOFError) or "truncated" in text.lower():
+    if kind.format == "TIFF":
+        with suppress(Exception):  # its tags may be what is damaged
+            tiff = TiffPixels.read(data)
+            if _UNKNOWN_PIXELS.search(text) or not tiff.has_known_compression:
+                return _not_read(tiff)
+    if isinstance(error, EOFError) or _CUT_OFF.search(text):
         return ImageProblem("truncated", f"its end is missing ({text})")
-    return ImageProblem("unreadable", f"it is damaged ({text})")
+    return ImageProblem("unreadable", f"it is {kind.name}, and damaged ({text})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,10 @@ from PIL import Image
 
 from pipeline.images.decoding import DECODE_POLICY
 
-if TYPE_CHECKING:
-    import torch
-
 DECODE_MODES: Final[Mapping[str, str]] = {
     "exact": "resized by Pillow: the pixels of torchvision's transforms on a PIL image, bit for bit",
     "standard": "resized by torch: a value is at most one grey level away from that",
     "fast": "and a JPEG more than twice as large as needed is decoded at a fraction of its size",
-    "gpu": "as `standard`, but JPEGs are decoded, resized and cropped by the GPU, whose decoder is a grey level or two away",
 }
 
 _INTERPOLATIONS = {
@@ -109,30 +105,6 @@ def _resize_by_torch(pixels: NDArray[np.uint8], height: int, width: int, interpo
     )
     made: NDArray[np.uint8] = resized[0].permute(1, 2, 0).numpy()
     return made
-
-
-def prepare_tensor(image: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """Do on its device what `prepare` does to an image of shape (3, height, width), uint8; the result has the channels last.
-
-    A value is at most one grey level away from mode `exact`: torch's floats are right but for the last rounding.
-    """
-    import torch
-
-    height, width = image.shape[1:]
-    wide, high = _resized((width, height), preprocessing.resize)
-    if preprocessing.interpolation not in _TORCH_MODES or wide * high > MAX_RESIZED_PIXELS:
-        return torch.from_numpy(prepare(image.permute(1, 2, 0).cpu().numpy(), preprocessing)).to(image.device)
-    for size in ((height, wide), (high, wide)):  # Pillow rounds to bytes in between as well
-        if size != tuple(image.shape[1:]):
-            resized = torch.nn.functional.interpolate(
-                image[None].float(), size, mode=preprocessing.interpolation, antialias=True, align_corners=False
-            )
-            image = resized[0].round_().clamp_(0, 255).to(torch.uint8)
-    kept_y, put_y = _window(high, preprocessing.size[0])
-    kept_x, put_x = _window(wide, preprocessing.size[1])
-    cropped = torch.zeros(*preprocessing.size, 3, dtype=torch.uint8, device=image.device)
-    cropped[put_y, put_x] = image[:, kept_y, kept_x].permute(1, 2, 0)
-    return cropped
 
 
 def _crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from pipeline.digests import content_digest
+from pipeline.images.contents import content_key
 
 
 class ImageProblem(Exception):
@@ -26,7 +26,7 @@ class ImageProblem(Exception):
 def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> bytes:
     """Read one file of a data set, and nothing outside its root, symbolic links included.
 
-    With `digest` given, the bytes are the ones with this content digest or it is a problem. A file that changes while it is
+    With `digest` given, the bytes are the ones with this `content_key` or it is a problem. A file that changes while it is
     read is read once more.
 
     Raises
@@ -47,7 +47,7 @@ def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> by
             break
     else:
         raise ImageProblem("unavailable", "it changes while it is read")
-    if digest is not None and content_digest(data) != digest:
+    if digest is not None and content_key(data) != digest:
         raise ImageProblem("unavailable", "it changed after the scan; run again")
     return data
 

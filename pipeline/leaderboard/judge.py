@@ -39,9 +39,11 @@ Trials = Sequence[Mapping[str, Any]]
 def judge(leaderboard: Leaderboard, output: Path) -> Leaderboard:
     """Return the leaderboard with its verdict; without one where the best row left no out-of-fold predictions.
 
-    Rows whose predictions are missing or of other images take no part in the comparison.
+    Rows whose predictions are missing or of other images, or whose saved fit is bad, take no part in the comparison.
     """
-    predictions = read_predictions(leaderboard, output)
+    predictions = {
+        key: value for key, value in read_predictions(leaderboard, output).items() if leaderboard.row(key).sound
+    }
     trials = read_trials(leaderboard, output)
     verdict = _verdict(leaderboard, predictions, trials) if leaderboard.rows else None
     return replace(leaderboard, verdict=verdict)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,6 +59,23 @@ class Seeds:
 
 
 @dataclass(frozen=True)
+class LastFit:
+    """The fit on all training images, which is what is saved, beside the fits that cross-validation judged.
+
+    `score` and `fold_scores` are in the score that was tuned, each on the images the fit was made from. `sound` says that
+    the first is not below the lowest of the others by more than chance, after `tries` seeds. Warnings are counted by
+    category: of the fit that was kept, and of the chosen trial's fits on folds.
+    """
+
+    score: float
+    fold_scores: tuple[float, ...]
+    tries: int
+    sound: bool
+    warnings: Mapping[str, int] = field(default_factory=dict)
+    fold_warnings: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LeaderboardRow:
     """One tuned head on one embedding.
 
@@ -88,18 +105,30 @@ class LeaderboardRow:
     search_seconds: float | None = None
     embed_seconds: float | None = None
     unseen_rows: int | None = None
-    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None for others."""
+    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None where all are used."""
+    chose_rows: int = 0
+    """Of those, the images that chose the network's weights: cross-validation on them flatters, and its score is not shown."""
+    task: str = ""
+    """Digest of the images, labels and folds of the row; rows on other images are ranked apart."""
     components: int | None = None
     """Principal components that the head works on; None where it works on the features themselves."""
     nested: Nested | None = None
     seeds: Seeds | None = None
     reweighted: Scores | None = None
     """Out of fold with the head's class weights switched, where classes are uneven and the head takes them."""
+    last_fit: LastFit | None = None
+    expected_test: Interval | None = None
+    """The 99.9 % prediction interval of the test accuracy, given the answers out of fold."""
 
     @property
     def key(self) -> str:
         """The row's name: `embedding/head`."""
         return f"{self.embedding}/{self.head}"
+
+    @property
+    def images(self) -> str:
+        """What the rows that are cross-validated on the same images have in common."""
+        return "" if self.unseen_rows is None else f"{self.unseen_rows} of {self.task}"
 
     def to_record(self) -> dict[str, Any]:
         """Return the row as plain values for JSON."""
@@ -112,15 +141,104 @@ class LeaderboardRow:
         nested = Nested(**_tuples(raw["nested"])) if raw.get("nested") else None
         seeds = Seeds(**_tuples(raw["seeds"])) if raw.get("seeds") else None
         reweighted = Scores(**_tuples(raw["reweighted"])) if raw.get("reweighted") else None
-        changed = {"test": test, "nested": nested, "seeds": seeds, "reweighted": reweighted}
+        last_fit = LastFit(**_tuples(raw["last_fit"])) if raw.get("last_fit") else None
+        expected = tuple(raw["expected_test"]) if raw.get("expected_test") else None
+        changed: dict[str, Any] = {"test": test, "nested": nested, "seeds": seeds, "reweighted": reweighted}
+        changed |= {"last_fit": last_fit, "expected_test": expected}
         return LeaderboardRow(**{**raw, "cv_scores": tuple(raw["cv_scores"]), **changed})
 
     @property
-    def note(self) -> str:
+    def kind(self) -> str:
         """What a reader must know about the embedding before comparing, in a word, or nothing."""
         if self.unseen_rows is not None:
             return "fine-tuned"
         return "baseline" if self.baseline else "untrained" if self.untrained else ""
+
+    @property
+    def sound(self) -> bool:
+        """Whether what is saved is as good a fit as those that cross-validation judged, as far as is known."""
+        return self.last_fit is None or self.last_fit.sound
+
+    @property
+    def surprise(self) -> Literal["above", "below"] | None:
+        """On which side of what cross-validation lets expect the test accuracy lies; None within."""
+        if self.test is None or self.expected_test is None:
+            return None
+        low, high = self.expected_test
+        return "below" if self.test.accuracy < low else "above" if self.test.accuracy > high else None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What a reader must know about the fit and its test, in a word each; the notes below the table say more."""
+        fit = self.last_fit
+        found = []
+        if fit is not None:
+            found += [] if fit.sound else ["bad fit"]
+            found += ["refitted"] if fit.sound and fit.tries > 1 else []
+            found += ["warnings"] if fit.warnings or fit.fold_warnings else []
+        return (*found, *([f"test {self.surprise}"] if self.surprise else []))
+
+    @property
+    def note(self) -> str:
+        """The kind and the marks."""
+        return ", ".join(filter(None, [self.kind, *self.marks]))
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Near-duplicates that stand on both sides of a score, as the data audit finds them in one embedding.
+
+    Of `images` as many as `test_images` and `train_images` together were looked at. `test` of the `test_images` are nearly the same as a training image, `folds` of the `train_images` as one of another
+    fold. `without` is each row's test accuracy on the other test images, `held_out` its accuracy on all out-of-fold
+    answers and on those of the other training images; a row is named where these can be told.
+    """
+
+    embedding: str
+    images: int
+    test: int
+    test_images: int
+    folds: int
+    train_images: int
+    without: Mapping[str, float]
+    held_out: Mapping[str, tuple[float, float]]
+
+    def lines(self, rows: Sequence[LeaderboardRow]) -> list[str]:
+        """Return what must be said above the table; rows : the best row and, if it is another, the recommended one."""
+        found = []
+        if self.test:
+            scores = [
+                f"{row.key} has {100 * self.without[row.key]:.1f} % in place of {100 * row.test.accuracy:.1f} %"
+                for row in rows
+                if row.test and row.key in self.without
+            ]
+            scored = f"; on the other test images {' and '.join(scores)}" if scores else ""
+            found.append(
+                f"Leak: {self.test:,} of {self.test_images:,} test images {_are(self.test)} nearly the same as a training image{scored}."
+            )
+        if self.folds:
+            scores = [
+                f"{row.key} is right in {100 * without:.1f} % in place of {100 * with_all:.1f} %"
+                for row in rows
+                for with_all, without in [self.held_out.get(row.key, (np.nan, np.nan))]
+                if np.isfinite(without)
+            ]
+            scored = f"; held out, without them, {' and '.join(scores)}" if scores else ""
+            found.append(
+                f"Leak: {self.folds:,} of {self.train_images:,} training images {_are(self.folds)} nearly the same as one of another fold{scored}."
+            )
+        if found:
+            found.append(
+                "The report shows the pairs. Give images that belong together the same `group`, a column of a manifest "
+                "(path,label,group): groups are never parted."
+            )
+        looked = self.test_images + self.train_images
+        if looked < self.images:
+            found.append(f"Near-duplicates were searched among {looked:,} of the {self.images:,} images.")
+        return found
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from tabulate import tabulate
 
 from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
-from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Nested, Verdict, nested_choice, plain
-from pipeline.metrics import ACCURACY, METRICS, Metric
+from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Leaks, Nested, Verdict, nested_choice, plain
+from pipeline.metrics import ACCURACY, METRICS, Metric, Scores
+from pipeline.metrics.intervals import Interval
 
 FORMAT = "manyheads leaderboard"
 VERSION = 1
+APART = "Ranked apart, on other images"
 
 
 @dataclass(frozen=True)
 class Leaderboard:
     """Rows ordered by cross-validation, best first, with the provenance needed to make them again.
+
+    Rows that are cross-validated on other images than the best stand behind all others, whatever they score.
 
     `provenance` holds plain values: config, seed, versions, store digests, index fingerprint, date, command, and notes on
     what was left out.
@@ -34,17 +39,33 @@ class Leaderboard:
     rows: tuple[LeaderboardRow, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict | None = None
+    leaks: Leaks | None = None
 
     def __post_init__(self) -> None:
-        ordered = sorted(self.rows, key=lambda row: (-row.cv_mean, row.simplicity, row.key))
+        ordered = sorted(self.rows, key=lambda row: (not row.sound, -row.cv_mean, row.simplicity, row.key))
+        if ordered:
+            # The images of most rows; those of a fine-tuned network only where no other backbone is there.
+            first = min(ordered, key=lambda row: (row.baseline, row.unseen_rows is not None, row.chose_rows > 0))
+            ordered.sort(key=lambda row: (row.images != first.images, row.images))
         object.__setattr__(self, "rows", tuple(ordered))
 
     @property
     def best(self) -> LeaderboardRow:
-        """The row with the highest cross-validation mean; the simpler of two equal ones. Test scores play no part."""
+        """The row with the highest cross-validation mean whose saved fit is sound; the simpler of two equal ones."""
         if not self.rows:
             raise PipelineError("the leaderboard has no rows; run `manyheads heads` first")
         return self.rows[0]
+
+    @property
+    def ranked(self) -> tuple[LeaderboardRow, ...]:
+        """The rows that are cross-validated on the same images as the best."""
+        return tuple(row for row in self.rows if row.images == self.best.images)
+
+    @property
+    def apart(self) -> tuple[tuple[LeaderboardRow, ...], ...]:
+        """The rows that are cross-validated on other images, those of fine-tuned networks, by their images."""
+        others = [row for row in self.rows if row.images != self.best.images]
+        return tuple(tuple(rows) for _, rows in groupby(others, lambda row: row.images))
 
     def row(self, key: str) -> LeaderboardRow:
         """Return the row named `embedding/head`."""
@@ -61,6 +82,7 @@ class Leaderboard:
             "best": self.best.key if self.rows else None,
             "rows": [row.to_record() for row in self.rows],
             "verdict": dataclasses.asdict(self.verdict) if self.verdict else None,
+            "leaks": dataclasses.asdict(self.leaks) if self.leaks else None,
             "provenance": self.provenance,
         }
         return json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -88,28 +110,49 @@ class Leaderboard:
             tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
             record["provenance"],
             Verdict.from_record(verdict) if verdict else None,
+            Leaks(**record["leaks"]) if record.get("leaks") else None,
         )
 
     def to_markdown(self) -> str:
         """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
-        table = self._table("github", f"cross-validation ({self.metric.title})", HEADERS, bold="**")
-        return "\n".join(["# Leaderboard", "", table, "", *(f"- {line}" for line in self.notes()), ""])
+        score = f"cross-validation ({self.metric.title})"
+        above = [text for line in self.warnings() for text in (f"> {line}", "")]
+        lines = ["# Leaderboard", "", *above, self._table(self.ranked, "github", score, HEADERS, bold="**"), ""]
+        lines += [f"- {line}" for line in self.notes()]
+        for rows in self.apart:
+            table = self._table(rows, "github", score, HEADERS)
+            lines += ["", f"## {APART}", "", apart_text(rows), "", table]
+        return "\n".join([*lines, ""])
 
     def to_text(self) -> str:
         """Return the leaderboard for a terminal."""
         headers = [*SHORT_HEADERS]
         if self.metric is not ACCURACY:  # where everything else is accuracy too, the narrow table need not say so
             headers[headers.index("test [95 %]")] = "test acc. [95 %]"
-        return "\n".join([self._table("simple", f"CV {self.metric.title}", headers), "", *self.notes()])
+        score = f"CV {self.metric.title}"
+        above = [*self.warnings(), ""] if self.warnings() else []
+        lines = [*above, self._table(self.ranked, "simple", score, headers), ""]
+        for rows in self.apart:
+            lines += [f"{APART}: {apart_text(rows)}", "", self._table(rows, "simple", score, headers), ""]
+        return "\n".join([*lines, *self.notes()])
 
-    def _table(self, form: str, score: str, headers: Sequence[str], bold: str = "") -> str:
-        asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in self.rows)]
-        cells = self._cells(bold)
-        for row, line in zip(self.rows, cells, strict=True):
+    def _table(
+        self, rows: Sequence[LeaderboardRow], form: str, score: str, headers: Sequence[str], bold: str = ""
+    ) -> str:
+        asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in rows)]
+        cells = self._cells(rows, bold)
+        for row, line in zip(rows, cells, strict=True):
             line[4:4] = [text(row, self.scoring) for _, text in asked]
         names = [*headers[:3], score, *(name for name, _ in asked), *headers[3:]]
         align = [*ALIGN[:4], *("right" for _ in asked), *ALIGN[4:]]
         return tabulate(cells, headers=names, tablefmt=form, disable_numparse=True, colalign=align)
+
+    def warnings(self) -> list[str]:
+        """Return what must be known before the table is read, one sentence each."""
+        if self.leaks is None or not self.rows:
+            return []
+        recommended = self.verdict.recommended if self.verdict else self.best.key
+        return self.leaks.lines([row for row in self.rows if row.key in (self.best.key, recommended)])
 
     def notes(self) -> list[str]:
         """Return what must be said beside the table, one sentence each."""
@@ -135,12 +178,11 @@ class Leaderboard:
             lines.append(
                 "untrained: the backbone has random weights and saw no image before; a control, not a contender."
             )
-        unseen = sorted({row.unseen_rows for row in self.rows if row.unseen_rows is not None})
-        if unseen:
-            lines.append(
-                f"fine-tuned: the network has learned from training images; its heads were fitted and cross-validated on the "
-                f"other {', '.join(f'{count:,}' for count in unseen)} only, so its cross-validation is of other images than the rest."
-            )
+        other = next((row for rows in self.apart for row in rows if row.unseen_rows is not None and row.bundle), None)
+        if other is not None:
+            lines.append(f"To label with a row that stands apart, give `manyheads predict` its folder, {other.bundle}.")
+        if best.unseen_rows is not None:
+            lines.append(f"All of them: {apart_text(self.ranked)}")
         reduced = {row.embedding: row.components for row in self.rows if row.components is not None}
         if reduced:
             whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
@@ -152,8 +194,42 @@ class Leaderboard:
         if any(row.baseline for row in self.rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
         if best.baseline or best.untrained:
-            lines.append(f"No trained backbone beats the {best.note} row {best.key} on these images.")
-        return lines + [str(note) for note in self.provenance.get("notes", ())]
+            lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
+        return [*self.alerts(), *lines] + [str(note) for note in self.provenance.get("notes", ())]
+
+    def alerts(self) -> list[str]:
+        """Return what may be wrong with rows, one sentence each: their last fit, its warnings, a test unlike the promise."""
+        lines = [line for row in self.rows for line in self._fit_alerts(row)]
+        for side, meaning in SURPRISES.items():
+            rows = [row for row in self.rows if row.surprise == side]
+            named = "; ".join(f"{row.key} {_percent(row.test, row.expected_test)}" for row in rows)
+            if rows:
+                lines.append(
+                    f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {named}: {meaning}."
+                )
+        return lines
+
+    def _fit_alerts(self, row: LeaderboardRow) -> list[str]:
+        fit, text = row.last_fit, self.metric.text
+        if fit is None:
+            return []
+        lines, lowest = [], text(min(fit.fold_scores, default=fit.score))
+        tried = "one try" if fit.tries == 1 else f"{fit.tries} tries"
+        if not fit.sound:
+            lines.append(
+                f"{row.key}: a bad fit. Fitted on all training images it scores {text(fit.score)} on them, and cross-validation's fits "
+                f"at least {lowest} on theirs ({tried}, the best kept): ranked last and never recommended."
+            )
+        elif fit.tries > 1:
+            lines.append(
+                f"{row.key}: the fit on all training images was below cross-validation's and was made again with another seed "
+                f"({tried}); it scores {text(fit.score)} on them, and cross-validation's fits at least {lowest} on theirs."
+            )
+        for where, found in (("last fit", fit.warnings), ("fits on folds", fit.fold_warnings)):
+            if found:
+                counts = ", ".join(f"{count} x {name}" for name, count in found.items())
+                lines.append(f"{row.key}: warnings in its {where}: {counts}.")
+        return lines
 
     def _verdict_notes(self, verdict: Verdict) -> list[str]:
         lines = []
@@ -199,7 +275,7 @@ class Leaderboard:
 
     def _repeat_notes(self) -> list[str]:
         lines = []
-        chosen = nested_choice(self.rows)
+        chosen = nested_choice(self.ranked)
         if chosen is not None:
             lines.append(
                 f"nested: every search repeated within each of {len(chosen.outer)} outer folds; the mean on the images held out, which chose nothing. "
@@ -230,9 +306,9 @@ class Leaderboard:
             return "*"
         return "~" if self.verdict and row.key in self.verdict.no_evidence else ""
 
-    def _cells(self, bold: str = "") -> list[list[str]]:
+    def _cells(self, rows: Sequence[LeaderboardRow], bold: str = "") -> list[list[str]]:
         cells = []
-        for row in self.rows:
+        for row in rows:
             first = bold if row.key == self.best.key else ""
             test = row.test
             cells.append(
@@ -286,6 +362,19 @@ SHORT_HEADERS = (
 ALIGN = ("left", "left", "left", "right", "right", "right", "right", "right", "right", "right", "right", "left")
 
 
+SURPRISES = {
+    "above": "the test is easier: look for copies",
+    "below": "the fit or the test images differ",
+}
+"""What a test accuracy outside of its interval means."""
+
+
+def _percent(test: Scores | None, expected: Interval | None) -> str:
+    assert test is not None
+    assert expected is not None
+    return f"{100 * test.accuracy:.1f}, expected {100 * expected[0]:.1f} to {100 * expected[1]:.1f}"
+
+
 def nested_text(nested: Nested | None, scoring: str) -> str:
     """Return a nested score with its interval."""
     if nested is None:
@@ -294,8 +383,24 @@ def nested_text(nested: Nested | None, scoring: str) -> str:
     return f"{metric.text(nested.mean)} {metric.interval_text(nested.interval)}"
 
 
+def apart_text(rows: Sequence[LeaderboardRow]) -> str:
+    """Say which images rows are fitted and judged on, and how they can be compared with others; all rows on the same images."""
+    row = rows[0]
+    if row.unseen_rows is None:
+        return "heads fitted and cross-validated on all training images: compare them with the others by the test."
+    others = f"on a fine-tuned network, fitted on the {row.unseen_rows:,} training images that it has not learned from"
+    if row.chose_rows:
+        return (
+            f"heads {others}. {row.chose_rows:,} of them chose the network's weights, so that cross-validation on them would flatter: "
+            "it orders these rows and is not shown. Compare them with the others by the test, which chose nothing."
+        )
+    return f"heads {others} and that did not choose its weights, cross-validated on those only: compare them with the others by the test."
+
+
 def cross_validated(row: LeaderboardRow, scoring: str) -> str:
-    """Return the cross-validation score and its spread over the folds."""
+    """Return the cross-validation score and its spread over the folds; a dash where its images chose the network's weights."""
+    if row.chose_rows:
+        return "–"
     metric = METRICS[scoring]
     return f"{metric.text(row.cv_mean)} ± {metric.spread_text(row.cv_std)}"
 

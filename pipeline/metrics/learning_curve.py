@@ -93,20 +93,36 @@ def measure_curve(
     build : seed -> unfitted scikit-learn estimator; train, test : (X, y). Every seed draws its own nested, stratified
     parts. Rows of `test` must play no part in training.
     """
-    (X, y), (X_test, y_test) = train, test
-    scores = np.full((len(sizes), len(seeds)), np.nan)
-    for column, seed in enumerate(seeds):
-        order = stratified_order(y, seed)
-        for row, size in enumerate(sizes):
-            part = order[:size]
-            if len(np.unique(y[part])) > 1:
-                scores[row, column] = np.mean(build(seed).fit(X[part], y[part]).predict(X_test) == y_test)
+    scores = np.stack([curve_scores(build, train, test, sizes, seed) for seed in seeds], axis=1)
     kept = [(size, row[np.isfinite(row)]) for size, row in zip(sizes, scores, strict=True) if np.isfinite(row).any()]
     return curve_from_scores([size for size, _ in kept], [row for _, row in kept], seeds[0] if seeds else 0)
 
 
-def curve_from_scores(sizes: Sequence[int], scores: Sequence[NDArray[np.float64]], seed: int) -> LearningCurve:
-    """Make the curve, its test and its forecast from measured scores per size."""
+def curve_scores(
+    build: Callable[[int], Any],
+    train: tuple[NDArray[np.floating], NDArray[np.generic]],
+    test: tuple[NDArray[np.floating], NDArray[np.generic]],
+    sizes: Sequence[int],
+    seed: int,
+) -> NDArray[np.float64]:
+    """Return the accuracy of one draw at every size: shape (n_sizes,); NaN where a part has one class only."""
+    (X, y), (X_test, y_test) = train, test
+    order = stratified_order(y, seed)
+    scores = np.full(len(sizes), np.nan)
+    for row, size in enumerate(sizes):
+        part = order[:size]
+        if len(np.unique(y[part])) > 1:
+            scores[row] = np.mean(build(seed).fit(X[part], y[part]).predict(X_test) == y_test)
+    return scores
+
+
+def curve_from_scores(
+    sizes: Sequence[int], scores: Sequence[NDArray[np.float64]], seed: int, labels: int | None = None
+) -> LearningCurve:
+    """Make the curve, its test and its forecast from measured scores per size.
+
+    The forecast is for 2 and 4 times `labels`, the labelled images there are; as many as the largest size if None.
+    """
     points = tuple(
         CurvePoint(size, float(np.mean(row)), mean_interval(np.asarray(row)), tuple(float(v) for v in row))
         for size, row in zip(sizes, scores, strict=True)
@@ -115,14 +131,14 @@ def curve_from_scores(sizes: Sequence[int], scores: Sequence[NDArray[np.float64]
     held_back: tuple[HeldBack, ...] = ()
     if len(points) - hidden >= 4:
         shown = points[:-hidden]
-        ahead = [point.size for point in points[-hidden:]]
-        held_back = _predict(shown, ahead, [point.accuracy for point in points[-hidden:]], seed)
+        held_back = _predict(
+            shown, [point.size for point in points[-hidden:]], [point.accuracy for point in points[-hidden:]], seed
+        )
     if len(points) < 4:
         return LearningCurve(points, None, held_back, ())
-    largest = points[-1].size
-    return LearningCurve(
-        points, _fit(points), held_back, _predict(points, [2 * largest, 4 * largest], [None, None], seed)
-    )
+    there_are = labels or points[-1].size
+    ahead = _predict(points, [2 * there_are, 4 * there_are], [None, None], seed)
+    return LearningCurve(points, _fit(points), held_back, ahead)
 
 
 RATES = np.geomspace(0.05, 2.0, 80)

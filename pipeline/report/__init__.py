@@ -1,13 +1,14 @@
 """The report page of an experiment, its charts for papers, and several experiments side by side, all from saved artifacts.
 
-`build(output)` makes `report.html`, `plots/*.png` and `doctor/*.csv`; matplotlib is imported only then.
+`build(output)` makes `report.html`, `plots/*.png` and `audit/*.csv`; matplotlib is imported only then. `refresh(output)`
+makes them where something they are made of has changed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["build"]
+__all__ = ["build", "refresh"]
 
 
 def build(output: Path) -> Path:
@@ -21,3 +22,17 @@ def build(output: Path) -> Path:
     from pipeline.report.page import build as build_page
 
     return build_page(output)
+
+
+def refresh(output: Path) -> Path:
+    """Return the path of an experiment's report page, built again only where it or what it is made of has changed.
+
+    Raises
+    ------
+    PipelineError
+        When there is no leaderboard yet, or it is of another version.
+    """
+    from pipeline.report.inputs import PAGE, is_current
+
+    output = Path(output)
+    return output / PAGE if is_current(output) else build(output)

@@ -95,9 +95,10 @@ def mistakes(material: Material) -> str:
     return f'<h2>Worst mistakes</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'
 
 
-def suspects(material: Material) -> str:
+def label_issues(material: Material) -> str:
     """Show training images whose label the head does not believe."""
-    found = material.findings.suspicious
+    issues = material.findings.label_issues
+    found = issues.found
     if not found:
         return ""
     shown = found[:MOST_PICTURES]
@@ -113,8 +114,9 @@ def suspects(material: Material) -> str:
     one = len(found) == 1
     text = (
         f"{len(found):,} training {'image has a label' if one else 'images have labels'} that the head, fitted without "
-        f"{'it' if one else 'them'}, does not believe; most certain first. {_trust(material)} Look before you change anything; "
-        "all are in <code>doctor/suspicious_labels.csv</code>."
+        f"{'it' if one else 'them'}, does not believe; the least probable first. Were all labels right, about "
+        f"{issues.expected:,.0f} would be named all the same. {_trust(material)} Look before you change anything; "
+        "all are in <code>audit/label_issues.csv</code>."
     )
     return f'<h2>Labels to check</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'
 
@@ -127,9 +129,9 @@ def _trust(material: Material) -> str:
     return f"It is right on {100 * float(best.out_of_fold.correct.mean()):.0f} % of them all, so a doubt may be its own mistake."
 
 
-def copies(material: Material) -> str:
+def near_duplicates(material: Material) -> str:
     """Show pairs of images that are nearly the same, those across splits first."""
-    found = material.findings.duplicates
+    found = material.findings.near_duplicates
     if not found:
         return ""
     shown = found[:MOST_PAIRS]
@@ -152,13 +154,13 @@ def copies(material: Material) -> str:
     across = sum(pair.across for pair in found)
     one = len(found) == 1
     text = (
-        f"{len(found):,} {'pair lies' if one else 'pairs lie'} much closer together than neighbours usually do; "
-        f"{across:,} across splits, where the test sees what was trained on. All are in <code>doctor/near_duplicates.csv</code>."
+        f"{len(found):,} {'pair of images is' if one else 'pairs of images are'} nearly the same; "
+        f"{across:,} across splits, where the test sees what was trained on. All are in <code>audit/near_duplicates.csv</code>."
     )
     return f'<h2>Near-duplicates</h2><p class="quiet">{text}</p><div class="pairs">{"".join(pairs)}</div>'
 
 
-def strangers(material: Material) -> str:
+def outliers(material: Material) -> str:
     """Show images that are far from every other."""
     found = material.findings.outliers
     if not found:
@@ -169,7 +171,7 @@ def strangers(material: Material) -> str:
         _figure(item.path, pictures, f"{escape(item.label)}<br><span>{escape(_file(item.path))}</span>")
         for item in shown
     ]
-    text = f"{len(found):,} {'image is' if len(found) == 1 else 'images are'} far from all others in the embedding. All are in <code>doctor/outliers.csv</code>."
+    text = f"{len(found):,} {'image is' if len(found) == 1 else 'images are'} far from all others in the embedding. All are in <code>audit/outliers.csv</code>."
     return f'<h2>Outliers</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'
 
 

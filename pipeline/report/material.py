@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import doctor
+from pipeline import audit
 from pipeline.config import Artifacts
 from pipeline.dataset import DatasetIndex
 from pipeline.errors import PipelineError
 from pipeline.heads import HEADS, configure
 from pipeline.leaderboard.judge import Trials, judge, read_predictions, read_trials
 from pipeline.leaderboard.table import Leaderboard, read_leaderboard
-from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_from_scores, curve_sizes, measure_curve
+from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_from_scores, curve_scores, curve_sizes
 from pipeline.metrics.learning_curve import stratified_order
 from pipeline.store import FeatureStore
 
@@ -30,9 +30,8 @@ log = logging.getLogger(__name__)
 
 MOST_DOTS = 900
 """Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
-MOST_IMAGES = 20_000
-"""Images whose features are read, so that memory has a bound."""
 MOST_CURVE_ROWS = 6_000
+TRAINING = ("train", "validation")
 CURVE_HEAD = "ridge"
 """The learning curve is measured with a cheap head: one factorisation per fit. Its penalty is the number of features: with
 little of it, ridge gets worse where images are about as many as features (double descent), and no law fits that."""
@@ -58,10 +57,10 @@ class Material:
     trials: Mapping[str, Trials]
     index: DatasetIndex | None
     embedding: str | None
-    """The embedding the map, the learning curve and the doctor look at: the best row's, or the best with features."""
+    """The embedding the map, the learning curve and the data audit look at: the best row's, or the best with features."""
     map: Map | None
     curve: LearningCurve | None
-    findings: doctor.Findings
+    findings: audit.Findings
     missing: tuple[str, ...]
 
     @property
@@ -89,14 +88,15 @@ def gather(output: Path) -> Material:
         missing.append("The best row left no predictions, so its mistakes cannot be shown.")
     index = _index(files, missing)
     seed = int(leaderboard.provenance.get("seed", 0))
-    findings = doctor.Findings(_suspicious(leaderboard, predictions))
+    findings = audit.Findings(_label_issues(leaderboard, predictions))
     view = None if index is None else _view(files, leaderboard, index, seed, missing)
     embedding, space, curve = None, None, None
     if view is not None:
         embedding, space, curve = view.embedding, _map(view, seed), _curve(view, seed)
         part = view.images
-        found = doctor.examine(view.features, part.paths.tolist(), part.labels.tolist(), part.splits.tolist())
-        findings = doctor.Findings(findings.suspicious, found.duplicates, found.outliers)
+        hashes = audit.read_hashes(files.dataset, part.digests)
+        found = audit.examine(view.features, part.paths.tolist(), part.labels.tolist(), part.splits.tolist(), hashes)
+        findings = replace(found, label_issues=findings.label_issues)
     return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
 
 
@@ -116,6 +116,8 @@ class _View:
     rows: NDArray[np.intp]
     images: DatasetIndex
     features: NDArray[np.float32]
+    labelled: int
+    """Training images there are, also where `images` are a part."""
 
 
 def _view(
@@ -132,28 +134,31 @@ def _view(
             store = FeatureStore.open(files.root / record["store"], record.get("fingerprint"))
             # Copies that were excluded for a leak are known; they would be found again as duplicates.
             known = np.flatnonzero(~store.missing(index.digests) & (index.splits.astype(str) != "excluded"))
+            labelled = int(np.isin(index.splits[known].astype(str), TRAINING).sum())
             rows = known
-            if len(known) > MOST_IMAGES:
-                rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[:MOST_IMAGES]])
-                missing.append(f"The map and the search for copies look at {len(rows):,} of {len(known):,} images.")
-            return _View(row.embedding, rows, index.rows(rows), store.read(index.digests[rows]))
+            if len(known) > audit.MOST_IMAGES:
+                rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[: audit.MOST_IMAGES]])
+                missing.append(
+                    f"The map and the search for near-duplicates look at {len(rows):,} of {len(known):,} images."
+                )
+            return _View(row.embedding, rows, index.rows(rows), store.read(index.digests[rows]), labelled)
         missing.append("No embedding of the leaderboard has stored features, so there is no map.")
     except (OSError, ValueError, KeyError, PipelineError) as error:
         missing.append(
-            f"There is no map, no learning curve and no search for copies: the features cannot be read ({error})."
+            f"There is no map, no learning curve and no search for near-duplicates: the features cannot be read ({error})."
         )
     return None
 
 
-def _suspicious(leaderboard: Leaderboard, predictions: Mapping[str, Predictions]) -> tuple[doctor.SuspiciousLabel, ...]:
+def _label_issues(leaderboard: Leaderboard, predictions: Mapping[str, Predictions]) -> audit.LabelIssues:
     """Ask the best row that has out-of-fold probabilities which labels it does not believe."""
     for row in leaderboard.rows:
         found = predictions.get(row.key)
         if found is not None and found.out_of_fold is not None and found.out_of_fold.probabilities is not None:
             part = found.out_of_fold
             y = class_columns(part.y_true, found.classes)
-            return doctor.suspicious_labels(found.out_of_fold.probabilities, y, found.classes, part.paths.tolist())
-    return ()
+            return audit.label_issues(found.out_of_fold.probabilities, y, found.classes, part.paths.tolist())
+    return audit.LabelIssues()
 
 
 def _map(view: _View, seed: int) -> Map | None:
@@ -161,7 +166,7 @@ def _map(view: _View, seed: int) -> Map | None:
         return None
     shown = np.sort(stratified_order(view.images.labels.astype(str), seed)[:MOST_DOTS])
     rows = view.rows[shown]
-    components = doctor.project(view.features[shown], 50)
+    components = audit.project(view.features[shown], 50)
     try:
         from umap import UMAP  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -177,7 +182,7 @@ def _curve(view: _View, seed: int) -> LearningCurve | None:
     """Measure the curve within the training images, each draw with another fifth held out; test images stay untouched."""
     index, features = view.images, view.features
     labels = index.labels.astype(str)
-    rows = np.flatnonzero(np.isin(index.splits.astype(str), ("train", "validation")))
+    rows = np.flatnonzero(np.isin(index.splits.astype(str), TRAINING))
     if len(rows) < 50:
         return None
     rows = rows[stratified_order(labels[rows], seed)][:MOST_CURVE_ROWS]
@@ -187,17 +192,17 @@ def _curve(view: _View, seed: int) -> LearningCurve | None:
     if smallest < 40:  # one group holds nearly all images
         return None
     sizes = curve_sizes(smallest, len(index.classes))
-    scores = []
 
     def build(seed: int) -> Any:
         return configure(HEADS[CURVE_HEAD], {"alpha": float(features.shape[1])}, seed)
 
-    for draw, places in enumerate(draws, seed):
+    def measured(draw: int, places: Sequence[NDArray[np.intp]]) -> NDArray[np.float64]:
         train, test = ((features[rows[part]], y[rows[part]]) for part in places)
-        found = measure_curve(build, train, test, sizes, (draw,))
-        scores.append({point.size: point.accuracy for point in found.points})
-    shared = [size for size in sizes if all(size in draw for draw in scores)]
-    return curve_from_scores(shared, [np.array([draw[size] for draw in scores]) for size in shared], seed)
+        return curve_scores(build, train, test, sizes, draw)
+
+    scores = np.stack([measured(draw, places) for draw, places in enumerate(draws, seed)], axis=1)
+    shared = np.flatnonzero(np.isfinite(scores).all(axis=1)).tolist()
+    return curve_from_scores([sizes[size] for size in shared], [scores[size] for size in shared], seed, view.labelled)
 
 
 def _held_apart(images: DatasetIndex, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

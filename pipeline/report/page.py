@@ -1,7 +1,7 @@
 """The report page: one HTML file with its charts, images, styles and script inside.
 
 `build` gathers the material, draws the charts once for the page and once as PNG, and writes `report.html`, `plots/` and
-`doctor/`. The sections are in `sections`; the look is `style.css`, the behaviour `script.js`.
+`audit/`. The sections are in `sections`; the look is `style.css`, the behaviour `script.js`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from pipeline.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report import sections
 from pipeline.report.drawing import to_png
+from pipeline.report.inputs import PAGE, digest_inputs, write_record
 from pipeline.report.material import Material, gather
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-PAGE = "report.html"
 
 
 def build(output: Path) -> Path:
@@ -30,14 +30,17 @@ def build(output: Path) -> Path:
         When there is no leaderboard.
     """
     output = Path(output)
+    inputs = digest_inputs(output)  # first, so that what changes meanwhile makes the page old
     material = gather(output)
-    page = output / PAGE
-    write_text_atomic(page, render(material))
-    for folder, files in (("plots", _plots(material)), ("doctor", _tables(material))):
+    write_text_atomic(output / PAGE, render(material))
+    written = [output / PAGE]
+    for folder, files in (("plots", _plots(material)), ("audit", _tables(material))):
         make_folder(output / folder)
         for name, data in files.items():
             write_atomic(output / folder / name, data)
-    return page
+            written.append(output / folder / name)
+    write_record(output, inputs, written)
+    return output / PAGE
 
 
 def render(material: Material) -> str:

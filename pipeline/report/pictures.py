@@ -31,7 +31,8 @@ def thumbnail(index: DatasetIndex, row: int, side: int) -> Image.Image | None:
     small = max(image.size) <= side // 2
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    # A large photo is first reduced by whole pixels, which costs a fifth and cannot be seen.
+    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
 def data_address(image: Image.Image, quality: int = 72) -> str:

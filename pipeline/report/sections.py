@@ -24,7 +24,7 @@ from pipeline.metrics import (
 )
 from pipeline.report import charts, confusion, tables
 from pipeline.report.drawing import CATEGORIES, Chart, to_svg
-from pipeline.report.galleries import copies, mistakes, space_map, strangers, suspects
+from pipeline.report.galleries import label_issues, mistakes, near_duplicates, outliers, space_map
 from pipeline.report.material import CURVE_HEAD, Material
 
 MOST_SEARCHES = len(CATEGORIES)
@@ -65,7 +65,7 @@ def charts_of(material: Material) -> dict[str, Chart]:
     """Return every chart that the material has the numbers for, by name; the page and the PNG files share them."""
     board, best = material.leaderboard, material.best
     group = board.verdict.no_evidence if board.verdict else (board.best.key,)
-    found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.rows, group, board.scoring)}
+    found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.ranked, group, board.scoring)}
     if board.verdict and len(board.verdict.differences) > 1:
         rows = {row.key: row for row in board.rows}
         found["differences"] = charts.difference_chart(board.verdict.differences, rows, board.scoring)
@@ -113,9 +113,9 @@ def make(material: Material) -> list[Section]:
         ("cost", "Labels and cost", _growth),
         ("map", "Map", lambda material, drawn: space_map(material, drawn.get("map"))),
         ("mistakes", "Mistakes", lambda material, _: mistakes(material)),
-        ("labels", "Labels", lambda material, _: suspects(material)),
-        ("copies", "Copies", lambda material, _: copies(material)),
-        ("outliers", "Outliers", lambda material, _: strangers(material)),
+        ("labels", "Labels", lambda material, _: label_issues(material)),
+        ("near-duplicates", "Near-duplicates", lambda material, _: near_duplicates(material)),
+        ("outliers", "Outliers", lambda material, _: outliers(material)),
         ("reproduce", "Reproduce", lambda material, _: tables.reproduce(material)),
     )
     made = [Section(name, text, body) for name, text, maker in makers if (body := maker(material, drawn))]
@@ -143,7 +143,7 @@ def header(material: Material) -> str:
         cards.append(
             _card(
                 "No evidence of a difference",
-                f"{group} <small>of {len(board.rows)} rows</small>",
+                f"{group} <small>of {len(board.ranked)} rows</small>",
                 f"may be as good as the best{tuned}",
             )
         )
@@ -202,13 +202,20 @@ def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
         if board.metric is ACCURACY
         else f"cross-validated {board.metric.title}{', the lowest first,' if board.metric.lower_is_better else ''}"
     )
+    warnings = "".join(f'<p class="callout warn">{escape(line)}</p>' for line in board.warnings())
     # Recommended and ~ are said above the table, where the page has a blue edge for the sign.
-    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith(("Recommended", "~")))
+    alerts = board.alerts()
+    notes = "".join(
+        f"<li>{escape(note)}</li>"
+        for note in board.notes()
+        if note not in alerts and not note.startswith(("Recommended", "~"))
+    )
+    warning = f'<p class="callout warn">{"<br>".join(map(escape, alerts))}</p>' if alerts else ""
     return (
         "<h2>Leaderboard</h2>"
         '<p class="quiet">Each row is a head, the classifier, fitted on an embedding, the numbers that a frozen network makes of an image. '
         f"Ordered by {order} on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows).</p>"
-        f"{reason}{tables.leaderboard(board)}"
+        f"{warnings}{reason}{warning}{tables.leaderboard(board)}"
         f'<details><summary>How to read this</summary><ul class="quiet">{notes}</ul></details>'
     )
 
@@ -219,7 +226,7 @@ def _difference(material: Material, drawn: Mapping[str, str]) -> str:
         f'<p class="quiet">All rows are compared on the same images{_compared_in(metric)}. An interval that reaches 0 means that the row may be as good as the best; '
         "intervals hold for all pairs of rows at once, so that the best of many is not taken for better than it is. "
         "Out of fold: every training image is judged by a head that was fitted without it. A triangle stands for a row too far left to be drawn."
-        f"{_rows_left_out(len(board.rows))}</p>"
+        f"{_rows_left_out(len(board.ranked))}</p>"
     )
     same = metric is ACCURACY
     left = f"<h3>{'Accuracy' if same else 'Test accuracy'}</h3>{drawn['leaderboard']}"
@@ -350,12 +357,15 @@ def _growth(material: Material, drawn: Mapping[str, str]) -> str:
     parts = []
     curve = material.curve
     if "learning_curve" in drawn and curve is not None:
-        text = f"Measured with {CURVE_HEAD}, in each of five draws on another fifth of the training images, held out."
+        text = f"Measured with {CURVE_HEAD} on {material.embedding}, in each of five draws on another fifth of the training images, held out."
         if material.leaderboard.metric is not ACCURACY:
             text += f" It is of accuracy, not of the {material.leaderboard.metric.title} that was tuned."
         if curve.forecast:
             ahead = curve.forecast[0]
-            text += f" With twice the labels, {ahead.size:,}, about {100 * ahead.predicted:.1f} % ({100 * ahead.interval[0]:.1f} to {100 * min(ahead.interval[1], 1):.1f}) is to be expected."
+            text += (
+                f" With twice your {ahead.size // 2:,} labelled training images, about {100 * ahead.predicted:.1f} % "
+                f"({100 * ahead.interval[0]:.1f} to {100 * min(ahead.interval[1], 1):.1f}) is to be expected of {CURVE_HEAD} on {material.embedding}."
+            )
         if curve.held_back:
             inside = sum(item.inside for item in curve.held_back)
             text += f" Tested: forecasts from smaller sizes alone held for {inside} of the {len(curve.held_back)} largest sizes."

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from statistics import median
 
-from pipeline.config import Artifacts
 from pipeline.leaderboard.imbalance import Effect
 from pipeline.leaderboard.rows import LeaderboardRow
-from pipeline.leaderboard.table import REPEATS, Leaderboard, cross_validated, seconds
+from pipeline.leaderboard.table import APART, REPEATS, Leaderboard, apart_text, cross_validated, seconds
 from pipeline.metrics import ACCURACY, Calibration, ClassScores, Interval, Metric
 from pipeline.report.material import Material
 
@@ -65,14 +64,23 @@ def _missing() -> Cell:
 
 
 def leaderboard(board: Leaderboard) -> str:
-    """Return the leaderboard, best row first."""
+    """Return the leaderboard, best row first; rows on other images in tables of their own below."""
+    parts = [_leaderboard(board, board.ranked, "Leaderboard")]
+    for rows in board.apart:
+        parts.append(
+            f'<h3>{APART}</h3><p class="quiet">{escape(apart_text(rows))}</p>{_leaderboard(board, rows, APART)}'
+        )
+    return "".join(parts)
+
+
+def _leaderboard(board: Leaderboard, shown: Sequence[LeaderboardRow], name: str) -> str:
     group = board.verdict.no_evidence if board.verdict else (board.best.key,)
     tests = [row.test for row in board.rows if row.test]
     # A hopeless row's interval would squeeze all others into a corner.
     lows, high = [test.interval[0] for test in tests], max((test.interval[1] for test in tests), default=1.0)
     span = (max(min(lows), 4 * median(lows) - 3 * high) if lows else 0.0, high)
     rows = []
-    for row in board.rows:
+    for row in shown:
         kind = " ".join(
             name
             for name, wanted in (
@@ -95,7 +103,7 @@ def leaderboard(board: Leaderboard) -> str:
         "Fit, s",
         "Trials",
     ]
-    return table("Leaderboard", headers, rows)
+    return table(name, headers, rows)
 
 
 def unit(metric: Metric) -> str:
@@ -106,7 +114,8 @@ def unit(metric: Metric) -> str:
 
 
 def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) -> list[Cell]:
-    tags = [f'<span class="tag">{row.note}</span>'] if row.note else []
+    tags = [f'<span class="tag">{row.kind}</span>'] if row.kind else []
+    tags += [f'<span class="tag orange">{mark}</span>' for mark in row.marks]
     if board.verdict and row.key == board.verdict.recommended:
         tags.insert(0, '<span class="tag green">recommended</span>')
     if row.key == board.best.key:
@@ -114,7 +123,9 @@ def _leaderboard_cells(row: LeaderboardRow, board: Leaderboard, span: Interval) 
     test, scoring, scale = row.test, board.scoring, board.metric.scale
     cells: list[Cell] = [
         _named(row, "".join(f" {tag}" for tag in tags)),
-        (f'<span class="nowrap">{cross_validated(row, scoring)}</span>', scale * row.cv_mean),
+        (f'<span class="nowrap">{cross_validated(row, scoring)}</span>', scale * row.cv_mean)
+        if not row.chose_rows
+        else _missing(),
         (_tested(test.accuracy, test.interval, span), test.accuracy) if test else _missing(),
     ]
     for name, text in REPEATS:
@@ -294,8 +305,7 @@ def reproduce(material: Material) -> str:
     provenance = dict(material.leaderboard.provenance)
     provenance.pop("notes", None)
     config = provenance.pop("config", None)
-    config_file = Artifacts(material.output).config
-    command = provenance.pop("command", None) or f"manyheads features {config_file}\nmanyheads heads {config_file}"
+    command = provenance.pop("command", "")
     versions = provenance.pop("versions", {})
     digests = provenance.pop("stores", {})
     facts = "\n".join(f"{name}: {_short(value)}" for name, value in provenance.items() if not isinstance(value, dict))

@@ -15,16 +15,12 @@ for a whole store, `pack` and `export` make files to share.
 from pipeline.store.export import ExportReport, export
 from pipeline.store.identity import check_canary, differences
 from pipeline.store.maintain import (
-    FORMAT_VERSION,
     CollectReport,
     MergeReport,
-    MigrateReport,
     RepairReport,
     StoreStatus,
     collect,
-    format_version,
     merge,
-    migrate,
     repair,
     status,
 )
@@ -35,12 +31,10 @@ from pipeline.store.verify import Problem, VerifyReport, verify
 from pipeline.store.writer import StoreWriter
 
 __all__ = [
-    "FORMAT_VERSION",
     "CollectReport",
     "ExportReport",
     "FeatureStore",
     "MergeReport",
-    "MigrateReport",
     "PackReport",
     "PackedIndex",
     "Problem",
@@ -53,10 +47,8 @@ __all__ = [
     "collect",
     "differences",
     "export",
-    "format_version",
     "load",
     "merge",
-    "migrate",
     "pack",
     "read_packed_index",
     "repair",

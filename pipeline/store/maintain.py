@@ -1,4 +1,4 @@
-"""What is done to a whole store: status, repair, collecting stale rows, merging, migrating. Each returns what it did."""
+"""What is done to a whole store: status, repair, collecting stale rows, merging. Each returns what it did."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files
 from pipeline.digests import Digests
 from pipeline.errors import StoreError
 from pipeline.store import journal, lock
-from pipeline.store.format import VERSION_MAJOR, VERSION_MINOR
 from pipeline.store.opener import StoreFile
 from pipeline.store.reader import FeatureStore
-from pipeline.store.recovery import backup_path
 from pipeline.store.segment import damaged_rows, open_segment
 from pipeline.store.snapshot import Table, newest_snapshot
 from pipeline.store.verify import verify
@@ -213,56 +210,3 @@ def in_order(table: Table) -> Digests:
     """Return the digests of a table in the order of their segments and rows."""
     content, segment, row = table.all()
     return content[np.lexsort((row, segment))]
-
-
-@dataclass(frozen=True)
-class MigrateReport:
-    """What `migrate` did."""
-
-    path: Path
-    version: str
-    rows: int
-    backup: Path
-    """The store as it was; delete it when you like."""
-
-
-FORMAT_VERSION = f"{VERSION_MAJOR}.{VERSION_MINOR}"
-"""The version of the files that this program writes."""
-
-
-def format_version(path: str | Path) -> str:
-    """Return the version of the format of a store's newest snapshot."""
-    file = newest_snapshot(Path(path)).file
-    return f"{file.number('version_major')}.{file.number('version_minor')}"
-
-
-def migrate(path: str | Path) -> MigrateReport:
-    """Write a store anew in this version's format, compare row for row, and swap the two by renaming."""
-    path = Path(path)
-    store = FeatureStore.open(path)
-    fresh, backup = path.with_name(f"{path.name}.new"), backup_path(path)
-    if backup.exists():
-        raise StoreError(f"{backup}: exists from an earlier migration; check it and delete it first")
-    canary = store.canary if len(store.canary) else None
-    held = lock.acquire(path)
-    try:
-        with StoreWriter.open(fresh, store.identity, store.dim, store.store_type.dtype, canary) as writer:
-            copy_rows(store, writer)
-        _compare(store, FeatureStore.open(fresh))
-        files.SYSTEM["rename"](path, backup)
-        files.SYSTEM["rename"](fresh, path)
-        files.sync_folder(path.parent)
-    finally:
-        held.release()
-    return MigrateReport(path, FORMAT_VERSION, store.rows, backup)
-
-
-def _compare(old: FeatureStore, new: FeatureStore) -> None:
-    content = in_order(old.table)
-    step = max(1, COPY_BYTES // (old.dim * 4))
-    for start in range(0, len(content), step):
-        piece = content[start : start + step]
-        if old.read(piece).tobytes() != new.read(piece).tobytes():
-            raise StoreError(f"{new.path}: differs from {old.path}; nothing was swapped")
-    if old.rows != new.rows or old.fingerprint != new.fingerprint:
-        raise StoreError(f"{new.path}: differs from {old.path}; nothing was swapped")

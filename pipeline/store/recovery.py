@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import files
 from pipeline.errors import StoreError
 from pipeline.store import journal
 from pipeline.store.opener import StoreFile, open_file
@@ -38,19 +37,6 @@ def explained(store: Path) -> Iterator[None]:
         raise StoreError(
             f"{store}: cannot be written: {reason}; all rows committed before are safe; {advice} and run again"
         ) from error
-
-
-def backup_path(store: Path) -> Path:
-    """Where `migrate` puts the store as it was."""
-    return store.with_name(f"{store.name}.before-migration")
-
-
-def undo_half_swap(store: Path) -> None:
-    """Give a store its name back where a kill fell between the two renames of `migrate`."""
-    if not store.exists() and backup_path(store).is_dir():
-        log.warning("%s: a migration was interrupted; going on with the store as it was", store)
-        files.SYSTEM["rename"](backup_path(store), store)
-        files.sync_folder(store.parent)
 
 
 def set_aside_damaged_snapshots(store: Path) -> bool:

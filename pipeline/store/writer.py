@@ -84,7 +84,6 @@ class StoreWriter:
             raise StoreError(f"dtype {dtype!r}: expected one of float32, float16")
         store_type = StoreType(fingerprint(identity), dim, DTYPES[dtype])
         with explained(path):
-            recovery.undo_half_swap(path)
             for folder in (path, path / SEGMENTS, path / journal.JOURNAL, path / TEMPORARY):
                 files.make_folder(folder)
             held = lock.acquire(path)

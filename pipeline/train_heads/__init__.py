@@ -6,6 +6,7 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     task.py         the rows, the folds, the test images
     place.py        features in memory or on disk, and the heads that are left out where neither will do
     predictions.py  what a head said of every image
+    leaks.py        near-duplicates across test or folds, and the scores without them
     repeats.py      searches within outer folds and with other seeds, on request; class weights switched
 """
 
@@ -16,9 +17,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -38,12 +40,15 @@ from pipeline.heads import HEADS, Head
 from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.leaderboard.rows import CONSTANT_GUESS
 from pipeline.metrics import Predictions, scores
+from pipeline.metrics.expected import expected_accuracy
+from pipeline.metrics.intervals import Interval
 from pipeline.store import FeatureStore
 from pipeline.train_heads import repeats
+from pipeline.train_heads.leaks import find_leaks
 from pipeline.train_heads.place import Embedded, place_of, predict
 from pipeline.train_heads.predictions import calibrator_of, predictions_of
 from pipeline.train_heads.task import Task, make_task, unseen_task
-from pipeline.tuning import check, limited, tune
+from pipeline.tuning import TuningRun, check, limited, require, tune
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -52,7 +57,7 @@ log = logging.getLogger(__name__)
 BASELINE_HEAD = "logistic_regression"
 """What the pixels and HOG baselines are classified with."""
 
-ROW_VERSION = 3
+ROW_VERSION = 4
 """Goes up when a row or a bundle changes its meaning, so that finished ones are made again."""
 
 
@@ -76,12 +81,16 @@ class HeadsRun:
             f"best head    {self.files.root / best.bundle}"
             if best.bundle
             else "best head    none: a constant guess won",
-            f"to predict   manyheads predict {self.files.root} IMAGES --output labels.csv",
+            f"to predict   manyheads predict {quote(str(self.files.root))} IMAGES --output labels.csv{self._trust(best)}",
         ]
         chosen = self.leaderboard.row(verdict.recommended) if verdict else best
         if chosen.key != best.key and chosen.bundle and chosen.embedding != CONSTANT_GUESS:
             lines.append(f"recommended  {self.files.root / chosen.bundle}")
         return lines
+
+    def _trust(self, row: LeaderboardRow) -> str:
+        runs_code = row.bundle and bundles.describe(self.files.root / row.bundle).get("runs_code_when_loaded")
+        return " --trust" if runs_code else ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ def run(config: Config) -> HeadsRun:
     """
     files = Artifacts(config.output)
     heads = head_table.resolve_all(config.heads)
+    require(config.tuning.strategy)
     records = read_asked_records(files.features, config)
     stores = {record.name: FeatureStore.open(files.root / record.store, record.fingerprint) for record in records}
     task = make_task(config, files, list(stores.values()))
@@ -145,10 +155,11 @@ def run(config: Config) -> HeadsRun:
         rows.append(row)
     if left_out and all(row.embedding == CONSTANT_GUESS for row in rows):
         raise HeadError("no head on images can be tuned", left_out)
-    write_text_atomic(files.config, dump_yaml(config))
+    write_text_atomic(files.config, dump_yaml(config, files.root))
     leaderboard = judge(
         Leaderboard(tuple(rows), _provenance(config, files, task, stores, [*notes, *left_out])), files.root
     )
+    leaderboard = replace(leaderboard, leaks=find_leaks(leaderboard, task, stores, files))
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
@@ -189,7 +200,7 @@ def _key(entry: Entry, task: Task, seed: int) -> str:
             "embedding": entry.record.fingerprint if entry.record else CONSTANT_GUESS,
             "task": task.key,
             "head": head_table.identity(entry.head, seed),
-            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory", "device"}),
+            "tuning": entry.tuning.model_dump(mode="json", exclude={"jobs", "memory"}),
             "seed": seed,
             "versions": bundles.versions(),
         }
@@ -243,7 +254,9 @@ def _make_row(
         head=head.name,
         untrained=spec is not None and spec.untrained,
         baseline=spec is None or spec.kind == "baseline",
-        unseen_rows=len(task.train) if spec and spec.trained_on else None,
+        unseen_rows=None if task.chose is None else len(task.train),
+        chose_rows=task.chose or 0,
+        task=task.key,
         cv_mean=mean,
         cv_std=best.spread or 0.0,
         cv_scores=tuple(float(score) for score in best.fold_scores if score is not None),
@@ -261,6 +274,8 @@ def _make_row(
         nested=repeats.nested(head, X_train, task, entry.tuning, config.seed, journal),
         seeds=repeats.seeds(head, (X_train, X_test), task, entry.tuning, config.seed, journal, (mean, tested.accuracy)),
         reweighted=repeats.reweighted(head, X_train, task, entry.tuning, config.seed, tuned, journal, projections),
+        last_fit=tuned.last_fit,
+        expected_test=_expected(tuned, task),
     )
     predictions = predictions_of(tuned, task, labels, probabilities, calibrator)
     folder.mkdir(parents=True, exist_ok=True)
@@ -270,13 +285,22 @@ def _make_row(
     return row
 
 
+def _expected(tuned: TuningRun, task: Task) -> Interval:
+    """Return where cross-validation lets expect the test accuracy."""
+    correct = tuned.classes[tuned.out_of_fold.predictions] == task.y_train
+    # All training images may add a share of what the folds' fits score better on their own images, as in `Promise.of`.
+    own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0
+    allowance = max(0.0, own - float(correct.mean())) / len(task.folds)
+    return expected_accuracy(correct, len(task.test), task.groups, task.test.fold_groups(), allowance)
+
+
 def _provenance(
     config: Config, files: Artifacts, task: Task, stores: Mapping[str, FeatureStore], notes: Sequence[str]
 ) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
     return {
         # The config as it was used, overrides included, is beside the leaderboard.
-        "command": f"manyheads features {files.config}\nmanyheads heads {files.config}",
+        "command": f"manyheads features {quote(str(files.config))}\nmanyheads heads {quote(str(files.config))}",
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "scoring": config.tuning.scoring,
@@ -287,7 +311,7 @@ def _provenance(
         "notes": list(notes),
         "stores": {name: store.digest for name, store in stores.items()},
         "versions": {**bundles.versions(), **_feature_versions()},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

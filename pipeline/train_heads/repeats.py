@@ -8,10 +8,8 @@ Each search has its own journal, in the folder beside the main one's, so a kille
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +21,7 @@ from pipeline.leaderboard import Nested, Seeds
 from pipeline.leaderboard.imbalance import UNEVEN, unevenness
 from pipeline.metrics import METRICS, Answers, Scores, scores
 from pipeline.train_heads.task import Task
-from pipeline.tuning import Features, Projections, TuningRun, blocks, expand_scores, make_folds, part, tune
+from pipeline.tuning import Features, Projections, TuningRun, answers, blocks, make_folds, part, tune
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ def seeds(
         folds = make_folds(task.y_train, tuning.folds, number, task.groups)
         run = tune(head, X_train, task.y_train, folds, tuning, number, _beside(journal, f"seed-{number}"))
         mean = float(run.best.mean if run.best.mean is not None else np.nan)
-        found.append((mean, float(np.mean(_in_blocks(run.pipeline.predict, X_test) == task.y_test))))
+        found.append((mean, _score(run.pipeline, X_test, task.y_test, len(task.classes), "accuracy")))
     return Seeds(numbers, tuple(mean for mean, _ in found), tuple(test for _, test in found))
 
 
@@ -112,14 +110,9 @@ def _beside(journal: Path, name: str) -> Path:
     return journal.with_suffix("") / f"{name}.jsonl"
 
 
-def _in_blocks(function: Callable[[NDArray[np.float32]], NDArray[Any]], X: Features) -> NDArray[Any]:
-    return np.concatenate([function(block) for _, block in blocks(X)])
-
-
 def _score(pipeline: Pipeline, X: Features, y: NDArray[np.int64], n_classes: int, scoring: str) -> float:
     """Score a fitted pipeline as the search would have."""
-    metric, probabilities = METRICS[scoring], None
-    if metric.needs_probabilities:
-        columns = _in_blocks(pipeline.predict_proba, X)
-        probabilities = expand_scores(columns, pipeline.classes_.astype(np.int64), n_classes, "probability")
-    return metric.score(Answers.of(y, _in_blocks(pipeline.predict, X).astype(np.int64), probabilities))
+    said = [answers(pipeline, block, n_classes) for _, block in blocks(X)]
+    labels, metric = np.concatenate([labels for labels, _, _ in said]), METRICS[scoring]
+    columns = [scores for _, scores, _ in said if scores is not None and metric.needs_probabilities]
+    return metric.score(Answers.of(y, labels, np.concatenate(columns) if columns else None))

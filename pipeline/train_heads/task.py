@@ -40,6 +40,8 @@ class Task:
     """Training images that must share a fold, int64 of shape (n,); None when each may go anywhere."""
     key: str
     """Digest of everything above: equal keys ask the same question."""
+    chose: int | None = None
+    """Of the training images those that chose the weights of a fine-tuned network; None where all rows share the images."""
 
 
 def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) -> Task:
@@ -71,33 +73,45 @@ def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) 
 def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
     """Return the task without the training images that an embedding's network has learned from.
 
-    On those its vectors tell the labels, so heads neither fit nor are cross-validated on them. The test images stay.
+    On those its vectors tell the labels, so heads neither fit nor are cross-validated on them. Images that chose the weights
+    are left out too, where at least as many others remain; else heads use them, and `chose` says that they judge nothing.
+    The test images stay.
 
     Raises
     ------
     DatasetError
-        When too few images are left, or the test images were learned from as well.
+        When too few images are left, or the test images taught or chose the weights.
     """
     if record.spec.trained_on is None or record.section is None:
         return task
     weights = Path(record.section.weights)
-    tested = lineage.seen(weights, task.test.digests, record.spec.trained_on)
-    if tested.any():
+    known = lineage.read(weights, record.spec.trained_on)
+    told = known.learned(task.test.digests) | known.chose(task.test.digests)
+    if told.any():
         raise DatasetError(
-            f"{record.name}: its network has learned from {int(tested.sum()):,} of the {len(tested):,} test images, "
+            f"{record.name}: its network has learned from, or was chosen by, {int(told.sum()):,} of the {len(told):,} test images, "
             "so no score on them means anything; leave it out of backbones, or give other test images"
         )
-    seen = lineage.seen(weights, task.train.digests, record.spec.trained_on)
-    if not seen.any():
+    learned, chose = known.learned(task.train.digests), known.chose(task.train.digests)
+    if not (learned | chose).any():
         return task
-    left = task.train.rows(~seen)
+    if task.groups is not None:  # a frame of a film that was learned from is not unseen
+        learned, chose = (np.isin(task.groups, task.groups[part]) for part in (learned, chose))
+    if known.chosen_on is None:
+        chose = np.ones_like(learned)
+    fresh, chose = ~learned & ~chose, chose & ~learned
+    enough = fresh.sum() >= max(chose.sum(), config.tuning.folds) and len(set(task.train.labels[fresh])) > 1
+    kept = fresh if enough else ~learned
+    left = task.train.rows(kept)
     if len(set(left.labels)) < 2 or len(left) < config.tuning.folds:
         raise DatasetError(
-            f"{record.name}: its network has learned from {int(seen.sum()):,} of the {len(seen):,} training images, and the "
+            f"{record.name}: its network has learned from {int(learned.sum()):,} of the {len(learned):,} training images, and the "
             f"other {len(left):,} are too few to fit and compare heads on; give more training images, or leave it out of backbones"
         )
     log.info("%s: heads use the %d training images its network has not learned from", record.name, len(left))
-    return _with_folds(task.classes, left, task.test, task.y_train[~seen], task.y_test, config)
+    return _with_folds(
+        task.classes, left, task.test, task.y_train[kept], task.y_test, config, int((chose & kept).sum())
+    )
 
 
 def _with_folds(
@@ -107,6 +121,7 @@ def _with_folds(
     y_train: NDArray[np.int64],
     y_test: NDArray[np.int64],
     config: Config,
+    chose: int | None = None,
 ) -> Task:
     """Make the folds and name the question."""
     groups = train.fold_groups()
@@ -117,22 +132,22 @@ def _with_folds(
             "train": [digests_to_hex(train.digests), y_train.tolist()],
             "test": [digests_to_hex(test.digests), y_test.tolist()],
             "folds": [held_out.tolist() for _, held_out in folds],
+            **({} if chose is None else {"chose": chose}),
         }
     )
-    return Task(classes, train, test, y_train, y_test, folds, groups, key)
+    return Task(classes, train, test, y_train, y_test, folds, groups, key, chose)
 
 
 def _usable(digests: Digests, stores: Sequence[FeatureStore], failed: Digests) -> NDArray[np.bool_]:
-    """Which images have a vector in every store; those that have none must be known to have failed."""
+    """Which images did not fail, shape (n,); those must have a vector in every store."""
     missing = np.zeros(len(digests), dtype=bool)
     for store in stores:
         missing |= store.missing(digests)
     known = set(digests_to_hex(failed))
-    lost = [digest for digest in digests_to_hex(digests[missing]) if digest not in known]
+    unread = np.array([digest in known for digest in digests_to_hex(digests)], dtype=bool)
+    lost = int((missing & ~unread).sum())
     if lost:
-        raise StoreError(
-            f"{len(lost):,} of {len(digests):,} images have no features yet; run `manyheads features` first"
-        )
-    if missing.any():
-        log.info("%d images could not be read and are left out; dataset/ledger.csv names each", int(missing.sum()))
-    return ~missing
+        raise StoreError(f"{lost:,} of {len(digests):,} images have no features yet; run `manyheads features` first")
+    if unread.any():
+        log.info("%d images could not be read and are left out; dataset/ledger.csv names each", int(unread.sum()))
+    return ~unread

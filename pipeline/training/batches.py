@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.training.settings import Settings
+from pipeline.config import TrainingConfig
 from pipeline.vision import torchvision
 
 
@@ -30,6 +30,17 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from, what weights are chosen on, and how pixels become numbers."""
+
+    train: Labelled
+    validation: Labelled
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def rows_at(position: int, count: int, images: int, seed: int) -> NDArray[np.int64]:
@@ -74,32 +85,22 @@ def crop_and_flip(images: Tensor, size: int, smallest: float) -> Tensor:
     return functional.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
 
 
-def augmented(
-    pixels: NDArray[np.uint8],
-    settings: Settings,
-    size: int,
-    device: torch.device,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Tensor:
-    """Return the training view of some images: float32 (n, 3, size, size), from torch's global random state."""
+def augmented(pixels: NDArray[np.uint8], settings: TrainingConfig, device: torch.device, data: Data) -> Tensor:
+    """Return the training view of images (n, size, size, 3): float32 (n, 3, size, size), from torch's global random state."""
     tensor = torch.from_numpy(pixels).to(device)
     if settings.augment == "trivial":
         change = _transforms().TrivialAugmentWide()
         tensor = torch.stack([change(image) for image in tensor.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
-    images = to_float(tensor, mean, std)
+    images = to_float(tensor, data.mean, data.std)
     if settings.augment in ("crop", "trivial"):
-        images = crop_and_flip(images, size, settings.smallest_crop)
-    else:
-        if settings.augment == "flip":
-            flipped = (_random_sign(len(images)) < 0).to(device).view(-1, 1, 1, 1)
-            images = torch.where(flipped, images.flip(3), images)
-        if size != images.shape[-1]:
-            images = functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        images = crop_and_flip(images, pixels.shape[1], settings.smallest_crop)
+    elif settings.augment == "flip":
+        flipped = (_random_sign(len(images)) < 0).to(device).view(-1, 1, 1, 1)
+        images = torch.where(flipped, images.flip(3), images)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def mixed(images: Tensor, labels: Tensor, settings: Settings, classes: int) -> tuple[Tensor, Tensor]:
+def mixed(images: Tensor, labels: Tensor, settings: TrainingConfig, classes: int) -> tuple[Tensor, Tensor]:
     """Apply mixup or cutmix to a batch; the labels become probabilities when either is on."""
     if settings.mixup == 0 and settings.cutmix == 0:
         return images, labels

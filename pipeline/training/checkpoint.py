@@ -5,24 +5,21 @@ from __future__ import annotations
 import io
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.errors import TrainingError
 from pipeline.files import make_folder, write_atomic
-from pipeline.training.averages import Weights, copy_weights, load_weights
+from pipeline.training.weights import Score, Weights
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "manyheads checkpoint"
-CHECKPOINT_VERSION = 1
-
-Score = tuple[float, float]
-"""Accuracy and minus the mean log-loss: the second decides between equal accuracies."""
+CHECKPOINT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The state after the last evaluation; removed by nobody, so a finished run is not trained again."""
+        """The latest state; removed by nobody, so a finished run is not trained again."""
         return self.folder / "checkpoint.pt"
 
     @property
@@ -45,30 +42,35 @@ class Run:
 
 @dataclass
 class State:
-    """What a checkpoint holds beside the network and the optimizer."""
+    """Where a run stands: what a checkpoint holds beside the states of network, optimizer and the like.
 
+    rate : the rate of the last layer, from the config or the range test
+    losses : of every step since the last evaluation
+    best : the best score so far with its weights and where they come from, "weights" or "ema"
+    stale : evaluations since
+    history : one record per evaluation
+    """
+
+    rate: float
     step: int = 0
     seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    best: tuple[Score, Weights, str] | None = None
     stale: int = 0
-    start_score: Score = (0.0, 0.0)
-    ema: Weights | None = None
-    pool: list[tuple[Score, Weights]] = field(default_factory=list)
-    ema_best: tuple[Score, Weights] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save(
-    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: State
-) -> None:
-    """Write the checkpoint and the log, each whole and in one move: a killed run finds the last ones intact."""
+def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
+    """Write the checkpoint and the log, each whole and in one move: a killed run finds the last ones intact.
+
+    parts : network, optimizer and whatever else has a `state_dict`, by name
+    """
     content = {
         "format": CHECKPOINT_FORMAT,
         "version": CHECKPOINT_VERSION,
         "identity": run.identity,
-        "network": copy_weights(network),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
         "state": vars(state),
+        "parts": {name: part.state_dict() for name, part in parts.items()},
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -77,10 +79,8 @@ def save(
     write_atomic(run.log, "".join(f"{json.dumps(record)}\n" for record in state.history).encode())
 
 
-def restore(
-    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> State | None:
-    """Put the checkpoint's content back where it came from, or return None when there is no checkpoint.
+def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
+    """Return the state of a run and the state dict of each of its parts, or None when there is no checkpoint.
 
     Raises
     ------
@@ -101,9 +101,6 @@ def restore(
         raise TrainingError(
             f"{run.checkpoint}: belongs to a run with other settings, data or seed; delete it or give another folder"
         )
-    load_weights(network, content["network"])
-    optimizer.load_state_dict(content["optimizer"])
-    scaler.load_state_dict(content["scaler"])
     state = State(**content["state"])
     logger.info("continuing after step %d", state.step)
-    return state
+    return state, content["parts"]

@@ -37,29 +37,18 @@ def dropout(network: nn.Module, share: float) -> Iterator[None]:
 
 @contextmanager
 def profiler(steps: int, path: Path) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each step; torch's profiler watches the first `steps` and writes its table."""
+    """Yield a function to call after each step; torch's profiler watches `steps` of them after the first and writes its table."""
     if steps == 0:
         yield lambda: None
         return
-    left = steps
-    profile = torch.profiler.profile()
-    profile.start()
 
-    def finish() -> None:
-        profile.stop()
+    def write(profile: torch.profiler.profile) -> None:
         make_folder(path.parent)
-        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILE_ROWS)
-        write_text_atomic(path, table)
+        write_text_atomic(path, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILE_ROWS))
 
-    def tick() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            finish()
-
-    yield tick
-    if left > 0:
-        finish()
+    plan = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=plan, on_trace_ready=write) as profile:
+        yield profile.step
 
 
 @contextmanager

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.swa_utils import update_bn
 
 from pipeline.errors import TrainingError
-from pipeline.training.averages import Weights, copy_weights, interpolate, load_weights
-from pipeline.training.checkpoint import Score
-from pipeline.training.loop import evaluate, make_optimizer, train_step
-from pipeline.training.norms import recompute_statistics
-from pipeline.training.task import Data, Task
+from pipeline.training.batches import Data, augmented, rows_at
+from pipeline.training.steps import Task, evaluate, make_optimizer, train_step
+from pipeline.training.weights import Score, Weights, copy_weights, interpolate
 
 ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 BLOW_UP = 4.0
 """A range test ends when the loss is this many times its lowest."""
-
-
-@dataclass(frozen=True)
-class RangeTest:
-    """Rates tried with the smoothed loss at each, and the rate suggested: where the loss falls fastest."""
-
-    rates: tuple[float, ...]
-    losses: tuple[float, ...]
-    suggestion: float
+STATISTICS_BATCHES = 20
 
 
 @dataclass(frozen=True)
@@ -38,34 +32,43 @@ class ReturnPath:
     weights: Weights
 
 
-def range_test(task: Task, data: Data, steps: int = 100, low: float = 1e-6, high: float = 1.0) -> RangeTest:
-    """Train with a rate that grows each step and suggest one; the network is put back bit for bit.
+def range_test(task: Task, data: Data, steps: int = 100, low: float = 1e-6, high: float = 1.0) -> float:
+    """Train with a rate that grows each step and return the one where the loss falls fastest; the network is put back bit for bit.
 
-    Smith 2017, "Cyclical learning rates". The suggestion is the rate of the steepest fall of the smoothed loss.
+    Smith 2017, "Cyclical learning rates". The suggestion is the rate of the steepest fall of the smoothed loss per decade.
+
+    Raises
+    ------
+    TrainingError
+        When the loss is no number from the start.
     """
     before = copy_weights(task.network)
     frozen = {name: parameter.requires_grad for name, parameter in task.network.named_parameters()}
-    trial = replace(task, settings=replace(task.settings, rate=1.0))
-    optimizer = make_optimizer(trial)
-    rates, losses, smooth = [], [], 0.0
+    optimizer = make_optimizer(task, low)
+    growth = ExponentialLR(optimizer, (high / low) ** (1 / (steps - 1)))
+    scaler = torch.amp.GradScaler(task.device.type, enabled=False)
+    losses: list[float] = []
+    smooth = 0.0
     try:
         for step in range(steps):
-            rate = low * (high / low) ** (step / max(1, steps - 1))
-            try:
-                loss = train_step(trial, data, optimizer, step, rate)
-            except TrainingError:
-                break  # no number: the rate is far too high, which is what the test looks for
-            smooth = 0.9 * smooth + 0.1 * loss
-            rates.append(rate)
+            smooth = 0.9 * smooth + 0.1 * train_step(task, data, optimizer, scaler, step)
             losses.append(smooth / (1 - 0.9 ** (step + 1)))
             if losses[-1] > BLOW_UP * min(losses):
                 break
+            growth.step()
+    except TrainingError:
+        pass  # no number: the rate is far too high, which is what the test looks for
     finally:
-        load_weights(task.network, before)
+        task.network.load_state_dict(before)
         for name, parameter in task.network.named_parameters():
             parameter.requires_grad_(frozen[name])
             parameter.grad = None
-    return RangeTest(tuple(rates), tuple(losses), _steepest(rates, losses))
+    if len(losses) < 3:
+        raise TrainingError(
+            "range test: the loss is no number from the start; use precision fp32 or set the rate by hand"
+        )
+    slopes = np.gradient(np.asarray(losses[: max(2, int(np.argmin(losses)) + 1)]))
+    return float(low * (high / low) ** (np.argmin(slopes) / (steps - 1)))
 
 
 def return_path(task: Task, data: Data, start: Weights, end: Weights, alphas: Sequence[float] = ALPHAS) -> ReturnPath:
@@ -76,24 +79,26 @@ def return_path(task: Task, data: Data, start: Weights, end: Weights, alphas: Se
     """
     scores: list[Score] = []
     for alpha in alphas:
-        weights = interpolate(start, end, alpha)
-        load_weights(task.network, weights)
-        if task.settings.batch_norm == "train" and 0 < alpha < 1:
-            recompute_statistics(task, data)
-        scores.append(evaluate(task.network, data.validation, data, task.device, task.settings.precision))
+        _go_to(task, data, start, end, alpha)
+        scores.append(evaluate(task.network, data.validation, data, task.device, task.precision))
     best = max(range(len(alphas)), key=lambda place: (scores[place], -alphas[place]))
-    load_weights(task.network, interpolate(start, end, alphas[best]))
-    if task.settings.batch_norm == "train" and 0 < alphas[best] < 1:
-        recompute_statistics(task, data)
+    _go_to(task, data, start, end, alphas[best])
     return ReturnPath(tuple(alphas), tuple(scores), alphas[best], copy_weights(task.network))
 
 
-def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """The rate at which the smoothed loss falls fastest per decade, before its lowest point."""
-    if len(rates) < 3:
-        raise TrainingError(
-            "range test: the loss is no number from the start; use precision fp32 or set the rate by hand"
-        )
-    lowest = max(2, int(np.argmin(losses)) + 1)
-    slope = np.gradient(np.asarray(losses[:lowest]), np.log10(rates[:lowest]))
-    return float(rates[int(np.argmin(slope))])
+def _go_to(task: Task, data: Data, start: Weights, end: Weights, alpha: float) -> None:
+    task.network.load_state_dict(interpolate(start, end, alpha))
+    if task.settings.batch_norm == "train" and 0 < alpha < 1:
+        recompute_statistics(task, data)
+
+
+def recompute_statistics(task: Task, data: Data) -> None:
+    """Measure BatchNorm's statistics anew: those of weights between two others are not between their statistics."""
+    size = task.settings.batch_size
+    torch.manual_seed(task.seed)
+    rows = (
+        rows_at(batch * size, size, len(data.train), task.seed)
+        for batch in range(min(STATISTICS_BATCHES, math.ceil(len(data.train) / size)))
+    )
+    update_bn((augmented(data.train.pixels[part], task.settings, task.device, data) for part in rows), task.network)
+    task.network.eval()

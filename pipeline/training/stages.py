@@ -1,29 +1,24 @@
 """Stages of a network from the stem to the head: which are trained when, and which really stay as they are.
 
-The rule for any torchvision classification network: the one child that holds most parameters is opened until there are
-several, and neighbours with the same output resolution are one stage. What has no resolution (a transformer's layers)
-is one stage each. The last linear layer is the head.
+The rule for any torchvision classification network: modules are opened until what is inside ends in one resolution, and
+neighbours with the same are one stage. What has no resolution (a transformer's layers) is one stage each. The last linear
+layer is the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
-from pipeline.training.settings import BatchNormMode
 
+BatchNorm = Literal["frozen", "affine", "train"]
 SCOPE_WORDS = ("head", "last_stage", "all")
-NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
 
 
 @dataclass(frozen=True)
@@ -46,15 +41,6 @@ class PlanStep:
     scope: str
 
 
-@dataclass(frozen=True)
-class Group:
-    """Parameters of one stage that share a rate and a weight decay."""
-
-    stage: str
-    decays: bool
-    names: tuple[str, ...]
-
-
 def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
     """Return the stages of a classification network for square images of `size` pixels, the stem first.
 
@@ -64,11 +50,10 @@ def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
         When the network has no linear layer at its end.
     """
     head = last_linear(network)
-    blocks = [name for name in _blocks(network, head) if name != head and _count(network.get_submodule(name))]
-    resolutions = _resolutions(network, blocks, size)
+    resolutions = _resolutions(network, size)
     runs: list[list[str]] = []
-    for position, name in enumerate(blocks):
-        same = position > 0 and resolutions[name] is not None and resolutions[name] == resolutions[blocks[position - 1]]
+    for name in _pieces(network, "", head, resolutions):
+        same = runs and resolutions.get(name) is not None and resolutions[name] == resolutions.get(runs[-1][-1])
         opens_body = len(runs) == 1 and _convolutions(network.get_submodule(name)) > 1
         if same and not opens_body:
             runs[-1].append(name)
@@ -97,22 +82,6 @@ def stage_of_parameters(network: nn.Module, stages: Sequence[Stage]) -> dict[str
                 if name.startswith(f"{module}."):
                     owners[name] = stage.name
     return owners
-
-
-def groups_of(network: nn.Module, stages: Sequence[Stage]) -> tuple[Group, ...]:
-    """Split the parameters by stage, and within a stage into those with weight decay and the norms and biases."""
-    owners = stage_of_parameters(network, stages)
-    plain = _undecayed(network)
-    groups = (
-        Group(
-            stage.name,
-            decays,
-            tuple(name for name in owners if owners[name] == stage.name and (name not in plain) == decays),
-        )
-        for stage in stages
-        for decays in (True, False)
-    )
-    return tuple(group for group in groups if group.names)
 
 
 def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
@@ -182,7 +151,7 @@ def describe_plan(
     return lines
 
 
-def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batch_norm: BatchNormMode) -> None:
+def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batch_norm: BatchNorm) -> None:
     """Put the network into training with everything below stage `lowest` as still as in evaluation.
 
     Frozen stages get no gradient, keep their BatchNorm statistics and drop nothing out. In trained stages BatchNorm's
@@ -203,70 +172,43 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batc
             norm.requires_grad_(False)
 
 
-def _blocks(network: nn.Module, head: str) -> list[str]:
-    """Open the child with most parameters until the network lies in several parts, in the order of definition."""
-    names = [name for name, _ in network.named_children()]
-    body = _count(network) - _count(network.get_submodule(head))
-    while True:
-        around_head = next((name for name in names if head.startswith(f"{name}.")), None)
-        big = around_head or next((name for name in names if name != head and _opens(network, name, body)), None)
-        if big is None:
-            return names
-        at = names.index(big)
-        names[at : at + 1] = [f"{big}.{child}" for child, _ in network.get_submodule(big).named_children()]
+def _pieces(network: nn.Module, name: str, head: str, resolutions: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the modules that lie within one stage each, in the order of definition, without the head.
 
-
-def _opens(network: nn.Module, name: str, body: int) -> bool:
-    """Whether a module is a container of stages: most of the network, in parts that are not one stage's blocks."""
+    A module is opened when the head is in it, when its children end in more than two resolutions (the first block of a stage
+    has two), and, if it holds most of the network, also when they end in two or, as in a transformer, in none.
+    """
     module = network.get_submodule(name)
-    parts = sum(_count(child) > 0 for child in module.children())
-    return parts > 1 and _count(module) > 0.5 * body and not _is_block(module)
+    if name == head or not _count(module):
+        return []
+    inside = [f"{name}.{child}".lstrip(".") for child, part in module.named_children() if _count(part)]
+    ends = {resolutions.get(child) for child in inside}
+    most = 2 * _count(module) > _count(network) - _count(network.get_submodule(head))
+    several = len(ends) > 1 or (ends == {None} and len(inside) > 1)
+    if head.startswith(f"{name}.".lstrip(".")) or len(ends) > 2 or (most and several):
+        return [piece for child in inside for piece in _pieces(network, child, head, resolutions)]
+    return [name]
 
 
-def _is_block(module: nn.Module) -> bool:
-    """A row of blocks of one kind is a stage, not a container of stages."""
-    children = [child for child in module.children() if _count(child)]
-    return isinstance(module, nn.Sequential) and len({type(child) for child in children}) == 1 and _repeats(children)
+def _resolutions(network: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
+    """Return height and width of what comes out of each module that gives maps, for square images of `size` pixels."""
+    found: dict[str, tuple[int, ...]] = {}
 
-
-def _repeats(children: Sequence[nn.Module]) -> bool:
-    """Whether the blocks have the same width at their end, as the blocks of one stage do."""
-    widths = [[p.shape[0] for p in child.parameters() if p.ndim == 4][-1:] for child in children]
-    return all(width == widths[0] and width for width in widths)
-
-
-def _resolutions(network: nn.Module, blocks: Sequence[str], size: int) -> dict[str, tuple[int, ...] | None]:
-    found: dict[str, tuple[int, ...] | None] = dict.fromkeys(blocks)
-
-    def note(name: str) -> object:
+    def note(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if isinstance(output, Tensor) and output.ndim == 4:
                 found[name] = tuple(output.shape[-2:])
 
-        return network.get_submodule(name).register_forward_hook(hook)
+        return hook
 
-    handles = [note(name) for name in blocks]
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    device = next(network.parameters()).device
+    handles = [module.register_forward_hook(note(name)) for name, module in network.named_modules()]
     try:
         with torch.inference_mode():
-            network(torch.zeros(1, 3, size, size, device=device))
+            network.eval()(torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
     finally:
         for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
-        for module in training:
-            module.training = True
+            handle.remove()
     return found
-
-
-def _undecayed(network: nn.Module) -> set[str]:
-    """Names of the parameters of norms, of biases, and of every other vector."""
-    names = {name for name, parameter in network.named_parameters() if parameter.ndim <= 1}
-    for module_name, module in network.named_modules():
-        if isinstance(module, NORMS):
-            names |= {f"{module_name}.{name}" for name, _ in module.named_parameters(recurse=False)}
-    return names
 
 
 def _convolutions(module: nn.Module) -> int:

@@ -12,9 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.backbone.weights_files import METADATA_KEY
-from pipeline.digests import Digests
 from pipeline.files import make_folder, write_atomic
-from pipeline.lineage import CONTENTS_KEY, contents_digest, contents_text
+from pipeline.lineage import Lineage
 
 FORMAT = "manyheads weights"
 VERSION = 1
@@ -27,13 +26,13 @@ def describe(
     arguments: Mapping[str, Any],
     preprocessing: Mapping[str, Any],
     classes: tuple[str, ...],
-    contents: Digests | None = None,
+    lineage: Lineage | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Return the description that goes into the header: what `backbone` needs, and where the weights come from.
 
-    `preprocessing` holds resize, crop, interpolation, mean and std; `contents` are the digests of the images that were
-    learned from, where features of the same images may be cross-validated.
+    `preprocessing` holds resize, crop, interpolation, mean and std; `lineage` is told where features of the same images may be
+    cross-validated.
     """
     return {
         "format": FORMAT,
@@ -43,7 +42,7 @@ def describe(
         "arguments": {**arguments, "num_classes": len(classes)},
         "preprocessing": dict(preprocessing),
         "classes": list(classes),
-        "trained_on": None if contents is None else contents_digest(contents),
+        "trained_on": None if lineage is None else lineage.digest,
         **more,
     }
 
@@ -52,7 +51,7 @@ def write_weights(
     path: Path,
     weights: Mapping[str, Tensor],
     description: Mapping[str, Any],
-    contents: Digests | None = None,
+    lineage: Lineage | None = None,
     half: bool = False,
 ) -> None:
     """Write a weights file in one move; `half` stores numbers with 11 bits of precision in half the space."""
@@ -61,7 +60,5 @@ def write_weights(
         for name, tensor in weights.items()
     }
     header = {METADATA_KEY: json.dumps(dict(description), ensure_ascii=False)}
-    if contents is not None:
-        header[CONTENTS_KEY] = contents_text(contents)
     make_folder(path.parent)
-    write_atomic(path, save(tensors, header))
+    write_atomic(path, save(tensors, {**header, **({} if lineage is None else lineage.header())}))

@@ -4,7 +4,7 @@ A search asks for a round of points, fits them on the folds, tells the scores, a
 journal as it ends, so a killed search goes on where it was and ends with the same result.
 """
 
-from pipeline.tuning.evaluation import working_memory
+from pipeline.tuning.evaluation import answers, working_memory
 from pipeline.tuning.features import Features, blocks, part
 from pipeline.tuning.folds import Folds, make_folds
 from pipeline.tuning.last_fit import refit
@@ -13,6 +13,7 @@ from pipeline.tuning.records import OutOfFold, Trial, TuningRun
 from pipeline.tuning.room import limited, memory_needed, memory_needed_on_disk, memory_needed_to_project
 from pipeline.tuning.scoring import expand_scores
 from pipeline.tuning.search import check, tune
+from pipeline.tuning.strategies import require
 
 __all__ = [
     "Features",
@@ -21,6 +22,7 @@ __all__ = [
     "Projections",
     "Trial",
     "TuningRun",
+    "answers",
     "blocks",
     "check",
     "expand_scores",
@@ -31,6 +33,7 @@ __all__ = [
     "memory_needed_to_project",
     "part",
     "refit",
+    "require",
     "tune",
     "working_memory",
 ]

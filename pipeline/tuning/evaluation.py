@@ -21,7 +21,8 @@ from sklearn import config_context
 from sklearn.pipeline import Pipeline
 
 from pipeline.heads import Params, configure
-from pipeline.tuning.records import FoldOutcome, Problem, ScoreKind
+from pipeline.metrics.said import ScoreKind, said
+from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
 from pipeline.tuning.solvers import standardise
 
@@ -41,13 +42,11 @@ class Evaluator:
     """One way to judge parameters on a fold."""
 
     evaluate: Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
-    """(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate."""
+    """(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate, of the rows `problem.judged`."""
     prepare: Callable[[Problem, int], Any] = lambda problem, fold: None
     """What all candidates share on a fold, made once."""
     together: bool = False
     """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
-    on_device: bool = False
-    """Whether it can do its work on a GPU."""
     usable: Callable[[Problem], bool] = lambda problem: True
     """Whether it can serve this problem."""
     work_bytes: Callable[[Problem], int] = lambda problem: 0
@@ -68,19 +67,18 @@ def generic(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Par
 
 
 def _fit_one(problem: Problem, fold: int, params: Params) -> FoldOutcome:
-    train, held_out = problem.folds[fold]
-    y = problem.y[train]
+    y = problem.y[problem.folds[fold][0]]
     if (y == y[0]).all():
-        return constant(int(y[0]), len(held_out), problem.n_classes)
+        return constant(int(y[0]), len(problem.judged(fold)), problem.n_classes)
     with counted() as counts:
         try:
             X_train, X = problem.matrices(fold)
             start = time.perf_counter()
-            pipeline = configure(problem.head, params, problem.seed)
-            pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes)).fit(X_train, y)
+            pipeline = configure(problem.head, params, problem.fold_seed(fold))
+            pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes))
+            pipeline = problem.head.fit(pipeline, X_train, y)
             fitted = time.perf_counter()
-            predictions = np.asarray(pipeline.predict(X), dtype=np.int64)
-            scores, kind = score_columns(pipeline, X, problem.n_classes)
+            predictions, scores, kind = answers(pipeline, X, problem.n_classes)
         except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
             return failed(error, counts)
     return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted, dict(counts))
@@ -109,16 +107,15 @@ def standardised(problem: Problem, fold: int) -> tuple[NDArray[np.float32], NDAr
     return standardise(train, held_out) if problem.projections is None else (train, held_out)
 
 
-def score_columns(
+def answers(
     estimator: Any, X: NDArray[np.float32], n_classes: int
-) -> tuple[NDArray[np.float32] | None, ScoreKind | None]:
-    """Return an estimator's probabilities, else its decision values, with a column for every class."""
+) -> tuple[NDArray[np.int64], NDArray[np.float32] | None, ScoreKind | None]:
+    """Return what `said` does of a classifier of codes, as codes and with a column for every class."""
+    places, columns, kind = said(estimator, X)
     present = np.asarray(estimator.classes_, dtype=np.int64)
-    if hasattr(estimator, "predict_proba"):
-        return expand_scores(estimator.predict_proba(X), present, n_classes, "probability"), "probability"
-    if hasattr(estimator, "decision_function"):
-        return expand_scores(estimator.decision_function(X), present, n_classes, "decision"), "decision"
-    return None, None
+    if columns is None or kind is None:
+        return present[places], None, None
+    return present[places], expand_scores(columns, present, n_classes, kind), kind
 
 
 def constant(label: int, rows: int, n_classes: int) -> FoldOutcome:

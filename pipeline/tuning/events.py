@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import scipy
 import sklearn
-import skopt
 from numpy.typing import NDArray
 
 from pipeline.config import TuningConfig
@@ -19,16 +19,12 @@ from pipeline.store import StoredRows
 from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.records import FoldOutcome, Problem
 
-SOLVERS_VERSION = 6
+SOLVERS_VERSION = 7
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 
 def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfig) -> dict[str, Any]:
-    """Everything that determines what a search finds, and nothing else: no number of jobs, no path.
-
-    Nor the device: it changes rounding only, as another processor does, and a search begun on a GPU must be able to go on
-    where there is none. What is kept besides the scores is solved again at the end in any case.
-    """
+    """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
     folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
     budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
     # On disk the same optimum is found to fewer digits than a resumed search must repeat.
@@ -44,12 +40,19 @@ def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfi
         "seed": problem.seed,
         "versions": {
             "scikit-learn": sklearn.__version__,
-            "scikit-optimize": skopt.__version__,
+            "scikit-optimize": _version_of_skopt(),
             "numpy": np.__version__,
             "scipy": scipy.__version__,
             "solvers": SOLVERS_VERSION,
         },
     }
+
+
+def _version_of_skopt() -> str | None:
+    try:
+        return version("scikit-optimize")
+    except PackageNotFoundError:
+        return None
 
 
 def _digest(X: Features) -> str:

@@ -1,6 +1,6 @@
 """Fits on folds: candidates are fitted on a fold's training rows and judged on those it holds out.
 
-In parallel, on the processor or a GPU, within the memory there is; each is in the journal before it counts.
+In parallel, within the memory there is; each is in the journal before it counts.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import replace as changed
 
 import joblib
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from pipeline.config import TuningConfig
 from pipeline.heads import Params
 from pipeline.metrics import METRICS, Answers
-from pipeline.tuning import devices
 from pipeline.tuning.evaluation import Evaluator, Shared, failed, working_memory
 from pipeline.tuning.evaluators import GENERIC, evaluator_for
 from pipeline.tuning.events import fit_event, fit_key, replay
 from pipeline.tuning.journal import Journal
-from pipeline.tuning.records import FoldOutcome, Problem
-from pipeline.tuning.room import most_components, room_for
+from pipeline.tuning.records import FoldOutcome, Measured, Problem
+from pipeline.tuning.room import room_for
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class FoldFits:
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
         self.evaluator: Evaluator = evaluator_for(problem)
         needed = self.evaluator.work_bytes(problem)
-        self.room = room = room_for(problem, tuning, needed)
+        room = room_for(problem, tuning, needed)
         if room.work_bytes is not None and room.work_bytes < needed:
             log.info(
                 "head %s: tuning.memory leaves no room for the %.0f MB that trials share on a fold; each is fitted by itself",
@@ -43,10 +43,15 @@ class FoldFits:
                 needed / 1e6,
             )
             self.evaluator = GENERIC
-        self.problem = changed(problem, spare_bytes=room.spare_bytes, work_bytes=room.work_bytes)
-        width = problem.X.shape[1] if tuning.pca is None else most_components(problem.X.shape, tuning.pca)
-        large = 4 * len(problem.X) * width >= devices.WORTH_A_GPU
-        self._move(devices.resolve(tuning.device, large) if self.evaluator.on_device else devices.CPU)
+        self.problem = changed(
+            problem,
+            spare_bytes=room.spare_bytes,
+            work_bytes=room.work_bytes,
+            # What came through cheaper versions is dear to fit again at the end, only to judge it on more rows.
+            judge_training=bool(self.evaluator.rungs),
+        )
+        self.jobs = room.jobs
+        self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
         self.replayed = self.done = 0
         self.journal = journal
         fits = [event for event in journal.events if event["event"] == "fit"]
@@ -55,13 +60,6 @@ class FoldFits:
         self._start = time.perf_counter()
         self._threads = ThreadpoolController()
         self._metric = METRICS[tuning.scoring]
-
-    def _move(self, device: str) -> None:
-        """Do the folds' work on a device; on a GPU one after another, because each can fill it."""
-        self.problem = changed(self.problem, device=device)
-        self.jobs = self.room.jobs if device == devices.CPU else 1
-        free = devices.free_bytes(device)
-        self.shared = Shared(self.evaluator, self.problem, self.room.shared_bytes if free is None else free // 2)
 
     def elapsed(self) -> float:
         """Seconds of this search, earlier runs included."""
@@ -109,50 +107,65 @@ class FoldFits:
         if self.evaluator.cheap(rung):
             step = self.evaluator.rungs[rung]
             candidates = [{**params, **step.cheaper(self.problem, params)} for params in candidates]
-        outcomes = self._evaluate(fold, candidates)
+        outcomes = self._judge_training(self.problem, fold, self._evaluate(self.problem, fold, candidates))
         y = self.problem.y[self.problem.folds[fold][1]]
-        judged = []
-        for outcome in outcomes:
-            if outcome.predictions is None:
-                judged.append((outcome, math.nan))
-                continue
-            columns = outcome.scores if self._metric.needs_probabilities else None
-            judged.append((outcome, self._metric.score(Answers.of(y, outcome.predictions, columns))))
-        return fold, group, judged
+        scores = [
+            math.nan if outcome.predictions is None else self._metric.score(self._answers(y, outcome))
+            for outcome in outcomes
+        ]
+        return fold, group, list(zip(outcomes, scores, strict=True))
 
-    def _evaluate(self, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:
-        # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
-        with self._threads.limit(limits=1, user_api="openmp"), working_memory(self.problem.work_bytes):
-            points = [{**self.problem.head.fixed, **candidate} for candidate in candidates]
-            if len(np.unique(self.problem.y[self.problem.folds[fold][0]])) < 2:
-                return GENERIC.evaluate(self.problem, fold, None, points)
-            try:
-                return self.evaluator.evaluate(self.problem, fold, self.shared.get(fold), points)
-            except RuntimeError as error:  # what torch raises, for lack of memory too
-                if self.problem.device == devices.CPU:
-                    raise
-                log.warning(
-                    "head %s: %s gave up on fold %d (%r); the search goes on on the processor",
-                    self.problem.head.name,
-                    self.problem.device,
-                    fold,
-                    error,
+    def _answers(self, y: NDArray[np.int64], outcome: FoldOutcome) -> Answers:
+        assert outcome.predictions is not None
+        return Answers.of(y, outcome.predictions, outcome.scores if self._metric.needs_probabilities else None)
+
+    def _judge_training(self, problem: Problem, fold: int, outcomes: Sequence[FoldOutcome]) -> list[FoldOutcome]:
+        """Score what was said of the rows a fold was fitted on, and leave the outcomes of those it holds out."""
+        train, held_out = problem.folds[fold]
+        n, made = len(held_out), []
+        for outcome in outcomes:
+            if problem.judge_training and outcome.predictions is not None:
+                held, own = (
+                    changed(outcome, predictions=outcome.predictions[rows], scores=_rows(outcome.scores, rows))
+                    for rows in (slice(None, n), slice(n, None))
                 )
-                self._move(devices.CPU)
-                return self._evaluate(fold, candidates)
+                training = Measured.of(self._metric, self._answers(problem.y[train], own))
+                outcome = changed(held, training=training)
+            made.append(outcome)
+        return made
+
+    def _evaluate(self, problem: Problem, fold: int, candidates: Sequence[Params]) -> list[FoldOutcome]:
+        # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
+        with self._threads.limit(limits=1, user_api="openmp"), working_memory(problem.work_bytes):
+            points = [{**problem.head.fixed, **candidate} for candidate in candidates]
+            if len(np.unique(problem.y[problem.folds[fold][0]])) < 2:
+                return GENERIC.evaluate(problem, fold, None, points)
+            try:
+                return self.evaluator.evaluate(problem, fold, self.shared.get(fold), points)
             except (MemoryError, np.linalg.LinAlgError) as error:
-                if self.problem.on_disk:
+                if problem.on_disk:
                     return [failed(error, {}) for _ in points]
                 log.warning(
                     "head %s: no shared work on fold %d (%r); each trial is fitted by itself",
-                    self.problem.head.name,
+                    problem.head.name,
                     fold,
                     error,
                 )
-                return GENERIC.evaluate(self.problem, fold, None, points)
+                return GENERIC.evaluate(problem, fold, None, points)
 
     def on_every_fold(self, params: Params) -> list[FoldOutcome]:
-        """Fit one candidate on every fold, without a look into the journal, which keeps no predictions."""
+        """Fit one candidate on every fold and judge it on the training rows too.
+
+        It does not look into the journal, which keeps no predictions.
+        """
+        problem = changed(self.problem, judge_training=True)
+
+        def fit(fold: int) -> FoldOutcome:
+            return self._judge_training(problem, fold, self._evaluate(problem, fold, [params]))[0]
+
         run = joblib.Parallel(n_jobs=self.jobs, backend="threading")
-        tasks = (joblib.delayed(self._evaluate)(fold, [params]) for fold in range(len(self.problem.folds)))
-        return [made[0] for made in run(tasks)]
+        return list(run(joblib.delayed(fit)(fold) for fold in range(len(problem.folds))))
+
+
+def _rows(scores: NDArray[np.float32] | None, rows: slice) -> NDArray[np.float32] | None:
+    return None if scores is None else scores[rows]

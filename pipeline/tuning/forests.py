@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ KEPT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Votes:
-    """What the first trees of a forest say of the rows a fold holds out.
+    """What the first trees of a forest say of the rows it is judged on, those a fold holds out first.
 
     total : ndarray of shape (n, len(present)), float64: the trees' probabilities, summed in the order of the trees
     squares : ndarray of shape (n,), float64: the sum over trees and classes of their squares
@@ -86,7 +86,7 @@ def forests(problem: Problem, fold: int, grown: Grown, candidates: Sequence[Para
 def _forest(problem: Problem, fold: int, grown: Grown, params: Params) -> FoldOutcome:
     train, held_out = problem.folds[fold]
     if len(np.unique(problem.y[train])) < 2:
-        return constant(int(problem.y[train][0]), len(held_out), problem.n_classes)
+        return constant(int(problem.y[train][0]), len(problem.judged(fold)), problem.n_classes)
     whole = int(configure(problem.head, {}, problem.seed)[-1].n_estimators)
     key = repr(sorted((name, value) for name, value in params.items() if name != "n_estimators"))
     with counted() as counts:
@@ -97,7 +97,9 @@ def _forest(problem: Problem, fold: int, grown: Grown, params: Params) -> FoldOu
     grown.keep(key, votes)
     shares = votes.total / votes.trees
     if votes.trees < whole:
-        shares = extrapolated(votes, problem.y[held_out], whole)
+        n = len(held_out)
+        first = replace(votes, total=votes.total[:n], squares=votes.squares[:n])
+        shares[:n] = extrapolated(first, problem.y[held_out], whole)
     return FoldOutcome(
         predictions=votes.present[shares.argmax(axis=1)],
         scores=expand_scores(shares, votes.present, problem.n_classes, "probability"),
@@ -133,8 +135,8 @@ def grow(problem: Problem, fold: int, params: Params, votes: Votes | None) -> Vo
     A forest draws one number per tree from its random state, so a state that has drawn as many as there are trees gives
     the trees that would have come next.
     """
-    train, held_out = problem.folds[fold]
-    pipeline = configure(problem.head, params, problem.seed)
+    train, _ = problem.folds[fold]
+    pipeline = configure(problem.head, params, problem.fold_seed(fold))
     model = pipeline[-1]
     trees = int(model.n_estimators)
     if votes is not None and votes.trees == trees:
@@ -151,8 +153,8 @@ def grow(problem: Problem, fold: int, params: Params, votes: Votes | None) -> Vo
     fitted = time.perf_counter()
     if len(pipeline) > 1:
         X = pipeline[:-1].transform(X)
-    total = np.zeros((len(held_out), len(model.classes_))) if votes is None else votes.total.copy()
-    squares = np.zeros(len(held_out)) if votes is None else votes.squares.copy()
+    total = np.zeros((len(X), len(model.classes_))) if votes is None else votes.total.copy()
+    squares = np.zeros(len(X)) if votes is None else votes.squares.copy()
     for tree in model.estimators_:  # tree by tree, as scikit-learn sums them: the last digit decides a tie
         vote = tree.predict_proba(X)
         total += vote

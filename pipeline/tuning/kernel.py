@@ -36,11 +36,13 @@ class Distances:
     within : ndarray of shape (n, n), float32
     across : ndarray of shape (n_held_out, n), float32: held-out rows to training rows
     y : ndarray of shape (n,), int64
+    order : ndarray of shape (n,), int64: their places in the fold's training rows
     """
 
     within: Array
     across: Array
     y: NDArray[np.int64]
+    order: NDArray[np.int64]
 
 
 def prepare_distances(problem: Problem, fold: int) -> Distances:
@@ -51,7 +53,7 @@ def prepare_distances(problem: Problem, fold: int) -> Distances:
     train = train[order]
     within = _squared_distances(train, train)
     np.fill_diagonal(within, 0)
-    return Distances(within, _squared_distances(held_out, train), y[order])
+    return Distances(within, _squared_distances(held_out, train), y[order], order)
 
 
 def rbf_svm(problem: Problem, fold: int, distances: Distances, candidates: Sequence[Params]) -> list[FoldOutcome]:
@@ -70,6 +72,9 @@ def _fit_one(problem: Problem, fold: int, distances: Distances, params: Params) 
             classifier.fit(_kernel(distances.within, gamma), distances.y)
             fitted = time.perf_counter()
             pairs = classifier.decision_function(_kernel(distances.across, gamma))
+            if problem.judge_training:
+                own = classifier.decision_function(_kernel(distances.within, gamma))
+                pairs = np.concatenate([pairs, own[np.argsort(distances.order)]])
         except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
             return failed(error, counts)
     present = np.asarray(classifier.classes_, dtype=np.int64)

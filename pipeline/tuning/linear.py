@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_sample_weight
 
 from pipeline.heads import Params, configure
-from pipeline.tuning.devices import namespace, put, single, take
 from pipeline.tuning.evaluation import Evaluator, standardised
 from pipeline.tuning.records import FoldOutcome, Problem
 from pipeline.tuning.scoring import expand_scores
@@ -38,7 +37,7 @@ BATCH_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fold for one linear head, on the problem's device: its features on their axes, its labels, the solutions so far."""
+    """A fold for one linear head: its features on their axes, its labels, the solutions so far."""
 
     axes: Axes
     path: Path | None
@@ -67,7 +66,7 @@ def hinge_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family
     targets = targets_of(y, n_classes)
     width = targets.shape[1]
     # With more than two classes LIBLINEAR weights the rows of the one class and not those of the rest.
-    costs = weights[:, None] if width == 1 else namespace(targets).where(targets > 0, weights[:, None], 1)
+    costs = weights[:, None] if width == 1 else np.where(targets > 0, weights[:, None], 1)
 
     def loss(problems: NDArray[np.int64]) -> Loss:
         return squared_hinge_loss(targets[:, problems % width], costs[:, problems % width])
@@ -106,7 +105,7 @@ def logistic_regression(
         return prepared.path.solve(np.array([1 / float(one["C"]) for one in batch]))
 
     outcomes = []
-    for scores, seconds in _solved(prepared, candidates, 1 if len(present) == 2 else len(present), solve):
+    for scores, seconds in _solved(problem, prepared, candidates, 1 if len(present) == 2 else len(present), solve):
         if len(present) == 2:
             raised = 1 / (1 + np.exp(-scores.astype(np.float64)))
             probabilities = np.hstack([1 - raised, raised])
@@ -127,33 +126,32 @@ def linear_svm(problem: Problem, fold: int, prepared: Prepared, candidates: Sequ
         found = prepared.path.solve(np.array([1 / float(one["C"]) for one in batch]))
         return found.reshape(len(found), len(batch), width)
 
-    return _decided(problem, prepared.present, _solved(prepared, candidates, width, solve))
+    return _decided(problem, prepared.present, _solved(problem, prepared, candidates, width, solve))
 
 
 def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
     """Fit ridge regression onto targets of -1 and 1 at every alpha, from the fold's one decomposition."""
     axes, targets = prepared.axes, prepared.targets
-    xp, products = namespace(targets), axes.train.T @ targets
+    products = axes.train.T @ targets
 
     def solve(batch: Sequence[Params]) -> Array:
         found = []
         for one in batch:
-            penalty = xp.full_like(axes.squares, float(one["alpha"]))
+            penalty = np.full_like(axes.squares, float(one["alpha"]))
             penalty[-1] = 0
             found.append(products / (axes.squares + penalty)[:, None])
-        made: Array = xp.stack(found, axis=1)
+        made: Array = np.stack(found, axis=1)
         return made
 
-    return _decided(problem, prepared.present, _solved(prepared, candidates, targets.shape[1], solve))
+    return _decided(problem, prepared.present, _solved(problem, prepared, candidates, targets.shape[1], solve))
 
 
 def _fold(problem: Problem, fold: int) -> tuple[Axes, NDArray[np.int64], NDArray[np.int64], Array]:
     """Return a fold's axes, its training labels as places in the classes present, these classes, and row weights."""
     train, _ = problem.folds[fold]
-    axes = turn(*(put(part, problem.device) for part in standardised(problem, fold)))
+    axes = turn(*standardised(problem, fold))
     present, y = np.unique(problem.y[train], return_inverse=True)
-    weights = put(row_weights(problem, y), problem.device)
-    return axes, put(y.astype(np.int64), problem.device), present, weights
+    return axes, y.astype(np.int64), present, row_weights(problem, y)
 
 
 def row_weights(problem: Problem, y: NDArray[np.integer]) -> Array:
@@ -165,15 +163,18 @@ def row_weights(problem: Problem, y: NDArray[np.integer]) -> Array:
 
 def targets_of(y: NDArray[np.int64], n_classes: int) -> Array:
     """Return targets of -1 and 1, shape (n, n_classes); for two classes the one column of the second."""
-    own = y[:, None] == namespace(y).arange(n_classes, device=y.device)
-    targets = 2 * single(own) - 1
+    targets: Array = 2 * (y[:, None] == np.arange(n_classes)).astype(np.float32) - 1
     return targets[:, 1:] if n_classes == 2 else targets
 
 
 def _solved(
-    prepared: Prepared, candidates: Sequence[Params], columns: int, solve: Callable[[Sequence[Params]], Array]
+    problem: Problem,
+    prepared: Prepared,
+    candidates: Sequence[Params],
+    columns: int,
+    solve: Callable[[Sequence[Params]], Array],
 ) -> list[tuple[Array, float]]:
-    """Solve candidates in batches that fit in memory; return each one's held-out scores and its share of the seconds."""
+    """Solve candidates in batches that fit in memory; return the scores of the rows judged and the share of the seconds."""
     axes = prepared.axes
     n = len(axes.train)
     size = max(1, int(max(BATCH_BYTES, axes.train.nbytes) // (6 * 4 * n * columns)))
@@ -182,7 +183,9 @@ def _solved(
         batch = candidates[start : start + size]
         begun = time.perf_counter()
         weights = solve(batch)
-        scores = take(axes.held_out @ weights.reshape(len(weights), -1)).reshape(-1, len(batch), weights.shape[2])
+        judged = (axes.held_out, axes.train) if problem.judge_training else (axes.held_out,)
+        scores = np.concatenate([rows @ weights.reshape(len(weights), -1) for rows in judged])
+        scores = scores.reshape(-1, len(batch), weights.shape[2])
         seconds = (time.perf_counter() - begun) / len(batch)
         solved += [(scores[:, place], seconds) for place in range(len(batch))]
     return solved
@@ -203,6 +206,6 @@ def _unweighted(problem: Problem) -> bool:
     return configure(problem.head, problem.head.defaults, problem.seed)[-1].class_weight is None
 
 
-LOGISTIC_REGRESSION = Evaluator(logistic_regression, prepare_logistic, together=True, on_device=True)
-LINEAR_SVM = Evaluator(linear_svm, prepare_hinge, together=True, on_device=True)
-RIDGE = Evaluator(ridge, prepare_ridge, together=True, on_device=True, usable=_unweighted)
+LOGISTIC_REGRESSION = Evaluator(logistic_regression, prepare_logistic, together=True)
+LINEAR_SVM = Evaluator(linear_svm, prepare_hinge, together=True)
+RIDGE = Evaluator(ridge, prepare_ridge, together=True, usable=_unweighted)

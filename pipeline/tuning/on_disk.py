@@ -29,11 +29,10 @@ from pipeline.tuning.block_fits import (
     solve_path,
     solve_ridge,
 )
-from pipeline.tuning.evaluation import Evaluator, counted, failed, score_columns
+from pipeline.tuning.evaluation import Evaluator, answers, counted, failed
 from pipeline.tuning.features import BLOCK_BYTES, blocks
 from pipeline.tuning.linear import hinge_family, logistic_family
 from pipeline.tuning.records import FoldOutcome, Problem
-from pipeline.tuning.solvers import Array
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,16 @@ def fit_on_disk(problem: Problem, params: Params, y: NDArray[Any]) -> Pipeline:
 
 
 def _evaluate(fit: Fit, problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit all candidates on the same passes, and judge them on one pass over the held-out rows."""
-    held_out = problem.folds[fold][1]
+    """Fit all candidates on the same passes, and judge them on one pass over the rows they are judged on."""
     with counted() as counts:
         try:
             start = time.perf_counter()
             pipelines = fit.solve(problem, prepared, candidates)
             fitted = time.perf_counter()
-            said = [_say(pipelines, block, problem.n_classes) for _, block in blocks(problem.X, held_out)]
+            said = [
+                [answers(pipeline, block, problem.n_classes) for pipeline in pipelines]
+                for _, block in blocks(problem.X, problem.judged(fold))
+            ]
         except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
             return [failed(error, counts) for _ in candidates]
     shares = ((fitted - start) / len(candidates), (time.perf_counter() - fitted) / len(candidates))
@@ -98,13 +99,6 @@ def _evaluate(fit: Fit, problem: Problem, fold: int, prepared: Any, candidates: 
         scores = np.concatenate([part[1] for part in parts])
         outcomes.append(FoldOutcome(predictions, scores, parts[0][2], *shares, dict(counts)))
     return outcomes
-
-
-def _say(pipelines: Sequence[Pipeline], block: Array, n_classes: int) -> list[tuple[Any, Any, Any]]:
-    return [
-        (np.asarray(pipeline.predict(block), dtype=np.int64), *score_columns(pipeline, block, n_classes))
-        for pipeline in pipelines
-    ]
 
 
 FITS: Mapping[str, Fit] = {

@@ -11,11 +11,17 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from pipeline.heads import Head, Params
+from pipeline.leaderboard.rows import LastFit
+from pipeline.metrics import Answers, Metric
+from pipeline.metrics.said import ScoreKind
 from pipeline.store import StoredRows
 from pipeline.tuning.features import Features
 from pipeline.tuning.projection import Projections
 
-ScoreKind = Literal["probability", "decision"]
+
+def derived_seed(seed: int, *place: int) -> int:
+    """Return a seed of its own for one fit: (0, fold) for those of folds, (1, attempt) for those on all rows."""
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class Problem:
     """What each fold's fits may take for kernels and distances, beyond copies of the features; None without a limit."""
     projections: Projections | None = None
     """The principal components that the head works on instead of X."""
-    device: str = "cpu"
-    """Where evaluators with `on_device` do their work: the processor, or a device of torch; see `devices.py`."""
+    judge_training: bool = False
+    """Whether the rows a fold is fitted on are judged too, after those it holds out."""
 
     @property
     def on_disk(self) -> bool:
@@ -55,8 +61,33 @@ class Problem:
         """Return what the head is fitted on in a fold, and what it is judged on, in memory."""
         train, held_out = self.folds[fold]
         if self.projections is not None:
-            return self.projections.fold(train, held_out)
-        return self.X[train], self.X[held_out]
+            X_train, X = self.projections.fold(train, held_out)
+        else:
+            X_train, X = self.X[train], self.X[held_out]
+        return X_train, np.concatenate([X, X_train]) if self.judge_training else X
+
+    def judged(self, fold: int) -> NDArray[np.int64]:
+        """Return the rows that a fold's fits are judged on: those it holds out, with `judge_training` also the others."""
+        train, held_out = self.folds[fold]
+        return np.concatenate([held_out, train]) if self.judge_training else held_out
+
+    def fold_seed(self, fold: int) -> int:
+        """Return the seed of a fold's fits: one for each, so that no luck of one seed is in all scores."""
+        return derived_seed(self.seed, 0, fold)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A score on some rows, higher being better, and its standard error."""
+
+    score: float
+    error: float
+
+    @staticmethod
+    def of(metric: Metric, answers: Answers) -> Measured:
+        """Score answers; the standard error is that of the mean of what each row adds."""
+        added = metric.shares(answers).contributions()
+        return Measured(metric.score(answers), float(added.std() / np.sqrt(len(added))))
 
 
 @dataclass(frozen=True)
@@ -65,6 +96,7 @@ class FoldOutcome:
 
     predictions : ndarray of shape (n_validation,), int64, places in `classes`; None after an error
     scores : ndarray of shape (n_validation, n_classes), float32: probabilities or decision values; None without any
+    training : the score on the rows it was fitted on, where they were judged
     """
 
     predictions: NDArray[np.int64] | None
@@ -74,6 +106,7 @@ class FoldOutcome:
     score_seconds: float = 0.0
     warnings: Mapping[str, int] = field(default_factory=dict)
     error: str | None = None
+    training: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -129,12 +162,14 @@ class OutOfFold:
     scores : ndarray of shape (n, n_classes), float32, of the given kind; None for a head without either.
         A class that a fold's training rows lack has probability 0, or the lowest decision value of its row.
     folds : ndarray of shape (n,), int64: the fold in which the row was held out
+    training : what each fold's fit scored on the rows it was fitted on
     """
 
     predictions: NDArray[np.int64]
     scores: NDArray[np.float32] | None
     kind: ScoreKind | None
     folds: NDArray[np.int64]
+    training: tuple[Measured, ...]
 
 
 @dataclass(frozen=True)
@@ -158,6 +193,7 @@ class TuningRun:
     out_of_fold: OutOfFold
     pipeline: Pipeline
     fit_seconds: float
+    last_fit: LastFit
 
     def curve(self) -> list[float]:
         """Return the best finished mean after each trial; minus infinity before the first."""

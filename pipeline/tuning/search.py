@@ -17,6 +17,7 @@ from pipeline.config import TuningConfig
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.heads import Head, Params
 from pipeline.metrics import METRICS
+from pipeline.metrics.said import ScoreKind
 from pipeline.progress import Progress, bar
 from pipeline.tuning import racing, strategies
 from pipeline.tuning.evaluation import counting_warnings
@@ -25,9 +26,9 @@ from pipeline.tuning.features import Features, blocks
 from pipeline.tuning.fold_fits import FoldFits
 from pipeline.tuning.folds import Folds
 from pipeline.tuning.journal import Journal
-from pipeline.tuning.last_fit import fit_on_all
+from pipeline.tuning.last_fit import Promise, fit_as_promised
 from pipeline.tuning.projection import Projections, without_scaler
-from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, ScoreKind, Trial, TuningRun
+from pipeline.tuning.records import FoldOutcome, OutOfFold, Problem, Trial, TuningRun
 
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
@@ -54,7 +55,7 @@ def tune(
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
-    Results depend on the arguments but for `journal`, `tuning.jobs`, `tuning.device` (to rounding) and `tuning.memory`,
+    Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`,
     which decides what is kept between fits and how many run at once; with `tuning.seconds` also on the machine.
     Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
@@ -93,8 +94,8 @@ def tune(
             out_of_fold = search.out_of_fold(best)
     finally:
         book.close()
-    start = time.perf_counter()
-    pipeline = fit_on_all(fits.problem, best.params, np.asarray(y), fits.jobs)
+    promised = Promise.of(best, out_of_fold.training)
+    fitted = fit_as_promised(fits.problem, best.params, np.asarray(y), fits.jobs, METRICS[tuning.scoring], promised)
     return TuningRun(
         head=head,
         classes=classes,
@@ -107,8 +108,9 @@ def tune(
         surrogate_seconds=search.surrogate_seconds,
         replayed=fits.replayed,
         out_of_fold=out_of_fold,
-        pipeline=pipeline,
-        fit_seconds=time.perf_counter() - start,
+        pipeline=fitted.pipeline,
+        fit_seconds=fitted.seconds,
+        last_fit=fitted.record(best, promised),
     )
 
 
@@ -326,9 +328,9 @@ class _Search:
         """Predict every row with the best parameters, fitted on the folds that do not hold it out."""
         problem = self.problem
         outcomes = self._kept.get(best.number, [])
-        # Replayed fits have no predictions. What was solved together is solved again alone, so that a resumed search
-        # and an uninterrupted one give the same to the last digit.
-        if self.evaluator.together or not outcomes or any(outcome.predictions is None for outcome in outcomes):
+        # Replayed fits have no predictions, and most were not judged on their training rows. What was solved together is
+        # solved again alone, so that a resumed search and an uninterrupted one give the same to the last digit.
+        if self.evaluator.together or not outcomes or any(outcome.training is None for outcome in outcomes):
             outcomes = self.fits.on_every_fold(best.params)
         predictions = np.full(len(problem.y), -1, dtype=np.int64)
         place = np.full(len(problem.y), -1, dtype=np.int64)
@@ -341,4 +343,5 @@ class _Search:
             if scores is not None and outcome.scores is not None:
                 scores[held_out] = outcome.scores
         kind: ScoreKind = "decision" if "decision" in kinds else "probability"
-        return OutOfFold(predictions, scores, kind if scores is not None else None, place)
+        training = tuple(outcome.training for outcome in outcomes if outcome.training is not None)
+        return OutOfFold(predictions, scores, kind if scores is not None else None, place, training)

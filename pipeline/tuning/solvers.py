@@ -1,9 +1,9 @@
-"""Solvers of linear classifiers that handle many penalties at once, in float32, by numpy or by torch on a device.
+"""Solvers of linear classifiers that handle many penalties at once, in float32.
 
 Features are first turned onto the axes of their own covariance. A penalty on the sum of squares does not notice a
 rotation, so the optimum is the same, but along these axes the curvature of the problem is nearly diagonal and known,
 and L-BFGS preconditioned with it needs tens of steps where it needed hundreds. All penalties share each product with
-the features. The arrays that come in decide where the work is done; see `devices.py`.
+the features.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from pipeline.tuning.devices import copied, double, namespace, single, take
-
 Array = NDArray[np.float32]
-"""Of numpy, or in `Axes`, families and solutions of torch: the two are used alike."""
 
 Loss = Callable[[Array], tuple[NDArray[np.float64], Array]]
 """Scores of shape (n, problems, columns) -> the loss of each problem, and its derivative by every score."""
@@ -59,7 +56,6 @@ def standardise(train: Array, held_out: Array) -> tuple[Array, Array]:
 
 def turn(train: Array, held_out: Array) -> Axes:
     """Turn centred features of shape (n, dim) onto the axes of their covariance, with a column of ones added."""
-    xp = namespace(train)
     n, dim = train.shape
     if dim <= n:
         _, vectors = decompose(train.T @ train)
@@ -68,34 +64,29 @@ def turn(train: Array, held_out: Array) -> Axes:
         values, vectors = decompose(train @ train.T)
         # Directions in which the training rows hardly differ have no say in the optimum and would be divided by zero.
         kept = values > 1e-6 * values.max()
-        root = xp.sqrt(values[kept])
+        root = np.sqrt(values[kept])
         turned, other = vectors[:, kept] * root, held_out @ (train.T @ (vectors[:, kept] / root))
-    ones = [xp.ones((len(part), 1), dtype=xp.float32, device=part.device) for part in (turned, other)]
-    turned, other = xp.hstack([turned, ones[0]]), xp.hstack([other, ones[1]])
-    return Axes(turned, other, xp.einsum("ij,ij->j", turned, turned))
+    turned, other = (np.hstack([part, np.ones((len(part), 1), np.float32)]) for part in (turned, other))
+    return Axes(turned, other, np.einsum("ij,ij->j", turned, turned))
 
 
 def decompose(matrix: Array) -> tuple[Array, Array]:
     """Return the eigenvalues and eigenvectors of a symmetric matrix, which may be overwritten."""
-    if isinstance(matrix, np.ndarray):
-        # numpy's own copies the matrix, and takes half as long again.
-        values, vectors = scipy.linalg.eigh(matrix, driver="evd", overwrite_a=True, check_finite=False)
-    else:
-        values, vectors = namespace(matrix).linalg.eigh(matrix)
+    # numpy's own copies the matrix, and takes half as long again.
+    values, vectors = scipy.linalg.eigh(matrix, driver="evd", overwrite_a=True, check_finite=False)
     return values, vectors
 
 
 def softmax_loss(y: NDArray[np.int64], weights: Array) -> Loss:
     """Return the cross-entropy of n rows with their weights, for problems with a column per class."""
-    xp, doubled = namespace(weights), double(weights)
-    rows = xp.arange(len(y), device=y.device)
+    doubled, rows = weights.astype(np.float64), np.arange(len(y))
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         own = scores[rows, :, y]
-        top = xp.amax(scores, axis=2)
-        shares = xp.exp(scores - top[:, :, None])
+        top = scores.max(axis=2)
+        shares = np.exp(scores - top[:, :, None])
         total = shares.sum(axis=2)
-        value = doubled @ double(xp.log(total) + top - own)
+        value = doubled @ (np.log(total) + top - own).astype(np.float64)
         shares *= (weights[:, None] / total)[:, :, None]
         shares[rows, :, y] -= weights[:, None]
         return value, shares
@@ -105,13 +96,13 @@ def softmax_loss(y: NDArray[np.int64], weights: Array) -> Loss:
 
 def binomial_loss(y: NDArray[np.int64], weights: Array) -> Loss:
     """Return the cross-entropy of n rows of classes 0 and 1, for problems with the one score of class 1."""
-    xp, doubled = namespace(weights), double(weights)
-    sign = single(1 - 2 * y)[:, None, None]
+    doubled = weights.astype(np.float64)
+    sign = (1 - 2 * y).astype(np.float32)[:, None, None]
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         margin = scores * sign
-        value = doubled @ double(xp.logaddexp(xp.zeros_like(margin[:, :, 0]), margin[:, :, 0]))
-        slope = 0.5 * (1 + xp.tanh(0.5 * margin))
+        value = doubled @ np.logaddexp(0, margin[:, :, 0]).astype(np.float64)
+        slope = 0.5 * (1 + np.tanh(0.5 * margin))
         return value, slope * sign * weights[:, None, None]
 
     return loss
@@ -119,12 +110,11 @@ def binomial_loss(y: NDArray[np.int64], weights: Array) -> Loss:
 
 def squared_hinge_loss(targets: Array, weights: Array) -> Loss:
     """Return the squared hinge loss of n rows against targets of -1 and 1; both of shape (n, problems)."""
-    xp = namespace(targets)
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
-        short = xp.clip(1 - targets * scores[:, :, 0], 0, None)
+        short = np.clip(1 - targets * scores[:, :, 0], 0, None)
         slope = weights * short
-        value = xp.einsum("np,np->p", double(slope), double(short))
+        value = np.einsum("np,np->p", slope.astype(np.float64), short.astype(np.float64))
         slope *= -2 * targets
         return value, slope[:, :, None]
 
@@ -157,7 +147,7 @@ class Path:
     def __init__(self, axes: Axes, family: Family) -> None:
         self._axes, self._family = axes, family
         # Up to this C the penalty outweighs the features even along the longest axis: nearly all weights are zero.
-        longest = float(take(axes.squares)[:-1].max(initial=1.0))
+        longest = float(axes.squares[:-1].max(initial=1.0))
         self._first = int(np.floor(-ANCHORS_PER_DECADE * np.log10(longest)))
         self._weights: list[Array] = []
         self._thetas: list[Array] = []
@@ -171,11 +161,10 @@ class Path:
         for _ in range(len(self._weights), int(below.max()) + 2):
             self._extend()
         share = np.minimum(place - below, 1).astype(np.float32).tolist()
-        xp = namespace(self._axes.squares)
-        start = xp.concatenate(
+        start = np.concatenate(
             [self._weights[b] * (1 - s) + self._weights[b + 1] * s for b, s in zip(below, share, strict=True)], axis=1
         )
-        thetas = xp.concatenate([self._thetas[b] for b in below])
+        thetas = np.concatenate([self._thetas[b] for b in below])
         repeated = np.repeat(penalties, family.width)
         return minimise(self._axes, family, repeated, start, thetas)[0]
 
@@ -183,9 +172,9 @@ class Path:
         """Solve the next anchor."""
         penalty = 10 ** (-(self._first + len(self._weights)) / ANCHORS_PER_DECADE)
         if self._state is None:
-            xp, width, squares = namespace(self._axes.squares), self._family.width, self._axes.squares
-            zero = xp.zeros((len(squares), width, self._family.columns), dtype=xp.float32, device=squares.device)
-            theta = xp.full((width,), 0.25, dtype=xp.float32, device=squares.device)
+            width = self._family.width
+            zero = np.zeros((len(self._axes.squares), width, self._family.columns), np.float32)
+            theta = np.full(width, 0.25, np.float32)
             self._state = _State(self._axes, self._family, np.full(width, penalty), zero, theta)
         else:
             self._state.repenalise(penalty)
@@ -213,7 +202,7 @@ def minimise(
     weights : ndarray of shape (rank + 1, problems, columns), float32
     steps : ndarray of shape (problems,), int64
     """
-    solution = namespace(start).empty_like(start)
+    solution = np.empty_like(start)
     steps = np.zeros(len(penalties), dtype=np.int64)
     running = np.arange(len(penalties))
     state = _State(axes, family, penalties, start, theta)
@@ -239,23 +228,21 @@ class _State:
     def __init__(
         self, axes: Axes, family: Family, penalties: NDArray[np.float64], weights: Array, theta: Array
     ) -> None:
-        self.xp = xp = namespace(weights)
         self.loss, self.weights, self.theta = family.loss(np.arange(len(penalties))), weights, theta
-        row = xp.asarray(penalties.astype(np.float32), device=weights.device)
-        self.penalty: Array = xp.zeros_like(weights[:, :, 0]) + row
+        self.penalty: Array = np.zeros_like(weights[:, :, 0]) + penalties.astype(np.float32)
         if not family.penalise_intercept:
             self.penalty[-1] = 0
         self.scores = _product(axes.train, weights)
         value, slope = self.loss(self.scores)
         self.gradient: Array = _product(axes.train.T, slope) + self.penalty[:, :, None] * weights
         self.value: NDArray[np.float64] = value + self._held(weights, weights) / 2
-        self.stalled: NDArray[np.int64] = xp.zeros_like(value, dtype=xp.int64)
+        self.stalled: NDArray[np.int64] = np.zeros_like(value, dtype=np.int64)
         self.pairs: list[tuple[Array, Array, Array]] = []
 
     def solved(self, tolerance: float) -> NDArray[np.bool_]:
         """Which problems need no further step, or can make none."""
-        solved = self.xp.amax(self.xp.abs(self.gradient), axis=(0, 2)) <= tolerance * len(self.scores)
-        return take(solved | (self.stalled >= 2))
+        solved = np.abs(self.gradient).max(axis=(0, 2)) <= tolerance * len(self.scores)
+        return np.asarray(solved | (self.stalled >= 2))
 
     def run(self, axes: Axes, tolerance: float) -> None:
         """Take steps until every problem is solved."""
@@ -267,7 +254,7 @@ class _State:
     def repenalise(self, penalty: float) -> None:
         """Change the penalty and keep all that is known: loss, slope and curvature change by known amounts."""
         change = (penalty - self.penalty) * (self.penalty > 0)
-        self.value = self.value + self.xp.einsum("rbk,rb,rbk->b", self.weights, change, self.weights) / 2
+        self.value = self.value + np.einsum("rbk,rb,rbk->b", self.weights, change, self.weights) / 2
         self.gradient = self.gradient + change[:, :, None] * self.weights
         self.penalty = self.penalty + change
         pairs = []
@@ -276,12 +263,12 @@ class _State:
             curvature = _dot(step, moved)
             pairs.append((step, moved, _inverse(curvature)))
         self.pairs = pairs
-        self.stalled = self.xp.zeros_like(self.stalled)
+        self.stalled = np.zeros_like(self.stalled)
 
     def _held(self, a: Array, b: Array) -> NDArray[np.float64]:
         """The penalty's inner product of each problem."""
         weighted: Array = self.penalty[:, :, None] * b
-        return double(_dot(a, weighted))
+        return _dot(a, weighted).astype(np.float64)
 
     def keep(self, kept: NDArray[np.bool_]) -> None:
         """Let the problems that are solved go."""
@@ -292,7 +279,6 @@ class _State:
 
     def advance(self, axes: Axes) -> None:
         """Take one step of L-BFGS in every problem."""
-        xp = self.xp
         direction = self._direction(axes)
         descent = _dot(self.gradient, direction)
         moved = _product(axes.train, direction)
@@ -305,22 +291,22 @@ class _State:
         useful = curvature > 1e-12
         along = _dot(change, axes.squares[:, None, None] * change)
         held = self._held(change, change)
-        theta = xp.where(along > 0, (curvature - held) / xp.clip(along, 1e-30, None), self.theta)
-        self.theta = single(xp.where(useful & (theta > 0), theta, self.theta))
+        theta = np.where(along > 0, (curvature - held) / np.clip(along, 1e-30, None), self.theta)
+        self.theta = np.where(useful & (theta > 0), theta, self.theta).astype(np.float32)
         self.pairs = [*self.pairs[-(MEMORY_PAIRS - 1) :], (change, difference, _inverse(curvature))]
-        self.stalled = xp.where(length > 0, 0, self.stalled + 1)
+        self.stalled = np.where(length > 0, 0, self.stalled + 1)
         self.weights, self.scores, self.value, self.gradient = weights, scores, value, gradient
 
     def _direction(self, axes: Axes) -> Array:
         """Return minus the inverse Hessian's estimate times the gradient: the two loops of L-BFGS."""
-        vector: Array = copied(self.gradient)
+        vector: Array = self.gradient.copy()
         shares = []
         for change, difference, inverse in reversed(self.pairs):
             share = inverse * _dot(change, vector)
             vector -= share[None, :, None] * difference
             shares.append(share)
         curvature = self.penalty + self.theta[None, :] * axes.squares[:, None]
-        vector /= self.xp.clip(curvature, 1e-12, None)[:, :, None]
+        vector /= np.clip(curvature, 1e-12, None)[:, :, None]
         for (change, difference, inverse), share in zip(self.pairs, reversed(shares), strict=True):
             vector += (share - inverse * _dot(difference, vector))[None, :, None] * change
         return -vector
@@ -331,10 +317,9 @@ class _State:
         """Halve each problem's step until its value falls enough; scores are linear in the step, so none needs a product."""
         linear, square = self._held(self.weights, direction), self._held(direction, direction)
         base = self._held(self.weights, self.weights) / 2
-        xp = self.xp
-        length = xp.ones_like(descent)
+        length = np.ones_like(descent)
         # float32 scores leave the value uncertain by about this much; near the optimum no step could prove itself.
-        noise = 1e-6 * xp.abs(self.value)
+        noise = 1e-6 * np.abs(self.value)
         for _ in range(12):
             scores = self.scores + moved * length[None, :, None]
             loss, slope = self.loss(scores)
@@ -342,9 +327,9 @@ class _State:
             short = ~(value <= self.value + 1e-4 * length * descent + noise)
             if not short.any():
                 break
-            length = xp.where(short, length / 2, length)
+            length = np.where(short, length / 2, length)
         else:
-            length = xp.where(short, 0, length)
+            length = np.where(short, 0, length)
             scores = self.scores + moved * length[None, :, None]
             loss, slope = self.loss(scores)
             value = loss + base + length * linear + length * length * square / 2
@@ -354,15 +339,14 @@ class _State:
 
 def _inverse(curvature: Array) -> Array:
     """1 / curvature, or 0 where it is rounding noise, which takes the pair out of the sums."""
-    xp = namespace(curvature)
-    made: Array = xp.where(curvature > 1e-12, 1 / xp.clip(curvature, 1e-30, None), 0)
+    made: Array = np.where(curvature > 1e-12, 1 / np.clip(curvature, 1e-30, None), 0)
     return made
 
 
 def _product(matrix: Array, vectors: Array) -> Array:
     """matrix @ vectors for vectors of shape (m, problems, columns), as one product."""
     flat = vectors.reshape(vectors.shape[0], -1)
-    # With few columns a processor's BLAS is a quarter faster at the transposed product.
+    # With few columns BLAS is a quarter faster at the transposed product; features on disk have one way only.
     product = (flat.T @ matrix.T).T if isinstance(matrix, np.ndarray) else matrix @ flat
     made: Array = product.reshape(-1, *vectors.shape[1:])
     return made
@@ -370,5 +354,5 @@ def _product(matrix: Array, vectors: Array) -> Array:
 
 def _dot(a: Array, b: Array) -> Array:
     """Inner product of each problem: shape (problems,)."""
-    made: Array = namespace(a).einsum("rbk,rbk->b", a, b)
+    made: Array = np.einsum("rbk,rbk->b", a, b)
     return made

@@ -1,7 +1,7 @@
 """Strategies: which points of a search space to try next, as generators that are sent the scores of the last round.
 
 Every strategy tries the head's defaults first and gives out each point once. A space with no more points than trials is
-tried completely, whatever the strategy.
+tried completely, whatever the strategy. Only `bayes` needs scikit-optimize, and imports it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from skopt import Optimizer
-from skopt.sampler import Lhs
-from skopt.space import Categorical, Dimension, Integer, Space
 
-from pipeline.heads import Params
+from pipeline.errors import HeadError, first_line
+from pipeline.heads import Categorical, Dimension, Integer, Params, Real
 
 Rounds = Generator[list[Params], "Sequence[float | None]", None]
 """Yields rounds of points; is sent one score per point, higher is better, None where there is none."""
@@ -27,6 +25,23 @@ DRAWS = 400
 
 APART = 0.02
 """Points nearer than this share of every range to one already tried teach nothing new."""
+
+
+def require(strategy: str) -> None:
+    """See that the library of a strategy can be imported.
+
+    Raises
+    ------
+    HeadError
+    """
+    if strategy == "bayes":
+        try:
+            import skopt  # noqa: F401
+        except Exception as error:  # beside another scikit-learn it may fail in any way
+            raise HeadError(
+                f"tuning.strategy: bayes needs scikit-optimize, which cannot be imported ({first_line(error)}); install it, or "
+                "set tuning.strategy to random or grid"
+            ) from None
 
 
 def rounds(strategy: str, space: Mapping[str, Dimension], defaults: Params, trials: int, seed: int) -> Rounds:
@@ -55,13 +70,12 @@ def _grid(space: Mapping[str, Dimension], defaults: Params, trials: int, size: i
 
 def _random(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
     """The defaults, then independent draws from each dimension's prior."""
-    code = _Code(space)
-    generator = np.random.RandomState(seed)  # skopt takes no other
+    generator = np.random.RandomState(seed)  # as in `_bayes`, where scikit-optimize takes no other
     seen = {_key(defaults)}
     batch = [dict(defaults)]
     while len(seen) <= cardinality(space):
         while len(batch) < size and len(seen) < cardinality(space):
-            point = code.decode(code.space.rvs(1, random_state=generator)[0])
+            point = {key: _draw(row, float(generator.uniform())) for key, row in space.items()}
             if _key(point) not in seen:
                 seen.add(_key(point))
                 batch.append(point)
@@ -77,6 +91,9 @@ def _bayes(space: Mapping[str, Dimension], defaults: Params, trials: int, size: 
     A round is the point of the highest expected improvement and points that are best in functions drawn from the
     process (Thompson sampling, Kandasamy et al. 2018): asking `Optimizer` for several at once would refit it for each.
     """
+    from skopt import Optimizer
+    from skopt.sampler import Lhs
+
     code = _Code(space)
     generator = np.random.RandomState(seed)
     optimizer = Optimizer(
@@ -119,14 +136,11 @@ class _Code:
     """Points of a search space as skopt's lists, and back to plain parameters."""
 
     def __init__(self, space: Mapping[str, Dimension]) -> None:
+        from skopt.space import Space
+
         self._source = space
-        # Choices may be of mixed types, which skopt cannot encode, so it is given their places.
-        coded = [
-            Categorical([str(place) for place in range(len(row.categories))]) if isinstance(row, Categorical) else row
-            for row in space.values()
-        ]
         # `Optimizer` gives its own copies the transformation of a Gaussian process; these need the same.
-        self.space = Space([_copy(row) for row in coded])
+        self.space = Space([_of_skopt(row) for row in space.values()])
         self.space.set_transformer("normalize")
 
     def encode(self, params: Params) -> list[Any]:
@@ -143,10 +157,15 @@ class _Code:
         return np.asarray(self.space.transform([list(point) for point in points]), dtype=np.float64)
 
 
-def _copy(row: Dimension) -> Dimension:
-    if isinstance(row, Categorical):
-        return Categorical(list(row.categories))
-    return type(row)(row.low, row.high, prior=row.prior)
+def _of_skopt(row: Dimension) -> Any:
+    from skopt import space
+
+    if isinstance(
+        row, Categorical
+    ):  # choices may be of mixed types, which skopt cannot encode: it is given their places
+        return space.Categorical([str(place) for place in range(len(row.categories))])
+    kind = space.Integer if isinstance(row, Integer) else space.Real
+    return kind(row.low, row.high, prior=row.prior)
 
 
 def _plain(row: Dimension, value: Any) -> Any:
@@ -223,13 +242,27 @@ def _axis(dimension: Dimension, count: int) -> list[Any]:
     """Return `count` values of a dimension, evenly spaced on its own scale, both ends included."""
     if isinstance(dimension, Categorical):
         return list(dimension.categories)[:count]
-    low, high = float(dimension.low), float(dimension.high)
-    shares = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
-    logarithmic = dimension.prior == "log-uniform"
-    values = low * (high / low) ** shares if logarithmic else low + (high - low) * shares
+    values = _at(dimension, np.linspace(0, 1, count) if count > 1 else np.array([0.5]))
     if isinstance(dimension, Integer):
         return _whole(values, dimension)
     return [_plain(dimension, value) for value in values]
+
+
+def _at(dimension: Real | Integer, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the values at shares of the way from low to high on the dimension's own scale."""
+    low, high = float(dimension.low), float(dimension.high)
+    values: NDArray[np.float64] = (
+        low * (high / low) ** shares if dimension.prior == "log-uniform" else low + (high - low) * shares
+    )
+    return values
+
+
+def _draw(dimension: Dimension, share: float) -> Any:
+    """Return the value at a share of the way through a dimension, to which scikit-optimize's draws agree."""
+    if isinstance(dimension, Categorical):
+        return dimension.categories[round(share * (len(dimension.categories) - 1))]
+    value = float(_at(dimension, np.array([share]))[0])
+    return round(value) if isinstance(dimension, Integer) else _plain(dimension, value)
 
 
 def _whole(values: NDArray[np.float64], dimension: Integer) -> list[int]:

@@ -12,8 +12,7 @@ perfect sharing of all processors between decoding and the network: their two ra
 with images that are ready, added as times; on a GPU, which shares nothing with decoding, the lower rate. Memory is that of the whole process tree, shared pages counted once.
 Weights are random: speed does not depend on their values.
 
-Where torch sees a GPU, the networks run there, and a second table has images decoded by the GPU, that decoding alone, and
-the network alone at several batch sizes. Where the package thingsvision can be imported, it is another way, on the same photos with the same random weights' architecture.
+Where torch sees a GPU, the networks run there, and a second table has the network alone at several batch sizes. Where the package thingsvision can be imported, it is another way, on the same photos with the same random weights' architecture.
 Neither has ever been run: this file was written without a GPU, and thingsvision cannot be installed beside the versions of
 torch and numpy that this project needs.
 """
@@ -30,7 +29,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -112,15 +110,13 @@ def ours(folder: Path, model: str, **extraction: Any) -> float:
     return run.work.images / run.work.loop_seconds
 
 
-def decode_only(folder: Path, model: str, by_gpu: bool = False) -> float:
-    """Images/s of reading, decoding and preparing, on all processors or by the GPU."""
+def decode_only(folder: Path, model: str) -> float:
+    """Images/s of reading, decoding and preparing, on all processors."""
     from pipeline.feed import Feeder, Item
-    from pipeline.images import gpu_decoder
 
     preprocessing = _load(model, "fp32").preprocessing
     items = [Item(row, str(path), None, (0,)) for row, path in enumerate(sorted(folder.rglob("*.*")))]
-    gpu = gpu_decoder("cuda") if by_gpu else None
-    feeder = Feeder(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1, gpu)
+    feeder = Feeder(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1)
     for _ in feeder.batches(items[:BATCH]):
         pass
     began = time.perf_counter()
@@ -142,14 +138,8 @@ def network_only(folder: Path, model: str, precision: str, batch_size: int | str
     for _ in range(3):
         embedder.embed(pixels)
     done, began = 0, time.perf_counter()
-    waiting: deque[Callable[[], Any]] = deque()
     while time.perf_counter() - began < 4:
-        waiting.append(embedder.start(pixels))
-        if len(waiting) == embedder.slots:
-            waiting.popleft()()
-            done += images
-    while waiting:
-        waiting.popleft()()
+        embedder.embed(pixels)
         done += images
     return done / (time.perf_counter() - began)
 
@@ -166,7 +156,6 @@ WAYS: Mapping[str, Callable[[Path, str], float]] = {
     "naive": naive,
     **({"thingsvision": thingsvision} if importlib.util.find_spec("thingsvision") else {}),
     "ours": ours,
-    "ours, two processes": lambda folder, model: ours(folder, model, processes=2),
     "ours, fp32": lambda folder, model: ours(folder, model, precision="fp32"),
     "ours, fp32 and exact": lambda folder, model: ours(folder, model, precision="fp32", decode="exact"),
     "ours, by torch": lambda folder, model: ours(folder, model, engine="torch"),
@@ -176,8 +165,6 @@ WAYS: Mapping[str, Callable[[Path, str], float]] = {
 }
 
 GPU_WAYS: Mapping[str, Callable[[Path, str], float]] = {
-    "ours, decoded by the GPU": lambda folder, model: ours(folder, model, decode="gpu"),
-    "decoding only, by the GPU": lambda folder, model: decode_only(folder, model, by_gpu=True),
     **{
         f"network only, batches of {size}": partial(network_only, precision="auto", batch_size=size)
         for size in GPU_BATCHES
@@ -279,7 +266,7 @@ def devices() -> tuple[list[str], list[str]]:
 
 
 def gpu_table(model: str, repeats: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """Decoding by the GPU, and the network alone at several batch sizes, as Markdown."""
+    """The network alone at several batch sizes, as Markdown."""
     lines = [f"## {model}, on a GPU", "", "| way | images/s | lowest to highest |", "|---|---:|---:|"]
     for way in GPU_WAYS:
         rates = [repeat[way]["rate"] for repeat in repeats]
@@ -325,11 +312,10 @@ def decode_table(photos: Sequence[Path], large: Path) -> list[str]:
     from pipeline.images import DECODE_MODES, Preprocessing, decode, prepare
 
     torch.set_num_threads(1)
-    on_processor = [mode for mode in DECODE_MODES if mode != "gpu"]
     lines = ["## one thread, ms per photo", "", "| decode | these photos | 4,000 x 3,000 pixels |", "|---|---:|---:|"]
     seconds: dict[tuple[str, int], list[float]] = {}
     for _ in range(5):
-        for mode in on_processor:
+        for mode in DECODE_MODES:
             way = Preprocessing(256, 224, decode=mode)
             for column, paths in enumerate((photos, [large])):
                 data = [path.read_bytes() for path in paths]
@@ -337,7 +323,7 @@ def decode_table(photos: Sequence[Path], large: Path) -> list[str]:
                 for each in data:
                     prepare(decode(each, max_pixels=10**9, at_least=way.at_least), way)
                 seconds.setdefault((mode, column), []).append((time.perf_counter() - began) / len(data))
-    for mode in on_processor:
+    for mode in DECODE_MODES:
         lines.append(
             f"| {mode} | "
             + " | ".join(f"{1000 * statistics.median(seconds[mode, column]):.1f}" for column in (0, 1))

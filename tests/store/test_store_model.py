@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pipeline.store import FeatureStore, StoreWriter, collect, merge, migrate, pack, repair, verify
+from pipeline.store import FeatureStore, StoreWriter, collect, merge, pack, repair, verify
 from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY, ROWS, Faults, rounds, small_segments, system
 
 rows = st.lists(st.integers(0, ROWS - 1), max_size=8)
@@ -101,13 +101,6 @@ class Model(RuleBasedStateMachine):
         packed = pack(self.path, self.folder / "p.h5")
         assert packed.rows == len(self.sealed)
         self._equals(FeatureStore.open(self.folder / "p.h5"))
-
-    @rule()
-    def migrate(self):
-        self.seal()
-        self.writer.close()
-        shutil.rmtree(migrate(self.path).backup)
-        self.writer = self._open()
 
     def _equals(self, store):
         assert np.flatnonzero(~store.missing(DIGESTS)).tolist() == sorted(self.sealed)

@@ -1,4 +1,4 @@
-"""Files to share and old versions: pack, export, merge, migrate, status, load; and the golden store of each version."""
+"""Files to share and old versions: pack, export, merge, status, load; and the golden store of each version."""
 
 import shutil
 import sys
@@ -16,7 +16,6 @@ from pipeline.store import (
     export,
     load,
     merge,
-    migrate,
     pack,
     read_packed_index,
     status,
@@ -44,13 +43,7 @@ def test_golden_stores_open_for_ever(place, version):
     assert verify(path, full=True).ok
     old = FeatureStore.open(path, identity=golden.IDENTITY)
     assert np.array_equal(old.read(golden.DIGESTS), golden.FEATURES)
-    report = migrate(path)
-    assert (report.rows, report.version, report.backup.name) == (7, "1.0", f"{version}.before-migration")
-    new = FeatureStore.open(path, identity=golden.IDENTITY)
-    assert np.array_equal(new.read(golden.DIGESTS), golden.FEATURES)
-    assert np.array_equal(new.canary, golden.CANARY)
-    with pytest.raises(StoreError, match="exists from an earlier migration"):
-        migrate(path)
+    assert np.array_equal(old.canary, golden.CANARY)
 
 
 def test_the_format_has_not_changed_without_a_new_version(place):
@@ -65,13 +58,6 @@ def test_the_format_has_not_changed_without_a_new_version(place):
             writer.append(golden.DIGESTS[rows], golden.FEATURES[rows])
     names = {str(path.relative_to(GOLDEN / "store-v1")) for path in (GOLDEN / "store-v1").rglob("*.h5")}
     assert names == {str(path.relative_to(place / "s")) for path in (place / "s").rglob("*.h5")}
-
-
-def test_a_migration_that_was_killed_between_its_renames_is_undone(store, caplog):
-    store.rename(store.with_name("s.before-migration"))
-    with StoreWriter.open(store, IDENTITY, DIM) as writer:
-        assert not writer.missing(DIGESTS).any()
-    assert "a migration was interrupted" in caplog.text
 
 
 def test_a_packed_file_is_for_h5py_and_for_us(store, place):

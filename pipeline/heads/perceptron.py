@@ -1,0 +1,41 @@
+"""How a multi-layer perceptron is fitted: epoch by epoch, keeping the weights that the best epoch began with."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import Pipeline
+
+
+def fit_keeping_best(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[Any]) -> Pipeline:
+    """Fit a pipeline that ends in an `MLPClassifier`, and keep the best weights and not the last.
+
+    scikit-learn keeps the last, and counts a loss that jumps up as one that no longer falls: a fit may end in the jump.
+    An epoch's loss is summed up while its weights move, so it judges those it began with and never those it ended with.
+    Stops as scikit-learn does, by `tol`, `n_iter_no_change` and `max_iter`, the last with its ConvergenceWarning.
+    """
+    for _, step in pipeline.steps[:-1]:
+        X = step.fit_transform(X, y)
+    model, classes = pipeline[-1], np.unique(y)
+    seed = model.random_state
+    # A number would shuffle the rows alike in every epoch.
+    model.set_params(random_state=np.random.RandomState(seed))
+    best, kept, waited = np.inf, None, 0
+    for epoch in range(model.max_iter):
+        began = [weights.copy() for weights in model.coefs_ + model.intercepts_] if epoch else None
+        model.partial_fit(X, y, classes=classes)
+        waited = 0 if model.loss_ < best - model.tol else waited + 1
+        if began is not None and model.loss_ < best:
+            best, kept = model.loss_, began
+        if waited > model.n_iter_no_change:
+            break
+    else:
+        warnings.warn(f"maximum iterations ({model.max_iter}) reached", ConvergenceWarning, stacklevel=2)
+    if kept is not None:
+        model.coefs_, model.intercepts_ = kept[: len(model.coefs_)], kept[len(model.coefs_) :]
+    model.n_iter_ = epoch + 1
+    return pipeline.set_params(**{f"{pipeline.steps[-1][0]}__random_state": seed})
