@@ -14,10 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.backbone.family import Family, Published
+from pipeline.config import BackboneConfig
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
 
@@ -62,13 +65,13 @@ def preprocessing(name: str) -> Preprocessing:
     )
 
 
-def build(name: str, size: int, num_classes: int = 1000) -> nn.Module:
-    """Construct a network for square images of `size` pixels, with whatever weights torch gives it.
+def build(name: str, image_size: int, num_classes: int = 1000) -> nn.Module:
+    """Construct a network for square images of `image_size` pixels, with whatever weights torch gives it.
 
     Its parts are `stem`, `stages.0` to `stages.6`, `head`, `pool` and `classifier`.
     """
     lite = LITES[name]
-    stem, size = _convolution(3, STEM, 3, 2, size), math.ceil(size / 2)
+    stem, size = _convolution(3, STEM, 3, 2, image_size), math.ceil(image_size / 2)
     channels, stages = STEM, []
     for number, (expansion, wide, kernel, stride, repeats) in enumerate(STAGES):
         out = _rounded(wide * lite.width)
@@ -79,7 +82,7 @@ def build(name: str, size: int, num_classes: int = 1000) -> nn.Module:
             blocks.append(_block(channels, out, expansion, kernel, step, size))
             channels, size = out, math.ceil(size / step)
         stages.append(nn.Sequential(*blocks))
-    return nn.Sequential(
+    network = nn.Sequential(
         OrderedDict(
             stem=stem,
             stages=nn.Sequential(*stages),
@@ -88,6 +91,8 @@ def build(name: str, size: int, num_classes: int = 1000) -> nn.Module:
             classifier=nn.Linear(HEAD, num_classes),
         )
     )
+    network.image_size = image_size  # type: ignore[assignment]  # as vision transformers say theirs
+    return network
 
 
 class _Residual(nn.Sequential):
@@ -144,6 +149,18 @@ def package_file(name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    return build(name, **{"image_size": LITES[name].crop, **arguments})
+
+
+def _published(config: BackboneConfig) -> Published:
+    state = read(config.name)
+    with torch.device("meta"):
+        module = _build(config.name, config.arguments)
+    module.load_state_dict(state, assign=True)
+    return Published(module.eval(), preprocessing(config.name), ())
+
+
 def read(name: str) -> dict[str, torch.Tensor]:
     """Read the tensors of the installed package, with the names that `build` gives them.
 
@@ -170,3 +187,15 @@ def read(name: str) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         names = build(name, LITES[name].crop).state_dict()
     return dict(zip(names, state.values(), strict=True))
+
+
+FAMILY = Family(
+    library="manyheads",
+    names=lambda: list(LITES),
+    builds=lambda architecture: architecture in LITES,
+    build=_build,
+    preprocessing=preprocessing,
+    weights=lambda name: [WEIGHTS],
+    published=_published,
+    to_fetch=lambda config: None,
+)
