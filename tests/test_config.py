@@ -288,6 +288,8 @@ def test_a_path_as_it_was_written_up_to_0_1_is_told_with_the_new_spelling(projec
     [
         ("{source: digits}", "artifacts/digits"),
         ("{source: folder, path: /some/where/my photos/}", "artifacts/my photos"),
+        ("{source: folder, path: /}", "artifacts/images"),
+        ("{source: folder, path: ~nobody-of-that-name/birds}", "artifacts/birds"),
         ("{source: manifest, path: /some/where/birds.csv}", "artifacts/birds"),
         ("{source: torchvision, name: CIFAR10, path: /data}", "artifacts/CIFAR10"),
     ],

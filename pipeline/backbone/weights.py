@@ -7,6 +7,7 @@ and the preprocessing that belongs to them.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from pipeline.backbone.weights_files import read_weights, tensors_digest
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, guess
 from pipeline.errors import BackboneError, first
 from pipeline.images import Preprocessing
+
+logger = logging.getLogger(__name__)
 
 MAX_PROBLEMS = 20
 
@@ -150,6 +153,8 @@ def _from_state(
         )
     arguments = {**description.get("arguments", {}), **config.arguments}
     module, has_classifier = fill(architecture, arguments, state, origin)
+    if not has_classifier:
+        logger.info("%s has no classifier: all that comes before one can be embedded", origin)
     preprocessing = (
         described_preprocessing(description["preprocessing"])
         if "preprocessing" in description

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,5 +72,5 @@ def _name_of_the_data(section: Any) -> str:
     path = found.get("path")
     if not isinstance(path, str):
         return str(found.get("source", "digits"))
-    real = Path(path).expanduser().resolve()
-    return real.stem if real.suffix.lower() in {".csv", ".parquet"} else real.name
+    real = Path(os.path.realpath(os.path.expanduser(path)))
+    return (real.stem if real.suffix.lower() in {".csv", ".parquet"} else real.name) or "images"
