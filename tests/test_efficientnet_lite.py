@@ -9,7 +9,9 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_image
 
+from pipeline import backbone
 from pipeline.backbone import efficientnet_lite as lite
+from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
 from pipeline.errors import BackboneError
 from pipeline.images import prepare
 
@@ -96,3 +98,40 @@ def test_a_file_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BackboneError, match=re.escape(f"{file}: is not the published file: its SHA-256 is ")):
         lite.read("efficientnet_lite2")
+
+
+def test_a_section_of_a_config_is_enough(installed):
+    section = BackboneConfig(name=installed, weights="imagenet")
+    made = backbone.load(section, ExtractionConfig(precision="fp32", engine="torch", device="cpu"), 0)
+    (spec,), size = made.specs, lite.LITES[installed].crop
+    assert (spec.name, spec.dim, spec.library) == (f"{installed}-imagenet-penultimate", 1280, "manyheads")
+    assert (made.preprocessing.resize, made.preprocessing.size) == (lite.LITES[installed].resize, (size, size))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 127) / 128
+    with torch.inference_mode():
+        expected = network(installed)[:-1](images).numpy()
+    np.testing.assert_allclose(made.embed(pixels)[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_another_image_size_is_built_and_gives_other_vectors_of_the_same_weights():
+    usual, larger = (
+        backbone.load(
+            BackboneConfig(name="efficientnet_lite0", weights="imagenet", preprocessing=asked),
+            ExtractionConfig(precision="fp32", engine="torch", device="cpu"),
+            0,
+        )
+        for asked in (None, PreprocessingConfig(resize=96, crop=65))
+    )
+    assert larger.preprocessing.size == (65, 65)
+    assert usual.specs[0].weights_digest == larger.specs[0].weights_digest
+    assert usual.specs[0].fingerprint() != larger.specs[0].fingerprint()
+
+
+def test_unknown_weights_are_told_with_those_there_are():
+    with pytest.raises(
+        BackboneError,
+        match=re.escape(
+            "efficientnet_lite0 has no weights 'imagnet', did you mean 'imagenet'?; there are imagenet, random, bundled, or a .safetensors or .pth file"
+        ),
+    ):
+        backbone.check(BackboneConfig(name="efficientnet_lite0", weights="imagnet"))

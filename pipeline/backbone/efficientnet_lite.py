@@ -99,7 +99,7 @@ class _Residual(nn.Sequential):
     """Layers whose input is added to their output."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images) + images  # type: ignore[no-any-return]
+        return super().forward(images) + images  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _block(channels: int, out: int, expansion: int, kernel: int, stride: int, size: int) -> nn.Module:
@@ -193,6 +193,7 @@ FAMILY = Family(
     library="manyheads",
     names=lambda: list(LITES),
     builds=lambda architecture: architecture in LITES,
+    any_size=True,
     build=_build,
     preprocessing=preprocessing,
     weights=lambda name: [WEIGHTS],

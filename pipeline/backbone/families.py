@@ -30,7 +30,9 @@ def family_of(architecture: str) -> Family:
         if family.builds(architecture):
             return family
     names = [name for family in FAMILIES for name in family.names()]
-    raise BackboneError(f"no network {architecture!r}{guess(architecture, names)}; there are torchvision's and efficientnet_lite0 to 2")
+    raise BackboneError(
+        f"no network {architecture!r}{guess(architecture, names)}; there are torchvision's and efficientnet_lite0 to 2"
+    )
 
 
 def family_with_weights(config: BackboneConfig) -> Family:

@@ -32,6 +32,8 @@ class Family:
     """The networks that a config can name."""
     builds: Callable[[str], bool]
     """Whether an architecture is one of the family's; more than a config can name where weights files describe others."""
+    any_size: bool
+    """Whether networks are built for one image size, `image_size` of their arguments, and the same weights fit any."""
     build: Callable[[str, Mapping[str, Any]], nn.Module]
     """Construct a network from its architecture and arguments, with whatever weights its constructor makes."""
     preprocessing: Callable[[str], Preprocessing]

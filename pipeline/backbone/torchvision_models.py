@@ -144,11 +144,15 @@ def require_checkpoint(member: Any) -> None:
             ) from None
     if prefix:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _sha256(file)
         if not digest.startswith(prefix):
             raise BackboneError(
                 f"{path} is damaged: its SHA-256 starts with {digest[: len(prefix)]}, its name says {prefix}; delete it and run again"
             )
+
+
+def _sha256(file: Any) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -170,6 +174,7 @@ FAMILY = Family(
     library="torchvision",
     names=classification_models,
     builds=_builds,
+    any_size=False,
     build=_build,
     preprocessing=_preprocessing,
     weights=lambda name: list(_members(name)),

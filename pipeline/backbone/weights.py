@@ -22,7 +22,7 @@ from pipeline.backbone.graph import PENULTIMATE, classifier, cut, effective_pool
 from pipeline.backbone.preprocessing import described_preprocessing, fitting_preprocessing
 from pipeline.backbone.torchvision_models import AUXILIARY
 from pipeline.backbone.weights_files import read_weights, tensors_digest
-from pipeline.config import WEIGHTS_FILES, BackboneConfig, guess
+from pipeline.config import WEIGHTS_FILES, BackboneConfig
 from pipeline.errors import BackboneError, first
 from pipeline.images import Preprocessing
 
@@ -57,6 +57,7 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
     BackboneError
         When the model, the weights, or the arguments are not to be had; all misfits of a file at once.
     """
+    config = _sized(config)
     if config.weights == "bundled":
         return _from_bundle(config)
     if config.weights.endswith(WEIGHTS_FILES):
@@ -66,6 +67,18 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
     return _from_family(config)
 
 
+def _sized(config: BackboneConfig) -> BackboneConfig:
+    """A network that is built for one image size is built for the one that the config asks for."""
+    asked = config.preprocessing
+    if (
+        asked is None
+        or "image_size" in config.arguments
+        or not any(row.any_size and row.builds(config.name) for row in FAMILIES)
+    ):
+        return config
+    return config.model_copy(update={"arguments": {"image_size": asked.crop, **config.arguments}})
+
+
 def check(config: BackboneConfig) -> None:
     """Refuse a section whose model, arguments, weights, image size, layers or pooling are not to be had; fetches nothing.
 
@@ -73,6 +86,7 @@ def check(config: BackboneConfig) -> None:
     ------
     BackboneError
     """
+    config = _sized(config)
     if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):
         network = load_network(config, seed=0)
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
