@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline import backbone
-from pipeline.backbone import architectures, choose_precision, graph, preprocessing, weights, weights_files
+from pipeline.backbone import (
+    choose_precision,
+    families,
+    graph,
+    preprocessing,
+    torchvision_models,
+    weights,
+    weights_files,
+)
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
 from pipeline.embedding import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
@@ -79,7 +87,7 @@ def small() -> backbone.Backbone:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_penultimate_is_the_input_of_the_classifier_in_every_family(name: str) -> None:
     # Without weights (meta tensors) the graph and its shapes are all that is computed, so the real architectures are cheap.
-    model = architectures.build_empty(name, {})
+    model = families.build_empty(name, {})
     traced = graph.trace(model)
     expected, expected_node = FAMILIES[name]
     (node,) = graph.resolve(traced, ["penultimate"])
@@ -190,7 +198,7 @@ def test_a_vision_transformer_takes_its_own_image_size_and_no_other() -> None:
     ):
         preprocessing.fitting_preprocessing(
             BackboneConfig(name="vit_b_32", preprocessing=SMALL),
-            architectures.build_empty("vit_b_32", {}),
+            families.build_empty("vit_b_32", {}),
             weights.Preprocessing(256, 224),
         )
 
@@ -300,7 +308,7 @@ def test_the_digest_of_the_weights_sees_one_bit_a_name_and_a_shape() -> None:
 
 
 def test_a_fine_tuned_file_loads_with_its_own_number_of_classes(tmp_path: Path, pixels: np.ndarray) -> None:
-    model = architectures.build("squeezenet1_1", {"num_classes": 10})
+    model = families.build("squeezenet1_1", {"num_classes": 10})
     torch.save(
         {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "tuned.pth"
     )
@@ -318,7 +326,7 @@ def test_a_fine_tuned_file_loads_with_its_own_number_of_classes(tmp_path: Path, 
     "wrapped", ["model.", "backbone.", "_orig_mod.module.", "module._orig_mod.", "model.backbone.module._orig_mod."]
 )
 def test_what_wrappers_put_before_names_is_taken_off_in_any_order(wrapped: str, tmp_path: Path) -> None:
-    model = architectures.build("squeezenet1_1", {"num_classes": 3})
+    model = families.build("squeezenet1_1", {"num_classes": 3})
     state = {f"{wrapped}{key}": value for key, value in model.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": {"n_averaged": torch.tensor(2), **state}}, tmp_path / "wrapped.pth")
     found, _ = weights_files.read_weights(tmp_path / "wrapped.pth")
@@ -330,7 +338,7 @@ def test_weights_without_a_classifier_give_all_that_is_before_it(
 ) -> None:
     """As self-supervised training leaves them: a projection head beside the backbone, or in the classifier's place."""
     caplog.set_level("INFO", logger="pipeline")
-    state = architectures.build("resnet18", {}).state_dict()
+    state = families.build("resnet18", {}).state_dict()
     save_file(state, tmp_path / "whole.safetensors")
     bare = {key: value for key, value in state.items() if not key.startswith("fc.")}
     beside = {f"backbone.{key}": value for key, value in bare.items()} | {"projector.0.weight": torch.zeros(4, 512)}
@@ -353,7 +361,7 @@ def test_weights_without_a_classifier_give_all_that_is_before_it(
 
 
 def test_every_misfit_of_a_file_is_told_at_once(tmp_path: Path) -> None:
-    state = architectures.build("squeezenet1_1", {}).state_dict()
+    state = families.build("squeezenet1_1", {}).state_dict()
     state["extra.weight"] = torch.zeros(2)
     state["features.0.bias"] = torch.zeros(3)
     del state["features.3.squeeze.weight"]
@@ -403,7 +411,7 @@ def regnet(tmp_path: Path) -> tuple[Path, dict[str, object]]:
         "classes": ["a", "b", "c", "d", "e"],
         "trained_on": "abc",
     }  # fmt: skip
-    model = architectures.build(description["architecture"], description["arguments"])  # type: ignore[arg-type]
+    model = families.build(description["architecture"], description["arguments"])  # type: ignore[arg-type]
     path = tmp_path / "own.safetensors"
     save_file(model.state_dict(), path, metadata={"manyheads": json.dumps(description)})
     return path, description
@@ -479,9 +487,9 @@ def test_a_checkpoint_that_is_not_what_its_name_says_is_refused(hub: Path) -> No
 
 def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.mkdir()
-    model = architectures.build("squeezenet1_1", {})
+    model = families.build("squeezenet1_1", {})
     torch.save(model.state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
-    monkeypatch.setattr(weights_files, "_sha256", lambda file: "b8a52dc0" + "0" * 56)
+    monkeypatch.setattr(torchvision_models, "_sha256", lambda file: "b8a52dc0" + "0" * 56)
     made = backbone.load(BackboneConfig(name="squeezenet1_1", weights="IMAGENET1K_V1"), FP32, 0)
     assert made.specs[0].name == "squeezenet1_1-IMAGENET1K_V1-penultimate"
     assert not made.specs[0].untrained
@@ -494,16 +502,17 @@ def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pyte
 
 
 def test_other_weights_have_other_transforms() -> None:
-    members = architectures.torchvision.models.get_model_weights("resnet50").__members__
-    assert preprocessing.preprocessing_of(members["IMAGENET1K_V1"]).resize == 256
-    assert preprocessing.preprocessing_of(members["IMAGENET1K_V2"]).resize == 232
-    bicubic = architectures.torchvision.models.get_model_weights("efficientnet_b0").__members__["IMAGENET1K_V1"]
-    assert preprocessing.preprocessing_of(bicubic).interpolation == "bicubic"
+    members = torchvision_models.torchvision.models.get_model_weights("resnet50").__members__
+    assert torchvision_models.preprocessing_of(members["IMAGENET1K_V1"]).resize == 256
+    assert torchvision_models.preprocessing_of(members["IMAGENET1K_V2"]).resize == 232
+    bicubic = torchvision_models.torchvision.models.get_model_weights("efficientnet_b0").__members__["IMAGENET1K_V1"]
+    assert torchvision_models.preprocessing_of(bicubic).interpolation == "bicubic"
 
 
 def test_unknown_names_get_a_guess() -> None:
     with pytest.raises(
-        BackboneError, match=r"no classification model 'resnet81' in torchvision .*, did you mean 'resnet18'\?"
+        BackboneError,
+        match=r"no network 'resnet81', did you mean 'resnet18'\?; there are torchvision's and efficientnet_lite0 to 2",
     ):
         load("resnet81")
     with pytest.raises(

@@ -21,7 +21,7 @@ from sklearn.pipeline import Pipeline
 from pipeline import backbone, finetune, lineage, train_heads
 from pipeline import bundle as bundles
 from pipeline import config as configuration
-from pipeline.backbone.architectures import build
+from pipeline.backbone.families import build
 from pipeline.backbone.weights import load_network
 from pipeline.config import Artifacts, BackboneConfig, Config, ExtractionConfig
 from pipeline.dataset import DatasetIndex, scan

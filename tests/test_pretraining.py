@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.backbone.architectures import build
+from pipeline.backbone.families import build
 from pipeline.backbone.weights import load_network
 from pipeline.config import BackboneConfig
 

@@ -2,7 +2,7 @@
 
     precision.py      which device and number format a run uses
     engines.py        torch or OpenVINO: which one, and how the latter is made
-    architectures.py  networks by name, without weights of their own
+    families.py       the table of families of networks: torchvision_models.py, efficientnet_lite.py
     weights_files.py  files of weights -> tensors, and nothing else
     preprocessing.py  the transform that belongs to weights
     weights.py        enum member, local file, bundled or random weights -> a network in eval mode
@@ -115,9 +115,10 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
         When there is no such model.
     """
     from pipeline.backbone import network, weights
-    from pipeline.backbone.architectures import classification_models
+    from pipeline.backbone.families import FAMILIES
 
     if name.endswith(WEIGHTS_FILES):
         return network.layers(BackboneConfig(name=Path(name).stem, weights=name))
-    bundled = name not in classification_models() and name == weights.bundled()["name"]
+    known = any(name in family.names() for family in FAMILIES)
+    bundled = not known and name == weights.bundled()["name"]
     return network.layers(BackboneConfig(name=name, weights="bundled" if bundled else "random"))

@@ -22,6 +22,7 @@ from pipeline.backbone.engines import (
     openvino_is_there,
     require_close,
 )
+from pipeline.backbone.families import family_of
 from pipeline.backbone.precision import resolve_device, resolve_precision
 from pipeline.backbone.weights import Network, load_network
 from pipeline.config import BackboneConfig, ExtractionConfig
@@ -175,7 +176,7 @@ def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, arith
     return EmbeddingSpec(
         name="-".join(map(_safe, parts)),
         kind="backbone",
-        library="torchvision",
+        library=family_of(network.architecture).library,
         architecture=network.architecture,
         arguments=network.arguments,
         weights=network.weights,

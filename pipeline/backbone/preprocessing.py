@@ -1,4 +1,4 @@
-"""The transform that belongs to weights: torchvision's, a description's, an architecture's usual one, or the config's."""
+"""The transform of a network: what a weights file describes, or the config, before what the family has."""
 
 from __future__ import annotations
 
@@ -8,32 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.backbone.architectures import CONSTRUCTORS
 from pipeline.config import BackboneConfig, PreprocessingConfig
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
-from pipeline.vision import torchvision
-
-
-def preprocessing_of(member: Any) -> Preprocessing:
-    """The transform that comes with torchvision's weights."""
-    preset = member.transforms()
-    return Preprocessing(
-        resize=_side(preset.resize_size),
-        crop=_side(preset.crop_size),
-        interpolation=preset.interpolation.value,
-        antialias=bool(preset.antialias),
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-    )
-
-
-def default_preprocessing(architecture: str) -> Preprocessing:
-    """The transform of an architecture's first published weights, for weights that come without one."""
-    if architecture in CONSTRUCTORS:
-        return Preprocessing(resize=256, crop=224)
-    members = list(torchvision.models.get_model_weights(architecture))
-    return preprocessing_of(members[0]) if members else Preprocessing(resize=256, crop=224)
 
 
 def described_preprocessing(values: Mapping[str, Any]) -> Preprocessing:
@@ -66,7 +43,3 @@ def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Pr
     if size is not None and default.size != (size, size):
         return replace(default, resize=size, crop=size)
     return default
-
-
-def _side(sizes: list[int]) -> int | tuple[int, int]:
-    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])

@@ -17,32 +17,14 @@ import torch
 from torch import nn
 
 from pipeline.backbone import BUNDLED
-from pipeline.backbone.architectures import (
-    ALWAYS,
-    AUXILIARY,
-    build,
-    build_empty,
-    check_architecture,
-    classification_models,
-)
+from pipeline.backbone.families import FAMILIES, build, build_empty, family_of, family_with_weights
 from pipeline.backbone.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
-from pipeline.backbone.preprocessing import (
-    default_preprocessing,
-    described_preprocessing,
-    fitting_preprocessing,
-    preprocessing_of,
-)
-from pipeline.backbone.weights_files import (
-    checkpoint,
-    read_weights,
-    require_checkpoint,
-    tensors_digest,
-    tensors_only,
-)
-from pipeline.config import WEIGHTS_FILES, BackboneConfig, guess
+from pipeline.backbone.preprocessing import described_preprocessing, fitting_preprocessing
+from pipeline.backbone.torchvision_models import AUXILIARY
+from pipeline.backbone.weights_files import read_weights, tensors_digest
+from pipeline.config import WEIGHTS_FILES, BackboneConfig
 from pipeline.errors import BackboneError, first
 from pipeline.images import Preprocessing
-from pipeline.vision import torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +57,26 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
     BackboneError
         When the model, the weights, or the arguments are not to be had; all misfits of a file at once.
     """
+    config = _sized(config)
     if config.weights == "bundled":
         return _from_bundle(config)
     if config.weights.endswith(WEIGHTS_FILES):
         return _from_file(config, Path(config.weights))
     if config.weights == "random":
         return _from_seed(config, seed)
-    return _from_enum(config)
+    return _from_family(config)
+
+
+def _sized(config: BackboneConfig) -> BackboneConfig:
+    """A network that is built for one image size is built for the one that the config asks for."""
+    asked = config.preprocessing
+    if (
+        asked is None
+        or "image_size" in config.arguments
+        or not any(row.any_size and row.builds(config.name) for row in FAMILIES)
+    ):
+        return config
+    return config.model_copy(update={"arguments": {"image_size": asked.crop, **config.arguments}})
 
 
 def check(config: BackboneConfig) -> None:
@@ -91,14 +86,14 @@ def check(config: BackboneConfig) -> None:
     ------
     BackboneError
     """
+    config = _sized(config)
     if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):
         network = load_network(config, seed=0)
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
     else:
-        if config.weights != "random":
-            _member(config)
+        family = family_of(config.name) if config.weights == "random" else family_with_weights(config)
         module = build_empty(config.name, config.arguments)
-        preprocessing = fitting_preprocessing(config, module, default_preprocessing(config.name))
+        preprocessing = fitting_preprocessing(config, module, family.preprocessing(config.name))
         has_classifier = True
     graph = trace(module)
     nodes = resolve(graph, config.layers, has_classifier)
@@ -120,40 +115,19 @@ def to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
     """Return what a section's weights have to be fetched from, the folder, and their size in MB; None where they are here."""
     if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
         return None
-    member = _member(config)
-    path = checkpoint(member)
-    return None if path.exists() else (member.url, path.parent, float(member.meta.get("_file_size", 0)))
+    return family_with_weights(config).to_fetch(config)
 
 
 def _from_seed(config: BackboneConfig, seed: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(config.name, config.arguments)
-    return _network(config, module, "random", default_preprocessing(config.name), untrained=True)
+    return _network(config, module, "random", family_of(config.name).preprocessing(config.name), untrained=True)
 
 
-def _member(config: BackboneConfig) -> Any:
-    """The member of torchvision's weights enum that a section names."""
-    check_architecture(config.name)
-    members = torchvision.models.get_model_weights(config.name).__members__
-    if config.weights not in members:
-        raise BackboneError(
-            f"{config.name} has no weights {config.weights!r}{guess(config.weights, list(members))}; "
-            f"there are {', '.join(name for name in members if name != 'DEFAULT')}, random, bundled, or a .safetensors or .pth file"
-        )
-    return members[config.weights]
-
-
-def _from_enum(config: BackboneConfig) -> Network:
-    member = _member(config)
-    require_checkpoint(member)
-    with tensors_only():
-        module = build(
-            config.name,
-            {**config.arguments, "weights": member, **({"init_weights": False} if config.name in ALWAYS else {})},
-        )
-    classes = tuple(member.meta.get("categories", ()))
-    return _network(config, module, config.weights, preprocessing_of(member), classes=classes)
+def _from_family(config: BackboneConfig) -> Network:
+    found = family_with_weights(config).published(config)
+    return _network(config, found.module, config.weights, found.preprocessing, classes=found.classes)
 
 
 def _from_file(config: BackboneConfig, path: Path) -> Network:
@@ -187,7 +161,7 @@ def _from_state(
     config: BackboneConfig, state: dict[str, torch.Tensor], description: Mapping[str, Any], origin: str, readable: str
 ) -> Network:
     architecture = description.get("architecture", config.name)
-    if description and config.name in classification_models() and config.name != architecture:
+    if description and config.name != architecture and any(config.name in row.names() for row in FAMILIES):
         raise BackboneError(
             f"{origin} holds a {architecture}, the config says {config.name}; write name: {description.get('name', architecture)}"
         )
@@ -198,7 +172,7 @@ def _from_state(
     preprocessing = (
         described_preprocessing(description["preprocessing"])
         if "preprocessing" in description
-        else default_preprocessing(architecture)
+        else family_of(architecture).preprocessing(architecture)
     )
     network = _network(
         config,

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,58 +93,3 @@ def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-# ---- torchvision's own
-
-
-def checkpoint(member: Any) -> Path:
-    """Return where torchvision keeps the file of its weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / str(member.url.rsplit("/", 1)[-1])
-
-
-def require_checkpoint(member: Any) -> None:
-    """Have torchvision's file in its folder, fetched if need be, with the hash in its name."""
-    path = checkpoint(member)
-    folder = path.parent
-    found = re.search(r"-([a-f0-9]{8,})\.", path.name)
-    prefix = found.group(1) if found else ""
-    if not path.exists():
-        logger.info("fetching %s to %s", member.url, folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:
-            raise BackboneError(
-                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}, "
-                "or say weights: bundled, as configs/bundled.yaml does, which needs no download"
-            ) from None
-    if prefix:
-        with path.open("rb") as file:
-            digest = _sha256(file)
-        if not digest.startswith(prefix):
-            raise BackboneError(
-                f"{path} is damaged: its SHA-256 starts with {digest[: len(prefix)]}, its name says {prefix}; delete it and run again"
-            )
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def tensors_only() -> Iterator[None]:
-    """Make torch refuse pickled code in torchvision's files too; it asks for the opposite by default."""
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before

