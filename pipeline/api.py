@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import embedders, store
-from pipeline.config import Artifacts
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import Digests
 from pipeline.errors import StoreError
+from pipeline.experiment import Artifacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +119,7 @@ def _experiment(
     files = Artifacts(path)
     record = embedders.choose(embedders.read_records(files.features), embedding)
     index = DatasetIndex.read(files.dataset)
+    embedders.require_index(files.features, index.fingerprint())
     columns = {"labels": index.labels, "splits": index.splits, "paths": index.paths}
     if index.groups is not None:
         columns["groups"] = index.groups

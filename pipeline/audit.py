@@ -26,6 +26,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from pipeline.digests import Digests
 from pipeline.errors import StoreError
+from pipeline.experiment import to_cell
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances
 from pipeline.store import FeatureStore
 
@@ -292,5 +293,5 @@ def _csv(kind: type[LabelIssue] | type[NearDuplicate] | type[Outlier], rows: Seq
     names = [field.name for field in fields(kind) if field.name != "row"]
     writer = csv.DictWriter(buffer, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows({key: to_cell(str(value)) for key, value in asdict(row).items()} for row in rows)
     return buffer.getvalue()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pipeline import backbone, dataset, tuning
 from pipeline import heads as head_table
-from pipeline.config import Artifacts, BackboneConfig, Config
+from pipeline.config import BackboneConfig, Config
 from pipeline.errors import DatasetError, PipelineError
+from pipeline.experiment import Artifacts
 
 
 def run(config: Config) -> list[str]:

@@ -37,9 +37,9 @@ def main() -> None:
     except PipelineError as error:
         _complain(str(error))
         sys.exit(2)
-    except click.exceptions.Abort as stop:  # what click makes of KeyboardInterrupt
+    except (click.exceptions.Abort, KeyboardInterrupt) as stop:  # click makes the first of the second
         _complain("stopped; what was finished is kept, and features, heads and finetune go on from there")
-        reason = stop.__cause__.args if stop.__cause__ else ()
+        reason = stop.__cause__.args if stop.__cause__ else stop.args
         sys.exit(143 if reason[:1] == (signal.SIGTERM,) else 130)
     except click.ClickException as error:
         error.show()
@@ -186,9 +186,10 @@ def report(config: Path, overrides: tuple[str, ...]) -> None:
     Example: manyheads report configs/digits.yaml
     """
     from pipeline import report as pages
+    from pipeline.experiment import Artifacts
 
     settings = configuration.load(config, overrides)
-    click.echo(f"report  {pages.build(configuration.Artifacts(settings.output).root)}")
+    click.echo(f"report  {pages.build(Artifacts(settings.output).root)}")
 
 
 @cli.command()
@@ -231,12 +232,12 @@ def status(config: Path, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @_experiment
-@click.option("--full", is_flag=True, help="Read every byte instead of file heads and sizes.")
+@click.option("--full", is_flag=True, help="Read every byte, of all files of the experiment.")
 @click.option(
     "--sample", default=0, type=click.IntRange(min=0), metavar="K", help="Embed K random images anew and compare."
 )
 def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) -> int:
-    """Check the feature stores; exit code 1 when something is wrong. CONFIG may also be a packed file.
+    """Check the feature stores, and with --full every file; exit code 1 when something is wrong. CONFIG may also be a packed file.
 
     Example: manyheads verify configs/folder.yaml --full --sample 20
     """
@@ -249,10 +250,12 @@ def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) ->
         for line in lines:
             click.echo(line)
         return 0 if ok else 1
-    checks = maintenance.verify(configuration.load(config, overrides), full=full, sample=sample)
-    for line in (line for found in checks for line in found.lines()):
+    settings = configuration.load(config, overrides)
+    checks = maintenance.verify(settings, full=full, sample=sample)
+    ok, lines = maintenance.verify_files(settings) if full else (True, [])
+    for line in [*(line for found in checks for line in found.lines()), *lines]:
         click.echo(line)
-    return 0 if all(found.ok for found in checks) else 1
+    return 0 if ok and all(found.ok for found in checks) else 1
 
 
 @cli.command()

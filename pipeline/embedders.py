@@ -19,14 +19,11 @@ from pipeline import backbone, baselines
 from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
-from pipeline.files import write_text_atomic
+from pipeline.experiment import FEATURES, read_document, write_document
 from pipeline.images import DECODE_MODES, Preprocessing
 from pipeline.store import differences
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "manyheads features"
-VERSION = 2
 
 
 class Embedder(Protocol):
@@ -93,23 +90,33 @@ class EmbeddingRecord:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
-        """Return the record that `to_dict` wrote; KeyError, TypeError or ValueError when it is of another version."""
+        """Return the record that `to_dict` wrote; KeyError, TypeError or ValueError when it is of another version.
+
+        StoreError where its store lies outside of the experiment: a stranger's record must not name the reader's files.
+        """
+        if _leads_out(values["store"]) or _leads_out(values["name"]) or "/" in values["name"]:
+            raise StoreError(
+                f"embedding {values['name']!r}: its store {values['store']!r} lies outside of its experiment; not opened"
+            )
         section = values["section"]
         made = None if section is None else BackboneConfig.model_validate_json(json.dumps(section))
         return EmbeddingRecord(**{**values, "spec": EmbeddingSpec.from_dict(values["spec"]), "section": made})
 
 
+def _leads_out(place: str) -> bool:
+    parts = place.split("/")
+    return not place or "\0" in place or "\\" in place or place.startswith("/") or bool({"", ".", ".."} & {*parts})
+
+
 def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config, index: str) -> None:
     """Write `features.json`; `index` is the fingerprint of the data set's index."""
     document = {
-        "format": FORMAT,
-        "version": VERSION,
         "shared": shared(config),
         "backbones": [section.model_dump(mode="json") for section in config.backbones],
         "index": index,
         "embeddings": [record.to_dict() for record in records],
     }
-    write_text_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_document(path, FEATURES, document)
 
 
 def shared(config: Config) -> dict[str, Any]:
@@ -129,10 +136,13 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     PipelineError
         When stage one has not been run for this config, with every setting that is another and every embedding that is missing.
     """
-    document = _read_document(path)
+    document = read_document(path, FEATURES)
     records = _records_of(document, path)
-    asked = [BackboneConfig.model_validate_json(json.dumps(values)) for values in document["backbones"]]
-    problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
+    try:
+        asked = [BackboneConfig.model_validate_json(json.dumps(values)) for values in document["backbones"]]
+        problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
+    except _MALFORMED:
+        raise _of_another_version(path) from None
     floors = set(config.baselines) - {"majority"}
     problems += [f"baselines: not {name}" for name in sorted(floors - {record.name for record in records})]
     if problems:
@@ -172,31 +182,37 @@ def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
     PipelineError
         When stage one has not written it, or another version has.
     """
-    return _records_of(_read_document(path), path)
+    return _records_of(read_document(path, FEATURES), path)
 
 
-def _read_document(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: missing; run `manyheads features` with this config first") from None
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{path}: cannot be read ({error}); run `manyheads features` again") from None
-    found = (document.get("format"), document.get("version")) if isinstance(document, dict) else (None, None)
-    if found != (FORMAT, VERSION):
+def require_index(path: Path, fingerprint: str) -> None:
+    """See that the data set's index, of this fingerprint, is the one that the features in `features.json` were made of.
+
+    Raises
+    ------
+    PipelineError
+        When it is another: then labels, splits or images are not those of the features' run.
+    """
+    made = read_document(path, FEATURES).get("index")
+    if made != fingerprint:
         raise PipelineError(
-            f"{path}: is {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}; run `manyheads features` again"
+            f"{path.parent / 'dataset' / 'index.csv'}: is not the index that the features were made of; "
+            "run `manyheads features` again, which embeds only what is new"
         )
-    return dict(document)
+
+
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
+
+
+def _of_another_version(path: Path) -> PipelineError:
+    return PipelineError(f"{path}: was written by another version of this package; run `manyheads features` again")
 
 
 def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecord, ...]:
     try:
         return tuple(EmbeddingRecord.from_dict(values) for values in document["embeddings"])
-    except (KeyError, TypeError, ValueError):
-        raise PipelineError(
-            f"{path}: was written by another version of this package; run `manyheads features` again"
-        ) from None
+    except _MALFORMED:
+        raise _of_another_version(path) from None
 
 
 def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "`embedding`") -> EmbeddingRecord:

@@ -14,11 +14,20 @@ import contextlib
 import errno
 import os
 import secrets
+import signal
+import stat
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SYSTEM: dict[str, Callable[..., Any]] = {
     "open": os.open,
@@ -38,6 +47,9 @@ Data = bytes | bytearray | memoryview
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
+NOT_ORDINARY = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.EFBIG}
+"""What reading or locking says of a folder, a link where none may be, a socket, a pipe or device, and a file too large."""
+
 REMEDIES = {
     errno.ENOSPC: "free some space there, or write to another place",
     errno.EDQUOT: "free some of your quota, or write to another place",
@@ -49,6 +61,9 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "mend the symbolic links on the way to it",
     errno.EIO: "check the disk",
+    errno.EINVAL: "name an ordinary file",
+    errno.EFBIG: "name a smaller file",
+    errno.EMFILE: "close other programs, or raise the limit with `ulimit -n`",
 }
 """What the file system refuses to users -> what they can do. Every other error number is taken for a bug of ours."""
 
@@ -59,6 +74,138 @@ def refusal(error: OSError) -> str | None:
         return None
     where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else "the output"
     return f"{where}: cannot be used ({error.strerror}); {REMEDIES[error.errno]}"
+
+
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+"""Not waiting: a pipe that somebody put in place of a file would be waited for forever."""
+
+
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """Return every byte of an ordinary file, of at most so many bytes; never waits.
+
+    Raises
+    ------
+    OSError
+        As the system does; `EINVAL` for a pipe or device, `EFBIG` for a larger file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | _FLAGS)
+    with open(descriptor, "rb") as file:
+        state = _require_ordinary(descriptor, path)
+        if most is not None and state.st_size > most:
+            raise OSError(errno.EFBIG, f"It has {state.st_size:,} bytes, expected at most {most:,}", str(path))
+        return file.read()
+
+
+def _require_ordinary(descriptor: int, path: Path) -> os.stat_result:
+    state = os.fstat(descriptor)
+    if stat.S_ISDIR(state.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(errno.EINVAL, "It is not an ordinary file", str(path))
+    return state
+
+
+_HELD: dict[tuple[int, int], int] = {}
+"""(device, inode) of each file that a process has for itself -> its process id; a forked child inherits the table."""
+
+
+def open_alone(path: Path, flags: int = 0) -> int:
+    """Open a file for reading and writing by this process alone, creating it; give it back with `close_alone`.
+
+    A POSIX record lock, because it dies with its process even when a forked worker lives on; `flock` and HDF5's own locks
+    stay with the child. Such a lock does not keep out a second user of the same process, and closing any descriptor of the
+    file gives it up: so a table of held files goes first.
+
+    Raises
+    ------
+    BlockingIOError
+        When another process has it, or this one already.
+    OSError
+        When it is a symbolic link or no ordinary file (see `NOT_ORDINARY`), or cannot be opened or locked.
+    """
+    while True:
+        if is_held(path):
+            raise BlockingIOError(errno.EAGAIN, "This process has it already", str(path))
+        flags |= os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
+        descriptor = int(SYSTEM["open"](path, flags, 0o666))
+        try:
+            state = _require_ordinary(descriptor, path)
+            _lock(descriptor)
+            # It may have been replaced or set aside between the two calls.
+            if os.path.samestat(state, os.stat(path, follow_symlinks=False)):
+                _HELD[state.st_dev, state.st_ino] = os.getpid()
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except PermissionError as error:  # what some systems say for EAGAIN
+        raise BlockingIOError(errno.EAGAIN, error.strerror) from None
+
+
+def close_alone(descriptor: int) -> None:
+    """Close what `open_alone` opened; in a forked child, whose parent goes on having it, nothing else changes."""
+    state = os.fstat(descriptor)
+    if _HELD.get((state.st_dev, state.st_ino)) == os.getpid():
+        del _HELD[state.st_dev, state.st_ino]
+    os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether this process has the file by `open_alone`."""
+    try:
+        state = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return False
+    return _HELD.get((state.st_dev, state.st_ino)) == os.getpid()
+
+
+def locked_elsewhere(path: Path) -> bytes | None:
+    """Return what stands in a file that another process has by `open_alone`, its first 4 KB; None where none has it."""
+    if fcntl is None or is_held(path):  # closing a descriptor would give the lock up
+        return None
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | _FLAGS)
+        try:
+            _lock(descriptor)
+        except BlockingIOError:
+            return os.pread(descriptor, 4096, 0)
+        finally:
+            os.close(descriptor)
+    return None
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let a signal to stop wait until the block ends: libhdf5 drops what is raised while it calls back, or trips over it."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread only
+        yield
+        return
+    waiting: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def require_place(path: Path) -> None:

@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import Digests, bytes_digest, digests_to_hex
+from pipeline.digests import Digests, bytes_digest, digests_to_hex, fingerprint
 from pipeline.errors import TrainingError
 
 CONTENTS_KEY = "manyheads_trained_on"
 CHOSEN_KEY = "manyheads_chosen_on"
 """Keys of the safetensors header under which the digests stand, as one hex text, sorted."""
+
+LINEAGE_DIGEST_KEY = "manyheads_lineage_digest"
+"""Key of the digest of both texts, which can be checked without reading the weights."""
 
 _HEX = 32
 
@@ -39,7 +42,8 @@ class Lineage:
     def header(self) -> dict[str, str]:
         """Return what a weights file says of it, as text by key of the safetensors header."""
         sets = {CONTENTS_KEY: self.trained_on, CHOSEN_KEY: self.chosen_on}
-        return {key: "".join(sorted(digests)) for key, digests in sets.items() if digests is not None}
+        texts = {key: "".join(sorted(digests)) for key, digests in sets.items() if digests is not None}
+        return {**texts, LINEAGE_DIGEST_KEY: fingerprint(texts)}
 
     @property
     def digest(self) -> str:
@@ -66,6 +70,9 @@ def read(weights: Path, expected: str | None = None) -> Lineage:
         When the file cannot be read or is not the one the embedding was made with.
     """
     header = _header(weights)
+    texts = {key: header[key] for key in (CONTENTS_KEY, CHOSEN_KEY) if key in header}
+    if header.get(LINEAGE_DIGEST_KEY, digest := fingerprint(texts)) != digest:
+        raise TrainingError(f"{weights}: is damaged: what it says of its images is not what was written; make it anew")
     found = Lineage(_split(header.get(CONTENTS_KEY, "")), _split(header[CHOSEN_KEY]) if CHOSEN_KEY in header else None)
     if expected is not None and found.digest != expected:
         raise TrainingError(
@@ -88,6 +95,8 @@ def _among(digests: Digests, known: frozenset[str]) -> NDArray[np.bool_]:
 
 def _header(weights: Path) -> dict[str, str]:
     """The text part of a safetensors header: 8 bytes of length, then JSON."""
+    if weights.exists() and not weights.is_file():
+        raise TrainingError(f"{weights}: is no ordinary file, expected a safetensors file")
     try:
         with weights.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -5,20 +5,40 @@ The store knows contents, the index knows images; here the two are joined, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from pipeline import bundle as bundles
 from pipeline import dataset, embedders, store
-from pipeline.config import Artifacts, Config
+from pipeline.config import Config
 from pipeline.dataset import DatasetIndex, failed_digests
+from pipeline.dataset.index import Texts
+from pipeline.dataset.statcache import CACHE_FILE
 from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedders import EmbeddingRecord
-from pipeline.errors import PipelineError, first
+from pipeline.errors import PipelineError, StoreError, first
+from pipeline.experiment import (
+    FINETUNING,
+    REPORT,
+    SPECS,
+    TRIALS,
+    Artifacts,
+    Kind,
+    bundle_file,
+    parse_arrays,
+    read_document,
+    read_lines,
+    unsealed,
+)
 from pipeline.feed import Item, Lane, embed
+from pipeline.files import read_file
 from pipeline.images import policy_key
+from pipeline.leaderboard import read_leaderboard
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
@@ -85,19 +105,53 @@ class Experiment:
         files = Artifacts(config.output)
         return Experiment(config, files, embedders.read_records(files.features), DatasetIndex.read(files.dataset))
 
+    @staticmethod
+    def open_as_made(config: Config) -> Experiment:
+        """Read the records and the index, which must be the one that the features were made of.
+
+        Raises
+        ------
+        PipelineError
+            When stage one has not been run, or its index is another by now.
+        """
+        here = Experiment.open(config)
+        embedders.require_index(here.files.features, here.index.fingerprint())
+        return here
+
     def path(self, record: EmbeddingRecord) -> Path:
         """The store of an embedding."""
         return self.files.root / record.store
 
+    def own(self, record: EmbeddingRecord) -> Path:
+        """The store of an embedding, which may be changed: it is no other experiment's.
+
+        Raises
+        ------
+        StoreError
+            When a symbolic link leads to a store elsewhere.
+        """
+        path = self.path(record)
+        if not path.resolve().is_relative_to(self.files.root.resolve()):
+            raise StoreError(
+                f"{path}: is a link to {path.resolve()}, outside of this experiment, and stays as it is; put the store itself "
+                "there if it is this experiment's"
+            )
+        return path
+
     def paths_of(self, digests: Digests) -> tuple[str, ...]:
         """The images that have one of these contents."""
-        wanted = set(digests_to_hex(digests))
-        pairs = zip(self.index.paths.tolist(), digests_to_hex(self.index.digests), strict=True)
-        return tuple(path for path, digest in pairs if digest in wanted) if wanted else ()
+        return _names_of(self.index.paths, self.index.digests, digests)
 
     def choose(self, name: str | None) -> EmbeddingRecord:
         """Return an embedding by name; the only backbone's where none is named."""
         return embedders.choose(self.records, name, "--embedding")
+
+
+def _names_of(names: Texts, contents: Digests, digests: Digests) -> tuple[str, ...]:
+    """The names whose content is one of the digests."""
+    wanted = set(digests_to_hex(digests))
+    pairs = zip(names.tolist(), digests_to_hex(contents), strict=True)
+    return tuple(str(name) for name, digest in pairs if digest in wanted) if wanted else ()
 
 
 def status(config: Config) -> list[str]:
@@ -198,13 +252,90 @@ def status_of_pack(path: Path) -> list[str]:
 def verify_pack(path: Path, *, full: bool = False) -> tuple[bool, list[str]]:
     """Check a packed file; return whether nothing is wrong, and the outcome in plain lines."""
     report = store.verify(path, full=full)
-    images = ()
-    if len(report.damaged):
+    images: tuple[str, ...] = ()
+    try:
+        store.status(path)
         index = store.read_packed_index(path)
-        wanted = set(digests_to_hex(report.damaged))
-        names = index.columns.get("paths", np.array(digests_to_hex(index.digests), dtype=object)).tolist()
-        images = tuple(n for n, digest in zip(names, digests_to_hex(index.digests), strict=True) if digest in wanted)
+    except StoreError as error:
+        problem = store.Problem(path.name, error.message.removeprefix(f"{path}: "), 0)
+        report = replace(report, problems=(*report.problems, problem))
+    else:
+        names = index.columns.get("paths", np.array(digests_to_hex(index.digests), dtype=object))
+        images = _names_of(names, index.digests, report.damaged)
     return report.ok, list(_verify_lines(path.name, report, report.ok, images))
+
+
+def verify_files(config: Config) -> tuple[bool, list[str]]:
+    """Check the digest of every file beside the stores; return whether nothing is wrong, and the outcome in plain lines."""
+    files = Artifacts(config.output)
+    problems, count = [], 0
+    for check in _file_checks(files):
+        count += 1
+        try:
+            check()
+        except PipelineError as error:
+            problems += str(error).splitlines()
+    verdict = "ok" if not problems else "DAMAGED"
+    lines = [f"other files: {verdict}; {count:,} documents, journals and files of weights"]
+    return not problems, lines + [f"  {problem}" for problem in problems]
+
+
+def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
+    """One call for each file: its reader, which raises what is wrong."""
+    yield lambda: embedders.read_records(files.features)
+    yield lambda: embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
+    yield lambda: dataset.read_ledger(files.dataset)
+    cache = files.dataset / CACHE_FILE
+    if cache.exists():
+        yield lambda: _checked(cache, parse_arrays, "delete it, and every image is read again")
+    for path in sorted(files.dataset.glob("*.store")):  # perceptual hashes
+        yield partial(_check_store, path)
+    if files.specs.exists():
+        yield lambda: _whole(files.specs, SPECS)
+    if files.leaderboard.exists():
+        yield lambda: read_leaderboard(files.root)
+    if (page := files.root / "report.json").exists():
+        yield partial(_whole, page, REPORT)
+    for path in sorted(files.root.glob("heads/*/*/bundle.json")):
+        yield partial(bundles.describe, path.parent)
+        for name in sorted({"head.skops", "head.joblib", "predictions.npz"} & {*os.listdir(path.parent)}):
+            yield partial(bundle_file, path.parent, name)
+    for path in sorted(files.root.glob("trials/**/*.jsonl")):
+        yield partial(read_lines, path, TRIALS)
+    for path in sorted(files.finetuned.glob("*/result.json")):
+        yield partial(_whole, path, FINETUNING)
+    for path in sorted(files.finetuned.glob("*/checkpoint.pt")):
+        yield partial(_checked, path, unsealed, "delete it to train from the start")
+    for path in sorted(files.finetuned.glob("*/log.jsonl")):
+        yield partial(read_lines, path, FINETUNING)
+    for path in sorted(files.finetuned.glob("*/*.safetensors")):
+        yield partial(_check_weights, path)
+
+
+def _check_store(path: Path) -> None:
+    report = store.verify(path, full=True)
+    if not report.ok:
+        raise StoreError(
+            f"{path}: is damaged: {report.problems[0].file}: {report.problems[0].found}; delete it to have it made anew"
+        )
+
+
+def _whole(path: Path, kind: Kind) -> None:
+    """Read a document that is made anew where it is of an earlier version, which is no damage."""
+    read_document(path, replace(kind, older=tuple(range(kind.version))))
+
+
+def _checked(path: Path, check: Callable[[bytes], object], remedy: str) -> None:
+    try:
+        check(read_file(path))
+    except ValueError as error:
+        raise PipelineError(f"{path}: is damaged: {error}; {remedy}") from None
+
+
+def _check_weights(path: Path) -> None:
+    from pipeline.backbone.weights_files import read_weights  # loads torch
+
+    read_weights(path)
 
 
 def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check]:
@@ -247,7 +378,7 @@ def repair(config: Config) -> list[str]:
     here = Experiment.open(config)
     lines = []
     for record in here.records:
-        report = store.repair(here.path(record))
+        report = store.repair(here.own(record))
         images = here.paths_of(report.damaged)
         if not images and not report.quarantined:
             lines.append(f"{record.name}: nothing to repair")
@@ -261,13 +392,13 @@ def repair(config: Config) -> list[str]:
 
 def gc(config: Config) -> list[str]:
     """Remove the vectors that belong to no image any more."""
-    here = Experiment.open(config)
+    here = Experiment.open_as_made(config)
     lines = []
     for record in here.records:
         if here.path(record).is_file():
             lines.append(f"{record.name}: is a packed file, which stays as it is; pack the store again instead")
             continue
-        report = store.collect(here.path(record), here.index.digests)
+        report = store.collect(here.own(record), here.index.digests)
         gone = report.rows_before - report.rows_after
         freed = report.bytes_before - report.bytes_after
         lines.append(
@@ -309,7 +440,7 @@ def merge(target: Path, sources: Sequence[Path]) -> list[str]:
 
 def _table(config: Config, embedding: str | None) -> tuple[Digests, Mapping[str, Sequence[str]], store.FeatureStore]:
     """The images that have a vector, what the index says of them, and the store."""
-    here = Experiment.open(config)
+    here = Experiment.open_as_made(config)
     record = here.choose(embedding)
     opened = store.FeatureStore.open(here.path(record), record.fingerprint)
     index = here.index.rows(~opened.missing(here.index.digests))

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from pipeline import bundle as bundles
 from pipeline.bundle import ModelBundle
-from pipeline.config import NETWORK_DEVICES, Artifacts, checked_device
+from pipeline.config import NETWORK_DEVICES, checked_device
 from pipeline.dataset import REMARKS, LedgerEntry, Walk, passed_over_lines
 from pipeline.embedders import EmbeddingRecord, open_record
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
+from pipeline.experiment import Artifacts, to_cell
 from pipeline.feed import Batch, Item, Lane, Part, embed
 from pipeline.files import growing, require_place
-from pipeline.leaderboard import Leaderboard
+from pipeline.leaderboard import read_leaderboard
 from pipeline.leaderboard.rows import CONSTANT_GUESS
 from pipeline.progress import bar
 
@@ -157,7 +158,7 @@ def find_bundle(path: Path) -> Path:
     leaderboard = Artifacts(path).leaderboard
     if (path / "bundle.json").exists() or not leaderboard.exists():
         return path
-    board = Leaderboard.from_json(leaderboard.read_text(encoding="utf-8"))
+    board = read_leaderboard(path)
     best = next((row for row in board.rows if row.bundle is not None and row.embedding != CONSTANT_GUESS), None)
     if best is None or best.bundle is None:
         raise BundleError(f"{path}: its leaderboard has no head that looks at images; name a bundle's folder")
@@ -225,11 +226,12 @@ def csv_header(classes: Sequence[str], top: int) -> str:
 
 
 def to_csv(rows: Sequence[Row], classes: Sequence[str], top: int) -> str:
-    """Return the lines of some rows, without the first."""
+    """Return the lines of some rows, without the first; a cell that a spreadsheet would run begins with `'`."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
-        writer.writerow([row.path, row.status, *_cells(row, classes, min(top, len(classes)))])
+        cells = [row.path, row.status, *_cells(row, classes, min(top, len(classes)))]
+        writer.writerow(map(to_cell, cells))
     return text.getvalue()
 
 

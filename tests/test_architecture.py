@@ -15,11 +15,14 @@ PACKAGE = ROOT / "pipeline"
 
 FLOORS = (
     {"errors", "imports"},
-    {"config", "digests", "files", "memory", "metrics", "progress", "vision"},
-    {"embedding", "images", "lineage"},
+    {"digests", "files", "fitted", "memory", "progress", "vision"},
+    {"config"},
+    {"experiment"},
+    {"embedding", "images", "lineage", "metrics"},
     {"dataset", "backbone", "baselines", "store", "heads", "bundle", "leaderboard"},
     {"audit"},
-    {"tuning", "training", "report", "embedders"},
+    {"tuning", "training", "embedders"},
+    {"report"},
     {"feed"},
     {"check", "extract_features", "train_heads", "finetune", "predict", "maintenance", "api"},
     {"cli"},

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 
-from pipeline.digests import canonical_json
+from pipeline.digests import canonical_json, fingerprint
 from pipeline.errors import BackboneError, first_line
+from pipeline.experiment import MADE_BY
 
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "manyheads"
 """Under it a weights file made by this project carries its description in the safetensors header."""
+DIGEST_KEY = "manyheads_digest"
+"""Under it such a file carries the digest of its tensors and its description."""
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 """What DataParallel, torch.compile, Lightning and self-supervised training put before the names of a network's tensors, in any
@@ -57,7 +60,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    return _tensors(state, path), json.loads(metadata.get(METADATA_KEY, "{}"))
+    description = json.loads(metadata.get(METADATA_KEY, "{}"))
+    ours = DIGEST_KEY in metadata or MADE_BY in description
+    if ours and metadata.get(DIGEST_KEY) != weights_digest(state, metadata):
+        raise BackboneError(
+            f"weights file {path} is damaged: its content is not the one that its digest names; make it anew, or fetch it again"
+        )
+    return _tensors(state, path), description
+
+
+def weights_digest(state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
+    """Return the one digest of a weights file of this project: of its tensors and the texts in its header."""
+    return fingerprint([tensors_digest(state), {key: text for key, text in header.items() if key != DIGEST_KEY}])
 
 
 def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:

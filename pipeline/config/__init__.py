@@ -8,10 +8,8 @@ experiment.py   Config: all of them
 reading.py      YAML -> Config, every problem at once
 paths.py        paths relative to the file
 retired.py      keys of earlier versions
-artifacts.py    the names of an experiment's files
 """
 
-from pipeline.config.artifacts import Artifacts
 from pipeline.config.experiment import Config
 from pipeline.config.features import (
     NETWORK_DEVICES,
@@ -31,7 +29,6 @@ __all__ = [
     "HEAD_NAMES",
     "NETWORK_DEVICES",
     "WEIGHTS_FILES",
-    "Artifacts",
     "BackboneConfig",
     "Config",
     "DatasetConfig",

@@ -1,13 +1,15 @@
 """The index: which image has which label and is on which side; one CSV file that people and programs can read.
 
 Labels and splits live here and nowhere else, so relabelling or splitting anew costs no embedding. `index.csv` holds the
-rows; `index.json` beside it says which format that is, where the images are, and how splits were made.
+rows; `index.json` beside it says which format that is, where the images are, how splits were made, and the digest of the
+rows, also of those that they replaced: a kill may fall between the two files.
 """
 
 from __future__ import annotations
 
 import io
-import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +24,16 @@ from numpy.typing import NDArray
 from pipeline.dataset.units import leakage_units
 from pipeline.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
 from pipeline.errors import DatasetError
-from pipeline.files import make_folder, write_atomic, write_text_atomic
+from pipeline.experiment import INDEX, read_document, to_cell, write_document
+from pipeline.files import NOT_ORDINARY, make_folder, read_file, write_atomic
 
 INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
-FORMAT = "manyheads index"
-VERSION = 1
 COLUMNS = ("path", "label", "split", "group", "digest", "size")
 SPLITS = ("train", "validation", "test", "excluded")
+
+_RUNS = r"^[=+\-@\t\r']"
+"""What `to_cell` looks for."""
 
 Texts = NDArray[np.object_]
 """n texts: ndarray of shape (n,), object dtype, each a `str`."""
@@ -106,15 +110,11 @@ class DatasetIndex:
     def write(self, folder: Path, made: dict[str, Any] | None = None, source: str = "") -> None:
         """Write index.csv and index.json; `made` says how splits were made, None when the user gave them."""
         make_folder(folder)
-        record = {
-            "format": FORMAT,
-            "version": VERSION,
-            "root": str(self.root),
-            "source": source,
-            "made_splits": made,
-        }
-        write_text_atomic(folder / INDEX_RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        write_atomic(folder / INDEX_FILE, _to_csv(self))
+        rows, path = _to_csv(self), folder / INDEX_FILE
+        digests = [bytes_digest(rows), *([bytes_digest(path.read_bytes())] if path.is_file() else [])]
+        record = {"root": str(self.root), "source": source, "made_splits": made, "rows": digests}
+        write_document(folder / INDEX_RECORD, INDEX, record)
+        write_atomic(path, rows)
 
     @staticmethod
     def read(folder: Path) -> DatasetIndex:
@@ -128,12 +128,23 @@ class DatasetIndex:
         record = read_record(folder)
         if record is None:
             raise DatasetError(f"{folder}: has no {INDEX_RECORD}; run `manyheads features` to make the index")
-        return DatasetIndex.read_rows(folder, Path(record["root"]))
+        if not record_names_rows(folder, record):
+            raise DatasetError(
+                f"{folder / INDEX_FILE}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, "
+                "which keeps its splits, or delete it to have it made anew"
+            )
+        return _from_csv(folder / INDEX_FILE, Path(record["root"]), record)
 
     @staticmethod
-    def read_rows(folder: Path, root: Path) -> DatasetIndex:
-        """Read index.csv alone, its images being below `root`."""
-        return _from_csv(folder / INDEX_FILE, root)
+    def read_edited(folder: Path, record: Mapping[str, Any] | None) -> DatasetIndex:
+        """Read index.csv also where somebody has edited it; `record` is what index.json says, if there is one."""
+        return _from_csv(folder / INDEX_FILE, Path((record or {}).get("root", "")), record or {})
+
+
+def record_names_rows(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether index.csv is, byte for byte, what was written with this record; 0.1 did not write down which that was."""
+    path = folder / INDEX_FILE
+    return "rows" not in record or not path.is_file() or bytes_digest(path.read_bytes()) in record["rows"]
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -142,19 +153,18 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     Raises
     ------
     DatasetError
-        When it is of another format or version.
+        When it is damaged, or of another format or version.
     """
     path = folder / INDEX_RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read ({error}); delete it to have it made anew") from None
-    found = (record.get("format"), record.get("version")) if isinstance(record, dict) else (None, None)
-    if found != (FORMAT, VERSION) or not isinstance(record.get("root"), str):
-        raise DatasetError(f"{path}: is {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}")
-    return dict(record)
+    record = read_document(path, INDEX)
+    made = record.get("made_splits")
+    if not isinstance(record.get("root"), str) or not (
+        made is None or (isinstance(made, dict) and {"seed", "test_fraction"} <= {*made})
+    ):
+        raise INDEX.damaged(path, "it does not say where the images are and how splits were made")
+    return record
 
 
 def encode(texts: Texts) -> tuple[NDArray[np.int64], list[str]]:
@@ -173,7 +183,8 @@ def texts(values: list[str]) -> Texts:
 def _to_csv(index: DatasetIndex) -> bytes:
     """Return index.csv: quoted only where some value of the table needs it, so that most files stay easy to read."""
     groups = index.groups if index.groups is not None else np.full(len(index), "", dtype=object)
-    columns = [pa.array(column, pa.large_string()) for column in (index.paths, index.labels, index.splits, groups)]
+    given = [pa.array(column, pa.large_string()) for column in (index.paths, index.labels, index.splits, groups)]
+    columns = [_to_cells(column) for column in given]
     table = pa.table(
         [*columns, pa.array(digests_to_hex(index.digests), pa.large_string()), pa.array(index.sizes)],
         names=list(COLUMNS),
@@ -186,13 +197,20 @@ def _to_csv(index: DatasetIndex) -> bytes:
     return sink.getvalue()
 
 
-def _from_csv(path: Path, root: Path) -> DatasetIndex:
+def _to_cells(column: pa.Array) -> pa.Array:
+    """Do for a column what `to_cell` does for a text."""
+    if not pc.any(pc.match_substring_regex(column, _RUNS)).as_py():
+        return column
+    return pa.array([None if text is None else to_cell(text) for text in column.to_pylist()], column.type)
+
+
+def _from_csv(path: Path, root: Path, record: Mapping[str, Any]) -> DatasetIndex:
     types: dict[str, pa.DataType] = {
         name: pa.dictionary(pa.int32(), pa.string()) for name in ("label", "split", "group")
     }
     types |= {"path": pa.string(), "digest": pa.string(), "size": pa.int64()}
     try:
-        data = path.read_bytes()
+        data = read_file(path)
         table = pyarrow.csv.read_csv(
             pa.BufferReader(data),
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=b'"' in data),
@@ -201,13 +219,29 @@ def _from_csv(path: Path, root: Path) -> DatasetIndex:
     except FileNotFoundError:
         raise DatasetError(f"{path}: there is no index here; run `manyheads features` to make it") from None
     except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno not in NOT_ORDINARY:
+            raise
         raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); delete it to have it made anew") from None
     if tuple(table.column_names) != COLUMNS:
         found = ", ".join(table.column_names)
         raise DatasetError(
             f"{path}: has columns {found}, expected {', '.join(COLUMNS)}; delete it to have it made anew"
         )
+    if record.get("version") != 1:
+        table = table.set_column(0, "path", _from_cells(table["path"]))
+        for place in (1, 3):
+            table = table.set_column(place, COLUMNS[place], _dictionary_from_cells(table[COLUMNS[place]]))
     return _checked(table, path, root)
+
+
+def _from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Do for a column what `from_cell` does for a text."""
+    return pc.replace_substring_regex(column, pattern="^'", replacement="")
+
+
+def _dictionary_from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    words = (pa.DictionaryArray.from_arrays(chunk.indices, _from_cells(chunk.dictionary)) for chunk in column.chunks)
+    return pa.chunked_array(words, column.type)
 
 
 def _checked(table: pa.Table, path: Path, root: Path) -> DatasetIndex:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from pipeline.digests import Digests, digests_from_hex, digests_to_hex
 from pipeline.errors import DatasetError
-from pipeline.files import make_folder, write_text_atomic
+from pipeline.experiment import from_cell, to_cell
+from pipeline.files import make_folder, read_file, write_text_atomic
 
 LEDGER_FILE = "ledger.csv"
 COLUMNS = ("path", "digest", "status", "reason", "policy")
@@ -50,17 +51,18 @@ def read_ledger(folder: Path) -> list[LedgerEntry]:
     """
     path = folder / LEDGER_FILE
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file))
+        rows = list(csv.reader(io.StringIO(read_file(path).decode("utf-8"), newline="")))
     except FileNotFoundError:
         return []
+    except PermissionError:
+        raise
     except (OSError, ValueError, csv.Error) as error:
         raise DatasetError(f"{path}: cannot be read ({error}); delete it, and failed images are tried again") from None
     if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
         raise DatasetError(
             f"{path}: expected the columns {', '.join(COLUMNS)}; delete it, and failed images are tried again"
         )
-    return [LedgerEntry(*row) for row in rows[1:]]
+    return [LedgerEntry(*map(from_cell, row)) for row in rows[1:]]
 
 
 def write_ledger(folder: Path, entries: Iterable[LedgerEntry]) -> None:
@@ -68,7 +70,7 @@ def write_ledger(folder: Path, entries: Iterable[LedgerEntry]) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(sorted(set(entries)))
+    writer.writerows([to_cell(cell) for cell in entry] for entry in sorted(set(entries)))
     path = folder / LEDGER_FILE
     make_folder(folder)
     if not path.exists() or path.read_bytes() != text.getvalue().encode():

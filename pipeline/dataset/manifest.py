@@ -113,6 +113,8 @@ def _require_file(path: Path) -> None:
         raise DatasetError(
             f"{path}: is a folder, expected a CSV or Parquet file; class folders are read with dataset.source: folder"
         )
+    if not path.is_file():
+        raise DatasetError(f"{path}: is a pipe or device, expected a CSV or Parquet file")
 
 
 def _csv_rows(path: Path, listing: Listing, problems: list[str]) -> Iterator[Row]:

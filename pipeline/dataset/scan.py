@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset.index import INDEX_FILE, DatasetIndex, Texts, read_record, texts
+from pipeline.dataset.index import INDEX_FILE, DatasetIndex, Texts, read_record, record_names_rows, texts
 from pipeline.dataset.leaks import Copies, apply_leaks, find_copies
 from pipeline.dataset.ledger import LedgerEntry, current_entries, read_ledger, record_failures, write_ledger
 from pipeline.dataset.listing import Listing, shown
@@ -35,6 +35,11 @@ MANY_CLASSES, FEW_IMAGES = 20, 5
 
 MOST_PROBLEMS = 20
 """Lines of one error; more help nobody."""
+
+EDITED = (
+    f"{INDEX_FILE} is not the one that was written: it was edited, or is damaged; its splits are kept, delete it to have them "
+    "made anew"
+)
 
 
 def scan(
@@ -80,8 +85,10 @@ def scan(
     unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
     if write:
         write_ledger(folder, ledger)
-    if write and (not unchanged or plan != before.made):
+    if write and (not unchanged or plan != before.made or before.edited):
         index.write(folder, None if plan is None else asdict(plan), config.source)
+    if before.edited:
+        warnings.append(EDITED)
     if write and (found.read or not (as_it_was and unchanged)):
         # A file that could not be read is tried again next time, so that scan must not be taken for complete.
         whole = "" if found.entries else key
@@ -133,17 +140,20 @@ class _Before:
     made: SplitPlan | None
     """How the test split was made; None when the user gave it, or nothing is known."""
     recorded: bool
+    edited: bool = False
+    """index.csv is not the one that was written: somebody has edited it, or it is damaged."""
 
     @staticmethod
     def read(folder: Path) -> _Before:
         record = read_record(folder)
         if not (folder / INDEX_FILE).exists():
             return _Before(None, "", None, False)
-        index = DatasetIndex.read(folder) if record else DatasetIndex.read_rows(folder, Path())
+        index = DatasetIndex.read_edited(folder, record)
+        edited = record is not None and not record_names_rows(folder, record)
         made = (record or {}).get("made_splits")
         plan = SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
         # The digest of the file is the fingerprint of the index unless someone edited it; then it is written anew.
-        return _Before(index, bytes_digest((folder / INDEX_FILE).read_bytes()), plan, record is not None)
+        return _Before(index, bytes_digest((folder / INDEX_FILE).read_bytes()), plan, record is not None, edited)
 
 
 @dataclass(frozen=True, eq=False)

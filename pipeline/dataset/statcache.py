@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from pipeline.dataset.index import Texts, texts
 from pipeline.dataset.match import match_texts
 from pipeline.digests import Digests
-from pipeline.files import write_atomic
+from pipeline.experiment import parse_arrays
+from pipeline.files import read_file, write_atomic
 
 CACHE_FILE = "stat-cache.npz"
 VERSION = 2
@@ -82,21 +82,21 @@ def read_cache(folder: Path) -> StatCache:
     """Read a folder's cache; an empty one when there is none or it is damaged, which costs time and nothing else."""
     is_old = False
     try:
-        with np.load(folder / CACHE_FILE, allow_pickle=False) as file:
-            is_old = int(file["version"]) < VERSION
-            if int(file["version"]) != VERSION:
-                raise ValueError(f"version {int(file['version'])}")
-            blob = file["paths"].tobytes().decode()
-            paths = texts(blob.split("\0") if blob else [])
-            stats, digests = file["stats"], file["digests"]
-            began, ended = (int(value) for value in file["scan_times"])
-            scan, index = (str(value) for value in file["scan"])
+        file = parse_arrays(read_file(folder / CACHE_FILE))
+        is_old = int(file["version"]) < VERSION
+        if int(file["version"]) != VERSION:
+            raise ValueError(f"version {int(file['version'])}")
+        blob = file["paths"].tobytes().decode()
+        paths = texts(blob.split("\0") if blob else [])
+        stats, digests = file["stats"], file["digests"]
+        began, ended = (int(value) for value in file["scan_times"])
+        scan, index = (str(value) for value in file["scan"])
         if stats.shape != (len(paths), 3) or digests.shape != (len(paths), 2):
             raise ValueError("its columns differ in length")
         return StatCache(paths, stats.astype(np.int64), digests.astype(np.uint64), began, ended, scan, index)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.debug("%s is not used (%s); every image is read again", folder / CACHE_FILE, error)
     empty = np.zeros((0, 3), dtype=np.int64)
     return StatCache(texts([]), empty, np.zeros((0, 2), dtype=np.uint64), 0, 0, "", is_old=is_old)

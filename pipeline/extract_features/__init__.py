@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline import dataset
-from pipeline.config import Artifacts, Config, ExtractionConfig, dump_yaml
+from pipeline.config import Config, ExtractionConfig, dump_yaml
 from pipeline.dataset import DatasetIndex, ScanResult
 from pipeline.digests import digests_to_hex
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
 from pipeline.errors import DatasetError, PipelineError, first
+from pipeline.experiment import Artifacts
 from pipeline.extract_features.advice import advise
 from pipeline.extract_features.sources import resolve
 from pipeline.extract_features.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, reasons

@@ -7,22 +7,20 @@ that there is nothing to do. So `engine: auto` is decided once, by the images th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import backbone, baselines
-from pipeline.config import Artifacts, BackboneConfig, Config
+from pipeline.config import BackboneConfig, Config
 from pipeline.digests import fingerprint
 from pipeline.embedders import Embedder
 from pipeline.embedding import EMBED_VERSION, EmbeddingSpec
-from pipeline.files import make_folder, write_text_atomic
+from pipeline.errors import PipelineError
+from pipeline.experiment import SPECS, Artifacts, read_document, write_document
+from pipeline.files import make_folder
 from pipeline.images import DECODE_POLICY
-
-FORMAT = "manyheads specs"
-VERSION = 2
 
 
 @dataclass
@@ -72,9 +70,7 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
             sources.append(Source(None, baselines.load(name, config.extraction.decode).specs, config))
     if found != known:
         make_folder(files.root)
-        write_text_atomic(
-            files.specs, json.dumps({"format": FORMAT, "version": VERSION, "entries": found}, indent=1) + "\n"
-        )
+        write_document(files.specs, SPECS, {"entries": found})
     return _with_unique_names(sources)
 
 
@@ -105,10 +101,8 @@ def _state_of(path: Path) -> list[Any] | None:
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if (document["format"], document["version"]) == (FORMAT, VERSION):
-            return dict(document["entries"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(read_document(path, SPECS)["entries"])
+    except (PipelineError, KeyError, TypeError, ValueError):
         pass
     return {}
 
@@ -116,7 +110,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _known_specs(entries: list[Mapping[str, Any]] | list[dict[str, Any]] | None) -> tuple[EmbeddingSpec, ...]:
     try:
         return tuple(EmbeddingSpec.from_dict(entry) for entry in entries or ())
-    except TypeError:  # fields of another version of this package
+    except (TypeError, AttributeError, KeyError, ValueError):  # fields of another version of this package
         return ()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import Artifacts
 from pipeline.embedding import EmbeddingSpec
+from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore
 
 

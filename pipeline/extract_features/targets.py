@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Artifacts
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import Digests, digests_to_hex
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import StoreError, first
+from pipeline.experiment import Artifacts
 from pipeline.extract_features.sources import Source
 from pipeline.extract_features.stores import open_store, place
 from pipeline.store import FeatureStore, differences

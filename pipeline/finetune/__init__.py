@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.backbone.weights import Network
-from pipeline.config import Artifacts, Config
-from pipeline.digests import digests_to_hex, fingerprint
-from pipeline.files import make_folder, remove, write_text_atomic
+from pipeline.config import Config
+from pipeline.digests import digests_to_hex, file_digest, fingerprint
+from pipeline.errors import PipelineError
+from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
+from pipeline.files import make_folder, remove
 from pipeline.finetune.judgement import judge, lines, progress_report
 from pipeline.finetune.material import Choice, Parts, choose, divide, lineage_of, read_pixels
 from pipeline.finetune.start import make_task, open_network, starting_layer
@@ -35,10 +37,6 @@ from pipeline.training.search import ALPHAS
 __all__ = ["FinetuneRun", "run"]
 
 log = logging.getLogger(__name__)
-
-FORMAT = "manyheads fine-tuning"
-VERSION = 2
-"""Goes up when a result changes its meaning, so that finished ones are made again."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def run(config: Config) -> FinetuneRun:
     parts = divide(config, files, store, parent)
     lineage = parent.joined(parts.train.digests, parts.validation.digests)
     key = _key(config, choice, store, parts)
-    folder = files.root / "finetuned" / f"{choice.record.name}-{key[:8]}"
+    folder = files.finetuned / f"{choice.record.name}-{key[:8]}"
     weights = folder / f"finetuned-{key[:8]}.safetensors"
     name = choice.record.section.name if choice.record.section else ""
     finished = _finished(folder, key, weights)
@@ -112,15 +110,14 @@ def run(config: Config) -> FinetuneRun:
     predicted = predict_logits(task.network, pixels, data.mean, data.std, task.device).argmax(1).numpy()
     done = progress_report(task, trained, path)
     result = {
-        "format": FORMAT,
-        "version": VERSION,
         "key": key,
         "start": start,
         "bytes": weights.stat().st_size,
+        "weights_digest": file_digest(weights),
         **done,
         **judge(files, choice, parts, predicted.astype(np.int64), done["minutes"], config.seed),
     }
-    write_text_atomic(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_document(folder / "result.json", FINETUNING, result)
     for scratch in ("train.npy", "validation.npy", "test.npy"):
         remove(folder / scratch)
     return FinetuneRun(result, weights, name, reused=False)
@@ -131,7 +128,7 @@ def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> s
     linear = choice.linear
     return fingerprint(
         {
-            "version": VERSION,
+            "version": FINETUNING.version,
             "embedding": choice.record.fingerprint,
             "store": store.digest,
             "images": [
@@ -150,12 +147,14 @@ def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> s
 
 
 def _finished(folder: Path, key: str, weights: Path) -> dict[str, Any] | None:
-    """The result of an earlier run that answered the same question and whose weights are there."""
+    """The result of an earlier run that answered the same question and whose weights are there and whole."""
     try:
-        found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_document(folder / "result.json", FINETUNING)
+    except PipelineError:
         return None
-    return found if found.get("key") == key and weights.exists() else None
+    if found.get("key") != key or not weights.is_file():
+        return None
+    return found if found.get("weights_digest", digest := file_digest(weights)) == digest else None
 
 
 def _description(config: Config, network: Network, choice: Choice, parts: Parts, lineage: Lineage) -> dict[str, Any]:

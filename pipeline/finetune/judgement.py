@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import bundle as bundles
-from pipeline.config import Artifacts
 from pipeline.embedders import read_records
+from pipeline.experiment import Artifacts
 from pipeline.finetune.material import Choice, Parts
 from pipeline.leaderboard import LeaderboardRow
 from pipeline.metrics import ACCURACY, Answers, Paired, counted, paired_answers

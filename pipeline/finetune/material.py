@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from pipeline import config as configuration
 from pipeline import images, lineage, progress
-from pipeline.config import Artifacts, Config
+from pipeline.config import Config
 from pipeline.dataset import DatasetIndex
-from pipeline.embedders import EmbeddingRecord, departures, read_asked_records, shared
+from pipeline.embedders import EmbeddingRecord, departures, read_asked_records, require_index, shared
 from pipeline.errors import ConfigError, PipelineError, TrainingError, first
+from pipeline.experiment import Artifacts
 from pipeline.feed import Feeder, Item
 from pipeline.heads import HEADS
-from pipeline.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
 from pipeline.lineage import Lineage
 from pipeline.store import FeatureStore
 from pipeline.tuning import make_folds
@@ -70,11 +71,9 @@ def choose(config: Config, files: Artifacts) -> Choice:
         When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it.
     """
     records = {record.name: record for record in read_asked_records(files.features, config)}
-    try:
-        board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
-    except OSError:
-        raise PipelineError(f"{files.leaderboard}: missing; run `manyheads heads` with this config first") from None
+    board = read_leaderboard(files.root)
     _require_of(board, config, files)
+    require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     wanted = config.finetune
     able = [row for row in board.rows if not row.baseline and row.embedding in records]
     names = sorted({row.embedding for row in able})

@@ -17,10 +17,11 @@ from pipeline import bundle as bundles
 from pipeline import images
 from pipeline.backbone.precision import resolve_device, resolve_precision
 from pipeline.backbone.weights import Network, load_network
-from pipeline.config import Artifacts, BackboneConfig, Config
+from pipeline.config import BackboneConfig, Config
 from pipeline.dataset import DatasetIndex
 from pipeline.embedders import open_record
 from pipeline.errors import TrainingError
+from pipeline.experiment import Artifacts
 from pipeline.finetune.material import Choice, Parts, read_pixels
 from pipeline.heads import HEADS, Head
 from pipeline.metrics import fit_calibrator

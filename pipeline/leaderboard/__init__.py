@@ -10,6 +10,6 @@ Stage two builds `judge(Leaderboard(rows, provenance), output)` and writes it; t
 
 from pipeline.leaderboard.judge import judge
 from pipeline.leaderboard.rows import LeaderboardRow, Nested, Seeds, Verdict
-from pipeline.leaderboard.table import Leaderboard
+from pipeline.leaderboard.table import Leaderboard, read_leaderboard
 
-__all__ = ["Leaderboard", "LeaderboardRow", "Nested", "Seeds", "Verdict", "judge"]
+__all__ = ["Leaderboard", "LeaderboardRow", "Nested", "Seeds", "Verdict", "judge", "read_leaderboard"]

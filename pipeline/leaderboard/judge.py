@@ -5,7 +5,7 @@ Reads what stage two saved: `predictions.npz` beside each bundle and the trials'
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import Artifacts
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, HeadError
+from pipeline.experiment import TRIALS, Artifacts, read_lines
 from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
 from pipeline.leaderboard.table import Leaderboard
 from pipeline.metrics import (
@@ -30,6 +30,8 @@ from pipeline.metrics import (
     selection_optimism,
     trial_optimism,
 )
+
+log = logging.getLogger(__name__)
 
 Trials = Sequence[Mapping[str, Any]]
 """The finished, stopped and failed trials of one search, as its journal holds them."""
@@ -55,8 +57,8 @@ def read_predictions(leaderboard: Leaderboard, output: Path) -> dict[str, Predic
         try:
             if row.bundle is not None:
                 found[row.key] = Predictions.read(output / row.bundle / "predictions.npz")
-        except BundleError:
-            continue
+        except BundleError as error:
+            log.warning("%s: takes no part in the comparison: %s", row.key, error)
     return found
 
 
@@ -65,20 +67,18 @@ def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
     found: dict[str, Trials] = {}
     for row in leaderboard.rows:
         path = Artifacts(output).trials(row.embedding, row.head)
-        if path.is_file():
-            events = [_event(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        if not path.exists():
+            continue
+        try:
+            events = read_lines(path, TRIALS).records
             # A resumed search writes a trial again: the last word on each number counts.
             trials = {event["number"]: event for event in events if event.get("event") == "trial"}
+            if len(trials) < row.trials:
+                raise TRIALS.damaged(path, f"it has {len(trials)} of {row.trials} trials")
             found[row.key] = [trials[number] for number in sorted(trials)]
+        except HeadError as error:
+            log.warning("%s: its trials are left out: %s", row.key, error)
     return found
-
-
-def _event(line: str) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
 
 
 def _verdict(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.experiment import plain
 from pipeline.metrics import Difference, Optimism, Paired, Scores, repeated_interval
 from pipeline.metrics.intervals import Interval
 
@@ -137,7 +137,9 @@ class LeaderboardRow:
 
     @staticmethod
     def from_record(raw: Mapping[str, Any]) -> LeaderboardRow:
-        """Return the row that `to_record` wrote."""
+        """Return the row that `to_record` wrote; ValueError where its bundle lies outside of the experiment."""
+        if raw.get("bundle") is not None and not {"..", ""}.isdisjoint(str(raw["bundle"]).split("/")):
+            raise ValueError(f"the bundle {raw['bundle']!r} lies outside of the experiment")
         test = Scores(**_tuples(raw["test"])) if raw["test"] is not None else None
         nested = Nested(**_tuples(raw["nested"])) if raw.get("nested") else None
         seeds = Seeds(**_tuples(raw["seeds"])) if raw.get("seeds") else None
@@ -279,22 +281,6 @@ class Verdict:
             raw["trial_optimism"],
             raw.get("finished_trials"),
         )
-
-
-def plain(value: Any) -> Any:
-    """Return the value made of what JSON knows: numpy scalars and arrays become Python's, NaN and infinity None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
 
 
 def _difference(raw: Mapping[str, Any]) -> Difference:

@@ -6,7 +6,6 @@ Stage two (`train_heads`) fills `LeaderboardRow` and `Leaderboard`; test scores 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,14 +14,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
-from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Leaks, Nested, Verdict, nested_choice, plain
+from pipeline.experiment import LEADERBOARD, Artifacts, parse_document, read_document, to_document
+from pipeline.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Leaks, Nested, Verdict, nested_choice
 from pipeline.metrics import ACCURACY, METRICS, Metric, Scores
 from pipeline.metrics.intervals import Interval
 
-FORMAT = "manyheads leaderboard"
-VERSION = 1
 APART = "Ranked apart, on other images"
 
 
@@ -77,15 +74,13 @@ class Leaderboard:
     def to_json(self) -> str:
         """Return the whole leaderboard as JSON text; `from_json` gives an equal one back."""
         record = {
-            "format": FORMAT,
-            "version": VERSION,
             "best": self.best.key if self.rows else None,
             "rows": [row.to_record() for row in self.rows],
             "verdict": dataclasses.asdict(self.verdict) if self.verdict else None,
             "leaks": dataclasses.asdict(self.leaks) if self.leaks else None,
             "provenance": self.provenance,
         }
-        return json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return to_document(LEADERBOARD, record)
 
     @staticmethod
     def from_json(text: str) -> Leaderboard:
@@ -94,24 +89,10 @@ class Leaderboard:
         Raises
         ------
         PipelineError
-            When the text is no leaderboard of this version.
+            When the text is damaged, or no leaderboard of this version.
         """
-        try:
-            record = json.loads(text)
-            found = (record["format"], record["version"])
-        except (ValueError, KeyError, TypeError):
-            raise PipelineError("leaderboard.json: not a leaderboard; run `manyheads heads` again") from None
-        if found != (FORMAT, VERSION):
-            raise PipelineError(
-                f"leaderboard.json: found {found[0]!r} version {found[1]}, expected {FORMAT!r} version {VERSION}; run `manyheads heads` again"
-            )
-        verdict = record["verdict"]
-        return Leaderboard(
-            tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
-            record["provenance"],
-            Verdict.from_record(verdict) if verdict else None,
-            Leaks(**record["leaks"]) if record.get("leaks") else None,
-        )
+        path = Path("leaderboard.json")
+        return _leaderboard_of(parse_document(text, LEADERBOARD, path), path)
 
     def to_markdown(self) -> str:
         """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
@@ -434,10 +415,20 @@ def read_leaderboard(output: Path) -> Leaderboard:
         When there is none, or it is of another version.
     """
     path = Artifacts(output).leaderboard
+    return _leaderboard_of(read_document(path, LEADERBOARD), path)
+
+
+def _leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
     try:
-        return Leaderboard.from_json(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise PipelineError(f"{path}: missing; run `manyheads heads` first") from None
+        verdict = record["verdict"]
+        return Leaderboard(
+            tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
+            record["provenance"],
+            Verdict.from_record(verdict) if verdict else None,
+            Leaks(**record["leaks"]) if record.get("leaks") else None,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise LEADERBOARD.damaged(path, "it does not hold what a leaderboard of this version does") from None
 
 
 def seconds(value: float) -> str:

@@ -7,19 +7,16 @@ training images as predicted out of fold (each by a model that did not see it).
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, first_line
+from pipeline.experiment import PREDICTIONS, bundle_file, parse_arrays
 
-FORMAT = "manyheads predictions"
-VERSION = 2
-READABLE = (1, VERSION)
+READABLE = (1, PREDICTIONS.version)
 """Version 1 has no units, and of the searched probabilities those of the true classes only, which are left out."""
 FILE_NAME = "predictions.npz"
 
@@ -76,8 +73,8 @@ class Predictions:
     def to_bytes(self) -> bytes:
         """Return the content of a `predictions.npz`; the same predictions give the same bytes."""
         arrays: dict[str, NDArray[np.generic]] = {
-            "format": np.array(FORMAT),
-            "version": np.array(VERSION),
+            "format": np.array(PREDICTIONS.format),
+            "version": np.array(PREDICTIONS.version),
             "classes": np.array(self.classes, dtype=str),
         }
         for part, rows in (("test", self.test), ("out_of_fold", self.out_of_fold)):
@@ -98,14 +95,14 @@ class Predictions:
             When the file is missing, damaged, or of another format or version.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BundleError(f"{path}: no readable predictions ({error}); run `manyheads heads` again") from None
-        found = (str(arrays.get("format", "")), int(arrays.get("version", -1)))
-        if found not in [(FORMAT, version) for version in READABLE]:
+            arrays = parse_arrays(bundle_file(path.parent, path.name))
+            found = (str(arrays.get("format", "")), int(arrays.get("version", -1)))
+        except (ValueError, TypeError) as error:
+            raise BundleError(f"{path}: no readable predictions ({error}); {PREDICTIONS.again}") from None
+        if found not in [(PREDICTIONS.format, version) for version in READABLE]:
             raise BundleError(
-                f"{path}: found {found[0]!r} version {found[1]}, expected {FORMAT!r} version {VERSION}; run `manyheads heads` again"
+                f"{path}: found {found[0]!r} version {found[1]}, expected {PREDICTIONS.format!r} version {PREDICTIONS.version}; "
+                f"{PREDICTIONS.again}"
             )
 
         def part(name: str) -> PredictionSet | None:
@@ -113,7 +110,10 @@ class Predictions:
             own.pop("log_probabilities", None)
             return PredictionSet(**own) if own else None
 
-        test = part("test")
-        if test is None:
-            raise BundleError(f"{path}: holds no test predictions; run `manyheads heads` again")
-        return Predictions(tuple(arrays["classes"].astype(str).tolist()), test, part("out_of_fold"))
+        try:
+            test, classes = part("test"), tuple(arrays["classes"].astype(str).tolist())
+            if test is not None:
+                return Predictions(classes, test, part("out_of_fold"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PREDICTIONS.damaged(path, first_line(error)) from None
+        raise BundleError(f"{path}: holds no test predictions; {PREDICTIONS.again}")

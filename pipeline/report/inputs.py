@@ -8,14 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline
-from pipeline.config import Artifacts
 from pipeline.digests import file_digest, fingerprint
-from pipeline.files import write_text_atomic
+from pipeline.errors import PipelineError
+from pipeline.experiment import REPORT, Artifacts, read_document, write_document
 from pipeline.images import HASH_STORE
 from pipeline.leaderboard.table import read_leaderboard
 
-FORMAT = "manyheads report"
-VERSION = 1
 PAGE = "report.html"
 LIBRARIES = ("matplotlib", "numpy", "Pillow", "scikit-learn", "scipy", "umap-learn")
 """What draws and reckons; with umap-learn the map is another."""
@@ -32,19 +30,17 @@ def is_current(output: Path) -> bool:
         When there is no leaderboard.
     """
     try:
-        record = json.loads(_record(output).read_text(encoding="utf-8"))
+        record = read_document(_record(output), REPORT)
         made = {name: file_digest(output / name) for name in record["files"]}
-        same = (record["format"], record["version"], record["files"]) == (FORMAT, VERSION, made)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (PipelineError, OSError, KeyError, TypeError):
         return False
-    return same and record["inputs"] == digest_inputs(output)
+    return bool(record["files"] == made and record.get("inputs") == digest_inputs(output))
 
 
 def write_record(output: Path, inputs: str, files: Iterable[Path]) -> None:
     """Write down in `report.json` what the page was made of, by `digest_inputs`, and the digests of the files that were made."""
     made = {path.relative_to(output).as_posix(): file_digest(path) for path in files}
-    record = {"format": FORMAT, "version": VERSION, "inputs": inputs, "files": made}
-    write_text_atomic(_record(output), json.dumps(record, indent=2) + "\n")
+    write_document(_record(output), REPORT, {"inputs": inputs, "files": made})
 
 
 def _record(output: Path) -> Path:
@@ -58,6 +54,7 @@ def digest_inputs(output: Path) -> str:
     """
     board = json.loads(read_leaderboard(output).to_json())
     board["provenance"].pop("date", None)
+    board.pop("digest")
     found = {path.relative_to(output).as_posix(): _digest(path) for path in _sources(output)}
     root = Path(pipeline.__file__).parent
     code = {str(path.relative_to(root)): file_digest(path) for kind in CODE for path in sorted(root.rglob(kind))}

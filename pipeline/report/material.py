@@ -5,7 +5,6 @@ A part whose files are missing is None, with the reason in `missing`; the page s
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import audit
-from pipeline.config import Artifacts
 from pipeline.dataset import DatasetIndex
+from pipeline.embedders import read_records, require_index
 from pipeline.errors import PipelineError
+from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, configure
 from pipeline.leaderboard.judge import Trials, judge, read_predictions, read_trials
 from pipeline.leaderboard.table import Leaderboard, read_leaderboard
@@ -125,13 +125,13 @@ def _view(
 ) -> _View | None:
     """Read the features of the best embedding that has some; of very many images a stratified part."""
     try:
-        records = json.loads(files.features.read_text(encoding="utf-8"))["embeddings"]
-        by_name: dict[str, Mapping[str, Any]] = {record["name"]: record for record in records}
+        require_index(files.features, index.fingerprint())
+        by_name = {record.name: record for record in read_records(files.features)}
         for row in leaderboard.rows:
             record = by_name.get(row.embedding)
             if record is None:
                 continue
-            store = FeatureStore.open(files.root / record["store"], record.get("fingerprint"))
+            store = FeatureStore.open(files.root / record.store, record.fingerprint)
             # Copies that were excluded for a leak are known; they would be found again as duplicates.
             known = np.flatnonzero(~store.missing(index.digests) & (index.splits.astype(str) != "excluded"))
             labelled = int(np.isin(index.splits[known].astype(str), TRAINING).sum())
@@ -143,7 +143,7 @@ def _view(
                 )
             return _View(row.embedding, rows, index.rows(rows), store.read(index.digests[rows]), labelled)
         missing.append("No embedding of the leaderboard has stored features, so there is no map.")
-    except (OSError, ValueError, KeyError, PipelineError) as error:
+    except (OSError, PipelineError) as error:
         missing.append(
             f"There is no map, no learning curve and no search for near-duplicates: the features cannot be read ({error})."
         )

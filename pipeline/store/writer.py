@@ -84,6 +84,12 @@ class StoreWriter:
             raise StoreError(f"dtype {dtype!r}: expected one of float32, float16")
         store_type = StoreType(fingerprint(identity), dim, DTYPES[dtype])
         with explained(path):
+            for folder in (path / SEGMENTS, path / journal.JOURNAL, path / TEMPORARY, path / journal.QUARANTINE):
+                # What a link leads to is not ours to clear.
+                if folder.is_symlink():
+                    raise StoreError(
+                        f"{folder}: is a symbolic link, expected a folder of the store; nothing was changed"
+                    )
             for folder in (path, path / SEGMENTS, path / journal.JOURNAL, path / TEMPORARY):
                 files.make_folder(folder)
             held = lock.acquire(path)

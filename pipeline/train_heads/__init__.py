@@ -31,12 +31,13 @@ from sklearn.pipeline import Pipeline
 from pipeline import bundle as bundles
 from pipeline import heads as head_table
 from pipeline.bundle import ModelBundle
-from pipeline.config import Artifacts, Config, TuningConfig, dump_yaml
+from pipeline.config import Config, TuningConfig, dump_yaml
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import fingerprint
-from pipeline.embedders import EmbeddingRecord, read_asked_records
+from pipeline.embedders import EmbeddingRecord, read_asked_records, require_index
 from pipeline.errors import BundleError, HeadError, UnfittedError
-from pipeline.files import write_atomic, write_text_atomic
+from pipeline.experiment import Artifacts, bundle_file
+from pipeline.files import write_text_atomic
 from pipeline.heads import HEADS, Head
 from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.leaderboard.imbalance import advice
@@ -121,6 +122,7 @@ def run(config: Config) -> HeadsRun:
     heads = head_table.resolve_all(config.heads)
     require(config.tuning.strategy)
     records = read_asked_records(files.features, config)
+    require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     stores = {record.name: FeatureStore.open(files.root / record.store, record.fingerprint) for record in records}
     task = make_task(config, files, list(stores.values()))
     rows: list[LeaderboardRow] = []
@@ -224,7 +226,7 @@ def _finished(folder: Path, key: str) -> LeaderboardRow | None:
         document = bundles.describe(folder)
         if document.get("provenance", {}).get("key") != key:
             return None
-        bundles.check_file(folder, document)
+        bundle_file(folder, document["file"])
         Predictions.read(folder / "predictions.npz")
         return LeaderboardRow.from_record(document["provenance"]["row"])
     except (BundleError, KeyError, TypeError):
@@ -290,10 +292,8 @@ def _make_row(
         expected_test=_expected(tuned, task),
     )
     predictions = predictions_of(tuned, task, labels, probabilities, calibrator)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "predictions.npz", predictions.to_bytes())
     provenance = {"key": key, "row": row.to_record(), "seed": config.seed, "strategy": tuned.strategy}
-    bundles.save(replace(bundle, provenance=provenance), folder)
+    bundles.save(replace(bundle, provenance=provenance), folder, {"predictions.npz": predictions.to_bytes()})
     return row
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import audit
-from pipeline.config import Artifacts
+from pipeline.experiment import Artifacts
 from pipeline.leaderboard import Leaderboard
 from pipeline.leaderboard.judge import read_predictions
 from pipeline.leaderboard.rows import Leaks

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import lineage
-from pipeline.config import Artifacts, Config
+from pipeline.config import Config
 from pipeline.dataset import DatasetIndex, failed_digests
 from pipeline.digests import Digests, digests_to_hex, fingerprint
 from pipeline.embedders import EmbeddingRecord
 from pipeline.errors import DatasetError, StoreError
+from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
 from pipeline.store import FeatureStore
 from pipeline.tuning import Folds, make_folds

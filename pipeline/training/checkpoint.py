@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 
 from pipeline.errors import TrainingError
-from pipeline.files import make_folder, write_atomic
+from pipeline.experiment import sealed, to_lines, unsealed
+from pipeline.files import make_folder, read_file, write_atomic
 from pipeline.training.weights import Score, Weights
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     make_folder(run.folder)
-    write_atomic(run.checkpoint, buffer.getvalue())
-    write_atomic(run.log, "".join(f"{json.dumps(record)}\n" for record in state.history).encode())
+    write_atomic(run.checkpoint, sealed(buffer.getvalue()))
+    write_atomic(run.log, to_lines(state.history, "")[0])
 
 
 def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
@@ -90,7 +90,10 @@ def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
     if not run.checkpoint.exists():
         return None
     try:
-        content = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
+        data = unsealed(read_file(run.checkpoint))
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises many types for damaged files
         raise TrainingError(f"{run.checkpoint}: cannot be read ({error}); delete it to train from the start") from None
     if content.get("format") != CHECKPOINT_FORMAT or content.get("version") != CHECKPOINT_VERSION:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.backbone.weights_files import METADATA_KEY
+from pipeline.backbone.weights_files import DIGEST_KEY, METADATA_KEY, weights_digest
+from pipeline.experiment import MADE_BY, made_by
 from pipeline.files import make_folder, write_atomic
 from pipeline.lineage import Lineage
 
@@ -59,6 +60,7 @@ def write_weights(
         name: (tensor.to(torch.float16) if half and tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in weights.items()
     }
-    header = {METADATA_KEY: json.dumps(dict(description), ensure_ascii=False)}
+    described = json.dumps({**description, MADE_BY: made_by()}, ensure_ascii=False)
+    header = {METADATA_KEY: described, **({} if lineage is None else lineage.header())}
     make_folder(path.parent)
-    write_atomic(path, save(tensors, {**header, **({} if lineage is None else lineage.header())}))
+    write_atomic(path, save(tensors, {**header, DIGEST_KEY: weights_digest(tensors, header)}))

@@ -1,14 +1,12 @@
 """The journal of a search: one JSON line per event, on disk before the search goes on.
 
 The first line names the search by everything that determines its results. A journal of another search is set aside as
-`.old`, so nothing measured is ever lost; a line torn by a kill is cut off. One process at a time has a journal: a lock
-that dies with the process keeps others out.
+`.old`, and one that is damaged as `.damaged`, so nothing measured is ever lost; a line torn by a kill is cut off. One
+process at a time has a journal: a lock that dies with the process keeps others out.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -16,26 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.digests import canonical_json, fingerprint
+from pipeline.digests import fingerprint
 from pipeline.errors import HeadError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from pipeline.experiment import MADE_BY, TRIALS, Lines, made_by, parse_lines, to_lines
 
 log = logging.getLogger(__name__)
-
-FORMAT = "manyheads trials"
-VERSION = 1
 
 
 class Journal:
     """An open journal: the events of earlier runs, and a place for new ones."""
 
-    def __init__(self, path: Path, descriptor: int, events: Sequence[Mapping[str, Any]]) -> None:
-        self._path, self._descriptor = path, descriptor
-        self.events = tuple(events)
+    def __init__(self, path: Path, descriptor: int, lines: Lines) -> None:
+        self._path, self._descriptor, self._digest = path, descriptor, lines.digest
+        self.events: tuple[Mapping[str, Any], ...] = lines.records[1:]
 
     @staticmethod
     def open(path: Path, identity: Mapping[str, Any]) -> Journal:
@@ -46,23 +37,32 @@ class Journal:
         HeadError
             When the file cannot be written, or another process is writing it.
         """
-        header = {"format": FORMAT, "version": VERSION, "digest": fingerprint(identity), "identity": identity}
+        header = {"format": TRIALS.format, "version": TRIALS.version, MADE_BY: made_by()}
+        header |= {"digest": fingerprint(identity), "identity": identity}
         try:
             files.make_folder(path.parent)
             descriptor = _open_alone(path)
-            events, length = _read(path, descriptor, header)
-            if length is None:
-                files.SYSTEM["rename"](path, path.with_name(path.name + ".old"))
-                stale, descriptor = descriptor, _open_alone(path)
-                files.SYSTEM["close"](stale)
-            elif os.fstat(descriptor).st_size > length:
-                files.SYSTEM["ftruncate"](descriptor, length)
+            lines = _read(descriptor)
+            ours = bool(lines.records) and _is_of(lines.records[0], header)
+            if lines.damaged or (lines.records and not ours):
+                why = None if ours or not lines.records else _why(lines.records[0], header)
+                descriptor = _set_aside(path, descriptor, why, lines)
+            elif lines.rest:
+                files.SYSTEM["ftruncate"](descriptor, lines.length)
         except OSError as error:
             raise _unwritable(path, error) from error
-        journal = Journal(path, descriptor, events)
-        if not length:
+        kept = lines if ours else Lines()
+        journal = Journal(path, descriptor, kept)
+        if not kept.records:
             journal.append([header])
+        elif lines.damaged:
+            journal._begin_again(kept)
         return journal
+
+    def _begin_again(self, lines: Lines) -> None:
+        """Write the good lines of a damaged journal into the new one."""
+        self._digest = ""
+        self.append(lines.records)
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Write events in one piece and wait until they are on disk.
@@ -72,16 +72,17 @@ class Journal:
         HeadError
             When they cannot be written, for instance on a full disk.
         """
-        data = "".join(canonical_json(event) + "\n" for event in events).encode("ascii")
+        data, digest = to_lines(events, self._digest)
         try:
             files.write_all(self._descriptor, data)
             files.sync(self._descriptor)
         except OSError as error:
             raise _unwritable(self._path, error) from error
+        self._digest = digest
 
     def close(self) -> None:
         """Close the file."""
-        files.SYSTEM["close"](self._descriptor)
+        files.close_alone(self._descriptor)
 
 
 def _unwritable(path: Path, error: OSError) -> HeadError:
@@ -92,51 +93,48 @@ def _unwritable(path: Path, error: OSError) -> HeadError:
 
 
 def _open_alone(path: Path) -> int:
-    """Open the file for this process alone. Closing any other descriptor of it would give the lock up."""
-    while True:
-        descriptor = int(files.SYSTEM["open"](path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666))
-        if fcntl is None:
-            return descriptor
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            os.close(descriptor)
-            raise HeadError(
-                f"{path}: another process is tuning with this file; wait until it ends, or choose another output folder"
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        os.close(descriptor)  # it was set aside between the two calls
+    try:
+        return files.open_alone(path, os.O_APPEND)
+    except BlockingIOError:
+        raise HeadError(
+            f"{path}: another process is tuning with this file; wait until it ends, or choose another output folder"
+        ) from None
 
 
-def _read(path: Path, descriptor: int, header: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int | None]:
-    """Return the events of the same search and the length of the part that holds them; None where it is another's."""
+def _read(descriptor: int) -> Lines:
     with open(descriptor, "rb", closefd=False) as file:
-        data = file.read()
-    lines: list[Mapping[str, Any]] = []
-    length = 0
-    for line in data.splitlines(keepends=True):
-        try:
-            event = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            event = None
-        if not isinstance(event, dict):
-            break
-        lines.append(event)
-        length += len(line)
-    if lines and lines[0].get("digest") == header["digest"] and lines[0].get("version") == VERSION:
-        return lines[1:], length
-    if lines:
-        why = _why(lines[0], header)
-        log.info("%s: a new search begins, because %s; the old trials are kept in %s.old", path, why, path.name)
-        return [], None
-    return [], 0
+        return parse_lines(file.read())
+
+
+def _is_of(found: Mapping[str, Any], header: Mapping[str, Any]) -> bool:
+    return all(found.get(key) == header[key] for key in ("format", "version", "digest"))
+
+
+def _set_aside(path: Path, descriptor: int, why: str | None, lines: Lines) -> int:
+    """Rename a journal that is another's, or damaged (`why` is None), and open a new one."""
+    if why is None:
+        aside = path.with_name(f"{path.name}.damaged")
+        good = len(lines.records)
+        log.warning(
+            "%s: line %d is not the one that was written; the search goes on from the %d before it, and the file as it was is "
+            "kept in %s",
+            path,
+            good + 1,
+            good,
+            aside.name,
+        )
+    else:
+        aside = path.with_name(f"{path.name}.old")
+        log.info("%s: a new search begins, because %s; the old trials are kept in %s", path, why, aside.name)
+    files.SYSTEM["rename"](path, aside)
+    fresh = _open_alone(path)
+    files.close_alone(descriptor)
+    return fresh
 
 
 def _why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     before, now = old.get("identity"), new["identity"]
-    if old.get("format") != FORMAT or old.get("version") != VERSION or not isinstance(before, dict):
+    if (old.get("format"), old.get("version")) != (TRIALS.format, TRIALS.version) or not isinstance(before, dict):
         return "the file has another format"
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     return f"{', '.join(changed)} changed"

@@ -1,0 +1,363 @@
+"""The output folder of an experiment: the names of its files, and the one reader and writer of each kind of them.
+
+A document (JSON) and each line of a journal (JSON lines) carry a digest of their content, which their reader checks; files
+of other kinds have theirs in the document that names them. What release 0.1 wrote has no `made_by` and no digest, and is
+read as it is. A digest finds damage; it is no signature.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.digests import bytes_digest, canonical_json, fingerprint
+from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first_line
+from pipeline.files import NOT_ORDINARY, read_file, write_text_atomic
+
+MADE_BY = "made_by"
+"""Names the program that wrote a file; a file that has it has digests too."""
+DIGEST = "digest"
+LINE_DIGEST = "line_digest"
+
+MOST_JSON = 1 << 28
+"""Bytes of the largest document or journal that is read."""
+
+
+class Artifacts:
+    """Names of the files of one experiment; the one place that knows them."""
+
+    def __init__(self, output: str | Path) -> None:
+        self.root = Path(output)
+        self.config = self.root / "config.yaml"
+        self.dataset = self.root / "dataset"
+        """index.csv, ledger.csv and the stat cache."""
+        self.stores = self.root / "features"
+        self.specs = self.root / "specs.json"
+        """What the embeddings of a config are, so that a run with nothing to do loads no network."""
+        self.features = self.root / "features.json"
+        """What stage one made: one record per embedding, with its store and identity."""
+        self.leaderboard = self.root / "leaderboard.json"
+        self.leaderboard_md = self.root / "leaderboard.md"
+        self.finetuned = self.root / "finetuned"
+        """One folder per fine-tuning."""
+
+    def store(self, embedding: str, fingerprint: str) -> Path:
+        """The feature store of one embedding."""
+        return self.stores / f"{embedding}-{fingerprint[:12]}.store"
+
+    def trials(self, embedding: str, head: str) -> Path:
+        """The journal of one search."""
+        return self.root / "trials" / embedding / f"{head}.jsonl"
+
+    def bundle(self, embedding: str, head: str) -> Path:
+        """The folder of one saved head."""
+        return self.root / "heads" / embedding / head
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of file: what it calls itself, the versions that are read, and what to do where there is none or it is bad."""
+
+    format: str
+    version: int
+    error: type[PipelineError]
+    missing: str
+    again: str
+    older: tuple[int, ...] = ()
+    """Versions of before that are still read."""
+
+    def damaged(self, path: Path, found: str) -> PipelineError:
+        """Return the error for a file that cannot be what was written."""
+        return self.error(f"{path}: is damaged: {found}; {self.again}")
+
+
+_HEADS_AGAIN = "run `manyheads heads` again"
+FEATURES = Kind(
+    "manyheads features",
+    2,
+    PipelineError,
+    "run `manyheads features` with this config first",
+    "run `manyheads features` again",
+)
+SPECS = Kind("manyheads specs", 2, PipelineError, FEATURES.missing, FEATURES.again)
+INDEX = Kind(
+    "manyheads index",
+    2,
+    DatasetError,
+    "run `manyheads features` to make the index",
+    "delete it to have it made anew",
+    older=(1,),
+)
+LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
+BUNDLE = Kind(
+    "manyheads bundle",
+    1,
+    BundleError,
+    "`manyheads heads` writes bundles",
+    _HEADS_AGAIN,
+)
+PREDICTIONS = Kind("manyheads predictions", 2, BundleError, _HEADS_AGAIN, _HEADS_AGAIN)
+TRIALS = Kind("manyheads trials", 1, HeadError, _HEADS_AGAIN, "delete it, and `manyheads heads` makes it anew")
+FINETUNING = Kind(
+    "manyheads fine-tuning", 2, PipelineError, "run `manyheads finetune` first", "run `manyheads finetune` again"
+)
+
+REPORT = Kind("manyheads report", 1, PipelineError, "run `manyheads report`", "run `manyheads report` again")
+
+
+def made_by() -> str:
+    """Return the name and version of this program, which every file that it writes carries."""
+    return f"manyheads {version('manyheads')}"
+
+
+# ---- documents: one JSON object
+
+
+def to_document(kind: Kind, content: Mapping[str, Any]) -> str:
+    """Return the text of a document; values that JSON does not know become plain ones."""
+    document = {"format": kind.format, "version": kind.version, MADE_BY: made_by(), **plain(content)}
+    document[DIGEST] = fingerprint(document)
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    # A path that is not UTF-8 has characters that cannot be written as such.
+    return json.dumps(document, indent=2) + "\n" if re.search("[\ud800-\udfff]", text) else text
+
+
+def write_document(path: Path, kind: Kind, content: Mapping[str, Any]) -> None:
+    """Write a document in one move."""
+    write_text_atomic(path, to_document(kind, content))
+
+
+def read_document(path: Path, kind: Kind) -> dict[str, Any]:
+    """Read and check a document.
+
+    Raises
+    ------
+    PipelineError
+        Of the kind's own type: when it is missing, damaged, or of another format or version.
+    OSError
+        When the system does not let it be read, which says nothing about the document.
+    """
+    return parse_document(_bytes_of(path, kind), kind, path)
+
+
+def parse_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
+    """Check a document's text and return its content; `path` names it in errors, which are those of `read_document`."""
+    try:
+        document = json.loads(data)
+        whole = isinstance(document, dict) and _is_whole(document)
+    except (ValueError, RecursionError) as error:
+        raise kind.damaged(path, f"it cannot be read as JSON ({first_line(error)})") from None
+    if not isinstance(document, dict):
+        raise kind.damaged(path, f"it holds a {type(document).__name__}, expected an object")
+    if not whole:
+        raise kind.damaged(path, "its content is not the one that its digest names")
+    found = (document.get("format"), document.get("version"))
+    if found[0] != kind.format or found[1] not in (kind.version, *kind.older):
+        raise kind.error(
+            f"{path}: is {found[0]!r} version {found[1]!r}, expected {kind.format!r} version {kind.version}; {kind.again}"
+        )
+    return document
+
+
+def _is_whole(document: Mapping[str, Any]) -> bool:
+    if DIGEST not in document and MADE_BY not in document:
+        return True  # written by release 0.1
+    content = {key: value for key, value in document.items() if key != DIGEST}
+    return bool(document.get(DIGEST) == fingerprint(content))
+
+
+def _bytes_of(path: Path, kind: Kind) -> bytes:
+    try:
+        return read_file(path, MOST_JSON)
+    except (FileNotFoundError, NotADirectoryError):
+        raise kind.error(f"{path}: missing; {kind.missing}") from None
+    except OSError as error:
+        if error.errno not in NOT_ORDINARY:
+            raise
+        raise kind.error(f"{path}: cannot be read ({error.strerror}); {kind.again}") from None
+
+
+def plain(value: Any) -> Any:
+    """Return the value made of what JSON knows: numpy scalars and arrays become Python's, NaN and infinity None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+# ---- journals: one JSON object per line, each with a digest of itself and all lines before it
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a journal holds: the objects of its good lines, and where these end."""
+
+    records: tuple[dict[str, Any], ...] = ()
+    length: int = 0
+    """Bytes of the good lines."""
+    digest: str = ""
+    """The digest of all good lines, which the next one is chained to."""
+    rest: bytes = field(default=b"", repr=False)
+    """What follows the good lines."""
+
+    @property
+    def damaged(self) -> bool:
+        """Whether more follows than one line that a kill has torn."""
+        return b"\n" in self.rest
+
+
+def to_lines(records: Iterable[Mapping[str, Any]], before: str) -> tuple[bytes, str]:
+    """Return the lines of some records, and the digest to chain the next ones to; `before` is that of the lines above."""
+    lines = []
+    for record in records:
+        before = _chained(before, record)
+        lines.append(canonical_json({**record, LINE_DIGEST: before}) + "\n")
+    return "".join(lines).encode("ascii"), before
+
+
+def parse_lines(data: bytes) -> Lines:
+    """Return the good lines at the beginning of a journal."""
+    records: list[dict[str, Any]] = []
+    length, digest = 0, ""
+    for line in data.splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+            if not isinstance(record, dict):
+                break
+            found = record.pop(LINE_DIGEST, None)
+            following = _chained(digest, record)
+        except (ValueError, RecursionError):
+            break
+        old = found is None and MADE_BY not in (records[0] if records else record)  # written by release 0.1
+        if not old and found != following:
+            break
+        records.append(record)
+        length, digest = length + len(line), following
+    return Lines(tuple(records), length, digest, data[length:])
+
+
+def read_lines(path: Path, kind: Kind) -> Lines:
+    """Read a journal to its end; a line that a kill has torn is left out.
+
+    Raises
+    ------
+    PipelineError
+        Of the kind's own type: when it is missing, or a line is not the one that was written.
+    """
+    lines = parse_lines(_bytes_of(path, kind))
+    if lines.damaged:
+        raise kind.damaged(path, f"line {len(lines.records) + 1} is not the one that was written")
+    return lines
+
+
+def _chained(before: str, record: Mapping[str, Any]) -> str:
+    return bytes_digest((before + canonical_json(record)).encode("ascii"))[:32]
+
+
+# ---- files that a document names, and archives
+
+
+def bundle_file(folder: Path, name: str) -> bytes:
+    """Return the bytes of a file of a bundle after comparing them with the digest in its document, where there is one.
+
+    Raises
+    ------
+    BundleError
+        When the file is missing, or it or the document is damaged.
+    """
+    path = folder / "bundle.json"
+    document = read_document(path, BUNDLE) if os.path.lexists(path) else {}
+    digests = document.get("digests", {document.get("file"): document.get("file_digest")})
+    return _named_file(folder / name, digests.get(name) if isinstance(digests, dict) else None, BUNDLE)
+
+
+def _named_file(path: Path, digest: str | None, kind: Kind) -> bytes:
+    try:
+        data = read_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise kind.error(f"{path}: is missing; {kind.again}") from None
+    except OSError as error:
+        if error.errno not in NOT_ORDINARY:
+            raise
+        raise kind.error(f"{path}: cannot be read ({error.strerror}); {kind.again}") from None
+    if digest is not None and bytes_digest(data) != digest:
+        raise kind.damaged(path, "its digest is not the one in bundle.json")
+    return data
+
+
+MOST_INFLATED = 64 << 20
+"""Bytes that any archive may inflate to."""
+MOST_RATIO = 200
+"""How many times its size an archive may inflate to beyond that; predictions of many equal labels reach half of it."""
+
+
+def require_modest(data: bytes) -> None:
+    """See that a zip archive inflates to a size in proportion to its own; ValueError where it does not."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        inflated = sum(member.file_size for member in archive.infolist())
+    if inflated > MOST_INFLATED + MOST_RATIO * len(data):
+        raise ValueError(f"{len(data):,} bytes that would inflate to {inflated:,}")
+
+
+def parse_arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an .npz archive; ValueError, in one line, for whatever is wrong with it."""
+    try:
+        require_modest(data)
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged or crafted archive can make the readers fail in any way
+        raise ValueError(first_line(error)) from None
+
+
+SEAL = b"MHDIGEST"
+
+
+def sealed(data: bytes) -> bytes:
+    """Return bytes with their digest behind them, for a file that no document names."""
+    return data + SEAL + bytes.fromhex(bytes_digest(data))
+
+
+def unsealed(data: bytes) -> bytes:
+    """Return what `sealed` was given; bytes of release 0.1, which have no digest, as they are. ValueError for damage."""
+    body, seal = data[: -32 - len(SEAL)], data[-32 - len(SEAL) :]
+    if seal[: len(SEAL)] != SEAL:
+        return data
+    if bytes_digest(body) != seal[len(SEAL) :].hex():
+        raise ValueError("its digest is not that of its content")
+    return body
+
+
+# ---- cells of CSV files
+
+_RUNS = re.compile(r"[=+\-@\t\r']")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def to_cell(text: str) -> str:
+    """Return a text as a cell that no spreadsheet runs: a `'` is put before a first character that would start a formula."""
+    return f"'{text}" if _RUNS.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """Return the text that `to_cell` was given."""
+    return cell.removeprefix("'")
