@@ -1,7 +1,8 @@
 """ModelBundle: a fitted head with everything needed to predict, as a folder.
 
-    bundle.json      format, head, parameters, classes, the embedding it was trained on, versions, digest of the head's file
+    bundle.json      format, head, parameters, classes, the embedding it was trained on, versions, digests of the files
     head.skops       the fitted scikit-learn pipeline in skops' format, which cannot run code when it is loaded
+    predictions.npz  what it said of every image, where stage two made it
     head.joblib      instead, for a head with types outside `TRUSTED_TYPES`: a pickle, which can
 
 A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a backbone.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +25,9 @@ from numpy.typing import NDArray
 
 from pipeline.digests import bytes_digest
 from pipeline.errors import BundleError, first_line
-from pipeline.files import write_atomic, write_text_atomic
+from pipeline.experiment import BUNDLE, bundle_file, read_document, require_modest, write_document
+from pipeline.files import write_atomic
+from pipeline.fitted import check_fitted
 from pipeline.imports import instead, look_in
 from pipeline.metrics.calibration import Calibrator, scores_as_columns
 from pipeline.metrics.said import said
@@ -33,8 +36,8 @@ with instead({"sklearn.externals.array_api_compat.torch": None}):
     # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
     from skops import io as skops_io
 
-FORMAT = "manyheads bundle"
-VERSION = 1
+MOST_NUMBERS = 1 << 24
+"""The longest vector that a stranger's head is tried with."""
 
 SMALLEST_PROBABILITY = 1e-6
 """Forests and neighbours say 0, whose logarithm no temperature can mend."""
@@ -113,10 +116,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def save(bundle: ModelBundle, folder: Path) -> None:
+def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None = None) -> None:
     """Write a bundle; a killed save leaves the previous bundle or none, never half of one.
 
     skops' format is used unless the head holds a type outside `TRUSTED_TYPES`; then joblib's, and `bundle.json` says so.
+    `beside` are further files of the folder, by name, whose digests stand in `bundle.json` too.
     """
     data = skops_io.dumps(bundle.estimator)
     safe = set(skops_io.get_untrusted_types(data=data)) <= set(TRUSTED_TYPES)
@@ -126,23 +130,23 @@ def save(bundle: ModelBundle, folder: Path) -> None:
         buffer = io.BytesIO()
         joblib.dump(bundle.estimator, buffer)
         data = buffer.getvalue()
-    write_atomic(folder / name, data)
+    written = {name: data, **(beside or {})}
+    for each, content in written.items():
+        write_atomic(folder / each, content)
     document = {
-        "format": FORMAT,
-        "version": VERSION,
         "head": bundle.head,
         "params": dict(bundle.params),
         "classes": list(bundle.classes),
         "embedding": dict(bundle.embedding),
         "calibrator": asdict(bundle.calibrator) if bundle.calibrator else None,
         "file": name,
-        "file_digest": bytes_digest(data),
+        "digests": {each: bytes_digest(content) for each, content in written.items()},
         "runs_code_when_loaded": not safe,
         "versions": versions(),
         "provenance": dict(bundle.provenance),
     }
-    # The document comes last and names the head's digest: it is what makes the folder a bundle.
-    write_text_atomic(folder / "bundle.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    # The document comes last and names the files' digests: it is what makes the folder a bundle.
+    write_document(folder / "bundle.json", BUNDLE, document)
     (folder / ({"head.skops", "head.joblib"} - {name}).pop()).unlink(missing_ok=True)
 
 
@@ -152,26 +156,12 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises
     ------
     BundleError
-        When there is no bundle, its document is not JSON, or it is of another format or version.
+        When there is no bundle, or its document is damaged or of another format or version.
     """
     path = folder / "bundle.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(
-            f"{folder}: no bundle here (bundle.json is missing); `manyheads heads` writes bundles"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{path}: cannot be read as JSON ({error}); make the bundle again with `manyheads heads`"
-        ) from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise BundleError(f"{path}: not a bundle of ours; expected format {FORMAT!r}")
-    if document.get("version") != VERSION:
-        raise BundleError(
-            f"{path}: bundle version {document.get('version')!r} found, this program reads version {VERSION}"
-        )
-    return document
+    if not os.path.lexists(path):
+        raise BundleError(f"{folder}: no bundle here (bundle.json is missing); {BUNDLE.missing}")
+    return read_document(path, BUNDLE)
 
 
 def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
@@ -184,34 +174,36 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
         loaded) and `trust_code` is not given.
     """
     document = describe(folder)
-    missing = sorted({"head", "params", "classes", "embedding", "file", "file_digest", "versions"} - set(document))
-    if missing or document.get("file") not in ("head.skops", "head.joblib"):
-        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {', '.join(missing) or 'a known head file'})")
+    wrong = [key for key, kind in CONTENT.items() if not isinstance(document.get(key), kind)]
+    if wrong or document["file"] not in ("head.skops", "head.joblib"):
+        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {', '.join(wrong) or 'a known head file'})")
     _check_versions(folder, document["versions"])
-    path, data = folder / document["file"], check_file(folder, document)
+    path, data = folder / document["file"], bundle_file(folder, document["file"])
     if document["file"] == "head.joblib":
         if not trust_code:
             raise BundleError(
                 f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
             )
-        estimator = _load_joblib(path)
+        estimator = _load_joblib(path, data)
     else:
         estimator = _load_skops(path, data)
-    return ModelBundle(
+    bundle = ModelBundle(
         head=document["head"],
         params=document["params"],
-        classes=tuple(document["classes"]),
+        classes=tuple(map(str, document["classes"])),
         embedding=document["embedding"],
         estimator=estimator,
         provenance=document.get("provenance", {}),
         calibrator=_calibrator(folder, document.get("calibrator")),
     )
+    _require_predicts(bundle, path)
+    return bundle
 
 
-def _load_joblib(path: Path) -> Any:
+def _load_joblib(path: Path, data: bytes) -> Any:
     look_in(Path())
     try:
-        return joblib.load(path)
+        return joblib.load(io.BytesIO(data))
     except (ImportError, AttributeError) as error:
         raise BundleError(
             f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
@@ -219,20 +211,30 @@ def _load_joblib(path: Path) -> Any:
         ) from None
 
 
-def check_file(folder: Path, document: Mapping[str, Any]) -> bytes:
-    """Return the bytes of the head's file after comparing their digest with the document's."""
-    path = folder / str(document["file"])
+CONTENT = {"head": str, "params": dict, "classes": list, "embedding": dict, "file": str, "versions": dict}
+"""What a bundle's document holds at least, and of which type."""
+
+
+def _require_predicts(bundle: ModelBundle, path: Path) -> None:
+    """See that a head labels a vector with one of the bundle's classes.
+
+    Raises
+    ------
+    BundleError
+        With what keeps it from that.
+    """
+    dim = getattr(bundle.estimator, "n_features_in_", None)
+    if not isinstance(dim, int):  # a user's own head need not say what it takes
+        return
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"{path}: cannot be read ({error.strerror}); make the bundle again with `manyheads heads`"
-        ) from None
-    if bytes_digest(data) != document["file_digest"]:
-        raise BundleError(
-            f"{path}: damaged (its digest is not the one in bundle.json); make it again with `manyheads heads`"
-        )
-    return data
+        if not 0 < dim <= MOST_NUMBERS:
+            raise ValueError(f"it takes vectors of {dim:,} numbers")
+        labels, probabilities = bundle.predict(np.zeros((1, dim), np.float32))
+        if len(labels) != 1 or (probabilities is not None and not np.isfinite(probabilities).all()):
+            raise ValueError("it gives no label, or no probability")
+    except Exception as error:  # a crafted head can fail in any way
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise BundleError(f"{path}: cannot label a vector ({reason}); {BUNDLE.again}") from None
 
 
 def _calibrator(folder: Path, record: Any) -> Calibrator | None:
@@ -248,14 +250,17 @@ def _calibrator(folder: Path, record: Any) -> Calibrator | None:
 
 def _load_skops(path: Path, data: bytes) -> Any:
     try:
+        require_modest(data)
         unknown = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
         if unknown:
             raise BundleError(f"{path}: holds types that are not trusted: {', '.join(unknown)}; not loaded")
-        return skops_io.loads(data, trusted=list(TRUSTED_TYPES))
+        estimator = skops_io.loads(data, trusted=list(TRUSTED_TYPES))
+        check_fitted(estimator)
+        return estimator
     except BundleError:
         raise
     except Exception as error:  # a crafted file can make the reader fail in any way
-        raise BundleError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+        raise BundleError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _check_versions(folder: Path, saved: Mapping[str, str]) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
 import pytest
+from documents import rewrite
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import SVC
 
 from pipeline import bundle as bundles
 from pipeline.bundle import ModelBundle
@@ -138,18 +143,18 @@ def ridge_bundle(folder: Path, data: tuple[NDArray[np.float32], NDArray[np.int64
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "bundle version 2 found, this program reads version 1"),
-        ({"format": "other"}, "not a bundle of ours; expected format 'manyheads bundle'"),
+        ({"version": 2}, "is 'manyheads bundle' version 2, expected 'manyheads bundle' version 1"),
+        ({"format": "other"}, "is 'other' version 1, expected 'manyheads bundle' version 1"),
         ({"versions": {"scikit-learn": "0.24.1"}}, "saved with scikit-learn 0.24.1, this is"),
         ({"file": "../../etc/passwd"}, "incomplete (missing: a known head file)"),
-        ({"file_digest": "00"}, "damaged (its digest is not the one in bundle.json)"),
+        ({"digests": {"head.skops": "00"}}, "is damaged: its digest is not the one in bundle.json"),
+        ({"classes": "abc"}, "incomplete (missing: classes)"),
     ],
 )
 def test_a_bundle_that_does_not_fit_is_refused(
     change: dict[str, Any], message: str, data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
 ) -> None:
-    document = ridge_bundle(tmp_path, data) | change
-    (tmp_path / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    rewrite(tmp_path / "bundle.json", ridge_bundle(tmp_path, data) | change)
     with pytest.raises(BundleError) as caught:
         bundles.load(tmp_path)
     assert message in str(caught.value)
@@ -173,8 +178,7 @@ def test_a_pickle_named_as_skops_is_refused(
 ) -> None:
     document = ridge_bundle(tmp_path, data)
     joblib.dump({"any": "pickle"}, tmp_path / "head.skops")
-    document["file_digest"] = file_digest(tmp_path / "head.skops")
-    (tmp_path / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    rewrite(tmp_path / "bundle.json", document | {"digests": {"head.skops": file_digest(tmp_path / "head.skops")}})
     with pytest.raises(BundleError, match=r"head\.skops: cannot be read"):
         bundles.load(tmp_path)
 
@@ -190,3 +194,113 @@ def test_vectors_of_another_length_are_refused(data: tuple[NDArray[np.float32], 
     bundle = make(configure(HEADS["ridge"], {"alpha": 1.0}, 0).fit(X, y))
     with pytest.raises(BundleError, match="head 'any' takes vectors of 6 numbers, got 5"):
         bundle.predict(X[:, :5])
+
+
+def crafted(tree: Any, field: str, value: int) -> None:
+    """Let the first node of a tree say something else."""
+    state = tree.__getstate__()
+    state["nodes"] = state["nodes"].copy()
+    state["nodes"][field][0] = value
+    tree.__setstate__(state)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("left_child", 10**6, "a node of a tree has a child that is none"),
+        ("right_child", -5, "a node of a tree has a child that is none"),
+        ("left_child", 0, "a node of a tree has a child that is none"),  # its own child: predicting would never end
+        ("feature", 10**6, "a node of a tree asks for a feature that does not exist"),
+        ("feature", -(10**6), "a node of a tree asks for a feature that does not exist"),
+    ],
+)
+@pytest.mark.parametrize("name", ["decision_tree", "random_forest"])
+def test_a_crafted_tree_is_refused_before_it_is_walked(
+    name: str, field: str, value: int, found: str, data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
+) -> None:
+    fitted = configure(HEADS[name], {"n_estimators": 3} if name == "random_forest" else {}, seed=0).fit(*data)
+    head = fitted[-1]
+    crafted(head.tree_ if name == "decision_tree" else head.estimators_[-1].tree_, field, value)
+    bundles.save(make(fitted), tmp_path)
+    with pytest.raises(BundleError) as caught:
+        bundles.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path}/head.skops: cannot be read (ValueError: {found})"
+
+
+def test_a_forest_whose_trees_look_at_other_features_is_refused(
+    data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
+) -> None:
+    X, y = data
+    wide = RandomForestClassifier(2, random_state=0).fit(np.hstack([X, X]), y)
+    wide.n_features_in_ = DIM
+    bundles.save(make(wide), tmp_path)
+    with pytest.raises(BundleError, match="a tree is for other features than its ensemble"):
+        bundles.load(tmp_path)
+
+
+def test_the_search_tree_of_neighbours_is_built_again_from_its_points(
+    data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
+) -> None:
+    X, y = data
+    fitted = KNeighborsClassifier(3, algorithm="kd_tree", leaf_size=5).fit(X, y)
+    before = fitted.predict_proba(X)
+    state = list(fitted._tree.__getstate__())
+    state[1] = np.full_like(state[1], 10**9)  # rows of points, far outside
+    fitted._tree.__setstate__(tuple(state))
+    bundles.save(make(fitted), tmp_path)
+    np.testing.assert_array_equal(bundles.load(tmp_path).estimator.predict_proba(X), before)
+
+
+def test_neighbours_with_fewer_labels_than_points_are_refused(
+    data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
+) -> None:
+    fitted = KNeighborsClassifier(3, algorithm="brute").fit(*data)
+    fitted._y = fitted._y[:5]
+    bundles.save(make(fitted), tmp_path)
+    with pytest.raises(BundleError, match="there are other labels than points"):
+        bundles.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        (
+            "_n_support",
+            lambda old: np.array([1, 1, 1], np.int32),
+            "the classes have other support vectors than there are",
+        ),
+        ("_dual_coef_", lambda old: old[:1].copy(), "coefficients do not fit the support vectors"),
+        ("_intercept_", lambda old: old[:1].copy(), "intercepts do not fit the classes"),
+    ],
+)
+def test_a_crafted_support_vector_machine_is_refused(
+    name: str, change: Any, found: str, data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
+) -> None:
+    fitted = SVC().fit(*data)
+    setattr(fitted, name, change(getattr(fitted, name)))
+    bundles.save(make(fitted), tmp_path)
+    with pytest.raises(BundleError, match=found):
+        bundles.load(tmp_path)
+
+
+def test_a_head_that_cannot_label_is_refused_when_it_is_loaded(
+    data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
+) -> None:
+    fitted = configure(HEADS["ridge"], {"alpha": 1.0}, 0).fit(*data)
+    fitted[-1].coef_ = fitted[-1].coef_[:, :2]
+    bundles.save(make(fitted), tmp_path)
+    with pytest.raises(BundleError, match=r"head.skops: cannot label a vector \(ValueError: "):
+        bundles.load(tmp_path)
+
+
+def test_a_small_file_that_inflates_beyond_reason_is_refused(
+    data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
+) -> None:
+    document = ridge_bundle(tmp_path, data)
+    with zipfile.ZipFile(tmp_path / "head.skops", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more.npy", bytes(100 << 20))
+    rewrite(tmp_path / "bundle.json", document | {"digests": {"head.skops": file_digest(tmp_path / "head.skops")}})
+    with pytest.raises(
+        BundleError, match=r"head.skops: cannot be read \(ValueError: .* bytes that would inflate to 104"
+    ):
+        bundles.load(tmp_path)
