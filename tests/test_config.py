@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_a_device_may_have_a_number(tmp_path: Path, value: str) -> None:
 
 @pytest.mark.parametrize("value", ["tpu", "cuda:", "cuda:x", "cpu:1", "mps:0"])
 def test_another_device_is_refused_with_those_there_are(tmp_path: Path, value: str) -> None:
-    assert problems_of(tmp_path, GOOD, f"extraction.device='{value}'")[1:] == [
+    assert problems_of(tmp_path, GOOD, f"extraction.device={value}")[1:] == [
         f"extraction.device: should be 'auto', 'cpu', 'mps', 'cuda' or a GPU by number, such as 'cuda:1', got '{value}'"
     ]
 
@@ -198,13 +199,13 @@ def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
-        ("5", "got 5; write '5GB' or '5MB'"),
-        ("0.5", "got 0.5; write '0.5GB' or '0.5MB'"),
+        ("5", "got '5'; write '5GB' or '5MB'"),
+        ("0.5", "got '0.5'; write '0.5GB' or '0.5MB'"),
         ("0MB", "got '0MB'"),
         ("0.0 GB", "got '0.0 GB'"),
         ("2TB", "got '2TB'"),
-        ("true", "got True"),
-        ("-1", "got -1"),
+        ("true", "got 'true'"),
+        ("-1", "got '-1'"),
         ("null", "got None"),
     ],
 )
@@ -233,6 +234,50 @@ def test_an_output_that_is_a_file_is_told_as_one(tmp_path: Path, below: str) -> 
 def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert configuration.load(write(tmp_path, GOOD), [f"output={output}"]).output == output
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a: &x [1]\nb: *x\n", "line 2: aliases such as *x are not read; write the value out"),
+        ("a: &x [*x]\n", "line 1: aliases such as *x are not read; write the value out"),
+        ("a: " + "[" * 5000, "lists and sections within each other are too deep"),
+        ("seed: !!int abc\n", "holds a value that cannot be read (invalid literal for int() with base 10: 'abc')"),
+        ("seed: " + "9" * 5000, "holds a value that cannot be read (Exceeds the limit (4300 digits)"),
+        ("? [a]\n: b\n", "line 1: a key is a list or section"),
+    ],
+)
+def test_malformed_yaml_is_one_line(tmp_path: Path, text: str, found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(write(tmp_path, text))
+    assert found in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_in_place_of_a_config_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe.yaml: cannot be read \(It is not an ordinary file\)"):
+        configuration.load(tmp_path / "pipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("tuning.trials=1e999", "tuning.trials: input should be a valid integer, got inf"),
+        ("tuning.trials=" + "9" * 400, "tuning.trials: expected at most 9,007,199,254,740,992, got a larger number"),
+        ("dataset.max_failures=1e400", "dataset.max_failures: input should be a finite number, got inf"),
+        ("dataset.path=a\0b", "dataset.path: holds a control character: 'a\\x00b'; leave it out"),
+    ],
+)
+def test_absurd_values_are_one_line(tmp_path: Path, override: str, found: str) -> None:
+    assert problems_of(tmp_path, GOOD, override)[1:] == [found]
+
+
+@pytest.mark.parametrize("value", ["photos #1", "a: b", "123", "no", "[x", "'quoted'", "*star", "1e3"])
+def test_an_override_of_a_text_is_taken_as_it_is(tmp_path: Path, value: str) -> None:
+    loaded = configuration.load(write(tmp_path, GOOD), [f"dataset.path={value}", f"backbones.0.name={value}"])
+    assert (loaded.dataset.path, loaded.backbones[0].name) == (value, value)
+    assert configuration.load(write(tmp_path, GOOD), ["dataset.path=null"]).dataset.path is None
 
 
 WITH_PATHS = """

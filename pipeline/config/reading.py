@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -21,8 +22,14 @@ from pipeline.config.retired import KEYS, VALUES, without_defaults
 from pipeline.config.section import Section, guess
 from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
+from pipeline.files import read_file
 from pipeline.imports import look_in
+
+MOST_BYTES = 1 << 20
+"""Of a config file."""
+LONGEST_SHOWN = 200
+"""Characters of a wrong value that an error shows."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -36,7 +43,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     raw = read_yaml(path)
     seen_from_here(raw, path)
     for override in overrides:
-        _apply(raw, override)
+        _apply(raw, override, Config)
     config = parse(raw, str(path))
     _require_folder(config.output, str(path))
     if any(":" in head.name for head in config.heads):
@@ -64,7 +71,7 @@ def parse(raw: Mapping[str, Any], origin: str) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping by the rules of YAML 1.2, refusing duplicate keys."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MOST_BYTES).decode("utf-8")
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give an existing config file, such as configs/digits.yaml"
@@ -89,10 +96,21 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - as the library declares it
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them stand for more values than any memory holds
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"aliases such as *{event.anchor} are not read; write the value out",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.MarkedYAMLError(problem="a key is a list or section", problem_mark=key_node.start_mark)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(key)
@@ -124,15 +142,47 @@ def _parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}{where}: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: lists and sections within each other are too deep") from None
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:  # of a tag, or of too many digits
+        raise ConfigError(f"{origin}: holds a value that cannot be read ({first_line(error)})") from None
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Put one `a.b.0.c=value` into the raw config; the value is read as YAML."""
+def _is_text(root: type[Section], keys: Sequence[str]) -> bool:
+    """Whether the field at a place of the config takes text and nothing else but null."""
+    kind: Any = root
+    for key in keys:
+        options = [option for option in _options(kind) if option is not type(None)]
+        section = next((each for each in options if isinstance(each, type) and issubclass(each, Section)), None)
+        if section is not None and key in section.model_fields:
+            kind = section.model_fields[key].annotation
+        elif key.isdigit() and len(options) == 1 and get_origin(options[0]) is tuple:
+            kind = get_args(options[0])[0]
+        else:
+            return False
+    options = [option for option in _options(kind) if option is not type(None)]
+    return all(option is str or isinstance(option, str) for option in options)
+
+
+def _options(kind: Any) -> list[Any]:
+    """What an annotation allows: the members of a union, the words of a literal, or the type itself."""
+    if get_origin(kind) is Annotated:
+        return _options(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType, Literal):
+        return [
+            option for each in get_args(kind) for option in (_options(each) if not isinstance(each, str) else [each])
+        ]
+    return [kind]
+
+
+def _apply(raw: dict[str, Any], override: str, root: type[Section]) -> None:
+    """Put one `a.b.0.c=value` into the raw config; the value is taken as it is where the field is text, and read as YAML elsewhere."""
     path, separator, text = override.partition("=")
     keys = path.split(".")
     if not separator or not all(keys):
         raise ConfigError(f"--set {override!r}: expected key.key=value, such as tuning.trials=8")
-    value = _parse_yaml(text, f"--set {override!r}")
+    literal = _is_text(root, keys) and text not in ("null", "~", "")
+    value = text if literal else _parse_yaml(text, f"--set {override!r}")
     target: Any = raw
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
@@ -190,7 +240,8 @@ def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) 
     expected = " or ".join(
         [first[0].lower() + first[1:], *(other.removeprefix("Input should be ") for other in others)]
     )
-    return f"{location}: {expected}, got {given!r}{hint}"
+    shown = repr(given)
+    return f"{location}: {expected}, got {shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + '…'}{hint}"
 
 
 def _is_union_tag(part: object) -> bool:

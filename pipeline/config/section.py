@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 
 HEAD_NAMES = (
     "logistic_regression",
@@ -27,10 +27,24 @@ BASELINE_NAMES: tuple[Baseline, ...] = ("majority", "pixels", "hog")
 Scalar = bool | int | float | str | None
 
 
+LARGEST = 2**53
+"""The largest whole number of a config: beyond it floats are no longer exact."""
+
+
 class Section(BaseModel):
     """What every section shares: frozen, strict about types, and no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _within_reason(cls, value: Any) -> Any:
+        # No file and no column can have such a name, and a terminal obeys some of them.
+        if isinstance(value, str) and any(ord(char) < 32 or ord(char) == 127 for char in value):
+            raise ValueError(f"holds a control character: {value[:40]!r}; leave it out")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"expected at most {LARGEST:,}, got a larger number")
+        return value
 
 
 Item = TypeVar("Item")

@@ -92,7 +92,7 @@ class TuningConfig(Section):
     def _a_size(cls, value: Any) -> Any:
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", value) if isinstance(value, str) else None
         if value != "auto" and (found is None or not float(found[1])):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+            number = re.fullmatch(r"\d*\.?\d+", str(value)) and float(value) > 0
             hint = f"; write '{value}GB' or '{value}MB'" if number else ""
             raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}{hint}")
         return value
