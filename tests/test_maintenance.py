@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from documents import rewrite
 from photos import make_photos, small_config
 from PIL import Image
 
-from pipeline import embedders, extract_features, maintenance
-from pipeline.config import Artifacts, Config
+import pipeline
+from pipeline import embedders, extract_features, maintenance, train_heads
+from pipeline.config import Config
 from pipeline.dataset import DatasetIndex
-from pipeline.errors import StoreError
+from pipeline.digests import canonical_json
+from pipeline.errors import PipelineError, StoreError
+from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore
+from pipeline.store.format import compose
 
 BACKBONE = "resnet18-random-penultimate"
 
@@ -193,3 +204,151 @@ def test_an_unknown_embedding_is_refused_with_the_known_ones(experiment: Config,
     with pytest.raises(StoreError) as caught:
         maintenance.pack(experiment, tmp_path / "x.h5", embedding="resnet50")
     assert str(caught.value) == f"name one embedding with --embedding; this experiment has {BACKBONE}, pixels"
+
+
+def records_of(config: Config) -> tuple[Path, dict[str, Any]]:
+    """features.json and its content."""
+    path = Artifacts(config.output).features
+    return path, json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("place", ["../other/pixels.store", "/tmp/pixels.store", "features/../../pixels.store", ""])
+def test_a_record_whose_store_lies_outside_is_refused(copy: Config, place: str) -> None:
+    path, document = records_of(copy)
+    document["embeddings"][0]["store"] = place
+    rewrite(path, document)
+    with pytest.raises(StoreError) as caught:
+        maintenance.gc(copy)
+    assert (
+        str(caught.value) == f"embedding {BACKBONE!r}: its store {place!r} lies outside of its experiment; not opened"
+    )
+
+
+def test_a_store_behind_a_link_is_read_and_never_emptied(copy: Config, tmp_path: Path) -> None:
+    store = store_of(copy)
+    elsewhere = store.rename(tmp_path / "another.store")
+    store.symlink_to(elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    assert all(check.ok for check in maintenance.verify(copy))
+    for work in (maintenance.gc, maintenance.repair):
+        with pytest.raises(
+            StoreError, match=f"is a link to {elsewhere}, outside of this experiment, and stays as it is"
+        ):
+            work(copy)
+    assert before == {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+
+
+def test_heads_gc_pack_export_and_load_want_the_index_that_the_features_were_made_of(
+    copy: Config, tmp_path: Path
+) -> None:
+    files = Artifacts(copy.output)
+    index = DatasetIndex.read(files.dataset)
+    index.rows(np.arange(1, len(index))).write(files.dataset)
+    text = (
+        f"{files.dataset}/index.csv: is not the index that the features were made of; run `manyheads features` again, which "
+        "embeds only what is new"
+    )
+    for work in (
+        lambda: maintenance.gc(copy),
+        lambda: maintenance.pack(copy, tmp_path / "x.h5", embedding="pixels"),
+        lambda: maintenance.export(copy, tmp_path / "x.npy", embedding="pixels"),
+        lambda: train_heads.run(copy),
+        lambda: pipeline.load(copy.output, embedding="pixels"),
+    ):
+        with pytest.raises(PipelineError) as caught:
+            work()
+        assert str(caught.value) == text
+    assert f"  {text}" in maintenance.verify_files(copy)[1]
+
+
+def test_verify_names_every_damaged_file(copy: Config) -> None:
+    files = Artifacts(copy.output)
+    assert maintenance.verify_files(copy) == (True, ["other files: ok; 23 documents, journals and files of weights"])
+    head = files.bundle("pixels", "logistic_regression")
+    changed = [
+        files.leaderboard,
+        head / "bundle.json",
+        head / "predictions.npz",
+        files.trials("pixels", "logistic_regression"),
+    ]
+    for path in changed:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    ok, lines = maintenance.verify_files(copy)
+    assert not ok
+    assert lines[0] == "other files: DAMAGED; 23 documents, journals and files of weights"
+    assert [any(str(path) in line for line in lines[1:]) for path in changed] == [True, True, False, True]
+    assert all("is damaged" in line for line in lines[1:])
+
+
+def test_a_pack_that_status_refuses_does_not_verify(experiment: Config, tmp_path: Path) -> None:
+    path = tmp_path / "all.h5"
+    index = DatasetIndex.read(Artifacts(experiment.output).dataset)
+    store = FeatureStore.open(store_of(experiment, "pixels"))
+    attributes = store.store_type.attributes(len(index))
+    arrays = {
+        "content": index.digests,
+        "identity_json": np.frombuffer(canonical_json(store.identity).encode(), np.uint8),
+        "canary": store.canary,
+        "row": np.full(len(index), 10**6, "<u8"),
+    }
+    features = store.read(index.digests)
+    path.write_bytes(b"".join(compose("pack", attributes, arrays, ("<f4", features.shape), lambda: [features]).parts()))
+    with pytest.raises(StoreError, match="'row' points outside"):
+        maintenance.status_of_pack(path)
+    ok, lines = maintenance.verify_pack(path, full=True)
+    assert not ok
+    assert lines[1:] == ["  all.h5: not a valid feature store file: 'row' points outside"]
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder that a user without rights reaches, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Be a user whom file permissions hold for."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if before == 0:
+            os.seteuid(before)
+
+
+def test_what_may_not_be_read_is_not_damaged(experiment: Config, unprivileged: Path) -> None:
+    output = shutil.copytree(experiment.output, unprivileged / "output")
+    config = experiment.model_copy(update={"output": str(output)})
+    for name in ("segments/*.h5", "snapshot-*.h5"):
+        hidden = sorted(store_of(config).glob(name))
+        for path in hidden:
+            path.chmod(0)
+        with as_nobody():
+            for work in (lambda: maintenance.verify(config), lambda: pipeline.load(output, embedding=BACKBONE)):
+                with pytest.raises(PermissionError) as caught:
+                    work()
+                assert Path(str(caught.value.filename)) in hidden
+        for path in hidden:
+            path.chmod(0o644)
+    assert all(check.ok for check in maintenance.verify(config))
+
+
+def test_the_status_of_an_experiment_that_cannot_be_written(unprivileged: Path) -> None:
+    output = unprivileged / "output"
+    config = small_config(make_photos(unprivileged / "photos", per_class=3), output)
+    extract_features.run(config)
+    expected = maintenance.status(config)
+    for path in sorted(output.rglob("*"), reverse=True):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    output.chmod(0o555)
+    with as_nobody():
+        assert maintenance.status(config) == expected
+    for path in [output, *output.rglob("*")]:
+        path.chmod(0o755)

@@ -23,6 +23,7 @@ from pipeline.extract_features.sources import Source
 from pipeline.extract_features.targets import Contents, Target
 from pipeline.feed import Batch, Item, Lane, Part, threads
 from pipeline.feed import embed as embedded
+from pipeline.files import STOPS
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.memory import keep_freed_memory
 from pipeline.progress import bar
@@ -95,7 +96,8 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
     """
     began = time.perf_counter()
     keep_freed_memory()
-    with ExitStack() as stack:
+    # From the first store that is opened until the last is sealed a signal only sets a flag.
+    with _stop_requested() as stopped, ExitStack() as stack:
         by_source: dict[int, list[Target]] = {}
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
@@ -108,14 +110,14 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
         try:
-            with bar(count, "images", "embedding") as progress, _stop_requested() as stopped:
+            stopped()
+            with bar(count, "images", "embedding") as progress:
                 made = embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers, hashed=True)
                 for batch, parts in made:
                     _store(batch, parts, outputs, contents, work)
                     _store_hashes(batch, hashes, contents)
                     progress.update(len(batch.items))
-                    if (number := stopped()) is not None:
-                        raise KeyboardInterrupt(number)
+                    stopped()
         finally:
             # Also after an error or a signal: what was embedded is not to be embedded again.
             write_began = time.perf_counter()
@@ -128,6 +130,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
         stack.close()  # seals
         work.seconds["write"] += time.perf_counter() - write_began
         work.loop_seconds = time.perf_counter() - began
+        stopped()
     return work
 
 
@@ -226,22 +229,26 @@ def _failure(path: str, digest: Digests, status: str, reason: str) -> LedgerEntr
 
 
 @contextmanager
-def _stop_requested() -> Iterator[Callable[[], int | None]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the batch in hand; a second one stops at once."""
+def _stop_requested() -> Iterator[Callable[[], None]]:
+    """Turn the first SIGINT or SIGTERM into a request to stop, which the yielded function meets; a second one stops at once."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt(number)
         received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt(number)
         logger.info("stopping after the batch in hand ...")
 
+    def meet() -> None:
+        if received:
+            raise KeyboardInterrupt(received[0])
+
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield meet
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in STOPS}
     try:
-        yield lambda: received[0] if received else None
+        yield meet
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

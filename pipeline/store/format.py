@@ -30,6 +30,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.files import undisturbed
+
 FORMAT = "manyheads features"
 VERSION_MAJOR = 1
 VERSION_MINOR = 0
@@ -227,7 +229,10 @@ def _head(
     never touched again: a segment of a gigabyte costs a few kilobytes here.
     """
     memory = _Memory()
-    with h5py.File(memory, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+    with (
+        undisturbed(),
+        h5py.File(memory, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT) as file,
+    ):
         scalar = h5py.h5s.create(h5py.h5s.SCALAR)
         for name, value in attributes.items():
             single = np.array(value.encode("ascii") if isinstance(value, str) else value)

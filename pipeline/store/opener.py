@@ -8,6 +8,7 @@ map and is only asked where things are; it never opens a path and never reads da
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
+from pipeline.files import NOT_ORDINARY, undisturbed
 from pipeline.store.format import (
     BLOCK_BYTES,
     BULK,
@@ -122,7 +124,8 @@ def open_file(
     data = map_file(path) if data is None else data
     head_bytes = _check_seal(path, data, digest)
     try:
-        return _parse(path, data, head_bytes, kind)
+        with undisturbed():
+            return _parse(path, data, head_bytes, kind)
     except _Refused as refusal:
         raise StoreError(f"{path}: not a valid feature store file: {refusal}") from None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
@@ -140,13 +143,21 @@ def _require(condition: bool, problem: str) -> None:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Map a regular file into memory; links are not followed. Cheap: nothing is read or checked yet."""
+    """Map a regular file into memory; links are not followed. Cheap: nothing is read or checked yet.
+
+    Raises
+    ------
+    OSError
+        When there is none, or the system does not let it be read, which says nothing about the file.
+    StoreError
+        When it is no regular file, or too short for one of ours.
+    """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if error.errno not in (*NOT_ORDINARY, errno.ENOTDIR):
+            raise  # what may not be read, or not now, is not damaged
         raise StoreError(f"{path}: cannot be opened ({error.strerror})") from None
     try:
         status = os.fstat(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.digests import Digests
 from pipeline.errors import StoreError
 from pipeline.store import journal
-from pipeline.store.lock import LOCK
+from pipeline.store.lock import LOCK, holder
 from pipeline.store.opener import open_file
 from pipeline.store.segment import SEGMENTS, damaged_rows, open_entry, open_segment
 from pipeline.store.snapshot import Snapshot, generations, open_snapshot, snapshot_path
@@ -63,9 +63,28 @@ def verify(path: str | Path, full: bool = False) -> VerifyReport:
     path = Path(path)
     if path.is_file():
         return _verify_pack(path, full)
-    numbers = generations(path) if path.is_dir() else []
-    if not numbers:
-        raise StoreError(f"{path}: there is no feature store; run 'manyheads features' first")
+    for _ in range(ATTEMPTS):
+        numbers = generations(path) if path.is_dir() else []
+        if not numbers:
+            raise StoreError(f"{path}: there is no feature store; run 'manyheads features' first")
+        try:
+            report = _verify_once(path, full, numbers)
+        except FileNotFoundError:
+            continue  # a writer has removed it meanwhile, and published a newer state
+        if report.ok or generations(path) == numbers:
+            return report
+    raise StoreError(f"{path}: changes faster than it can be checked; run again when {_writer(path)} has ended")
+
+
+ATTEMPTS = 10
+"""How often a store is looked at anew that a writer has changed meanwhile."""
+
+
+def _writer(path: Path) -> str:
+    return holder(path) or "its writer"
+
+
+def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport:
     problems: list[Problem] = []
     snapshots: list[Snapshot] = []
     for generation in numbers:
@@ -167,6 +186,9 @@ def _check_journal(path: Path, snapshot: Snapshot, full: bool, problems: list[Pr
 
 
 def _leftovers(path: Path, snapshots: list[Snapshot]) -> Iterator[str]:
+    if (writer := holder(path)) is not None:
+        yield f"being written by {writer}"
+        return  # what lies there besides is its work
     named = {entry.digest for snapshot in snapshots for entry in snapshot.segments}
     for segment in sorted((path / SEGMENTS).iterdir()):
         if segment.stem not in named:

@@ -2,13 +2,19 @@
 
 import os
 import signal
+from importlib import import_module
+from itertools import count
 
 import numpy as np
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.store import FeatureStore, StoreWriter, collect, status
+from pipeline.store import FeatureStore, StoreWriter, collect, lock, status
+from pipeline.store import format as format_module
+from pipeline.store.snapshot import newest_snapshot
 from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY, Faults, exact, rounds, small_segments, system
+
+verify_module = import_module("pipeline.store.verify")  # the package has a function of that name
 
 
 def child_of(function):
@@ -205,3 +211,104 @@ def test_float16_overflow_is_not_finite(place):
     read = FeatureStore.open(place / "s").read(DIGESTS[:1])
     assert read.dtype == np.float32
     assert np.array_equal(read, FEATURES[:1].astype(np.float16).astype(np.float32))
+
+
+def test_a_lock_is_never_taken_through_a_link_and_no_pipe_is_waited_for(place, tmp_path):
+    diary = tmp_path / "diary.txt"
+    diary.write_text("not yours")
+    (place / "s").mkdir()
+    (place / "s" / "LOCK").symlink_to(diary)
+    with pytest.raises(
+        StoreError, match=r"s/LOCK: is no ordinary file \(Too many levels of symbolic links\); delete it"
+    ):
+        StoreWriter.open(place / "s", IDENTITY, DIM)
+    assert diary.read_text() == "not yours"
+    (place / "s" / "LOCK").unlink()
+    os.mkfifo(place / "s" / "LOCK")
+    with pytest.raises(StoreError, match=r"s/LOCK: is no ordinary file \(It is not an ordinary file\); delete it"):
+        StoreWriter.open(place / "s", IDENTITY, DIM)
+    assert lock.holder(place / "s") is None
+
+
+@pytest.mark.parametrize("name", ["segments", "journal", "tmp", "quarantine"])
+def test_a_store_whose_folders_are_links_is_not_written(place, tmp_path, name):
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "00000001.h5").write_bytes(b"not yours")
+    (place / "s").mkdir()
+    (place / "s" / name).symlink_to(other)
+    with pytest.raises(
+        StoreError, match=f"s/{name}: is a symbolic link, expected a folder of the store; nothing was changed"
+    ):
+        StoreWriter.open(place / "s", IDENTITY, DIM)
+    assert (other / "00000001.h5").read_bytes() == b"not yours"
+
+
+@pytest.mark.parametrize("step", ["grow", "shrink"])
+def test_verify_beside_a_writer_finds_no_damage(place, monkeypatch, step):
+    """Whenever verify opens a file, the writer has published a newer state since it looked, for the first three times."""
+    with small_segments(), StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
+        writer.append(DIGESTS, FEATURES)
+    turns = iter(range(3))
+    real = verify_module.open_snapshot
+
+    def behind_a_writer(path):
+        if (turn := next(turns, None)) is not None:
+            with small_segments(), StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
+                if step == "shrink":
+                    writer.rewrite(lambda file: np.arange(len(file.bulk)) % 2 == turn % 2)
+                else:
+                    writer.append(DIGESTS[:1] + np.uint64(turn + 1), FEATURES[:1])
+                    writer.seal()
+                    writer.append(DIGESTS[:1] + np.uint64(turn + 100), FEATURES[:1])
+        return real(path)
+
+    monkeypatch.setattr(verify_module, "open_snapshot", behind_a_writer)
+    report = verify_module.verify(place / "s", full=True)
+    assert report.problems == ()
+    assert report.generation == newest_snapshot(place / "s").generation
+
+
+def test_verify_says_that_a_store_is_being_written(place):
+    with StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
+        writer.append(DIGESTS, FEATURES)
+        writer.commit()
+        assert verify_module.verify(place / "s").notes == ("being written by this process",)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_libhdf5_writes_or_reads_waits_until_it_has_done(place, monkeypatch, number):
+    """The signal comes at every call that libhdf5 makes back into Python, one after the other; none is lost or trips it."""
+
+    def handle(number, frame):
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(number, handle)
+    calls, wanted = iter(()), 0
+    real = format_module._Memory.write
+
+    def interrupted(self, data):
+        if next(calls) == wanted:
+            os.kill(os.getpid(), number)
+        return real(self, data)
+
+    monkeypatch.setattr(format_module._Memory, "write", interrupted)
+
+    def compose():
+        nonlocal calls
+        calls = count()
+        format_module._head("rows", {"rows": 1}, {"canary": FEATURES[:2]}, "<u8", (4, 3))
+
+    try:
+        wanted = -1
+        compose()
+        total = next(calls)
+        assert total > 3
+        for turn in range(total):
+            wanted = turn
+            with pytest.raises(KeyboardInterrupt) as caught:
+                compose()
+            assert caught.value.args == (number,)
+            assert next(calls) == total  # libhdf5 ended its work first
+    finally:
+        signal.signal(number, before)
