@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from photos import small_config
 from PIL import Image
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
@@ -15,11 +16,14 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import NearestCentroid
 
 from pipeline import report
-from pipeline.config import Artifacts, DatasetConfig
+from pipeline.config import DatasetConfig
 from pipeline.dataset import DatasetIndex, scan
+from pipeline.embedders import EmbeddingRecord, write_records
+from pipeline.embedding import EmbeddingSpec
+from pipeline.experiment import Artifacts
 from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.metrics import Predictions, PredictionSet, scores
-from pipeline.store.writer import StoreWriter
+from pipeline.store import FeatureStore, StoreWriter
 
 CLASSES = ("ant", "猫 $5", "<b>bee</b> & 'co'")
 COLOURS = ((200, 60, 60), (60, 160, 80), (70, 90, 200))
@@ -77,12 +81,26 @@ def make_experiment(output: Path, images: Path) -> Path:
     truth = np.array([CLASSES.index(name) for name in names])
     X = features(truth, index.splits.astype(str))
     store = output / "features" / "random-net.store"
-    identity = {"backbone": "random-net"}
-    with StoreWriter.open(store, identity, X.shape[1]) as writer:
+    spec = EmbeddingSpec(
+        name="random-net",
+        kind="backbone",
+        library="none",
+        architecture="random-net",
+        arguments={},
+        weights="random",
+        weights_digest="",
+        layer="",
+        pooling="none",
+        dim=X.shape[1],
+        preprocessing={},
+        precision="fp32",
+        engine="torch",
+        untrained=True,
+    )
+    with StoreWriter.open(store, spec.identity(), X.shape[1]) as writer:
         writer.append(index.digests, X)
-        fingerprint = writer.store_type.fingerprint
-    record = {"name": "random-net", "store": "features/random-net.store", "fingerprint": fingerprint}
-    files.features.write_text(json.dumps({"format": "manyheads features", "version": 1, "embeddings": [record]}))
+    record = EmbeddingRecord("random-net", spec, "features/random-net.store", FeatureStore.open(store).digest, None, 0)
+    write_records(files.features, [record], small_config(images, output), index.fingerprint())
     rows = tuple(make_row(files, name, index, X) for name in HEADS)
     provenance = {
         "seed": 0,

@@ -13,9 +13,10 @@ from sklearn.neighbors import NearestCentroid
 import pipeline
 from pipeline import embedders, maintenance, train_heads
 from pipeline.cli import cli
-from pipeline.config import Artifacts, Config
+from pipeline.config import Config
 from pipeline.dataset import DatasetIndex
 from pipeline.errors import StoreError
+from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore, StoreWriter, pack
 
 BACKBONE = "resnet18-random-penultimate"
@@ -162,7 +163,7 @@ def test_an_experiment_whose_record_names_a_packed_file(experiment: Config, tmp_
     for record in embedders.read_records(files.features):
         if record.name == BACKBONE:
             shutil.rmtree(output / record.store)
-    embedders.write_records(files.features, records, config, "")
+    embedders.write_records(files.features, records, config, DatasetIndex.read(files.dataset).fingerprint())
     assert all(check.ok for check in maintenance.verify(config, full=True, sample=2))
     assert any("a packed file" in line for line in maintenance.status(config))
     assert "which stays as it is" in maintenance.gc(config)[0]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +157,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, text: str, message: str) -> 
     make_index([]).write(tmp_path)
     (tmp_path / "index.csv").write_text(text)
     with pytest.raises(DatasetError) as caught:
-        DatasetIndex.read(tmp_path)
+        DatasetIndex.read_edited(tmp_path, None)
     assert message in str(caught.value)
     assert "index.csv" in str(caught.value)
 
@@ -163,14 +165,50 @@ def test_a_damaged_index_is_refused(tmp_path: Path, text: str, message: str) -> 
 def test_a_file_saved_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
     make_index([]).write(tmp_path)
     (tmp_path / "index.csv").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
-    assert DatasetIndex.read(tmp_path).paths.tolist() == ["a.png"]
+    assert DatasetIndex.read_edited(tmp_path, None).paths.tolist() == ["a.png"]
+
+
+def test_an_index_that_is_not_the_one_written_is_told(tmp_path: Path) -> None:
+    make_index([("a", "x", "train"), ("b", "y", "test")]).write(tmp_path)
+    path = tmp_path / "index.csv"
+    path.write_text(path.read_text().replace("a,x,train", "a,y,train"))
+    with pytest.raises(DatasetError) as caught:
+        DatasetIndex.read(tmp_path)
+    assert str(caught.value) == (
+        f"{path}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, which keeps its "
+        "splits, or delete it to have it made anew"
+    )
+
+
+def test_a_kill_between_the_two_files_of_an_index_is_no_damage(tmp_path: Path) -> None:
+    old, new = make_index([("a", "x", "train")]), make_index([("a", "y", "train")])
+    old.write(tmp_path)
+    rows = (tmp_path / "index.csv").read_bytes()
+    new.write(tmp_path)
+    assert DatasetIndex.read(tmp_path).labels.tolist() == ["y"]
+    (tmp_path / "index.csv").write_bytes(rows)  # as if the run had been killed before the second file
+    assert DatasetIndex.read(tmp_path).labels.tolist() == ["x"]
+
+
+def test_what_a_spreadsheet_would_run_is_text_in_the_file_and_itself_when_read(tmp_path: Path) -> None:
+    names = ["'quoted", "+1", "-1", "-2+3", "=1+1", "@SUM(A1)", "\tx", "plain"]
+    names.sort()
+    index = make_index([(name, name, "train") for name in names], groups=names)
+    index.write(tmp_path)
+    rows = list(csv.reader((tmp_path / "index.csv").open(encoding="utf-8", newline="")))
+    cells = {cell for row in rows[1:] for cell in (row[0], row[1], row[3])}
+    assert cells == {"''quoted", "+1", "-1", "'-2+3", "'=1+1", "'@SUM(A1)", "'\tx", "plain"}
+    back = DatasetIndex.read(tmp_path)
+    assert back.paths.tolist() == back.labels.tolist() == names
+    assert back.groups is not None
+    assert back.groups.tolist() == names
+    assert back.fingerprint() == index.fingerprint()
 
 
 def test_no_index_and_an_index_of_another_format(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"has no index.json; run `manyheads features`"):
         DatasetIndex.read(tmp_path)
     make_index([]).write(tmp_path)
-    record = (tmp_path / "index.json").read_text()
-    (tmp_path / "index.json").write_text(record.replace('"version": 1', '"version": 9'))
-    with pytest.raises(DatasetError, match="version 9, expected 'manyheads index' version 1"):
+    (tmp_path / "index.json").write_text(json.dumps({"format": "manyheads index", "version": 9, "root": ""}))
+    with pytest.raises(DatasetError, match="version 9, expected 'manyheads index' version 2"):
         DatasetIndex.read(tmp_path)

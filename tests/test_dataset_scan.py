@@ -154,6 +154,9 @@ class TestIncremental:
         result = run(photos)
         assert result.read == 0
         assert sides(result) == {**first, moved: "test"}
+        told = "index.csv is not the one that was written: it was edited, or is damaged; its splits are kept, delete it"
+        assert result.warnings == (f"{told} to have them made anew",)
+        assert run(photos).warnings == ()
 
     def test_an_unreadable_file_is_tried_again(self, photos: Path, calm: None, monkeypatch: pytest.MonkeyPatch) -> None:
         from pipeline.dataset import reading

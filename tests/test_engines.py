@@ -17,9 +17,10 @@ from photos import make_photos, small_config
 from pipeline import backbone, extract_features
 from pipeline.backbone import engines
 from pipeline.backbone.engines import BATCH, PAYS_FROM, choose_engine
-from pipeline.config import Artifacts, BackboneConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
 from pipeline.embedders import open_record, read_records
 from pipeline.errors import BackboneError
+from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore, differences
 
 SMALL = PreprocessingConfig(resize=40, crop=32)

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from pipeline import audit, backbone, baselines, dataset, extract_features, feed
 from pipeline import config as configuration
-from pipeline.config import Artifacts, Config, ExtractionConfig
+from pipeline.config import Config, ExtractionConfig
 from pipeline.embedders import read_records
 from pipeline.errors import BackboneError, DatasetError
+from pipeline.experiment import Artifacts
 from pipeline.extract_features import work
 from pipeline.extract_features.advice import advise
 from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare

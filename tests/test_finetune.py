@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from documents import rewrite, write_index
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import softmax
@@ -23,10 +24,11 @@ from pipeline import bundle as bundles
 from pipeline import config as configuration
 from pipeline.backbone.families import build
 from pipeline.backbone.weights import load_network
-from pipeline.config import Artifacts, BackboneConfig, Config, ExtractionConfig
+from pipeline.config import BackboneConfig, Config, ExtractionConfig
 from pipeline.dataset import DatasetIndex, scan
 from pipeline.embedders import EmbeddingRecord, read_records, write_records
 from pipeline.errors import PipelineError, TrainingError
+from pipeline.experiment import Artifacts
 from pipeline.finetune.judgement import compared, judge, lines, verdict
 from pipeline.finetune.material import LINEAR, choose, divide, lineage_of, read_pixels
 from pipeline.finetune.start import starting_layer
@@ -331,12 +333,11 @@ def test_test_images_choose_nothing(experiment: Path, tuned: finetune.FinetuneRu
     labels = index.labels.copy()
     test = np.flatnonzero(index.splits == "test")
     labels[test] = np.roll(labels[test], 1)
-    original = (files.dataset / "index.csv").read_bytes()
     try:
-        replace(index, labels=labels).write(files.dataset)
+        write_index(files, replace(index, labels=labels))
         other = finetune.run(config)
     finally:
-        (files.dataset / "index.csv").write_bytes(original)
+        write_index(files, index)
     assert other.weights != tuned.weights
     mine, theirs = load_file(tuned.weights), load_file(other.weights)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -525,11 +526,11 @@ def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> No
     wrong = replace(choice.record, store="features/wrong.store", digest=FeatureStore.open(path).digest)
     before = read_records(files.features)
     try:
-        write_records(files.features, [wrong], config, "")
+        write_records(files.features, [wrong], config, index.fingerprint())
         with pytest.raises(TrainingError, match="stored vectors differ from what the network gives now"):
             finetune.run(config)
     finally:
-        write_records(files.features, before, config, "")
+        write_records(files.features, before, config, index.fingerprint())
 
 
 def test_a_leaderboard_of_another_config_is_refused(experiment: Path) -> None:
@@ -540,7 +541,7 @@ def test_a_leaderboard_of_another_config_is_refused(experiment: Path) -> None:
     document["provenance"]["config"]["seed"] += 1
     document["provenance"]["config"]["backbones"] = [{"name": "resnet18"}]
     try:
-        path.write_text(json.dumps(document), encoding="utf-8")
+        rewrite(path, document)
         with pytest.raises(PipelineError) as error:
             finetune.run(config)
     finally:

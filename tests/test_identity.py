@@ -17,10 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline import backbone, extract_features
 from pipeline import config as configuration
-from pipeline.config import Artifacts, Config
+from pipeline.config import Config
 from pipeline.digests import fingerprint
 from pipeline.embedders import read_records
 from pipeline.errors import StoreError
+from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore, StoreWriter
 
 NAME = "squeezenet1_1"

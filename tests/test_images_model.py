@@ -21,10 +21,11 @@ from store.harness import rounds
 
 from pipeline import baselines, extract_features, maintenance
 from pipeline import config as configuration
-from pipeline.config import Artifacts, Config
+from pipeline.config import Config
 from pipeline.dataset import DatasetIndex, read_ledger, statcache
 from pipeline.embedders import read_records
 from pipeline.embedding import probe_images
+from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore
 
 CLASSES = ("ant", "bee")

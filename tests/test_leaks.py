@@ -16,9 +16,10 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from pipeline import config as configuration
-from pipeline.config import Artifacts, TuningConfig
+from pipeline.config import TuningConfig
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import content_digest, pack_digests
+from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, Head
 from pipeline.train_heads import Task, make_task
 from pipeline.tuning import make_folds, tune

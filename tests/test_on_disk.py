@@ -21,12 +21,13 @@ from test_tuning_solvers import network
 from pipeline import bundle as bundles
 from pipeline import config as configuration
 from pipeline import memory, report, train_heads
-from pipeline.config import Artifacts, Config, HeadConfig, TuningConfig
+from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.dataset import DatasetIndex
 from pipeline.digests import content_digest, pack_digests
 from pipeline.embedders import EmbeddingRecord, write_records
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import ConfigError, HeadError
+from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, Head, resolve
 from pipeline.metrics import Predictions
 from pipeline.store import FeatureStore, StoredRows, StoreWriter
@@ -248,7 +249,7 @@ def stage_one(output: Path) -> Config:
         "tuning": {"trials": 2, "folds": 3, "nested": True, "seeds": 2, "jobs": 1},
     }
     config = configuration.parse(raw, "test")
-    write_records(files.features, [record], config, "")
+    write_records(files.features, [record], config, DatasetIndex.read(files.dataset).fingerprint())
     return config
 
 

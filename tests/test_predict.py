@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documents import rewrite
 from photos import PHOTO_CLASSES, make_photos
 
 from pipeline import predict
-from pipeline.config import Artifacts, Config
+from pipeline.config import Config
 from pipeline.errors import BackboneError, BundleError, ConfigError, DatasetError
+from pipeline.experiment import Artifacts, from_cell
 from pipeline.images import NO_IMAGE
 from pipeline.leaderboard import Leaderboard
 
@@ -104,7 +106,7 @@ def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config
     bundle = shutil.copytree(source, tmp_path / "bundle")
     document = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     document["embedding"]["spec"]["weights_digest"] = "0" * 64
-    (bundle / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    rewrite(bundle / "bundle.json", document)
     with pytest.raises(BackboneError) as caught:
         predict.run(bundle, [make_photos(tmp_path / "new", per_class=1)], output=tmp_path / "out.csv")
     assert "makes another embedding than the one that was stored" in caught.value.message
@@ -114,6 +116,14 @@ def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config
 def test_the_heads_own_label_comes_first_when_two_are_as_likely() -> None:
     row = predict.Row("a.jpg", "b", np.array([0.4, 0.4, 0.2]), "ok")
     assert predict.to_csv([row], ("a", "b", "c"), top=3) == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000\n"
+
+
+def test_a_cell_that_a_spreadsheet_would_run_is_text_and_reads_back() -> None:
+    row = predict.Row("=HYPERLINK(1)/@a.jpg", "+1-1", np.array([0.6, 0.4]), "ok")
+    text = predict.to_csv([row], ("+1-1", "-1"), top=2)
+    assert text == "'=HYPERLINK(1)/@a.jpg,ok,'+1-1,0.600000,-1,0.400000\n"
+    cells = next(csv.reader([text]))
+    assert [from_cell(cell) for cell in cells[:3]] == [row.path, "ok", row.label]
 
 
 def pixels_bundle(experiment: Config) -> Path:
@@ -238,7 +248,7 @@ def test_images_are_as_large_as_the_experiment_allows_unless_told_otherwise(expe
     document = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     assert document["embedding"]["max_pixels"] == experiment.dataset.max_pixels
     document["embedding"]["max_pixels"] = 20 * 24 - 1
-    (bundle / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    rewrite(bundle / "bundle.json", document)
     photos = make_photos(tmp_path / "new", per_class=1)
     with pytest.raises(DatasetError, match="none of the 3 images"):
         predict.run(bundle, [photos], output=tmp_path / "out.csv")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import rewrite
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import CLASSES, built_experiment, row, write_trials
 
 from pipeline import audit, metrics, report
-from pipeline.config import Artifacts
 from pipeline.errors import PipelineError
+from pipeline.experiment import Artifacts
 from pipeline.images import HASH_STORE
 from pipeline.leaderboard import Leaderboard, Nested, Seeds, judge
 from pipeline.leaderboard.imbalance import effects
@@ -94,11 +95,17 @@ def test_json_gives_the_same_leaderboard_back():
 
 
 def test_a_foreign_or_newer_leaderboard_is_refused():
-    with pytest.raises(PipelineError, match="not a leaderboard; run `manyheads heads` again"):
+    with pytest.raises(PipelineError, match="it holds a list, expected an object; run `manyheads heads` again"):
         Leaderboard.from_json("[1, 2]")
-    newer = Leaderboard((row("ridge", 0.9),)).to_json().replace('"version": 1', '"version": 9')
+    newer = json.dumps({"format": "manyheads leaderboard", "version": 9, "rows": []})
     with pytest.raises(PipelineError, match="version 9, expected 'manyheads leaderboard' version 1"):
         Leaderboard.from_json(newer)
+    changed = Leaderboard((row("ridge", 0.9),)).to_json().replace('"cv_mean": 0.9', '"cv_mean": 1.9')
+    with pytest.raises(PipelineError) as caught:
+        Leaderboard.from_json(changed)
+    assert str(caught.value) == (
+        "leaderboard.json: is damaged: its content is not the one that its digest names; run `manyheads heads` again"
+    )
 
 
 def test_untrained_and_baseline_rows_are_marked_plainly_everywhere():
@@ -606,7 +613,7 @@ def write_board(folder: Path, accuracy: dict[str, int], strategy: str = "bayes")
     board = Leaderboard(rows, {"config": {"tuning": {"strategy": strategy}}})
     Artifacts(folder).leaderboard.write_text(board.to_json(), encoding="utf-8")
     for head in accuracy:
-        write_trials(Artifacts(folder).trials("resnet18-penultimate", head), (0.8, 0.82, 0.81), 3)
+        write_trials(Artifacts(folder).trials("resnet18-penultimate", head), (0.8, 0.82, 0.81), 16)
     return folder
 
 
@@ -731,7 +738,7 @@ def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
     before = stamps(copy)
     record = json.loads((copy / "leaderboard.json").read_text())
     record["provenance"]["date"] = "2027-01-01T00:00:00+00:00"  # what a run with nothing to do writes
-    (copy / "leaderboard.json").write_text(json.dumps(record))
+    rewrite(copy / "leaderboard.json", record)
     assert report.refresh(copy) == copy / "report.html"
     assert stamps(copy) == before
     report.build(copy)
@@ -761,7 +768,7 @@ def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(c
     elif name == "leaderboard.json":
         record = json.loads((copy / name).read_text())
         record["provenance"]["notes"] = ["a head was left out"]
-        (copy / name).write_text(json.dumps(record))
+        rewrite(copy / name, record)
     elif name.endswith(("csv", "jsonl")) or name == "features.json":
         (copy / name).write_bytes((copy / name).read_bytes() + b"\n")
     else:

@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documents import fingerprint_of_index, rewrite, write_index
 from numpy.typing import NDArray
 
 from pipeline import bundle as bundles
 from pipeline import config as configuration
 from pipeline import lineage, train_heads
-from pipeline.config import Artifacts, BackboneConfig, Config, HeadConfig, TuningConfig
+from pipeline.config import BackboneConfig, Config, HeadConfig, TuningConfig
 from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
 from pipeline.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.embedders import EmbeddingRecord, read_asked_records, read_records, write_records
 from pipeline.embedding import EmbeddingSpec
 from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
+from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS
 from pipeline.images import policy_key
 from pipeline.leaderboard.imbalance import advice
@@ -87,7 +89,12 @@ def stage_one(output: Path, *, labels_seed: int = 0, alike: Sequence[tuple[int, 
 def without_clocks(path: Path) -> dict[str, Any]:
     """A leaderboard without what differs between two equal runs."""
     document = json.loads(path.read_text(encoding="utf-8"))
-    del document["provenance"]["date"], document["provenance"]["config"]["output"], document["provenance"]["command"]
+    del (
+        document["digest"],
+        document["provenance"]["date"],
+        document["provenance"]["config"]["output"],
+        document["provenance"]["command"],
+    )
     for row in document["rows"]:
         for key in ("fit_seconds", "predict_seconds", "search_seconds"):
             del row[key]
@@ -166,7 +173,7 @@ def test_the_commands_it_prints_can_be_pasted_into_a_shell(
         ["manyheads", stage, str(output / "config.yaml")] for stage in ("features", "heads")
     ]
     bundle = output / str(result.leaderboard.best.bundle) / "bundle.json"
-    bundle.write_text(json.dumps({**json.loads(bundle.read_text()), "runs_code_when_loaded": True}))
+    rewrite(bundle, json.loads(bundle.read_text()) | {"runs_code_when_loaded": True})
     assert next(line for line in result.summary_lines() if line.startswith("to predict")) == f"{told} --trust"
 
 
@@ -366,7 +373,7 @@ def test_of_several_embeddings_those_are_tuned_that_the_config_asks_for(tmp_path
         replace(first, name="other", section=other),
         pixels,
     ]
-    write_records(path, records, both, "")
+    write_records(path, records, both, fingerprint_of_index(Artifacts(path.parent)))
 
     def names(config: Config) -> list[str]:
         return [record.name for record in read_asked_records(path, config)]
@@ -374,7 +381,7 @@ def test_of_several_embeddings_those_are_tuned_that_the_config_asks_for(tmp_path
     assert names(both) == ["net-random", "other", "pixels"]
     assert names(config) == ["net-random", "pixels"]
     assert names(both.model_copy(update={"backbones": (other,), "baselines": ("majority",)})) == ["other"]
-    write_records(path, records[:1], both, "")
+    write_records(path, records[:1], both, fingerprint_of_index(Artifacts(path.parent)))
     with pytest.raises(PipelineError, match="baselines: not pixels"):
         names(both)
     assert names(both.model_copy(update={"baselines": ()})) == ["net-random"], "two sections may name one embedding"
@@ -425,7 +432,7 @@ def test_a_changed_seed_makes_every_row_again(finished: tuple[Config, train_head
     train_heads.run(config)
     changed = config.model_copy(update={"seed": 7})
     features = Artifacts(tmp_path).features
-    write_records(features, read_records(features), changed, "")
+    write_records(features, read_records(features), changed, fingerprint_of_index(Artifacts(tmp_path)))
     assert train_heads.run(changed).reused == 0
 
 
@@ -443,7 +450,7 @@ def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path:
         digests,
         np.full(N + 1, 10),
     )
-    grown.write(files.dataset)
+    write_index(files, grown)
     with pytest.raises(StoreError) as caught:
         train_heads.run(config)
     assert str(caught.value) == "1 of 151 images have no features yet; run `manyheads features` first"
@@ -584,7 +591,7 @@ def fine_tuned(output: Path, learned: NDArray[np.uint64], chose: NDArray[np.uint
         else record
         for record in read_records(files.features)
     ]
-    write_records(files.features, records, make_config(output), "")
+    write_records(files.features, records, make_config(output), fingerprint_of_index(files))
     return make_config(output)
 
 
