@@ -42,10 +42,10 @@ def make(photos: Path, output: Path, weights: str = "random", **changes: Any) ->
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of weights: those of the seed."""
-    from pipeline.backbone import architectures
+    from pipeline.backbone import families
 
     path = tmp_path_factory.mktemp("weights") / "net.safetensors"
-    numbers = {name: value.numpy() for name, value in architectures.build(NAME, {}).state_dict().items()}
+    numbers = {name: value.numpy() for name, value in families.build(NAME, {}).state_dict().items()}
     save_file(numbers, path)
     return path
 
@@ -172,6 +172,7 @@ def test_paths_change_no_identity(copied: Config, network: Path, tmp_path: Path)
     photos = shutil.copytree(str(copied.dataset.path), tmp_path / "other photos")
     (tmp_path / "elsewhere").mkdir()
     weights = shutil.copy(network, tmp_path / "elsewhere" / network.name)
+    (Path(copied.output) / "dataset" / "index.json").unlink()  # as is told where the images of before are still there
     result = extract_features.run(make(photos, Path(copied.output), str(weights)))
     assert result.work is None, (
         "the experiment, its images and its weights lie elsewhere, and nothing is embedded again"

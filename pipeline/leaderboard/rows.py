@@ -205,6 +205,12 @@ class Leaks:
     without: Mapping[str, float]
     held_out: Mapping[str, tuple[float, float]]
 
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Leaks:
+        """Return the leaks that a leaderboard's JSON holds."""
+        pairs = {key: (float(with_all), float(without)) for key, (with_all, without) in record["held_out"].items()}
+        return Leaks(**{**record, "held_out": pairs})
+
     def lines(self, rows: Sequence[LeaderboardRow]) -> list[str]:
         """Return what must be said above the table; rows : the best row and, if it is another, the recommended one."""
         found = []

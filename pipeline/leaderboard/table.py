@@ -425,7 +425,7 @@ def _leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
             tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
             record["provenance"],
             Verdict.from_record(verdict) if verdict else None,
-            Leaks(**record["leaks"]) if record.get("leaks") else None,
+            Leaks.from_record(record["leaks"]) if record.get("leaks") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise LEADERBOARD.damaged(path, "it does not hold what a leaderboard of this version does") from None
