@@ -8,7 +8,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     """Import `load` when it is first asked for, so that importing the package costs nothing."""
     if name == "load":
-        from pipeline.api import load
+        from pipeline.stages.load import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,8 +19,8 @@ import click
 from tqdm import tqdm
 
 from pipeline import config as configuration
-from pipeline import files
 from pipeline.errors import PipelineError
+from pipeline.io import files
 
 DEFAULT_CONFIG = "configs/digits.yaml"
 PACKED = (".h5", ".hdf5")
@@ -80,7 +80,7 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
 
     Example: manyheads check configs/folder.yaml --set dataset.path=photos
     """
-    from pipeline import check as stage
+    from pipeline.stages import check as stage
 
     for line in stage.run(configuration.load(config, overrides)):
         click.echo(line)
@@ -96,7 +96,7 @@ def features(config: Path, overrides: tuple[str, ...], plan: bool, why: bool, re
 
     Example: manyheads features configs/folder.yaml --plan
     """
-    from pipeline import extract_features as stage
+    from pipeline.stages import extract as stage
 
     settings = configuration.load(config, overrides)
     result = stage.run(settings, plan=plan, rehash=rehash)
@@ -112,7 +112,7 @@ def heads(config: Path, overrides: tuple[str, ...]) -> None:
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
     from pipeline import report as pages
-    from pipeline import train_heads as stage
+    from pipeline.stages import train_heads as stage
 
     result = stage.run(configuration.load(config, overrides))
     page = pages.refresh(result.files.root)
@@ -128,7 +128,7 @@ def finetune(config: Path, overrides: tuple[str, ...], output: Path | None) -> N
 
     Example: manyheads finetune configs/digits.yaml --output finetuned.safetensors
     """
-    from pipeline import finetune as stage
+    from pipeline.stages import finetune as stage
 
     settings = configuration.load(config, overrides)
     if output is not None:
@@ -171,7 +171,7 @@ def predict(
 
     Example: manyheads predict artifacts/digits photos/ --output labels.csv
     """
-    from pipeline import predict as stage
+    from pipeline.stages import predict as stage
 
     result = stage.run(bundle, images, output=output, top=top, device=device, trust_code=trust, max_pixels=max_pixels)
     for line in result.summary_lines():
@@ -221,7 +221,7 @@ def status(config: Path, overrides: tuple[str, ...]) -> None:
 
     Example: manyheads status configs/folder.yaml
     """
-    from pipeline import maintenance
+    from pipeline.stages import maintenance
 
     packed = config.suffix in PACKED
     for line in (
@@ -241,7 +241,7 @@ def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) ->
 
     Example: manyheads verify configs/folder.yaml --full --sample 20
     """
-    from pipeline import maintenance
+    from pipeline.stages import maintenance
 
     if config.suffix in PACKED:
         if sample:
@@ -265,7 +265,8 @@ def repair(config: Path, overrides: tuple[str, ...]) -> None:
 
     Example: manyheads repair configs/folder.yaml
     """
-    from pipeline import extract_features, maintenance
+    from pipeline.stages import extract as extract_features
+    from pipeline.stages import maintenance
 
     settings = configuration.load(config, overrides)
     for line in [*maintenance.repair(settings), *extract_features.run(settings).summary_lines()]:
@@ -279,7 +280,7 @@ def gc(config: Path, overrides: tuple[str, ...]) -> None:
 
     Example: manyheads gc configs/folder.yaml
     """
-    from pipeline import maintenance
+    from pipeline.stages import maintenance
 
     for line in maintenance.gc(configuration.load(config, overrides)):
         click.echo(line)
@@ -300,7 +301,7 @@ def pack(output: Path, config: Path, overrides: tuple[str, ...], embedding: str 
 
     Example: manyheads pack features.h5 configs/folder.yaml
     """
-    from pipeline import maintenance
+    from pipeline.stages import maintenance
 
     settings = configuration.load(config, overrides)
     click.echo(maintenance.pack(settings, output, embedding=embedding, anonymous=anonymous))
@@ -315,7 +316,7 @@ def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: st
 
     Example: manyheads export features.parquet configs/folder.yaml
     """
-    from pipeline import maintenance
+    from pipeline.stages import maintenance
 
     if config.suffix in PACKED:
         click.echo(maintenance.export_pack(config, output))
@@ -331,7 +332,7 @@ def merge(store: Path, sources: tuple[Path, ...]) -> None:
 
     Example: manyheads merge artifacts/photos/features/resnet50.store other-machine/resnet50.store
     """
-    from pipeline import maintenance
+    from pipeline.stages import maintenance
 
     for line in maintenance.merge(store, sources):
         click.echo(line)
@@ -346,7 +347,7 @@ def layers(model: str) -> None:
 
     Example: manyheads layers resnet18
     """
-    from pipeline import backbone
+    from pipeline.embed import networks as backbone
 
     for name, shape in backbone.layers(model):
         click.echo(f"{name:<40} {' x '.join(map(str, shape))}")

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import bytes_digest, canonical_json, fingerprint
 from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first_line
-from pipeline.files import NOT_ORDINARY, read_file, write_text_atomic
+from pipeline.io.digests import bytes_digest, canonical_json, fingerprint
+from pipeline.io.files import NOT_ORDINARY, read_file, write_text_atomic
 
 MADE_BY = "made_by"
 """Names the program that wrote a file; a file that has it has digests too."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from photos import make_photos, small_config
 
-from pipeline import extract_features, train_heads
 from pipeline.config import Config
+from pipeline.stages import extract as extract_features
+from pipeline.stages import train_heads
 
 
 @pytest.fixture(scope="session")

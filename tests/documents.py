@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset import DatasetIndex
-from pipeline.digests import fingerprint
+from pipeline.data import DatasetIndex
 from pipeline.experiment import Artifacts
+from pipeline.io.digests import fingerprint
 
 
 def rewrite(path: Path, document: dict[str, Any]) -> None:

@@ -18,18 +18,20 @@ from typing import Any
 import numpy as np
 
 import pipeline
-from pipeline import bundle as bundles
-from pipeline import embedders, extract_features, maintenance
 from pipeline.config import Config
-from pipeline.dataset import DatasetIndex
-from pipeline.digests import bytes_digest, digests_to_hex
+from pipeline.data import DatasetIndex
+from pipeline.embed import records as embedders
 from pipeline.errors import PipelineError
+from pipeline.evaluation.leaderboard import judge, read_leaderboard
+from pipeline.evaluation.leaderboard.judge import read_predictions, read_trials
 from pipeline.experiment import FINETUNING, Artifacts, read_document
-from pipeline.files import refusal
-from pipeline.leaderboard import judge, read_leaderboard
-from pipeline.leaderboard.judge import read_predictions, read_trials
+from pipeline.export import bundle as bundles
+from pipeline.io.digests import bytes_digest, digests_to_hex
+from pipeline.io.files import refusal
+from pipeline.stages import extract as extract_features
+from pipeline.stages import maintenance
+from pipeline.stages.train_heads import make_task
 from pipeline.store import FeatureStore
-from pipeline.train_heads import make_task
 
 FOR_PEOPLE = ("config.yaml", "leaderboard.md", "report.html", "LOCK")
 """Names of files that no command reads for a result, or that the user hands over as his own."""
@@ -113,7 +115,7 @@ def _plan(config: Config) -> Any:
 
 
 def _weights(path: Path) -> Any:
-    from pipeline.backbone.weights_files import read_weights, tensors_digest
+    from pipeline.embed.weights_files import read_weights, tensors_digest
 
     state, description = read_weights(path)
     return tensors_digest(state), description

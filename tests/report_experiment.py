@@ -17,12 +17,12 @@ from sklearn.neighbors import NearestCentroid
 
 from pipeline import report
 from pipeline.config import DatasetConfig
-from pipeline.dataset import DatasetIndex, scan
-from pipeline.embedders import EmbeddingRecord, write_records
-from pipeline.embedding import EmbeddingSpec
+from pipeline.data import DatasetIndex, scan
+from pipeline.embed.records import EmbeddingRecord, write_records
+from pipeline.embed.spec import EmbeddingSpec
+from pipeline.evaluation import Predictions, PredictionSet, scores
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.experiment import Artifacts
-from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
-from pipeline.metrics import Predictions, PredictionSet, scores
 from pipeline.store import FeatureStore, StoreWriter
 
 CLASSES = ("ant", "猫 $5", "<b>bee</b> & 'co'")

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from pipeline.metrics import METRICS, Answers, compare, scores
-from pipeline.metrics.comparison import paired_interval
-from pipeline.metrics.intervals import critical
+from pipeline.evaluation import METRICS, Answers, compare, scores
+from pipeline.evaluation.comparison import paired_interval
+from pipeline.evaluation.intervals import critical
 
 Features = NDArray[np.float64]
 Labels = NDArray[np.int64]

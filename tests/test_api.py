@@ -11,12 +11,13 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import NearestCentroid
 
 import pipeline
-from pipeline import embedders, maintenance, train_heads
 from pipeline.cli import cli
 from pipeline.config import Config
-from pipeline.dataset import DatasetIndex
+from pipeline.data import DatasetIndex
+from pipeline.embed import records as embedders
 from pipeline.errors import StoreError
 from pipeline.experiment import Artifacts
+from pipeline.stages import maintenance, train_heads
 from pipeline.store import FeatureStore, StoreWriter, pack
 
 BACKBONE = "resnet18-random-penultimate"

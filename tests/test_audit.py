@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
-from pipeline import audit, baselines
+from pipeline.embed import baselines
+from pipeline.evaluation import audit
 from pipeline.images import decode, hash_distances, perceptual_hash, prepare
 
 

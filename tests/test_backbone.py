@@ -14,18 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import backbone
-from pipeline.backbone import (
-    choose_precision,
-    families,
-    graph,
-    preprocessing,
-    torchvision_models,
-    weights,
-    weights_files,
-)
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
-from pipeline.embedding import EmbeddingSpec, probe_images
+from pipeline.embed import families, graph, preprocessing, torchvision_models, weights, weights_files
+from pipeline.embed import networks as backbone
+from pipeline.embed.networks import choose_precision
+from pipeline.embed.spec import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
 from pipeline.store import differences
 
@@ -588,5 +581,5 @@ def test_a_gpu_gives_the_vectors_of_the_processor(precision: str, tolerance: flo
 
 
 def test_importing_the_backbone_does_not_import_torch() -> None:
-    code = "import sys, pipeline.backbone as b; b.choice_inputs(); sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
+    code = "import sys, pipeline.embed.networks as b; b.choice_inputs(); sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

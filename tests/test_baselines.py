@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import baselines
-from pipeline.embedders import EmbeddingRecord, open_record
+from pipeline.embed import baselines
+from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.errors import BackboneError
 from pipeline.images import prepare
 
@@ -64,7 +64,7 @@ def test_the_two_have_identities_of_their_own() -> None:
 
 
 def test_baselines_need_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from pipeline import baselines; baselines.load('hog').canary"
+    code = "import sys; sys.modules['torch'] = None; from pipeline.embed import baselines; baselines.load('hog').canary"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -19,11 +19,11 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 
-from pipeline import bundle as bundles
-from pipeline.bundle import ModelBundle
-from pipeline.digests import file_digest
 from pipeline.errors import BundleError
+from pipeline.export import bundle as bundles
+from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS, configure
+from pipeline.io.digests import file_digest
 
 CLASSES = ("a,b", "käse", "shirt")
 DIM = 6

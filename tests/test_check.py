@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import backbone, check
 from pipeline import config as configuration
 from pipeline.config import Config
+from pipeline.embed import networks as backbone
 from pipeline.errors import BackboneError, PipelineError
+from pipeline.stages import check
 
 
 def make_config(tmp_path: Path, **changes: Any) -> Config:

@@ -56,7 +56,8 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
 def test_an_output_that_cannot_show_a_class_name_is_no_traceback(
     encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import check, cli
+    from pipeline import cli
+    from pipeline.stages import check
 
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
@@ -69,7 +70,7 @@ def test_an_output_that_cannot_show_a_class_name_is_no_traceback(
 
 
 def test_a_bug_of_ours_keeps_its_traceback() -> None:
-    bug = "import pipeline.check\ndef broken(config): raise RuntimeError('a bug')\npipeline.check.run = broken"
+    bug = "import pipeline.stages.check\ndef broken(config): raise RuntimeError('a bug')\npipeline.stages.check.run = broken"
     done = run("check", before=bug)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -78,7 +79,7 @@ def test_a_bug_of_ours_keeps_its_traceback() -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_its_exit_code_and_one_line(number: signal.Signals, code: int) -> None:
-    stop = f"import os, pipeline.check\npipeline.check.run = lambda config: os.kill(os.getpid(), {int(number)}) or [1]"
+    stop = f"import os, pipeline.stages.check\npipeline.stages.check.run = lambda config: os.kill(os.getpid(), {int(number)}) or [1]"
     # A job in the background is started with SIGINT ignored, and so would these tests be.
     listen = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     done = run("check", before=listen + stop)
@@ -90,7 +91,7 @@ def test_a_signal_ends_with_its_exit_code_and_one_line(number: signal.Signals, c
 
 def test_a_check_that_finds_something_is_exit_code_1() -> None:
     found = (
-        "import pipeline.maintenance as m\n"
+        "import pipeline.stages.maintenance as m\n"
         "class Check:\n"
         "    ok = False\n"
         "    def lines(self): return ['one: DAMAGED']\n"
@@ -102,9 +103,9 @@ def test_a_check_that_finds_something_is_exit_code_1() -> None:
 
 def test_a_folder_that_refuses_is_one_line_with_exit_code_2() -> None:
     refuse = (
-        "import errno, os, pipeline.check\n"
+        "import errno, os, pipeline.stages.check\n"
         "def refused(config): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'out/report.html')\n"
-        "pipeline.check.run = refused"
+        "pipeline.stages.check.run = refused"
     )
     done = run("check", before=refuse)
     assert done.returncode == 2
@@ -114,15 +115,15 @@ def test_a_folder_that_refuses_is_one_line_with_exit_code_2() -> None:
 
 
 def test_a_file_of_ours_that_is_missing_is_a_bug_and_keeps_its_traceback() -> None:
-    done = run("check", before="import pipeline.check\npipeline.check.run = lambda config: open('nowhere')")
+    done = run(
+        "check", before="import pipeline.stages.check\npipeline.stages.check.run = lambda config: open('nowhere')"
+    )
     assert done.returncode == 1
     assert done.stderr.endswith("FileNotFoundError: [Errno 2] No such file or directory: 'nowhere'\n")
 
 
 def test_finetune_asks_for_the_place_of_its_copy_before_it_trains(tmp_path: Path) -> None:
-    trained = (
-        f"import pipeline.finetune\npipeline.finetune.run = lambda config: open({str(tmp_path / 'trained')!r}, 'w')"
-    )
+    trained = f"import pipeline.stages.finetune\npipeline.stages.finetune.run = lambda config: open({str(tmp_path / 'trained')!r}, 'w')"
     (tmp_path / "file").write_text("")
     done = run("finetune", "--output", str(tmp_path / "file" / "w.safetensors"), before=trained)
     assert done.returncode == 2

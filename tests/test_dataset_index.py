@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset import DatasetIndex
-from pipeline.dataset.index import texts
-from pipeline.digests import content_digest, pack_digests
+from pipeline.data import DatasetIndex
+from pipeline.data.index import texts
 from pipeline.errors import DatasetError
+from pipeline.io.digests import content_digest, pack_digests
 
 
 def make_index(

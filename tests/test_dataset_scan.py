@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import DatasetConfig
-from pipeline.dataset import (
+from pipeline.data import (
     DatasetIndex,
     LedgerEntry,
     ScanResult,
@@ -24,10 +24,10 @@ from pipeline.dataset import (
     scan,
     statcache,
 )
-from pipeline.digests import content_digest, digests_to_hex
 from pipeline.errors import DatasetError, HeadError
+from pipeline.heads.tuning import make_folds
 from pipeline.images import policy_key
-from pipeline.tuning import make_folds
+from pipeline.io.digests import content_digest, digests_to_hex
 
 
 def write(root: Path, **files: str) -> None:
@@ -159,7 +159,7 @@ class TestIncremental:
         assert run(photos).warnings == ()
 
     def test_an_unreadable_file_is_tried_again(self, photos: Path, calm: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        from pipeline.dataset import reading
+        from pipeline.data import reading
 
         real_open = os.open
 
@@ -181,7 +181,7 @@ class TestIncremental:
     def test_a_file_that_changes_while_it_is_read_is_not_indexed(
         self, photos: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline.dataset import reading
+        from pipeline.data import reading
 
         real_read = os.read
 
@@ -210,7 +210,7 @@ class TestIncremental:
     def test_the_scan_needs_no_torch(self, photos: Path) -> None:
         code = (
             "import sys; sys.modules['torch'] = None; from pathlib import Path; from pipeline.config import DatasetConfig;"
-            "from pipeline.dataset import scan;"
+            "from pipeline.data import scan;"
             f"print(len(scan(DatasetConfig(source='folder', path={str(photos)!r}), 0, Path({str(photos.parent)!r}) / 'd').index))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from pipeline.dataset.folder import list_folder
-from pipeline.dataset.listing import Listing, shown
-from pipeline.dataset.manifest import list_manifest
-from pipeline.dataset.materialise import materialised
-from pipeline.dataset.torchvision_source import torchvision_manifest
+from pipeline.data.folder import list_folder
+from pipeline.data.listing import Listing, shown
+from pipeline.data.manifest import list_manifest
+from pipeline.data.materialise import materialised
+from pipeline.data.torchvision_source import torchvision_manifest
 from pipeline.errors import DatasetError
 from pipeline.images import NO_IMAGE
 
@@ -420,7 +420,7 @@ class TestTorchvision:
     def cifar(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
         """A CIFAR10 archive of 12 images where torchvision would download it to; returns their pixels."""
         pytest.importorskip("torch")
-        from pipeline.vision import torchvision
+        from pipeline.io.vision import torchvision
 
         pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
         names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
@@ -466,7 +466,7 @@ class TestTorchvision:
 
     def test_without_network_the_file_to_fetch_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("torch")
-        from pipeline.vision import torchvision
+        from pipeline.io.vision import torchvision
 
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
         with pytest.raises(DatasetError) as caught:
@@ -480,7 +480,7 @@ class TestTorchvision:
 
     def test_mnist_names_its_raw_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("torch")
-        from pipeline.vision import torchvision
+        from pipeline.io.vision import torchvision
 
         monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
         with pytest.raises(

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset import DatasetIndex, match
-from pipeline.dataset.index import texts
-from pipeline.dataset.match import difference, match_digests, match_texts
-from pipeline.dataset.splits import SplitPlan, make_test_split, prior_sides
-from pipeline.dataset.units import leakage_units
-from pipeline.digests import content_digest, pack_digests
+from pipeline.data import DatasetIndex, match
+from pipeline.data.index import texts
+from pipeline.data.match import difference, match_digests, match_texts
+from pipeline.data.splits import SplitPlan, make_test_split, prior_sides
+from pipeline.data.units import leakage_units
+from pipeline.io.digests import content_digest, pack_digests
 
 Image = tuple[str, str, str]
 """Content, label, group."""

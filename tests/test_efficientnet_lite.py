@@ -9,9 +9,9 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_image
 
-from pipeline import backbone
-from pipeline.backbone import efficientnet_lite as lite
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
+from pipeline.embed import efficientnet_lite as lite
+from pipeline.embed import networks as backbone
 from pipeline.errors import BackboneError
 from pipeline.images import prepare
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from photos import make_photos, small_config
 
-from pipeline import backbone, extract_features
-from pipeline.backbone import engines
-from pipeline.backbone.engines import BATCH, PAYS_FROM, choose_engine
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
-from pipeline.embedders import open_record, read_records
+from pipeline.embed import engines
+from pipeline.embed import networks as backbone
+from pipeline.embed.engines import BATCH, PAYS_FROM, choose_engine
+from pipeline.embed.records import open_record, read_records
 from pipeline.errors import BackboneError
 from pipeline.experiment import Artifacts
+from pipeline.stages import extract as extract_features
 from pipeline.store import FeatureStore, differences
 
 SMALL = PreprocessingConfig(resize=40, crop=32)
@@ -116,7 +117,7 @@ def test_a_network_that_openvino_cannot_take_runs_by_torch_unless_it_was_asked_f
         raise RuntimeError("no such operation\n  details")
 
     pytest.importorskip("openvino")
-    from pipeline.backbone import network
+    from pipeline.embed import backbone as network
 
     monkeypatch.setattr(network, "compile_openvino", refuse)
     monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
@@ -144,7 +145,7 @@ def test_half_an_openvino_is_told_and_torch_computes_unless_it_was_asked_for(tmp
     code = """
 import logging, platform
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from pipeline import backbone
+from pipeline.embed import networks as backbone
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.errors import BackboneError
 platform.machine = lambda: "x86_64"
@@ -272,7 +273,7 @@ def test_a_signal_is_heard_after_networks_have_come_and_gone() -> None:
     pytest.importorskip("openvino")
     code = """
 import gc, os, signal
-from pipeline.backbone.engines import compile_openvino
+from pipeline.embed.engines import compile_openvino
 live = [compile_openvino(lambda pixels: (pixels.float().mean((1, 2)),), (8, 8), "fp32", 1) for _ in range(2)]
 while live:
     del live[0]

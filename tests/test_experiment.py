@@ -14,13 +14,14 @@ import pytest
 
 import pipeline
 from pipeline import config as configuration
-from pipeline import experiment, maintenance
-from pipeline.dataset import DatasetIndex
+from pipeline import experiment
+from pipeline.data import DatasetIndex
 from pipeline.errors import HeadError, PipelineError
+from pipeline.evaluation.leaderboard import read_leaderboard
+from pipeline.evaluation.leaderboard.judge import read_predictions, read_trials
 from pipeline.experiment import FEATURES, TRIALS, Artifacts
-from pipeline.leaderboard import read_leaderboard
-from pipeline.leaderboard.judge import read_predictions, read_trials
-from pipeline.tuning.journal import Journal
+from pipeline.heads.tuning.journal import Journal
+from pipeline.stages import maintenance
 
 GOLDEN = Path(__file__).parent / "golden" / "experiment-0.1.tar.xz"
 CONTENT = {"index": "ab", "embeddings": [{"name": "käse", "digest": "12", "rate": 0.25}], "none": None}

@@ -18,15 +18,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import audit, backbone, baselines, dataset, extract_features, feed
 from pipeline import config as configuration
+from pipeline import data as dataset
 from pipeline.config import Config, ExtractionConfig
-from pipeline.embedders import read_records
+from pipeline.embed import baselines
+from pipeline.embed import loader as feed
+from pipeline.embed import networks as backbone
+from pipeline.embed.records import read_records
 from pipeline.errors import BackboneError, DatasetError
+from pipeline.evaluation import audit
 from pipeline.experiment import Artifacts
-from pipeline.extract_features import work
-from pipeline.extract_features.advice import advise
 from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare
+from pipeline.stages import extract as extract_features
+from pipeline.stages.extract import work
+from pipeline.stages.extract.advice import advise
 from pipeline.store import FeatureStore
 
 N = 24
@@ -133,7 +138,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from pipeline import config, extract_features, images
+from pipeline import config, images
+from pipeline.stages import extract as extract_features
 images.decode = None
 run = extract_features.run(config.load(Path({str(path)!r})))
 assert run.work is None and "nothing to embed" in run.summary_lines()[-2], run.summary_lines()
@@ -187,7 +193,8 @@ def test_what_is_added_to_a_config_costs_its_own_work_only(photos: Path) -> None
 
 
 def test_weights_in_a_file_that_was_renamed_are_the_same_weights(photos: Path) -> None:
-    from pipeline.backbone import BUNDLED, weights_files
+    from pipeline.embed import weights_files
+    from pipeline.embed.networks import BUNDLED
 
     state, _ = weights_files.read_weights(BUNDLED)
     description = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
@@ -266,7 +273,7 @@ def stop_after(batches: int, number: int) -> str:
     return f"""
 import os
 from pipeline import store
-from pipeline.extract_features import work
+from pipeline.stages.extract import work
 store.writer.GROUP_BYTES = 1
 original, seen = work._store, []
 def stopping(*arguments):
@@ -284,7 +291,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches
     path = photos.parent / "config.yaml"
     path.write_text(configuration.dump_yaml(config, path.parent))
     code = stop_after(batches, signal.SIGKILL) + (
-        "from pathlib import Path\nfrom pipeline import config, extract_features\n"
+        "from pathlib import Path\nfrom pipeline import config\nfrom pipeline.stages import extract as extract_features\n"
         f"extract_features.run(config.load(Path({str(path)!r})))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL

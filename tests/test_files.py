@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from pipeline import files
+from pipeline.io import files
 
 
 def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):

@@ -19,24 +19,25 @@ from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
-from pipeline import backbone, finetune, lineage, train_heads
-from pipeline import bundle as bundles
 from pipeline import config as configuration
-from pipeline.backbone.families import build
-from pipeline.backbone.weights import load_network
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
-from pipeline.dataset import DatasetIndex, scan
-from pipeline.embedders import EmbeddingRecord, read_records, write_records
+from pipeline.data import DatasetIndex, lineage, scan
+from pipeline.embed import networks as backbone
+from pipeline.embed.families import build
+from pipeline.embed.records import EmbeddingRecord, read_records, write_records
+from pipeline.embed.weights import load_network
 from pipeline.errors import PipelineError, TrainingError
+from pipeline.evaluation import Paired
+from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.finetune.judgement import compared, judge, lines, verdict
-from pipeline.finetune.material import LINEAR, choose, divide, lineage_of, read_pixels
-from pipeline.finetune.start import starting_layer
-from pipeline.leaderboard import Leaderboard
-from pipeline.metrics import Paired
+from pipeline.export import bundle as bundles
+from pipeline.finetuning import describe, fold, loop, predict_logits, put_head, write_weights
+from pipeline.finetuning.judgement import compared, judge, lines, verdict
+from pipeline.finetuning.material import LINEAR, choose, divide, lineage_of, read_pixels
+from pipeline.finetuning.start import starting_layer
+from pipeline.heads.tuning import Projections
+from pipeline.stages import finetune, train_heads
 from pipeline.store import FeatureStore, StoreWriter
-from pipeline.training import describe, fold, loop, predict_logits, put_head, write_weights
-from pipeline.tuning import Projections
 
 ARCHITECTURE = "torchvision.models.regnet.RegNet"
 ARGUMENTS = {

@@ -15,13 +15,14 @@ import pytest
 from photos import make_photos
 from safetensors.numpy import load_file, save_file
 
-from pipeline import backbone, extract_features
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.digests import fingerprint
-from pipeline.embedders import read_records
+from pipeline.embed import networks as backbone
+from pipeline.embed.records import read_records
 from pipeline.errors import StoreError
 from pipeline.experiment import Artifacts
+from pipeline.io.digests import fingerprint
+from pipeline.stages import extract as extract_features
 from pipeline.store import FeatureStore, StoreWriter
 
 NAME = "squeezenet1_1"
@@ -42,7 +43,7 @@ def make(photos: Path, output: Path, weights: str = "random", **changes: Any) ->
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of weights: those of the seed."""
-    from pipeline.backbone import families
+    from pipeline.embed import families
 
     path = tmp_path_factory.mktemp("weights") / "net.safetensors"
     numbers = {name: value.numpy() for name, value in families.build(NAME, {}).state_dict().items()}

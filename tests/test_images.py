@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from pipeline import images
-from pipeline.digests import canonical_json, content_digest
 from pipeline.errors import DatasetError
 from pipeline.images import (
     DECODE_MODES,
@@ -30,6 +29,7 @@ from pipeline.images import (
     policy_key,
     prepare,
 )
+from pipeline.io.digests import canonical_json, content_digest
 
 LIMIT = 1_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -357,7 +357,7 @@ class TestPrepare:
     @pytest.mark.parametrize("size", [(60, 40), (40, 61), (300, 301), (511, 333), (3, 2), (9, 200)])
     def test_pixels_are_torchvisions_for_every_preset_of_its_weights(self, size: tuple[int, int]) -> None:
         pytest.importorskip("torch")
-        from pipeline.vision import torchvision
+        from pipeline.io.vision import torchvision
 
         functional = torchvision.transforms.functional
         image = photo(*size)
@@ -374,7 +374,7 @@ class TestPrepare:
 
     def test_the_whole_official_transform_is_this_and_a_normalisation(self) -> None:
         torch = pytest.importorskip("torch")
-        from pipeline.vision import torchvision
+        from pipeline.io.vision import torchvision
 
         weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
         image = photo(500, 375)
@@ -462,7 +462,7 @@ ODD = (
 
 def presets() -> set[Preprocessing]:
     """What torchvision's weights come with."""
-    from pipeline.vision import torchvision
+    from pipeline.io.vision import torchvision
 
     found = set()
     for name in torchvision.models.list_models(module=torchvision.models):
@@ -480,7 +480,7 @@ def _tuple(size: int | tuple[int, int]) -> tuple[int, ...]:
 
 
 def _interpolation(name: str) -> object:
-    from pipeline.vision import torchvision
+    from pipeline.io.vision import torchvision
 
     return torchvision.transforms.InterpolationMode(name)
 

@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from store.harness import rounds
 
-from pipeline import baselines, extract_features, maintenance
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.dataset import DatasetIndex, read_ledger, statcache
-from pipeline.embedders import read_records
-from pipeline.embedding import probe_images
+from pipeline.data import DatasetIndex, read_ledger, statcache
+from pipeline.embed import baselines
+from pipeline.embed.records import read_records
+from pipeline.embed.spec import probe_images
 from pipeline.experiment import Artifacts
+from pipeline.stages import extract as extract_features
+from pipeline.stages import maintenance
 from pipeline.store import FeatureStore
 
 CLASSES = ("ant", "bee")

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from odd_images import Samples, chunk, png, tiff
 from PIL import Image
 
-from pipeline.digests import content_digest
 from pipeline.images import ImageProblem, content_key, decode, kind_of
 from pipeline.images.kinds import reads_heic
+from pipeline.io.digests import content_digest
 
 RNG = np.random.default_rng(0)
 SHAPE = (7, 13)

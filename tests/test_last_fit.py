@@ -15,19 +15,19 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 
-from pipeline.bundle import ModelBundle
 from pipeline.config import TuningConfig
 from pipeline.errors import UnfittedError
+from pipeline.evaluation import METRICS, Answers, Predictions, PredictionSet, Scores
+from pipeline.evaluation.expected import expected_accuracy
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
+from pipeline.evaluation.leaderboard.rows import LastFit
+from pipeline.evaluation.said import said
+from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS, Head, configure
-from pipeline.leaderboard import Leaderboard, LeaderboardRow, judge
-from pipeline.leaderboard.rows import LastFit
-from pipeline.metrics import METRICS, Answers, Predictions, PredictionSet, Scores
-from pipeline.metrics.expected import expected_accuracy
-from pipeline.metrics.said import said
+from pipeline.heads.tuning import make_folds, tune
+from pipeline.heads.tuning.last_fit import Promise
+from pipeline.heads.tuning.records import Measured, derived_seed
 from pipeline.report import sections
-from pipeline.tuning import make_folds, tune
-from pipeline.tuning.last_fit import Promise
-from pipeline.tuning.records import Measured, derived_seed
 
 ROWS = 200
 

@@ -17,12 +17,12 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from pipeline import config as configuration
 from pipeline.config import TuningConfig
-from pipeline.dataset import DatasetIndex
-from pipeline.digests import content_digest, pack_digests
+from pipeline.data import DatasetIndex
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, Head
-from pipeline.train_heads import Task, make_task
-from pipeline.tuning import make_folds, tune
+from pipeline.heads.tuning import make_folds, tune
+from pipeline.io.digests import content_digest, pack_digests
+from pipeline.stages.train_heads import Task, make_task
 
 N = 120
 """Images."""
@@ -133,7 +133,7 @@ def test_copies_and_groups_stay_in_one_fold_and_the_score_at_chance(
 def test_inner_folds_of_nested_cross_validation_keep_groups_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.train_heads import repeats
+    from pipeline.stages.train_heads import repeats
 
     units = np.arange(N) // 3
     index = make_index(tmp_path, units, copies=False)

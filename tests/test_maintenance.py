@@ -18,12 +18,14 @@ from photos import make_photos, small_config
 from PIL import Image
 
 import pipeline
-from pipeline import embedders, extract_features, maintenance, train_heads
 from pipeline.config import Config
-from pipeline.dataset import DatasetIndex
-from pipeline.digests import canonical_json
+from pipeline.data import DatasetIndex
+from pipeline.embed import records as embedders
 from pipeline.errors import PipelineError, StoreError
 from pipeline.experiment import Artifacts
+from pipeline.io.digests import canonical_json
+from pipeline.stages import extract as extract_features
+from pipeline.stages import maintenance, train_heads
 from pipeline.store import FeatureStore
 from pipeline.store.format import compose
 

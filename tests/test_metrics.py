@@ -33,14 +33,14 @@ from statistics_cases import (
     true_scores,
 )
 
-from pipeline import metrics
+from pipeline import evaluation as metrics
 from pipeline.config import TuningConfig
 from pipeline.errors import BundleError
-from pipeline.leaderboard.judge import margin
-from pipeline.metrics import METRICS, Answers, Metric, Predictions, PredictionSet
-from pipeline.metrics.calibration import margins
-from pipeline.metrics.intervals import effective_size
-from pipeline.tuning.kernel import one_against_rest
+from pipeline.evaluation import METRICS, Answers, Metric, Predictions, PredictionSet
+from pipeline.evaluation.calibration import margins
+from pipeline.evaluation.intervals import effective_size
+from pipeline.evaluation.leaderboard.judge import margin
+from pipeline.heads.fast.kernel import one_against_rest
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -18,22 +18,25 @@ from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from test_tuning_solvers import network
 
-from pipeline import bundle as bundles
 from pipeline import config as configuration
-from pipeline import memory, report, train_heads
+from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
-from pipeline.dataset import DatasetIndex
-from pipeline.digests import content_digest, pack_digests
-from pipeline.embedders import EmbeddingRecord, write_records
-from pipeline.embedding import EmbeddingSpec
+from pipeline.data import DatasetIndex
+from pipeline.embed.records import EmbeddingRecord, write_records
+from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import ConfigError, HeadError
+from pipeline.evaluation import Predictions
 from pipeline.experiment import Artifacts
+from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, Head, resolve
-from pipeline.metrics import Predictions
+from pipeline.heads.fast import linear
+from pipeline.heads.tuning import blocks, features, limited, make_folds, memory_needed, on_disk, room, tune
+from pipeline.heads.tuning.records import Problem
+from pipeline.io import memory
+from pipeline.io.digests import content_digest, pack_digests
+from pipeline.stages import train_heads
+from pipeline.stages.train_heads.place import Place
 from pipeline.store import FeatureStore, StoredRows, StoreWriter
-from pipeline.train_heads.place import Place
-from pipeline.tuning import blocks, features, limited, linear, make_folds, memory_needed, on_disk, room, tune
-from pipeline.tuning.records import Problem
 
 DISK = [name for name, head in HEADS.items() if head.on_disk]
 
@@ -169,7 +172,7 @@ from dataclasses import replace
 from pipeline.config import TuningConfig
 from pipeline.heads import HEADS
 from pipeline.store import FeatureStore, StoredRows
-from pipeline.tuning import features, make_folds, on_disk, room, tune
+from pipeline.heads.tuning import features, make_folds, on_disk, room, tune
 
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 # Smaller blocks for a smaller test.

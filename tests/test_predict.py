@@ -16,12 +16,12 @@ import pytest
 from documents import rewrite
 from photos import PHOTO_CLASSES, make_photos
 
-from pipeline import predict
 from pipeline.config import Config
 from pipeline.errors import BackboneError, BundleError, ConfigError, DatasetError
+from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.experiment import Artifacts, from_cell
 from pipeline.images import NO_IMAGE
-from pipeline.leaderboard import Leaderboard
+from pipeline.stages import predict
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -55,7 +55,7 @@ def test_training_images_get_the_label_the_saved_predictions_say(experiment: Con
     board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
     row = board.row("pixels/logistic_regression")
     assert row.bundle is not None
-    from pipeline.metrics import Predictions
+    from pipeline.evaluation import Predictions
 
     saved = Predictions.read(files.root / row.bundle / "predictions.npz").test
     photos = Path(str(experiment.dataset.path))

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.backbone.families import build
-from pipeline.backbone.weights import load_network
 from pipeline.config import BackboneConfig
+from pipeline.embed.families import build
+from pipeline.embed.weights import load_network
 
 FOLDER = Path(__file__).parents[1] / "configs" / "pretraining"
 SCRIPT = runpy.run_path(str(FOLDER / "pretrain.py"))
@@ -110,7 +110,9 @@ def test_its_rate_is_a_trapezoid_and_images_without_classes_are_refused(tmp_path
 
 def test_the_recipe_is_that_of_the_bundled_network() -> None:
     own = SCRIPT["read_recipe"](FOLDER / "bundled.yaml", [])
-    bundled = json.loads((Path(__file__).parents[1] / "pipeline" / "weights" / "bundled.json").read_text("utf-8"))
+    bundled = json.loads(
+        (Path(__file__).parents[1] / "pipeline" / "embed" / "bundled" / "bundled.json").read_text("utf-8")
+    )
     made = bundled["training"]
     network = build(own.architecture, {**own.arguments, "num_classes": 200})
     assert sum(p.numel() for p in network.parameters()) == 2_205_480

@@ -109,7 +109,7 @@ def test_openvino_that_the_user_imported_reports_nothing_of_ours(tmp_path: Path)
     pytest.importorskip("openvino_telemetry")
     code = """
 import openvino, openvino_telemetry
-from pipeline.backbone.engines import import_openvino
+from pipeline.embed.engines import import_openvino
 assert import_openvino() is openvino
 for number in range(3):
     openvino_telemetry.Telemetry().send_event("ovc", "conversion_result", str(number))

@@ -17,17 +17,18 @@ from test_leaks import held_out_rows_reach_the_fit
 from test_on_disk import stage_one, stored
 from test_tuning_solvers import network
 
-from pipeline import bundle as bundles
 from pipeline import config as configuration
-from pipeline import report, train_heads
+from pipeline import report
 from pipeline.config import TuningConfig
 from pipeline.errors import ConfigError
+from pipeline.evaluation.leaderboard import Leaderboard
+from pipeline.export import bundle as bundles
+from pipeline.finetuning.handover import fold
 from pipeline.heads import HEADS, Head, configure
-from pipeline.leaderboard import Leaderboard
-from pipeline.train_heads.place import Place
-from pipeline.training.handover import fold
-from pipeline.tuning import Projections, make_folds, memory_needed, projection, tune
-from pipeline.tuning.records import derived_seed
+from pipeline.heads.tuning import Projections, make_folds, memory_needed, projection, tune
+from pipeline.heads.tuning.records import derived_seed
+from pipeline.stages import train_heads
+from pipeline.stages.train_heads.place import Place
 
 REDUCED = TuningConfig(trials=1, jobs=1, pca=6)
 

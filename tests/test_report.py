@@ -17,14 +17,15 @@ from documents import rewrite
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import CLASSES, built_experiment, row, write_trials
 
-from pipeline import audit, metrics, report
+from pipeline import evaluation as metrics
+from pipeline import report
 from pipeline.errors import PipelineError
+from pipeline.evaluation import Predictions, PredictionSet, audit
+from pipeline.evaluation.leaderboard import Leaderboard, Nested, Seeds, judge
+from pipeline.evaluation.leaderboard.imbalance import effects
+from pipeline.evaluation.leaderboard.rows import Leaks, nested_choice
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_STORE
-from pipeline.leaderboard import Leaderboard, Nested, Seeds, judge
-from pipeline.leaderboard.imbalance import effects
-from pipeline.leaderboard.rows import Leaks, nested_choice
-from pipeline.metrics import Predictions, PredictionSet
 from pipeline.report import inputs, material
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
@@ -165,7 +166,7 @@ class NoTorch(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, NoTorch())
-import pipeline.report, pipeline.metrics
+import pipeline.report, pipeline.evaluation
 print([name for name in ("torch", "matplotlib", "plotly") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -14,9 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import make_experiment, row, write_trials
 from sklearn.metrics import roc_auc_score
 
+from pipeline.evaluation import METRICS, Answers, Difference, Optimism, Paired, Predictions, class_columns, scores
+from pipeline.evaluation.leaderboard import Leaderboard, Verdict, judge
 from pipeline.experiment import Artifacts
-from pipeline.leaderboard import Leaderboard, Verdict, judge
-from pipeline.metrics import METRICS, Answers, Difference, Optimism, Paired, Predictions, class_columns, scores
 from pipeline.report import sections, tables
 from pipeline.report.charts import difference_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_svg

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_experiment import row
 
-from pipeline import audit, metrics
-from pipeline.leaderboard import Leaderboard, Nested
+from pipeline import evaluation as metrics
+from pipeline.evaluation import audit
+from pipeline.evaluation.leaderboard import Leaderboard, Nested
 from pipeline.report import sections, tables
 from pipeline.report.charts import accuracy_chart, priced
 from pipeline.report.confusion import confusion_chart, left_out, most_confused

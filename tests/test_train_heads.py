@@ -20,25 +20,25 @@ import pytest
 from documents import fingerprint_of_index, rewrite, write_index
 from numpy.typing import NDArray
 
-from pipeline import bundle as bundles
 from pipeline import config as configuration
-from pipeline import lineage, train_heads
 from pipeline.config import BackboneConfig, Config, HeadConfig, TuningConfig
-from pipeline.dataset import DatasetIndex, LedgerEntry, record_failures
-from pipeline.digests import content_digest, digests_to_hex, pack_digests
-from pipeline.embedders import EmbeddingRecord, read_asked_records, read_records, write_records
-from pipeline.embedding import EmbeddingSpec
+from pipeline.data import DatasetIndex, LedgerEntry, lineage, record_failures
+from pipeline.embed.records import EmbeddingRecord, read_asked_records, read_records, write_records
+from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
+from pipeline.evaluation import METRICS, Answers, Predictions
+from pipeline.evaluation.leaderboard.imbalance import advice
+from pipeline.evaluation.leaderboard.table import cross_validated
 from pipeline.experiment import Artifacts
+from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS
+from pipeline.heads.tuning import make_folds, tune
 from pipeline.images import policy_key
-from pipeline.leaderboard.imbalance import advice
-from pipeline.leaderboard.table import cross_validated
-from pipeline.metrics import METRICS, Answers, Predictions
+from pipeline.io.digests import content_digest, digests_to_hex, pack_digests
+from pipeline.stages import train_heads
+from pipeline.stages.train_heads import repeats
+from pipeline.stages.train_heads.task import unseen_task
 from pipeline.store import FeatureStore, StoreWriter
-from pipeline.train_heads import repeats
-from pipeline.train_heads.task import unseen_task
-from pipeline.tuning import make_folds, tune
 
 CLASSES = ("boot, left", "凉鞋", "shirt")
 N, DIM = 150, 8
@@ -501,7 +501,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_results(
     config = make_config(tmp_path)
     # The process dies by SIGKILL right after its fifth fit is on disk.
     die = (
-        "import os, signal, pipeline.tuning.journal as journal\n"
+        "import os, signal, pipeline.heads.tuning.journal as journal\n"
         "append, count = journal.Journal.append, [0]\n"
         "def dying(self, events):\n"
         "    append(self, events); count[0] += 1\n"

@@ -22,7 +22,7 @@ from torch import nn
 
 from pipeline.config import TrainingConfig
 from pipeline.errors import TrainingError
-from pipeline.training import (
+from pipeline.finetuning import (
     Data,
     Labelled,
     PlanStep,
@@ -41,11 +41,11 @@ from pipeline.training import (
     steps_for,
     train,
 )
-from pipeline.training.batches import augmented, crop_and_flip, mixed, rows_at, to_float
-from pipeline.training.search import range_test, recompute_statistics
-from pipeline.training.stages import set_trainable
-from pipeline.training.steps import _class_weights, make_optimizer, make_schedule, stage_rates
-from pipeline.training.weights import interpolate
+from pipeline.finetuning.batches import augmented, crop_and_flip, mixed, rows_at, to_float
+from pipeline.finetuning.plan import set_trainable
+from pipeline.finetuning.range_test import range_test, recompute_statistics
+from pipeline.finetuning.steps import _class_weights, make_optimizer, make_schedule, stage_rates
+from pipeline.finetuning.weights import interpolate
 
 CPU = torch.device("cpu")
 BASE = TrainingConfig(
@@ -213,7 +213,7 @@ def test_mixed_labels_are_probabilities_of_the_two_images(mixup: float, cutmix: 
 
 
 def test_stages_of_the_toy_and_of_torchvisions_networks() -> None:
-    from pipeline.vision import torchvision
+    from pipeline.io.vision import torchvision
 
     def names(network: nn.Module, size: int) -> list[tuple[str, tuple[str, ...]]]:
         return [(stage.name, stage.modules) for stage in stages_of(network, size)]

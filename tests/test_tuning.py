@@ -19,12 +19,12 @@ from sklearn.datasets import make_classification
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.pipeline import Pipeline
 
-from pipeline import files
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import HEADS, Head, Real, configure, resolve
-from pipeline.tuning import check, fold_fits, make_folds, tune
-from pipeline.tuning.journal import Journal
+from pipeline.heads.tuning import check, fold_fits, make_folds, tune
+from pipeline.heads.tuning.journal import Journal
+from pipeline.io import files
 
 
 def features(classes: int = 3, rows: int = 200, dim: int = 12, seed: int = 0, spread: float = 0.7):
@@ -129,7 +129,7 @@ def test_scores_are_those_of_plain_scikit_learn_on_the_same_folds(tmp_path):
     for train, held_out in folds:
         pipeline = configure(LDA, run.best.params, 0).fit(X[train], y[train])
         own.append(pipeline.score(X[held_out], y[held_out]))
-        assert np.array_equal(pipeline.predict(X[held_out]), run.classes[run.out_of_fold.predictions[held_out]])
+        assert np.array_equal(pipeline.stages.predict(X[held_out]), run.classes[run.out_of_fold.predictions[held_out]])
         np.testing.assert_allclose(pipeline.predict_proba(X[held_out]), run.out_of_fold.scores[held_out], atol=1e-5)
     assert run.best.fold_scores == pytest.approx(tuple(own))
     assert run.best.mean == pytest.approx(np.mean(own))
@@ -309,7 +309,7 @@ import os, signal, threading
 import numpy as np
 import test_tuning as t
 from pipeline.heads import HEADS
-from pipeline.tuning import tune, make_folds, journal
+from pipeline.heads.tuning import tune, make_folds, journal
 append, seen = journal.Journal.append, []
 def dying(self, events):
     append(self, events)
@@ -361,7 +361,7 @@ HOLDING = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from pipeline.tuning.journal import Journal
+from pipeline.heads.tuning.journal import Journal
 held = Journal.open(Path(sys.argv[1]), {"seed": 0})
 print("held", flush=True)
 sys.stdin.read()

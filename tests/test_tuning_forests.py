@@ -15,12 +15,12 @@ from test_tuning_solvers import network
 
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.heads import HEADS, Integer, configure, resolve
-from pipeline.tuning import evaluators, make_folds, racing, tune
-from pipeline.tuning import forests as module
-from pipeline.tuning.evaluators import EVALUATORS, GENERIC, evaluator_for
-from pipeline.tuning.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forests, grow
-from pipeline.tuning.journal import Journal
-from pipeline.tuning.records import Problem, derived_seed
+from pipeline.heads.fast import forests as module
+from pipeline.heads.fast.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forests, grow
+from pipeline.heads.tuning import evaluators, make_folds, racing, tune
+from pipeline.heads.tuning.evaluators import EVALUATORS, GENERIC, evaluator_for
+from pipeline.heads.tuning.journal import Journal
+from pipeline.heads.tuning.records import Problem, derived_seed
 
 FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 100})
 

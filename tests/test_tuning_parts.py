@@ -11,10 +11,10 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 from pipeline.errors import HeadError
+from pipeline.evaluation import METRICS, Answers
 from pipeline.heads import Categorical, Integer, Real
-from pipeline.metrics import METRICS, Answers
-from pipeline.tuning import expand_scores, make_folds, racing, strategies
-from pipeline.tuning.strategies import cardinality
+from pipeline.heads.tuning import expand_scores, make_folds, racing, strategies
+from pipeline.heads.tuning.strategies import cardinality
 
 
 def test_folds_hold_every_row_out_once_and_keep_the_shares():
@@ -129,10 +129,10 @@ class Blocked:
         if name.partition('.')[0] == 'skopt':
             raise ImportError("cannot import name 'x' from 'sklearn.utils'")
 sys.meta_path.insert(0, Blocked)
-from pipeline import check, train_heads
+from pipeline.stages import check, train_heads
 from pipeline.errors import HeadError
 from pipeline.heads import HEADS
-from pipeline.tuning import require, strategies
+from pipeline.heads.tuning import require, strategies
 for strategy in ("random", "grid"):
     require(strategy)
     for head in HEADS.values():

@@ -12,14 +12,15 @@ import pytest
 import sklearn
 from test_tuning_solvers import network
 
-from pipeline import progress
 from pipeline.config import TuningConfig
 from pipeline.heads import HEADS
-from pipeline.tuning import kernel, make_folds, tune
-from pipeline.tuning.evaluation import smaller_caches, working_memory
-from pipeline.tuning.evaluators import EVALUATORS
-from pipeline.tuning.records import Problem
-from pipeline.tuning.room import room_for
+from pipeline.heads.fast import kernel
+from pipeline.heads.tuning import make_folds, tune
+from pipeline.heads.tuning.evaluation import smaller_caches, working_memory
+from pipeline.heads.tuning.evaluators import EVALUATORS
+from pipeline.heads.tuning.records import Problem
+from pipeline.heads.tuning.room import room_for
+from pipeline.io import progress
 
 LIMITED = """
 import resource, sys
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from pipeline.config import TuningConfig
 from pipeline.heads import HEADS
-from pipeline.tuning import make_folds, tune
+from pipeline.heads.tuning import make_folds, tune
 
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 rng = np.random.default_rng(0)

@@ -13,12 +13,12 @@ from sklearn.svm import SVC, LinearSVC
 
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.heads import HEADS, configure, resolve
-from pipeline.tuning import make_folds, racing, tune
-from pipeline.tuning.evaluation import generic
-from pipeline.tuning.evaluators import EVALUATORS, evaluator_for
-from pipeline.tuning.kernel import one_against_rest, prepare_distances, rbf_svm
-from pipeline.tuning.records import Problem
-from pipeline.tuning.solvers import Family, Path, softmax_loss, squared_hinge_loss, standardise, turn
+from pipeline.heads.fast.kernel import one_against_rest, prepare_distances, rbf_svm
+from pipeline.heads.fast.solvers import Family, Path, softmax_loss, squared_hinge_loss, standardise, turn
+from pipeline.heads.tuning import make_folds, racing, tune
+from pipeline.heads.tuning.evaluation import generic
+from pipeline.heads.tuning.evaluators import EVALUATORS, evaluator_for
+from pipeline.heads.tuning.records import Problem
 
 GRIDS = {
     "logistic_regression": [{"C": C} for C in (1e-5, 3e-3, 0.2, 5.0)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline import vision
+from pipeline.io import vision
 
 
 def test_torchvision_imports_with_its_models() -> None:

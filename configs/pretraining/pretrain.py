@@ -30,10 +30,10 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline import config, images
-from pipeline.backbone.families import build
-from pipeline.digests import bytes_digest, fingerprint
-from pipeline.training import Data, Labelled, copy_weights, describe, evaluate, write_weights
-from pipeline.training.batches import crop_and_flip, rows_at, to_float
+from pipeline.embed.families import build
+from pipeline.finetuning import Data, Labelled, copy_weights, describe, evaluate, write_weights
+from pipeline.finetuning.batches import crop_and_flip, rows_at, to_float
+from pipeline.io.digests import bytes_digest, fingerprint
 
 CPU = torch.device("cpu")
 MAX_PIXELS = 1_000_000

@@ -23,8 +23,8 @@ from pipeline.config.section import Section, guess
 from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 from pipeline.errors import ConfigError, first_line
-from pipeline.files import read_file
-from pipeline.imports import look_in
+from pipeline.io.files import read_file
+from pipeline.io.imports import look_in
 
 MOST_BYTES = 1 << 20
 """Of a config file."""

@@ -34,9 +34,9 @@ class Head:
     """Whether `linear_parts` can write the fitted head as one linear layer."""
     takes_class_weight: bool = False
     evaluator: str = "generic"
-    """How trials share work, a row of `pipeline.tuning.evaluation.EVALUATORS`; `generic` fits each fold from scratch."""
+    """How trials share work, a row of `pipeline.heads.tuning.evaluation.EVALUATORS`; `generic` fits each fold from scratch."""
     on_disk: str | None = None
-    """How it is fitted on features that stay on disk, a row of `pipeline.tuning.on_disk.FITS`, for a pipeline of a
+    """How it is fitted on features that stay on disk, a row of `pipeline.heads.tuning.on_disk.FITS`, for a pipeline of a
     StandardScaler and the classifier; None where it cannot be."""
     fixed: Params = field(default_factory=dict)
     """Parameters that the config holds at one value."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config import guess
 from pipeline.errors import HeadError
 from pipeline.heads.head import Head, configure
-from pipeline.imports import look_in
+from pipeline.io.imports import look_in
 
 
 def load_own(path: str) -> Head:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from pipeline.digests import content_digest
 from pipeline.images.kinds import START_BYTES, kind_of
 from pipeline.images.png import odd_transparency
 from pipeline.images.tiff import TiffPixels
+from pipeline.io.digests import content_digest
 
 _REVISION: Final = b"decode 3"
 """Sets apart the contents that version 2 of the decode policy took for other pixels."""

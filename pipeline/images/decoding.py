@@ -30,12 +30,12 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from pipeline.digests import fingerprint
 from pipeline.errors import DatasetError
 from pipeline.images.kinds import READ, START_BYTES, Kind, kind_of, reads_heic
 from pipeline.images.png import is_transparent, odd_transparency, pixels_only
 from pipeline.images.reading import ImageProblem
 from pipeline.images.tiff import TiffPixels, silence_libtiff
+from pipeline.io.digests import fingerprint
 
 DECODE_POLICY: Final[Mapping[str, str | int]] = {
     "version": 2,

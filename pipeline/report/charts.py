@@ -11,10 +11,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from pipeline.leaderboard.judge import Trials
-from pipeline.leaderboard.rows import LeaderboardRow
-from pipeline.leaderboard.table import seconds
-from pipeline.metrics import ACCURACY, METRICS, Calibration, Difference, LearningCurve, Metric, pareto
+from pipeline.evaluation import ACCURACY, METRICS, Calibration, Difference, LearningCurve, Metric, pareto
+from pipeline.evaluation.leaderboard.judge import Trials
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow
+from pipeline.evaluation.leaderboard.table import seconds
 from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
 from pipeline.report.material import Map
 from pipeline.report.names import shorten_all

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from pipeline.metrics import class_columns
+from pipeline.evaluation import class_columns
 from pipeline.report.drawing import CATEGORIES
 from pipeline.report.material import Material
 from pipeline.report.names import shorten_all

@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline
-from pipeline.digests import file_digest, fingerprint
 from pipeline.errors import PipelineError
+from pipeline.evaluation.leaderboard.table import read_leaderboard
 from pipeline.experiment import REPORT, Artifacts, read_document, write_document
 from pipeline.images import HASH_STORE
-from pipeline.leaderboard.table import read_leaderboard
+from pipeline.io.digests import file_digest, fingerprint
 
 PAGE = "report.html"
 LIBRARIES = ("matplotlib", "numpy", "Pillow", "scikit-learn", "scipy", "umap-learn")

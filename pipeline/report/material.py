@@ -14,16 +14,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import audit
-from pipeline.dataset import DatasetIndex
-from pipeline.embedders import read_records, require_index
+from pipeline.data import DatasetIndex
+from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
+from pipeline.evaluation import (
+    LearningCurve,
+    Predictions,
+    audit,
+    class_columns,
+    curve_from_scores,
+    curve_scores,
+    curve_sizes,
+)
+from pipeline.evaluation.leaderboard.judge import Trials, judge, read_predictions, read_trials
+from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
+from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, configure
-from pipeline.leaderboard.judge import Trials, judge, read_predictions, read_trials
-from pipeline.leaderboard.table import Leaderboard, read_leaderboard
-from pipeline.metrics import LearningCurve, Predictions, class_columns, curve_from_scores, curve_scores, curve_sizes
-from pipeline.metrics.learning_curve import stratified_order
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import html
 import logging
 from pathlib import Path
 
-from pipeline.files import make_folder, write_atomic, write_text_atomic
+from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report import sections
 from pipeline.report.drawing import to_png
 from pipeline.report.inputs import PAGE, digest_inputs, write_record

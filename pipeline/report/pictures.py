@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from pipeline.dataset import DatasetIndex
+from pipeline.data import DatasetIndex
 from pipeline.images import ImageProblem, decode, open_file
 
 SIDE = 112

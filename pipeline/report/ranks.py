@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.metrics import Ranking
+from pipeline.evaluation import Ranking
 from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
 
 

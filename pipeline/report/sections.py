@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from pipeline.leaderboard.imbalance import effects
-from pipeline.leaderboard.rows import LeaderboardRow, Verdict
-from pipeline.leaderboard.table import Leaderboard, seconds
-from pipeline.metrics import (
+from pipeline.evaluation import (
     ACCURACY,
     Calibration,
     Interval,
@@ -22,6 +19,9 @@ from pipeline.metrics import (
     measure_calibration,
     per_class,
 )
+from pipeline.evaluation.leaderboard.imbalance import effects
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Verdict
+from pipeline.evaluation.leaderboard.table import Leaderboard, seconds
 from pipeline.report import charts, confusion, tables
 from pipeline.report.drawing import CATEGORIES, Chart, to_svg
 from pipeline.report.galleries import label_issues, mistakes, near_duplicates, outliers, space_map

@@ -13,10 +13,10 @@ import numpy as np
 from tabulate import tabulate
 
 from pipeline.errors import PipelineError
-from pipeline.files import make_folder, write_atomic, write_text_atomic
-from pipeline.leaderboard.judge import Trials, read_trials
-from pipeline.leaderboard.table import Leaderboard, read_leaderboard, seconds
-from pipeline.metrics import Ranking, rank_over_datasets
+from pipeline.evaluation import Ranking, rank_over_datasets
+from pipeline.evaluation.leaderboard.judge import Trials, read_trials
+from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard, seconds
+from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report.charts import tuning_chart
 from pipeline.report.drawing import to_png
 from pipeline.report.ranks import ranking_chart

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from html import escape
 from statistics import median
 
-from pipeline.leaderboard.imbalance import Effect
-from pipeline.leaderboard.rows import LeaderboardRow
-from pipeline.leaderboard.table import APART, REPEATS, Leaderboard, apart_text, cross_validated, seconds
-from pipeline.metrics import ACCURACY, Calibration, ClassScores, Interval, Metric
+from pipeline.evaluation import ACCURACY, Calibration, ClassScores, Interval, Metric
+from pipeline.evaluation.leaderboard.imbalance import Effect
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow
+from pipeline.evaluation.leaderboard.table import APART, REPEATS, Leaderboard, apart_text, cross_validated, seconds
 from pipeline.report.material import Material
 
 MOST_CLASSES = 25

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files
-from pipeline.digests import Digests, digests_to_hex
 from pipeline.errors import StoreError
+from pipeline.io import files
+from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.store.maintain import COPY_BYTES, in_order
 from pipeline.store.reader import FeatureStore
 from pipeline.store.recovery import explained

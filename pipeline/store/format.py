@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.files import undisturbed
+from pipeline.io.files import undisturbed
 
 FORMAT = "manyheads features"
 VERSION_MAJOR = 1

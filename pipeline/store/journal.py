@@ -9,8 +9,8 @@ import logging
 import re
 from pathlib import Path
 
-from pipeline import files
 from pipeline.errors import StoreError
+from pipeline.io import files
 from pipeline.store.format import Composed
 from pipeline.store.opener import StoreFile
 from pipeline.store.segment import StoreType, open_segment

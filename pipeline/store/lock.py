@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import files
 from pipeline.errors import StoreError
+from pipeline.io import files
 
 LOCK = "LOCK"
 

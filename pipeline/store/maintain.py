@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import Digests
 from pipeline.errors import StoreError
+from pipeline.io.digests import Digests
 from pipeline.store import journal, lock
 from pipeline.store.opener import StoreFile
 from pipeline.store.reader import FeatureStore

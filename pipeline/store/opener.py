@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
-from pipeline.files import NOT_ORDINARY, undisturbed
+from pipeline.io.files import NOT_ORDINARY, undisturbed
 from pipeline.store.format import (
     BLOCK_BYTES,
     BULK,

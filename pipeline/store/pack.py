@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files
-from pipeline.digests import Digests, canonical_json
 from pipeline.errors import StoreError
+from pipeline.io import files
+from pipeline.io.digests import Digests, canonical_json
 from pipeline.store.format import compose
 from pipeline.store.maintain import COPY_BYTES, in_order
 from pipeline.store.opener import MAX_TEXT, open_file

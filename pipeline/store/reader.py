@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import Digests, digests_to_hex
 from pipeline.errors import StoreError
+from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.store.identity import differences
 from pipeline.store.opener import StoreFile, map_file, open_file
 from pipeline.store.segment import SegmentEntry, StoreType, open_entry

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import Digests
+from pipeline.io.digests import Digests
 from pipeline.store.reader import FeatureStore
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files
-from pipeline.digests import Digests
 from pipeline.errors import StoreError
+from pipeline.io import files
+from pipeline.io.digests import Digests
 from pipeline.store.opener import StoreFile, open_file
 from pipeline.store.segment import SEGMENT_BYTES, SEGMENTS, SegmentEntry, StoreType, compose_segment, split
 from pipeline.store.snapshot import Snapshot, generations, snapshot_path, sorted_table

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import Digests
 from pipeline.errors import StoreError
+from pipeline.io.digests import Digests
 from pipeline.store.format import BLOCK_BYTES, Chunks, Composed, compose
 from pipeline.store.opener import StoreFile, open_file
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files
-from pipeline.digests import Digests, canonical_json, fingerprint
 from pipeline.errors import StoreError
+from pipeline.io import files
+from pipeline.io.digests import Digests, canonical_json, fingerprint
 from pipeline.store.format import compose
 from pipeline.store.opener import StoreFile, open_file
 from pipeline.store.segment import SegmentEntry, StoreType

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.digests import Digests
 from pipeline.errors import StoreError
+from pipeline.io.digests import Digests
 from pipeline.store import journal
 from pipeline.store.lock import LOCK, holder
 from pipeline.store.opener import open_file

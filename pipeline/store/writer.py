@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files
-from pipeline.digests import Digests, digests_to_hex, fingerprint
 from pipeline.errors import StoreError
+from pipeline.io import files
+from pipeline.io.digests import Digests, digests_to_hex, fingerprint
 from pipeline.store import journal, lock, recovery
 from pipeline.store.identity import check_canary, differences
 from pipeline.store.opener import StoreFile

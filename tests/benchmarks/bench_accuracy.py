@@ -28,9 +28,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import pipeline
-from pipeline import config, extract_features
-from pipeline.finetune.judgement import compared
+from pipeline import config
+from pipeline.finetuning.judgement import compared
 from pipeline.images import Preprocessing, decode, prepare
+from pipeline.stages import extract as extract_features
 
 OUTPUT = Path("build/benchmarks/accuracy.json")
 EXACT = {"device": "cpu", "precision": "fp32", "engine": "torch", "decode": "exact"}

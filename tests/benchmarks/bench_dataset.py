@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DatasetConfig
-from pipeline.dataset import DatasetIndex, scan, statcache
-from pipeline.dataset.index import texts
-from pipeline.dataset.match import difference
-from pipeline.dataset.statcache import StatCache
+from pipeline.data import DatasetIndex, scan, statcache
+from pipeline.data.index import texts
+from pipeline.data.match import difference
+from pipeline.data.statcache import StatCache
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def naive(folder: Path, model: str) -> float:
     """Images/s of the script people write."""
     import torch
 
-    from pipeline.vision import torchvision
+    from pipeline.io.vision import torchvision
 
     transform = next(iter(torchvision.models.get_model_weights(model))).transforms()
     photos = torchvision.datasets.ImageFolder(str(folder), transform)
@@ -93,7 +93,8 @@ def thingsvision(folder: Path, model: str) -> float:
 
 def ours(folder: Path, model: str, **extraction: Any) -> float:
     """Images/s of stage one from files to a sealed store."""
-    from pipeline import config, extract_features
+    from pipeline import config
+    from pipeline.stages import extract as extract_features
 
     with tempfile.TemporaryDirectory() as output:
         raw: dict[str, Any] = {
@@ -112,7 +113,7 @@ def ours(folder: Path, model: str, **extraction: Any) -> float:
 
 def decode_only(folder: Path, model: str) -> float:
     """Images/s of reading, decoding and preparing, on all processors."""
-    from pipeline.feed import Feeder, Item
+    from pipeline.embed.loader import Feeder, Item
 
     preprocessing = _load(model, "fp32").preprocessing
     items = [Item(row, str(path), None, (0,)) for row, path in enumerate(sorted(folder.rglob("*.*")))]
@@ -127,8 +128,8 @@ def decode_only(folder: Path, model: str) -> float:
 
 def network_only(folder: Path, model: str, precision: str, batch_size: int | str = "auto") -> float:
     """Images/s of the network, by the engine of a long run, on pixels that are ready."""
-    from pipeline.backbone import choose_batch_size
-    from pipeline.memory import keep_freed_memory
+    from pipeline.embed.networks import choose_batch_size
+    from pipeline.io.memory import keep_freed_memory
 
     keep_freed_memory()
     embedder = _load(model, precision, batch_size)
@@ -145,8 +146,8 @@ def network_only(folder: Path, model: str, precision: str, batch_size: int | str
 
 
 def _load(model: str, precision: str, batch_size: int | str = "auto") -> Any:
-    from pipeline import backbone
     from pipeline.config import BackboneConfig, ExtractionConfig
+    from pipeline.embed import networks as backbone
 
     extraction = ExtractionConfig.model_validate({"precision": precision, "batch_size": batch_size})
     return backbone.load(BackboneConfig(name=model), extraction, 0, images=10**6)

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.config import TuningConfig
 from pipeline.heads import HEADS
-from pipeline.tuning import make_folds, tune
+from pipeline.heads.tuning import make_folds, tune
 
 MAIN_HEADS = "logistic_regression,linear_svm,rbf_svm,random_forest"
 TRIALS = {"linear_svm": 8, "random_forest": 16}

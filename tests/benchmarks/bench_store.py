@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import files
-from pipeline.digests import fingerprint
+from pipeline.io import files
+from pipeline.io.digests import fingerprint
 from pipeline.store import FeatureStore, StoreWriter, load, verify
 from pipeline.store.segment import StoreType
 from pipeline.store.snapshot import NO_PARENT, compose_and_publish, sorted_table

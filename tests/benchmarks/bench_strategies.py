@@ -28,7 +28,7 @@ from tabulate import tabulate
 import pipeline
 from pipeline.config import TuningConfig
 from pipeline.heads import HEADS
-from pipeline.tuning import make_folds, tune
+from pipeline.heads.tuning import make_folds, tune
 
 STRATEGIES = {"bayes": "#4269d0", "random": "#efb118", "grid": "#ff725c"}
 

@@ -20,19 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-from pipeline.backbone.families import build
 from pipeline.config import TrainingConfig, read_yaml
-from pipeline.training import (
-    Data,
-    Labelled,
-    PlanStep,
-    Run,
-    Task,
-    check_plan,
-    predict_logits,
-    stages_of,
-    train,
-)
+from pipeline.embed.families import build
+from pipeline.finetuning import Data, Labelled, PlanStep, Run, Task, check_plan, predict_logits, stages_of, train
 
 RECIPE = Path(__file__).parents[2] / "configs" / "pretraining" / "bundled.yaml"
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from pipeline.digests import pack_digests
+from pipeline.io.digests import pack_digests
 from pipeline.store import StoreWriter
 
 ROWS, DIM = 7, 6

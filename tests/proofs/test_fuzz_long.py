@@ -10,12 +10,14 @@ import torch
 from fuzz import Found, fuzz
 from photos import make_photos, small_config
 
-from pipeline import extract_features, report, train_heads
+from pipeline import report
 from pipeline.config import Config
-from pipeline.digests import file_digest
 from pipeline.experiment import FINETUNING, Artifacts, sealed, to_lines, write_document
-from pipeline.files import write_atomic
-from pipeline.training import describe, write_weights
+from pipeline.finetuning import describe, write_weights
+from pipeline.io.digests import file_digest
+from pipeline.io.files import write_atomic
+from pipeline.stages import extract as extract_features
+from pipeline.stages import train_heads
 
 PER_FILE = int(os.environ.get("MANYHEADS_FUZZ", "20"))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import files
 from pipeline.errors import StoreError
+from pipeline.io import files
 from pipeline.store import FeatureStore, StoreWriter, collect, verify
 from pipeline.store import seal as seal_module
 

@@ -10,8 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from pipeline import files
 from pipeline.errors import StoreError
+from pipeline.io import files
 from pipeline.store import FeatureStore, StoreWriter, verify
 from store.harness import (
     DIGESTS,

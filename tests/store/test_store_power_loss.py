@@ -9,7 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 
-from pipeline import files
+from pipeline.io import files
 from store.harness import Faults, exact, generator, promised, rounds, small_segments, system, two_runs
 
 

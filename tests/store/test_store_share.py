@@ -8,19 +8,9 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline.digests import digests_to_hex
 from pipeline.errors import StoreError
-from pipeline.store import (
-    FeatureStore,
-    StoreWriter,
-    export,
-    load,
-    merge,
-    pack,
-    read_packed_index,
-    status,
-    verify,
-)
+from pipeline.io.digests import digests_to_hex
+from pipeline.store import FeatureStore, StoreWriter, export, load, merge, pack, read_packed_index, status, verify
 from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY
 
 GOLDEN = Path(__file__).parents[1] / "golden"

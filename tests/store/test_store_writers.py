@@ -198,7 +198,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(place):
         assert writer.storable(features).tolist() == [True, False, True, False]
         with pytest.raises(StoreError, match="2 of 4 feature vectors hold numbers that are not finite") as caught:
             writer.append(DIGESTS[:4], features)
-        from pipeline.digests import digests_to_hex
+        from pipeline.io.digests import digests_to_hex
 
         assert caught.value.problems == tuple(f"content {text}" for text in digests_to_hex(DIGESTS[[1, 3]]))
     assert FeatureStore.open(place / "s").rows == 0

@@ -1,0 +1,285 @@
+"""The index: which image has which label and is on which side; one CSV file that people and programs can read.
+
+Labels and splits live here and nowhere else, so relabelling or splitting anew costs no embedding. `index.csv` holds the
+rows; `index.json` beside it says which format that is, where the images are, how splits were made, and the digest of the
+rows, also of those that they replaced: a kill may fall between the two files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from pipeline.data.units import leakage_units
+from pipeline.errors import DatasetError
+from pipeline.experiment import INDEX, read_document, to_cell, write_document
+from pipeline.io.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
+from pipeline.io.files import NOT_ORDINARY, make_folder, read_file, write_atomic
+
+INDEX_FILE = "index.csv"
+INDEX_RECORD = "index.json"
+COLUMNS = ("path", "label", "split", "group", "digest", "size")
+SPLITS = ("train", "validation", "test", "excluded")
+
+_RUNS = r"^[=+\-@\t\r']"
+"""What `to_cell` looks for."""
+
+Texts = NDArray[np.object_]
+"""n texts: ndarray of shape (n,), object dtype, each a `str`."""
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetIndex:
+    """Every image of a data set, sorted by path; n rows.
+
+    `paths`, `labels`, `splits` and `groups` are object arrays of shape (n,) holding `str`; `digests` is uint64 of shape
+    (n, 2), `sizes` int64 of shape (n,), in bytes. A split is 'train', 'validation', 'test', or 'excluded' (a copy taken
+    out because of a leak). `groups` is None where there are none; '' is an image of no group. Paths are relative to
+    `root`, with '/'.
+    """
+
+    root: Path
+    paths: Texts
+    labels: Texts
+    splits: Texts
+    groups: Texts | None
+    digests: Digests
+    sizes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The labels, sorted."""
+        return tuple(sorted(encode(self.labels)[1]))
+
+    def select(self, *splits: str) -> DatasetIndex:
+        """Return the rows of some splits, in the same order.
+
+        Raises
+        ------
+        ValueError
+            For a split that does not exist.
+        """
+        unknown = sorted(set(splits) - set(SPLITS))
+        if unknown:
+            raise ValueError(f"unknown splits {unknown}; there are {SPLITS}")
+        return self.rows(np.flatnonzero(np.isin(self.splits.astype(str), splits)))
+
+    def rows(self, rows: NDArray[Any]) -> DatasetIndex:
+        """Return some rows, given by number or by a mask."""
+        groups = None if self.groups is None else self.groups[rows]
+        return DatasetIndex(
+            self.root,
+            self.paths[rows],
+            self.labels[rows],
+            self.splits[rows],
+            groups,
+            self.digests[rows],
+            self.sizes[rows],
+        )
+
+    def with_splits(self, splits: Texts) -> DatasetIndex:
+        """Return the same images, split otherwise."""
+        return replace(self, splits=splits)
+
+    def fold_groups(self) -> NDArray[np.int64] | None:
+        """Return which images must share a fold: int64 of shape (n,), or None when each may go anywhere.
+
+        Images of one group belong together, and so do copies of one content.
+        """
+        units = leakage_units(self.digests, self.groups)
+        return None if len(units) == 0 or units.max() + 1 == len(units) else units
+
+    def fingerprint(self) -> str:
+        """Return the hex digest of every row; where the images lie does not matter."""
+        return bytes_digest(_to_csv(self))
+
+    def write(self, folder: Path, made: dict[str, Any] | None = None, source: str = "") -> None:
+        """Write index.csv and index.json; `made` says how splits were made, None when the user gave them."""
+        make_folder(folder)
+        rows, path = _to_csv(self), folder / INDEX_FILE
+        digests = [bytes_digest(rows), *([bytes_digest(path.read_bytes())] if path.is_file() else [])]
+        record = {"root": str(self.root), "source": source, "made_splits": made, "rows": digests}
+        write_document(folder / INDEX_RECORD, INDEX, record)
+        write_atomic(path, rows)
+
+    @staticmethod
+    def read(folder: Path) -> DatasetIndex:
+        """Read the index of a folder.
+
+        Raises
+        ------
+        DatasetError
+            When there is none, or it is not one this version can read.
+        """
+        record = read_record(folder)
+        if record is None:
+            raise DatasetError(f"{folder}: has no {INDEX_RECORD}; run `manyheads features` to make the index")
+        if not record_names_rows(folder, record):
+            raise DatasetError(
+                f"{folder / INDEX_FILE}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, "
+                "which keeps its splits, or delete it to have it made anew"
+            )
+        return _from_csv(folder / INDEX_FILE, Path(record["root"]), record)
+
+    @staticmethod
+    def read_edited(folder: Path, record: Mapping[str, Any] | None) -> DatasetIndex:
+        """Read index.csv also where somebody has edited it; `record` is what index.json says, if there is one."""
+        return _from_csv(folder / INDEX_FILE, Path((record or {}).get("root", "")), record or {})
+
+
+def record_names_rows(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether index.csv is, byte for byte, what was written with this record; 0.1 did not write down which that was."""
+    path = folder / INDEX_FILE
+    return "rows" not in record or not path.is_file() or bytes_digest(path.read_bytes()) in record["rows"]
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Read what index.json says, or None when there is no such file.
+
+    Raises
+    ------
+    DatasetError
+        When it is damaged, or of another format or version.
+    """
+    path = folder / INDEX_RECORD
+    if not os.path.lexists(path):
+        return None
+    record = read_document(path, INDEX)
+    made = record.get("made_splits")
+    if not isinstance(record.get("root"), str) or not (
+        made is None or (isinstance(made, dict) and {"seed", "test_fraction"} <= {*made})
+    ):
+        raise INDEX.damaged(path, "it does not say where the images are and how splits were made")
+    return record
+
+
+def encode(texts: Texts) -> tuple[NDArray[np.int64], list[str]]:
+    """Return each text's code, int64 of shape (n,), and the distinct texts in order of first appearance."""
+    encoded = pa.array(texts, pa.large_string()).dictionary_encode()
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def texts(values: list[str]) -> Texts:
+    """Return an object array of shape (n,)."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _to_csv(index: DatasetIndex) -> bytes:
+    """Return index.csv: quoted only where some value of the table needs it, so that most files stay easy to read."""
+    groups = index.groups if index.groups is not None else np.full(len(index), "", dtype=object)
+    given = [pa.array(column, pa.large_string()) for column in (index.paths, index.labels, index.splits, groups)]
+    columns = [_to_cells(column) for column in given]
+    table = pa.table(
+        [*columns, pa.array(digests_to_hex(index.digests), pa.large_string()), pa.array(index.sizes)],
+        names=list(COLUMNS),
+    )
+    special = any(pc.any(pc.match_substring_regex(column, '[",\r\n]')).as_py() for column in columns)
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed" if special else "none")
+    sink = io.BytesIO()
+    sink.write((",".join(COLUMNS) + "\n").encode())
+    pyarrow.csv.write_csv(table, sink, write_options=options)
+    return sink.getvalue()
+
+
+def _to_cells(column: pa.Array) -> pa.Array:
+    """Do for a column what `to_cell` does for a text."""
+    if not pc.any(pc.match_substring_regex(column, _RUNS)).as_py():
+        return column
+    return pa.array([None if text is None else to_cell(text) for text in column.to_pylist()], column.type)
+
+
+def _from_csv(path: Path, root: Path, record: Mapping[str, Any]) -> DatasetIndex:
+    types: dict[str, pa.DataType] = {
+        name: pa.dictionary(pa.int32(), pa.string()) for name in ("label", "split", "group")
+    }
+    types |= {"path": pa.string(), "digest": pa.string(), "size": pa.int64()}
+    try:
+        data = read_file(path)
+        table = pyarrow.csv.read_csv(
+            pa.BufferReader(data),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=b'"' in data),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
+        )
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: there is no index here; run `manyheads features` to make it") from None
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno not in NOT_ORDINARY:
+            raise
+        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); delete it to have it made anew") from None
+    if tuple(table.column_names) != COLUMNS:
+        found = ", ".join(table.column_names)
+        raise DatasetError(
+            f"{path}: has columns {found}, expected {', '.join(COLUMNS)}; delete it to have it made anew"
+        )
+    if record.get("version") != 1:
+        table = table.set_column(0, "path", _from_cells(table["path"]))
+        for place in (1, 3):
+            table = table.set_column(place, COLUMNS[place], _dictionary_from_cells(table[COLUMNS[place]]))
+    return _checked(table, path, root)
+
+
+def _from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Do for a column what `from_cell` does for a text."""
+    return pc.replace_substring_regex(column, pattern="^'", replacement="")
+
+
+def _dictionary_from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    words = (pa.DictionaryArray.from_arrays(chunk.indices, _from_cells(chunk.dictionary)) for chunk in column.chunks)
+    return pa.chunked_array(words, column.type)
+
+
+def _checked(table: pa.Table, path: Path, root: Path) -> DatasetIndex:
+    """Turn the table into an index after checking what the rest of the program relies on."""
+    paths = table["path"].to_numpy()
+    labels, splits, groups = (_texts_of(table[name]) for name in ("label", "split", "group"))
+    problems = [
+        f"unknown split {split!r}, expected one of {', '.join(SPLITS)}"
+        for split in encode(splits)[1]
+        if split not in SPLITS
+    ]
+    digests = table["digest"]
+    if not pc.all(pc.match_substring_regex(digests, "^[0-9a-f]{32}$")).as_py() and len(table):
+        problems.append("a digest is not 32 hexadecimal digits")
+    if len(table) > 1 and not pc.all(pc.less(table["path"].slice(0, len(table) - 1), table["path"].slice(1))).as_py():
+        problems.append("the rows are not sorted by path, or a path is there twice")
+    if problems:
+        raise DatasetError(f"{path}: is damaged; mend it, or delete it to have it made anew", problems)
+    grouped = encode(groups)[1] not in ([], [""])
+    return DatasetIndex(
+        root,
+        paths,
+        labels,
+        splits,
+        groups if grouped else None,
+        digests_from_hex(digests.to_pylist()),
+        table["size"].to_numpy().astype(np.int64),
+    )
+
+
+def _texts_of(column: pa.ChunkedArray) -> Texts:
+    """Return a dictionary-encoded column as texts, equal ones sharing one object."""
+    column = column.unify_dictionaries().combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # combine_chunks gives one chunk, or a chunked array of none
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    words = texts(column.dictionary.to_pylist())
+    return np.asarray(words[column.indices.to_numpy(zero_copy_only=False)], dtype=object)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

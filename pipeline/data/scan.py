@@ -1,0 +1,351 @@
+"""The scan: bring the index up to date with the files, reading only those that may have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.failures import LedgerEntry, current_entries, read_ledger, record_failures, write_ledger
+from pipeline.data.index import INDEX_FILE, DatasetIndex, Texts, read_record, record_names_rows, texts
+from pipeline.data.leaks import Copies, apply_leaks, find_copies
+from pipeline.data.listing import Listing, shown
+from pipeline.data.match import Difference, difference
+from pipeline.data.reading import read_digests
+from pipeline.data.sources import list_source
+from pipeline.data.splits import SplitPlan, make_test_split, prior_sides
+from pipeline.data.statcache import StatCache, read_cache
+from pipeline.data.summary import ScanResult, class_counts, missing_side
+from pipeline.data.upgrade import incomplete_jpegs
+from pipeline.errors import DatasetError, first
+from pipeline.images import policy_key
+from pipeline.io.digests import bytes_digest, canonical_json
+
+if TYPE_CHECKING:
+    from pipeline.config import DatasetConfig
+
+MANY_CLASSES, FEW_IMAGES = 20, 5
+"""More labels than these are asked about where they are numbers with fewer images each than those."""
+
+MOST_PROBLEMS = 20
+"""Lines of one error; more help nobody."""
+
+EDITED = (
+    f"{INDEX_FILE} is not the one that was written: it was edited, or is damaged; its splits are kept, delete it to have them "
+    "made anew"
+)
+
+
+def scan(
+    config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False, write: bool = True
+) -> ScanResult:
+    """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
+
+    `rehash` trusts no file time and reads every file; `resplit` makes the test split anew. A scan that finds everything as
+    it was reads no image and writes nothing; without `write` the index stays as it is, and two scans say the same.
+
+    Raises
+    ------
+    DatasetError
+        When the data cannot be used as they are.
+    """
+    began = time.time_ns()
+    listing = list_source(config, folder)
+    listing.sort()
+    require_its_own(listing.root, folder, config)
+    cache, before = read_cache(folder), _Before.read(folder)
+    key = _scan_key(listing, config)
+    as_it_was = cache.scan == key and cache.index == before.fingerprint and not cache.racy().any()
+    if as_it_was and before.index is not None and not rehash and not resplit:
+        found = _Found(before.index, cache.stats, [], 0)
+        plan, notes = before.made, _kept_notes(before.made, config, seed)
+        base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
+    else:
+        found = _read_changed(listing, cache, rehash)
+        if cache.is_old and before.index is not None:
+            record_failures(folder, incomplete_jpegs(found.index, config.max_pixels), policy_key(config.max_pixels))
+        _require_classes(found, listing, config)
+        base, plan, notes = _split(found.index, before, config, seed, resplit)
+    copies = find_copies(found.index.with_splits(base))
+    if config.leaks == "error" and copies.leaks:
+        raise _leak_error(copies)
+    index = found.index.with_splits(apply_leaks(base, copies.leaking, config.leaks))
+    warnings = [*listing.warnings, *_label_warnings(index), *_split_warnings(index)]
+    entries = sorted([*listing.entries, *found.entries])
+    ledger = current_entries(
+        [*entries, *_remarks(copies, config.leaks)], read_ledger(folder), index.paths.tolist(), index.digests
+    )
+    fingerprint_now = before.fingerprint if as_it_was and found.index is before.index else index.fingerprint()
+    unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
+    if write:
+        write_ledger(folder, ledger)
+    if write and (not unchanged or plan != before.made or before.edited):
+        index.write(folder, None if plan is None else asdict(plan), config.source)
+    if before.edited:
+        warnings.append(EDITED)
+    if write and (found.read or not (as_it_was and unchanged)):
+        # A file that could not be read is tried again next time, so that scan must not be taken for complete.
+        whole = "" if found.entries else key
+        StatCache(index.paths, found.stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
+    return ScanResult(
+        index=index,
+        unchanged=unchanged,
+        first=before.index is None,
+        difference=_since(before.index, index),
+        read=found.read,
+        leaks=copies.leaks,
+        leak_policy=config.leaks,
+        conflicts=copies.conflicts,
+        duplicates=copies.duplicates,
+        ignored=dict(listing.ignored),
+        entries=tuple(entries),
+        remembered=sum(bool(entry.policy) for entry in ledger),
+        warnings=tuple(warnings),
+        notes=tuple(notes),
+    )
+
+
+def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
+    """See that the index in `folder` is not of other data, whose experiment would be written over.
+
+    Data that were moved are the same data: nothing is in their old place.
+
+    Raises
+    ------
+    DatasetError
+    """
+    record = read_record(folder) or {}
+    there = Path(record.get("root", root))
+    if not there.is_dir() or there.samefile(root) or record.get("source") == config.source == "digits":
+        return
+    raise DatasetError(
+        f"the output folder holds an experiment on the images in {there}, and this config is about those in {root}; set output to "
+        "another folder, or leave it out: it follows the name of the data set. To go on in this one, delete dataset/index.json "
+        "there: its splits and features are kept"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """What an earlier scan left in the folder."""
+
+    index: DatasetIndex | None
+    fingerprint: str
+    made: SplitPlan | None
+    """How the test split was made; None when the user gave it, or nothing is known."""
+    recorded: bool
+    edited: bool = False
+    """index.csv is not the one that was written: somebody has edited it, or it is damaged."""
+
+    @staticmethod
+    def read(folder: Path) -> _Before:
+        record = read_record(folder)
+        if not (folder / INDEX_FILE).exists():
+            return _Before(None, "", None, False)
+        index = DatasetIndex.read_edited(folder, record)
+        edited = record is not None and not record_names_rows(folder, record)
+        made = (record or {}).get("made_splits")
+        plan = SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
+        # The digest of the file is the fingerprint of the index unless someone edited it; then it is written anew.
+        return _Before(index, bytes_digest((folder / INDEX_FILE).read_bytes()), plan, record is not None, edited)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The readable images: an index with the user's splits ('' where there are none), and file stats, int64 (n, 3)."""
+
+    index: DatasetIndex
+    stats: NDArray[np.int64]
+    entries: list[LedgerEntry]
+    read: int
+
+
+def _read_changed(listing: Listing, cache: StatCache, rehash: bool) -> _Found:
+    """Take digests from the cache where the file is as it was, and read the others."""
+    paths, stats = texts(listing.paths), listing.stat_array()
+    known, digests = cache.known(paths, stats)
+    if rehash:
+        known[:] = False
+    pending = np.flatnonzero(~known)
+    reading = read_digests(listing.root, paths[pending].tolist())
+    digests[pending], stats[pending] = reading.digests, reading.stats
+    known[pending] = reading.ok
+    splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
+    groups = texts(listing.groups) if listing.groups is not None else None
+    index = DatasetIndex(listing.root, paths, texts(listing.labels), splits, groups, digests, stats[:, 0]).rows(known)
+    return _Found(index, stats[known], reading.entries, len(pending))
+
+
+def _split(
+    index: DatasetIndex, before: _Before, config: DatasetConfig, seed: int, resplit: bool
+) -> tuple[Texts, SplitPlan | None, list[str]]:
+    """Return the splits before leaks, the plan they were made by (None for the user's own), and what to tell."""
+    if (index.splits == "test").any():
+        return index.splits, None, []
+    sides = np.where(index.splits == "", "train", index.splits).astype(object)
+    wanted = SplitPlan(seed, config.test_fraction)
+    prior = np.full(len(index), -1, dtype=np.int8)
+    plan, notes = wanted, []
+    if before.index is not None and not resplit and (before.made is not None or not before.recorded):
+        prior = prior_sides(before.index, index)
+        plan, notes = before.made or wanted, _kept_notes(before.made, config, seed)
+    return make_test_split(index.with_splits(sides), plan, prior), plan, notes
+
+
+def _kept_notes(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
+    if plan is None or plan == SplitPlan(seed, config.test_fraction):
+        return []
+    return [
+        f"the test split made with seed {plan.seed} and test_fraction {plan.test_fraction:g} is kept, though the config now says seed "
+        f"{seed} and test_fraction {config.test_fraction:g}; delete {INDEX_FILE} to have it made anew"
+    ]
+
+
+def _scan_key(listing: Listing, config: DatasetConfig) -> str:
+    """The digest of all that a scan found and of the settings that decide what it makes of it."""
+    digest = hashlib.blake2b(digest_size=16)
+    settings = [config.source, config.leaks, str(listing.root), listing.splits is None, listing.groups is None]
+    digest.update(canonical_json([*settings, [list(entry) for entry in sorted(listing.entries)]]).encode())
+    for column in (listing.paths, listing.labels, listing.splits or [], listing.groups or []):
+        digest.update("\0".join(column).encode())
+        digest.update(b"\0\0")
+    digest.update(listing.stat_array().tobytes())
+    return digest.hexdigest()
+
+
+def _has_test(listing: Listing) -> bool:
+    return listing.splits is not None and "test" in listing.splits
+
+
+def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
+    if old is None:
+        return Difference(added=len(new), changed=0, removed=0, renamed=0)
+    return difference(old.paths, old.digests, new.paths, new.digests)
+
+
+def _require_few_classes(index: DatasetIndex, origin: object, config: DatasetConfig) -> None:
+    """Ask before a number to predict, or a column of names, is taken for classes."""
+    classes, images = index.classes, len(index)
+    if config.target == "classification" or len(classes) <= MANY_CLASSES:
+        return
+    try:
+        numbers = np.array(classes, dtype=float)
+    except ValueError:
+        numbers = np.array([])
+    if len(numbers) and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
+        question = (
+            "is this a number to predict? Heads tell classes apart; cut it into a few ranges and give those as labels"
+        )
+    elif images < 1.5 * len(classes):
+        question = "are these the labels, or names of the images?"
+    else:
+        return
+    some = ", ".join(map(repr, classes[:3]))
+    raise DatasetError(
+        f"{origin}: {len(classes):,} classes of {images:,} images, such as {some}: {question}. If they are classes, set "
+        "dataset.target: classification"
+    )
+
+
+def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> None:
+    """Refuse data that nothing can be learned from, with the likely reason."""
+    index, origin = found.index, config.path if config.source == "manifest" else listing.root
+    if len(index) == 0:
+        entries = sorted([*listing.entries, *found.entries])
+        problems = [f"{entry.path}: {entry.reason}" for entry in entries]
+        if config.source == "manifest" and not problems:
+            raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
+        raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
+    if len(index.classes) < 2:
+        label = index.classes[0]
+        hint = ""
+        if config.source == "folder":
+            depth = 2 if listing.splits is not None else 1
+            below = sorted({parts[depth] for path in index.paths if len(parts := path.split("/")) > depth + 1})
+            if len(below) > 1:
+                hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / label} as dataset.path"
+        raise DatasetError(
+            f"{origin}: all {len(index):,} images are of one class, {label!r}; expected at least 2 classes{hint}"
+        )
+    _require_few_classes(index, origin, config)
+    if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
+        raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
+
+
+def _label_warnings(index: DatasetIndex) -> list[str]:
+    """Labels that a person would take for one: they differ in case or spaces only."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in index.classes:
+        alike[" ".join(name.casefold().split())].append(name)
+    return [
+        f"labels {' and '.join(map(repr, names))} differ only in case or spaces; they are separate classes"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+
+
+def _split_warnings(index: DatasetIndex) -> list[str]:
+    lines = []
+    counts = class_counts(index)
+    without = [name for name, count in counts.items() if not count["train"] + count["validation"]]
+    if without:
+        lines.append(
+            f"no training images in {_some(without)}: no head can learn {'it' if len(without) == 1 else 'them'}"
+        )
+    untested = [name for name, count in counts.items() if not count["test"]]
+    if len(untested) == len(counts):
+        lines.append(missing_side(index) or "no image is left for the test")
+    elif untested:
+        lines.append(f"no test images in {_some(untested)}")
+    both = sorted(_groups(index, "train", "validation") & _groups(index, "test"))
+    if both:
+        lines.append(f"{_some(both, 'group', 'groups')} in training and in test: test scores may be too good")
+    return lines
+
+
+def _groups(index: DatasetIndex, *splits: str) -> set[str]:
+    side = index.select(*splits)
+    return set() if side.groups is None else set(side.groups.tolist()) - {""}
+
+
+def _remarks(copies: Copies, policy: str) -> list[LedgerEntry]:
+    """Leaks and conflicts as ledger entries, so that all of them can be looked up."""
+    outcome = {"drop_train": "the training copy is excluded", "drop_test": "the test copy is excluded"}.get(
+        policy, "both are kept"
+    )
+    leaks = [
+        LedgerEntry(
+            shown(pair.first), "", "leak", f"the same content is in the test as {shown(pair.second)}; {outcome}"
+        )
+        for pair in copies.leaks
+    ]
+    conflicts = [
+        LedgerEntry(
+            shown(pair.second),
+            "",
+            "conflict",
+            f"labelled {pair.second_label!r}; the same content is {shown(pair.first)}, labelled {pair.first_label!r}",
+        )
+        for pair in copies.conflicts
+    ]
+    return [*leaks, *conflicts]
+
+
+def _leak_error(copies: Copies) -> DatasetError:
+    problems = [f"{shown(pair.first)} = {shown(pair.second)}" for pair in copies.leaks]
+    return DatasetError(
+        f"{len(copies.leaks):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
+        first(problems, MOST_PROBLEMS),
+    )
+
+
+def _some(names: list[str], one: str = "class", many: str = "classes") -> str:
+    named = ", ".join(repr(name) for name in names[:5])
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"{one if len(names) == 1 else many} {named}{more}"

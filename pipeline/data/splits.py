@@ -1,0 +1,144 @@
+"""Splits: the user's own where there are any, else a test set by seed, stratified, whole groups, and stable.
+
+One rule serves the first split and every later one. Units (a group, or a content with its copies) are taken in the order
+of a seeded hash; a unit joins the test set while that brings the classes' test counts nearer to their targets. Units that
+were split before keep their side, so adding, renaming or removing images moves no other image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.index import DatasetIndex, Texts, encode
+from pipeline.data.match import match_digests, match_texts
+from pipeline.data.units import leakage_units
+from pipeline.io.digests import Digests, content_digest
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What a made split follows: the share of each class's images that is set aside, and the seed of the order."""
+
+    seed: int
+    test_fraction: float
+
+
+def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8]) -> Texts:
+    """Move whole units from 'train' to 'test' and return the splits, shape (n,).
+
+    `prior` is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
+    the units they belong to. No class loses all its training images.
+    """
+    splits, groups, digests = index.splits, index.groups, index.digests
+    units = leakage_units(digests, groups)
+    n_units = int(units.max()) + 1 if len(units) else 0
+    fixed = np.zeros(n_units, dtype=bool)
+    fixed[units[splits != "train"]] = True
+    side = _prior_sides(units, n_units, prior)
+    codes, names = encode(index.labels)
+    counts = np.bincount(codes[splits == "train"], minlength=len(names))
+    in_test = side == 1
+    in_test[fixed] = False
+    held = np.bincount(codes[in_test[units]], minlength=len(names))
+    starved = (held >= counts)[codes] & in_test[units]
+    if starved.any():  # only test images are left of a class: its units are drawn anew
+        side[units[starved]] = -1
+        in_test[units[starved]] = False
+        held = np.bincount(codes[in_test[units]], minlength=len(names))
+    fresh = (side == -1) & ~fixed
+    order = np.flatnonzero(fresh)
+    order = order[np.argsort(_unit_keys(units, n_units, groups, digests, plan.seed)[order], kind="stable")]
+    for unit in _joining(order, units, codes, counts, held, plan.test_fraction):
+        in_test[unit] = True
+    result = splits.copy()
+    result[in_test[units]] = "test"
+    return result
+
+
+def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
+    """Return what each image was in an earlier index, by content first and by path otherwise: 1 test, 0 train, -1 not there."""
+    rows = match_digests(before.digests, index.digests)
+    if before.root == index.root:  # below another root, the same path is another image
+        by_path = match_texts(before.paths, index.paths)
+        # Where the old content has another path now, the image at its place is a new one and not a changed one.
+        moved = match_digests(index.digests, before.digests) >= 0
+        by_path[by_path >= 0] = np.where(moved[by_path[by_path >= 0]], -1, by_path[by_path >= 0])
+        rows = np.where(rows >= 0, rows, by_path)
+    sides = np.full(len(index), -1, dtype=np.int8)
+    sides[rows >= 0] = before.splits[rows[rows >= 0]] == "test"
+    return sides
+
+
+def _prior_sides(units: NDArray[np.int64], n_units: int, prior: NDArray[np.int8]) -> NDArray[np.int8]:
+    """One side for each unit: where its images were on both sides, most of them decide, and training on a tie."""
+    test = np.bincount(units, weights=prior == 1, minlength=n_units)
+    train = np.bincount(units, weights=prior == 0, minlength=n_units)
+    side = np.full(n_units, -1, dtype=np.int8)
+    side[train > 0] = 0
+    side[test > train] = 1
+    return side
+
+
+def _joining(
+    order: NDArray[np.int64],
+    units: NDArray[np.int64],
+    codes: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    held: NDArray[np.int64],
+    fraction: float,
+) -> list[int]:
+    """Return the units that join the test set, taken in `order`."""
+    rows = np.argsort(units, kind="stable")
+    starts = np.searchsorted(units[rows], np.arange(len(units) + 1))
+    row_codes = codes[rows].tolist()
+    total, test = counts.tolist(), held.tolist()
+    wanted = [fraction * count for count in total]
+    open_classes = {code for code in range(len(total)) if test[code] + 0.5 < wanted[code]}
+    joined = []
+    for unit in order.tolist():
+        if not open_classes:
+            break
+        gain: dict[int, int] = {}
+        for code in row_codes[starts[unit] : starts[unit + 1]]:
+            gain[code] = gain.get(code, 0) + 1
+        if any(test[code] + count >= total[code] for code, count in gain.items()):
+            continue
+        nearer = sum(
+            abs(test[code] - wanted[code]) - abs(test[code] + count - wanted[code]) for code, count in gain.items()
+        )
+        if nearer <= 0:
+            continue
+        joined.append(unit)
+        for code, count in gain.items():
+            test[code] += count
+            if test[code] + 0.5 >= wanted[code]:
+                open_classes.discard(code)
+    return joined
+
+
+def _unit_keys(
+    units: NDArray[np.int64], n_units: int, groups: Texts | None, digests: Digests, seed: int
+) -> NDArray[np.uint64]:
+    """A pseudo-random number for each unit, from its group's name or its content and from the seed, not from its place."""
+    keys = digests[:, 0].copy()
+    if groups is not None:
+        codes, names = encode(groups)
+        named = np.array(
+            [int.from_bytes(content_digest(name.encode())[:8], "little") for name in names], dtype=np.uint64
+        )
+        keys = np.where(groups != "", named[codes], keys)
+    mixed = _splitmix(keys ^ _splitmix(np.array([seed], dtype=np.uint64)))
+    smallest = np.full(n_units, np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(smallest, units, mixed)
+    return smallest
+
+
+def _splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits that leaves no pattern."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,226 @@
+"""What a scan found, and how it is told in a few plain lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.failures import REMARKS, LedgerEntry
+from pipeline.data.index import SPLITS, DatasetIndex, encode
+from pipeline.data.leaks import Pair
+from pipeline.data.listing import shown
+from pipeline.data.match import Difference
+from pipeline.data.units import leakage_units
+
+EXAMPLES = 3
+CLASSES_SHOWN = 12
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """The index as it is now, and all that a user should know about how it came to be."""
+
+    index: DatasetIndex
+    unchanged: bool
+    """The index is the one that was there before, row for row."""
+    first: bool
+    """There was no index before."""
+    difference: Difference
+    """Images added, changed, removed and renamed since the last scan; all added at the first one."""
+    read: int
+    """Files whose bytes were read."""
+    leaks: tuple[Pair, ...]
+    leak_policy: str
+    conflicts: tuple[Pair, ...]
+    duplicates: int
+    ignored: Mapping[str, int]
+    entries: tuple[LedgerEntry, ...]
+    """Files not used, as the scan found them."""
+    remembered: int
+    """Images known from earlier runs not to decode."""
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def failures(self) -> tuple[LedgerEntry, ...]:
+        """The entries that are failed images, for `check_failures`."""
+        return tuple(entry for entry in self.entries if entry.status not in REMARKS)
+
+    @property
+    def total(self) -> int:
+        """Images found, the failed ones included."""
+        return len(self.index) + len(self.failures)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Images of each class in each split: class -> split -> number."""
+        return class_counts(self.index)
+
+    def summary_lines(self) -> list[str]:
+        """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
+        lines = [_headline(self.index), *_class_lines(self.counts)]
+        if self.unchanged:
+            lines.append("nothing changed since the last scan")
+        elif self.difference and not self.first:
+            lines.append("since the last scan: " + difference_text(self.difference))
+        lines += self.notes
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += _pair_lines(self.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})", False)
+        lines += _pair_lines(self.conflicts, "under two labels (kept as they are; mend the labels)", True)
+        if self.duplicates:
+            lines.append(
+                f"copies of another image on the same side, kept, and never parted by folds: {self.duplicates:,}"
+            )
+        if self.remembered:
+            lines.append(f"images known not to decode, see ledger.csv: {self.remembered:,}")
+        return lines + passed_over_lines(self.entries, self.ignored)
+
+
+_LEAK_TEXT = {
+    "drop_train": "the training copy is left out",
+    "drop_test": "the test copy is left out",
+    "keep": "kept, so test scores are too good",
+    "error": "refused",
+}
+
+
+def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
+    """Return the images of each class in each split: class -> split -> number, zeros included."""
+    labels, names = encode(index.labels)
+    splits, split_names = encode(index.splits)
+    table = np.zeros((len(names), len(SPLITS)), dtype=np.int64)
+    columns = np.array([SPLITS.index(name) for name in split_names], dtype=np.int64)
+    np.add.at(table, (labels, columns[splits]), 1)
+    return {
+        names[row]: dict(zip(SPLITS, table[row].tolist(), strict=True))
+        for row in sorted(range(len(names)), key=names.__getitem__)
+    }
+
+
+def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
+    """Name the classes that have too few images, or groups of images, on the training side for so many folds.
+
+    One line where the images do not allow so many folds at all: then there are as many as they allow.
+    """
+    train = index.select("train", "validation")
+    codes, names = encode(train.labels)
+    pairs = np.unique(np.stack([codes, leakage_units(train.digests, train.groups)], axis=1), axis=0)
+    units = np.bincount(pairs[:, 0], minlength=len(names))
+    images = np.bincount(codes, minlength=len(names))
+    if (possible := _possible_folds(train, images)) < folds:
+        return [
+            f"tuning.folds is {folds}, and the training images allow {possible}: heads are tuned on as many, some of them without "
+            "the smallest classes"
+        ]
+    lines = []
+    for row in sorted(range(len(names)), key=names.__getitem__):
+        if images[row] < folds:
+            have = "1 training image" if images[row] == 1 else f"{images[row]} training images"
+        elif units[row] < folds:
+            have = f"training images of only {units[row]} groups or distinct contents"
+        else:
+            continue
+        lines.append(
+            f"class {shown(names[row])} has {have}, fewer than the {folds} folds: some folds are without it; add images or set tuning.folds lower"
+        )
+    return lines
+
+
+def _possible_folds(train: DatasetIndex, images: NDArray[np.int64]) -> int:
+    """As many as the largest class has images, and as there are groups."""
+    groups = train.fold_groups()
+    largest = int(images.max(initial=0))
+    return largest if groups is None else min(largest, len(np.unique(groups)))
+
+
+def missing_side(index: DatasetIndex) -> str | None:
+    """Say what the data lack so that no head can be tuned, or none can be tested; None when they have both sides.
+
+    A test set that was to be made may be empty: no class had a group, or a content, to spare.
+    """
+    train, test = index.select("train", "validation"), index.select("test")
+    if len(test) == 0:
+        return f"no image is left for the test, and every leaderboard needs some: {_why_no_test(train)}"
+    classes, images = encode(train.labels)[1], np.bincount(encode(train.labels)[0])
+    if len(classes) < 2:
+        return f"the training images are of {len(classes)} class, and a classifier needs at least 2; {_OTHER_SPLIT}"
+    if _possible_folds(train, images) < 2:
+        few = "every class has 1 training image" if images.max() < 2 else "all training images are of one group"
+        return f"cross-validation is not possible, as {few}; expected at least 2 folds, so give more images"
+    return None
+
+
+_OTHER_SPLIT = "name the images of each side in a manifest's `split` column, or in folders train/ and test/"
+
+
+def _why_no_test(train: DatasetIndex) -> str:
+    units = leakage_units(train.digests, train.groups)
+    codes, names = encode(train.labels)
+    pairs = np.unique(np.stack([codes, units], axis=1), axis=0)
+    most = int(np.bincount(pairs[:, 0], minlength=1).max())
+    if train.groups is not None and len(np.unique(units)) < len(np.unique(train.digests, axis=0)):
+        have, raised = ("one", "") if most == 1 else (f"at most {most}", "raise dataset.test_fraction, ")
+        return (
+            f"a group is never parted between training and test, and each of the {len(names)} classes has {have}; "
+            f"make the groups smaller, {raised}leave the `group` column out, or {_OTHER_SPLIT}"
+        )
+    if most < 3:  # two folds and a test
+        return f"no class has more than {most} distinct image{'s' * (most > 1)}, expected at least 3; add images"
+    return f"no class has more than {most} distinct images; add images, or set dataset.test_fraction above {0.5 / most:.2f}"
+
+
+def _headline(index: DatasetIndex) -> str:
+    codes, names = encode(index.splits)
+    counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
+    parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
+    return f"{len(index):,} images in {len(index.classes):,} classes: {parts}"
+
+
+def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    if len(counts) > CLASSES_SHOWN:
+        sizes = sorted((sum(count.values()), name) for name, count in counts.items())
+        (least, smallest), (most, largest) = sizes[0], sizes[-1]
+        return [f"  images per class: {least:,} ({shown(smallest)}) to {most:,} ({shown(largest)})"]
+    lines = []
+    for name, count in counts.items():
+        parts = ", ".join(f"{number:,} {split}" for split, number in count.items() if number)
+        lines.append(f"  {shown(name)}: {parts}")
+    return lines
+
+
+def difference_text(difference: Difference) -> str:
+    """Return `3 added, 1 removed`; only what there is."""
+    names = ("added", "changed", "renamed", "removed")
+    return ", ".join(f"{getattr(difference, name):,} {name}" for name in names if getattr(difference, name))
+
+
+def _pair_lines(pairs: Sequence[Pair], what: str, with_labels: bool) -> list[str]:
+    if not pairs:
+        return []
+    lines = [f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of equal images {what}:"]
+    for pair in pairs[:EXAMPLES]:
+        first, second = shown(pair.first), shown(pair.second)
+        if with_labels:
+            first, second = f"{first} ({shown(pair.first_label)})", f"{second} ({shown(pair.second_label)})"
+        lines.append(f"  {first} = {second}")
+    return lines + _more(len(pairs))
+
+
+def passed_over_lines(
+    entries: Sequence[LedgerEntry], ignored: Mapping[str, int], where: str = ", see ledger.csv"
+) -> list[str]:
+    """Return lines on what a walk passed over: a few examples of each status, and the counts."""
+    lines = []
+    for status in sorted({entry.status for entry in entries}):
+        same = [entry for entry in entries if entry.status == status]
+        lines.append(f"{len(same):,} {'file' if len(same) == 1 else 'files'} not used ({status.replace('_', ' ')}):")
+        lines += [f"  {entry.path}: {entry.reason}" for entry in same[:EXAMPLES]]
+        lines += _more(len(same), where)
+    return lines + [f"ignored {what}: {count:,}" for what, count in sorted(ignored.items())]
+
+
+def _more(count: int, where: str = ", see ledger.csv") -> list[str]:
+    return [f"  … and {count - EXAMPLES:,} more{where}"] if count > EXAMPLES else []

@@ -1,0 +1,144 @@
+"""A torchvision data set by name, downloaded on the user's machine and written out once as PNG files with a manifest."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.materialise import materialised, write_file, write_png
+from pipeline.errors import DatasetError
+from pipeline.io.files import make_folder
+from pipeline.io.progress import bar
+
+MANIFEST = "manifest.csv"
+
+_SPLITS = {"train": "train", "trainval": "train", "val": "validation", "valid": "validation", "test": "test"}
+"""What data sets call their splits -> what a manifest calls them, in the order they are tried."""
+
+
+def images_folder(name: str, root: Path) -> Path:
+    """Where the images of a data set are written to."""
+    return root / f"{name}-images"
+
+
+def torchvision_manifest(name: str, root: Path) -> Path:
+    """Return the manifest of a torchvision data set below `root`, after downloading and writing it out if need be.
+
+    Raises
+    ------
+    DatasetError
+        When there is no such data set, it is not one of images with one label each, or it cannot be downloaded.
+    """
+    images = images_folder(name, root)
+    if not images.exists():
+        make = _constructor(name)
+        materialised(images, lambda folder: _write(folder, name, make, root))
+    return images / MANIFEST
+
+
+def _constructor(name: str) -> Callable[..., Any]:
+    from pipeline.io.vision import torchvision
+
+    make = getattr(torchvision.datasets, name, None)
+    known = sorted(key for key in torchvision.datasets.__all__ if _fits(getattr(torchvision.datasets, key)))
+    if make is None or not _fits(make):
+        wrong = (
+            "is not in torchvision.datasets" if make is None else "cannot be made from a folder and a download alone"
+        )
+        raise DatasetError(f"dataset.name {name!r} {wrong}; there are {', '.join(known)}")
+    return make  # type: ignore[no-any-return]
+
+
+def _fits(make: Any) -> bool:
+    """Whether a class can be called with (root, train or split, download)."""
+    if not inspect.isclass(make):
+        return False
+    parameters = inspect.signature(make).parameters
+    needed = [
+        key
+        for key, value in parameters.items()
+        if value.default is value.empty and value.kind is value.POSITIONAL_OR_KEYWORD
+    ]
+    return needed == ["root"] and "download" in parameters
+
+
+def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> None:
+    """Write every image below a folder, then the manifest that says all of them are there."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "split"])
+    for split, samples in _parts(name, make, root):
+        labels = _labels(samples)
+        with bar(len(samples), "images", f"writing {name} {split}".rstrip()) as progress:
+            for number in range(len(samples)):
+                image, target = samples[number][:2]
+                if not hasattr(image, "getbands") or not isinstance(target, int):
+                    raise DatasetError(
+                        f"dataset.name {name!r}: its samples are not an image with one label each; expected a classification data set"
+                    )
+                label = labels.get(target, str(target))
+                path = "/".join(part for part in (split, _folder_name(target, label), f"{number:06d}.png") if part)
+                write_png(folder / path, image)
+                writer.writerow([path, label, split])
+                progress.update()
+    write_file(folder / MANIFEST, text.getvalue().encode())
+
+
+def _parts(name: str, make: Callable[..., Any], root: Path) -> Iterator[tuple[str, Any]]:
+    """Give each split with its samples; the split is '' where the data set has none."""
+    parameters = inspect.signature(make).parameters
+    if "train" in parameters:
+        yield "train", _load(name, make, root, {"train": True})
+        yield "test", _load(name, make, root, {"train": False})
+    elif "split" in parameters:
+        given = set()
+        for word, split in _SPLITS.items():
+            if split in given:
+                continue
+            try:
+                samples = _load(name, make, root, {"split": word})
+            except ValueError:  # torchvision's answer to a split that this data set does not have
+                continue
+            given.add(split)
+            yield split, samples
+    else:
+        yield "", _load(name, make, root, {})
+
+
+def _load(name: str, make: Callable[..., Any], root: Path, part: dict[str, Any]) -> Any:
+    try:
+        make_folder(root)
+        return make(root=str(root), download=True, **part)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{name} cannot be downloaded ({reason}); {_by_hand(make, root)}") from None
+
+
+def _by_hand(make: Any, root: Path) -> str:
+    """Say which file to fetch and where to put it."""
+    url = next((getattr(make, key) for key in ("url", "_URL") if isinstance(getattr(make, key, None), str)), None)
+    if url is not None:
+        return f"fetch {url} yourself, put it into {root}, and run again"
+    mirrors, resources = getattr(make, "mirrors", None), getattr(make, "resources", None)
+    if mirrors and resources:
+        files = " ".join(mirrors[-1] + file for file, *_ in resources)
+        return f"fetch {files} yourself, put them into {root / make.__name__ / 'raw'}, and run again"
+    return f"fetch its files yourself as torchvision.datasets.{make.__name__} describes, put them into {root}, and run again"
+
+
+def _labels(samples: Any) -> dict[int, str]:
+    classes = getattr(samples, "classes", None)
+    if not isinstance(classes, (list, tuple)):
+        return {}
+    return {number: name if isinstance(name, str) else ", ".join(map(str, name)) for number, name in enumerate(classes)}
+
+
+def _folder_name(target: int, label: str) -> str:
+    """A folder name that every file system takes; the number keeps two labels apart that look alike without their signs."""
+    plain = re.sub(r"[^A-Za-z0-9+-]+", "_", label).strip("_")[:80]
+    return f"{target:03d}_{plain}".rstrip("_")

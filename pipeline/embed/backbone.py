@@ -1,0 +1,190 @@
+"""Backbone: a loaded network on its device, from uint8 pixels to float32 vectors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.embed import graph as graphs
+from pipeline.embed.engines import Engine, Features, choose_engine, compile_openvino, openvino_is_there, require_close
+from pipeline.embed.families import family_of
+from pipeline.embed.precision import resolve_device, resolve_precision
+from pipeline.embed.spec import EmbeddingSpec, probe_images
+from pipeline.embed.weights import Network, load_network
+from pipeline.errors import BackboneError, first_line
+from pipeline.io.digests import canonical_json
+from pipeline.io.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where and how a network computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    """The dtype's name in configs and identities."""
+    engine: str
+    """`torch` or `openvino`."""
+
+
+class Backbone:
+    """A frozen network in eval mode: pixels in, the vectors of each of its layers out, in one forward pass.
+
+    `canary` holds the vectors of the built-in probe images, per layer.
+    """
+
+    def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
+        graph = graphs.trace(network.module)
+        nodes = graphs.resolve(graph, config.layers, network.has_classifier)
+        self._has_class_token = hasattr(network.module, "class_token")
+        self.device = arithmetic.device
+        # OpenVINO is handed the exact weights and does its own rounding.
+        self._dtype = arithmetic.dtype if arithmetic.engine == "torch" else torch.float32
+        module = graphs.cut(graph, nodes).to(device=self.device, dtype=self._dtype)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._module = module.eval().requires_grad_(False)
+        self.preprocessing = network.preprocessing
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            for values in (network.preprocessing.mean, network.preprocessing.std)
+        )
+        self._pooling = self._check(network, nodes, config.pooling)
+        self._engine: Engine = self._by_torch
+        probes = probe_images(self.preprocessing.size)
+        self.canary: Features = self.embed(probes)
+        if arithmetic.engine == "openvino":
+            self._engine = compile_openvino(
+                self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads()
+            )
+            by_torch, self.canary = self.canary, self.embed(probes)
+            require_close(self.canary, by_torch)
+        self.specs: tuple[EmbeddingSpec, ...] = tuple(
+            _spec(network, asked, node, pooling, vectors.shape[1], arithmetic)
+            for asked, node, pooling, vectors in zip(config.layers, nodes, self._pooling, self.canary, strict=True)
+        )
+
+    def _check(self, network: Network, nodes: Sequence[str], pooling: str) -> list[str]:
+        """Run two images through, so that what does not fit is found before the work starts."""
+        height, width = self.preprocessing.size
+        pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device)
+        about = f"{network.name} cannot take images of {height} x {width} pixels"
+        return graphs.effective_poolings(lambda: self._outputs(pixels), nodes, pooling, self._has_class_token, about)
+
+    def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
+        scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        outputs: tuple[torch.Tensor, ...] = self._module(scaled.to(self._dtype))
+        return outputs
+
+    def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self._outputs(pixels)
+        return tuple(
+            graphs.pool(output.to(torch.float32), pooling)
+            for output, pooling in zip(outputs, self._pooling, strict=True)
+        )
+
+    def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
+        with torch.inference_mode():
+            sent = torch.from_numpy(pixels)
+            if self.device.type == "cuda":
+                sent = sent.pin_memory()  # only from such memory does a copy go on while the GPU is given its work
+            vectors = self._vectors(sent.to(self.device, non_blocking=True))
+            return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
+
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        """Embed n prepared images.
+
+        Parameters
+        ----------
+        pixels : ndarray of shape (n, height, width, 3), uint8, as `images.prepare` gives them
+
+        Returns
+        -------
+        tuple of ndarray of shape (n, dim), float32: one per layer, in the order of `specs`
+        """
+        return self._engine(pixels)
+
+
+def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int) -> Backbone:
+    """Build a backbone; see `pipeline.embed.networks.load`."""
+    device = resolve_device(extraction.device)
+    dtype, precision, reason = resolve_precision(extraction.precision, device)
+    if device.type == "cuda" and precision == "fp32":
+        # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    network = load_network(config, seed)
+    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode))
+    engine, why = choose_engine(
+        extraction.engine,
+        device.type,
+        precision,
+        images=images,
+        layer_norms=_has_layer_norms(network.module),
+        there=openvino_is_there(),
+    )
+    arithmetic = Arithmetic(device, dtype, precision, engine)
+    try:
+        backbone = Backbone(network, config, arithmetic)
+    except RuntimeError as error:
+        if engine != "openvino" or is_out_of_memory(error):
+            raise
+        found = first_line(error)
+        if extraction.engine == "openvino":
+            raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
+        engine, why = "torch", f"OpenVINO cannot run this network ({found})"
+        backbone = Backbone(network, config, replace(arithmetic, engine=engine))
+    # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
+    asked = (extraction.precision != "auto", extraction.engine == engine)
+    because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
+    name = backbone.specs[0].name
+    logger.info("%s on %s in %s%s; by %s%s", name, device, precision, because[0], engine, because[1])
+    return backbone
+
+
+def _has_layer_norms(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.LayerNorm) for part in module.modules())
+
+
+def layers(config: BackboneConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """List the nodes of a model with their shapes; see `pipeline.embed.networks.layers`."""
+    network = load_network(config, seed=0)
+    return graphs.shapes(graphs.trace(network.module), network.preprocessing.size)
+
+
+def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
+    parts = [network.name, network.weights, asked, *([] if pooling in {"none", "avg"} else [pooling])]
+    return EmbeddingSpec(
+        name="-".join(map(_safe, parts)),
+        kind="backbone",
+        library=family_of(network.architecture).library,
+        architecture=network.architecture,
+        arguments=network.arguments,
+        weights=network.weights,
+        weights_digest=network.weights_digest,
+        layer=node,
+        pooling=pooling,
+        dim=dim,
+        preprocessing=json.loads(canonical_json(network.preprocessing.identity())),
+        precision=arithmetic.precision,
+        engine=arithmetic.engine,
+        untrained=network.untrained,
+        trained_on=network.trained_on,
+    )
+
+
+def _safe(text: str) -> str:
+    """A part of a name that any file system takes."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", text).strip("._") or "x"

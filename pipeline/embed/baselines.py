@@ -1,0 +1,105 @@
+"""Embeddings without a network: small thumbnails and HOG, the floors that a backbone has to beat. No torch.
+
+They have `specs`, `preprocessing`, `canary` and `embed` as a Backbone has, so stage one treats both alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.embed.spec import EmbeddingSpec, probe_images
+from pipeline.images import Preprocessing
+from pipeline.io.digests import canonical_json
+
+THUMBNAIL = 16
+HOG_SIZE = 64
+HOG: Mapping[str, Any] = {
+    "orientations": 9,
+    "pixels_per_cell": (8, 8),
+    "cells_per_block": (2, 2),
+    "block_norm": "L2-Hys",
+}
+"""The settings of Dalal and Triggs, Histograms of Oriented Gradients for Human Detection, CVPR 2005."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A fixed recipe from pixels to vectors."""
+
+    specs: tuple[EmbeddingSpec]
+    preprocessing: Preprocessing
+    recipe: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+    @property
+    def device(self) -> str:
+        """It computes on the processor."""
+        return "cpu"
+
+    @property
+    def canary(self) -> tuple[NDArray[np.float32]]:
+        """The vectors of the built-in probe images."""
+        return self.embed(probe_images(self.preprocessing.size))
+
+    def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32]]:
+        """Embed n prepared images, uint8 of shape (n, height, width, 3): one float32 array of shape (n, dim)."""
+        return (self.recipe(pixels),)
+
+
+def load(name: str, decode: str = "exact") -> Baseline:
+    """Return a baseline, `pixels` or `hog`; KeyError for any other name.
+
+    `decode` is the extraction's. Of `standard` and `exact` thumbnails are resized by Pillow in both, which needs no torch.
+    """
+    size, dim, library, arguments, recipe = _TABLE[name]
+    # The whole image, squeezed to a square: a centre crop would hide what a thumbnail shows.
+    preprocessing = Preprocessing(
+        resize=(size, size),
+        crop=(size, size),
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        decode="exact" if decode == "standard" else decode,
+    )
+    spec = EmbeddingSpec(
+        name=name,
+        kind="baseline",
+        library=library,
+        architecture=name,
+        arguments=json.loads(canonical_json(arguments)),
+        weights="none",
+        weights_digest="",
+        layer="",
+        pooling="none",
+        dim=dim,
+        preprocessing=json.loads(canonical_json(preprocessing.identity())),
+        precision="fp32",
+        engine=library,
+    )
+    return Baseline((spec,), preprocessing, recipe)
+
+
+def _pixels(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The colours of a thumbnail in [0, 1], row by row."""
+    flat: NDArray[np.float32] = pixels.reshape(len(pixels), -1).astype(np.float32)
+    return flat / np.float32(255)
+
+
+def _hog(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Histograms of gradient directions; of each pixel the colour channel with the steepest gradient counts."""
+    from skimage.feature import hog
+
+    rows = [hog(image, channel_axis=-1, feature_vector=True, **HOG) for image in pixels]
+    return np.stack(rows).astype(np.float32)
+
+
+_HOG_DIM = (HOG_SIZE // 8 - 1) ** 2 * 2 * 2 * 9
+_TABLE: Mapping[str, tuple[int, int, str, Mapping[str, Any], Callable[[NDArray[np.uint8]], NDArray[np.float32]]]] = {
+    # name: size of the thumbnail, length of the vector, library, arguments, recipe
+    "pixels": (THUMBNAIL, 3 * THUMBNAIL**2, "numpy", {}, _pixels),
+    "hog": (HOG_SIZE, _HOG_DIM, "scikit-image", HOG, _hog),
+}

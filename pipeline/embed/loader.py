@@ -1,0 +1,246 @@
+"""From files to vectors: threads read, decode and prepare images ahead of the networks, and batches go through those.
+
+Each thread fills a part of a batch whose memory exists already, and a fixed number of batches is under way, so memory stays
+the same however many images there are. An image is decoded once, whatever number of networks wants it (with `decode: fast`,
+once for each size that is wanted). Every stage that embeds does it by `embed`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.embed.records import Embedder
+from pipeline.errors import BackboneError
+from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
+from pipeline.io.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 8
+"""Images a thread takes at a time: handing them over one by one costs 0.1 to 0.2 ms each."""
+
+AHEAD = 3
+"""Batches under way: one with the network, one ready, one being filled."""
+
+MOST_THREADS = 16
+"""Threads that read and decode, unless the user asks for more."""
+
+Vectors = tuple[NDArray[np.float32], ...]
+"""One array of shape (n, dim), float32, per output of an embedder."""
+
+
+def threads(asked: int | str = "auto") -> int:
+    """Return how many threads read and decode."""
+    return min(os.cpu_count() or 1, MOST_THREADS) if asked == "auto" else int(asked)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to read: its number among the contents, where it is, and the digest its bytes must have, if any."""
+
+    content: int
+    path: str
+    digest: bytes | None
+    wanted: tuple[int, ...]
+    """Which of the takers it is for, by their place in `Feeder.preprocessings`."""
+
+
+@dataclass
+class Batch:
+    """Images on their way to the networks.
+
+    `pixels[k]` is uint8 of shape (size, height, width, 3), prepared for taker k; row i belongs to `items[i]` and is filled
+    only where `items[i].wanted` has k and `problems` has no i.
+    """
+
+    items: Sequence[Item]
+    pixels: list[NDArray[np.uint8]]
+    problems: dict[int, ImageProblem] = field(default_factory=dict)
+    hashes: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """Row -> perceptual hash, where they are asked for."""
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Feeder:
+    """How images are read: where they are, the limit on their size, their preprocessings, and the number of threads."""
+
+    root: Path
+    max_pixels: int
+    preprocessings: tuple[Preprocessing, ...]
+    """One per taker of pixels; those that are equal are done once."""
+    batch_size: int
+    workers: int = field(default_factory=threads)
+    hashed: bool = False
+    """Whether images get a perceptual hash as well."""
+
+    def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
+        """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
+        free: list[list[NDArray[np.uint8]]] = []
+        under_way: deque[tuple[Batch, list[Future[tuple[float, float]]]]] = deque()
+        rest = iter(items)
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        try:
+            while True:
+                while len(under_way) < AHEAD and (chunk := list(islice(rest, self.batch_size))):
+                    batch = Batch(chunk, free.pop() if free else self._memory(len(chunk)))
+                    under_way.append((batch, self._submit(pool, batch)))
+                if not under_way:
+                    return
+                batch, parts = under_way.popleft()
+                for part in parts:
+                    read, decoded = part.result()
+                    batch.read_seconds += read
+                    batch.decode_seconds += decoded
+                yield batch
+                free.append(batch.pixels)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _memory(self, size: int) -> list[NDArray[np.uint8]]:
+        distinct = {way: np.zeros((size, *way.size, 3), np.uint8) for way in set(self.preprocessings)}
+        return [distinct[way] for way in self.preprocessings]
+
+    def _submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[tuple[float, float]]]:
+        size = max(1, min(CHUNK, -(-len(batch.items) // self.workers)))
+        return [
+            pool.submit(self._fill, batch, range(start, min(start + size, len(batch.items))))
+            for start in range(0, len(batch.items), size)
+        ]
+
+    def _fill(self, batch: Batch, rows: range) -> tuple[float, float]:
+        """Fill some rows of a batch; return the seconds spent reading and decoding."""
+        reading = decoding = 0.0
+        for row in rows:
+            began = time.perf_counter()
+            data = self._read(batch, row)
+            read = time.perf_counter()
+            if data is not None:
+                self._decode(batch, row, data)
+            reading += read - began
+            decoding += time.perf_counter() - read
+        return reading, decoding
+
+    def _takers(self, item: Item) -> dict[Preprocessing, int]:
+        """Each preprocessing an item is wanted in, with one of the takers that want it."""
+        return {self.preprocessings[number]: number for number in item.wanted}
+
+    def _read(self, batch: Batch, row: int) -> bytes | None:
+        item = batch.items[row]
+        try:
+            return open_file(self.root, item.path, item.digest)
+        except ImageProblem as problem:
+            batch.problems[row] = problem
+            return None
+
+    def _decode(self, batch: Batch, row: int, data: bytes) -> None:
+        decoded: dict[int | None, NDArray[np.uint8]] = {}
+        try:
+            for preprocessing, number in self._takers(batch.items[row]).items():
+                at_least = preprocessing.at_least
+                if at_least not in decoded:
+                    decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)
+                batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
+            if self.hashed:
+                batch.hashes[row] = perceptual_hash(next(iter(decoded.values())))
+        except ImageProblem as problem:
+            batch.problems[row] = problem
+
+
+@dataclass
+class Lane:
+    """An embedder, and how many images it is given at a time; halves when memory runs out."""
+
+    embedder: Embedder
+    limit: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one lane made of a batch."""
+
+    rows: NDArray[np.int64]
+    """Which of the batch's items, shape (n,)."""
+    vectors: Vectors
+    seconds: float
+
+
+def embed(
+    lanes: Sequence[Lane],
+    items: Iterable[Item],
+    root: Path,
+    max_pixels: int,
+    workers: int | str = "auto",
+    hashed: bool = False,
+) -> Iterator[tuple[Batch, list[Part | None]]]:
+    """Read images and send them through the networks: yield the items in order, in batches.
+
+    Of each batch there is what every lane made of it, by the lane's place; None where it wanted none of the images, or none
+    could be read.
+
+    Raises
+    ------
+    BackboneError
+        When not even one image fits into memory.
+    """
+    preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
+    feeder = Feeder(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
+    for batch in feeder.batches(items):
+        yield batch, [_part(batch, number, lane) for number, lane in enumerate(lanes)]
+
+
+def _part(batch: Batch, number: int, lane: Lane) -> Part | None:
+    rows = [row for row, item in enumerate(batch.items) if row not in batch.problems and number in item.wanted]
+    if not rows:
+        return None
+    pixels = batch.pixels[number]
+    began = time.perf_counter()
+    vectors = in_passes(lane, pixels[: len(rows)] if len(rows) == len(batch.items) else pixels[rows])
+    return Part(np.array(rows), vectors, time.perf_counter() - began)
+
+
+def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Vectors:
+    """Embed uint8 (n, height, width, 3) in passes of at most the lane's limit, which halves when memory runs out.
+
+    Raises
+    ------
+    BackboneError
+        When not even one image fits.
+    """
+    passes: list[Vectors] = []
+    done = 0
+    while done < len(pixels):
+        try:
+            passes.append(lane.embedder.embed(pixels[done : done + lane.limit]))
+            done += min(lane.limit, len(pixels) - done)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        _halve(lane, len(pixels))  # outside the handler, whose traceback still holds the memory
+    return tuple(np.concatenate(arrays) for arrays in zip(*passes, strict=True))
+
+
+def _halve(lane: Lane, tried: int) -> None:
+    if lane.limit == 1:
+        raise BackboneError("not even one image fits into memory; use a smaller network or preprocessing.crop")
+    lane.limit = max(1, min(lane.limit, tried) // 2)
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # else what was freed stays cut to the size of what did not fit
+    logger.warning("memory ran out; going on with %d images at a time", lane.limit)

@@ -1,0 +1,280 @@
+"""Embeddings that were made: stage one's record of each, and how to make one's vectors again.
+
+`features.json` is what stage one writes and every later stage reads; reading it needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig
+from pipeline.embed import baselines
+from pipeline.embed import networks as backbone
+from pipeline.embed.spec import EmbeddingSpec
+from pipeline.errors import BackboneError, PipelineError, StoreError
+from pipeline.experiment import FEATURES, read_document, write_document
+from pipeline.images import DECODE_MODES, Preprocessing
+from pipeline.store import differences
+
+logger = logging.getLogger(__name__)
+
+
+class Embedder(Protocol):
+    """What a Backbone and a Baseline have in common."""
+
+    @property
+    def specs(self) -> tuple[EmbeddingSpec, ...]:
+        """One per output of `embed`."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are made ready for `embed`."""
+
+    @property
+    def canary(self) -> tuple[NDArray[np.float32], ...]:
+        """The vectors of the built-in probe images, one array per spec."""
+
+    def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
+        """Turn uint8 (n, height, width, 3) into one float32 (n, dim) per spec."""
+
+    @property
+    def device(self) -> object:
+        """Where it computes; as text `cpu`, or such as `cuda:0`."""
+
+
+@dataclass(frozen=True)
+class EmbeddingRecord:
+    """One embedding of an experiment: what it is, where its vectors are, and all that is needed to make them again."""
+
+    name: str
+    spec: EmbeddingSpec
+    store: str
+    """The feature store's folder, relative to the output folder."""
+    digest: str
+    """The state of the store when stage one ended."""
+    section: BackboneConfig | None
+    """The config section that makes the backbone; None for a baseline."""
+    seed: int
+    seconds_per_image: float | None = None
+    """What one image cost when it was last measured: decoding and the network together."""
+    max_pixels: int = DatasetConfig().max_pixels
+    """The experiment's limit on an image's size, which new images are read with too."""
+
+    @property
+    def kind(self) -> str:
+        """`backbone` or `baseline`."""
+        return self.spec.kind
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the identity."""
+        return self.spec.fingerprint()
+
+    @property
+    def untrained(self) -> bool:
+        """Whether its weights are random."""
+        return self.spec.untrained
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        section = None if self.section is None else self.section.model_dump(mode="json")
+        return {**values, "spec": asdict(self.spec), "section": section}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
+        """Return the record that `to_dict` wrote; KeyError, TypeError or ValueError when it is of another version.
+
+        StoreError where its store lies outside of the experiment: a stranger's record must not name the reader's files.
+        """
+        if _leads_out(values["store"]) or _leads_out(values["name"]) or "/" in values["name"]:
+            raise StoreError(
+                f"embedding {values['name']!r}: its store {values['store']!r} lies outside of its experiment; not opened"
+            )
+        section = values["section"]
+        made = None if section is None else BackboneConfig.model_validate_json(json.dumps(section))
+        return EmbeddingRecord(**{**values, "spec": EmbeddingSpec.from_dict(values["spec"]), "section": made})
+
+
+def _leads_out(place: str) -> bool:
+    parts = place.split("/")
+    return not place or "\0" in place or "\\" in place or place.startswith("/") or bool({"", ".", ".."} & {*parts})
+
+
+def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config, index: str) -> None:
+    """Write `features.json`; `index` is the fingerprint of the data set's index."""
+    document = {
+        "shared": shared(config),
+        "backbones": [section.model_dump(mode="json") for section in config.backbones],
+        "index": index,
+        "embeddings": [record.to_dict() for record in records],
+    }
+    write_document(path, FEATURES, document)
+
+
+def shared(config: Config) -> dict[str, Any]:
+    """Return what of a config all its embeddings share: which images there are, and how they become vectors."""
+    return {
+        "seed": config.seed,
+        "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures", "target"}),
+        "extraction": config.extraction.model_dump(mode="json", include={"precision", "engine", "decode"}),
+    }
+
+
+def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
+    """Read those of the embeddings in `features.json` that a config asks for.
+
+    Raises
+    ------
+    PipelineError
+        When stage one has not been run for this config, with every setting that is another and every embedding that is missing.
+    """
+    document = read_document(path, FEATURES)
+    records = _records_of(document, path)
+    try:
+        asked = [BackboneConfig.model_validate_json(json.dumps(values)) for values in document["backbones"]]
+        problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
+    except _MALFORMED:
+        raise _of_another_version(path) from None
+    floors = set(config.baselines) - {"majority"}
+    problems += [f"baselines: not {name}" for name in sorted(floors - {record.name for record in records})]
+    if problems:
+        raise PipelineError(
+            f"{path}: its features are of another config; run `manyheads features` with this config first, which embeds only "
+            "what is new",
+            problems,
+        )
+    # Two sections may name one embedding, whose record has the first: then nobody can say whose it is.
+    told = all(section in [record.section for record in records] for section in asked)
+    return tuple(
+        record
+        for record in records
+        if (record.name in floors if record.kind == "baseline" else not told or record.section in config.backbones)
+    )
+
+
+def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
+    """Return where a config asks for what something was not made of: one line per other setting and missing backbone.
+
+    `made` is the `shared` of its config, and `whose` names it.
+    """
+    missing = [
+        section.model_dump(mode="json", exclude_defaults=True)
+        for section in config.backbones
+        if section not in backbones
+    ]
+    lines = [", ".join(f"{key}: {value}" for key, value in given.items()) for given in missing]
+    return [*differences(made, shared(config), whose, "this config"), *(f"backbones: not {line}" for line in lines)]
+
+
+def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
+    """Read `features.json`, whatever config it is of.
+
+    Raises
+    ------
+    PipelineError
+        When stage one has not written it, or another version has.
+    """
+    return _records_of(read_document(path, FEATURES), path)
+
+
+def require_index(path: Path, fingerprint: str) -> None:
+    """See that the data set's index, of this fingerprint, is the one that the features in `features.json` were made of.
+
+    Raises
+    ------
+    PipelineError
+        When it is another: then labels, splits or images are not those of the features' run.
+    """
+    made = read_document(path, FEATURES).get("index")
+    if made != fingerprint:
+        raise PipelineError(
+            f"{path.parent / 'dataset' / 'index.csv'}: is not the index that the features were made of; "
+            "run `manyheads features` again, which embeds only what is new"
+        )
+
+
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
+
+
+def _of_another_version(path: Path) -> PipelineError:
+    return PipelineError(f"{path}: was written by another version of this package; run `manyheads features` again")
+
+
+def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecord, ...]:
+    try:
+        return tuple(EmbeddingRecord.from_dict(values) for values in document["embeddings"])
+    except _MALFORMED:
+        raise _of_another_version(path) from None
+
+
+def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "`embedding`") -> EmbeddingRecord:
+    """Return an embedding by name; the only backbone's where none is named.
+
+    Raises
+    ------
+    StoreError
+        When there is none of that name, or several to choose from; `option` is how the user names one.
+    """
+    candidates = [record for record in records if name in (None, record.name)]
+    if name is None and len(candidates) > 1:
+        candidates = [record for record in candidates if record.kind == "backbone"]
+    if len(candidates) != 1:
+        found = ", ".join(record.name for record in records)
+        raise StoreError(f"name one embedding with {option}; this experiment has {found}")
+    return candidates[0]
+
+
+def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
+    """Make an embedding's embedder again; return it and which of its outputs the embedding is.
+
+    Raises
+    ------
+    BackboneError
+        When the weights, the preprocessing or a library have changed since, so that its vectors would not be comparable.
+    """
+    spec = record.spec
+    decode = spec.preprocessing["decode"]["mode"]
+    if decode not in DECODE_MODES:
+        raise BackboneError(
+            f"{record.name}: its images were decoded in the way {decode!r}, which this version does not have; run `manyheads "
+            "features` and `manyheads heads` again"
+        )
+    if record.section is None:
+        embedder: Embedder = baselines.load(spec.architecture, decode)
+    else:
+        engine = backbone.engine_at_hand(spec.engine, device)
+        if engine != spec.engine:
+            logger.warning(
+                "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding",
+                record.name,
+                spec.engine,
+                engine,
+            )
+        asked = {"device": device, "precision": spec.precision, "engine": engine, "decode": decode}
+        extraction = ExtractionConfig.model_validate(asked)
+        try:
+            embedder = backbone.load(record.section, extraction, record.seed)
+        except BackboneError as error:
+            if engine == "torch":
+                raise
+            # What else may be wrong is wrong again.
+            extraction = extraction.model_copy(update={"engine": "torch"})
+            embedder = backbone.load(record.section, extraction, record.seed)
+            logger.warning(
+                "%s; torch computes the same network, whose vectors agree but for rounding",
+                error.message.partition(";")[0],
+            )
+    for output, made in enumerate(embedder.specs):
+        if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
+            return embedder, output
+    closest = min((differences(spec.identity(), made.identity()) for made in embedder.specs), key=len)
+    raise BackboneError(f"{record.name}: this machine makes another embedding than the one that was stored", closest)

@@ -1,0 +1,99 @@
+"""EmbeddingSpec: what makes the vectors of one embedding what they are, as pure data.
+
+A field of the identity belongs there if and only if changing it changes the vectors. Batch size, workers, device index and
+paths are therefore not in it; the device shows only through the precision that was resolved for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.io.digests import fingerprint
+
+EMBED_VERSION = 1
+"""Goes up by hand when a change to this package's own code changes vectors of the same identity."""
+
+N_PROBES = 4
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """One embedding: a network or a fixed recipe, one of its layers, and all that its vectors depend on."""
+
+    name: str
+    """Readable and safe as a file name, such as `resnet18-random-penultimate`."""
+    kind: str
+    """`backbone` or `baseline`."""
+    library: str
+    architecture: str
+    arguments: Mapping[str, Any]
+    weights: str
+    """Readable; which numbers they are is told by `weights_digest`."""
+    weights_digest: str
+    layer: str
+    """The node of the network's graph, resolved: never `penultimate`."""
+    pooling: str
+    """`avg`, `max`, `flatten`, `cls`, or `none` where the layer gives one vector anyway."""
+    dim: int
+    preprocessing: Mapping[str, Any]
+    """`Preprocessing.identity()`: the transform and the decoding policy."""
+    precision: str
+    """`fp32`, `bf16` or `fp16`."""
+    engine: str
+    """What carried out the arithmetic: `torch`, `openvino`, or for a baseline its library."""
+    untrained: bool = False
+    trained_on: str | None = None
+    """Digest of the image contents that the weights saw, where this project trained them; changes no vector."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that the vectors depend on, and nothing else."""
+        return {
+            "embed_version": EMBED_VERSION,
+            "library": self.library,
+            "architecture": self.architecture,
+            "arguments": dict(self.arguments),
+            "weights": self.weights_digest,
+            "layer": self.layer,
+            "pooling": self.pooling,
+            "dim": self.dim,
+            "dtype": "float32",
+            "preprocessing": dict(self.preprocessing),
+            "precision": self.precision,
+            "engine": self.engine,
+        }
+
+    def fingerprint(self) -> str:
+        """Return the digest of the identity; it names the feature store."""
+        return fingerprint(self.identity())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as plain values for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> EmbeddingSpec:
+        """Return the spec that `to_dict` wrote; KeyError or TypeError when it is of another version."""
+        return EmbeddingSpec(**values)
+
+
+def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return built-in images whose vectors are a check that the network is the one that filled a store.
+
+    Returns
+    -------
+    ndarray of shape (4, height, width, 3), uint8: a colour gradient, waves, a checkerboard, and noise. Integer
+    formulas only, so the pixels are the same on every machine.
+    """
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width].astype(np.int64)
+    gradient = np.stack([255 * x // max(width - 1, 1), 255 * y // max(height - 1, 1), (x + y) % 256], axis=-1)
+    waves = np.stack([x * x // 8 % 256, y * y // 8 % 256, x * y // 8 % 256], axis=-1)
+    board = np.stack([((x // 16 + y // 16) % 2) * level for level in (255, 128, 64)], axis=-1)
+    number = (y * width + x)[..., None] * 3 + np.arange(3)
+    noise = (number * number * 1664525 + 1013904223) % 2**32 >> 24
+    return np.stack([gradient, waves, board, noise]).astype(np.uint8)

@@ -1,0 +1,183 @@
+"""The family of torchvision's classification models: by name, with the weights that torchvision fetches."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import BackboneConfig
+from pipeline.embed.family import Family, Published
+from pipeline.errors import BackboneError
+from pipeline.images import Preprocessing
+from pipeline.io.vision import torchvision
+
+logger = logging.getLogger(__name__)
+
+
+def _regnet(block_params: Mapping[str, Any], **arguments: Any) -> nn.Module:
+    """A RegNet of any shape; `block_params` are BlockParams' own, or those of its `from_init_params`."""
+    from torchvision.models.regnet import BlockParams, RegNet
+
+    make = BlockParams.from_init_params if "depth" in block_params else BlockParams
+    module: nn.Module = RegNet(make(**block_params), **arguments)
+    return module
+
+
+def _resnet(block: str, layers: list[int], **arguments: Any) -> nn.Module:
+    """A ResNet of any depth; `block` is BasicBlock or Bottleneck."""
+    from torchvision.models import resnet
+
+    module: nn.Module = resnet.ResNet(
+        {"BasicBlock": resnet.BasicBlock, "Bottleneck": resnet.Bottleneck}[block], layers, **arguments
+    )
+    return module
+
+
+CONSTRUCTORS: Mapping[str, Callable[..., nn.Module]] = {
+    "torchvision.models.regnet.RegNet": _regnet,
+    "torchvision.models.resnet.ResNet": _resnet,
+}
+"""Architectures with nested arguments, which only a weights file's own description can name."""
+
+# The auxiliary classifiers of these two serve training only; without `init_weights` they warn.
+ALWAYS: Mapping[str, Mapping[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+
+
+def classification_models() -> list[str]:
+    """Return the names of torchvision's classification models."""
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def _builds(architecture: str) -> bool:
+    return architecture in CONSTRUCTORS or architecture in classification_models()
+
+
+def _build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    if architecture in CONSTRUCTORS:
+        return CONSTRUCTORS[architecture](**arguments)
+    # Numbers that will be replaced need no distribution of their own, nor where there is no memory for them.
+    needless = "weights" in arguments or torch.empty(0).device.type == "meta"
+    unfilled = {"init_weights": False} if needless and architecture in ALWAYS else {}
+    module: nn.Module = torchvision.models.get_model(
+        architecture, **{**ALWAYS.get(architecture, {}), **unfilled, **arguments}
+    )
+    return module
+
+
+def _members(architecture: str) -> dict[str, Any]:
+    """The members of torchvision's weights enum, by name; `DEFAULT` may name another one in another version."""
+    found = torchvision.models.get_model_weights(architecture).__members__
+    return {name: member for name, member in found.items() if name != "DEFAULT"}
+
+
+def _preprocessing(architecture: str) -> Preprocessing:
+    members = [] if architecture in CONSTRUCTORS else list(_members(architecture).values())
+    return preprocessing_of(members[0]) if members else Preprocessing(resize=256, crop=224)
+
+
+def preprocessing_of(member: Any) -> Preprocessing:
+    """Return the transform that comes with a member of torchvision's weights."""
+    preset = member.transforms()
+    return Preprocessing(
+        resize=_side(preset.resize_size),
+        crop=_side(preset.crop_size),
+        interpolation=preset.interpolation.value,
+        antialias=bool(preset.antialias),
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def _side(sizes: list[int]) -> int | tuple[int, int]:
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _published(config: BackboneConfig) -> Published:
+    member = _members(config.name)[config.weights]
+    require_checkpoint(member)
+    with tensors_only():
+        module = _build(config.name, {**config.arguments, "weights": member})
+    return Published(module, preprocessing_of(member), tuple(member.meta.get("categories", ())))
+
+
+def _to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
+    member = _members(config.name)[config.weights]
+    path = checkpoint(member)
+    return None if path.exists() else (member.url, path.parent, float(member.meta.get("_file_size", 0)))
+
+
+def checkpoint(member: Any) -> Path:
+    """Return where torchvision keeps the file of its weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / str(member.url.rsplit("/", 1)[-1])
+
+
+def require_checkpoint(member: Any) -> None:
+    """Have torchvision's file in its folder, fetched if need be, with the hash in its name."""
+    path = checkpoint(member)
+    folder = path.parent
+    found = re.search(r"-([a-f0-9]{8,})\.", path.name)
+    prefix = found.group(1) if found else ""
+    if not path.exists():
+        logger.info("fetching %s to %s", member.url, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise BackboneError(
+                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}, "
+                "or say weights: bundled, as configs/bundled.yaml does, which needs no download"
+            ) from None
+    if prefix:
+        with path.open("rb") as file:
+            digest = _sha256(file)
+        if not digest.startswith(prefix):
+            raise BackboneError(
+                f"{path} is damaged: its SHA-256 starts with {digest[: len(prefix)]}, its name says {prefix}; delete it and run again"
+            )
+
+
+def _sha256(file: Any) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Make torch refuse pickled code in torchvision's files too; it asks for the opposite by default."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+FAMILY = Family(
+    library="torchvision",
+    names=classification_models,
+    builds=_builds,
+    any_size=False,
+    build=_build,
+    preprocessing=_preprocessing,
+    weights=lambda name: list(_members(name)),
+    published=_published,
+    to_fetch=_to_fetch,
+)

@@ -1,0 +1,253 @@
+"""Weights and where they come from: an enum member, a local file, the package's own, or a seed.
+
+Whatever the source, what comes out is a `Network`: a module in eval mode in fp32 on the CPU, with the digest of its tensors
+and the preprocessing that belongs to them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import WEIGHTS_FILES, BackboneConfig
+from pipeline.embed.families import FAMILIES, build, build_empty, family_of, family_with_weights
+from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
+from pipeline.embed.networks import BUNDLED
+from pipeline.embed.preprocessing import described_preprocessing, fitting_preprocessing
+from pipeline.embed.torchvision_models import AUXILIARY
+from pipeline.embed.weights_files import read_weights, tensors_digest
+from pipeline.errors import BackboneError, first
+from pipeline.images import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights, and all that an `EmbeddingSpec` says of them."""
+
+    module: nn.Module
+    name: str
+    architecture: str
+    arguments: Mapping[str, Any]
+    weights: str
+    weights_digest: str
+    preprocessing: Preprocessing
+    untrained: bool = False
+    trained_on: str | None = None
+    classes: tuple[str, ...] = ()
+    has_classifier: bool = True
+    """Whether the weights have the last layer, which those of self-supervised training lack."""
+
+
+def load_network(config: BackboneConfig, seed: int) -> Network:
+    """Build the network a config section asks for.
+
+    Raises
+    ------
+    BackboneError
+        When the model, the weights, or the arguments are not to be had; all misfits of a file at once.
+    """
+    config = _sized(config)
+    if config.weights == "bundled":
+        return _from_bundle(config)
+    if config.weights.endswith(WEIGHTS_FILES):
+        return _from_file(config, Path(config.weights))
+    if config.weights == "random":
+        return _from_seed(config, seed)
+    return _from_family(config)
+
+
+def _sized(config: BackboneConfig) -> BackboneConfig:
+    """A network that is built for one image size is built for the one that the config asks for."""
+    asked = config.preprocessing
+    if (
+        asked is None
+        or "image_size" in config.arguments
+        or not any(row.any_size and row.builds(config.name) for row in FAMILIES)
+    ):
+        return config
+    return config.model_copy(update={"arguments": {"image_size": asked.crop, **config.arguments}})
+
+
+def check(config: BackboneConfig) -> None:
+    """Refuse a section whose model, arguments, weights, image size, layers or pooling are not to be had; fetches nothing.
+
+    Raises
+    ------
+    BackboneError
+    """
+    config = _sized(config)
+    if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):
+        network = load_network(config, seed=0)
+        module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
+    else:
+        family = family_of(config.name) if config.weights == "random" else family_with_weights(config)
+        module = build_empty(config.name, config.arguments)
+        preprocessing = fitting_preprocessing(config, module, family.preprocessing(config.name))
+        has_classifier = True
+    graph = trace(module)
+    nodes = resolve(graph, config.layers, has_classifier)
+    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), "avg", None):
+        return  # fits every network; running one without weights for the first time costs two seconds
+    height, width = preprocessing.size
+    device = next(module.parameters()).device
+    kept = cut(graph, nodes)
+    effective_poolings(
+        lambda: kept(torch.zeros(2, 3, height, width, device=device)),
+        nodes,
+        config.pooling,
+        hasattr(module, "class_token"),
+        f"{config.name} cannot take images of {height} x {width} pixels",
+    )
+
+
+def to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
+    """Return what a section's weights have to be fetched from, the folder, and their size in MB; None where they are here."""
+    if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
+        return None
+    return family_with_weights(config).to_fetch(config)
+
+
+def _from_seed(config: BackboneConfig, seed: int) -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build(config.name, config.arguments)
+    return _network(config, module, "random", family_of(config.name).preprocessing(config.name), untrained=True)
+
+
+def _from_family(config: BackboneConfig) -> Network:
+    found = family_with_weights(config).published(config)
+    return _network(config, found.module, config.weights, found.preprocessing, classes=found.classes)
+
+
+def _from_file(config: BackboneConfig, path: Path) -> Network:
+    state, description = read_weights(path)
+    return _from_state(config, state, description, str(path), path.stem)
+
+
+def _from_bundle(config: BackboneConfig) -> Network:
+    description = bundled()
+    state, _ = read_weights(BUNDLED)
+    return _from_state(config, state, description, str(BUNDLED), "bundled")
+
+
+def bundled() -> dict[str, Any]:
+    """Return the description of the bundled weights, which lies beside them.
+
+    Raises
+    ------
+    BackboneError
+        When this installation comes without them.
+    """
+    described = BUNDLED.with_suffix(".json")
+    if not BUNDLED.exists() or not described.exists():
+        raise BackboneError(
+            f"weights: bundled: this installation comes without {BUNDLED.name}; use weights: random or a torchvision weights name"
+        )
+    return dict(json.loads(described.read_text(encoding="utf-8")))
+
+
+def _from_state(
+    config: BackboneConfig, state: dict[str, torch.Tensor], description: Mapping[str, Any], origin: str, readable: str
+) -> Network:
+    architecture = description.get("architecture", config.name)
+    if description and config.name != architecture and any(config.name in row.names() for row in FAMILIES):
+        raise BackboneError(
+            f"{origin} holds a {architecture}, the config says {config.name}; write name: {description.get('name', architecture)}"
+        )
+    arguments = {**description.get("arguments", {}), **config.arguments}
+    module, has_classifier = fill(architecture, arguments, state, origin)
+    if not has_classifier:
+        logger.info("%s has no classifier: all that comes before one can be embedded", origin)
+    preprocessing = (
+        described_preprocessing(description["preprocessing"])
+        if "preprocessing" in description
+        else family_of(architecture).preprocessing(architecture)
+    )
+    network = _network(
+        config,
+        module,
+        readable,
+        preprocessing,
+        trained_on=description.get("trained_on"),
+        classes=tuple(description.get("classes", ())),
+    )
+    return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
+
+
+def _network(
+    config: BackboneConfig, module: nn.Module, weights: str, preprocessing: Preprocessing, **rest: Any
+) -> Network:
+    return Network(
+        module=module,
+        name=config.name,
+        architecture=config.name,
+        arguments=dict(config.arguments),
+        weights=weights,
+        weights_digest=tensors_digest(module.state_dict()),
+        preprocessing=fitting_preprocessing(config, module, preprocessing),
+        **rest,
+    )
+
+
+def fill(
+    architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: str
+) -> tuple[nn.Module, bool]:
+    """Build a network from a state dict; the number of classes is the file's.
+
+    Returned with whether the file has the network's last layer, which is zero otherwise.
+
+    Raises
+    ------
+    BackboneError
+        With one line for every tensor that is missing, left over or of another shape.
+    """
+    state = {name: value for name, value in state.items() if not name.startswith(AUXILIARY)}
+    head = f"{classifier(trace(build_empty(architecture, arguments))[0]).target}."
+    has_classifier = f"{head}weight" in state
+    if "num_classes" not in arguments and has_classifier:
+        arguments = {**arguments, "num_classes": state[f"{head}weight"].shape[0]}
+    module = build_empty(architecture, arguments)
+    expected = module.state_dict()
+    if not has_classifier:  # what may be in its place is a projection head
+        state = {name: value for name, value in state.items() if not name.startswith(head)}
+        state |= {name: torch.zeros(value.shape) for name, value in expected.items() if name.startswith(head)}
+    problems = _misfits(expected, state)
+    if problems:
+        raise BackboneError(
+            f"weights file {origin} does not fit {architecture}: {len(problems)} of {len(expected)} tensors",
+            first(problems, MAX_PROBLEMS),
+        )
+    kept = {name: value.to(expected[name].dtype) for name, value in state.items()}
+    kept |= {name: torch.zeros((), dtype=torch.long) for name in expected if name not in kept}
+    module.load_state_dict(kept, strict=True, assign=True)
+    return module.eval(), has_classifier
+
+
+def _misfits(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    counters = {
+        name for name in expected if name.endswith(".num_batches_tracked")
+    }  # old files have none, nothing reads them
+    return [
+        *(
+            f"missing: {name} {tuple(expected[name].shape)}"
+            for name in expected
+            if name not in state and name not in counters
+        ),
+        *(f"unexpected: {name} {tuple(state[name].shape)}" for name in state if name not in expected),
+        *(
+            f"other shape: {name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in expected
+            if name in state and state[name].shape != expected[name].shape
+        ),
+    ]

@@ -1,0 +1,212 @@
+"""The verdict on a leaderboard: who is no worse than the best, what to use, and how flattering the best score is.
+
+Reads what stage two saved: `predictions.npz` beside each bundle and the trials' journals.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import BundleError, HeadError
+from pipeline.evaluation import (
+    Answers,
+    Difference,
+    Metric,
+    Optimism,
+    Predictions,
+    PredictionSet,
+    answers_of,
+    compare,
+    counted,
+    selection_optimism,
+    trial_optimism,
+)
+from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
+from pipeline.evaluation.leaderboard.table import Leaderboard
+from pipeline.experiment import TRIALS, Artifacts, read_lines
+
+log = logging.getLogger(__name__)
+
+Trials = Sequence[Mapping[str, Any]]
+"""The finished, stopped and failed trials of one search, as its journal holds them."""
+
+
+def judge(leaderboard: Leaderboard, output: Path) -> Leaderboard:
+    """Return the leaderboard with its verdict; without one where the best row left no out-of-fold predictions.
+
+    Rows whose predictions are missing or of other images, or whose saved fit is bad, take no part in the comparison.
+    """
+    predictions = {
+        key: value for key, value in read_predictions(leaderboard, output).items() if leaderboard.row(key).sound
+    }
+    trials = read_trials(leaderboard, output)
+    verdict = _verdict(leaderboard, predictions, trials) if leaderboard.rows else None
+    return replace(leaderboard, verdict=verdict)
+
+
+def read_predictions(leaderboard: Leaderboard, output: Path) -> dict[str, Predictions]:
+    """Return the predictions of every row that has them, by key."""
+    found = {}
+    for row in leaderboard.rows:
+        try:
+            if row.bundle is not None:
+                found[row.key] = Predictions.read(output / row.bundle / "predictions.npz")
+        except BundleError as error:
+            log.warning("%s: takes no part in the comparison: %s", row.key, error)
+    return found
+
+
+def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
+    """Return the trials of every row whose journal is there, by key, in the order they were made."""
+    found: dict[str, Trials] = {}
+    for row in leaderboard.rows:
+        path = Artifacts(output).trials(row.embedding, row.head)
+        if not path.exists():
+            continue
+        try:
+            events = read_lines(path, TRIALS).records
+            # A resumed search writes a trial again: the last word on each number counts.
+            trials = {event["number"]: event for event in events if event.get("event") == "trial"}
+            if len(trials) < row.trials:
+                raise TRIALS.damaged(path, f"it has {len(trials)} of {row.trials} trials")
+            found[row.key] = [trials[number] for number in sorted(trials)]
+        except HeadError as error:
+            log.warning("%s: its trials are left out: %s", row.key, error)
+    return found
+
+
+def _verdict(
+    leaderboard: Leaderboard, predictions: Mapping[str, Predictions], trials: Mapping[str, Trials]
+) -> Verdict | None:
+    best, metric = leaderboard.best, leaderboard.metric
+    if best.key not in predictions:
+        return None
+    seed, classes = int(leaderboard.provenance.get("seed", 0)), predictions[best.key].classes
+    held_out = _same_images(
+        {key: value.out_of_fold for key, value in predictions.items()}, best.key, classes, metric, as_searched=True
+    )
+    if best.key not in held_out:
+        return None
+    folds = {row.key: row.cv_scores for row in leaderboard.rows}
+    test = _same_images({key: value.test for key, value in predictions.items()}, best.key, classes, metric)
+    ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
+    differences = compare(ordered, best.key, test, folds, seed, metric)
+    recommended, reason = _recommend(leaderboard, differences, ordered[best.key])
+    optimism: Optimism | None = None
+    if len(ordered) > 1:
+        optimism = selection_optimism(tuple(ordered.values()), seed, metric=metric)
+    return Verdict(differences, recommended.key, reason, optimism, *_trial_optimism(trials.get(best.key, ())))
+
+
+def _same_images(
+    sets: Mapping[str, PredictionSet | None],
+    best: str,
+    classes: Sequence[str],
+    metric: Metric,
+    as_searched: bool = False,
+) -> dict[str, Answers]:
+    """Return each row's answers, for the rows that saw the best row's images in the same order.
+
+    A search that is scored by probabilities judges a head's own (`as_searched`); users get calibrated ones, which the test
+    images are compared by. A row without what the metric looks at takes no part.
+    """
+    reference = sets.get(best)
+    if reference is None:
+        return {}
+    found = {}
+    for key, part in sets.items():
+        if part is None or not np.array_equal(part.paths, reference.paths):
+            continue
+        own = None
+        if metric.needs_probabilities:
+            own = part.searched if as_searched else part.probabilities
+            if own is None:
+                continue
+        found[key] = answers_of(reference.y_true, part.y_pred, own, classes, reference.units)
+    return found
+
+
+def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
+    """Return the optimism of picking the best trial, and of how many: those that were fitted on every fold.
+
+    The estimate needs the others' scores on the same folds. More trials can only raise it, so it is a lower bound where
+    some were stopped early; of one trial alone there is none.
+    """
+    finished = [trial["fold_scores"] for trial in trials if trial.get("status") == "ok"]
+    complete = [scores for scores in finished if scores and all(score is not None for score in scores)]
+    if not complete:
+        return None, None
+    lonely = len(complete) == 1 and len(trials) > 1
+    return None if lonely else trial_optimism(np.array(complete, dtype=np.float64)), len(complete)
+
+
+def _cost(row: LeaderboardRow) -> tuple[bool, int, int, str]:
+    """What a user pays for a row, in what no busy machine changes.
+
+    A network or none, then how simple the head is, then how many numbers an image becomes.
+    """
+    return (not row.baseline, row.simplicity, row.dim or 0, row.key)
+
+
+LARGEST_MARGIN = 0.05
+"""5 points of a share, or 0.05 nats, by which the true class's probability falls by 5 %."""
+
+SHARE_OF_THE_ERROR = 0.5
+
+
+def margin(metric: Metric, best: float, images: int) -> float:
+    """Return what a row of the no-evidence group may at most be behind the best to be recommended for being simpler.
+
+    Half of the best row's error, as 5 points at 99.5 % are ten times the errors, and never more than `LARGEST_MARGIN`. An error
+    that no image shows counts as one image. best : its score out of fold, higher being better
+    """
+    return min(LARGEST_MARGIN, SHARE_OF_THE_ERROR * max(metric.high - best, 1 / images))
+
+
+def _recommend(
+    leaderboard: Leaderboard, differences: Sequence[Difference], held_out: Answers
+) -> tuple[LeaderboardRow, str]:
+    """Pick the cheapest and simplest row that is shown to be as good as the best, and say what to use and why.
+
+    A row of the no-evidence group stands in for the best only if its whole interval lies within the margin: a test of
+    non-inferiority (Schuirmann 1987), because few images show no difference of anything, and absence of evidence is not
+    evidence of absence (Altman and Bland 1995). Where no cheaper row passes, the best score decides; so it does where even
+    the guess that looks at no image may be as good.
+    """
+    best, metric = leaderboard.best, leaderboard.metric
+    images = counted(len(held_out.truth), held_out.units)
+    group = {row.key: row for row in differences if row.no_evidence}
+    alike = [row for row in leaderboard.rows if row.key in group]
+    if len(alike) == 1:
+        where = "" if len(differences) == len(leaderboard.rows) else " on the same images"
+        return best, f"Use {best.key}; every other row{where} is worse by more than chance explains."
+    if any(row.embedding == CONSTANT_GUESS for row in alike):
+        return best, (
+            f"Use {best.key} for want of evidence: {images} do not show that any row is better than a constant guess."
+        )
+    allowed = margin(metric, best.cv_mean, len(held_out.truth))
+    cheapest = min(alike, key=_cost)
+    candidates = [row for row in alike if row.key == best.key or group[row.key].interval[1] <= allowed]
+    chosen = min(candidates, key=_cost)
+    as_good = f"{len(alike)} rows are as good as {images} can show"
+    if cheapest.key == best.key:
+        return best, f"Use {best.key}; {as_good}, and it scores best and is the simplest and cheapest of them."
+    written = f"{float(f'{abs(metric.scale) * allowed:.2g}'):g} {metric.unit}"
+    behind = group[cheapest.key if chosen.key == best.key else chosen.key]
+    low, high = (metric.gap_text(end) for end in behind.interval)
+    gap = f"({metric.gap_text(behind.difference)} {metric.unit} in favour of the best, 95 % interval {low} to {high})"
+    if chosen.key == best.key:
+        return best, (
+            f"Use {best.key}; {as_good}. It scores best, and that the simplest and cheapest of them, {cheapest.key}, is at most "
+            f"{written} worse is not shown {gap}."
+        )
+    return chosen, (
+        f"Use {chosen.key}; {as_good}, and it is the simplest and cheapest of those shown to be at most {written} worse than "
+        f"the best, {best.key} {gap}."
+    )

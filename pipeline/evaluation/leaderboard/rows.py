@@ -1,0 +1,318 @@
+"""The records of a leaderboard: a row, what repeats say of it, the verdict on all rows; and their way through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.evaluation import Difference, Optimism, Paired, Scores, repeated_interval
+from pipeline.evaluation.intervals import Interval
+from pipeline.experiment import plain
+
+CONSTANT_GUESS = "majority"
+"""The embedding's name in the row of the guess that looks at no image."""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A row's search repeated within every outer fold, so that no image judged what it helped to choose.
+
+    `inner` has the best mean that each search reported on its own training images, `outer` what its winner then scored
+    on the images held out: one number per outer fold.
+    """
+
+    inner: tuple[float, ...]
+    outer: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The unbiased score: the mean of `outer`."""
+        return float(np.mean(self.outer))
+
+    @property
+    def interval(self) -> Interval:
+        """Its 95 % interval, the variance over folds corrected for the training images they share."""
+        return repeated_interval(self.outer)
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The same search with other seeds for folds, search and head; the test images stay. One number per seed."""
+
+    seeds: tuple[int, ...]
+    cv_means: tuple[float, ...]
+    test_accuracies: tuple[float, ...]
+
+    @property
+    def cv(self) -> tuple[float, float]:
+        """Mean and standard deviation of the cross-validation means."""
+        return float(np.mean(self.cv_means)), float(np.std(self.cv_means, ddof=1))
+
+    @property
+    def test(self) -> tuple[float, float]:
+        """Mean and standard deviation of the test accuracies."""
+        return float(np.mean(self.test_accuracies)), float(np.std(self.test_accuracies, ddof=1))
+
+
+@dataclass(frozen=True)
+class LastFit:
+    """The fit on all training images, which is what is saved, beside the fits that cross-validation judged.
+
+    `score` and `fold_scores` are in the score that was tuned, each on the images the fit was made from. `sound` says that
+    the first is not below the lowest of the others by more than chance, after `tries` seeds. Warnings are counted by
+    category: of the fit that was kept, and of the chosen trial's fits on folds.
+    """
+
+    score: float
+    fold_scores: tuple[float, ...]
+    tries: int
+    sound: bool
+    warnings: Mapping[str, int] = field(default_factory=dict)
+    fold_warnings: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LeaderboardRow:
+    """One tuned head on one embedding.
+
+    `cv_mean` is the score of all held-out answers, `cv_std` the standard deviation of `cv_scores`, the fold scores at the
+    chosen parameters; higher is better, so a log loss is negated. `bundle` is the bundle's folder relative to the output
+    folder. `simplicity` ranks the head's kind, lowest is simplest, and tells with `dim` what a row costs. `embed_seconds` is
+    what one image costs before any head, where it is known. `nested` and `seeds` are there
+    on request.
+    """
+
+    embedding: str
+    backbone: str
+    layer: str
+    head: str
+    untrained: bool
+    baseline: bool
+    cv_mean: float
+    cv_std: float
+    cv_scores: tuple[float, ...]
+    test: Scores | None
+    fit_seconds: float
+    predict_seconds: float
+    trials: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+    bundle: str | None = None
+    simplicity: int = 0
+    dim: int | None = None
+    search_seconds: float | None = None
+    embed_seconds: float | None = None
+    unseen_rows: int | None = None
+    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None where all are used."""
+    chose_rows: int = 0
+    """Of those, the images that chose the network's weights: cross-validation on them flatters, and its score is not shown."""
+    task: str = ""
+    """Digest of the images, labels and folds of the row; rows on other images are ranked apart."""
+    components: int | None = None
+    """Principal components that the head works on; None where it works on the features themselves."""
+    nested: Nested | None = None
+    seeds: Seeds | None = None
+    reweighted: Scores | None = None
+    """Out of fold with the head's class weights switched, where classes are uneven and the head takes them."""
+    last_fit: LastFit | None = None
+    expected_test: Interval | None = None
+    """The 99.9 % prediction interval of the test accuracy, given the answers out of fold."""
+
+    @property
+    def key(self) -> str:
+        """The row's name: `embedding/head`."""
+        return f"{self.embedding}/{self.head}"
+
+    @property
+    def images(self) -> str:
+        """What the rows that are cross-validated on the same images have in common."""
+        return "" if self.unseen_rows is None else f"{self.unseen_rows} of {self.task}"
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the row as plain values for JSON."""
+        return dict(plain(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_record(raw: Mapping[str, Any]) -> LeaderboardRow:
+        """Return the row that `to_record` wrote; ValueError where its bundle lies outside of the experiment."""
+        if raw.get("bundle") is not None and not {"..", ""}.isdisjoint(str(raw["bundle"]).split("/")):
+            raise ValueError(f"the bundle {raw['bundle']!r} lies outside of the experiment")
+        test = Scores(**_tuples(raw["test"])) if raw["test"] is not None else None
+        nested = Nested(**_tuples(raw["nested"])) if raw.get("nested") else None
+        seeds = Seeds(**_tuples(raw["seeds"])) if raw.get("seeds") else None
+        reweighted = Scores(**_tuples(raw["reweighted"])) if raw.get("reweighted") else None
+        last_fit = LastFit(**_tuples(raw["last_fit"])) if raw.get("last_fit") else None
+        expected = tuple(raw["expected_test"]) if raw.get("expected_test") else None
+        changed: dict[str, Any] = {"test": test, "nested": nested, "seeds": seeds, "reweighted": reweighted}
+        changed |= {"last_fit": last_fit, "expected_test": expected}
+        return LeaderboardRow(**{**raw, "cv_scores": tuple(raw["cv_scores"]), **changed})
+
+    @property
+    def kind(self) -> str:
+        """What a reader must know about the embedding before comparing, in a word, or nothing."""
+        if self.unseen_rows is not None:
+            return "fine-tuned"
+        return "baseline" if self.baseline else "untrained" if self.untrained else ""
+
+    @property
+    def sound(self) -> bool:
+        """Whether what is saved is as good a fit as those that cross-validation judged, as far as is known."""
+        return self.last_fit is None or self.last_fit.sound
+
+    @property
+    def surprise(self) -> Literal["above", "below"] | None:
+        """On which side of what cross-validation lets expect the test accuracy lies; None within."""
+        if self.test is None or self.expected_test is None:
+            return None
+        low, high = self.expected_test
+        return "below" if self.test.accuracy < low else "above" if self.test.accuracy > high else None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What a reader must know about the fit and its test, in a word each; the notes below the table say more."""
+        fit = self.last_fit
+        found = []
+        if fit is not None:
+            found += [] if fit.sound else ["bad fit"]
+            found += ["refitted"] if fit.sound and fit.tries > 1 else []
+            found += ["warnings"] if fit.warnings or fit.fold_warnings else []
+        return (*found, *([f"test {self.surprise}"] if self.surprise else []))
+
+    @property
+    def note(self) -> str:
+        """The kind and the marks."""
+        return ", ".join(filter(None, [self.kind, *self.marks]))
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Near-duplicates that stand on both sides of a score, as the data audit finds them in one embedding.
+
+    Of `images` as many as `test_images` and `train_images` together were looked at. `test` of the `test_images` are nearly the same as a training image, `folds` of the `train_images` as one of another
+    fold. `without` is each row's test accuracy on the other test images, `held_out` its accuracy on all out-of-fold
+    answers and on those of the other training images; a row is named where these can be told.
+    """
+
+    embedding: str
+    images: int
+    test: int
+    test_images: int
+    folds: int
+    train_images: int
+    without: Mapping[str, float]
+    held_out: Mapping[str, tuple[float, float]]
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Leaks:
+        """Return the leaks that a leaderboard's JSON holds."""
+        pairs = {key: (float(with_all), float(without)) for key, (with_all, without) in record["held_out"].items()}
+        return Leaks(**{**record, "held_out": pairs})
+
+    def lines(self, rows: Sequence[LeaderboardRow]) -> list[str]:
+        """Return what must be said above the table; rows : the best row and, if it is another, the recommended one."""
+        found = []
+        if self.test:
+            scores = [
+                f"{row.key} has {100 * self.without[row.key]:.1f} % in place of {100 * row.test.accuracy:.1f} %"
+                for row in rows
+                if row.test and row.key in self.without
+            ]
+            scored = f"; on the other test images {' and '.join(scores)}" if scores else ""
+            found.append(
+                f"Leak: {self.test:,} of {self.test_images:,} test images {_are(self.test)} nearly the same as a training image{scored}."
+            )
+        if self.folds:
+            scores = [
+                f"{row.key} is right in {100 * without:.1f} % in place of {100 * with_all:.1f} %"
+                for row in rows
+                for with_all, without in [self.held_out.get(row.key, (np.nan, np.nan))]
+                if np.isfinite(without)
+            ]
+            scored = f"; held out, without them, {' and '.join(scores)}" if scores else ""
+            found.append(
+                f"Leak: {self.folds:,} of {self.train_images:,} training images {_are(self.folds)} nearly the same as one of another fold{scored}."
+            )
+        if found:
+            found.append(
+                "The report shows the pairs. Give images that belong together the same `group`, a column of a manifest "
+                "(path,label,group): groups are never parted."
+            )
+        looked = self.test_images + self.train_images
+        if looked < self.images:
+            found.append(f"Near-duplicates were searched among {looked:,} of the {self.images:,} images.")
+        return found
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What paired comparison says about the rows, in the score that was tuned; `judge` makes it from the predictions.
+
+    `differences` are to the best row, for every row with out-of-fold predictions. `optimism` is for picking the best of the
+    rows, `trial_optimism` for picking the best of the trials of the best row's own search: of `finished_trials` of them,
+    those that were fitted on every fold (None where unknown).
+    """
+
+    differences: tuple[Difference, ...]
+    recommended: str
+    reason: str
+    optimism: Optimism | None = None
+    trial_optimism: float | None = None
+    finished_trials: int | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to use, and why."""
+        return self.reason if self.reason.startswith("Use ") else f"Use {self.recommended}. {self.reason}"
+
+    @property
+    def no_evidence(self) -> tuple[str, ...]:
+        """Keys of the rows for which nothing shows that they are worse than the best, the best among them."""
+        return tuple(row.key for row in self.differences if row.no_evidence)
+
+    @staticmethod
+    def from_record(raw: Mapping[str, Any]) -> Verdict:
+        """Return the verdict that a leaderboard's JSON holds."""
+        return Verdict(
+            tuple(_difference(row) for row in raw["differences"]),
+            raw["recommended"],
+            raw["reason"],
+            Optimism(**_tuples(raw["optimism"])) if raw["optimism"] else None,
+            raw["trial_optimism"],
+            raw.get("finished_trials"),
+        )
+
+
+def _difference(raw: Mapping[str, Any]) -> Difference:
+    paired = {name: Paired(**_paired(raw[name])) if raw[name] else None for name in ("test", "folds")}
+    return Difference(**{**_tuples(raw), **paired})
+
+
+def _paired(raw: Mapping[str, Any]) -> dict[str, Any]:
+    # JSON has no infinity: an interval without an end was written as null.
+    low, high = raw["interval"]
+    return {**raw, "interval": (-np.inf if low is None else low, np.inf if high is None else high)}
+
+
+def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn JSON's lists back into the tuples the records hold."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+
+
+def nested_choice(rows: Sequence[LeaderboardRow]) -> Nested | None:
+    """Return the nested score of the whole search: within each outer fold the row is chosen by its inner score too.
+
+    None unless every row has been searched within the same number of outer folds.
+    """
+    found = [row.nested for row in rows if row.nested is not None]
+    if not found or len(found) < len(rows) or len({len(nested.outer) for nested in found}) > 1:
+        return None
+    inner, outer = (np.array([getattr(nested, name) for nested in found]) for name in ("inner", "outer"))
+    chosen, fold = np.argmax(inner, axis=0), np.arange(inner.shape[1])
+    return Nested(tuple(inner[chosen, fold].tolist()), tuple(outer[chosen, fold].tolist()))

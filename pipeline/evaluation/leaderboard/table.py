@@ -1,0 +1,452 @@
+"""The leaderboard: one row per (embedding, head), ordered and won by cross-validation only.
+
+Stage two (`train_heads`) fills `LeaderboardRow` and `Leaderboard`; test scores are shown and choose nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from pipeline.errors import PipelineError
+from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores
+from pipeline.evaluation.intervals import Interval
+from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Leaks, Nested, Verdict, nested_choice
+from pipeline.experiment import LEADERBOARD, Artifacts, parse_document, read_document, to_document
+
+APART = "Ranked apart, on other images"
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Rows ordered by cross-validation, best first, with the provenance needed to make them again.
+
+    Rows that are cross-validated on other images than the best stand behind all others, whatever they score.
+
+    `provenance` holds plain values: config, seed, versions, store digests, index fingerprint, date, command, and notes on
+    what was left out.
+    """
+
+    rows: tuple[LeaderboardRow, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    leaks: Leaks | None = None
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.rows, key=lambda row: (not row.sound, -row.cv_mean, row.simplicity, row.key))
+        if ordered:
+            # The images of most rows; those of a fine-tuned network only where no other backbone is there.
+            first = min(ordered, key=lambda row: (row.baseline, row.unseen_rows is not None, row.chose_rows > 0))
+            ordered.sort(key=lambda row: (row.images != first.images, row.images))
+        object.__setattr__(self, "rows", tuple(ordered))
+
+    @property
+    def best(self) -> LeaderboardRow:
+        """The row with the highest cross-validation mean whose saved fit is sound; the simpler of two equal ones."""
+        if not self.rows:
+            raise PipelineError("the leaderboard has no rows; run `manyheads heads` first")
+        return self.rows[0]
+
+    @property
+    def ranked(self) -> tuple[LeaderboardRow, ...]:
+        """The rows that are cross-validated on the same images as the best."""
+        return tuple(row for row in self.rows if row.images == self.best.images)
+
+    @property
+    def apart(self) -> tuple[tuple[LeaderboardRow, ...], ...]:
+        """The rows that are cross-validated on other images, those of fine-tuned networks, by their images."""
+        others = [row for row in self.rows if row.images != self.best.images]
+        return tuple(tuple(rows) for _, rows in groupby(others, lambda row: row.images))
+
+    def row(self, key: str) -> LeaderboardRow:
+        """Return the row named `embedding/head`."""
+        for row in self.rows:
+            if row.key == key:
+                return row
+        raise KeyError(key)
+
+    def to_json(self) -> str:
+        """Return the whole leaderboard as JSON text; `from_json` gives an equal one back."""
+        record = {
+            "best": self.best.key if self.rows else None,
+            "rows": [row.to_record() for row in self.rows],
+            "verdict": dataclasses.asdict(self.verdict) if self.verdict else None,
+            "leaks": dataclasses.asdict(self.leaks) if self.leaks else None,
+            "provenance": self.provenance,
+        }
+        return to_document(LEADERBOARD, record)
+
+    @staticmethod
+    def from_json(text: str) -> Leaderboard:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        PipelineError
+            When the text is damaged, or no leaderboard of this version.
+        """
+        path = Path("leaderboard.json")
+        return _leaderboard_of(parse_document(text, LEADERBOARD, path), path)
+
+    def to_markdown(self) -> str:
+        """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
+        score = f"cross-validation ({self.metric.title})"
+        above = [text for line in self.warnings() for text in (f"> {line}", "")]
+        lines = ["# Leaderboard", "", *above, self._table(self.ranked, "github", score, HEADERS, bold="**"), ""]
+        lines += [f"- {line}" for line in self.notes()]
+        for rows in self.apart:
+            table = self._table(rows, "github", score, HEADERS)
+            lines += ["", f"## {APART}", "", apart_text(rows), "", table]
+        return "\n".join([*lines, ""])
+
+    def to_text(self) -> str:
+        """Return the leaderboard for a terminal."""
+        headers = [*SHORT_HEADERS]
+        if self.metric is not ACCURACY:  # where everything else is accuracy too, the narrow table need not say so
+            headers[headers.index("test [95 %]")] = "test acc. [95 %]"
+        score = f"CV {self.metric.title}"
+        above = [*self.warnings(), ""] if self.warnings() else []
+        lines = [*above, self._table(self.ranked, "simple", score, headers), ""]
+        for rows in self.apart:
+            lines += [f"{APART}: {apart_text(rows)}", "", self._table(rows, "simple", score, headers), ""]
+        return "\n".join([*lines, *self.notes()])
+
+    def _table(
+        self, rows: Sequence[LeaderboardRow], form: str, score: str, headers: Sequence[str], bold: str = ""
+    ) -> str:
+        asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in rows)]
+        cells = self._cells(rows, bold)
+        for row, line in zip(rows, cells, strict=True):
+            line[4:4] = [text(row, self.scoring) for _, text in asked]
+        names = [*headers[:3], score, *(name for name, _ in asked), *headers[3:]]
+        align = [*ALIGN[:4], *("right" for _ in asked), *ALIGN[4:]]
+        return tabulate(cells, headers=names, tablefmt=form, disable_numparse=True, colalign=align)
+
+    def warnings(self) -> list[str]:
+        """Return what must be known before the table is read, one sentence each."""
+        if self.leaks is None or not self.rows:
+            return []
+        recommended = self.verdict.recommended if self.verdict else self.best.key
+        return self.leaks.lines([row for row in self.rows if row.key in (self.best.key, recommended)])
+
+    def notes(self) -> list[str]:
+        """Return what must be said beside the table, one sentence each."""
+        if not self.rows:
+            return ["No rows."]
+        best, lines, metric = self.best, [], self.metric
+        better = ", lower is better" if metric.lower_is_better else ""
+        lines.append(
+            f"Best by cross-validation: {best.key} ({metric.title} {cross_validated(best, self.scoring)}{better}). Test scores choose nothing."
+        )
+        lines.append(
+            f"±: the standard deviation of the scores of the {len(best.cv_scores)} folds; it says how they differ, and is no interval of "
+            "the score."
+        )
+        if metric.needs_probabilities:
+            lines.append(
+                f"Cross-validation judges the heads' own probabilities, as the search did; the test's {metric.title} is of calibrated ones."
+            )
+        if self.verdict:
+            lines += self._verdict_notes(self.verdict)
+        lines += self._repeat_notes()
+        if any(row.test for row in self.rows):
+            test = max((row.test for row in self.rows if row.test), key=lambda test: test.n)
+            of = "" if test.units in (None, test.n) else f" of {test.units:,} groups, which the interval counts"
+            lines.append(f"Test: {test.n:,} images{of}, in brackets the 95 % interval (Wilson).")
+        if any(row.untrained for row in self.rows):
+            lines.append(
+                "untrained: the backbone has random weights and saw no image before; a control, not a contender."
+            )
+        other = next((row for rows in self.apart for row in rows if row.unseen_rows is not None and row.bundle), None)
+        if other is not None:
+            lines.append(f"To label with a row that stands apart, give `manyheads predict` its folder, {other.bundle}.")
+        if best.unseen_rows is not None:
+            lines.append(f"All of them: {apart_text(self.ranked)}")
+        reduced = {row.embedding: row.components for row in self.rows if row.components is not None}
+        if reduced:
+            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
+            lines.append(
+                f"Heads work on principal components{whitened}, found within each fold's training images: "
+                + ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
+                + "; fewer where a fold has fewer training images."
+            )
+        if any(row.baseline for row in self.rows):
+            lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
+        if best.baseline or best.untrained:
+            lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
+        return [*self.alerts(), *lines] + [str(note) for note in self.provenance.get("notes", ())]
+
+    def alerts(self) -> list[str]:
+        """Return what may be wrong with rows, one sentence each: their last fit, its warnings, a test unlike the promise."""
+        lines = [line for row in self.rows for line in self._fit_alerts(row)]
+        for side, meaning in SURPRISES.items():
+            rows = [row for row in self.rows if row.surprise == side]
+            named = "; ".join(f"{row.key} {_percent(row.test, row.expected_test)}" for row in rows)
+            if rows:
+                lines.append(
+                    f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {named}: {meaning}."
+                )
+        return lines
+
+    def _fit_alerts(self, row: LeaderboardRow) -> list[str]:
+        fit, text = row.last_fit, self.metric.text
+        if fit is None:
+            return []
+        lines, lowest = [], text(min(fit.fold_scores, default=fit.score))
+        tried = "one try" if fit.tries == 1 else f"{fit.tries} tries"
+        if not fit.sound:
+            lines.append(
+                f"{row.key}: a bad fit. Fitted on all training images it scores {text(fit.score)} on them, and cross-validation's fits "
+                f"at least {lowest} on theirs ({tried}, the best kept): ranked last and never recommended."
+            )
+        elif fit.tries > 1:
+            lines.append(
+                f"{row.key}: the fit on all training images was below cross-validation's and was made again with another seed "
+                f"({tried}); it scores {text(fit.score)} on them, and cross-validation's fits at least {lowest} on theirs."
+            )
+        for where, found in (("last fit", fit.warnings), ("fits on folds", fit.fold_warnings)):
+            if found:
+                counts = ", ".join(f"{count} x {name}" for name, count in found.items())
+                lines.append(f"{row.key}: warnings in its {where}: {counts}.")
+        return lines
+
+    def _verdict_notes(self, verdict: Verdict) -> list[str]:
+        lines = []
+        others = [key for key in verdict.no_evidence if key != self.best.key]
+        if others:
+            lines.append(
+                f"~ marks {len(others)} more {_plural('row', len(others))} with no evidence of a difference from the best "
+                "(paired, out of fold, corrected for all pairs of rows)."
+            )
+        lines.append(verdict.advice)
+        recommended = self.row(verdict.recommended)
+        if (
+            recommended.key != self.best.key
+            and recommended.bundle is not None
+            and recommended.embedding != CONSTANT_GUESS
+        ):
+            lines.append(
+                f"`manyheads predict` takes the best row when it is given the output folder; for the recommended one give it {recommended.bundle} in there."
+            )
+        if verdict.optimism is not None:
+            metric = self.metric
+            lines.append(
+                f"Picking the best of {verdict.optimism.candidates} rows flatters its cross-validation {metric.title} by about "
+                f"{_luck(metric, verdict.optimism.bias)} {metric.unit}{self._trials_text(verdict)}."
+            )
+        return lines
+
+    def _trials_text(self, verdict: Verdict) -> str:
+        """Say what picking the best trial adds, and of how many trials that is known."""
+        trials, finished = self.best.trials, verdict.finished_trials
+        if trials == 1:
+            return ""
+        if verdict.trial_optimism is None:
+            return (
+                ""
+                if finished is None
+                else f"; what picking the best of its {trials} trials adds is not known, as only one was fitted on every fold"
+            )
+        luck = _luck(self.metric, verdict.trial_optimism)
+        if finished is None or finished == trials:
+            return f", picking the best of its {trials} trials by about {luck}"
+        return f", picking the best of its {trials} trials by at least about {luck} (from the {finished} that were fitted on every fold)"
+
+    def _repeat_notes(self) -> list[str]:
+        lines = []
+        chosen = nested_choice(self.ranked)
+        if chosen is not None:
+            lines.append(
+                f"nested: every search repeated within each of {len(chosen.outer)} outer folds; the mean on the images held out, which chose nothing. "
+                f"Choosing the row within the folds too gives {nested_text(chosen, self.scoring)}, the unbiased score of this whole search "
+                "(95 % interval by the corrected resampled t)."
+            )
+        repeated = next((row.seeds for row in self.rows if row.seeds), None)
+        if repeated is not None:
+            lines.append(
+                f"seeds: cross-validation's mean ± standard deviation over seeds {repeated.seeds[0]} to {repeated.seeds[-1]}, each with its own "
+                "folds and search; the test images stay the same."
+            )
+        return lines
+
+    @property
+    def metric(self) -> Metric:
+        """The score that was tuned, by which rows are ordered and compared."""
+        return METRICS[self.scoring]
+
+    @property
+    def scoring(self) -> str:
+        """What the cross-validation scores measure."""
+        return str(self.provenance.get("scoring", "accuracy"))
+
+    def mark(self, row: LeaderboardRow) -> str:
+        """`*` for the best row, `~` for one with no evidence of a difference from it."""
+        if row.key == self.best.key:
+            return "*"
+        return "~" if self.verdict and row.key in self.verdict.no_evidence else ""
+
+    def _cells(self, rows: Sequence[LeaderboardRow], bold: str = "") -> list[list[str]]:
+        cells = []
+        for row in rows:
+            first = bold if row.key == self.best.key else ""
+            test = row.test
+            cells.append(
+                [
+                    self.mark(row).replace("*", "\\*" if bold else "*"),
+                    row.embedding,
+                    f"{first}{row.head}{first}",
+                    cross_validated(row, self.scoring),
+                    f"{100 * test.accuracy:.1f} [{100 * test.interval[0]:.1f}, {100 * test.interval[1]:.1f}]"
+                    if test
+                    else "",
+                    f"{100 * test.balanced_accuracy:.1f}" if test else "",
+                    f"{100 * test.macro_f1:.1f}" if test else "",
+                    f"{test.log_loss:.3f}" if test and test.log_loss is not None else "",
+                    seconds(row.fit_seconds),
+                    seconds(row.predict_seconds),
+                    str(row.trials),
+                    row.note,
+                ]
+            )
+        return cells
+
+
+HEADERS = (
+    "",
+    "embedding",
+    "head",
+    "test accuracy [95 %]",
+    "balanced",
+    "macro F1",
+    "log loss",
+    "fit s",
+    "predict s",
+    "trials",
+    "note",
+)
+SHORT_HEADERS = (
+    "",
+    "embedding",
+    "head",
+    "test [95 %]",
+    "bal.",
+    "F1",
+    "loss",
+    "fit s",
+    "pred. s",
+    "trials",
+    "note",
+)
+"""The terminal is narrow."""
+ALIGN = ("left", "left", "left", "right", "right", "right", "right", "right", "right", "right", "right", "left")
+
+
+SURPRISES = {
+    "above": "the test is easier: look for copies",
+    "below": "the fit or the test images differ",
+}
+"""What a test accuracy outside of its interval means."""
+
+
+def _percent(test: Scores | None, expected: Interval | None) -> str:
+    assert test is not None
+    assert expected is not None
+    return f"{100 * test.accuracy:.1f}, expected {100 * expected[0]:.1f} to {100 * expected[1]:.1f}"
+
+
+def nested_text(nested: Nested | None, scoring: str) -> str:
+    """Return a nested score with its interval."""
+    if nested is None:
+        return ""
+    metric = METRICS[scoring]
+    return f"{metric.text(nested.mean)} {metric.interval_text(nested.interval)}"
+
+
+def apart_text(rows: Sequence[LeaderboardRow]) -> str:
+    """Say which images rows are fitted and judged on, and how they can be compared with others; all rows on the same images."""
+    row = rows[0]
+    if row.unseen_rows is None:
+        return "heads fitted and cross-validated on all training images: compare them with the others by the test."
+    others = f"on a fine-tuned network, fitted on the {row.unseen_rows:,} training images that it has not learned from"
+    some = "All" if row.chose_rows == row.unseen_rows else f"{row.chose_rows:,}"
+    if row.chose_rows:
+        return (
+            f"heads {others}. {some} of them chose the network's weights, so that cross-validation on them would flatter: "
+            "it orders these rows and is not shown. Compare them with the others by the test, which chose nothing."
+        )
+    return f"heads {others} and that did not choose its weights, cross-validated on those only: compare them with the others by the test."
+
+
+def cross_validated(row: LeaderboardRow, scoring: str) -> str:
+    """Return the cross-validation score and its spread over the folds; a dash where its images chose the network's weights."""
+    if row.chose_rows:
+        return "–"
+    metric = METRICS[scoring]
+    return f"{metric.text(row.cv_mean)} ± {metric.spread_text(row.cv_std)}"
+
+
+def seeds_text(row: LeaderboardRow, scoring: str) -> str:
+    """Return the mean and spread over seeds."""
+    if row.seeds is None:
+        return ""
+    (mean, spread), metric = row.seeds.cv, METRICS[scoring]
+    return f"{metric.text(mean)} ± {metric.spread_text(spread)}"
+
+
+REPEATS: tuple[tuple[str, Callable[[LeaderboardRow, str], str]], ...] = (
+    ("nested", lambda row, scoring: nested_text(row.nested, scoring)),
+    ("seeds", seeds_text),
+)
+"""Columns that are there on request: the field of the row, and its text."""
+
+
+def read_leaderboard(output: Path) -> Leaderboard:
+    """Read an experiment's leaderboard.
+
+    Raises
+    ------
+    PipelineError
+        When there is none, or it is of another version.
+    """
+    path = Artifacts(output).leaderboard
+    return _leaderboard_of(read_document(path, LEADERBOARD), path)
+
+
+def _leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
+    try:
+        verdict = record["verdict"]
+        return Leaderboard(
+            tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
+            record["provenance"],
+            Verdict.from_record(verdict) if verdict else None,
+            Leaks.from_record(record["leaks"]) if record.get("leaks") else None,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise LEADERBOARD.damaged(path, "it does not hold what a leaderboard of this version does") from None
+
+
+def seconds(value: float) -> str:
+    """Return a duration in seconds with as many digits as it deserves."""
+    return (
+        f"{value:.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10
+        else f"{value:.2f}"
+        if value >= 0.095
+        else f"{value:.3f}"
+    )
+
+
+def _luck(metric: Metric, bias: float) -> str:
+    return metric.gap_text(max(bias, 0.0)).lstrip("+")
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"

@@ -1,0 +1,200 @@
+"""How accuracy grows with labelled images, how far that can be extrapolated, and what accuracy costs.
+
+The curve fits `error(n) = floor + scale * n**-rate`; its worth is measured by hiding the largest sizes from the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.evaluation.intervals import Interval, mean_interval
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Accuracy with `size` training images: mean over draws of the images, its 95 % t interval, the single scores."""
+
+    size: int
+    accuracy: float
+    interval: Interval
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """error(n) = floor + scale * n**-rate."""
+
+    floor: float
+    scale: float
+    rate: float
+
+    def accuracy(self, sizes: NDArray[np.floating] | Sequence[float]) -> NDArray[np.float64]:
+        """Return the accuracy expected at each size."""
+        values: NDArray[np.float64] = 1.0 - self.floor - self.scale * np.asarray(sizes, dtype=np.float64) ** -self.rate
+        return values
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """The extrapolation's test: what the fit to smaller sizes alone said about this size, and what was measured, if it was."""
+
+    size: int
+    predicted: float
+    interval: Interval
+    measured: float | None
+
+    @property
+    def inside(self) -> bool:
+        """Whether the measured accuracy lies in the predicted interval."""
+        return self.measured is not None and self.interval[0] <= self.measured <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """Measured points, the curve through them, its test on held-back sizes, and what more labels should bring."""
+
+    points: tuple[CurvePoint, ...]
+    law: PowerLaw | None
+    held_back: tuple[HeldBack, ...]
+    forecast: tuple[HeldBack, ...]
+    """At 2 and 4 times the images there are; `measured` is None."""
+
+
+def curve_sizes(n: int, n_classes: int, steps: int = 7) -> tuple[int, ...]:
+    """Return about `steps` sizes, log-spaced from a few images per class to all n."""
+    smallest = min(n, max(2 * n_classes, 10))
+    return tuple(sorted({round(float(size)) for size in np.geomspace(smallest, n, steps)}))
+
+
+def stratified_order(y: NDArray[np.generic], seed: int) -> NDArray[np.intp]:
+    """Return all rows in an order of which every beginning has each class in its share: shape (n,)."""
+    rng = np.random.default_rng(seed)
+    keys = np.empty(len(y))
+    for label in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        keys[rows] = (np.arange(len(rows)) + rng.uniform(0.0, 1.0)) / len(rows)
+    return np.argsort(keys, kind="stable")
+
+
+def measure_curve(
+    build: Callable[[int], Any],
+    train: tuple[NDArray[np.floating], NDArray[np.generic]],
+    test: tuple[NDArray[np.floating], NDArray[np.generic]],
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+) -> LearningCurve:
+    """Fit a cheap head on growing parts of cached features and score it on fixed rows.
+
+    build : seed -> unfitted scikit-learn estimator; train, test : (X, y). Every seed draws its own nested, stratified
+    parts. Rows of `test` must play no part in training.
+    """
+    scores = np.stack([curve_scores(build, train, test, sizes, seed) for seed in seeds], axis=1)
+    kept = [(size, row[np.isfinite(row)]) for size, row in zip(sizes, scores, strict=True) if np.isfinite(row).any()]
+    return curve_from_scores([size for size, _ in kept], [row for _, row in kept], seeds[0] if seeds else 0)
+
+
+def curve_scores(
+    build: Callable[[int], Any],
+    train: tuple[NDArray[np.floating], NDArray[np.generic]],
+    test: tuple[NDArray[np.floating], NDArray[np.generic]],
+    sizes: Sequence[int],
+    seed: int,
+) -> NDArray[np.float64]:
+    """Return the accuracy of one draw at every size: shape (n_sizes,); NaN where a part has one class only."""
+    (X, y), (X_test, y_test) = train, test
+    order = stratified_order(y, seed)
+    scores = np.full(len(sizes), np.nan)
+    for row, size in enumerate(sizes):
+        part = order[:size]
+        if len(np.unique(y[part])) > 1:
+            scores[row] = np.mean(build(seed).fit(X[part], y[part]).predict(X_test) == y_test)
+    return scores
+
+
+def curve_from_scores(
+    sizes: Sequence[int], scores: Sequence[NDArray[np.float64]], seed: int, labels: int | None = None
+) -> LearningCurve:
+    """Make the curve, its test and its forecast from measured scores per size.
+
+    The forecast is for 2 and 4 times `labels`, the labelled images there are; as many as the largest size if None.
+    """
+    points = tuple(
+        CurvePoint(size, float(np.mean(row)), mean_interval(np.asarray(row)), tuple(float(v) for v in row))
+        for size, row in zip(sizes, scores, strict=True)
+    )
+    hidden = 2 if len(points) >= 6 else 1
+    held_back: tuple[HeldBack, ...] = ()
+    if len(points) - hidden >= 4:
+        shown = points[:-hidden]
+        held_back = _predict(
+            shown, [point.size for point in points[-hidden:]], [point.accuracy for point in points[-hidden:]], seed
+        )
+    if len(points) < 4:
+        return LearningCurve(points, None, held_back, ())
+    there_are = labels or points[-1].size
+    ahead = _predict(points, [2 * there_are, 4 * there_are], [None, None], seed)
+    return LearningCurve(points, _fit(points), held_back, ahead)
+
+
+RATES = np.geomspace(0.05, 2.0, 80)
+
+
+def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None) -> PowerLaw:
+    """Fit the law by weighted least squares; means : accuracies to fit instead of the points' own, shape (n_points,).
+
+    For a given rate the law is linear in floor and scale, so every rate of a grid is solved at once, with neither below 0.
+    """
+    sizes = np.array([point.size for point in points], dtype=np.float64)
+    errors = 1.0 - (np.array([point.accuracy for point in points]) if means is None else means)
+    # A handful of draws tells a size's spread badly: none counts for more than twice the usual.
+    spread = np.array([float(np.std(point.scores)) for point in points])
+    weight = np.maximum(spread, max(float(np.median(spread)) / 2, 0.003)) ** -2.0
+    weight /= weight.sum()
+    x = (sizes / sizes[0]) ** -RATES[:, None]
+    x_mean, e_mean = x @ weight, float(errors @ weight)
+    slope = ((x - x_mean[:, None]) * (errors - e_mean)) @ weight / (((x - x_mean[:, None]) ** 2) @ weight)
+    floor = e_mean - slope * x_mean
+    through_zero = (x * errors) @ weight / ((x**2) @ weight)
+    slope, floor = np.where(floor < 0, through_zero, slope), np.maximum(floor, 0.0)
+    slope, floor = np.maximum(slope, 0.0), np.where(slope < 0, e_mean, floor)
+    best = int(np.argmin(((floor[:, None] + slope[:, None] * x - errors) ** 2) @ weight))
+    return PowerLaw(float(floor[best]), float(slope[best] * sizes[0] ** RATES[best]), float(RATES[best]))
+
+
+def _predict(
+    points: Sequence[CurvePoint],
+    sizes: Sequence[int],
+    measured: Sequence[float | None],
+    seed: int,
+    resamples: int = 100,
+) -> tuple[HeldBack, ...]:
+    """Extrapolate with an interval: draws are resampled per size and the law is fitted anew.
+
+    A three-parameter law through few points is surer of itself than it is right, so the fit's own misfit is added.
+    """
+    rng = np.random.default_rng(seed)
+    law = _fit(points)
+    draws = []
+    for _ in range(resamples):
+        means = np.array([np.mean(rng.choice(point.scores, len(point.scores))) for point in points])
+        draws.append(_fit(points, means).accuracy(sizes))
+    misfit = law.accuracy([point.size for point in points]) - [point.accuracy for point in points]
+    spread = np.mean([np.var(point.scores) / len(point.scores) for point in points[-3:]])
+    half = 1.96 * np.sqrt(np.var(draws, axis=0) + np.mean(misfit**2) + spread)
+    return tuple(
+        HeldBack(size, float(p), (float(p - h), float(p + h)), None if m is None else float(m))
+        for size, p, h, m in zip(sizes, law.accuracy(sizes), half, measured, strict=True)
+    )
+
+
+def pareto(cost: Sequence[float], value: Sequence[float]) -> tuple[bool, ...]:
+    """Say for each candidate whether no other is at least as good for less, or better for no more."""
+    pairs = list(zip(cost, value, strict=True))
+    return tuple(
+        not any((c <= own_c and v > own_v) or (c < own_c and v >= own_v) for c, v in pairs) for own_c, own_v in pairs
+    )

@@ -1,0 +1,1 @@
+"""What leaves an experiment: bundles, a fitted head each with all that is needed to use it."""

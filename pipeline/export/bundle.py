@@ -1,0 +1,273 @@
+"""ModelBundle: a fitted head with everything needed to predict, as a folder.
+
+    bundle.json      format, head, parameters, classes, the embedding it was trained on, versions, digests of the files
+    head.skops       the fitted scikit-learn pipeline in skops' format, which cannot run code when it is loaded
+    predictions.npz  what it said of every image, where stage two made it
+    head.joblib      instead, for a head with types outside `TRUSTED_TYPES`: a pickle, which can
+
+A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a backbone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import BundleError, first_line
+from pipeline.evaluation.calibration import Calibrator, scores_as_columns
+from pipeline.evaluation.said import said
+from pipeline.experiment import BUNDLE, bundle_file, read_document, require_modest, write_document
+from pipeline.export.fitted import check_fitted
+from pipeline.io.digests import bytes_digest
+from pipeline.io.files import write_atomic
+from pipeline.io.imports import instead, look_in
+
+with instead({"sklearn.externals.array_api_compat.torch": None}):
+    # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
+    from skops import io as skops_io
+
+MOST_NUMBERS = 1 << 24
+"""The longest vector that a stranger's head is tried with."""
+
+SMALLEST_PROBABILITY = 1e-6
+"""Forests and neighbours say 0, whose logarithm no temperature can mend."""
+
+TRUSTED_TYPES = (
+    # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing a file can choose.
+    "sklearn.calibration._CalibratedClassifier",
+    "sklearn.calibration._SigmoidCalibration",
+    "sklearn.calibration._TemperatureScaling",
+    "sklearn.metrics._dist_metrics.EuclideanDistance64",
+    "sklearn.neighbors._kd_tree.KDTree",
+    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+    "sklearn.tree._tree.Tree",
+)
+"""Types beyond skops' own list that a built-in head may hold."""
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A fitted head, the classes it tells apart, and the embedding it expects.
+
+    `estimator` was fitted on integer labels; `classes[i]` is the name of label i. `embedding` is stage one's record of
+    the embedding, with the config section that makes its backbone again. `calibrator` turns the estimator's scores into
+    probabilities, its columns in the order of `estimator.classes_`; it never changes which class is the likeliest.
+    """
+
+    head: str
+    params: Mapping[str, Any]
+    classes: tuple[str, ...]
+    embedding: Mapping[str, Any]
+    estimator: Any
+    provenance: Mapping[str, Any]
+    calibrator: Calibrator | None = None
+
+    def predict(self, X: NDArray[np.float32]) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
+        """Label n vectors.
+
+        Returns
+        -------
+        labels : ndarray of shape (n,), object (str)
+        probabilities : ndarray of shape (n, len(classes)), or None for a head that has none
+
+        Raises
+        ------
+        BundleError
+            When the vectors are not of the length the head was fitted on.
+        """
+        dim = getattr(self.estimator, "n_features_in_", X.shape[1])
+        if X.shape[1] != dim:
+            raise BundleError(f"head {self.head!r} takes vectors of {dim} numbers, got {X.shape[1]}")
+        places, raw, kind = said(self.estimator, X)
+        labels = np.asarray(self.classes, dtype=object)[self.estimator.classes_[places]]
+        return labels, self._probabilities(raw, kind)
+
+    def _probabilities(self, raw: NDArray[np.floating] | None, kind: str | None) -> NDArray[np.float64] | None:
+        """Zero for a class the head never saw."""
+        if raw is None or (kind == "decision" and self.calibrator is None):
+            return None
+        seen = raw if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
+        probabilities = np.zeros((len(raw), len(self.classes)))
+        probabilities[:, self.estimator.classes_] = seen
+        return probabilities
+
+
+def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
+    """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities."""
+    if kind == "probability":
+        clipped: NDArray[np.float64] = np.clip(raw, SMALLEST_PROBABILITY, 1.0).astype(np.float64)
+        return np.log(clipped)
+    return scores_as_columns(raw)
+
+
+def versions() -> dict[str, str]:
+    """The versions a fitted head depends on."""
+    names = ("manyheads", "scikit-learn", "numpy", "scipy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None = None) -> None:
+    """Write a bundle; a killed save leaves the previous bundle or none, never half of one.
+
+    skops' format is used unless the head holds a type outside `TRUSTED_TYPES`; then joblib's, and `bundle.json` says so.
+    `beside` are further files of the folder, by name, whose digests stand in `bundle.json` too.
+    """
+    data = skops_io.dumps(bundle.estimator)
+    safe = set(skops_io.get_untrusted_types(data=data)) <= set(TRUSTED_TYPES)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "head.skops" if safe else "head.joblib"
+    if not safe:
+        buffer = io.BytesIO()
+        joblib.dump(bundle.estimator, buffer)
+        data = buffer.getvalue()
+    written = {name: data, **(beside or {})}
+    for each, content in written.items():
+        write_atomic(folder / each, content)
+    document = {
+        "head": bundle.head,
+        "params": dict(bundle.params),
+        "classes": list(bundle.classes),
+        "embedding": dict(bundle.embedding),
+        "calibrator": asdict(bundle.calibrator) if bundle.calibrator else None,
+        "file": name,
+        "digests": {each: bytes_digest(content) for each, content in written.items()},
+        "runs_code_when_loaded": not safe,
+        "versions": versions(),
+        "provenance": dict(bundle.provenance),
+    }
+    # The document comes last and names the files' digests: it is what makes the folder a bundle.
+    write_document(folder / "bundle.json", BUNDLE, document)
+    (folder / ({"head.skops", "head.joblib"} - {name}).pop()).unlink(missing_ok=True)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Read and check a bundle's document without loading its head.
+
+    Raises
+    ------
+    BundleError
+        When there is no bundle, or its document is damaged or of another format or version.
+    """
+    path = folder / "bundle.json"
+    if not os.path.lexists(path):
+        raise BundleError(f"{folder}: no bundle here (bundle.json is missing); {BUNDLE.missing}")
+    return read_document(path, BUNDLE)
+
+
+def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
+    """Load a bundle.
+
+    Raises
+    ------
+    BundleError
+        When it is damaged, was saved with another scikit-learn, or is a joblib file (which can run any code when it is
+        loaded) and `trust_code` is not given.
+    """
+    document = describe(folder)
+    wrong = [key for key, kind in CONTENT.items() if not isinstance(document.get(key), kind)]
+    if wrong or document["file"] not in ("head.skops", "head.joblib"):
+        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {', '.join(wrong) or 'a known head file'})")
+    _check_versions(folder, document["versions"])
+    path, data = folder / document["file"], bundle_file(folder, document["file"])
+    if document["file"] == "head.joblib":
+        if not trust_code:
+            raise BundleError(
+                f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
+            )
+        estimator = _load_joblib(path, data)
+    else:
+        estimator = _load_skops(path, data)
+    bundle = ModelBundle(
+        head=document["head"],
+        params=document["params"],
+        classes=tuple(map(str, document["classes"])),
+        embedding=document["embedding"],
+        estimator=estimator,
+        provenance=document.get("provenance", {}),
+        calibrator=_calibrator(folder, document.get("calibrator")),
+    )
+    _require_predicts(bundle, path)
+    return bundle
+
+
+def _load_joblib(path: Path, data: bytes) -> Any:
+    look_in(Path())
+    try:
+        return joblib.load(io.BytesIO(data))
+    except (ImportError, AttributeError) as error:
+        raise BundleError(
+            f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
+            "run the command in the folder where that module is"
+        ) from None
+
+
+CONTENT = {"head": str, "params": dict, "classes": list, "embedding": dict, "file": str, "versions": dict}
+"""What a bundle's document holds at least, and of which type."""
+
+
+def _require_predicts(bundle: ModelBundle, path: Path) -> None:
+    """See that a head labels a vector with one of the bundle's classes.
+
+    Raises
+    ------
+    BundleError
+        With what keeps it from that.
+    """
+    dim = getattr(bundle.estimator, "n_features_in_", None)
+    if not isinstance(dim, int):  # a user's own head need not say what it takes
+        return
+    try:
+        if not 0 < dim <= MOST_NUMBERS:
+            raise ValueError(f"it takes vectors of {dim:,} numbers")
+        labels, probabilities = bundle.predict(np.zeros((1, dim), np.float32))
+        if len(labels) != 1 or (probabilities is not None and not np.isfinite(probabilities).all()):
+            raise ValueError("it gives no label, or no probability")
+    except Exception as error:  # a crafted head can fail in any way
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise BundleError(f"{path}: cannot label a vector ({reason}); {BUNDLE.again}") from None
+
+
+def _calibrator(folder: Path, record: Any) -> Calibrator | None:
+    if record is None:
+        return None
+    try:
+        return Calibrator(str(record["method"]), *(tuple(map(float, record[key])) for key in ("slopes", "offsets")))
+    except (KeyError, TypeError, ValueError):
+        raise BundleError(
+            f"{folder}/bundle.json: its calibrator is damaged; make the bundle again with `manyheads heads`"
+        ) from None
+
+
+def _load_skops(path: Path, data: bytes) -> Any:
+    try:
+        require_modest(data)
+        unknown = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
+        if unknown:
+            raise BundleError(f"{path}: holds types that are not trusted: {', '.join(unknown)}; not loaded")
+        estimator = skops_io.loads(data, trusted=list(TRUSTED_TYPES))
+        check_fitted(estimator)
+        return estimator
+    except BundleError:
+        raise
+    except Exception as error:  # a crafted file can make the reader fail in any way
+        raise BundleError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
+
+
+def _check_versions(folder: Path, saved: Mapping[str, str]) -> None:
+    """A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it."""
+    found, here = saved.get("scikit-learn", "unknown"), importlib.metadata.version("scikit-learn")
+    if found.split(".")[:2] != here.split(".")[:2]:
+        raise BundleError(
+            f"{folder}: saved with scikit-learn {found}, this is {here}; "
+            f"install scikit-learn {found} or make the bundle again with `manyheads heads`"
+        )

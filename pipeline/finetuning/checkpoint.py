@@ -1,0 +1,109 @@
+"""The checkpoint of a run: everything a killed run needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import TrainingError
+from pipeline.experiment import sealed, to_lines, unsealed
+from pipeline.finetuning.weights import Score, Weights
+from pipeline.io.files import make_folder, read_file, write_atomic
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = "manyheads checkpoint"
+CHECKPOINT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run keeps its checkpoint and log, and the identity a checkpoint must have to be continued."""
+
+    folder: Path
+    identity: str
+
+    @property
+    def checkpoint(self) -> Path:
+        """The latest state; removed by nobody, so a finished run is not trained again."""
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def log(self) -> Path:
+        """One JSON record per evaluation."""
+        return self.folder / "log.jsonl"
+
+
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint holds beside the states of network, optimizer and the like.
+
+    rate : the rate of the last layer, from the config or the range test
+    losses : of every step since the last evaluation
+    best : the best score so far with its weights and where they come from, "weights" or "ema"
+    stale : evaluations since
+    history : one record per evaluation
+    """
+
+    rate: float
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    best: tuple[Score, Weights, str] | None = None
+    stale: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
+    """Write the checkpoint and the log, each whole and in one move: a killed run finds the last ones intact.
+
+    parts : network, optimizer and whatever else has a `state_dict`, by name
+    """
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "version": CHECKPOINT_VERSION,
+        "identity": run.identity,
+        "state": vars(state),
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    make_folder(run.folder)
+    write_atomic(run.checkpoint, sealed(buffer.getvalue()))
+    write_atomic(run.log, to_lines(state.history, "")[0])
+
+
+def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
+    """Return the state of a run and the state dict of each of its parts, or None when there is no checkpoint.
+
+    Raises
+    ------
+    TrainingError
+        When it cannot be read or belongs to another run.
+    """
+    if not run.checkpoint.exists():
+        return None
+    try:
+        data = unsealed(read_file(run.checkpoint))
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # torch raises many types for damaged files
+        raise TrainingError(f"{run.checkpoint}: cannot be read ({error}); delete it to train from the start") from None
+    if content.get("format") != CHECKPOINT_FORMAT or content.get("version") != CHECKPOINT_VERSION:
+        raise TrainingError(
+            f"{run.checkpoint}: is no checkpoint of version {CHECKPOINT_VERSION}; delete it to train from the start"
+        )
+    if content["identity"] != run.identity:
+        raise TrainingError(
+            f"{run.checkpoint}: belongs to a run with other settings, data or seed; delete it or give another folder"
+        )
+    state = State(**content["state"])
+    logger.info("continuing after step %d", state.step)
+    return state, content["parts"]

@@ -1,0 +1,189 @@
+"""What stage three works on: which embedding and head, which images learn, choose and judge, and their pixels."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import config as configuration
+from pipeline import images
+from pipeline.config import Config
+from pipeline.data import DatasetIndex, lineage
+from pipeline.data.lineage import Lineage
+from pipeline.embed.loader import Feeder, Item
+from pipeline.embed.records import EmbeddingRecord, departures, read_asked_records, require_index, shared
+from pipeline.errors import ConfigError, PipelineError, TrainingError, first
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
+from pipeline.experiment import Artifacts
+from pipeline.heads import HEADS
+from pipeline.heads.tuning import make_folds
+from pipeline.io import progress
+from pipeline.store import FeatureStore
+
+MEMORY = 2 << 30
+"""Bytes of pixels kept in memory; more go to a file beside the checkpoint."""
+
+BATCH = 64
+"""Images that are read at a time."""
+
+SHOWN = 20
+
+LINEAR = tuple(name for name, head in HEADS.items() if head.linear)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is fine-tuned, from which head, and what the result is compared with."""
+
+    record: EmbeddingRecord
+    linear: LeaderboardRow | None
+    """The row whose head is handed over; none for a random start."""
+    winner: LeaderboardRow
+    """The best row of all."""
+    frozen: LeaderboardRow | None
+    """The same network frozen: the row that is handed over, after a random start the best linear one."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images of stage two, divided for stage three."""
+
+    classes: tuple[str, ...]
+    train: DatasetIndex
+    validation: DatasetIndex
+    test: DatasetIndex
+
+    def codes(self, part: DatasetIndex) -> NDArray[np.int64]:
+        """Return the place of each image's label in `classes`: int64 of shape (n,)."""
+        place = {label: code for code, label in enumerate(self.classes)}
+        return np.array([place[label] for label in part.labels], dtype=np.int64)
+
+
+def choose(config: Config, files: Artifacts) -> Choice:
+    """Return the embedding to fine-tune and the head to start from, both by cross-validation only.
+
+    Raises
+    ------
+    PipelineError
+        When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it.
+    """
+    records = {record.name: record for record in read_asked_records(files.features, config)}
+    board = read_leaderboard(files.root)
+    _require_of(board, config, files)
+    require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
+    wanted = config.finetune
+    able = [row for row in board.rows if not row.baseline and row.embedding in records]
+    names = sorted({row.embedding for row in able})
+    if wanted.embedding != "best":
+        able = [row for row in able if row.embedding == wanted.embedding]
+    if not able:
+        raise TrainingError(
+            f"finetune.embedding: {wanted.embedding!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
+        )
+    embedding = able[0].embedding
+    linear = [row for row in able if row.embedding == embedding and row.head in LINEAR]
+    if wanted.head == "random":
+        return Choice(records[embedding], None, board.best, next(iter(linear), None))
+    if wanted.head != "best":
+        linear = [row for row in linear if row.head == wanted.head]
+    if not linear:
+        raise TrainingError(
+            f"finetune.head: {embedding} has no linear head {wanted.head!r}; add one of {', '.join(LINEAR)} to heads: and run "
+            "`manyheads heads`, or set it to random"
+        )
+    return Choice(records[embedding], linear[0], board.best, linear[0])
+
+
+def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
+    """See that a leaderboard was made for this config's images and backbones.
+
+    Raises
+    ------
+    PipelineError
+        With what is another.
+    """
+    try:
+        made = configuration.parse(board.provenance.get("config", {}), str(files.leaderboard))
+    except ConfigError:
+        problems = ["it was written by another version of this package"]
+    else:
+        problems = departures(shared(made), made.backbones, config, "the leaderboard")
+    if problems:
+        raise PipelineError(
+            f"{files.leaderboard}: is of another config; run `manyheads heads` with this config first", problems
+        )
+
+
+def lineage_of(record: EmbeddingRecord) -> Lineage:
+    """Return the lineage of an embedding's network, which is no longer empty when it was fine-tuned before."""
+    if record.spec.trained_on is None or record.section is None:
+        return lineage.NONE
+    return lineage.read(Path(record.section.weights), record.spec.trained_on)
+
+
+def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineage = lineage.NONE) -> Parts:
+    """Divide stage two's images: its training images into those learned from and those that choose.
+
+    The data's own validation split chooses where there is one; otherwise a stratified share, in which groups and copies of
+    one image stay together. What the network to be tuned has learned from before chooses nothing.
+
+    Raises
+    ------
+    TrainingError
+        When one of the three parts would be empty.
+    """
+    index = DatasetIndex.read(files.dataset).select("train", "validation", "test")
+    usable = index.rows(~store.missing(index.digests))
+    learned, validation, test = (usable.select(split) for split in ("train", "validation", "test"))
+    if len(validation) == 0 and len(learned) > 0:
+        folds = round(1 / config.finetune.validation_fraction)
+        rows, held_out = make_folds(learned.labels, folds, config.seed, learned.fold_groups())[0]
+        learned, validation = learned.rows(rows), learned.rows(held_out)
+    validation = validation.rows(~parent.learned(validation.digests))
+    for name, part in (("training", learned), ("validation", validation), ("test", test)):
+        if len(part) == 0:
+            raise TrainingError(
+                f"there are no {name} images with features; fine-tuning needs some to learn, choose and judge"
+            )
+    return Parts(usable.classes, learned, validation, test)
+
+
+def read_pixels(
+    config: Config, index: DatasetIndex, preprocessing: images.Preprocessing, scratch: Path | None = None
+) -> NDArray[np.uint8]:
+    """Decode and prepare images: uint8 (n, height, width, 3), in the file `scratch` when that is too much for memory.
+
+    Raises
+    ------
+    TrainingError
+        With the images that cannot be read any more.
+    """
+    shape = (len(index), *preprocessing.size, 3)
+    pixels: NDArray[np.uint8] = (
+        np.lib.format.open_memmap(scratch, mode="w+", dtype=np.uint8, shape=shape)
+        if scratch is not None and np.prod(shape) > MEMORY
+        else np.empty(shape, np.uint8)
+    )
+    items = (Item(row, str(path), index.digests[row].tobytes(), (0,)) for row, path in enumerate(index.paths))
+    feeder = Feeder(index.root, config.dataset.max_pixels, (preprocessing,), BATCH, os.cpu_count() or 1)
+    problems = []
+    done = 0
+    with progress.bar(len(index), "image", "reading") as bar:
+        for batch in feeder.batches(items):
+            count = len(batch.items)
+            pixels[done : done + count] = batch.pixels[0][:count]
+            problems += [
+                f"{batch.items[row].path}: {problem.reason}" for row, problem in sorted(batch.problems.items())
+            ]
+            done += count
+            bar.update(count)
+    if problems:
+        raise TrainingError(
+            f"{len(problems)} of {len(index)} images that have features cannot be read now; run `manyheads features` again",
+            first(problems, SHOWN),
+        )
+    return pixels

@@ -1,0 +1,146 @@
+"""Evaluator of the RBF SVM: one matrix of squared distances per fold, from which every kernel follows."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.svm import SVC
+
+from pipeline.heads import Params, configure
+from pipeline.heads.fast.solvers import Array
+from pipeline.heads.tuning.evaluation import Evaluator, counted, failed, standardised
+from pipeline.heads.tuning.records import FoldOutcome, Problem
+from pipeline.heads.tuning.scoring import expand_scores
+
+log = logging.getLogger(__name__)
+
+KERNEL_BYTES = 2 << 30
+"""A fold's kernel in float64, as libsvm wants it, may take this much; larger problems are fitted from the features."""
+
+
+KERNEL_ROWS = 256
+"""Rows of a kernel computed at once, few enough to stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Squared distances of scaled features, the training rows in the order of their classes.
+
+    libsvm solves one pair of classes after the other, and finds neighbours in memory faster than scattered rows.
+
+    within : ndarray of shape (n, n), float32
+    across : ndarray of shape (n_held_out, n), float32: held-out rows to training rows
+    y : ndarray of shape (n,), int64
+    order : ndarray of shape (n,), int64: their places in the fold's training rows
+    """
+
+    within: Array
+    across: Array
+    y: NDArray[np.int64]
+    order: NDArray[np.int64]
+
+
+def prepare_distances(problem: Problem, fold: int) -> Distances:
+    """Scale a fold once and measure all its distances."""
+    y = problem.y[problem.folds[fold][0]]
+    order = np.argsort(y, kind="stable")
+    train, held_out = standardised(problem, fold)
+    train = train[order]
+    within = _squared_distances(train, train)
+    np.fill_diagonal(within, 0)
+    return Distances(within, _squared_distances(held_out, train), y[order], order)
+
+
+def rbf_svm(problem: Problem, fold: int, distances: Distances, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit support vector machines on the kernel exp(-gamma * squared distance)."""
+    return [_fit_one(problem, fold, distances, params) for params in candidates]
+
+
+def _fit_one(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
+    gamma = np.float32(configure(problem.head, params, problem.seed)[-1].gamma)
+    with counted() as counts:
+        try:
+            start = time.perf_counter()
+            classifier: SVC = configure(problem.head, params, problem.seed)[-1]
+            # One against one, from which scikit-learn's one-against-rest scores follow.
+            classifier.set_params(kernel="precomputed", decision_function_shape="ovo")
+            classifier.fit(_kernel(distances.within, gamma), distances.y)
+            fitted = time.perf_counter()
+            pairs = classifier.decision_function(_kernel(distances.across, gamma))
+            if problem.judge_training:
+                own = classifier.decision_function(_kernel(distances.within, gamma))
+                pairs = np.concatenate([pairs, own[np.argsort(distances.order)]])
+        except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
+            return failed(error, counts)
+    present = np.asarray(classifier.classes_, dtype=np.int64)
+    scores = one_against_rest(pairs, len(present)) if len(present) > 2 else pairs
+    likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
+    full = expand_scores(scores, present, problem.n_classes, "decision")
+    seconds = time.perf_counter() - fitted
+    return FoldOutcome(present[likeliest], full, "decision", fitted - start, seconds, dict(counts))
+
+
+def one_against_rest(pairs: NDArray[np.float64], n_classes: int) -> NDArray[np.float64]:
+    """Turn decision values of class pairs, shape (n, k (k - 1) / 2), into a score for each of k classes.
+
+    Votes plus the summed values squashed below one half, as `SVC.decision_function` defines them: the highest is the
+    class of most votes, and of equals the one won more clearly, as `SVC(break_ties=True)` predicts.
+    """
+    sums = np.zeros((len(pairs), n_classes))
+    votes = np.zeros((len(pairs), n_classes))
+    first, second = np.triu_indices(n_classes, 1)
+    for column, (a, b) in enumerate(zip(first, second, strict=True)):
+        won = pairs[:, column] > 0
+        votes[:, a] += won
+        votes[:, b] += ~won
+        sums[:, a] += pairs[:, column]
+        sums[:, b] -= pairs[:, column]
+    scores: NDArray[np.float64] = votes + sums / (3 * (np.abs(sums) + 1))
+    return scores
+
+
+def _kernel(distances: Array, gamma: np.float32) -> NDArray[np.float64]:
+    """exp(-gamma * squared distance), computed in float32 and given in float64, as libsvm wants it."""
+    kernel = np.empty(distances.shape)
+    for start in range(0, len(distances), KERNEL_ROWS):
+        block = slice(start, start + KERNEL_ROWS)
+        kernel[block] = np.exp(distances[block] * -gamma)
+    return kernel
+
+
+def _squared_distances(a: Array, b: Array) -> Array:
+    distances: Array = a @ (-2 * b.T)
+    distances += np.einsum("ij,ij->i", a, a)[:, None]
+    distances += np.einsum("ij,ij->i", b, b)[None, :]
+    np.maximum(distances, 0, out=distances)
+    return distances
+
+
+def _fits_in_memory(problem: Problem) -> bool:
+    rows = max(len(train) for train, _ in problem.folds)
+    if rows**2 * 8 > KERNEL_BYTES:
+        log.warning(
+            "head %s: the kernel of %d training rows takes %.1f GB, more than the %.1f GB that are kept; each trial is fitted "
+            "from the features, which may take minutes to hours; leave the head out of `heads` if that is too long",
+            problem.head.name,
+            rows,
+            rows**2 * 8 / 1e9,
+            KERNEL_BYTES / 1e9,
+        )
+    return rows**2 * 8 <= KERNEL_BYTES
+
+
+def _work_bytes(problem: Problem) -> int:
+    """Return what a fold takes: distances in float32 and kernels in float64, and what libsvm keeps of two classes."""
+    cache = configure(problem.head, problem.head.defaults, problem.seed)[-1].cache_size
+    pair = int(np.sort(np.bincount(problem.y))[-2:].sum())
+    kernels = max(12 * len(train) * (len(train) + len(held_out)) for train, held_out in problem.folds)
+    return kernels + min(int(cache * 1e6), 4 * pair**2)
+
+
+RBF_SVM = Evaluator(rbf_svm, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)

@@ -1,0 +1,39 @@
+"""Tuning: search a head's parameters by cross-validation, the same folds and budget for every head.
+
+A search asks for a round of points, fits them on the folds, tells the scores, and asks again. Every fit is written to a
+journal as it ends, so a killed search goes on where it was and ends with the same result.
+"""
+
+from pipeline.heads.tuning.evaluation import answers, working_memory
+from pipeline.heads.tuning.features import Features, blocks, part
+from pipeline.heads.tuning.folds import Folds, make_folds
+from pipeline.heads.tuning.last_fit import refit
+from pipeline.heads.tuning.projection import Projections
+from pipeline.heads.tuning.records import OutOfFold, Trial, TuningRun
+from pipeline.heads.tuning.room import limited, memory_needed, memory_needed_on_disk, memory_needed_to_project
+from pipeline.heads.tuning.scoring import expand_scores
+from pipeline.heads.tuning.search import check, tune
+from pipeline.heads.tuning.strategies import require
+
+__all__ = [
+    "Features",
+    "Folds",
+    "OutOfFold",
+    "Projections",
+    "Trial",
+    "TuningRun",
+    "answers",
+    "blocks",
+    "check",
+    "expand_scores",
+    "limited",
+    "make_folds",
+    "memory_needed",
+    "memory_needed_on_disk",
+    "memory_needed_to_project",
+    "part",
+    "refit",
+    "require",
+    "tune",
+    "working_memory",
+]

@@ -1,0 +1,190 @@
+"""Evaluators: how sets of parameters are fitted and judged on one fold, with or without work shared among them.
+
+`generic` fits the head's own pipeline from scratch and works for every head; others find the same optimum with work
+shared. `evaluators.py` has the table.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn import config_context
+from sklearn.pipeline import Pipeline
+
+from pipeline.evaluation.said import ScoreKind, said
+from pipeline.heads import Params, configure
+from pipeline.heads.fast.solvers import standardise
+from pipeline.heads.tuning.records import FoldOutcome, Problem
+from pipeline.heads.tuning.scoring import expand_scores
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of successive halving (Jamieson and Talwalkar 2016): a cheap version, and what goes on from it."""
+
+    cheaper: Callable[[Problem, Params], Params]
+    """(problem, a candidate) -> parameters that make it cheap; they replace its own."""
+    budget: float
+    """The best that together cost no more than so many of the head's defaults go on to the next rung, or to full fits."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """One way to judge parameters on a fold."""
+
+    evaluate: Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
+    """(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate, of the rows `problem.judged`."""
+    prepare: Callable[[Problem, int], Any] = lambda problem, fold: None
+    """What all candidates share on a fold, made once."""
+    together: bool = False
+    """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
+    usable: Callable[[Problem], bool] = lambda problem: True
+    """Whether it can serve this problem."""
+    work_bytes: Callable[[Problem], int] = lambda problem: 0
+    """What a fold's work takes besides copies of the features. Where a limit leaves less, the generic evaluator serves."""
+    rungs: tuple[Rung, ...] = ()
+    """Cheap versions that are tried first, the cheapest first; without any, all candidates are fitted in full."""
+    cost: Callable[[Problem, Params], float] = lambda problem, params: 1.0
+    """What a candidate's fit costs against others', which decides who goes on where scores do not."""
+
+    def cheap(self, rung: int) -> bool:
+        """Whether fits on this rung are of a cheaper version."""
+        return rung < len(self.rungs)
+
+
+def generic(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit the head's pipeline on a fold's training rows for each candidate, and predict the held-out rows."""
+    return [_fit_one(problem, fold, params) for params in candidates]
+
+
+def _fit_one(problem: Problem, fold: int, params: Params) -> FoldOutcome:
+    y = problem.y[problem.folds[fold][0]]
+    if (y == y[0]).all():
+        return constant(int(y[0]), len(problem.judged(fold)), problem.n_classes)
+    with counted() as counts:
+        try:
+            X_train, X = problem.matrices(fold)
+            start = time.perf_counter()
+            pipeline = configure(problem.head, params, problem.fold_seed(fold))
+            pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes))
+            pipeline = problem.head.fit(pipeline, X_train, y)
+            fitted = time.perf_counter()
+            predictions, scores, kind = answers(pipeline, X, problem.n_classes)
+        except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
+            return failed(error, counts)
+    return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted, dict(counts))
+
+
+def smaller_caches(pipeline: Pipeline, work_bytes: int | None) -> dict[str, float]:
+    """Return the parameters that keep the kernel caches of a pipeline, in MB, within a limit; they change no result."""
+    sizes = {key: value for key, value in pipeline.get_params().items() if key.endswith("__cache_size")}
+    return {} if work_bytes is None else {key: max(1.0, min(mb, work_bytes / 1e6)) for key, mb in sizes.items()}
+
+
+def working_memory(work_bytes: int | None) -> AbstractContextManager[None]:
+    """Keep scikit-learn's blocks of distances, as nearest neighbours take, within a limit, in this thread.
+
+    It counts a block in float64; besides the distances there are their places, so that twice as much is taken.
+    """
+    made: AbstractContextManager[None] = (
+        nullcontext() if work_bytes is None else config_context(working_memory=max(1, work_bytes >> 21))
+    )
+    return made
+
+
+def standardised(problem: Problem, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return a fold's training and held-out rows as a head gets them behind its StandardScaler."""
+    train, held_out = problem.matrices(fold)
+    return standardise(train, held_out) if problem.projections is None else (train, held_out)
+
+
+def answers(
+    estimator: Any, X: NDArray[np.float32], n_classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32] | None, ScoreKind | None]:
+    """Return what `said` does of a classifier of codes, as codes and with a column for every class."""
+    places, columns, kind = said(estimator, X)
+    present = np.asarray(estimator.classes_, dtype=np.int64)
+    if columns is None or kind is None:
+        return present[places], None, None
+    return present[places], expand_scores(columns, present, n_classes, kind), kind
+
+
+def constant(label: int, rows: int, n_classes: int) -> FoldOutcome:
+    """Return what can be said of a fold whose training rows have one class: always that class."""
+    probabilities = np.zeros((rows, n_classes), dtype=np.float32)
+    probabilities[:, label] = 1
+    return FoldOutcome(np.full(rows, label, dtype=np.int64), probabilities, "probability")
+
+
+def failed(error: Exception, counts: Mapping[str, int]) -> FoldOutcome:
+    """Return the outcome of a fit that raised."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return FoldOutcome(None, warnings=dict(counts), error=text[:500])
+
+
+_current = threading.local()
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count this thread's warnings by category, vague ones by their text too, within `counting_warnings`."""
+    _current.counts = Counter()
+    try:
+        yield _current.counts
+    finally:
+        _current.counts = None
+
+
+@contextmanager
+def counting_warnings() -> Iterator[None]:
+    """Send every warning to the counter of its thread, and print none: a search would print the same one 500 times."""
+
+    def count(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        counts = getattr(_current, "counts", None)
+        # What a library plans to change is said to programmers, and is no news of a fit.
+        if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
+            vague = category in (UserWarning, RuntimeWarning)
+            text = str(message).partition(".")[0].partition("\n")[0][:80]
+            counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = count
+        yield
+
+
+class Shared:
+    """What evaluators prepared per fold: made once by the first thread that needs it, kept while it fits in memory."""
+
+    def __init__(self, evaluator: Evaluator, problem: Problem, limit_bytes: int) -> None:
+        self._evaluator, self._problem, self._limit = evaluator, problem, limit_bytes
+        self._kept: dict[int, Any] = {}
+        self._locks = {fold: threading.Lock() for fold in range(len(problem.folds))}
+
+    def get(self, fold: int) -> Any:
+        """Return what the candidates share on a fold."""
+        with self._locks[fold]:
+            if fold in self._kept:
+                return self._kept[fold]
+            made = self._evaluator.prepare(self._problem, fold)
+            if sum(map(_bytes, self._kept.values())) + _bytes(made) <= self._limit:
+                self._kept[fold] = made
+            return made
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of the arrays a prepared value holds directly."""
+    if value is None:
+        return 0
+    if hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    return sum(int(part.nbytes) for part in vars(value).values() if isinstance(part, np.ndarray))

@@ -1,0 +1,171 @@
+"""Fits on all rows: of the best parameters at the end of a search, and of known ones elsewhere.
+
+Cross-validation promises something of a fit that it has not seen: it may end badly where its folds' fits did not. So what it
+scores on its training rows is held against what they score on theirs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
+
+from pipeline.errors import UnfittedError
+from pipeline.evaluation import Answers, Metric
+from pipeline.evaluation.leaderboard.rows import LastFit
+from pipeline.evaluation.said import said
+from pipeline.heads import Head, Params, configure
+from pipeline.heads.tuning.evaluation import counted, counting_warnings, failed, smaller_caches, working_memory
+from pipeline.heads.tuning.features import Features, blocks
+from pipeline.heads.tuning.on_disk import fit_on_disk
+from pipeline.heads.tuning.projection import Projections, without_scaler
+from pipeline.heads.tuning.records import Measured, Problem, Trial, derived_seed
+
+BY_BLOCKS = frozenset({"linear_svm"})
+"""Heads on disk whose last fit is made that way in memory too: at 2,500 x 512 and 20 classes LIBLINEAR takes twenty times
+as long to the same optimum."""
+
+FEW_FEATURES = 1 << 25
+"""Numbers in a feature matrix below which the last fit uses one thread for its products."""
+
+TRIES = 4
+"""Fits on all rows, each with another seed, until one keeps its promise."""
+
+CHANCE = 3.09
+"""Standard errors that a score falls below another by chance in one of 1,000 cases."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the folds' fits of the chosen trial score on their training rows, and what more rows may take from that."""
+
+    scores: tuple[Measured, ...]
+    allowance: float
+
+    @staticmethod
+    def of(best: Trial, scores: Sequence[Measured]) -> Promise:
+        """Learn from cross-validation what a fit on all rows must score on them.
+
+        With n rows the score on training rows falls towards the one that held-out scores rise to. If the gap shrinks no
+        faster than 1 / n, the k / (k - 1) times as many rows of the last fit take at most 1 / k of it.
+        """
+        gap = float(np.mean([measured.score for measured in scores])) - (best.mean or 0.0)
+        return Promise(tuple(scores), max(0.0, gap) / len(scores))
+
+    def kept(self, found: Measured) -> bool:
+        """Whether a fit's score on its training rows is not below the lowest by more than chance."""
+        lowest = min(self.scores, key=lambda measured: measured.score)
+        return found.score >= lowest.score - self.allowance - CHANCE * float(np.hypot(found.error, lowest.error))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit on all rows, the best of so many tries; `labels` and `measured` are of the rows it was fitted on."""
+
+    pipeline: Pipeline
+    labels: NDArray[np.int64]
+    measured: Measured
+    seconds: float
+    warnings: Mapping[str, int]
+    tries: int = 1
+
+    def record(self, best: Trial, promise: Promise) -> LastFit:
+        """Return what a leaderboard's row says of it."""
+        return LastFit(
+            score=self.measured.score,
+            fold_scores=tuple(measured.score for measured in promise.scores),
+            tries=self.tries,
+            sound=promise.kept(self.measured),
+            warnings=self.warnings,
+            fold_warnings=best.warnings,
+        )
+
+
+def fit_as_promised(
+    problem: Problem, params: Params, y: NDArray[Any], jobs: int, metric: Metric, promise: Promise
+) -> Fitted:
+    """Fit on all rows with seeds that no fold had, until the promise is kept, and return the best fit.
+
+    Raises
+    ------
+    UnfittedError
+        When every try raised.
+    """
+    found: list[Fitted] = []
+    errors = Counter[str]()
+    for attempt in range(TRIES):
+        seeded = changed(problem, seed=derived_seed(problem.seed, 1, attempt))
+        try:
+            fitted = _fit_and_measure(seeded, params, y, jobs, metric)
+        except Exception as error:  # a head of the user's own may fail in any way, and so may a solver
+            errors[failed(error, {}).error or ""] += 1
+            continue
+        # A head without chance fits the same again.
+        same = bool(found) and np.array_equal(fitted.labels, found[-1].labels)
+        found.append(fitted)
+        if same or promise.kept(fitted.measured):
+            break
+    if not found:
+        raise UnfittedError(
+            f"head {problem.head.name}: the best trial could not be fitted on all rows",
+            [f"{count} x {error}" for error, count in errors.items()],
+        )
+    return changed(max(found, key=lambda fitted: fitted.measured.score), tries=len(found) + errors.total())
+
+
+def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: int, metric: Metric) -> Fitted:
+    start = time.perf_counter()
+    with counting_warnings(), counted() as counts:
+        pipeline = fit_on_all(problem, params, y, jobs)
+        seconds = time.perf_counter() - start
+        with working_memory(problem.work_bytes):
+            parts = [said(pipeline, block) for _, block in blocks(problem.X)]
+    labels = np.concatenate([part[0] for part in parts]).astype(np.int64)
+    columns = np.concatenate([part[1] for part in parts]) if metric.needs_probabilities else None
+    measured = Measured.of(metric, Answers(problem.y, labels, columns))
+    return Fitted(pipeline, labels, measured, seconds, dict(counts))
+
+
+def refit(
+    head: Head,
+    params: Params,
+    X: Features,
+    y: NDArray[Any],
+    seed: int,
+    pca: int | float | None = None,
+    whiten: bool = False,
+) -> Pipeline:
+    """Fit a head with given parameters on all rows, as `tune` does with the best it found.
+
+    X : as for `tune`, and as there on disk only for heads that can be fitted so, or with `pca`
+    """
+    classes, codes = np.unique(y, return_inverse=True)
+    problem = Problem(head, X, codes.astype(np.int64), len(classes), (), seed)
+    if pca is not None:
+        problem = changed(problem, head=without_scaler(head), projections=Projections(X, pca, whiten))
+    with counting_warnings(), threadpool_limits(limits=1, user_api="openmp"):
+        return fit_on_all(problem, params, y, jobs=1)
+
+
+def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
+    """Fit the head's pipeline on all rows; `n_jobs` and smaller caches are used for the fit and not kept."""
+    # Threads of a small product wait for each other longer than they work.
+    few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
+    with threadpool_limits(limits=1 if few else None, user_api="blas"):
+        if problem.on_disk or (problem.projections is None and problem.head.on_disk in BY_BLOCKS):
+            return fit_on_disk(problem, params, y)
+        projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
+        pipeline = configure(problem.head, params, problem.seed)
+        used: dict[str, float] = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
+        used |= smaller_caches(pipeline, problem.work_bytes)
+        kept = {key: pipeline.get_params()[key] for key in used}
+        fitted = problem.head.fit(pipeline.set_params(**used), X, y).set_params(**kept)
+        return fitted if projection is None else projection.before(fitted)

@@ -1,0 +1,201 @@
+"""What a search leaves behind: its trials, the best of them, and its predictions out of fold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+
+from pipeline.evaluation import Answers, Metric
+from pipeline.evaluation.leaderboard.rows import LastFit
+from pipeline.evaluation.said import ScoreKind
+from pipeline.heads import Head, Params
+from pipeline.heads.tuning.features import Features
+from pipeline.heads.tuning.projection import Projections
+from pipeline.store import StoredRows
+
+
+def derived_seed(seed: int, *place: int) -> int:
+    """Return a seed of its own for one fit: (0, fold) for those of folds, (1, attempt) for those on all rows."""
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every trial of a search is fitted on.
+
+    X : ndarray of shape (n, dim), float32, or a memory map of one, or rows of a store that stay on disk
+    y : ndarray of shape (n,), int64: places in `classes`
+    """
+
+    head: Head
+    X: Features
+    y: NDArray[np.int64]
+    n_classes: int
+    folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
+    seed: int
+    spare_bytes: int = 0
+    """What each fold's work may take beyond the least, when the features are on disk."""
+    work_bytes: int | None = None
+    """What each fold's fits may take for kernels and distances, beyond copies of the features; None without a limit."""
+    projections: Projections | None = None
+    """The principal components that the head works on instead of X."""
+    judge_training: bool = False
+    """Whether the rows a fold is fitted on are judged too, after those it holds out."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the head is fitted on features that stay on disk."""
+        return isinstance(self.X, StoredRows) and self.projections is None
+
+    @property
+    def dim(self) -> int:
+        """The length of what the head works on."""
+        return int((self.X if self.projections is None else self.matrices(0)[0]).shape[1])
+
+    def matrices(self, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return what the head is fitted on in a fold, and what it is judged on, in memory."""
+        train, held_out = self.folds[fold]
+        if self.projections is not None:
+            X_train, X = self.projections.fold(train, held_out)
+        else:
+            X_train, X = self.X[train], self.X[held_out]
+        return X_train, np.concatenate([X, X_train]) if self.judge_training else X
+
+    def judged(self, fold: int) -> NDArray[np.int64]:
+        """Return the rows that a fold's fits are judged on: those it holds out, with `judge_training` also the others."""
+        train, held_out = self.folds[fold]
+        return np.concatenate([held_out, train]) if self.judge_training else held_out
+
+    def fold_seed(self, fold: int) -> int:
+        """Return the seed of a fold's fits: one for each, so that no luck of one seed is in all scores."""
+        return derived_seed(self.seed, 0, fold)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A score on some rows, higher being better, and its standard error."""
+
+    score: float
+    error: float
+
+    @staticmethod
+    def of(metric: Metric, answers: Answers) -> Measured:
+        """Score answers; the standard error is that of the mean of what each unit adds."""
+        added = metric.contributions(answers)
+        return Measured(metric.score(answers), float(added.std() / np.sqrt(len(added))))
+
+
+@dataclass(frozen=True)
+class FoldOutcome:
+    """One set of parameters on one fold.
+
+    predictions : ndarray of shape (n_validation,), int64, places in `classes`; None after an error
+    scores : ndarray of shape (n_validation, n_classes), float32: probabilities or decision values; None without any
+    training : the score on the rows it was fitted on, where they were judged
+    """
+
+    predictions: NDArray[np.int64] | None
+    scores: NDArray[np.float32] | None = None
+    kind: ScoreKind | None = None
+    fit_seconds: float = 0.0
+    score_seconds: float = 0.0
+    warnings: Mapping[str, int] = field(default_factory=dict)
+    error: str | None = None
+    training: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of parameters and how it scored; higher is better.
+
+    `fold_scores` has None for a fold that was not fitted. `mean` is there for a finished trial only. `estimate` is what
+    the search believed: the mean, or for a stopped trial what its first folds or its cheap version let expect.
+    """
+
+    number: int
+    params: Params
+    status: Literal["ok", "stopped", "failed"]
+    fold_scores: tuple[float | None, ...]
+    mean: float | None
+    estimate: float | None
+    fit_seconds: float
+    score_seconds: float
+    warnings: Mapping[str, int]
+    error: str | None = None
+    reason: str | None = None
+    """Why it was stopped."""
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the fold scores, with n - 1; None unless finished."""
+        if self.mean is None or len(self.fold_scores) < 2:
+            return None
+        return float(np.std([score for score in self.fold_scores if score is not None], ddof=1))
+
+    def record(self) -> dict[str, Any]:
+        """Return the trial as plain data for JSON."""
+        return {
+            "number": self.number,
+            "params": dict(self.params),
+            "status": self.status,
+            "fold_scores": list(self.fold_scores),
+            "mean": self.mean,
+            "estimate": self.estimate,
+            "fit_seconds": round(self.fit_seconds, 6),
+            "score_seconds": round(self.score_seconds, 6),
+            "warnings": dict(self.warnings),
+            "error": self.error,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """What the best parameters said of each training row when its fold was held out.
+
+    predictions : ndarray of shape (n,), int64: places in `TuningRun.classes`
+    scores : ndarray of shape (n, n_classes), float32, of the given kind; None for a head without either.
+        A class that a fold's training rows lack has probability 0, or the lowest decision value of its row.
+    folds : ndarray of shape (n,), int64: the fold in which the row was held out
+    training : what each fold's fit scored on the rows it was fitted on
+    """
+
+    predictions: NDArray[np.int64]
+    scores: NDArray[np.float32] | None
+    kind: ScoreKind | None
+    folds: NDArray[np.int64]
+    training: tuple[Measured, ...]
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """A finished search. `pipeline` is the best head, fitted on all training rows."""
+
+    head: Head
+    classes: NDArray[Any]
+    """Labels in the order of the codes and of the score columns."""
+    trials: tuple[Trial, ...]
+    best: Trial
+    strategy: str
+    scoring: str
+    seed: int
+    seconds: float
+    """Wall time of the search, earlier runs that it resumed included; the last fit is `fit_seconds`."""
+    surrogate_seconds: float
+    """Wall time spent choosing the next points."""
+    replayed: int
+    """Fits that were read from the journal instead of done again."""
+    out_of_fold: OutOfFold
+    pipeline: Pipeline
+    fit_seconds: float
+    last_fit: LastFit
+
+    def curve(self) -> list[float]:
+        """Return the best finished mean after each trial; minus infinity before the first."""
+        means = [trial.mean if trial.mean is not None else -np.inf for trial in self.trials]
+        return [float(value) for value in np.maximum.accumulate(means)]

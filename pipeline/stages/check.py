@@ -1,0 +1,106 @@
+"""Check: is the config right and are the data usable? Nothing is embedded, trained, downloaded or written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import data as dataset
+from pipeline import heads as head_table
+from pipeline.config import BackboneConfig, Config
+from pipeline.embed import networks as backbone
+from pipeline.errors import DatasetError, PipelineError
+from pipeline.experiment import Artifacts
+from pipeline.heads import tuning
+
+
+def run(config: Config) -> list[str]:
+    """Look at the heads, the backbones and the data, and return what was found.
+
+    Raises
+    ------
+    PipelineError
+        With every problem of every part, one line each.
+    """
+    lines: list[str] = []
+    problems: list[str] = []
+    for part in (_heads, _backbones, _machine, _data):
+        _collect(part, config, lines, problems)
+    if problems:
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise PipelineError(f"{len(problems)} {plural}; nothing was embedded or trained", problems)
+    return [*lines, "the config is valid and the data can be used"]
+
+
+def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[str], problems: list[str]) -> None:
+    try:
+        lines += part(config)
+    except PipelineError as error:
+        problems += error.problems or [error.message]
+
+
+def _heads(config: Config) -> list[str]:
+    heads = head_table.resolve_all(config.heads)
+    tuning.require(config.tuning.strategy)
+    problems = {head.name: tuning.check(head, config.tuning) for head in heads}
+    able = [name for name, found in problems.items() if not found]
+    reasons = [reason for found in problems.values() for reason in found]
+    if not able:
+        raise PipelineError("heads", reasons)
+    plural = "head" if len(able) == 1 else "heads"
+    return [f"{len(able)} {plural}: {', '.join(able)}", *(f"left out: {reason}" for reason in reasons)]
+
+
+def _backbones(config: Config) -> list[str]:
+    problems: list[str] = []
+    for section in config.backbones:
+        try:
+            backbone.check(section)
+        except PipelineError as error:
+            problems += error.problems or [error.message]
+    if problems:
+        raise PipelineError("backbones", problems)
+    return [
+        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}",
+        *dict.fromkeys(line for section in config.backbones for line in _download(section)),
+    ]
+
+
+def _download(section: BackboneConfig) -> list[str]:
+    """Say which weights the next command will fetch: where there is no network, this is the time to know."""
+    found = backbone.to_fetch(section)
+    if found is None:
+        return []
+    url, folder, megabytes = found
+    size = f" ({megabytes:.0f} MB)" if megabytes else ""
+    return [
+        f"note: {section.name} ({section.weights}) is not here yet: `features` fetches {url}{size} to {folder}; "
+        "weights: bundled, as in configs/bundled.yaml, needs no download"
+    ]
+
+
+def _machine(config: Config) -> list[str]:
+    """See that this machine has the devices and engines that the config insists on."""
+    try:
+        backbone.require_arithmetic(config.extraction)
+    except PipelineError as error:
+        problems = [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
+        raise PipelineError("machine", problems) from None
+    return []
+
+
+def _data(config: Config) -> list[str]:
+    if dataset.needs_download(config.dataset):
+        return [f"data set {config.dataset.name}: not looked at, because that means a download"]
+    with tempfile.TemporaryDirectory() as folder:
+        # Into a folder of its own: a look at the data must not fix their splits.
+        found = dataset.scan(config.dataset, config.seed, Path(folder, "dataset"))
+        if config.dataset.source in {"folder", "manifest"}:
+            dataset.require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
+        failures = len(found.failures)
+        dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("ledger.csv"))
+        if lack := dataset.missing_side(found.index):
+            raise DatasetError(lack)
+        warnings = [f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds)]
+    return [line for line in found.summary_lines() if not line.startswith("since the last scan")] + warnings

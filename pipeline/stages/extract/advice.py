@@ -1,0 +1,65 @@
+"""What would make the next run faster, told from where the time of this one went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from pipeline.config import ExtractionConfig
+from pipeline.embed import networks as backbone
+from pipeline.embed.spec import EmbeddingSpec
+from pipeline.stages.extract.work import Work
+
+
+def advise(work: Work, specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
+    """Return one line: what took longest, and what to change about it.
+
+    Reading and decoding are summed over threads, which work beside the network; baselines are made in the network's place.
+    """
+    seconds = work.seconds
+    baselines = {spec.name: work.network_seconds.get(spec.name, 0.0) for spec in specs if spec.kind == "baseline"}
+    spans = {
+        "start-up": seconds["start-up"],
+        "reading files": seconds["read"] / work.workers,
+        "decoding": seconds["decode"] / work.workers,
+        "the network": seconds["network"] - sum(baselines.values()),
+        "writing": seconds["write"],
+        **baselines,
+    }
+    longest = max(spans, key=lambda name: spans[name])
+    if longest in baselines:
+        return f"most of the time went on the baseline {longest}; leaving it out of baselines would make it faster"
+    return f"most of the time went on {longest}; {_REMEDIES[longest](specs, extraction)}"
+
+
+def _about_network(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
+    networks = [spec for spec in specs if spec.kind == "backbone"]
+    remedies = []
+    if all(spec.precision == "fp32" for spec in networks) and backbone.choice_inputs()["bf16"]:
+        remedies.append("extraction.precision: auto, as this processor computes in bf16")
+    if (
+        extraction.engine == "auto"
+        and all(spec.engine == "torch" for spec in networks)
+        and not backbone.openvino_is_there()
+    ):
+        remedies.append("OpenVINO (pip install 'manyheads[openvino]')")
+    if extraction.engine == "torch" and backbone.openvino_is_there():
+        remedies.append("extraction.engine: auto, as OpenVINO is installed")
+    return f"{' or '.join([*remedies, 'a GPU or a smaller network'])} would make it faster"
+
+
+def _about_decoding(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
+    mode = {
+        "exact": "extraction.decode: standard or fast",
+        "standard": "more processors, or for photos much larger than the network sees extraction.decode: fast,",
+        "fast": "more processors",
+    }[extraction.decode]
+    return f"{mode} would make it faster"
+
+
+_REMEDIES: Mapping[str, Callable[[Sequence[EmbeddingSpec], ExtractionConfig], str]] = {
+    "start-up": lambda specs, extraction: "it is paid once, however many images there are",
+    "reading files": lambda specs, extraction: "a faster or nearer disk would make it faster",
+    "decoding": _about_decoding,
+    "the network": _about_network,
+    "writing": lambda specs, extraction: "a faster or nearer disk for the output folder would make it faster",
+}

@@ -1,0 +1,254 @@
+"""Embedding what is missing: finished batches into the stores, committed whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import Config, ExtractionConfig
+from pipeline.data import DatasetIndex, LedgerEntry, record_failures
+from pipeline.embed import networks as backbone
+from pipeline.embed.loader import Batch, Item, Lane, Part, threads
+from pipeline.embed.loader import embed as embedded
+from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
+from pipeline.io.digests import Digests, digests_to_hex
+from pipeline.io.files import STOPS
+from pipeline.io.memory import keep_freed_memory
+from pipeline.io.progress import bar
+from pipeline.stages.extract.sources import Source
+from pipeline.stages.extract.targets import Contents, Target
+from pipeline.store import StoreWriter
+
+logger = logging.getLogger(__name__)
+
+SUMMED_OVER_THREADS = ("read", "decode")
+
+
+@dataclass
+class Work:
+    """What was done, and where the time went."""
+
+    images: int = 0
+    """Distinct contents that went through at least one network or recipe."""
+    vectors: dict[str, int] = field(default_factory=dict)
+    """Embedding -> vectors that are new in its store."""
+    failures: list[LedgerEntry] = field(default_factory=list)
+    unavailable: list[str] = field(default_factory=list)
+    """Images that could not be read this time, with the reason: gone, or changed since the scan."""
+    loop_seconds: float = 0.0
+    workers: int = 1
+    """Threads that read and decoded."""
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
+    )
+    """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
+    network_seconds: dict[str, float] = field(default_factory=dict)
+    """Embedding -> seconds in its network."""
+    network_images: dict[str, int] = field(default_factory=dict)
+    """Embedding -> images that went through its network."""
+
+    def add_network(self, embedding: str, images: int, seconds: float) -> None:
+        """Count images that went through an embedding's network."""
+        self.network_seconds[embedding] = self.network_seconds.get(embedding, 0.0) + seconds
+        self.network_images[embedding] = self.network_images.get(embedding, 0) + images
+
+    def add_vectors(self, embedding: str, count: int) -> None:
+        """Count new vectors of an embedding."""
+        self.vectors[embedding] = self.vectors.get(embedding, 0) + count
+
+
+@dataclass
+class Output:
+    """One output of a source on its way into its store."""
+
+    number: int
+    name: str
+    writer: StoreWriter
+    missing: NDArray[np.bool_]
+    """Contents the store does not have, shape (n,)."""
+
+
+Outputs = Sequence[Sequence[Output]]
+"""Per source those of its outputs that are kept."""
+
+
+def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, folder: Path) -> Work:
+    """Embed the pending contents of some targets into their stores; `folder` holds the ledger and the perceptual hashes.
+
+    A signal to stop ends the run after the batch in hand, with all finished rows committed.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After such a stop; its argument is the signal's number.
+    StoreError, BackboneError, DatasetError
+        With all finished rows committed as well.
+    """
+    began = time.perf_counter()
+    keep_freed_memory()
+    # From the first store that is opened until the last is sealed a signal only sets a flag.
+    with _stop_requested() as stopped, ExitStack() as stack:
+        by_source: dict[int, list[Target]] = {}
+        for target in targets:
+            by_source.setdefault(id(target.source), []).append(target)
+        lanes = [_lane(own[0].source, config.extraction) for own in by_source.values()]
+        outputs = _open_stores(list(by_source.values()), lanes, contents, stack)
+        # A byte is exact in float16.
+        hashes = stack.enter_context(StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16"))
+        count, items = _items(outputs, contents, index)
+        work = Work(workers=threads(config.extraction.workers))
+        work.seconds["start-up"] = time.perf_counter() - began
+        began = time.perf_counter()
+        try:
+            stopped()
+            with bar(count, "images", "embedding") as progress:
+                made = embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers, hashed=True)
+                for batch, parts in made:
+                    _store(batch, parts, outputs, contents, work)
+                    _store_hashes(batch, hashes, contents)
+                    progress.update(len(batch.items))
+                    stopped()
+        finally:
+            # Also after an error or a signal: what was embedded is not to be embedded again.
+            write_began = time.perf_counter()
+            for output in (output for own in outputs for output in own):
+                output.writer.commit()
+            hashes.commit()
+            record_failures(folder, work.failures, policy_key(config.dataset.max_pixels))
+            work.seconds["write"] += time.perf_counter() - write_began
+        write_began = time.perf_counter()
+        stack.close()  # seals
+        work.seconds["write"] += time.perf_counter() - write_began
+        work.loop_seconds = time.perf_counter() - began
+        stopped()
+    return work
+
+
+def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
+    """Load the network of a source."""
+    embedder = source.load()
+    return Lane(embedder, backbone.choose_batch_size(extraction.batch_size, str(embedder.device)))
+
+
+def _open_stores(
+    by_source: Sequence[Sequence[Target]], lanes: Sequence[Lane], contents: Contents, stack: ExitStack
+) -> Outputs:
+    """Open the stores of some targets for writing."""
+    outputs = []
+    for own, lane in zip(by_source, lanes, strict=True):
+        canaries = lane.embedder.canary
+        kept = []
+        for target in own:
+            canary = canaries[target.output]
+            writer = StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary)
+            stack.enter_context(writer)
+            # The writer also knows the rows of a run that was killed before it could seal them.
+            missing = writer.missing(contents.digests) & ~contents.failed
+            kept.append(Output(target.output, target.spec.name, writer, missing))
+        outputs.append(kept)
+    return outputs
+
+
+def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[int, Iterator[Item]]:
+    """The images to read, each once, with the sources that want it: their number, and one at a time."""
+    # Of shape (sources, contents).
+    wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])
+    needed = wanting.any(axis=0)
+
+    def items() -> Iterator[Item]:
+        for content in map(int, np.flatnonzero(needed)):
+            wanted = tuple(np.flatnonzero(wanting[:, content]).tolist())
+            digest = contents.digests[content].tobytes()
+            yield Item(content, str(index.paths[contents.rows[content]]), digest, wanted)
+
+    return int(needed.sum()), items()
+
+
+def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, contents: Contents, work: Work) -> None:
+    """Store what the networks made of one batch, and note what could not be read."""
+    items = batch.items
+    work.seconds["read"] += batch.read_seconds
+    work.seconds["decode"] += batch.decode_seconds
+    for row, problem in sorted(batch.problems.items()):
+        item = items[row]
+        if problem.status == "unavailable":
+            work.unavailable.append(f"{item.path}: {problem.reason}")
+        else:
+            work.failures.append(_failure(item.path, contents.digests[item.content], problem.status, problem.reason))
+    work.images += len(items) - len(batch.problems)
+    began = time.perf_counter()
+    for part, own in zip(parts, outputs, strict=True):
+        if part is None:
+            continue
+        work.seconds["network"] += part.seconds
+        numbers = np.array([items[row].content for row in part.rows])
+        paths = [items[row].path for row in part.rows]
+        for output in own:
+            work.add_network(output.name, len(numbers), part.seconds)
+            _append(output, numbers, part.vectors[output.number], paths, contents, work)
+    work.seconds["write"] += time.perf_counter() - began
+
+
+def _store_hashes(batch: Batch, writer: StoreWriter, contents: Contents) -> None:
+    """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
+    if batch.hashes:
+        numbers = [batch.items[row].content for row in batch.hashes]
+        writer.append(contents.digests[numbers], np.stack(list(batch.hashes.values())).astype(np.float32))
+
+
+def _append(
+    output: Output,
+    numbers: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+    paths: Sequence[str],
+    contents: Contents,
+    work: Work,
+) -> None:
+    """Store the vectors an output misses; one that is not finite is a failure of its image."""
+    wanted = output.missing[numbers]
+    storable = output.writer.storable(vectors)
+    for place in np.flatnonzero(wanted & ~storable).tolist():
+        reason = f"{output.name} gives it a vector that is not finite"
+        work.failures.append(_failure(paths[place], contents.digests[numbers[place]], "not_finite", reason))
+    keep = wanted & storable
+    work.add_vectors(output.name, output.writer.append(contents.digests[numbers[keep]], vectors[keep]))
+
+
+def _failure(path: str, digest: Digests, status: str, reason: str) -> LedgerEntry:
+    return LedgerEntry(path, digests_to_hex(digest.reshape(1, 2))[0], status, reason)
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], None]]:
+    """Turn the first SIGINT or SIGTERM into a request to stop, which the yielded function meets; a second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt(number)
+        logger.info("stopping after the batch in hand ...")
+
+    def meet() -> None:
+        if received:
+            raise KeyboardInterrupt(received[0])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield meet
+        return
+    before = {number: signal.signal(number, handle) for number in STOPS}
+    try:
+        yield meet
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,472 @@
+"""Care for an experiment's feature stores: status, verify, repair, gc, pack, export.
+
+The store knows contents, the index knows images; here the two are joined, so that damage is told as image paths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import data as dataset
+from pipeline import store
+from pipeline.config import Config
+from pipeline.data import DatasetIndex, failed_digests
+from pipeline.data.index import Texts
+from pipeline.data.statcache import CACHE_FILE
+from pipeline.embed import records as embedders
+from pipeline.embed.loader import Item, Lane, embed
+from pipeline.embed.records import EmbeddingRecord
+from pipeline.errors import PipelineError, StoreError, first
+from pipeline.evaluation.leaderboard import read_leaderboard
+from pipeline.experiment import (
+    FINETUNING,
+    REPORT,
+    SPECS,
+    TRIALS,
+    Artifacts,
+    Kind,
+    bundle_file,
+    parse_arrays,
+    read_document,
+    read_lines,
+    unsealed,
+)
+from pipeline.export import bundle as bundles
+from pipeline.images import policy_key
+from pipeline.io.digests import Digests, digests_to_hex
+from pipeline.io.files import read_file
+
+EXAMPLES = 10
+"""Image paths named per store; the count is always told in full."""
+
+SAME_COSINE = 0.9999
+"""Two embeddings of one image on one kind of machine differ by rounding only; the canary rows use the same bound."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One store's verification: the files, and where asked a sample of images embedded anew."""
+
+    record: EmbeddingRecord
+    report: store.VerifyReport
+    damaged_images: tuple[str, ...]
+    sampled: int = 0
+    deviating_images: tuple[str, ...] = ()
+    """Sampled images whose vector is not the stored one."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.report.ok and not self.deviating_images
+
+    def lines(self) -> Iterator[str]:
+        """The outcome in plain lines."""
+        yield from _verify_lines(self.record.name, self.report, self.ok, self.damaged_images)
+        if self.sampled:
+            same = self.sampled - len(self.deviating_images)
+            yield f"  embedded {self.sampled} images anew: {same} give the stored vector"
+            yield from _named("images that give another vector", self.deviating_images)
+        if not self.report.ok:
+            yield "  run `manyheads repair`: it keeps every good vector and embeds just these images again"
+        yield from (f"  note: {note}" for note in self.report.notes)
+
+
+def _verify_lines(name: str, report: store.VerifyReport, ok: bool, images: Sequence[str]) -> Iterator[str]:
+    depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
+    verdict = "ok" if ok else "DAMAGED" if not report.ok else "DEVIATES"
+    yield f"{name}: {verdict}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
+    for problem in report.problems:
+        yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
+    yield from _named("images without a usable vector", images)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What stage one left behind: its records and the index."""
+
+    config: Config
+    files: Artifacts
+    records: tuple[EmbeddingRecord, ...]
+    index: DatasetIndex
+
+    @staticmethod
+    def open(config: Config) -> Experiment:
+        """Read the records and the index.
+
+        Raises
+        ------
+        PipelineError
+            When stage one has not been run.
+        """
+        files = Artifacts(config.output)
+        return Experiment(config, files, embedders.read_records(files.features), DatasetIndex.read(files.dataset))
+
+    @staticmethod
+    def open_as_made(config: Config) -> Experiment:
+        """Read the records and the index, which must be the one that the features were made of.
+
+        Raises
+        ------
+        PipelineError
+            When stage one has not been run, or its index is another by now.
+        """
+        here = Experiment.open(config)
+        embedders.require_index(here.files.features, here.index.fingerprint())
+        return here
+
+    def path(self, record: EmbeddingRecord) -> Path:
+        """The store of an embedding."""
+        return self.files.root / record.store
+
+    def own(self, record: EmbeddingRecord) -> Path:
+        """The store of an embedding, which may be changed: it is no other experiment's.
+
+        Raises
+        ------
+        StoreError
+            When a symbolic link leads to a store elsewhere.
+        """
+        path = self.path(record)
+        if not path.resolve().is_relative_to(self.files.root.resolve()):
+            raise StoreError(
+                f"{path}: is a link to {path.resolve()}, outside of this experiment, and stays as it is; put the store itself "
+                "there if it is this experiment's"
+            )
+        return path
+
+    def paths_of(self, digests: Digests) -> tuple[str, ...]:
+        """The images that have one of these contents."""
+        return _names_of(self.index.paths, self.index.digests, digests)
+
+    def choose(self, name: str | None) -> EmbeddingRecord:
+        """Return an embedding by name; the only backbone's where none is named."""
+        return embedders.choose(self.records, name, "--embedding")
+
+
+def _names_of(names: Texts, contents: Digests, digests: Digests) -> tuple[str, ...]:
+    """The names whose content is one of the digests."""
+    wanted = set(digests_to_hex(digests))
+    pairs = zip(names.tolist(), digests_to_hex(contents), strict=True)
+    return tuple(str(name) for name, digest in pairs if digest in wanted) if wanted else ()
+
+
+def status(config: Config) -> list[str]:
+    """Say what is cached, missing, changed, stale and failed, and where. The images are looked at as they are now."""
+    before = Experiment.open(config)
+    here, changes = _as_of_now(before)
+    failed = failed_digests(here.files.dataset, policy_key(config.dataset.max_pixels))
+    known = set(digests_to_hex(failed))
+    live = here.index.digests[[digest not in known for digest in digests_to_hex(here.index.digests)]]
+    contents = len(np.unique(live, axis=0))
+    lines = [
+        f"{len(here.index):,} images in {len(here.index.classes)} classes, {contents:,} distinct contents that decode",
+        *changes,
+    ]
+    if len(failed):
+        lines.append(
+            f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'ledger.csv'} names each"
+        )
+    sections = [record.section for record in here.records]
+    for section in config.backbones:
+        if section not in sections:
+            lines.append(
+                f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
+            )
+    for record in here.records:
+        found = store.status(here.path(record), live)
+        name = f"{record.name}{' (untrained)' if record.untrained else ''}"
+        lines += _status_lines(
+            name, found, "`manyheads gc`" if not changes else "`manyheads gc` after `manyheads features`"
+        )
+    return lines + [
+        f"{path}: {_size(_bytes_in(path))}, used by no embedding of the last `manyheads features`; it serves again when the "
+        "config asks for it again, else delete the folder"
+        for path in _unused_stores(here)
+    ]
+
+
+def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
+    """The experiment with the images that there are now, and what is different from the last run of stage one."""
+    config = before.config
+    if dataset.needs_download(config.dataset):
+        return before, ["the images are not looked at, because that means a download"]
+    try:
+        found = dataset.scan(config.dataset, config.seed, before.files.dataset, write=False)
+    except PipelineError as error:
+        return before, [
+            f"warning: the images cannot be used as they are now: {line}" for line in str(error).splitlines()[:1]
+        ]
+    changes = []
+    if not found.unchanged:
+        what = dataset.difference_text(found.difference) or "labels, splits, groups or the folder changed"
+        changes.append(f"since the last `manyheads features`: {what}; run it again")
+    if found.failures:
+        changes.append(f"{len(found.failures):,} files cannot be used; `manyheads check` says why")
+    return replace(before, index=found.index), changes
+
+
+def _unused_stores(here: Experiment) -> list[Path]:
+    """Stores of identities that were asked for once: another precision, layer, or file of weights."""
+    used = {here.path(record) for record in here.records}
+    return [path for path in sorted(here.files.stores.glob("*.store*")) if path.is_dir() and path not in used]
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads gc`") -> Iterator[str]:
+    """One store in plain lines; `remedy` is what removes stale vectors, which goes by the last run's index."""
+    missing = found.missing_rows or 0
+    yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
+    yield (
+        f"  {found.rows:,} vectors of {found.dim} {found.dtype} in {_segments(found.segments)}, "
+        f"{_size(found.disk_bytes)}" + (f", generation {found.generation}" if found.generation else ", a packed file")
+    )
+    yield f"  {found.path}  digest {found.digest[:16]}"
+    if found.stale_rows:
+        yield f"  {found.stale_rows:,} vectors belong to no image any more; {remedy} removes them"
+    if found.journal_rows:
+        yield f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
+    if found.quarantined:
+        yield f"  {found.quarantined} damaged files are set aside in {found.path / 'quarantine'}; delete them when you like"
+    if found.writer:
+        yield f"  being written by {found.writer}"
+
+
+def status_of_pack(path: Path) -> list[str]:
+    """Describe a packed file."""
+    found = store.status(path)
+    index = store.read_packed_index(path)
+    has = ", ".join(index.columns) or "no columns"
+    return [
+        f"{len(index.digests):,} images with {has}",
+        *_status_lines(str(found.identity.get("architecture", "")), found),
+    ]
+
+
+def verify_pack(path: Path, *, full: bool = False) -> tuple[bool, list[str]]:
+    """Check a packed file; return whether nothing is wrong, and the outcome in plain lines."""
+    report = store.verify(path, full=full)
+    images: tuple[str, ...] = ()
+    try:
+        store.status(path)
+        index = store.read_packed_index(path)
+    except StoreError as error:
+        problem = store.Problem(path.name, error.message.removeprefix(f"{path}: "), 0)
+        report = replace(report, problems=(*report.problems, problem))
+    else:
+        names = index.columns.get("paths", np.array(digests_to_hex(index.digests), dtype=object))
+        images = _names_of(names, index.digests, report.damaged)
+    return report.ok, list(_verify_lines(path.name, report, report.ok, images))
+
+
+def verify_files(config: Config) -> tuple[bool, list[str]]:
+    """Check the digest of every file beside the stores; return whether nothing is wrong, and the outcome in plain lines."""
+    files = Artifacts(config.output)
+    problems, count = [], 0
+    for check in _file_checks(files):
+        count += 1
+        try:
+            check()
+        except PipelineError as error:
+            problems += str(error).splitlines()
+    verdict = "ok" if not problems else "DAMAGED"
+    lines = [f"other files: {verdict}; {count:,} documents, journals and files of weights"]
+    return not problems, lines + [f"  {problem}" for problem in problems]
+
+
+def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
+    """One call for each file: its reader, which raises what is wrong."""
+    yield lambda: embedders.read_records(files.features)
+    yield lambda: embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
+    yield lambda: dataset.read_ledger(files.dataset)
+    cache = files.dataset / CACHE_FILE
+    if cache.exists():
+        yield lambda: _checked(cache, parse_arrays, "delete it, and every image is read again")
+    for path in sorted(files.dataset.glob("*.store")):  # perceptual hashes
+        yield partial(_check_store, path)
+    if files.specs.exists():
+        yield lambda: _whole(files.specs, SPECS)
+    if files.leaderboard.exists():
+        yield lambda: read_leaderboard(files.root)
+    if (page := files.root / "report.json").exists():
+        yield partial(_whole, page, REPORT)
+    for path in sorted(files.root.glob("heads/*/*/bundle.json")):
+        yield partial(bundles.describe, path.parent)
+        for name in sorted({"head.skops", "head.joblib", "predictions.npz"} & {*os.listdir(path.parent)}):
+            yield partial(bundle_file, path.parent, name)
+    for path in sorted(files.root.glob("trials/**/*.jsonl")):
+        yield partial(read_lines, path, TRIALS)
+    for path in sorted(files.finetuned.glob("*/result.json")):
+        yield partial(_whole, path, FINETUNING)
+    for path in sorted(files.finetuned.glob("*/checkpoint.pt")):
+        yield partial(_checked, path, unsealed, "delete it to train from the start")
+    for path in sorted(files.finetuned.glob("*/log.jsonl")):
+        yield partial(read_lines, path, FINETUNING)
+    for path in sorted(files.finetuned.glob("*/*.safetensors")):
+        yield partial(_check_weights, path)
+
+
+def _check_store(path: Path) -> None:
+    report = store.verify(path, full=True)
+    if not report.ok:
+        raise StoreError(
+            f"{path}: is damaged: {report.problems[0].file}: {report.problems[0].found}; delete it to have it made anew"
+        )
+
+
+def _whole(path: Path, kind: Kind) -> None:
+    """Read a document that is made anew where it is of an earlier version, which is no damage."""
+    read_document(path, replace(kind, older=tuple(range(kind.version))))
+
+
+def _checked(path: Path, check: Callable[[bytes], object], remedy: str) -> None:
+    try:
+        check(read_file(path))
+    except ValueError as error:
+        raise PipelineError(f"{path}: is damaged: {error}; {remedy}") from None
+
+
+def _check_weights(path: Path) -> None:
+    from pipeline.embed.weights_files import read_weights  # loads torch
+
+    read_weights(path)
+
+
+def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check]:
+    """Check every store; `sample` images per store are embedded anew and compared."""
+    here = Experiment.open(config)
+    checks = []
+    for record in here.records:
+        report = store.verify(here.path(record), full=full)
+        check = Check(record, report, here.paths_of(report.damaged))
+        if sample and report.ok:
+            count, deviating = _embed_again(here, record, sample)
+            check = Check(record, report, check.damaged_images, count, deviating)
+        checks.append(check)
+    return checks
+
+
+def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tuple[int, tuple[str, ...]]:
+    """Embed random images anew; return how many, and those whose vector differs from the stored one."""
+    stored = store.FeatureStore.open(here.path(record), record.fingerprint)
+    rows = np.flatnonzero(~stored.missing(here.index.digests))
+    chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
+    embedder, output = embedders.open_record(record, here.config.extraction.device)
+    items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
+    deviating = []
+    for batch, (part,) in embed([Lane(embedder, 1)], items, here.index.root, here.config.dataset.max_pixels):
+        (item,) = batch.items
+        if part is None:
+            deviating.append(f"{item.path} (not compared: {batch.problems[0].reason})")
+            continue
+        again = part.vectors[output][0]
+        before = stored.read(here.index.digests[item.content : item.content + 1])[0]
+        cosine = float(again @ before) / max(float(np.linalg.norm(again) * np.linalg.norm(before)), 1e-30)
+        if cosine < SAME_COSINE:
+            deviating.append(f"{item.path} (cosine {cosine:.6f}, expected at least {SAME_COSINE})")
+    return len(chosen), tuple(deviating)
+
+
+def repair(config: Config) -> list[str]:
+    """Drop exactly the damaged vectors of every store; the next run of stage one embeds them again."""
+    here = Experiment.open(config)
+    lines = []
+    for record in here.records:
+        report = store.repair(here.own(record))
+        images = here.paths_of(report.damaged)
+        if not images and not report.quarantined:
+            lines.append(f"{record.name}: nothing to repair")
+            continue
+        lines.append(
+            f"{record.name}: {len(images):,} images lost their vector; the damaged files are set aside in quarantine/"
+        )
+        lines += _named("to be embedded again", images)
+    return lines
+
+
+def gc(config: Config) -> list[str]:
+    """Remove the vectors that belong to no image any more."""
+    here = Experiment.open_as_made(config)
+    lines = []
+    for record in here.records:
+        if here.path(record).is_file():
+            lines.append(f"{record.name}: is a packed file, which stays as it is; pack the store again instead")
+            continue
+        report = store.collect(here.own(record), here.index.digests)
+        gone = report.rows_before - report.rows_after
+        freed = report.bytes_before - report.bytes_after
+        lines.append(
+            f"{record.name}: {gone:,} vectors removed, {report.rows_after:,} kept, {_size(max(freed, 0))} freed"
+        )
+    return lines
+
+
+def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
+    """Write one embedding with its paths, labels, splits and groups into a single HDF5 file."""
+    digests, columns, source = _table(config, embedding)
+    report = store.pack(source, output, digests, columns, anonymous)
+    return f"{report.rows:,} vectors of {report.images:,} images in {output} ({_size(report.bytes)}), digest {report.digest[:16]}"
+
+
+def export(config: Config, output: Path, *, embedding: str | None = None) -> str:
+    """Write one embedding of every image as `.npy` or `.parquet`, rows in the order of the index."""
+    digests, columns, source = _table(config, embedding)
+    if output.suffix == ".npy":  # has room for the vectors alone
+        columns = {}
+    report = store.export(source, output, digests, columns)
+    return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+
+
+def export_pack(path: Path, output: Path) -> str:
+    """Write the images of a packed file as `.npy` or `.parquet`, rows in the order they were packed."""
+    index = store.read_packed_index(path)
+    columns = {} if output.suffix == ".npy" else {name: values.tolist() for name, values in index.columns.items()}
+    report = store.export(path, output, index.digests, columns)
+    return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+
+
+def merge(target: Path, sources: Sequence[Path]) -> list[str]:
+    """Add the vectors of other stores of the same identity to a store."""
+    report = store.merge(target, sources)
+    lines = [f"{path}: {count:,} new vectors" for path, count in report.added]
+    return [*lines, f"{target} has {report.rows:,} vectors"]
+
+
+def _table(config: Config, embedding: str | None) -> tuple[Digests, Mapping[str, Sequence[str]], store.FeatureStore]:
+    """The images that have a vector, what the index says of them, and the store."""
+    here = Experiment.open_as_made(config)
+    record = here.choose(embedding)
+    opened = store.FeatureStore.open(here.path(record), record.fingerprint)
+    index = here.index.rows(~opened.missing(here.index.digests))
+    columns = {"paths": index.paths.tolist(), "labels": index.labels.tolist(), "splits": index.splits.tolist()}
+    if index.groups is not None:
+        columns["groups"] = index.groups.tolist()
+    return index.digests, columns, opened
+
+
+def _named(what: str, paths: Sequence[str]) -> Iterator[str]:
+    if paths:
+        yield f"  {len(paths):,} {what}:"
+        yield from (f"    {path}" for path in first(paths, EXAMPLES))
+
+
+def _size(count: int) -> str:
+    """A number of bytes for people."""
+    size = float(count)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _segments(count: int) -> str:
+    return f"{count} segment" if count == 1 else f"{count} segments"

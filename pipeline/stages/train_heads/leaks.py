@@ -1,0 +1,68 @@
+"""What near-duplicates on both sides of the test, or of a fold, do to the scores of a leaderboard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.evaluation import PredictionSet, audit
+from pipeline.evaluation.leaderboard import Leaderboard
+from pipeline.evaluation.leaderboard.judge import read_predictions
+from pipeline.evaluation.leaderboard.rows import Leaks
+from pipeline.experiment import Artifacts
+from pipeline.stages.train_heads.task import Task
+from pipeline.store import FeatureStore
+
+
+def find_leaks(
+    leaderboard: Leaderboard, task: Task, stores: Mapping[str, FeatureStore], files: Artifacts
+) -> Leaks | None:
+    """Look for near-duplicates among all images of a task, in the embedding of the best row that has one.
+
+    Of more than `audit.MOST_IMAGES` images only a part is looked at, half of them test images at most. None where no row has an
+    embedding.
+    """
+    embedding = next((row.embedding for row in leaderboard.rows if row.embedding in stores), None)
+    if embedding is None:
+        return None
+    n_test = min(len(task.test), audit.MOST_IMAGES // 2)
+    n_train = min(len(task.train), audit.MOST_IMAGES - n_test)
+    train, test = (
+        np.linspace(0, n - 1, m).astype(int) for n, m in ((len(task.train), n_train), (len(task.test), n_test))
+    )
+    digests = np.concatenate([task.train.digests[train], task.test.digests[test]])
+    near = audit.neighbours(audit.project(stores[embedding].read(digests)))
+    pairs = audit.close_pairs(near, audit.read_hashes(files.dataset, digests))
+    fold = np.full(len(digests), -1)
+    for number, (_, held_out) in enumerate(task.folds):
+        fold[:n_train][np.isin(train, held_out)] = number
+    in_test = np.arange(len(digests)) >= n_train
+    across = in_test[pairs.first] != in_test[pairs.second]
+    parted = ~across & (fold[pairs.first] != fold[pairs.second])
+    ends = np.stack([pairs.first, pairs.second])
+    tested, folded = (np.unique(ends[:, part]) for part in (across, parted))
+    tested = tested[in_test[tested]]
+    predictions = read_predictions(leaderboard, files.root)
+    tested_paths, folded_paths = task.test.paths[test[tested - n_train]], task.train.paths[train[folded]]
+    without = {key: _accuracies(found.test, tested_paths)[1] for key, found in predictions.items()}
+    judged = {
+        key: _accuracies(found.out_of_fold, folded_paths) for key, found in predictions.items() if found.out_of_fold
+    }
+    return Leaks(
+        embedding,
+        len(task.train) + len(task.test),
+        len(tested),
+        n_test,
+        len(folded),
+        n_train,
+        {key: value for key, value in without.items() if np.isfinite(value)},
+        {key: value for key, value in judged.items() if np.isfinite(value[1])},
+    )
+
+
+def _accuracies(part: PredictionSet, leaking: NDArray[np.object_]) -> tuple[float, float]:
+    """Return the accuracy on all images and on those that do not leak, NaN where there are none."""
+    clean = part.correct[~np.isin(part.paths, leaking.astype(str))]
+    return float(part.correct.mean()), float(clean.mean()) if len(clean) else float("nan")

@@ -1,0 +1,118 @@
+"""Repeats: every search within outer folds and with other seeds, on request; the winner with its class weights switched.
+
+They choose nothing; they say how far to trust what was chosen.
+
+Each search has its own journal, in the folder beside the main one's, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+
+from pipeline.config import TuningConfig
+from pipeline.evaluation import METRICS, Answers, Scores, scores
+from pipeline.evaluation.leaderboard import Nested, Seeds
+from pipeline.evaluation.leaderboard.imbalance import UNEVEN, unevenness
+from pipeline.heads import Head
+from pipeline.heads.tuning import Features, Projections, TuningRun, answers, blocks, make_folds, part, tune
+from pipeline.stages.train_heads.task import Task
+
+log = logging.getLogger(__name__)
+
+
+def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
+    """Search within the training images of every fold and score the winner on the fold; None unless it is asked for.
+
+    X : of shape (n, dim), the training images. The inner folds keep groups together as the outer ones do.
+    """
+    if not tuning.nested:
+        return None
+    inner, outer = [], []
+    for number, (train, held_out) in enumerate(task.folds):
+        log.info("%s, nested: outer fold %d of %d", head.name, number + 1, len(task.folds))
+        y, groups = task.y_train[train], None if task.groups is None else task.groups[train]
+        folds = make_folds(y, tuning.folds, seed, groups)
+        found = tune(head, part(X, train), y, folds, tuning, seed, _beside(journal, f"nested-{number}"))
+        inner.append(float(found.best.mean if found.best.mean is not None else -np.inf))
+        outer.append(
+            _score(found.pipeline, part(X, held_out), task.y_train[held_out], len(task.classes), tuning.scoring)
+        )
+    return Nested(tuple(inner), tuple(outer))
+
+
+def seeds(
+    head: Head,
+    features: tuple[Features, Features],
+    task: Task,
+    tuning: TuningConfig,
+    seed: int,
+    journal: Path,
+    first: tuple[float, float],
+) -> Seeds | None:
+    """Search again with the next seeds, each with its own folds; None unless it is asked for.
+
+    features : of the training and of the test images, shapes (n, dim). first : cross-validation mean and test accuracy
+    of the experiment's own seed.
+    """
+    if tuning.seeds < 2:
+        return None
+    X_train, X_test = features
+    numbers = tuple(range(seed, seed + tuning.seeds))
+    found = [first]
+    for number in numbers[1:]:
+        log.info("%s, seed %d", head.name, number)
+        folds = make_folds(task.y_train, tuning.folds, number, task.groups)
+        run = tune(head, X_train, task.y_train, folds, tuning, number, _beside(journal, f"seed-{number}"))
+        mean = float(run.best.mean if run.best.mean is not None else np.nan)
+        found.append((mean, _score(run.pipeline, X_test, task.y_test, len(task.classes), "accuracy")))
+    return Seeds(numbers, tuple(mean for mean, _ in found), tuple(test for _, test in found))
+
+
+def reweighted(
+    head: Head,
+    X: Features,
+    task: Task,
+    tuning: TuningConfig,
+    seed: int,
+    tuned: TuningRun,
+    journal: Path,
+    projections: Projections | None = None,
+) -> Scores | None:
+    """Score the chosen parameters out of fold with class weights switched on, or off where they were on.
+
+    None where the classes are even or the head takes no weights: one trial more, not a search.
+    """
+    if not head.takes_class_weight or unevenness(np.bincount(task.y_train).tolist()) < UNEVEN:
+        return None
+    weights = None if head.build(seed)[-1].get_params()["class_weight"] else "balanced"
+
+    def build(seed: int) -> Pipeline:
+        pipeline = head.build(seed)
+        pipeline[-1].set_params(class_weight=weights)
+        return pipeline
+
+    params = {**head.fixed, **tuned.best.params}
+    switched = replace(head, build=build, space={}, defaults={}, fixed=params)
+    once = tuning.model_copy(update={"trials": 1, "seconds": None})
+    found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
+    names = np.asarray(task.classes, dtype=str)
+    guess = names[found.classes[found.out_of_fold.predictions]]
+    return scores(names[task.y_train], guess, None, task.classes, seed, task.groups)
+
+
+def _beside(journal: Path, name: str) -> Path:
+    return journal.with_suffix("") / f"{name}.jsonl"
+
+
+def _score(pipeline: Pipeline, X: Features, y: NDArray[np.int64], n_classes: int, scoring: str) -> float:
+    """Score a fitted pipeline as the search would have."""
+    said = [answers(pipeline, block, n_classes) for _, block in blocks(X)]
+    labels, metric = np.concatenate([labels for labels, _, _ in said]), METRICS[scoring]
+    columns = [scores for _, scores, _ in said if scores is not None and metric.needs_probabilities]
+    return metric.score(Answers(y, labels, np.concatenate(columns) if columns else None))
