@@ -26,8 +26,8 @@ SMALL = {
     "heads": (BUNDLED, "tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
     "finetune": (
         BUNDLED,
-        "finetune.training.steps=4",
-        "finetune.training.batch_size=8",
+        "finetune.steps=4",
+        "finetune.batch_size=8",
         "finetune.validation_fraction=0.4",
     ),
 }

@@ -35,10 +35,6 @@ def features(classes: int = 3, rows: int = 120, seed: int = 0):
     return X.astype(np.float32), np.array([f"class {label}" for label in y], dtype=object)
 
 
-def test_table_and_config_name_the_same_heads():
-    assert set(HEADS) == set(configuration.HEAD_NAMES)
-
-
 def test_simplicity_orders_the_heads_from_centroids_to_networks():
     ranked = sorted(HEADS.values(), key=lambda head: head.simplicity)
     assert [head.name for head in ranked[:3]] == ["nearest_centroid", "ridge", "logistic_regression"]

@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from pipeline.config import TrainingConfig
+from pipeline.config import FinetuneConfig
 from pipeline.errors import TrainingError
 from pipeline.finetuning import (
     Data,
@@ -48,13 +48,11 @@ from pipeline.finetuning.steps import _class_weights, make_optimizer, make_sched
 from pipeline.finetuning.weights import interpolate
 
 CPU = torch.device("cpu")
-BASE = TrainingConfig(
-    steps=6, batch_size=8, augment="flip", rate=0.01, rate_decay=1.0, warmup=0.0, evaluate_every=3, precision="fp32"
-)
+BASE = FinetuneConfig(steps=6, batch_size=8, augment="flip", rate=0.01, rate_decay=1.0, warmup=0.0)
 
 
-def but(settings: TrainingConfig, **changes: object) -> TrainingConfig:
-    return TrainingConfig(**{**settings.model_dump(), **changes})
+def but(settings: FinetuneConfig, **changes: object) -> FinetuneConfig:
+    return FinetuneConfig(**{**settings.model_dump(), **changes})
 
 
 class Toy(nn.Module):
@@ -96,14 +94,16 @@ def data() -> Data:
     return Data(pictures(48), pictures(24, seed=1), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def make_task(settings: TrainingConfig = BASE, scope: str = "all", seed: int = 0) -> Task:
+def make_task(
+    settings: FinetuneConfig = BASE, scope: str = "all", seed: int = 0, precision: str = "fp32", evaluations: int = 2
+) -> Task:
     torch.manual_seed(seed)
     network = Toy()
     with torch.no_grad():  # statistics that are not those of a fresh network
         network.train()(torch.randn(32, 3, 16, 16))
     stages = stages_of(network, 16)
     plan = check_plan([PlanStep(0, scope)], stages)
-    return Task(network, stages, plan, settings, settings.steps, settings.precision, seed, CPU)
+    return Task(network, stages, plan, settings, settings.steps, precision, seed, CPU, evaluations)
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -113,7 +113,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 # ---- settings
 
 
-def factors(settings: TrainingConfig) -> list[float]:
+def factors(settings: FinetuneConfig) -> list[float]:
     """The share of its full rate that the head has at each step."""
     task = make_task(settings)
     optimizer = make_optimizer(task, 1.0)
@@ -134,18 +134,13 @@ def test_cosine_rises_in_the_warm_up_and_falls_to_nothing() -> None:
     assert factors(but(BASE, steps=90)) == pytest.approx(cosine)
 
 
-def test_a_constant_rate_stays_once_it_is_warm() -> None:
-    assert factors(but(BASE, steps=10, warmup=0.3, schedule="constant")) == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
-    assert factors(but(BASE, steps=4, schedule="constant")) == [1.0] * 4
-
-
 def test_stages_far_from_the_head_learn_slower_but_not_slower_than_a_hundredth() -> None:
     assert stage_rates(1.0, 0.1, 4) == pytest.approx([0.01, 0.01, 0.1, 1.0])
 
 
 def test_steps_and_evaluations_go_by_the_size_of_the_data() -> None:
     assert [steps_for(n) for n in (100, 20_000, 10**6)] == [500, 10_000, 20_000]
-    task = replace(make_task(but(BASE, evaluate_every="auto")), steps=500)
+    task = replace(make_task(), steps=500, evaluations=Task.evaluations)
     assert (task.evaluate_every, replace(task, steps=7).evaluate_every) == (50, 1)
 
 
@@ -200,10 +195,10 @@ def test_augmented_images_keep_their_size(data: Data, augment: str) -> None:
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_mixed_labels_are_probabilities_of_the_two_images(mixup: float, cutmix: float) -> None:
+@pytest.mark.parametrize("mix", ["mixup", "cutmix", "both"])
+def test_mixed_labels_are_probabilities_of_the_two_images(mix: str) -> None:
     torch.manual_seed(0)
-    _, target = mixed(torch.randn(6, 3, 8, 8), torch.arange(6) % 3, but(BASE, mixup=mixup, cutmix=cutmix), 3)
+    _, target = mixed(torch.randn(6, 3, 8, 8), torch.arange(6) % 3, but(BASE, mix=mix), 3)
     assert target.sum(1).tolist() == pytest.approx([1.0] * 6)
     assert ((target > 0).sum(1) <= 2).all()
     assert (target.argmax(1) != torch.arange(6) % 3).any() or (target.max(1).values < 1).any()
@@ -295,7 +290,7 @@ def test_what_is_frozen_stays_bit_for_bit(data: Data, tmp_path: Path, mode: str,
 
 
 def test_plan_opens_stages_on_the_way(data: Data, tmp_path: Path) -> None:
-    task = make_task(but(BASE, steps=4, evaluate_every=2))
+    task = make_task(but(BASE, steps=4))
     plan = check_plan([PlanStep(0, "head"), PlanStep(0.5, "all")], task.stages)
     seen = []
     before = copy_weights(task.network)
@@ -386,7 +381,7 @@ def test_heads_that_are_no_layer_are_refused(vectors: tuple[np.ndarray, np.ndarr
 
 
 def test_it_learns_and_keeps_the_best_weights(data: Data, tmp_path: Path) -> None:
-    task = make_task(but(BASE, steps=40, evaluate_every=8, batch_norm="train", ema=0.8))
+    task = make_task(but(BASE, steps=40, batch_norm="train", ema=0.8), evaluations=5)
     trained = train(task, data, Run(tmp_path, "x"))
     assert trained.source in ("weights", "ema")
     assert trained.score[0] > 0.9
@@ -409,8 +404,8 @@ def test_it_learns_and_keeps_the_best_weights(data: Data, tmp_path: Path) -> Non
 
 
 RICH = but(
-    BASE, steps=8, evaluate_every=2, optimizer="adamw", ema=0.7, mixup=0.4, dropout=0.3,
-    augment="crop", label_smoothing=0.1, batch_norm="train", clip_norm=1.0, accumulate=2, batch_size=4,
+    BASE, steps=7, optimizer="adamw", ema=0.7, mix="mixup", dropout=0.3,
+    augment="crop", label_smoothing=0.1, batch_norm="train", accumulate=2, batch_size=4,
 )  # fmt: skip
 
 
@@ -418,14 +413,17 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("settings", [RICH, but(RICH, optimizer="sgd", precision="bf16", mixup=0.0, cutmix=1.0)])
-@pytest.mark.parametrize("last", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [(RICH, "fp32"), (but(RICH, optimizer="sgd", mix="cutmix"), "bf16")],
+    ids=["adamw", "sgd"],
+)
+@pytest.mark.parametrize("last", [1, 4, 6])
 def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
-    data: Data, tmp_path: Path, settings: TrainingConfig, last: int, monkeypatch: pytest.MonkeyPatch
+    data: Data, tmp_path: Path, settings: FinetuneConfig, precision: str, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluations are after steps 3, 6 and 8: the first stop is before any of them."""
-    settings = but(settings, evaluate_every=3)
-    whole = train(make_task(settings), data, Run(tmp_path / "whole", "x"))
+    """Evaluations are after steps 3, 6 and 7: the first stop is before any of them."""
+    whole = train(make_task(settings, precision=precision), data, Run(tmp_path / "whole", "x"))
     real, done = loop.train_step, []
 
     def stop(task: Task, data: Data, optimizer: object, scaler: object, step: int) -> float:
@@ -437,9 +435,9 @@ def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
     monkeypatch.setattr(loop, "train_step", stop)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     with pytest.raises(Stop):
-        train(make_task(settings), data, Run(tmp_path / "cut", "x"))
+        train(make_task(settings, precision=precision), data, Run(tmp_path / "cut", "x"))
     monkeypatch.setattr(loop, "train_step", real)
-    resumed = train(make_task(settings, seed=0), data, Run(tmp_path / "cut", "x"))
+    resumed = train(make_task(settings, precision=precision), data, Run(tmp_path / "cut", "x"))
     assert done == list(range(last))
     assert resumed.history[0]["step"] == 3
     assert same(resumed.weights, whole.weights)
@@ -451,7 +449,7 @@ def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
 def test_what_the_range_test_found_is_kept_before_the_first_step(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = make_task(but(BASE, range_test=True))
+    task = make_task(but(BASE, rate="auto"))
     rate = range_test(task, data)
     monkeypatch.setattr(loop, "train_step", None)
     with pytest.raises(TypeError):
@@ -468,7 +466,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_goes_on(data: Data, tmp_path:
         "import os, signal, sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(1)\n"
         "from test_training import *\n"
         "data = Data(pictures(48), pictures(24, seed=1), 3, (0.5,) * 3, (0.25,) * 3)\n"
-        "kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 4 else None\n"
+        "kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 6 else None\n"
         f"train(make_task(RICH), data, Run(Path({str(tmp_path / 'cut')!r}), 'x'), kill)"
     )
     root = Path(__file__).parents[1]
@@ -521,8 +519,7 @@ def test_balanced_weights_make_a_rare_class_count(data: Data, tmp_path: Path) ->
 
 
 def test_it_stops_early_when_nothing_improves(data: Data, tmp_path: Path) -> None:
-    stuck = but(BASE, steps=50, evaluate_every=1, patience=2, rate=1e-12)
-    task = make_task(stuck)
+    task = make_task(but(BASE, steps=50, patience=2, rate=1e-12), evaluations=50)
     trained = train(task, data, Run(tmp_path, "x"))
     assert trained.steps < 50
     best = max((r["validation_accuracy"], -r["validation_loss"]) for r in trained.history)
@@ -532,7 +529,7 @@ def test_it_stops_early_when_nothing_improves(data: Data, tmp_path: Path) -> Non
 def test_what_cannot_be_trained_is_said_before_it_starts(data: Data, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as error:
         train(
-            make_task(but(BASE, precision="fp16")),
+            make_task(precision="fp16"),
             replace(data, validation=pictures(0)),
             Run(tmp_path, "x"),
         )

@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.config import TrainingConfig
+from pipeline.config import FinetuneConfig
 from pipeline.io.vision import torchvision
+
+SMALLEST_CROP = 0.5
+"""Of an image's area."""
+MIXES = {"mixup": ("MixUp", 0.2), "cutmix": ("CutMix", 1.0)}
+"""torchvision's transform and its alpha, as in torchvision's own training recipes."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def crop_and_flip(images: Tensor, size: int, smallest: float) -> Tensor:
     return functional.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
 
 
-def augmented(pixels: NDArray[np.uint8], settings: TrainingConfig, device: torch.device, data: Data) -> Tensor:
+def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch.device, data: Data) -> Tensor:
     """Return the training view of images (n, size, size, 3): float32 (n, 3, size, size), from torch's global random state."""
     tensor = torch.from_numpy(pixels).to(device)
     if settings.augment == "trivial":
@@ -93,22 +98,20 @@ def augmented(pixels: NDArray[np.uint8], settings: TrainingConfig, device: torch
         tensor = torch.stack([change(image) for image in tensor.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
     images = to_float(tensor, data.mean, data.std)
     if settings.augment in ("crop", "trivial"):
-        images = crop_and_flip(images, pixels.shape[1], settings.smallest_crop)
+        images = crop_and_flip(images, pixels.shape[1], SMALLEST_CROP)
     elif settings.augment == "flip":
         flipped = (_random_sign(len(images)) < 0).to(device).view(-1, 1, 1, 1)
         images = torch.where(flipped, images.flip(3), images)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def mixed(images: Tensor, labels: Tensor, settings: TrainingConfig, classes: int) -> tuple[Tensor, Tensor]:
-    """Apply mixup or cutmix to a batch; the labels become probabilities when either is on."""
-    if settings.mixup == 0 and settings.cutmix == 0:
+def mixed(images: Tensor, labels: Tensor, settings: FinetuneConfig, classes: int) -> tuple[Tensor, Tensor]:
+    """Apply mixup or CutMix to a batch, float32 of shape (n, 3, h, w); the labels, int64 of shape (n,), become probabilities."""
+    if settings.mix == "none":
         return images, labels
-    v2 = _transforms()
-    makers = {v2.MixUp: settings.mixup, v2.CutMix: settings.cutmix}
-    choices = [maker(alpha=alpha, num_classes=classes) for maker, alpha in makers.items() if alpha > 0]
-    mix = choices[int(torch.randint(len(choices), ()).item())]
-    images, labels = mix(images, labels)
+    names = ("mixup", "cutmix") if settings.mix == "both" else (settings.mix,)
+    maker, alpha = MIXES[names[int(torch.randint(len(names), ()).item())]]
+    images, labels = getattr(_transforms(), maker)(alpha=alpha, num_classes=classes)(images, labels)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 

@@ -100,7 +100,8 @@ def _begin(task: Task, data: Data, run: Run) -> tuple[State, dict[str, Any]]:
     """Return the state of a run and all that changes with it, as the checkpoint has them or before the first step."""
     found = load(run)
     if found is None:
-        state = State(range_test(task, data) if task.settings.range_test else task.settings.rate)
+        rate = task.settings.rate
+        state = State(range_test(task, data) if rate == "auto" else rate)
         parts = _parts(task, state.rate)
         save(run, state, parts)  # what the range test found is not looked for again
         return state, parts

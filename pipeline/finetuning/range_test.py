@@ -65,7 +65,7 @@ def range_test(task: Task, data: Data, steps: int = 100, low: float = 1e-6, high
             parameter.grad = None
     if len(losses) < 3:
         raise TrainingError(
-            "range test: the loss is no number from the start; use precision fp32 or set the rate by hand"
+            "range test: the loss is no number from the start; set extraction.precision to fp32, or finetune.rate by hand"
         )
     slopes = np.gradient(np.asarray(losses[: max(2, int(np.argmin(losses)) + 1)]))
     return float(low * (high / low) ** (np.argmin(slopes) / (steps - 1)))

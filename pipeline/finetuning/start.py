@@ -92,7 +92,7 @@ def _check_layer(section: BackboneConfig, choice: Choice, config: Config) -> Non
     if (own.layer, own.pooling) != (last.layer, last.pooling):
         raise TrainingError(
             f"{own.name}: its heads follow layer {own.layer!r}; only heads on the penultimate layer, {last.layer!r}, can become the "
-            "network's last layer; set finetune.embedding to an embedding of that layer"
+            "network's last layer; set finetune.start to an embedding of that layer"
         )
 
 
@@ -179,12 +179,12 @@ def make_task(config: Config, network: Network, layer: Layer, parts: Parts, fold
         When the plan cannot be followed or an image cannot be read.
     """
     device = resolve_device(config.extraction.device)
-    _, precision, reason = resolve_precision(config.finetune.training.precision, device)
-    settings = config.finetune.training
+    _, precision, reason = resolve_precision(config.extraction.precision, device)
+    settings = config.finetune
     steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
     put_head(network.module, layer)
     stages = stages_of(network.module, network.preprocessing.size[0])
-    plan = check_plan([PlanStep(step.start, step.scope) for step in config.finetune.unfreeze], stages)
+    plan = check_plan([PlanStep(*step) for step in settings.unfreeze], stages)
     log.info("training on %s in %s: %s", device, precision, reason)
     for stage in stages:
         log.info("  %-7s %s", stage.name, ", ".join(stage.modules))

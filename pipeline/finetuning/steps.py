@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from pipeline.config import TrainingConfig
+from pipeline.config import FinetuneConfig
 from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data, Labelled, augmented, mixed, rows_at, to_float
 from pipeline.finetuning.plan import Stage, set_trainable, stage_of_parameters
 from pipeline.finetuning.weights import Score
 
 EVALUATIONS = 10
-"""How often a run is evaluated when the config leaves it open."""
+"""How often a run is evaluated."""
+MOMENTUM = 0.9
+"""Nesterov's, of SGD."""
 BLOCK = 256
 """Images that are scored at a time."""
 
@@ -35,18 +37,18 @@ class Task:
     network: nn.Module
     stages: tuple[Stage, ...]
     plan: tuple[tuple[float, int], ...]
-    settings: TrainingConfig
+    settings: FinetuneConfig
     steps: int
     precision: str
     """`fp32`, `bf16` or `fp16`."""
     seed: int
     device: torch.device
+    evaluations: int = EVALUATIONS
 
     @property
     def evaluate_every(self) -> int:
         """Steps between two evaluations."""
-        every = self.settings.evaluate_every
-        return max(1, self.steps // EVALUATIONS) if every == "auto" else every
+        return max(1, self.steps // self.evaluations)
 
     @property
     def images_per_step(self) -> int:
@@ -80,16 +82,14 @@ def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
             if members:
                 groups.append({"params": members, "weight_decay": decay, "lr": own, "stage": stage.name})
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
+        return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
     return torch.optim.AdamW(groups, lr=rate)
 
 
 def make_schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Return the schedule of a run: linear warm-up to the full rate, then constant or a cosine down to zero."""
+    """Return the schedule of a run: linear warm-up to the full rate, then a cosine down to zero."""
     warmup = round(task.settings.warmup * task.steps)
     rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    if task.settings.schedule == "constant":
-        return rise
     fall = CosineAnnealingLR(optimizer, T_max=max(1, task.steps - warmup))
     return SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if warmup else fall
 
@@ -122,11 +122,8 @@ def train_step(
         total += loss.item() / settings.accumulate
     if not np.isfinite(total):
         raise TrainingError(
-            f"training: the loss at step {step} is {total}; lower the rate ({settings.rate:g}) or use precision fp32"
+            f"training: the loss at step {step} is {total}; lower finetune.rate ({settings.rate}) or set extraction.precision to fp32"
         )
-    if settings.clip_norm is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(task.network.parameters(), settings.clip_norm)
     scaler.step(optimizer)
     scaler.update()
     return total
@@ -166,7 +163,7 @@ def _follow_plan(task: Task, step: int) -> None:
     set_trainable(task.network, task.stages, lowest, task.settings.batch_norm)
 
 
-def _class_weights(data: Data, settings: TrainingConfig, device: torch.device) -> Tensor | None:
+def _class_weights(data: Data, settings: FinetuneConfig, device: torch.device) -> Tensor | None:
     """Weights n / (classes * n_class), as scikit-learn's "balanced"."""
     if settings.class_weight is None:
         return None

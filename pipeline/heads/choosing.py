@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from sklearn.pipeline import Pipeline
 
-from pipeline.config import HeadConfig, Scalar, guess
+from pipeline.config import HeadConfig, Scalar, guess, unknown
 from pipeline.errors import HeadError
 from pipeline.heads.head import Head
 from pipeline.heads.own import load_own
@@ -30,6 +30,8 @@ def resolve(config: HeadConfig) -> Head:
     HeadError
         With one line for every problem of this head.
     """
+    if ":" not in config.name and config.name not in HEADS:
+        raise HeadError(unknown("head", config.name, tuple(HEADS), ", or package.module:ATTRIBUTE"))
     head = load_own(config.name) if ":" in config.name else HEADS[config.name]
     problems: list[str] = []
     space, defaults, fixed = dict(head.space), dict(head.defaults), dict(head.fixed)

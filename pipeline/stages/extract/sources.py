@@ -18,6 +18,7 @@ from pipeline.embed import networks as backbone
 from pipeline.embed.records import Embedder
 from pipeline.embed.spec import EMBED_VERSION, EmbeddingSpec
 from pipeline.errors import PipelineError
+from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import SPECS, Artifacts, read_document, write_document
 from pipeline.images import DECODE_POLICY
 from pipeline.io.digests import fingerprint
@@ -66,8 +67,8 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
             source = replace(source, embedder=made, specs=made.specs)
             found[key] = [spec.to_dict() for spec in source.specs]
         sources.append(source)
-    for name in config.baselines:
-        if name != "majority":
+    for name in baselines.NAMES if config.baselines is None else config.baselines:
+        if name != CONSTANT_GUESS:
             sources.append(Source(None, baselines.load(name, config.extraction.decode).specs, config))
     if found != known:
         make_folder(files.root)
