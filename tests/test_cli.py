@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from pipeline import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,8 +34,8 @@ def test_a_mistake_in_the_config_is_told_in_a_line_each_with_exit_code_2(tmp_pat
     assert done.stderr.splitlines() == [
         f"error: {config}: 2 problems",
         "  backbones.0.wights: unknown key, did you mean 'weights'?; allowed: name, weights, layers, pooling, arguments, preprocessing",
-        "  heads.0.name: unknown head 'knm', did you mean 'knn'?; allowed: logistic_regression, linear_svm, rbf_svm, "
-        "random_forest, ridge, knn, nearest_centroid, decision_tree, mlp, or package.module:ATTRIBUTE",
+        "  heads.0.name: unknown head 'knm', did you mean 'knn'?; allowed: nearest_centroid, ridge, logistic_regression, "
+        "linear_svm, decision_tree, knn, random_forest, rbf_svm, mlp, or package.module:ATTRIBUTE",
     ]
 
 
@@ -56,7 +59,6 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
 def test_an_output_that_cannot_show_a_class_name_is_no_traceback(
     encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import cli
     from pipeline.stages import check
 
     written = io.BytesIO()
@@ -97,8 +99,20 @@ def test_a_check_that_finds_something_is_exit_code_1() -> None:
         "    def lines(self): return ['one: DAMAGED']\n"
         "m.verify = lambda config, full, sample: [Check()]"
     )
-    done = run("verify", before=found)
-    assert (done.returncode, done.stdout) == (1, "one: DAMAGED\n")
+    done = run("store", "verify", before=found)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "one: DAMAGED\n", "")
+    old = run("verify", before=found)
+    assert (old.returncode, old.stdout) == (1, "one: DAMAGED\n")
+    assert old.stderr == "note: `manyheads verify` is `manyheads store verify` from now on\n"
+
+
+def test_the_commands_are_few_and_each_takes_what_its_row_says() -> None:
+    assert sum(not command.hidden for command in cli.cli.commands.values()) <= 12
+    for row in (*cli.COMMANDS, *cli.STORE):
+        given = [str(parameter.name) for parameter in row.takes if parameter.name != "overrides"]
+        asked = inspect.signature(row.run).parameters
+        options = any(one.kind is one.VAR_KEYWORD for one in asked.values())
+        assert set(given) == set(asked) or (options and set(given) >= set(asked) - {"options"}), row.run.__name__
 
 
 def test_a_folder_that_refuses_is_one_line_with_exit_code_2() -> None:
