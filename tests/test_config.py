@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from pydantic_core import PydanticUndefined
 
 from pipeline import config as configuration
+from pipeline.config import (
+    BackboneConfig,
+    Config,
+    DatasetConfig,
+    ExtractionConfig,
+    FinetuneConfig,
+    HeadConfig,
+    TuningConfig,
+)
 from pipeline.config.retired import KEYS
 from pipeline.embed import baselines
 from pipeline.errors import BackboneError, ConfigError, HeadError
@@ -227,6 +238,28 @@ def test_shipped_configs_are_valid_and_open_with_their_command(path: Path) -> No
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert "make " in text.partition("dataset:")[0]
+
+
+def test_folder_yaml_explains_every_key_and_shows_its_default() -> None:
+    (path,) = (path for path in CONFIGS if path.name == "folder.yaml")
+    section, shown = "", dict[str, dict[str, tuple[bool, str]]]()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        found = re.match(r"(#? *)(?:- )?(#?) *([a-z_]+):(?: (.*?))?(?: +# .*)?$", line)
+        if found:
+            indent, inner, key, value = found.groups()
+            section = key if len(indent) < 2 or indent == "# " else section
+            shown.setdefault(section, {})[key] = ("#" in indent + inner, value or "")
+    for name, fields in (("dataset", DatasetConfig), ("extraction", ExtractionConfig), ("tuning", TuningConfig),
+                         ("finetune", FinetuneConfig), ("backbones", BackboneConfig), ("heads", HeadConfig)):  # fmt: skip
+        for key, field in fields.model_fields.items():
+            assert key in shown[name], f"folder.yaml does not explain {name}.{key}"
+            commented, value = shown[name][key]
+            if commented and field.default is not PydanticUndefined and key not in ("name", "seconds", "class_weight"):
+                told = (
+                    configuration.load(path, [f"{name}.{key}={value}"]) if name not in ("backbones", "heads") else None
+                )
+                assert told is None or getattr(getattr(told, name), key) == field.default, f"{name}.{key}"
+    assert Config.model_fields.keys() <= shown.keys()
 
 
 def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
