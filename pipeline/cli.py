@@ -1,7 +1,7 @@
 """The `manyheads` command: parse, call a stage, print what it returned. It adds no behaviour.
 
-A command is a row of `COMMANDS`: a function from a config and options to lines, whose docstring is the help, and the parameters
-it takes. Stages are imported inside it, so that `--help` answers at once and `heads` runs where torch cannot be imported.
+A command is a row of `COMMANDS` or `STORE`: a function from a config and options to lines, whose docstring is the help, and the
+parameters it takes. Stages are imported inside it, so that `--help` answers at once and `heads` runs where torch cannot be imported.
 Exit codes: 0 done, 1 a check found something, 2 a mistake the user can solve, 130 and 143 interrupted.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from inspect import cleandoc
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
@@ -167,7 +167,7 @@ def status(config: Config | Path) -> Iterable[str]:
     return maintenance.status_of_pack(config) if isinstance(config, Path) else maintenance.status(config)
 
 
-def verify(config: Config | Path, full: bool, sample: int) -> tuple[bool, Iterable[str]]:
+def verify(config: Config | Path, full: bool, sample: int | None) -> tuple[bool, Iterable[str]]:
     """Check the feature stores, and with --full every file; exit code 1 when something is wrong. CONFIG may also be a packed file.
 
     Example: manyheads store verify configs/folder.yaml --full --sample 20
@@ -178,7 +178,7 @@ def verify(config: Config | Path, full: bool, sample: int) -> tuple[bool, Iterab
         if sample:
             raise click.UsageError("--sample needs an experiment: a packed file does not say where its images are")
         return maintenance.verify_pack(config, full=full)
-    checks = maintenance.verify(config, full=full, sample=sample)
+    checks = maintenance.verify(config, full=full, sample=sample or 0)
     ok, lines = maintenance.verify_files(config) if full else (True, [])
     return ok and all(found.ok for found in checks), [*(line for found in checks for line in found.lines()), *lines]
 
@@ -256,6 +256,7 @@ def pretrain(arguments: tuple[str, ...]) -> Iterable[str]:
 
 
 PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
 
 
 def _argument(name: str, **settings: Any) -> click.Argument:
@@ -268,137 +269,108 @@ def _option(*names: str, help: str, **settings: Any) -> click.Option:
 
 EXPERIMENT: tuple[click.Parameter, ...] = (
     _argument("config", default=DEFAULT_CONFIG, type=PATH),
-    _option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a key, such as tuning.trials=8; repeatable.",
-    ),
+    _option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as tuning.trials=8."),
 )
 """Where a command's function takes a `Config`."""
 
 
-class Row(NamedTuple):
-    """A command: `run` takes the parameters by name and returns lines to print, or with them whether a check found nothing."""
+def _command(
+    run: Callable[..., Iterable[str] | tuple[bool, Iterable[str]]],
+    *takes: click.Parameter,
+    packed: bool = False,
+    hidden: bool = False,
+) -> click.Command:
+    """Return a row: `run` takes the parameters by name and returns lines, or with them whether a check found nothing.
 
-    run: Callable[..., Iterable[str] | tuple[bool, Iterable[str]]]
-    takes: tuple[click.Parameter, ...]
-    packed: bool = False
-    """Whether a packed file may stand in place of the config."""
-    hidden: bool = False
-
-
-COMMANDS = (
-    Row(check, EXPERIMENT),
-    Row(
-        features,
-        (
-            *EXPERIMENT,
-            _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
-            _option("--why", is_flag=True, help="With --plan: say for every missing image why it is missing."),
-            _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
-        ),
-    ),
-    Row(heads, EXPERIMENT),
-    Row(finetune, (*EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights file to this name."))),
-    Row(
-        predict,
-        (
-            _argument("bundle", type=PATH),
-            _argument("images", nargs=-1, required=True, type=PATH),
-            _option("--output", "-o", default="predictions.csv", type=PATH, help="The CSV file to write."),
-            _option("--top", default=3, type=click.IntRange(min=1), help="Labels with probabilities per image."),
-            _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
-            _option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code."),
-            _option(
-                "--max-pixels",
-                type=click.IntRange(min=1),
-                help="Larger images are not read; the experiment's limit otherwise.",
-            ),
-        ),
-    ),
-    Row(report, EXPERIMENT),
-    Row(
-        compare,
-        (
-            _argument("outputs", nargs=-1, required=True, type=PATH),
-            _option("--output", "-o", default="comparison", type=PATH, help="The folder for the tables and plots."),
-            _option("--row", metavar="EMBEDDING/HEAD", help="Whose searches to draw; the best row's otherwise."),
-        ),
-    ),
-    Row(layers, (_argument("model"),)),
-    Row(pretrain, (_argument("arguments", nargs=-1, type=click.UNPROCESSED),), hidden=True),
-)
-
-_OUTPUT = _argument("output", type=PATH)
-_EMBEDDING = _option(
-    "--embedding", metavar="NAME", help="Which one, where there are several; `store status` lists them."
-)
-
-STORE = (
-    Row(status, EXPERIMENT, packed=True),
-    Row(
-        verify,
-        (
-            *EXPERIMENT,
-            _option("--full", is_flag=True, help="Read every byte, of all files of the experiment."),
-            _option(
-                "--sample",
-                default=0,
-                type=click.IntRange(min=0),
-                metavar="K",
-                help="Embed K random images anew and compare.",
-            ),
-        ),
-        packed=True,
-    ),
-    Row(repair, EXPERIMENT),
-    Row(gc, EXPERIMENT),
-    Row(pack, (_OUTPUT, *EXPERIMENT, _EMBEDDING, _option("--anonymous", is_flag=True, help="Leave out the paths."))),
-    Row(export, (_OUTPUT, *EXPERIMENT, _EMBEDDING), packed=True),
-    Row(
-        merge,
-        (_argument("target", metavar="STORE", type=PATH), _argument("sources", nargs=-1, required=True, type=PATH)),
-    ),
-)
-"""The commands of `manyheads store`, which up to 0.1 stood beside the others: `manyheads status` still works, with a note."""
-
-
-def _command(row: Row, note: str = "") -> click.Command:
-    """Return the command of a row; one with a note is an old name."""
+    With `packed` it may be given the path of a packed file in place of a config.
+    """
 
     def call(**given: Any) -> int:
-        if note:
-            click.echo(note, err=True)
         if "overrides" in given:
             overrides = given.pop("overrides")
-            if not row.packed or given["config"].suffix not in PACKED:
+            if not packed or given["config"].suffix not in PACKED:
                 from pipeline.stages import settings
 
                 given["config"] = settings.load(given["config"], overrides)
-        found = row.run(**given)
+        found = run(**given)
         ok, lines = found if isinstance(found, tuple) else (True, found)
         for line in lines:
             click.echo(line)
         return 0 if ok else 1
 
-    return click.Command(
-        row.run.__name__,
-        {"ignore_unknown_options": row.hidden},
-        call,
-        list(row.takes),
-        cleandoc(row.run.__doc__ or ""),
-        hidden=row.hidden or bool(note),
-    )
+    context = {"ignore_unknown_options": hidden}
+    return click.Command(run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
 
 
-for _row in COMMANDS:
-    cli.add_command(_command(_row))
-for _row in STORE:
-    _name = _row.run.__name__
-    store.add_command(_command(_row))
-    cli.add_command(_command(_row, f"note: `manyheads {_name}` is `manyheads store {_name}` from now on"))
+COMMANDS = (
+    _command(check, *EXPERIMENT),
+    _command(
+        features,
+        *EXPERIMENT,
+        _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
+        _option("--why", is_flag=True, help="With --plan: say for every missing image why it is missing."),
+        _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
+    ),
+    _command(heads, *EXPERIMENT),
+    _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
+    _command(
+        predict,
+        _argument("bundle", type=PATH),
+        _argument("images", nargs=-1, required=True, type=PATH),
+        _option("--output", "-o", default="predictions.csv", type=PATH, help="The CSV file to write."),
+        _option("--top", default=3, type=COUNT, help="Labels with probabilities per image."),
+        _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
+        _option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code."),
+        _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
+    ),
+    _command(report, *EXPERIMENT),
+    _command(
+        compare,
+        _argument("outputs", nargs=-1, required=True, type=PATH),
+        _option("--output", "-o", default="comparison", type=PATH, help="The folder for the tables and plots."),
+        _option("--row", metavar="EMBEDDING/HEAD", help="Whose searches to draw; the best row's otherwise."),
+    ),
+    _command(layers, _argument("model")),
+    _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),
+)
+
+_OUTPUT = _argument("output", type=PATH)
+_EMBEDDING = _option("--embedding", metavar="NAME", help="Which, where there are several; `store status` lists them.")
+
+STORE = (
+    _command(status, *EXPERIMENT, packed=True),
+    _command(
+        verify,
+        *EXPERIMENT,
+        _option("--full", is_flag=True, help="Read every byte, of all files of the experiment."),
+        _option("--sample", type=COUNT, metavar="K", help="Embed K random images anew and compare."),
+        packed=True,
+    ),
+    _command(repair, *EXPERIMENT),
+    _command(gc, *EXPERIMENT),
+    _command(pack, _OUTPUT, *EXPERIMENT, _EMBEDDING, _option("--anonymous", is_flag=True, help="Leave out the paths.")),
+    _command(export, _OUTPUT, *EXPERIMENT, _EMBEDDING, packed=True),
+    _command(
+        merge,
+        _argument("target", metavar="STORE", type=PATH),
+        _argument("sources", nargs=-1, required=True, type=PATH),
+    ),
+)
+"""The commands of `manyheads store`, which up to 0.1 stood beside the others: `manyheads status` still works, with a note."""
+
+
+def _by_its_old_name(command: click.Command) -> click.Command:
+    def told(**given: Any) -> Any:
+        click.echo(f"note: `manyheads {command.name}` is `manyheads store {command.name}` from now on", err=True)
+        return command.callback(**given) if command.callback else None
+
+    return click.Command(command.name, callback=told, params=command.params, help=command.help, hidden=True)
+
+
+for _each in STORE:
+    store.add_command(_each)
+for _each in (*COMMANDS, *map(_by_its_old_name, STORE)):
+    cli.add_command(_each)
 
 
 def _write_what_a_stream_can_show() -> None:
