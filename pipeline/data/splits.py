@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import DatasetIndex, Texts, encode
-from pipeline.data.match import match_digests, match_texts
-from pipeline.data.units import leakage_units
+from pipeline.data.index import DatasetIndex
+from pipeline.data.match import Texts, encode, match_digests, match_texts
 from pipeline.io.digests import Digests, content_digest
 
 
@@ -33,7 +32,7 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     the units they belong to. No class loses all its training images.
     """
     splits, groups, digests = index.splits, index.groups, index.digests
-    units = leakage_units(digests, groups)
+    units = index.units()
     n_units = int(units.max()) + 1 if len(units) else 0
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
