@@ -372,7 +372,7 @@ def test_a_stopped_run_gives_the_same_weights(
     experiment: Path, tuned: finetune.FinetuneRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is stopped before its first evaluation, which is after four steps."""
-    config = make_config(experiment, embedding="toy-toy-penultimate", training={"range_test": True, "steps": 8})
+    config = make_config(experiment, embedding="toy-toy-penultimate", training={"steps": 8})
     whole = finetune.run(config)
     weights = load_file(whole.weights)
     for name in ("result.json", "checkpoint.pt", whole.weights.name):

@@ -29,8 +29,6 @@ class TrainingConfig(Section):
     rate: float = Field(1e-3, gt=0)
     rate_decay: float = Field(0.5, gt=0, le=1)
     """Stages further from the head learn more slowly, down to a hundredth of the rate."""
-    range_test: bool = False
-    """Choose the rate by a range test first; the network is put back as it was."""
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-2, ge=0)
     """Not applied to norms and biases. AdamW's is decoupled from the gradient; SGD's is the usual L2 term."""
@@ -41,8 +39,6 @@ class TrainingConfig(Section):
     mixup: float = Field(0.0, ge=0)
     """Alpha of the Beta distribution; 0 is off. With both mixup and cutmix each batch gets one of them."""
     cutmix: float = Field(0.0, ge=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Before the last layer."""
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
     """`crop` is a random resized crop and a flip; `trivial` is torchvision's TrivialAugmentWide before it."""
     smallest_crop: float = Field(0.5, gt=0, le=1)

@@ -19,7 +19,7 @@ from pipeline.io.files import make_folder, read_file, write_atomic
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "manyheads checkpoint"
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,12 @@ class Run:
 class State:
     """Where a run stands: what a checkpoint holds beside the states of network, optimizer and the like.
 
-    rate : the rate of the last layer, from the config or the range test
     losses : of every step since the last evaluation
     best : the best score so far with its weights and where they come from, "weights" or "ema"
     stale : evaluations since
     history : one record per evaluation
     """
 
-    rate: float
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)

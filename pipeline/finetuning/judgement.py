@@ -24,7 +24,7 @@ def progress_report(task: Task, trained: Trained, path: ReturnPath) -> dict[str,
     return {
         "steps": trained.steps,
         "minutes": trained.seconds / 60,
-        "rate": trained.rate,
+        "rate": task.settings.rate,
         "precision": task.precision,
         "source": trained.source if path.alpha > 0 else "hand-over",
         "alpha": path.alpha,

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data
 from pipeline.finetuning.checkpoint import Run, State, load, save
-from pipeline.finetuning.instruments import dropout, profiler, tensorboard
-from pipeline.finetuning.range_test import range_test
+from pipeline.finetuning.instruments import profiler, tensorboard
 from pipeline.finetuning.steps import Task, evaluate, make_optimizer, make_schedule, train_step
 from pipeline.finetuning.weights import Score, Weights, copy_weights
 from pipeline.io import progress
@@ -41,7 +39,6 @@ class Trained:
     history : one record per evaluation
     steps : steps done, fewer than planned after an early stop
     seconds : time spent in training, over all its pieces
-    rate : the head's rate, from the config or the range test
     """
 
     weights: Weights
@@ -50,7 +47,6 @@ class Trained:
     history: tuple[dict[str, Any], ...]
     steps: int
     seconds: float
-    rate: float
 
 
 def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None] | None = None) -> Trained:
@@ -65,11 +61,10 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
     """
     _check(task, data)
     settings = task.settings
-    state, parts = _begin(task, data, run)
+    state, parts = _begin(task, run)
     saved, clock = state.seconds, time.perf_counter()
     with (
         progress.bar(task.steps, "step", "training", initial=state.step) as bar,
-        dropout(task.network, settings.dropout),
         profiler(settings.profile_steps, run.folder / "profile.txt") as tick,
         tensorboard(run.folder / "tensorboard" if settings.tensorboard else None) as show,
     ):
@@ -93,26 +88,22 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
     score, weights, source = state.best
     task.network.load_state_dict(weights)
     task.network.eval()
-    return Trained(weights, source, score, tuple(state.history), state.step, state.seconds, state.rate)
+    return Trained(weights, source, score, tuple(state.history), state.step, state.seconds)
 
 
-def _begin(task: Task, data: Data, run: Run) -> tuple[State, dict[str, Any]]:
+def _begin(task: Task, run: Run) -> tuple[State, dict[str, Any]]:
     """Return the state of a run and all that changes with it, as the checkpoint has them or before the first step."""
-    found = load(run)
+    found, parts = load(run), _parts(task)
     if found is None:
-        state = State(range_test(task, data) if task.settings.range_test else task.settings.rate)
-        parts = _parts(task, state.rate)
-        save(run, state, parts)  # what the range test found is not looked for again
-        return state, parts
-    parts = _parts(task, found[0].rate)
+        return State(), parts
     for name, part in parts.items():
         part.load_state_dict(found[1][name])
     return found[0], parts
 
 
-def _parts(task: Task, rate: float) -> dict[str, Any]:
+def _parts(task: Task) -> dict[str, Any]:
     """All that changes from step to step and is in the checkpoint: network, optimizer, schedule, scaler, moving average."""
-    optimizer = make_optimizer(task, rate)
+    optimizer = make_optimizer(task)
     parts = {
         "network": task.network,
         "optimizer": optimizer,
@@ -120,22 +111,9 @@ def _parts(task: Task, rate: float) -> dict[str, Any]:
         "scaler": torch.amp.GradScaler(task.device.type, enabled=task.precision == "fp16"),
     }
     if task.settings.ema > 0:
-        parts["average"] = AveragedModel(task.network, multi_avg_fn=_averaging(task.settings.ema), use_buffers=True)
+        follow = get_ema_multi_avg_fn(task.settings.ema)  # type: ignore[no-untyped-call]
+        parts["average"] = AveragedModel(task.network, multi_avg_fn=follow, use_buffers=True)
     return parts
-
-
-def _averaging(decay: float) -> Callable[..., None]:
-    """Return how a moving average follows the weights; early steps count more, so that the start is soon forgotten."""
-
-    def follow(average: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
-        if average[0].is_floating_point():
-            now = min(decay, (1 + int(count)) / (10 + int(count)))
-            get_ema_multi_avg_fn(now)(average, weights, count)  # type: ignore[no-untyped-call]
-        else:  # BatchNorm's counters
-            for kept, new in zip(average, weights, strict=True):
-                kept.copy_(new)
-
-    return follow
 
 
 def _step(task: Task, data: Data, state: State, parts: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import UnfreezeConfig
 from pipeline.errors import TrainingError
 
 BatchNorm = Literal["frozen", "affine", "train"]
@@ -31,14 +32,6 @@ class Stage:
 
     name: str
     modules: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PlanStep:
-    """From a share of the steps on, everything from the head down to one stage is trained."""
-
-    start: float
-    scope: str
 
 
 def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
@@ -104,7 +97,7 @@ def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
     )
 
 
-def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
+def check_plan(plan: Sequence[UnfreezeConfig], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
     """Return a plan as (share of the steps, lowest trained stage), each step opening at least what the one before did.
 
     Raises

@@ -26,7 +26,6 @@ from pipeline.export import bundle as bundles
 from pipeline.finetuning import (
     Data,
     Labelled,
-    PlanStep,
     Task,
     check_plan,
     describe_plan,
@@ -184,7 +183,7 @@ def make_task(config: Config, network: Network, layer: Layer, parts: Parts, fold
     steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
     put_head(network.module, layer)
     stages = stages_of(network.module, network.preprocessing.size[0])
-    plan = check_plan([PlanStep(step.start, step.scope) for step in config.finetune.unfreeze], stages)
+    plan = check_plan(config.finetune.unfreeze, stages)
     log.info("training on %s in %s: %s", device, precision, reason)
     for stage in stages:
         log.info("  %-7s %s", stage.name, ", ".join(stage.modules))

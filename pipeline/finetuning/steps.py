@@ -67,11 +67,11 @@ def stage_rates(rate: float, decay: float, stages: int) -> list[float]:
     return [max(rate * decay**depth, rate / 100) for depth in range(stages - 1, -1, -1)]
 
 
-def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer with one group per stage and decay; `rate` is the head's before any schedule."""
+def make_optimizer(task: Task) -> torch.optim.Optimizer:
+    """Return the optimizer with one group per stage and decay, at their full rates."""
     settings, groups = task.settings, list[dict[str, Any]]()
     owners = stage_of_parameters(task.network, task.stages)
-    rates = stage_rates(rate, settings.rate_decay, len(task.stages))
+    rates = stage_rates(settings.rate, settings.rate_decay, len(task.stages))
     for stage, own in zip(task.stages, rates, strict=True):
         for decays in (True, False):  # norms and biases, which are vectors, do not
             inside = [p for name, p in task.network.named_parameters() if owners[name] == stage.name]
@@ -80,8 +80,8 @@ def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
             if members:
                 groups.append({"params": members, "weight_decay": decay, "lr": own, "stage": stage.name})
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
-    return torch.optim.AdamW(groups, lr=rate)
+        return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    return torch.optim.AdamW(groups)
 
 
 def make_schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:

@@ -28,7 +28,7 @@ from pipeline.experiment import FINETUNING, Artifacts, read_document, write_docu
 from pipeline.finetuning import Run, copy_weights, describe, predict_logits, return_path, train, write_weights
 from pipeline.finetuning.judgement import judge, lines, progress_report
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of, read_pixels
-from pipeline.finetuning.range_test import ALPHAS
+from pipeline.finetuning.return_path import ALPHAS
 from pipeline.finetuning.start import make_task, open_network, starting_layer
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
