@@ -353,7 +353,9 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     said = again.summary_lines()
     assert said[0] == "finished before and kept"
     assert any(line.startswith("verdict    against the best row") for line in said)
-    going_on = f"to go on   put {{name: toy, weights: {tuned.weights}}} under backbones: and run features and heads"
+    going_on = (
+        f'to go on   put {{"name": "toy", "weights": "{tuned.weights}"}} under backbones: and run features and heads'
+    )
     kept = "           nothing that was learned helped on the validation images: the network is the start"
     for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
         said = replace(again, result={**again.result, "alpha": alpha}).summary_lines()

@@ -520,7 +520,7 @@ def test_it_stops_early_when_nothing_improves(data: Data, tmp_path: Path) -> Non
     stuck = but(BASE, steps=50, evaluate_every=1, patience=2, rate=1e-12)
     task = make_task(stuck)
     trained = train(task, data, Run(tmp_path, "x"))
-    assert trained.steps < 50
+    assert trained.step < 50
     best = max((r["validation_accuracy"], -r["validation_loss"]) for r in trained.history)
     assert trained.score == best
 

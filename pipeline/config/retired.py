@@ -28,6 +28,9 @@ KEYS: Final[Mapping[str, Retired]] = {
     ),
     "finetune.training.sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
     "finetune.training.cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
+    "finetune.interpolate": Retired(
+        True, "is gone: the weights between hand-over and result are always tried; remove it"
+    ),
     "finetune.training.range_test": Retired(False, "is gone: no rate is looked for; remove it, and set rate"),
     "finetune.training.dropout": Retired(0.0, "is gone; remove it: weight_decay, label_smoothing and mixup are left"),
     "tuning.device": Retired("auto", "is gone: heads are searched on the processor; remove it"),

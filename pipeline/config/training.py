@@ -77,8 +77,6 @@ class FinetuneConfig(Section):
     """Share of the training images that chooses weights, where the data have no validation split."""
     unfreeze: tuple[UnfreezeConfig, ...] = (UnfreezeConfig(),)
     """Which stages are trained from which share of the steps on, such as `[{start: 0, scope: head}, {start: 0.2}]`."""
-    interpolate: bool = True
-    """Also try the weights between hand-over and result, and take what does best on the validation images."""
     training: TrainingConfig = TrainingConfig()
 
     @field_validator("unfreeze", mode="before")

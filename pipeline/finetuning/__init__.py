@@ -15,9 +15,9 @@ judgement.py    the comparisons and the verdict
 """
 
 from pipeline.finetuning.batches import Data, Labelled
-from pipeline.finetuning.checkpoint import Run
+from pipeline.finetuning.checkpoint import Run, State
 from pipeline.finetuning.handover import fold, put_head, random_layer
-from pipeline.finetuning.loop import Trained, train
+from pipeline.finetuning.loop import train
 from pipeline.finetuning.plan import Stage, check_plan, describe_plan, stages_of
 from pipeline.finetuning.return_path import ReturnPath, return_path
 from pipeline.finetuning.steps import Task, evaluate, predict_logits, steps_for
@@ -30,8 +30,8 @@ __all__ = [
     "Run",
     "Score",
     "Stage",
+    "State",
     "Task",
-    "Trained",
     "check_plan",
     "copy_weights",
     "describe",

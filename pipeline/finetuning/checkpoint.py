@@ -42,10 +42,14 @@ class Run:
 
 @dataclass
 class State:
-    """Where a run stands: what a checkpoint holds beside the states of network, optimizer and the like.
+    """Where a run stands, and at its end what it gave: what a checkpoint holds beside the states of network, optimizer and the like.
 
+    step : steps done, at the end fewer than planned after an early stop
+    seconds : time spent in training, over all its pieces
     losses : of every step since the last evaluation
-    best : the best score so far with its weights and where they come from, "weights" or "ema"
+    score : the best so far on the validation images: accuracy and minus the log-loss
+    weights : the state of the network that had it
+    source : "weights", or "ema" for their moving average
     stale : evaluations since
     history : one record per evaluation
     """
@@ -53,7 +57,9 @@ class State:
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
-    best: tuple[Score, Weights, str] | None = None
+    score: Score | None = None
+    weights: Weights = field(default_factory=dict)
+    source: str = ""
     stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from pipeline.finetuning.batches import Data
 from pipeline.finetuning.checkpoint import Run, State, load, save
 from pipeline.finetuning.instruments import profiler, tensorboard
 from pipeline.finetuning.steps import Task, evaluate, make_optimizer, make_schedule, train_step
-from pipeline.finetuning.weights import Score, Weights, copy_weights
+from pipeline.finetuning.weights import copy_weights
 from pipeline.io import progress
 
 logger = logging.getLogger(__name__)
@@ -29,28 +28,8 @@ SAVE_SECONDS = 30.0
 """A checkpoint is written after this time at the latest, because an evaluation may be minutes away."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The chosen weights and how they came about.
-
-    weights : the state of the network that did best on the validation images
-    source : "weights", or "ema" for their moving average
-    score : its accuracy and minus its log-loss on the validation images
-    history : one record per evaluation
-    steps : steps done, fewer than planned after an early stop
-    seconds : time spent in training, over all its pieces
-    """
-
-    weights: Weights
-    source: str
-    score: Score
-    history: tuple[dict[str, Any], ...]
-    steps: int
-    seconds: float
-
-
-def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None] | None = None) -> Trained:
-    """Train a network in place and return the weights that did best on the validation images.
+def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None] | None = None) -> State:
+    """Train a network in place, put the weights into it that did best on the validation images, and return how it went.
 
     A checkpoint of the same identity is continued; `on_evaluation` gets the step of each evaluation, once it is saved.
 
@@ -84,11 +63,9 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
                 bar.note(f"validation {state.history[-1]['validation_accuracy']:.1%}")
                 if on_evaluation is not None:
                     on_evaluation(state.step)
-    assert state.best is not None  # the last step is followed by an evaluation
-    score, weights, source = state.best
-    task.network.load_state_dict(weights)
+    task.network.load_state_dict(state.weights)  # there are some: the last step is followed by an evaluation
     task.network.eval()
-    return Trained(weights, source, score, tuple(state.history), state.step, state.seconds)
+    return state
 
 
 def _begin(task: Task, run: Run) -> tuple[State, dict[str, Any]]:
@@ -136,8 +113,8 @@ def _evaluate(task: Task, data: Data, state: State, parts: dict[str, Any], rate:
         score = evaluate(network, data.validation, data, task.device, task.precision)
         name = "validation" if source == "weights" else source
         record.update({f"{name}_accuracy": score[0], f"{name}_loss": -score[1]})
-        if state.best is None or score > state.best[0]:
-            state.best, state.stale = (score, copy_weights(network), source), 0
+        if state.score is None or score > state.score:
+            state.score, state.weights, state.source, state.stale = score, copy_weights(network), source, 0
     record.update(loss=float(np.mean(state.losses)), rate=rate, seconds=round(state.seconds, 1))
     state.history.append(record)
     state.losses = []
