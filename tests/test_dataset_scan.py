@@ -250,16 +250,16 @@ class TestSplitsOfAScan:
 
     def test_a_new_seed_or_fraction_reshuffles_only_when_asked(self, photos: Path, calm: None) -> None:
         first = run(photos, seed=0)
-        assert first.notes == ()
+        assert first.warnings == ()
         kept = run(photos, seed=1, test_fraction=0.4)
         assert sides(kept) == sides(first)
-        assert kept.notes == (
+        assert kept.warnings == (
             "the test split made with seed 0 and test_fraction 0.2 is kept, though the config now says seed 1 and "
             "test_fraction 0.4; delete index.csv to have it made anew",
         )
         anew = run(photos, seed=1, test_fraction=0.4, resplit=True)
         assert anew.counts["cat"]["test"] == 4
-        assert anew.notes == ()
+        assert anew.warnings == ()
         assert sides(run(photos, seed=1, test_fraction=0.4)) == sides(anew)
         (photos.parent / "dataset" / "index.csv").unlink()
         assert sides(run(photos, seed=0)) == sides(first)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,14 @@ SPLITS = ("train", "validation", "test", "excluded")
 
 _RUNS = r"^[=+\-@\t\r']"
 """What `to_cell` looks for."""
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What a made split follows: the seed of the order, and the share of each class's images that is set aside."""
+
+    seed: int
+    test_fraction: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +105,12 @@ class DatasetIndex:
         """Return the hex digest of every row; where the images lie does not matter."""
         return bytes_digest(_to_csv(self))
 
-    def write(self, folder: Path, made: dict[str, Any] | None = None, source: str = "") -> None:
-        """Write index.csv and index.json; `made` says how splits were made, None when the user gave them."""
+    def write(self, folder: Path, plan: SplitPlan | None = None, source: str = "") -> None:
+        """Write index.csv and index.json; `plan` says how the test split was made, None when the user gave it."""
         make_folder(folder)
         rows, path = _to_csv(self), folder / INDEX_FILE
         digests = [bytes_digest(rows), *([bytes_digest(path.read_bytes())] if path.is_file() else [])]
+        made = None if plan is None else asdict(plan)
         record = {"root": str(self.root), "source": source, "made_splits": made, "rows": digests}
         write_document(folder / INDEX_RECORD, INDEX, record)
         write_atomic(path, rows)
@@ -123,7 +132,9 @@ class DatasetIndex:
                 f"{folder / INDEX_FILE}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, "
                 "which keeps its splits, or delete it to have it made anew"
             )
-        return found.index()
+        if found.index is None:
+            raise DatasetError(f"{found.path}: there is no index here; run `manyheads features` to make it")
+        return found.index
 
 
 @dataclass(frozen=True)
@@ -164,16 +175,23 @@ class WrittenIndex:
         written = (self.record or {}).get("rows")
         return written is not None and self.csv is not None and self.digest not in written
 
-    def index(self) -> DatasetIndex:
-        """Return the index, also where somebody has edited it.
+    @property
+    def plan(self) -> SplitPlan | None:
+        """How the test split was made; None when the user gave it, or nothing is known."""
+        made = (self.record or {}).get("made_splits")
+        return SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
+
+    @cached_property
+    def index(self) -> DatasetIndex | None:
+        """The index, also where somebody has edited it.
 
         Raises
         ------
         DatasetError
-            When there is none, or it is damaged.
+            When it is damaged.
         """
         if self.csv is None:
-            raise DatasetError(f"{self.path}: there is no index here; run `manyheads features` to make it")
+            return None
         record = self.record or {}
         return _from_csv(self.path, self.csv, Path(record.get("root", "")), record.get("version") != 1)
 

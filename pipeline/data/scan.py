@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
-from pipeline.data.index import INDEX_FILE, DatasetIndex, WrittenIndex, read_record
+from pipeline.data.index import INDEX_FILE, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
 from pipeline.data.listing import Listing
 from pipeline.data.match import Difference, Texts, difference, texts
 from pipeline.data.reading import incomplete_jpegs, read_digests
 from pipeline.data.sources import list_source
-from pipeline.data.splits import SplitPlan, make_test_split, prior_sides
+from pipeline.data.splits import make_test_split, prior_sides
 from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
 from pipeline.errors import DatasetError, first
@@ -57,32 +57,32 @@ def scan(
     began = time.time_ns()
     listing = list_source(config, folder)
     listing.sort()
+    cache, before = read_cache(folder), WrittenIndex.read(folder)
     require_its_own(listing.root, folder, config)
-    cache, before = read_cache(folder), _Before.read(folder)
     key = _scan_key(listing, config)
-    as_it_was = cache.scan == key and cache.index == before.fingerprint and not cache.racy().any()
+    as_it_was = cache.scan == key and cache.index == before.digest and not cache.racy().any()
     if as_it_was and before.index is not None and not rehash and not resplit:
         found = _Found(before.index, cache.stats, [], 0)
-        plan, notes = before.plan, _kept_notes(before.plan, config, seed)
+        plan = before.plan
         base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
     else:
         found = _read_changed(listing, cache, rehash)
         if cache.is_old and before.index is not None:
             record_failures(folder, incomplete_jpegs(found.index, config.max_pixels), policy_key(config.max_pixels))
         _require_classes(found, listing, config)
-        base, plan, notes = _split(found.index, before, config, seed, resplit)
+        base, plan = _split(found.index, before, config, seed, resplit)
     copies = find_copies(found.index.with_splits(base))
     if config.leaks == "error" and copies.leaks:
         raise _leak_error(found.index, copies)
     index = found.index.with_splits(apply_leaks(base, copies.leaking, config.leaks))
     entries = sorted([*listing.entries, *found.entries])
     known = remembered(read_failures(folder), index.paths.tolist(), index.digests)
-    fingerprint_now = before.fingerprint if as_it_was and found.index is before.index else index.fingerprint()
-    unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
+    fingerprint_now = before.digest if as_it_was and found.index is before.index else index.fingerprint()
+    unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.digest
     if write:
         write_failures(folder, [*entries, *_remarks(index, copies, config.leaks), *known])
         if not unchanged or plan != before.plan or before.edited:
-            index.write(folder, None if plan is None else asdict(plan), config.source)
+            index.write(folder, plan, config.source)
         if found.read or not (as_it_was and unchanged):
             # A file that could not be read is tried again next time, so that scan must not be taken for complete.
             whole = "" if found.entries else key
@@ -104,9 +104,9 @@ def scan(
             *listing.warnings,
             *_label_warnings(index),
             *_split_warnings(index),
+            *_kept_split(plan, config, seed),
             *([EDITED] if before.edited else []),
         ),
-        notes=tuple(notes),
     )
 
 
@@ -128,28 +128,6 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
         "another folder, or leave it out: it follows the name of the data set. To go on in this one, delete dataset/index.json "
         "there: its splits and features are kept"
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Before:
-    """What an earlier scan left in the folder."""
-
-    index: DatasetIndex | None
-    fingerprint: str
-    plan: SplitPlan | None
-    """How the test split was made; None when the user gave it, or nothing is known."""
-    recorded: bool
-    edited: bool
-    """index.csv is not the one that was written: somebody has edited it, or it is damaged."""
-
-    @staticmethod
-    def read(folder: Path) -> _Before:
-        written = WrittenIndex.read(folder)
-        if written.csv is None:
-            return _Before(None, "", None, recorded=False, edited=False)
-        made = (written.record or {}).get("made_splits")
-        plan = SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
-        return _Before(written.index(), written.digest, plan, written.record is not None, written.edited)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,22 +157,19 @@ def _read_changed(listing: Listing, cache: StatCache, rehash: bool) -> _Found:
 
 
 def _split(
-    index: DatasetIndex, before: _Before, config: DatasetConfig, seed: int, resplit: bool
-) -> tuple[Texts, SplitPlan | None, list[str]]:
-    """Return the splits before leaks, the plan they were made by (None for the user's own), and what to tell."""
+    index: DatasetIndex, before: WrittenIndex, config: DatasetConfig, seed: int, resplit: bool
+) -> tuple[Texts, SplitPlan | None]:
+    """Return the splits before leaks, and the plan they were made by; None for the user's own."""
     if (index.splits == "test").any():
-        return index.splits, None, []
-    sides = np.where(index.splits == "", "train", index.splits).astype(object)
-    wanted = SplitPlan(seed, config.test_fraction)
-    prior = np.full(len(index), -1, dtype=np.int8)
-    plan, notes = wanted, []
-    if before.index is not None and not resplit and (before.plan is not None or not before.recorded):
-        prior = prior_sides(before.index, index)
-        plan, notes = before.plan or wanted, _kept_notes(before.plan, config, seed)
-    return make_test_split(index.with_splits(sides), plan, prior), plan, notes
+        return index.splits, None
+    sides = index.with_splits(np.where(index.splits == "", "train", index.splits).astype(object))
+    plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
+    if before.index is not None and not resplit and (before.plan is not None or before.record is None):
+        plan, prior = before.plan or plan, prior_sides(before.index, index)
+    return make_test_split(sides, plan, prior), plan
 
 
-def _kept_notes(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
+def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
     if plan is None or plan == SplitPlan(seed, config.test_fraction):
         return []
     return [

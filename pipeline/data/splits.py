@@ -7,22 +7,12 @@ were split before keep their side, so adding, renaming or removing images moves 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import DatasetIndex
+from pipeline.data.index import DatasetIndex, SplitPlan
 from pipeline.data.match import Texts, encode, match_digests, match_texts
 from pipeline.io.digests import Digests, content_digest
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """What a made split follows: the share of each class's images that is set aside, and the seed of the order."""
-
-    seed: int
-    test_fraction: float
 
 
 def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8]) -> Texts:

@@ -38,7 +38,6 @@ class ScanResult:
     remembered: int
     """Images known from earlier runs not to decode."""
     warnings: tuple[str, ...]
-    notes: tuple[str, ...]
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -62,7 +61,6 @@ class ScanResult:
             lines.append("nothing changed since the last scan")
         elif str(self.difference) and not self.first:
             lines.append(f"since the last scan: {self.difference}")
-        lines += self.notes
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += self._pair_lines(self.copies.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})")
         lines += self._pair_lines(self.copies.conflicts, "under two labels (kept as they are; mend the labels)")
