@@ -25,20 +25,16 @@ class TrainingConfig(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     """Batches per step; their gradients are averaged."""
-    optimizer: Literal["sgd", "adamw"] = "adamw"
     rate: float = Field(1e-3, gt=0)
     rate_decay: float = Field(0.5, gt=0, le=1)
     """Stages further from the head learn more slowly, down to a hundredth of the rate."""
-    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-2, ge=0)
-    """Not applied to norms and biases. AdamW's is decoupled from the gradient; SGD's is the usual L2 term."""
+    """AdamW's; not applied to norms and biases."""
     warmup: float = Field(0.1, ge=0, lt=1)
-    """Share of the steps in which the rate rises."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """Share of the steps in which the rate rises; then it falls to zero by a cosine."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution; 0 is off. With both mixup and cutmix each batch gets one of them."""
-    cutmix: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution; 0 is off."""
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
     """`crop` is a random resized crop and a flip; `trivial` is torchvision's TrivialAugmentWide before it."""
     smallest_crop: float = Field(0.5, gt=0, le=1)

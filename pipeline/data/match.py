@@ -65,7 +65,7 @@ def leakage_units(digests: Digests, groups: Texts | None) -> NDArray[np.int64]:
 
 
 def match_texts(old: Texts, new: Texts) -> Rows:
-    """Return for each new text the row of the equal old text, or -1; both are sorted and distinct.
+    """Return for each new text the row of the equal old text, int64 of shape (n_new,), or -1; both are sorted and distinct.
 
     Taken in blocks that end at the same text: most blocks are equal as they are, and a table of one block's hashes
     stays in the processor's cache.
@@ -87,7 +87,7 @@ def match_texts(old: Texts, new: Texts) -> Rows:
 
 
 def match_digests(old: Digests, new: Digests) -> Rows:
-    """Return for each new digest the first row with the equal old digest, or -1."""
+    """Return for each new digest, uint64 (n_new, 2), the first row with the equal old digest: int64 of shape (n_new,), -1 for none."""
     codes = content_codes(np.concatenate([old, new]))
     first = np.full(len(codes), -1, dtype=np.int64)
     first[codes[: len(old)][::-1]] = np.arange(len(old))[::-1]
@@ -109,7 +109,7 @@ class Difference:
 
 
 def difference(old_paths: Texts, old_digests: Digests, new_paths: Texts, new_digests: Digests) -> Difference:
-    """Compare two states by path and content.
+    """Compare two states by path, object arrays of shape (n,), and content, uint64 of shape (n, 2); paths are sorted.
 
     A new path whose content was at a path that is gone is renamed; a path with other content is changed.
     """

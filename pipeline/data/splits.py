@@ -16,9 +16,9 @@ from pipeline.io.digests import Digests, content_digest
 
 
 def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8]) -> Texts:
-    """Move whole units from 'train' to 'test' and return the splits, shape (n,).
+    """Move whole units from 'train' to 'test' and return the splits, object array of shape (n,).
 
-    `prior` is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
+    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
     the units they belong to. No class loses all its training images.
     """
     splits, groups, digests = index.splits, index.groups, index.digests
@@ -48,7 +48,10 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
 
 
 def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
-    """Return what each image was in an earlier index, by content first and by path otherwise: 1 test, 0 train, -1 not there."""
+    """Return what each image was in an earlier index, by content first and by path otherwise.
+
+    int8 of shape (n,): 1 test, 0 train, -1 not there.
+    """
     rows = match_digests(before.digests, index.digests)
     if before.root == index.root:  # below another root, the same path is another image
         by_path = match_texts(before.paths, index.paths)

@@ -42,7 +42,7 @@ class Data:
 
 
 def rows_at(position: int, count: int, images: int, seed: int) -> NDArray[np.int64]:
-    """Return the rows at places `position` to `position + count` of an endless row of shuffled epochs.
+    """Return the rows at places `position` to `position + count` of an endless row of shuffled epochs: int64 of shape (count,).
 
     Every epoch holds every image once, and no image waits for a batch that would be short.
     """
@@ -79,14 +79,10 @@ def augmented(pixels: NDArray[np.uint8], settings: TrainingConfig, device: torch
 
 
 def mixed(images: Tensor, labels: Tensor, settings: TrainingConfig, classes: int) -> tuple[Tensor, Tensor]:
-    """Apply mixup or cutmix to a batch: float32 (n, 3, h, w), and labels, int64 (n,); they become probabilities, float32 (n, classes), when either is on."""
-    if settings.mixup == 0 and settings.cutmix == 0:
+    """Apply mixup to a batch, float32 (n, 3, h, w), with labels, int64 (n,), which become probabilities, float32 (n, classes)."""
+    if settings.mixup == 0:
         return images, labels
-    v2 = _transforms()
-    makers = {v2.MixUp: settings.mixup, v2.CutMix: settings.cutmix}
-    choices = [maker(alpha=alpha, num_classes=classes) for maker, alpha in makers.items() if alpha > 0]
-    mix = choices[int(torch.randint(len(choices), ()).item())]
-    images, labels = mix(images, labels)
+    images, labels = _transforms().MixUp(alpha=settings.mixup, num_classes=classes)(images, labels)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 

@@ -29,7 +29,7 @@ class ReturnPath:
 
 
 def return_path(task: Task, data: Data, start: Weights, end: Weights, alphas: Sequence[float] = ALPHAS) -> ReturnPath:
-    """Score the weights between two on the validation images and put the best into the network.
+    """Score the weights between two states of a network on the validation images and put the best into it.
 
     The smallest alpha wins a tie, so training has to earn every step away from the hand-over, and what is chosen is never
     below the hand-over on these images. Wortsman et al. 2022, "Robust fine-tuning" (WiSE-FT), there for CLIP.
@@ -44,7 +44,7 @@ def return_path(task: Task, data: Data, start: Weights, end: Weights, alphas: Se
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> Weights:
-    """Return `(1 - alpha) * start + alpha * end`; counters are the end's unless alpha is 0 (Wortsman et al. 2022, "WiSE-FT")."""
+    """Return `(1 - alpha) * start + alpha * end` of each tensor, in its shape and dtype; counters are the end's unless alpha is 0."""
     return {
         name: torch.lerp(tensor, end[name], alpha)
         if tensor.is_floating_point()

@@ -98,7 +98,7 @@ def _check_layer(section: BackboneConfig, choice: Choice, config: Config) -> Non
 def starting_layer(
     config: Config, files: Artifacts, choice: Choice, store: FeatureStore, parts: Parts
 ) -> tuple[Layer, str]:
-    """Return the last layer to start from, and what it is in words.
+    """Return the last layer to start from, weights (n_classes, dim) and biases (n_classes,), float64, and what it is in words.
 
     The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
     seen the validation images, on which it would look better than it is.

@@ -79,19 +79,17 @@ def make_optimizer(task: Task) -> torch.optim.Optimizer:
             decay = settings.weight_decay if decays else 0.0
             if members:
                 groups.append({"params": members, "weight_decay": decay, "lr": own, "stage": stage.name})
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.momentum > 0)
     return torch.optim.AdamW(groups)
 
 
 def make_schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Return the schedule of a run: linear warm-up to the full rate, then constant or a cosine down to zero."""
+    """Return the schedule of a run: linear warm-up to the full rate, then a cosine down to zero."""
     warmup = round(task.settings.warmup * task.steps)
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    if task.settings.schedule == "constant":
-        return rise
     fall = CosineAnnealingLR(optimizer, T_max=max(1, task.steps - warmup))
-    return SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if warmup else fall
+    if not warmup:
+        return fall
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 
 def train_step(

@@ -26,7 +26,7 @@ Score = tuple[float, float]
 
 
 def copy_weights(network: nn.Module) -> Weights:
-    """Return a copy of a network's whole state, buffers included."""
+    """Return a copy of a network's whole state, buffers included; shapes and dtypes are the network's."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
 
 
@@ -64,7 +64,7 @@ def write_weights(
     description: Mapping[str, Any],
     lineage: Lineage | None = None,
 ) -> None:
-    """Write a weights file in one move."""
+    """Write a weights file in one move; shapes and dtypes stay as they are."""
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     described = json.dumps({**description, MADE_BY: made_by()}, ensure_ascii=False)
     header = {METADATA_KEY: described, **({} if lineage is None else lineage.header())}

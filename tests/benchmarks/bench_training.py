@@ -40,7 +40,7 @@ def make_task(size: int, precision: str, steps: int) -> Task:
     recipe = read_yaml(RECIPE)
     network = build(recipe["architecture"], {**recipe["arguments"], "num_classes": 200})
     stages = stages_of(network, size)
-    settings = TrainingConfig(optimizer="sgd", rate=0.01, batch_norm="train", batch_size=BATCH, evaluate_every=steps)
+    settings = TrainingConfig(rate=0.01, batch_norm="train", batch_size=BATCH, evaluate_every=steps)
     return Task(network, stages, check_plan([UnfreezeConfig()], stages), settings, steps, precision, 0, CPU)
 
 
