@@ -17,7 +17,6 @@ from pipeline.heads import HEADS
 from pipeline.heads.fast import kernel
 from pipeline.heads.tuning import make_folds, tune
 from pipeline.heads.tuning.evaluation import smaller_caches, working_memory
-from pipeline.heads.tuning.evaluators import EVALUATORS
 from pipeline.heads.tuning.records import Problem
 from pipeline.heads.tuning.room import room_for
 from pipeline.io import progress
@@ -115,7 +114,7 @@ def test_without_room_for_kernels_each_trial_is_fitted_by_itself(
 def test_kernels_count_when_fits_are_run_at_once() -> None:
     X, y = network(900, 10, 3)
     problem = Problem(HEADS["rbf_svm"], X, y.astype(np.int64), 3, make_folds(y, 3, 0), 0)
-    needed = EVALUATORS["rbf_svm"].work_bytes(problem)
+    needed = kernel.RBF_SVM.work_bytes(problem)
     pair = np.sort(np.bincount(y))[-2:].sum()
     assert needed == 12 * 600 * 900 + 4 * pair**2
     copies = 5 * X.nbytes

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
 
-from pipeline.heads import Params, configure
+from pipeline.heads.head import Params, configure
 from pipeline.heads.tuning.evaluation import Evaluator, Rung, constant, counted, failed
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 from pipeline.heads.tuning.scoring import expand_scores
@@ -66,6 +66,10 @@ class Grown:
                 self.votes[key] = votes
 
 
+def _no_votes(problem: Problem, fold: int) -> Grown:
+    return Grown()
+
+
 def usable(problem: Problem) -> bool:
     """Whether the head is a forest with a seed that has twice the trees of a first look or more."""
     model = configure(problem.head, problem.head.defaults, problem.seed)[-1]
@@ -78,7 +82,7 @@ def usable(problem: Problem) -> bool:
     )
 
 
-def forests(problem: Problem, fold: int, grown: Grown, candidates: Sequence[Params]) -> list[FoldOutcome]:
+def forest(problem: Problem, fold: int, grown: Grown, candidates: Sequence[Params]) -> list[FoldOutcome]:
     """Grow each candidate's forest to its number of trees; one of fewer than the head's is judged as `extrapolated`."""
     return [_forest(problem, fold, grown, params) for params in candidates]
 
@@ -200,4 +204,4 @@ def extrapolated(votes: Votes, y: NDArray[np.int64], trees: int) -> NDArray[np.f
     return np.asarray(shares - (1 - keep) * away)
 
 
-FOREST = Evaluator(forests, prepare=lambda problem, fold: Grown(), usable=usable, rungs=(Rung(few, BUDGET),), cost=cost)
+FOREST = Evaluator(forest, prepare=_no_votes, usable=usable, rungs=(Rung(few, BUDGET),), cost=cost)

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.svm import SVC
 
-from pipeline.heads import Params, configure
 from pipeline.heads.fast.solvers import Array
-from pipeline.heads.tuning.evaluation import Evaluator, counted, failed, standardised
+from pipeline.heads.head import Params, configure
+from pipeline.heads.tuning.evaluation import Evaluator, counted, failed, scaled, standardised
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 from pipeline.heads.tuning.scoring import expand_scores
 
@@ -122,6 +122,8 @@ def _squared_distances(a: Array, b: Array) -> Array:
 
 
 def _fits_in_memory(problem: Problem) -> bool:
+    if not scaled(problem):
+        return False
     rows = max(len(train) for train, _ in problem.folds)
     if rows**2 * 8 > KERNEL_BYTES:
         log.warning(

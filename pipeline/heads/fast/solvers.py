@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -33,13 +34,14 @@ MOST_STEPS = 500
 class Axes:
     """Standardised features on the axes of their own covariance.
 
-    train : ndarray of shape (n, rank + 1), float32; the last column is 1 for the intercept
-    held_out : ndarray of shape (n_held_out, rank + 1), float32
+    train : matrix of shape (n, rank + 1), float32; the last column is 1 for the intercept. An ndarray, or `blocked.Turned`
+        where the features stay on disk
+    held_out : matrix of shape (n_held_out, rank + 1), float32
     squares : ndarray of shape (rank + 1,), float32: sum of squares of each column of `train`
     """
 
-    train: Array
-    held_out: Array
+    train: Any
+    held_out: Any
     squares: Array
 
 
@@ -343,12 +345,11 @@ def _inverse(curvature: Array) -> Array:
     return made
 
 
-def _product(matrix: Array, vectors: Array) -> Array:
+def _product(matrix: Any, vectors: Array) -> Array:
     """matrix @ vectors for vectors of shape (m, problems, columns), as one product."""
     flat = vectors.reshape(vectors.shape[0], -1)
-    # With few columns BLAS is a quarter faster at the transposed product; features on disk have one way only.
-    product = (flat.T @ matrix.T).T if isinstance(matrix, np.ndarray) else matrix @ flat
-    made: Array = product.reshape(-1, *vectors.shape[1:])
+    # With few columns BLAS is a quarter faster at the transposed product.
+    made: Array = (flat.T @ matrix.T).T.reshape(-1, *vectors.shape[1:])
     return made
 
 

@@ -1,7 +1,7 @@
 """Evaluators: how sets of parameters are fitted and judged on one fold, with or without work shared among them.
 
-`generic` fits the head's own pipeline from scratch and works for every head; others find the same optimum with work
-shared. `evaluators.py` has the table.
+`generic` fits the head's own pipeline from scratch and works for every head; others, in `pipeline.heads.fast` and in the rows
+of the table of heads, find the same optimum with work shared.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import config_context
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
 
+from pipeline.errors import HeadError
 from pipeline.evaluation.said import ScoreKind, said
-from pipeline.heads import Params, configure
 from pipeline.heads.fast.solvers import standardise
+from pipeline.heads.head import Params, configure
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 from pipeline.heads.tuning.scoring import expand_scores
 
@@ -37,24 +39,50 @@ class Rung:
     """The best that together cost no more than so many of the head's defaults go on to the next rung, or to full fits."""
 
 
+# Functions with a name, so that a head can be pickled.
+def _nothing(problem: Problem, fold: int) -> None:
+    return None
+
+
+def _always(problem: Problem) -> bool:
+    return True
+
+
+def _no_bytes(problem: Problem) -> int:
+    return 0
+
+
+def _alike(problem: Problem, params: Params) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """One way to judge parameters on a fold."""
 
     evaluate: Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
     """(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate, of the rows `problem.judged`."""
-    prepare: Callable[[Problem, int], Any] = lambda problem, fold: None
+    prepare: Callable[[Problem, int], Any] = _nothing
     """What all candidates share on a fold, made once."""
     together: bool = False
     """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
-    usable: Callable[[Problem], bool] = lambda problem: True
+    usable: Callable[[Problem], bool] = _always
     """Whether it can serve this problem."""
-    work_bytes: Callable[[Problem], int] = lambda problem: 0
+    work_bytes: Callable[[Problem], int] = _no_bytes
     """What a fold's work takes besides copies of the features. Where a limit leaves less, the generic evaluator serves."""
     rungs: tuple[Rung, ...] = ()
     """Cheap versions that are tried first, the cheapest first; without any, all candidates are fitted in full."""
-    cost: Callable[[Problem, Params], float] = lambda problem, params: 1.0
+    cost: Callable[[Problem, Params], float] = _alike
     """What a candidate's fit costs against others', which decides who goes on where scores do not."""
+    fit_in_blocks: Callable[[Problem, Params, NDArray[Any]], Pipeline] | None = None
+    """(problem, parameters, y) -> the head fitted on all rows, for evaluators that work on features on disk too."""
+    quicker: bool = False
+    """Whether `fit_in_blocks` is much quicker than the head's own fit in memory too."""
+
+    @property
+    def name(self) -> str:
+        """What journals call it."""
+        return self.evaluate.__name__
 
     def cheap(self, rung: int) -> bool:
         """Whether fits on this rung are of a cheaper version."""
@@ -64,6 +92,33 @@ class Evaluator:
 def generic(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
     """Fit the head's pipeline on a fold's training rows for each candidate, and predict the held-out rows."""
     return [_fit_one(problem, fold, params) for params in candidates]
+
+
+GENERIC = Evaluator(generic)
+
+
+def evaluator_for(problem: Problem) -> Evaluator:
+    """Return the head's evaluator, or the generic one where it has none or cannot be served.
+
+    Raises
+    ------
+    HeadError
+        When the features are on disk and the head cannot be fitted there.
+    """
+    evaluator = problem.head.evaluator or GENERIC
+    usable = evaluator.usable(problem)
+    if problem.on_disk and (evaluator.fit_in_blocks is None or not usable):
+        raise HeadError(
+            f"head {problem.head.name}: cannot be fitted on features that are larger than memory; set tuning.pca, or raise "
+            "tuning.memory"
+        )
+    return evaluator if usable else GENERIC
+
+
+def scaled(problem: Problem) -> bool:
+    """Whether the classifier is fitted on standardised features and on nothing else, as `standardised` returns them."""
+    steps = [type(step) for _, step in problem.head.build(problem.seed).steps[:-1]]
+    return steps == ([StandardScaler] if problem.projections is None else [])
 
 
 def _fit_one(problem: Problem, fold: int, params: Params) -> FoldOutcome:

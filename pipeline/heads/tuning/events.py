@@ -13,13 +13,12 @@ import sklearn
 from numpy.typing import NDArray
 
 from pipeline.config import TuningConfig
-from pipeline.heads import Params, identity
-from pipeline.heads.tuning.features import Features, blocks
+from pipeline.heads.head import Params, identity
+from pipeline.heads.tuning.features import Features, blocks, on_disk
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 from pipeline.io.digests import bytes_digest, canonical_json, parts_digest
-from pipeline.store import StoredRows
 
-SOLVERS_VERSION = 8
+SOLVERS_VERSION, ON_DISK_VERSION = 8, 2
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 
@@ -28,7 +27,7 @@ def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfi
     folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
     budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
     # On disk the same optimum is found to fewer digits than a resumed search must repeat.
-    place = {"on_disk": True} if isinstance(problem.X, StoredRows) else {}
+    place = {"on_disk": ON_DISK_VERSION} if on_disk(problem.X) else {}
     reduced = {} if tuning.pca is None else {"pca": tuning.pca, "whiten": tuning.whiten}
     return {
         **place,

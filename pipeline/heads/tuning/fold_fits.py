@@ -18,9 +18,8 @@ from threadpoolctl import ThreadpoolController
 
 from pipeline.config import TuningConfig
 from pipeline.evaluation import METRICS, Answers, joined
-from pipeline.heads import Params
-from pipeline.heads.tuning.evaluation import Evaluator, Shared, failed, working_memory
-from pipeline.heads.tuning.evaluators import GENERIC, evaluator_for
+from pipeline.heads.head import Params
+from pipeline.heads.tuning.evaluation import GENERIC, Evaluator, Shared, evaluator_for, failed, working_memory
 from pipeline.heads.tuning.events import fit_event, fit_key, replay, trial_key
 from pipeline.heads.tuning.journal import Journal
 from pipeline.heads.tuning.records import FoldOutcome, Measured, Problem

@@ -13,10 +13,9 @@ from sklearn.pipeline import Pipeline
 from pipeline.evaluation import Answers, Metric
 from pipeline.evaluation.leaderboard.rows import LastFit
 from pipeline.evaluation.said import ScoreKind
-from pipeline.heads import Head, Params
-from pipeline.heads.tuning.features import Features
+from pipeline.heads.head import Head, Params
+from pipeline.heads.tuning.features import Features, on_disk
 from pipeline.heads.tuning.projection import Projections
-from pipeline.store import StoredRows
 
 
 def derived_seed(seed: int, *place: int) -> int:
@@ -50,7 +49,7 @@ class Problem:
     @property
     def on_disk(self) -> bool:
         """Whether the head is fitted on features that stay on disk."""
-        return isinstance(self.X, StoredRows) and self.projections is None
+        return on_disk(self.X) and self.projections is None
 
     @property
     def dim(self) -> int:

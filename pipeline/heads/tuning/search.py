@@ -18,7 +18,7 @@ from pipeline.config import TuningConfig
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation import METRICS
 from pipeline.evaluation.said import ScoreKind
-from pipeline.heads import Head, Params
+from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
 from pipeline.heads.tuning.evaluation import counting_warnings
 from pipeline.heads.tuning.events import search_identity
