@@ -57,7 +57,7 @@ class Prepared:
     columns: int
     nbytes: int
     path: Path | None = None
-    products: Array | None = None
+    products: Any = None
 
 
 Make = Callable[[NDArray[np.int64], int, Array], Family]
@@ -99,7 +99,7 @@ def _prepared(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) 
     targets = targets_of(places, len(present))
     columns = targets.shape[1]
     # On disk the features are no part of what is held, and what a solver holds of the rows is most of it.
-    held = problem_bytes(*problem.X.shape, columns) if problem.on_disk else targets.nbytes
+    held = problem_bytes(len(problem.X), problem.X.shape[1], columns) if problem.on_disk else targets.nbytes
     held += axes.train.nbytes + axes.held_out.nbytes
     if make is None:
         return Prepared(axes, present, columns, held, products=axes.train.T @ targets)
@@ -164,7 +164,7 @@ def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) 
     """Solve candidates in batches that fit in memory; return the scores of the rows judged and the share of the seconds."""
     axes, n = prepared.axes, len(prepared.axes.train)
     if problem.on_disk:
-        size = 1 + problem.spare_bytes // problem_bytes(*problem.X.shape, prepared.columns)
+        size = 1 + problem.spare_bytes // problem_bytes(len(problem.X), problem.X.shape[1], prepared.columns)
     else:
         size = max(1, int(max(BATCH_BYTES, axes.train.nbytes) // (6 * 4 * n * prepared.columns)))
     solved = []

@@ -69,7 +69,7 @@ def trial_key(rung: int, params: Params) -> str:
 
 
 def fit_event(
-    number: int, params: Params, fold: int, outcome: FoldOutcome, score: float, rung: int, elapsed: float
+    number: int, params: Params, fold: int, outcome: FoldOutcome, rung: int, elapsed: float
 ) -> dict[str, Any]:
     """Return the journal's record of one fit."""
     return {
@@ -78,7 +78,7 @@ def fit_event(
         "params": dict(params),
         "rung": rung,
         "fold": fold,
-        "score": None if math.isnan(score) else score,
+        "score": None if math.isnan(outcome.score) else outcome.score,
         "fit_seconds": round(outcome.fit_seconds, 6),
         "score_seconds": round(outcome.score_seconds, 6),
         "warnings": dict(outcome.warnings),
@@ -87,13 +87,7 @@ def fit_event(
     }
 
 
-def replay(event: Mapping[str, Any]) -> tuple[FoldOutcome, float]:
-    """Return what a recorded fit gave, without its predictions, and its score."""
-    outcome = FoldOutcome(
-        predictions=None,
-        fit_seconds=event["fit_seconds"],
-        score_seconds=event["score_seconds"],
-        warnings=event["warnings"],
-        error=event["error"],
-    )
-    return outcome, math.nan if event["score"] is None else float(event["score"])
+def replay(event: Mapping[str, Any]) -> FoldOutcome:
+    """Return what a recorded fit gave, without its predictions."""
+    kept = {key: event[key] for key in ("fit_seconds", "score_seconds", "warnings", "error")}
+    return FoldOutcome(predictions=None, score=math.nan if event["score"] is None else float(event["score"]), **kept)

@@ -109,7 +109,7 @@ def predict(
     if not on_disk(X):
         left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))
         with working_memory(left):
-            return bundle.predict(X)
+            return bundle.predict(np.asarray(X))
     labels, probabilities = zip(*(bundle.predict(block) for _, block in blocks(X)), strict=True)
     return np.concatenate(labels), None if probabilities[0] is None else np.concatenate(probabilities)
 
