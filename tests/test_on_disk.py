@@ -43,7 +43,7 @@ DISK = [name for name, head in HEADS.items() if head.works_on_disk]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks in little data; the sizes are not what is tested."""
-    monkeypatch.setattr(features, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(features, "BLOCK_BYTES", 1 << 14)
 
 
 def stored(folder: Path, X: np.ndarray) -> StoredRows:
@@ -169,7 +169,7 @@ from pipeline.heads.tuning import features, make_folds, tune
 
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 # Smaller blocks for a smaller test.
-features.BLOCK_BYTES = 1 << 20
+features.BLOCK_BYTES = 1 << 19
 y, digests = np.load(folder / "y.npy"), np.load(folder / "digests.npy")
 store = FeatureStore.open(folder / "store")
 folds = make_folds(y, 2, 0)
@@ -200,17 +200,17 @@ except MemoryError:
 def test_features_of_several_times_the_limit_are_tuned_within_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     y = np.arange(40_000) % 3
-    centres = 0.2 * rng.normal(size=(3, 256))
+    centres = 0.3 * rng.normal(size=(3, 128))
     digests = pack_digests(content_digest(str(number).encode()) for number in range(len(y)))
-    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 256) as writer:  # 41 MB
+    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 128) as writer:  # 20 MB
         for start in range(0, len(y), 5000):
             part = slice(start, start + 5000)
-            rows = rng.standard_normal((5000, 256), dtype=np.float32) + centres[y[part]].astype(np.float32)
+            rows = rng.standard_normal((5000, 128), dtype=np.float32) + centres[y[part]].astype(np.float32)
             writer.append(digests[part], rows)
     np.save(tmp_path / "y.npy", y)
     np.save(tmp_path / "digests.npy", digests)
     made = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path), "13"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LIMITED, str(tmp_path), "7"], capture_output=True, text=True, check=False
     )
     assert made.returncode == 0, made.stderr[-2000:]
     lines = dict(line.rsplit(" ", 1) for line in made.stdout.splitlines())

@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 
 from pipeline.heads.head import Params
-from pipeline.heads.tuning.evaluation import Evaluator, Rung, generic
+from pipeline.heads.tuning.evaluation import Evaluator, Screening, generic
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 
 FIRST_EPOCHS = 12
@@ -63,4 +63,4 @@ def _few_epochs(problem: Problem, params: Params) -> Params:
     return {"max_iter": FIRST_EPOCHS}
 
 
-MLP = Evaluator(mlp, rungs=(Rung(_few_epochs, budget=4.0),), cost=_width)
+MLP = Evaluator(mlp, screening=Screening(_few_epochs, 4.0, _width))

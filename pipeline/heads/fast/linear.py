@@ -30,10 +30,9 @@ from pipeline.heads.fast.solvers import (
     turn,
 )
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, scaled, standardised
+from pipeline.heads.tuning.evaluation import Evaluator, expand_scores, scaled, standardised
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 from pipeline.heads.tuning.room import problem_bytes
-from pipeline.heads.tuning.scoring import expand_scores
 
 LOGISTIC_TOLERANCE = 1e-4
 HINGE_TOLERANCE = 2e-4

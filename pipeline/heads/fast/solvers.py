@@ -168,7 +168,7 @@ class Path:
         )
         thetas = np.concatenate([self._thetas[b] for b in below])
         repeated = np.repeat(penalties, family.width)
-        return minimise(self._axes, family, repeated, start, thetas)[0]
+        return minimise(self._axes, family, repeated, start, thetas)
 
     def _extend(self) -> None:
         """Solve the next anchor."""
@@ -185,9 +185,7 @@ class Path:
         self._thetas.append(self._state.theta)
 
 
-def minimise(
-    axes: Axes, family: Family, penalties: NDArray[np.float64], start: Array, theta: Array
-) -> tuple[Array, NDArray[np.int64]]:
+def minimise(axes: Axes, family: Family, penalties: NDArray[np.float64], start: Array, theta: Array) -> Array:
     """Minimise loss(train @ w) + penalty / 2 * |w|^2 in every problem, by L-BFGS preconditioned with the axes.
 
     The curvature along axis j is taken as penalty + theta * squares[j]; theta follows from the last step. All problems
@@ -202,26 +200,22 @@ def minimise(
     Returns
     -------
     weights : ndarray of shape (rank + 1, problems, columns), float32
-    steps : ndarray of shape (problems,), int64
     """
     solution = np.empty_like(start)
-    steps = np.zeros(len(penalties), dtype=np.int64)
     running = np.arange(len(penalties))
     state = _State(axes, family, penalties, start, theta)
-    for step in range(MOST_STEPS):
+    for _ in range(MOST_STEPS):
         leaving = state.solved(family.tolerance)
         if leaving.any():
             solution[:, running[leaving]] = state.weights[:, leaving]
-            steps[running[leaving]] = step
             running = running[~leaving]
             if not len(running):
-                return solution, steps
+                return solution
             state.keep(~leaving)
             state.loss = family.loss(running)
         state.advance(axes)
     solution[:, running] = state.weights
-    steps[running] = MOST_STEPS
-    return solution, steps
+    return solution
 
 
 class _State:

@@ -47,7 +47,7 @@ class FoldFits:
             spare_bytes=room.spare_bytes,
             work_bytes=room.work_bytes,
             # What came through cheaper versions is dear to fit again at the end, only to judge it on more rows.
-            judge_training=bool(self.evaluator.rungs),
+            judge_training=self.evaluator.screening is not None,
         )
         self.jobs = room.jobs
         self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
@@ -109,9 +109,9 @@ class FoldFits:
         if not self.time_left() and last not in group:
             return fold, group, []
         points = [one.params for one in group]
-        if self.evaluator.cheap(rung):
-            step = self.evaluator.rungs[rung]
-            points = [{**params, **step.cheaper(self.problem, params)} for params in points]
+        if self.evaluator.screening is not None and rung == 0:
+            cheaper = self.evaluator.screening.cheaper
+            points = [{**params, **cheaper(self.problem, params)} for params in points]
         return fold, group, self._scored(self.problem, fold, points)
 
     def _answers(self, y: NDArray[np.int64], outcome: FoldOutcome) -> Answers:

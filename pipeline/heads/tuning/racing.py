@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +27,14 @@ Leader = tuple[NDArray[np.float64], float]
 def race(fits: FoldFits, candidates: Sequence[Candidate], rung: int, trials: Sequence[Trial]) -> list[Trial]:
     """Fit candidates fold by fold, stopping those that can no longer win, and when time is up all but one.
 
-    trials : the earlier ones, against which the first rung is raced too; on later rungs all that are judged alike run here
+    rung : 1 where the candidates came through the screening on rung 0
+    trials : the earlier ones; on rung 0 they are raced against too, on rung 1 all that are judged alike run here
     Returns the trials of those that were fitted on a fold at least.
     """
     n_folds = len(fits.problem.folds)
     earlier = [trial for trial in trials if rung == 0 and None not in trial.fold_scores and trial.estimate is not None]
-    # What came through the rungs is too close for a margin: the better half goes on from fold to fold.
-    halves = bool(fits.evaluator.rungs) and not fits.evaluator.cheap(rung)
+    # What came through a screening is too close for a margin: the better half goes on from fold to fold.
+    halves = rung > 0
     any_finished = any(trial.mean is not None for trial in trials)
     alive = list(candidates)
     for stage in stages(n_folds, 1 if halves or fits.tuning.seconds is not None else STAGE):
@@ -55,7 +57,7 @@ def race(fits: FoldFits, candidates: Sequence[Candidate], rung: int, trials: Seq
             *((trial.scores, trial.estimate) for trial in earlier),
         ]
     )
-    cheap = fits.evaluator.cheap(rung)
+    cheap = rung == 0 and fits.evaluator.screening is not None
     return [_trial(one, n_folds, wholes.get(one.number), leader, cheap) for one in candidates if one.outcomes]
 
 
@@ -97,7 +99,8 @@ def _trial(one: Candidate, n_folds: int, whole: float | None, leader: Leader | N
         for fold in range(n_folds)
     )
     error = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
-    status, mean, estimate, reason = "ok", whole, whole, None
+    status: Literal["ok", "stopped", "failed"] = "ok"
+    mean, estimate, reason = whole, whole, None
     if error is not None:
         status, mean, estimate = "failed", None, None
     elif one.reason is not None:

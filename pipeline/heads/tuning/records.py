@@ -190,14 +190,12 @@ class OutOfFold:
 class TuningRun:
     """A finished search. `pipeline` is the best head, fitted on all training rows."""
 
-    head: Head
     classes: NDArray[Any]
     """Labels in the order of the codes and of the score columns."""
     trials: tuple[Trial, ...]
     best: Trial
     strategy: str
     scoring: str
-    seed: int
     seconds: float
     """Wall time of the search, earlier runs that it resumed included; the last fit is `fit_seconds`."""
     surrogate_seconds: float
@@ -208,8 +206,3 @@ class TuningRun:
     pipeline: Pipeline
     fit_seconds: float
     last_fit: LastFit
-
-    def curve(self) -> list[float]:
-        """Return the best finished mean after each trial; minus infinity before the first."""
-        means = [trial.mean if trial.mean is not None else -np.inf for trial in self.trials]
-        return [float(value) for value in np.maximum.accumulate(means)]

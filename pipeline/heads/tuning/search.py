@@ -19,7 +19,7 @@ from pipeline.evaluation import METRICS
 from pipeline.evaluation.said import ScoreKind
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
-from pipeline.heads.tuning.evaluation import counting_warnings
+from pipeline.heads.tuning.evaluation import Screening, counting_warnings
 from pipeline.heads.tuning.events import search_identity
 from pipeline.heads.tuning.features import Features, blocks
 from pipeline.heads.tuning.fold_fits import FoldFits
@@ -98,13 +98,11 @@ def tune(
     promised = Promise.of(best, out_of_fold.training)
     fitted = fit_as_promised(fits.problem, best.params, np.asarray(y), fits.jobs, METRICS[tuning.scoring], promised)
     return TuningRun(
-        head=head,
         classes=classes,
         trials=tuple(search.trials),
         best=best,
         strategy=tuning.strategy,
         scoring=tuning.scoring,
-        seed=seed,
         seconds=fits.elapsed(),
         surrogate_seconds=search.surrogate_seconds,
         replayed=fits.replayed,
@@ -187,41 +185,36 @@ class _Search:
         return trials
 
     def _promote(self) -> None:
-        """Halve the trials rung by rung: those best on a rung, and the defaults, go on to the next and at last in full.
+        """Fit in full what came through a screening, and the defaults; there the better half goes on from fold to fold."""
+        screening = self.evaluator.screening
+        if screening is None:
+            return
+        chosen = sorted({*self._affordable(self._promising(screening), screening), 0})
+        for trial in self._run([Candidate(number, self.trials[number].params) for number in chosen], rung=1):
+            self.trials[trial.number] = trial
 
-        In full they race too: the better half of them is fitted on the next fold.
-        """
-        climbing = [trial.number for trial in self.trials]
-        for rung, step in enumerate(self.evaluator.rungs, start=1):
-            climbing = sorted({*self._affordable(self._promising(climbing), step.budget), 0})
-            for trial in self._run([Candidate(number, self.trials[number].params) for number in climbing], rung):
-                self.trials[trial.number] = trial
-
-    def _promising(self, numbers: Sequence[int]) -> list[Trial]:
-        """Return the trials with an estimate that are most worth a dearer fit, the best first."""
-        judged = [trial for trial in (self.trials[number] for number in numbers) if trial.estimate is not None]
+    def _promising(self, screening: Screening) -> list[Trial]:
+        """Return the trials with an estimate that are most worth a full fit, the best first."""
+        judged = [trial for trial in self.trials if trial.estimate is not None]
         complete = [trial for trial in judged if None not in trial.fold_scores]
         if not complete:
             return judged
         value = racing.worth(
             np.array([trial.estimate for trial in judged], dtype=float),
-            np.array([self.evaluator.cost(self.problem, trial.params) for trial in judged]),
+            np.array([screening.cost(self.problem, trial.params) for trial in judged]),
             max(complete, key=lambda trial: (trial.estimate or 0.0, -trial.number)).scores,
             self.fits.held_out_rows,
             self.fits.metric.bounded,
         )
         return [judged[place] for place in np.argsort(-value, kind="stable")]
 
-    def _affordable(self, trials: Sequence[Trial], budget: float) -> list[int]:
-        """Return the trials, in this order, that fit into a budget, which is in fits of the head's defaults.
-
-        The one with the best estimate is always among them, whatever it costs.
-        """
-        left = budget * self.evaluator.cost(self.problem, self.problem.head.defaults)
+    def _affordable(self, trials: Sequence[Trial], screening: Screening) -> list[int]:
+        """Return the trials, in this order, that fit into the budget; the best estimate does whatever it costs."""
+        left = screening.budget * screening.cost(self.problem, self.problem.head.defaults)
         best = max(trials, key=lambda trial: trial.estimate or 0.0, default=None)
         chosen = []
         for trial in trials:
-            cost = self.evaluator.cost(self.problem, trial.params)
+            cost = screening.cost(self.problem, trial.params)
             if trial is best or cost <= left:
                 chosen.append(trial.number)
                 left -= cost
