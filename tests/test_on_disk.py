@@ -25,6 +25,7 @@ from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import ConfigError, HeadError
 from pipeline.evaluation import Predictions
+from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, RIDGE, Head, resolve
@@ -94,8 +95,8 @@ def test_a_search_on_disk_finds_what_one_in_memory_finds(
     monkeypatch.setattr(linear, "LOGISTIC_TOLERANCE", 2e-6)
     monkeypatch.setattr(linear, "HINGE_TOLERANCE", 2e-6)
     X, y = network(*shape, classes)
-    head, folds, tuning = resolve(HeadConfig(name=name, class_weight=class_weight)), make_folds(y, 3, 0), None
-    tuning = TuningConfig(trials=6, jobs=1)
+    head, folds = resolve(HeadConfig(name=name, class_weight=class_weight)), make_folds(y, 3, 0)
+    tuning = TuningConfig(trials=4, jobs=1)
     here = tune(head, X, y, folds, tuning, 0, tmp_path / "memory.jsonl")
     disk = tune(head, stored(tmp_path / "store", X), y, folds, tuning, 0, tmp_path / "disk.jsonl")
     assert disk.best.params == here.best.params
@@ -199,18 +200,18 @@ except MemoryError:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts allocations on Linux")
 def test_features_of_several_times_the_limit_are_tuned_within_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    y = np.arange(40_000) % 3
-    centres = 0.3 * rng.normal(size=(3, 128))
+    y = np.arange(20_000) % 3
+    centres = 0.2 * rng.normal(size=(3, 256))
     digests = pack_digests(content_digest(str(number).encode()) for number in range(len(y)))
-    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 128) as writer:  # 20 MB
+    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 256) as writer:  # 20 MB
         for start in range(0, len(y), 5000):
             part = slice(start, start + 5000)
-            rows = rng.standard_normal((5000, 128), dtype=np.float32) + centres[y[part]].astype(np.float32)
+            rows = rng.standard_normal((5000, 256), dtype=np.float32) + centres[y[part]].astype(np.float32)
             writer.append(digests[part], rows)
     np.save(tmp_path / "y.npy", y)
     np.save(tmp_path / "digests.npy", digests)
     made = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path), "7"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LIMITED, str(tmp_path), "9"], capture_output=True, text=True, check=False
     )
     assert made.returncode == 0, made.stderr[-2000:]
     lines = dict(line.rsplit(" ", 1) for line in made.stdout.splitlines())
@@ -242,14 +243,16 @@ def stage_one(output: Path) -> Config:
         "backbones": [{"name": "resnet18"}],
         "baselines": ["majority"],
         "heads": ["logistic_regression", "ridge", "decision_tree"],
-        "tuning": {"trials": 2, "folds": 3, "nested": True, "seeds": 2, "jobs": 1},
+        "tuning": {"strategy": "random", "trials": 2, "folds": 3, "nested": True, "seeds": 2, "jobs": 1},
     }
     config = configuration.parse(raw, "test")
     write_records(files.features, [record], config, DatasetIndex.read(files.dataset).fingerprint())
     return config
 
 
-def test_stage_two_ends_with_the_same_table_less_what_cannot_work_on_disk(tmp_path: Path, small_blocks: None) -> None:
+def test_stage_two_ends_with_the_same_table_and_bundles_less_what_cannot_work_on_disk(
+    tmp_path: Path, small_blocks: None
+) -> None:
     config = stage_one(tmp_path / "memory")
     here = train_heads.run(config).leaderboard
     other = stage_one(tmp_path / "disk")
@@ -280,20 +283,18 @@ def test_stage_two_ends_with_the_same_table_less_what_cannot_work_on_disk(tmp_pa
     ]
     assert not any("disk" in note for note in here.notes())
     assert "net / decision_tree: left out" in report.build(tmp_path / "disk").read_text(encoding="utf-8")
+    bundles_predict_what_the_leaderboard_says(tmp_path / "disk", disk)
 
 
-def test_bundles_made_on_disk_predict_what_the_leaderboard_says(tmp_path: Path, small_blocks: None) -> None:
-    config = stage_one(tmp_path)
-    tuning = config.tuning.model_copy(update={"memory": "0.4MB", "nested": False, "seeds": 1})
-    board = train_heads.run(config.model_copy(update={"tuning": tuning})).leaderboard
-    index = DatasetIndex.read(Artifacts(tmp_path).dataset).select("test")
-    record = json.loads(Artifacts(tmp_path).features.read_text(encoding="utf-8"))["embeddings"][0]
-    X = FeatureStore.open(tmp_path / record["store"]).read(index.digests)
+def bundles_predict_what_the_leaderboard_says(output: Path, board: Leaderboard) -> None:
+    index = DatasetIndex.read(Artifacts(output).dataset).select("test")
+    record = json.loads(Artifacts(output).features.read_text(encoding="utf-8"))["embeddings"][0]
+    X = FeatureStore.open(output / record["store"]).read(index.digests)
     for head in ("ridge", "logistic_regression"):
         row = board.row(f"net/{head}")
-        labels, probabilities = bundles.load(tmp_path / str(row.bundle)).predict(X)
+        labels, probabilities = bundles.load(output / str(row.bundle)).predict(X)
         assert np.mean(labels == index.labels) == row.test.accuracy if row.test else False
-        saved = Predictions.read(tmp_path / str(row.bundle) / "predictions.npz").test
+        saved = Predictions.read(output / str(row.bundle) / "predictions.npz").test
         assert saved is not None
         np.testing.assert_allclose(probabilities, saved.probabilities, atol=1e-6)
 
