@@ -534,7 +534,7 @@ def test_a_loss_that_is_no_number_is_said_with_its_step(data: Data, tmp_path: Pa
     task = make_task(but(BASE, steps=2))
     with torch.no_grad():
         task.network.fc.bias.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="the loss at step 0 is nan; lower finetune.rate"):
+    with pytest.raises(TrainingError, match=r"the loss at step 0 is nan; lower finetune\.rate"):
         train(task, data, Run(tmp_path, "x"))
 
 
