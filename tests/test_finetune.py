@@ -352,7 +352,9 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     said = again.summary_lines()
     assert said[0] == "finished before and kept"
     assert any(line.startswith("verdict    against the best row") for line in said)
-    going_on = f"to go on   put {{name: toy, weights: {tuned.weights}}} under backbones: and run features and heads"
+    going_on = (
+        f'to go on   put {{"name": "toy", "weights": "{tuned.weights}"}} under backbones: and run features and heads'
+    )
     kept = "           nothing that was learned helped on the validation images: the network is the start"
     for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
         said = replace(again, result={**again.result, "alpha": alpha}).summary_lines()
@@ -371,7 +373,7 @@ def test_a_stopped_run_gives_the_same_weights(
     experiment: Path, tuned: finetune.FinetuneRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is stopped before its first evaluation, which is after four steps."""
-    config = make_config(experiment, start="toy-toy-penultimate", rate="auto", steps=8)
+    config = make_config(experiment, start="toy-toy-penultimate", steps=8)
     whole = finetune.run(config)
     weights = load_file(whole.weights)
     for name in ("result.json", "checkpoint.pt", whole.weights.name):

@@ -23,7 +23,7 @@ class Retired(NamedTuple):
     """Whether a value is the old spelling, where the key is still there."""
 
 
-_MOVED = FinetuneConfig.model_fields.keys() - {"start", "validation_fraction", "unfreeze", "mix"}
+_MOVED = FinetuneConfig.model_fields.keys() - {"start", "validation_fraction", "unfreeze"}
 
 KEYS: Final[Mapping[str, Retired]] = {
     "extraction.processes": Retired(
@@ -49,11 +49,12 @@ KEYS: Final[Mapping[str, Retired]] = {
         if key in _MOVED
     },
     "finetune.training.precision": Retired("auto", "is gone: extraction.precision holds for training too"),
-    "finetune.training.range_test": Retired(False, "is gone: write finetune.rate: auto"),
-    "finetune.training.momentum": Retired(0.9, "is gone: SGD has Nesterov's momentum of 0.9; remove it"),
+    "finetune.training.range_test": Retired(False, "is gone: no rate is looked for; set finetune.rate"),
+    "finetune.training.momentum": Retired(0.9, "is gone with the optimizer sgd; remove it"),
     "finetune.training.schedule": Retired("cosine", "is gone: the rate falls along a cosine; remove it"),
-    "finetune.training.mixup": Retired(0.0, "is gone: write finetune.mix: mixup"),
-    "finetune.training.cutmix": Retired(0.0, "is gone: write finetune.mix: cutmix"),
+    "finetune.training.optimizer": Retired("adamw", "is gone: it is AdamW; remove it"),
+    "finetune.training.cutmix": Retired(0.0, "is gone: remove it, and set finetune.mixup"),
+    "finetune.training.dropout": Retired(0.0, "is gone: weight_decay, label_smoothing and mixup are left; remove it"),
     "finetune.training.smallest_crop": Retired(0.5, "is gone: crops keep half of the area or more; remove it"),
     "finetune.training.clip_norm": Retired(None, "is gone: lower finetune.rate where the loss is no number"),
     "finetune.training.evaluate_every": Retired("auto", "is gone: a run is evaluated ten times; remove it"),

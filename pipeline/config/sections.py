@@ -268,24 +268,20 @@ class FinetuneConfig(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     """Batches per step; their gradients are averaged."""
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    """SGD has Nesterov's momentum of 0.9."""
-    rate: Literal["auto"] | Annotated[float, Field(gt=0)] = 1e-3
-    """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`. `auto` makes a range test first."""
+    rate: float = Field(1e-3, gt=0)
+    """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`."""
     rate_decay: float = Field(0.5, gt=0, le=1)
     """Stages further from the head learn more slowly, down to a hundredth of the rate."""
     weight_decay: float = Field(1e-2, ge=0)
-    """Not applied to norms and biases. AdamW's is decoupled from the gradient; SGD's is the usual L2 term."""
+    """Of AdamW; not applied to norms and biases."""
     warmup: Share = 0.1
     """Share of the steps in which the rate rises, before it falls to zero along a cosine."""
     label_smoothing: Share = 0.0
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
     """`crop` is a random crop of half of the area or more, resized, and a flip; `trivial` is torchvision's
     TrivialAugmentWide before it."""
-    mix: Literal["none", "mixup", "cutmix", "both"] = "none"
-    """Mix images and labels of a batch by mixup (alpha 0.2), by CutMix (alpha 1), or by one of them drawn for each batch."""
-    dropout: Share = 0.0
-    """Before the last layer."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution; 0 is off."""
     class_weight: Literal["balanced"] | None = None
     batch_norm: Literal["frozen", "affine", "train"] = "frozen"
     """`frozen`: statistics, scale and shift stay; `affine`: the statistics stay; `train`: nothing stays."""

@@ -33,14 +33,6 @@ class Stage:
     modules: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class PlanStep:
-    """From a share of the steps on, everything from the head down to one stage is trained."""
-
-    start: float
-    scope: str
-
-
 def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
     """Return the stages of a classification network for square images of `size` pixels, the stem first.
 
@@ -104,8 +96,8 @@ def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
     )
 
 
-def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
-    """Return a plan as (share of the steps, lowest trained stage), each step opening at least what the one before did.
+def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
+    """Return a plan of (share of the steps, scope) as (share of the steps, lowest trained stage), each step opening at least what the one before did.
 
     Raises
     ------
@@ -114,13 +106,13 @@ def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple
     """
     problems: list[str] = []
     resolved: list[tuple[float, int]] = []
-    for number, step in enumerate(plan):
+    for number, (start, scope) in enumerate(plan):
         try:
-            resolved.append((step.start, resolve_scope(step.scope, stages)))
+            resolved.append((start, resolve_scope(scope, stages)))
         except TrainingError as error:
             problems.append(f"step {number + 1}: {error.message}")
-    if plan and plan[0].start != 0:
-        problems.append(f"step 1: starts at {plan[0].start:g} of the run, expected 0: nothing would be trained before")
+    if plan and plan[0][0] != 0:
+        problems.append(f"step 1: starts at {plan[0][0]:g} of the run, expected 0: nothing would be trained before")
     for (start, lowest), (following, below) in pairwise(resolved):
         if following <= start:
             problems.append(f"starts at {following:g} after {start:g}; expected shares that rise")
@@ -129,7 +121,7 @@ def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple
                 f"freezes {stages[lowest].name} again at {following:g}; expected each step to open the same stages or more"
             )
     if not plan:
-        problems.append("is empty; expected at least one step, such as {start: 0, scope: all}")
+        problems.append("is empty; expected at least one step, such as [0, all]")
     if problems:
         raise TrainingError("unfreeze: the plan cannot be followed", problems)
     return tuple(resolved)

@@ -26,7 +26,6 @@ from pipeline.export import bundle as bundles
 from pipeline.finetuning import (
     Data,
     Labelled,
-    PlanStep,
     Task,
     check_plan,
     describe_plan,
@@ -92,14 +91,14 @@ def _check_layer(section: BackboneConfig, choice: Choice, config: Config) -> Non
     if (own.layer, own.pooling) != (last.layer, last.pooling):
         raise TrainingError(
             f"{own.name}: its heads follow layer {own.layer!r}; only heads on the penultimate layer, {last.layer!r}, can become the "
-            "network's last layer; set finetune.start to an embedding of that layer"
+            "network's last layer; set finetune.embedding to an embedding of that layer"
         )
 
 
 def starting_layer(
     config: Config, files: Artifacts, choice: Choice, store: FeatureStore, parts: Parts
 ) -> tuple[Layer, str]:
-    """Return the last layer to start from, and what it is in words.
+    """Return the last layer to start from, weights (n_classes, dim) and biases (n_classes,), float64, and what it is in words.
 
     The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
     seen the validation images, on which it would look better than it is.
@@ -140,7 +139,7 @@ def _fitted(estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: 
     """Fit stage two's head anew as stage two would: on fewer rows there may be fewer components, and X may be on disk."""
     pca = dict(estimator.steps).get("pca")
     if not isinstance(pca, PCA):
-        head = Head(name, lambda seed: clone(estimator), {}, {}, on_disk=HEADS[name].on_disk)
+        head = Head(name, lambda seed: clone(estimator), {}, {}, evaluator=HEADS[name].evaluator)
         return refit(head, {}, X, y, seed)
     head = Head(name, lambda seed: clone(estimator[2:]), {}, {})  # behind the scaler and the PCA
     return refit(head, {}, X, y, seed, pca.n_components, pca.whiten)
@@ -184,7 +183,7 @@ def make_task(config: Config, network: Network, layer: Layer, parts: Parts, fold
     steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
     put_head(network.module, layer)
     stages = stages_of(network.module, network.preprocessing.size[0])
-    plan = check_plan([PlanStep(*step) for step in settings.unfreeze], stages)
+    plan = check_plan(settings.unfreeze, stages)
     log.info("training on %s in %s: %s", device, precision, reason)
     for stage in stages:
         log.info("  %-7s %s", stage.name, ", ".join(stage.modules))

@@ -24,8 +24,6 @@ from pipeline.finetuning.weights import Score
 
 EVALUATIONS = 10
 """How often a run is evaluated."""
-MOMENTUM = 0.9
-"""Nesterov's, of SGD."""
 BLOCK = 256
 """Images that are scored at a time."""
 
@@ -69,11 +67,11 @@ def stage_rates(rate: float, decay: float, stages: int) -> list[float]:
     return [max(rate * decay**depth, rate / 100) for depth in range(stages - 1, -1, -1)]
 
 
-def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer with one group per stage and decay; `rate` is the head's before any schedule."""
+def make_optimizer(task: Task) -> torch.optim.Optimizer:
+    """Return the optimizer with one group per stage and decay, at their full rates."""
     settings, groups = task.settings, list[dict[str, Any]]()
     owners = stage_of_parameters(task.network, task.stages)
-    rates = stage_rates(rate, settings.rate_decay, len(task.stages))
+    rates = stage_rates(settings.rate, settings.rate_decay, len(task.stages))
     for stage, own in zip(task.stages, rates, strict=True):
         for decays in (True, False):  # norms and biases, which are vectors, do not
             inside = [p for name, p in task.network.named_parameters() if owners[name] == stage.name]
@@ -81,17 +79,17 @@ def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
             decay = settings.weight_decay if decays else 0.0
             if members:
                 groups.append({"params": members, "weight_decay": decay, "lr": own, "stage": stage.name})
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
-    return torch.optim.AdamW(groups, lr=rate)
+    return torch.optim.AdamW(groups)
 
 
 def make_schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:
     """Return the schedule of a run: linear warm-up to the full rate, then a cosine down to zero."""
     warmup = round(task.settings.warmup * task.steps)
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     fall = CosineAnnealingLR(optimizer, T_max=max(1, task.steps - warmup))
-    return SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if warmup else fall
+    if not warmup:
+        return fall
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 
 def train_step(
@@ -122,7 +120,7 @@ def train_step(
         total += loss.item() / settings.accumulate
     if not np.isfinite(total):
         raise TrainingError(
-            f"training: the loss at step {step} is {total}; lower finetune.rate ({settings.rate}) or set extraction.precision to fp32"
+            f"training: the loss at step {step} is {total}; lower finetune.rate ({settings.rate:g}) or set extraction.precision to fp32"
         )
     scaler.step(optimizer)
     scaler.update()

@@ -15,8 +15,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
+from pipeline.heads.fast import linear
+from pipeline.heads.fast.forests import FOREST
+from pipeline.heads.fast.kernel import RBF_SVM
 from pipeline.heads.head import Head
-from pipeline.heads.perceptron import fit_keeping_best
+from pipeline.heads.perceptron import MLP, fit_keeping_best
 from pipeline.heads.space import Categorical, Integer, Real
 
 
@@ -69,6 +72,29 @@ def _log(low: float, high: float) -> Real:
     return Real(low, high, prior="log-uniform")
 
 
+RIDGE = Head(
+    name="ridge",
+    build=partial(_scaled, _ridge),
+    space={"alpha": _log(1e-2, 1e6)},
+    defaults={"alpha": 100.0},
+    simplicity=1,
+    linear=True,
+    takes_class_weight=True,
+    evaluator=linear.RIDGE,
+)
+
+LOGISTIC_REGRESSION = Head(
+    name="logistic_regression",
+    build=partial(_scaled, _logistic_regression),
+    space={"C": _log(1e-6, 1e2)},
+    defaults={"C": 0.1},
+    simplicity=2,
+    probabilities=True,
+    linear=True,
+    takes_class_weight=True,
+    evaluator=linear.LOGISTIC_REGRESSION,
+)
+
 _ROWS = (
     Head(
         name="nearest_centroid",
@@ -77,31 +103,9 @@ _ROWS = (
         defaults={"shrink_threshold": None},
         simplicity=0,
         probabilities=True,
-        on_disk="nearest_centroid",
     ),
-    Head(
-        name="ridge",
-        build=partial(_scaled, _ridge),
-        space={"alpha": _log(1e-2, 1e6)},
-        defaults={"alpha": 100.0},
-        simplicity=1,
-        linear=True,
-        takes_class_weight=True,
-        evaluator="ridge",
-        on_disk="ridge",
-    ),
-    Head(
-        name="logistic_regression",
-        build=partial(_scaled, _logistic_regression),
-        space={"C": _log(1e-6, 1e2)},
-        defaults={"C": 0.1},
-        simplicity=2,
-        probabilities=True,
-        linear=True,
-        takes_class_weight=True,
-        evaluator="logistic_regression",
-        on_disk="logistic_regression",
-    ),
+    RIDGE,
+    LOGISTIC_REGRESSION,
     Head(
         name="linear_svm",
         build=partial(_scaled, _linear_svm),
@@ -110,8 +114,7 @@ _ROWS = (
         simplicity=3,
         linear=True,
         takes_class_weight=True,
-        evaluator="linear_svm",
-        on_disk="linear_svm",
+        evaluator=linear.LINEAR_SVM,
     ),
     Head(
         name="decision_tree",
@@ -146,7 +149,7 @@ _ROWS = (
         simplicity=6,
         probabilities=True,
         takes_class_weight=True,
-        evaluator="forest",
+        evaluator=FOREST,
     ),
     Head(
         name="rbf_svm",
@@ -156,7 +159,7 @@ _ROWS = (
         defaults={"C": 10.0, "gamma": 0.002},
         simplicity=7,
         takes_class_weight=True,
-        evaluator="rbf_svm",
+        evaluator=RBF_SVM,
     ),
     Head(
         name="mlp",
@@ -169,7 +172,7 @@ _ROWS = (
         defaults={"hidden_layer_sizes": 128, "alpha": 1e-4, "learning_rate_init": 1e-3},
         simplicity=8,
         probabilities=True,
-        evaluator="mlp",
+        evaluator=MLP,
         fit=fit_keeping_best,
     ),
 )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,28 +48,19 @@ class FinetuneRun:
 
     def summary_lines(self) -> list[str]:
         """The verdict, what it rests on, and how to go on with the weights."""
+        backbone = {"name": self.network, "weights": str(self.weights)}
         return [
             *(["finished before and kept"] if self.reused else []),
             *lines(self.result),
             f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)",
             *(
                 [
-                    f"to go on   put {{name: {_in_yaml(self.network)}, weights: {_in_yaml(str(self.weights))}}} under backbones: "
-                    "and run features and heads"
+                    f"to go on   put {json.dumps(backbone, ensure_ascii=False)} under backbones: and run features and heads"
                 ]
                 if self.result["alpha"]
                 else []
             ),
         ]
-
-
-def _in_yaml(text: str) -> str:
-    """A name as a list of a config takes it: quoted where it is more than letters, digits and `._/-`."""
-    return (
-        text
-        if re.fullmatch(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*", text)
-        else json.dumps(text, ensure_ascii=False)
-    )
 
 
 def run(config: Config) -> FinetuneRun:
