@@ -99,9 +99,10 @@ def gather(output: Path) -> Material:
     if view is not None:
         part, space, curve = view.images, _map(view, seed), _curve(view, seed)
         hashes = audit.read_hashes(files.dataset, part.digests)
-        findings = audit.examine(view.features, *(c.tolist() for c in (part.paths, part.labels, part.splits)), hashes)
+        paths, labels, splits = (column.tolist() for column in (part.paths, part.labels, part.splits))
+        findings = audit.examine(view.features, paths, labels, splits, hashes)
     findings = replace(findings, label_issues=_label_issues(leaderboard, predictions))
-    embedding = view and view.embedding
+    embedding = None if view is None else view.embedding
     return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
 
 
