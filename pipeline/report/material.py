@@ -28,14 +28,14 @@ from pipeline.evaluation.leaderboard.judge import Trials, judge, read_prediction
 from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
-from pipeline.heads import HEADS, configure
+from pipeline.heads import RIDGE, configure
 from pipeline.store import FeatureStore
 
 MOST_DOTS = 900
 """Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
 MOST_CURVE_ROWS = 6_000
 TRAINING = ("train", "validation")
-CURVE_HEAD = "ridge"
+CURVE_HEAD = RIDGE
 """The learning curve is measured with a cheap head: one factorisation per fit. Its penalty is the number of features: with
 little of it, ridge gets worse where images are about as many as features (double descent), and no law fits that."""
 CURVE_DRAWS = 5
@@ -181,7 +181,7 @@ def _curve(view: _View, seed: int) -> LearningCurve | None:
     scores = np.stack(
         [
             curve_scores(
-                lambda seed: configure(HEADS[CURVE_HEAD], {"alpha": penalty}, seed),
+                lambda seed: configure(CURVE_HEAD, {"alpha": penalty}, seed),
                 (X[rest], y[rest]),
                 (X[held], y[held]),
                 sizes,

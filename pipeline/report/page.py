@@ -80,7 +80,7 @@ def _environment() -> Environment:
     indented = partial(json.dumps, indent=2, ensure_ascii=False)
     made.filters.update(seconds=seconds, thousands="{:,}".format, percent=_percent, within=_within)
     made.filters.update(short=_short, indented=indented)
-    made.globals.update(accuracy=ACCURACY, apart=APART, most_rows=MOST_ROWS, curve_head=CURVE_HEAD)
+    made.globals.update(accuracy=ACCURACY, apart=APART, most_rows=MOST_ROWS, curve_head=CURVE_HEAD.name)
     made.globals.update(apart_text=apart_text, cross_validated=cross_validated, span=_span, gap_end=_gap_end)
     return made
 

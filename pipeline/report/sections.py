@@ -87,7 +87,7 @@ def charts_of(material: Material) -> dict[str, Chart]:
             held_out = _calibration(best.out_of_fold, best.classes) if best.out_of_fold else None
             found["reliability"] = charts.reliability_chart(held_out, on_test)
     if material.curve is not None and len(material.curve.points) > 1:
-        found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD)
+        found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD.name)
     tested = [row.test.n for row in board.rows if row.test]
     if tested:
         found["cost"] = charts.cost_chart(board.rows, max(tested))
