@@ -108,6 +108,14 @@ def test_a_key_of_training_that_is_gone_is_told_too_and_passed_over_where_it_cha
     ) == configuration.load(write(tmp_path, GOOD), ["finetune.training.steps=20"])
 
 
+@pytest.mark.parametrize("starts", [[], [0.1], [0, 0.5, 0.5], [0, 0.5, 0.2]])
+def test_a_plan_with_holes_is_refused_before_anything_is_loaded(tmp_path: Path, starts: list[float]) -> None:
+    plan = ", ".join(f"{{start: {start}}}" for start in starts)
+    assert problems_of(tmp_path, GOOD, f"finetune.unfreeze=[{plan}]")[1:] == [
+        "finetune.unfreeze: should be steps of which the first starts at 0 and each later than the one before"
+    ]
+
+
 def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     plain = configuration.load(write(tmp_path, GOOD))
     assert configuration.load(write(tmp_path, GOOD), ["extraction.processes=auto", "tuning.device=auto"]) == plain

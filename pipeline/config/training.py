@@ -79,3 +79,11 @@ class FinetuneConfig(Section):
     @classmethod
     def _yaml_has_lists(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("unfreeze")
+    @classmethod
+    def _rises_from_the_start(cls, plan: tuple[UnfreezeConfig, ...]) -> tuple[UnfreezeConfig, ...]:
+        starts = [step.start for step in plan]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ValueError("should be steps of which the first starts at 0 and each later than the one before")
+        return plan

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import DatasetError
-from pipeline.io.files import SYSTEM, create, make_folder, rename, write_all
+from pipeline.io.files import make_folder, rename
 from pipeline.io.progress import bar
 
 MANIFEST = "manifest.csv"
@@ -53,19 +53,9 @@ def written_once(root: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _write_png(path: Path, image: Image.Image) -> None:
-    sink = io.BytesIO()
-    image.save(sink, "PNG")
-    _write_file(path, sink.getvalue())
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Write a new file of an unfinished folder; `written_once` syncs all of them at once."""
-    make_folder(path.parent)
-    descriptor = create(path)
-    try:
-        write_all(descriptor, data)
-    finally:
-        SYSTEM["close"](descriptor)
+    """Write a file of an unfinished folder; `written_once` syncs all of them at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "PNG")
 
 
 def digit_images(root: Path) -> Path:
@@ -147,7 +137,7 @@ def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> Non
                 _write_png(folder / path, image)
                 writer.writerow([path, label, split])
                 progress.update()
-    _write_file(folder / MANIFEST, text.getvalue().encode())
+    (folder / MANIFEST).write_bytes(text.getvalue().encode())
 
 
 def _parts(name: str, make: Callable[..., Any], root: Path) -> Iterator[tuple[str, Any]]:

@@ -103,7 +103,7 @@ def check_plan(plan: Sequence[UnfreezeConfig], stages: Sequence[Stage]) -> tuple
     Raises
     ------
     TrainingError
-        When the plan does not start at 0, goes backwards, leaves a hole, or names a stage the network does not have.
+        When the plan closes a stage again, or names one the network does not have.
     """
     problems: list[str] = []
     resolved: list[tuple[float, int]] = []
@@ -112,17 +112,11 @@ def check_plan(plan: Sequence[UnfreezeConfig], stages: Sequence[Stage]) -> tuple
             resolved.append((step.start, resolve_scope(step.scope, stages)))
         except TrainingError as error:
             problems.append(f"step {number + 1}: {error.message}")
-    if plan and plan[0].start != 0:
-        problems.append(f"step 1: starts at {plan[0].start:g} of the run, expected 0: nothing would be trained before")
-    for (start, lowest), (following, below) in pairwise(resolved):
-        if following <= start:
-            problems.append(f"starts at {following:g} after {start:g}; expected shares that rise")
+    for (_, lowest), (start, below) in pairwise(resolved):
         if below > lowest:
             problems.append(
-                f"freezes {stages[lowest].name} again at {following:g}; expected each step to open the same stages or more"
+                f"freezes {stages[lowest].name} again at {start:g}; expected each step to open the same stages or more"
             )
-    if not plan:
-        problems.append("is empty; expected at least one step, such as {start: 0, scope: all}")
     if problems:
         raise TrainingError("unfreeze: the plan cannot be followed", problems)
     return tuple(resolved)
