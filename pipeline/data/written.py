@@ -171,15 +171,16 @@ def _load(name: str, make: Callable[..., Any], root: Path, part: dict[str, Any])
 
 
 def _by_hand(make: Any, root: Path) -> str:
-    """Say which file to fetch and where to put it."""
+    """Say which files to fetch and where to put them."""
     url = next((getattr(make, key) for key in ("url", "_URL") if isinstance(getattr(make, key, None), str)), None)
-    if url is not None:
-        return f"fetch {url} yourself, put it into {root}, and run again"
     mirrors, resources = getattr(make, "mirrors", None), getattr(make, "resources", None)
-    if mirrors and resources:
-        files = " ".join(mirrors[-1] + file for file, *_ in resources)
-        return f"fetch {files} yourself, put them into {root / make.__name__ / 'raw'}, and run again"
-    return f"fetch its files yourself as torchvision.datasets.{make.__name__} describes, put them into {root}, and run again"
+    if url is not None:
+        what, where = url, root
+    elif mirrors and resources:
+        what, where = " ".join(mirrors[-1] + file for file, *_ in resources), root / make.__name__ / "raw"
+    else:
+        what, where = f"its files as torchvision.datasets.{make.__name__} describes", root
+    return f"fetch {what} yourself, put it into {where}, and run again"
 
 
 def _labels(samples: Any) -> dict[int, str]:
