@@ -131,6 +131,14 @@ def test_training_moved_into_finetune_and_every_key_of_before_is_told_with_the_n
     assert sorted(found[1:]) == sorted(f"finetune.{told}" for told in old.values())
 
 
+@pytest.mark.parametrize("starts", [[], [0.1], [0, 0.5, 0.5], [0, 0.5, 0.2]])
+def test_a_plan_with_holes_is_refused_before_anything_is_loaded(tmp_path: Path, starts: list[float]) -> None:
+    plan = ", ".join(f"[{start}, all]" for start in starts)
+    assert problems_of(tmp_path, GOOD, f"finetune.unfreeze=[{plan}]")[1:] == [
+        "finetune.unfreeze: should be steps of which the first starts at 0 and each later than the one before"
+    ]
+
+
 def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     plain = configuration.load(write(tmp_path, GOOD))
     every = {path: row.default for path, row in KEYS.items() if path not in ("finetune.training", "extraction.decode")}

@@ -529,10 +529,26 @@ def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> No
     before = read_records(files.features)
     try:
         write_records(files.features, [wrong], config, index.fingerprint())
-        with pytest.raises(TrainingError, match="stored vectors differ from what the network gives now"):
+        with pytest.raises(TrainingError, match="32 of 32 stored vectors are not what enters the network's last layer"):
             finetune.run(config)
     finally:
         write_records(files.features, before, config, index.fingerprint())
+
+
+def test_heads_on_vectors_that_do_not_enter_the_last_layer_are_not_handed_over(tmp_path: Path) -> None:
+    """Largest values in place of means: as many, and of the same network."""
+    write_pictures(tmp_path / "pictures", 36)
+    write_toy(tmp_path / "toy.safetensors")
+    section = BackboneConfig(
+        name="toy", weights=str(tmp_path / "toy.safetensors"), layers=("trunk_output",), pooling="max"
+    )
+    config = make_config(tmp_path).model_copy(update={"backbones": (section,)})
+    extract(config)
+    train_heads.run(config)
+    with pytest.raises(
+        TrainingError, match="stored vectors are not what enters the network's last layer; heads on that"
+    ):
+        finetune.run(config)
 
 
 def test_a_leaderboard_of_another_config_is_refused(experiment: Path) -> None:

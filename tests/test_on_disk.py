@@ -30,7 +30,7 @@ from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, RIDGE, Head, resolve
 from pipeline.heads.fast import linear
-from pipeline.heads.tuning import blocks, features, limited, make_folds, memory_needed, refit, room, tune
+from pipeline.heads.tuning import blocks, features, limited, make_folds, memory_needed, refit, room, tune, works_on_disk
 from pipeline.heads.tuning.records import Problem
 from pipeline.io import memory
 from pipeline.io.digests import content_digest, pack_digests
@@ -38,7 +38,7 @@ from pipeline.stages import train_heads
 from pipeline.stages.train_heads.place import Place
 from pipeline.store import FeatureStore, StoredRows, StoreWriter
 
-DISK = [name for name, head in HEADS.items() if head.works_on_disk]
+DISK = [name for name, head in HEADS.items() if works_on_disk(head)]
 
 
 @pytest.fixture
@@ -328,6 +328,9 @@ def test_where_features_are_follows_from_their_size() -> None:
     assert (memory_needed(shape), small.on_disk) == (6 * 4 * 2_048_000_000, False)
     assert all(small.objection(head) is None for head in HEADS.values())
     large = replace(small, limit=8 * 10**9)
+    assert "it needs the features in memory" in str(
+        large.objection(resolve(HeadConfig(name="ridge", class_weight="balanced")))
+    )
     assert large.on_disk
     assert [name for name, head in HEADS.items() if large.objection(head) is None] == DISK
     assert DISK == ["ridge", "logistic_regression", "linear_svm"]

@@ -9,11 +9,11 @@ import pytest
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, LinearSVC
+from sklearn.svm import LinearSVC
 
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.heads import HEADS, configure, resolve
-from pipeline.heads.fast.kernel import one_against_rest, prepare_distances, rbf_svm
+from pipeline.heads.fast.kernel import prepare_distances, rbf_svm
 from pipeline.heads.fast.solvers import Family, Path, softmax_loss, squared_hinge_loss, standardise, turn
 from pipeline.heads.tuning import make_folds, racing, tune
 from pipeline.heads.tuning.evaluation import GENERIC, evaluator_for, generic
@@ -132,15 +132,6 @@ def test_logistic_regression_ends_no_farther_from_its_optimum_than_scikit_learn(
     evaluator = HEADS["logistic_regression"].evaluator
     ours = evaluator.evaluate(problem, 0, evaluator.prepare(problem, 0), [{"C": C}])[0].scores
     assert np.abs(ours - exact).max() <= np.abs(theirs - exact).max() + 1e-4
-
-
-def test_the_label_of_an_svm_is_the_class_of_the_highest_score():
-    X, y = network(120, 20, 5)
-    pairs = SVC(decision_function_shape="ovo").fit(X, y).decision_function(X)
-    svm = SVC(break_ties=True).fit(X, y)
-    scores = one_against_rest(pairs, 5)
-    np.testing.assert_allclose(scores, svm.decision_function(X), atol=1e-9)
-    assert np.array_equal(scores.argmax(axis=1), svm.predict(X))
 
 
 def test_ties_of_votes_are_broken_by_the_scores_in_the_search_and_in_the_head():

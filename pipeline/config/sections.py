@@ -260,7 +260,7 @@ class FinetuneConfig(Section):
     `EMBEDDING/HEAD`; `random` in place of a head is a control that starts from none."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
     """Share of the training images that chooses weights, where the data have no validation split."""
-    unfreeze: Annotated[tuple[tuple[Share, str], ...], NOT_EMPTY] = ((0.0, "all"),)
+    unfreeze: tuple[tuple[Share, str], ...] = ((0.0, "all"),)
     """From which share of the steps on what is trained, such as `[[0, head], [0.2, all]]`: `head`, `last_stage`, `all`, or the
     lowest stage, such as `stage3`."""
     steps: Count = "auto"
@@ -292,6 +292,14 @@ class FinetuneConfig(Section):
     profile_steps: int = Field(0, ge=0)
     """Steps torch's profiler watches after the first; its table is written beside the log."""
     tensorboard: bool = False
+
+    @field_validator("unfreeze")
+    @classmethod
+    def _rises_from_the_start(cls, plan: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
+        starts = [start for start, _ in plan]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ValueError("should be steps of which the first starts at 0 and each later than the one before")
+        return plan
 
 
 class Config(Section):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,39 +61,37 @@ def scan(
     key = _scan_key(listing, config)
     as_it_was = cache.scan == key and cache.index == before.digest and not cache.racy().any()
     if as_it_was and before.index is not None and not rehash and not resplit:
-        found = _Found(before.index, cache.stats, [], 0)
+        found, stats, failures, read = before.index, cache.stats, list[Failure](), 0
         plan = before.plan
         base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
     else:
-        found = _read_changed(listing, cache, rehash)
+        found, stats, failures, read = _read_changed(listing, cache, rehash)
         if cache.is_old and before.index is not None:
-            record_failures(folder, incomplete_jpegs(found.index, config.max_pixels), policy_key(config.max_pixels))
-        _require_classes(found, listing, config)
-        base, plan = _split(found.index, before, config, seed, resplit)
-    copies = find_copies(found.index.with_splits(base))
+            record_failures(folder, incomplete_jpegs(found, config.max_pixels), policy_key(config.max_pixels))
+        _require_classes(found, listing, failures, config)
+        base, plan = _split(found, before, config, seed, resplit)
+    copies = find_copies(found.with_splits(base))
     if config.leaks == "error" and copies.leaks:
-        raise _leak_error(found.index, copies)
-    index = found.index.with_splits(apply_leaks(base, copies.leaking, config.leaks))
-    entries = sorted([*listing.entries, *found.entries])
+        raise _leak_error(found, copies)
+    index = found.with_splits(apply_leaks(base, copies.leaking, config.leaks))
+    entries = sorted([*listing.entries, *failures])
     known = remembered(read_failures(folder), index.paths.tolist(), index.digests)
-    fingerprint_now = before.digest if as_it_was and found.index is before.index else index.fingerprint()
+    fingerprint_now = before.digest if as_it_was and found is before.index else index.fingerprint()
     unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.digest
     if write:
         write_failures(folder, [*entries, *_remarks(index, copies, config.leaks), *known])
         if not unchanged or plan != before.plan or before.edited:
             index.write(folder, plan, config.source)
-        if found.read or not (as_it_was and unchanged):
+        if read or not (as_it_was and unchanged):
             # A file that could not be read is tried again next time, so that scan must not be taken for complete.
-            whole = "" if found.entries else key
-            StatCache(index.paths, found.stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(
-                folder
-            )
+            whole = "" if failures else key
+            StatCache(index.paths, stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
     return ScanResult(
         index=index,
         unchanged=unchanged,
         difference=_since(before.index, index),
         first=before.index is None,
-        read=found.read,
+        read=read,
         copies=copies,
         leak_policy=config.leaks,
         ignored=dict(listing.ignored),
@@ -130,18 +127,17 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """The readable images: an index with the user's splits ('' where there are none), and file stats, int64 (n, 3)."""
+def _read_changed(
+    listing: Listing, cache: StatCache, rehash: bool
+) -> tuple[DatasetIndex, NDArray[np.int64], list[Failure], int]:
+    """Take digests from the cache where the file is as it was, and read the others.
 
-    index: DatasetIndex
-    stats: NDArray[np.int64]
-    entries: list[Failure]
-    read: int
-
-
-def _read_changed(listing: Listing, cache: StatCache, rehash: bool) -> _Found:
-    """Take digests from the cache where the file is as it was, and read the others."""
+    Returns
+    -------
+    index of the n readable images with the user's splits ('' where there are none)
+    their files' sizes and times : int64 of shape (n, 3)
+    the files that could not be read, and how many were
+    """
     paths, stats = texts(listing.paths), listing.stat_array()
     known, digests = cache.known(paths, stats)
     if rehash:
@@ -153,7 +149,7 @@ def _read_changed(listing: Listing, cache: StatCache, rehash: bool) -> _Found:
     splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
     groups = texts(listing.groups) if listing.groups is not None else None
     index = DatasetIndex(listing.root, paths, texts(listing.labels), splits, groups, digests, stats[:, 0]).rows(known)
-    return _Found(index, stats[known], reading.failures, len(pending))
+    return index, stats[known], reading.failures, len(pending)
 
 
 def _split(
@@ -224,12 +220,11 @@ def _require_few_classes(index: DatasetIndex, origin: object, config: DatasetCon
     )
 
 
-def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> None:
+def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:
     """Refuse data that nothing can be learned from, with the likely reason."""
-    index, origin = found.index, config.path if config.source == "manifest" else listing.root
+    origin = config.path if config.source == "manifest" else listing.root
     if len(index) == 0:
-        entries = sorted([*listing.entries, *found.entries])
-        problems = [f"{entry.path}: {entry.reason}" for entry in entries]
+        problems = [f"{entry.path}: {entry.reason}" for entry in sorted([*listing.entries, *failures])]
         if config.source == "manifest" and not problems:
             raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
         raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import DatasetError
-from pipeline.io.files import SYSTEM, create, make_folder, rename, write_all
+from pipeline.io.files import make_folder, rename
 from pipeline.io.progress import bar
 
 MANIFEST = "manifest.csv"
@@ -53,19 +53,9 @@ def written_once(root: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _write_png(path: Path, image: Image.Image) -> None:
-    sink = io.BytesIO()
-    image.save(sink, "PNG")
-    _write_file(path, sink.getvalue())
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Write a new file of an unfinished folder; `written_once` syncs all of them at once."""
-    make_folder(path.parent)
-    descriptor = create(path)
-    try:
-        write_all(descriptor, data)
-    finally:
-        SYSTEM["close"](descriptor)
+    """Write a file of an unfinished folder; `written_once` syncs all of them at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "PNG")
 
 
 def digit_images(root: Path) -> Path:
@@ -147,7 +137,7 @@ def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> Non
                 _write_png(folder / path, image)
                 writer.writerow([path, label, split])
                 progress.update()
-    _write_file(folder / MANIFEST, text.getvalue().encode())
+    (folder / MANIFEST).write_bytes(text.getvalue().encode())
 
 
 def _parts(name: str, make: Callable[..., Any], root: Path) -> Iterator[tuple[str, Any]]:
@@ -181,15 +171,16 @@ def _load(name: str, make: Callable[..., Any], root: Path, part: dict[str, Any])
 
 
 def _by_hand(make: Any, root: Path) -> str:
-    """Say which file to fetch and where to put it."""
+    """Say which files to fetch and where to put them."""
     url = next((getattr(make, key) for key in ("url", "_URL") if isinstance(getattr(make, key, None), str)), None)
-    if url is not None:
-        return f"fetch {url} yourself, put it into {root}, and run again"
     mirrors, resources = getattr(make, "mirrors", None), getattr(make, "resources", None)
-    if mirrors and resources:
-        files = " ".join(mirrors[-1] + file for file, *_ in resources)
-        return f"fetch {files} yourself, put them into {root / make.__name__ / 'raw'}, and run again"
-    return f"fetch its files yourself as torchvision.datasets.{make.__name__} describes, put them into {root}, and run again"
+    if url is not None:
+        what, where = url, root
+    elif mirrors and resources:
+        what, where = " ".join(mirrors[-1] + file for file, *_ in resources), root / make.__name__ / "raw"
+    else:
+        what, where = f"its files as torchvision.datasets.{make.__name__} describes", root
+    return f"fetch {what} yourself, put it into {where}, and run again"
 
 
 def _labels(samples: Any) -> dict[int, str]:

@@ -5,7 +5,6 @@ Everything random in a step comes from (seed, step), so that a step is the same 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +168,6 @@ def _class_weights(data: Data, settings: FinetuneConfig, device: torch.device) -
     return torch.tensor(len(data.train) / (data.classes * np.maximum(counts, 1)), dtype=torch.float32, device=device)
 
 
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=precision != "fp32")

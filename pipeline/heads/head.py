@@ -46,11 +46,6 @@ class Head:
     def __post_init__(self) -> None:
         object.__setattr__(self, "space", {key: dimension(given) for key, given in self.space.items()})
 
-    @property
-    def works_on_disk(self) -> bool:
-        """Whether it can be fitted on features that stay on disk."""
-        return self.evaluator is not None and self.evaluator.fit_in_blocks is not None
-
 
 def configure(head: Head, params: Params, seed: int) -> Pipeline:
     """Build a head's unfitted pipeline with its parameters set; `C` means the last step's `C`."""

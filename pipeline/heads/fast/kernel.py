@@ -65,39 +65,18 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
     start = time.perf_counter()
     classifier: SVC = configure(problem.head, params, problem.seed)[-1]
     gamma = np.float32(classifier.gamma)
-    # One against one, from which scikit-learn's one-against-rest scores follow.
-    classifier.set_params(kernel="precomputed", decision_function_shape="ovo")
+    classifier.set_params(kernel="precomputed", decision_function_shape="ovr")
     classifier.fit(_kernel(distances.within, gamma), distances.y)
     fitted = time.perf_counter()
-    pairs = classifier.decision_function(_kernel(distances.across, gamma))
+    scores = classifier.decision_function(_kernel(distances.across, gamma))
     if problem.judge_training:
         own = classifier.decision_function(_kernel(distances.within, gamma))
-        pairs = np.concatenate([pairs, own[np.argsort(distances.order)]])
+        scores = np.concatenate([scores, own[np.argsort(distances.order)]])
     present = np.asarray(classifier.classes_, dtype=np.int64)
-    scores = one_against_rest(pairs, len(present)) if len(present) > 2 else pairs
     likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
     full = expand_scores(scores, present, problem.n_classes, "decision")
     seconds = time.perf_counter() - fitted
     return FoldOutcome(present[likeliest], full, "decision", fitted - start, seconds)
-
-
-def one_against_rest(pairs: NDArray[np.float64], n_classes: int) -> NDArray[np.float64]:
-    """Turn decision values of class pairs, shape (n, k (k - 1) / 2), into a score for each of k classes.
-
-    Votes plus the summed values squashed below one half, as `SVC.decision_function` defines them: the highest is the
-    class of most votes, and of equals the one won more clearly, as `SVC(break_ties=True)` predicts.
-    """
-    sums = np.zeros((len(pairs), n_classes))
-    votes = np.zeros((len(pairs), n_classes))
-    first, second = np.triu_indices(n_classes, 1)
-    for column, (a, b) in enumerate(zip(first, second, strict=True)):
-        won = pairs[:, column] > 0
-        votes[:, a] += won
-        votes[:, b] += ~won
-        sums[:, a] += pairs[:, column]
-        sums[:, b] -= pairs[:, column]
-    scores: NDArray[np.float64] = votes + sums / (3 * (np.abs(sums) + 1))
-    return scores
 
 
 def _kernel(distances: Array, gamma: np.float32) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ A search asks for a round of points, fits them on the folds, tells the scores, a
 journal as it ends, so a killed search goes on where it was and ends with the same result.
 """
 
-from pipeline.heads.tuning.evaluation import answers, expand_scores, working_memory
+from pipeline.heads.tuning.evaluation import answers, expand_scores, working_memory, works_on_disk
 from pipeline.heads.tuning.features import Features, blocks, on_disk, part
 from pipeline.heads.tuning.folds import Folds, make_folds
 from pipeline.heads.tuning.last_fit import refit
@@ -35,4 +35,5 @@ __all__ = [
     "require",
     "tune",
     "working_memory",
+    "works_on_disk",
 ]

@@ -26,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from pipeline.errors import HeadError
 from pipeline.evaluation.said import ScoreKind, said
 from pipeline.heads.fast.solvers import standardise
-from pipeline.heads.head import Params, configure
+from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 
 
@@ -131,13 +131,20 @@ def evaluator_for(problem: Problem) -> Evaluator:
         When the features are on disk and the head cannot be fitted there.
     """
     evaluator = problem.head.evaluator or GENERIC
-    usable = evaluator.usable(problem)
-    if problem.on_disk and (evaluator.fit_in_blocks is None or not usable):
+    if problem.on_disk and not works_on_disk(problem.head):
         raise HeadError(
             f"head {problem.head.name}: cannot be fitted on features that are larger than memory; set tuning.pca, or raise "
             "tuning.memory"
         )
-    return evaluator if usable else GENERIC
+    return evaluator if evaluator.usable(problem) else GENERIC
+
+
+def works_on_disk(head: Head) -> bool:
+    """Whether a head can be fitted on features that stay on disk."""
+    if head.evaluator is None or head.evaluator.fit_in_blocks is None:
+        return False
+    nothing = Problem(head, np.empty((0, 0), np.float32), np.empty(0, np.int64), 0, (), 0)
+    return head.evaluator.usable(nothing)
 
 
 def scaled(problem: Problem) -> bool:

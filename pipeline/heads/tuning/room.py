@@ -9,6 +9,7 @@ import joblib
 from pipeline.config import TuningConfig
 from pipeline.heads.head import Head
 from pipeline.heads.tuning import features
+from pipeline.heads.tuning.evaluation import works_on_disk
 from pipeline.heads.tuning.records import Problem
 from pipeline.io import memory
 
@@ -60,7 +61,7 @@ def memory_needed_on_disk(
     n, dim = shape
     if pca is not None:
         return 4 * features.BLOCK_BYTES + 40 * dim**2 + (folds + 1 + COPIES) * _components_bytes(shape, pca)
-    if not head.works_on_disk:
+    if not works_on_disk(head):
         return None
     held = problem_bytes(n, dim, 1 if n_classes == 2 else n_classes)
     return n * (32 + 12 * n_classes) + 6 * features.BLOCK_BYTES + PER_PRODUCT * dim**2 + 2 * held

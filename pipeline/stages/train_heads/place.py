@@ -19,6 +19,7 @@ from pipeline.heads.tuning import (
     memory_needed_on_disk,
     on_disk,
     working_memory,
+    works_on_disk,
 )
 from pipeline.stages.train_heads.task import Task
 from pipeline.store import FeatureStore, StoredRows
@@ -57,7 +58,7 @@ class Place:
         where = f"{self.embedding} / {head.name}: left out"
         found = memory_needed_on_disk(head, self.shape, self.classes, self.pca, self.folds)
         if found is None:
-            able = ", ".join(name for name, row in HEADS.items() if row.works_on_disk)
+            able = ", ".join(name for name, row in HEADS.items() if works_on_disk(row))
             return (
                 f"{where}: it needs the features in memory, about {size(self.needed)}, and {size(self.limit)} are allowed; "
                 f"raise tuning.memory, set tuning.pca to a number of components, or use heads that work from disk: {able}"
