@@ -347,7 +347,7 @@ def layers(model: str) -> None:
 
     Example: manyheads layers resnet18
     """
-    from pipeline.embed import networks as backbone
+    from pipeline.embed import backbone
 
     for name, shape in backbone.layers(model):
         click.echo(f"{name:<40} {' x '.join(map(str, shape))}")

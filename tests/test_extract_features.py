@@ -21,16 +21,15 @@ from safetensors.torch import save_file
 from pipeline import config as configuration
 from pipeline import data as dataset
 from pipeline.config import Config, ExtractionConfig
-from pipeline.embed import baselines
+from pipeline.embed import backbone, baselines
 from pipeline.embed import loader as feed
-from pipeline.embed import networks as backbone
 from pipeline.embed.records import read_records
 from pipeline.errors import BackboneError, DatasetError
 from pipeline.evaluation import audit
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare
 from pipeline.stages import extract as extract_features
-from pipeline.stages.extract import work
+from pipeline.stages.extract import advice, work
 from pipeline.stages.extract.advice import advise
 from pipeline.store import FeatureStore
 
@@ -194,7 +193,7 @@ def test_what_is_added_to_a_config_costs_its_own_work_only(photos: Path) -> None
 
 def test_weights_in_a_file_that_was_renamed_are_the_same_weights(photos: Path) -> None:
     from pipeline.embed import weights_files
-    from pipeline.embed.networks import BUNDLED
+    from pipeline.embed.installed import BUNDLED
 
     state, _ = weights_files.read_weights(BUNDLED)
     description = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
@@ -273,7 +272,7 @@ def stop_after(batches: int, number: int) -> str:
     return f"""
 import os
 from pipeline import store
-from pipeline.stages.extract import work
+from pipeline.stages.extract import advice, work
 store.writer.GROUP_BYTES = 1
 original, seen = work._store, []
 def stopping(*arguments):
@@ -455,14 +454,14 @@ def test_the_advice_does_not_blame_the_network_for_a_baseline() -> None:
 def test_the_advice_names_what_this_machine_has_and_the_run_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="fp32", engine="torch")
     slow = worked(network=50.0)
-    monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": ["amx_bf16"]})
-    monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
+    monkeypatch.setattr(advice, "choice_inputs", lambda: {"bf16": ["amx_bf16"]})
+    monkeypatch.setattr(advice, "openvino_is_there", lambda: False)
     assert advise(slow, [spec], ExtractionConfig(precision="fp32")) == (
         "most of the time went on the network; extraction.precision: auto, as this processor computes in bf16 or "
         "OpenVINO (pip install 'manyheads[openvino]') or a GPU or a smaller network would make it faster"
     )
-    monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": []})
-    monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
+    monkeypatch.setattr(advice, "choice_inputs", lambda: {"bf16": []})
+    monkeypatch.setattr(advice, "openvino_is_there", lambda: True)
     assert advise(slow, [spec], ExtractionConfig(engine="torch")) == (
         "most of the time went on the network; extraction.engine: auto, as OpenVINO is installed or "
         "a GPU or a smaller network would make it faster"

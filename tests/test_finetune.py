@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
 from pipeline.data import DatasetIndex, lineage, scan
-from pipeline.embed import networks as backbone
+from pipeline.embed import backbone
 from pipeline.embed.families import build
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.embed.weights import load_network

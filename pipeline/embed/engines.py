@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import ExtractionConfig
+from pipeline.embed.precision import resolve_device, resolve_precision
 from pipeline.errors import BackboneError, first_line
 
 if TYPE_CHECKING:
@@ -113,6 +115,25 @@ def choose_engine(
     if layer_norms:
         return "torch", "faster than OpenVINO for networks with layer norms"
     return "openvino", "faster than torch for convolutional networks"
+
+
+def require_arithmetic(extraction: ExtractionConfig) -> str:
+    """Return the device a run would compute on, having seen that it, the precision and the engine are to be had.
+
+    Raises
+    ------
+    BackboneError
+    """
+    device = resolve_device(extraction.device)
+    _, precision, _ = resolve_precision(extraction.precision, device)
+    there = openvino_is_there()
+    choose_engine(extraction.engine, device.type, precision, images=0, layer_norms=False, there=there)
+    return str(device)
+
+
+def engine_at_hand(engine: str, device: str) -> str:
+    """Return the engine where it can compute on the device, else `torch`, which always can."""
+    return engine if openvino_is_there() and resolve_device(device).type == "cpu" else "torch"
 
 
 def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, threads: int) -> Engine:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.embed.records import Embedder
+from pipeline.embed.spec import Embedder
 from pipeline.errors import BackboneError
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
 from pipeline.io.memory import is_out_of_memory

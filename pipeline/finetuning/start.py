@@ -16,6 +16,7 @@ from sklearn.pipeline import Pipeline
 from pipeline import images
 from pipeline.config import BackboneConfig, Config
 from pipeline.data import DatasetIndex
+from pipeline.embed import backbone
 from pipeline.embed.precision import resolve_device, resolve_precision
 from pipeline.embed.records import open_record
 from pipeline.embed.weights import Network, load_network
@@ -84,8 +85,6 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
 
 def _check_layer(section: BackboneConfig, choice: Choice, config: Config) -> None:
     """See that the embedding is what enters the last layer, as the network itself would pool it."""
-    from pipeline.embed import networks as backbone
-
     plain = section.model_copy(update={"layers": ("penultimate",), "pooling": "avg"})
     last = backbone.load(plain, config.extraction, choice.record.seed).specs[0]
     own = choice.record.spec

@@ -172,7 +172,7 @@ def status(config: Config) -> list[str]:
         lines.append(
             f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'ledger.csv'} names each"
         )
-    sections = [record.section for record in here.records]
+    sections = [record.asked for record in here.records]
     for section in config.backbones:
         if section not in sections:
             lines.append(

@@ -128,7 +128,7 @@ def decode_only(folder: Path, model: str) -> float:
 
 def network_only(folder: Path, model: str, precision: str, batch_size: int | str = "auto") -> float:
     """Images/s of the network, by the engine of a long run, on pixels that are ready."""
-    from pipeline.embed.networks import choose_batch_size
+    from pipeline.embed.engines import choose_batch_size
     from pipeline.io.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -147,7 +147,7 @@ def network_only(folder: Path, model: str, precision: str, batch_size: int | str
 
 def _load(model: str, precision: str, batch_size: int | str = "auto") -> Any:
     from pipeline.config import BackboneConfig, ExtractionConfig
-    from pipeline.embed import networks as backbone
+    from pipeline.embed import backbone
 
     extraction = ExtractionConfig.model_validate({"precision": precision, "batch_size": batch_size})
     return backbone.load(BackboneConfig(name=model), extraction, 0, images=10**6)

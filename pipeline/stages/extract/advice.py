@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.config import ExtractionConfig
-from pipeline.embed import networks as backbone
+from pipeline.embed.engines import openvino_is_there
+from pipeline.embed.precision import choice_inputs
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.stages.extract.work import Work
 
@@ -34,15 +35,11 @@ def advise(work: Work, specs: Sequence[EmbeddingSpec], extraction: ExtractionCon
 def _about_network(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
     networks = [spec for spec in specs if spec.kind == "backbone"]
     remedies = []
-    if all(spec.precision == "fp32" for spec in networks) and backbone.choice_inputs()["bf16"]:
+    if all(spec.precision == "fp32" for spec in networks) and choice_inputs()["bf16"]:
         remedies.append("extraction.precision: auto, as this processor computes in bf16")
-    if (
-        extraction.engine == "auto"
-        and all(spec.engine == "torch" for spec in networks)
-        and not backbone.openvino_is_there()
-    ):
+    if extraction.engine == "auto" and all(spec.engine == "torch" for spec in networks) and not openvino_is_there():
         remedies.append("OpenVINO (pip install 'manyheads[openvino]')")
-    if extraction.engine == "torch" and backbone.openvino_is_there():
+    if extraction.engine == "torch" and openvino_is_there():
         remedies.append("extraction.engine: auto, as OpenVINO is installed")
     return f"{' or '.join([*remedies, 'a GPU or a smaller network'])} would make it faster"
 

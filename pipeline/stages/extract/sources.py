@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import BackboneConfig, Config
-from pipeline.embed import baselines
-from pipeline.embed import networks as backbone
-from pipeline.embed.records import Embedder
-from pipeline.embed.spec import EMBED_VERSION, EmbeddingSpec
+from pipeline.embed.installed import BUNDLED, stand_in
+from pipeline.embed.precision import choice_inputs
+from pipeline.embed.records import load
+from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec
 from pipeline.errors import PipelineError
 from pipeline.experiment import SPECS, Artifacts, read_document, write_document
 from pipeline.images import DECODE_POLICY
@@ -31,24 +31,24 @@ class Source:
     section: BackboneConfig | None
     specs: tuple[EmbeddingSpec, ...]
     config: Config
+    instead_of: BackboneConfig | None = None
+    """The config's section that `section` stands in for."""
     embedder: Embedder | None = field(default=None, repr=False)
 
     def load(self) -> Embedder:
         """Return the live embedder."""
         if self.embedder is None:
-            extraction = self.config.extraction.model_copy(update={"engine": self.specs[0].engine})
-            self.embedder = (
-                baselines.load(self.specs[0].architecture, extraction.decode)
-                if self.section is None
-                else backbone.load(self.section, extraction, self.config.seed)
-            )
+            engine = {} if self.section is None else {"engine": self.specs[0].engine}
+            extraction = self.config.extraction.model_copy(update=engine)
+            self.embedder = load(self.section, self.specs[0].architecture, extraction, self.config.seed)
         return self.embedder
 
 
 def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
     """Return every source with its embeddings, under names that are unique in the experiment.
 
-    `images` is the number of distinct ones in the data set, which an engine is chosen for.
+    `images` is the number of distinct ones in the data set, which an engine is chosen for. Where the weights of a section are
+    not installed, and never were when this experiment was embedded, the section that stands in for it is embedded.
 
     Raises
     ------
@@ -58,17 +58,20 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
     known = _read(files.specs)
     found: dict[str, list[dict[str, Any]]] = dict(known)
     sources = []
-    for section in config.backbones:
+    for asked in config.backbones:
+        other = None if _known_specs(known.get(_key(asked, config))) else stand_in(asked)
+        section, instead_of = (other, asked) if other else (asked, None)
         key = _key(section, config)
-        source = Source(section, _known_specs(known.get(key)), config)
+        source = Source(section, _known_specs(known.get(key)), config, instead_of)
         if not source.specs:
-            made = backbone.load(section, config.extraction, config.seed, images)
+            made = load(section, "", config.extraction, config.seed, images)
             source = replace(source, embedder=made, specs=made.specs)
             found[key] = [spec.to_dict() for spec in source.specs]
         sources.append(source)
     for name in config.baselines:
         if name != "majority":
-            sources.append(Source(None, baselines.load(name, config.extraction.decode).specs, config))
+            made = load(None, name, config.extraction, config.seed)
+            sources.append(Source(None, made.specs, config, embedder=made))
     if found != known:
         make_folder(files.root)
         write_document(files.specs, SPECS, {"entries": found})
@@ -83,9 +86,9 @@ def _key(section: BackboneConfig, config: Config) -> str:
             "section": section.model_dump(mode="json"),
             "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
             "seed": config.seed if section.weights == "random" else None,
-            "machine": backbone.choice_inputs(),
+            "machine": choice_inputs(),
             "decode": dict(DECODE_POLICY),
-            "file": _state_of(backbone.BUNDLED if section.weights == "bundled" else Path(section.weights)),
+            "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
         }
     )
 

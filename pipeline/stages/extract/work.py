@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config, ExtractionConfig
 from pipeline.data import DatasetIndex, LedgerEntry, record_failures
-from pipeline.embed import networks as backbone
+from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
@@ -137,7 +137,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
 def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
     """Load the network of a source."""
     embedder = source.load()
-    return Lane(embedder, backbone.choose_batch_size(extraction.batch_size, str(embedder.device)))
+    return Lane(embedder, choose_batch_size(extraction.batch_size, str(embedder.device)))
 
 
 def _open_stores(
