@@ -134,6 +134,14 @@ def test_another_image_size_is_built_and_gives_other_vectors_of_the_same_weights
     assert usual.specs[0].fingerprint() != larger.specs[0].fingerprint()
 
 
+@pytest.mark.parametrize(("asked", "given"), [("auto", "fp32"), ("bf16", "bf16")])
+def test_precision_is_fp32_unless_another_is_asked_for(asked, given):
+    extraction = ExtractionConfig(precision=asked, engine="torch", device="cpu")
+    small = PreprocessingConfig(resize=32, crop=32)
+    section = BackboneConfig(name="efficientnet_lite0", weights="random", preprocessing=small)
+    assert backbone.load(section, extraction, 0).specs[0].precision == given
+
+
 def test_unknown_weights_are_told_with_those_there_are():
     with pytest.raises(
         BackboneError,

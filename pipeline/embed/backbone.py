@@ -130,13 +130,15 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
         When the model, its weights, a layer, the pooling, the device or the precision is not to be had.
     """
     device = resolve_device(extraction.device)
-    dtype, precision, reason = resolve_precision(extraction.precision, device)
+    network = load_network(config, seed)
+    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode))
+    own = family_of(network.architecture).auto_precision
+    asked_precision = own if own and extraction.precision == "auto" else extraction.precision
+    dtype, precision, reason = resolve_precision(asked_precision, device)
     if device.type == "cuda" and precision == "fp32":
         # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-    network = load_network(config, seed)
-    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode))
     engine, why = choose_engine(
         extraction.engine,
         device.type,
@@ -157,6 +159,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
     # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
+    reason = f"the one for {network.name}, whose vectors bf16 would move" if own else reason
     asked = (extraction.precision != "auto", extraction.engine == engine)
     because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
     name = backbone.specs[0].name

@@ -42,8 +42,9 @@ Engine = Callable[[NDArray[np.uint8]], Features]
 BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
 """`batch_size: auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
 
-MOST_DEVIATION = 0.1
-"""Of a vector's length, from the one torch gives."""
+MOST_DEVIATION = 0.25
+"""Largest allowed L2 distance to torch's vector in fp32, as a fraction of its norm. bf16 moves a ResNet's by less than 0.01,
+EfficientNet-Lite's by up to 0.13; those of another network are more than 1 away."""
 
 BATCH = 32
 """Images of a compiled network's batch, which is fixed; a shorter batch is filled up."""
@@ -57,7 +58,7 @@ _PROCESSORS = frozenset({"x86_64", "amd64"})
 
 
 def require_close(found: Features, expected: Features) -> None:
-    """See that another engine computes the same network; bf16 alone moves a vector by less than a hundredth of its length.
+    """See that another engine computes the same network, but for the rounding of bf16.
 
     Raises
     ------

@@ -56,3 +56,5 @@ class Family:
     """A network's published weights by name; the first one's transform serves weights that come without one."""
     sized: bool = False
     """Whether networks are built for one image size, `image_size` of their arguments, and the same weights fit any."""
+    auto_precision: str = ""
+    """What `precision: auto` is for these networks; '' where it goes by the machine."""

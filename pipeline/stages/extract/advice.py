@@ -35,7 +35,7 @@ def advise(work: Work, specs: Sequence[EmbeddingSpec], extraction: ExtractionCon
 def _about_network(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
     networks = [spec for spec in specs if spec.kind == "backbone"]
     remedies = []
-    if all(spec.precision == "fp32" for spec in networks) and choice_inputs()["bf16"]:
+    if extraction.precision == "fp32" and choice_inputs()["bf16"]:
         remedies.append("extraction.precision: auto, as this processor computes in bf16")
     if extraction.engine == "auto" and all(spec.engine == "torch" for spec in networks) and not openvino_is_there():
         remedies.append("OpenVINO (pip install 'manyheads[openvino]')")
