@@ -330,7 +330,7 @@ def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: st
 def merge(store: Path, sources: tuple[Path, ...]) -> None:
     """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
 
-    Example: manyheads merge artifacts/photos/features/resnet50.store other-machine/resnet50.store
+    Example: manyheads merge artifacts/photos/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
     """
     from pipeline.stages import maintenance
 
@@ -343,9 +343,9 @@ def merge(store: Path, sources: tuple[Path, ...]) -> None:
 def layers(model: str) -> None:
     """List the layers of a backbone that can be embedded, with their shapes.
 
-    MODEL is a torchvision model, regnet_small, or a weights file that `finetune` wrote.
+    MODEL is efficientnet_lite0, a torchvision model, regnet_small, or a weights file that `finetune` wrote.
 
-    Example: manyheads layers resnet18
+    Example: manyheads layers efficientnet_lite0
     """
     from pipeline.embed import backbone
 

@@ -63,9 +63,9 @@ class BackboneConfig(Section):
     """One frozen network and the layers whose output is kept."""
 
     name: str
-    """A torchvision classification model, such as `resnet50`."""
+    """A network, such as `efficientnet_lite0` or torchvision's `resnet50`."""
     weights: str = "random"
-    """A weights enum member (`IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
+    """`imagenet`, torchvision's exact name (`IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
     layers: tuple[str, ...] = ("penultimate",)
     """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
     pooling: Literal["avg", "max", "grid", "flatten", "cls"] = "avg"
