@@ -118,8 +118,8 @@ def choose_engine(
     return "openvino", "faster than torch for convolutional networks"
 
 
-def require_arithmetic(extraction: ExtractionConfig) -> str:
-    """Return the device a run would compute on, having seen that it, the precision and the engine are to be had.
+def require_arithmetic(extraction: ExtractionConfig) -> None:
+    """See that the device, the precision and the engine that a config asks for are to be had.
 
     Raises
     ------
@@ -127,9 +127,7 @@ def require_arithmetic(extraction: ExtractionConfig) -> str:
     """
     device = resolve_device(extraction.device)
     _, precision, _ = resolve_precision(extraction.precision, device)
-    there = openvino_is_there()
-    choose_engine(extraction.engine, device.type, precision, images=0, layer_norms=False, there=there)
-    return str(device)
+    choose_engine(extraction.engine, device.type, precision, images=0, layer_norms=False, there=openvino_is_there())
 
 
 def engine_at_hand(engine: str, device: str) -> str:

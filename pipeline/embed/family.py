@@ -32,8 +32,6 @@ class Published:
     """Build the network with these weights, in fp32 on the processor, fetching them if need be."""
     preprocessing: Preprocessing
     """The transform they were trained with."""
-    classes: tuple[str, ...] = ()
-    """What they were trained to tell apart; empty where nobody says."""
     to_fetch: Callable[[], Fetch | None] = lambda: None
     """What `load` would fetch; None where the weights are here."""
 

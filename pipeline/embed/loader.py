@@ -135,10 +135,6 @@ class Feeder:
             decoding += time.perf_counter() - read
         return reading, decoding
 
-    def _takers(self, item: Item) -> dict[Preprocessing, int]:
-        """Each preprocessing an item is wanted in, with one of the takers that want it."""
-        return {self.preprocessings[number]: number for number in item.wanted}
-
     def _read(self, batch: Batch, row: int) -> bytes | None:
         item = batch.items[row]
         try:
@@ -150,7 +146,10 @@ class Feeder:
     def _decode(self, batch: Batch, row: int, data: bytes) -> None:
         decoded: dict[int | None, NDArray[np.uint8]] = {}
         try:
-            for preprocessing, number in self._takers(batch.items[row]).items():
+            ways = {
+                self.preprocessings[number]: number for number in batch.items[row].wanted
+            }  # takers of one way share pixels
+            for preprocessing, number in ways.items():
                 at_least = preprocessing.at_least
                 if at_least not in decoded:
                     decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class EmbeddingRecord:
         """Return the record as plain values for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         sections = {key: values[key] and values[key].model_dump(mode="json") for key in _SECTIONS}
-        return {**values, "spec": asdict(self.spec), **sections}
+        return {**values, "spec": self.spec.to_dict(), **sections}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:

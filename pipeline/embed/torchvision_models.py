@@ -33,19 +33,8 @@ def _regnet(block_params: Mapping[str, Any], **arguments: Any) -> nn.Module:
     return module
 
 
-def _resnet(block: str, layers: list[int], **arguments: Any) -> nn.Module:
-    """A ResNet of any depth; `block` is BasicBlock or Bottleneck."""
-    from torchvision.models import resnet
-
-    module: nn.Module = resnet.ResNet(
-        {"BasicBlock": resnet.BasicBlock, "Bottleneck": resnet.Bottleneck}[block], layers, **arguments
-    )
-    return module
-
-
 CONSTRUCTORS: Mapping[str, Callable[..., nn.Module]] = {
     "torchvision.models.regnet.RegNet": _regnet,
-    "torchvision.models.resnet.ResNet": _resnet,
 }
 """Architectures with nested arguments, which only a weights file's own description can name."""
 
@@ -114,7 +103,7 @@ def _published(architecture: str, member: Any) -> Published:
         path = checkpoint(member)
         return None if path.exists() else Fetch(member.url, path.parent, float(member.meta.get("_file_size", 0)))
 
-    return Published(load, preprocessing_of(member), tuple(member.meta.get("categories", ())), to_fetch)
+    return Published(load, preprocessing_of(member), to_fetch)
 
 
 def checkpoint(member: Any) -> Path:

@@ -44,7 +44,6 @@ class Network:
     preprocessing: Preprocessing
     untrained: bool = False
     trained_on: str | None = None
-    classes: tuple[str, ...] = ()
     has_classifier: bool = True
     """Whether the weights have the last layer, which those of self-supervised training lack."""
 
@@ -70,8 +69,7 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
             module = build(config.name, config.arguments)
         return _network(config, module, "random", usual_preprocessing(config.name), untrained=True)
     found = published(config)
-    module = found.load(config.arguments)
-    return _network(config, module, config.weights, found.preprocessing, classes=found.classes)
+    return _network(config, found.load(config.arguments), config.weights, found.preprocessing)
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
@@ -151,7 +149,7 @@ def _from_state(
     if not has_classifier:
         logger.info("%s has no classifier: all that comes before one can be embedded", origin)
     preprocessing = (
-        described_preprocessing(description["preprocessing"])
+        _described(description["preprocessing"])
         if "preprocessing" in description
         else usual_preprocessing(architecture)
     )
@@ -161,7 +159,6 @@ def _from_state(
         readable,
         preprocessing,
         trained_on=description.get("trained_on"),
-        classes=tuple(description.get("classes", ())),
     )
     return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
 
@@ -181,33 +178,22 @@ def _network(
     )
 
 
-def described_preprocessing(values: Mapping[str, Any]) -> Preprocessing:
+def _described(values: Mapping[str, Any]) -> Preprocessing:
     """The transform that a weights file of this project describes."""
-
-    def plain(key: str) -> Any:
-        return tuple(values[key]) if isinstance(values[key], list) else values[key]
-
-    return Preprocessing(
-        resize=plain("resize"),
-        crop=plain("crop"),
-        interpolation=plain("interpolation"),
-        mean=plain("mean"),
-        std=plain("std"),
-    )
+    plain = {key: values[key] for key in PreprocessingConfig.model_fields}
+    return Preprocessing(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
 
 
 def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Preprocessing) -> Preprocessing:
     """The config's transform before the weights' own; a network of one fixed image size gets that size."""
     size = getattr(module, "image_size", None)  # vision transformers
-    asked: PreprocessingConfig | None = config.preprocessing
+    asked = config.preprocessing
     if asked is not None:
         if size not in (None, asked.crop):
             raise BackboneError(
                 f"{config.name} takes images of {size} x {size} pixels only, the config says preprocessing.crop: {asked.crop}"
             )
-        return Preprocessing(
-            resize=asked.resize, crop=asked.crop, interpolation=asked.interpolation, mean=asked.mean, std=asked.std
-        )
+        return Preprocessing(**asked.model_dump())
     if size is not None and default.size != (size, size):
         return replace(default, resize=size, crop=size)
     return default

@@ -7,7 +7,6 @@ that there is nothing to do. So `engine: auto` is decided once, by the images th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,25 +55,24 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
         When a network that has to be loaded for it is not to be had.
     """
     known = _read(files.specs)
-    found: dict[str, list[dict[str, Any]]] = dict(known)
+    found = dict(known)
     sources = []
     for asked in config.backbones:
-        other = None if _known_specs(known.get(_key(asked, config))) else stand_in(asked)
+        other = None if _key(asked, config) in known else stand_in(asked)
         section, instead_of = (other, asked) if other else (asked, None)
         key = _key(section, config)
-        source = Source(section, _known_specs(known.get(key)), config, instead_of)
-        if not source.specs:
-            made = load(section, "", config.extraction, config.seed, images)
-            source = replace(source, embedder=made, specs=made.specs)
-            found[key] = [spec.to_dict() for spec in source.specs]
-        sources.append(source)
+        made = None if key in known else load(section, "", config.extraction, config.seed, images)
+        if made is not None:
+            found[key] = made.specs
+        sources.append(Source(section, found[key], config, instead_of, made))
     for name in config.baselines:
         if name != "majority":
-            made = load(None, name, config.extraction, config.seed)
-            sources.append(Source(None, made.specs, config, embedder=made))
+            baseline = load(None, name, config.extraction, config.seed)
+            sources.append(Source(None, baseline.specs, config, embedder=baseline))
     if found != known:
         make_folder(files.root)
-        write_document(files.specs, SPECS, {"entries": found})
+        entries = {key: [spec.to_dict() for spec in specs] for key, specs in found.items()}
+        write_document(files.specs, SPECS, {"entries": entries})
     return _with_unique_names(sources)
 
 
@@ -102,20 +100,13 @@ def _state_of(path: Path) -> list[Any] | None:
     return [str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
-def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _read(path: Path) -> dict[str, tuple[EmbeddingSpec, ...]]:
     """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
     try:
-        return dict(read_document(path, SPECS)["entries"])
-    except (PipelineError, KeyError, TypeError, ValueError):
-        pass
-    return {}
-
-
-def _known_specs(entries: list[Mapping[str, Any]] | list[dict[str, Any]] | None) -> tuple[EmbeddingSpec, ...]:
-    try:
-        return tuple(EmbeddingSpec.from_dict(entry) for entry in entries or ())
-    except (TypeError, AttributeError, KeyError, ValueError):  # fields of another version of this package
-        return ()
+        entries = read_document(path, SPECS)["entries"]
+        return {key: tuple(map(EmbeddingSpec.from_dict, specs)) for key, specs in entries.items()}
+    except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Work:
 
     images: int = 0
     """Distinct contents that went through at least one network or recipe."""
-    vectors: dict[str, int] = field(default_factory=dict)
+    vectors: Counter[str] = field(default_factory=Counter)
     """Embedding -> vectors that are new in its store."""
     failures: list[LedgerEntry] = field(default_factory=list)
     unavailable: list[str] = field(default_factory=list)
@@ -52,19 +53,10 @@ class Work:
         default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
     )
     """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
-    network_seconds: dict[str, float] = field(default_factory=dict)
+    network_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Embedding -> seconds in its network."""
-    network_images: dict[str, int] = field(default_factory=dict)
+    network_images: Counter[str] = field(default_factory=Counter)
     """Embedding -> images that went through its network."""
-
-    def add_network(self, embedding: str, images: int, seconds: float) -> None:
-        """Count images that went through an embedding's network."""
-        self.network_seconds[embedding] = self.network_seconds.get(embedding, 0.0) + seconds
-        self.network_images[embedding] = self.network_images.get(embedding, 0) + images
-
-    def add_vectors(self, embedding: str, count: int) -> None:
-        """Count new vectors of an embedding."""
-        self.vectors[embedding] = self.vectors.get(embedding, 0) + count
 
 
 @dataclass
@@ -194,7 +186,8 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, content
         numbers = np.array([items[row].content for row in part.rows])
         paths = [items[row].path for row in part.rows]
         for output in own:
-            work.add_network(output.name, len(numbers), part.seconds)
+            work.network_seconds[output.name] += part.seconds
+            work.network_images[output.name] += len(numbers)
             _append(output, numbers, part.vectors[output.number], paths, contents, work)
     work.seconds["write"] += time.perf_counter() - began
 
@@ -221,7 +214,7 @@ def _append(
         reason = f"{output.name} gives it a vector that is not finite"
         work.failures.append(_failure(paths[place], contents.digests[numbers[place]], "not_finite", reason))
     keep = wanted & storable
-    work.add_vectors(output.name, output.writer.append(contents.digests[numbers[keep]], vectors[keep]))
+    work.vectors[output.name] += output.writer.append(contents.digests[numbers[keep]], vectors[keep])
 
 
 def _failure(path: str, digest: Digests, status: str, reason: str) -> LedgerEntry:
