@@ -7,7 +7,9 @@ that there is nothing to do. So `engine: auto` is decided once, by the images th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,16 @@ from pipeline.io.digests import fingerprint
 from pipeline.io.files import make_folder
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """One backbone section or baseline; its network is loaded when it is first needed."""
+    """One backbone section or baseline."""
 
     section: BackboneConfig | None
     specs: tuple[EmbeddingSpec, ...]
-    config: Config
+    load: Callable[[], Embedder] = field(repr=False)
+    """Return the live embedder: the network is loaded when it is first needed."""
     instead_of: BackboneConfig | None = None
     """The config's section that `section` stands in for."""
-    embedder: Embedder | None = field(default=None, repr=False)
-
-    def load(self) -> Embedder:
-        """Return the live embedder."""
-        if self.embedder is None:
-            engine = {} if self.section is None else {"engine": self.specs[0].engine}
-            extraction = self.config.extraction.model_copy(update=engine)
-            self.embedder = load(self.section, self.specs[0].architecture, extraction, self.config.seed)
-        return self.embedder
 
 
 def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
@@ -61,19 +55,26 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
         other = None if _key(asked, config) in known else stand_in(asked)
         section, instead_of = (other, asked) if other else (asked, None)
         key = _key(section, config)
-        made = None if key in known else load(section, "", config.extraction, config.seed, images)
-        if made is not None:
-            found[key] = made.specs
-        sources.append(Source(section, found[key], config, instead_of, made))
+        if key in known:
+            extraction = config.extraction.model_copy(update={"engine": known[key][0].engine})
+            live = partial(load, section, "", extraction, config.seed)
+        else:
+            made = load(section, "", config.extraction, config.seed, images)
+            found[key], live = made.specs, partial(_itself, made)
+        sources.append(Source(section, found[key], live, instead_of))
     for name in config.baselines:
         if name != "majority":
-            baseline = load(None, name, config.extraction, config.seed)
-            sources.append(Source(None, baseline.specs, config, embedder=baseline))
+            made = load(None, name, config.extraction, config.seed)
+            sources.append(Source(None, made.specs, partial(_itself, made)))
     if found != known:
         make_folder(files.root)
         entries = {key: [spec.to_dict() for spec in specs] for key, specs in found.items()}
         write_document(files.specs, SPECS, {"entries": entries})
     return _with_unique_names(sources)
+
+
+def _itself(embedder: Embedder) -> Embedder:
+    return embedder
 
 
 def _key(section: BackboneConfig, config: Config) -> str:

@@ -59,12 +59,11 @@ class Work:
     """Embedding -> images that went through its network."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Output:
-    """One output of a source on its way into its store."""
+    """One embedding on its way into its store."""
 
-    number: int
-    name: str
+    target: Target
     writer: StoreWriter
     missing: NDArray[np.bool_]
     """Contents the store does not have, shape (n,)."""
@@ -94,7 +93,10 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
         lanes = [_lane(own[0].source, config.extraction) for own in by_source.values()]
-        outputs = _open_stores(list(by_source.values()), lanes, contents, stack)
+        outputs = [
+            [stack.enter_context(_opened(target, lane, contents)) for target in own]
+            for own, lane in zip(by_source.values(), lanes, strict=True)
+        ]
         # A byte is exact in float16.
         hashes = stack.enter_context(StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
@@ -132,23 +134,13 @@ def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
     return Lane(embedder, choose_batch_size(extraction.batch_size, str(embedder.device)))
 
 
-def _open_stores(
-    by_source: Sequence[Sequence[Target]], lanes: Sequence[Lane], contents: Contents, stack: ExitStack
-) -> Outputs:
-    """Open the stores of some targets for writing."""
-    outputs = []
-    for own, lane in zip(by_source, lanes, strict=True):
-        canaries = lane.embedder.canary
-        kept = []
-        for target in own:
-            canary = canaries[target.output]
-            writer = StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary)
-            stack.enter_context(writer)
-            # The writer also knows the rows of a run that was killed before it could seal them.
-            missing = writer.missing(contents.digests) & ~contents.failed
-            kept.append(Output(target.output, target.spec.name, writer, missing))
-        outputs.append(kept)
-    return outputs
+@contextmanager
+def _opened(target: Target, lane: Lane, contents: Contents) -> Iterator[Output]:
+    """Open a target's store for writing; it is sealed in the end."""
+    canary = lane.embedder.canary[target.output]
+    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary) as writer:
+        # The writer also knows the rows of a run that was killed before it could seal them.
+        yield Output(target, writer, writer.missing(contents.digests) & ~contents.failed)
 
 
 def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[int, Iterator[Item]]:
@@ -186,9 +178,10 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, content
         numbers = np.array([items[row].content for row in part.rows])
         paths = [items[row].path for row in part.rows]
         for output in own:
-            work.network_seconds[output.name] += part.seconds
-            work.network_images[output.name] += len(numbers)
-            _append(output, numbers, part.vectors[output.number], paths, contents, work)
+            name = output.target.spec.name
+            work.network_seconds[name] += part.seconds
+            work.network_images[name] += len(numbers)
+            _append(output, numbers, part.vectors[output.target.output], paths, contents, work)
     work.seconds["write"] += time.perf_counter() - began
 
 
@@ -211,10 +204,10 @@ def _append(
     wanted = output.missing[numbers]
     storable = output.writer.storable(vectors)
     for place in np.flatnonzero(wanted & ~storable).tolist():
-        reason = f"{output.name} gives it a vector that is not finite"
+        reason = f"{output.target.spec.name} gives it a vector that is not finite"
         work.failures.append(_failure(paths[place], contents.digests[numbers[place]], "not_finite", reason))
     keep = wanted & storable
-    work.vectors[output.name] += output.writer.append(contents.digests[numbers[keep]], vectors[keep])
+    work.vectors[output.target.spec.name] += output.writer.append(contents.digests[numbers[keep]], vectors[keep])
 
 
 def _failure(path: str, digest: Digests, status: str, reason: str) -> LedgerEntry:
