@@ -80,7 +80,7 @@ def test_linear_parts_reproduce_the_head(name: str, classes: int):
     weights, bias, mean, scale = linear_parts(pipeline)
     scores = ((X - mean) / scale) @ weights.T + bias
     assert weights.shape == (classes, 10)
-    assert np.array_equal(pipeline.classes_[scores.argmax(axis=1)], pipeline.stages.predict(X))
+    assert np.array_equal(pipeline.classes_[scores.argmax(axis=1)], pipeline.predict(X))
     decision = pipeline.decision_function(X)
     own = scores[:, 1] - scores[:, 0] if classes == 2 else scores
     np.testing.assert_allclose(own, decision, atol=1e-4)

@@ -129,7 +129,7 @@ def test_scores_are_those_of_plain_scikit_learn_on_the_same_folds(tmp_path):
     for train, held_out in folds:
         pipeline = configure(LDA, run.best.params, 0).fit(X[train], y[train])
         own.append(pipeline.score(X[held_out], y[held_out]))
-        assert np.array_equal(pipeline.stages.predict(X[held_out]), run.classes[run.out_of_fold.predictions[held_out]])
+        assert np.array_equal(pipeline.predict(X[held_out]), run.classes[run.out_of_fold.predictions[held_out]])
         np.testing.assert_allclose(pipeline.predict_proba(X[held_out]), run.out_of_fold.scores[held_out], atol=1e-5)
     assert run.best.fold_scores == pytest.approx(tuple(own))
     assert run.best.mean == pytest.approx(np.mean(own))

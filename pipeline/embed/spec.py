@@ -19,8 +19,6 @@ from pipeline.io.digests import fingerprint
 EMBED_VERSION = 1
 """Goes up by hand when a change to this package's own code changes vectors of the same identity."""
 
-N_PROBES = 4
-
 
 @dataclass(frozen=True)
 class EmbeddingSpec:

@@ -180,8 +180,9 @@ def _network(
 
 def _described(values: Mapping[str, Any]) -> Preprocessing:
     """The transform that a weights file of this project describes."""
-    plain = {key: values[key] for key in PreprocessingConfig.model_fields}
-    return Preprocessing(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
+    given = {key: values[key] for key in PreprocessingConfig.model_fields}
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return Preprocessing(**plain)
 
 
 def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Preprocessing) -> Preprocessing:
