@@ -55,7 +55,7 @@ class Item:
     path: str
     digest: bytes | None
     wanted: tuple[int, ...]
-    """Which of the takers it is for, by their place in `Feeder.preprocessings`."""
+    """Which of the takers it is for, by their place in `Loader.preprocessings`."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Feeder:
+class Loader:
     """How images are read: where they are, the limit on their size, their preprocessings, and the number of threads."""
 
     root: Path
@@ -197,8 +197,8 @@ def embed(
         When not even one image fits into memory.
     """
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
-    feeder = Feeder(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
-    for batch in feeder.batches(items):
+    loader = Loader(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
+    for batch in loader.batches(items):
         yield batch, [_part(batch, number, lane) for number, lane in enumerate(lanes)]
 
 

@@ -113,15 +113,15 @@ def ours(folder: Path, model: str, **extraction: Any) -> float:
 
 def decode_only(folder: Path, model: str) -> float:
     """Images/s of reading, decoding and preparing, on all processors."""
-    from pipeline.embed.loader import Feeder, Item
+    from pipeline.embed.loader import Item, Loader
 
     preprocessing = _load(model, "fp32").preprocessing
     items = [Item(row, str(path), None, (0,)) for row, path in enumerate(sorted(folder.rglob("*.*")))]
-    feeder = Feeder(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1)
-    for _ in feeder.batches(items[:BATCH]):
+    loader = Loader(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1)
+    for _ in loader.batches(items[:BATCH]):
         pass
     began = time.perf_counter()
-    for _ in feeder.batches(items):
+    for _ in loader.batches(items):
         pass
     return len(items) / (time.perf_counter() - began)
 
