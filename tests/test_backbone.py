@@ -44,6 +44,7 @@ FAMILIES = {
     "vit_b_32": (768, "getitem_5"),
     "swin_t": (768, "flatten"),
     "maxvit_t": (512, "classifier.4"),
+    "efficientnet_lite0": (1280, "pool.1"),
 }
 
 

@@ -45,8 +45,6 @@ class FeaturesRun:
     scan: ScanResult
     targets: tuple[Target, ...]
     records: tuple[EmbeddingRecord, ...]
-    seconds_per_image: Mapping[str, float]
-    """Embedding -> what one image cost when it was last measured."""
     failed: int
     """Images of the index that do not decode."""
     work: Work | None
@@ -74,12 +72,13 @@ class FeaturesRun:
         return [*lines, *self.stand_ins]
 
     def _plan_lines(self) -> Iterator[str]:
+        rates = {record.name: record.seconds_per_image for record in self.records}
         for target in self.targets:
             count = int(target.pending.sum())
             if not count:
                 yield f"{target.spec.name}: complete, {target.rows:,} vectors"
                 continue
-            rate = self.seconds_per_image.get(target.spec.name)
+            rate = rates.get(target.spec.name)
             cost = (
                 f"about {_duration(count * rate)} at the last run's rate"
                 if rate
@@ -150,7 +149,6 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         scan=scanned,
         targets=tuple(targets),
         records=tuple(records),
-        seconds_per_image=rates,
         failed=int(contents.failed.sum()),
         work=work,
         planned=plan,
