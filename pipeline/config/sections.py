@@ -133,9 +133,9 @@ class BackboneConfig(Section):
     """One frozen network and the layers whose output is kept."""
 
     name: str
-    """A network of one of the families, such as `resnet50`."""
+    """A network of one of the families, such as `efficientnet_lite0` or torchvision's `resnet50`."""
     weights: str = "random"
-    """The name of published weights (`IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
+    """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
     """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
     pooling: Literal["avg", "max", "grid", "flatten", "cls"] = "avg"

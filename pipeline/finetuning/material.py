@@ -14,7 +14,7 @@ from pipeline import images
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage
 from pipeline.data.lineage import Lineage
-from pipeline.embed.loader import Feeder, Item
+from pipeline.embed.loader import Item, Loader
 from pipeline.embed.records import EmbeddingRecord, departures, read_asked_records, require_index, shared
 from pipeline.errors import ConfigError, PipelineError, TrainingError, first
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
@@ -171,11 +171,11 @@ def read_pixels(
         else np.empty(shape, np.uint8)
     )
     items = (Item(row, str(path), index.digests[row].tobytes(), (0,)) for row, path in enumerate(index.paths))
-    feeder = Feeder(index.root, config.dataset.max_pixels, (preprocessing,), BATCH, os.cpu_count() or 1)
+    loader = Loader(index.root, config.dataset.max_pixels, (preprocessing,), BATCH, os.cpu_count() or 1)
     problems = []
     done = 0
     with progress.bar(len(index), "image", "reading") as bar:
-        for batch in feeder.batches(items):
+        for batch in loader.batches(items):
             count = len(batch.items)
             pixels[done : done + count] = batch.pixels[0][:count]
             problems += [

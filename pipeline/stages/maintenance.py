@@ -20,6 +20,7 @@ from pipeline.data import DatasetIndex, failed_digests
 from pipeline.data.match import Texts
 from pipeline.data.statcache import CACHE_FILE
 from pipeline.embed import records as embedders
+from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import PipelineError, StoreError, first
@@ -172,12 +173,14 @@ def status(config: Config) -> list[str]:
         lines.append(
             f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'failures.csv'} names each"
         )
-    sections = [record.section for record in here.records]
+    sections = [record.asked for record in here.records]
     for section in config.backbones:
         if section not in sections:
             lines.append(
                 f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
             )
+    asked = [record.instead_of for record in here.records if record.instead_of is not None]
+    lines += dict.fromkeys(f"warning: {about_stand_in(section)}" for section in asked)
     for record in here.records:
         found = store.status(here.path(record), live)
         name = f"{record.name}{' (untrained)' if record.untrained else ''}"

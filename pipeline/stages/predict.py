@@ -119,15 +119,20 @@ def run(
     if not total and not unread:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
     given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
+
+    def outcomes() -> Iterator[list[Row]]:
+        lane, limit = Lane(embedder, BATCH_SIZE), max_pixels or record.max_pixels
+        for batch, (part,) in embed([lane], _items(ahead), Path("/"), limit):
+            yield list(_rows(batch, part, given, model, output_number))
+        if unread:
+            yield unread
+
     labels: Counter[str] = Counter()
+    total += len(unread)
     done, reasons = 0, list[str]()
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
-            items = _items(ahead)
-            for batch, (part,) in embed(
-                [Lane(embedder, BATCH_SIZE)], items, Path("/"), max_pixels or record.max_pixels
-            ):
-                rows = list(_rows(batch, part, given, model, output_number))
+            for rows in outcomes():
                 header = "" if done else csv_header(model.classes, top)
                 file.add((header + to_csv(rows, model.classes, top)).encode())
                 labels.update(row.label for row in rows if row.label is not None)
@@ -135,18 +140,13 @@ def run(
                 if len(reasons) <= EXAMPLES:
                     reasons += [f"{row.path}: {row.status}" for row in rows if row.label is None]
                 progress.update(len(rows))
-            if unread:
-                header = "" if done else csv_header(model.classes, top)
-                file.add((header + to_csv(unread, model.classes, top)).encode())
         except BaseException:
             if done:
                 kept = "stopped after %d of %d images: their rows are in %s, and a new run begins with the first image"
                 log.warning(kept, done, total, file.path)
             raise
-    done += len(unread)
     unreadable = done - labels.total()
     if unreadable == done:
-        reasons += [f"{row.path}: {row.status}" for row in unread]
         raise DatasetError(
             f"none of the {done:,} images could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
