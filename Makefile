@@ -35,7 +35,7 @@ report: install ## Build the report page again from the saved results
 	@$(RUN) report $(CONFIG) $(ARGS)
 
 status: install ## Say what is cached, missing, changed, stale and failed
-	@$(RUN) status $(CONFIG) $(ARGS)
+	@$(RUN) store status $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-test ## Install what the tests need and run them all
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

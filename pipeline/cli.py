@@ -24,7 +24,7 @@ from pipeline.io import files
 
 DEFAULT_CONFIG = "configs/digits.yaml"
 PACKED = (".h5", ".hdf5")
-"""Endings of packed files, which `status`, `verify` and `export` take in place of a config."""
+"""Endings of packed files, which `store status`, `verify` and `export` take in place of a config."""
 
 
 def main() -> None:
@@ -212,14 +212,19 @@ def compare(outputs: tuple[Path, ...], output: Path, row: str | None) -> None:
         click.echo(line)
 
 
-@cli.command()
+@cli.group()
+def store() -> None:
+    """Care for the feature stores: what is in them, whether it is whole, and files to share."""
+
+
+@store.command()
 @_experiment
 def status(config: Path, overrides: tuple[str, ...]) -> None:
     """Say what is cached, missing, changed, stale and failed. CONFIG may also be a packed file.
 
     The images are looked at, and those that are new or changed are read; nothing is embedded or written.
 
-    Example: manyheads status configs/folder.yaml
+    Example: manyheads store status configs/folder.yaml
     """
     from pipeline.stages import maintenance
 
@@ -230,7 +235,7 @@ def status(config: Path, overrides: tuple[str, ...]) -> None:
         click.echo(line)
 
 
-@cli.command()
+@store.command()
 @_experiment
 @click.option("--full", is_flag=True, help="Read every byte, of all files of the experiment.")
 @click.option(
@@ -239,7 +244,7 @@ def status(config: Path, overrides: tuple[str, ...]) -> None:
 def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) -> int:
     """Check the feature stores, and with --full every file; exit code 1 when something is wrong. CONFIG may also be a packed file.
 
-    Example: manyheads verify configs/folder.yaml --full --sample 20
+    Example: manyheads store verify configs/folder.yaml --full --sample 20
     """
     from pipeline.stages import maintenance
 
@@ -258,12 +263,12 @@ def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) ->
     return 0 if ok and all(found.ok for found in checks) else 1
 
 
-@cli.command()
+@store.command()
 @_experiment
 def repair(config: Path, overrides: tuple[str, ...]) -> None:
     """Drop damaged vectors and embed exactly those images again.
 
-    Example: manyheads repair configs/folder.yaml
+    Example: manyheads store repair configs/folder.yaml
     """
     from pipeline.stages import extract as extract_features
     from pipeline.stages import maintenance
@@ -273,12 +278,12 @@ def repair(config: Path, overrides: tuple[str, ...]) -> None:
         click.echo(line)
 
 
-@cli.command()
+@store.command()
 @_experiment
 def gc(config: Path, overrides: tuple[str, ...]) -> None:
-    """Remove the vectors that belong to no image any more.
+    """Remove the vectors that belong to no image of any experiment that uses the stores.
 
-    Example: manyheads gc configs/folder.yaml
+    Example: manyheads store gc configs/folder.yaml
     """
     from pipeline.stages import maintenance
 
@@ -287,11 +292,11 @@ def gc(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 _embedding = click.option(
-    "--embedding", metavar="NAME", help="Which one, where there are several; `status` lists them."
+    "--embedding", metavar="NAME", help="Which one, where there are several; `store status` lists them."
 )
 
 
-@cli.command()
+@store.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @_experiment
 @_embedding
@@ -299,7 +304,7 @@ _embedding = click.option(
 def pack(output: Path, config: Path, overrides: tuple[str, ...], embedding: str | None, anonymous: bool) -> None:
     """Write one embedding, with paths, labels and splits, into a single HDF5 file.
 
-    Example: manyheads pack features.h5 configs/folder.yaml
+    Example: manyheads store pack features.h5 configs/folder.yaml
     """
     from pipeline.stages import maintenance
 
@@ -307,14 +312,14 @@ def pack(output: Path, config: Path, overrides: tuple[str, ...], embedding: str 
     click.echo(maintenance.pack(settings, output, embedding=embedding, anonymous=anonymous))
 
 
-@cli.command()
+@store.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @_experiment
 @_embedding
 def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: str | None) -> None:
     """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
 
-    Example: manyheads export features.parquet configs/folder.yaml
+    Example: manyheads store export features.parquet configs/folder.yaml
     """
     from pipeline.stages import maintenance
 
@@ -324,18 +329,32 @@ def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: st
     click.echo(maintenance.export(configuration.load(config, overrides), output, embedding=embedding))
 
 
-@cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@store.command()
+@click.argument("target", metavar="STORE", type=click.Path(path_type=Path))
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-def merge(store: Path, sources: tuple[Path, ...]) -> None:
+def merge(target: Path, sources: tuple[Path, ...]) -> None:
     """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
 
-    Example: manyheads merge artifacts/photos/features/resnet50.store other-machine/resnet50.store
+    Example: manyheads store merge artifacts/features/resnet50.store other-machine/resnet50.store
     """
     from pipeline.stages import maintenance
 
-    for line in maintenance.merge(store, sources):
+    for line in maintenance.merge(target, sources):
         click.echo(line)
+
+
+def _alias(command: click.Command) -> click.Command:
+    """The command under the name that it had up to 0.1."""
+
+    def told(*arguments: Any, **options: Any) -> Any:
+        click.echo(f"note: `manyheads {command.name}` is `manyheads store {command.name}` from now on", err=True)
+        return command.callback(*arguments, **options) if command.callback else None
+
+    return click.Command(command.name, params=command.params, callback=told, help=command.help, hidden=True)
+
+
+for _command in store.commands.values():
+    cli.add_command(_alias(_command))
 
 
 @cli.command()

@@ -19,6 +19,8 @@ class Config(Section):
 
     output: str
     """The folder every artifact of this experiment is written to; `artifacts/NAME` of the data set when not given."""
+    store: str | None = None
+    """The folder of the feature stores, which several experiments may share; `features` beside `output` when not given."""
     seed: int = Field(0, ge=0, lt=2**32)
     dataset: DatasetConfig = DatasetConfig()
     backbones: tuple[BackboneConfig, ...]
@@ -52,6 +54,13 @@ class Config(Section):
     @classmethod
     def _at_least_one(cls, value: tuple[Section, ...]) -> tuple[Section, ...]:
         return not_empty(value)
+
+    @model_validator(mode="after")
+    def _stores_apart_from_results(self) -> Config:
+        output = Path(self.output)
+        if os.path.abspath(output) == os.path.abspath(output.parent / "features" if self.store is None else self.store):
+            raise ValueError(f"output: {self.output} is the folder of the feature stores; choose another name")
+        return self
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Config:

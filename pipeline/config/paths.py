@@ -40,7 +40,11 @@ def seen_from(raw: dict[str, Any], folder: Path) -> None:
 def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Yield every relative path in a config that may hold anything: its section, its key, and both for a message."""
     dataset, backbones = raw.get("dataset"), raw.get("backbones")
-    places: list[tuple[Any, str, str]] = [(raw, "output", "output"), (dataset, "path", "dataset.path")]
+    places: list[tuple[Any, str, str]] = [
+        (raw, "output", "output"),
+        (raw, "store", "store"),
+        (dataset, "path", "dataset.path"),
+    ]
     for number, section in enumerate(backbones if isinstance(backbones, list) else []):
         if isinstance(section, dict) and str(section.get("weights")).endswith(WEIGHTS_FILES):
             places.append((section, "weights", f"backbones.{number}.weights"))

@@ -45,18 +45,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(raw, override, Config)
     config = parse(raw, str(path))
-    _require_folder(config.output, str(path))
+    _require_folder("output", config.output, str(path))
+    _require_folder("store", config.store or str(Path(config.output).parent / "features"), str(path))
     if any(":" in head.name for head in config.heads):
         look_in(path.parent)
     return config
 
 
-def _require_folder(output: str, origin: str) -> None:
-    """Refuse an output folder that is a file, or in one: whatever is read there would look damaged."""
-    place = next(place for place in (Path(output), *Path(output).parents, Path()) if place.exists())
+def _require_folder(key: str, folder: str, origin: str) -> None:
+    """Refuse a folder that is a file, or in one: whatever is read there would look damaged."""
+    place = next(place for place in (Path(folder), *Path(folder).parents, Path()) if place.exists())
     if not place.is_dir():
         raise ConfigError(
-            f"{origin}: output: {place} is a file, expected a folder or a name that is free; choose another output"
+            f"{origin}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
         )
 
 

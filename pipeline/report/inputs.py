@@ -8,11 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline
+from pipeline.data import DatasetIndex
 from pipeline.errors import PipelineError
+from pipeline.evaluation.audit import read_hashes
 from pipeline.evaluation.leaderboard.table import read_leaderboard
 from pipeline.experiment import REPORT, Artifacts, read_document, write_document
-from pipeline.images import HASH_STORE
-from pipeline.io.digests import file_digest, fingerprint
+from pipeline.io.digests import bytes_digest, file_digest, fingerprint
 
 PAGE = "report.html"
 LIBRARIES = ("matplotlib", "numpy", "Pillow", "scikit-learn", "scipy", "umap-learn")
@@ -58,13 +59,22 @@ def digest_inputs(output: Path) -> str:
     found = {path.relative_to(output).as_posix(): _digest(path) for path in _sources(output)}
     root = Path(pipeline.__file__).parent
     code = {str(path.relative_to(root)): file_digest(path) for kind in CODE for path in sorted(root.rglob(kind))}
-    return fingerprint([board, found, code, {name: _version(name) for name in LIBRARIES}])
+    return fingerprint([board, found, _hashes(output), code, {name: _version(name) for name in LIBRARIES}])
+
+
+def _hashes(output: Path) -> str | None:
+    """The digest of the perceptual hashes of this experiment's images; the store has others' as well."""
+    files = Artifacts(output)
+    try:
+        return bytes_digest(read_hashes(files, DatasetIndex.read(files.dataset).digests).tobytes())
+    except PipelineError:
+        return None
 
 
 def _sources(output: Path) -> Iterator[Path]:
     """The files beside the leaderboard that the page is made of; the features are named by their digest in features.json."""
     files = Artifacts(output)
-    yield from (files.features, *sorted(files.dataset.glob("*.csv")), *sorted((files.dataset / HASH_STORE).glob("*")))
+    yield from (files.features, *sorted(files.dataset.glob("*.csv")))
     for row in read_leaderboard(output).rows:
         yield files.trials(row.embedding, row.head)
         if row.bundle is not None:

@@ -101,7 +101,7 @@ def gather(output: Path) -> Material:
     if view is not None:
         embedding, space, curve = view.embedding, _map(view, seed), _curve(view, seed)
         part = view.images
-        hashes = audit.read_hashes(files.dataset, part.digests)
+        hashes = audit.read_hashes(files, part.digests)
         found = audit.examine(view.features, part.paths.tolist(), part.labels.tolist(), part.splits.tolist(), hashes)
         findings = replace(found, label_issues=findings.label_issues)
     return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
@@ -138,7 +138,7 @@ def _view(
             record = by_name.get(row.embedding)
             if record is None:
                 continue
-            store = FeatureStore.open(files.root / record.store, record.fingerprint)
+            store = FeatureStore.open(files.find_store(record.store), record.fingerprint)
             # Copies that were excluded for a leak are known; they would be found again as duplicates.
             known = np.flatnonzero(~store.missing(index.digests) & (index.splits.astype(str) != "excluded"))
             labelled = int(np.isin(index.splits[known].astype(str), TRAINING).sum())

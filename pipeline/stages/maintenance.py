@@ -29,6 +29,7 @@ from pipeline.experiment import (
     REPORT,
     SPECS,
     TRIALS,
+    USER,
     Artifacts,
     Kind,
     bundle_file,
@@ -38,9 +39,10 @@ from pipeline.experiment import (
     unsealed,
 )
 from pipeline.export import bundle as bundles
-from pipeline.images import policy_key
+from pipeline.images import HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.files import read_file
+from pipeline.stages.extract.stores import alone, contents_of_others, others, write_entry
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
@@ -73,7 +75,7 @@ class Check:
             yield f"  embedded {self.sampled} images anew: {same} give the stored vector"
             yield from _named("images that give another vector", self.deviating_images)
         if not self.report.ok:
-            yield "  run `manyheads repair`: it keeps every good vector and embeds just these images again"
+            yield "  run `manyheads store repair`: it keeps every good vector and embeds just these images again"
         yield from (f"  note: {note}" for note in self.report.notes)
 
 
@@ -104,7 +106,7 @@ class Experiment:
         PipelineError
             When stage one has not been run.
         """
-        files = Artifacts(config.output)
+        files = Artifacts(config.output, config.store)
         return Experiment(config, files, embedders.read_records(files.features), DatasetIndex.read(files.dataset))
 
     @staticmethod
@@ -122,23 +124,17 @@ class Experiment:
 
     def path(self, record: EmbeddingRecord) -> Path:
         """The store of an embedding."""
-        return self.files.root / record.store
+        return self.files.find_store(record.store)
 
     def own(self, record: EmbeddingRecord) -> Path:
-        """The store of an embedding, which may be changed: it is no other experiment's.
+        """The store of an embedding, which may be changed: it lies where this config has its stores.
 
         Raises
         ------
         StoreError
-            When a symbolic link leads to a store elsewhere.
+            When it lies elsewhere, also where a symbolic link leads there.
         """
-        path = self.path(record)
-        if not path.resolve().is_relative_to(self.files.root.resolve()):
-            raise StoreError(
-                f"{path}: is a link to {path.resolve()}, outside of this experiment, and stays as it is; put the store itself "
-                "there if it is this experiment's"
-            )
-        return path
+        return _own(self.path(record), self.files)
 
     def paths_of(self, digests: Digests) -> tuple[str, ...]:
         """The images that have one of these contents."""
@@ -147,6 +143,17 @@ class Experiment:
     def choose(self, name: str | None) -> EmbeddingRecord:
         """Return an embedding by name; the only backbone's where none is named."""
         return embedders.choose(self.records, name, "--embedding")
+
+
+def _own(path: Path, files: Artifacts) -> Path:
+    real = path.resolve()
+    if not any(real.is_relative_to(folder.resolve()) for folder in (files.root, files.stores)):
+        what = f"is a link to {real}" if path.is_symlink() else "lies"
+        raise StoreError(
+            f"{path}: {what}, outside of this experiment and of {files.stores}, and stays as it is; `manyheads features` takes "
+            "its vectors over"
+        )
+    return path
 
 
 def _names_of(names: Texts, contents: Digests, digests: Digests) -> tuple[str, ...]:
@@ -178,15 +185,19 @@ def status(config: Config) -> list[str]:
             lines.append(
                 f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
             )
+    used_elsewhere, problems = contents_of_others(here.files)
     for record in here.records:
-        found = store.status(here.path(record), live)
+        found = store.status(here.path(record), live, used_elsewhere)
+        if problems:  # nobody can say what is stale
+            found = replace(found, stale_rows=None)
         name = f"{record.name}{' (untrained)' if record.untrained else ''}"
         lines += _status_lines(
-            name, found, "`manyheads gc`" if not changes else "`manyheads gc` after `manyheads features`"
+            name, found, "`manyheads store gc`" if not changes else "`manyheads store gc` after `manyheads features`"
         )
+    lines += [f"warning: {problem}" for problem in problems]
     return lines + [
-        f"{path}: {_size(_bytes_in(path))}, used by no embedding of the last `manyheads features`; it serves again when the "
-        "config asks for it again, else delete the folder"
+        f"{path}: {_size(store.disk_bytes(path))}, used by no embedding of the last `manyheads features`; it serves again when "
+        "the config asks for it again, else delete the folder"
         for path in _unused_stores(here)
     ]
 
@@ -213,15 +224,20 @@ def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
 
 def _unused_stores(here: Experiment) -> list[Path]:
     """Stores of identities that were asked for once: another precision, layer, or file of weights."""
-    used = {here.path(record) for record in here.records}
-    return [path for path in sorted(here.files.stores.glob("*.store*")) if path.is_dir() and path not in used]
+    users, problems = others(here.files)
+    used = {here.files.stores / HASH_STORE, *map(here.path, here.records)}
+    for user in users:
+        try:
+            used |= {user.find_store(record.store) for record in embedders.read_records(user.features)}
+        except (PipelineError, OSError) as error:
+            problems.append(str(error))
+    if problems:  # nobody can say what is used
+        return []
+    found = [path for folder in (here.files.stores, here.files.root / "features") for path in folder.glob("*.store*")]
+    return [path for path in sorted(found) if path.is_dir() and path not in used]
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads gc`") -> Iterator[str]:
+def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads store gc`") -> Iterator[str]:
     """One store in plain lines; `remedy` is what removes stale vectors, which goes by the last run's index."""
     missing = found.missing_rows or 0
     yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
@@ -269,7 +285,7 @@ def verify_pack(path: Path, *, full: bool = False) -> tuple[bool, list[str]]:
 
 def verify_files(config: Config) -> tuple[bool, list[str]]:
     """Check the digest of every file beside the stores; return whether nothing is wrong, and the outcome in plain lines."""
-    files = Artifacts(config.output)
+    files = Artifacts(config.output, config.store)
     problems, count = [], 0
     for check in _file_checks(files):
         count += 1
@@ -290,8 +306,11 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     cache = files.dataset / CACHE_FILE
     if cache.exists():
         yield lambda: _checked(cache, parse_arrays, "delete it, and every image is read again")
-    for path in sorted(files.dataset.glob("*.store")):  # perceptual hashes
-        yield partial(_check_store, path)
+    for path in (files.stores / HASH_STORE, files.dataset / HASH_STORE):
+        if path.exists():
+            yield partial(_check_store, path)
+    for path in sorted((files.stores / "experiments").glob("*.json")):
+        yield partial(read_document, path, USER)
     if files.specs.exists():
         yield lambda: _whole(files.specs, SPECS)
     if files.leaderboard.exists():
@@ -389,24 +408,42 @@ def repair(config: Config) -> list[str]:
             f"{record.name}: {len(images):,} images lost their vector; the damaged files are set aside in quarantine/"
         )
         lines += _named("to be embedded again", images)
+        if elsewhere := len({*digests_to_hex(report.damaged)} - {*digests_to_hex(here.index.digests)}):
+            lines.append(
+                f"  {elsewhere:,} vectors more, of no image here; `manyheads features` of their experiment embeds them"
+            )
     return lines
 
 
 def gc(config: Config) -> list[str]:
-    """Remove the vectors that belong to no image any more."""
+    """Remove the vectors that belong to no image of any experiment any more.
+
+    Raises
+    ------
+    StoreError
+        When an experiment that uses the stores cannot be read; then nothing was removed.
+    """
     here = Experiment.open_as_made(config)
-    lines = []
-    for record in here.records:
-        if here.path(record).is_file():
-            lines.append(f"{record.name}: is a packed file, which stays as it is; pack the store again instead")
-            continue
-        report = store.collect(here.own(record), here.index.digests)
-        gone = report.rows_before - report.rows_after
-        freed = report.bytes_before - report.bytes_after
-        lines.append(
-            f"{record.name}: {gone:,} vectors removed, {report.rows_after:,} kept, {_size(max(freed, 0))} freed"
-        )
-    return lines
+    names = {here.own(record): record.name for record in here.records}
+    with alone(here.files):
+        write_entry(here.files)
+        contents, problems = contents_of_others(here.files)
+        if problems:
+            raise StoreError(
+                f"{here.files.stores}: nothing is removed until it is known what all experiments use", problems
+            )
+        live = np.concatenate([here.index.digests, contents])
+        shared = [path for path in sorted(here.files.stores.glob("*.store")) if path not in names]
+        return [_collect(_own(path, here.files), names.get(path, path.name), live) for path in (*names, *shared)]
+
+
+def _collect(path: Path, name: str, live: Digests) -> str:
+    if path.is_file():
+        return f"{name}: is a packed file, which stays as it is; pack the store again instead"
+    report = store.collect(path, live)
+    gone = report.rows_before - report.rows_after
+    freed = report.bytes_before - report.bytes_after
+    return f"{name}: {gone:,} vectors removed, {report.rows_after:,} kept, {_size(max(freed, 0))} freed"
 
 
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:

@@ -31,18 +31,21 @@ class Lock:
         self.descriptor = -1
 
 
-def acquire(folder: Path) -> Lock:
-    """Take the lock of a store.
+def acquire(folder: Path, patience: float = 0.0) -> Lock:
+    """Take the lock of a store, waiting for so many seconds.
 
     Raises
     ------
     StoreError
         When another writer has it: says which process, on which host, since when.
     """
-    path = folder / LOCK
+    path, end = folder / LOCK, time.monotonic() + patience
     try:
         descriptor = files.open_alone(path)
     except BlockingIOError:
+        if time.monotonic() < end:
+            time.sleep(0.05)
+            return acquire(folder, end - time.monotonic())
         if files.is_held(path):
             raise StoreError(f"{folder}: this process is writing to it already; close that writer first") from None
         writer = holder(folder) or "another process"

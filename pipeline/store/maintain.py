@@ -50,8 +50,11 @@ class StoreStatus:
     """Who writes to it now."""
 
 
-def status(path: str | Path, live: Digests | None = None) -> StoreStatus:
-    """Describe a store or a packed file; `live`, shape (n, 2), are the contents of the index."""
+def status(path: str | Path, live: Digests | None = None, others: Digests | None = None) -> StoreStatus:
+    """Describe a store or a packed file.
+
+    `live`, shape (n, 2), are the contents of the index, and `others` those that other experiments use.
+    """
     path = Path(path)
     store = FeatureStore.open(path)
     groups = journal.groups(path) if path.is_dir() else []
@@ -60,7 +63,8 @@ def status(path: str | Path, live: Digests | None = None) -> StoreStatus:
     if live is not None:
         live = np.unique(np.asarray(live, np.uint64).reshape(-1, 2), axis=0)
         absent = live[store.missing(live)]
-        stale = store.rows - (len(live) - len(absent))
+        used = live if others is None else np.unique(np.concatenate([live, others]), axis=0)
+        stale = store.rows - int((~store.missing(used)).sum())
         here = np.isin(_one(absent), _one(np.concatenate(waiting))) if waiting else np.zeros(len(absent), np.bool_)
         missing = int((~here).sum())
     return StoreStatus(
@@ -195,9 +199,9 @@ def merge(path: str | Path, sources: Sequence[str | Path]) -> MergeReport:
     return MergeReport(path, tuple(added), newest_snapshot(path).rows)
 
 
-def copy_rows(store: FeatureStore, writer: StoreWriter) -> int:
-    """Append all rows of a store, in the order they lie there; return how many were new."""
-    content = in_order(store.table)
+def copy_rows(store: FeatureStore, writer: StoreWriter, content: Digests | None = None) -> int:
+    """Append the rows of some contents, or all in the order they lie there; return how many were new."""
+    content = in_order(store.table) if content is None else content
     step = max(1, COPY_BYTES // (store.dim * 4))
     count = 0
     for start in range(0, len(content), step):

@@ -103,7 +103,7 @@ class StoreFile:
         if bad := self.bad_blocks(blocks):
             raise StoreError(
                 f"{self.path}: {len(bad)} block(s) of {BLOCK_BYTES >> 10} KiB are damaged (the first at block {bad[0]}); "
-                "nothing of them was used; run 'manyheads repair' to embed just these images again"
+                "nothing of them was used; run 'manyheads store repair' to embed just these images again"
             )
 
 

@@ -143,7 +143,7 @@ class FeatureStore:
         content = file.arrays["content"]
         if (rows >= len(content)).any() or not np.array_equal(content[rows], digests):
             raise StoreError(
-                f"{file.path}: does not hold the images that the snapshot says; run 'manyheads verify --full'"
+                f"{file.path}: does not hold the images that the snapshot says; run 'manyheads store verify --full'"
             )
         return file
 

@@ -77,7 +77,7 @@ def open_entry(store: Path, entry: SegmentEntry, store_type: StoreType, data: mm
         file = open_segment(entry.path(store), store_type, entry.digest, data)
     except FileNotFoundError:
         raise StoreError(
-            f"{entry.path(store)}: is missing with {entry.rows} features; put it back, or run 'manyheads repair'"
+            f"{entry.path(store)}: is missing with {entry.rows} features; put it back, or run 'manyheads store repair'"
         ) from None
     if (file.number("rows"), file.size) != (entry.rows, entry.bytes):
         raise StoreError(f"{file.path}: has {file.number('rows')} rows in {file.size} bytes, the snapshot says {entry}")

@@ -20,8 +20,9 @@ from pipeline.embed.spec import EMBED_VERSION, EmbeddingSpec
 from pipeline.errors import PipelineError
 from pipeline.experiment import SPECS, Artifacts, read_document, write_document
 from pipeline.images import DECODE_POLICY
-from pipeline.io.digests import fingerprint
+from pipeline.io.digests import Digests, fingerprint
 from pipeline.io.files import make_folder
+from pipeline.stages.extract.stores import open_store, others, place
 
 
 @dataclass
@@ -45,10 +46,11 @@ class Source:
         return self.embedder
 
 
-def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
+def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
     """Return every source with its embeddings, under names that are unique in the experiment.
 
-    `images` is the number of distinct ones in the data set, which an engine is chosen for.
+    `digests` are the distinct images of the data set, shape (n, 2). An engine is chosen for their number, unless another
+    experiment has embedded most of them with one.
 
     Raises
     ------
@@ -60,10 +62,11 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
     sources = []
     for section in config.backbones:
         key = _key(section, config)
-        source = Source(section, _known_specs(known.get(key)), config)
+        source = Source(section, _known_specs(known.get(key)) or _specs_of_others(key, files, digests), config)
         if not source.specs:
-            made = backbone.load(section, config.extraction, config.seed, images)
+            made = backbone.load(section, config.extraction, config.seed, len(digests))
             source = replace(source, embedder=made, specs=made.specs)
+        if key not in known or not _known_specs(known[key]):
             found[key] = [spec.to_dict() for spec in source.specs]
         sources.append(source)
     for name in config.baselines:
@@ -73,6 +76,18 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
         make_folder(files.root)
         write_document(files.specs, SPECS, {"entries": found})
     return _with_unique_names(sources)
+
+
+def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[EmbeddingSpec, ...]:
+    """The embeddings that another experiment found out for the same section, where they have most of the images already."""
+    for other in others(files)[0]:
+        specs = _known_specs(_read(other.specs).get(key))
+        stores = [open_store(place(spec, files), spec) for spec in specs]
+        if stores and all(
+            store is not None and 2 * int(store.missing(digests).sum()) <= len(digests) for store in stores
+        ):
+            return specs
+    return ()
 
 
 def _key(section: BackboneConfig, config: Config) -> str:
