@@ -323,10 +323,8 @@ def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: st
     """
     from pipeline.stages import maintenance
 
-    if config.suffix in PACKED:
-        click.echo(maintenance.export_pack(config, output))
-        return
-    click.echo(maintenance.export(configuration.load(config, overrides), output, embedding=embedding))
+    source = config if config.suffix in PACKED else configuration.load(config, overrides)
+    click.echo(maintenance.export(source, output, embedding=embedding))
 
 
 @store.command()

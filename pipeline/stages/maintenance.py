@@ -239,19 +239,19 @@ def _unused_stores(here: Experiment) -> list[Path]:
 
 def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads store gc`") -> Iterator[str]:
     """One store in plain lines; `remedy` is what removes stale vectors, which goes by the last run's index."""
-    missing = found.missing_rows or 0
+    missing, its = found.missing_rows or 0, found.store
     yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
     yield (
-        f"  {found.rows:,} vectors of {found.dim} {found.dtype} in {_segments(found.segments)}, "
-        f"{_size(found.disk_bytes)}" + (f", generation {found.generation}" if found.generation else ", a packed file")
+        f"  {its.rows:,} vectors of {its.dim} {its.dtype.name} in {_segments(len(its.segments))}, {_size(found.disk_bytes)}, "
+        + (f"generation {its.generation}" if its.generation else "a packed file")
     )
-    yield f"  {found.path}  digest {found.digest[:16]}"
+    yield f"  {its.path}  digest {its.digest[:16]}"
     if found.stale_rows:
         yield f"  {found.stale_rows:,} vectors belong to no image any more; {remedy} removes them"
     if found.journal_rows:
         yield f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
     if found.quarantined:
-        yield f"  {found.quarantined} damaged files are set aside in {found.path / 'quarantine'}; delete them when you like"
+        yield f"  {found.quarantined} damaged files are set aside in {its.path / 'quarantine'}; delete them when you like"
     if found.writer:
         yield f"  being written by {found.writer}"
 
@@ -263,7 +263,7 @@ def status_of_pack(path: Path) -> list[str]:
     has = ", ".join(index.columns) or "no columns"
     return [
         f"{len(index.digests):,} images with {has}",
-        *_status_lines(str(found.identity.get("architecture", "")), found),
+        *_status_lines(str(found.store.identity.get("architecture", "")), found),
     ]
 
 
@@ -449,35 +449,39 @@ def _collect(path: Path, name: str, live: Digests) -> str:
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
     """Write one embedding with its paths, labels, splits and groups into a single HDF5 file."""
     digests, columns, source = _table(config, embedding)
-    report = store.pack(source, output, digests, columns, anonymous)
-    return f"{report.rows:,} vectors of {report.images:,} images in {output} ({_size(report.bytes)}), digest {report.digest[:16]}"
+    packed = store.pack(source, output, digests, columns, anonymous)
+    size = _size(store.disk_bytes(output))
+    return f"{packed.rows:,} vectors of {len(digests):,} images in {output} ({size}), digest {packed.digest[:16]}"
 
 
-def export(config: Config, output: Path, *, embedding: str | None = None) -> str:
-    """Write one embedding of every image as `.npy` or `.parquet`, rows in the order of the index."""
-    digests, columns, source = _table(config, embedding)
-    if output.suffix == ".npy":  # has room for the vectors alone
-        columns = {}
-    report = store.export(source, output, digests, columns)
-    return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+def export(source: Config | Path, output: Path, *, embedding: str | None = None) -> str:
+    """Write one embedding of every image as `.npy` or `.parquet`, rows in the order of the index.
 
-
-def export_pack(path: Path, output: Path) -> str:
-    """Write the images of a packed file as `.npy` or `.parquet`, rows in the order they were packed."""
-    index = store.read_packed_index(path)
-    columns = {} if output.suffix == ".npy" else {name: values.tolist() for name, values in index.columns.items()}
-    report = store.export(path, output, index.digests, columns)
-    return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+    `source` : an experiment, or a packed file.
+    """
+    digests, columns, opened = _packed(source) if isinstance(source, Path) else _table(source, embedding)
+    store.export(
+        opened, output, digests, {} if output.suffix == ".npy" else columns
+    )  # which has room for vectors alone
+    return f"{len(digests):,} x {opened.dim} float32 in {output} ({_size(store.disk_bytes(output))})"
 
 
 def merge(target: Path, sources: Sequence[Path]) -> list[str]:
     """Add the vectors of other stores of the same identity to a store."""
-    report = store.merge(target, sources)
-    lines = [f"{path}: {count:,} new vectors" for path, count in report.added]
-    return [*lines, f"{target} has {report.rows:,} vectors"]
+    lines = [f"{path}: {count:,} new vectors" for path, count in store.merge(target, sources).items()]
+    return [*lines, f"{target} has {store.FeatureStore.open(target).rows:,} vectors"]
 
 
-def _table(config: Config, embedding: str | None) -> tuple[Digests, Mapping[str, Sequence[str]], store.FeatureStore]:
+_Table = tuple[Digests, Mapping[str, Sequence[str]], store.FeatureStore]
+
+
+def _packed(path: Path) -> _Table:
+    index = store.read_packed_index(path)
+    columns = {name: values.tolist() for name, values in index.columns.items()}
+    return index.digests, columns, store.FeatureStore.open(path)
+
+
+def _table(config: Config, embedding: str | None) -> _Table:
     """The images that have a vector, what the index says of them, and the store."""
     here = Experiment.open_as_made(config)
     record = here.choose(embedding)

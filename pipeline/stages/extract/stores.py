@@ -91,7 +91,7 @@ def _moved(source: Path, target: Path) -> bool:
     except OSError:  # another file system, or a folder that cannot be written
         return False
     finally:
-        held.release()
+        system.close_alone(held)
     system.sync_folder(target.parent)
     system.sync_folder(source.parent)
     log.info("%s is now %s, where other experiments find it", source, target)
@@ -124,7 +124,7 @@ def alone(files: Artifacts, patience: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        held.release()
+        system.close_alone(held)
 
 
 def enter(files: Artifacts) -> None:
