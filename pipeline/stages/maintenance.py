@@ -5,7 +5,6 @@ The store knows contents, the index knows images; here the two are joined, so th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,26 +125,13 @@ class Experiment:
         """The store of an embedding."""
         return self.files.find_store(record.store)
 
-    def own(self, record: EmbeddingRecord) -> Path:
-        """The store of an embedding, which may be changed: it lies where this config has its stores.
-
-        Raises
-        ------
-        StoreError
-            When it lies elsewhere, also where a symbolic link leads there.
-        """
-        return _own(self.path(record), self.files)
-
     def paths_of(self, digests: Digests) -> tuple[str, ...]:
         """The images that have one of these contents."""
         return _names_of(self.index.paths, self.index.digests, digests)
 
-    def choose(self, name: str | None) -> EmbeddingRecord:
-        """Return an embedding by name; the only backbone's where none is named."""
-        return embedders.choose(self.records, name, "--embedding")
-
 
 def _own(path: Path, files: Artifacts) -> Path:
+    """A store that may be changed, as it lies where this config has its stores, and no symbolic link leads elsewhere."""
     real = path.resolve()
     if not any(real.is_relative_to(folder.resolve()) for folder in (files.root, files.stores)):
         what = f"is a link to {real}" if path.is_symlink() else "lies"
@@ -303,34 +289,12 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     yield lambda: embedders.read_records(files.features)
     yield lambda: embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     yield lambda: dataset.read_ledger(files.dataset)
-    cache = files.dataset / CACHE_FILE
-    if cache.exists():
-        yield lambda: _checked(cache, parse_arrays, "delete it, and every image is read again")
-    for path in (files.stores / HASH_STORE, files.dataset / HASH_STORE):
-        if path.exists():
-            yield partial(_check_store, path)
-    for path in sorted((files.stores / "experiments").glob("*.json")):
-        yield partial(read_document, path, USER)
-    if files.specs.exists():
-        yield lambda: _whole(files.specs, SPECS)
-    if files.leaderboard.exists():
-        yield lambda: read_leaderboard(files.root)
-    if (page := files.root / "report.json").exists():
-        yield partial(_whole, page, REPORT)
-    for path in sorted(files.root.glob("heads/*/*/bundle.json")):
-        yield partial(bundles.describe, path.parent)
-        for name in sorted({"head.skops", "head.joblib", "predictions.npz"} & {*os.listdir(path.parent)}):
-            yield partial(bundle_file, path.parent, name)
-    for path in sorted(files.root.glob("trials/**/*.jsonl")):
-        yield partial(read_lines, path, TRIALS)
-    for path in sorted(files.finetuned.glob("*/result.json")):
-        yield partial(_whole, path, FINETUNING)
-    for path in sorted(files.finetuned.glob("*/checkpoint.pt")):
-        yield partial(_checked, path, unsealed, "delete it to train from the start")
-    for path in sorted(files.finetuned.glob("*/log.jsonl")):
-        yield partial(read_lines, path, FINETUNING)
-    for path in sorted(files.finetuned.glob("*/*.safetensors")):
-        yield partial(_check_weights, path)
+    for folder, pattern, check in (
+        *((files.stores, *row) for row in _SHARED_FILES),
+        *((files.root, *row) for row in _FILES),
+    ):
+        for path in sorted(folder.glob(pattern)):
+            yield partial(check, path)
 
 
 def _check_store(path: Path) -> None:
@@ -357,6 +321,28 @@ def _check_weights(path: Path) -> None:
     from pipeline.embed.weights_files import read_weights  # loads torch
 
     read_weights(path)
+
+
+_SHARED_FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    (HASH_STORE, _check_store),
+    ("experiments/*.json", lambda path: read_document(path, USER)),
+)
+_FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    (f"dataset/{CACHE_FILE}", lambda path: _checked(path, parse_arrays, "delete it, and every image is read again")),
+    (f"dataset/{HASH_STORE}", _check_store),
+    ("specs.json", lambda path: _whole(path, SPECS)),
+    ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
+    ("report.json", lambda path: _whole(path, REPORT)),
+    ("heads/*/*/bundle.json", lambda path: bundles.describe(path.parent)),
+    ("heads/*/*/head.*", lambda path: bundle_file(path.parent, path.name)),
+    ("heads/*/*/predictions.npz", lambda path: bundle_file(path.parent, path.name)),
+    ("trials/**/*.jsonl", lambda path: read_lines(path, TRIALS)),
+    ("finetuned/*/result.json", lambda path: _whole(path, FINETUNING)),
+    ("finetuned/*/checkpoint.pt", lambda path: _checked(path, unsealed, "delete it to train from the start")),
+    ("finetuned/*/log.jsonl", lambda path: read_lines(path, FINETUNING)),
+    ("finetuned/*/*.safetensors", _check_weights),
+)
+"""Files below a folder, and what reads each."""
 
 
 def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check]:
@@ -399,7 +385,7 @@ def repair(config: Config) -> list[str]:
     here = Experiment.open(config)
     lines = []
     for record in here.records:
-        report = store.repair(here.own(record))
+        report = store.repair(_own(here.path(record), here.files))
         images = here.paths_of(report.damaged)
         if not images and not report.quarantined:
             lines.append(f"{record.name}: nothing to repair")
@@ -424,7 +410,7 @@ def gc(config: Config) -> list[str]:
         When an experiment that uses the stores cannot be read; then nothing was removed.
     """
     here = Experiment.open_as_made(config)
-    names = {here.own(record): record.name for record in here.records}
+    names = {_own(here.path(record), here.files): record.name for record in here.records}
     with alone(here.files):
         write_entry(here.files)
         contents, problems = contents_of_others(here.files)
@@ -484,7 +470,7 @@ def _packed(path: Path) -> _Table:
 def _table(config: Config, embedding: str | None) -> _Table:
     """The images that have a vector, what the index says of them, and the store."""
     here = Experiment.open_as_made(config)
-    record = here.choose(embedding)
+    record = embedders.choose(here.records, embedding, "--embedding")
     opened = store.FeatureStore.open(here.path(record), record.fingerprint)
     index = here.index.rows(~opened.missing(here.index.digests))
     columns = {"paths": index.paths.tolist(), "labels": index.labels.tolist(), "splits": index.splits.tolist()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from pipeline.errors import StoreError
 from pipeline.io.digests import Digests
 from pipeline.store import journal
 from pipeline.store.lock import LOCK, holder
-from pipeline.store.opener import open_file
+from pipeline.store.opener import StoreFile, open_file
 from pipeline.store.reader import (
     ATTEMPTS,
     FeatureStore,
@@ -97,8 +98,7 @@ def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport
         raise no_valid_snapshot(path, [f"{problem.file}: {problem.found}" for problem in problems])
     newest = snapshots[0]
     damaged, bytes_read = _check_segments(path, newest, full, problems)
-    _check_older_segments(path, snapshots, full, problems)
-    _check_journal(path, newest, full, problems)
+    _check_what_else(path, snapshots, full, problems)
     notes = tuple(_leftovers(path, snapshots))
     bytes_read += sum(snapshot.file.size for snapshot in snapshots)
     rows, count = newest.rows, len(newest.segments)
@@ -150,32 +150,25 @@ def _check_segments(path: Path, snapshot: FeatureStore, full: bool, problems: li
     return content[bad], bytes_read
 
 
-def _check_older_segments(path: Path, snapshots: list[FeatureStore], full: bool, problems: list[Problem]) -> None:
-    """Check what only the previous snapshots need: damage there costs the way back, but no feature."""
-    seen = set(snapshots[0].segments)
-    for snapshot in snapshots[1:]:
-        for entry in snapshot.segments:
-            if entry in seen:
-                continue
-            seen.add(entry)
-            try:
-                file = open_entry(path, entry, snapshot.store_type)
-                if full and file.bad_blocks():
-                    raise StoreError(f"{file.path}: is damaged; only the previous snapshot needs it")
-            except StoreError as error:
-                problems.append(_problem(path, entry.path(path), error, 0))
-
-
-def _check_journal(path: Path, snapshot: FeatureStore, full: bool, problems: list[Problem]) -> None:
-    for group in journal.groups(path):
+def _check_what_else(path: Path, snapshots: list[FeatureStore], full: bool, problems: list[Problem]) -> None:
+    """Check what the newest snapshot does not need: damage costs the way back, or rows of a run that has not ended."""
+    newest = snapshots[0]
+    older = dict.fromkeys(entry for snapshot in snapshots[1:] for entry in snapshot.segments)
+    checks: list[tuple[Path, Callable[[], StoreFile]]] = [
+        (entry.path(path), partial(open_entry, path, entry, newest.store_type))
+        for entry in older
+        if entry not in newest.segments
+    ]
+    checks += [(group, partial(open_segment, group, newest.store_type)) for group in journal.groups(path)]
+    for place, opened in checks:
         try:
-            file = open_segment(group, snapshot.store_type)
+            file = opened()
             if full and len(damaged_rows(file)):
-                raise StoreError(f"{group}: is damaged; the next run embeds its images again")
+                raise StoreError(f"{place}: is damaged; only the previous snapshot or the next run needs it")
         except FileNotFoundError:
             continue  # sealed meanwhile
         except StoreError as error:
-            problems.append(_problem(path, group, error, 0))
+            problems.append(_problem(path, place, error, 0))
 
 
 def _leftovers(path: Path, snapshots: list[FeatureStore]) -> Iterator[str]:
