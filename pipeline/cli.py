@@ -248,16 +248,15 @@ def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) ->
     """
     from pipeline.stages import maintenance
 
+    ok, lines = True, list[str]()
     if config.suffix in PACKED:
         if sample:
             raise click.UsageError("--sample needs an experiment: a packed file does not say where its images are")
-        ok, lines = maintenance.verify_pack(config, full=full)
-        for line in lines:
-            click.echo(line)
-        return 0 if ok else 1
-    settings = configuration.load(config, overrides)
-    checks = maintenance.verify(settings, full=full, sample=sample)
-    ok, lines = maintenance.verify_files(settings) if full else (True, [])
+        checks = [maintenance.verify_pack(config, full=full)]
+    else:
+        settings = configuration.load(config, overrides)
+        checks = maintenance.verify(settings, full=full, sample=sample)
+        ok, lines = maintenance.verify_files(settings) if full else (ok, lines)
     for line in [*(line for found in checks for line in found.lines()), *lines]:
         click.echo(line)
     return 0 if ok and all(found.ok for found in checks) else 1

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -79,14 +80,21 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 37
 
 
-@pytest.mark.parametrize("name", sorted(name for name, found in cli.commands.items() if not found.hidden))
-def test_every_command_has_help_with_an_example_that_parses(name: str) -> None:
-    command = cli.commands[name]
+def leaves(group: click.Group, above: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command that is shown, with its full name."""
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from leaves(command, f"{above}{name} ")
+        elif not command.hidden:
+            yield f"{above}{name}", command
+
+
+@pytest.mark.parametrize(("name", "command"), leaves(cli), ids=dict(leaves(cli)))
+def test_every_command_has_help_with_an_example_that_parses(name: str, command: click.Command) -> None:
     assert command.help
     (example,) = re.findall(r"Example: manyheads (.*)", command.help)
-    found, *arguments = shlex.split(example)
-    assert found == name
-    command.make_context(name, arguments, resilient_parsing=False)
+    assert example.startswith(f"{name} ")
+    command.make_context(name, shlex.split(example.removeprefix(name)), resilient_parsing=False)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`manyheads ([a-z]+)", README))))

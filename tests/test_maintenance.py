@@ -166,7 +166,7 @@ def test_a_vector_that_is_not_the_images_is_found_by_the_sample(copy: Config) ->
 
     with StoreWriter.open(store, opened.identity, opened.dim) as writer:
         writer.append(index.digests, swapped)
-    check = next(check for check in maintenance.verify(copy, full=True, sample=4) if check.record.name == BACKBONE)
+    check = next(check for check in maintenance.verify(copy, full=True, sample=4) if check.name == BACKBONE)
     assert check.report.ok
     assert not check.ok
     assert len(check.deviating_images) == 4
@@ -179,7 +179,7 @@ def test_damage_is_named_and_repair_embeds_exactly_the_damaged_images(tmp_path: 
     index = DatasetIndex.read(Artifacts(copy.output).dataset)
     before = FeatureStore.open(store).read(index.digests)
     damage(store)
-    check = next(check for check in maintenance.verify(copy, full=True) if check.record.name == BACKBONE)
+    check = next(check for check in maintenance.verify(copy, full=True) if check.name == BACKBONE)
     assert not check.ok
     assert 0 < len(check.damaged_images) < 42
     assert any("DAMAGED" in line for line in check.lines())
@@ -309,9 +309,9 @@ def test_a_pack_that_status_refuses_does_not_verify(experiment: Config, tmp_path
     path.write_bytes(b"".join(compose("pack", attributes, arrays, ("<f4", features.shape), lambda: [features]).parts()))
     with pytest.raises(StoreError, match="'row' points outside"):
         maintenance.status_of_pack(path)
-    ok, lines = maintenance.verify_pack(path, full=True)
-    assert not ok
-    assert lines[1:] == ["  all.h5: not a valid feature store file: 'row' points outside"]
+    check = maintenance.verify_pack(path, full=True)
+    assert not check.ok
+    assert list(check.lines())[1:] == ["  all.h5: not a valid feature store file: 'row' points outside"]
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ SAME_COSINE = 0.9999
 class Check:
     """One store's verification: the files, and where asked a sample of images embedded anew."""
 
-    record: EmbeddingRecord
+    name: str
+    """The embedding's, or the packed file's."""
     report: store.VerifyReport
     damaged_images: tuple[str, ...]
     sampled: int = 0
@@ -68,23 +69,20 @@ class Check:
 
     def lines(self) -> Iterator[str]:
         """The outcome in plain lines."""
-        yield from _verify_lines(self.record.name, self.report, self.ok, self.damaged_images)
+        report = self.report
+        depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
+        verdict = "ok" if self.ok else "DAMAGED" if not report.ok else "DEVIATES"
+        yield f"{self.name}: {verdict}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
+        for problem in report.problems:
+            yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
+        yield from _named("images without a usable vector", self.damaged_images)
         if self.sampled:
             same = self.sampled - len(self.deviating_images)
             yield f"  embedded {self.sampled} images anew: {same} give the stored vector"
             yield from _named("images that give another vector", self.deviating_images)
-        if not self.report.ok:
+        if not report.ok and report.generation:  # a packed file has none
             yield "  run `manyheads store repair`: it keeps every good vector and embeds just these images again"
-        yield from (f"  note: {note}" for note in self.report.notes)
-
-
-def _verify_lines(name: str, report: store.VerifyReport, ok: bool, images: Sequence[str]) -> Iterator[str]:
-    depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
-    verdict = "ok" if ok else "DAMAGED" if not report.ok else "DEVIATES"
-    yield f"{name}: {verdict}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
-    for problem in report.problems:
-        yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
-    yield from _named("images without a usable vector", images)
+        yield from (f"  note: {note}" for note in report.notes)
 
 
 @dataclass(frozen=True)
@@ -253,8 +251,8 @@ def status_of_pack(path: Path) -> list[str]:
     ]
 
 
-def verify_pack(path: Path, *, full: bool = False) -> tuple[bool, list[str]]:
-    """Check a packed file; return whether nothing is wrong, and the outcome in plain lines."""
+def verify_pack(path: Path, *, full: bool = False) -> Check:
+    """Check a packed file."""
     report = store.verify(path, full=full)
     images: tuple[str, ...] = ()
     try:
@@ -266,7 +264,7 @@ def verify_pack(path: Path, *, full: bool = False) -> tuple[bool, list[str]]:
     else:
         names = index.columns.get("paths", np.array(digests_to_hex(index.digests), dtype=object))
         images = _names_of(names, index.digests, report.damaged)
-    return report.ok, list(_verify_lines(path.name, report, report.ok, images))
+    return Check(path.name, report, images)
 
 
 def verify_files(config: Config) -> tuple[bool, list[str]]:
@@ -351,10 +349,10 @@ def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check
     checks = []
     for record in here.records:
         report = store.verify(here.path(record), full=full)
-        check = Check(record, report, here.paths_of(report.damaged))
+        check = Check(record.name, report, here.paths_of(report.damaged))
         if sample and report.ok:
             count, deviating = _embed_again(here, record, sample)
-            check = Check(record, report, check.damaged_images, count, deviating)
+            check = replace(check, sampled=count, deviating_images=deviating)
         checks.append(check)
     return checks
 

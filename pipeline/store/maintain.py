@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
-from pipeline.io.digests import Digests
+from pipeline.io.digests import Digests, digest_keys
 from pipeline.store import journal, lock
 from pipeline.store.reader import FeatureStore, newest_snapshot
 from pipeline.store.segment import damaged_rows, open_segment
@@ -48,8 +47,8 @@ def status(path: str | Path, live: Digests | None = None, others: Digests | None
         live = np.unique(np.asarray(live, np.uint64).reshape(-1, 2), axis=0)
         used = live if others is None else np.unique(np.concatenate([live, others]), axis=0)
         stale = store.rows - int((~store.missing(used)).sum())
-        absent = _one(live[store.missing(live)])
-        missing = int((~np.isin(absent, _one(np.concatenate([np.zeros((0, 2), np.uint64), *waiting])))).sum())
+        absent = digest_keys(live[store.missing(live)])
+        missing = int((~np.isin(absent, digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *waiting])))).sum())
     rows = sum(map(len, waiting))
     return StoreStatus(store, disk_bytes(path), rows, stale, missing, len(_quarantined(path)), lock.holder(path))
 
@@ -107,16 +106,10 @@ def collect(path: str | Path, live: Digests) -> CollectReport:
     """
     path = Path(path)
     before, bytes_before = newest_snapshot(path).rows, disk_bytes(path)
-    wanted = _one(np.asarray(live, np.uint64).reshape(-1, 2))
+    wanted = digest_keys(np.asarray(live, np.uint64).reshape(-1, 2))
     with _open_existing(path) as writer:
-        writer.rewrite(lambda file: np.isin(_one(file.arrays["content"]), wanted))
+        writer.rewrite(lambda file: np.isin(digest_keys(file.arrays["content"]), wanted))
     return CollectReport(before, newest_snapshot(path).rows, bytes_before, disk_bytes(path))
-
-
-def _one(digests: Digests) -> NDArray[np.void]:
-    """View n digests as n single values that can be compared."""
-    view: NDArray[np.void] = np.ascontiguousarray(digests, "<u8").reshape(-1, 2).view("V16").ravel()
-    return view
 
 
 def _open_existing(path: Path) -> StoreWriter:

@@ -52,11 +52,9 @@ def set_aside_damaged_snapshots(store: Path) -> bool:
 
 def orphans(store: Path, store_type: StoreType, snapshot: FeatureStore) -> list[StoreFile]:
     """Open the segments that a valid snapshot does not name: those of a newer one that was damaged."""
-    named = {entry.digest for entry in snapshot.segments}
+    named = {entry.path(store) for entry in snapshot.segments}
     found = []
-    for path in sorted((store / SEGMENTS).glob("*.h5")):
-        if path.stem in named:
-            continue
+    for path in sorted({*(store / SEGMENTS).glob("*.h5")} - named):
         with contextlib.suppress(StoreError):
             file = open_segment(path, store_type, path.stem)
             file.require_whole()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.io.digests import Digests, digests_to_hex, fingerprint
+from pipeline.io.digests import Digests, digest_keys, digests_to_hex, fingerprint
 from pipeline.store import journal, lock, recovery
 from pipeline.store.format import StoreType
 from pipeline.store.identity import check_canary, differences
@@ -163,7 +163,7 @@ class StoreWriter:
             rows = np.flatnonzero(self._fresh(content))
             if len(rows):
                 self._sources.append(Rows(file, rows))
-                self._new.update(_keys(content[rows]))
+                self._new.update(digest_keys(content[rows]).tolist())
         if self._new:
             log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
 
@@ -177,7 +177,7 @@ class StoreWriter:
             there = [entry in self._entries for entry in self._snapshot.segments]
             absent[~absent] = ~np.isin(segments, np.flatnonzero(there))
         if self._new:
-            fresh = [key not in self._new for key in _keys(digests)]
+            fresh = [key not in self._new for key in digest_keys(digests).tolist()]
             absent &= np.array(fresh, np.bool_)
         return absent
 
@@ -224,7 +224,7 @@ class StoreWriter:
             kept, vectors = digests[fresh], np.ascontiguousarray(features[fresh], self.store_type.dtype)
             self._waiting.append((kept, vectors))
             self._waiting_bytes += vectors.nbytes
-            self._new.update(_keys(kept))
+            self._new.update(digest_keys(kept).tolist())
         if self._waiting_bytes >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS:
             self.commit()
         return int(fresh.sum())
@@ -323,9 +323,3 @@ class StoreWriter:
                 self.seal()
         finally:
             self.close()
-
-
-def _keys(digests: Digests) -> list[bytes]:
-    """Return n digests as n byte strings."""
-    keys: list[bytes] = np.ascontiguousarray(digests, "<u8").reshape(-1, 2).view("V16").ravel().tolist()
-    return keys
