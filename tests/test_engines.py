@@ -180,7 +180,7 @@ def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.
     def wrong(vectors: engines.Vectors, *rest: object) -> engines.Engine:
         return real(lambda pixels: tuple(vector.roll(1, dims=1) for vector in vectors(pixels)), *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(backbone.network, "compile_openvino", wrong)
+    monkeypatch.setattr("pipeline.embed.backbone.compile_openvino", wrong)
     with pytest.raises(BackboneError, match="the vectors of the probe images are not torch's"):
         load("openvino", "squeezenet1_1")
 
@@ -236,7 +236,7 @@ def test_an_engine_is_chosen_once_and_its_store_is_read_without_it(
         raise RuntimeError("no such operation")
 
     monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
-    monkeypatch.setattr(backbone.network, "compile_openvino", refuse)
+    monkeypatch.setattr("pipeline.embed.backbone.compile_openvino", refuse)
     other, output = open_record(record, "cpu")
     assert other.specs[output] == replace(record.spec, engine="torch")
     assert caplog.messages[-1] == (

@@ -42,7 +42,7 @@ from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import Artifacts, bundle_file
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
-from pipeline.heads import HEADS, Head
+from pipeline.heads import LOGISTIC_REGRESSION, Head
 from pipeline.heads.tuning import TuningRun, check, limited, require, tune
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import write_text_atomic
@@ -57,7 +57,7 @@ __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
 log = logging.getLogger(__name__)
 
-BASELINE_HEAD = "logistic_regression"
+BASELINE_HEAD = LOGISTIC_REGRESSION
 """What the pixels and HOG baselines are classified with."""
 
 ROW_VERSION = 5
@@ -179,7 +179,7 @@ def _entries(
             yield from (Entry(record, head, tuning) for head in heads)
     for record in records:
         if record.kind == "baseline":
-            yield Entry(record, HEADS[BASELINE_HEAD], tuning)
+            yield Entry(record, BASELINE_HEAD, tuning)
     if CONSTANT_GUESS in config.baselines:
         yield Entry(
             None,
