@@ -177,7 +177,8 @@ def verify(config: Config | Path, full: bool, sample: int | None) -> tuple[bool,
     if isinstance(config, Path):
         if sample:
             raise click.UsageError("--sample needs an experiment: a packed file does not say where its images are")
-        return maintenance.verify_pack(config, full=full)
+        pack = maintenance.verify_pack(config, full=full)
+        return pack.ok, pack.lines()
     checks = maintenance.verify(config, full=full, sample=sample or 0)
     ok, lines = maintenance.verify_files(config) if full else (True, [])
     return ok and all(found.ok for found in checks), [*(line for found in checks for line in found.lines()), *lines]
@@ -221,8 +222,6 @@ def export(output: Path, config: Config | Path, embedding: str | None) -> Iterab
     """
     from pipeline.stages import maintenance
 
-    if isinstance(config, Path):
-        return [maintenance.export_pack(config, output)]
     return [maintenance.export(config, output, embedding=embedding)]
 
 

@@ -227,7 +227,7 @@ def test_an_engine_is_chosen_once_and_its_store_is_read_without_it(
     assert other.specs[output] == replace(record.spec, engine="torch")
     (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 45
+    assert FeatureStore.open(files.find_store(record.store), record.fingerprint).rows == 45
 
     # The same where it is installed and fails.
     def refuse(*_: object) -> None:

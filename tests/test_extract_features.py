@@ -67,7 +67,7 @@ def make(photos: Path, **changes: Any) -> Config:
 def stores(config: Config) -> dict[str, FeatureStore]:
     files = Artifacts(config.output)
     return {
-        record.name: FeatureStore.open(files.root / record.store, record.fingerprint)
+        record.name: FeatureStore.open(files.find_store(record.store), record.fingerprint)
         for record in read_records(files.features)
     }
 
@@ -99,31 +99,31 @@ def test_each_image_gets_the_vector_of_its_own_pixels(photos: Path) -> None:
 def test_images_are_hashed_where_they_are_decoded_and_only_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(photos)
     extract_features.run(config)
-    folder = Artifacts(config.output).dataset
-    index = dataset.DatasetIndex.read(folder)
+    files = Artifacts(config.output)
+    index = dataset.DatasetIndex.read(files.dataset)
     expected = [
         perceptual_hash(decode((photos / path).read_bytes(), max_pixels=10**6)) for path in index.paths.tolist()
     ]
-    assert np.array_equal(audit.read_hashes(folder, index.digests), expected)
+    assert np.array_equal(audit.read_hashes(files, index.digests), expected)
     picture(photos / "a" / "new.png", N)
     decoded: list[int] = []
     monkeypatch.setattr(loading, "perceptual_hash", lambda pixels: decoded.append(1) or perceptual_hash(pixels))
     extract_features.run(config)
     assert len(decoded) == 1
-    index = dataset.DatasetIndex.read(folder)
-    assert audit.read_hashes(folder, index.digests).any(axis=1).all()
+    index = dataset.DatasetIndex.read(files.dataset)
+    assert audit.read_hashes(files, index.digests).any(axis=1).all()
 
 
 def test_without_readable_hashes_there_are_none_and_it_is_said(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = make(photos)
-    folder = Artifacts(config.output).dataset
+    files = Artifacts(config.output)
     digests = np.ones((3, 2), np.uint64)
-    assert not audit.read_hashes(folder, digests).any()
+    assert not audit.read_hashes(files, digests).any()
     assert not caplog.messages
     extract_features.run(config)
-    for snapshot in (folder / HASH_STORE).glob("snapshot-*.h5"):
+    for snapshot in (files.stores / HASH_STORE).glob("snapshot-*.h5"):
         snapshot.write_bytes(snapshot.read_bytes()[:-100])
-    assert not audit.read_hashes(folder, digests).any()
+    assert not audit.read_hashes(files, digests).any()
     assert caplog.messages[-1].startswith("near-duplicates are searched without perceptual hashes: ")
 
 
@@ -297,7 +297,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches
     resumed = extract_features.run(config)
     assert resumed.work is not None
     assert resumed.work.images == N - 4 * batches
-    whole = make(photos, output=str(photos.parent / "whole"))
+    whole = make(photos, output=str(photos.parent / "apart" / "whole"))
     extract_features.run(whole)
     assert segments(config) == segments(whole)
 

@@ -105,7 +105,7 @@ def extract(config: Config) -> None:
         live = backbone.load(section, config.extraction, config.seed)
         vectors = live.embed(read_pixels(config, index, live.preprocessing))
         for spec, X in zip(live.specs, vectors, strict=True):
-            path = files.store(spec.name, spec.fingerprint())
+            path = files.root / "features" / f"{spec.name}.store"  # as release 0.1 laid it out
             with StoreWriter.open(path, spec.identity(), spec.dim) as writer:
                 writer.append(index.digests, X)
             relative = path.relative_to(files.root).as_posix()
@@ -134,7 +134,7 @@ def tuned(experiment: Path) -> finetune.FinetuneRun:
 def opened(config: Config) -> tuple[Any, ...]:
     files = Artifacts(config.output)
     choice = choose(config, files)
-    store = FeatureStore.open(files.root / choice.record.store, choice.record.fingerprint)
+    store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
     return files, choice, store, divide(config, files, store)
 
 

@@ -68,7 +68,7 @@ def copied(embedded: Config, tmp_path: Path) -> Config:
 
 def store_path(config: Config) -> Path:
     (record,) = read_records(Artifacts(config.output).features)
-    return Path(config.output) / record.store
+    return Artifacts(config.output).find_store(record.store)
 
 
 def leaves(value: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -234,7 +234,7 @@ def stage_one(output: Path) -> Config:
     labels = np.array(["a", "b", "c"], dtype=object)[codes]
     DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10)).write(files.dataset)
     spec = EmbeddingSpec("net", "backbone", "test", "net", {}, "w", "d", "", "none", DIM, {}, "fp32", "torch")
-    path = files.store("net", spec.fingerprint())
+    path = output / "features" / "net.store"  # as release 0.1 laid it out
     with StoreWriter.open(path, spec.identity(), DIM) as writer:
         writer.append(digests, X.astype(np.float32))
     record = EmbeddingRecord("net", spec, path.relative_to(output).as_posix(), FeatureStore.open(path).digest, None, 0)

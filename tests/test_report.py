@@ -19,13 +19,14 @@ from report_experiment import CLASSES, COPY, EMBEDDING, FLIPPED, ORIGINAL, OUTLI
 
 from pipeline import evaluation as metrics
 from pipeline import report
+from pipeline.data import DatasetIndex
 from pipeline.errors import PipelineError
 from pipeline.evaluation import Predictions, PredictionSet, audit
 from pipeline.evaluation.leaderboard import Leaderboard, Nested, Seeds, judge
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.rows import Leaks, nested_choice
 from pipeline.experiment import Artifacts
-from pipeline.images import HASH_STORE
+from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE
 from pipeline.report import inputs
 from pipeline.report import material as materials
 from pipeline.report.charts import ranking_chart, tuning_chart
@@ -33,6 +34,7 @@ from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.material import Material, gather
 from pipeline.report.page import render, section
 from pipeline.report.several import compare
+from pipeline.store import StoreWriter
 
 ROOT = Path(__file__).parents[1]
 
@@ -187,6 +189,7 @@ def gathered(experiment: Path) -> Material:
 
 @pytest.fixture
 def copy(experiment: Path, tmp_path: Path) -> Path:
+    shutil.copytree(Artifacts(experiment).stores, tmp_path / "features")
     return Path(shutil.copytree(experiment, tmp_path / "copy"))
 
 
@@ -399,7 +402,9 @@ def test_without_predictions_there_is_no_verdict_but_a_page(copy: Path):
 
 
 def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: Path):
-    shutil.rmtree(copy / "features")
+    shutil.rmtree(Artifacts(copy).stores)
+    features = json.loads((copy / "features.json").read_text())
+    rewrite(copy / "features.json", {**features, "stores": []})  # which also says where the copy was made of
     shutil.rmtree(copy / "trials")
     text = render(gather(copy))
     assert "the features cannot be read" in text
@@ -760,7 +765,7 @@ def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
         f"trials/{EMBEDDING}/logistic_regression.jsonl",
         "dataset/index.csv",
         "features.json",
-        f"dataset/{HASH_STORE}/journal/new",
+        HASH_STORE,
         "report.html",
         "plots/confusion.png",
         "audit/outliers.csv",
@@ -770,8 +775,11 @@ def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
 def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(copy: Path, name: str):
     assert inputs.is_current(copy)
     before = stamps(copy)
-    if HASH_STORE in name:
-        (copy / name).write_bytes(b"hashes of the images that were decoded since")
+    if name == HASH_STORE:
+        shutil.rmtree(Artifacts(copy).stores / name)
+        digests = DatasetIndex.read(copy / "dataset").digests
+        with StoreWriter.open(Artifacts(copy).stores / name, HASH_IDENTITY, HASH_BYTES, "float16") as writer:
+            writer.append(digests, np.ones((len(digests), HASH_BYTES)))
     elif name == "leaderboard.json":
         record = json.loads((copy / name).read_text())
         record["provenance"]["notes"] = ["a head was left out"]

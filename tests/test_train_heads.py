@@ -77,7 +77,7 @@ def stage_one(output: Path, *, labels_seed: int = 0, alike: Sequence[tuple[int, 
         spec = EmbeddingSpec(
             name, kind, "test", name, {}, "w", "d", "", "none", DIM, {}, "fp32", "torch", kind == "backbone"
         )
-        path = files.store(name, spec.fingerprint())
+        path = output / "features" / f"{name}.store"  # as release 0.1 laid it out
         with StoreWriter.open(path, spec.identity(), DIM) as writer:
             writer.append(digests, X.astype(np.float32))
         digest = FeatureStore.open(path).digest

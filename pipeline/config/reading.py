@@ -38,11 +38,13 @@ def load(path: Path, overrides: Sequence[str] = (), names: Names | None = None) 
     for override in overrides:
         _apply(raw, override)
     config = parse(raw, str(path), names)
-    place = next(place for place in (Path(config.output), *Path(config.output).parents, Path()) if place.exists())
-    if not place.is_dir():  # whatever is read there would look damaged
-        raise ConfigError(
-            f"{path}: output: {place} is a file, expected a folder or a name that is free; choose another output"
-        )
+    stores = config.store or str(Path(config.output).parent / "features")
+    for key, folder in (("output", config.output), ("store", stores)):
+        place = next(place for place in (Path(folder), *Path(folder).parents, Path()) if place.exists())
+        if not place.is_dir():  # whatever is read there would look damaged
+            raise ConfigError(
+                f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
+            )
     if any(":" in head.name for head in config.heads):
         look_in(path.parent)
     return config
@@ -94,7 +96,11 @@ def _seen_from_here(raw: dict[str, Any], file: Path) -> None:
 def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Yield every relative path in a config that may hold anything: its section, its key, and both for a message."""
     dataset, backbones = raw.get("dataset"), raw.get("backbones")
-    places: list[tuple[Any, str, str]] = [(raw, "output", "output"), (dataset, "path", "dataset.path")]
+    places: list[tuple[Any, str, str]] = [
+        (raw, "output", "output"),
+        (raw, "store", "store"),
+        (dataset, "path", "dataset.path"),
+    ]
     for number, section in enumerate(backbones if isinstance(backbones, list) else []):
         if isinstance(section, dict) and str(section.get("weights")).endswith(WEIGHTS_FILES):
             places.append((section, "weights", f"backbones.{number}.weights"))

@@ -307,6 +307,8 @@ class Config(Section):
 
     output: str
     """The folder every artifact of this experiment is written to; `artifacts/NAME` of the data set when not given."""
+    store: str | None = None
+    """The folder of the feature stores, which several experiments may share; `features` beside `output` when not given."""
     seed: int = Field(0, ge=0, lt=2**32)
     dataset: DatasetConfig = DatasetConfig()
     backbones: Annotated[tuple[BackboneConfig, ...], NOT_EMPTY]
@@ -323,6 +325,13 @@ class Config(Section):
         if not isinstance(raw, dict) or raw.get("output") is not None:
             return raw
         return {**raw, "output": f"artifacts/{_name_of_the_data(raw.get('dataset'))}"}
+
+    @model_validator(mode="after")
+    def _stores_apart_from_results(self) -> Config:
+        output = Path(self.output)
+        if os.path.abspath(output) == os.path.abspath(output.parent / "features" if self.store is None else self.store):
+            raise ValueError(f"output: {self.output} is the folder of the feature stores; choose another name")
+        return self
 
     @field_validator("baselines")
     @classmethod

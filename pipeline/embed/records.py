@@ -18,7 +18,7 @@ from pipeline.embed.engines import engine_at_hand
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.spec import Embedder, EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
-from pipeline.experiment import FEATURES, read_document, write_document
+from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
 from pipeline.images import DECODE_MODES
 from pipeline.store import differences
 
@@ -32,7 +32,7 @@ class EmbeddingRecord:
     name: str
     spec: EmbeddingSpec
     store: str
-    """The feature store's folder, relative to the output folder."""
+    """The name of its feature store, which `Artifacts.find_store` finds; of release 0.1, where it lies in the output folder."""
     digest: str
     """The state of the store when stage one ended."""
     section: BackboneConfig | None
@@ -100,6 +100,7 @@ def _leads_out(place: str) -> bool:
 def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config, index: str) -> None:
     """Write `features.json`; `index` is the fingerprint of the data set's index."""
     document = {
+        **Artifacts(path.parent, config.store).stores_told(),
         "shared": shared(config),
         "backbones": [section.model_dump(mode="json") for section in config.backbones],
         "index": index,

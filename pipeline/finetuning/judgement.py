@@ -120,6 +120,6 @@ def _stage_two_correct(files: Artifacts, winner: LeaderboardRow, parts: Parts) -
     if record is None:  # a constant guess needs no features
         X: Features = np.zeros((len(parts.test), 1), dtype=np.float32)
     else:
-        X = StoredRows.of(FeatureStore.open(files.root / record.store, record.fingerprint), parts.test.digests)
+        X = StoredRows.of(FeatureStore.open(files.find_store(record.store), record.fingerprint), parts.test.digests)
     labels = np.concatenate([bundle.predict(block)[0] for _, block in blocks(X)])
     return np.asarray(labels == parts.test.labels, dtype=bool)

@@ -98,7 +98,7 @@ def gather(output: Path) -> Material:
         view = _view(files, leaderboard, index, seed, missing)
     if view is not None:
         part, space, curve = view.images, _map(view, seed), _curve(view, seed)
-        hashes = audit.read_hashes(files.dataset, part.digests)
+        hashes = audit.read_hashes(files, part.digests)
         paths, labels, splits = (column.tolist() for column in (part.paths, part.labels, part.splits))
         findings = audit.examine(view.features, paths, labels, splits, hashes)
     findings = replace(findings, label_issues=_label_issues(leaderboard, predictions))
@@ -129,7 +129,7 @@ def _view(
         if record is None:
             missing.append("No embedding of the leaderboard has stored features, so there is no map.")
             return None
-        store, splits = FeatureStore.open(files.root / record.store, record.fingerprint), index.splits.astype(str)
+        store, splits = FeatureStore.open(files.find_store(record.store), record.fingerprint), index.splits.astype(str)
         # Copies that were excluded for a leak are known; they would be found again as duplicates.
         rows = known = np.flatnonzero(~store.missing(index.digests) & (splits != "excluded"))
         if len(known) > audit.MOST_IMAGES:

@@ -75,7 +75,7 @@ def run(config: Config) -> FinetuneRun:
     """
     files = Artifacts(config.output)
     choice = choose(config, files)
-    store = FeatureStore.open(files.root / choice.record.store, choice.record.fingerprint)
+    store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
     parent = lineage_of(choice.record)
     parts = divide(config, files, store, parent)
     lineage = parent.joined(parts.train.digests, parts.validation.digests)

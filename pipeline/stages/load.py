@@ -95,7 +95,7 @@ def load(path: str | Path, split: str | None = None, embedding: str | None = Non
     if splits is None and split is not None:
         raise StoreError(f"{path}: was packed without splits; leave out `split`")
     if "labels" not in columns:
-        raise StoreError(f"{path}: was packed without labels; pack an experiment with 'manyheads pack'")
+        raise StoreError(f"{path}: was packed without labels; pack an experiment with 'manyheads store pack'")
     chosen = ~opened.missing(digests)
     if splits is not None:
         chosen &= splits != "excluded" if split is None else splits == split
@@ -125,4 +125,4 @@ def _experiment(
     columns = {"labels": index.labels, "splits": index.splits, "paths": index.paths}
     if index.groups is not None:
         columns["groups"] = index.groups
-    return index.digests, columns, store.FeatureStore.open(files.root / record.store, record.fingerprint)
+    return index.digests, columns, store.FeatureStore.open(files.find_store(record.store), record.fingerprint)

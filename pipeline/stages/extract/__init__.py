@@ -1,7 +1,7 @@
 """Stage one: embed what the feature stores do not have yet.
 
     advice.py      what would have made a run faster
-    stores.py      where the store of an embedding is
+    stores.py      the folder of stores that experiments share
     sources.py     what a config asks to embed, known without loading a network where it was loaded before
     targets.py     what each store is missing, and why
     work.py        batches through the networks (`pipeline.embed.loader`) and into the stores
@@ -28,6 +28,7 @@ from pipeline.io.digests import digests_to_hex
 from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.stages.extract.advice import advise
 from pipeline.stages.extract.sources import resolve
+from pipeline.stages.extract.stores import enter, take_over
 from pipeline.stages.extract.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, reasons
 from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Work, embed
 from pipeline.store import FeatureStore
@@ -122,22 +123,26 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         After a signal to stop, with every finished row committed.
     """
     began = time.perf_counter()
-    files = Artifacts(config.output)
+    files = Artifacts(config.output, config.store)
     before = _index_before(files) if plan else {}
     scanned = dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
     policy = policy_key(config.dataset.max_pixels)
     contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
+    if not plan:
+        enter(files)
     start = time.perf_counter()
-    sources = resolve(config, files, len(contents.rows))  # loads the networks whose embeddings are not known yet
+    sources = resolve(config, files, contents.digests)  # loads the networks whose embeddings are not known yet
     resolving = time.perf_counter() - start
-    targets = find_targets(sources, contents, files)
+    if not plan:
+        take_over([spec for source in sources for spec in source.specs], files, contents.digests)
+    targets = find_targets(sources, contents, files, files.stores_before() if plan else ())
     pending = [target for target in targets if target.pending.any()]
     known = _records_before(files)
     rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image is not None}
     work = None
     if pending and not plan:
-        work = embed(pending, contents, scanned.index, config, files.dataset)
+        work = embed(pending, contents, scanned.index, config, files)
         work.seconds["start-up"] += resolving
         rates |= _rates(work)
         contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
@@ -207,7 +212,7 @@ def _write(
         EmbeddingRecord(
             name=target.spec.name,
             spec=target.spec,
-            store=target.path.relative_to(files.root).as_posix(),
+            store=target.path.name,
             digest=FeatureStore.open(target.path).digest,
             section=target.source.section,
             instead_of=target.source.instead_of,

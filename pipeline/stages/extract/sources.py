@@ -23,8 +23,9 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import SPECS, Artifacts, read_document, write_document
 from pipeline.images import DECODE_POLICY
-from pipeline.io.digests import fingerprint
+from pipeline.io.digests import Digests, fingerprint
 from pipeline.io.files import make_folder
+from pipeline.stages.extract.stores import open_store, others, place
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Source:
     """The config's section that `section` stands in for."""
 
 
-def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
+def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
     """Return every source with its embeddings, under names that are unique in the experiment.
 
-    `images` is the number of distinct ones in the data set, which an engine is chosen for. Where the weights of a section are
-    not installed, and never were when this experiment was embedded, the section that stands in for it is embedded.
+    `digests` are the distinct images of the data set, shape (n, 2). An engine is chosen for their number, unless another
+    experiment has embedded most of them with one. Where the weights of a section are not installed, and never were when this
+    experiment was embedded, the section that stands in for it is embedded.
 
     Raises
     ------
@@ -57,11 +59,13 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
         other = None if _key(asked, config) in known else stand_in(asked)
         section, instead_of = (other, asked) if other else (asked, None)
         key = _key(section, config)
-        if key in known:
-            extraction = config.extraction.model_copy(update={"engine": known[key][0].engine})
+        if key not in known and (theirs := _specs_of_others(key, files, digests)):
+            found[key] = theirs
+        if key in found:
+            extraction = config.extraction.model_copy(update={"engine": found[key][0].engine})
             live = partial(load, section, "", extraction, config.seed)
         else:
-            made = load(section, "", config.extraction, config.seed, images)
+            made = load(section, "", config.extraction, config.seed, len(digests))
             found[key], live = made.specs, partial(_itself, made)
         sources.append(Source(section, found[key], live, instead_of))
     for name in baselines.NAMES if config.baselines is None else config.baselines:
@@ -77,6 +81,18 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
 
 def _itself(embedder: Embedder) -> Embedder:
     return embedder
+
+
+def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[EmbeddingSpec, ...]:
+    """The embeddings that another experiment found out for the same section, where they have most of the images already."""
+    for other in others(files)[0]:
+        specs = _read(other.specs).get(key, ())
+        stores = [open_store(place(spec, files), spec) for spec in specs]
+        if stores and all(
+            store is not None and 2 * int(store.missing(digests).sum()) <= len(digests) for store in stores
+        ):
+            return specs
+    return ()
 
 
 def _key(section: BackboneConfig, config: Config) -> str:

@@ -62,12 +62,17 @@ class Target:
     """Why something is missing; '' when nothing is."""
 
 
-def find_targets(sources: Sequence[Source], contents: Contents, files: Artifacts) -> list[Target]:
-    """Compare every embedding's store with the data set; the same embedding asked for twice is one target."""
+def find_targets(
+    sources: Sequence[Source], contents: Contents, files: Artifacts, folders: Sequence[Path] = ()
+) -> list[Target]:
+    """Compare every embedding's store with the data set; the same embedding asked for twice is one target.
+
+    `folders` : where else a store may lie, for who only looks.
+    """
     targets: dict[Path, Target] = {}
     for source in sources:
         for output, spec in enumerate(source.specs):
-            path = place(spec, files)
+            path = place(spec, files, folders)
             if path not in targets:
                 targets[path] = _target(source, output, spec, path, contents, files)
     return list(targets.values())
@@ -91,7 +96,8 @@ def _target(
 def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:
     """Name what is new in this identity against the most similar store there is."""
     closest: tuple[int, Path, list[str]] | None = None
-    for other in sorted(files.stores.glob("*.store")):
+    folders = dict.fromkeys([files.stores, *files.stores_before()])
+    for other in (path for folder in folders for path in sorted(folder.glob("*.store"))):
         if other == path:
             continue
         try:

@@ -21,6 +21,7 @@ from pipeline.data import DatasetIndex, Failure, record_failures
 from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
+from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.files import STOPS
@@ -28,7 +29,7 @@ from pipeline.io.memory import keep_freed_memory
 from pipeline.io.progress import bar
 from pipeline.stages.extract.sources import Source
 from pipeline.stages.extract.targets import Contents, Target
-from pipeline.store import StoreWriter
+from pipeline.store import StoreWriter, lock
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ Outputs = Sequence[Sequence[Output]]
 """Per source those of its outputs that are kept."""
 
 
-def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, folder: Path) -> Work:
-    """Embed the pending contents of some targets into their stores; `folder` holds the failures and the perceptual hashes.
+def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, files: Artifacts) -> Work:
+    """Embed the pending contents of some targets into their stores.
 
     A signal to stop ends the run after the batch in hand, with all finished rows committed.
 
@@ -98,7 +99,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             for own, lane in zip(by_source.values(), lanes, strict=True)
         ]
         # A byte is exact in float16.
-        hashes = stack.enter_context(StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16"))
+        hashes = stack.enter_context(StoreWriter.open(_hash_store(files), HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
         work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
@@ -108,8 +109,8 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             with bar(count, "images", "embedding") as progress:
                 made = embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers, hashed=True)
                 for batch, parts in made:
+                    _store_hashes(batch, hashes, contents)  # first: an image that has its vectors is not decoded again
                     _store(batch, parts, outputs, contents, work)
-                    _store_hashes(batch, hashes, contents)
                     progress.update(len(batch.items))
                     stopped()
         finally:
@@ -118,7 +119,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             for output in (output for own in outputs for output in own):
                 output.writer.commit()
             hashes.commit()
-            record_failures(folder, work.failures, policy_key(config.dataset.max_pixels))
+            record_failures(files.dataset, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
         stack.close()  # seals
@@ -126,6 +127,12 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
         work.loop_seconds = time.perf_counter() - began
         stopped()
     return work
+
+
+def _hash_store(files: Artifacts) -> Path:
+    """Where to write perceptual hashes: where another experiment writes them now, beside the index, until the next run."""
+    shared = files.stores / HASH_STORE
+    return files.dataset / HASH_STORE if lock.holder(shared) else shared
 
 
 def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
@@ -188,8 +195,9 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, content
 def _store_hashes(batch: Batch, writer: StoreWriter, contents: Contents) -> None:
     """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
     if batch.hashes:
-        numbers = [batch.items[row].content for row in batch.hashes]
-        writer.append(contents.digests[numbers], np.stack(list(batch.hashes.values())).astype(np.float32))
+        rows = sorted(batch.hashes)  # threads end in any order
+        numbers = [batch.items[row].content for row in rows]
+        writer.append(contents.digests[numbers], np.stack([batch.hashes[row] for row in rows]).astype(np.float32))
 
 
 def _append(

@@ -123,7 +123,7 @@ def run(config: Config) -> HeadsRun:
     require(config.tuning.strategy)
     records = read_asked_records(files.features, config)
     require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    stores = {record.name: FeatureStore.open(files.root / record.store, record.fingerprint) for record in records}
+    stores = {record.name: FeatureStore.open(files.find_store(record.store), record.fingerprint) for record in records}
     task = make_task(config, files, list(stores.values()))
     rows: list[LeaderboardRow] = []
     reused = 0

@@ -34,7 +34,7 @@ def find_leaks(
     )
     digests = np.concatenate([task.train.digests[train], task.test.digests[test]])
     near = audit.neighbours(audit.project(stores[embedding].read(digests)))
-    pairs = audit.close_pairs(near, audit.read_hashes(files.dataset, digests))
+    pairs = audit.close_pairs(near, audit.read_hashes(files, digests))
     fold = np.full(len(digests), -1)
     for number, (_, held_out) in enumerate(task.folds):
         fold[:n_train][np.isin(train, held_out)] = number
