@@ -20,7 +20,7 @@ from pipeline.config import DatasetConfig
 from pipeline.data import DatasetIndex, scan
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
-from pipeline.evaluation import Predictions, PredictionSet, scores
+from pipeline.evaluation import HeadPredictions, Predictions, scores
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore, StoreWriter
@@ -49,7 +49,7 @@ def row(head: str, cv: float, correct: int = 90, embedding: str = "resnet18-penu
         cv_mean=cv,
         cv_std=0.01,
         cv_scores=(cv - 0.01, cv, cv + 0.01),
-        test=scores(y, guess, None, ("a", "b", "c")),
+        test=scores(Predictions.of(y, guess, ("a", "b", "c"))),
         fit_seconds=1.25,
         predict_seconds=0.01,
         trials=16,
@@ -153,10 +153,9 @@ def make_row(files: Artifacts, name: str, index: DatasetIndex, X: np.ndarray) ->
     fold_scores = tuple(float(np.mean((guess == given)[number == fold])) for fold in range(4))
     bundle = files.bundle(embedding, name)
     bundle.mkdir(parents=True)
-    predictions = Predictions(
-        CLASSES,
-        PredictionSet(index.paths[test], y[test], labels, shown),
-        PredictionSet(index.paths[train], given, guess, held, number),
+    predictions = HeadPredictions(
+        Predictions.of(y[test], labels, CLASSES, probabilities=shown, paths=index.paths[test]),
+        Predictions.of(given, guess, CLASSES, probabilities=held, paths=index.paths[train], folds=number),
     )
     (bundle / "predictions.npz").write_bytes(predictions.to_bytes())
     trials = 1 if baseline else 3
@@ -171,7 +170,7 @@ def make_row(files: Artifacts, name: str, index: DatasetIndex, X: np.ndarray) ->
         cv_mean=float(np.mean(fold_scores)),
         cv_std=float(np.std(fold_scores, ddof=1)),
         cv_scores=fold_scores,
-        test=scores(y[test], labels, shown, CLASSES),
+        test=scores(predictions.test),
         fit_seconds=0.12,
         predict_seconds=0.003,
         trials=trials,

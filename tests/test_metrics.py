@@ -36,7 +36,7 @@ from statistics_cases import (
 from pipeline import evaluation as metrics
 from pipeline.config import TuningConfig
 from pipeline.errors import BundleError
-from pipeline.evaluation import METRICS, Answers, Metric, Predictions, PredictionSet
+from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions
 from pipeline.evaluation.calibration import margins
 from pipeline.evaluation.intervals import effective_size
 from pipeline.evaluation.leaderboard.judge import margin
@@ -57,7 +57,7 @@ def labelled(n: int = 153, seed: int = 0):
 
 def test_scores_equal_scikit_learn():
     y, guess, probabilities = labelled()
-    found = metrics.scores(y, guess, probabilities, CLASSES)
+    found = metrics.scores(Predictions.of(y, guess, CLASSES, probabilities=probabilities))
     assert found.accuracy == np.mean(y == guess)
     assert found.correct == np.sum(y == guess)
     assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(y, guess))
@@ -71,7 +71,7 @@ def test_macro_scores_equal_scikit_learn_when_classes_are_missing(data):
     n = data.draw(st.integers(1, 30))
     labels = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=n, max_size=n)
     y, guess = np.array(data.draw(labels)), np.array(data.draw(labels))
-    found = metrics.scores(y, guess, None, ["a", "b", "c", "d"])
+    found = metrics.scores(Predictions.of(y, guess, ["a", "b", "c", "d"]))
     recalls = [np.mean(guess[y == label] == label) for label in np.unique(y)]
     assert found.balanced_accuracy == pytest.approx(np.mean(recalls))
     assert found.macro_f1 == pytest.approx(f1_score(y, guess, average="macro", zero_division=0))
@@ -81,26 +81,30 @@ def test_macro_scores_equal_scikit_learn_when_classes_are_missing(data):
 def test_scores_do_not_depend_on_the_order_of_images():
     y, guess, probabilities = labelled()
     order = np.random.default_rng(1).permutation(len(y))
-    first = metrics.scores(y, guess, None, CLASSES)
-    assert metrics.scores(y[order], guess[order], None, CLASSES) == first
-    shuffled = metrics.scores(y[order], guess[order], probabilities[order], CLASSES)
-    assert shuffled.log_loss == pytest.approx(metrics.scores(y, guess, probabilities, CLASSES).log_loss)
+    first = metrics.scores(Predictions.of(y, guess, CLASSES))
+    assert metrics.scores(Predictions.of(y[order], guess[order], CLASSES)) == first
+    shuffled = metrics.scores(Predictions.of(y[order], guess[order], CLASSES, probabilities=probabilities[order]))
+    assert shuffled.log_loss == pytest.approx(
+        metrics.scores(Predictions.of(y, guess, CLASSES, probabilities=probabilities)).log_loss
+    )
 
 
 def test_a_sure_mistake_has_a_finite_log_loss():
-    found = metrics.scores(["a", "b"], ["a", "a"], np.array([[1.0, 0.0], [1.0, 0.0]]), ["a", "b"])
+    found = metrics.scores(Predictions(np.array([0, 1]), np.array([0, 0]), np.array([[1.0, 0.0], [1.0, 0.0]])))
     assert found.log_loss == pytest.approx(-np.log(1e-15) / 2)
 
 
 def test_scores_need_a_guess_for_every_truth():
-    with pytest.raises(ValueError, match="3 true labels and 2 predicted"):
-        metrics.scores(["a"] * 3, ["a"] * 2, None, ["a"])
+    with pytest.raises(ValueError, match=r"one row per image in every part, got \{'y_true': 3, 'y_pred': 2\}"):
+        Predictions.of(["a"] * 3, ["a"] * 2, ["a"])
+    with pytest.raises(ValueError, match="a label is none of the classes a, b"):
+        Predictions.of(["a"], ["c"], ["a", "b"])
 
 
 def test_confusion_matrix_and_class_table_hold_the_same_counts():
     y, guess, _ = labelled()
-    matrix = metrics.confusion_matrix(y, guess, CLASSES)
-    table = metrics.per_class(y, guess, CLASSES)
+    said = Predictions.of(y, guess, CLASSES)
+    matrix, table = metrics.confusion_matrix(said), metrics.per_class(said)
     assert matrix.sum() == len(y)
     assert [row.support for row in table] == matrix.sum(axis=1).tolist()
     assert [row.predicted for row in table] == matrix.sum(axis=0).tolist()
@@ -146,9 +150,7 @@ def test_intervals_of_every_score_cover_the_truth():
     found = []
     for run in range(400):
         drawn = rng.choice(9, 400, p=cells)
-        found.append(
-            metrics.scores(np.array(CLASSES)[drawn // 3], np.array(CLASSES)[drawn % 3], None, CLASSES, seed=run)
-        )
+        found.append(metrics.scores(Predictions(drawn // 3, drawn % 3), seed=run))
     assert 0.93 <= covered([s.interval for s in found], float(np.trace(joint))) <= 0.97
     assert 0.93 <= covered([s.balanced_accuracy_interval for s in found], 0.8) <= 0.97
     assert 0.92 <= covered([s.macro_f1_interval for s in found], float(true_f1)) <= 0.97
@@ -217,7 +219,7 @@ def test_rows_that_agree_on_all_images_are_not_shown_to_be_equal_by_few(name, n)
     """Of ten images nothing can be said to 28 points, of forty to 9; a head five points worse often agrees on all of them."""
     rng = np.random.default_rng(0)
     y, p = np.arange(n) % 2, rng.uniform(0.1, 0.9, n)
-    answers = Answers(y, np.where(np.arange(n) % 7 == 0, 1 - y, y), np.stack([p, 1 - p], axis=1))
+    answers = Predictions(y, np.where(np.arange(n) % 7 == 0, 1 - y, y), np.stack([p, 1 - p], axis=1))
     metric, alone = METRICS[name], 3.8415 / (n + 3.8415)
     _, same = metrics.compare({"a": answers, "b": answers}, "a", {"a": answers, "b": answers}, metric=metric)
     assert same.no_evidence
@@ -278,9 +280,9 @@ def right(n: int, *ranges: tuple[int, int]):
     return correct
 
 
-def said(correct) -> Answers:
-    """Answers that are right where they are to be."""
-    return Answers(np.zeros(len(correct), dtype=np.int64), np.where(correct, 0, 1))
+def said(correct) -> Predictions:
+    """Predictions that are right where they are to be."""
+    return Predictions(np.zeros(len(correct), dtype=np.int64), np.where(correct, 0, 1))
 
 
 def test_145_against_143_of_153_is_no_evidence():
@@ -381,7 +383,7 @@ def test_comparison_is_repeatable_and_ignores_the_order_of_images():
 
 def answers_of_heads(
     n: int, seed: int, sharpness: tuple[float, ...] = (2.0, 1.5), priors: tuple[float, ...] = (0.7, 0.22, 0.08)
-) -> list[Answers]:
+) -> list[Predictions]:
     """Uneven classes; a head is right more often and surer the sharper it is."""
     rng, k = np.random.default_rng(seed), len(priors)
     y = rng.choice(k, n, p=priors)
@@ -390,12 +392,12 @@ def answers_of_heads(
     for sharp in sharpness:
         logits = 0.8 * hard + 0.6 * rng.normal(size=(n, k)) + sharp * np.eye(k)[y]
         p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-        made.append(Answers(y, p.argmax(axis=1), p))
+        made.append(Predictions(y, p.argmax(axis=1), p))
     return made
 
 
-def by_scikit_learn(name: str, answers: Answers, rows) -> float:
-    y, guess = answers.truth[rows], answers.guess[rows]
+def by_scikit_learn(name: str, answers: Predictions, rows) -> float:
+    y, guess = answers.y_true[rows], answers.y_pred[rows]
     if METRICS[name].needs_probabilities:
         assert answers.probabilities is not None
         p = answers.probabilities[rows]
@@ -479,11 +481,13 @@ def test_exchanging_answers_is_mcnemars_test_for_accuracy():
         coins = np.array(list(itertools.product([True, False], repeat=8)))
         first, second = (np.where(side, a_says, b_says) for side in (coins, ~coins))
         by_hand = [
-            by_scikit_learn(name, Answers(y, one), np.arange(8))
-            - by_scikit_learn(name, Answers(y, other), np.arange(8))
+            by_scikit_learn(name, Predictions(y, one), np.arange(8))
+            - by_scikit_learn(name, Predictions(y, other), np.arange(8))
             for one, other in zip(first, second, strict=True)
         ]
-        found = metrics.exchange_test(METRICS[name], Answers(y, a_says), Answers(y, b_says), seed=0, draws=20_000)
+        found = metrics.exchange_test(
+            METRICS[name], Predictions(y, a_says), Predictions(y, b_says), seed=0, draws=20_000
+        )
         assert found == pytest.approx(np.mean(np.abs(by_hand) >= abs(by_hand[0]) - 1e-12), abs=0.01)
     few = said(right(11, (0, 9))), said(right(11, (0, 4)))
     assert metrics.exchange_test(METRICS["macro_f1"], *few, seed=0) > 0.05
@@ -502,7 +506,7 @@ def test_permuted_labels_have_few_false_winners_in_other_metrics(name):
             for fold in range(5):
                 guess[folds == fold] = CHEAP_HEADS["five_nearest"](X[folds != fold], y[folds != fold], X[folds == fold])
             sure = rng.uniform(0.4, 0.8, (240, 1))
-            heads[head] = Answers(y, guess, np.where(np.eye(3)[guess] == 1, sure, (1 - sure) / 2))
+            heads[head] = Predictions(y, guess, np.where(np.eye(3)[guess] == 1, sure, (1 - sure) / 2))
             scores[head] = [metric.score(heads[head].rows(np.flatnonzero(folds == fold))) for fold in range(5)]
         best = max(scores, key=lambda head: float(np.mean(scores[head])))
         found = metrics.compare(heads, best, None, scores, seed=run, metric=metric)
@@ -519,7 +523,7 @@ def test_heads_are_compared_in_the_metric_and_not_in_accuracy():
     y = np.repeat([0, 1], [300, 40])
     careful, blunt = y.copy(), np.zeros(340, dtype=np.int64)
     careful[:30], careful[300:306] = 1, 0
-    rows = {"careful": Answers(y, careful), "blunt": Answers(y, blunt)}
+    rows = {"careful": Predictions(y, careful), "blunt": Predictions(y, blunt)}
     ahead = {name: metrics.compare(rows, "careful", rows, metric=METRICS[name])[1] for name in ("accuracy", "macro_f1")}
     assert ahead["accuracy"].no_evidence
     assert not ahead["macro_f1"].no_evidence
@@ -548,7 +552,7 @@ def test_any_function_of_scikit_learns_kind_is_a_metric():
     """Compared, corrected and given intervals by resampling alone."""
     kappa = Metric("kappa", "Cohen's kappa", "labels", cohen_kappa_score, low=-1.0)
     sharp, blunt = answers_of_heads(60, 0, (2.5, 0.5))
-    assert kappa.score(sharp) == cohen_kappa_score(sharp.truth, sharp.guess)
+    assert kappa.score(sharp) == cohen_kappa_score(sharp.y_true, sharp.y_pred)
     rows = {"sharp": sharp, "same": sharp, "blunt": blunt}
     _, same, worse = metrics.compare(rows, "sharp", rows, metric=kappa)
     assert same.no_evidence
@@ -563,13 +567,13 @@ def test_any_function_of_scikit_learns_kind_is_a_metric():
 
 def test_roc_auc_is_that_of_the_classes_that_are_there():
     (head,) = answers_of_heads(200, 0, (1.0,))
-    seen = head.rows(np.flatnonzero(head.truth < 2))
+    seen = head.rows(np.flatnonzero(head.y_true < 2))
     p = seen.probabilities
     assert METRICS["roc_auc"].score(seen) == pytest.approx(
-        np.mean([roc_auc_score(seen.truth == c, p[:, c]) for c in (0, 1)])
+        np.mean([roc_auc_score(seen.y_true == c, p[:, c]) for c in (0, 1)])
     )
-    assert METRICS["roc_auc"].score(head.rows(np.flatnonzero(head.truth == 0))) == 0.5
-    with pytest.raises(ValueError, match="ROC AUC needs probabilities, and these answers have none"):
+    assert METRICS["roc_auc"].score(head.rows(np.flatnonzero(head.y_true == 0))) == 0.5
+    with pytest.raises(ValueError, match="ROC AUC needs probabilities, and there are none"):
         METRICS["roc_auc"].score(replace(head, probabilities=None))
 
 
@@ -680,14 +684,13 @@ def logits(n: int = 4000, seed: int = 0):
     return clean, p, y
 
 
-@pytest.mark.parametrize("method", ["temperature", "sigmoid"])
-def test_calibration_undoes_overconfidence(method):
+def test_calibration_undoes_overconfidence():
     _, p, y = logits()
     # One score per class against the rest, five times too sure, as margins are.
     sure = 5 * np.log(p / (1 - p))
     raw = np.exp(sure - sure.max(axis=1, keepdims=True))
     raw /= raw.sum(axis=1, keepdims=True)
-    fitted = metrics.fit_calibrator(sure[:2000], y[:2000], method).probabilities(sure[2000:])
+    fitted = metrics.fit_calibrator(sure[:2000], y[:2000]).probabilities(sure[2000:])
     before, after = metrics.measure_calibration(raw[2000:], y[2000:]), metrics.measure_calibration(fitted, y[2000:])
     assert before.ece > 0.15
     assert after.ece < 0.05
@@ -784,7 +787,6 @@ def test_prior_correction_recovers_a_changed_class_balance():
     assert metrics.measure_calibration(corrected, y).log_loss < metrics.measure_calibration(p, y).log_loss - 0.05
     assert corrected[:, 1].mean() == pytest.approx(0.2, abs=0.01)
     assert (corrected.argmax(axis=1) == y).mean() > (p.argmax(axis=1) == y).mean()
-    assert metrics.estimate_priors(p, even) == pytest.approx(wanted, abs=0.02)
     assert metrics.correct_priors(p, even, even) == pytest.approx(p)
 
 
@@ -825,38 +827,46 @@ def test_learning_curve_grows_on_nested_stratified_parts():
     X = (rng.normal(size=(900, 30)) + 1.2 * np.eye(4, 30)[y]).astype(np.float32)
     train, test = (X[:600], y[:600]), (X[600:], y[600:])
     sizes = metrics.curve_sizes(600, 4)
-    curve = metrics.measure_curve(lambda seed: NearestCentroid(), train, test, sizes, seeds=(0, 1, 2))
+
+    def measured():
+        draws = [metrics.curve_scores(lambda seed: NearestCentroid(), train, test, sizes, seed) for seed in range(3)]
+        return metrics.curve_from_scores(sizes, list(np.transpose(draws)), 0)
+
+    curve = measured()
     assert sizes[-1] == 600
     assert [point.size for point in curve.points] == list(sizes)
     assert curve.points[-1].accuracy > curve.points[0].accuracy + 0.05
     # All rows are the same rows whatever the seed.
     assert len(set(curve.points[-1].scores)) == 1
-    assert metrics.measure_curve(lambda seed: NearestCentroid(), train, test, sizes, seeds=(0, 1, 2)) == curve
+    assert measured() == curve
 
 
 def test_pareto_keeps_what_nothing_beats_on_both_sides():
     assert metrics.pareto([1, 2, 3, 2], [0.8, 0.9, 0.85, 0.9]) == (True, True, False, True)
 
 
-# Predictions beside a bundle
+# HeadPredictions beside a bundle
 
 
-def prediction_set(n: int, with_probabilities: bool, folds: bool) -> PredictionSet:
+def prediction_set(n: int, with_probabilities: bool, folds: bool) -> Predictions:
     y, guess, probabilities = labelled(n)
     paths = np.array([f"ant/{row}.png" for row in range(n)])
-    return PredictionSet(
-        paths, y, guess, probabilities if with_probabilities else None, np.arange(n) % 5 if folds else None
+    return Predictions.of(
+        y,
+        guess,
+        CLASSES,
+        probabilities=probabilities.astype(np.float32) if with_probabilities else None,
+        paths=paths,
+        folds=np.arange(n) % 5 if folds else None,
     )
 
 
 @pytest.mark.parametrize("probabilities", [True, False])
 def test_predictions_come_back_as_they_were(tmp_path: Path, probabilities):
-    predictions = Predictions(
-        CLASSES, prediction_set(20, probabilities, False), prediction_set(30, probabilities, True)
-    )
+    predictions = HeadPredictions(prediction_set(20, probabilities, False), prediction_set(30, probabilities, True))
     path = tmp_path / "predictions.npz"
     path.write_bytes(predictions.to_bytes())
-    back = Predictions.read(path)
+    back = HeadPredictions.read(path)
     assert back.classes == CLASSES
     for mine, theirs in ((predictions.test, back.test), (predictions.out_of_fold, back.out_of_fold)):
         assert vars(mine).keys() == vars(theirs).keys()
@@ -869,17 +879,17 @@ def test_predictions_come_back_as_they_were(tmp_path: Path, probabilities):
 def test_damaged_or_foreign_predictions_are_refused_with_the_remedy(tmp_path: Path):
     path = tmp_path / "predictions.npz"
     with pytest.raises(BundleError, match="run `manyheads heads` again"):
-        Predictions.read(path)
+        HeadPredictions.read(path)
     path.write_bytes(b"PK\x03\x04 not a zip")
     with pytest.raises(BundleError, match="no readable predictions"):
-        Predictions.read(path)
+        HeadPredictions.read(path)
     np.savez(path, format="manyheads predictions", version=99)
     with pytest.raises(
         BundleError, match="found 'manyheads predictions' version 99, expected 'manyheads predictions' version 2"
     ):
-        Predictions.read(path)
+        HeadPredictions.read(path)
 
 
 def test_parts_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match="one row per image"):
-        PredictionSet(np.array(["a"]), np.array(["x", "y"]), np.array(["x", "y"]))
+        Predictions(np.array([0]), np.array([0, 1]))

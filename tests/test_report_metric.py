@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import make_experiment, row, write_trials
 from sklearn.metrics import roc_auc_score
 
-from pipeline.evaluation import METRICS, Answers, Difference, Optimism, Paired, Predictions, class_columns, scores
+from pipeline.evaluation import METRICS, Difference, HeadPredictions, Optimism, Paired, Predictions, scores
 from pipeline.evaluation.leaderboard import Leaderboard, Verdict, judge
 from pipeline.experiment import Artifacts
 from pipeline.report import sections, tables
@@ -34,14 +34,13 @@ def tuned_for(scoring: str, output: Path) -> Leaderboard:
     board = Leaderboard.from_json(Artifacts(output).leaderboard.read_text(encoding="utf-8"))
     for item in board.rows:
         path = output / str(item.bundle) / "predictions.npz"
-        found = Predictions.read(path)
+        found = HeadPredictions.read(path)
         held = found.out_of_fold
         assert held is not None
         assert held.folds is not None
-        truth, guess = (class_columns(labels, found.classes).astype(np.int64) for labels in (held.y_true, held.y_pred))
         # A head that has no probabilities is taken to be sure to 80 % of what it says.
-        sure = np.full((len(truth), 3), 0.1) + 0.7 * np.eye(3)[guess]
-        answers = Answers(truth, guess, sure if held.probabilities is None else held.probabilities)
+        sure = np.full((len(held), 3), 0.1) + 0.7 * np.eye(3)[held.y_pred]
+        answers = Predictions(held.y_true, held.y_pred, sure if held.probabilities is None else held.probabilities)
         held = dataclasses.replace(held, searched=answers.probabilities)
         path.write_bytes(dataclasses.replace(found, out_of_fold=held).to_bytes())
         by_fold = tuple(metric.score(answers.rows(np.flatnonzero(held.folds == fold))) for fold in range(4))
@@ -158,7 +157,7 @@ def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
     y, p = np.array(["a", "b", "c"] * 30), rng.dirichlet(np.ones(3), 90)
     p[np.arange(90), np.arange(90) % 3] += 0.5
     p /= p.sum(axis=1, keepdims=True)
-    test = scores(y, np.array(["a", "b", "c"])[p.argmax(axis=1)], p, ("a", "b", "c"), metric=metric)
+    test = scores(Predictions(np.arange(90) % 3, p.argmax(axis=1), p), metric=metric)
     assert test.tuned == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
     low, high = test.tuned_interval
     assert low < test.tuned < high

@@ -124,7 +124,7 @@ def test_of_many_classes_the_worst_come_first_and_all_are_on_the_page():
     matrix = confused()
     truth = np.repeat(LONG, matrix.sum(axis=1))
     guess = np.concatenate([np.repeat(LONG, counts) for counts in matrix])
-    found = metrics.per_class(truth, guess, (*LONG, "never seen"))
+    found = metrics.per_class(metrics.Predictions.of(truth, guess, (*LONG, "never seen")))
     text = tables.classes(found)
     first, rest = text.split("<details>")
     worst = Table(first).rows[1:]

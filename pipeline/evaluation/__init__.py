@@ -9,7 +9,6 @@ from pipeline.evaluation.calibration import (
     Calibrator,
     ReliabilityBin,
     correct_priors,
-    estimate_priors,
     fit_calibrator,
     measure_calibration,
     scores_as_columns,
@@ -36,21 +35,21 @@ from pipeline.evaluation.learning_curve import (
     curve_from_scores,
     curve_scores,
     curve_sizes,
-    measure_curve,
     pareto,
 )
-from pipeline.evaluation.metric import ACCURACY, METRICS, Answers, Metric, counted, joined
+from pipeline.evaluation.metric import ACCURACY, METRICS, Metric, counted
 from pipeline.evaluation.optimism import Optimism, selection_optimism, trial_optimism
-from pipeline.evaluation.predictions import Predictions, PredictionSet
+from pipeline.evaluation.predictions import HeadPredictions, Predictions, class_columns, joined
 from pipeline.evaluation.scoring import (
     ClassScores,
     Scores,
-    answers_of,
-    class_columns,
     confusion_matrix,
     per_class,
     scores,
 )
+
+Answers = Predictions
+PredictionSet = Predictions
 
 __all__ = [
     "ACCURACY",
@@ -61,6 +60,7 @@ __all__ = [
     "ClassScores",
     "CurvePoint",
     "Difference",
+    "HeadPredictions",
     "HeldBack",
     "Interval",
     "LearningCurve",
@@ -73,7 +73,6 @@ __all__ = [
     "Ranking",
     "ReliabilityBin",
     "Scores",
-    "answers_of",
     "bootstrap_difference",
     "class_columns",
     "compare",
@@ -84,7 +83,6 @@ __all__ = [
     "curve_from_scores",
     "curve_scores",
     "curve_sizes",
-    "estimate_priors",
     "exchange_test",
     "fit_calibrator",
     "holm",
@@ -92,7 +90,6 @@ __all__ = [
     "mcnemar",
     "mean_interval",
     "measure_calibration",
-    "measure_curve",
     "paired_answers",
     "pareto",
     "per_class",

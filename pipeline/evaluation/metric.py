@@ -8,7 +8,7 @@ is higher where it is better, so that of log loss is minus the loss; `Metric.tex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,48 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
 
-from pipeline.evaluation.intervals import Interval
+from pipeline.evaluation.intervals import Interval, numbered
+from pipeline.evaluation.predictions import Predictions
 
 SMALLEST_PROBABILITY = 1e-15
 """Log loss counts a smaller probability of the true class as this one, so that one image cannot make it infinite."""
 
 SLOW_RESAMPLES = 200
 """Samples drawn, and blocks left out, for a score without `shares`, each of which calls its function anew."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one head said of n images, as a metric looks at it.
-
-    truth, guess : ndarray of shape (n,), int64: codes from 0, the same for all heads that are compared
-    probabilities : ndarray of shape (n, n_classes), columns in the order of the codes; None where a head gives none
-    units : ndarray of shape (n,), int64: images that are not independent share a number; None when all are
-    """
-
-    truth: NDArray[np.int64]
-    guess: NDArray[np.int64]
-    probabilities: NDArray[np.floating] | None = None
-    units: NDArray[np.int64] | None = None
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Which images were labelled right: shape (n,)."""
-        return np.equal(self.truth, self.guess)
-
-    def rows(self, which: NDArray[np.intp]) -> Answers:
-        """Return the answers to some of the images."""
-        return Answers(*(None if part is None else part[which] for part in vars(self).values()))  # type: ignore[arg-type]
-
-
-def joined(parts: Sequence[Answers]) -> Answers:
-    """Return the answers of several sets of images as one set."""
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Answers(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
-
-
-def numbered(units: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
-    """Return the unit of each of n images, int64 of shape (n,), numbered from 0 without a gap."""
-    return np.arange(n) if units is None else np.unique(units, return_inverse=True)[1].reshape(-1)
 
 
 def counted(n: int, units: NDArray[np.int64] | None, what: str = "images") -> str:
@@ -94,9 +60,7 @@ class Shares:
 
     def weighted(self, counts: NDArray[np.floating]) -> NDArray[np.float64]:
         """Return the score with each image taken so many times; counts : of shape (r, n). Returns shape (r,)."""
-        above, below = np.asarray(counts @ self.above), np.asarray(counts @ self.below)
-        shares = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-        return np.asarray(shares.sum(axis=1) / np.maximum((below > 0).sum(axis=1), 1))
+        return mean_share(np.concatenate([counts @ self.above, counts @ self.below], axis=1))
 
     def contributions(self) -> NDArray[np.float64]:
         """Return what each image adds: shape (n,), with the score as mean and n times its variance as variance.
@@ -113,6 +77,13 @@ class Shares:
         return np.asarray(share.sum() / present + influence * (n / present))
 
 
+def mean_share(sums: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the mean of shares, shape (r,), from sums above and then below, together of shape (r, 2 n_classes)."""
+    above, below = np.split(np.asarray(sums, dtype=np.float64), 2, axis=1)
+    shares = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return np.asarray(shares.sum(axis=1) / np.maximum((below > 0).sum(axis=1), 1))
+
+
 @dataclass(frozen=True)
 class Metric:
     """One score: how it is called, how it is computed, how it is written."""
@@ -124,7 +95,7 @@ class Metric:
     """What of a head's predictions it looks at; probabilities are of shape (n, n_classes)."""
     function: Callable[[NDArray[Any], NDArray[Any]], float] | None = None
     """(y, predictions) -> the score as users know it; None where `shares` tells it."""
-    shares: Callable[[Answers], Shares] | None = None
+    shares: Callable[[Predictions], Shares] | None = None
     """The score as a mean of shares, better when higher, which is quickly resampled."""
     higher_is_better: bool = True
     per_class: bool = False
@@ -135,6 +106,8 @@ class Metric:
     digits: int = 1
     unit: str = "points"
     """Of a difference: points are hundredths."""
+    targets: tuple[str, ...] = ("classification",)
+    """The kinds of target it serves."""
 
     @property
     def needs_probabilities(self) -> bool:
@@ -161,34 +134,34 @@ class Metric:
         """Whether it has a worst value."""
         return bool(np.isfinite(self.low))
 
-    def score(self, answers: Answers) -> float:
+    def score(self, predictions: Predictions) -> float:
         """Return the score of one head, higher is better.
 
         Raises
         ------
         ValueError
-            When it needs probabilities and the answers have none.
+            When it needs probabilities and the predictions have none.
         """
-        predictions = answers.probabilities if self.needs_probabilities else answers.guess
-        if predictions is None:
-            raise ValueError(f"{self.title} needs probabilities, and these answers have none")
+        said = predictions.probabilities if self.needs_probabilities else predictions.y_pred
+        if said is None:
+            raise ValueError(f"{self.title} needs probabilities, and there are none")
         if self.shares is not None:
-            return float(self.shares(answers).weighted(np.ones((1, len(answers.truth))))[0])
+            return float(self.shares(predictions).weighted(np.ones((1, len(predictions))))[0])
         assert self.function is not None, f"{self.name} has neither function nor shares"
-        return (1 if self.higher_is_better else -1) * float(self.function(answers.truth, predictions))
+        return (1 if self.higher_is_better else -1) * float(self.function(predictions.y_true, said))
 
-    def contributions(self, answers: Answers) -> NDArray[np.float64]:
+    def contributions(self, predictions: Predictions) -> NDArray[np.float64]:
         """Return what each unit adds: shape (m,), with the score as mean and m times its variance as variance.
 
         A unit is an image, a group or a set of copies. For a score without `shares` it is a block of units, and what it adds
         comes from leaving it out (the delete-a-group jackknife, Kott 2001).
         """
         if self.shares is not None:
-            return per_unit(self.shares(answers).contributions(), answers.units)
-        whole, place = self.score(answers), numbered(answers.units, len(answers.truth))
+            return per_unit(self.shares(predictions).contributions(), predictions.units)
+        whole, place = self.score(predictions), predictions.unit_numbers
         blocks = min(SLOW_RESAMPLES, int(place.max()) + 1)
         without = np.array(
-            [self.score(answers.rows(np.flatnonzero(place % blocks != block))) for block in range(blocks)]
+            [self.score(predictions.rows(np.flatnonzero(place % blocks != block))) for block in range(blocks)]
         )
         return np.asarray(whole + (blocks - 1) * (without.mean() - without))
 
@@ -242,14 +215,14 @@ def _roc_auc(y: NDArray[np.int64], probabilities: NDArray[np.floating]) -> float
 TOP = 5
 
 
-def _among_top_k(answers: Answers) -> NDArray[np.bool_]:
-    likeliest = np.argsort(_probabilities(answers), axis=1, kind="stable")[:, ::-1][:, :TOP]
-    return np.asarray((likeliest == answers.truth[:, None]).any(axis=1))
+def _among_top_k(predictions: Predictions) -> NDArray[np.bool_]:
+    likeliest = np.argsort(_probabilities(predictions), axis=1, kind="stable")[:, ::-1][:, :TOP]
+    return np.asarray((likeliest == predictions.y_true[:, None]).any(axis=1))
 
 
-def _probabilities(answers: Answers) -> NDArray[np.floating]:
-    assert answers.probabilities is not None, "the metric needs probabilities"
-    return answers.probabilities
+def _probabilities(predictions: Predictions) -> NDArray[np.floating]:
+    assert predictions.probabilities is not None, "the metric needs probabilities"
+    return predictions.probabilities
 
 
 def _mean_of(values: NDArray[np.floating] | NDArray[np.bool_]) -> Shares:
@@ -257,25 +230,27 @@ def _mean_of(values: NDArray[np.floating] | NDArray[np.bool_]) -> Shares:
     return Shares(sparse.csr_array(column), sparse.csr_array(np.ones_like(column)))
 
 
-def _recalls(answers: Answers) -> Shares:
-    return Shares(_at(answers, answers.truth, answers.correct), _at(answers, answers.truth))
+def _recalls(predictions: Predictions) -> Shares:
+    return Shares(_at(predictions, predictions.y_true, predictions.correct), _at(predictions, predictions.y_true))
 
 
-def _f1(answers: Answers) -> Shares:
-    below = _at(answers, answers.truth) + _at(answers, answers.guess)
-    return Shares(2 * _at(answers, answers.truth, answers.correct), sparse.csr_array(below))
+def _f1(predictions: Predictions) -> Shares:
+    below = _at(predictions, predictions.y_true) + _at(predictions, predictions.y_pred)
+    return Shares(2 * _at(predictions, predictions.y_true, predictions.correct), sparse.csr_array(below))
 
 
-def _at(answers: Answers, columns: NDArray[np.int64], where: NDArray[np.bool_] | None = None) -> sparse.csr_array:
+def _at(
+    predictions: Predictions, columns: NDArray[np.int64], where: NDArray[np.bool_] | None = None
+) -> sparse.csr_array:
     """Return 1 for each image in its column, for the images `where` or all."""
     n = len(columns)
     rows = np.arange(n) if where is None else np.flatnonzero(where)
-    width = int(max(answers.truth.max(initial=0), answers.guess.max(initial=0))) + 1
+    width = int(max(predictions.y_true.max(initial=0), predictions.y_pred.max(initial=0))) + 1
     # Two columns at least: one alone would be taken for a plain mean.
     return sparse.csr_array((np.ones(len(rows)), (rows, columns[rows])), shape=(n, max(width, 2)))
 
 
-ACCURACY = Metric("accuracy", "accuracy", "labels", shares=lambda answers: _mean_of(answers.correct))
+ACCURACY = Metric("accuracy", "accuracy", "labels", shares=lambda predictions: _mean_of(predictions.correct))
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
@@ -288,7 +263,7 @@ METRICS: Mapping[str, Metric] = {
             "log loss",
             "probabilities",
             higher_is_better=False,
-            shares=lambda answers: _mean_of(_log_probability(answers.truth, _probabilities(answers))),
+            shares=lambda predictions: _mean_of(_log_probability(predictions.y_true, _probabilities(predictions))),
             low=-np.inf,
             high=0.0,
             digits=3,
@@ -299,7 +274,7 @@ METRICS: Mapping[str, Metric] = {
             f"top_{TOP}_accuracy",
             f"top-{TOP} accuracy",
             "probabilities",
-            shares=lambda answers: _mean_of(_among_top_k(answers)),
+            shares=lambda predictions: _mean_of(_among_top_k(predictions)),
         ),
     )
 }
@@ -318,14 +293,14 @@ class Together:
     """
 
     metric: Metric
-    columns: tuple[Answers, ...]
+    columns: tuple[Predictions, ...]
 
     @cached_property
     def _patterns(self) -> tuple[sparse.csr_array | None, tuple[Shares, ...]]:
         assert self.metric.shares is not None
         if self.metric.needs_probabilities:
             return None, tuple(self.metric.shares(column) for column in self.columns)
-        codes = np.stack([self.columns[0].truth, *(column.guess for column in self.columns)], axis=1)
+        codes = np.stack([self.columns[0].y_true, *(column.y_pred for column in self.columns)], axis=1)
         _, first, place = np.unique(codes, axis=0, return_index=True, return_inverse=True)
         n, place = len(codes), place.reshape(-1)
         groups = sparse.csr_array((np.ones(n), (np.arange(n), place)), shape=(n, len(first)))
@@ -336,7 +311,7 @@ class Together:
 
         `count` rows in all, or fewer for a score that is slow to compute.
         """
-        place = numbered(self.columns[0].units, len(self.columns[0].truth))
+        place = self.columns[0].unit_numbers
         m, rng = int(place.max()) + 1, np.random.default_rng(seed)
         count = count if self.metric.shares is not None else min(count, SLOW_RESAMPLES)
         step = max(1, _CELLS // len(place))

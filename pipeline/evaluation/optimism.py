@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluation.intervals import Interval
-from pipeline.evaluation.metric import ACCURACY, Answers, Metric, Together
+from pipeline.evaluation.metric import ACCURACY, Metric, Together
+from pipeline.evaluation.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Optimism:
 
 
 def selection_optimism(
-    columns: Sequence[Answers], seed: int, resamples: int = 1000, metric: Metric = ACCURACY
+    columns: Sequence[Predictions], seed: int, resamples: int = 1000, metric: Metric = ACCURACY
 ) -> Optimism:
     """Estimate the optimism of taking the head with the highest score; answers out of fold, to the same images.
 

@@ -75,21 +75,20 @@ def mistakes(material: Material) -> str:
     wrong = np.flatnonzero(~part.correct)
     if not len(wrong):
         return "<h2>Worst mistakes</h2><p>The best row made no mistake on the test images.</p>"
-    sure = np.ones(len(part.paths)) if part.probabilities is None else part.probabilities.max(axis=1)
-    own = np.zeros(len(part.paths))
-    if part.probabilities is not None:
-        y = class_columns(part.y_true, best.classes)
-        own = np.where(y >= 0, part.probabilities[np.arange(len(y)), np.maximum(y, 0)], 0.0)
+    p = np.ones((len(part), 1)) if part.probabilities is None else part.probabilities
+    own = p[np.arange(len(part)), part.y_true] if part.probabilities is not None else 0.0
+    sure = p.max(axis=1)
     order = wrong[np.argsort(-(sure - own)[wrong], kind="stable")][:MOST_PICTURES]
+    assert part.paths is not None
     pictures = gallery(material.index, part.paths[order].tolist())
-    figures = []
+    said, true, figures = part.predicted, part.labels, []
     for row in order.tolist():
         share = f" · {100 * sure[row]:.0f}&nbsp;%" if part.probabilities is not None else ""
-        caption = f"<b>{escape(part.y_pred[row])}</b>{share}<br><span>is {escape(part.y_true[row])}</span>"
+        caption = f"<b>{escape(said[row])}</b>{share}<br><span>is {escape(true[row])}</span>"
         figures.append(_figure(str(part.paths[row]), pictures, caption))
     which = "; these with most conviction" if len(wrong) > len(order) else ""
     text = (
-        f"{len(wrong):,} of {len(part.paths):,} test images were labelled wrong{which}. In bold what {escape(material.leaderboard.best.key)} said"
+        f"{len(wrong):,} of {len(part):,} test images were labelled wrong{which}. In bold what {escape(material.leaderboard.best.key)} said"
         f"{' and how sure it was' if part.probabilities is not None else ''}, below it the image's own label."
     )
     return f'<h2>Worst mistakes</h2><p class="quiet">{text}</p><div class="gallery">{"".join(figures)}</div>'

@@ -18,8 +18,8 @@ from pipeline.data import DatasetIndex
 from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
+    HeadPredictions,
     LearningCurve,
-    Predictions,
     audit,
     class_columns,
     curve_from_scores,
@@ -60,7 +60,7 @@ class Material:
 
     output: Path
     leaderboard: Leaderboard
-    predictions: Mapping[str, Predictions]
+    predictions: Mapping[str, HeadPredictions]
     trials: Mapping[str, Trials]
     index: DatasetIndex | None
     embedding: str | None
@@ -71,7 +71,7 @@ class Material:
     missing: tuple[str, ...]
 
     @property
-    def best(self) -> Predictions | None:
+    def best(self) -> HeadPredictions | None:
         """The best row's predictions."""
         return self.predictions.get(self.leaderboard.best.key)
 
@@ -157,14 +157,14 @@ def _view(
     return None
 
 
-def _label_issues(leaderboard: Leaderboard, predictions: Mapping[str, Predictions]) -> audit.LabelIssues:
+def _label_issues(leaderboard: Leaderboard, predictions: Mapping[str, HeadPredictions]) -> audit.LabelIssues:
     """Ask the best row that has out-of-fold probabilities which labels it does not believe."""
     for row in leaderboard.rows:
         found = predictions.get(row.key)
         if found is not None and found.out_of_fold is not None and found.out_of_fold.probabilities is not None:
             part = found.out_of_fold
-            y = class_columns(part.y_true, found.classes)
-            return audit.label_issues(found.out_of_fold.probabilities, y, found.classes, part.paths.tolist())
+            assert part.paths is not None
+            return audit.label_issues(found.out_of_fold.probabilities, part.y_true, part.classes, part.paths.tolist())
     return audit.LabelIssues()
 
 

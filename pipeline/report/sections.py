@@ -12,9 +12,8 @@ from pipeline.evaluation import (
     Calibration,
     Interval,
     Metric,
-    PredictionSet,
+    Predictions,
     Scores,
-    class_columns,
     confusion_matrix,
     measure_calibration,
     per_class,
@@ -78,11 +77,11 @@ def charts_of(material: Material) -> dict[str, Chart]:
         }
         found["tuning"] = charts.tuning_chart(named, board.scoring)
     if best is not None:
-        matrix = confusion_matrix(best.test.y_true, best.test.y_pred, best.classes)
+        matrix = confusion_matrix(best.test)
         found["confusion"] = confusion.confusion_chart(matrix, best.classes)
-        on_test = _calibration(best.test, best.classes)
+        on_test = _calibration(best.test)
         if on_test is not None:
-            held_out = _calibration(best.out_of_fold, best.classes) if best.out_of_fold else None
+            held_out = _calibration(best.out_of_fold) if best.out_of_fold else None
             found["reliability"] = charts.reliability_chart(held_out, on_test)
     if material.curve is not None and len(material.curve.points) > 1:
         found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD)
@@ -194,21 +193,16 @@ def _leaderboard(material: Material, drawn: Mapping[str, str]) -> str:
         if board.metric is ACCURACY
         else f"cross-validated {board.metric.title}{', the lowest first,' if board.metric.lower_is_better else ''}"
     )
-    warnings = "".join(f'<p class="callout warn">{escape(line)}</p>' for line in board.warnings())
+    lines = "<br>".join(map(escape, board.warnings()))
+    warning = f'<p class="callout warn">{lines}</p>' if lines else ""
     # What to use, ~ and ± are said above the table, where the page has a blue edge for the sign.
-    alerts = board.alerts()
-    notes = "".join(
-        f"<li>{escape(note)}</li>"
-        for note in board.notes()
-        if note not in alerts and not note.startswith(("Use ", "~", "±"))
-    )
-    warning = f'<p class="callout warn">{"<br>".join(map(escape, alerts))}</p>' if alerts else ""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes() if not note.startswith(("Use ", "~", "±")))
     return (
         "<h2>Leaderboard</h2>"
         '<p class="quiet">Each row is a head, the classifier, fitted on an embedding, the numbers that a frozen network makes of an image. '
         f"Ordered by {order} on the training images; test images choose nothing. A blue edge marks rows with no evidence of a difference from the best (paired, out of fold, corrected for all pairs of rows). "
         "± is the standard deviation of the folds' scores: how they differ, and no interval of the score.</p>"
-        f"{warnings}{reason}{warning}{tables.leaderboard(board)}"
+        f"{warning}{reason}{tables.leaderboard(board)}"
         f'<details><summary>How to read this</summary><ul class="quiet">{notes}</ul></details>'
     )
 
@@ -302,12 +296,12 @@ def _classes(material: Material, drawn: Mapping[str, str]) -> str:
     best = material.best
     if best is None:
         return ""
-    rows = per_class(best.test.y_true, best.test.y_pred, best.classes, best.test.units)
+    rows = per_class(best.test)
     text = (
         f"{material.leaderboard.best.key} on the test images. Rows of the matrix are true classes; blue is right, orange is wrong, "
         "and the stronger the colour, the larger the share of the class. Precision: of the images given this label, those that are it; "
         f"recall: of the images that are it, those given the label; F1 joins the two. "
-        f"{confusion.left_out(confusion_matrix(best.test.y_true, best.test.y_pred, best.classes))}"
+        f"{confusion.left_out(confusion_matrix(best.test))}"
     )
     return (
         f'<h2>Class by class</h2><p class="quiet">{escape(text)}</p>'
@@ -327,13 +321,10 @@ def _imbalance(material: Material) -> str:
     return f'<h3>Uneven classes</h3><p class="quiet">{text}</p>{tables.imbalance(found)}'
 
 
-def _calibration(part: PredictionSet, classes: tuple[str, ...]) -> Calibration | None:
-    if part.probabilities is None or len(classes) < 2:
+def _calibration(part: Predictions) -> Calibration | None:
+    if part.probabilities is None or len(part.classes) < 2:
         return None
-    y = class_columns(part.y_true, classes)
-    known = y >= 0
-    units = None if part.units is None else part.units[known]
-    return measure_calibration(part.probabilities[known], y[known], units=units) if known.any() else None
+    return measure_calibration(part.probabilities, part.y_true, units=part.units)
 
 
 def _calibration_section(material: Material, drawn: Mapping[str, str]) -> str:
@@ -342,8 +333,7 @@ def _calibration_section(material: Material, drawn: Mapping[str, str]) -> str:
     rows = [
         (row, found)
         for row in material.leaderboard.rows
-        if row.key in material.predictions
-        and (found := _calibration(material.predictions[row.key].test, material.predictions[row.key].classes))
+        if row.key in material.predictions and (found := _calibration(material.predictions[row.key].test))
     ]
     return (
         '<h2>Can its probabilities be believed?</h2><p class="quiet">A dot on the dashed line is right as often as it says. '
