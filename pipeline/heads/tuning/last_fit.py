@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
@@ -164,8 +165,14 @@ def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> 
             return fit_on_disk(problem, params, y)
         projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
         pipeline = configure(problem.head, params, problem.seed)
-        used: dict[str, float] = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
+        params = pipeline.get_params()
+        # Logistic regression's does nothing, and scikit-learn warns whoever gives it.
+        used: dict[str, float] = {
+            key: jobs
+            for key in params
+            if key.endswith("__n_jobs") and not isinstance(params[key[: -len("__n_jobs")]], LogisticRegression)
+        }
         used |= smaller_caches(pipeline, problem.work_bytes)
-        kept = {key: pipeline.get_params()[key] for key in used}
+        kept = {key: params[key] for key in used}
         fitted = problem.head.fit(pipeline.set_params(**used), X, y).set_params(**kept)
         return fitted if projection is None else projection.before(fitted)
