@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pipeline.stages.train_heads.embedding import Place
 from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
 from sklearn.pipeline import make_pipeline
@@ -25,7 +26,7 @@ from pipeline.data import DatasetIndex
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import ConfigError, HeadError
-from pipeline.evaluation import Predictions
+from pipeline.evaluation import HeadPredictions
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, Head, resolve
@@ -35,7 +36,6 @@ from pipeline.heads.tuning.records import Problem
 from pipeline.io import memory
 from pipeline.io.digests import content_digest, pack_digests
 from pipeline.stages import train_heads
-from pipeline.stages.train_heads.place import Place
 from pipeline.store import FeatureStore, StoredRows, StoreWriter
 
 DISK = [name for name, head in HEADS.items() if head.on_disk]
@@ -300,7 +300,7 @@ def test_bundles_made_on_disk_predict_what_the_leaderboard_says(tmp_path: Path, 
         row = board.row(f"net/{head}")
         labels, probabilities = bundles.load(tmp_path / str(row.bundle)).predict(X)
         assert np.mean(labels == index.labels) == row.test.accuracy if row.test else False
-        saved = Predictions.read(tmp_path / str(row.bundle) / "predictions.npz").test
+        saved = HeadPredictions.read(tmp_path / str(row.bundle) / "predictions.npz").test
         assert saved is not None
         np.testing.assert_allclose(probabilities, saved.probabilities, atol=1e-6)
 

@@ -33,6 +33,8 @@ class Head:
     linear: bool = False
     """Whether `linear_parts` can write the fitted head as one linear layer."""
     takes_class_weight: bool = False
+    targets: tuple[str, ...] = ("classification",)
+    """The kinds of target it serves, as `pipeline.data.targets` names them."""
     evaluator: str = "generic"
     """How trials share work, a row of `pipeline.heads.tuning.evaluation.EVALUATORS`; `generic` fits each fold from scratch."""
     on_disk: str | None = None
