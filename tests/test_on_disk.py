@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.stages.train_heads.embedding import Place
 from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
 from sklearn.pipeline import make_pipeline
@@ -36,6 +35,7 @@ from pipeline.heads.tuning.records import Problem
 from pipeline.io import memory
 from pipeline.io.digests import content_digest, pack_digests
 from pipeline.stages import train_heads
+from pipeline.stages.train_heads.embedding import Place
 from pipeline.store import FeatureStore, StoredRows, StoreWriter
 
 DISK = [name for name, head in HEADS.items() if head.on_disk]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.stages.train_heads.embedding import Place
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.model_selection import cross_val_predict, cross_val_score
@@ -29,6 +28,7 @@ from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import Projections, make_folds, memory_needed, projection, tune
 from pipeline.heads.tuning.records import derived_seed
 from pipeline.stages import train_heads
+from pipeline.stages.train_heads.embedding import Place
 
 REDUCED = TuningConfig(trials=1, jobs=1, pca=6)
 

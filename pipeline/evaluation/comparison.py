@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse, stats
+from scipy import stats
 
 from pipeline.evaluation.intervals import Interval, critical, effective_size, freedom, tango
-from pipeline.evaluation.metric import ACCURACY, SLOW_RESAMPLES, Metric, Together, mean_share
+from pipeline.evaluation.metric import ACCURACY, Metric, drawn, mean_share, rescored, unit_sums
 from pipeline.evaluation.predictions import Predictions, joined
 
 LEVEL = 0.05
@@ -123,8 +123,8 @@ def bootstrap_difference(
     The expanded percentile interval of Hesterberg 2015: drawn shares vary less than shares of few units do, by the number
     of units of the rarest class where the score is a mean over classes.
     """
-    both = Together(metric, (a, b))
-    draws = np.concatenate([both.weighted(counts) for counts in both.resamples(seed, resamples)])
+    weighted, m = rescored(metric, [a, b]), int(a.unit_numbers.max()) + 1
+    draws = np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(resamples))])
     units, codes = a.unit_numbers, np.unique(a.y_true)
     parts = [units[a.y_true == code] for code in codes] if metric.per_class else [units]
     m = max(2, min(len(np.unique(part)) for part in parts))
@@ -140,7 +140,7 @@ def exchange_test(metric: Metric, a: Predictions, b: Predictions, seed: int, dra
     Sources: Noreen 1989; Yeh 2000.
     """
     units, rng = a.unit_numbers, np.random.default_rng(seed)
-    draws = draws if metric.shares is not None else min(draws, SLOW_RESAMPLES)
+    draws = metric.draws(draws)
     m, gap = int(units.max()) + 1, _gap_of(metric, a, b, units)
     observed, beyond = abs(gap(np.ones((1, m), dtype=np.int64))[0]), 0
     for part in np.array_split(np.arange(draws), max(1, draws * m // _CELLS)):
@@ -153,20 +153,15 @@ def _gap_of(
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
     """Return what gives score(a) - score(b) after exchanges: coins of shape (r, n_units), 0 where a unit's answers change sides."""
     if metric.shares is None:
-        both = Together(metric, (joined([a, b]),))
 
         def slow(coins: NDArray[np.int64]) -> NDArray[np.float64]:
-            stay = coins[:, units]
-            left, right = np.concatenate([stay, 1 - stay], axis=1), np.concatenate([1 - stay, stay], axis=1)
-            return np.asarray((both.weighted(left) - both.weighted(right))[:, 0])
+            stays = coins[:, units] == 1
+            mixed = [(joined([a.rows(stay), b.rows(~stay)]), joined([b.rows(stay), a.rows(~stay)])) for stay in stays]
+            return np.array([metric.score(left) - metric.score(right) for left, right in mixed])
 
         return slow
     shares, n = metric.shares(joined([a, b])), len(units)
-    of_unit = sparse.csr_array((np.ones(n), (units, np.arange(n))))
-    first, second = (
-        of_unit @ sparse.hstack([part[rows] for part in (shares.above, shares.below)], "csr")
-        for rows in (slice(0, n), slice(n, 2 * n))
-    )
+    first, second = unit_sums(shares[:n], units), unit_sums(shares[n:], units)
     moves = first - second
     differ = np.flatnonzero(abs(moves).sum(axis=1))
     moves, first, second = moves[differ], first.sum(axis=0), second.sum(axis=0)

@@ -17,7 +17,7 @@ from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.metrics import precision_recall_fscore_support
 
 from pipeline.evaluation.intervals import Interval, critical, effective_size, share_interval, wilson
-from pipeline.evaluation.metric import ACCURACY, METRICS, Metric, Together, per_unit
+from pipeline.evaluation.metric import ACCURACY, METRICS, Metric, drawn, rescored, unit_sums
 from pipeline.evaluation.predictions import Predictions
 
 RESAMPLES = 1000
@@ -99,8 +99,7 @@ def scores(predictions: Predictions, seed: int = 0, metric: Metric = ACCURACY) -
 
 def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
     """Return a loss that is a mean over images, with the normal interval."""
-    assert metric.shares is not None
-    losses = -per_unit(metric.shares(predictions).contributions(), predictions.units)
+    losses = -metric.contributions(predictions)
     mean = float(losses.mean())
     half = critical(predictions.units) * float(losses.std(ddof=1)) / np.sqrt(len(losses)) if len(losses) > 1 else np.inf
     return mean, (max(0.0, mean - half), mean + half)
@@ -116,7 +115,8 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
     """
     assert metric.shares is not None
     shares, f1 = metric.shares(predictions), metric.name == "macro_f1"
-    above, below = (np.asarray(part.sum(axis=0)).reshape(-1) for part in (shares.above, shares.below))
+    width = shares.shape[1] // 2
+    above, below = np.split(shares.sum(axis=0), 2)
     present = np.flatnonzero(below)
     share, z = above[present] / below[present], critical(predictions.units)
     ends = np.empty((len(present), 2))
@@ -126,11 +126,8 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
         size = effective_size(predictions.correct[rows], within)
         ends[row] = wilson(float(predictions.correct[rows].mean()) * size, size, z)
     ends = 2 * ends / (1 + ends) if f1 else ends
-    influence = (shares.above[:, present] - shares.below[:, present] * share) / below[present]
-    added = sparse.csr_array(influence)
-    if predictions.units is not None:
-        place = predictions.unit_numbers
-        added = sparse.csr_array((np.ones(len(place)), (place, np.arange(len(place))))) @ added
+    influence = (shares[:, present] - shares[:, width + present] * share) / below[present]
+    added = unit_sums(sparse.csr_array(influence), predictions.units)
     spread = np.sqrt(np.asarray(added.multiply(added).sum(axis=0)).reshape(-1))
     known = spread > 0
 
@@ -145,8 +142,8 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
 def _resampled(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
     """Return any score as users know it, with the percentile interval of the bootstrap over units."""
     sign = 1.0 if metric.higher_is_better else -1.0
-    one = Together(metric, (predictions,))
-    draws = sign * np.concatenate([one.weighted(counts) for counts in one.resamples(seed, RESAMPLES)])[:, 0]
+    weighted, m = rescored(metric, [predictions]), int(predictions.unit_numbers.max()) + 1
+    draws = sign * np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(RESAMPLES))])[:, 0]
     low, high = np.quantile(draws, [0.025, 0.975])
     return sign * metric.score(predictions), (float(low), float(high))
 
