@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from pipeline.evaluation import METRICS, Predictions, compare, scores
+from pipeline.evaluation import METRICS, Predictions, compare, exchange_test, holm, scores
 from pipeline.evaluation.comparison import paired_interval
 from pipeline.evaluation.intervals import critical
 
@@ -143,6 +143,15 @@ def false_winners(runs: int, n: int, groups: int | None, effect: float, metric: 
         alone = {name: replace(head, units=None) for name, head in heads.items()}
         found["images"] += any(not row.no_evidence for row in compare(alone, best, seed=run, metric=METRICS[metric]))
     return {name: count / runs for name, count in found.items()}
+
+
+def false_winners_of_exchange(runs: int, n: int, groups: int, effect: float, metric: str) -> float:
+    """How often a head differs from some of four equal ones by the test that the test images are compared by, after Holm."""
+    wrong = 0
+    for run in range(runs):
+        first, *others = in_groups(np.random.default_rng(run), n, groups, effect, 5)
+        wrong += min(holm([exchange_test(METRICS[metric], first, other, run) for other in others])) < 0.05
+    return wrong / runs
 
 
 def false_winners_of_permuted_groups(runs: int, groups: int = 40, size: int = 6) -> float:

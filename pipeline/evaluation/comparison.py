@@ -34,6 +34,11 @@ class Paired:
     interval: Interval
     p_value: float
 
+    def __post_init__(self) -> None:
+        # JSON has no infinity: an interval without an end was written as null.
+        low, high = self.interval
+        object.__setattr__(self, "interval", (-np.inf if low is None else low, np.inf if high is None else high))
+
     @property
     def shown(self) -> int:
         """1 where the first is shown to be better, -1 where the second is, 0 where there is no evidence of a difference.

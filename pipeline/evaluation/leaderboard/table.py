@@ -17,7 +17,7 @@ from tabulate import tabulate
 from pipeline.errors import PipelineError
 from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Leaks, Nested, Verdict, nested_choice
-from pipeline.experiment import LEADERBOARD, Artifacts, parse_document, read_document, to_document
+from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, parse_document, read_document, to_document
 
 APART = "Ranked apart, on other images"
 
@@ -400,12 +400,11 @@ def read_leaderboard(output: Path) -> Leaderboard:
 
 def _leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
     try:
-        verdict = record["verdict"]
         return Leaderboard(
             tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
             record["provenance"],
-            Verdict.from_record(verdict) if verdict else None,
-            Leaks.from_record(record["leaks"]) if record.get("leaks") else None,
+            from_plain(Verdict | None, record["verdict"]),
+            from_plain(Leaks | None, record.get("leaks")),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise LEADERBOARD.damaged(path, "it does not hold what a leaderboard of this version does") from None

@@ -61,7 +61,7 @@ def finished_row(folder: Path, key: str) -> LeaderboardRow | None:
         bundle_file(folder, document["file"])
         HeadPredictions.read(folder / FILE_NAME)
         return LeaderboardRow.from_record(document["provenance"]["row"])
-    except (BundleError, KeyError, TypeError):
+    except (BundleError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
