@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from pipeline.evaluation import METRICS, Predictions, compare, exchange_test, holm, scores
-from pipeline.evaluation.comparison import paired_interval
+from pipeline.evaluation import METRICS, Predictions, compare, scores
+from pipeline.evaluation.comparison import exchange_test, holm, paired_interval
 from pipeline.evaluation.intervals import critical
 
 Features = NDArray[np.float64]

@@ -37,7 +37,16 @@ from statistics_cases import (
 from pipeline import evaluation as metrics
 from pipeline.config import TuningConfig
 from pipeline.errors import BundleError
-from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions
+from pipeline.evaluation import (
+    METRICS,
+    HeadPredictions,
+    Metric,
+    Predictions,
+    calibration,
+    comparison,
+    intervals,
+    optimism,
+)
 from pipeline.evaluation.calibration import margins
 from pipeline.evaluation.intervals import effective_size
 from pipeline.evaluation.leaderboard.judge import margin
@@ -170,7 +179,7 @@ def test_wilson_of_images_would_not_cover_where_groups_answer_alike():
     truth, inside = true_scores()["accuracy"], []
     for run in range(100):
         (head,) = in_groups(np.random.default_rng(run), 480, 24, 1.0)
-        inside.append(metrics.share_interval(head.correct, None))
+        inside.append(intervals.share_interval(head.correct, None))
     assert covered(inside, truth) < 0.8
 
 
@@ -202,7 +211,7 @@ def test_what_groups_add_is_the_sum_of_what_their_images_add():
 )
 def test_tangos_interval_ends_where_the_score_statistic_says(only_a, only_b, n, z):
     """By definition, and with the likelihood maximised by search: Tango 1998."""
-    for end in metrics.tango(only_a, only_b, n, z):
+    for end in intervals.tango(only_a, only_b, n, z):
 
         def surprise(p_b: float, end: float = end) -> float:
             p = np.array([p_b + end, p_b, 1 - 2 * p_b - end])
@@ -269,7 +278,7 @@ def test_paired_interval_covers_the_true_difference_and_unpaired_thinking_is_too
 
 def test_mean_interval_covers():
     rng = np.random.default_rng(3)
-    assert 0.93 <= covered([metrics.mean_interval(rng.normal(0.8, 0.02, 5)) for _ in range(2000)], 0.8) <= 0.97
+    assert 0.93 <= covered([intervals.mean_interval(rng.normal(0.8, 0.02, 5)) for _ in range(2000)], 0.8) <= 0.97
 
 
 # Comparison
@@ -309,27 +318,27 @@ def test_145_against_120_of_153_is_evidence():
 
 
 def test_mcnemar_counts_only_disagreements():
-    assert metrics.mcnemar(right(100, (0, 90)), right(100, (0, 90))) == 1.0
-    assert metrics.mcnemar(right(100, (0, 90)), right(100, (10, 100))) == 1.0
-    assert metrics.mcnemar(right(20, (0, 10)), right(20)) == pytest.approx(2 * 0.5**10)
+    assert comparison.mcnemar(right(100, (0, 90)), right(100, (0, 90))) == 1.0
+    assert comparison.mcnemar(right(100, (0, 90)), right(100, (10, 100))) == 1.0
+    assert comparison.mcnemar(right(20, (0, 10)), right(20)) == pytest.approx(2 * 0.5**10)
     with pytest.raises(ValueError, match="same images twice"):
-        metrics.mcnemar(right(3), right(4))
+        comparison.mcnemar(right(3), right(4))
 
 
 def test_corrected_t_is_wider_than_the_naive_one_by_the_published_factor():
     a, b = [0.80, 0.82, 0.79, 0.81, 0.83], [0.78, 0.81, 0.78, 0.78, 0.80]
-    found = metrics.corrected_t(a, b, test_share=0.25)
-    naive = metrics.mean_interval(np.array(a) - np.array(b))
+    found = comparison.corrected_t(a, b, test_share=0.25)
+    naive = intervals.mean_interval(np.array(a) - np.array(b))
     assert found.difference == pytest.approx(0.02)
     widths = (found.interval[1] - found.interval[0]) / (naive[1] - naive[0])
     assert widths == pytest.approx(np.sqrt((1 / 5 + 1 / 4) / (1 / 5)))
-    assert metrics.corrected_t(a, a, 0.25).p_value == 1.0
+    assert comparison.corrected_t(a, a, 0.25).p_value == 1.0
 
 
 def test_holm_by_hand():
-    assert metrics.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert metrics.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
-    assert metrics.holm([]).tolist() == []
+    assert comparison.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert comparison.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+    assert comparison.holm([]).tolist() == []
 
 
 def test_identical_rows_are_never_told_apart():
@@ -352,7 +361,7 @@ def test_permuted_labels_have_a_false_winner_in_at_most_5_percent_of_200_runs():
         found = metrics.compare({name: said(row) for name, row in correct.items()}, best, test, scores, seed=run)
         false_on_folds += any(not row.no_evidence for row in found)
         false_on_test += any(row.test is not None and row.test.p_value < 0.05 for row in found)
-        naive += any(metrics.mcnemar(correct[best], correct[name]) < 0.05 for name in correct)
+        naive += any(comparison.mcnemar(correct[best], correct[name]) < 0.05 for name in correct)
     assert false_on_folds <= 10
     assert false_on_test <= 10
     assert naive > 20, "without the correction for picking the simulation would have no teeth"
@@ -452,7 +461,7 @@ def test_paired_intervals_of_every_metric_cover_the_true_difference(name):
     truth = metric.score(many[0]) - metric.score(many[1])
     inside = []
     for seed in range(400):
-        low, high = metrics.bootstrap_difference(metric, *answers_of_heads(400, seed), seed, resamples=300)
+        low, high = comparison.bootstrap_difference(metric, *answers_of_heads(400, seed), seed, resamples=300)
         inside.append(low <= truth <= high)
     assert 0.93 <= np.mean(inside) <= 0.97
 
@@ -474,9 +483,9 @@ def test_a_head_that_is_five_points_worse_is_seldom_shown_to_be_as_good():
 
 def test_exchanging_answers_is_mcnemars_test_for_accuracy():
     a, b = said(right(60, (0, 50))), said(right(60, (0, 38), (57, 60)))
-    exact = metrics.mcnemar(a.correct, b.correct)
-    assert metrics.exchange_test(METRICS["accuracy"], a, b, seed=0, draws=20_000) == pytest.approx(exact, abs=0.003)
-    assert metrics.exchange_test(METRICS["accuracy"], a, a, seed=0) == 1.0
+    exact = comparison.mcnemar(a.correct, b.correct)
+    assert comparison.exchange_test(METRICS["accuracy"], a, b, seed=0, draws=20_000) == pytest.approx(exact, abs=0.003)
+    assert comparison.exchange_test(METRICS["accuracy"], a, a, seed=0) == 1.0
     y, a_says, b_says = np.array([0, 0, 0, 0, 1, 1, 1, 2]), np.array([0, 0, 1, 0, 1, 1, 1, 2]), np.repeat(0, 8)
     for name in ("balanced_accuracy", "macro_f1"):
         coins = np.array(list(itertools.product([True, False], repeat=8)))
@@ -486,12 +495,12 @@ def test_exchanging_answers_is_mcnemars_test_for_accuracy():
             - by_scikit_learn(name, Predictions(y, other), np.arange(8))
             for one, other in zip(first, second, strict=True)
         ]
-        found = metrics.exchange_test(
+        found = comparison.exchange_test(
             METRICS[name], Predictions(y, a_says), Predictions(y, b_says), seed=0, draws=20_000
         )
         assert found == pytest.approx(np.mean(np.abs(by_hand) >= abs(by_hand[0]) - 1e-12), abs=0.01)
     few = said(right(11, (0, 9))), said(right(11, (0, 4)))
-    assert metrics.exchange_test(METRICS["macro_f1"], *few, seed=0) > 0.05
+    assert comparison.exchange_test(METRICS["macro_f1"], *few, seed=0) > 0.05
 
 
 def test_permuted_labels_have_few_false_winners_in_other_metrics():
@@ -565,7 +574,7 @@ def test_any_function_of_scikit_learns_kind_is_a_metric(monkeypatch: pytest.Monk
     gap = kappa.score(sharp) - kappa.score(blunt)
     assert worse.difference == pytest.approx(gap)
     assert worse.interval[0] < gap < worse.interval[1]
-    assert abs(metrics.selection_optimism([sharp, blunt], seed=0, metric=kappa).bias) < 0.03
+    assert abs(optimism.selection_optimism([sharp, blunt], seed=0, metric=kappa).bias) < 0.03
 
 
 def test_roc_auc_is_that_of_the_classes_that_are_there():
@@ -619,7 +628,7 @@ def test_the_best_of_many_equal_candidates_is_corrected_to_the_truth():
     corrected, apparent = [], []
     for run in range(20):
         correct = np.random.default_rng(run).random((300, 30)) < 0.7
-        found = metrics.selection_optimism([said(column) for column in correct.T], seed=run, resamples=100)
+        found = optimism.selection_optimism([said(column) for column in correct.T], seed=run, resamples=100)
         corrected.append(found.corrected)
         apparent.append(found.apparent)
     assert np.mean(apparent) > 0.74
@@ -629,8 +638,8 @@ def test_the_best_of_many_equal_candidates_is_corrected_to_the_truth():
 def test_a_clear_winner_owes_nothing_to_luck():
     rng = np.random.default_rng(0)
     columns = [said(rng.random(500) < 0.95), said(rng.random(500) < 0.5)]
-    assert abs(metrics.selection_optimism(columns, seed=0).bias) < 0.003
-    assert metrics.trial_optimism(np.array([[0.9, 0.92], [0.5, 0.6]])) == 0.0
+    assert abs(optimism.selection_optimism(columns, seed=0).bias) < 0.003
+    assert optimism.trial_optimism(np.array([[0.9, 0.92], [0.5, 0.6]])) == 0.0
 
 
 def test_the_picked_head_is_corrected_in_the_metric_it_was_picked_by():
@@ -638,7 +647,7 @@ def test_the_picked_head_is_corrected_in_the_metric_it_was_picked_by():
     for name in ("macro_f1", "log_loss"):
         metric = METRICS[name]
         truth = metric.score(answers_of_heads(200_000, 99, (1.5,))[0])
-        found = metrics.selection_optimism(columns, seed=0, resamples=200, metric=metric)
+        found = optimism.selection_optimism(columns, seed=0, resamples=200, metric=metric)
         assert found.apparent == max(metric.score(column) for column in columns)
         assert found.apparent > truth
         assert 0 < found.bias < 3 * (found.apparent - truth)
@@ -646,7 +655,7 @@ def test_the_picked_head_is_corrected_in_the_metric_it_was_picked_by():
 
 def test_trial_optimism_by_hand():
     # The first trial wins on average; the second would have won the second fold by 0.04.
-    assert metrics.trial_optimism(np.array([[0.9, 0.8], [0.7, 0.84]])) == pytest.approx((0.0 + 0.04) / 2)
+    assert optimism.trial_optimism(np.array([[0.9, 0.8], [0.7, 0.84]])) == pytest.approx((0.0 + 0.04) / 2)
 
 
 # Several data sets
@@ -693,7 +702,7 @@ def test_calibration_undoes_overconfidence():
     sure = 5 * np.log(p / (1 - p))
     raw = np.exp(sure - sure.max(axis=1, keepdims=True))
     raw /= raw.sum(axis=1, keepdims=True)
-    fitted = metrics.fit_calibrator(sure[:2000], y[:2000]).probabilities(sure[2000:])
+    fitted = calibration.fit_calibrator(sure[:2000], y[:2000]).probabilities(sure[2000:])
     before, after = metrics.measure_calibration(raw[2000:], y[2000:]), metrics.measure_calibration(fitted, y[2000:])
     assert before.ece > 0.15
     assert after.ece < 0.05
@@ -704,7 +713,7 @@ def test_calibration_undoes_overconfidence():
 
 def test_temperature_finds_the_true_one_and_keeps_every_prediction():
     clean, _, y = logits()
-    calibrator = metrics.fit_calibrator(5 * clean, y)
+    calibrator = calibration.fit_calibrator(5 * clean, y)
     assert calibrator.slopes[0] == pytest.approx(0.2, rel=0.06)
     assert np.array_equal(calibrator.probabilities(5 * clean).argmax(axis=1), clean.argmax(axis=1))
 
@@ -716,7 +725,7 @@ def test_margins_of_an_svc_make_better_probabilities_than_its_counts():
     svc = SVC(break_ties=True).fit(X[:1000], y[:1000])
     scores = svc.decision_function(X)
     found = {
-        method: metrics.fit_calibrator(scores[1000:2000].astype(np.float32), y[1000:2000], method).probabilities(
+        method: calibration.fit_calibrator(scores[1000:2000].astype(np.float32), y[1000:2000], method).probabilities(
             scores[2000:]
         )
         for method in ("temperature", "margins")
@@ -785,17 +794,17 @@ def test_prior_correction_recovers_a_changed_class_balance():
     balanced = 1 / (1 + np.exp(-(1.5 * x - 1.125)))
     p = np.stack([1 - balanced, balanced], axis=1)
     even, wanted = np.array([0.5, 0.5]), np.array([0.8, 0.2])
-    corrected = metrics.correct_priors(p, even, wanted)
+    corrected = calibration.correct_priors(p, even, wanted)
     assert metrics.measure_calibration(corrected, y).ece < 0.015
     assert metrics.measure_calibration(corrected, y).log_loss < metrics.measure_calibration(p, y).log_loss - 0.05
     assert corrected[:, 1].mean() == pytest.approx(0.2, abs=0.01)
     assert (corrected.argmax(axis=1) == y).mean() > (p.argmax(axis=1) == y).mean()
-    assert metrics.correct_priors(p, even, even) == pytest.approx(p)
+    assert calibration.correct_priors(p, even, even) == pytest.approx(p)
 
 
 def test_a_binary_score_becomes_two_columns():
-    assert metrics.scores_as_columns(np.array([1.5, -2.0])).tolist() == [[-1.5, 1.5], [2.0, -2.0]]
-    assert metrics.scores_as_columns(np.ones((2, 3))).shape == (2, 3)
+    assert calibration.scores_as_columns(np.array([1.5, -2.0])).tolist() == [[-1.5, 1.5], [2.0, -2.0]]
+    assert calibration.scores_as_columns(np.ones((2, 3))).shape == (2, 3)
 
 
 # Learning curve and cost

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation import HeadPredictions, Predictions, Scores, correct_priors, scores
+from pipeline.evaluation import HeadPredictions, Predictions, Scores, scores
+from pipeline.evaluation.calibration import correct_priors
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
 from pipeline.evaluation.leaderboard.table import Leaderboard
 

@@ -22,11 +22,10 @@ from pipeline.evaluation import (
     Predictions,
     compare,
     counted,
-    selection_optimism,
-    trial_optimism,
 )
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
 from pipeline.evaluation.leaderboard.table import Leaderboard
+from pipeline.evaluation.optimism import selection_optimism, trial_optimism
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import TRIALS, Artifacts, read_lines
 

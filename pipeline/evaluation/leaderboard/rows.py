@@ -9,8 +9,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from pipeline.evaluation import Difference, Optimism, Scores, repeated_interval
-from pipeline.evaluation.intervals import Interval
+from pipeline.evaluation import Difference, Optimism, Scores
+from pipeline.evaluation.intervals import Interval, repeated_interval
 from pipeline.experiment import from_plain, plain
 
 CONSTANT_GUESS = "majority"
