@@ -24,15 +24,17 @@ def run(*arguments: str, before: str = "", cwd: Path = ROOT) -> subprocess.Compl
 
 def test_a_mistake_in_the_config_is_told_in_a_line_each_with_exit_code_2(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("output: x\nbackbones: [{name: resnet18, wights: random}]\nheads: [knm]\n", encoding="utf-8")
+    config.write_text(
+        "output: x\nbackbones: [{name: resnet18, wights: random}]\nheads: [{nam: knn}]\n", encoding="utf-8"
+    )
     done = run("heads", str(config))
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        f"error: {config}: 2 problems",
+        f"error: {config}: 3 problems",
         "  backbones.0.wights: unknown key, did you mean 'weights'?; allowed: name, weights, layers, pooling, arguments, preprocessing",
-        "  heads.0.name: unknown head 'knm', did you mean 'knn'?; allowed: logistic_regression, linear_svm, rbf_svm, "
-        "random_forest, ridge, knn, nearest_centroid, decision_tree, mlp, or package.module:ATTRIBUTE",
+        "  heads.0.name: missing, expected a value",
+        "  heads.0.nam: unknown key, did you mean 'name'?; allowed: name, space, class_weight",
     ]
 
 

@@ -38,7 +38,7 @@ seeds: 1
 dataset: {source: fodler, test_fraction: 1.5}
 backbones:
   - {name: resnet18, weigths: random}
-heads: [logistic_regresion]
+heads: [{name: knn, spaces: {}}]
 tuning: {trials: ten}
 """
     message, *problems = problems_of(tmp_path, text)
@@ -48,9 +48,7 @@ tuning: {trials: ten}
         "dataset.test_fraction: input should be less than 1, got 1.5",
         "backbones.0.weigths: unknown key, did you mean 'weights'?; "
         "allowed: name, weights, layers, pooling, arguments, preprocessing",
-        "heads.0.name: unknown head 'logistic_regresion', did you mean 'logistic_regression'?; allowed: "
-        + ", ".join(configuration.HEAD_NAMES)
-        + ", or package.module:ATTRIBUTE",
+        "heads.0.spaces: unknown key, did you mean 'space'?; allowed: name, space, class_weight",
         "tuning.trials: input should be a valid integer, got 'ten'",
         "seeds: unknown key, did you mean 'seed'?; allowed: " + ", ".join(configuration.Config.model_fields),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+import pipeline as package
 from pipeline import config as configuration
 from pipeline.config import HeadConfig
 from pipeline.errors import HeadError
@@ -35,8 +37,21 @@ def features(classes: int = 3, rows: int = 120, seed: int = 0):
     return X.astype(np.float32), np.array([f"class {label}" for label in y], dtype=object)
 
 
-def test_table_and_config_name_the_same_heads():
-    assert set(HEADS) == set(configuration.HEAD_NAMES)
+def test_an_unknown_head_is_told_with_a_guess():
+    with pytest.raises(HeadError) as caught:
+        resolve_all((HeadConfig(name="knm"), HeadConfig(name="ridge", class_weight="balanced")))
+    assert caught.value.problems == (
+        "unknown head 'knm', did you mean 'knn'?; allowed: nearest_centroid, ridge, logistic_regression, linear_svm, "
+        "decision_tree, knn, random_forest, rbf_svm, mlp, or package.module:ATTRIBUTE",
+    )
+
+
+def test_a_name_of_a_built_in_head_stands_in_its_row_and_nowhere_else():
+    sources = [path for path in Path(package.__file__).parent.rglob("*.py") if path.name != "table.py"]
+    words = {
+        word for path in sources for word in re.findall(r"""["']([a-z_]+)["']""", path.read_text(encoding="utf-8"))
+    }
+    assert not words & set(HEADS)
 
 
 def test_simplicity_orders_the_heads_from_centroids_to_networks():

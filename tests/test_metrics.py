@@ -23,6 +23,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 from sklearn.svm import SVC
+from sklearn.utils.multiclass import _ovr_decision_function
 from statistics_cases import (
     CHEAP_HEADS,
     coverage,
@@ -51,7 +52,6 @@ from pipeline.evaluation.calibration import margins
 from pipeline.evaluation.intervals import effective_size
 from pipeline.evaluation.leaderboard.judge import margin
 from pipeline.evaluation.metric import rescored
-from pipeline.heads.fast.kernel import one_against_rest
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -739,7 +739,7 @@ def test_margins_of_an_svc_make_better_probabilities_than_its_counts():
 def test_margins_are_the_sums_of_pairwise_decision_values():
     pairs = np.array([[2.0, 3.0, 1.0], [40.0, -0.5, 7.0], [-1.0, 0.2, 0.1]])  # 0 against 1, 0 against 2, 1 against 2
     sums = np.array([[5.0, -1.0, -4.0], [39.5, -33.0, -6.5], [-0.8, 1.1, -0.3]])
-    found = margins(one_against_rest(pairs, 3))
+    found = margins(_ovr_decision_function(pairs < 0, -pairs, 3))
     found[[0, 1, 2], [0, 0, 1]] -= 1e-3  # the leading class; in the second row each wins once, and 0 most clearly
     assert found == pytest.approx(sums, abs=1e-6)
 

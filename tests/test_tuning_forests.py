@@ -16,9 +16,9 @@ from test_tuning_solvers import network
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.heads import HEADS, Integer, configure, resolve
 from pipeline.heads.fast import forests as module
-from pipeline.heads.fast.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forests, grow
-from pipeline.heads.tuning import evaluators, make_folds, racing, tune
-from pipeline.heads.tuning.evaluators import EVALUATORS, GENERIC, evaluator_for
+from pipeline.heads.fast.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forest, grow
+from pipeline.heads.tuning import make_folds, racing, tune
+from pipeline.heads.tuning.evaluation import GENERIC, evaluator_for
 from pipeline.heads.tuning.journal import Journal
 from pipeline.heads.tuning.records import Problem, derived_seed
 
@@ -50,7 +50,7 @@ def test_a_forest_grown_in_steps_is_scikit_learns_to_the_last_digit(head, params
     train, held_out = problem.folds[1]
     grown = Grown()
     for trees in (12, 32, 100):
-        outcome = forests(problem, 1, grown, [{**head.fixed, **params, "n_estimators": trees}])[0]
+        outcome = forest(problem, 1, grown, [{**head.fixed, **params, "n_estimators": trees}])[0]
     whole = configure(head, params, problem.fold_seed(1)).fit(problem.X[train], problem.y[train])
     probabilities = whole.predict_proba(problem.X[held_out])
     (votes,) = grown.votes.values()
@@ -64,11 +64,11 @@ def test_a_forest_grown_in_steps_is_scikit_learns_to_the_last_digit(head, params
 def test_votes_that_are_not_kept_change_nothing(monkeypatch):
     problem, steps = problem_of(), [{**FOREST.fixed, "n_estimators": trees} for trees in (12, 32, 100)]
     kept = Grown()
-    outcomes = [forests(problem, 0, kept, [step])[0] for step in steps]
+    outcomes = [forest(problem, 0, kept, [step])[0] for step in steps]
     monkeypatch.setattr(module, "KEPT_BYTES", 0)
     empty = Grown()
     for step, outcome in zip(steps, outcomes, strict=True):
-        assert np.array_equal(forests(problem, 0, empty, [step])[0].scores, outcome.scores)
+        assert np.array_equal(forest(problem, 0, empty, [step])[0].scores, outcome.scores)
     assert kept.votes
     assert not empty.votes
 
@@ -129,7 +129,7 @@ def test_a_class_that_no_tree_has_seen_stays_wrong():
     y[0] = 2
     problem = Problem(FOREST, X, y.astype(np.int64), 3, make_folds(y, 3, 0), 0)
     fold = next(fold for fold, (_, held_out) in enumerate(problem.folds) if 0 in held_out)
-    outcome = forests(problem, fold, Grown(), [{"n_estimators": 12}])[0]
+    outcome = forest(problem, fold, Grown(), [{"n_estimators": 12}])[0]
     assert set(outcome.predictions) <= {0, 1}
     assert (outcome.scores[:, 2] == 0).all()
 
@@ -193,7 +193,7 @@ def test_a_first_look_gives_the_first_trees_of_the_whole_forest(tmp_path):
     for event in events:
         if event.get("event") == "fit" and event["rung"] == 0:
             params = {**event["params"], **few(problem, event["params"])}
-            outcome = forests(problem, event["fold"], Grown(), [params])[0]
+            outcome = forest(problem, event["fold"], Grown(), [params])[0]
             assert event["score"] == np.mean(outcome.predictions == y[folds[event["fold"]][1]])
 
 
@@ -278,17 +278,14 @@ def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
     assert np.array_equal(run.pipeline.predict(X), configure(FOREST, run.best.params, seed).fit(X, y).predict(X))
 
 
-@pytest.mark.parametrize("scoring", ["accuracy", "log_loss"])
-def test_the_choice_is_that_of_full_fits_within_noise(scoring, tmp_path, monkeypatch):
+def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
     gaps = []
     head = replace(FOREST, fixed={"n_estimators": 64})
-    for seed in (0, 1):
-        X, y = network(200, 24, 4, seed)
-        arguments = (make_folds(y, 3, seed), TuningConfig(trials=10, strategy="random", scoring=scoring), seed)
+    for seed, scoring in enumerate(("accuracy", "log_loss")):
+        X, y = network(150, 24, 4, seed)
+        arguments = (make_folds(y, 3, seed), TuningConfig(trials=8, strategy="random", scoring=scoring, jobs=1), seed)
         climbed = tune(head, X, y, *arguments, tmp_path / f"climbed{seed}.jsonl")
-        with monkeypatch.context() as patch:
-            patch.setattr(evaluators, "EVALUATORS", {})
-            whole = tune(head, X, y, *arguments, tmp_path / f"whole{seed}.jsonl")
+        whole = tune(replace(head, evaluator=None), X, y, *arguments, tmp_path / f"whole{seed}.jsonl")
         assert [trial.params for trial in whole.trials] == [trial.params for trial in climbed.trials]
         same = whole.trials[climbed.best.number]
         if same.mean is not None:
@@ -341,12 +338,12 @@ def test_a_forest_that_fails_is_a_failed_trial(tmp_path):
     X, y = network(90, 12, 3)
     head = replace(FOREST, fixed={"n_estimators": 100, "criterion": "none such"})
     problem = Problem(head, X, y.astype(np.int64), 3, make_folds(y, 3, 0), 0)
-    outcome = forests(problem, 0, Grown(), [{**head.fixed, "n_estimators": 12}])[0]
+    outcome = forest(problem, 0, Grown(), [{**head.fixed, "n_estimators": 12}])[0]
     assert outcome.error.startswith("InvalidParameterError: The 'criterion' parameter")
 
 
 def test_grownthat_cannot_be_grown_in_steps_are_fitted_plainly():
-    assert evaluator_for(problem_of()) is EVALUATORS["forest"]
+    assert evaluator_for(problem_of()) is module.FOREST
     for fixed in ({"n_estimators": 63}, {"random_state": None}, {"warm_start": True}):
         assert evaluator_for(problem_of(replace(FOREST, fixed={**FOREST.fixed, **fixed}))) is GENERIC
     searched = replace(FOREST, space={"n_estimators": Integer(10, 200)}, defaults={"n_estimators": 100}, fixed={})

@@ -9,15 +9,14 @@ import pytest
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, LinearSVC
+from sklearn.svm import LinearSVC
 
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.heads import HEADS, configure, resolve
-from pipeline.heads.fast.kernel import one_against_rest, prepare_distances, rbf_svm
+from pipeline.heads.fast.kernel import prepare_distances, rbf_svm
 from pipeline.heads.fast.solvers import Family, Path, softmax_loss, squared_hinge_loss, standardise, turn
 from pipeline.heads.tuning import make_folds, racing, tune
-from pipeline.heads.tuning.evaluation import generic
-from pipeline.heads.tuning.evaluators import EVALUATORS, evaluator_for
+from pipeline.heads.tuning.evaluation import GENERIC, evaluator_for, generic
 from pipeline.heads.tuning.records import Problem
 
 GRIDS = {
@@ -55,7 +54,7 @@ def problem_of(name: str, rows: int, dim: int, classes: int, class_weight: str |
 @pytest.mark.parametrize("name", GRIDS)
 def test_evaluators_find_what_scikit_learn_finds(name, classes, rows, dim):
     problem = problem_of(name, rows, dim, classes)
-    evaluator = EVALUATORS[name]
+    evaluator = HEADS[name].evaluator
     ours = evaluator.evaluate(problem, 1, evaluator.prepare(problem, 1), GRIDS[name])
     theirs = generic(problem, 1, None, GRIDS[name])
     for params, own, reference in zip(GRIDS[name], ours, theirs, strict=True):
@@ -79,8 +78,8 @@ def test_class_weights_reach_the_solver(name, classes):
 
 
 def test_balanced_ridge_is_left_to_scikit_learn():
-    assert evaluator_for(problem_of("ridge", 60, 10, 2, class_weight="balanced")) is EVALUATORS["generic"]
-    assert evaluator_for(problem_of("ridge", 60, 10, 2)) is EVALUATORS["ridge"]
+    assert evaluator_for(problem_of("ridge", 60, 10, 2, class_weight="balanced")) is GENERIC
+    assert evaluator_for(problem_of("ridge", 60, 10, 2)) is HEADS["ridge"].evaluator
 
 
 @pytest.mark.parametrize("C", [1e-3, 0.1, 3.0])
@@ -116,7 +115,7 @@ def test_coefficients_are_those_of_scikit_learn(C):
 @pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "ridge"])
 def test_a_solution_does_not_depend_on_what_was_asked_before(name):
     problem = problem_of(name, 150, 30, 3)
-    evaluator = EVALUATORS[name]
+    evaluator = HEADS[name].evaluator
     alone = evaluator.evaluate(problem, 0, evaluator.prepare(problem, 0), GRIDS[name][1:2])[0]
     prepared = evaluator.prepare(problem, 0)
     evaluator.evaluate(problem, 0, prepared, GRIDS[name][::-1])
@@ -130,18 +129,9 @@ def test_logistic_regression_ends_no_farther_from_its_optimum_than_scikit_learn(
     problem = problem_of("logistic_regression", 300, 60, 4)
     exact = generic(problem, 0, None, [{"C": C}])[0].scores
     theirs = generic(replace(problem, head=HEADS["logistic_regression"]), 0, None, [{"C": C}])[0].scores
-    evaluator = EVALUATORS["logistic_regression"]
+    evaluator = HEADS["logistic_regression"].evaluator
     ours = evaluator.evaluate(problem, 0, evaluator.prepare(problem, 0), [{"C": C}])[0].scores
     assert np.abs(ours - exact).max() <= np.abs(theirs - exact).max() + 1e-4
-
-
-def test_the_label_of_an_svm_is_the_class_of_the_highest_score():
-    X, y = network(120, 20, 5)
-    pairs = SVC(decision_function_shape="ovo").fit(X, y).decision_function(X)
-    svm = SVC(break_ties=True).fit(X, y)
-    scores = one_against_rest(pairs, 5)
-    np.testing.assert_allclose(scores, svm.decision_function(X), atol=1e-9)
-    assert np.array_equal(scores.argmax(axis=1), svm.predict(X))
 
 
 def test_ties_of_votes_are_broken_by_the_scores_in_the_search_and_in_the_head():

@@ -20,13 +20,12 @@ from pipeline.config.features import (
     PreprocessingConfig,
 )
 from pipeline.config.reading import dump_yaml, load, parse, read_yaml
-from pipeline.config.section import BASELINE_NAMES, HEAD_NAMES, Scalar, Section, checked_device, guess
+from pipeline.config.section import BASELINE_NAMES, Scalar, Section, checked_device, guess
 from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
 from pipeline.config.tuning import HeadConfig, TuningConfig
 
 __all__ = [
     "BASELINE_NAMES",
-    "HEAD_NAMES",
     "NETWORK_DEVICES",
     "WEIGHTS_FILES",
     "BackboneConfig",

@@ -8,19 +8,6 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 
-HEAD_NAMES = (
-    "logistic_regression",
-    "linear_svm",
-    "rbf_svm",
-    "random_forest",
-    "ridge",
-    "knn",
-    "nearest_centroid",
-    "decision_tree",
-    "mlp",
-)
-"""The built-in heads; `pipeline.heads.HEADS` has a row for each."""
-
 Baseline = Literal["majority", "pixels", "hog"]
 BASELINE_NAMES: tuple[Baseline, ...] = ("majority", "pixels", "hog")
 

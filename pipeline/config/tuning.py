@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import HEAD_NAMES, Scalar, Section, guess
+from pipeline.config.section import Scalar, Section
 
 
 class HeadConfig(Section):
@@ -25,15 +25,6 @@ class HeadConfig(Section):
         if not isinstance(value, dict):
             return value
         return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if ":" not in value and value not in HEAD_NAMES:
-            raise ValueError(
-                f"unknown head {value!r}{guess(value, HEAD_NAMES)}; allowed: {', '.join(HEAD_NAMES)}, or package.module:ATTRIBUTE"
-            )
-        return value
 
 
 _UNITS = {"MB": 10**6, "GB": 10**9}

@@ -140,7 +140,7 @@ def _fitted(estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: 
     """Fit stage two's head anew as stage two would: on fewer rows there may be fewer components, and X may be on disk."""
     pca = dict(estimator.steps).get("pca")
     if not isinstance(pca, PCA):
-        head = Head(name, lambda seed: clone(estimator), {}, {}, on_disk=HEADS[name].on_disk)
+        head = Head(name, lambda seed: clone(estimator), {}, {}, evaluator=HEADS[name].evaluator)
         return refit(head, {}, X, y, seed)
     head = Head(name, lambda seed: clone(estimator[2:]), {}, {})  # behind the scaler and the PCA
     return refit(head, {}, X, y, seed, pca.n_components, pca.whiten)

@@ -9,10 +9,12 @@ from pipeline.heads.choosing import resolve, resolve_all
 from pipeline.heads.head import Head, Params, configure, identity
 from pipeline.heads.linear import linear_parts
 from pipeline.heads.space import Categorical, Dimension, Integer, Real
-from pipeline.heads.table import HEADS
+from pipeline.heads.table import HEADS, LOGISTIC_REGRESSION, RIDGE
 
 __all__ = [
     "HEADS",
+    "LOGISTIC_REGRESSION",
+    "RIDGE",
     "Categorical",
     "Dimension",
     "Head",

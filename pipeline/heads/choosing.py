@@ -30,6 +30,10 @@ def resolve(config: HeadConfig) -> Head:
     HeadError
         With one line for every problem of this head.
     """
+    if ":" not in config.name and config.name not in HEADS:
+        raise HeadError(
+            f"unknown head {config.name!r}{guess(config.name, list(HEADS))}; allowed: {', '.join(HEADS)}, or package.module:ATTRIBUTE"
+        )
     head = load_own(config.name) if ":" in config.name else HEADS[config.name]
     problems: list[str] = []
     space, defaults, fixed = dict(head.space), dict(head.defaults), dict(head.fixed)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sklearn.pipeline import Pipeline
 
 from pipeline.heads.space import Dimension, dimension
+
+if TYPE_CHECKING:
+    from pipeline.heads.tuning.evaluation import Evaluator
 
 Params = Mapping[str, Any]
 
@@ -35,11 +38,8 @@ class Head:
     takes_class_weight: bool = False
     targets: tuple[str, ...] = ("classification",)
     """The kinds of target it serves, as `pipeline.data.targets` names them."""
-    evaluator: str = "generic"
-    """How trials share work, a row of `pipeline.heads.tuning.evaluation.EVALUATORS`; `generic` fits each fold from scratch."""
-    on_disk: str | None = None
-    """How it is fitted on features that stay on disk, a row of `pipeline.heads.tuning.on_disk.FITS`, for a pipeline of a
-    StandardScaler and the classifier; None where it cannot be."""
+    evaluator: Evaluator | None = None
+    """How trials share work, such as that of another head; without one each fold is fitted from scratch."""
     fixed: Params = field(default_factory=dict)
     """Parameters that the config holds at one value."""
     fit: Callable[[Pipeline, Any, Any], Pipeline] = Pipeline.fit
@@ -67,7 +67,7 @@ def identity(head: Head, seed: int) -> dict[str, Any]:
         "space": {key: [_stable(row), str(row.prior)] for key, row in head.space.items()},
         "defaults": {key: _stable(value) for key, value in head.defaults.items()},
         "fixed": {key: _stable(value) for key, value in head.fixed.items()},
-        "evaluator": head.evaluator,
+        "evaluator": "generic" if head.evaluator is None else head.evaluator.name,
         "fit": _stable(head.fit),
     }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from sklearn.base import clone
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
@@ -15,107 +16,75 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
+from pipeline.heads.fast import linear
+from pipeline.heads.fast.forests import FOREST
+from pipeline.heads.fast.kernel import RBF_SVM
 from pipeline.heads.head import Head
-from pipeline.heads.perceptron import fit_keeping_best
+from pipeline.heads.perceptron import MLP, fit_keeping_best
 from pipeline.heads.space import Categorical, Integer, Real
 
 
-def _forest(seed: int) -> Pipeline:
-    # Trees compare one feature with a threshold, so a scaler would change nothing. More trees are never worse on
-    # average, so their number is not searched.
-    return Pipeline([("head", RandomForestClassifier(n_estimators=200, random_state=seed))])
+def _alone(model: Any, seed: int) -> Pipeline:
+    model = clone(model)
+    return Pipeline([("head", model.set_params(random_state=seed) if "random_state" in model.get_params() else model)])
 
 
-def _tree(seed: int) -> Pipeline:
-    return Pipeline([("head", DecisionTreeClassifier(random_state=seed))])
-
-
-def _scaled(classifier: Callable[[int], Any], seed: int) -> Pipeline:
-    return Pipeline([("scaler", StandardScaler()), ("head", classifier(seed))])
-
-
-def _logistic_regression(seed: int) -> LogisticRegression:
-    return LogisticRegression(max_iter=1000, random_state=seed)
-
-
-def _linear_svm(seed: int) -> LinearSVC:
-    # The dual's coordinate descent needs far more than the default 1,000 passes at large C.
-    return LinearSVC(max_iter=5000, random_state=seed)
-
-
-def _rbf_svm(seed: int) -> SVC:
-    # Of classes with equally many votes libsvm takes the first; the scores, and probabilities made of them, know better.
-    return SVC(cache_size=500, break_ties=True, random_state=seed)
-
-
-def _ridge(seed: int) -> RidgeClassifier:
-    return RidgeClassifier(random_state=seed)
-
-
-def _knn(seed: int) -> KNeighborsClassifier:
-    return KNeighborsClassifier()
-
-
-def _nearest_centroid(seed: int) -> NearestCentroid:
-    return NearestCentroid()
-
-
-def _mlp(seed: int) -> MLPClassifier:
-    # A thousandth of a nat per image is less than any score shows, and waiting for less took half of the time.
-    return MLPClassifier(max_iter=100, tol=1e-3, random_state=seed)
+def _scaled(model: Any, seed: int) -> Pipeline:
+    return Pipeline([("scaler", StandardScaler()), *_alone(model, seed).steps])
 
 
 def _log(low: float, high: float) -> Real:
     return Real(low, high, prior="log-uniform")
 
 
+RIDGE = Head(
+    name="ridge",
+    build=partial(_scaled, RidgeClassifier()),
+    space={"alpha": _log(1e-2, 1e6)},
+    defaults={"alpha": 100.0},
+    simplicity=1,
+    linear=True,
+    takes_class_weight=True,
+    evaluator=linear.RIDGE,
+)
+
+LOGISTIC_REGRESSION = Head(
+    name="logistic_regression",
+    build=partial(_scaled, LogisticRegression(max_iter=1000)),
+    space={"C": _log(1e-6, 1e2)},
+    defaults={"C": 0.1},
+    simplicity=2,
+    probabilities=True,
+    linear=True,
+    takes_class_weight=True,
+    evaluator=linear.LOGISTIC_REGRESSION,
+)
+
 _ROWS = (
     Head(
         name="nearest_centroid",
-        build=partial(_scaled, _nearest_centroid),
+        build=partial(_scaled, NearestCentroid()),
         space={"shrink_threshold": Categorical((None, 0.1, 0.3, 1.0, 3.0))},
         defaults={"shrink_threshold": None},
         simplicity=0,
         probabilities=True,
-        on_disk="nearest_centroid",
     ),
-    Head(
-        name="ridge",
-        build=partial(_scaled, _ridge),
-        space={"alpha": _log(1e-2, 1e6)},
-        defaults={"alpha": 100.0},
-        simplicity=1,
-        linear=True,
-        takes_class_weight=True,
-        evaluator="ridge",
-        on_disk="ridge",
-    ),
-    Head(
-        name="logistic_regression",
-        build=partial(_scaled, _logistic_regression),
-        space={"C": _log(1e-6, 1e2)},
-        defaults={"C": 0.1},
-        simplicity=2,
-        probabilities=True,
-        linear=True,
-        takes_class_weight=True,
-        evaluator="logistic_regression",
-        on_disk="logistic_regression",
-    ),
+    RIDGE,
+    LOGISTIC_REGRESSION,
     Head(
         name="linear_svm",
-        build=partial(_scaled, _linear_svm),
+        # The dual's coordinate descent needs far more than the default 1,000 passes at large C.
+        build=partial(_scaled, LinearSVC(max_iter=5000)),
         space={"C": _log(1e-6, 1e1)},
         defaults={"C": 0.01},
         simplicity=3,
         linear=True,
         takes_class_weight=True,
-        evaluator="linear_svm",
-        on_disk="linear_svm",
+        evaluator=linear.LINEAR_SVM,
     ),
     Head(
         name="decision_tree",
-        build=_tree,
+        build=partial(_alone, DecisionTreeClassifier()),
         space={
             "max_depth": Integer(2, 32),
             "min_samples_leaf": Integer(1, 64, prior="log-uniform"),
@@ -128,7 +97,7 @@ _ROWS = (
     ),
     Head(
         name="knn",
-        build=partial(_scaled, _knn),
+        build=partial(_scaled, KNeighborsClassifier()),
         space={
             "n_neighbors": Integer(1, 64, prior="log-uniform"),
             "weights": Categorical(("uniform", "distance")),
@@ -140,27 +109,31 @@ _ROWS = (
     ),
     Head(
         name="random_forest",
-        build=_forest,
+        # Trees compare one feature with a threshold, so a scaler would change nothing. More trees are never worse on
+        # average, so their number is not searched.
+        build=partial(_alone, RandomForestClassifier(n_estimators=200)),
         space={"max_features": _log(0.005, 0.5), "min_samples_leaf": Integer(1, 16, prior="log-uniform")},
         defaults={"max_features": 0.05, "min_samples_leaf": 1},
         simplicity=6,
         probabilities=True,
         takes_class_weight=True,
-        evaluator="forest",
+        evaluator=FOREST,
     ),
     Head(
         name="rbf_svm",
-        build=partial(_scaled, _rbf_svm),
+        # Of classes with equally many votes libsvm takes the first; the scores, and probabilities made of them, know better.
+        build=partial(_scaled, SVC(cache_size=500, break_ties=True)),
         space={"C": _log(1e-1, 1e3), "gamma": _log(1e-5, 1e-1)},
         # Scaled features have a mean squared norm of their dimension; 0.002 is scikit-learn's "scale" at 512.
         defaults={"C": 10.0, "gamma": 0.002},
         simplicity=7,
         takes_class_weight=True,
-        evaluator="rbf_svm",
+        evaluator=RBF_SVM,
     ),
     Head(
         name="mlp",
-        build=partial(_scaled, _mlp),
+        # A thousandth of a nat per image is less than any score shows, and waiting for less took half of the time.
+        build=partial(_scaled, MLPClassifier(max_iter=100, tol=1e-3)),
         space={
             "hidden_layer_sizes": Integer(32, 512, prior="log-uniform"),
             "alpha": _log(1e-6, 1e0),
@@ -169,7 +142,7 @@ _ROWS = (
         defaults={"hidden_layer_sizes": 128, "alpha": 1e-4, "learning_rate_init": 1e-3},
         simplicity=8,
         probabilities=True,
-        evaluator="mlp",
+        evaluator=MLP,
         fit=fit_keeping_best,
     ),
 )

@@ -30,7 +30,7 @@ from pipeline.evaluation.leaderboard.judge import Trials, judge, read_prediction
 from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
-from pipeline.heads import HEADS, configure
+from pipeline.heads import RIDGE, configure
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ MOST_DOTS = 900
 """Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
 MOST_CURVE_ROWS = 6_000
 TRAINING = ("train", "validation")
-CURVE_HEAD = "ridge"
+CURVE_HEAD = RIDGE
 """The learning curve is measured with a cheap head: one factorisation per fit. Its penalty is the number of features: with
 little of it, ridge gets worse where images are about as many as features (double descent), and no law fits that."""
 CURVE_DRAWS = 5
@@ -201,7 +201,7 @@ def _curve(view: _View, seed: int) -> LearningCurve | None:
     sizes = curve_sizes(smallest, len(index.classes))
 
     def build(seed: int) -> Any:
-        return configure(HEADS[CURVE_HEAD], {"alpha": float(features.shape[1])}, seed)
+        return configure(CURVE_HEAD, {"alpha": float(features.shape[1])}, seed)
 
     def measured(draw: int, places: Sequence[NDArray[np.intp]]) -> NDArray[np.float64]:
         train, test = ((features[rows[part]], y[rows[part]]) for part in places)

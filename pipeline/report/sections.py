@@ -84,7 +84,7 @@ def charts_of(material: Material) -> dict[str, Chart]:
             held_out = _calibration(best.out_of_fold) if best.out_of_fold else None
             found["reliability"] = charts.reliability_chart(held_out, on_test)
     if material.curve is not None and len(material.curve.points) > 1:
-        found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD)
+        found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD.name)
     if any(row.test for row in board.rows):
         found["cost"] = charts.cost_chart(board.rows, max(row.test.n for row in board.rows if row.test))
     if material.map is not None and material.index is not None:
@@ -347,14 +347,14 @@ def _growth(material: Material, drawn: Mapping[str, str]) -> str:
     parts = []
     curve = material.curve
     if "learning_curve" in drawn and curve is not None:
-        text = f"Measured with {CURVE_HEAD} on {material.embedding}, in each of five draws on another fifth of the training images, held out."
+        text = f"Measured with {CURVE_HEAD.name} on {material.embedding}, in each of five draws on another fifth of the training images, held out."
         if material.leaderboard.metric is not ACCURACY:
             text += f" It is of accuracy, not of the {material.leaderboard.metric.title} that was tuned."
         if curve.forecast:
             ahead = curve.forecast[0]
             text += (
                 f" With twice your {ahead.size // 2:,} labelled training images, about {100 * ahead.predicted:.1f} % "
-                f"({100 * ahead.interval[0]:.1f} to {100 * min(ahead.interval[1], 1):.1f}) is to be expected of {CURVE_HEAD} on {material.embedding}."
+                f"({100 * ahead.interval[0]:.1f} to {100 * min(ahead.interval[1], 1):.1f}) is to be expected of {CURVE_HEAD.name} on {material.embedding}."
             )
         if curve.held_back:
             inside = sum(item.inside for item in curve.held_back)

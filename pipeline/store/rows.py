@@ -56,6 +56,6 @@ class StoredRows:
         """Return some of the rows, still unread."""
         return StoredRows(self.store, self.digests[places], self.segments[places], self.rows[places])
 
-    def in_file_order(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return places in the order in which their vectors lie on disk."""
-        return places[np.lexsort((self.rows[places], self.segments[places]))]
+    def file_order(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how to sort places into the order in which their vectors lie on disk, as `argsort` does."""
+        return np.lexsort((self.rows[places], self.segments[places]))

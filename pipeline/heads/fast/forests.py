@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
 
-from pipeline.heads import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, Rung, constant, counted, failed
+from pipeline.heads.head import Params, configure
+from pipeline.heads.tuning.evaluation import Evaluator, Screening, expand_scores, one_by_one
 from pipeline.heads.tuning.records import FoldOutcome, Problem
-from pipeline.heads.tuning.scoring import expand_scores
 
 FEW = 16
 """Trees a candidate is first judged from, at the price of the head's defaults."""
@@ -66,6 +64,10 @@ class Grown:
                 self.votes[key] = votes
 
 
+def _no_votes(problem: Problem, fold: int) -> Grown:
+    return Grown()
+
+
 def usable(problem: Problem) -> bool:
     """Whether the head is a forest with a seed that has twice the trees of a first look or more."""
     model = configure(problem.head, problem.head.defaults, problem.seed)[-1]
@@ -78,22 +80,13 @@ def usable(problem: Problem) -> bool:
     )
 
 
-def forests(problem: Problem, fold: int, grown: Grown, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Grow each candidate's forest to its number of trees; one of fewer than the head's is judged as `extrapolated`."""
-    return [_forest(problem, fold, grown, params) for params in candidates]
-
-
-def _forest(problem: Problem, fold: int, grown: Grown, params: Params) -> FoldOutcome:
-    train, held_out = problem.folds[fold]
-    if len(np.unique(problem.y[train])) < 2:
-        return constant(int(problem.y[train][0]), len(problem.judged(fold)), problem.n_classes)
+@one_by_one
+def forest(problem: Problem, fold: int, grown: Grown, params: Params) -> FoldOutcome:
+    """Grow a candidate's forest to its number of trees; one of fewer than the head's is judged as `extrapolated`."""
+    _, held_out = problem.folds[fold]
     whole = int(configure(problem.head, {}, problem.seed)[-1].n_estimators)
     key = repr(sorted((name, value) for name, value in params.items() if name != "n_estimators"))
-    with counted() as counts:
-        try:
-            votes = grow(problem, fold, params, grown.votes.get(key))
-        except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
-            return failed(error, counts)
+    votes = grow(problem, fold, params, grown.votes.get(key))
     grown.keep(key, votes)
     shares = votes.total / votes.trees
     if votes.trees < whole:
@@ -106,7 +99,6 @@ def _forest(problem: Problem, fold: int, grown: Grown, params: Params) -> FoldOu
         kind="probability",
         fit_seconds=votes.fit_seconds,
         score_seconds=votes.score_seconds,
-        warnings=dict(counts),
     )
 
 
@@ -200,4 +192,4 @@ def extrapolated(votes: Votes, y: NDArray[np.int64], trees: int) -> NDArray[np.f
     return np.asarray(shares - (1 - keep) * away)
 
 
-FOREST = Evaluator(forests, prepare=lambda problem, fold: Grown(), usable=usable, rungs=(Rung(few, BUDGET),), cost=cost)
+FOREST = Evaluator(forest, prepare=_no_votes, usable=usable, screening=Screening(few, BUDGET, cost))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.svm import SVC
 
-from pipeline.heads import Params, configure
 from pipeline.heads.fast.solvers import Array
-from pipeline.heads.tuning.evaluation import Evaluator, counted, failed, standardised
+from pipeline.heads.head import Params, configure
+from pipeline.heads.tuning.evaluation import Evaluator, expand_scores, one_by_one, scaled, standardised
 from pipeline.heads.tuning.records import FoldOutcome, Problem
-from pipeline.heads.tuning.scoring import expand_scores
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +42,11 @@ class Distances:
     y: NDArray[np.int64]
     order: NDArray[np.int64]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.within.nbytes + self.across.nbytes
+
 
 def prepare_distances(problem: Problem, fold: int) -> Distances:
     """Scale a fold once and measure all its distances."""
@@ -56,52 +59,24 @@ def prepare_distances(problem: Problem, fold: int) -> Distances:
     return Distances(within, _squared_distances(held_out, train), y[order], order)
 
 
-def rbf_svm(problem: Problem, fold: int, distances: Distances, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit support vector machines on the kernel exp(-gamma * squared distance)."""
-    return [_fit_one(problem, fold, distances, params) for params in candidates]
-
-
-def _fit_one(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
-    gamma = np.float32(configure(problem.head, params, problem.seed)[-1].gamma)
-    with counted() as counts:
-        try:
-            start = time.perf_counter()
-            classifier: SVC = configure(problem.head, params, problem.seed)[-1]
-            # One against one, from which scikit-learn's one-against-rest scores follow.
-            classifier.set_params(kernel="precomputed", decision_function_shape="ovo")
-            classifier.fit(_kernel(distances.within, gamma), distances.y)
-            fitted = time.perf_counter()
-            pairs = classifier.decision_function(_kernel(distances.across, gamma))
-            if problem.judge_training:
-                own = classifier.decision_function(_kernel(distances.within, gamma))
-                pairs = np.concatenate([pairs, own[np.argsort(distances.order)]])
-        except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
-            return failed(error, counts)
+@one_by_one
+def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
+    """Fit a support vector machine on the kernel exp(-gamma * squared distance)."""
+    start = time.perf_counter()
+    classifier: SVC = configure(problem.head, params, problem.seed)[-1]
+    gamma = np.float32(classifier.gamma)
+    classifier.set_params(kernel="precomputed", decision_function_shape="ovr")
+    classifier.fit(_kernel(distances.within, gamma), distances.y)
+    fitted = time.perf_counter()
+    scores = classifier.decision_function(_kernel(distances.across, gamma))
+    if problem.judge_training:
+        own = classifier.decision_function(_kernel(distances.within, gamma))
+        scores = np.concatenate([scores, own[np.argsort(distances.order)]])
     present = np.asarray(classifier.classes_, dtype=np.int64)
-    scores = one_against_rest(pairs, len(present)) if len(present) > 2 else pairs
     likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
     full = expand_scores(scores, present, problem.n_classes, "decision")
     seconds = time.perf_counter() - fitted
-    return FoldOutcome(present[likeliest], full, "decision", fitted - start, seconds, dict(counts))
-
-
-def one_against_rest(pairs: NDArray[np.float64], n_classes: int) -> NDArray[np.float64]:
-    """Turn decision values of class pairs, shape (n, k (k - 1) / 2), into a score for each of k classes.
-
-    Votes plus the summed values squashed below one half, as `SVC.decision_function` defines them: the highest is the
-    class of most votes, and of equals the one won more clearly, as `SVC(break_ties=True)` predicts.
-    """
-    sums = np.zeros((len(pairs), n_classes))
-    votes = np.zeros((len(pairs), n_classes))
-    first, second = np.triu_indices(n_classes, 1)
-    for column, (a, b) in enumerate(zip(first, second, strict=True)):
-        won = pairs[:, column] > 0
-        votes[:, a] += won
-        votes[:, b] += ~won
-        sums[:, a] += pairs[:, column]
-        sums[:, b] -= pairs[:, column]
-    scores: NDArray[np.float64] = votes + sums / (3 * (np.abs(sums) + 1))
-    return scores
+    return FoldOutcome(present[likeliest], full, "decision", fitted - start, seconds)
 
 
 def _kernel(distances: Array, gamma: np.float32) -> NDArray[np.float64]:
@@ -122,6 +97,8 @@ def _squared_distances(a: Array, b: Array) -> Array:
 
 
 def _fits_in_memory(problem: Problem) -> bool:
+    if not scaled(problem):
+        return False
     rows = max(len(train) for train, _ in problem.folds)
     if rows**2 * 8 > KERNEL_BYTES:
         log.warning(

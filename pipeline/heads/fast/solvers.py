@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -33,13 +34,14 @@ MOST_STEPS = 500
 class Axes:
     """Standardised features on the axes of their own covariance.
 
-    train : ndarray of shape (n, rank + 1), float32; the last column is 1 for the intercept
-    held_out : ndarray of shape (n_held_out, rank + 1), float32
+    train : matrix of shape (n, rank + 1), float32; the last column is 1 for the intercept. An ndarray, or `blocked.Turned`
+        where the features stay on disk
+    held_out : matrix of shape (n_held_out, rank + 1), float32
     squares : ndarray of shape (rank + 1,), float32: sum of squares of each column of `train`
     """
 
-    train: Array
-    held_out: Array
+    train: Any
+    held_out: Any
     squares: Array
 
 
@@ -166,7 +168,7 @@ class Path:
         )
         thetas = np.concatenate([self._thetas[b] for b in below])
         repeated = np.repeat(penalties, family.width)
-        return minimise(self._axes, family, repeated, start, thetas)[0]
+        return minimise(self._axes, family, repeated, start, thetas)
 
     def _extend(self) -> None:
         """Solve the next anchor."""
@@ -183,9 +185,7 @@ class Path:
         self._thetas.append(self._state.theta)
 
 
-def minimise(
-    axes: Axes, family: Family, penalties: NDArray[np.float64], start: Array, theta: Array
-) -> tuple[Array, NDArray[np.int64]]:
+def minimise(axes: Axes, family: Family, penalties: NDArray[np.float64], start: Array, theta: Array) -> Array:
     """Minimise loss(train @ w) + penalty / 2 * |w|^2 in every problem, by L-BFGS preconditioned with the axes.
 
     The curvature along axis j is taken as penalty + theta * squares[j]; theta follows from the last step. All problems
@@ -200,26 +200,22 @@ def minimise(
     Returns
     -------
     weights : ndarray of shape (rank + 1, problems, columns), float32
-    steps : ndarray of shape (problems,), int64
     """
     solution = np.empty_like(start)
-    steps = np.zeros(len(penalties), dtype=np.int64)
     running = np.arange(len(penalties))
     state = _State(axes, family, penalties, start, theta)
-    for step in range(MOST_STEPS):
+    for _ in range(MOST_STEPS):
         leaving = state.solved(family.tolerance)
         if leaving.any():
             solution[:, running[leaving]] = state.weights[:, leaving]
-            steps[running[leaving]] = step
             running = running[~leaving]
             if not len(running):
-                return solution, steps
+                return solution
             state.keep(~leaving)
             state.loss = family.loss(running)
         state.advance(axes)
     solution[:, running] = state.weights
-    steps[running] = MOST_STEPS
-    return solution, steps
+    return solution
 
 
 class _State:
@@ -343,12 +339,11 @@ def _inverse(curvature: Array) -> Array:
     return made
 
 
-def _product(matrix: Array, vectors: Array) -> Array:
+def _product(matrix: Any, vectors: Array) -> Array:
     """matrix @ vectors for vectors of shape (m, problems, columns), as one product."""
     flat = vectors.reshape(vectors.shape[0], -1)
-    # With few columns BLAS is a quarter faster at the transposed product; features on disk have one way only.
-    product = (flat.T @ matrix.T).T if isinstance(matrix, np.ndarray) else matrix @ flat
-    made: Array = product.reshape(-1, *vectors.shape[1:])
+    # With few columns BLAS is a quarter faster at the transposed product.
+    made: Array = (flat.T @ matrix.T).T.reshape(-1, *vectors.shape[1:])
     return made
 
 

@@ -1,7 +1,7 @@
 """Evaluators: how sets of parameters are fitted and judged on one fold, with or without work shared among them.
 
-`generic` fits the head's own pipeline from scratch and works for every head; others find the same optimum with work
-shared. `evaluators.py` has the table.
+`generic` fits the head's own pipeline from scratch and works for every head; others, in `pipeline.heads.fast` and in the rows
+of the table of heads, find the same optimum with work shared.
 """
 
 from __future__ import annotations
@@ -13,28 +13,46 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from dataclasses import replace as changed
+from functools import wraps
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn import config_context
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
 
+from pipeline.errors import HeadError
 from pipeline.evaluation.said import ScoreKind, said
-from pipeline.heads import Params, configure
 from pipeline.heads.fast.solvers import standardise
+from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.records import FoldOutcome, Problem
-from pipeline.heads.tuning.scoring import expand_scores
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A step of successive halving (Jamieson and Talwalkar 2016): a cheap version, and what goes on from it."""
+class Screening:
+    """A step of successive halving (Jamieson and Talwalkar 2016): a cheap version, and what goes on from it to full fits."""
 
     cheaper: Callable[[Problem, Params], Params]
     """(problem, a candidate) -> parameters that make it cheap; they replace its own."""
     budget: float
-    """The best that together cost no more than so many of the head's defaults go on to the next rung, or to full fits."""
+    """The best that together cost no more than so many of the head's defaults go on."""
+    cost: Callable[[Problem, Params], float]
+    """What a candidate's full fit costs against others'."""
+
+
+# Functions with a name, so that a head can be pickled.
+def _nothing(problem: Problem, fold: int) -> None:
+    return None
+
+
+def _always(problem: Problem) -> bool:
+    return True
+
+
+def _no_bytes(problem: Problem) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -43,45 +61,96 @@ class Evaluator:
 
     evaluate: Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
     """(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate, of the rows `problem.judged`."""
-    prepare: Callable[[Problem, int], Any] = lambda problem, fold: None
+    prepare: Callable[[Problem, int], Any] = _nothing
     """What all candidates share on a fold, made once."""
     together: bool = False
     """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
-    usable: Callable[[Problem], bool] = lambda problem: True
+    usable: Callable[[Problem], bool] = _always
     """Whether it can serve this problem."""
-    work_bytes: Callable[[Problem], int] = lambda problem: 0
+    work_bytes: Callable[[Problem], int] = _no_bytes
     """What a fold's work takes besides copies of the features. Where a limit leaves less, the generic evaluator serves."""
-    rungs: tuple[Rung, ...] = ()
-    """Cheap versions that are tried first, the cheapest first; without any, all candidates are fitted in full."""
-    cost: Callable[[Problem, Params], float] = lambda problem, params: 1.0
-    """What a candidate's fit costs against others', which decides who goes on where scores do not."""
+    screening: Screening | None = None
+    """A cheap version that is tried first; without one, all candidates are fitted in full."""
+    fit_in_blocks: Callable[[Problem, Params, NDArray[Any]], Pipeline] | None = None
+    """(problem, parameters, y) -> the head fitted on all rows, for evaluators that work on features on disk too."""
+    quicker: bool = False
+    """Whether `fit_in_blocks` is much quicker than the head's own fit in memory too."""
 
-    def cheap(self, rung: int) -> bool:
-        """Whether fits on this rung are of a cheaper version."""
-        return rung < len(self.rungs)
-
-
-def generic(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit the head's pipeline on a fold's training rows for each candidate, and predict the held-out rows."""
-    return [_fit_one(problem, fold, params) for params in candidates]
+    @property
+    def name(self) -> str:
+        """What journals call it."""
+        return self.evaluate.__name__
 
 
-def _fit_one(problem: Problem, fold: int, params: Params) -> FoldOutcome:
+Fit = Callable[[Problem, int, Any, Params], FoldOutcome]
+
+
+def one_by_one(fit: Fit) -> Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]:
+    """Turn the fit of one candidate on a fold into an evaluator of several; a fit that raises is a failed outcome."""
+
+    def attempt(problem: Problem, fold: int, prepared: Any, params: Params) -> FoldOutcome:
+        with counted() as counts:
+            try:
+                return changed(fit(problem, fold, prepared, params), warnings=dict(counts))
+            except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
+                return failed(error, counts)
+
+    @wraps(fit)
+    def evaluate(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
+        return [attempt(problem, fold, prepared, params) for params in candidates]
+
+    return evaluate
+
+
+@one_by_one
+def generic(problem: Problem, fold: int, prepared: Any, params: Params) -> FoldOutcome:
+    """Fit the head's pipeline on a fold's training rows, and predict the held-out rows."""
     y = problem.y[problem.folds[fold][0]]
     if (y == y[0]).all():
-        return constant(int(y[0]), len(problem.judged(fold)), problem.n_classes)
-    with counted() as counts:
-        try:
-            X_train, X = problem.matrices(fold)
-            start = time.perf_counter()
-            pipeline = configure(problem.head, params, problem.fold_seed(fold))
-            pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes))
-            pipeline = problem.head.fit(pipeline, X_train, y)
-            fitted = time.perf_counter()
-            predictions, scores, kind = answers(pipeline, X, problem.n_classes)
-        except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
-            return failed(error, counts)
-    return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted, dict(counts))
+        return _constant(int(y[0]), len(problem.judged(fold)), problem.n_classes)
+    X_train, X = problem.matrices(fold)
+    start = time.perf_counter()
+    pipeline = configure(problem.head, params, problem.fold_seed(fold))
+    pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes))
+    pipeline = problem.head.fit(pipeline, X_train, y)
+    fitted = time.perf_counter()
+    return FoldOutcome(
+        *answers(pipeline, X, problem.n_classes), fitted - start, score_seconds=time.perf_counter() - fitted
+    )
+
+
+GENERIC = Evaluator(generic)
+
+
+def evaluator_for(problem: Problem) -> Evaluator:
+    """Return the head's evaluator, or the generic one where it has none or cannot be served.
+
+    Raises
+    ------
+    HeadError
+        When the features are on disk and the head cannot be fitted there.
+    """
+    evaluator = problem.head.evaluator or GENERIC
+    if problem.on_disk and not works_on_disk(problem.head):
+        raise HeadError(
+            f"head {problem.head.name}: cannot be fitted on features that are larger than memory; set tuning.pca, or raise "
+            "tuning.memory"
+        )
+    return evaluator if evaluator.usable(problem) else GENERIC
+
+
+def works_on_disk(head: Head) -> bool:
+    """Whether a head can be fitted on features that stay on disk."""
+    if head.evaluator is None or head.evaluator.fit_in_blocks is None:
+        return False
+    nothing = Problem(head, np.empty((0, 0), np.float32), np.empty(0, np.int64), 0, (), 0)
+    return head.evaluator.usable(nothing)
+
+
+def scaled(problem: Problem) -> bool:
+    """Whether the classifier is fitted on standardised features and on nothing else, as `standardised` returns them."""
+    steps = [type(step) for _, step in problem.head.build(problem.seed).steps[:-1]]
+    return steps == ([StandardScaler] if problem.projections is None else [])
 
 
 def smaller_caches(pipeline: Pipeline, work_bytes: int | None) -> dict[str, float]:
@@ -118,7 +187,27 @@ def answers(
     return present[places], expand_scores(columns, present, n_classes, kind), kind
 
 
-def constant(label: int, rows: int, n_classes: int) -> FoldOutcome:
+def expand_scores(
+    scores: NDArray[np.floating], present: NDArray[np.int64], n_classes: int, kind: str
+) -> NDArray[np.float32]:
+    """Give an estimator's scores one column per class of the whole problem.
+
+    scores : ndarray of shape (n,) for two classes, or (n, len(present))
+    present : ndarray of shape (len(present),), int64: the classes the estimator was fitted on
+    Returns an ndarray of shape (n, n_classes). One decision value z of two classes becomes -z and z. An absent class gets
+    probability 0, or 1 less than the row's lowest decision value.
+    """
+    if scores.ndim == 1:
+        scores = np.stack([-scores, scores], axis=1)
+    if len(present) == n_classes:
+        return scores.astype(np.float32)
+    absent = 0.0 if kind == "probability" else scores.min(axis=1, keepdims=True) - 1
+    full = np.zeros((len(scores), n_classes), dtype=np.float32) + np.float32(absent)
+    full[:, present] = scores
+    return full
+
+
+def _constant(label: int, rows: int, n_classes: int) -> FoldOutcome:
     """Return what can be said of a fold whose training rows have one class: always that class."""
     probabilities = np.zeros((rows, n_classes), dtype=np.float32)
     probabilities[:, label] = 1
@@ -176,15 +265,6 @@ class Shared:
             if fold in self._kept:
                 return self._kept[fold]
             made = self._evaluator.prepare(self._problem, fold)
-            if sum(map(_bytes, self._kept.values())) + _bytes(made) <= self._limit:
+            if sum(getattr(kept, "nbytes", 0) for kept in [*self._kept.values(), made]) <= self._limit:
                 self._kept[fold] = made
             return made
-
-
-def _bytes(value: Any) -> int:
-    """Bytes of the arrays a prepared value holds directly."""
-    if value is None:
-        return 0
-    if hasattr(value, "nbytes"):
-        return int(value.nbytes)
-    return sum(int(part.nbytes) for part in vars(value).values() if isinstance(part, np.ndarray))

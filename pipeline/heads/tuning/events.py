@@ -13,13 +13,12 @@ import sklearn
 from numpy.typing import NDArray
 
 from pipeline.config import TuningConfig
-from pipeline.heads import Params, identity
-from pipeline.heads.tuning.features import Features, blocks
+from pipeline.heads.head import Params, identity
+from pipeline.heads.tuning.features import Features, blocks, on_disk
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 from pipeline.io.digests import bytes_digest, canonical_json, parts_digest
-from pipeline.store import StoredRows
 
-SOLVERS_VERSION = 8
+SOLVERS_VERSION, ON_DISK_VERSION = 8, 2
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 
@@ -28,7 +27,7 @@ def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfi
     folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
     budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
     # On disk the same optimum is found to fewer digits than a resumed search must repeat.
-    place = {"on_disk": True} if isinstance(problem.X, StoredRows) else {}
+    place = {"on_disk": ON_DISK_VERSION} if on_disk(problem.X) else {}
     reduced = {} if tuning.pca is None else {"pca": tuning.pca, "whiten": tuning.whiten}
     return {
         **place,
@@ -70,7 +69,7 @@ def trial_key(rung: int, params: Params) -> str:
 
 
 def fit_event(
-    number: int, params: Params, fold: int, outcome: FoldOutcome, score: float, rung: int, elapsed: float
+    number: int, params: Params, fold: int, outcome: FoldOutcome, rung: int, elapsed: float
 ) -> dict[str, Any]:
     """Return the journal's record of one fit."""
     return {
@@ -79,7 +78,7 @@ def fit_event(
         "params": dict(params),
         "rung": rung,
         "fold": fold,
-        "score": None if math.isnan(score) else score,
+        "score": None if math.isnan(outcome.score) else outcome.score,
         "fit_seconds": round(outcome.fit_seconds, 6),
         "score_seconds": round(outcome.score_seconds, 6),
         "warnings": dict(outcome.warnings),
@@ -88,13 +87,7 @@ def fit_event(
     }
 
 
-def replay(event: Mapping[str, Any]) -> tuple[FoldOutcome, float]:
-    """Return what a recorded fit gave, without its predictions, and its score."""
-    outcome = FoldOutcome(
-        predictions=None,
-        fit_seconds=event["fit_seconds"],
-        score_seconds=event["score_seconds"],
-        warnings=event["warnings"],
-        error=event["error"],
-    )
-    return outcome, math.nan if event["score"] is None else float(event["score"])
+def replay(event: Mapping[str, Any]) -> FoldOutcome:
+    """Return what a recorded fit gave, without its predictions."""
+    kept = {key: event[key] for key in ("fit_seconds", "score_seconds", "warnings", "error")}
+    return FoldOutcome(predictions=None, score=math.nan if event["score"] is None else float(event["score"]), **kept)

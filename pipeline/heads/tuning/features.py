@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.preprocessing import StandardScaler
 
 from pipeline.store import StoredRows
 
@@ -16,18 +19,61 @@ BLOCK_BYTES = 4 << 20
 """Features read at once. A fixed size, so that results do not depend on how much memory there is."""
 
 
-def blocks(X: Features, rows: NDArray[np.int64] | None = None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+def on_disk(X: Features) -> bool:
+    """Whether features stay in the files of a store; nobody else asks what kind they are."""
+    return isinstance(X, StoredRows)
+
+
+def blocks(X: Features, rows: NDArray[np.int64] | None = None) -> Iterator[tuple[Any, NDArray[np.float32]]]:
     """Yield places in `rows` (all rows in order where none are given) and the features there, a block at a time.
 
-    With `rows` the blocks are copies; without, those of an array in memory are views.
+    Rows on disk are read in the order in which they lie there. With `rows` the blocks are copies; without, those of an
+    array in memory are views.
     """
     step = max(1, BLOCK_BYTES // (4 * X.shape[1]))
-    count = len(X) if rows is None else len(rows)
-    for start in range(0, count, step):
-        place = slice(start, min(start + step, count))
-        yield place, X[place] if rows is None else X[rows[place]]
+    if rows is None:
+        slices = (slice(start, min(start + step, len(X))) for start in range(0, len(X), step))
+        yield from ((place, X[place]) for place in slices)
+    else:
+        order = X.file_order(rows) if isinstance(X, StoredRows) else np.arange(len(rows))
+        for start in range(0, len(rows), step):
+            place = order[start : start + step]
+            yield place, X[rows[place]]
 
 
 def part(X: Features, rows: NDArray[np.int64]) -> Features:
     """Return some rows: a copy of what is in memory, and still unread what is on disk."""
     return X.part(rows) if isinstance(X, StoredRows) else X[rows]
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """Rows of X, standardised as they are read."""
+
+    X: Features
+    rows: NDArray[np.int64]
+    scaler: StandardScaler
+
+    @staticmethod
+    def of(X: Features, rows: NDArray[np.int64]) -> Standardised:
+        """Read the rows once for their means and standard deviations."""
+        scaler = StandardScaler()
+        for _, block in blocks(X, rows):
+            scaler.partial_fit(block)
+        return Standardised(X, rows, scaler)
+
+    def blocks(self) -> Iterator[tuple[Any, NDArray[np.float32]]]:
+        """Yield places in `rows` and the standardised features there."""
+        shift, factor = self.scaler.mean_.astype(np.float32), (1 / self.scaler.scale_).astype(np.float32)
+        for place, block in blocks(self.X, self.rows):
+            block -= shift
+            block *= factor
+            yield place, block
+
+    def products(self) -> NDArray[np.float64]:
+        """Return X'X of the standardised rows, shape (dim, dim)."""
+        dim = self.X.shape[1]
+        total = np.zeros((dim, dim))
+        for _, block in self.blocks():
+            total += block.T @ block
+        return total

@@ -5,8 +5,8 @@ In parallel, within the memory there is; each is in the journal before it counts
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
@@ -18,12 +18,11 @@ from threadpoolctl import ThreadpoolController
 
 from pipeline.config import TuningConfig
 from pipeline.evaluation import METRICS, Answers, joined
-from pipeline.heads import Params
-from pipeline.heads.tuning.evaluation import Evaluator, Shared, failed, working_memory
-from pipeline.heads.tuning.evaluators import GENERIC, evaluator_for
+from pipeline.heads.head import Params
+from pipeline.heads.tuning.evaluation import GENERIC, Evaluator, Shared, evaluator_for, failed, working_memory
 from pipeline.heads.tuning.events import fit_event, fit_key, replay, trial_key
 from pipeline.heads.tuning.journal import Journal
-from pipeline.heads.tuning.records import FoldOutcome, Measured, Problem
+from pipeline.heads.tuning.records import Candidate, FoldOutcome, Measured, Problem
 from pipeline.heads.tuning.room import room_for
 
 log = logging.getLogger(__name__)
@@ -48,17 +47,19 @@ class FoldFits:
             spare_bytes=room.spare_bytes,
             work_bytes=room.work_bytes,
             # What came through cheaper versions is dear to fit again at the end, only to judge it on more rows.
-            judge_training=bool(self.evaluator.rungs),
+            judge_training=self.evaluator.screening is not None,
         )
         self.jobs = room.jobs
         self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
         self.replayed = self.done = 0
-        self.journal = journal
-        self._metric = METRICS[tuning.scoring]
+        self.tuning, self.journal, self.metric = tuning, journal, METRICS[tuning.scoring]
+        self.held_out_rows = float(np.mean([len(held_out) for _, held_out in problem.folds]))
+        self.tell: Callable[[], None] = lambda: None
+        """Called as fits end, when they are in `done`."""
         fits = [event for event in journal.events if event["event"] == "fit"]
         ended = [event for event in journal.events if event["event"] == "trial"]
         self._judged = {trial_key(event["rung"], event["params"]): event["estimate"] for event in ended}
-        if not self._metric.mean_of_images:
+        if not self.metric.mean_of_images:
             # The journal keeps no predictions, so what was not judged as a whole before a kill is fitted again.
             fits = [event for event in fits if trial_key(event["rung"], event["params"]) in self._judged]
         self._known = {fit_key(event["rung"], event["params"], event["fold"]): event for event in fits}
@@ -70,99 +71,80 @@ class FoldFits:
         """Seconds of this search, earlier runs included."""
         return self._before + time.perf_counter() - self._start
 
-    def fit(
-        self,
-        alive: Sequence[int],
-        points: Sequence[Params],
-        stage: Sequence[int],
-        numbers: Sequence[int],
-        rung: int,
-        tell: Callable[[], None] = lambda: None,
-        going_on: Callable[[Sequence[int]], bool] = lambda group: True,
-    ) -> list[tuple[int, int, FoldOutcome, float]]:
-        """Fit the living points on a stage's folds, in parallel; each is in the journal before this returns.
+    def time_left(self) -> bool:
+        """Whether another fit may begin."""
+        return self.tuning.seconds is None or self.elapsed() < self.tuning.seconds
 
-        tell : called as fits end, when they are in `done`
-        going_on : asked of the candidates of each fit before it begins; what it refuses is left out
+    def fit(self, candidates: Sequence[Candidate], stage: Sequence[int], rung: int, last: Candidate | None) -> None:
+        """Fit candidates on a stage's folds, in parallel; each is in the journal before this returns.
+
+        last : the one that is fitted though time is up
         """
-        groups = [list(alive)] if self.evaluator.together else [[place] for place in alive]
-        tasks = [(fold, group) for fold in stage for group in groups if group]
-        results: list[tuple[int, int, FoldOutcome, float]] = []
+        groups = [list(candidates)] if self.evaluator.together else [[one] for one in candidates]
         pending = []
-        for fold, group in tasks:
-            known = [self._known.get(fit_key(rung, points[place], fold)) for place in group]
+        for fold, group in itertools.product(stage, filter(None, groups)):
+            known = [self._known.get(fit_key(rung, one.params, fold)) for one in group]
             if all(known):
                 self.replayed += len(group)
-                results += [(place, fold, *replay(event)) for place, event in zip(group, known, strict=True) if event]
+                for one, event in zip(group, known, strict=True):
+                    one.outcomes[fold] = replay(event or {})
             else:
                 pending.append((fold, group))
         run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator_unordered")
-        tasks_left = (joblib.delayed(self._task)(fold, group, points, rung, going_on) for fold, group in pending)
-        for fold, group, made in run(tasks_left):
+        for fold, group, made in run(joblib.delayed(self._task)(fold, group, rung, last) for fold, group in pending):
             if not made:
                 continue
-            events = []
-            for place, (outcome, score) in zip(group, made, strict=True):
-                results.append((place, fold, outcome, score))
-                events.append(fit_event(numbers[place], points[place], fold, outcome, score, rung, self.elapsed()))
-            self.journal.append(events)
+            for one, outcome in zip(group, made, strict=True):
+                one.outcomes[fold] = outcome
+            elapsed = self.elapsed()
+            self.journal.append(
+                [fit_event(one.number, one.params, fold, one.outcomes[fold], rung, elapsed) for one in group]
+            )
             self.done += len(group)
-            tell()
-        return sorted(results, key=lambda result: result[:2])
+            self.tell()
 
     def _task(
-        self,
-        fold: int,
-        group: Sequence[int],
-        points: Sequence[Params],
-        rung: int,
-        going_on: Callable[[Sequence[int]], bool],
-    ) -> tuple[int, Sequence[int], list[tuple[FoldOutcome, float]]]:
-        if not going_on(group):
+        self, fold: int, group: Sequence[Candidate], rung: int, last: Candidate | None
+    ) -> tuple[int, Sequence[Candidate], list[FoldOutcome]]:
+        if not self.time_left() and last not in group:
             return fold, group, []
-        candidates = [points[place] for place in group]
-        if self.evaluator.cheap(rung):
-            step = self.evaluator.rungs[rung]
-            candidates = [{**params, **step.cheaper(self.problem, params)} for params in candidates]
-        outcomes = self._judge_training(self.problem, fold, self._evaluate(self.problem, fold, candidates))
-        y = self.problem.y[self.problem.folds[fold][1]]
-        scores = [
-            math.nan if outcome.predictions is None else self._metric.score(self._answers(y, outcome))
-            for outcome in outcomes
-        ]
-        return fold, group, list(zip(outcomes, scores, strict=True))
+        points = [one.params for one in group]
+        if self.evaluator.screening is not None and rung == 0:
+            cheaper = self.evaluator.screening.cheaper
+            points = [{**params, **cheaper(self.problem, params)} for params in points]
+        return fold, group, self._scored(self.problem, fold, points)
 
     def _answers(self, y: NDArray[np.int64], outcome: FoldOutcome) -> Answers:
         assert outcome.predictions is not None, "a fit that failed is not judged"
-        return Answers(y, outcome.predictions, outcome.scores if self._metric.needs_probabilities else None)
+        return Answers(y, outcome.predictions, outcome.scores if self.metric.needs_probabilities else None)
 
-    def score(self, params: Params, rung: int, scores: NDArray[np.float64], outcomes: Sequence[FoldOutcome]) -> float:
+    def score(self, one: Candidate, rung: int) -> float:
         """Return the score of all held-out answers together, of a candidate that was fitted on every fold.
 
         Of a mean over images that is the mean of the folds' scores, weighted by their images. A mean over classes is no
         mean over folds: a fold without a rare class would count as if nothing were wrong with it.
         """
         held_out = [rows for _, rows in self.problem.folds]
-        if self._metric.mean_of_images:
-            return float(np.average(scores, weights=[len(rows) for rows in held_out]))
-        known = self._judged.get(trial_key(rung, params))
+        if self.metric.mean_of_images:
+            return float(np.average(one.scores(len(held_out)), weights=[len(rows) for rows in held_out]))
+        known = self._judged.get(trial_key(rung, one.params))
         if known is not None:
             return float(known)
-        parts = [self._answers(self.problem.y[rows], one) for rows, one in zip(held_out, outcomes, strict=True)]
-        return self._metric.score(joined(parts))
+        parts = [
+            self._answers(self.problem.y[rows], outcome) for rows, outcome in zip(held_out, one.fitted, strict=True)
+        ]
+        return self.metric.score(joined(parts))
 
-    def _judge_training(self, problem: Problem, fold: int, outcomes: Sequence[FoldOutcome]) -> list[FoldOutcome]:
-        """Score what was said of the rows a fold was fitted on, and leave the outcomes of those it holds out."""
+    def _scored(self, problem: Problem, fold: int, points: Sequence[Params]) -> list[FoldOutcome]:
+        """Fit and score the rows a fold holds out, and where they are judged too those it is fitted on."""
         train, held_out = problem.folds[fold]
         n, made = len(held_out), []
-        for outcome in outcomes:
-            if problem.judge_training and outcome.predictions is not None:
-                held, own = (
-                    changed(outcome, predictions=outcome.predictions[rows], scores=_rows(outcome.scores, rows))
-                    for rows in (slice(None, n), slice(n, None))
-                )
-                training = Measured.of(self._metric, self._answers(problem.y[train], own))
-                outcome = changed(held, training=training)
+        for outcome in self._evaluate(problem, fold, points):
+            if outcome.predictions is not None:
+                if problem.judge_training:
+                    own = self._answers(problem.y[train], _rows(outcome, slice(n, None)))
+                    outcome = changed(_rows(outcome, slice(n)), training=Measured.of(self.metric, own))
+                outcome = changed(outcome, score=self.metric.score(self._answers(problem.y[held_out], outcome)))
             made.append(outcome)
         return made
 
@@ -191,13 +173,12 @@ class FoldFits:
         It does not look into the journal, which keeps no predictions.
         """
         problem = changed(self.problem, judge_training=True)
-
-        def fit(fold: int) -> FoldOutcome:
-            return self._judge_training(problem, fold, self._evaluate(problem, fold, [params]))[0]
-
         run = joblib.Parallel(n_jobs=self.jobs, backend="threading")
-        return list(run(joblib.delayed(fit)(fold) for fold in range(len(problem.folds))))
+        made = run(joblib.delayed(self._scored)(problem, fold, [params]) for fold in range(len(problem.folds)))
+        return [outcome for (outcome,) in made]
 
 
-def _rows(scores: NDArray[np.float32] | None, rows: slice) -> NDArray[np.float32] | None:
-    return None if scores is None else scores[rows]
+def _rows(outcome: FoldOutcome, rows: slice) -> FoldOutcome:
+    assert outcome.predictions is not None, "a fit that failed is not judged"
+    scores = None if outcome.scores is None else outcome.scores[rows]
+    return changed(outcome, predictions=outcome.predictions[rows], scores=scores)

@@ -23,16 +23,18 @@ from pipeline.errors import UnfittedError
 from pipeline.evaluation import Answers, Metric
 from pipeline.evaluation.leaderboard.rows import LastFit
 from pipeline.evaluation.said import said
-from pipeline.heads import Head, Params, configure
-from pipeline.heads.tuning.evaluation import counted, counting_warnings, failed, smaller_caches, working_memory
+from pipeline.heads.head import Head, Params, configure
+from pipeline.heads.tuning.evaluation import (
+    counted,
+    counting_warnings,
+    evaluator_for,
+    failed,
+    smaller_caches,
+    working_memory,
+)
 from pipeline.heads.tuning.features import Features, blocks
-from pipeline.heads.tuning.on_disk import fit_on_disk
 from pipeline.heads.tuning.projection import Projections, without_scaler
 from pipeline.heads.tuning.records import Measured, Problem, Trial, derived_seed
-
-BY_BLOCKS = frozenset({"linear_svm"})
-"""Heads on disk whose last fit is made that way in memory too: at 2,500 x 512 and 20 classes LIBLINEAR takes twenty times
-as long to the same optimum."""
 
 FEW_FEATURES = 1 << 25
 """Numbers in a feature matrix below which the last fit uses one thread for its products."""
@@ -161,8 +163,11 @@ def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> 
     # Threads of a small product wait for each other longer than they work.
     few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
     with threadpool_limits(limits=1 if few else None, user_api="blas"):
-        if problem.on_disk or (problem.projections is None and problem.head.on_disk in BY_BLOCKS):
-            return fit_on_disk(problem, params, y)
+        own = problem.head.evaluator
+        if problem.on_disk or (own is not None and own.quicker and problem.projections is None):
+            fit_in_blocks = evaluator_for(problem).fit_in_blocks
+            if fit_in_blocks is not None:
+                return fit_in_blocks(problem, params, y)
         projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
         pipeline = configure(problem.head, params, problem.seed)
         params = pipeline.get_params()

@@ -16,11 +16,9 @@ from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline.heads import Head
-from pipeline.heads.fast.standardised import Standardised
-from pipeline.heads.tuning.features import Features, blocks
+from pipeline.heads.head import Head
+from pipeline.heads.tuning.features import Features, Standardised, blocks, on_disk
 from pipeline.io.digests import bytes_digest
-from pipeline.store import StoredRows
 
 Array = NDArray[np.float32]
 
@@ -44,9 +42,9 @@ class Projection:
         n, dim = len(rows), X.shape[1]
         kept = components if isinstance(components, float) else min(components, n, dim)
         # Both are exact and need no seed; the covariance is the quicker way where it is the smaller matrix.
-        solver = "covariance_eigh" if isinstance(X, StoredRows) or dim <= n else "full"
+        solver = "covariance_eigh" if on_disk(X) or dim <= n else "full"
         pca = PCA(kept, whiten=whiten, svd_solver=solver)
-        if isinstance(X, StoredRows):
+        if on_disk(X):
             source = Standardised.of(X, rows)
             return Projection(source.scaler, _without_noise(_fit_products(pca, source.products(), n)))
         scaler = StandardScaler()

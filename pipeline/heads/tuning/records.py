@@ -13,10 +13,9 @@ from sklearn.pipeline import Pipeline
 from pipeline.evaluation import Answers, Metric
 from pipeline.evaluation.leaderboard.rows import LastFit
 from pipeline.evaluation.said import ScoreKind
-from pipeline.heads import Head, Params
-from pipeline.heads.tuning.features import Features
+from pipeline.heads.head import Head, Params
+from pipeline.heads.tuning.features import Features, on_disk
 from pipeline.heads.tuning.projection import Projections
-from pipeline.store import StoredRows
 
 
 def derived_seed(seed: int, *place: int) -> int:
@@ -50,7 +49,7 @@ class Problem:
     @property
     def on_disk(self) -> bool:
         """Whether the head is fitted on features that stay on disk."""
-        return isinstance(self.X, StoredRows) and self.projections is None
+        return on_disk(self.X) and self.projections is None
 
     @property
     def dim(self) -> int:
@@ -107,6 +106,27 @@ class FoldOutcome:
     warnings: Mapping[str, int] = field(default_factory=dict)
     error: str | None = None
     training: Measured | None = None
+    score: float = np.nan
+    """Of the rows the fold holds out; higher is better."""
+
+
+@dataclass(eq=False)
+class Candidate:
+    """Parameters on their way through the folds: what was fitted so far, by fold, and why no more is."""
+
+    number: int
+    params: Params
+    outcomes: dict[int, FoldOutcome] = field(default_factory=dict)
+    reason: str | None = None
+
+    @property
+    def fitted(self) -> list[FoldOutcome]:
+        """The outcomes in the order of the folds."""
+        return [self.outcomes[fold] for fold in sorted(self.outcomes)]
+
+    def scores(self, done: int) -> NDArray[np.float64]:
+        """Return the scores on the first folds, shape (done,)."""
+        return np.array([self.outcomes[fold].score for fold in range(done)])
 
 
 @dataclass(frozen=True)
@@ -131,6 +151,11 @@ class Trial:
     """Why it was stopped."""
 
     @property
+    def scores(self) -> NDArray[np.float64]:
+        """The fold scores, shape (n_folds,), with NaN for a fold that was not fitted."""
+        return np.array(self.fold_scores, dtype=np.float64)
+
+    @property
     def spread(self) -> float | None:
         """Standard deviation of the fold scores, with n - 1; None unless finished."""
         if self.mean is None or len(self.fold_scores) < 2:
@@ -139,19 +164,8 @@ class Trial:
 
     def record(self) -> dict[str, Any]:
         """Return the trial as plain data for JSON."""
-        return {
-            "number": self.number,
-            "params": dict(self.params),
-            "status": self.status,
-            "fold_scores": list(self.fold_scores),
-            "mean": self.mean,
-            "estimate": self.estimate,
-            "fit_seconds": round(self.fit_seconds, 6),
-            "score_seconds": round(self.score_seconds, 6),
-            "warnings": dict(self.warnings),
-            "error": self.error,
-            "reason": self.reason,
-        }
+        rounded = {name: round(getattr(self, name), 6) for name in ("fit_seconds", "score_seconds")}
+        return {**vars(self), "fold_scores": list(self.fold_scores), **rounded}
 
 
 @dataclass(frozen=True)
@@ -176,14 +190,12 @@ class OutOfFold:
 class TuningRun:
     """A finished search. `pipeline` is the best head, fitted on all training rows."""
 
-    head: Head
     classes: NDArray[Any]
     """Labels in the order of the codes and of the score columns."""
     trials: tuple[Trial, ...]
     best: Trial
     strategy: str
     scoring: str
-    seed: int
     seconds: float
     """Wall time of the search, earlier runs that it resumed included; the last fit is `fit_seconds`."""
     surrogate_seconds: float
@@ -194,8 +206,3 @@ class TuningRun:
     pipeline: Pipeline
     fit_seconds: float
     last_fit: LastFit
-
-    def curve(self) -> list[float]:
-        """Return the best finished mean after each trial; minus infinity before the first."""
-        means = [trial.mean if trial.mean is not None else -np.inf for trial in self.trials]
-        return [float(value) for value in np.maximum.accumulate(means)]

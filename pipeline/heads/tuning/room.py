@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import joblib
 
 from pipeline.config import TuningConfig
-from pipeline.heads import Head
-from pipeline.heads.tuning.features import BLOCK_BYTES
-from pipeline.heads.tuning.on_disk import needed_bytes
+from pipeline.heads.head import Head
+from pipeline.heads.tuning import features
+from pipeline.heads.tuning.evaluation import works_on_disk
 from pipeline.heads.tuning.records import Problem
 from pipeline.io import memory
-from pipeline.store import StoredRows
 
 FREE_SHARE = 0.75
 """Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
@@ -20,10 +19,13 @@ FREE_SHARE = 0.75
 COPIES = 5
 """Times its own size that one fold's work on features in memory takes besides them; scikit-learn turns some to float64."""
 
+PER_SCORE, PER_WEIGHT, PER_PRODUCT = 28, 200, 32
+"""Bytes a linear solver holds per row and class, per dimension and class, and per pair of dimensions; the copies that L-BFGS
+keeps and the workspace of an eigendecomposition are among them."""
+
 SHARED_BYTES_FLOOR = 256 << 20
 SHARED_BYTES_FACTOR = 8
 """What folds prepare and share is kept up to this many times the feature matrix, or the floor."""
-
 
 SPARE_BYTES = 64 << 20
 """What each fold's work on disk may take beyond the least where there is no limit."""
@@ -52,20 +54,27 @@ def memory_needed(shape: tuple[int, int]) -> int:
     return (1 + COPIES) * 4 * shape[0] * shape[1]
 
 
-def memory_needed_on_disk(head: Head, shape: tuple[int, int], n_classes: int) -> int | None:
-    """Return the same for features that stay on disk, for a head that can be fitted so; None for another."""
-    return None if head.on_disk is None else needed_bytes(head, shape, n_classes)
+def memory_needed_on_disk(
+    head: Head, shape: tuple[int, int], n_classes: int, pca: int | float | None = None, folds: int = 1
+) -> int | None:
+    """Return the same for features that stay on disk, worked on there or as principal components; None for a head that cannot."""
+    n, dim = shape
+    if pca is not None:
+        return 4 * features.BLOCK_BYTES + 40 * dim**2 + (folds + 1 + COPIES) * _components_bytes(shape, pca)
+    if not works_on_disk(head):
+        return None
+    held = problem_bytes(n, dim, 1 if n_classes == 2 else n_classes)
+    return n * (32 + 12 * n_classes) + 6 * features.BLOCK_BYTES + PER_PRODUCT * dim**2 + 2 * held
 
 
-def memory_needed_to_project(shape: tuple[int, int], pca: int | float, folds: int) -> int:
-    """Return about what a search takes on the principal components of features that stay on disk, of shape (n, dim)."""
-    kept = 4 * shape[0] * most_components(shape, pca)
-    return 4 * BLOCK_BYTES + 40 * shape[1] ** 2 + (folds + 1 + COPIES) * kept
+def problem_bytes(n: int, dim: int, columns: int) -> int:
+    """Return about what solving one linear problem of n rows, with so many scores each, takes besides the features."""
+    return columns * (PER_SCORE * n + PER_WEIGHT * dim)
 
 
-def most_components(shape: tuple[int, int], pca: int | float) -> int:
-    """Return how many components there can be; a share of the variance may need all."""
-    return shape[1] if isinstance(pca, float) else min(pca, *shape)
+def _components_bytes(shape: tuple[int, int], pca: int | float) -> int:
+    """Return the size of the most components there can be; a share of the variance may need all."""
+    return 4 * shape[0] * (shape[1] if isinstance(pca, float) else min(pca, *shape))
 
 
 def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Room:
@@ -80,9 +89,9 @@ def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Roo
         return Room(wanted, SPARE_BYTES, shared, None)
     shape, left = problem.X.shape, limit
     if problem.on_disk:
-        each = needed_bytes(problem.head, shape, problem.n_classes)
-    elif isinstance(problem.X, StoredRows) and tuning.pca is not None:
-        each = 40 * shape[1] ** 2 + COPIES * 4 * shape[0] * most_components(shape, tuning.pca)
+        each = memory_needed_on_disk(problem.head, shape, problem.n_classes) or 0
+    elif tuning.pca is not None and features.on_disk(problem.X):
+        each = 40 * shape[1] ** 2 + COPIES * _components_bytes(shape, tuning.pca)
     else:
         each, left = COPIES * problem.X.nbytes, limit - problem.X.nbytes
     work = work_bytes if each + work_bytes <= left else 0

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import HeadError, first_line
-from pipeline.heads import Categorical, Dimension, Integer, Params, Real
+from pipeline.heads.head import Params
+from pipeline.heads.space import Categorical, Dimension, Integer, Real
 
 Rounds = Generator[list[Params], "Sequence[float | None]", None]
 """Yields rounds of points; is sent one score per point, higher is better, None where there is none."""

@@ -33,7 +33,7 @@ from pipeline.evaluation.leaderboard.imbalance import advice
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.heads import HEADS, Head
+from pipeline.heads import LOGISTIC_REGRESSION, Head
 from pipeline.heads.tuning import limited, require
 from pipeline.io.files import write_text_atomic
 from pipeline.stages.train_heads.embedding import Embedding, Vectors, constant_guess
@@ -46,7 +46,7 @@ __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
 log = logging.getLogger(__name__)
 
-BASELINE_HEAD = "logistic_regression"
+BASELINE_HEAD = LOGISTIC_REGRESSION
 """What the pixels and HOG baselines are classified with."""
 
 
@@ -124,7 +124,7 @@ def _embeddings(
 ) -> Iterator[Embedding]:
     """Yield what heads are tuned on: the backbones' embeddings, the baselines, and the guess that looks at no image."""
     tuning = limited(config.tuning)
-    for kind, chosen in (("backbone", tuple(heads)), ("baseline", (HEADS[BASELINE_HEAD],))):
+    for kind, chosen in (("backbone", tuple(heads)), ("baseline", (BASELINE_HEAD,))):
         for record in records:
             if record.kind == kind:
                 yield Embedding(chosen, unseen_task(task, record, config), tuning, record, stores[record.name])

@@ -25,8 +25,9 @@ from pipeline.heads.tuning import (
     check,
     memory_needed,
     memory_needed_on_disk,
-    memory_needed_to_project,
+    on_disk,
     working_memory,
+    works_on_disk,
 )
 from pipeline.stages.train_heads.task import Task
 from pipeline.store import FeatureStore, StoredRows
@@ -62,12 +63,9 @@ class Place:
         """Say in one line why a head is left out, with what to do; None when it can be tuned."""
         if not self.on_disk:
             return None
-        if self.pca is None:
-            found = memory_needed_on_disk(head, self.shape, self.classes)
-        else:
-            found = memory_needed_to_project(self.shape, self.pca, self.folds)
+        found = memory_needed_on_disk(head, self.shape, self.classes, self.pca, self.folds)
         if found is None:
-            able = ", ".join(name for name, row in HEADS.items() if row.on_disk)
+            able = ", ".join(name for name, row in HEADS.items() if works_on_disk(row))
             return (
                 f"it needs the features in memory, about {size(self.needed)}, and {size(self.limit)} are allowed; "
                 f"raise tuning.memory, set tuning.pca to a number of components, or use heads that work from disk: {able}"
@@ -170,10 +168,10 @@ def predict(
     bundle: ModelBundle, X: Features, tuning: TuningConfig
 ) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
     """Label vectors as `ModelBundle.predict` does, within `tuning.memory`: block by block where they are on disk."""
-    if not isinstance(X, StoredRows):
+    if not on_disk(X):
         left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))
         with working_memory(left):
-            return bundle.predict(X)
+            return bundle.predict(np.asarray(X))
     labels, probabilities = zip(*(bundle.predict(block) for _, block in blocks(X)), strict=True)
     return np.concatenate(labels), None if probabilities[0] is None else np.concatenate(probabilities)
 
