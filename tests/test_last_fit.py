@@ -99,7 +99,7 @@ def test_scikit_learns_centroids_contradict_themselves_and_ours_do_not(tmp_path)
     X, y = digits()
     run = tune(HEADS["nearest_centroid"], X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, tmp_path / "a.jsonl")
     assert (run.pipeline.predict(X) != run.pipeline.predict_proba(X).argmax(axis=1)).any()
-    assert np.array_equal(run.out_of_fold.predictions, run.out_of_fold.scores.argmax(axis=1))
+    assert np.array_equal(run.out_of_fold.y_pred, run.out_of_fold.scores.argmax(axis=1))
 
 
 def test_one_against_one_values_are_not_taken_for_classes():

@@ -103,7 +103,7 @@ def test_a_search_on_disk_finds_what_one_in_memory_finds(
     assert [trial.params for trial in disk.trials] == [trial.params for trial in here.trials]
     size = max(1.0, float(np.abs(here.out_of_fold.scores).max()))
     np.testing.assert_allclose(disk.out_of_fold.scores, here.out_of_fold.scores, atol=1e-4 * size)
-    np.testing.assert_array_equal(disk.out_of_fold.predictions, here.out_of_fold.predictions)
+    np.testing.assert_array_equal(disk.out_of_fold.y_pred, here.out_of_fold.y_pred)
     np.testing.assert_array_equal(disk.out_of_fold.folds, here.out_of_fold.folds)
     assert np.mean(disk.pipeline.predict(X) != here.pipeline.predict(X)) <= 0.005
     np.testing.assert_array_equal(disk.pipeline.classes_, here.pipeline.classes_)
@@ -134,7 +134,7 @@ def test_a_class_missing_from_a_fold_and_a_resumed_search(tmp_path: Path, small_
     for name in DISK:
         first = tune(HEADS[name], rows, y, folds, tuning, 0, tmp_path / f"{name}.jsonl")
         assert (first.best.mean or 0) > 0.5
-        assert first.out_of_fold.predictions[7] != 2
+        assert first.out_of_fold.y_pred[7] != 2
         assert first.pipeline.classes_.tolist() == [0, 1, 2]
         again = tune(HEADS[name], rows, y, folds, tuning, 0, tmp_path / f"{name}.jsonl")
         assert again.replayed == 3 * len(first.trials)

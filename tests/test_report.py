@@ -233,7 +233,7 @@ def judged(
         part = Predictions(y, guess, told, units, np.arange(len(y)).astype(str), classes=names)
         folder = output / "heads" / head
         folder.mkdir(parents=True, exist_ok=True)
-        held_out = dataclasses.replace(part, folds=folds, searched=own)
+        held_out = dataclasses.replace(part, folds=folds, scores=own)
         (folder / "predictions.npz").write_bytes(HeadPredictions(part, held_out).to_bytes())
         fields = {"cv_scores": fold_scores, "bundle": f"heads/{head}", "simplicity": place, "embed_seconds": 0.01}
         mean = metric.score(answers)

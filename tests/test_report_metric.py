@@ -41,7 +41,7 @@ def tuned_for(scoring: str, output: Path) -> Leaderboard:
         # A head that has no probabilities is taken to be sure to 80 % of what it says.
         sure = np.full((len(held), 3), 0.1) + 0.7 * np.eye(3)[held.y_pred]
         answers = Predictions(held.y_true, held.y_pred, sure if held.probabilities is None else held.probabilities)
-        held = dataclasses.replace(held, searched=answers.probabilities)
+        held = dataclasses.replace(held, scores=answers.probabilities)
         path.write_bytes(dataclasses.replace(found, out_of_fold=held).to_bytes())
         by_fold = tuple(metric.score(answers.rows(np.flatnonzero(held.folds == fold))) for fold in range(4))
         write_trials(Artifacts(output).trials(item.embedding, item.head), by_fold, item.trials)

@@ -195,7 +195,7 @@ def test_the_score_that_is_tuned_is_the_one_that_is_compared(tmp_path: Path, sco
         held_out = HeadPredictions.read(tmp_path / str(row.bundle) / "predictions.npz").out_of_fold
         assert held_out is not None
         assert held_out.folds is not None
-        answers = replace(held_out, probabilities=held_out.searched)
+        answers = replace(held_out, probabilities=held_out.scores)
         folds = [metric.score(answers.rows(np.flatnonzero(held_out.folds == fold))) for fold in range(3)]
         assert folds == pytest.approx(row.cv_scores)
         pooled[row.key] = metric.score(answers)
@@ -568,7 +568,7 @@ def test_class_weights_are_switched_where_classes_are_uneven(tmp_path: Path) -> 
     task = train_heads.Task(Classification(("common", "rare")), index, index, y, y, folds, None, "key")
     head, tuning = HEADS["logistic_regression"], TuningConfig(trials=1, folds=4, jobs=1)
     tuned = tune(head, X, y, folds, tuning, 0, tmp_path / "head.jsonl")
-    plain = np.mean([np.mean(tuned.out_of_fold.predictions[y == label] == label) for label in (0, 1)])
+    plain = np.mean([np.mean(tuned.out_of_fold.y_pred[y == label] == label) for label in (0, 1)])
     found = repeats.reweighted(head, X, task, tuning, 0, tuned, tmp_path / "head.jsonl")
     assert found is not None
     assert found.balanced_accuracy > plain + 0.02

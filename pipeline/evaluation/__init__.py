@@ -20,13 +20,9 @@ from pipeline.evaluation.optimism import Optimism
 from pipeline.evaluation.predictions import HeadPredictions, Predictions, class_columns, joined
 from pipeline.evaluation.scoring import ClassScores, Scores, confusion_matrix, per_class, scores
 
-Answers = Predictions
-PredictionSet = Predictions
-
 __all__ = [
     "ACCURACY",
     "METRICS",
-    "Answers",
     "Calibration",
     "ClassScores",
     "Difference",
@@ -36,7 +32,6 @@ __all__ = [
     "Metric",
     "Optimism",
     "Paired",
-    "PredictionSet",
     "Predictions",
     "Ranking",
     "Scores",

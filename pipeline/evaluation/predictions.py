@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.intervals import numbered
 from pipeline.experiment import PREDICTIONS, bundle_file, parse_arrays
+
+ScoreKind = Literal["probability", "decision"]
 
 READABLE = (1, PREDICTIONS.version)
 """Version 1 has no units, and of the searched probabilities those of the true classes only, which are left out."""
@@ -34,8 +36,8 @@ class Predictions:
         when all are
     paths : ndarray of shape (n,), str
     folds : ndarray of shape (n,), int64: the fold in which a row was held out; None for the test images
-    searched : ndarray of shape (n, n_classes): the head's own probabilities before calibration, as a search judges them;
-        None where the score that was tuned looks at labels
+    scores, kind : ndarray of shape (n, n_classes): the head's own probabilities or decision values before calibration, as a
+        search judges them, and which of the two; a file has them only where probabilities were tuned
     classes : the names of the classes, () where nobody needs names
     """
 
@@ -45,7 +47,8 @@ class Predictions:
     units: NDArray[np.int64] | None = None
     paths: NDArray[Any] | None = None
     folds: NDArray[np.int64] | None = None
-    searched: NDArray[np.floating] | None = None
+    scores: NDArray[np.floating] | None = None
+    kind: ScoreKind | None = None
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,7 +69,7 @@ class Predictions:
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns that there are, by name, each with n rows."""
-        return {name: part for name, part in vars(self).items() if part is not None and name != "classes"}
+        return {name: part for name, part in vars(self).items() if part is not None and name not in ("kind", "classes")}
 
     def rows(self, which: NDArray[Any]) -> Predictions:
         """Return those of some of the images, given by number or by a mask."""
@@ -128,8 +131,10 @@ class HeadPredictions:
             "classes": np.array(self.classes, dtype=str),
         }
         for part, rows in (("test", self.test), ("out_of_fold", self.out_of_fold)):
-            found = {} if rows is None else {**rows.columns(), "y_true": rows.labels, "y_pred": rows.predicted}
-            arrays |= {f"{part}_{name}": found[name].astype(kind) for name, kind in STORED.items() if name in found}
+            if rows is not None:
+                found = {**rows.columns(), "y_true": rows.labels, "y_pred": rows.predicted}
+                found |= {} if rows.scores is None else {"searched": rows.scores}
+                arrays |= {f"{part}_{name}": found[name].astype(kind) for name, kind in STORED.items() if name in found}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
@@ -176,4 +181,6 @@ def _part(arrays: Mapping[str, NDArray[Any]], name: str) -> Predictions | None:
     if not own:
         return None
     truth, guess, paths = (own.pop(key) for key in ("y_true", "y_pred", "paths"))
+    if "searched" in own:
+        own |= {"scores": own.pop("searched"), "kind": "probability"}
     return Predictions.of(truth, guess, arrays["classes"].astype(str).tolist(), paths=paths, **own)

@@ -112,7 +112,7 @@ def _same_images(
     for key, part in sets.items():
         if part is None or reference is None or not np.array_equal(np.asarray(part.paths), np.asarray(reference.paths)):
             continue
-        own = part.searched if as_searched else part.probabilities
+        own = part.scores if as_searched else part.probabilities
         if own is not None or not metric.needs_probabilities:
             found[key] = replace(part, y_true=reference.y_true, probabilities=own, units=reference.units)
     return found

@@ -20,7 +20,7 @@ from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import UnfittedError
-from pipeline.evaluation import Answers, Metric
+from pipeline.evaluation import Metric, Predictions
 from pipeline.evaluation.leaderboard.rows import LastFit
 from pipeline.evaluation.said import said
 from pipeline.heads.head import Head, Params, configure
@@ -133,7 +133,7 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
             parts = [said(pipeline, block) for _, block in blocks(problem.X)]
     labels = np.concatenate([part[0] for part in parts]).astype(np.int64)
     columns = np.concatenate([part[1] for part in parts]) if metric.needs_probabilities else None
-    measured = Measured.of(metric, Answers(problem.y, labels, columns))
+    measured = Measured.of(metric, Predictions(problem.y, labels, columns))
     return Fitted(pipeline, labels, measured, seconds, dict(counts))
 
 

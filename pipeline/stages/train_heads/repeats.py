@@ -117,7 +117,7 @@ def reweighted(
     switched = replace(head, build=build, space={}, defaults={}, fixed=params)
     once = tuning.model_copy(update={"trials": 1, "seconds": None})
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
-    guess = found.classes[found.out_of_fold.predictions]
+    guess = found.classes[found.out_of_fold.y_pred]
     return scores(Predictions(task.y_train, guess, units=task.groups, classes=task.target.classes), seed)
 
 

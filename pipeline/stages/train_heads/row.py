@@ -93,7 +93,7 @@ def make_row(
     labels, probabilities = predict(bundle, vectors.test, tuning)
     seconds = time.perf_counter() - start
     said = HeadPredictions(_on_test(task, labels, probabilities), _out_of_fold(tuned, task, bundle.calibrator))
-    row = _row(embedding, tuned, said, seed)
+    row = _row(head, embedding, tuned, said, seed)
     row = replace(row, predict_seconds=seconds, bundle=folder.relative_to(files.root).as_posix())
     row = repeats.repeated(row, head, embedding, vectors, tuned, seed, journal)
     provenance = {"key": key, "row": row.to_record(), "seed": seed, "strategy": tuned.strategy}
@@ -101,7 +101,7 @@ def make_row(
     return row
 
 
-def _row(embedding: Embedding, tuned: TuningRun, said: HeadPredictions, seed: int) -> LeaderboardRow:
+def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictions, seed: int) -> LeaderboardRow:
     """Say what was found of a head, but for what is measured beside it."""
     record, task, best = embedding.record, embedding.task, tuned.best
     spec = record.spec if record else None
@@ -109,7 +109,7 @@ def _row(embedding: Embedding, tuned: TuningRun, said: HeadPredictions, seed: in
         embedding=embedding.name,
         backbone=spec.architecture if spec else CONSTANT_GUESS,
         layer=spec.layer if spec else "",
-        head=tuned.head.name,
+        head=head.name,
         untrained=spec is not None and spec.untrained,
         baseline=spec is None or spec.kind == "baseline",
         unseen_rows=None if task.chose is None else len(task.train),
@@ -123,7 +123,7 @@ def _row(embedding: Embedding, tuned: TuningRun, said: HeadPredictions, seed: in
         predict_seconds=0.0,
         trials=len(tuned.trials),
         params=best.params,
-        simplicity=tuned.head.simplicity,
+        simplicity=head.simplicity,
         dim=spec.dim if spec else 0,
         search_seconds=tuned.seconds,
         embed_seconds=record.seconds_per_image if record else None,
@@ -143,7 +143,7 @@ def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
     counts = isinstance(model, (SVC, NuSVC)) and model.decision_function_shape == "ovr"
     votes = counts and out_of_fold.kind == "decision" and len(tuned.classes) > 2
     logits = bundles.logits(out_of_fold.scores, out_of_fold.kind)
-    return fit_calibrator(logits, np.searchsorted(tuned.classes, task.y_train), "margins" if votes else "temperature")
+    return fit_calibrator(logits, out_of_fold.y_true, "margins" if votes else "temperature")
 
 
 def _on_test(task: Task, labels: NDArray[np.object_], probabilities: NDArray[np.float64] | None) -> Predictions:
@@ -159,28 +159,27 @@ def _on_test(task: Task, labels: NDArray[np.object_], probabilities: NDArray[np.
 
 
 def _out_of_fold(tuned: TuningRun, task: Task, calibrator: Calibrator | None) -> Predictions:
-    """Say what the chosen parameters said of each training image when its fold was held out."""
+    """Return what the chosen parameters said of each training image, with names and a place for every class of the task."""
     found, calibrated = tuned.out_of_fold, None
     if found.scores is not None and calibrator is not None:
         calibrated = calibrator.probabilities(bundles.logits(found.scores, found.kind))
 
     def of_all(columns: NDArray[Any] | None) -> NDArray[np.float32] | None:
-        """Give columns a place for every class of the task."""
         if columns is None:
             return None
         whole = np.zeros((len(columns), task.target.width), dtype=np.float32)
         whole[:, tuned.classes] = columns
         return whole
 
-    return Predictions(
-        task.y_train,
-        tuned.classes[found.predictions],
-        of_all(calibrated),
-        task.groups,
-        task.train.paths,
-        found.folds,
-        of_all(found.scores) if METRICS[tuned.scoring].needs_probabilities else None,
-        task.target.classes,
+    return replace(
+        found,
+        y_true=task.y_train,
+        y_pred=tuned.classes[found.y_pred],
+        probabilities=of_all(calibrated),
+        units=task.groups,
+        paths=task.train.paths,
+        scores=of_all(found.scores) if METRICS[tuned.scoring].needs_probabilities else None,
+        classes=task.target.classes,
     )
 
 
