@@ -43,7 +43,7 @@ class Artifacts:
         self.root = Path(output)
         self.config = self.root / "config.yaml"
         self.dataset = self.root / "dataset"
-        """index.csv, ledger.csv and the stat cache."""
+        """index.csv, failures.csv and the stat cache."""
         self.stores = self.root / "features"
         self.specs = self.root / "specs.json"
         """What the embeddings of a config are, so that a run with nothing to do loads no network."""

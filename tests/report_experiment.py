@@ -1,38 +1,30 @@
-"""A small finished experiment, written the way the stages write it: three classes of coloured squares."""
+"""One small real experiment: coloured squares of three classes through `features` and `heads`, with faults planted in the photos."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-import json
+import html
+import re
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from photos import small_config
 from PIL import Image
-from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import NearestCentroid
 
+from pipeline import config as configuration
 from pipeline import report
-from pipeline.config import DatasetConfig
-from pipeline.data import DatasetIndex, scan
-from pipeline.embed.records import EmbeddingRecord, write_records
-from pipeline.embed.spec import EmbeddingSpec
-from pipeline.evaluation import HeadPredictions, Predictions, scores
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
-from pipeline.experiment import Artifacts
-from pipeline.store import FeatureStore, StoreWriter
+from pipeline.config import Config
+from pipeline.evaluation import Predictions, audit, scores
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.report.material import Material
+from pipeline.stages import extract, train_heads
 
 CLASSES = ("ant", "猫 $5", "<b>bee</b> & 'co'")
-COLOURS = ((200, 60, 60), (60, 160, 80), (70, 90, 200))
+EMBEDDING = "squeezenet1_1-random-penultimate"
+COLOURS = ((140, 90, 90), (95, 125, 100), (100, 105, 140))
 PER_CLASS = {"train": 40, "test": 20}
-HEADS = {
-    "logistic_regression": (LogisticRegression(max_iter=500), "random-net", False, True),
-    "nearest_centroid": (NearestCentroid(), "random-net", False, True),
-    "most_frequent": (DummyClassifier(strategy="prior"), "majority", True, False),
-}
+FLIPPED, COPY, ORIGINAL, OUTLIER = "train/0/006.png", "test/0/000.png", "train/0/000.png", "test/0/001.png"
 
 
 def row(head: str, cv: float, correct: int = 90, embedding: str = "resnet18-penultimate", **changes) -> LeaderboardRow:
@@ -58,146 +50,59 @@ def row(head: str, cv: float, correct: int = 90, embedding: str = "resnet18-penu
     return dataclasses.replace(made, **changes)
 
 
-def write_images(root: Path) -> None:
-    """Write one coloured square per image; folders are split / class."""
-    rng = np.random.default_rng(0)
+def material(rows, trials=None, provenance=None, predictions=None, verdict=None) -> Material:
+    """Return what a page is made of where there are rows and nothing on disk; `predictions` are those of the best row."""
+    board = Leaderboard(tuple(rows), provenance or {}, verdict)
+    said = {} if predictions is None else {board.best.key: predictions}
+    return Material(Path("out"), board, said, trials or {}, None, None, None, None, audit.Findings(), ())
+
+
+def words(page: str) -> str:
+    """Return what a reader sees, in one line."""
+    seen = re.sub(r"<(style|script).*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", seen)).split())
+
+
+def write_images(folder: Path) -> Path:
+    """Write a square per image and their manifest: one label is wrong, a test image is a training image with other noise, one is odd."""
+    rng, lines, drawn = np.random.default_rng(0), [], {}
     for split, count in PER_CLASS.items():
         for number, colour in enumerate(COLOURS):
-            folder = root / split / f"class{number}"
-            folder.mkdir(parents=True)
             for image in range(count):
-                pixels = np.clip(np.array(colour) + rng.normal(0, 25, (12, 12, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{image:03d}.png")
+                name = f"{split}/{number}/{image:03d}.png"
+                drawn[name] = np.array(colour) + rng.normal(0, 11, 3) + rng.normal(0, 20, (12, 12, 3))
+                wrong = name == FLIPPED
+                lines.append((name, CLASSES[(number + wrong) % 3], split))
+    drawn[COPY] = drawn[ORIGINAL] + rng.normal(0, 1, (12, 12, 3))
+    drawn[OUTLIER] = np.indices((12, 12)).sum(axis=0)[:, :, None] % 2 * 255.0 + np.zeros(3)
+    for name, pixels in drawn.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / name)
+    with (folder / "squares.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *lines])
+    return folder / "squares.csv"
 
 
-def make_experiment(output: Path, images: Path) -> Path:
-    """Write every artifact of an experiment on these images below `output`."""
-    files = Artifacts(output)
-    write_images(images)
-    index = scan(DatasetConfig(source="folder", path=str(images)), 0, files.dataset).index
-    names = np.array([CLASSES[int(label[-1])] for label in index.labels], dtype=object)
-    index = DatasetIndex(index.root, index.paths, names, index.splits, None, index.digests, index.sizes)
-    index.write(files.dataset)
-    truth = np.array([CLASSES.index(name) for name in names])
-    X = features(truth, index.splits.astype(str))
-    store = output / "features" / "random-net.store"
-    spec = EmbeddingSpec(
-        name="random-net",
-        kind="backbone",
-        library="none",
-        architecture="random-net",
-        arguments={},
-        weights="random",
-        weights_digest="",
-        layer="",
-        pooling="none",
-        dim=X.shape[1],
-        preprocessing={},
-        precision="fp32",
-        engine="torch",
-        untrained=True,
-    )
-    with StoreWriter.open(store, spec.identity(), X.shape[1]) as writer:
-        writer.append(index.digests, X)
-    record = EmbeddingRecord("random-net", spec, "features/random-net.store", FeatureStore.open(store).digest, None, 0)
-    write_records(files.features, [record], small_config(images, output), index.fingerprint())
-    rows = tuple(make_row(files, name, index, X) for name in HEADS)
-    provenance = {
-        "seed": 0,
-        "scoring": "accuracy",
-        "date": "2026-11-21T06:00:00+00:00",
-        "images": {"train": 120, "test": 60, "classes": 3},
-        "config": {
-            "dataset": {"source": "folder", "path": "photos/squares"},
-            "tuning": {"strategy": "bayes", "folds": 4},
-        },
-        "versions": {"numpy": np.__version__},
-        "command": "manyheads heads squares.yaml",
+def squares(folder: Path, scoring: str = "accuracy") -> Config:
+    """Return the config of the experiment on the squares in a folder; each score has an output of its own."""
+    raw = {
+        "output": str(folder / scoring),
+        "dataset": {"source": "manifest", "path": str(folder / "squares.csv")},
+        "backbones": [{"name": "squeezenet1_1", "weights": "random", "preprocessing": {"resize": 32, "crop": 32}}],
+        "baselines": ["majority"],
+        "extraction": {"device": "cpu", "precision": "fp32", "workers": 1},
+        "heads": ["logistic_regression", "nearest_centroid"],
+        "tuning": {"trials": 3, "folds": 4, "scoring": scoring},
     }
-    board = judge(Leaderboard(rows, provenance), output)
-    files.leaderboard.write_text(board.to_json(), encoding="utf-8")
-    return output
-
-
-def features(truth: np.ndarray, splits: np.ndarray) -> np.ndarray:
-    """Class centres with noise; the first test row is nearly a copy of the first training row, the second an outlier."""
-    rng = np.random.default_rng(1)
-    X = rng.normal(size=(len(truth), 12)) + 2.5 * np.eye(3, 12)[truth]
-    train, test = np.flatnonzero(splits == "train"), np.flatnonzero(splits == "test")
-    X[test[0]] = X[train[0]] + 0.01
-    X[test[1]] = 40.0
-    return X.astype(np.float32)
-
-
-def make_row(files: Artifacts, name: str, index: DatasetIndex, X: np.ndarray) -> LeaderboardRow:
-    """Fit one head, write its predictions and its trials, and return its row."""
-    head, embedding, baseline, untrained = HEADS[name]
-    parts = {split: np.flatnonzero(index.splits.astype(str) == split) for split in ("train", "test")}
-    y = index.labels.astype(str)
-    train, test = parts["train"], parts["test"]
-    given = y[train].copy()
-    if not baseline:
-        given[6] = CLASSES[(CLASSES.index(given[6]) + 1) % 3]
-    folds = StratifiedKFold(4, shuffle=True, random_state=0)
-    order = [list(np.unique(y)).index(label) for label in CLASSES]
-    guess = cross_val_predict(head, X[train], given, cv=folds)
-    head.fit(X[train], given)
-    held, shown = None, None
-    if hasattr(head, "predict_proba") and not baseline:
-        held = cross_val_predict(head, X[train], given, cv=folds, method="predict_proba")[:, order]
-        shown = head.predict_proba(X[test])[:, order]
-    number = np.empty(len(train), dtype=int)
-    for fold, (_, rows) in enumerate(folds.split(X[train], given)):
-        number[rows] = fold
-    labels = head.predict(X[test])
-    fold_scores = tuple(float(np.mean((guess == given)[number == fold])) for fold in range(4))
-    bundle = files.bundle(embedding, name)
-    bundle.mkdir(parents=True)
-    predictions = HeadPredictions(
-        Predictions.of(y[test], labels, CLASSES, probabilities=shown, paths=index.paths[test]),
-        Predictions.of(given, guess, CLASSES, probabilities=held, paths=index.paths[train], folds=number),
-    )
-    (bundle / "predictions.npz").write_bytes(predictions.to_bytes())
-    trials = 1 if baseline else 3
-    write_trials(files.trials(embedding, name), fold_scores, trials)
-    return LeaderboardRow(
-        embedding=embedding,
-        backbone=embedding,
-        layer="",
-        head=name,
-        untrained=untrained,
-        baseline=baseline,
-        cv_mean=float(np.mean(fold_scores)),
-        cv_std=float(np.std(fold_scores, ddof=1)),
-        cv_scores=fold_scores,
-        test=scores(predictions.test),
-        fit_seconds=0.12,
-        predict_seconds=0.003,
-        trials=trials,
-        params={"C": 1.0},
-        bundle=bundle.relative_to(files.root).as_posix(),
-        simplicity=list(HEADS).index(name),
-        embed_seconds=None if baseline else 0.004,
-    )
-
-
-def write_trials(path: Path, fold_scores: tuple[float, ...], count: int) -> None:
-    """Write a journal of trials as the search does: a header, fits, trials, and a line torn by a kill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"format": "manyheads trials", "version": 1}, {"event": "fit", "elapsed": 0.1}]
-    for number in range(count):
-        found = [score - 0.03 * number for score in fold_scores]
-        mean = None if number == 2 else float(np.mean(found))
-        status = "failed" if number == 2 else "ok"
-        lines.append(
-            {"event": "trial", "number": number, "status": status, "fold_scores": found, "mean": mean, "elapsed": 1.0}
-        )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tri', encoding="utf-8")
+    return configuration.parse(raw, "test")
 
 
 @lru_cache(maxsize=1)
 def built_experiment(folder: Path) -> Path:
     """Return the experiment with its report; made once however many files ask."""
-    output = make_experiment(folder / "squares", folder / "images")
-    report.build(output)
-    return output
+    write_images(folder)
+    config = squares(folder)
+    extract.run(config)
+    train_heads.run(config)
+    report.build(config.output)
+    return Path(config.output)

@@ -48,6 +48,7 @@ DOORS = {
     "pyarrow": {"data", "store"},
     "PIL": {"images", "data", "report"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "skimage": {"embed"},
     "simplejpeg": {"images"},
     "openvino": {"embed"},

@@ -94,16 +94,24 @@ def test_a_key_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
 def test_a_key_of_training_that_is_gone_is_told_too_and_passed_over_where_it_changed_nothing(tmp_path: Path) -> None:
     old = ["replicas=2", "average_top=3", "sizes=[[0, 24], [0.5, 32]]", "cooldown=0.2", "schedule=trapezoid"]
     assert problems_of(tmp_path, GOOD, *(f"finetune.training.{text}" for text in old))[1:] == [
-        "finetune.training.schedule: trapezoid is gone: set it to cosine or constant",
         "finetune.training.replicas: is gone: torch's own threads share a step's work; remove it",
         "finetune.training.average_top: is gone: no soup of weights is made; remove it, and set ema for an average",
         "finetune.training.sizes: is gone: images have the size of the weights' preprocessing; remove it",
         "finetune.training.cooldown: is gone with the schedule trapezoid; remove it",
+        "finetune.training.schedule: is gone: the rate falls by a cosine after the warm-up; remove it",
     ]
-    idle = ["replicas=1", "average_top=0", "sizes=[]", "cooldown=0.4", "steps=20"]
+    idle = ["replicas=1", "average_top=0", "sizes=[]", "cooldown=0.4", "schedule=cosine", "cutmix=0.0", "steps=20"]
     assert configuration.load(
         write(tmp_path, GOOD), [f"finetune.training.{text}" for text in idle]
     ) == configuration.load(write(tmp_path, GOOD), ["finetune.training.steps=20"])
+
+
+@pytest.mark.parametrize("starts", [[], [0.1], [0, 0.5, 0.5], [0, 0.5, 0.2]])
+def test_a_plan_with_holes_is_refused_before_anything_is_loaded(tmp_path: Path, starts: list[float]) -> None:
+    plan = ", ".join(f"{{start: {start}}}" for start in starts)
+    assert problems_of(tmp_path, GOOD, f"finetune.unfreeze=[{plan}]")[1:] == [
+        "finetune.unfreeze: should be steps of which the first starts at 0 and each later than the one before"
+    ]
 
 
 def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path) -> None:

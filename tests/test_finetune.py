@@ -353,7 +353,9 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     said = again.summary_lines()
     assert said[0] == "finished before and kept"
     assert any(line.startswith("verdict    against the best row") for line in said)
-    going_on = f"to go on   put {{name: toy, weights: {tuned.weights}}} under backbones: and run features and heads"
+    going_on = (
+        f'to go on   put {{"name": "toy", "weights": "{tuned.weights}"}} under backbones: and run features and heads'
+    )
     kept = "           nothing that was learned helped on the validation images: the network is the start"
     for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
         said = replace(again, result={**again.result, "alpha": alpha}).summary_lines()
@@ -372,7 +374,7 @@ def test_a_stopped_run_gives_the_same_weights(
     experiment: Path, tuned: finetune.FinetuneRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is stopped before its first evaluation, which is after four steps."""
-    config = make_config(experiment, embedding="toy-toy-penultimate", training={"range_test": True, "steps": 8})
+    config = make_config(experiment, embedding="toy-toy-penultimate", training={"steps": 8})
     whole = finetune.run(config)
     weights = load_file(whole.weights)
     for name in ("result.json", "checkpoint.pt", whole.weights.name):
@@ -528,10 +530,26 @@ def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> No
     before = read_records(files.features)
     try:
         write_records(files.features, [wrong], config, index.fingerprint())
-        with pytest.raises(TrainingError, match="stored vectors differ from what the network gives now"):
+        with pytest.raises(TrainingError, match="32 of 32 stored vectors are not what enters the network's last layer"):
             finetune.run(config)
     finally:
         write_records(files.features, before, config, index.fingerprint())
+
+
+def test_heads_on_vectors_that_do_not_enter_the_last_layer_are_not_handed_over(tmp_path: Path) -> None:
+    """Largest values in place of means: as many, and of the same network."""
+    write_pictures(tmp_path / "pictures", 36)
+    write_toy(tmp_path / "toy.safetensors")
+    section = BackboneConfig(
+        name="toy", weights=str(tmp_path / "toy.safetensors"), layers=("trunk_output",), pooling="max"
+    )
+    config = make_config(tmp_path).model_copy(update={"backbones": (section,)})
+    extract(config)
+    train_heads.run(config)
+    with pytest.raises(
+        TrainingError, match="stored vectors are not what enters the network's last layer; heads on that"
+    ):
+        finetune.run(config)
 
 
 def test_a_leaderboard_of_another_config_is_refused(experiment: Path) -> None:

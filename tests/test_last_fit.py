@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import partial
-from html import escape
+from html import unescape
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +27,7 @@ from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import make_folds, tune
 from pipeline.heads.tuning.last_fit import Promise, fit_on_all
 from pipeline.heads.tuning.records import Measured, Problem, derived_seed
-from pipeline.report import sections
+from pipeline.report.page import section
 
 ROWS = 200
 
@@ -382,12 +382,12 @@ def test_a_row_with_a_bad_fit_is_neither_compared_nor_recommended(tmp_path):
     assert judge(Leaderboard((board.rows[-1],), {"seed": 0}), tmp_path).verdict is None
 
 
-def test_the_page_shows_marks_beside_the_rows_and_their_sentences_above_the_table():
-    page = sections._leaderboard(SimpleNamespace(leaderboard=BOARD), {})
+def test_the_page_shows_marks_beside_the_rows_and_their_sentences_above_the_table(tmp_path):
+    page = section("leaderboard", SimpleNamespace(leaderboard=BOARD, output=tmp_path), {})
     for mark in ("refitted", "warnings", "bad fit", "test above", "test below"):
         assert f'<span class="tag orange">{mark}</span>' in page
     callout = page.partition('<p class="callout warn">')[2].partition("</p>")[0]
-    assert callout.split("<br>") == [escape(line) for line in BOARD.warnings()]
+    assert [unescape(line) for line in callout.split("<br>")] == BOARD.warnings()
     assert page.count("look for copies") == 1  # and not once more among the notes
 
 

@@ -2,72 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from report_experiment import make_experiment, row, write_trials
+from report_experiment import built_experiment, material, row, squares, words
 from sklearn.metrics import roc_auc_score
 
-from pipeline.evaluation import METRICS, Difference, HeadPredictions, Optimism, Paired, Predictions, scores
-from pipeline.evaluation.leaderboard import Leaderboard, Verdict, judge
-from pipeline.experiment import Artifacts
-from pipeline.report import sections, tables
+from pipeline.evaluation import METRICS, Difference, Optimism, Paired, Predictions, scores
+from pipeline.evaluation.leaderboard import Leaderboard, Verdict
+from pipeline.evaluation.leaderboard.table import read_leaderboard
 from pipeline.report.charts import difference_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_svg
 from pipeline.report.material import gather
-from pipeline.report.page import render
+from pipeline.report.page import render, section
+from pipeline.stages import train_heads
 
 OTHERS = ("balanced_accuracy", "macro_f1", "log_loss")
 SHOWN = ("accuracy", *OTHERS)
 NAMES = {name: metric.title for name, metric in METRICS.items() if name != "accuracy"}
 
 
-def tuned_for(scoring: str, output: Path) -> Leaderboard:
-    """Judge the experiment's own predictions again in another score, as if it had been tuned for it."""
-    metric, rows = METRICS[scoring], []
-    board = Leaderboard.from_json(Artifacts(output).leaderboard.read_text(encoding="utf-8"))
-    for item in board.rows:
-        path = output / str(item.bundle) / "predictions.npz"
-        found = HeadPredictions.read(path)
-        held = found.out_of_fold
-        assert held is not None
-        assert held.folds is not None
-        # A head that has no probabilities is taken to be sure to 80 % of what it says.
-        sure = np.full((len(held), 3), 0.1) + 0.7 * np.eye(3)[held.y_pred]
-        answers = Predictions(held.y_true, held.y_pred, sure if held.probabilities is None else held.probabilities)
-        held = dataclasses.replace(held, scores=answers.probabilities)
-        path.write_bytes(dataclasses.replace(found, out_of_fold=held).to_bytes())
-        by_fold = tuple(metric.score(answers.rows(np.flatnonzero(held.folds == fold))) for fold in range(4))
-        write_trials(Artifacts(output).trials(item.embedding, item.head), by_fold, item.trials)
-        mean, spread = metric.score(answers), float(np.std(by_fold, ddof=1))
-        rows.append(dataclasses.replace(item, cv_mean=mean, cv_std=spread, cv_scores=by_fold))
-    return judge(Leaderboard(tuple(rows), {**board.provenance, "scoring": scoring}), output)
-
-
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Leaderboard, str]]:
-    """The leaderboard and the page for each score, of the same predictions."""
-    found = {}
+    """The leaderboard and the page for each score, of heads that were tuned for it on the same features."""
+    folder = tmp_path_factory.getbasetemp() / "experiment"
+    output, found = built_experiment(folder), {}
     for scoring in SHOWN:
-        folder = tmp_path_factory.mktemp(scoring)
-        output = make_experiment(folder / "squares", folder / "images")
-        shutil.rmtree(output / "features")  # what is drawn of features is the same for all
-        board = tuned_for(scoring, output)
-        Artifacts(output).leaderboard.write_text(board.to_json(), encoding="utf-8")
-        found[scoring] = (board, render(gather(output)))
+        if scoring != "accuracy":
+            copy = shutil.copytree(output, tmp_path_factory.mktemp(scoring) / "copy")
+            train_heads.run(squares(folder, scoring).model_copy(update={"output": str(copy)}))
+            shutil.rmtree(copy / "features")  # what is drawn of features is the same for all
+            found[scoring] = (read_leaderboard(copy), render(gather(copy)))
+        else:
+            found[scoring] = (read_leaderboard(output), (output / "report.html").read_text(encoding="utf-8"))
     return found
-
-
-def words(page: str) -> str:
-    """Return what a reader sees, in one line."""
-    seen = re.sub(r"<(style|script).*?</\1>", " ", page, flags=re.DOTALL)
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", seen)).split())
 
 
 def headers(page: str, name: str) -> list[str]:
@@ -89,13 +61,13 @@ def test_of_accuracy_the_page_says_what_it_always_said(pages):
         f"Best by cross-validation {board.best.head.replace('_', ' ')} on {board.best.embedding}",
         f"Its test accuracy {100 * best.accuracy:.1f} % {low:.1f} to {high:.1f} {best.correct} of {best.n} right, 95 % interval",
         "of 3 rows may be as good as the best Recommended",
-        f"Use {board.verdict.recommended} ; 2 rows are as good as ",
+        f"Use {board.verdict.recommended} ; 2 rows are as good as 120 images can show.",
         "± is the standard deviation of the folds' scores: how they differ, and no interval of the score.",
         "Ordered by cross-validation on the training images; test images choose nothing.",
         "All rows are compared on the same images. An interval that reaches 0",
         "accuracy, %: ● test — its 95 % interval | cross-validation",
         "percentage points from the best row, out of fold",
-        "Picking the best of 3 rows: 90.8 % out of fold as measured, about ",
+        f"Picking the best of 3 rows: {100 * board.best.cv_mean:.1f} % out of fold as measured, about ",
         "accuracy, cross-validation, %",
     ):
         assert said in text
@@ -152,6 +124,11 @@ def test_the_card_has_the_best_rows_test_score_in_the_score_that_was_tuned(pages
     assert said in words(card)
 
 
+def card_of(item, scoring: str) -> str:
+    page = render(material([item], provenance={"scoring": scoring}))
+    return words(next(part for part in page.split('<div class="card">') if "Its test " in part))
+
+
 def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
     rng, metric = np.random.default_rng(0), METRICS["roc_auc"]
     y, p = np.array(["a", "b", "c"] * 30), rng.dirichlet(np.ones(3), 90)
@@ -161,7 +138,7 @@ def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
     assert test.tuned == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
     low, high = test.tuned_interval
     assert low < test.tuned < high
-    card = words(sections._test_card(test, metric))
+    card = card_of(row("ridge", 0.9, test=test), "roc_auc")
     assert card.startswith(
         f"Its test ROC AUC {100 * test.tuned:.1f} % {100 * low:.1f} to {100 * high:.1f} 95 % interval; "
     )
@@ -169,7 +146,7 @@ def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
 
 def test_without_probabilities_the_card_has_the_test_accuracy_and_says_so():
     assert row("ridge", -0.3).test.log_loss is None
-    card = words(sections._test_card(row("ridge", -0.3).test, METRICS["log_loss"]))
+    card = card_of(row("ridge", -0.3), "log_loss")
     assert card.startswith("Its test accuracy 90.0 % ")
 
 
@@ -256,8 +233,8 @@ def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():
     paired = Paired(0.1, (-np.inf, 0.25), 0.04)
     gap = Difference(rows[1].key, 0.1, (0.02, 0.18), 0.01, False, paired, None)
     best = Difference(rows[0].key, 0.0, (0.0, 0.0), 1.0, True)
-    board = Leaderboard(rows, {"scoring": "log_loss"}, Verdict((best, gap), rows[0].key, ""))
-    text = words(tables.differences(board))
+    found = material(rows, provenance={"scoring": "log_loss"}, verdict=Verdict((best, gap), rows[0].key, ""))
+    text = words(section("difference", found, {"leaderboard": ""}))
     assert "+0.100 [+0.020, +0.180] 0.010 +0.100 [-∞, +0.250] 0.040" in text
 
 
@@ -286,8 +263,10 @@ def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():
 def test_the_luck_of_the_trials_is_said_of_those_it_is_known_of(trials, luck, finished, said, scoring, amount):
     best = row("ridge", 0.9, trials=trials)
     verdict = Verdict((), best.key, "", Optimism(2, 0.9, 0.89, (0.8, 0.95)), luck, finished)
-    board = Leaderboard((best,), {"scoring": scoring}, verdict)
-    assert sections._trial_luck(board, verdict) == said.format(amount)
+    text = words(
+        section("difference", material([best], None, {"scoring": scoring}, None, verdict), {"leaderboard": ""})
+    )
+    assert text.partition("once the luck of having been picked is taken off.")[2] == said.format(amount)
 
 
 def test_the_note_on_components_does_not_promise_more_than_a_fold_has():

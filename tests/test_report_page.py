@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_experiment import row
+from report_experiment import material, row, words
 
 from pipeline import evaluation as metrics
-from pipeline.evaluation import audit
-from pipeline.evaluation.leaderboard import Leaderboard, Nested
-from pipeline.report import sections, tables
+from pipeline.evaluation import HeadPredictions, Predictions
+from pipeline.evaluation.leaderboard import Nested
+from pipeline.report import sections
 from pipeline.report.charts import accuracy_chart, priced
 from pipeline.report.confusion import confusion_chart, left_out, most_confused
 from pipeline.report.drawing import to_svg
-from pipeline.report.material import Material
 from pipeline.report.names import shorten_all
+from pipeline.report.page import section
 
 LONG = tuple(f"a rather long class name number {number:02d}" for number in range(60))
 
@@ -43,11 +42,6 @@ class Table(HTMLParser):
     def handle_data(self, data):
         if self.rows and self.rows[-1]:
             self.rows[-1][-1] = f"{self.rows[-1][-1]} {data}".strip()
-
-
-def material(rows, trials=None, provenance=None) -> Material:
-    board = Leaderboard(tuple(rows), provenance or {})
-    return Material(Path("out"), board, {}, trials or {}, None, None, None, None, audit.Findings(), ())
 
 
 def trials(count: int = 3):
@@ -120,19 +114,25 @@ def test_of_many_classes_the_most_confused_are_drawn_and_the_rest_is_said():
     assert ">true class</text>" in to_svg(confusion_chart(matrix[:25, :25], LONG[:25]), "confusion")
 
 
+def class_by_class(truth, guess, classes) -> str:
+    said = Predictions.of(truth, guess, classes, paths=np.arange(len(truth)).astype(str))
+    found = material([row("ridge", 0.9)], predictions=HeadPredictions(said))
+    return section("classes", found, {"confusion": ""})
+
+
 def test_of_many_classes_the_worst_come_first_and_all_are_on_the_page():
-    matrix = confused()
+    matrix, classes = confused(), (*LONG, "never seen")
     truth = np.repeat(LONG, matrix.sum(axis=1))
     guess = np.concatenate([np.repeat(LONG, counts) for counts in matrix])
-    found = metrics.per_class(metrics.Predictions.of(truth, guess, (*LONG, "never seen")))
-    text = tables.classes(found)
-    first, rest = text.split("<details>")
+    found = metrics.per_class(Predictions.of(truth, guess, classes))
+    first, rest = class_by_class(truth, guess, classes).split("<details>")
     worst = Table(first).rows[1:]
     assert "The 15 worst of 61 classes, lowest F1 first" in first
     assert [line[0] for line in worst] == [item.label for item in sorted(found[:60], key=lambda item: item.f1)[:15]]
     assert [line[0] for line in Table(rest).rows[1:]] == [*LONG, "never seen"]
     assert Table(rest).rows[-1] == ["never seen", "0", "–", "–", "–"]
-    few = tables.classes(found[:25])
+    known = np.isin(truth, LONG[:25])
+    few = class_by_class(truth[known], guess[known], LONG[:25])
     assert "<details>" not in few
     assert [line[0] for line in Table(few).rows[1:]] == list(LONG[:25])
 
@@ -143,20 +143,25 @@ def test_of_many_classes_the_worst_come_first_and_all_are_on_the_page():
 def test_the_cost_chart_says_which_rows_it_leaves_out_and_why():
     rows = [row(f"head{place}", 0.9, correct=90 - place, embed_seconds=0.01) for place in range(4)]
     rows += [row("hopeless", 0.1, correct=5, embed_seconds=0.01), row("untimed", 0.8), row("untested", 0.7, test=None)]
-    found = priced(rows)
-    assert [item.head for item in found.shown] == ["head0", "head1", "head2", "head3"]
-    parts = (*found.shown, *found.low, *found.untimed, *found.untested)
-    assert sorted(item.head for item in parts) == sorted(item.head for item in rows)
+    shown, left = priced(rows)
+    assert [item.head for item in shown] == ["head0", "head1", "head2", "head3"]
+    assert [[item.head for item in part] for part, _ in left] == [["hopeless"], ["untimed"], ["untested"]]
+    floor = re.fullmatch(r"below (\d+) %, where they would squeeze all others", left[0][1])
+    assert floor is not None
+    assert 5 < int(floor.group(1)) < 87
     key = "resnet18-penultimate"
-    said = sections._unpriced(material(rows))
-    assert said == (
-        f"Not drawn: 1 row ({key}/hopeless) below {100 * found.floor:.0f} %, where they would squeeze all others; "
-        f"1 row ({key}/untimed) without a measured time per image; 1 row ({key}/untested) without a test score."
+    assert cost(rows).endswith(
+        f"Not drawn: 1 row ({key}/hopeless) {left[0][1]}; 1 row ({key}/untimed) without a measured time per image; "
+        f"1 row ({key}/untested) without a test score."
     )
-    assert sections._unpriced(material(rows[:4])) == ""
+    assert "Not drawn" not in cost(rows[:4])
     many = [*rows[:4], *(row(f"bad{place}", 0.1, correct=place, embed_seconds=0.01) for place in range(1, 4 + 1))]
     many += [row(f"fine{place}", 0.9, embed_seconds=0.01) for place in range(4)]
-    assert "Not drawn: 4 rows below" in sections._unpriced(material(many))
+    assert "Not drawn: 4 rows below" in cost(many)
+
+
+def cost(rows) -> str:
+    return words(section("cost", material(rows), {"cost": ""}))
 
 
 @pytest.mark.parametrize(("count", "said"), [(10, False), (12, True)])
@@ -166,7 +171,7 @@ def test_the_tuning_chart_says_how_many_searches_it_leaves_out(count: int, said:
     assert set(re.findall(r">(net\d+)/ridge<", to_svg(sections.charts_of(found)["tuning"], "tuning"))) == {
         f"net{place:02d}" for place in range(10)
     }
-    text = sections._tuning(found, {"tuning": ""})
+    text = section("tuning", found, {"tuning": ""})
     sentence = (
         f"Drawn are the 10 best searches of {count}, as many as there are colours to tell apart; the table has all."
     )
@@ -174,9 +179,11 @@ def test_the_tuning_chart_says_how_many_searches_it_leaves_out(count: int, said:
     assert len(Table(text).rows) == count + 1
 
 
-def test_a_leaderboard_too_long_to_draw_says_so():
-    assert sections._rows_left_out(30) == ""
-    assert sections._rows_left_out(41) == " Drawn are the 30 best rows of 41, for want of room; the tables have all."
+@pytest.mark.parametrize(("count", "said"), [(30, False), (41, True)])
+def test_a_leaderboard_too_long_to_draw_says_so(count: int, said: bool):
+    rows = [row(f"head{place}", 0.9 - place / 100) for place in range(count)]
+    text = words(section("difference", material(rows), {"leaderboard": ""}))
+    assert ("Drawn are the 30 best rows of 41, for want of room; the tables have all." in text) == said
 
 
 # Tables
@@ -185,16 +192,16 @@ def test_a_leaderboard_too_long_to_draw_says_so():
 def test_every_row_of_the_tuning_table_is_named_by_head_and_embedding():
     names = ("resnet18-penultimate", "hog", "pixels")
     rows = [row("logistic_regression", 0.9, embedding=name) for name in names]
-    found = Table(tables.searches(material(rows, {item.key: trials() for item in rows})))
+    found = Table(section("tuning", material(rows, {item.key: trials() for item in rows}), {"tuning": ""}))
     assert [line[0] for line in found.rows[1:]] == [
         f"logistic regression {name} C = 0.5, k = 3" for name in sorted(names)
     ]
 
 
 def test_the_score_and_its_interval_are_words_and_come_before_all_but_the_name():
-    board = Leaderboard((row("ridge", 0.9, nested=Nested((0.9, 0.8), (0.7, 0.9))),))
+    found = material([row("ridge", 0.9, nested=Nested((0.9, 0.8), (0.7, 0.9)))])
     low, high = metrics.wilson(90, 100)
-    header, line = Table(tables.leaderboard(board)).rows
+    header, line = Table(section("leaderboard", found, {})).rows
     assert header[:4] == ["Head and embedding", "Cross-validation,\xa0%", "Test accuracy,\xa0% [95\xa0%]", "Nested"]
     assert line[0] == "ridge best resnet18-penultimate"
     assert line[1:3] == ["90.0 ± 1.0", f"90.0 [{100 * low:.1f}, {100 * high:.1f}]"]
@@ -203,13 +210,13 @@ def test_the_score_and_its_interval_are_words_and_come_before_all_but_the_name()
 def test_log_loss_is_never_a_percentage():
     rows = [dataclasses.replace(row("ridge", -0.351), cv_std=0.02)]
     found = material(rows, {rows[0].key: trials()}, {"scoring": "log_loss"})
-    header, line = Table(tables.searches(found)).rows
+    header, line = Table(section("tuning", found, {"tuning": ""})).rows
     assert (header[1], line[1]) == ("Best cross-validation, log\xa0loss", "0.351")
     assert "cross-validation log loss 0.351" in to_svg(sections.charts_of(found)["leaderboard"], "leaderboard")
 
 
 def test_a_screen_reader_is_told_what_a_cell_belongs_to():
-    text = tables.leaderboard(Leaderboard((row("ridge", 0.9),)))
+    text = section("leaderboard", material([row("ridge", 0.9)]), {})
     assert 'role="region" aria-label="Leaderboard" tabindex="0"' in text
     assert text.count('scope="col"') == 8
     assert text.count('scope="row"') == 1

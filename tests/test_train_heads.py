@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config, HeadConfig, TuningConfig
-from pipeline.data import DatasetIndex, LedgerEntry, lineage, record_failures
+from pipeline.data import DatasetIndex, Failure, lineage, record_failures
 from pipeline.data.targets import Classification
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, read_records, write_records
 from pipeline.embed.spec import EmbeddingSpec
@@ -460,7 +460,7 @@ def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path:
         train_heads.run(config)
     assert str(caught.value) == "1 of 151 images have no features yet; run `manyheads features` first"
     policy = policy_key(config.dataset.max_pixels)
-    failed = LedgerEntry("9999.png", digests_to_hex(digests[-1:])[0], "truncated", "its end is missing")
+    failed = Failure("9999.png", digests_to_hex(digests[-1:])[0], "truncated", "its end is missing")
     known = failed._replace(path=str(index.paths[0]), digest=digests_to_hex(digests[:1])[0])
     assert index.splits[0] == "test"
     record_failures(files.dataset, [failed, known], policy)  # one has a vector, which an earlier version made of it

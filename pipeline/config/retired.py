@@ -28,12 +28,20 @@ KEYS: Final[Mapping[str, Retired]] = {
     ),
     "finetune.training.sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
     "finetune.training.cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
+    "finetune.interpolate": Retired(
+        True, "is gone: the weights between hand-over and result are always tried; remove it"
+    ),
+    "finetune.training.optimizer": Retired("adamw", "is gone: it is AdamW; remove it"),
+    "finetune.training.momentum": Retired(0.9, "is gone with the optimizer sgd; remove it"),
+    "finetune.training.schedule": Retired("cosine", "is gone: the rate falls by a cosine after the warm-up; remove it"),
+    "finetune.training.cutmix": Retired(0.0, "is gone; remove it, and set mixup"),
+    "finetune.training.range_test": Retired(False, "is gone: no rate is looked for; remove it, and set rate"),
+    "finetune.training.dropout": Retired(0.0, "is gone; remove it: weight_decay, label_smoothing and mixup are left"),
     "tuning.device": Retired("auto", "is gone: heads are searched on the processor; remove it"),
 }
 """Section and key -> what became of it."""
 
 VALUES: Final[Mapping[tuple[str, str], str]] = {
-    ("finetune.training.schedule", "trapezoid"): "is gone: set it to cosine or constant",
     ("extraction.decode", "gpu"): "is gone: the processor decodes; set it to standard, or fast for large photos",
 }
 """Section and key, and a value that is gone -> what became of it."""

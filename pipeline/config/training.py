@@ -25,24 +25,16 @@ class TrainingConfig(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     """Batches per step; their gradients are averaged."""
-    optimizer: Literal["sgd", "adamw"] = "adamw"
     rate: float = Field(1e-3, gt=0)
     rate_decay: float = Field(0.5, gt=0, le=1)
     """Stages further from the head learn more slowly, down to a hundredth of the rate."""
-    range_test: bool = False
-    """Choose the rate by a range test first; the network is put back as it was."""
-    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-2, ge=0)
-    """Not applied to norms and biases. AdamW's is decoupled from the gradient; SGD's is the usual L2 term."""
+    """AdamW's; not applied to norms and biases."""
     warmup: float = Field(0.1, ge=0, lt=1)
-    """Share of the steps in which the rate rises."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """Share of the steps in which the rate rises; then it falls to zero by a cosine."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution; 0 is off. With both mixup and cutmix each batch gets one of them."""
-    cutmix: float = Field(0.0, ge=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Before the last layer."""
+    """Alpha of the Beta distribution; 0 is off."""
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
     """`crop` is a random resized crop and a flip; `trivial` is torchvision's TrivialAugmentWide before it."""
     smallest_crop: float = Field(0.5, gt=0, le=1)
@@ -81,11 +73,17 @@ class FinetuneConfig(Section):
     """Share of the training images that chooses weights, where the data have no validation split."""
     unfreeze: tuple[UnfreezeConfig, ...] = (UnfreezeConfig(),)
     """Which stages are trained from which share of the steps on, such as `[{start: 0, scope: head}, {start: 0.2}]`."""
-    interpolate: bool = True
-    """Also try the weights between hand-over and result, and take what does best on the validation images."""
     training: TrainingConfig = TrainingConfig()
 
     @field_validator("unfreeze", mode="before")
     @classmethod
     def _yaml_has_lists(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("unfreeze")
+    @classmethod
+    def _rises_from_the_start(cls, plan: tuple[UnfreezeConfig, ...]) -> tuple[UnfreezeConfig, ...]:
+        starts = [step.start for step in plan]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ValueError("should be steps of which the first starts at 0 and each later than the one before")
+        return plan

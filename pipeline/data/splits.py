@@ -7,34 +7,23 @@ were split before keep their side, so adding, renaming or removing images moves 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import DatasetIndex, Texts, encode
-from pipeline.data.match import match_digests, match_texts
+from pipeline.data.index import DatasetIndex, SplitPlan
+from pipeline.data.match import Texts, encode, match_digests, match_texts
 from pipeline.data.targets import Classification
-from pipeline.data.units import leakage_units
 from pipeline.io.digests import Digests, content_digest
 
 
-@dataclass(frozen=True)
-class SplitPlan:
-    """What a made split follows: the share of each class's images that is set aside, and the seed of the order."""
-
-    seed: int
-    test_fraction: float
-
-
 def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8]) -> Texts:
-    """Move whole units from 'train' to 'test' and return the splits, shape (n,).
+    """Move whole units from 'train' to 'test' and return the splits, object array of shape (n,).
 
-    `prior` is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
+    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
     the units they belong to. No class loses all its training images.
     """
     splits, groups, digests = index.splits, index.groups, index.digests
-    units = leakage_units(digests, groups)
+    units = index.units()
     n_units = int(units.max()) + 1 if len(units) else 0
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
@@ -62,7 +51,10 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
 
 
 def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
-    """Return what each image was in an earlier index, by content first and by path otherwise: 1 test, 0 train, -1 not there."""
+    """Return what each image was in an earlier index, by content first and by path otherwise.
+
+    int8 of shape (n,): 1 test, 0 train, -1 not there.
+    """
     rows = match_digests(before.digests, index.digests)
     if before.root == index.root:  # below another root, the same path is another image
         by_path = match_texts(before.paths, index.paths)

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import Texts, texts
-from pipeline.data.match import match_texts
+from pipeline.data.match import Texts, match_texts, texts
 from pipeline.experiment import parse_arrays
 from pipeline.io.digests import Digests
 from pipeline.io.files import read_file, write_atomic

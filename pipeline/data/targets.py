@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import DatasetIndex, encode
+from pipeline.data.index import DatasetIndex
+from pipeline.data.match import encode
 
 
 @dataclass(frozen=True)

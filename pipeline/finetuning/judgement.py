@@ -13,18 +13,18 @@ from pipeline.evaluation import ACCURACY, Paired, Predictions, counted, paired_a
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.finetuning import ReturnPath, Task, Trained
+from pipeline.finetuning import ReturnPath, State, Task
 from pipeline.finetuning.material import Choice, Parts
 from pipeline.heads.tuning import Features, blocks
 from pipeline.store import FeatureStore, StoredRows
 
 
-def progress_report(task: Task, trained: Trained, path: ReturnPath) -> dict[str, Any]:
+def progress_report(task: Task, trained: State, path: ReturnPath) -> dict[str, Any]:
     """Return what training did and what was chosen on the validation images."""
     return {
-        "steps": trained.steps,
+        "steps": trained.step,
         "minutes": trained.seconds / 60,
-        "rate": trained.rate,
+        "rate": task.settings.rate,
         "precision": task.precision,
         "source": trained.source if path.alpha > 0 else "hand-over",
         "alpha": path.alpha,

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import UnfreezeConfig
 from pipeline.errors import TrainingError
 
 BatchNorm = Literal["frozen", "affine", "train"]
@@ -31,14 +32,6 @@ class Stage:
 
     name: str
     modules: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PlanStep:
-    """From a share of the steps on, everything from the head down to one stage is trained."""
-
-    start: float
-    scope: str
 
 
 def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
@@ -104,13 +97,13 @@ def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
     )
 
 
-def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
+def check_plan(plan: Sequence[UnfreezeConfig], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
     """Return a plan as (share of the steps, lowest trained stage), each step opening at least what the one before did.
 
     Raises
     ------
     TrainingError
-        When the plan does not start at 0, goes backwards, leaves a hole, or names a stage the network does not have.
+        When the plan closes a stage again, or names one the network does not have.
     """
     problems: list[str] = []
     resolved: list[tuple[float, int]] = []
@@ -119,17 +112,11 @@ def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple
             resolved.append((step.start, resolve_scope(step.scope, stages)))
         except TrainingError as error:
             problems.append(f"step {number + 1}: {error.message}")
-    if plan and plan[0].start != 0:
-        problems.append(f"step 1: starts at {plan[0].start:g} of the run, expected 0: nothing would be trained before")
-    for (start, lowest), (following, below) in pairwise(resolved):
-        if following <= start:
-            problems.append(f"starts at {following:g} after {start:g}; expected shares that rise")
+    for (_, lowest), (start, below) in pairwise(resolved):
         if below > lowest:
             problems.append(
-                f"freezes {stages[lowest].name} again at {following:g}; expected each step to open the same stages or more"
+                f"freezes {stages[lowest].name} again at {start:g}; expected each step to open the same stages or more"
             )
-    if not plan:
-        problems.append("is empty; expected at least one step, such as {start: 0, scope: all}")
     if problems:
         raise TrainingError("unfreeze: the plan cannot be followed", problems)
     return tuple(resolved)

@@ -5,7 +5,6 @@ Everything random in a step comes from (seed, step), so that a step is the same 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +66,11 @@ def stage_rates(rate: float, decay: float, stages: int) -> list[float]:
     return [max(rate * decay**depth, rate / 100) for depth in range(stages - 1, -1, -1)]
 
 
-def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer with one group per stage and decay; `rate` is the head's before any schedule."""
+def make_optimizer(task: Task) -> torch.optim.Optimizer:
+    """Return the optimizer with one group per stage and decay, at their full rates."""
     settings, groups = task.settings, list[dict[str, Any]]()
     owners = stage_of_parameters(task.network, task.stages)
-    rates = stage_rates(rate, settings.rate_decay, len(task.stages))
+    rates = stage_rates(settings.rate, settings.rate_decay, len(task.stages))
     for stage, own in zip(task.stages, rates, strict=True):
         for decays in (True, False):  # norms and biases, which are vectors, do not
             inside = [p for name, p in task.network.named_parameters() if owners[name] == stage.name]
@@ -79,19 +78,17 @@ def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
             decay = settings.weight_decay if decays else 0.0
             if members:
                 groups.append({"params": members, "weight_decay": decay, "lr": own, "stage": stage.name})
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
-    return torch.optim.AdamW(groups, lr=rate)
+    return torch.optim.AdamW(groups)
 
 
 def make_schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Return the schedule of a run: linear warm-up to the full rate, then constant or a cosine down to zero."""
+    """Return the schedule of a run: linear warm-up to the full rate, then a cosine down to zero."""
     warmup = round(task.settings.warmup * task.steps)
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    if task.settings.schedule == "constant":
-        return rise
     fall = CosineAnnealingLR(optimizer, T_max=max(1, task.steps - warmup))
-    return SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if warmup else fall
+    if not warmup:
+        return fall
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 
 def train_step(
@@ -174,7 +171,6 @@ def _class_weights(data: Data, settings: TrainingConfig, device: torch.device) -
     return torch.tensor(len(data.train) / (data.classes * np.maximum(counts, 1)), dtype=torch.float32, device=device)
 
 
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=precision != "fp32")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from pipeline.report.drawing import Chart, Palette, figure, plain_text, tip
+from pipeline.report.drawing import Palette, chart, figure, plain_text, tip
 from pipeline.report.names import shorten_all
 
 MOST_CELLS = 25
@@ -39,50 +39,38 @@ def left_out(matrix: NDArray[np.int64]) -> str:
     )
 
 
-def confusion_chart(matrix: NDArray[np.int64], classes: Sequence[str]) -> Chart:
+@chart
+def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
     """Draw a confusion matrix, each row as shares of its true class; of many classes those with most mistakes."""
-
-    def draw(palette: Palette) -> Figure:
-        kept = most_confused(matrix)
-        cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
-        shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
-        many = len(names) > MOST_COUNTED
-        made = figure(palette, height=5.0 if many else 4.7)
-        axes = made.subplots()
-        axes.grid(False)
-        for row, column in np.argwhere(cells > 0).tolist():
-            right = row == column
-            share = float(shares[row, column])
-            # A count on a wrong cell is read on half a colour, on light and on dark.
-            strength = share if right else min(1.0 if many else 0.6, 3 * share)
-            found = "right" if right else f"taken for {names[column]}"
-            axes.add_patch(
-                Rectangle(
-                    (column - 0.46, row - 0.46), 0.92, 0.92, lw=0,
-                    color=palette.accent if right else palette.bad,
-                    alpha=max(0.12, strength),
-                    gid=tip(f"{names[row]} {found}: {cells[row, column]} ({100 * share:.0f} %)"),
-                )
-            )  # fmt: skip
-            if not many:
-                colour = palette.surface if right and share > 0.78 else palette.ink
-                axes.text(column, row, str(cells[row, column]), ha="center", va="center", fontsize=9, color=colour)
-        labels = [plain_text(name) for name in shorten_all(names, LABEL)]
-        turned = 0 if max(map(len, labels)) <= 2 else 90 if many else 45
-        size = 8 if many else 9
-        side = "right" if turned == 45 else "center"
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_aspect("equal")
-        axes.set_xticks(range(len(names)), labels, rotation=turned, ha=side, fontsize=size, color=palette.ink)
-        axes.set_yticks(range(len(names)), labels, fontsize=size)
-        axes.set_xlabel("predicted class")
-        # On paper there is no caption.
-        axes.set_ylabel(
-            "true class"
-            + (f": the {len(names)} of {len(matrix)} with most mistakes" if len(names) < len(matrix) else "")
-        )
-        axes.spines[:].set_visible(False)
-        return made
-
-    return draw
+    kept = most_confused(matrix)
+    cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
+    shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
+    many = len(names) > MOST_COUNTED
+    made = figure(palette, height=5.0 if many else 4.7)
+    axes = made.subplots()
+    axes.grid(False)
+    for row, column in np.argwhere(cells > 0).tolist():
+        right = row == column
+        share = float(shares[row, column])
+        # A count on a wrong cell is read on half a colour, on light and on dark.
+        strength = share if right else min(1.0 if many else 0.6, 3 * share)
+        found = "right" if right else f"taken for {names[column]}"
+        colour = palette.accent if right else palette.bad
+        text = f"{names[row]} {found}: {cells[row, column]} ({100 * share:.0f} %)"
+        corner, alpha = (column - 0.46, row - 0.46), max(0.12, strength)
+        axes.add_patch(Rectangle(corner, 0.92, 0.92, lw=0, color=colour, alpha=alpha, gid=tip(text)))
+        if not many:
+            colour = palette.surface if right and share > 0.78 else palette.ink
+            axes.text(column, row, str(cells[row, column]), ha="center", va="center", fontsize=9, color=colour)
+    labels = [plain_text(name) for name in shorten_all(names, LABEL)]
+    turned, size = 0 if max(map(len, labels)) <= 2 else 90 if many else 45, 8 if many else 9
+    side = "right" if turned == 45 else "center"
+    axes.set_xticks(range(len(names)), labels, rotation=turned, ha=side, fontsize=size, color=palette.ink)
+    axes.set_yticks(range(len(names)), labels, fontsize=size)
+    end = len(names) - 0.5
+    axes.set(xlim=(-0.5, end), ylim=(end, -0.5), aspect="equal", xlabel="predicted class")
+    # On paper there is no caption.
+    part = "" if len(names) == len(matrix) else f": the {len(names)} of {len(matrix)} with most mistakes"
+    axes.set_ylabel(f"true class{part}")
+    axes.spines[:].set_visible(False)
+    return made

@@ -12,22 +12,15 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 import matplotlib
 from matplotlib.figure import Figure
 
 CATEGORIES = (
-    "#4269d0",
-    "#efb118",
-    "#ff725c",
-    "#6cc5b0",
-    "#3ca951",
-    "#ff8ab7",
-    "#a463f2",
-    "#97bbf5",
-    "#9c6b4e",
-    "#9498a0",
+    *("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951"),
+    *("#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"),
 )
 """Observable's ten colours: told apart on light and on dark."""
 
@@ -41,52 +34,33 @@ class Palette:
     grid: str
     surface: str
     accent: str
-    good: str
     bad: str
     categories: tuple[str, ...]
 
+    def category(self, number: int) -> str:
+        """Return a colour by number; they begin again after the last."""
+        return self.categories[number % len(self.categories)]
 
-PAPER = Palette("#1b1f24", "#5b6470", "#dfe3e8", "#ffffff", "#3b5bdb", "#2b8a3e", "#d9480f", CATEGORIES)
-_STAND_INS = tuple(f"#0102{number:02x}" for number in range(3, 3 + 7 + len(CATEGORIES)))
-SCREEN = Palette(
-    ink=_STAND_INS[0],
-    muted=_STAND_INS[1],
-    grid=_STAND_INS[2],
-    surface=_STAND_INS[3],
-    accent=_STAND_INS[4],
-    good=_STAND_INS[5],
-    bad=_STAND_INS[6],
-    categories=_STAND_INS[7:],
-)
-_VARIABLES = dict(
-    zip(
-        _STAND_INS,
-        ["ink", "muted", "grid", "surface", "accent", "good", "bad", *(f"c{i}" for i in range(len(CATEGORIES)))],
-        strict=True,
-    )
-)
+
+PAPER = Palette("#1b1f24", "#5b6470", "#dfe3e8", "#ffffff", "#3b5bdb", "#d9480f", CATEGORIES)
+_NAMES = ("ink", "muted", "grid", "surface", "accent", "bad")
+_VARIABLES = (*_NAMES, *(f"c{number}" for number in range(len(CATEGORIES))))
+_STAND_INS = tuple(f"#0102{number:02x}" for number in range(3, 3 + len(_VARIABLES)))
+SCREEN = Palette(**dict(zip(_NAMES, _STAND_INS, strict=False)), categories=_STAND_INS[len(_NAMES) :])
 
 Chart = Callable[[Palette], Figure]
 """Draws itself with the colours it is given."""
+Numbers = ParamSpec("Numbers")
 
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "axes.labelsize": 9.5,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "manyheads",
-    "figure.constrained_layout.use": True,
-}
+
+def chart(draw: Callable[Concatenate[Palette, Numbers], Figure]) -> Callable[Numbers, Chart]:
+    """Let a function that draws numbers with a palette take the numbers first, and return a `Chart`."""
+
+    @wraps(draw)
+    def numbered(*args: Numbers.args, **kwargs: Numbers.kwargs) -> Chart:
+        return lambda palette: draw(palette, *args, **kwargs)
+
+    return numbered
 
 
 def figure(palette: Palette, width: float = 4.9, height: float = 3.5) -> Figure:
@@ -101,18 +75,11 @@ def to_svg(chart: Chart, name: str, label: str = "") -> str:
 
     `label` is what a screen reader calls the chart.
     """
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_style(SCREEN)), warnings.catch_warnings():
-        # A glyph that matplotlib's font lacks is set by the browser in a font that has it.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        chart(SCREEN).savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None}
-        )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+    text = _drawn(chart, SCREEN, format="svg", metadata=nothing).decode("utf-8")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for size in ("width", "height"):
+        text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
     # Hundredths of a point cannot be seen; tooltips keep their digits.
     text = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
     # The page sets its own font.
@@ -122,22 +89,15 @@ def to_svg(chart: Chart, name: str, label: str = "") -> str:
     text = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r'id="tip:([^"]*)"', r'class="tip" data-tip="\1"', text)
-    for stand_in, variable in _VARIABLES.items():
+    for stand_in, variable in zip(_STAND_INS, _VARIABLES, strict=True):
         text = text.replace(stand_in, f"var(--{variable})")
-    return text.replace(
-        "<svg ",
-        f'<svg class="chart" role="group" aria-label="{html.escape(label or name)}" data-chart="{html.escape(name)}" ',
-        1,
-    )
+    named = f'aria-label="{html.escape(label or name)}" data-chart="{html.escape(name)}"'
+    return text.replace("<svg ", f'<svg class="chart" role="group" {named} ', 1)
 
 
 def to_png(chart: Chart) -> bytes:
     """Draw a chart for paper, 200 dots per inch."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_style(PAPER)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        chart(PAPER).savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
+    return _drawn(chart, PAPER, format="png", dpi=200, metadata={"Software": None})
 
 
 def plain_text(text: str) -> str:
@@ -150,17 +110,39 @@ def tip(text: str) -> str:
     return f"tip:{text}"
 
 
+def _drawn(chart: Chart, palette: Palette, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_style(palette)), warnings.catch_warnings():
+        # A glyph that matplotlib's font lacks is set by the browser in a font that has it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        chart(palette).savefig(buffer, **how)
+    return buffer.getvalue()
+
+
 def _style(palette: Palette) -> Any:
     # Any: matplotlib's type for settings names every one of them.
     return {
-        **STYLE,
+        "font.size": 10,
         "text.color": palette.ink,
-        "axes.labelcolor": palette.muted,
+        "axes.axisbelow": True,
         "axes.edgecolor": palette.grid,
         "axes.facecolor": "none",
-        "xtick.color": palette.muted,
-        "ytick.color": palette.muted,
-        "xtick.labelcolor": palette.muted,
-        "ytick.labelcolor": palette.ink,
+        "axes.grid": True,
+        "axes.labelcolor": palette.muted,
+        "axes.labelsize": 9.5,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
         "grid.color": palette.grid,
+        "grid.linewidth": 0.6,
+        "legend.fontsize": 8.5,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "manyheads",
+        "xtick.color": palette.muted,
+        "xtick.labelcolor": palette.muted,
+        "xtick.major.size": 0,
+        "ytick.color": palette.muted,
+        "ytick.labelcolor": palette.ink,
+        "ytick.major.size": 0,
     }

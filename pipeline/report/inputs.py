@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import pipeline
 from pipeline.errors import PipelineError
-from pipeline.evaluation.leaderboard.table import read_leaderboard
+from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.experiment import REPORT, Artifacts, read_document, write_document
 from pipeline.images import HASH_STORE
 from pipeline.io.digests import file_digest, fingerprint
 
 PAGE = "report.html"
-LIBRARIES = ("matplotlib", "numpy", "Pillow", "scikit-learn", "scipy", "umap-learn")
-"""What draws and reckons; with umap-learn the map is another."""
+RECORD = "report.json"
+LIBRARIES = ("Jinja2", "matplotlib", "numpy", "Pillow", "scikit-learn", "scipy")
+"""What draws and reckons."""
 
-CODE = ("*.py", "report/*.css", "report/*.js", "report/*.html")
+CODE = ("*.py", "report/templates/*")
 
 
 def is_current(output: Path) -> bool:
-    """Whether everything that `write_record` wrote down is as it was then: what the page was made of, and what was made.
-
-    Raises
-    ------
-    PipelineError
-        When there is no leaderboard.
-    """
+    """Whether everything that `write_record` wrote down is as it was then: what the page was made of, and what was made."""
     try:
-        record = read_document(_record(output), REPORT)
+        record = read_document(output / RECORD, REPORT)
         made = {name: file_digest(output / name) for name in record["files"]}
     except (PipelineError, OSError, KeyError, TypeError):
         return False
@@ -39,12 +34,8 @@ def is_current(output: Path) -> bool:
 
 def write_record(output: Path, inputs: str, files: Iterable[Path]) -> None:
     """Write down in `report.json` what the page was made of, by `digest_inputs`, and the digests of the files that were made."""
-    made = {path.relative_to(output).as_posix(): file_digest(path) for path in files}
-    write_document(_record(output), REPORT, {"inputs": inputs, "files": made})
-
-
-def _record(output: Path) -> Path:
-    return output / "report.json"
+    made = _digests(output, files)
+    write_document(output / RECORD, REPORT, {"inputs": inputs, "files": made})
 
 
 def digest_inputs(output: Path) -> str:
@@ -52,31 +43,25 @@ def digest_inputs(output: Path) -> str:
 
     The date of the leaderboard does not count: a run that had nothing to do writes a new one.
     """
-    board = json.loads(read_leaderboard(output).to_json())
-    board["provenance"].pop("date", None)
-    board.pop("digest")
-    found = {path.relative_to(output).as_posix(): _digest(path) for path in _sources(output)}
-    root = Path(pipeline.__file__).parent
-    code = {str(path.relative_to(root)): file_digest(path) for kind in CODE for path in sorted(root.rglob(kind))}
-    return fingerprint([board, found, code, {name: _version(name) for name in LIBRARIES}])
+    board = read_leaderboard(output)
+    record = json.loads(board.to_json())
+    record["provenance"].pop("date", None)
+    record.pop("digest")
+    sources, root = [path for path in _sources(output, board) if path.is_file()], Path(pipeline.__file__).parent
+    code = [path for kind in CODE for path in sorted(root.rglob(kind))]
+    libraries = {name: version(name) for name in LIBRARIES}
+    return fingerprint([record, _digests(output, sources), _digests(root, code), libraries])
 
 
-def _sources(output: Path) -> Iterator[Path]:
+def _digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def _sources(output: Path, board: Leaderboard) -> Iterator[Path]:
     """The files beside the leaderboard that the page is made of; the features are named by their digest in features.json."""
     files = Artifacts(output)
-    yield from (files.features, *sorted(files.dataset.glob("*.csv")), *sorted((files.dataset / HASH_STORE).glob("*")))
-    for row in read_leaderboard(output).rows:
+    yield from (files.features, *sorted(files.dataset.glob("*.csv")), *sorted((files.dataset / HASH_STORE).rglob("*")))
+    for row in board.rows:
         yield files.trials(row.embedding, row.head)
         if row.bundle is not None:
             yield output / row.bundle / "predictions.npz"
-
-
-def _digest(path: Path) -> str | None:
-    return file_digest(path) if path.is_file() else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

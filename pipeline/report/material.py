@@ -5,11 +5,9 @@ A part whose files are missing is None, with the reason in `missing`; the page s
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +31,6 @@ from pipeline.experiment import Artifacts
 from pipeline.heads import RIDGE, configure
 from pipeline.store import FeatureStore
 
-log = logging.getLogger(__name__)
-
 MOST_DOTS = 900
 """Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
 MOST_CURVE_ROWS = 6_000
@@ -49,7 +45,6 @@ CURVE_DRAWS = 5
 class Map:
     """The embedding space in two dimensions: `rows` of the index, shape (n,), and where each lies, shape (n, 2)."""
 
-    method: str
     rows: NDArray[np.intp]
     points: NDArray[np.float32]
 
@@ -93,26 +88,22 @@ def gather(output: Path) -> Material:
     predictions, trials = read_predictions(leaderboard, output), read_trials(leaderboard, output)
     if leaderboard.best.key not in predictions:
         missing.append("The best row left no predictions, so its mistakes cannot be shown.")
-    index = _index(files, missing)
     seed = int(leaderboard.provenance.get("seed", 0))
-    findings = audit.Findings(_label_issues(leaderboard, predictions))
-    view = None if index is None else _view(files, leaderboard, index, seed, missing)
-    embedding, space, curve = None, None, None
-    if view is not None:
-        embedding, space, curve = view.embedding, _map(view, seed), _curve(view, seed)
-        part = view.images
-        hashes = audit.read_hashes(files.dataset, part.digests)
-        found = audit.examine(view.features, part.paths.tolist(), part.labels.tolist(), part.splits.tolist(), hashes)
-        findings = replace(found, label_issues=findings.label_issues)
-    return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
-
-
-def _index(files: Artifacts, missing: list[str]) -> DatasetIndex | None:
+    index, view, space, curve, findings = None, None, None, None, audit.Findings()
     try:
-        return DatasetIndex.read(files.dataset)
+        index = DatasetIndex.read(files.dataset)
     except (PipelineError, OSError) as error:
         missing.append(f"No images are shown, because the index cannot be read: {error}")
-        return None
+    else:
+        view = _view(files, leaderboard, index, seed, missing)
+    if view is not None:
+        part, space, curve = view.images, _map(view, seed), _curve(view, seed)
+        hashes = audit.read_hashes(files.dataset, part.digests)
+        paths, labels, splits = (column.tolist() for column in (part.paths, part.labels, part.splits))
+        findings = audit.examine(view.features, paths, labels, splits, hashes)
+    findings = replace(findings, label_issues=_label_issues(leaderboard, predictions))
+    embedding = None if view is None else view.embedding
+    return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
 
 
 @dataclass(frozen=True)
@@ -134,22 +125,20 @@ def _view(
     try:
         require_index(files.features, index.fingerprint())
         by_name = {record.name: record for record in read_records(files.features)}
-        for row in leaderboard.rows:
-            record = by_name.get(row.embedding)
-            if record is None:
-                continue
-            store = FeatureStore.open(files.root / record.store, record.fingerprint)
-            # Copies that were excluded for a leak are known; they would be found again as duplicates.
-            known = np.flatnonzero(~store.missing(index.digests) & (index.splits.astype(str) != "excluded"))
-            labelled = int(np.isin(index.splits[known].astype(str), TRAINING).sum())
-            rows = known
-            if len(known) > audit.MOST_IMAGES:
-                rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[: audit.MOST_IMAGES]])
-                missing.append(
-                    f"The map and the search for near-duplicates look at {len(rows):,} of {len(known):,} images."
-                )
-            return _View(row.embedding, rows, index.rows(rows), store.read(index.digests[rows]), labelled)
-        missing.append("No embedding of the leaderboard has stored features, so there is no map.")
+        record = next((by_name[row.embedding] for row in leaderboard.rows if row.embedding in by_name), None)
+        if record is None:
+            missing.append("No embedding of the leaderboard has stored features, so there is no map.")
+            return None
+        store, splits = FeatureStore.open(files.root / record.store, record.fingerprint), index.splits.astype(str)
+        # Copies that were excluded for a leak are known; they would be found again as duplicates.
+        rows = known = np.flatnonzero(~store.missing(index.digests) & (splits != "excluded"))
+        if len(known) > audit.MOST_IMAGES:
+            rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[: audit.MOST_IMAGES]])
+            missing.append(
+                f"The map and the search for near-duplicates look at {len(rows):,} of {len(known):,} images."
+            )
+        labelled = int(np.isin(splits[known], TRAINING).sum())
+        return _View(record.name, rows, index.rows(rows), store.read(index.digests[rows]), labelled)
     except (OSError, PipelineError) as error:
         missing.append(
             f"There is no map, no learning curve and no search for near-duplicates: the features cannot be read ({error})."
@@ -159,12 +148,11 @@ def _view(
 
 def _label_issues(leaderboard: Leaderboard, predictions: Mapping[str, HeadPredictions]) -> audit.LabelIssues:
     """Ask the best row that has out-of-fold probabilities which labels it does not believe."""
-    for row in leaderboard.rows:
-        found = predictions.get(row.key)
-        if found is not None and found.out_of_fold is not None and found.out_of_fold.probabilities is not None:
-            part = found.out_of_fold
-            assert part.paths is not None
-            return audit.label_issues(found.out_of_fold.probabilities, part.y_true, part.classes, part.paths.tolist())
+    for found in (predictions[row.key] for row in leaderboard.rows if row.key in predictions):
+        part = found.out_of_fold
+        if part is not None and part.probabilities is not None:
+            paths = np.asarray(part.paths).tolist()
+            return audit.label_issues(part.probabilities, part.y_true, part.classes, paths)
     return audit.LabelIssues()
 
 
@@ -172,50 +160,44 @@ def _map(view: _View, seed: int) -> Map | None:
     if len(view.rows) < 3:
         return None
     shown = np.sort(stratified_order(view.images.labels.astype(str), seed)[:MOST_DOTS])
-    rows = view.rows[shown]
-    components = audit.project(view.features[shown], 50)
-    try:
-        from umap import UMAP  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        points = (
-            components[:, :2] if components.shape[1] > 1 else np.pad(components, ((0, 0), (0, 2 - components.shape[1])))
-        )
-        return Map("PCA", rows, points)
-    # A seed makes UMAP single-threaded and repeatable.
-    return Map("UMAP", rows, np.asarray(UMAP(random_state=seed, n_jobs=1).fit_transform(components), dtype=np.float32))
+    points = audit.project(view.features[shown], 50)[:, :2]
+    return Map(view.rows[shown], np.pad(points, ((0, 0), (0, 2 - points.shape[1]))))
 
 
 def _curve(view: _View, seed: int) -> LearningCurve | None:
     """Measure the curve within the training images, each draw with another fifth held out; test images stay untouched."""
-    index, features = view.images, view.features
-    labels = index.labels.astype(str)
-    rows = np.flatnonzero(np.isin(index.splits.astype(str), TRAINING))
+    labels = view.images.labels.astype(str)
+    rows = np.flatnonzero(np.isin(view.images.splits.astype(str), TRAINING))
     if len(rows) < 50:
         return None
     rows = rows[stratified_order(labels[rows], seed)][:MOST_CURVE_ROWS]
-    y = class_columns(labels, index.classes)
-    draws = [_held_apart(index.rows(rows), draw) for draw in range(seed, seed + CURVE_DRAWS)]
-    smallest = min(len(rest) for rest, _ in draws)
+    X, y = view.features[rows], class_columns(labels[rows], view.images.classes)
+    draws = range(seed, seed + CURVE_DRAWS)
+    parts = [_held_apart(view.images.rows(rows), draw) for draw in draws]
+    smallest = min(len(rest) for rest, _ in parts)
     if smallest < 40:  # one group holds nearly all images
         return None
-    sizes = curve_sizes(smallest, len(index.classes))
-
-    def build(seed: int) -> Any:
-        return configure(CURVE_HEAD, {"alpha": float(features.shape[1])}, seed)
-
-    def measured(draw: int, places: Sequence[NDArray[np.intp]]) -> NDArray[np.float64]:
-        train, test = ((features[rows[part]], y[rows[part]]) for part in places)
-        return curve_scores(build, train, test, sizes, draw)
-
-    scores = np.stack([measured(draw, places) for draw, places in enumerate(draws, seed)], axis=1)
+    sizes, penalty = curve_sizes(smallest, len(view.images.classes)), float(X.shape[1])
+    scores = np.stack(
+        [
+            curve_scores(
+                lambda seed: configure(CURVE_HEAD, {"alpha": penalty}, seed),
+                (X[rest], y[rest]),
+                (X[held], y[held]),
+                sizes,
+                draw,
+            )
+            for (rest, held), draw in zip(parts, draws, strict=True)
+        ],
+        axis=1,
+    )
     shared = np.flatnonzero(np.isfinite(scores).all(axis=1)).tolist()
     return curve_from_scores([sizes[size] for size in shared], [scores[size] for size in shared], seed, view.labelled)
 
 
 def _held_apart(images: DatasetIndex, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Divide images, whole groups and all copies of a content together, into those to learn from and a fifth to judge by."""
-    labels, groups = images.labels.astype(str), images.fold_groups()
-    order = stratified_order(labels, seed)
+    groups, order = images.fold_groups(), stratified_order(images.labels.astype(str), seed)
     part = len(order) // 5
     if groups is None:
         return order[part:], order[:part]

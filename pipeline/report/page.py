@@ -1,67 +1,103 @@
 """The report page: one HTML file with its charts, images, styles and script inside.
 
 `build` gathers the material, draws the charts once for the page and once as PNG, and writes `report.html`, `plots/` and
-`audit/`. The sections are in `sections`; the look is `style.css`, the behaviour `script.js`.
+`audit/`. `sections` says what each section is given; `templates` has their words, the look and the behaviour.
 """
 
 from __future__ import annotations
 
-import html
-import logging
+import json
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.evaluation import ACCURACY, Interval, Metric
+from pipeline.evaluation.leaderboard.table import APART, apart_text, cross_validated, seconds
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report import sections
-from pipeline.report.drawing import to_png
+from pipeline.report.charts import MOST_ROWS
+from pipeline.report.drawing import to_png, to_svg
 from pipeline.report.inputs import PAGE, digest_inputs, write_record
-from pipeline.report.material import Material, gather
+from pipeline.report.material import CURVE_HEAD, Material, gather
 
-log = logging.getLogger(__name__)
-
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def build(output: Path) -> Path:
-    """Write the report of an experiment and return the page's path.
-
-    Raises
-    ------
-    PipelineError
-        When there is no leaderboard.
-    """
+    """Write the report of an experiment and return the page's path; PipelineError where there is no leaderboard."""
     output = Path(output)
     inputs = digest_inputs(output)  # first, so that what changes meanwhile makes the page old
     material = gather(output)
     write_text_atomic(output / PAGE, render(material))
-    written = [output / PAGE]
-    for folder, files in (("plots", _plots(material)), ("audit", _tables(material))):
-        make_folder(output / folder)
-        for name, data in files.items():
-            write_atomic(output / folder / name, data)
-            written.append(output / folder / name)
-    write_record(output, inputs, written)
+    made = {f"plots/{name}.png": to_png(chart) for name, chart in sections.charts_of(material).items()}
+    made |= {f"audit/{name}": text.encode("utf-8") for name, text in material.findings.to_csv().items()}
+    for name, data in made.items():
+        make_folder((output / name).parent)
+        write_atomic(output / name, data)
+    write_record(output, inputs, [output / name for name in (PAGE, *made)])
     return output / PAGE
 
 
 def render(material: Material) -> str:
     """Return the page as HTML text; the same material gives the same text."""
-    parts = sections.make(material)
-    body = [sections.header(material), *(f'<section id="{part.name}">{part.body}</section>' for part in parts)]
-    filled = {
-        "title": html.escape(sections.title(material)),
-        "navigation": "".join(f'<a href="#{part.name}">{html.escape(part.title)}</a>' for part in parts),
-        "style": (HERE / "style.css").read_text(encoding="utf-8"),
-        "script": (HERE / "script.js").read_text(encoding="utf-8"),
-        "body": "\n".join(body),
-    }
-    # Split first: what is filled in may itself hold braces.
-    first, *rest = (HERE / "template.html").read_text(encoding="utf-8").split("{{")
-    return first + "".join(filled[name] + text for name, text in (piece.split("}}", 1) for piece in rest))
+    plain = material.leaderboard.metric is ACCURACY
+    names = sections.CHARTS | ({} if plain else {"leaderboard": "Test accuracy of every row"})
+    drawn = {name: to_svg(chart, name, names[name]) for name, chart in sections.charts_of(material).items()}
+    made = {name: section(name, material, drawn) for name in sections.SECTIONS}
+    parts = [(name, sections.SECTIONS[name][0], body) for name, body in made.items() if body]
+    style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("style.css", "script.js"))
+    return _fill("page", material, {"parts": parts, "style": style, "script": script})
 
 
-def _plots(material: Material) -> dict[str, bytes]:
-    return {f"{name}.png": to_png(chart) for name, chart in sections.charts_of(material).items()}
+def section(name: str, material: Material, drawn: Mapping[str, str]) -> Markup:
+    """Return one of `SECTIONS` as HTML, nothing where it has nothing to show; `drawn` are the charts as SVG elements."""
+    given = sections.SECTIONS[name][1](material, drawn)
+    svg = {chart: Markup(text) for chart, text in drawn.items()}
+    return Markup("" if given is None else _fill(name, material, {"drawn": svg, **given}))
 
 
-def _tables(material: Material) -> dict[str, bytes]:
-    return {name: text.encode("utf-8") for name, text in material.findings.to_csv().items()}
+def _fill(name: str, material: Material, given: Mapping[str, object]) -> str:
+    board, title = material.leaderboard, sections.title(material)
+    metric, best = board.metric, board.best
+    unit = metric.title if metric.lower_is_better else "%" if metric is ACCURACY else f"{metric.title}, %"
+    known = {"material": material, "board": board, "best": best, "metric": metric, "unit": unit, "title": title}
+    return _environment().get_template(f"{name}.html").render(**known, **given)
+
+
+@cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(TEMPLATES)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    indented = partial(json.dumps, indent=2, ensure_ascii=False)
+    made.filters.update(seconds=seconds, thousands="{:,}".format, percent=_percent, within=_within)
+    made.filters.update(short=_short, indented=indented)
+    made.globals.update(accuracy=ACCURACY, apart=APART, most_rows=MOST_ROWS, curve_head=CURVE_HEAD.name)
+    made.globals.update(apart_text=apart_text, cross_validated=cross_validated, span=_span, gap_end=_gap_end)
+    return made
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}"
+
+
+def _span(metric: Metric, interval: Interval) -> str:
+    """Write an interval of scores in words, the lower number first."""
+    return metric.interval_text(interval).strip("[]").replace(", ", " to ")
+
+
+def _within(value: float, span: Interval) -> float:
+    """Return where a value lies in a span, in per cent; at its ends where it lies beyond them."""
+    return min(100.0, max(0.0, 100 * (value - span[0]) / max(span[1] - span[0], 1e-9)))
+
+
+def _gap_end(metric: Metric, end: float) -> str:
+    """Write an end of a difference's interval, which may be open."""
+    return metric.gap_text(end) if abs(end) < 1e6 else "-∞" if end < 0 else "+∞"
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -22,9 +22,8 @@ MOST_PIXELS = 64_000_000
 def thumbnail(index: DatasetIndex, row: int, side: int) -> Image.Image | None:
     """Return an image of the index on a square of the given side, nothing cropped; None when it cannot be read."""
     try:
-        image = Image.fromarray(
-            decode(open_file(index.root, str(index.paths[row])), max_pixels=MOST_PIXELS, at_least=side)
-        )
+        file = open_file(index.root, str(index.paths[row]))
+        image = Image.fromarray(decode(file, max_pixels=MOST_PIXELS, at_least=side))
     except ImageProblem:
         return None
     # Tiny images are enlarged in whole pixels, so that a digit of 8 x 8 stays what it is.
@@ -46,13 +45,9 @@ def gallery(index: DatasetIndex | None, paths: Sequence[str]) -> dict[str, str]:
     """Return the thumbnail of each path that can be shown, by path."""
     if index is None:
         return {}
-    place: Mapping[str, int] = {str(path): row for row, path in enumerate(index.paths.tolist())}
-    shown = {}
-    for path in dict.fromkeys(paths):
-        image = thumbnail(index, place[path], SIDE) if path in place else None
-        if image is not None:
-            shown[path] = data_address(image)
-    return shown
+    place = {path: row for row, path in enumerate(index.paths.tolist())}
+    images = {path: thumbnail(index, place[path], SIDE) for path in paths if path in place}
+    return {path: data_address(image) for path, image in images.items() if image is not None}
 
 
 def sheet(index: DatasetIndex, rows: Sequence[int]) -> tuple[str, int]:

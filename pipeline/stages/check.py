@@ -99,7 +99,7 @@ def _data(config: Config) -> list[str]:
         if config.dataset.source in {"folder", "manifest"}:
             dataset.require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)
-        dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("ledger.csv"))
+        dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("failures.csv"))
         if lack := dataset.missing_side(found.index):
             raise DatasetError(lack)
         warnings = [f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds)]

@@ -17,7 +17,7 @@ from pipeline import data as dataset
 from pipeline import store
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests
-from pipeline.data.index import Texts
+from pipeline.data.match import Texts
 from pipeline.data.statcache import CACHE_FILE
 from pipeline.embed import records as embedders
 from pipeline.embed.loader import Item, Lane, embed
@@ -170,7 +170,7 @@ def status(config: Config) -> list[str]:
     ]
     if len(failed):
         lines.append(
-            f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'ledger.csv'} names each"
+            f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'failures.csv'} names each"
         )
     sections = [record.section for record in here.records]
     for section in config.backbones:
@@ -204,7 +204,7 @@ def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
         ]
     changes = []
     if not found.unchanged:
-        what = dataset.difference_text(found.difference) or "labels, splits, groups or the folder changed"
+        what = str(found.difference) or "labels, splits, groups or the folder changed"
         changes.append(f"since the last `manyheads features`: {what}; run it again")
     if found.failures:
         changes.append(f"{len(found.failures):,} files cannot be used; `manyheads check` says why")
@@ -286,7 +286,7 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     """One call for each file: its reader, which raises what is wrong."""
     yield lambda: embedders.read_records(files.features)
     yield lambda: embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    yield lambda: dataset.read_ledger(files.dataset)
+    yield lambda: dataset.read_failures(files.dataset)
     cache = files.dataset / CACHE_FILE
     if cache.exists():
         yield lambda: _checked(cache, parse_arrays, "delete it, and every image is read again")

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import NETWORK_DEVICES, checked_device
-from pipeline.data import REMARKS, LedgerEntry, Walk, passed_over_lines
+from pipeline.data import REMARKS, Failure, Walk, passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, open_record
@@ -199,7 +199,7 @@ def _images(walk: Walk) -> Iterator[str]:
 def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
     """Return a row for each image that finished walks passed over, and lines on the rest."""
     unread: set[tuple[str, str]] = set()
-    others: set[LedgerEntry] = set()
+    others: set[Failure] = set()
     ignored: Counter[str] = Counter()
     for walk in walks:
         ignored += walk.ignored

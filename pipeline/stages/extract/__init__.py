@@ -100,7 +100,7 @@ class FeaturesRun:
         yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
         yield advise(work, [target.spec for target in self.targets], self.extraction)
         if work.failures:
-            yield f"{len(work.failures):,} images could not be used; dataset/ledger.csv names each with its reason:"
+            yield f"{len(work.failures):,} images could not be used; dataset/failures.csv names each with its reason:"
             reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
             yield from (f"  {line}" for line in first(reasons, EXAMPLES))
         if work.unavailable:
@@ -168,7 +168,7 @@ def _index_before(files: Artifacts) -> dict[str, str]:
 
 def _check_failures(scanned: ScanResult, contents: Contents, config: Config, files: Artifacts) -> None:
     failed = len(scanned.failures) + int(contents.failed.sum())
-    dataset.check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "ledger.csv")
+    dataset.check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
 
 
 def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config, ExtractionConfig
-from pipeline.data import DatasetIndex, LedgerEntry, record_failures
+from pipeline.data import DatasetIndex, Failure, record_failures
 from pipeline.embed import networks as backbone
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
@@ -42,7 +42,7 @@ class Work:
     """Distinct contents that went through at least one network or recipe."""
     vectors: dict[str, int] = field(default_factory=dict)
     """Embedding -> vectors that are new in its store."""
-    failures: list[LedgerEntry] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     unavailable: list[str] = field(default_factory=list)
     """Images that could not be read this time, with the reason: gone, or changed since the scan."""
     loop_seconds: float = 0.0
@@ -83,7 +83,7 @@ Outputs = Sequence[Sequence[Output]]
 
 
 def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, folder: Path) -> Work:
-    """Embed the pending contents of some targets into their stores; `folder` holds the ledger and the perceptual hashes.
+    """Embed the pending contents of some targets into their stores; `folder` holds the failures and the perceptual hashes.
 
     A signal to stop ends the run after the batch in hand, with all finished rows committed.
 
@@ -224,8 +224,8 @@ def _append(
     work.add_vectors(output.name, output.writer.append(contents.digests[numbers[keep]], vectors[keep]))
 
 
-def _failure(path: str, digest: Digests, status: str, reason: str) -> LedgerEntry:
-    return LedgerEntry(path, digests_to_hex(digest.reshape(1, 2))[0], status, reason)
+def _failure(path: str, digest: Digests, status: str, reason: str) -> Failure:
+    return Failure(path, digests_to_hex(digest.reshape(1, 2))[0], status, reason)
 
 
 @contextmanager

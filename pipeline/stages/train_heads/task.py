@@ -148,5 +148,5 @@ def _usable(digests: Digests, stores: Sequence[FeatureStore], failed: Digests) -
     if lost:
         raise StoreError(f"{lost:,} of {len(digests):,} images have no features yet; run `manyheads features` first")
     if unread.any():
-        log.info("%d images could not be read and are left out; dataset/ledger.csv names each", int(unread.sum()))
+        log.info("%d images could not be read and are left out; dataset/failures.csv names each", int(unread.sum()))
     return ~unread
