@@ -31,7 +31,7 @@ EDGES = {
     "embed": {"images", "store", "experiment"},
     "evaluation": {"images", "store", "experiment"},
     "heads": {"evaluation", "store", "experiment"},
-    "export": {"evaluation", "experiment"},
+    "export": {"evaluation", "data", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
     "report": {"heads", "evaluation", "embed", "data", "images", "store", "experiment"},
 }

@@ -23,6 +23,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.targets import Classification, Target
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import Calibrator, scores_as_columns
 from pipeline.evaluation.said import said
@@ -71,6 +72,11 @@ class ModelBundle:
     estimator: Any
     provenance: Mapping[str, Any]
     calibrator: Calibrator | None = None
+
+    @property
+    def target(self) -> Target:
+        """What is said of an image."""
+        return Classification(self.classes)
 
     def predict(self, X: NDArray[np.float32]) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
         """Label n vectors.
