@@ -320,7 +320,7 @@ def require_modest(data: bytes) -> None:
 
 
 def parse_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an .npz archive; ValueError, in one line, for whatever is wrong with it."""
+    """Return the arrays of an .npz archive, of whatever shapes and dtypes; ValueError, in one line, for what is wrong with it."""
     try:
         require_modest(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as file:

@@ -132,7 +132,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
         problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
     except _MALFORMED:
         raise _of_another_version(path) from None
-    floors = set(config.baselines) - {"majority"}
+    floors = set(baselines.NAMES if config.baselines is None else config.baselines) & set(baselines.NAMES)
     problems += [f"baselines: not {name}" for name in sorted(floors - {record.name for record in records})]
     if problems:
         raise PipelineError(

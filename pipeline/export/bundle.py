@@ -103,7 +103,11 @@ class ModelBundle:
 
 
 def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
-    """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities."""
+    """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities.
+
+    raw : ndarray of shape (n,), two classes' decision values, or (n, n_classes), floating
+    Returns an ndarray of shape (n, n_classes), float64.
+    """
     if kind == "probability":
         clipped: NDArray[np.float64] = np.clip(raw, SMALLEST_PROBABILITY, 1.0).astype(np.float64)
         return np.log(clipped)

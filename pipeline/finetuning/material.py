@@ -75,24 +75,26 @@ def choose(config: Config, files: Artifacts) -> Choice:
     board = read_leaderboard(files.root)
     _require_of(board, config, files)
     require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    wanted = config.finetune
+    start = config.finetune.start
+    wanted, _, head = ("best/random" if start == "random" else start).partition("/")
+    head = head or "best"
     able = [row for row in board.rows if not row.baseline and row.embedding in records]
     names = sorted({row.embedding for row in able})
-    if wanted.embedding != "best":
-        able = [row for row in able if row.embedding == wanted.embedding]
+    if wanted != "best":
+        able = [row for row in able if row.embedding == wanted]
     if not able:
         raise TrainingError(
-            f"finetune.embedding: {wanted.embedding!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
+            f"finetune.start: {wanted!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
         )
     embedding = able[0].embedding
     linear = [row for row in able if row.embedding == embedding and row.head in LINEAR]
-    if wanted.head == "random":
+    if head == "random":
         return Choice(records[embedding], None, board.best, next(iter(linear), None))
-    if wanted.head != "best":
-        linear = [row for row in linear if row.head == wanted.head]
+    if head != "best":
+        linear = [row for row in linear if row.head == head]
     if not linear:
         raise TrainingError(
-            f"finetune.head: {embedding} has no linear head {wanted.head!r}; add one of {', '.join(LINEAR)} to heads: and run "
+            f"finetune.start: {embedding} has no linear head {head!r}; add one of {', '.join(LINEAR)} to heads: and run "
             "`manyheads heads`, or set it to random"
         )
     return Choice(records[embedding], linear[0], board.best, linear[0])

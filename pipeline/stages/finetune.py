@@ -130,6 +130,7 @@ def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> s
             "compared": [choice.winner.key, choice.frozen.key if choice.frozen else None],
             "finetune": config.finetune.model_dump(mode="json"),
             "device": config.extraction.device,
+            "precision": config.extraction.precision,
             "seed": config.seed,
         }
     )

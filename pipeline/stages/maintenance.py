@@ -142,7 +142,7 @@ class Experiment:
         return path
 
     def paths_of(self, digests: Digests) -> tuple[str, ...]:
-        """The images that have one of these contents."""
+        """The images that have one of these contents; `digests` : uint64 of shape (k, 2)."""
         return _names_of(self.index.paths, self.index.digests, digests)
 
     def choose(self, name: str | None) -> EmbeddingRecord:

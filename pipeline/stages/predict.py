@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import NETWORK_DEVICES, checked_device
+from pipeline.config import checked_device
 from pipeline.data import REMARKS, Failure, Walk, passed_over_lines
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, open_record
@@ -102,7 +102,7 @@ def run(
         When `output` cannot be written, which is found before the work where it can be.
     """
     try:
-        checked_device(device, NETWORK_DEVICES)
+        checked_device(device)
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from None
     folder = find_bundle(bundle)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
-from pipeline.config import TuningConfig
+from pipeline.config import TuningConfig, unknown
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation import METRICS
 from pipeline.evaluation.said import ScoreKind
@@ -36,6 +36,8 @@ MOST_TRIALS = 200
 
 def check(head: Head, tuning: TuningConfig) -> list[str]:
     """Return the reasons why a head cannot be tuned as configured, before anything is spent."""
+    if tuning.scoring not in METRICS:
+        return [f"tuning.scoring: {unknown('score', tuning.scoring, tuple(METRICS))}"]
     if METRICS[tuning.scoring].needs_probabilities and not head.probabilities:
         *some, last = (name for name, metric in METRICS.items() if not metric.needs_probabilities)
         return [

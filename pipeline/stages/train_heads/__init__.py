@@ -180,7 +180,7 @@ def _entries(
     for record in records:
         if record.kind == "baseline":
             yield Entry(record, BASELINE_HEAD, tuning)
-    if CONSTANT_GUESS in config.baselines:
+    if config.baselines is None or CONSTANT_GUESS in config.baselines:
         yield Entry(
             None,
             _majority_head(task),
