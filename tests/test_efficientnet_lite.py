@@ -134,6 +134,13 @@ def test_another_image_size_is_built_and_gives_other_vectors_of_the_same_weights
     assert usual.specs[0].fingerprint() != larger.specs[0].fingerprint()
 
 
+@pytest.mark.parametrize("arguments", [{"width": 2}, {"num_classes": 3}])
+def test_arguments_that_do_not_fit_the_weights_are_told_in_one_line(installed, arguments):
+    section = BackboneConfig(name=installed, weights="imagenet", arguments=arguments)
+    with pytest.raises(BackboneError, match=f"^{installed} cannot be built with arguments {arguments}: .*"):
+        weights.load_network(section, 0)
+
+
 @pytest.mark.parametrize(("asked", "given"), [("auto", "fp32"), ("bf16", "bf16")])
 def test_precision_is_fp32_unless_another_is_asked_for(asked, given):
     extraction = ExtractionConfig(precision=asked, engine="torch", device="cpu")

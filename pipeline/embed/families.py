@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from pipeline.config import BackboneConfig, guess
 from pipeline.embed import efficientnet_lite, torchvision_models
 from pipeline.embed.family import Arguments, Family, Published
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
+from pipeline.io.memory import is_out_of_memory
 
 FAMILIES: tuple[Family, ...] = (efficientnet_lite.FAMILY, torchvision_models.FAMILY)
 
@@ -71,11 +74,27 @@ def build(architecture: str, arguments: Arguments) -> nn.Module:
     BackboneError
         When there is no such architecture, or it does not take the arguments.
     """
-    family = family_of(architecture)
+    return _in_eval_mode(partial(family_of(architecture).build, architecture), architecture, arguments)
+
+
+def load(config: BackboneConfig) -> nn.Module:
+    """Construct a section's network in eval mode with the published weights that it names, fetched if need be.
+
+    Raises
+    ------
+    BackboneError
+        When there are no such weights, they are not to be had, or the network does not take the arguments.
+    """
+    return _in_eval_mode(published(config).load, config.name, config.arguments)
+
+
+def _in_eval_mode(make: Callable[[Arguments], nn.Module], name: str, arguments: Arguments) -> nn.Module:
     try:
-        return family.build(architecture, arguments).eval()
-    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-        raise BackboneError(f"{architecture} cannot be built with arguments {dict(arguments)}: {error}") from None
+        return make(arguments).eval()
+    except (TypeError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise BackboneError(f"{name} cannot be built with arguments {dict(arguments)}: {first_line(error)}") from None
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
-from pipeline.embed.families import FAMILIES, build, build_empty, network_names, published, usual_preprocessing
+from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
 from pipeline.embed.family import Fetch
 from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
 from pipeline.embed.installed import BUNDLED
@@ -68,8 +68,7 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
             torch.manual_seed(seed)
             module = build(config.name, config.arguments)
         return _network(config, module, "random", usual_preprocessing(config.name), untrained=True)
-    found = published(config)
-    return _network(config, found.load(config.arguments), config.weights, found.preprocessing)
+    return _network(config, load(config), config.weights, published(config).preprocessing)
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
