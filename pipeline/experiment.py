@@ -17,10 +17,11 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +58,7 @@ class Artifacts:
         self._stores_are_told = store is not None
         self.config = self.root / "config.yaml"
         self.dataset = self.root / "dataset"
-        """index.csv, ledger.csv and the stat cache."""
+        """index.csv, failures.csv and the stat cache."""
         self.specs = self.root / "specs.json"
         """What the embeddings of a config are, so that a run with nothing to do loads no network."""
         self.features = self.root / "features.json"
@@ -278,6 +279,25 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def from_plain(kind: Any, value: Any) -> Any:
+    """Return the value of a type that `plain` had made into what JSON knows: dataclasses, tuples and mappings by their annotations.
+
+    KeyError, TypeError, ValueError or AttributeError for what is not of that type.
+    """
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else from_plain(of[0], value)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return cast(Any, kind)(**{name: from_plain(hints[name], item) for name, item in value.items()})
+    if origin is tuple:
+        kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
+        return tuple(from_plain(each, item) for each, item in zip(kinds, value, strict=True))
+    if origin is Mapping:
+        return {name: from_plain(of[1], item) for name, item in value.items()}
+    return value
+
+
 # ---- journals: one JSON object per line, each with a digest of itself and all lines before it
 
 
@@ -393,7 +413,7 @@ def require_modest(data: bytes) -> None:
 
 
 def parse_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an .npz archive; ValueError, in one line, for whatever is wrong with it."""
+    """Return the arrays of an .npz archive, of whatever shapes and dtypes; ValueError, in one line, for what is wrong with it."""
     try:
         require_modest(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as file:

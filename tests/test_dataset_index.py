@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import DatasetIndex
-from pipeline.data.index import texts
+from pipeline.data.index import WrittenIndex
+from pipeline.data.match import texts
 from pipeline.errors import DatasetError
 from pipeline.io.digests import content_digest, pack_digests
 
@@ -157,7 +158,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, text: str, message: str) -> 
     make_index([]).write(tmp_path)
     (tmp_path / "index.csv").write_text(text)
     with pytest.raises(DatasetError) as caught:
-        DatasetIndex.read_edited(tmp_path, None)
+        assert WrittenIndex.read(tmp_path).index is None
     assert message in str(caught.value)
     assert "index.csv" in str(caught.value)
 
@@ -165,7 +166,9 @@ def test_a_damaged_index_is_refused(tmp_path: Path, text: str, message: str) -> 
 def test_a_file_saved_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
     make_index([]).write(tmp_path)
     (tmp_path / "index.csv").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
-    assert DatasetIndex.read_edited(tmp_path, None).paths.tolist() == ["a.png"]
+    found = WrittenIndex.read(tmp_path).index
+    assert found is not None
+    assert found.paths.tolist() == ["a.png"]
 
 
 def test_an_index_that_is_not_the_one_written_is_told(tmp_path: Path) -> None:

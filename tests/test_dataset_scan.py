@@ -13,13 +13,13 @@ from PIL import Image
 from pipeline.config import DatasetConfig
 from pipeline.data import (
     DatasetIndex,
-    LedgerEntry,
+    Failure,
     ScanResult,
     check_failures,
     failed_digests,
     fold_warnings,
     missing_side,
-    read_ledger,
+    read_failures,
     record_failures,
     scan,
     statcache,
@@ -159,7 +159,7 @@ class TestIncremental:
         assert run(photos).warnings == ()
 
     def test_an_unreadable_file_is_tried_again(self, photos: Path, calm: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        from pipeline.data import reading
+        from pipeline.images import reading
 
         real_open = os.open
 
@@ -170,18 +170,18 @@ class TestIncremental:
 
         monkeypatch.setattr(reading.os, "open", failing)
         result = run(photos)
-        assert [(entry.path, entry.status) for entry in result.failures] == [("cat/3.png", "unreadable")]
+        assert [(entry.path, entry.status) for entry in result.failures] == [("cat/3.png", "unavailable")]
         assert result.failures[0].reason == "it cannot be read: Permission denied"
         assert (len(result.index), result.total) == (19, 20)
         assert run(photos).read == 1
         monkeypatch.undo()
         assert len(run(photos).index) == 20
-        assert read_ledger(photos.parent / "dataset") == []
+        assert read_failures(photos.parent / "dataset") == []
 
     def test_a_file_that_changes_while_it_is_read_is_not_indexed(
         self, photos: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline.data import reading
+        from pipeline.images import reading
 
         real_read = os.read
 
@@ -194,7 +194,7 @@ class TestIncremental:
 
         monkeypatch.setattr(reading.os, "read", growing)
         (entry,) = run(photos).failures
-        assert (entry.path, entry.status, entry.reason) == ("cat/3.png", "changing", "it changes while it is read")
+        assert (entry.path, entry.status, entry.reason) == ("cat/3.png", "unavailable", "it changes while it is read")
 
     def test_empty_files_are_named(self, photos: Path) -> None:
         put(photos, "cat/none.png", "")
@@ -204,7 +204,7 @@ class TestIncremental:
             ("cat/none.png", "empty"),
             ("dog/none.png", "empty"),
         ]
-        assert not result.conflicts
+        assert not result.copies.conflicts
         assert len(result.index) == 20
 
     def test_the_scan_needs_no_torch(self, photos: Path) -> None:
@@ -246,20 +246,20 @@ class TestSplitsOfAScan:
         assert (counts["train"], counts["validation"], counts["test"]) == (15, 20, 5)
         assert result.counts["a"]["test"] == 5
         assert sides(result)["train/a/0.png"] == "train"  # its copy is the user's validation image
-        assert not result.leaks
+        assert not result.copies.leaks
 
     def test_a_new_seed_or_fraction_reshuffles_only_when_asked(self, photos: Path, calm: None) -> None:
         first = run(photos, seed=0)
-        assert first.notes == ()
+        assert first.warnings == ()
         kept = run(photos, seed=1, test_fraction=0.4)
         assert sides(kept) == sides(first)
-        assert kept.notes == (
+        assert kept.warnings == (
             "the test split made with seed 0 and test_fraction 0.2 is kept, though the config now says seed 1 and "
             "test_fraction 0.4; delete index.csv to have it made anew",
         )
         anew = run(photos, seed=1, test_fraction=0.4, resplit=True)
         assert anew.counts["cat"]["test"] == 4
-        assert anew.notes == ()
+        assert anew.warnings == ()
         assert sides(run(photos, seed=1, test_fraction=0.4)) == sides(anew)
         (photos.parent / "dataset" / "index.csv").unlink()
         assert sides(run(photos, seed=0)) == sides(first)
@@ -329,18 +329,17 @@ class TestCopies:
     def test_the_training_copy_leaves_and_both_paths_are_told(self, leaky: Path) -> None:
         result = run(leaky)
         assert self.excluded(result) == ["train/a/leak.png", "val/a/leak.png"]
-        assert [(pair.first, pair.second) for pair in result.leaks] == [
+        paths = result.index.paths
+        assert [(paths[one], paths[other]) for one, other in result.copies.leaks] == [
             ("train/a/leak.png", "test/a/1.png"),
             ("val/a/leak.png", "test/a/1.png"),
         ]
         lines = result.summary_lines()
         assert "2 pairs of equal images in training and in test (the training copy is left out):" in lines
         assert "  train/a/leak.png = test/a/1.png" in lines
-        ledger = read_ledger(leaky.parent / "dataset")
-        assert [entry for entry in ledger if entry.status == "leak"] == [
-            LedgerEntry(
-                path, "", "leak", "the same content is in the test as test/a/1.png; the training copy is excluded"
-            )
+        listed = read_failures(leaky.parent / "dataset")
+        assert [entry for entry in listed if entry.status == "leak"] == [
+            Failure(path, "", "leak", "the same content is in the test as test/a/1.png; the training copy is excluded")
             for path in ("train/a/leak.png", "val/a/leak.png")
         ]
         assert result.failures == ()
@@ -348,7 +347,9 @@ class TestCopies:
     def test_a_second_scan_says_the_same(self, leaky: Path, calm: None) -> None:
         first, second = run(leaky), run(leaky)
         assert second.read == 0
-        assert (second.leaks, second.conflicts, second.duplicates) == (first.leaks, first.conflicts, first.duplicates)
+        assert [vars(second.copies)[name] for name in ("leaks", "conflicts", "duplicates")] == [
+            vars(first.copies)[name] for name in ("leaks", "conflicts", "duplicates")
+        ]
         assert second.index.fingerprint() == first.index.fingerprint()
 
     def test_a_leak_that_is_mended_comes_back_into_training(self, leaky: Path, calm: None) -> None:
@@ -360,7 +361,7 @@ class TestCopies:
         assert self.excluded(run(leaky, leaks="drop_test")) == ["test/a/1.png"]
         kept = run(leaky, leaks="keep")
         assert self.excluded(kept) == []
-        assert len(kept.leaks) == 2
+        assert len(kept.copies.leaks) == 2
         with pytest.raises(DatasetError) as caught:
             run(leaky, leaks="error")
         assert str(caught.value) == (
@@ -370,15 +371,16 @@ class TestCopies:
 
     def test_one_content_under_two_labels_is_told_and_kept(self, leaky: Path) -> None:
         result = run(leaky)
-        assert [(pair.first, pair.first_label, pair.second, pair.second_label) for pair in result.conflicts] == [
-            ("train/a/3.png", "a", "train/b/wrong.png", "b")
+        paths, labels = result.index.paths, result.index.labels
+        assert [[(paths[row], labels[row]) for row in pair] for pair in result.copies.conflicts] == [
+            [("train/a/3.png", "a"), ("train/b/wrong.png", "b")]
         ]
         assert sides(result)["train/b/wrong.png"] == "train"
         assert "  train/a/3.png (a) = train/b/wrong.png (b)" in result.summary_lines()
 
     def test_copies_on_one_side_are_counted_and_share_a_fold(self, leaky: Path) -> None:
         result = run(leaky)
-        assert result.duplicates == 3  # the leak twice, the twin, the wrong label
+        assert result.copies.duplicates == 3  # the leak twice, the twin, the wrong label
         train = result.index.select("train")
         groups = train.fold_groups()
         assert groups is not None
@@ -390,13 +392,13 @@ class TestCopies:
         for number in range(10):
             put(photos, f"cat/copy {number}.png", f"cat {number}")
         result = run(photos)
-        assert not result.leaks
+        assert not result.copies.leaks
         assert result.counts["cat"]["test"] == 4
 
 
-class TestLedger:
-    def entry(self, path: str, content: str, policy: str = "p1") -> LedgerEntry:
-        return LedgerEntry(path, content_digest(content.encode()).hex(), "truncated", "its end is missing", policy)
+class TestFailures:
+    def entry(self, path: str, content: str, policy: str = "p1") -> Failure:
+        return Failure(path, content_digest(content.encode()).hex(), "truncated", "its end is missing", policy)
 
     def test_failures_are_remembered_by_content_and_policy(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
@@ -408,7 +410,7 @@ class TestLedger:
         assert failed_digests(folder, "p2").shape == (0, 2)
         result = run(photos)
         assert result.remembered == 2
-        assert "images known not to decode, see ledger.csv: 2" in result.summary_lines()
+        assert "images known not to decode, see failures.csv: 2" in result.summary_lines()
 
     def test_a_renamed_failure_keeps_its_entry_and_a_mended_one_loses_it(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
@@ -417,7 +419,7 @@ class TestLedger:
         (photos / "cat/1.png").rename(photos / "cat/one.png")
         put(photos, "dog/2.png", "mended")
         run(photos)
-        assert read_ledger(folder) == [self.entry("cat/one.png", "cat 1")]
+        assert read_failures(folder) == [self.entry("cat/one.png", "cat 1")]
 
     def test_jpegs_that_an_earlier_version_took_for_whole_are_found_once(self, photos: Path, calm: None) -> None:
         sink = io.BytesIO()
@@ -427,23 +429,23 @@ class TestLedger:
             (photos / f"cat/{name}.jpg").write_bytes(data[: int(len(data) * share)] + b"\xff\xd9")
         folder = photos.parent / "dataset"
         run(photos)
-        assert read_ledger(folder) == []
+        assert read_failures(folder) == []
         cache = dict(np.load(folder / statcache.CACHE_FILE))
         with (folder / statcache.CACHE_FILE).open("wb") as file:
             np.savez(file, **{**cache, "version": np.array(1)})
         result = run(photos)
-        (entry,) = read_ledger(folder)
+        (entry,) = read_failures(folder)
         assert (entry.path, entry.status, entry.policy) == ("cat/half.jpg", "truncated", policy_key(64_000_000))
         assert (result.read, result.remembered, result.unchanged) == (22, 1, True)
         assert digests_to_hex(failed_digests(folder, policy_key(64_000_000))) == [entry.digest]
-        assert (run(photos).read, read_ledger(folder)) == (0, [entry])
+        assert (run(photos).read, read_failures(folder)) == (0, [entry])
 
     def test_a_failure_under_a_new_policy_replaces_all_of_the_old(self, tmp_path: Path) -> None:
         record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")], "p1")
         record_failures(tmp_path, [self.entry("a", "1", "p2")], "p2")
-        assert read_ledger(tmp_path) == [self.entry("a", "1", "p2")]
+        assert read_failures(tmp_path) == [self.entry("a", "1", "p2")]
         record_failures(tmp_path, [self.entry("b", "2", "p2")], "p2")
-        assert read_ledger(tmp_path) == [self.entry("a", "1", "p2"), self.entry("b", "2", "p2")]
+        assert read_failures(tmp_path) == [self.entry("a", "1", "p2"), self.entry("b", "2", "p2")]
 
     def test_a_file_that_could_not_be_read_is_listed_until_the_next_scan(self, photos: Path, calm: None) -> None:
         folder = photos.parent / "dataset"
@@ -453,19 +455,29 @@ class TestLedger:
         )
         record_failures(folder, [self.entry("dog/2.png", "dog 2")], "p1")
         record_failures(folder, [gone], "p1")
-        assert [entry.path for entry in read_ledger(folder)] == ["cat/1.png", "dog/2.png"]
+        assert [entry.path for entry in read_failures(folder)] == ["cat/1.png", "dog/2.png"]
         assert digests_to_hex(failed_digests(folder, "p1")) == [content_digest(b"dog 2").hex()]
         run(photos)
-        assert [entry.path for entry in read_ledger(folder)] == ["dog/2.png"]
+        assert [entry.path for entry in read_failures(folder)] == ["dog/2.png"]
 
     def test_an_entry_without_content_is_a_mistake(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="needs its digest and its decode policy"):
-            record_failures(tmp_path, [LedgerEntry("a", "", "truncated", "r")], "p")
+            record_failures(tmp_path, [Failure("a", "", "truncated", "r")], "p")
 
-    def test_a_damaged_ledger_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "ledger.csv").write_text("path,reason\na,b\n")
+    def test_the_list_of_an_old_experiment_is_read_and_replaced(self, photos: Path, calm: None) -> None:
+        folder = photos.parent / "dataset"
+        run(photos)
+        record_failures(folder, [self.entry("cat/1.png", "cat 1")], "p1")
+        (folder / "failures.csv").rename(folder / "ledger.csv")
+        assert digests_to_hex(failed_digests(folder, "p1")) == [content_digest(b"cat 1").hex()]
+        assert run(photos).read == 0
+        assert not (folder / "ledger.csv").exists()
+        assert read_failures(folder) == [self.entry("cat/1.png", "cat 1")]
+
+    def test_a_damaged_list_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "failures.csv").write_text("path,reason\na,b\n")
         with pytest.raises(DatasetError, match="expected the columns path, digest, status, reason, policy; delete it"):
-            read_ledger(tmp_path)
+            read_failures(tmp_path)
 
     def test_odd_files_are_listed_with_their_reasons(self, photos: Path) -> None:
         put(photos, "cat/notes.txt", "x")
@@ -474,12 +486,12 @@ class TestLedger:
         for number in range(5):
             put(photos, f"dog/{number}.txt", "x")
         result = run(photos)
-        ledger = read_ledger(photos.parent / "dataset")
-        assert [(entry.path, entry.status) for entry in ledger][:2] == [
+        listed = read_failures(photos.parent / "dataset")
+        assert [(entry.path, entry.status) for entry in listed][:2] == [
             ("cat/notes.txt", "not_an_image"),
             ("dog/0.txt", "not_an_image"),
         ]
-        assert len(ledger) == 7
+        assert len(listed) == 7
         assert result.failures == ()
         reason = "it is not an image of a known format (JPEG, PNG, GIF, WEBP, BMP, TIFF, AVIF, HEIF)"
         assert result.summary_lines()[-8:] == [
@@ -487,7 +499,7 @@ class TestLedger:
             f"  cat/notes.txt: {reason}",
             f"  dog/0.txt: {reason}",
             f"  dog/1.txt: {reason}",
-            "  … and 3 more, see ledger.csv",
+            "  … and 3 more, see failures.csv",
             "1 file not used (not in a class):",
             "  stray.png: it is in no class folder, so it has no label",
             "ignored hidden files and folders: 1",
@@ -509,16 +521,16 @@ class TestLedger:
         self, failed: int, total: int, limit: float, stops: bool
     ) -> None:
         if not stops:
-            check_failures(failed, total, limit, Path("ledger.csv"))
+            check_failures(failed, total, limit, Path("failures.csv"))
             return
         with pytest.raises(DatasetError, match=f"{failed} of {total} images failed, dataset.max_failures allows"):
-            check_failures(failed, total, limit, Path("ledger.csv"))
+            check_failures(failed, total, limit, Path("failures.csv"))
 
     def test_the_text_of_too_many_failures(self) -> None:
         with pytest.raises(DatasetError) as caught:
-            check_failures(1200, 2000, 0.5, Path("out/ledger.csv"))
+            check_failures(1200, 2000, 0.5, Path("out/failures.csv"))
         assert str(caught.value) == (
-            "1,200 of 2,000 images failed, dataset.max_failures allows 50% of them; out/ledger.csv names each with its reason: "
+            "1,200 of 2,000 images failed, dataset.max_failures allows 50% of them; out/failures.csv names each with its reason: "
             "mend or remove them, or raise dataset.max_failures"
         )
 

@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from pipeline.data.failures import shown
 from pipeline.data.folder import list_folder
-from pipeline.data.listing import Listing, shown
+from pipeline.data.listing import Listing
 from pipeline.data.manifest import list_manifest
-from pipeline.data.materialise import materialised
-from pipeline.data.torchvision_source import torchvision_manifest
+from pipeline.data.written import torchvision_manifest, written_once
 from pipeline.errors import DatasetError
 from pipeline.images import NO_IMAGE
 
@@ -302,7 +302,7 @@ class TestManifest:
         assert len(caught.value.problems) == 51
         assert caught.value.problems[-1] == "… and 950 more"
 
-    def test_missing_files_go_to_the_ledger(self, tmp_path: Path) -> None:
+    def test_missing_files_are_named_as_failures(self, tmp_path: Path) -> None:
         (tmp_path / "a/dir.png").mkdir(parents=True)
         listing = list_manifest(
             self.write(tmp_path, "path,label\na/1.png,x\na/9.png,x\nq/1.png,y\na/dir.png,y\na/1.png/z,y\n")
@@ -401,9 +401,9 @@ class TestMaterialised:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            materialised(tmp_path / "images", killed)
+            written_once(tmp_path / "images", killed)
         assert not (tmp_path / "images").exists()
-        done = materialised(tmp_path / "images", lambda folder: put(folder, "whole.png") and None)
+        done = written_once(tmp_path / "images", lambda folder: put(folder, "whole.png") and None)
         assert [path.name for path in done.iterdir()] == ["whole.png"]
         assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
@@ -412,7 +412,7 @@ class TestMaterialised:
             raise AssertionError
 
         put(tmp_path, "images/1.png")
-        assert materialised(tmp_path / "images", never) == tmp_path / "images"
+        assert written_once(tmp_path / "images", never) == tmp_path / "images"
 
 
 class TestTorchvision:

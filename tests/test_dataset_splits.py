@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import DatasetIndex, match
-from pipeline.data.index import texts
-from pipeline.data.match import difference, match_digests, match_texts
-from pipeline.data.splits import SplitPlan, make_test_split, prior_sides
-from pipeline.data.units import leakage_units
+from pipeline.data.index import SplitPlan
+from pipeline.data.match import difference, leakage_units, match_digests, match_texts, texts
+from pipeline.data.splits import make_test_split, prior_sides
 from pipeline.io.digests import content_digest, pack_digests
 
 Image = tuple[str, str, str]
@@ -193,4 +192,4 @@ class TestMatch:
 
         found = difference(*state(old), *state(new))
         assert (found.added, found.changed, found.removed, found.renamed) == expected
-        assert bool(found) == any(expected)
+        assert bool(str(found)) == any(expected)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.embed import networks as backbone
+from pipeline.embed import backbone
 from pipeline.embed.records import read_records
 from pipeline.errors import StoreError
 from pipeline.experiment import Artifacts

@@ -21,7 +21,7 @@ from store.harness import rounds
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.data import DatasetIndex, read_ledger, statcache
+from pipeline.data import DatasetIndex, read_failures, statcache
 from pipeline.embed import baselines
 from pipeline.embed.records import read_records
 from pipeline.embed.spec import probe_images
@@ -224,7 +224,7 @@ class Images(RuleBasedStateMachine):
         assert store.read(live).tobytes() == new.read(live).tobytes()
         assert store.rows == len(self.known)
         assert new.rows == len({number for number in self.files.values() if number < BROKEN})
-        named = [{entry.path for entry in read_ledger(Artifacts(config.output).dataset) if entry.status == "unreadable"}
+        named = [{entry.path for entry in read_failures(Artifacts(config.output).dataset) if entry.status == "unreadable"}
                  for config in (self.config, fresh)]  # fmt: skip
         broken = {number for number in self.files.values() if number >= BROKEN}
         assert all({self.files[path] for path in paths if path in self.files} == broken for paths in named)

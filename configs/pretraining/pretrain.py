@@ -10,6 +10,7 @@ evaluation; `weights.safetensors` in the output folder can be used after each.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tarfile
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ConstantLR, LinearLR, LRScheduler, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from pipeline import config, images
 from pipeline.embed.families import build
 from pipeline.finetuning import Data, Labelled, copy_weights, describe, evaluate, write_weights
-from pipeline.finetuning.batches import crop_and_flip, rows_at, to_float
+from pipeline.finetuning.batches import rows_at, to_float
 from pipeline.io.digests import bytes_digest, fingerprint
 
 CPU = torch.device("cpu")
@@ -138,6 +139,25 @@ def schedule_of(optimizer: torch.optim.Optimizer, recipe: Recipe) -> LRScheduler
     return SequentialLR(optimizer, parts, milestones=[recipe.warmup, recipe.warmup + flat])
 
 
+def crop_and_flip(images: Tensor, size: int, smallest: float) -> Tensor:
+    """Cut a random rectangle out of each image, flip half of them, and bring all to `size` pixels.
+
+    The random resized crop of Szegedy et al. 2014 with area in [smallest, 1] and ratio in [3/4, 4/3], each image its own,
+    in one call for the whole batch instead of one per image.
+    """
+    count = len(images)
+    area = torch.empty(count).uniform_(smallest, 1.0)
+    ratio = torch.exp(torch.empty(count).uniform_(-1.0, 1.0) * math.log(4 / 3))
+    width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
+    transform = torch.zeros(count, 2, 3)
+    transform[:, 0, 0] = width * (torch.randint(0, 2, (count,)).float() * 2 - 1)
+    transform[:, 0, 2] = torch.empty(count).uniform_(-1.0, 1.0) * (1.0 - width)
+    transform[:, 1, 1] = height
+    transform[:, 1, 2] = torch.empty(count).uniform_(-1.0, 1.0) * (1.0 - height)
+    grid = functional.affine_grid(transform, [count, 3, size, size], align_corners=False).to(images.device)
+    return functional.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
+
+
 def gradients(network: nn.Module, data: Data, recipe: Recipe, step: int) -> float:
     """Put the gradient of one step into the network and return its loss; everything random comes from (seed, step)."""
     torch.manual_seed(int(np.random.SeedSequence([recipe.seed, step]).generate_state(1)[0]))
@@ -214,7 +234,10 @@ def write(folder: Path, network: nn.Module, recipe: Recipe, source: Source, hist
         seed=recipe.seed,
         outcome=history[-1],
     )
-    write_weights(folder / "weights.safetensors", copy_weights(network), description, half=True)
+    weights = {
+        name: weight.half() if weight.is_floating_point() else weight for name, weight in copy_weights(network).items()
+    }
+    write_weights(folder / "weights.safetensors", weights, description)
     (folder / "weights.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in history), "utf-8")
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from pipeline.data.failures import REMARKS, LedgerEntry, check_failures, failed_digests, read_ledger, record_failures
+from pipeline.data.failures import REMARKS, Failure, check_failures, failed_digests, read_failures, record_failures
 from pipeline.data.index import DatasetIndex
 from pipeline.data.scan import require_its_own, scan
 from pipeline.data.sources import needs_download
-from pipeline.data.summary import ScanResult, difference_text, fold_warnings, missing_side, passed_over_lines
+from pipeline.data.summary import ScanResult, fold_warnings, missing_side, passed_over_lines
 from pipeline.data.walk import Walk
 
 __all__ = [
     "REMARKS",
     "DatasetIndex",
-    "LedgerEntry",
+    "Failure",
     "ScanResult",
     "Walk",
     "check_failures",
-    "difference_text",
     "failed_digests",
     "fold_warnings",
     "missing_side",
     "needs_download",
     "passed_over_lines",
-    "read_ledger",
+    "read_failures",
     "record_failures",
     "require_its_own",
     "scan",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from pipeline.data.units import leakage_units
+from pipeline.data.match import Texts, encode, leakage_units, texts
 from pipeline.errors import DatasetError
 from pipeline.experiment import INDEX, read_document, to_cell, write_document
 from pipeline.io.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
@@ -35,8 +35,13 @@ SPLITS = ("train", "validation", "test", "excluded")
 _RUNS = r"^[=+\-@\t\r']"
 """What `to_cell` looks for."""
 
-Texts = NDArray[np.object_]
-"""n texts: ndarray of shape (n,), object dtype, each a `str`."""
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What a made split follows: the seed of the order, and the share of each class's images that is set aside."""
+
+    seed: int
+    test_fraction: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,39 +84,33 @@ class DatasetIndex:
         return self.rows(np.flatnonzero(np.isin(self.splits.astype(str), splits)))
 
     def rows(self, rows: NDArray[Any]) -> DatasetIndex:
-        """Return some rows, given by number or by a mask."""
-        groups = None if self.groups is None else self.groups[rows]
-        return DatasetIndex(
-            self.root,
-            self.paths[rows],
-            self.labels[rows],
-            self.splits[rows],
-            groups,
-            self.digests[rows],
-            self.sizes[rows],
-        )
+        """Return some rows, given by number (integers of shape (m,)) or by a mask (bool of shape (n,))."""
+        columns = {name: column[rows] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
+        return DatasetIndex(self.root, **{"groups": None, **columns})
 
     def with_splits(self, splits: Texts) -> DatasetIndex:
-        """Return the same images, split otherwise."""
+        """Return the same images, split otherwise: `splits` is an object array of shape (n,)."""
         return replace(self, splits=splits)
 
-    def fold_groups(self) -> NDArray[np.int64] | None:
-        """Return which images must share a fold: int64 of shape (n,), or None when each may go anywhere.
+    def units(self) -> NDArray[np.int64]:
+        """Return which images may not be parted: int64 of shape (n,), one number for a group, or a content, and all it is joined to."""
+        return leakage_units(self.digests, self.groups)
 
-        Images of one group belong together, and so do copies of one content.
-        """
-        units = leakage_units(self.digests, self.groups)
+    def fold_groups(self) -> NDArray[np.int64] | None:
+        """Return which images must share a fold: int64 of shape (n,), or None when each may go anywhere."""
+        units = self.units()
         return None if len(units) == 0 or units.max() + 1 == len(units) else units
 
     def fingerprint(self) -> str:
         """Return the hex digest of every row; where the images lie does not matter."""
         return bytes_digest(_to_csv(self))
 
-    def write(self, folder: Path, made: dict[str, Any] | None = None, source: str = "") -> None:
-        """Write index.csv and index.json; `made` says how splits were made, None when the user gave them."""
+    def write(self, folder: Path, plan: SplitPlan | None = None, source: str = "") -> None:
+        """Write index.csv and index.json; `plan` says how the test split was made, None when the user gave it."""
         make_folder(folder)
         rows, path = _to_csv(self), folder / INDEX_FILE
         digests = [bytes_digest(rows), *([bytes_digest(path.read_bytes())] if path.is_file() else [])]
+        made = None if plan is None else asdict(plan)
         record = {"root": str(self.root), "source": source, "made_splits": made, "rows": digests}
         write_document(folder / INDEX_RECORD, INDEX, record)
         write_atomic(path, rows)
@@ -125,26 +124,76 @@ class DatasetIndex:
         DatasetError
             When there is none, or it is not one this version can read.
         """
-        record = read_record(folder)
-        if record is None:
+        found = WrittenIndex.read(folder)
+        if found.record is None:
             raise DatasetError(f"{folder}: has no {INDEX_RECORD}; run `manyheads features` to make the index")
-        if not record_names_rows(folder, record):
+        if found.edited:
             raise DatasetError(
                 f"{folder / INDEX_FILE}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, "
                 "which keeps its splits, or delete it to have it made anew"
             )
-        return _from_csv(folder / INDEX_FILE, Path(record["root"]), record)
+        if found.index is None:
+            raise DatasetError(f"{found.path}: there is no index here; run `manyheads features` to make it")
+        return found.index
+
+
+@dataclass(frozen=True)
+class WrittenIndex:
+    """What a folder holds of an index: what index.json says, and the bytes of index.csv; None where there is no such file."""
+
+    path: Path
+    record: Mapping[str, Any] | None
+    csv: bytes | None
 
     @staticmethod
-    def read_edited(folder: Path, record: Mapping[str, Any] | None) -> DatasetIndex:
-        """Read index.csv also where somebody has edited it; `record` is what index.json says, if there is one."""
-        return _from_csv(folder / INDEX_FILE, Path((record or {}).get("root", "")), record or {})
+    def read(folder: Path) -> WrittenIndex:
+        """Read both files.
 
+        Raises
+        ------
+        DatasetError
+            When one cannot be read, or index.json is damaged or of another format or version.
+        """
+        record, path = read_record(folder), folder / INDEX_FILE
+        try:
+            return WrittenIndex(path, record, read_file(path))
+        except FileNotFoundError:
+            return WrittenIndex(path, record, None)
+        except OSError as error:
+            if error.errno not in NOT_ORDINARY:
+                raise
+            raise _unreadable(path, error) from None
 
-def record_names_rows(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether index.csv is, byte for byte, what was written with this record; 0.1 did not write down which that was."""
-    path = folder / INDEX_FILE
-    return "rows" not in record or not path.is_file() or bytes_digest(path.read_bytes()) in record["rows"]
+    @cached_property
+    def digest(self) -> str:
+        """The digest of index.csv: the fingerprint of the index unless somebody has edited it."""
+        return "" if self.csv is None else bytes_digest(self.csv)
+
+    @property
+    def edited(self) -> bool:
+        """Whether index.csv is not, byte for byte, what was written with index.json; 0.1 did not write down which that was."""
+        written = (self.record or {}).get("rows")
+        return written is not None and self.csv is not None and self.digest not in written
+
+    @property
+    def plan(self) -> SplitPlan | None:
+        """How the test split was made; None when the user gave it, or nothing is known."""
+        made = (self.record or {}).get("made_splits")
+        return SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
+
+    @cached_property
+    def index(self) -> DatasetIndex | None:
+        """The index, also where somebody has edited it.
+
+        Raises
+        ------
+        DatasetError
+            When it is damaged.
+        """
+        if self.csv is None:
+            return None
+        record = self.record or {}
+        return _from_csv(self.path, self.csv, Path(record.get("root", "")), record.get("version") != 1)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -165,19 +214,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     ):
         raise INDEX.damaged(path, "it does not say where the images are and how splits were made")
     return record
-
-
-def encode(texts: Texts) -> tuple[NDArray[np.int64], list[str]]:
-    """Return each text's code, int64 of shape (n,), and the distinct texts in order of first appearance."""
-    encoded = pa.array(texts, pa.large_string()).dictionary_encode()
-    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
-
-
-def texts(values: list[str]) -> Texts:
-    """Return an object array of shape (n,)."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
 
 
 def _to_csv(index: DatasetIndex) -> bytes:
@@ -204,34 +240,34 @@ def _to_cells(column: pa.Array) -> pa.Array:
     return pa.array([None if text is None else to_cell(text) for text in column.to_pylist()], column.type)
 
 
-def _from_csv(path: Path, root: Path, record: Mapping[str, Any]) -> DatasetIndex:
+def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetIndex:
     types: dict[str, pa.DataType] = {
         name: pa.dictionary(pa.int32(), pa.string()) for name in ("label", "split", "group")
     }
     types |= {"path": pa.string(), "digest": pa.string(), "size": pa.int64()}
     try:
-        data = read_file(path)
         table = pyarrow.csv.read_csv(
             pa.BufferReader(data),
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=b'"' in data),
             convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         )
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: there is no index here; run `manyheads features` to make it") from None
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno not in NOT_ORDINARY:
-            raise
-        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); delete it to have it made anew") from None
+    except pa.ArrowException as error:
+        raise _unreadable(path, error) from None
     if tuple(table.column_names) != COLUMNS:
         found = ", ".join(table.column_names)
         raise DatasetError(
             f"{path}: has columns {found}, expected {', '.join(COLUMNS)}; delete it to have it made anew"
         )
-    if record.get("version") != 1:
+    if in_cells:
         table = table.set_column(0, "path", _from_cells(table["path"]))
         for place in (1, 3):
             table = table.set_column(place, COLUMNS[place], _dictionary_from_cells(table[COLUMNS[place]]))
     return _checked(table, path, root)
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    reason = " ".join(str(error).split())
+    return DatasetError(f"{path}: cannot be read ({reason}); delete it to have it made anew")
 
 
 def _from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -279,7 +315,3 @@ def _texts_of(column: pa.ChunkedArray) -> Texts:
         column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
     words = texts(column.dictionary.to_pylist())
     return np.asarray(words[column.indices.to_numpy(zero_copy_only=False)], dtype=object)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -2,86 +2,68 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import DatasetIndex, Texts, encode
-from pipeline.data.units import content_codes
+from pipeline.data.index import DatasetIndex
+from pipeline.data.match import Texts, content_codes
+
+Pair = tuple[int, int]
+"""Rows of two images of one content."""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two images of one content: on the two sides of a leak (training first), or under two labels."""
-
-    first: str
-    second: str
-    first_label: str
-    second_label: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Copies:
-    """What is there more than once."""
+    """What is there more than once, as rows of an index.
+
+    leaks : pairs on the two sides of the test, training first; every image of such a content is in one
+    conflicts : pairs under two labels
+    duplicates : how many images have a content that is there before on the same side; they are kept, and share a fold
+    leaking : bool of shape (n,): rows of the training side whose content is in the test set, and the reverse
+    """
 
     leaks: tuple[Pair, ...]
     conflicts: tuple[Pair, ...]
     duplicates: int
-    """Images whose content is there before on the same side; they are kept, and share a fold."""
     leaking: NDArray[np.bool_]
-    """Rows of the training side whose content is in the test set, and the reverse; shape (n,)."""
 
 
 def find_copies(index: DatasetIndex) -> Copies:
     """Find copies among the images; splits are the ones before anything was excluded."""
     codes = content_codes(index.digests)
-    n_contents = int(codes.max()) + 1 if len(codes) else 0
     test = np.asarray(index.splits == "test", dtype=bool)
-    leaking = (np.bincount(codes[test], minlength=n_contents) > 0) & (
-        np.bincount(codes[~test], minlength=n_contents) > 0
-    )
-    label_codes, _ = encode(index.labels)
-    leaks = _pairs(index, codes, leaking[codes] & ~test, leaking[codes] & test)
-    conflicts = _pairs(index, codes, *_conflicting(codes, label_codes, n_contents))
+    labels = index.labels
+    leaks: list[Pair] = []
+    conflicts: list[Pair] = []
+    for rows in _of_one_content(codes):
+        trained, tested = [row for row in rows if not test[row]], [row for row in rows if test[row]]
+        if trained and tested:
+            leaks += [(row, tested[0]) for row in trained]
+            leaks += [(trained[0], row) for row in tested[1:]]
+        conflicts += [(rows[0], row) for row in rows if labels[row] != labels[rows[0]]]
+    leaking = np.zeros(len(index), dtype=bool)
+    leaking[[row for pair in leaks for row in pair]] = True
     sides = np.unique(codes * 2 + test)
-    return Copies(leaks, conflicts, len(codes) - len(sides), leaking[codes])
+    return Copies(tuple(sorted(leaks)), tuple(sorted(conflicts)), len(codes) - len(sides), leaking)
 
 
-def _conflicting(
-    codes: NDArray[np.int64], labels: NDArray[np.int64], n_contents: int
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Rows that are the first of a content, and rows of the same content under another label."""
-    first = np.full(n_contents, -1, dtype=np.int64)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]
-    other = labels != labels[first[codes]]
-    contents = np.unique(codes[other])
-    firsts = np.zeros(len(codes), dtype=bool)
-    firsts[first[contents]] = True
-    return firsts, other
-
-
-def _pairs(
-    index: DatasetIndex, codes: NDArray[np.int64], first: NDArray[np.bool_], second: NDArray[np.bool_]
-) -> tuple[Pair, ...]:
-    """Pair each row of the one side with the first row of the same content on the other, so that every row is named."""
-    ones, others = np.flatnonzero(first), np.flatnonzero(second)
-    partner_of: dict[int, int] = {}
-    for row in others[::-1].tolist():
-        partner_of[int(codes[row])] = row
-    pairs = [(row, partner_of[int(codes[row])]) for row in ones.tolist()]
-    named = {partner for _, partner in pairs}
-    first_of = {int(codes[row]): row for row in ones[::-1].tolist()}
-    pairs += [(first_of[int(codes[row])], row) for row in others.tolist() if row not in named]
-    paths, labels = index.paths, index.labels
-    return tuple(Pair(paths[a], paths[b], labels[a], labels[b]) for a, b in sorted(pairs))
+def _of_one_content(codes: NDArray[np.int64]) -> list[list[int]]:
+    """Return the rows of each content that is there more than once."""
+    several: dict[int, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(np.bincount(codes)[codes] > 1).tolist():
+        several[int(codes[row])].append(row)
+    return list(several.values())
 
 
 def apply_leaks(splits: Texts, leaking: NDArray[np.bool_], policy: str) -> Texts:
-    """Mark the copies that go as 'excluded': those of the training side, those of the test, or none ('keep')."""
+    """Mark the copies that go as 'excluded': those of the training side, those of the test, or none ('keep').
+
+    splits : object array of shape (n,); leaking : bool of shape (n,)
+    """
     result = splits.copy()
-    if policy == "drop_train":
-        result[leaking & (splits != "test")] = "excluded"
-    elif policy == "drop_test":
-        result[leaking & (splits == "test")] = "excluded"
+    if policy in {"drop_train", "drop_test"}:
+        result[leaking & ((splits == "test") == (policy == "drop_test"))] = "excluded"
     return result

@@ -35,7 +35,7 @@ class Lineage:
     chosen_on: frozenset[str] | None
 
     def joined(self, learned: Digests, chose: Digests) -> Lineage:
-        """Return the lineage of weights that were trained further on some images and chosen on others."""
+        """Return the lineage of weights that were trained further on some images and chosen on others: digests, uint64 (n, 2)."""
         chosen = None if self.chosen_on is None else self.chosen_on | set(digests_to_hex(chose))
         return Lineage(self.trained_on | set(digests_to_hex(learned)), chosen)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.failures import LedgerEntry
+from pipeline.data.failures import Failure
+from pipeline.images import Stat
 
 EXTENSIONS = frozenset({
     "apng", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "mpo", "pjp", "pjpeg", "png", "tif", "tiff", "webp",
@@ -21,9 +22,6 @@ OTHER_IMAGES = frozenset({
     "arw", "cr2", "cr3", "crw", "dng", "heic", "heif", "nef", "nrw", "orf", "pcx", "pef", "raf", "raw", "rw2", "srw", "tga",
 })  # fmt: skip
 """Endings of images that are not read, where the content does not say so: a user who has them should hear of it as of a failure."""
-
-Stat = tuple[int, int, int]
-"""Size, mtime_ns and ctime_ns of a file."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -52,7 +50,7 @@ class Listing:
     splits: list[str] | None = None
     groups: list[str] | None = None
     stats: list[Stat] = field(default_factory=list)
-    entries: list[LedgerEntry] = field(default_factory=list)
+    entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
 
@@ -87,9 +85,3 @@ def is_image_name(name: str) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether a name is one that file managers and archivers leave behind."""
     return name[0] == "." or name.lower() in _HIDDEN
-
-
-def shown(path: str) -> str:
-    """Return a path for people: bytes that are not UTF-8 and control characters are escaped."""
-    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

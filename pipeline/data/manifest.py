@@ -9,9 +9,10 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.data.failures import LedgerEntry
-from pipeline.data.listing import SPLIT_NAMES, Listing, shown
+from pipeline.data.failures import noticed, shown
+from pipeline.data.listing import SPLIT_NAMES, Listing
 from pipeline.errors import DatasetError, first
+from pipeline.images import stat_of
 
 COLUMNS = ("path", "label", "split", "group")
 REQUIRED = ("path", "label")
@@ -25,7 +26,7 @@ Row = tuple[str, Mapping[str, str]]
 
 
 def list_manifest(path: Path, follow_symlinks: bool = False) -> Listing:
-    """List the images that a manifest names; files that are missing go to the ledger.
+    """List the images that a manifest names; files that are missing are failures.
 
     Raises
     ------
@@ -34,12 +35,12 @@ def list_manifest(path: Path, follow_symlinks: bool = False) -> Listing:
     """
     _require_file(path)
     listing = Listing(path.parent)
+    splits: list[str] = []
+    groups: list[str] = []
     problems: list[str] = []
     rows = _parquet_rows(path, listing) if path.suffix.lower() == ".parquet" else _csv_rows(path, listing, problems)
     seen: dict[str, str] = {}
-    splits: list[str] = []
-    groups: list[str] = []
-    wanted: list[str] = []
+    unsplit: list[str] = []
     for where, values in rows:
         name, label, split = values["path"], values["label"], values.get("split", "").strip()
         found = [*_path_problems(name), *_label_problems(label)]
@@ -50,26 +51,20 @@ def list_manifest(path: Path, follow_symlinks: bool = False) -> Listing:
             found.append(f"unknown split {split!r}, expected train, validation or test")
         seen.setdefault(name, where)
         problems += [f"{where}: {problem}" for problem in found]
-        wanted.append(name)
+        if not split and not found:
+            unsplit.append(where)
+        listing.paths.append(name)
         listing.labels.append(label)
         splits.append(SPLIT_NAMES.get(split.lower(), ""))
         groups.append(values.get("group", ""))
     if any(splits):
         listing.splits = splits
-        unsplit = [seen[name] for name, split in zip(wanted, splits, strict=True) if not split]
-        problems += [
-            f"{where}: no split, though other rows have one" for where in unsplit if not _has_problem(problems, where)
-        ]
+        problems += [f"{where}: no split, though other rows have one" for where in unsplit]
     if any(groups):
         listing.groups = groups
     _refuse(path, problems)
-    listing.paths = wanted
     _find_files(listing, follow_symlinks)
     return listing
-
-
-def _has_problem(problems: Sequence[str], where: str) -> bool:
-    return any(problem.startswith(f"{where}:") for problem in problems)
 
 
 def _path_problems(name: str) -> list[str]:
@@ -180,46 +175,42 @@ def _columns(header: Sequence[str], path: Path, listing: Listing) -> list[str]:
 
 
 def _find_files(listing: Listing, follow_symlinks: bool) -> None:
-    """Keep the rows whose file is there; the others go to the ledger."""
+    """Keep the rows whose file is there; the others are failures."""
+    inside = os.path.realpath(listing.root)
     folders: dict[str, str | None] = {}
-    real_root = os.path.realpath(listing.root)
     kept = []
     for row, path in enumerate(listing.paths):
-        parent = path.rpartition("/")[0]
+        full = f"{inside}/{path}"
+        parent = os.path.dirname(full)
         if parent not in folders:
-            folders[parent] = _folder_problem(real_root, parent, follow_symlinks)
-        problem = folders[parent]
+            folders[parent] = _link_problem(inside, parent, follow_symlinks)
+        status, problem = "unreadable", folders[parent]
         try:
-            full = f"{real_root}/{path}"
             found = os.lstat(full)
             if problem is None and stat.S_ISLNK(found.st_mode):
-                problem = _link_problem(real_root, os.path.realpath(full), follow_symlinks)
+                problem = _link_problem(inside, full, follow_symlinks)
                 found = os.stat(full)
             if problem is None and not stat.S_ISREG(found.st_mode):
                 problem = "it is not a regular file"
         except (FileNotFoundError, NotADirectoryError):
-            listing.entries.append(LedgerEntry(shown(path), "", "missing", "there is no such file"))
-            continue
+            status, problem = "missing", "there is no such file"
         except (OSError, UnicodeEncodeError) as error:
             problem = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-        if problem is not None:
-            listing.entries.append(LedgerEntry(shown(path), "", "unreadable", problem))
-        else:
+        if problem is None:
             kept.append(row)
-            listing.stats.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns))
-    stats, listing.stats = listing.stats, [(0, 0, 0)] * len(listing.paths)
+            listing.stats.append(stat_of(found))
+        else:
+            listing.entries.append(noticed(path, status, problem))
+            listing.stats.append((0, 0, 0))
     listing.keep(kept)
-    listing.stats = stats
 
 
-def _folder_problem(real_root: str, parent: str, follow_symlinks: bool) -> str | None:
-    full = f"{real_root}/{parent}" if parent else real_root
-    real = os.path.realpath(full)
-    return None if real == full else _link_problem(real_root, real, follow_symlinks)
-
-
-def _link_problem(real_root: str, real: str, follow_symlinks: bool) -> str | None:
-    if os.path.commonpath([real, real_root]) != real_root:
+def _link_problem(inside: str, path: str, follow_symlinks: bool) -> str | None:
+    """Say why a path that is reached by a symbolic link is not read."""
+    real = os.path.realpath(path)
+    if real == path:
+        return None
+    if os.path.commonpath([real, inside]) != inside:
         return "it is reached by a symbolic link that leaves the manifest's folder"
     if not follow_symlinks:
         return "it is reached by a symbolic link; dataset.follow_symlinks: true allows those that stay inside"

@@ -5,27 +5,25 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.failures import LedgerEntry, current_entries, read_ledger, record_failures, write_ledger
-from pipeline.data.index import INDEX_FILE, DatasetIndex, Texts, read_record, record_names_rows, texts
+from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
+from pipeline.data.index import INDEX_FILE, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
-from pipeline.data.listing import Listing, shown
-from pipeline.data.match import Difference, difference
-from pipeline.data.reading import read_digests
+from pipeline.data.listing import Listing
+from pipeline.data.match import Difference, Texts, difference, texts
+from pipeline.data.reading import incomplete_jpegs, read_digests
 from pipeline.data.sources import list_source
-from pipeline.data.splits import SplitPlan, make_test_split, prior_sides
+from pipeline.data.splits import make_test_split, prior_sides
 from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
-from pipeline.data.upgrade import incomplete_jpegs
 from pipeline.errors import DatasetError, first
 from pipeline.images import policy_key
-from pipeline.io.digests import bytes_digest, canonical_json
+from pipeline.io.digests import canonical_json
 
 if TYPE_CHECKING:
     from pipeline.config import DatasetConfig
@@ -58,56 +56,54 @@ def scan(
     began = time.time_ns()
     listing = list_source(config, folder)
     listing.sort()
+    cache, before = read_cache(folder), WrittenIndex.read(folder)
     require_its_own(listing.root, folder, config)
-    cache, before = read_cache(folder), _Before.read(folder)
     key = _scan_key(listing, config)
-    as_it_was = cache.scan == key and cache.index == before.fingerprint and not cache.racy().any()
+    as_it_was = cache.scan == key and cache.index == before.digest and not cache.racy().any()
     if as_it_was and before.index is not None and not rehash and not resplit:
-        found = _Found(before.index, cache.stats, [], 0)
-        plan, notes = before.made, _kept_notes(before.made, config, seed)
+        found, stats, failures, read = before.index, cache.stats, list[Failure](), 0
+        plan = before.plan
         base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
     else:
-        found = _read_changed(listing, cache, rehash)
+        found, stats, failures, read = _read_changed(listing, cache, rehash)
         if cache.is_old and before.index is not None:
-            record_failures(folder, incomplete_jpegs(found.index, config.max_pixels), policy_key(config.max_pixels))
-        _require_classes(found, listing, config)
-        base, plan, notes = _split(found.index, before, config, seed, resplit)
-    copies = find_copies(found.index.with_splits(base))
+            record_failures(folder, incomplete_jpegs(found, config.max_pixels), policy_key(config.max_pixels))
+        _require_classes(found, listing, failures, config)
+        base, plan = _split(found, before, config, seed, resplit)
+    copies = find_copies(found.with_splits(base))
     if config.leaks == "error" and copies.leaks:
-        raise _leak_error(copies)
-    index = found.index.with_splits(apply_leaks(base, copies.leaking, config.leaks))
-    warnings = [*listing.warnings, *_label_warnings(index), *_split_warnings(index)]
-    entries = sorted([*listing.entries, *found.entries])
-    ledger = current_entries(
-        [*entries, *_remarks(copies, config.leaks)], read_ledger(folder), index.paths.tolist(), index.digests
-    )
-    fingerprint_now = before.fingerprint if as_it_was and found.index is before.index else index.fingerprint()
-    unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.fingerprint
+        raise _leak_error(found, copies)
+    index = found.with_splits(apply_leaks(base, copies.leaking, config.leaks))
+    entries = sorted([*listing.entries, *failures])
+    known = remembered(read_failures(folder), index.paths.tolist(), index.digests)
+    fingerprint_now = before.digest if as_it_was and found is before.index else index.fingerprint()
+    unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.digest
     if write:
-        write_ledger(folder, ledger)
-    if write and (not unchanged or plan != before.made or before.edited):
-        index.write(folder, None if plan is None else asdict(plan), config.source)
-    if before.edited:
-        warnings.append(EDITED)
-    if write and (found.read or not (as_it_was and unchanged)):
-        # A file that could not be read is tried again next time, so that scan must not be taken for complete.
-        whole = "" if found.entries else key
-        StatCache(index.paths, found.stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
+        write_failures(folder, [*entries, *_remarks(index, copies, config.leaks), *known])
+        if not unchanged or plan != before.plan or before.edited:
+            index.write(folder, plan, config.source)
+        if read or not (as_it_was and unchanged):
+            # A file that could not be read is tried again next time, so that scan must not be taken for complete.
+            whole = "" if failures else key
+            StatCache(index.paths, stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
     return ScanResult(
         index=index,
         unchanged=unchanged,
-        first=before.index is None,
         difference=_since(before.index, index),
-        read=found.read,
-        leaks=copies.leaks,
+        first=before.index is None,
+        read=read,
+        copies=copies,
         leak_policy=config.leaks,
-        conflicts=copies.conflicts,
-        duplicates=copies.duplicates,
         ignored=dict(listing.ignored),
         entries=tuple(entries),
-        remembered=sum(bool(entry.policy) for entry in ledger),
-        warnings=tuple(warnings),
-        notes=tuple(notes),
+        remembered=len(known),
+        warnings=(
+            *listing.warnings,
+            *_label_warnings(index),
+            *_split_warnings(index),
+            *_kept_split(plan, config, seed),
+            *([EDITED] if before.edited else []),
+        ),
     )
 
 
@@ -131,43 +127,17 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Before:
-    """What an earlier scan left in the folder."""
+def _read_changed(
+    listing: Listing, cache: StatCache, rehash: bool
+) -> tuple[DatasetIndex, NDArray[np.int64], list[Failure], int]:
+    """Take digests from the cache where the file is as it was, and read the others.
 
-    index: DatasetIndex | None
-    fingerprint: str
-    made: SplitPlan | None
-    """How the test split was made; None when the user gave it, or nothing is known."""
-    recorded: bool
-    edited: bool = False
-    """index.csv is not the one that was written: somebody has edited it, or it is damaged."""
-
-    @staticmethod
-    def read(folder: Path) -> _Before:
-        record = read_record(folder)
-        if not (folder / INDEX_FILE).exists():
-            return _Before(None, "", None, False)
-        index = DatasetIndex.read_edited(folder, record)
-        edited = record is not None and not record_names_rows(folder, record)
-        made = (record or {}).get("made_splits")
-        plan = SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
-        # The digest of the file is the fingerprint of the index unless someone edited it; then it is written anew.
-        return _Before(index, bytes_digest((folder / INDEX_FILE).read_bytes()), plan, record is not None, edited)
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """The readable images: an index with the user's splits ('' where there are none), and file stats, int64 (n, 3)."""
-
-    index: DatasetIndex
-    stats: NDArray[np.int64]
-    entries: list[LedgerEntry]
-    read: int
-
-
-def _read_changed(listing: Listing, cache: StatCache, rehash: bool) -> _Found:
-    """Take digests from the cache where the file is as it was, and read the others."""
+    Returns
+    -------
+    index of the n readable images with the user's splits ('' where there are none)
+    their files' sizes and times : int64 of shape (n, 3)
+    the files that could not be read, and how many were
+    """
     paths, stats = texts(listing.paths), listing.stat_array()
     known, digests = cache.known(paths, stats)
     if rehash:
@@ -179,26 +149,23 @@ def _read_changed(listing: Listing, cache: StatCache, rehash: bool) -> _Found:
     splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
     groups = texts(listing.groups) if listing.groups is not None else None
     index = DatasetIndex(listing.root, paths, texts(listing.labels), splits, groups, digests, stats[:, 0]).rows(known)
-    return _Found(index, stats[known], reading.entries, len(pending))
+    return index, stats[known], reading.failures, len(pending)
 
 
 def _split(
-    index: DatasetIndex, before: _Before, config: DatasetConfig, seed: int, resplit: bool
-) -> tuple[Texts, SplitPlan | None, list[str]]:
-    """Return the splits before leaks, the plan they were made by (None for the user's own), and what to tell."""
+    index: DatasetIndex, before: WrittenIndex, config: DatasetConfig, seed: int, resplit: bool
+) -> tuple[Texts, SplitPlan | None]:
+    """Return the splits before leaks, and the plan they were made by; None for the user's own."""
     if (index.splits == "test").any():
-        return index.splits, None, []
-    sides = np.where(index.splits == "", "train", index.splits).astype(object)
-    wanted = SplitPlan(seed, config.test_fraction)
-    prior = np.full(len(index), -1, dtype=np.int8)
-    plan, notes = wanted, []
-    if before.index is not None and not resplit and (before.made is not None or not before.recorded):
-        prior = prior_sides(before.index, index)
-        plan, notes = before.made or wanted, _kept_notes(before.made, config, seed)
-    return make_test_split(index.with_splits(sides), plan, prior), plan, notes
+        return index.splits, None
+    sides = index.with_splits(np.where(index.splits == "", "train", index.splits).astype(object))
+    plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
+    if before.index is not None and not resplit and (before.plan is not None or before.record is None):
+        plan, prior = before.plan or plan, prior_sides(before.index, index)
+    return make_test_split(sides, plan, prior), plan
 
 
-def _kept_notes(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
+def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
     if plan is None or plan == SplitPlan(seed, config.test_fraction):
         return []
     return [
@@ -225,7 +192,7 @@ def _has_test(listing: Listing) -> bool:
 
 def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
     if old is None:
-        return Difference(added=len(new), changed=0, removed=0, renamed=0)
+        return Difference(added=len(new))
     return difference(old.paths, old.digests, new.paths, new.digests)
 
 
@@ -253,12 +220,11 @@ def _require_few_classes(index: DatasetIndex, origin: object, config: DatasetCon
     )
 
 
-def _require_classes(found: _Found, listing: Listing, config: DatasetConfig) -> None:
+def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:
     """Refuse data that nothing can be learned from, with the likely reason."""
-    index, origin = found.index, config.path if config.source == "manifest" else listing.root
+    origin = config.path if config.source == "manifest" else listing.root
     if len(index) == 0:
-        entries = sorted([*listing.entries, *found.entries])
-        problems = [f"{entry.path}: {entry.reason}" for entry in entries]
+        problems = [f"{entry.path}: {entry.reason}" for entry in sorted([*listing.entries, *failures])]
         if config.source == "manifest" and not problems:
             raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
         raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
@@ -314,31 +280,29 @@ def _groups(index: DatasetIndex, *splits: str) -> set[str]:
     return set() if side.groups is None else set(side.groups.tolist()) - {""}
 
 
-def _remarks(copies: Copies, policy: str) -> list[LedgerEntry]:
-    """Leaks and conflicts as ledger entries, so that all of them can be looked up."""
+def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
+    """Leaks and conflicts, so that all of them can be looked up."""
+    paths, labels = index.paths, index.labels
     outcome = {"drop_train": "the training copy is excluded", "drop_test": "the test copy is excluded"}.get(
         policy, "both are kept"
     )
     leaks = [
-        LedgerEntry(
-            shown(pair.first), "", "leak", f"the same content is in the test as {shown(pair.second)}; {outcome}"
-        )
-        for pair in copies.leaks
+        noticed(paths[one], "leak", f"the same content is in the test as {shown(paths[other])}; {outcome}")
+        for one, other in copies.leaks
     ]
     conflicts = [
-        LedgerEntry(
-            shown(pair.second),
-            "",
+        noticed(
+            paths[other],
             "conflict",
-            f"labelled {pair.second_label!r}; the same content is {shown(pair.first)}, labelled {pair.first_label!r}",
+            f"labelled {labels[other]!r}; the same content is {shown(paths[one])}, labelled {labels[one]!r}",
         )
-        for pair in copies.conflicts
+        for one, other in copies.conflicts
     ]
     return [*leaks, *conflicts]
 
 
-def _leak_error(copies: Copies) -> DatasetError:
-    problems = [f"{shown(pair.first)} = {shown(pair.second)}" for pair in copies.leaks]
+def _leak_error(index: DatasetIndex, copies: Copies) -> DatasetError:
+    problems = [f"{shown(index.paths[one])} = {shown(index.paths[other])}" for one, other in copies.leaks]
     return DatasetError(
         f"{len(copies.leaks):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
         first(problems, MOST_PROBLEMS),

@@ -7,47 +7,39 @@ were split before keep their side, so adding, renaming or removing images moves 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import DatasetIndex, Texts, encode
-from pipeline.data.match import match_digests, match_texts
-from pipeline.data.units import leakage_units
+from pipeline.data.index import DatasetIndex, SplitPlan
+from pipeline.data.match import Texts, encode, match_digests, match_texts
+from pipeline.data.targets import Classification
 from pipeline.io.digests import Digests, content_digest
 
 
-@dataclass(frozen=True)
-class SplitPlan:
-    """What a made split follows: the share of each class's images that is set aside, and the seed of the order."""
-
-    seed: int
-    test_fraction: float
-
-
 def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8]) -> Texts:
-    """Move whole units from 'train' to 'test' and return the splits, shape (n,).
+    """Move whole units from 'train' to 'test' and return the splits, object array of shape (n,).
 
-    `prior` is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
+    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
     the units they belong to. No class loses all its training images.
     """
     splits, groups, digests = index.splits, index.groups, index.digests
-    units = leakage_units(digests, groups)
+    units = index.units()
     n_units = int(units.max()) + 1 if len(units) else 0
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
     side = _prior_sides(units, n_units, prior)
-    codes, names = encode(index.labels)
-    counts = np.bincount(codes[splits == "train"], minlength=len(names))
+    target = Classification.of(index)
+    codes = target.strata(target.encode(index))
+    n_strata = int(codes.max(initial=-1)) + 1
+    counts = np.bincount(codes[splits == "train"], minlength=n_strata)
     in_test = side == 1
     in_test[fixed] = False
-    held = np.bincount(codes[in_test[units]], minlength=len(names))
+    held = np.bincount(codes[in_test[units]], minlength=n_strata)
     starved = (held >= counts)[codes] & in_test[units]
     if starved.any():  # only test images are left of a class: its units are drawn anew
         side[units[starved]] = -1
         in_test[units[starved]] = False
-        held = np.bincount(codes[in_test[units]], minlength=len(names))
+        held = np.bincount(codes[in_test[units]], minlength=n_strata)
     fresh = (side == -1) & ~fixed
     order = np.flatnonzero(fresh)
     order = order[np.argsort(_unit_keys(units, n_units, groups, digests, plan.seed)[order], kind="stable")]
@@ -59,7 +51,10 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
 
 
 def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
-    """Return what each image was in an earlier index, by content first and by path otherwise: 1 test, 0 train, -1 not there."""
+    """Return what each image was in an earlier index, by content first and by path otherwise.
+
+    int8 of shape (n,): 1 test, 0 train, -1 not there.
+    """
     rows = match_digests(before.digests, index.digests)
     if before.root == index.root:  # below another root, the same path is another image
         by_path = match_texts(before.paths, index.paths)

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.failures import REMARKS, LedgerEntry
-from pipeline.data.index import SPLITS, DatasetIndex, encode
-from pipeline.data.leaks import Pair
-from pipeline.data.listing import shown
-from pipeline.data.match import Difference
-from pipeline.data.units import leakage_units
+from pipeline.data.failures import REMARKS, Failure, shown
+from pipeline.data.index import SPLITS, DatasetIndex
+from pipeline.data.leaks import Copies, Pair
+from pipeline.data.match import Difference, encode
 
 EXAMPLES = 3
 CLASSES_SHOWN = 12
@@ -26,26 +24,23 @@ class ScanResult:
     index: DatasetIndex
     unchanged: bool
     """The index is the one that was there before, row for row."""
-    first: bool
-    """There was no index before."""
     difference: Difference
     """Images added, changed, removed and renamed since the last scan; all added at the first one."""
+    first: bool
+    """There was no index before."""
     read: int
     """Files whose bytes were read."""
-    leaks: tuple[Pair, ...]
+    copies: Copies
     leak_policy: str
-    conflicts: tuple[Pair, ...]
-    duplicates: int
     ignored: Mapping[str, int]
-    entries: tuple[LedgerEntry, ...]
+    entries: tuple[Failure, ...]
     """Files not used, as the scan found them."""
     remembered: int
     """Images known from earlier runs not to decode."""
     warnings: tuple[str, ...]
-    notes: tuple[str, ...]
 
     @property
-    def failures(self) -> tuple[LedgerEntry, ...]:
+    def failures(self) -> tuple[Failure, ...]:
         """The entries that are failed images, for `check_failures`."""
         return tuple(entry for entry in self.entries if entry.status not in REMARKS)
 
@@ -64,19 +59,28 @@ class ScanResult:
         lines = [_headline(self.index), *_class_lines(self.counts)]
         if self.unchanged:
             lines.append("nothing changed since the last scan")
-        elif self.difference and not self.first:
-            lines.append("since the last scan: " + difference_text(self.difference))
-        lines += self.notes
+        elif str(self.difference) and not self.first:
+            lines.append(f"since the last scan: {self.difference}")
         lines += [f"warning: {warning}" for warning in self.warnings]
-        lines += _pair_lines(self.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})", False)
-        lines += _pair_lines(self.conflicts, "under two labels (kept as they are; mend the labels)", True)
-        if self.duplicates:
-            lines.append(
-                f"copies of another image on the same side, kept, and never parted by folds: {self.duplicates:,}"
-            )
+        lines += self._pair_lines(self.copies.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})")
+        lines += self._pair_lines(self.copies.conflicts, "under two labels (kept as they are; mend the labels)")
+        if number := self.copies.duplicates:
+            lines.append(f"copies of another image on the same side, kept, and never parted by folds: {number:,}")
         if self.remembered:
-            lines.append(f"images known not to decode, see ledger.csv: {self.remembered:,}")
+            lines.append(f"images known not to decode, see failures.csv: {self.remembered:,}")
         return lines + passed_over_lines(self.entries, self.ignored)
+
+    def _pair_lines(self, pairs: Sequence[Pair], what: str) -> list[str]:
+        if not pairs:
+            return []
+        paths, labels = self.index.paths, self.index.labels
+        lines = [f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of equal images {what}:"]
+        for rows in pairs[:EXAMPLES]:
+            names = [shown(paths[row]) for row in rows]
+            if pairs is self.copies.conflicts:
+                names = [f"{name} ({shown(labels[row])})" for name, row in zip(names, rows, strict=True)]
+            lines.append("  " + " = ".join(names))
+        return lines + _more(len(pairs))
 
 
 _LEAK_TEXT = {
@@ -107,7 +111,7 @@ def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
     """
     train = index.select("train", "validation")
     codes, names = encode(train.labels)
-    pairs = np.unique(np.stack([codes, leakage_units(train.digests, train.groups)], axis=1), axis=0)
+    pairs = np.unique(np.stack([codes, train.units()], axis=1), axis=0)
     units = np.bincount(pairs[:, 0], minlength=len(names))
     images = np.bincount(codes, minlength=len(names))
     if (possible := _possible_folds(train, images)) < folds:
@@ -157,7 +161,7 @@ _OTHER_SPLIT = "name the images of each side in a manifest's `split` column, or 
 
 
 def _why_no_test(train: DatasetIndex) -> str:
-    units = leakage_units(train.digests, train.groups)
+    units = train.units()
     codes, names = encode(train.labels)
     pairs = np.unique(np.stack([codes, units], axis=1), axis=0)
     most = int(np.bincount(pairs[:, 0], minlength=1).max())
@@ -191,26 +195,8 @@ def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     return lines
 
 
-def difference_text(difference: Difference) -> str:
-    """Return `3 added, 1 removed`; only what there is."""
-    names = ("added", "changed", "renamed", "removed")
-    return ", ".join(f"{getattr(difference, name):,} {name}" for name in names if getattr(difference, name))
-
-
-def _pair_lines(pairs: Sequence[Pair], what: str, with_labels: bool) -> list[str]:
-    if not pairs:
-        return []
-    lines = [f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of equal images {what}:"]
-    for pair in pairs[:EXAMPLES]:
-        first, second = shown(pair.first), shown(pair.second)
-        if with_labels:
-            first, second = f"{first} ({shown(pair.first_label)})", f"{second} ({shown(pair.second_label)})"
-        lines.append(f"  {first} = {second}")
-    return lines + _more(len(pairs))
-
-
 def passed_over_lines(
-    entries: Sequence[LedgerEntry], ignored: Mapping[str, int], where: str = ", see ledger.csv"
+    entries: Sequence[Failure], ignored: Mapping[str, int], where: str = ", see failures.csv"
 ) -> list[str]:
     """Return lines on what a walk passed over: a few examples of each status, and the counts."""
     lines = []
@@ -222,5 +208,5 @@ def passed_over_lines(
     return lines + [f"ignored {what}: {count:,}" for what, count in sorted(ignored.items())]
 
 
-def _more(count: int, where: str = ", see ledger.csv") -> list[str]:
+def _more(count: int, where: str = ", see failures.csv") -> list[str]:
     return [f"  … and {count - EXAMPLES:,} more{where}"] if count > EXAMPLES else []

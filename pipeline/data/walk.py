@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.data.failures import LedgerEntry
-from pipeline.data.listing import OTHER_IMAGES, Stat, ending_of, is_hidden, is_image_name, shown
-from pipeline.images import NO_IMAGE, START_BYTES, kind_of
+from pipeline.data.failures import Failure, noticed
+from pipeline.data.listing import OTHER_IMAGES, ending_of, is_hidden, is_image_name
+from pipeline.images import NO_IMAGE, START_BYTES, Stat, kind_of, stat_of
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Walk:
     root: Path
     follow_symlinks: bool
     inside: str
-    entries: list[LedgerEntry] = field(default_factory=list)
+    entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     _linked: set[tuple[int, int]] = field(default_factory=set, init=False)
     """Folders reached through a link, by device and inode, so that no cycle of links is endless."""
@@ -63,7 +63,7 @@ class Walk:
                     # The one hot line of a scan: nearly every entry is an image.
                     if is_image_name(name) and name[0] != "." and entry.is_file(follow_symlinks=False):
                         found.images.append(name)
-                        found.stats.append(_stat(entry.stat(follow_symlinks=False)))
+                        found.stats.append(stat_of(entry.stat(follow_symlinks=False)))
                     elif is_hidden(name):
                         self.ignored["hidden files and folders"] += 1
                     elif entry.is_symlink():
@@ -81,7 +81,7 @@ class Walk:
 
     def pass_over(self, path: str, status: str, reason: str) -> None:
         """Add a line."""
-        self.entries.append(LedgerEntry(shown(path), "", status, reason))
+        self.entries.append(noticed(path, status, reason))
 
     def _take_file(self, folder: str, name: str, about: os.stat_result, found: Folder) -> None:
         """Take in a file that is an image by its name or its content, or say what it is."""
@@ -92,7 +92,7 @@ class Walk:
         problem = None if is_image_name(name) else self._problem(folder + name)
         if problem is None:
             found.images.append(name)
-            found.stats.append(_stat(about))
+            found.stats.append(stat_of(about))
         else:
             self.pass_over(folder + name, *problem)
 
@@ -145,7 +145,3 @@ class Walk:
         parts = folder.split("/")[:-1]
         above = [os.stat(self.root.joinpath(*parts[:depth])) for depth in range(len(parts) + 1)]
         return {(about.st_dev, about.st_ino) for about in above}
-
-
-def _stat(about: os.stat_result) -> Stat:
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns

@@ -1,37 +1,37 @@
 """Training a network end to end: stage three, which starts from a fitted head.
 
-stages.py        the stages of a network, which of them are trained when, BatchNorm's modes
-batches.py       which images a step sees, augmentation, mixup
-steps.py         one step, one evaluation, the optimizer and its rates
-loop.py          train(): steps, evaluations, the choice of weights
-search.py        the range test that suggests a rate; the path back to the hand-over
-checkpoint.py    what a killed run needs to go on
-weights.py       copies of weights, interpolation
-handover.py      a scikit-learn head as the network's last layer
-instruments.py   dropout, profiler, TensorBoard
-weights_file.py  the result, as `backbone` loads it
+plan.py         the stages of a network, which of them are trained when, BatchNorm's modes
+batches.py      which images a step sees, augmentation, mixup
+steps.py        one step, one evaluation, the optimizer and its rates
+loop.py         train(): steps, evaluations, the choice of weights
+return_path.py  the path back to the hand-over
+checkpoint.py   what a killed run needs to go on
+weights.py      copies of weights, and the result as `embed` loads it
+handover.py     a scikit-learn head as the network's last layer
+instruments.py  profiler, TensorBoard
+material.py     which embedding, head and images
+start.py        the network with stage two's head as its last layer
+judgement.py    the comparisons and the verdict
 """
 
 from pipeline.finetuning.batches import Data, Labelled
-from pipeline.finetuning.checkpoint import Run
+from pipeline.finetuning.checkpoint import Run, State
 from pipeline.finetuning.handover import fold, put_head, random_layer
-from pipeline.finetuning.loop import Trained, train
-from pipeline.finetuning.plan import PlanStep, Stage, check_plan, describe_plan, stages_of
-from pipeline.finetuning.range_test import ReturnPath, return_path
+from pipeline.finetuning.loop import train
+from pipeline.finetuning.plan import Stage, check_plan, describe_plan, stages_of
+from pipeline.finetuning.return_path import ReturnPath, return_path
 from pipeline.finetuning.steps import Task, evaluate, predict_logits, steps_for
-from pipeline.finetuning.weights import Score, copy_weights
-from pipeline.finetuning.weights_file import describe, write_weights
+from pipeline.finetuning.weights import Score, copy_weights, describe, write_weights
 
 __all__ = [
     "Data",
     "Labelled",
-    "PlanStep",
     "ReturnPath",
     "Run",
     "Score",
     "Stage",
+    "State",
     "Task",
-    "Trained",
     "check_plan",
     "copy_weights",
     "describe",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
-from pipeline.config import TrainingConfig
+from pipeline.config import FinetuneConfig
 from pipeline.io.vision import torchvision
+
+SMALLEST_CROP = 0.5
+"""Of an image's area."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Data:
 
 
 def rows_at(position: int, count: int, images: int, seed: int) -> NDArray[np.int64]:
-    """Return the rows at places `position` to `position + count` of an endless row of shuffled epochs.
+    """Return the rows at places `position` to `position + count` of an endless row of shuffled epochs: int64 of shape (count,).
 
     Every epoch holds every image once, and no image waits for a batch that would be short.
     """
@@ -66,56 +67,28 @@ def to_float(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) ->
     return ((pixels.float() - shift) * scale).permute(0, 3, 1, 2)
 
 
-def crop_and_flip(images: Tensor, size: int, smallest: float) -> Tensor:
-    """Cut a random rectangle out of each image, flip half of them, and bring all to `size` pixels.
-
-    The random resized crop of Szegedy et al. 2014 with area in [smallest, 1] and ratio in [3/4, 4/3], each image its own,
-    in one call for the whole batch instead of one per image.
-    """
-    count = len(images)
-    area = torch.empty(count).uniform_(smallest, 1.0)
-    ratio = torch.exp(torch.empty(count).uniform_(-1.0, 1.0) * math.log(4 / 3))
-    width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
-    transform = torch.zeros(count, 2, 3)
-    transform[:, 0, 0] = width * _random_sign(count)
-    transform[:, 0, 2] = torch.empty(count).uniform_(-1.0, 1.0) * (1.0 - width)
-    transform[:, 1, 1] = height
-    transform[:, 1, 2] = torch.empty(count).uniform_(-1.0, 1.0) * (1.0 - height)
-    grid = functional.affine_grid(transform, [count, 3, size, size], align_corners=False).to(images.device)
-    return functional.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
+def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch.device, data: Data) -> Tensor:
+    """Return the training view of images, uint8 (n, h, w, 3): float32 (n, 3, h, w), from torch's global random state."""
+    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+    if settings.augment != "none":
+        v2 = _transforms()
+        flip = v2.RandomHorizontalFlip()
+        crop = v2.RandomResizedCrop(pixels.shape[1:3], scale=(SMALLEST_CROP, 1.0))
+        change = v2.Compose(
+            {"flip": [flip], "crop": [crop, flip], "trivial": [v2.TrivialAugmentWide(), crop, flip]}[settings.augment]
+        )
+        images = torch.stack([change(image) for image in images])
+    return to_float(images.permute(0, 2, 3, 1), data.mean, data.std).contiguous(memory_format=torch.channels_last)
 
 
-def augmented(pixels: NDArray[np.uint8], settings: TrainingConfig, device: torch.device, data: Data) -> Tensor:
-    """Return the training view of images (n, size, size, 3): float32 (n, 3, size, size), from torch's global random state."""
-    tensor = torch.from_numpy(pixels).to(device)
-    if settings.augment == "trivial":
-        change = _transforms().TrivialAugmentWide()
-        tensor = torch.stack([change(image) for image in tensor.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
-    images = to_float(tensor, data.mean, data.std)
-    if settings.augment in ("crop", "trivial"):
-        images = crop_and_flip(images, pixels.shape[1], settings.smallest_crop)
-    elif settings.augment == "flip":
-        flipped = (_random_sign(len(images)) < 0).to(device).view(-1, 1, 1, 1)
-        images = torch.where(flipped, images.flip(3), images)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def mixed(images: Tensor, labels: Tensor, settings: TrainingConfig, classes: int) -> tuple[Tensor, Tensor]:
-    """Apply mixup or cutmix to a batch; the labels become probabilities when either is on."""
-    if settings.mixup == 0 and settings.cutmix == 0:
+def mixed(images: Tensor, labels: Tensor, settings: FinetuneConfig, classes: int) -> tuple[Tensor, Tensor]:
+    """Apply mixup to a batch, float32 (n, 3, h, w), with labels, int64 (n,), which become probabilities, float32 (n, classes)."""
+    if settings.mixup == 0:
         return images, labels
-    v2 = _transforms()
-    makers = {v2.MixUp: settings.mixup, v2.CutMix: settings.cutmix}
-    choices = [maker(alpha=alpha, num_classes=classes) for maker, alpha in makers.items() if alpha > 0]
-    mix = choices[int(torch.randint(len(choices), ()).item())]
-    images, labels = mix(images, labels)
+    images, labels = _transforms().MixUp(alpha=settings.mixup, num_classes=classes)(images, labels)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
 def _transforms() -> Any:
     """torchvision's v2 transforms, which its own import leaves out."""
     return importlib.import_module(f"{torchvision.__name__}.transforms.v2")
-
-
-def _random_sign(count: int) -> Tensor:
-    return torch.randint(0, 2, (count,)).float() * 2 - 1

@@ -19,7 +19,7 @@ from pipeline.io.files import make_folder, read_file, write_atomic
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "manyheads checkpoint"
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,24 @@ class Run:
 
 @dataclass
 class State:
-    """Where a run stands: what a checkpoint holds beside the states of network, optimizer and the like.
+    """Where a run stands, and at its end what it gave: what a checkpoint holds beside the states of network, optimizer and the like.
 
-    rate : the rate of the last layer, from the config or the range test
+    step : steps done, at the end fewer than planned after an early stop
+    seconds : time spent in training, over all its pieces
     losses : of every step since the last evaluation
-    best : the best score so far with its weights and where they come from, "weights" or "ema"
+    score : the best so far on the validation images: accuracy and minus the log-loss
+    weights : the state of the network that had it
+    source : "weights", or "ema" for their moving average
     stale : evaluations since
     history : one record per evaluation
     """
 
-    rate: float
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
-    best: tuple[Score, Weights, str] | None = None
+    score: Score | None = None
+    weights: Weights = field(default_factory=dict)
+    source: str = ""
     stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 

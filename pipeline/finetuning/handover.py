@@ -60,7 +60,7 @@ def fold(pipeline: Pipeline) -> Layer:
 
 
 def put_head(network: nn.Module, layer: Layer) -> None:
-    """Replace the network's last linear layer; it then gives one score per class of `layer`.
+    """Replace the network's last linear layer by weights (n_classes, dim) and biases (n_classes,), float64; it becomes float32.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def put_head(network: nn.Module, layer: Layer) -> None:
 
 
 def random_layer(classes: int, dim: int, seed: int) -> Layer:
-    """Return the layer torch would start with: the control that starts from no head."""
+    """Return the layer torch would start with: weights (classes, dim) and biases (classes,), float64; the control that starts from no head."""
     bound = dim**-0.5
     rng = np.random.default_rng(seed)
     return rng.uniform(-bound, bound, (classes, dim)), rng.uniform(-bound, bound, classes)

@@ -1,4 +1,4 @@
-"""What watches a run or hangs on the network while it lasts: dropout, the profiler, TensorBoard."""
+"""What watches a run while it lasts: torch's profiler and TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,32 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from pipeline.errors import TrainingError
-from pipeline.finetuning.plan import last_linear
 from pipeline.io.files import make_folder, write_text_atomic
 
 PROFILE_ROWS = 40
-
-
-@contextmanager
-def dropout(network: nn.Module, share: float) -> Iterator[None]:
-    """Drop a share of what enters the last layer; a hook, so the names in the network's state stay as they are."""
-    if share == 0:
-        yield
-        return
-    layer = network.get_submodule(last_linear(network))
-
-    def drop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (functional.dropout(inputs[0], share, module.training),)
-
-    handle = layer.register_forward_pre_hook(drop)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -67,7 +46,7 @@ def tensorboard(folder: Path | None) -> Iterator[Callable[[Mapping[str, float]],
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise TrainingError(
-            "training.tensorboard: the package is not installed; run `pip install tensorboard` or set it to false"
+            "finetune.tensorboard: the package is not installed; run `pip install tensorboard` or set it to false"
         ) from None
     with SummaryWriter(str(folder)) as board:
 

@@ -9,22 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.embed.records import read_records
-from pipeline.evaluation import ACCURACY, Answers, Paired, counted, paired_answers
+from pipeline.evaluation import ACCURACY, Paired, Predictions, counted, paired_answers
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.finetuning import ReturnPath, Task, Trained
+from pipeline.finetuning import ReturnPath, State, Task
 from pipeline.finetuning.material import Choice, Parts
 from pipeline.heads.tuning import Features, blocks
 from pipeline.store import FeatureStore, StoredRows
 
 
-def progress_report(task: Task, trained: Trained, path: ReturnPath) -> dict[str, Any]:
+def progress_report(task: Task, trained: State, path: ReturnPath) -> dict[str, Any]:
     """Return what training did and what was chosen on the validation images."""
     return {
-        "steps": trained.steps,
+        "steps": trained.step,
         "minutes": trained.seconds / 60,
-        "rate": trained.rate,
+        "rate": task.settings.rate,
         "precision": task.precision,
         "source": trained.source if path.alpha > 0 else "hand-over",
         "alpha": path.alpha,
@@ -70,7 +70,7 @@ def compared(tuned: NDArray[np.bool_], other: NDArray[np.bool_], units: NDArray[
     units : ndarray of shape (n,), int64: images of one group, or copies, share a number; None when all are independent
     """
     right = np.zeros(len(tuned), dtype=np.int64)
-    a, b = (Answers(right, np.where(correct, 0, 1), units=units) for correct in (tuned, other))
+    a, b = (Predictions(right, np.where(correct, 0, 1), units=units) for correct in (tuned, other))
     return paired_answers(ACCURACY, a, b, seed)
 
 

@@ -8,21 +8,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data
 from pipeline.finetuning.checkpoint import Run, State, load, save
-from pipeline.finetuning.instruments import dropout, profiler, tensorboard
-from pipeline.finetuning.range_test import range_test
+from pipeline.finetuning.instruments import profiler, tensorboard
 from pipeline.finetuning.steps import Task, evaluate, make_optimizer, make_schedule, train_step
-from pipeline.finetuning.weights import Score, Weights, copy_weights
+from pipeline.finetuning.weights import copy_weights
 from pipeline.io import progress
 
 logger = logging.getLogger(__name__)
@@ -31,30 +28,8 @@ SAVE_SECONDS = 30.0
 """A checkpoint is written after this time at the latest, because an evaluation may be minutes away."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The chosen weights and how they came about.
-
-    weights : the state of the network that did best on the validation images
-    source : "weights", or "ema" for their moving average
-    score : its accuracy and minus its log-loss on the validation images
-    history : one record per evaluation
-    steps : steps done, fewer than planned after an early stop
-    seconds : time spent in training, over all its pieces
-    rate : the head's rate, from the config or the range test
-    """
-
-    weights: Weights
-    source: str
-    score: Score
-    history: tuple[dict[str, Any], ...]
-    steps: int
-    seconds: float
-    rate: float
-
-
-def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None] | None = None) -> Trained:
-    """Train a network in place and return the weights that did best on the validation images.
+def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None] | None = None) -> State:
+    """Train a network in place, put the weights into it that did best on the validation images, and return how it went.
 
     A checkpoint of the same identity is continued; `on_evaluation` gets the step of each evaluation, once it is saved.
 
@@ -65,11 +40,10 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
     """
     _check(task, data)
     settings = task.settings
-    state, parts = _begin(task, data, run)
+    state, parts = _begin(task, run)
     saved, clock = state.seconds, time.perf_counter()
     with (
         progress.bar(task.steps, "step", "training", initial=state.step) as bar,
-        dropout(task.network, settings.dropout),
         profiler(settings.profile_steps, run.folder / "profile.txt") as tick,
         tensorboard(run.folder / "tensorboard" if settings.tensorboard else None) as show,
     ):
@@ -89,30 +63,24 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
                 bar.note(f"validation {state.history[-1]['validation_accuracy']:.1%}")
                 if on_evaluation is not None:
                     on_evaluation(state.step)
-    assert state.best is not None  # the last step is followed by an evaluation
-    score, weights, source = state.best
-    task.network.load_state_dict(weights)
+    task.network.load_state_dict(state.weights)  # there are some: the last step is followed by an evaluation
     task.network.eval()
-    return Trained(weights, source, score, tuple(state.history), state.step, state.seconds, state.rate)
+    return state
 
 
-def _begin(task: Task, data: Data, run: Run) -> tuple[State, dict[str, Any]]:
+def _begin(task: Task, run: Run) -> tuple[State, dict[str, Any]]:
     """Return the state of a run and all that changes with it, as the checkpoint has them or before the first step."""
-    found = load(run)
+    found, parts = load(run), _parts(task)
     if found is None:
-        state = State(range_test(task, data) if task.settings.range_test else task.settings.rate)
-        parts = _parts(task, state.rate)
-        save(run, state, parts)  # what the range test found is not looked for again
-        return state, parts
-    parts = _parts(task, found[0].rate)
+        return State(), parts
     for name, part in parts.items():
         part.load_state_dict(found[1][name])
     return found[0], parts
 
 
-def _parts(task: Task, rate: float) -> dict[str, Any]:
+def _parts(task: Task) -> dict[str, Any]:
     """All that changes from step to step and is in the checkpoint: network, optimizer, schedule, scaler, moving average."""
-    optimizer = make_optimizer(task, rate)
+    optimizer = make_optimizer(task)
     parts = {
         "network": task.network,
         "optimizer": optimizer,
@@ -120,22 +88,9 @@ def _parts(task: Task, rate: float) -> dict[str, Any]:
         "scaler": torch.amp.GradScaler(task.device.type, enabled=task.precision == "fp16"),
     }
     if task.settings.ema > 0:
-        parts["average"] = AveragedModel(task.network, multi_avg_fn=_averaging(task.settings.ema), use_buffers=True)
+        follow = get_ema_multi_avg_fn(task.settings.ema)  # type: ignore[no-untyped-call]
+        parts["average"] = AveragedModel(task.network, multi_avg_fn=follow, use_buffers=True)
     return parts
-
-
-def _averaging(decay: float) -> Callable[..., None]:
-    """Return how a moving average follows the weights; early steps count more, so that the start is soon forgotten."""
-
-    def follow(average: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
-        if average[0].is_floating_point():
-            now = min(decay, (1 + int(count)) / (10 + int(count)))
-            get_ema_multi_avg_fn(now)(average, weights, count)  # type: ignore[no-untyped-call]
-        else:  # BatchNorm's counters
-            for kept, new in zip(average, weights, strict=True):
-                kept.copy_(new)
-
-    return follow
 
 
 def _step(task: Task, data: Data, state: State, parts: dict[str, Any]) -> float:
@@ -158,8 +113,8 @@ def _evaluate(task: Task, data: Data, state: State, parts: dict[str, Any], rate:
         score = evaluate(network, data.validation, data, task.device, task.precision)
         name = "validation" if source == "weights" else source
         record.update({f"{name}_accuracy": score[0], f"{name}_loss": -score[1]})
-        if state.best is None or score > state.best[0]:
-            state.best, state.stale = (score, copy_weights(network), source), 0
+        if state.score is None or score > state.score:
+            state.score, state.weights, state.source, state.stale = score, copy_weights(network), source, 0
     record.update(loss=float(np.mean(state.losses)), rate=rate, seconds=round(state.seconds, 1))
     state.history.append(record)
     state.losses = []

@@ -33,14 +33,6 @@ class Stage:
     modules: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class PlanStep:
-    """From a share of the steps on, everything from the head down to one stage is trained."""
-
-    start: float
-    scope: str
-
-
 def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
     """Return the stages of a classification network for square images of `size` pixels, the stem first.
 
@@ -104,32 +96,26 @@ def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
     )
 
 
-def check_plan(plan: Sequence[PlanStep], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
-    """Return a plan as (share of the steps, lowest trained stage), each step opening at least what the one before did.
+def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
+    """Return a plan of (share of the steps, scope) as (share of the steps, lowest trained stage).
 
     Raises
     ------
     TrainingError
-        When the plan does not start at 0, goes backwards, leaves a hole, or names a stage the network does not have.
+        When a step closes a stage that one before opened, or names one the network does not have.
     """
     problems: list[str] = []
     resolved: list[tuple[float, int]] = []
-    for number, step in enumerate(plan):
+    for number, (start, scope) in enumerate(plan):
         try:
-            resolved.append((step.start, resolve_scope(step.scope, stages)))
+            resolved.append((start, resolve_scope(scope, stages)))
         except TrainingError as error:
             problems.append(f"step {number + 1}: {error.message}")
-    if plan and plan[0].start != 0:
-        problems.append(f"step 1: starts at {plan[0].start:g} of the run, expected 0: nothing would be trained before")
-    for (start, lowest), (following, below) in pairwise(resolved):
-        if following <= start:
-            problems.append(f"starts at {following:g} after {start:g}; expected shares that rise")
+    for (_, lowest), (start, below) in pairwise(resolved):
         if below > lowest:
             problems.append(
-                f"freezes {stages[lowest].name} again at {following:g}; expected each step to open the same stages or more"
+                f"freezes {stages[lowest].name} again at {start:g}; expected each step to open the same stages or more"
             )
-    if not plan:
-        problems.append("is empty; expected at least one step, such as {start: 0, scope: all}")
     if problems:
         raise TrainingError("unfreeze: the plan cannot be followed", problems)
     return tuple(resolved)

@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
 
 from pipeline import images
-from pipeline.config import BackboneConfig, Config
+from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.embed.precision import resolve_device, resolve_precision
 from pipeline.embed.records import open_record
@@ -26,11 +26,11 @@ from pipeline.export import bundle as bundles
 from pipeline.finetuning import (
     Data,
     Labelled,
-    PlanStep,
     Task,
     check_plan,
     describe_plan,
     fold,
+    predict_logits,
     put_head,
     random_layer,
     stages_of,
@@ -38,6 +38,7 @@ from pipeline.finetuning import (
 )
 from pipeline.finetuning.handover import Layer
 from pipeline.finetuning.material import Choice, Parts, read_pixels
+from pipeline.finetuning.plan import last_linear
 from pipeline.heads import HEADS, Head
 from pipeline.heads.tuning import Features, blocks, expand_scores, limited, make_folds, memory_needed, part, refit
 from pipeline.store import FeatureStore, StoredRows
@@ -45,61 +46,61 @@ from pipeline.store import FeatureStore, StoredRows
 log = logging.getLogger(__name__)
 
 PROBES = 32
-"""Stored vectors that are computed again, to see that this is the network they came from."""
+"""Stored vectors that are computed again, to see that they are what enters the last layer."""
 
-TOLERANCE = 0.02
-"""Their largest distance relative to their length; bf16 on another processor stays below 0.01."""
+TOLERANCE = 0.05
+"""Their largest distance relative to their length; bf16 against fp32 stays below 0.016, another layer or pooling is far above."""
 
 TEMPERATURE_FOLDS = 3
 UNSEEN_MARGIN = 10.0
 
 
 def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> Network:
-    """Load the network behind an embedding, having seen that it gives the stored vectors and that a head can follow.
+    """Load the network behind an embedding, having seen that the stored vectors are what enters its last layer.
 
     Raises
     ------
     TrainingError
-        When it gives other vectors, or the embedding is not of the penultimate layer.
+        When they are not.
     BackboneError
         When the weights or a library have changed since.
     """
     record = choice.record
-    embedder, output = open_record(record, config.extraction.device)
-    section = record.section
-    assert section is not None  # `choose` takes backbones only
-    _check_layer(section, choice, config)
+    preprocessing = open_record(record, config.extraction.device)[0].preprocessing
+    assert record.section is not None  # `choose` takes backbones only
+    network = replace(load_network(record.section, record.seed), preprocessing=preprocessing)
     rows = parts.train.rows(np.arange(min(PROBES, len(parts.train))))
     stored = store.read(rows.digests)
-    found = embedder.embed(read_pixels(config, rows, embedder.preprocessing))[output]
-    distance = np.linalg.norm(found - stored, axis=1) / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
-    if distance.max() > TOLERANCE:
+    found = _entering_last_layer(network, read_pixels(config, rows, preprocessing), config)
+    off = np.full(len(rows), np.inf)
+    if found.shape == stored.shape:
+        off = np.linalg.norm(found - stored, axis=1) / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
+    if off.max() > TOLERANCE:
         raise TrainingError(
-            f"{record.name}: {int((distance > TOLERANCE).sum())} of {len(rows)} stored vectors differ from what the network gives now "
-            f"(by up to {distance.max():.1%}); run `manyheads features` again"
+            f"{record.name}: {int((off > TOLERANCE).sum())} of {len(rows)} stored vectors are not what enters the network's last layer; "
+            "heads on that layer alone can be handed over: set finetune.start to an embedding of the penultimate layer, or, if "
+            "this is one, run `manyheads features` again"
         )
-    network = load_network(section, record.seed)
-    return replace(network, preprocessing=embedder.preprocessing)
+    return network
 
 
-def _check_layer(section: BackboneConfig, choice: Choice, config: Config) -> None:
-    """See that the embedding is what enters the last layer, as the network itself would pool it."""
-    from pipeline.embed import networks as backbone
-
-    plain = section.model_copy(update={"layers": ("penultimate",), "pooling": "avg"})
-    last = backbone.load(plain, config.extraction, choice.record.seed).specs[0]
-    own = choice.record.spec
-    if (own.layer, own.pooling) != (last.layer, last.pooling):
-        raise TrainingError(
-            f"{own.name}: its heads follow layer {own.layer!r}; only heads on the penultimate layer, {last.layer!r}, can become the "
-            "network's last layer; set finetune.embedding to an embedding of that layer"
-        )
+def _entering_last_layer(network: Network, pixels: NDArray[np.uint8], config: Config) -> NDArray[np.float32]:
+    """Return what a network's last linear layer is given for images, uint8 (n, height, width, 3): float32 (n, dim)."""
+    device, prepared = resolve_device(config.extraction.device), network.preprocessing
+    given: list[NDArray[np.float32]] = []
+    layer = network.module.to(device).get_submodule(last_linear(network.module))
+    hook = layer.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].float().cpu().numpy()))
+    try:
+        predict_logits(network.module, pixels, prepared.mean, prepared.std, device)
+    finally:
+        hook.remove()
+    return np.concatenate(given)
 
 
 def starting_layer(
     config: Config, files: Artifacts, choice: Choice, store: FeatureStore, parts: Parts
 ) -> tuple[Layer, str]:
-    """Return the last layer to start from, and what it is in words.
+    """Return the last layer to start from, weights (n_classes, dim) and biases (n_classes,), float64, and what it is in words.
 
     The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
     seen the validation images, on which it would look better than it is.
@@ -179,12 +180,12 @@ def make_task(config: Config, network: Network, layer: Layer, parts: Parts, fold
         When the plan cannot be followed or an image cannot be read.
     """
     device = resolve_device(config.extraction.device)
-    _, precision, reason = resolve_precision(config.finetune.training.precision, device)
-    settings = config.finetune.training
+    _, precision, reason = resolve_precision(config.extraction.precision, device)
+    settings = config.finetune
     steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
     put_head(network.module, layer)
     stages = stages_of(network.module, network.preprocessing.size[0])
-    plan = check_plan([PlanStep(step.start, step.scope) for step in config.finetune.unfreeze], stages)
+    plan = check_plan(settings.unfreeze, stages)
     log.info("training on %s in %s: %s", device, precision, reason)
     for stage in stages:
         log.info("  %-7s %s", stage.name, ", ".join(stage.modules))

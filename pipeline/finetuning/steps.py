@@ -5,7 +5,6 @@ Everything random in a step comes from (seed, step), so that a step is the same 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from pipeline.config import TrainingConfig
+from pipeline.config import FinetuneConfig
 from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data, Labelled, augmented, mixed, rows_at, to_float
 from pipeline.finetuning.plan import Stage, set_trainable, stage_of_parameters
 from pipeline.finetuning.weights import Score
 
 EVALUATIONS = 10
-"""How often a run is evaluated when the config leaves it open."""
+"""How often a run is evaluated."""
 BLOCK = 256
 """Images that are scored at a time."""
 
@@ -35,18 +34,18 @@ class Task:
     network: nn.Module
     stages: tuple[Stage, ...]
     plan: tuple[tuple[float, int], ...]
-    settings: TrainingConfig
+    settings: FinetuneConfig
     steps: int
     precision: str
     """`fp32`, `bf16` or `fp16`."""
     seed: int
     device: torch.device
+    evaluations: int = EVALUATIONS
 
     @property
     def evaluate_every(self) -> int:
         """Steps between two evaluations."""
-        every = self.settings.evaluate_every
-        return max(1, self.steps // EVALUATIONS) if every == "auto" else every
+        return max(1, self.steps // self.evaluations)
 
     @property
     def images_per_step(self) -> int:
@@ -67,11 +66,11 @@ def stage_rates(rate: float, decay: float, stages: int) -> list[float]:
     return [max(rate * decay**depth, rate / 100) for depth in range(stages - 1, -1, -1)]
 
 
-def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer with one group per stage and decay; `rate` is the head's before any schedule."""
+def make_optimizer(task: Task) -> torch.optim.Optimizer:
+    """Return the optimizer with one group per stage and decay, at their full rates."""
     settings, groups = task.settings, list[dict[str, Any]]()
     owners = stage_of_parameters(task.network, task.stages)
-    rates = stage_rates(rate, settings.rate_decay, len(task.stages))
+    rates = stage_rates(settings.rate, settings.rate_decay, len(task.stages))
     for stage, own in zip(task.stages, rates, strict=True):
         for decays in (True, False):  # norms and biases, which are vectors, do not
             inside = [p for name, p in task.network.named_parameters() if owners[name] == stage.name]
@@ -79,19 +78,17 @@ def make_optimizer(task: Task, rate: float) -> torch.optim.Optimizer:
             decay = settings.weight_decay if decays else 0.0
             if members:
                 groups.append({"params": members, "weight_decay": decay, "lr": own, "stage": stage.name})
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
-    return torch.optim.AdamW(groups, lr=rate)
+    return torch.optim.AdamW(groups)
 
 
 def make_schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Return the schedule of a run: linear warm-up to the full rate, then constant or a cosine down to zero."""
+    """Return the schedule of a run: linear warm-up to the full rate, then a cosine down to zero."""
     warmup = round(task.settings.warmup * task.steps)
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    if task.settings.schedule == "constant":
-        return rise
     fall = CosineAnnealingLR(optimizer, T_max=max(1, task.steps - warmup))
-    return SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if warmup else fall
+    if not warmup:
+        return fall
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 
 def train_step(
@@ -122,11 +119,8 @@ def train_step(
         total += loss.item() / settings.accumulate
     if not np.isfinite(total):
         raise TrainingError(
-            f"training: the loss at step {step} is {total}; lower the rate ({settings.rate:g}) or use precision fp32"
+            f"training: the loss at step {step} is {total}; lower finetune.rate ({settings.rate:g}) or set extraction.precision to fp32"
         )
-    if settings.clip_norm is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(task.network.parameters(), settings.clip_norm)
     scaler.step(optimizer)
     scaler.update()
     return total
@@ -166,7 +160,7 @@ def _follow_plan(task: Task, step: int) -> None:
     set_trainable(task.network, task.stages, lowest, task.settings.batch_norm)
 
 
-def _class_weights(data: Data, settings: TrainingConfig, device: torch.device) -> Tensor | None:
+def _class_weights(data: Data, settings: FinetuneConfig, device: torch.device) -> Tensor | None:
     """Weights n / (classes * n_class), as scikit-learn's "balanced"."""
     if settings.class_weight is None:
         return None
@@ -174,7 +168,6 @@ def _class_weights(data: Data, settings: TrainingConfig, device: torch.device) -
     return torch.tensor(len(data.train) / (data.classes * np.maximum(counts, 1)), dtype=torch.float32, device=device)
 
 
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=precision != "fp32")

@@ -1,11 +1,22 @@
-"""Weights as points: copies of a network's state, and the line between two of them."""
+"""Weights: copies of a network's state, and the safetensors file that `backbone` loads by itself, with how to build the network."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-import torch
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from pipeline.data.lineage import Lineage
+from pipeline.embed.weights_files import DIGEST_KEY, METADATA_KEY, weights_digest
+from pipeline.experiment import MADE_BY, made_by
+from pipeline.io.files import make_folder, write_atomic
+
+FORMAT = "manyheads weights"
+VERSION = 1
 
 Weights = dict[str, Tensor]
 """A network's state by name, detached copies on the CPU."""
@@ -15,15 +26,47 @@ Score = tuple[float, float]
 
 
 def copy_weights(network: nn.Module) -> Weights:
-    """Return a copy of a network's whole state, buffers included."""
+    """Return a copy of a network's whole state, buffers included; shapes and dtypes are the network's."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
 
 
-def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> Weights:
-    """Return `(1 - alpha) * start + alpha * end`; counters are the end's unless alpha is 0 (Wortsman et al. 2022, "WiSE-FT")."""
+def describe(
+    *,
+    name: str,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    classes: tuple[str, ...],
+    lineage: Lineage | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return the description that goes into the header: what `backbone` needs, and where the weights come from.
+
+    `preprocessing` holds resize, crop, interpolation, mean and std; `lineage` is told where features of the same images may be
+    cross-validated.
+    """
     return {
-        name: torch.lerp(tensor, end[name], alpha)
-        if tensor.is_floating_point()
-        else (end[name] if alpha > 0 else tensor).clone()
-        for name, tensor in start.items()
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "architecture": architecture,
+        "arguments": {**arguments, "num_classes": len(classes)},
+        "preprocessing": dict(preprocessing),
+        "classes": list(classes),
+        "trained_on": None if lineage is None else lineage.digest,
+        **more,
     }
+
+
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    lineage: Lineage | None = None,
+) -> None:
+    """Write a weights file in one move; shapes and dtypes stay as they are."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    described = json.dumps({**description, MADE_BY: made_by()}, ensure_ascii=False)
+    header = {METADATA_KEY: described, **({} if lineage is None else lineage.header())}
+    make_folder(path.parent)
+    write_atomic(path, save(tensors, {**header, DIGEST_KEY: weights_digest(tensors, header)}))

@@ -8,12 +8,12 @@ hashing.py     a perceptual hash, by which copies are found that were resized, c
 preparing.py   the transform that belongs to the weights: resize and crop
 """
 
-from pipeline.images.contents import MAY_BE_READ_OTHERWISE, content_key, is_read_otherwise
+from pipeline.images.contents import content_key
 from pipeline.images.decoding import DECODE_POLICY, NO_IMAGE, decode, policy_key
 from pipeline.images.hashing import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances, perceptual_hash
 from pipeline.images.kinds import START_BYTES, Kind, kind_of
 from pipeline.images.preparing import DECODE_MODES, MAX_RESIZED_PIXELS, Preprocessing, prepare
-from pipeline.images.reading import ImageProblem, open_file
+from pipeline.images.reading import ImageProblem, Stat, open_file, read_steadily, stat_of
 
 __all__ = [
     "DECODE_MODES",
@@ -22,19 +22,20 @@ __all__ = [
     "HASH_IDENTITY",
     "HASH_STORE",
     "MAX_RESIZED_PIXELS",
-    "MAY_BE_READ_OTHERWISE",
     "NO_IMAGE",
     "START_BYTES",
     "ImageProblem",
     "Kind",
     "Preprocessing",
+    "Stat",
     "content_key",
     "decode",
     "hash_distances",
-    "is_read_otherwise",
     "kind_of",
     "open_file",
     "perceptual_hash",
     "policy_key",
     "prepare",
+    "read_steadily",
+    "stat_of",
 ]

@@ -12,12 +12,9 @@ from pipeline.io.digests import content_digest
 _REVISION: Final = b"decode 3"
 """Sets apart the contents that version 2 of the decode policy took for other pixels."""
 
-MAY_BE_READ_OTHERWISE: Final = frozenset({"PNG", "TIFF"})
-"""Formats of which some files are concerned."""
-
 
 def content_key(data: bytes) -> bytes:
-    """Return the 16 bytes that name an image's content in the index, the stores and the ledger.
+    """Return the 16 bytes that name an image's content in the index, the stores and the failures.
 
     It is the digest of its bytes, except for the few kinds of files that earlier versions took for other pixels: those have
     a name of their own, so that vectors made of the wrong pixels are never taken for theirs.

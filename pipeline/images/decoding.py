@@ -87,7 +87,7 @@ silence_libtiff()
 
 
 def policy_key(max_pixels: int) -> str:
-    """Return the short name of the decode policy under which a content failed, for the ledger."""
+    """Return the short name of the decode policy under which a content failed, for the list of failures."""
     refusals = {"refusals": REFUSALS, "heic": reads_heic(), "max_pixels": max_pixels}
     return fingerprint({**DECODE_POLICY, **refusals})[:16]
 

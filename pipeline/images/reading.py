@@ -1,13 +1,15 @@
-"""Reading a file of a data set: nothing outside its root, nothing that changes meanwhile."""
+"""Reading a file of a data set: the one place where an image's bytes are read, whole and of a file that holds still."""
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 from pathlib import Path
 
 from pipeline.images.contents import content_key
+
+Stat = tuple[int, int, int]
+"""Size, mtime_ns and ctime_ns of a file."""
 
 
 class ImageProblem(Exception):
@@ -23,11 +25,50 @@ class ImageProblem(Exception):
         self.reason = reason
 
 
+def stat_of(about: os.stat_result) -> Stat:
+    """Return what tells whether a file was touched."""
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def read_steadily(path: str, flags: int = 0) -> tuple[bytes, Stat]:
+    """Read a regular file, once more when it changes meanwhile; `flags` are further ones for `os.open`.
+
+    Raises
+    ------
+    ImageProblem
+        With status 'unavailable'.
+    """
+    try:
+        for _ in range(2):
+            data, before, after = _read(path, flags)
+            if before == after and len(data) == after[0]:
+                return data, after
+    except OSError as error:
+        raise ImageProblem("unavailable", f"it cannot be read: {error.strerror or error}") from None
+    raise ImageProblem("unavailable", "it changes while it is read")
+
+
+def _read(path: str, flags: int) -> tuple[bytes, Stat, Stat]:
+    """Read a file, with what it was before and after."""
+    # O_NONBLOCK: a pipe in the file's place must not make a run wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise ImageProblem("unavailable", "it is not a regular file")
+        # One byte more than there is: a file that grew shows it, and one that did not needs no second call to find its end.
+        data = os.read(descriptor, about.st_size + 1)
+        while len(data) < about.st_size and (more := os.read(descriptor, about.st_size - len(data))):
+            data += more  # at most 2 GB come at once
+        return data, stat_of(about), stat_of(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
+
+
 def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> bytes:
     """Read one file of a data set, and nothing outside its root, symbolic links included.
 
-    With `digest` given, the bytes are the ones with this `content_key` or it is a problem. A file that changes while it is
-    read is read once more.
+    With `digest` given, the bytes are the ones with this `content_key` or it is a problem.
 
     Raises
     ------
@@ -38,35 +79,7 @@ def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> by
     real = os.path.realpath(os.path.join(real_root, relative_path))
     if os.path.commonpath([real, real_root]) != real_root:
         raise ImageProblem("unavailable", f"it lies outside {root}")
-    for _ in range(2):
-        try:
-            data, steady = _read_steadily(real)
-        except OSError as error:
-            raise ImageProblem("unavailable", f"it cannot be read: {error.strerror or error}") from None
-        if steady:
-            break
-    else:
-        raise ImageProblem("unavailable", "it changes while it is read")
+    data, _ = read_steadily(real, os.O_NOFOLLOW)
     if digest is not None and content_key(data) != digest:
         raise ImageProblem("unavailable", "it changed after the scan; run again")
     return data
-
-
-def _read_steadily(path: str) -> tuple[bytes, bool]:
-    """Read a regular file; also say whether it stayed the same meanwhile."""
-    # O_NONBLOCK: a pipe in the file's place must not make a run wait for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
-            raise ImageProblem("unavailable", "it is not a regular file")
-        data = io.FileIO(descriptor, closefd=False).readall()
-        after = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
-    same = (before.st_size, before.st_mtime_ns, before.st_ctime_ns) == (
-        after.st_size,
-        after.st_mtime_ns,
-        after.st_ctime_ns,
-    )
-    return data, same and len(data) == after.st_size

@@ -71,7 +71,7 @@ def digest_keys(digests: Digests) -> NDArray[np.void]:
 
 
 def digests_to_hex(digests: Digests) -> list[str]:
-    """Turn an array of shape (n, 2) into n hex texts of 32 characters."""
+    """Turn digests, uint64 of shape (n, 2), into n hex texts of 32 characters."""
     text = np.ascontiguousarray(digests, dtype="<u8").tobytes().hex()
     return [text[start : start + 2 * CONTENT_BYTES] for start in range(0, len(text), 2 * CONTENT_BYTES)]
 

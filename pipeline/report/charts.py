@@ -187,10 +187,7 @@ def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
     return made
 
 
-Reason = tuple[list[LeaderboardRow], str]
-
-
-def priced(rows: Sequence[LeaderboardRow]) -> tuple[list[LeaderboardRow], list[Reason]]:
+def priced(rows: Sequence[LeaderboardRow]) -> tuple[list[LeaderboardRow], list[tuple[list[LeaderboardRow], str]]]:
     """Return the rows that the cost chart shows; and those that it cannot, or only by squeezing all others, and why."""
     floor, timed = _floor([row.test.interval[0] for row in rows if row.test]), any(row.embed_seconds for row in rows)
     low = f"below {100 * floor:.0f} %, where they would squeeze all others"

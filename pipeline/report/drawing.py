@@ -43,9 +43,10 @@ class Palette:
 
 
 PAPER = Palette("#1b1f24", "#5b6470", "#dfe3e8", "#ffffff", "#3b5bdb", "#d9480f", CATEGORIES)
-_VARIABLES = ("ink", "muted", "grid", "surface", "accent", "bad", *(f"c{number}" for number in range(len(CATEGORIES))))
+_NAMES = ("ink", "muted", "grid", "surface", "accent", "bad")
+_VARIABLES = (*_NAMES, *(f"c{number}" for number in range(len(CATEGORIES))))
 _STAND_INS = tuple(f"#0102{number:02x}" for number in range(3, 3 + len(_VARIABLES)))
-SCREEN = Palette(*_STAND_INS[:6], _STAND_INS[6:])
+SCREEN = Palette(**dict(zip(_NAMES, _STAND_INS, strict=False)), categories=_STAND_INS[len(_NAMES) :])
 
 Chart = Callable[[Palette], Figure]
 """Draws itself with the colours it is given."""

@@ -24,13 +24,7 @@ CODE = ("*.py", "report/templates/*")
 
 
 def is_current(output: Path) -> bool:
-    """Whether everything that `write_record` wrote down is as it was then: what the page was made of, and what was made.
-
-    Raises
-    ------
-    PipelineError
-        When there is no leaderboard.
-    """
+    """Whether everything that `write_record` wrote down is as it was then: what the page was made of, and what was made."""
     try:
         record = read_document(output / RECORD, REPORT)
         made = {name: file_digest(output / name) for name in record["files"]}

@@ -69,13 +69,8 @@ def _fill(name: str, material: Material, given: Mapping[str, object]) -> str:
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(TEMPLATES)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     indented = partial(json.dumps, indent=2, ensure_ascii=False)
     made.filters.update(seconds=seconds, thousands="{:,}".format, percent=_percent, within=_within)

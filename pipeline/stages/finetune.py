@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from pipeline.experiment import FINETUNING, Artifacts, read_document, write_docu
 from pipeline.finetuning import Run, copy_weights, describe, predict_logits, return_path, train, write_weights
 from pipeline.finetuning.judgement import judge, lines, progress_report
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of, read_pixels
-from pipeline.finetuning.range_test import ALPHAS
 from pipeline.finetuning.start import make_task, open_network, starting_layer
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
@@ -50,28 +48,19 @@ class FinetuneRun:
 
     def summary_lines(self) -> list[str]:
         """The verdict, what it rests on, and how to go on with the weights."""
+        backbone = {"name": self.network, "weights": str(self.weights)}
         return [
             *(["finished before and kept"] if self.reused else []),
             *lines(self.result),
             f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)",
             *(
                 [
-                    f"to go on   put {{name: {_in_yaml(self.network)}, weights: {_in_yaml(str(self.weights))}}} under backbones: "
-                    "and run features and heads"
+                    f"to go on   put {json.dumps(backbone, ensure_ascii=False)} under backbones: and run features and heads"
                 ]
                 if self.result["alpha"]
                 else []
             ),
         ]
-
-
-def _in_yaml(text: str) -> str:
-    """A name as a list of a config takes it: quoted where it is more than letters, digits and `._/-`."""
-    return (
-        text
-        if re.fullmatch(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*", text)
-        else json.dumps(text, ensure_ascii=False)
-    )
 
 
 def run(config: Config) -> FinetuneRun:
@@ -104,7 +93,7 @@ def run(config: Config) -> FinetuneRun:
     task, data = make_task(config, network, layer, parts, folder)
     handed_over = copy_weights(task.network)
     trained = train(task, data, Run(folder, key))
-    path = return_path(task, data, handed_over, trained.weights, ALPHAS if config.finetune.interpolate else (0.0, 1.0))
+    path = return_path(task, data, handed_over, trained.weights)
     write_weights(weights, path.weights, _description(config, network, choice, parts, lineage), lineage)
     pixels = read_pixels(config, parts.test, network.preprocessing, folder / "test.npy")
     predicted = predict_logits(task.network, pixels, data.mean, data.std, task.device).argmax(1).numpy()
@@ -141,6 +130,7 @@ def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> s
             "compared": [choice.winner.key, choice.frozen.key if choice.frozen else None],
             "finetune": config.finetune.model_dump(mode="json"),
             "device": config.extraction.device,
+            "precision": config.extraction.precision,
             "seed": config.seed,
         }
     )

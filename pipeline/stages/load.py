@@ -82,6 +82,7 @@ def load(path: str | Path, split: str | None = None, embedding: str | None = Non
 
     `split` : 'train', 'validation', 'test' or 'excluded'; all but the excluded images when not given.
     `embedding` : its name; may be left out where there is one backbone. Images without a vector are left out.
+    Returns X of shape (n, dim), float32 or float16, and y, paths and groups (or None) of shape (n,), object (str).
 
     Raises
     ------

@@ -16,9 +16,10 @@ from pipeline import data as dataset
 from pipeline import store
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests
-from pipeline.data.index import Texts
+from pipeline.data.match import Texts
 from pipeline.data.statcache import CACHE_FILE
 from pipeline.embed import records as embedders
+from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import PipelineError, StoreError, first
@@ -124,7 +125,7 @@ class Experiment:
         return self.files.find_store(record.store)
 
     def paths_of(self, digests: Digests) -> tuple[str, ...]:
-        """The images that have one of these contents."""
+        """The images that have one of these contents; `digests` : uint64 of shape (k, 2)."""
         return _names_of(self.index.paths, self.index.digests, digests)
 
 
@@ -161,14 +162,16 @@ def status(config: Config) -> list[str]:
     ]
     if len(failed):
         lines.append(
-            f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'ledger.csv'} names each"
+            f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'failures.csv'} names each"
         )
-    sections = [record.section for record in here.records]
+    sections = [record.asked for record in here.records]
     for section in config.backbones:
         if section not in sections:
             lines.append(
                 f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
             )
+    asked = [record.instead_of for record in here.records if record.instead_of is not None]
+    lines += dict.fromkeys(f"warning: {about_stand_in(section)}" for section in asked)
     used_elsewhere, problems = contents_of_others(here.files)
     for record in here.records:
         found = store.status(here.path(record), live, used_elsewhere)
@@ -199,7 +202,7 @@ def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
         ]
     changes = []
     if not found.unchanged:
-        what = dataset.difference_text(found.difference) or "labels, splits, groups or the folder changed"
+        what = str(found.difference) or "labels, splits, groups or the folder changed"
         changes.append(f"since the last `manyheads features`: {what}; run it again")
     if found.failures:
         changes.append(f"{len(found.failures):,} files cannot be used; `manyheads check` says why")
@@ -286,7 +289,7 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     """One call for each file: its reader, which raises what is wrong."""
     yield lambda: embedders.read_records(files.features)
     yield lambda: embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    yield lambda: dataset.read_ledger(files.dataset)
+    yield lambda: dataset.read_failures(files.dataset)
     for folder, pattern, check in (
         *((files.stores, *row) for row in _SHARED_FILES),
         *((files.root, *row) for row in _FILES),

@@ -18,8 +18,7 @@ import numpy as np
 
 from pipeline.config import DatasetConfig
 from pipeline.data import DatasetIndex, scan, statcache
-from pipeline.data.index import texts
-from pipeline.data.match import difference
+from pipeline.data.match import difference, texts
 from pipeline.data.statcache import StatCache
 
 

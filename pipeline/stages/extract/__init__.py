@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pipeline import data as dataset
 from pipeline.config import Config, ExtractionConfig, dump_yaml
 from pipeline.data import DatasetIndex, ScanResult
+from pipeline.embed.installed import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.errors import DatasetError, PipelineError, first
 from pipeline.experiment import Artifacts
@@ -45,14 +46,14 @@ class FeaturesRun:
     scan: ScanResult
     targets: tuple[Target, ...]
     records: tuple[EmbeddingRecord, ...]
-    seconds_per_image: Mapping[str, float]
-    """Embedding -> what one image cost when it was last measured."""
     failed: int
     """Images of the index that do not decode."""
     work: Work | None
     """None when nothing was embedded: a plan, or nothing to do."""
     planned: bool
     reasons: tuple[str, ...]
+    stand_ins: tuple[str, ...]
+    """Lines on networks that stand in for others, or did until now."""
     total_seconds: float
     extraction: ExtractionConfig
 
@@ -69,15 +70,16 @@ class FeaturesRun:
             lines += first(self.reasons, WHY_SHOWN)
         if any(record.untrained for record in self.records):
             lines.append("note: weights: random is an untrained control, marked `untrained` wherever it shows")
-        return lines
+        return [*lines, *self.stand_ins]
 
     def _plan_lines(self) -> Iterator[str]:
+        rates = {record.name: record.seconds_per_image for record in self.records}
         for target in self.targets:
             count = int(target.pending.sum())
             if not count:
                 yield f"{target.spec.name}: complete, {target.rows:,} vectors"
                 continue
-            rate = self.seconds_per_image.get(target.spec.name)
+            rate = rates.get(target.spec.name)
             cost = (
                 f"about {_duration(count * rate)} at the last run's rate"
                 if rate
@@ -101,7 +103,7 @@ class FeaturesRun:
         yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
         yield advise(work, [target.spec for target in self.targets], self.extraction)
         if work.failures:
-            yield f"{len(work.failures):,} images could not be used; dataset/ledger.csv names each with its reason:"
+            yield f"{len(work.failures):,} images could not be used; dataset/failures.csv names each with its reason:"
             reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
             yield from (f"  {line}" for line in first(reasons, EXAMPLES))
         if work.unavailable:
@@ -152,11 +154,11 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         scan=scanned,
         targets=tuple(targets),
         records=tuple(records),
-        seconds_per_image=rates,
         failed=int(contents.failed.sum()),
         work=work,
         planned=plan,
         reasons=tuple(dict.fromkeys(why)),
+        stand_ins=tuple(dict.fromkeys(_about_stand_ins(targets, known))),
         total_seconds=time.perf_counter() - began,
         extraction=config.extraction,
     )
@@ -173,7 +175,7 @@ def _index_before(files: Artifacts) -> dict[str, str]:
 
 def _check_failures(scanned: ScanResult, contents: Contents, config: Config, files: Artifacts) -> None:
     failed = len(scanned.failures) + int(contents.failed.sum())
-    dataset.check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "ledger.csv")
+    dataset.check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
 
 
 def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:
@@ -181,6 +183,19 @@ def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:
         return read_records(files.features)
     except PipelineError:
         return ()
+
+
+def _about_stand_ins(targets: Sequence[Target], before: Sequence[EmbeddingRecord]) -> Iterator[str]:
+    """What is embedded in another's place, and what is embedded at last where another stood in."""
+    for target in targets:
+        if target.source.instead_of is not None:
+            yield f"warning: {about_stand_in(target.source.instead_of)}"
+    sections = [target.source.section for target in targets]
+    for record in before:
+        if (asked := record.instead_of) is not None and asked in sections:
+            yield (
+                f"{asked.name} ({asked.weights}) is installed now: its features take the place of {record.name}, which stood in"
+            )
 
 
 def _rates(work: Work) -> dict[str, float]:
@@ -200,6 +215,7 @@ def _write(
             store=target.path.name,
             digest=FeatureStore.open(target.path).digest,
             section=target.source.section,
+            instead_of=target.source.instead_of,
             seed=config.seed,
             seconds_per_image=rates.get(target.spec.name),
             max_pixels=config.dataset.max_pixels,

@@ -35,7 +35,7 @@ class Contents:
 
     @staticmethod
     def of(index: DatasetIndex, failed: Digests) -> Contents:
-        """Take the distinct contents of an index."""
+        """Take the distinct contents of an index; `failed` are digests, uint64 of shape (k, 2), of those that do not decode."""
         _, first = np.unique(index.digests, axis=0, return_index=True)
         rows = np.sort(first).astype(np.int64)
         digests = index.digests[rows]

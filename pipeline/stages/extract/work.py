@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config, ExtractionConfig
-from pipeline.data import DatasetIndex, LedgerEntry, record_failures
-from pipeline.embed import networks as backbone
+from pipeline.data import DatasetIndex, Failure, record_failures
+from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
 from pipeline.experiment import Artifacts
@@ -41,9 +42,9 @@ class Work:
 
     images: int = 0
     """Distinct contents that went through at least one network or recipe."""
-    vectors: dict[str, int] = field(default_factory=dict)
+    vectors: Counter[str] = field(default_factory=Counter)
     """Embedding -> vectors that are new in its store."""
-    failures: list[LedgerEntry] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     unavailable: list[str] = field(default_factory=list)
     """Images that could not be read this time, with the reason: gone, or changed since the scan."""
     loop_seconds: float = 0.0
@@ -53,27 +54,17 @@ class Work:
         default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
     )
     """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
-    network_seconds: dict[str, float] = field(default_factory=dict)
+    network_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Embedding -> seconds in its network."""
-    network_images: dict[str, int] = field(default_factory=dict)
+    network_images: Counter[str] = field(default_factory=Counter)
     """Embedding -> images that went through its network."""
 
-    def add_network(self, embedding: str, images: int, seconds: float) -> None:
-        """Count images that went through an embedding's network."""
-        self.network_seconds[embedding] = self.network_seconds.get(embedding, 0.0) + seconds
-        self.network_images[embedding] = self.network_images.get(embedding, 0) + images
 
-    def add_vectors(self, embedding: str, count: int) -> None:
-        """Count new vectors of an embedding."""
-        self.vectors[embedding] = self.vectors.get(embedding, 0) + count
-
-
-@dataclass
+@dataclass(frozen=True)
 class Output:
-    """One output of a source on its way into its store."""
+    """One embedding on its way into its store."""
 
-    number: int
-    name: str
+    target: Target
     writer: StoreWriter
     missing: NDArray[np.bool_]
     """Contents the store does not have, shape (n,)."""
@@ -103,7 +94,10 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
         lanes = [_lane(own[0].source, config.extraction) for own in by_source.values()]
-        outputs = _open_stores(list(by_source.values()), lanes, contents, stack)
+        outputs = [
+            [stack.enter_context(_opened(target, lane, contents)) for target in own]
+            for own, lane in zip(by_source.values(), lanes, strict=True)
+        ]
         # A byte is exact in float16.
         hashes = stack.enter_context(StoreWriter.open(_hash_store(files), HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
@@ -144,26 +138,16 @@ def _hash_store(files: Artifacts) -> Path:
 def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
     """Load the network of a source."""
     embedder = source.load()
-    return Lane(embedder, backbone.choose_batch_size(extraction.batch_size, str(embedder.device)))
+    return Lane(embedder, choose_batch_size(extraction.batch_size, str(embedder.device)))
 
 
-def _open_stores(
-    by_source: Sequence[Sequence[Target]], lanes: Sequence[Lane], contents: Contents, stack: ExitStack
-) -> Outputs:
-    """Open the stores of some targets for writing."""
-    outputs = []
-    for own, lane in zip(by_source, lanes, strict=True):
-        canaries = lane.embedder.canary
-        kept = []
-        for target in own:
-            canary = canaries[target.output]
-            writer = StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary)
-            stack.enter_context(writer)
-            # The writer also knows the rows of a run that was killed before it could seal them.
-            missing = writer.missing(contents.digests) & ~contents.failed
-            kept.append(Output(target.output, target.spec.name, writer, missing))
-        outputs.append(kept)
-    return outputs
+@contextmanager
+def _opened(target: Target, lane: Lane, contents: Contents) -> Iterator[Output]:
+    """Open a target's store for writing; it is sealed in the end."""
+    canary = lane.embedder.canary[target.output]
+    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary) as writer:
+        # The writer also knows the rows of a run that was killed before it could seal them.
+        yield Output(target, writer, writer.missing(contents.digests) & ~contents.failed)
 
 
 def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[int, Iterator[Item]]:
@@ -201,8 +185,10 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, content
         numbers = np.array([items[row].content for row in part.rows])
         paths = [items[row].path for row in part.rows]
         for output in own:
-            work.add_network(output.name, len(numbers), part.seconds)
-            _append(output, numbers, part.vectors[output.number], paths, contents, work)
+            name = output.target.spec.name
+            work.network_seconds[name] += part.seconds
+            work.network_images[name] += len(numbers)
+            _append(output, numbers, part.vectors[output.target.output], paths, contents, work)
     work.seconds["write"] += time.perf_counter() - began
 
 
@@ -226,14 +212,14 @@ def _append(
     wanted = output.missing[numbers]
     storable = output.writer.storable(vectors)
     for place in np.flatnonzero(wanted & ~storable).tolist():
-        reason = f"{output.name} gives it a vector that is not finite"
+        reason = f"{output.target.spec.name} gives it a vector that is not finite"
         work.failures.append(_failure(paths[place], contents.digests[numbers[place]], "not_finite", reason))
     keep = wanted & storable
-    work.add_vectors(output.name, output.writer.append(contents.digests[numbers[keep]], vectors[keep]))
+    work.vectors[output.target.spec.name] += output.writer.append(contents.digests[numbers[keep]], vectors[keep])
 
 
-def _failure(path: str, digest: Digests, status: str, reason: str) -> LedgerEntry:
-    return LedgerEntry(path, digests_to_hex(digest.reshape(1, 2))[0], status, reason)
+def _failure(path: str, digest: Digests, status: str, reason: str) -> Failure:
+    return Failure(path, digests_to_hex(digest.reshape(1, 2))[0], status, reason)
 
 
 @contextmanager

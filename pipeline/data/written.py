@@ -1,24 +1,75 @@
-"""A torchvision data set by name, downloaded on the user's machine and written out once as PNG files with a manifest."""
+"""Data sets that come without files of their own, written out as PNG files once: scikit-learn's digits, torchvision's by name."""
 
 from __future__ import annotations
 
 import csv
 import inspect
 import io
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.materialise import materialised, write_file, write_png
+import numpy as np
+from PIL import Image
+
 from pipeline.errors import DatasetError
-from pipeline.io.files import make_folder
+from pipeline.io.files import make_folder, rename
 from pipeline.io.progress import bar
 
 MANIFEST = "manifest.csv"
 
 _SPLITS = {"train": "train", "trainval": "train", "val": "validation", "valid": "validation", "test": "test"}
 """What data sets call their splits -> what a manifest calls them, in the order they are tried."""
+
+
+def written_once(root: Path, write: Callable[[Path], None]) -> Path:
+    """Return `root` after `write` has filled it, in a temporary folder that is renamed when it is complete.
+
+    A killed run leaves a folder that the next one replaces.
+
+    Raises
+    ------
+    DatasetError
+        When the files cannot be written.
+    """
+    if root.exists():
+        return root
+    unfinished = root.with_name(f".{root.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_folder(unfinished)
+        write(unfinished)
+        os.sync()  # else a power cut after the rename could leave a complete folder of empty files
+        rename(unfinished, root)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DatasetError(
+            f"{root}: the images cannot be written here ({reason}); free some space or choose another folder"
+        ) from None
+    return root
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    """Write a file of an unfinished folder; `written_once` syncs all of them at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "PNG")
+
+
+def digit_images(root: Path) -> Path:
+    """Return the folder of scikit-learn's 1,797 handwritten digits (8 x 8 grey), one folder per class, after writing it if need be."""
+    return written_once(root, _write_digits)
+
+
+def _write_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits  # costs a second of imports, needed once
+
+    bunch = load_digits()
+    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # the sheets hold 0 to 16
+    for number, (pixels, label) in enumerate(zip(grey, bunch.target, strict=True)):
+        _write_png(folder / str(label) / f"{number:04d}.png", Image.fromarray(pixels))
 
 
 def images_folder(name: str, root: Path) -> Path:
@@ -37,7 +88,7 @@ def torchvision_manifest(name: str, root: Path) -> Path:
     images = images_folder(name, root)
     if not images.exists():
         make = _constructor(name)
-        materialised(images, lambda folder: _write(folder, name, make, root))
+        written_once(images, lambda folder: _write(folder, name, make, root))
     return images / MANIFEST
 
 
@@ -83,10 +134,10 @@ def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> Non
                     )
                 label = labels.get(target, str(target))
                 path = "/".join(part for part in (split, _folder_name(target, label), f"{number:06d}.png") if part)
-                write_png(folder / path, image)
+                _write_png(folder / path, image)
                 writer.writerow([path, label, split])
                 progress.update()
-    write_file(folder / MANIFEST, text.getvalue().encode())
+    (folder / MANIFEST).write_bytes(text.getvalue().encode())
 
 
 def _parts(name: str, make: Callable[..., Any], root: Path) -> Iterator[tuple[str, Any]]:
@@ -120,15 +171,16 @@ def _load(name: str, make: Callable[..., Any], root: Path, part: dict[str, Any])
 
 
 def _by_hand(make: Any, root: Path) -> str:
-    """Say which file to fetch and where to put it."""
+    """Say which files to fetch and where to put them."""
     url = next((getattr(make, key) for key in ("url", "_URL") if isinstance(getattr(make, key, None), str)), None)
-    if url is not None:
-        return f"fetch {url} yourself, put it into {root}, and run again"
     mirrors, resources = getattr(make, "mirrors", None), getattr(make, "resources", None)
-    if mirrors and resources:
-        files = " ".join(mirrors[-1] + file for file, *_ in resources)
-        return f"fetch {files} yourself, put them into {root / make.__name__ / 'raw'}, and run again"
-    return f"fetch its files yourself as torchvision.datasets.{make.__name__} describes, put them into {root}, and run again"
+    if url is not None:
+        what, where = url, root
+    elif mirrors and resources:
+        what, where = " ".join(mirrors[-1] + file for file, *_ in resources), root / make.__name__ / "raw"
+    else:
+        what, where = f"its files as torchvision.datasets.{make.__name__} describes", root
+    return f"fetch {what} yourself, put it into {where}, and run again"
 
 
 def _labels(samples: Any) -> dict[int, str]:
