@@ -103,7 +103,7 @@ class Artifacts:
 
     def seen_from_stores(self) -> str:
         """The output folder as seen from that of the feature stores: both may be moved together."""
-        return os.path.relpath(os.path.realpath(self.root), os.path.realpath(self.stores))
+        return _seen_from(os.path.realpath(self.root), os.path.realpath(self.stores))
 
     @property
     def entry(self) -> Path:
@@ -113,7 +113,7 @@ class Artifacts:
     def stores_told(self) -> dict[str, Any]:
         """What `features.json` says of the feature stores: where they are, and the experiment's entry there."""
         place = os.path.realpath(self.stores)
-        return {"stores": [os.path.relpath(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
+        return {"stores": [_seen_from(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
 
     def trials(self, embedding: str, head: str) -> Path:
         """The journal of one search."""
@@ -122,6 +122,13 @@ class Artifacts:
     def bundle(self, embedding: str, head: str) -> Path:
         """The folder of one saved head."""
         return self.root / "heads" / embedding / head
+
+
+def _seen_from(path: str, folder: str) -> str:
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:  # another drive, on Windows
+        return path
 
 
 @dataclass(frozen=True)

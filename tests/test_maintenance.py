@@ -96,7 +96,7 @@ def test_status_looks_at_the_images_and_changes_nothing(tiny: Config, tmp_path: 
     Image.new("RGB", (9, 9), (1, 2, 3)).save(photos / "leaf" / "new.png")
     Image.new("RGB", (9, 9), (3, 2, 1)).save(photos / "leaf" / "01.png")
     (photos / "leaf" / "02.png").write_bytes(b"")
-    before = {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in tmp_path.glob("[!p]*/**/*") if path.is_file()}
     lines = maintenance.status(tiny)
     assert lines[:4] == [
         "8 images in 2 classes, 8 distinct contents that decode",
@@ -105,7 +105,8 @@ def test_status_looks_at_the_images_and_changes_nothing(tiny: Config, tmp_path: 
         f"{BACKBONE} (untrained): 2 missing: run `manyheads features`",
     ]
     assert lines == maintenance.status(tiny)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("[!p]*/**/*") if path.is_file()}
+    assert {path.relative_to(tmp_path).parts[0] for path in before} == {"output", "features"}
     # What is said of the stale ones is what helps: gc goes by the index of the last run.
     (stale,) = {line for line in lines if "belong to no image" in line}
     assert (
@@ -356,10 +357,11 @@ def test_the_status_of_an_experiment_that_cannot_be_written(unprivileged: Path) 
     config = small_config(make_photos(unprivileged / "photos", per_class=3), output)
     extract_features.run(config)
     expected = maintenance.status(config)
-    for path in sorted(output.rglob("*"), reverse=True):
+    made = [path for folder in (output, unprivileged / "features") for path in (folder, *folder.rglob("*"))]
+    for path in reversed(made):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    output.chmod(0o555)
     with as_nobody():
         assert maintenance.status(config) == expected
-    for path in [output, *output.rglob("*")]:
+        assert pipeline.load(output, embedding="pixels").X.shape[0] == 9
+    for path in made:
         path.chmod(0o755)

@@ -64,7 +64,7 @@ def features(folder: Path, network: str, way: Mapping[str, str]) -> tuple[NDArra
     """Embed the folder one way."""
     with tempfile.TemporaryDirectory() as output:
         raw: dict[str, Any] = {
-            "output": output,
+            "output": str(Path(output) / "out"),  # whose stores are beside it
             "dataset": {"source": "folder", "path": str(folder)},
             "backbones": [{"name": network, **NETWORKS.get(network, {})}],
             "baselines": [],
@@ -72,7 +72,7 @@ def features(folder: Path, network: str, way: Mapping[str, str]) -> tuple[NDArra
             "heads": ["nearest_centroid"],
         }
         extract_features.run(config.parse(raw, "benchmark"))
-        found = pipeline.load(output)
+        found = pipeline.load(raw["output"])
         return np.asarray(found.X), found.y
 
 

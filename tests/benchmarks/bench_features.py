@@ -98,7 +98,7 @@ def ours(folder: Path, model: str, **extraction: Any) -> float:
 
     with tempfile.TemporaryDirectory() as output:
         raw: dict[str, Any] = {
-            "output": output,
+            "output": str(Path(output) / "out"),  # whose stores are beside it
             "dataset": {"source": "folder", "path": str(folder)},
             "backbones": [{"name": model}],
             "baselines": [],
