@@ -528,7 +528,7 @@ def test_leaks_stand_above_the_table(gathered: Material, page: str):
             text.index(line) < text.index("same `group`, a column of a manifest (path,label,group)") < text.index(table)
         )
     none = dataclasses.replace(board, leaks=dataclasses.replace(leaks, test=0))
-    assert leaking.warnings()[2:] == none.warnings()
+    assert not any(text.startswith("Leak") for text in none.warnings())
     assert none.to_text() == dataclasses.replace(board, leaks=None).to_text()
 
 
