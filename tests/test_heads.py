@@ -186,7 +186,7 @@ def build(seed):
     return Pipeline([("head", GaussianNB())])
 
 BAYES = Head("naive_bayes", build, {"var_smoothing": Real(1e-12, 1e-3, prior="log-uniform")}, {"var_smoothing": 1e-9}, probabilities=True)
-FLAWED = Head("naive bayes", build, {"smoothing": Real(1, 2)}, {"smoothing": 3.0, "more": 1})
+FLAWED = Head("naive bayes", build, {"smoothing": Real(1, 2)}, {"smoothing": 3.0, "more": 1}, evaluator="logistic")
 NO_HEAD = 3
 """
 
@@ -248,11 +248,14 @@ def test_what_is_wrong_with_a_users_own_head_is_told(own_heads):
     )
     assert messages["NO_HEAD"] == "head 'own_heads_for_test:NO_HEAD': is a int, expected a pipeline.heads.Head"
     lines = messages["FLAWED"].splitlines()
-    assert lines[0] == "head 'own_heads_for_test:FLAWED': 4 problems"
+    assert lines[0] == "head 'own_heads_for_test:FLAWED': 5 problems"
     assert lines[1] == "  name: 'naive bayes' names files; use letters, digits, '.', '_' and '-'"
     assert lines[2] == "  defaults.more: the space and the defaults must name the same parameters"
     assert lines[3].startswith("  defaults.smoothing: 3.0 is not in Real(low=1, high=2")
-    assert lines[4].startswith("  build: a pipeline with the defaults cannot be built (ValueError: Invalid parameter")
+    assert lines[4] == (
+        "  evaluator: 'logistic' is none; expected that of a built-in head, such as pipeline.heads.RIDGE.evaluator, or None"
+    )
+    assert lines[5].startswith("  build: a pipeline with the defaults cannot be built (ValueError: Invalid parameter")
     with pytest.raises(HeadError, match=r"module 'no_such_module' cannot be imported \(ModuleNotFoundError"):
         resolve(HeadConfig(name="no_such_module:HEAD"))
 

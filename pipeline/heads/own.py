@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.config import guess
 from pipeline.errors import HeadError
 from pipeline.heads.head import Head, configure
+from pipeline.heads.tuning.evaluation import Evaluator
 from pipeline.io.imports import look_in
 
 
@@ -50,6 +51,10 @@ def _flaws(head: Head) -> list[str]:
     for key in sorted(set(head.space) & set(head.defaults)):
         if head.defaults[key] not in head.space[key]:
             problems.append(f"defaults.{key}: {head.defaults[key]!r} is not in {head.space[key]!r}")
+    if head.evaluator is not None and not isinstance(head.evaluator, Evaluator):
+        problems.append(
+            f"evaluator: {head.evaluator!r} is none; expected that of a built-in head, such as pipeline.heads.RIDGE.evaluator, or None"
+        )
     try:
         configure(head, head.defaults, 0)
     except Exception as error:  # a user's build may fail in any way
