@@ -36,7 +36,6 @@ from statistics_cases import (
 )
 
 from pipeline import evaluation as metrics
-from pipeline.config import TuningConfig
 from pipeline.errors import BundleError
 from pipeline.evaluation import (
     METRICS,
@@ -422,10 +421,6 @@ def by_scikit_learn(name: str, answers: Predictions, rows) -> float:
         return float(f1_score(y, guess, average="macro", zero_division=0.0))
     recalls = [np.mean(guess[y == label] == label) for label in np.unique(y)]
     return float(np.mean(recalls) if name == "balanced_accuracy" else np.mean(y == guess))
-
-
-def test_there_is_a_metric_for_every_scoring_of_the_config():
-    assert tuple(METRICS) == TuningConfig.model_fields["scoring"].annotation.__args__
 
 
 SEVEN = (0.4, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05)
