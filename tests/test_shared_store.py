@@ -344,7 +344,7 @@ def test_what_cannot_be_moved_is_copied(old: Config, why: str, monkeypatch: pyte
     assert sum("used by no embedding" in line for line in maintenance.status(old)) == 2
 
 
-def test_vectors_that_differ_are_not_taken_over_but_made_anew(old: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_vectors_that_differ_are_not_taken_over(old: Config, caplog: pytest.LogCaptureFixture) -> None:
     (path,) = Path("output/features").glob("pixels-*.store")
     source = FeatureStore.open(path)
     with StoreWriter.open(
