@@ -19,14 +19,13 @@ import pipeline
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
-from pipeline.embed import networks
 from pipeline.embed.records import read_records
 from pipeline.errors import ConfigError, PipelineError, StoreError
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_STORE
 from pipeline.stages import extract as extract_features
 from pipeline.stages import maintenance
-from pipeline.stages.extract import stores
+from pipeline.stages.extract import sources, stores
 from pipeline.store import FeatureStore, StoreWriter, lock
 
 GOLDEN = Path(__file__).parent / "golden" / "experiment-0.1.tar.xz"
@@ -66,10 +65,13 @@ def all_hashed(config: Config) -> bool:
 
 
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a network was loaded")
+    real = sources.load
 
-    monkeypatch.setattr(networks, "load", refuse)
+    def refuse(section: object, *arguments: object) -> object:
+        assert section is None, "a network was loaded"
+        return real(section, *arguments)
+
+    monkeypatch.setattr(sources, "load", refuse)
 
 
 def test_a_second_experiment_with_other_labels_heads_and_fewer_images_embeds_nothing(
@@ -287,7 +289,7 @@ def test_the_stores_of_release_0_1_are_moved_to_where_others_find_them(
     old: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, found = vectors(old), names(Path("output/features"))
-    monkeypatch.setattr(networks, "choice_inputs", lambda: {})  # as if it were another machine's list of networks
+    monkeypatch.setattr(sources, "choice_inputs", lambda: {})  # as if it were another machine's list of networks
     assert extract_features.run(old, plan=True).pending == 0
     assert names(Path("output/features")) == found, "a plan changes nothing"
     assert extract_features.run(old).work is None
@@ -342,7 +344,7 @@ def test_what_cannot_be_moved_is_copied(old: Config, why: str, monkeypatch: pyte
     assert sum("used by no embedding" in line for line in maintenance.status(old)) == 2
 
 
-def test_vectors_that_differ_are_not_taken_over_but_made_anew(old: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_vectors_that_differ_are_not_taken_over(old: Config, caplog: pytest.LogCaptureFixture) -> None:
     (path,) = Path("output/features").glob("pixels-*.store")
     source = FeatureStore.open(path)
     with StoreWriter.open(
