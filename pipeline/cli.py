@@ -1,6 +1,7 @@
 """The `manyheads` command: parse, call a stage, print what it returned. It adds no behaviour.
 
-Stages are imported inside their command, so that `--help` answers at once and `heads` runs where torch cannot be imported.
+A command is a row of `COMMANDS` or `STORE`: a function from a config and options to lines, whose docstring is the help, and the
+parameters it takes. Stages are imported inside it, so that `--help` answers at once and `heads` runs where torch cannot be imported.
 Exit codes: 0 done, 1 a check found something, 2 a mistake the user can solve, 130 and 143 interrupted.
 """
 
@@ -10,21 +11,24 @@ import io
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from inspect import cleandoc
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
-from pipeline import config as configuration
 from pipeline.errors import PipelineError
 from pipeline.io import files
 
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
 DEFAULT_CONFIG = "configs/digits.yaml"
 PACKED = (".h5", ".hdf5")
-"""Endings of packed files, which `status`, `verify` and `export` take in place of a config."""
+"""Endings of packed files, which `store status`, `verify` and `export` take in place of a config."""
 
 
 def main() -> None:
@@ -61,109 +65,60 @@ def cli() -> None:
     """Embed every image once, then train, tune and honestly compare many heads on the cached features."""
 
 
-def _experiment(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The argument and option that every command on an experiment has."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a key, such as tuning.trials=8; repeatable.",
-    )(command)
-    return click.argument("config", default=DEFAULT_CONFIG, type=click.Path(path_type=Path))(command)
+@cli.group()
+def store() -> None:
+    """Care for the feature stores: what is in them, whether it is whole, and files to share."""
 
 
-@cli.command()
-@_experiment
-def check(config: Path, overrides: tuple[str, ...]) -> None:
+def check(config: Config) -> Iterable[str]:
     """Validate a config and its data without embedding or training anything.
 
     Example: manyheads check configs/folder.yaml --set dataset.path=photos
     """
     from pipeline.stages import check as stage
 
-    for line in stage.run(configuration.load(config, overrides)):
-        click.echo(line)
+    return stage.run(config)
 
 
-@cli.command()
-@_experiment
-@click.option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes.")
-@click.option("--why", is_flag=True, help="With --plan: say for every missing image why it is missing.")
-@click.option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times.")
-def features(config: Path, overrides: tuple[str, ...], plan: bool, why: bool, rehash: bool) -> None:
+def features(config: Config, plan: bool, why: bool, rehash: bool) -> Iterable[str]:
     """Stage one: embed the images that the feature stores do not have yet.
 
     Example: manyheads features configs/folder.yaml --plan
     """
-    from pipeline.stages import extract as stage
+    from pipeline.stages import extract
 
-    settings = configuration.load(config, overrides)
-    result = stage.run(settings, plan=plan, rehash=rehash)
-    for line in result.summary_lines(why=why):
-        click.echo(line)
+    return extract.run(config, plan=plan, rehash=rehash).summary_lines(why=why)
 
 
-@cli.command()
-@_experiment
-def heads(config: Path, overrides: tuple[str, ...]) -> None:
+def heads(config: Config) -> Iterable[str]:
     """Stage two: tune the heads on the stored features and print the leaderboard.
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
-    from pipeline import report as pages
-    from pipeline.stages import train_heads as stage
+    from pipeline import report
+    from pipeline.stages import train_heads
 
-    result = stage.run(configuration.load(config, overrides))
-    page = pages.refresh(result.files.root)
-    for line in [*result.summary_lines(), f"report       {page}"]:
-        click.echo(line)
+    result = train_heads.run(config)
+    page = report.refresh(result.files.root)
+    return [*result.summary_lines(), f"report       {page}"]
 
 
-@cli.command()
-@_experiment
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Also copy the weights file to this name.")
-def finetune(config: Path, overrides: tuple[str, ...], output: Path | None) -> None:
+def finetune(config: Config, output: Path | None) -> Iterable[str]:
     """Stage three: train the best backbone end to end, from the best head, and say whether it was worth it.
 
     Example: manyheads finetune configs/digits.yaml --output finetuned.safetensors
     """
     from pipeline.stages import finetune as stage
 
-    settings = configuration.load(config, overrides)
     if output is not None:
         files.require_place(output)
-    result = stage.run(settings)
-    for line in result.summary_lines():
-        click.echo(line)
+    result = stage.run(config)
+    yield from result.summary_lines()
     if output is not None:
         files.write_atomic(output, result.weights.read_bytes())
 
 
-@cli.command(hidden=True, context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1)
-def pretrain(arguments: tuple[str, ...]) -> None:
-    """Gone from the package."""
-    raise click.UsageError(
-        "pretrain is a script of the source repository now: python configs/pretraining/pretrain.py configs/pretraining/bundled.yaml"
-    )
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--output", "-o", default="predictions.csv", type=click.Path(path_type=Path), help="The CSV file to write."
-)
-@click.option("--top", default=3, type=click.IntRange(min=1), help="How many labels with probabilities per image.")
-@click.option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N.")
-@click.option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code.")
-@click.option(
-    "--max-pixels", type=click.IntRange(min=1), help="Larger images are not read; the experiment's limit otherwise."
-)
-def predict(
-    bundle: Path, images: tuple[Path, ...], output: Path, top: int, device: str, trust: bool, max_pixels: int | None
-) -> None:
+def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any) -> Iterable[str]:
     """Label new images with a saved head.
 
     BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used. IMAGES are image files
@@ -173,14 +128,10 @@ def predict(
     """
     from pipeline.stages import predict as stage
 
-    result = stage.run(bundle, images, output=output, top=top, device=device, trust_code=trust, max_pixels=max_pixels)
-    for line in result.summary_lines():
-        click.echo(line)
+    return stage.run(bundle, images, trust_code=trust, **options).summary_lines()
 
 
-@cli.command()
-@_experiment
-def report(config: Path, overrides: tuple[str, ...]) -> None:
+def report(config: Config) -> Iterable[str]:
     """Build the report page again from the saved results.
 
     Example: manyheads report configs/digits.yaml
@@ -188,17 +139,10 @@ def report(config: Path, overrides: tuple[str, ...]) -> None:
     from pipeline import report as pages
     from pipeline.experiment import Artifacts
 
-    settings = configuration.load(config, overrides)
-    click.echo(f"report  {pages.build(Artifacts(settings.output).root)}")
+    return [f"report  {pages.build(Artifacts(config.output).root)}"]
 
 
-@cli.command()
-@click.argument("outputs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--output", "-o", default="comparison", type=click.Path(path_type=Path), help="The folder for the tables and plots."
-)
-@click.option("--row", metavar="EMBEDDING/HEAD", help="Which row's searches to draw; the best one otherwise.")
-def compare(outputs: tuple[Path, ...], output: Path, row: str | None) -> None:
+def compare(outputs: tuple[Path, ...], output: Path, row: str | None) -> Iterable[str]:
     """Compare finished experiments.
 
     OUTPUTS are output folders. On several data sets: average ranks of the rows that all share, with a critical-difference
@@ -208,149 +152,224 @@ def compare(outputs: tuple[Path, ...], output: Path, row: str | None) -> None:
     """
     from pipeline.report import several
 
-    for line in several.compare(outputs, output, row):
-        click.echo(line)
+    return several.compare(outputs, output, row)
 
 
-@cli.command()
-@_experiment
-def status(config: Path, overrides: tuple[str, ...]) -> None:
+def status(config: Config | Path) -> Iterable[str]:
     """Say what is cached, missing, changed, stale and failed. CONFIG may also be a packed file.
 
     The images are looked at, and those that are new or changed are read; nothing is embedded or written.
 
-    Example: manyheads status configs/folder.yaml
+    Example: manyheads store status configs/folder.yaml
     """
     from pipeline.stages import maintenance
 
-    packed = config.suffix in PACKED
-    for line in (
-        maintenance.status_of_pack(config) if packed else maintenance.status(configuration.load(config, overrides))
-    ):
-        click.echo(line)
+    return maintenance.status_of_pack(config) if isinstance(config, Path) else maintenance.status(config)
 
 
-@cli.command()
-@_experiment
-@click.option("--full", is_flag=True, help="Read every byte, of all files of the experiment.")
-@click.option(
-    "--sample", default=0, type=click.IntRange(min=0), metavar="K", help="Embed K random images anew and compare."
-)
-def verify(config: Path, overrides: tuple[str, ...], full: bool, sample: int) -> int:
+def verify(config: Config | Path, full: bool, sample: int | None) -> tuple[bool, Iterable[str]]:
     """Check the feature stores, and with --full every file; exit code 1 when something is wrong. CONFIG may also be a packed file.
 
-    Example: manyheads verify configs/folder.yaml --full --sample 20
+    Example: manyheads store verify configs/folder.yaml --full --sample 20
     """
     from pipeline.stages import maintenance
 
-    if config.suffix in PACKED:
+    if isinstance(config, Path):
         if sample:
             raise click.UsageError("--sample needs an experiment: a packed file does not say where its images are")
-        ok, lines = maintenance.verify_pack(config, full=full)
+        pack = maintenance.verify_pack(config, full=full)
+        return pack.ok, pack.lines()
+    checks = maintenance.verify(config, full=full, sample=sample or 0)
+    ok, lines = maintenance.verify_files(config) if full else (True, [])
+    return ok and all(found.ok for found in checks), [*(line for found in checks for line in found.lines()), *lines]
+
+
+def repair(config: Config) -> Iterable[str]:
+    """Drop damaged vectors and embed exactly those images again.
+
+    Example: manyheads store repair configs/folder.yaml
+    """
+    from pipeline.stages import extract, maintenance
+
+    yield from maintenance.repair(config)
+    yield from extract.run(config).summary_lines()
+
+
+def gc(config: Config) -> Iterable[str]:
+    """Remove the vectors that belong to no image of any experiment that uses the stores.
+
+    Example: manyheads store gc configs/folder.yaml
+    """
+    from pipeline.stages import maintenance
+
+    return maintenance.gc(config)
+
+
+def pack(output: Path, config: Config, embedding: str | None, anonymous: bool) -> Iterable[str]:
+    """Write one embedding, with paths, labels and splits, into a single HDF5 file.
+
+    Example: manyheads store pack features.h5 configs/folder.yaml
+    """
+    from pipeline.stages import maintenance
+
+    return [maintenance.pack(config, output, embedding=embedding, anonymous=anonymous)]
+
+
+def export(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
+    """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
+
+    Example: manyheads store export features.parquet configs/folder.yaml
+    """
+    from pipeline.stages import maintenance
+
+    return [maintenance.export(config, output, embedding=embedding)]
+
+
+def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
+    """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
+
+    Example: manyheads store merge artifacts/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
+    """
+    from pipeline.stages import maintenance
+
+    return maintenance.merge(target, sources)
+
+
+def layers(model: str) -> Iterable[str]:
+    """List the layers of a backbone that can be embedded, with their shapes.
+
+    MODEL is efficientnet_lite0, a torchvision model, regnet_small, or a weights file that `finetune` wrote.
+
+    Example: manyheads layers efficientnet_lite0
+    """
+    from pipeline.embed import backbone
+
+    return [f"{name:<40} {' x '.join(map(str, shape))}" for name, shape in backbone.layers(model)]
+
+
+def pretrain(arguments: tuple[str, ...]) -> Iterable[str]:
+    """Gone from the package."""
+    raise click.UsageError(
+        "pretrain is a script of the source repository now: python configs/pretraining/pretrain.py configs/pretraining/bundled.yaml"
+    )
+
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+
+def _argument(name: str, **settings: Any) -> click.Argument:
+    return click.Argument([name], **settings)
+
+
+def _option(*names: str, help: str, **settings: Any) -> click.Option:
+    return click.Option(names, help=help, **settings)
+
+
+EXPERIMENT: tuple[click.Parameter, ...] = (
+    _argument("config", default=DEFAULT_CONFIG, type=PATH),
+    _option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as tuning.trials=8."),
+)
+"""Where a command's function takes a `Config`."""
+
+
+def _command(
+    run: Callable[..., Iterable[str] | tuple[bool, Iterable[str]]],
+    *takes: click.Parameter,
+    packed: bool = False,
+    hidden: bool = False,
+) -> click.Command:
+    """Return a row: `run` takes the parameters by name and returns lines, or with them whether a check found nothing.
+
+    With `packed` it may be given the path of a packed file in place of a config.
+    """
+
+    def call(**given: Any) -> int:
+        if "overrides" in given:
+            overrides = given.pop("overrides")
+            if not packed or given["config"].suffix not in PACKED:
+                from pipeline.stages import settings
+
+                given["config"] = settings.load(given["config"], overrides)
+        found = run(**given)
+        ok, lines = found if isinstance(found, tuple) else (True, found)
         for line in lines:
             click.echo(line)
         return 0 if ok else 1
-    settings = configuration.load(config, overrides)
-    checks = maintenance.verify(settings, full=full, sample=sample)
-    ok, lines = maintenance.verify_files(settings) if full else (True, [])
-    for line in [*(line for found in checks for line in found.lines()), *lines]:
-        click.echo(line)
-    return 0 if ok and all(found.ok for found in checks) else 1
+
+    context = {"ignore_unknown_options": hidden}
+    return click.Command(run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
 
 
-@cli.command()
-@_experiment
-def repair(config: Path, overrides: tuple[str, ...]) -> None:
-    """Drop damaged vectors and embed exactly those images again.
-
-    Example: manyheads repair configs/folder.yaml
-    """
-    from pipeline.stages import extract as extract_features
-    from pipeline.stages import maintenance
-
-    settings = configuration.load(config, overrides)
-    for line in [*maintenance.repair(settings), *extract_features.run(settings).summary_lines()]:
-        click.echo(line)
-
-
-@cli.command()
-@_experiment
-def gc(config: Path, overrides: tuple[str, ...]) -> None:
-    """Remove the vectors that belong to no image any more.
-
-    Example: manyheads gc configs/folder.yaml
-    """
-    from pipeline.stages import maintenance
-
-    for line in maintenance.gc(configuration.load(config, overrides)):
-        click.echo(line)
-
-
-_embedding = click.option(
-    "--embedding", metavar="NAME", help="Which one, where there are several; `status` lists them."
+COMMANDS = (
+    _command(check, *EXPERIMENT),
+    _command(
+        features,
+        *EXPERIMENT,
+        _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
+        _option("--why", is_flag=True, help="With --plan: say for every missing image why it is missing."),
+        _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
+    ),
+    _command(heads, *EXPERIMENT),
+    _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
+    _command(
+        predict,
+        _argument("bundle", type=PATH),
+        _argument("images", nargs=-1, required=True, type=PATH),
+        _option("--output", "-o", default="predictions.csv", type=PATH, help="The CSV file to write."),
+        _option("--top", default=3, type=COUNT, help="Labels with probabilities per image."),
+        _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
+        _option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code."),
+        _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
+    ),
+    _command(report, *EXPERIMENT),
+    _command(
+        compare,
+        _argument("outputs", nargs=-1, required=True, type=PATH),
+        _option("--output", "-o", default="comparison", type=PATH, help="The folder for the tables and plots."),
+        _option("--row", metavar="EMBEDDING/HEAD", help="Whose searches to draw; the best row's otherwise."),
+    ),
+    _command(layers, _argument("model")),
+    _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),
 )
 
+_OUTPUT = _argument("output", type=PATH)
+_EMBEDDING = _option("--embedding", metavar="NAME", help="Which, where there are several; `store status` lists them.")
 
-@cli.command()
-@click.argument("output", type=click.Path(path_type=Path))
-@_experiment
-@_embedding
-@click.option("--anonymous", is_flag=True, help="Leave out the paths.")
-def pack(output: Path, config: Path, overrides: tuple[str, ...], embedding: str | None, anonymous: bool) -> None:
-    """Write one embedding, with paths, labels and splits, into a single HDF5 file.
-
-    Example: manyheads pack features.h5 configs/folder.yaml
-    """
-    from pipeline.stages import maintenance
-
-    settings = configuration.load(config, overrides)
-    click.echo(maintenance.pack(settings, output, embedding=embedding, anonymous=anonymous))
-
-
-@cli.command()
-@click.argument("output", type=click.Path(path_type=Path))
-@_experiment
-@_embedding
-def export(output: Path, config: Path, overrides: tuple[str, ...], embedding: str | None) -> None:
-    """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
-
-    Example: manyheads export features.parquet configs/folder.yaml
-    """
-    from pipeline.stages import maintenance
-
-    if config.suffix in PACKED:
-        click.echo(maintenance.export_pack(config, output))
-        return
-    click.echo(maintenance.export(configuration.load(config, overrides), output, embedding=embedding))
+STORE = (
+    _command(status, *EXPERIMENT, packed=True),
+    _command(
+        verify,
+        *EXPERIMENT,
+        _option("--full", is_flag=True, help="Read every byte, of all files of the experiment."),
+        _option("--sample", type=COUNT, metavar="K", help="Embed K random images anew and compare."),
+        packed=True,
+    ),
+    _command(repair, *EXPERIMENT),
+    _command(gc, *EXPERIMENT),
+    _command(pack, _OUTPUT, *EXPERIMENT, _EMBEDDING, _option("--anonymous", is_flag=True, help="Leave out the paths.")),
+    _command(export, _OUTPUT, *EXPERIMENT, _EMBEDDING, packed=True),
+    _command(
+        merge,
+        _argument("target", metavar="STORE", type=PATH),
+        _argument("sources", nargs=-1, required=True, type=PATH),
+    ),
+)
+"""The commands of `manyheads store`, which up to 0.1 stood beside the others: `manyheads status` still works, with a note."""
 
 
-@cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-def merge(store: Path, sources: tuple[Path, ...]) -> None:
-    """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
+def _by_its_old_name(command: click.Command) -> click.Command:
+    def told(**given: Any) -> Any:
+        click.echo(f"note: `manyheads {command.name}` is `manyheads store {command.name}` from now on", err=True)
+        return command.callback(**given) if command.callback else None
 
-    Example: manyheads merge artifacts/photos/features/resnet50.store other-machine/resnet50.store
-    """
-    from pipeline.stages import maintenance
-
-    for line in maintenance.merge(store, sources):
-        click.echo(line)
+    return click.Command(command.name, callback=told, params=command.params, help=command.help, hidden=True)
 
 
-@cli.command()
-@click.argument("model")
-def layers(model: str) -> None:
-    """List the layers of a backbone that can be embedded, with their shapes.
-
-    MODEL is a torchvision model, regnet_small, or a weights file that `finetune` wrote.
-
-    Example: manyheads layers resnet18
-    """
-    from pipeline.embed import networks as backbone
-
-    for name, shape in backbone.layers(model):
-        click.echo(f"{name:<40} {' x '.join(map(str, shape))}")
+for _each in STORE:
+    store.add_command(_each)
+for _each in (*COMMANDS, *map(_by_its_old_name, STORE)):
+    cli.add_command(_each)
 
 
 def _write_what_a_stream_can_show() -> None:

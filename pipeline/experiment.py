@@ -1,5 +1,7 @@
 """The output folder of an experiment: the names of its files, and the one reader and writer of each kind of them.
 
+The feature stores lie beside it, in a folder that all experiments around share.
+
 A document (JSON) and each line of a journal (JSON lines) carry a digest of their content, which their reader checks; files
 of other kinds have theirs in the document that names them. What release 0.1 wrote has no `made_by` and no digest, and is
 read as it is. A digest finds damage; it is no signature.
@@ -9,22 +11,26 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first_line
+from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, StoreError, first_line
 from pipeline.io.digests import bytes_digest, canonical_json, fingerprint
 from pipeline.io.files import NOT_ORDINARY, read_file, write_text_atomic
+
+log = logging.getLogger(__name__)
 
 MADE_BY = "made_by"
 """Names the program that wrote a file; a file that has it has digests too."""
@@ -35,15 +41,24 @@ MOST_JSON = 1 << 28
 """Bytes of the largest document or journal that is read."""
 
 
-class Artifacts:
-    """Names of the files of one experiment; the one place that knows them."""
+STORES = "features"
+"""The folder of the feature stores, beside the output folders; up to 0.1 each output folder had one of its own."""
 
-    def __init__(self, output: str | Path) -> None:
+
+class Artifacts:
+    """Names of the files of one experiment; the one place that knows them.
+
+    `store` is the config's folder of feature stores, where it names one.
+    """
+
+    def __init__(self, output: str | Path, store: str | Path | None = None) -> None:
         self.root = Path(output)
+        self.stores = self.root.parent / STORES if store is None else Path(store)
+        """The feature stores, which all experiments around share."""
+        self._stores_are_told = store is not None
         self.config = self.root / "config.yaml"
         self.dataset = self.root / "dataset"
         """index.csv, failures.csv and the stat cache."""
-        self.stores = self.root / "features"
         self.specs = self.root / "specs.json"
         """What the embeddings of a config are, so that a run with nothing to do loads no network."""
         self.features = self.root / "features.json"
@@ -56,6 +71,49 @@ class Artifacts:
     def store(self, embedding: str, fingerprint: str) -> Path:
         """The feature store of one embedding."""
         return self.stores / f"{embedding}-{fingerprint[:12]}.store"
+
+    def find_store(self, name: str) -> Path:
+        """Where the store is that a record names."""
+        return next(iter(self.find_stores(name)), self.stores / Path(name).name)
+
+    def find_stores(self, name: str) -> list[Path]:
+        """Every place that has a store of a name, the best first: the experiment may have been moved, or be of release 0.1."""
+        after = [self.stores, *self.stores_before()]
+        folders = after if self._stores_are_told else [*self._stores_of_the_last_run(), *after]
+        places = [self.root / name, *(folder / Path(name).name for folder in folders)]
+        return [place for place in dict.fromkeys(places) if os.path.exists(place)]
+
+    def stores_before(self) -> list[Path]:
+        """Folders elsewhere that may have its stores: those of its last run, and its own of release 0.1."""
+        own = [self.root / STORES, self.dataset]
+        return [folder for folder in (*self._stores_of_the_last_run(), *own) if folder != self.stores]
+
+    def _stores_of_the_last_run(self) -> list[Path]:
+        """The folder that `features.json` names: seen from the output folder, and by its full path if that was moved alone."""
+        if not os.path.lexists(self.features):
+            return []
+        try:
+            told = read_document(self.features, FEATURES).get("stores", [])
+            places = dict.fromkeys(os.path.realpath(self.root / place) for place in told)
+        except (PipelineError, OSError, TypeError, ValueError) as error:
+            log.warning("%s; where the features were at the last run is not known", error)
+            return []
+        here = os.path.realpath(self.stores)
+        return [self.stores if place == here else Path(place) for place in places]
+
+    def seen_from_stores(self) -> str:
+        """The output folder as seen from that of the feature stores: both may be moved together."""
+        return os.path.relpath(os.path.realpath(self.root), os.path.realpath(self.stores))
+
+    @property
+    def entry(self) -> Path:
+        """This experiment in the list of those that use the feature stores."""
+        return self.stores / "experiments" / f"{fingerprint({'path': self.seen_from_stores()})[:16]}.json"
+
+    def stores_told(self) -> dict[str, Any]:
+        """What `features.json` says of the feature stores: where they are, and the experiment's entry there."""
+        place = os.path.realpath(self.stores)
+        return {"stores": [os.path.relpath(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
 
     def trials(self, embedding: str, head: str) -> Path:
         """The journal of one search."""
@@ -86,11 +144,20 @@ class Kind:
 _HEADS_AGAIN = "run `manyheads heads` again"
 FEATURES = Kind(
     "manyheads features",
-    2,
+    3,
     PipelineError,
     "run `manyheads features` with this config first",
     "run `manyheads features` again",
+    older=(2,),
 )
+USER = Kind(
+    "manyheads store user",
+    1,
+    StoreError,
+    "run `manyheads features` with each experiment that uses the store",
+    "run `manyheads features` with each experiment that uses the store, after deleting this file",
+)
+"""In the folder of the feature stores: one experiment that uses them."""
 SPECS = Kind("manyheads specs", 2, PipelineError, FEATURES.missing, FEATURES.again)
 INDEX = Kind(
     "manyheads index",
@@ -203,6 +270,25 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Return the value of a type that `plain` had made into what JSON knows: dataclasses, tuples and mappings by their annotations.
+
+    KeyError, TypeError, ValueError or AttributeError for what is not of that type.
+    """
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else from_plain(of[0], value)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return cast(Any, kind)(**{name: from_plain(hints[name], item) for name, item in value.items()})
+    if origin is tuple:
+        kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
+        return tuple(from_plain(each, item) for each, item in zip(kinds, value, strict=True))
+    if origin is Mapping:
+        return {name: from_plain(of[1], item) for name, item in value.items()}
+    return value
 
 
 # ---- journals: one JSON object per line, each with a digest of itself and all lines before it
@@ -320,7 +406,7 @@ def require_modest(data: bytes) -> None:
 
 
 def parse_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an .npz archive; ValueError, in one line, for whatever is wrong with it."""
+    """Return the arrays of an .npz archive, of whatever shapes and dtypes; ValueError, in one line, for what is wrong with it."""
     try:
         require_modest(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as file:

@@ -81,7 +81,7 @@ def answers(config: Config) -> Iterator[tuple[str, Callable[[], Any]]]:
 def _heads(config: Config, files: Artifacts) -> Any:
     records = embedders.read_asked_records(files.features, config)
     embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    stores = [FeatureStore.open(files.root / record.store, record.fingerprint) for record in records]
+    stores = [FeatureStore.open(files.find_store(record.store), record.fingerprint) for record in records]
     task = make_task(config, files, stores)
     vectors = [bytes_digest(store.read(task.train.digests).tobytes()) for store in stores]
     return task.key, [record.to_dict() for record in records], vectors, str(task.train.root)
@@ -163,9 +163,10 @@ def fuzz(
 ) -> Found:
     """Change every file of an experiment so many times, each time alone, and ask every reader."""
     rng = np.random.default_rng(seed)
-    source, copy = Path(config.output), scratch / "copy"
-    shutil.copytree(source, copy)
-    here = config.model_copy(update={"output": str(copy)})
+    copy = scratch / "copy"
+    shutil.copytree(config.output, copy / "output")
+    shutil.copytree(Artifacts(config.output).stores, copy / "features")
+    here = config.model_copy(update={"output": str(copy / "output")})
     before = {name: ask() for name, ask in answers(here)}
     found = Found()
     for path in sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size):

@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline import config as configuration
 from pipeline import report
 from pipeline.config import Config
-from pipeline.evaluation import audit, scores
+from pipeline.evaluation import Predictions, audit, scores
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.report.material import Material
 from pipeline.stages import extract, train_heads
@@ -41,7 +41,7 @@ def row(head: str, cv: float, correct: int = 90, embedding: str = "resnet18-penu
         cv_mean=cv,
         cv_std=0.01,
         cv_scores=(cv - 0.01, cv, cv + 0.01),
-        test=scores(y, guess, None, ("a", "b", "c")),
+        test=scores(Predictions.of(y, guess, ("a", "b", "c"))),
         fit_seconds=1.25,
         predict_seconds=0.01,
         trials=16,

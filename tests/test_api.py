@@ -28,7 +28,7 @@ def stored(config: Config, *splits: str) -> tuple[np.ndarray, DatasetIndex]:
     index = DatasetIndex.read(files.dataset)
     index = index.select(*splits) if splits else index
     record = next(record for record in embedders.read_records(files.features) if record.name == BACKBONE)
-    return FeatureStore.open(files.root / record.store).read(index.digests), index
+    return FeatureStore.open(files.find_store(record.store)).read(index.digests), index
 
 
 @pytest.fixture(scope="module", params=["experiment", "pack"])
@@ -126,23 +126,23 @@ def test_commands_take_a_packed_file_for_a_config(experiment: Config, tmp_path: 
     path = tmp_path / "features.h5"
     maintenance.pack(experiment, path, embedding=BACKBONE)
     runner = CliRunner()
-    said = runner.invoke(cli, ["status", str(path)])
+    said = runner.invoke(cli, ["store", "status", str(path)])
     assert said.exit_code == 0
     assert said.output.startswith(
         "36 images with paths, labels, splits\nresnet18: complete\n  36 vectors of 512 float32 "
     )
-    said = runner.invoke(cli, ["verify", str(path), "--full"], standalone_mode=False)
+    said = runner.invoke(cli, ["store", "verify", str(path), "--full"], standalone_mode=False)
     assert said.return_value == 0
     assert said.output.startswith("features.h5: ok; 36 vectors in 1 segment; checked every byte of ")
-    assert runner.invoke(cli, ["export", str(tmp_path / "x.npy"), str(path)]).exit_code == 0
+    assert runner.invoke(cli, ["store", "export", str(tmp_path / "x.npy"), str(path)]).exit_code == 0
     assert np.array_equal(np.load(tmp_path / "x.npy"), stored(experiment)[0])
-    assert runner.invoke(cli, ["merge", str(tmp_path / "back.store"), str(path)]).exit_code == 0
+    assert runner.invoke(cli, ["store", "merge", str(tmp_path / "back.store"), str(path)]).exit_code == 0
     _, index = stored(experiment)
     assert np.array_equal(FeatureStore.open(tmp_path / "back.store").read(index.digests), stored(experiment)[0])
     data = bytearray(path.read_bytes())
     data[-1000] ^= 1
     path.write_bytes(data)
-    said = runner.invoke(cli, ["verify", str(path), "--full"], standalone_mode=False)
+    said = runner.invoke(cli, ["store", "verify", str(path), "--full"], standalone_mode=False)
     assert said.return_value == 1
     assert "images without a usable vector:" in said.output
     assert str(index.paths[-1]) in said.output
@@ -154,16 +154,17 @@ def test_an_experiment_whose_record_names_a_packed_file(experiment: Config, tmp_
     from dataclasses import replace
 
     output = Path(shutil.copytree(experiment.output, tmp_path / "output"))
+    shutil.copytree(Artifacts(experiment.output).stores, tmp_path / "features")
     config = experiment.model_copy(update={"output": str(output)})
     files = Artifacts(output)
-    maintenance.pack(config, output / "features" / "shared.h5", embedding=BACKBONE)
+    maintenance.pack(config, tmp_path / "features" / "shared.h5", embedding=BACKBONE)
     records = [
-        replace(record, store="features/shared.h5") if record.name == BACKBONE else record
+        replace(record, store="shared.h5") if record.name == BACKBONE else record
         for record in embedders.read_records(files.features)
     ]
     for record in embedders.read_records(files.features):
         if record.name == BACKBONE:
-            shutil.rmtree(output / record.store)
+            shutil.rmtree(files.find_store(record.store))
     embedders.write_records(files.features, records, config, DatasetIndex.read(files.dataset).fingerprint())
     assert all(check.ok for check in maintenance.verify(config, full=True, sample=2))
     assert any("a packed file" in line for line in maintenance.status(config))

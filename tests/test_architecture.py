@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pipeline"
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 EVERYWHERE = {"config", "errors", "io"}
 """What every folder may import; they import nothing of the house but one another, in this order: errors, io, config."""
@@ -27,7 +31,7 @@ EDGES = {
     "embed": {"images", "store", "experiment"},
     "evaluation": {"images", "store", "experiment"},
     "heads": {"evaluation", "store", "experiment"},
-    "export": {"evaluation", "experiment"},
+    "export": {"evaluation", "data", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
     "report": {"heads", "evaluation", "embed", "data", "images", "store", "experiment"},
 }
@@ -83,9 +87,15 @@ def modules() -> Iterator[tuple[str, Path]]:
         yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imported(path: Path) -> Iterator[str]:
     """The dotted names a file imports, wherever in the file it does."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -129,6 +139,21 @@ def test_every_arrow_of_the_map_is_used() -> None:
     assert {(module, other) for module, others in EDGES.items() for other in others - EVERYWHERE} <= found
 
 
+def test_the_page_on_architecture_shows_this_map() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .* \|(.*)\|$", PAGE, re.MULTILINE)
+    shown = {folder: {name.strip() for name in edges.split(",")} - {""} for folder, edges in rows}
+    assert shown == {folder: edges - EVERYWHERE for folder, edges in EDGES.items() if folder != "errors"}
+
+
+def test_every_name_on_the_page_on_architecture_exists() -> None:
+    named = set(re.findall(r"`([\w/]+(?:\.(?:py|md|yaml)|/))`", PAGE))
+    assert len(named) > 30
+    for name in named:
+        assert (ROOT / name).exists() or (PACKAGE / name).exists(), f"docs/architecture.md names {name}"
+    for table, file in re.findall(r"`([A-Z]+)`, `([\w/]+\.py)`", PAGE):
+        assert re.search(rf"^{table}\b.*=", (PACKAGE / file).read_text(encoding="utf-8"), re.MULTILINE), table
+
+
 def test_the_top_level_is_a_short_list() -> None:
     names = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert names - {"__pycache__"} == {*EDGES, "stages", *FRONT}
@@ -143,7 +168,7 @@ def test_each_library_has_its_doors(module: str, path: Path) -> None:
 
 def test_only_the_cli_prints() -> None:
     for module, path in modules():
-        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        calls = [node for node in nodes(path) if isinstance(node, ast.Call)]
         prints = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         assert module == "cli" or not prints, f"{path}:{prints} prints; log or return the text instead"
 

@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
-from pipeline.embed import families, graph, preprocessing, torchvision_models, weights, weights_files
-from pipeline.embed import networks as backbone
-from pipeline.embed.networks import choose_precision
+from pipeline.embed import backbone, families, graph, torchvision_models, weights, weights_files
+from pipeline.embed.precision import choose_precision
 from pipeline.embed.spec import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
 from pipeline.store import differences
@@ -45,6 +44,7 @@ FAMILIES = {
     "vit_b_32": (768, "getitem_5"),
     "swin_t": (768, "flatten"),
     "maxvit_t": (512, "classifier.4"),
+    "efficientnet_lite0": (1280, "pool.1"),
 }
 
 
@@ -189,7 +189,7 @@ def test_a_vision_transformer_takes_its_own_image_size_and_no_other() -> None:
     with pytest.raises(
         BackboneError, match=r"vit_b_32 takes images of 224 x 224 pixels only, the config says preprocessing.crop: 32"
     ):
-        preprocessing.fitting_preprocessing(
+        weights.fitting_preprocessing(
             BackboneConfig(name="vit_b_32", preprocessing=SMALL),
             families.build_empty("vit_b_32", {}),
             weights.Preprocessing(256, 224),
@@ -463,8 +463,8 @@ def test_without_network_the_file_and_its_folder_are_named(hub: Path, monkeypatc
         load("squeezenet1_1", weights="IMAGENET1K_V1")
     assert str(error.value) == (
         "weights SqueezeNet1_1_Weights.IMAGENET1K_V1 cannot be fetched (<urlopen error no network>); fetch "
-        f"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth elsewhere and put it in {hub}, "
-        "or say weights: bundled, as configs/bundled.yaml does, which needs no download"
+        f"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth elsewhere and put it in {hub}; "
+        "name: efficientnet_lite0, weights: imagenet, as in configs/folder.yaml, needs no download"
     )
 
 
@@ -505,7 +505,7 @@ def test_other_weights_have_other_transforms() -> None:
 def test_unknown_names_get_a_guess() -> None:
     with pytest.raises(
         BackboneError,
-        match=r"no network 'resnet81', did you mean 'resnet18'\?; there are torchvision's and efficientnet_lite0 to 2",
+        match=r"no network 'resnet81', did you mean 'resnet18'\?; there are efficientnet_lite0, 1 and 2 and torchvision's classification models",
     ):
         load("resnet81")
     with pytest.raises(
@@ -581,5 +581,5 @@ def test_a_gpu_gives_the_vectors_of_the_processor(precision: str, tolerance: flo
 
 
 def test_importing_the_backbone_does_not_import_torch() -> None:
-    code = "import sys, pipeline.embed.networks as b; b.choice_inputs(); sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
+    code = "import sys, pipeline.stages.extract, pipeline.stages.predict, pipeline.stages.check; sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,13 +15,14 @@ import pytest
 from documents import rewrite
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 
 from pipeline.errors import BundleError
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
+from pipeline.export.fitted import check_fitted
 from pipeline.heads import HEADS, configure
 from pipeline.io.digests import file_digest
 
@@ -103,6 +104,16 @@ def test_an_unknown_type_is_saved_by_joblib_and_loaded_only_when_trusted(
         "add --trust only if you know who made it"
     )
     assert set(bundles.load(tmp_path, trust_code=True).predict(X)[0]) == {"a,b"}
+
+
+def test_trees_of_histograms_are_not_trusted_and_would_be_refused(
+    data: tuple[NDArray[np.float32], NDArray[np.int64]], tmp_path: Path
+) -> None:
+    fitted = HistGradientBoostingClassifier(max_iter=2).fit(*data)
+    bundles.save(make(fitted), tmp_path)
+    assert (tmp_path / "head.joblib").is_file()
+    with pytest.raises(ValueError, match="it holds a TreePredictor that compiled code would follow blindly"):
+        check_fitted(fitted)
 
 
 def test_a_head_of_a_users_own_module_is_loaded_where_the_module_is(

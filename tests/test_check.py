@@ -10,7 +10,8 @@ from PIL import Image
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.embed import networks as backbone
+from pipeline.embed import backbone, engines
+from pipeline.embed.precision import choice_inputs
 from pipeline.errors import BackboneError, PipelineError
 from pipeline.stages import check
 
@@ -78,7 +79,7 @@ def problems_of(config: Config) -> tuple[str, ...]:
 
 
 def without_a_gpu() -> bool:
-    return not backbone.choice_inputs()["cuda"][0]
+    return not choice_inputs()["cuda"][0]
 
 
 @pytest.mark.skipif(not without_a_gpu(), reason="there is a GPU")
@@ -94,7 +95,7 @@ def test_an_engine_that_cannot_be_used_is_found_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_photos(tmp_path)
-    monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
+    monkeypatch.setattr(engines, "openvino_is_there", lambda: False)
     assert problems_of(make_config(tmp_path, extraction={"engine": "openvino", "device": "cpu"})) == (
         "extraction.engine is openvino, but it cannot be used: it is not installed; pip install 'manyheads[openvino]'",
     )
@@ -136,7 +137,7 @@ def test_weights_that_are_to_be_fetched_are_told_with_what_needs_no_download(
     assert note == (
         "note: resnet50 (IMAGENET1K_V2) is not here yet: `features` fetches "
         "https://download.pytorch.org/models/resnet50-11ad3fa6.pth (98 MB) to "
-        f"{tmp_path}/hub/checkpoints; weights: bundled, as in configs/bundled.yaml, needs no download"
+        f"{tmp_path}/hub/checkpoints; name: efficientnet_lite0, weights: imagenet, as in configs/folder.yaml, needs no download"
     )
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth").write_bytes(b"")

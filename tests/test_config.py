@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from pydantic_core import PydanticUndefined
 
 from pipeline import config as configuration
-from pipeline.errors import ConfigError
+from pipeline.config import (
+    BackboneConfig,
+    Config,
+    DatasetConfig,
+    ExtractionConfig,
+    FinetuneConfig,
+    HeadConfig,
+    TuningConfig,
+)
+from pipeline.config.retired import KEYS
+from pipeline.embed import baselines
+from pipeline.errors import BackboneError, ConfigError, HeadError
+from pipeline.evaluation import METRICS
+from pipeline.heads import HEADS, resolve_all
+from pipeline.stages import settings
 
 GOOD = """
 output: artifacts/x
@@ -28,28 +45,33 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def problems_of(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        configuration.load(write(tmp_path, text), overrides)
+        configuration.load(write(tmp_path, text), overrides, settings.names())
     return [caught.value.message, *caught.value.problems]
 
 
-def test_six_mistakes_are_reported_at_once_with_place_allowed_values_and_guess(tmp_path: Path) -> None:
+def test_eight_mistakes_are_reported_at_once_with_place_allowed_values_and_guess(tmp_path: Path) -> None:
     text = """
 seeds: 1
 dataset: {source: fodler, test_fraction: 1.5}
 backbones:
   - {name: resnet18, weigths: random}
-heads: [{name: knn, spaces: {}}]
-tuning: {trials: ten}
+heads: [logistic_regresion]
+baselines: [pixel]
+tuning: {trials: ten, scoring: acuracy}
 """
     message, *problems = problems_of(tmp_path, text)
-    assert message.endswith("config.yaml: 6 problems")
+    assert message.endswith("config.yaml: 8 problems")
     assert problems == [
         "dataset.source: input should be 'digits', 'folder', 'manifest' or 'torchvision', got 'fodler', did you mean 'folder'?",
         "dataset.test_fraction: input should be less than 1, got 1.5",
         "backbones.0.weigths: unknown key, did you mean 'weights'?; "
         "allowed: name, weights, layers, pooling, arguments, preprocessing",
-        "heads.0.spaces: unknown key, did you mean 'space'?; allowed: name, space, class_weight",
+        "baselines: unknown baseline 'pixel', did you mean 'pixels'?; allowed: majority, pixels, hog",
+        "heads.0.name: unknown head 'logistic_regresion', did you mean 'logistic_regression'?; allowed: "
+        + ", ".join(HEADS)
+        + ", or package.module:ATTRIBUTE",
         "tuning.trials: input should be a valid integer, got 'ten'",
+        "tuning.scoring: unknown score 'acuracy', did you mean 'accuracy'?; allowed: " + ", ".join(METRICS),
         "seeds: unknown key, did you mean 'seed'?; allowed: " + ", ".join(configuration.Config.model_fields),
     ]
 
@@ -84,31 +106,34 @@ def test_what_may_be_one_of_several_kinds_is_one_problem(tmp_path: Path) -> None
 
 def test_a_key_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
     assert problems_of(tmp_path, GOOD, "extraction.processes=4", "extraction.decode=gpu", "tuning.device=cuda")[1:] == [
-        "extraction.decode: gpu is gone: the processor decodes; set it to standard, or fast for large photos",
         "extraction.processes: is gone: one process uses all processors and one GPU; remove it, and name a GPU with "
         "extraction.device",
+        "extraction.decode: gpu is gone: the processor decodes; set it to standard, or fast for large photos",
         "tuning.device: is gone: heads are searched on the processor; remove it",
     ]
 
 
-def test_a_key_of_training_that_is_gone_is_told_too_and_passed_over_where_it_changed_nothing(tmp_path: Path) -> None:
-    old = ["replicas=2", "average_top=3", "sizes=[[0, 24], [0.5, 32]]", "cooldown=0.2", "schedule=trapezoid"]
-    assert problems_of(tmp_path, GOOD, *(f"finetune.training.{text}" for text in old))[1:] == [
-        "finetune.training.replicas: is gone: torch's own threads share a step's work; remove it",
-        "finetune.training.average_top: is gone: no soup of weights is made; remove it, and set ema for an average",
-        "finetune.training.sizes: is gone: images have the size of the weights' preprocessing; remove it",
-        "finetune.training.cooldown: is gone with the schedule trapezoid; remove it",
-        "finetune.training.schedule: is gone: the rate falls by a cosine after the warm-up; remove it",
-    ]
-    idle = ["replicas=1", "average_top=0", "sizes=[]", "cooldown=0.4", "schedule=cosine", "cutmix=0.0", "steps=20"]
-    assert configuration.load(
-        write(tmp_path, GOOD), [f"finetune.training.{text}" for text in idle]
-    ) == configuration.load(write(tmp_path, GOOD), ["finetune.training.steps=20"])
+def test_training_moved_into_finetune_and_every_key_of_before_is_told_with_the_new_one(tmp_path: Path) -> None:
+    old = {
+        "training.steps=20": "training.steps: is finetune.steps now",
+        "training.precision=bf16": "training.precision: is gone: extraction.precision holds for training too",
+        "training.range_test=true": "training.range_test: is gone: no rate is looked for; set finetune.rate",
+        "training.schedule=constant": "training.schedule: is gone: the rate falls along a cosine; remove it",
+        "training.mixup=0.4": "training.mixup: is finetune.mixup now",
+        "training.cutmix=1.0": "training.cutmix: is gone: remove it, and set finetune.mixup",
+        "training.sizes=[[0, 24]]": "training.sizes: is gone: images have the size of the weights' preprocessing; remove it",
+        "embedding=net": "embedding: is gone: write finetune.start: EMBEDDING",
+        "head=random": "head: is gone: write finetune.start: EMBEDDING/HEAD, or finetune.start: random",
+        "unfreeze=[{start: 0, scope: head}]": "unfreeze: {start: ..., scope: ...} is written as a pair now: [[0, head], [0.2, all]]",
+    }
+    found = problems_of(tmp_path, GOOD, *(f"finetune.{text}" for text in old))
+    assert found[0].endswith("config.yaml: 10 problems")
+    assert sorted(found[1:]) == sorted(f"finetune.{told}" for told in old.values())
 
 
 @pytest.mark.parametrize("starts", [[], [0.1], [0, 0.5, 0.5], [0, 0.5, 0.2]])
 def test_a_plan_with_holes_is_refused_before_anything_is_loaded(tmp_path: Path, starts: list[float]) -> None:
-    plan = ", ".join(f"{{start: {start}}}" for start in starts)
+    plan = ", ".join(f"[{start}, all]" for start in starts)
     assert problems_of(tmp_path, GOOD, f"finetune.unfreeze=[{plan}]")[1:] == [
         "finetune.unfreeze: should be steps of which the first starts at 0 and each later than the one before"
     ]
@@ -116,7 +141,33 @@ def test_a_plan_with_holes_is_refused_before_anything_is_loaded(tmp_path: Path, 
 
 def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     plain = configuration.load(write(tmp_path, GOOD))
-    assert configuration.load(write(tmp_path, GOOD), ["extraction.processes=auto", "tuning.device=auto"]) == plain
+    every = {path: row.default for path, row in KEYS.items() if path not in ("finetune.training", "extraction.decode")}
+    overrides = [f"{path}={json.dumps(value)}" for path, value in every.items()]
+    assert len(every) > 30
+    assert configuration.load(write(tmp_path, GOOD), overrides) == plain
+
+
+def test_what_is_retired_is_told_beside_what_is_wrong(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "tuning.device=cuda", "tuning.trials=0")[1:] == [
+        "tuning.trials: input should be greater than or equal to 1, got 0",
+        "tuning.device: is gone: heads are searched on the processor; remove it",
+    ]
+
+
+@pytest.mark.parametrize("value", ["all", "[]", "[head]", "[[1.5, head]]"])
+def test_a_plan_to_unfreeze_is_a_list_of_pairs(tmp_path: Path, value: str) -> None:
+    (problem,) = problems_of(tmp_path, GOOD, f"finetune.unfreeze={value}")[1:]
+    assert problem.startswith("finetune.unfreeze")
+    plan = configuration.load(write(tmp_path, GOOD), ["finetune.unfreeze=[[0, head], [0.5, all]]"]).finetune.unfreeze
+    assert plan == ((0.0, "head"), (0.5, "all"))
+
+
+def test_without_tables_any_name_passes_and_the_stage_tells_it(tmp_path: Path) -> None:
+    config = configuration.load(write(tmp_path, GOOD.replace("knn", "knm")))
+    with pytest.raises(HeadError, match="unknown head 'knm', did you mean 'knn'"):
+        resolve_all(config.heads)
+    with pytest.raises(BackboneError, match="unknown baseline 'hogs', did you mean 'hog'"):
+        baselines.load("hogs")
 
 
 def test_a_list_is_asked_for_in_the_words_of_the_file(tmp_path: Path) -> None:
@@ -196,6 +247,28 @@ def test_shipped_configs_are_valid_and_open_with_their_command(path: Path) -> No
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert "make " in text.partition("dataset:")[0]
+
+
+def test_folder_yaml_explains_every_key_and_shows_its_default() -> None:
+    (path,) = (path for path in CONFIGS if path.name == "folder.yaml")
+    section, shown = "", dict[str, dict[str, tuple[bool, str]]]()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        found = re.match(r"(#? *)(?:- )?(#?) *([a-z_]+):(?: (.*?))?(?: +# .*)?$", line)
+        if found:
+            indent, inner, key, value = found.groups()
+            section = key if len(indent) < 2 or indent == "# " else section
+            shown.setdefault(section, {})[key] = ("#" in indent + inner, value or "")
+    for name, fields in (("dataset", DatasetConfig), ("extraction", ExtractionConfig), ("tuning", TuningConfig),
+                         ("finetune", FinetuneConfig), ("backbones", BackboneConfig), ("heads", HeadConfig)):  # fmt: skip
+        for key, field in fields.model_fields.items():
+            assert key in shown[name], f"folder.yaml does not explain {name}.{key}"
+            commented, value = shown[name][key]
+            if commented and field.default is not PydanticUndefined and key not in ("name", "seconds", "class_weight"):
+                told = (
+                    configuration.load(path, [f"{name}.{key}={value}"]) if name not in ("backbones", "heads") else None
+                )
+                assert told is None or getattr(getattr(told, name), key) == field.default, f"{name}.{key}"
+    assert Config.model_fields.keys() <= shown.keys()
 
 
 def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:

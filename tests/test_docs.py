@@ -14,24 +14,27 @@ import pytest
 from click.testing import CliRunner
 from photos import make_photos
 
-from pipeline.cli import cli
+from pipeline.cli import COMMANDS, STORE, cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
-BUNDLED = "backbones=[{name: regnet_small, weights: bundled}]"
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+README = read(ROOT / "README.md")
+
 SMALL = {
-    "check": (BUNDLED,),
-    "features": (BUNDLED,),
-    "heads": (BUNDLED, "tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
+    "heads": ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
     "finetune": (
-        BUNDLED,
-        "finetune.training.steps=4",
-        "finetune.training.batch_size=8",
+        "finetune.steps=4",
+        "finetune.batch_size=8",
         "finetune.validation_fraction=0.4",
     ),
 }
-"""What replaces a download, and minutes, in the README's commands."""
+"""What replaces minutes in the README's commands."""
 
 
 def blocks(language: str) -> list[str]:
@@ -53,7 +56,7 @@ def test_every_make_target_exists(line: str) -> None:
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """A README command on 36 small photos instead of the reader's own or the digits, and without a download."""
+    """A README command on 36 small photos instead of the reader's own or the digits."""
     if "configs/digits.yaml" in arguments:
         arguments = [*arguments, "--set", "dataset={source: folder, path: photos}", "--set", "output=artifacts/digits"]
     given = {arguments[place + 1].partition("=")[0] for place, word in enumerate(arguments) if word == "--set"}
@@ -79,19 +82,31 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 37
 
 
-@pytest.mark.parametrize("name", sorted(name for name, found in cli.commands.items() if not found.hidden))
-def test_every_command_has_help_with_an_example_that_parses(name: str) -> None:
-    command = cli.commands[name]
-    assert command.help
-    (example,) = re.findall(r"Example: manyheads (.*)", command.help)
-    found, *arguments = shlex.split(example)
-    assert found == name
-    command.make_context(name, arguments, resilient_parsing=False)
+def named(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that begins a line, and what is left of the line."""
+    found, *rest = words
+    command = cli.commands[found]
+    return named_in_group(command, rest) if isinstance(command, click.Group) else (command, rest)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`manyheads ([a-z]+)", README))))
-def test_every_command_the_readme_mentions_exists(name: str) -> None:
-    assert isinstance(cli.commands.get(name), click.Command)
+def named_in_group(group: click.Group, words: list[str]) -> tuple[click.Command, list[str]]:
+    return (group.commands[words[0]], words[1:]) if words else (group, [])
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *STORE], ids=lambda command: command.name)
+def test_every_command_has_help_with_an_example_that_parses(command: click.Command) -> None:
+    if command.hidden:
+        return
+    (example,) = re.findall(r"Example: manyheads (.*)", command.help or "")
+    found, arguments = named(shlex.split(example))
+    assert found is command
+    command.make_context(command.name, arguments, resilient_parsing=False)
+
+
+@pytest.mark.parametrize("page", [README, *map(read, PAGES)], ids=["README", *(page.name for page in PAGES)])
+def test_every_command_that_a_page_mentions_exists(page: str) -> None:
+    for line in set(re.findall(r"`manyheads ((?:store )?[a-z]+)", page)):
+        assert not named(line.split())[0].hidden, f"{line} is an old name"
 
 
 def test_help_answers_without_the_heavy_libraries() -> None:

@@ -15,9 +15,9 @@ import pytest
 from photos import make_photos, small_config
 
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
-from pipeline.embed import engines
-from pipeline.embed import networks as backbone
+from pipeline.embed import backbone, engines
 from pipeline.embed.engines import BATCH, PAYS_FROM, choose_engine
+from pipeline.embed.precision import choice_inputs
 from pipeline.embed.records import open_record, read_records
 from pipeline.errors import BackboneError
 from pipeline.experiment import Artifacts
@@ -76,8 +76,7 @@ def test_what_is_asked_for_is_given_or_refused_with_every_reason() -> None:
         ("resnet18", {"layers": ("layer2", "penultimate"), "pooling": "max"}),
         ("resnet18", {"layers": ("layer1",), "pooling": "grid"}),
         ("mobilenet_v3_small", {}),
-        ("efficientnet_b0", {}),
-        ("densenet121", {}),
+        ("efficientnet_lite0", {}),
         ("shufflenet_v2_x0_5", {}),
         ("bundled", {"weights": "bundled", "preprocessing": None}),
     ],
@@ -103,7 +102,7 @@ def test_a_vector_does_not_depend_on_the_batch_it_was_in(pixels: np.ndarray) -> 
 
 
 def test_bf16_is_rounding_away_from_fp32(pixels: np.ndarray) -> None:
-    if not backbone.choice_inputs()["bf16"]:
+    if not choice_inputs()["bf16"]:
         pytest.skip("the processor has no bf16 of its own")
     (coarse,), (exact,) = (load("openvino", precision=precision).embed(pixels) for precision in ("bf16", "fp32"))
     cosine = (coarse * exact).sum(1) / np.linalg.norm(coarse, axis=1) / np.linalg.norm(exact, axis=1)
@@ -117,9 +116,8 @@ def test_a_network_that_openvino_cannot_take_runs_by_torch_unless_it_was_asked_f
         raise RuntimeError("no such operation\n  details")
 
     pytest.importorskip("openvino")
-    from pipeline.embed import backbone as network
 
-    monkeypatch.setattr(network, "compile_openvino", refuse)
+    monkeypatch.setattr(backbone, "compile_openvino", refuse)
     monkeypatch.setattr(engines.platform, "machine", lambda: "x86_64")
     section = BackboneConfig(name="squeezenet1_1", preprocessing=SMALL)
     extraction = ExtractionConfig(device="cpu", precision="fp32")
@@ -145,7 +143,7 @@ def test_half_an_openvino_is_told_and_torch_computes_unless_it_was_asked_for(tmp
     code = """
 import logging, platform
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from pipeline.embed import networks as backbone
+from pipeline.embed import backbone
 from pipeline.config import BackboneConfig, ExtractionConfig
 from pipeline.errors import BackboneError
 platform.machine = lambda: "x86_64"
@@ -180,7 +178,7 @@ def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.
     def wrong(vectors: engines.Vectors, *rest: object) -> engines.Engine:
         return real(lambda pixels: tuple(vector.roll(1, dims=1) for vector in vectors(pixels)), *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("pipeline.embed.backbone.compile_openvino", wrong)
+    monkeypatch.setattr(backbone, "compile_openvino", wrong)
     with pytest.raises(BackboneError, match="the vectors of the probe images are not torch's"):
         load("openvino", "squeezenet1_1")
 
@@ -224,19 +222,19 @@ def test_an_engine_is_chosen_once_and_its_store_is_read_without_it(
     # Where OpenVINO is missing, the same network computes with torch, to the same vectors but for rounding.
     embedder, output = open_record(record, "cpu")
     (expected,) = embedder.embed(np.full((1, 32, 32, 3), 99, np.uint8))
-    monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
+    monkeypatch.setattr(engines, "openvino_is_there", lambda: False)
     other, output = open_record(record, "cpu")
     assert other.specs[output] == replace(record.spec, engine="torch")
     (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    assert FeatureStore.open(files.root / record.store, record.fingerprint).rows == 45
+    assert FeatureStore.open(files.find_store(record.store), record.fingerprint).rows == 45
 
     # The same where it is installed and fails.
     def refuse(*_: object) -> None:
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
-    monkeypatch.setattr("pipeline.embed.backbone.compile_openvino", refuse)
+    monkeypatch.setattr(engines, "openvino_is_there", lambda: True)
+    monkeypatch.setattr(backbone, "compile_openvino", refuse)
     other, output = open_record(record, "cpu")
     assert other.specs[output] == replace(record.spec, engine="torch")
     assert caplog.messages[-1] == (

@@ -33,7 +33,7 @@ def test_a_document_gives_back_what_was_written_and_names_its_maker(tmp_path: Pa
     found = experiment.read_document(path, FEATURES)
     assert found.pop("made_by") == experiment.made_by()
     assert len(found.pop("digest")) == 64
-    whole = {"format": "manyheads features", "version": 2, **CONTENT, "nan": None, "rows": [0, 1]}
+    whole = {"format": "manyheads features", "version": 3, **CONTENT, "nan": None, "rows": [0, 1]}
     assert found == whole
 
 
@@ -58,7 +58,7 @@ def test_no_changed_character_and_no_cut_line_of_a_document_is_taken_for_what_wa
 def test_a_document_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
     text = experiment.to_document(experiment.LEADERBOARD, {})
     with pytest.raises(
-        PipelineError, match="is 'manyheads leaderboard' version 1, expected 'manyheads features' version 2"
+        PipelineError, match="is 'manyheads leaderboard' version 1, expected 'manyheads features' version 3"
     ):
         experiment.parse_document(text, FEATURES, tmp_path)
 

@@ -21,16 +21,15 @@ from safetensors.torch import save_file
 from pipeline import config as configuration
 from pipeline import data as dataset
 from pipeline.config import Config, ExtractionConfig
-from pipeline.embed import baselines
-from pipeline.embed import loader as feed
-from pipeline.embed import networks as backbone
+from pipeline.embed import backbone, baselines
+from pipeline.embed import loader as loading
 from pipeline.embed.records import read_records
 from pipeline.errors import BackboneError, DatasetError
 from pipeline.evaluation import audit
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_STORE, decode, perceptual_hash, policy_key, prepare
 from pipeline.stages import extract as extract_features
-from pipeline.stages.extract import work
+from pipeline.stages.extract import advice, work
 from pipeline.stages.extract.advice import advise
 from pipeline.store import FeatureStore
 
@@ -68,7 +67,7 @@ def make(photos: Path, **changes: Any) -> Config:
 def stores(config: Config) -> dict[str, FeatureStore]:
     files = Artifacts(config.output)
     return {
-        record.name: FeatureStore.open(files.root / record.store, record.fingerprint)
+        record.name: FeatureStore.open(files.find_store(record.store), record.fingerprint)
         for record in read_records(files.features)
     }
 
@@ -100,31 +99,31 @@ def test_each_image_gets_the_vector_of_its_own_pixels(photos: Path) -> None:
 def test_images_are_hashed_where_they_are_decoded_and_only_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(photos)
     extract_features.run(config)
-    folder = Artifacts(config.output).dataset
-    index = dataset.DatasetIndex.read(folder)
+    files = Artifacts(config.output)
+    index = dataset.DatasetIndex.read(files.dataset)
     expected = [
         perceptual_hash(decode((photos / path).read_bytes(), max_pixels=10**6)) for path in index.paths.tolist()
     ]
-    assert np.array_equal(audit.read_hashes(folder, index.digests), expected)
+    assert np.array_equal(audit.read_hashes(files, index.digests), expected)
     picture(photos / "a" / "new.png", N)
     decoded: list[int] = []
-    monkeypatch.setattr(feed, "perceptual_hash", lambda pixels: decoded.append(1) or perceptual_hash(pixels))
+    monkeypatch.setattr(loading, "perceptual_hash", lambda pixels: decoded.append(1) or perceptual_hash(pixels))
     extract_features.run(config)
     assert len(decoded) == 1
-    index = dataset.DatasetIndex.read(folder)
-    assert audit.read_hashes(folder, index.digests).any(axis=1).all()
+    index = dataset.DatasetIndex.read(files.dataset)
+    assert audit.read_hashes(files, index.digests).any(axis=1).all()
 
 
 def test_without_readable_hashes_there_are_none_and_it_is_said(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = make(photos)
-    folder = Artifacts(config.output).dataset
+    files = Artifacts(config.output)
     digests = np.ones((3, 2), np.uint64)
-    assert not audit.read_hashes(folder, digests).any()
+    assert not audit.read_hashes(files, digests).any()
     assert not caplog.messages
     extract_features.run(config)
-    for snapshot in (folder / HASH_STORE).glob("snapshot-*.h5"):
+    for snapshot in (files.stores / HASH_STORE).glob("snapshot-*.h5"):
         snapshot.write_bytes(snapshot.read_bytes()[:-100])
-    assert not audit.read_hashes(folder, digests).any()
+    assert not audit.read_hashes(files, digests).any()
     assert caplog.messages[-1].startswith("near-duplicates are searched without perceptual hashes: ")
 
 
@@ -173,7 +172,7 @@ def test_an_image_is_decoded_once_for_all_that_want_it(photos: Path, monkeypatch
         calls.append(len(data))
         return decode(data, max_pixels=max_pixels, at_least=at_least)
 
-    monkeypatch.setattr(feed, "decode", counting)
+    monkeypatch.setattr(loading, "decode", counting)
     extract_features.run(make(photos, baselines=["pixels", "hog"]))
     assert len(calls) == N
 
@@ -194,7 +193,7 @@ def test_what_is_added_to_a_config_costs_its_own_work_only(photos: Path) -> None
 
 def test_weights_in_a_file_that_was_renamed_are_the_same_weights(photos: Path) -> None:
     from pipeline.embed import weights_files
-    from pipeline.embed.networks import BUNDLED
+    from pipeline.embed.installed import BUNDLED
 
     state, _ = weights_files.read_weights(BUNDLED)
     description = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
@@ -273,7 +272,7 @@ def stop_after(batches: int, number: int) -> str:
     return f"""
 import os
 from pipeline import store
-from pipeline.stages.extract import work
+from pipeline.stages.extract import advice, work
 store.writer.GROUP_BYTES = 1
 original, seen = work._store, []
 def stopping(*arguments):
@@ -298,7 +297,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos: Path, batches
     resumed = extract_features.run(config)
     assert resumed.work is not None
     assert resumed.work.images == N - 4 * batches
-    whole = make(photos, output=str(photos.parent / "whole"))
+    whole = make(photos, output=str(photos.parent / "apart" / "whole"))
     extract_features.run(whole)
     assert segments(config) == segments(whole)
 
@@ -345,12 +344,12 @@ class Tight:
 
 def test_the_batch_halves_when_memory_runs_out_and_no_row_is_lost() -> None:
     pixels = np.arange(13 * 4 * 3, dtype=np.uint8).reshape(13, 2, 2, 3)
-    lane = feed.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
-    (vectors,) = feed.in_passes(lane, pixels)
+    lane = loading.Lane(Tight(3), limit=32)  # type: ignore[arg-type]
+    (vectors,) = loading.in_passes(lane, pixels)
     np.testing.assert_array_equal(vectors, pixels.reshape(13, -1))
     assert lane.limit == 3
     with pytest.raises(BackboneError, match="not even one image fits into memory"):
-        feed.in_passes(feed.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
+        loading.in_passes(loading.Lane(Tight(0), limit=8), pixels)  # type: ignore[arg-type]
 
 
 class Sums:
@@ -369,9 +368,9 @@ class Sums:
         return (pixels.reshape(len(pixels), -1).sum(1, dtype=np.float32, keepdims=True),)
 
 
-def through(embedder: Sums, photos: Path, size: int) -> Iterator[tuple[feed.Batch, list[feed.Part | None]]]:
-    items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
-    return feed.embed([feed.Lane(embedder, limit=size)], items, photos, 10**6, workers=1)  # type: ignore[arg-type]
+def through(embedder: Sums, photos: Path, size: int) -> Iterator[tuple[loading.Batch, list[loading.Part | None]]]:
+    items = [loading.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
+    return loading.embed([loading.Lane(embedder, limit=size)], items, photos, 10**6, workers=1)  # type: ignore[arg-type]
 
 
 def test_a_batch_is_embedded_only_when_it_is_asked_for_and_in_order(photos: Path) -> None:
@@ -397,14 +396,14 @@ def test_an_error_of_a_network_reaches_the_caller_after_what_was_finished(photos
 
 def test_reading_ahead_holds_a_fixed_number_of_batches(photos: Path) -> None:
     preprocessing = baselines.load("pixels").preprocessing
-    items = [feed.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
-    feeder = feed.Feeder(photos, 10**6, (preprocessing,), batch_size=2, workers=2)
+    items = [loading.Item(number, f"{'ab'[number % 2]}/{number:02d}.png", None, (0,)) for number in range(N)]
+    loader = loading.Loader(photos, 10**6, (preprocessing,), batch_size=2, workers=2)
     memory, seen = set(), []
-    for batch in feeder.batches(items):
+    for batch in loader.batches(items):
         memory.add(batch.pixels[0].ctypes.data)
         seen += [item.content for item in batch.items]
     assert seen == list(range(N))
-    assert len(memory) == feed.AHEAD
+    assert len(memory) == loading.AHEAD
 
 
 def worked(**seconds: float) -> work.Work:
@@ -455,14 +454,14 @@ def test_the_advice_does_not_blame_the_network_for_a_baseline() -> None:
 def test_the_advice_names_what_this_machine_has_and_the_run_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(baselines.load("pixels").specs[0], kind="backbone", precision="fp32", engine="torch")
     slow = worked(network=50.0)
-    monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": ["amx_bf16"]})
-    monkeypatch.setattr(backbone, "openvino_is_there", lambda: False)
+    monkeypatch.setattr(advice, "choice_inputs", lambda: {"bf16": ["amx_bf16"]})
+    monkeypatch.setattr(advice, "openvino_is_there", lambda: False)
     assert advise(slow, [spec], ExtractionConfig(precision="fp32")) == (
         "most of the time went on the network; extraction.precision: auto, as this processor computes in bf16 or "
         "OpenVINO (pip install 'manyheads[openvino]') or a GPU or a smaller network would make it faster"
     )
-    monkeypatch.setattr(backbone, "choice_inputs", lambda: {"bf16": []})
-    monkeypatch.setattr(backbone, "openvino_is_there", lambda: True)
+    monkeypatch.setattr(advice, "choice_inputs", lambda: {"bf16": []})
+    monkeypatch.setattr(advice, "openvino_is_there", lambda: True)
     assert advise(slow, [spec], ExtractionConfig(engine="torch")) == (
         "most of the time went on the network; extraction.engine: auto, as OpenVINO is installed or "
         "a GPU or a smaller network would make it faster"

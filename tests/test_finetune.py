@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
 from pipeline.data import DatasetIndex, lineage, scan
-from pipeline.embed import networks as backbone
+from pipeline.embed import backbone
 from pipeline.embed.families import build
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.embed.weights import load_network
@@ -52,7 +52,7 @@ ARGUMENTS = {
 }
 PREPARED = {"resize": 16, "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
 CLASSES = ("across", "along", "checks")
-STEPS = {"steps": 12, "batch_size": 16, "augment": "flip", "rate": 0.01, "precision": "fp32", "evaluate_every": 4}
+STEPS = {"steps": 12, "batch_size": 16, "augment": "flip", "rate": 0.01}
 
 
 def write_pictures(folder: Path, count: int = 72) -> None:
@@ -81,7 +81,6 @@ def write_toy(path: Path) -> None:
 
 
 def make_config(folder: Path, **finetuning: Any) -> Config:
-    training = {**STEPS, **finetuning.pop("training", {})}
     return configuration.parse(
         {
             "output": str(folder / "out"),
@@ -91,7 +90,7 @@ def make_config(folder: Path, **finetuning: Any) -> Config:
             "heads": ["logistic_regression", "ridge", "decision_tree"],
             "extraction": {"device": "cpu", "precision": "fp32"},
             "tuning": {"trials": 2, "folds": 2, "jobs": 1},
-            "finetune": {**finetuning, "training": training},
+            "finetune": {**STEPS, **finetuning},
         },
         "test",
     )
@@ -106,7 +105,7 @@ def extract(config: Config) -> None:
         live = backbone.load(section, config.extraction, config.seed)
         vectors = live.embed(read_pixels(config, index, live.preprocessing))
         for spec, X in zip(live.specs, vectors, strict=True):
-            path = files.store(spec.name, spec.fingerprint())
+            path = files.root / "features" / f"{spec.name}.store"  # as release 0.1 laid it out
             with StoreWriter.open(path, spec.identity(), spec.dim) as writer:
                 writer.append(index.digests, X)
             relative = path.relative_to(files.root).as_posix()
@@ -129,13 +128,13 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(experiment: Path) -> finetune.FinetuneRun:
-    return finetune.run(make_config(experiment, embedding="toy-toy-penultimate"))
+    return finetune.run(make_config(experiment, start="toy-toy-penultimate"))
 
 
 def opened(config: Config) -> tuple[Any, ...]:
     files = Artifacts(config.output)
     choice = choose(config, files)
-    store = FeatureStore.open(files.root / choice.record.store, choice.record.fingerprint)
+    store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
     return files, choice, store, divide(config, files, store)
 
 
@@ -144,7 +143,7 @@ def opened(config: Config) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("head", ["logistic_regression", "ridge"])
 def test_the_network_starts_as_the_head_on_the_stored_features(experiment: Path, head: str) -> None:
-    config = make_config(experiment, head=head)
+    config = make_config(experiment, start=f"best/{head}")
     files, choice, store, parts = opened(config)
     layer, words = starting_layer(config, files, choice, store, parts)
     assert words.startswith(f"{head} of stage two (")
@@ -168,7 +167,7 @@ def reduced(request: pytest.FixtureRequest, experiment: Path, tmp_path_factory: 
     components, whiten, count = request.param
     write_pictures(folder / "pictures", count)
     (folder / "toy.safetensors").symlink_to(experiment / "toy.safetensors")
-    config = make_config(folder, training={"steps": 2, "evaluate_every": 2})
+    config = make_config(folder, steps=2)
     tuning = config.tuning.model_copy(update={"pca": components, "whiten": whiten})
     config = config.model_copy(update={"tuning": tuning})
     extract(config)
@@ -178,7 +177,7 @@ def reduced(request: pytest.FixtureRequest, experiment: Path, tmp_path_factory: 
 
 @pytest.mark.parametrize("head", ["logistic_regression", "ridge"])
 def test_heads_on_components_are_handed_over_too(reduced: Config, head: str) -> None:
-    config = reduced.model_copy(update={"finetune": reduced.finetune.model_copy(update={"head": head})})
+    config = reduced.model_copy(update={"finetune": reduced.finetune.model_copy(update={"start": f"best/{head}"})})
     files, choice, store, parts = opened(config)
     bundle = bundles.load(files.root / str(choice.linear.bundle))
     assert [name for name, _ in bundle.estimator.steps] == ["scaler", "pca", "head"]
@@ -206,7 +205,7 @@ def test_heads_on_components_are_handed_over_too(reduced: Config, head: str) -> 
 def test_features_beyond_the_limit_stay_on_disk_and_start_the_same(
     experiment: Path, reduced: Config, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for config in (make_config(experiment, head=head), reduced):
+    for config in (make_config(experiment, start=f"best/{head}"), reduced):
         files, choice, store, parts = opened(config)
         here, words = starting_layer(config, files, choice, store, parts)
         small = config.model_copy(update={"tuning": config.tuning.model_copy(update={"memory": "0.001MB"})})
@@ -253,7 +252,7 @@ def replace_dataset(files: Artifacts, folder: Path) -> Artifacts:
 
 
 def test_a_random_start_is_spelled_out_and_has_no_head(experiment: Path) -> None:
-    config = make_config(experiment, head="random")
+    config = make_config(experiment, start="random")
     files, choice, store, parts = opened(config)
     assert choice.linear is None
     first, words = starting_layer(config, files, choice, store, parts)
@@ -280,7 +279,6 @@ def test_the_weights_are_a_backbone_like_any_other(experiment: Path, tuned: fine
     assert live.specs[0].dim == 16
     assert live.specs[0].trained_on is not None
     network = load_network(section, 0)
-    assert network.classes == CLASSES
     assert network.preprocessing.size == (16, 16)
     config = make_config(experiment)
     _, _, _, parts = opened(config)
@@ -328,7 +326,7 @@ def test_weights_that_are_tuned_again_keep_what_they_learned_from_before(experim
 
 def test_test_images_choose_nothing(experiment: Path, tuned: finetune.FinetuneRun) -> None:
     """The same run with the test images' labels exchanged ends with the same weights."""
-    config = make_config(experiment, embedding="toy-toy-penultimate")
+    config = make_config(experiment, start="toy-toy-penultimate")
     files = Artifacts(config.output)
     index = DatasetIndex.read(files.dataset)
     labels = index.labels.copy()
@@ -346,7 +344,7 @@ def test_test_images_choose_nothing(experiment: Path, tuned: finetune.FinetuneRu
 
 def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -> None:
     before = tuned.weights.stat().st_mtime_ns
-    again = finetune.run(make_config(experiment, embedding="toy-toy-penultimate"))
+    again = finetune.run(make_config(experiment, start="toy-toy-penultimate"))
     assert again.reused
     assert again.result == json.loads((tuned.weights.parent / "result.json").read_text())
     assert tuned.weights.stat().st_mtime_ns == before
@@ -374,7 +372,7 @@ def test_a_stopped_run_gives_the_same_weights(
     experiment: Path, tuned: finetune.FinetuneRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is stopped before its first evaluation, which is after four steps."""
-    config = make_config(experiment, embedding="toy-toy-penultimate", training={"steps": 8})
+    config = make_config(experiment, start="toy-toy-penultimate", steps=8)
     whole = finetune.run(config)
     weights = load_file(whole.weights)
     for name in ("result.json", "checkpoint.pt", whole.weights.name):
@@ -441,7 +439,7 @@ def test_the_verdict_counts_groups_and_not_their_images() -> None:
 
 
 def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen(experiment: Path) -> None:
-    config = make_config(experiment, head="ridge")
+    config = make_config(experiment, start="best/ridge")
     files, choice, _, parts = opened(config)
     others = [row for row in board_of(files).rows if row.key not in (choice.frozen.key, "majority/most_frequent")]
     assert (choice.linear, choice.frozen.key) == (choice.frozen, "toy-toy-penultimate/ridge")
@@ -464,7 +462,7 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
     verdicts = [line for line in lines({**result, **same}) if " against " in line]
     assert len(verdicts) == 1
     assert "against the best row, which is the same network frozen, toy-toy-penultimate/ridge (" in verdicts[0]
-    random = choose(make_config(experiment, head="random"), files)
+    random = choose(make_config(experiment, start="random"), files)
     assert (random.linear, random.frozen.embedding, random.frozen.head in LINEAR) == (None, "toy-toy-penultimate", True)
 
 
@@ -490,18 +488,18 @@ def test_names_that_are_not_there_are_told_with_those_that_are(experiment: Path)
     with pytest.raises(
         TrainingError, match="'other' is no backbone's embedding of the leaderboard; there are toy-toy-penultimate"
     ):
-        finetune.run(make_config(experiment, embedding="other"))
+        finetune.run(make_config(experiment, start="other"))
     with pytest.raises(
         TrainingError, match="has no linear head 'decision_tree'; add one of ridge, logistic_regression, linear_svm"
     ):
-        finetune.run(make_config(experiment, head="decision_tree"))
+        finetune.run(make_config(experiment, start="best/decision_tree"))
     with pytest.raises(TrainingError, match="the network has no stage 'layer4'") as error:
-        finetune.run(make_config(experiment, unfreeze=[{"scope": "layer4"}]))
+        finetune.run(make_config(experiment, unfreeze=[[0, "layer4"]]))
     assert "stem, stage1, stage2" in str(error.value)
 
 
 def test_other_weights_under_the_same_name_are_noticed(experiment: Path) -> None:
-    config = make_config(experiment, training={"steps": 3})
+    config = make_config(experiment, steps=3)
     path = experiment / "toy.safetensors"
     original = path.read_bytes()
     torch.manual_seed(9)
@@ -518,7 +516,7 @@ def test_other_weights_under_the_same_name_are_noticed(experiment: Path) -> None
 
 
 def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> None:
-    config = make_config(experiment, training={"steps": 3})
+    config = make_config(experiment, steps=3)
     files, choice, _, _ = opened(config)
     spec = choice.record.spec
     path = files.root / "features" / "wrong.store"
@@ -573,7 +571,7 @@ def test_a_leaderboard_of_another_config_is_refused(experiment: Path) -> None:
 
 
 def test_images_that_are_gone_are_named(experiment: Path) -> None:
-    config = make_config(experiment, training={"steps": 3})
+    config = make_config(experiment, steps=3)
     _, _, _, parts = opened(config)
     gone = parts.train.root / parts.train.paths[0]
     content = gone.read_bytes()

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.embed import networks as backbone
+from pipeline.embed import backbone
 from pipeline.embed.records import read_records
 from pipeline.errors import StoreError
 from pipeline.experiment import Artifacts
@@ -68,7 +68,7 @@ def copied(embedded: Config, tmp_path: Path) -> Config:
 
 def store_path(config: Config) -> Path:
     (record,) = read_records(Artifacts(config.output).features)
-    return Path(config.output) / record.store
+    return Artifacts(config.output).find_store(record.store)
 
 
 def leaves(value: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -85,7 +85,7 @@ def experiment(photos: Path, output: Path) -> Config:
 def opened(config: Config) -> FeatureStore:
     files = Artifacts(config.output)
     (record,) = read_records(files.features)
-    return FeatureStore.open(files.root / record.store, record.fingerprint)
+    return FeatureStore.open(files.find_store(record.store), record.fingerprint)
 
 
 class Images(RuleBasedStateMachine):
@@ -210,7 +210,7 @@ class Images(RuleBasedStateMachine):
 
     def _equals_a_fresh_build(self) -> None:
         ours = dict(self.embedded.counts)
-        fresh = experiment(self.photos, self.folder / "fresh")
+        fresh = experiment(self.photos, self.folder / "apart" / "fresh")
         extract_features.run(fresh)
         self.embedded.counts = Counter(ours)
         here, there = (DatasetIndex.read(Artifacts(config.output).dataset) for config in (self.config, fresh))
@@ -228,7 +228,7 @@ class Images(RuleBasedStateMachine):
                  for config in (self.config, fresh)]  # fmt: skip
         broken = {number for number in self.files.values() if number >= BROKEN}
         assert all({self.files[path] for path in paths if path in self.files} == broken for paths in named)
-        shutil.rmtree(self.folder / "fresh")
+        shutil.rmtree(self.folder / "apart")
 
     def teardown(self) -> None:
         for patch in self.patches:

@@ -17,7 +17,7 @@ from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
 from pipeline.errors import UnfittedError
-from pipeline.evaluation import METRICS, Answers, Predictions, PredictionSet, Scores
+from pipeline.evaluation import METRICS, HeadPredictions, Predictions, Scores
 from pipeline.evaluation.expected import expected_accuracy
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.evaluation.leaderboard.rows import LastFit
@@ -25,8 +25,8 @@ from pipeline.evaluation.said import said
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import make_folds, tune
-from pipeline.heads.tuning.last_fit import Promise
-from pipeline.heads.tuning.records import Measured, derived_seed
+from pipeline.heads.tuning.last_fit import Promise, fit_on_all
+from pipeline.heads.tuning.records import Measured, Problem, derived_seed
 from pipeline.report.page import section
 
 ROWS = 200
@@ -99,7 +99,7 @@ def test_scikit_learns_centroids_contradict_themselves_and_ours_do_not(tmp_path)
     X, y = digits()
     run = tune(HEADS["nearest_centroid"], X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, tmp_path / "a.jsonl")
     assert (run.pipeline.predict(X) != run.pipeline.predict_proba(X).argmax(axis=1)).any()
-    assert np.array_equal(run.out_of_fold.predictions, run.out_of_fold.scores.argmax(axis=1))
+    assert np.array_equal(run.out_of_fold.y_pred, run.out_of_fold.scores.argmax(axis=1))
 
 
 def test_one_against_one_values_are_not_taken_for_classes():
@@ -338,19 +338,18 @@ def test_a_bad_fit_is_ranked_last_and_every_mark_has_its_sentence():
         "test below",
         "bad fit, warnings",
     ]
-    assert BOARD.alerts() == [
+    assert BOARD.warnings() == [
         "net/ridge: the fit on all training images was below cross-validation's and was made again with another seed (2 tries); it "
         "scores 97.0 on them, and cross-validation's fits at least 96.0 on theirs.",
-        "net/ridge: warnings in its last fit: 1 x LinAlgWarning.",
         "net/mlp: a bad fit. Fitted on all training images it scores 91.2 on them, and cross-validation's fits at least 99.0 on "
         "theirs (4 tries, the best kept): ranked last and never recommended.",
-        "net/mlp: warnings in its fits on folds: 5 x ConvergenceWarning.",
         "Test accuracy above the 99.9 % interval that cross-validation lets expect: net/knn 99.0, expected 85.0 to 97.0: the test "
         "is easier: look for copies.",
         "Test accuracy below the 99.9 % interval that cross-validation lets expect: net/tree 75.0, expected 85.0 to 97.0: the fit or "
         "the test images differ.",
+        "Warnings while fitting: net/ridge last fit 1 x LinAlgWarning; net/mlp fits on folds 5 x ConvergenceWarning.",
     ]
-    for line in BOARD.alerts():
+    for line in BOARD.warnings():
         assert line in BOARD.to_text()
         assert line in BOARD.to_markdown()
     assert Leaderboard.from_json(BOARD.to_json()) == BOARD
@@ -358,7 +357,7 @@ def test_a_bad_fit_is_ranked_last_and_every_mark_has_its_sentence():
 
 def test_measured_is_the_score_with_its_standard_error():
     truth = np.zeros(400, dtype=np.int64)
-    measured = Measured.of(METRICS["accuracy"], Answers(truth, (np.arange(400) < 40).astype(np.int64)))
+    measured = Measured.of(METRICS["accuracy"], Predictions(truth, (np.arange(400) < 40).astype(np.int64)))
     assert measured.score == pytest.approx(0.9)
     assert measured.error == pytest.approx(np.sqrt(0.9 * 0.1 / 400))
 
@@ -371,9 +370,9 @@ def test_a_row_with_a_bad_fit_is_neither_compared_nor_recommended(tmp_path):
     for head, wrong, sound in (("mlp", 2, False), ("ridge", 10, True), ("knn", 12, True)):
         said_ = np.where(np.arange(200) < wrong, truth[::-1], truth)
         folds = np.arange(200) % 4
-        part = PredictionSet(paths, truth, said_, None, folds)
+        part = Predictions.of(truth, said_, names, paths=paths, folds=folds)
         (tmp_path / head).mkdir()
-        (tmp_path / head / "predictions.npz").write_bytes(Predictions(names, part, part).to_bytes())
+        (tmp_path / head / "predictions.npz").write_bytes(HeadPredictions(part, part).to_bytes())
         fit = LastFit(1.0 if sound else 0.8, (1.0, 1.0), 1, sound)
         rows.append(replace(row(head, 1 - wrong / 200, fit), bundle=head, cv_scores=(1 - wrong / 200,) * 4))
     board = judge(Leaderboard(tuple(rows), {"seed": 0}), tmp_path)
@@ -388,5 +387,16 @@ def test_the_page_shows_marks_beside_the_rows_and_their_sentences_above_the_tabl
     for mark in ("refitted", "warnings", "bad fit", "test above", "test below"):
         assert f'<span class="tag orange">{mark}</span>' in page
     callout = page.partition('<p class="callout warn">')[2].partition("</p>")[0]
-    assert [unescape(line) for line in callout.split("<br>")] == BOARD.alerts()
+    assert [unescape(line) for line in callout.split("<br>")] == BOARD.warnings()
     assert page.count("look for copies") == 1  # and not once more among the notes
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "random_forest"])
+def test_the_last_fit_gives_no_head_what_scikit_learn_has_retired(name):
+    """Threads are asked for where the head has them to ask for, and are not kept."""
+    X, y = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32), np.arange(60) % 3
+    problem = Problem(HEADS[name], X, y, 3, (), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        fitted = fit_on_all(problem, HEADS[name].defaults, y, jobs=2)
+    assert fitted[-1].n_jobs is None

@@ -46,7 +46,7 @@ def held_out_rows_reach_the_fit(
     for number, features in enumerate((X, other)):
         run = tune(head_of(features), features, y, folds, tuning, 0, folder / f"{number}.jsonl")
         scores = run.out_of_fold.scores
-        said.append((run.out_of_fold.predictions if scores is None else scores)[probe])
+        said.append((run.out_of_fold.y_pred if scores is None else scores)[probe])
     return not np.array_equal(said[0], said[1])
 
 

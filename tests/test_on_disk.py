@@ -24,7 +24,7 @@ from pipeline.data import DatasetIndex
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import ConfigError, HeadError
-from pipeline.evaluation import Predictions
+from pipeline.evaluation import HeadPredictions
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
@@ -35,7 +35,7 @@ from pipeline.heads.tuning.records import Problem
 from pipeline.io import memory
 from pipeline.io.digests import content_digest, pack_digests
 from pipeline.stages import train_heads
-from pipeline.stages.train_heads.place import Place
+from pipeline.stages.train_heads.embedding import Place
 from pipeline.store import FeatureStore, StoredRows, StoreWriter
 
 DISK = [name for name, head in HEADS.items() if works_on_disk(head)]
@@ -103,7 +103,7 @@ def test_a_search_on_disk_finds_what_one_in_memory_finds(
     assert [trial.params for trial in disk.trials] == [trial.params for trial in here.trials]
     size = max(1.0, float(np.abs(here.out_of_fold.scores).max()))
     np.testing.assert_allclose(disk.out_of_fold.scores, here.out_of_fold.scores, atol=1e-4 * size)
-    np.testing.assert_array_equal(disk.out_of_fold.predictions, here.out_of_fold.predictions)
+    np.testing.assert_array_equal(disk.out_of_fold.y_pred, here.out_of_fold.y_pred)
     np.testing.assert_array_equal(disk.out_of_fold.folds, here.out_of_fold.folds)
     assert np.mean(disk.pipeline.predict(X) != here.pipeline.predict(X)) <= 0.005
     np.testing.assert_array_equal(disk.pipeline.classes_, here.pipeline.classes_)
@@ -134,7 +134,7 @@ def test_a_class_missing_from_a_fold_and_a_resumed_search(tmp_path: Path, small_
     for name in DISK:
         first = tune(HEADS[name], rows, y, folds, tuning, 0, tmp_path / f"{name}.jsonl")
         assert (first.best.mean or 0) > 0.5
-        assert first.out_of_fold.predictions[7] != 2
+        assert first.out_of_fold.y_pred[7] != 2
         assert first.pipeline.classes_.tolist() == [0, 1, 2]
         again = tune(HEADS[name], rows, y, folds, tuning, 0, tmp_path / f"{name}.jsonl")
         assert again.replayed == 3 * len(first.trials)
@@ -234,7 +234,7 @@ def stage_one(output: Path) -> Config:
     labels = np.array(["a", "b", "c"], dtype=object)[codes]
     DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10)).write(files.dataset)
     spec = EmbeddingSpec("net", "backbone", "test", "net", {}, "w", "d", "", "none", DIM, {}, "fp32", "torch")
-    path = files.store("net", spec.fingerprint())
+    path = output / "features" / "net.store"  # as release 0.1 laid it out
     with StoreWriter.open(path, spec.identity(), DIM) as writer:
         writer.append(digests, X.astype(np.float32))
     record = EmbeddingRecord("net", spec, path.relative_to(output).as_posix(), FeatureStore.open(path).digest, None, 0)
@@ -294,7 +294,7 @@ def bundles_predict_what_the_leaderboard_says(output: Path, board: Leaderboard) 
         row = board.row(f"net/{head}")
         labels, probabilities = bundles.load(output / str(row.bundle)).predict(X)
         assert np.mean(labels == index.labels) == row.test.accuracy if row.test else False
-        saved = Predictions.read(output / str(row.bundle) / "predictions.npz").test
+        saved = HeadPredictions.read(output / str(row.bundle) / "predictions.npz").test
         assert saved is not None
         np.testing.assert_allclose(probabilities, saved.probabilities, atol=1e-6)
 

@@ -17,6 +17,7 @@ from documents import rewrite
 from photos import PHOTO_CLASSES, make_photos
 
 from pipeline.config import Config
+from pipeline.data.targets import Classification
 from pipeline.errors import BackboneError, BundleError, ConfigError, DatasetError
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.experiment import Artifacts, from_cell
@@ -55,12 +56,12 @@ def test_training_images_get_the_label_the_saved_predictions_say(experiment: Con
     board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
     row = board.row("pixels/logistic_regression")
     assert row.bundle is not None
-    from pipeline.evaluation import Predictions
+    from pipeline.evaluation import HeadPredictions
 
-    saved = Predictions.read(files.root / row.bundle / "predictions.npz").test
+    saved = HeadPredictions.read(files.root / row.bundle / "predictions.npz").test
     photos = Path(str(experiment.dataset.path))
     predict.run(files.root / row.bundle, [photos / path for path in saved.paths], output=tmp_path / "out.csv", top=1)
-    assert [found["label"] for found in read(tmp_path / "out.csv")] == list(saved.y_pred)
+    assert [found["label"] for found in read(tmp_path / "out.csv")] == list(saved.predicted)
 
 
 def test_all_missing_paths_are_named(experiment: Config, tmp_path: Path) -> None:
@@ -115,12 +116,14 @@ def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config
 
 def test_the_heads_own_label_comes_first_when_two_are_as_likely() -> None:
     row = predict.Row("a.jpg", "b", np.array([0.4, 0.4, 0.2]), "ok")
-    assert predict.to_csv([row], ("a", "b", "c"), top=3) == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000\n"
+    assert (
+        predict.to_csv([row], Classification(("a", "b", "c")), top=3) == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000\n"
+    )
 
 
 def test_a_cell_that_a_spreadsheet_would_run_is_text_and_reads_back() -> None:
     row = predict.Row("=HYPERLINK(1)/@a.jpg", "+1-1", np.array([0.6, 0.4]), "ok")
-    text = predict.to_csv([row], ("+1-1", "-1"), top=2)
+    text = predict.to_csv([row], Classification(("+1-1", "-1")), top=2)
     assert text == "'=HYPERLINK(1)/@a.jpg,ok,'+1-1,0.600000,-1,0.400000\n"
     cells = next(csv.reader([text]))
     assert [from_cell(cell) for cell in cells[:3]] == [row.path, "ok", row.label]

@@ -29,7 +29,7 @@ from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import Projections, make_folds, memory_needed, projection, tune
 from pipeline.heads.tuning.records import derived_seed
 from pipeline.stages import train_heads
-from pipeline.stages.train_heads.place import Place
+from pipeline.stages.train_heads.embedding import Place
 
 REDUCED = TuningConfig(trials=1, jobs=1, pca=6)
 

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import built_experiment, material, row, squares, words
 from sklearn.metrics import roc_auc_score
 
-from pipeline.evaluation import METRICS, Difference, Optimism, Paired, scores
+from pipeline.evaluation import METRICS, Difference, Optimism, Paired, Predictions, scores
 from pipeline.evaluation.leaderboard import Leaderboard, Verdict
 from pipeline.evaluation.leaderboard.table import read_leaderboard
 from pipeline.report.charts import difference_chart, tuning_chart
@@ -134,7 +134,7 @@ def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
     y, p = np.array(["a", "b", "c"] * 30), rng.dirichlet(np.ones(3), 90)
     p[np.arange(90), np.arange(90) % 3] += 0.5
     p /= p.sum(axis=1, keepdims=True)
-    test = scores(y, np.array(["a", "b", "c"])[p.argmax(axis=1)], p, ("a", "b", "c"), metric=metric)
+    test = scores(Predictions(np.arange(90) % 3, p.argmax(axis=1), p), metric=metric)
     assert test.tuned == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
     low, high = test.tuned_interval
     assert low < test.tuned < high

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from report_experiment import material, row, words
 
 from pipeline import evaluation as metrics
-from pipeline.evaluation import Predictions, PredictionSet
+from pipeline.evaluation import HeadPredictions, Predictions
 from pipeline.evaluation.leaderboard import Nested
 from pipeline.report import sections
 from pipeline.report.charts import accuracy_chart, priced
@@ -115,8 +115,8 @@ def test_of_many_classes_the_most_confused_are_drawn_and_the_rest_is_said():
 
 
 def class_by_class(truth, guess, classes) -> str:
-    said = PredictionSet(np.arange(len(truth)).astype(str), truth, guess, None)
-    found = material([row("ridge", 0.9)], predictions=Predictions(classes, said, None))
+    said = Predictions.of(truth, guess, classes, paths=np.arange(len(truth)).astype(str))
+    found = material([row("ridge", 0.9)], predictions=HeadPredictions(said))
     return section("classes", found, {"confusion": ""})
 
 
@@ -124,7 +124,7 @@ def test_of_many_classes_the_worst_come_first_and_all_are_on_the_page():
     matrix, classes = confused(), (*LONG, "never seen")
     truth = np.repeat(LONG, matrix.sum(axis=1))
     guess = np.concatenate([np.repeat(LONG, counts) for counts in matrix])
-    found = metrics.per_class(truth, guess, classes)
+    found = metrics.per_class(Predictions.of(truth, guess, classes))
     first, rest = class_by_class(truth, guess, classes).split("<details>")
     worst = Table(first).rows[1:]
     assert "The 15 worst of 61 classes, lowest F1 first" in first

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,11 @@ from numpy.typing import NDArray
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex, Failure, lineage, record_failures
+from pipeline.data.targets import Classification
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, read_records, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
-from pipeline.evaluation import METRICS, Answers, Predictions
+from pipeline.evaluation import METRICS, HeadPredictions
 from pipeline.evaluation.leaderboard.imbalance import advice
 from pipeline.evaluation.leaderboard.table import cross_validated
 from pipeline.experiment import Artifacts
@@ -37,6 +37,7 @@ from pipeline.images import policy_key
 from pipeline.io.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads import repeats
+from pipeline.stages.train_heads.embedding import constant_guess
 from pipeline.stages.train_heads.task import unseen_task
 from pipeline.store import FeatureStore, StoreWriter
 
@@ -53,6 +54,11 @@ def make_config(output: Path, **tuning: Any) -> Config:
         "tuning": {"trials": 4, "folds": 3, **tuning},
     }
     return configuration.parse(raw, "test")
+
+
+def quick(config: Config) -> Config:
+    """The cheapest head on the backbone, and the guess: for what any row shows."""
+    return config.model_copy(update={"heads": (HeadConfig(name="nearest_centroid"),), "baselines": ("majority",)})
 
 
 def stage_one(output: Path, *, labels_seed: int = 0, alike: Sequence[tuple[int, int]] = ()) -> DatasetIndex:
@@ -77,7 +83,7 @@ def stage_one(output: Path, *, labels_seed: int = 0, alike: Sequence[tuple[int, 
         spec = EmbeddingSpec(
             name, kind, "test", name, {}, "w", "d", "", "none", DIM, {}, "fp32", "torch", kind == "backbone"
         )
-        path = files.store(name, spec.fingerprint())
+        path = output / "features" / f"{name}.store"  # as release 0.1 laid it out
         with StoreWriter.open(path, spec.identity(), DIM) as writer:
             writer.append(digests, X.astype(np.float32))
         digest = FeatureStore.open(path).digest
@@ -186,11 +192,10 @@ def test_the_score_that_is_tuned_is_the_one_that_is_compared(tmp_path: Path, sco
     board = train_heads.run(configuration.parse(raw, "test")).leaderboard
     pooled, metric = {}, METRICS[scoring]
     for row in board.rows:
-        held_out = Predictions.read(tmp_path / str(row.bundle) / "predictions.npz").out_of_fold
+        held_out = HeadPredictions.read(tmp_path / str(row.bundle) / "predictions.npz").out_of_fold
         assert held_out is not None
         assert held_out.folds is not None
-        y, guess = (np.searchsorted(sorted(CLASSES), labels) for labels in (held_out.y_true, held_out.y_pred))
-        answers = Answers(y, guess, held_out.searched)
+        answers = replace(held_out, probabilities=held_out.scores)
         folds = [metric.score(answers.rows(np.flatnonzero(held_out.folds == fold))) for fold in range(3)]
         assert folds == pytest.approx(row.cv_scores)
         pooled[row.key] = metric.score(answers)
@@ -208,10 +213,9 @@ def test_a_constant_guess_has_a_balanced_accuracy_of_one_in_so_many_classes(
 ) -> None:
     """Also where folds lack a class, and where the fold decides which class is the most frequent of the rest."""
     y, groups = np.repeat(np.arange(3), counts), None
-    task = SimpleNamespace(y_train=y, classes=CLASSES)
     folds = make_folds(y, 5, 0, groups)
     tuning = TuningConfig(trials=1, scoring="balanced_accuracy")
-    guess = train_heads._majority_head(task)
+    guess = constant_guess(y, len(CLASSES))
     run = tune(guess, np.zeros((len(y), 1), dtype=np.float32), y, folds, tuning, 0, tmp_path / "trials.jsonl")
     assert run.best.mean == pytest.approx(1 / 3, abs=1e-12)
     assert run.pipeline.predict(np.zeros((1, 1)))[0] == np.argmax(counts)
@@ -229,10 +233,10 @@ def test_very_uneven_classes_and_accuracy_say_what_to_set() -> None:
 
 def test_test_labels_choose_nothing(finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path) -> None:
     stage_one(tmp_path, labels_seed=1)
-    other = train_heads.run(make_config(tmp_path)).leaderboard
+    other = train_heads.run(make_config(tmp_path).model_copy(update={"baselines": ()})).leaderboard
     mine = finished[1].leaderboard
     assert [(row.key, row.cv_scores, row.params) for row in other.rows] == [
-        (row.key, row.cv_scores, row.params) for row in mine.rows
+        (row.key, row.cv_scores, row.params) for row in mine.rows if row.embedding == "net-random"
     ]
     assert mine.best.test is not None
     assert other.best.test is not None
@@ -250,7 +254,7 @@ def test_near_duplicates_across_the_test_and_across_folds_are_said_with_the_scor
     leaks = board.leaks
     assert leaks is not None
     assert (leaks.embedding, leaks.images, leaks.test_images, leaks.train_images) == ("net-random", 150, 30, 120)
-    found = Predictions.read(tmp_path / str(board.best.bundle) / "predictions.npz")
+    found = HeadPredictions.read(tmp_path / str(board.best.bundle) / "predictions.npz")
     assert found.out_of_fold is not None
     assert found.out_of_fold.folds is not None
     fold = dict(zip(found.out_of_fold.paths.tolist(), found.out_of_fold.folds.tolist(), strict=True))
@@ -287,7 +291,7 @@ def test_a_bundle_predicts_what_the_leaderboard_says(finished: tuple[Config, tra
     row = result.leaderboard.best
     assert row.bundle is not None
     bundle = bundles.load(files.root / row.bundle)
-    saved = Predictions.read(files.root / row.bundle / "predictions.npz")
+    saved = HeadPredictions.read(files.root / row.bundle / "predictions.npz")
     index = DatasetIndex.read(files.dataset).select("test")
     stores = {record.name: record.store for record in read_records(files.features)}
     X = FeatureStore.open(files.root / stores[row.embedding]).read(index.digests)
@@ -296,7 +300,7 @@ def test_a_bundle_predicts_what_the_leaderboard_says(finished: tuple[Config, tra
     assert np.mean(labels == index.labels) == row.test.accuracy
     assert probabilities is not None
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
-    assert list(saved.test.y_pred) == list(labels)
+    assert list(saved.test.predicted) == list(labels)
     assert saved.out_of_fold is not None
     folds = [np.mean(saved.out_of_fold.correct[saved.out_of_fold.folds == fold]) for fold in range(3)]
     np.testing.assert_allclose(folds, row.cv_scores)
@@ -426,10 +430,11 @@ def test_a_rerun_keeps_finished_rows_and_gives_the_same_leaderboard(
     assert {path: path.stat().st_mtime_ns for path in files.root.rglob("head.skops")} == written
 
 
-def test_a_changed_seed_makes_every_row_again(finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path) -> None:
+def test_a_changed_seed_makes_every_row_again(tmp_path: Path) -> None:
     stage_one(tmp_path)
-    config = make_config(tmp_path)
+    config = quick(make_config(tmp_path))
     train_heads.run(config)
+    assert train_heads.run(config).reused == 2
     changed = config.model_copy(update={"seed": 7})
     features = Artifacts(tmp_path).features
     write_records(features, read_records(features), changed, fingerprint_of_index(Artifacts(tmp_path)))
@@ -438,7 +443,7 @@ def test_a_changed_seed_makes_every_row_again(finished: tuple[Config, train_head
 
 def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path: Path) -> None:
     index = stage_one(tmp_path)
-    files, config = Artifacts(tmp_path), make_config(tmp_path)
+    files, config = Artifacts(tmp_path), quick(make_config(tmp_path))
     paths = np.append(index.paths, "9999.png")
     digests = np.concatenate([index.digests, pack_digests([content_digest(b"new")])])
     grown = DatasetIndex(
@@ -489,7 +494,7 @@ def test_heads_run_where_torch_cannot_be_imported(tmp_path: Path) -> None:
         "sys.meta_path.insert(0, NoTorch)"
     )
     found = subprocess.run(
-        heads_command(make_config(tmp_path), blocked), capture_output=True, text=True, check=True, timeout=600
+        heads_command(quick(make_config(tmp_path)), blocked), capture_output=True, text=True, check=True, timeout=600
     )
     assert "Best by cross-validation: net-random/" in found.stdout
 
@@ -560,10 +565,10 @@ def test_class_weights_are_switched_where_classes_are_uneven(tmp_path: Path) -> 
     X = (rng.normal(size=(200, 4)) + 1.2 * y[:, None]).astype(np.float32)
     folds = make_folds(y, 4, 0)
     index: Any = None  # not looked at
-    task = train_heads.Task(("common", "rare"), index, index, y, y, folds, None, "key")
+    task = train_heads.Task(Classification(("common", "rare")), index, index, y, y, folds, None, "key")
     head, tuning = HEADS["logistic_regression"], TuningConfig(trials=1, folds=4, jobs=1)
     tuned = tune(head, X, y, folds, tuning, 0, tmp_path / "head.jsonl")
-    plain = np.mean([np.mean(tuned.out_of_fold.predictions[y == label] == label) for label in (0, 1)])
+    plain = np.mean([np.mean(tuned.out_of_fold.y_pred[y == label] == label) for label in (0, 1)])
     found = repeats.reweighted(head, X, task, tuning, 0, tuned, tmp_path / "head.jsonl")
     assert found is not None
     assert found.balanced_accuracy > plain + 0.02
@@ -626,7 +631,7 @@ def test_rows_on_a_fine_tuned_network_stand_apart_from_those_on_all_images(tmp_p
     result = train_heads.run(fine_tuned(tmp_path, train.digests[:80], train.digests[80:]))
     board = result.leaderboard
     for row in board.rows:
-        held_out = Predictions.read(result.files.root / str(row.bundle) / "predictions.npz").out_of_fold
+        held_out = HeadPredictions.read(result.files.root / str(row.bundle) / "predictions.npz").out_of_fold
         assert held_out is not None
         tuned = row.embedding == "net-random"
         assert list(held_out.paths) == list(train.paths[80:] if tuned else train.paths)

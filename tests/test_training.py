@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from pipeline.config import TrainingConfig, UnfreezeConfig
+from pipeline.config import FinetuneConfig
 from pipeline.errors import TrainingError
 from pipeline.finetuning import (
     Data,
@@ -45,13 +45,11 @@ from pipeline.finetuning.return_path import interpolate, recompute_statistics
 from pipeline.finetuning.steps import _class_weights, make_optimizer, make_schedule, stage_rates
 
 CPU = torch.device("cpu")
-BASE = TrainingConfig(
-    steps=6, batch_size=8, augment="flip", rate=0.01, rate_decay=1.0, warmup=0.0, evaluate_every=3, precision="fp32"
-)
+BASE = FinetuneConfig(steps=6, batch_size=8, augment="flip", rate=0.01, rate_decay=1.0, warmup=0.0)
 
 
-def but(settings: TrainingConfig, **changes: object) -> TrainingConfig:
-    return TrainingConfig(**{**settings.model_dump(), **changes})
+def but(settings: FinetuneConfig, **changes: object) -> FinetuneConfig:
+    return FinetuneConfig(**{**settings.model_dump(), **changes})
 
 
 class Toy(nn.Module):
@@ -93,14 +91,16 @@ def data() -> Data:
     return Data(pictures(48), pictures(24, seed=1), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def make_task(settings: TrainingConfig = BASE, scope: str = "all", seed: int = 0) -> Task:
+def make_task(
+    settings: FinetuneConfig = BASE, scope: str = "all", seed: int = 0, precision: str = "fp32", evaluations: int = 2
+) -> Task:
     torch.manual_seed(seed)
     network = Toy()
     with torch.no_grad():  # statistics that are not those of a fresh network
         network.train()(torch.randn(32, 3, 16, 16))
     stages = stages_of(network, 16)
-    plan = check_plan([UnfreezeConfig(start=0, scope=scope)], stages)
-    return Task(network, stages, plan, settings, settings.steps, settings.precision, seed, CPU)
+    plan = check_plan([(0, scope)], stages)
+    return Task(network, stages, plan, settings, settings.steps, precision, seed, CPU, evaluations)
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -110,7 +110,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 # ---- settings
 
 
-def factors(settings: TrainingConfig) -> list[float]:
+def factors(settings: FinetuneConfig) -> list[float]:
     """The share of its full rate that the head has at each step."""
     task = make_task(but(settings, rate=1.0))
     optimizer = make_optimizer(task)
@@ -137,7 +137,7 @@ def test_stages_far_from_the_head_learn_slower_but_not_slower_than_a_hundredth()
 
 def test_steps_and_evaluations_go_by_the_size_of_the_data() -> None:
     assert [steps_for(n) for n in (100, 20_000, 10**6)] == [500, 10_000, 20_000]
-    task = replace(make_task(but(BASE, evaluate_every="auto")), steps=500)
+    task = replace(make_task(), steps=500, evaluations=Task.evaluations)
     assert (task.evaluate_every, replace(task, steps=7).evaluate_every) == (50, 1)
 
 
@@ -164,7 +164,7 @@ def test_crops_keep_their_share_of_a_ramp_and_mirror_half_of_them() -> None:
     torch.manual_seed(0)
     ramp = np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None], (64, 32, 32, 3)).copy()
     unscaled = Data(pictures(1), pictures(1), 3, (0.0,) * 3, (1.0,) * 3)
-    out = augmented(ramp, but(BASE, augment="crop", smallest_crop=0.25), CPU, unscaled)
+    out = augmented(ramp, but(BASE, augment="crop"), CPU, unscaled)
     steps = out[:, 0, 16, 1:] - out[:, 0, 16, :-1]
     rising, falling = (steps >= 0).all(1), (steps <= 0).all(1)
     assert (rising | falling).all()
@@ -250,9 +250,9 @@ def test_a_plan_is_read_and_told_with_its_parameters() -> None:
     stages = stages_of(network, 16)
     plan = check_plan(
         [
-            UnfreezeConfig(start=0, scope="head"),
-            UnfreezeConfig(start=0.2, scope="last_stage"),
-            UnfreezeConfig(start=0.5, scope="all"),
+            (0, "head"),
+            (0.2, "last_stage"),
+            (0.5, "all"),
         ],
         stages,
     )
@@ -263,7 +263,7 @@ def test_a_plan_is_read_and_told_with_its_parameters() -> None:
 
 
 def test_a_plan_that_closes_a_stage_or_names_none_is_refused_with_all_its_problems() -> None:
-    plan = [UnfreezeConfig(), UnfreezeConfig(start=0.1, scope="head"), UnfreezeConfig(start=0.5, scope="layer4")]
+    plan = [(0.0, "all"), (0.1, "head"), (0.5, "layer4")]
     with pytest.raises(TrainingError, match="the plan cannot be followed") as error:
         check_plan(plan, stages_of(Toy(), 16))
     assert error.value.problems == (
@@ -289,8 +289,8 @@ def test_what_is_frozen_stays_bit_for_bit(data: Data, tmp_path: Path, mode: str,
 
 
 def test_plan_opens_stages_on_the_way(data: Data, tmp_path: Path) -> None:
-    task = make_task(but(BASE, steps=4, evaluate_every=2))
-    plan = check_plan([UnfreezeConfig(start=0, scope="head"), UnfreezeConfig(start=0.5, scope="all")], task.stages)
+    task = make_task(but(BASE, steps=4))
+    plan = check_plan([(0, "head"), (0.5, "all")], task.stages)
     seen = []
     before = copy_weights(task.network)
     train(
@@ -380,7 +380,7 @@ def test_heads_that_are_no_layer_are_refused(vectors: tuple[np.ndarray, np.ndarr
 
 
 def test_it_learns_and_keeps_the_best_weights(data: Data, tmp_path: Path) -> None:
-    task = make_task(but(BASE, steps=40, evaluate_every=8, batch_norm="train", ema=0.8))
+    task = make_task(but(BASE, steps=40, batch_norm="train", ema=0.8), evaluations=5)
     trained = train(task, data, Run(tmp_path, "x"))
     assert trained.source in ("weights", "ema")
     assert trained.score[0] > 0.9
@@ -403,8 +403,8 @@ def test_it_learns_and_keeps_the_best_weights(data: Data, tmp_path: Path) -> Non
 
 
 RICH = but(
-    BASE, steps=8, evaluate_every=2, ema=0.7, mixup=0.4,
-    augment="crop", label_smoothing=0.1, batch_norm="train", clip_norm=1.0, accumulate=2, batch_size=4,
+    BASE, steps=7, ema=0.7, mixup=0.4,
+    augment="crop", label_smoothing=0.1, batch_norm="train", accumulate=2, batch_size=4,
 )  # fmt: skip
 
 
@@ -412,14 +412,13 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("settings", [RICH, but(RICH, precision="bf16", mixup=0.0)])
-@pytest.mark.parametrize("last", [1, 4, 7])
+@pytest.mark.parametrize(("settings", "precision"), [(RICH, "fp32"), (but(RICH, mixup=0.0), "bf16")])
+@pytest.mark.parametrize("last", [1, 4, 6])
 def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
-    data: Data, tmp_path: Path, settings: TrainingConfig, last: int, monkeypatch: pytest.MonkeyPatch
+    data: Data, tmp_path: Path, settings: FinetuneConfig, precision: str, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluations are after steps 3, 6 and 8: the first stop is before any of them."""
-    settings = but(settings, evaluate_every=3)
-    whole = train(make_task(settings), data, Run(tmp_path / "whole", "x"))
+    """Evaluations are after steps 3, 6 and 7: the first stop is before any of them."""
+    whole = train(make_task(settings, precision=precision), data, Run(tmp_path / "whole", "x"))
     real, done = loop.train_step, []
 
     def stop(task: Task, data: Data, optimizer: object, scaler: object, step: int) -> float:
@@ -431,9 +430,9 @@ def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
     monkeypatch.setattr(loop, "train_step", stop)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     with pytest.raises(Stop):
-        train(make_task(settings), data, Run(tmp_path / "cut", "x"))
+        train(make_task(settings, precision=precision), data, Run(tmp_path / "cut", "x"))
     monkeypatch.setattr(loop, "train_step", real)
-    resumed = train(make_task(settings, seed=0), data, Run(tmp_path / "cut", "x"))
+    resumed = train(make_task(settings, precision=precision), data, Run(tmp_path / "cut", "x"))
     assert done == list(range(last))
     assert resumed.history[0]["step"] == 3
     assert same(resumed.weights, whole.weights)
@@ -447,7 +446,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_goes_on(data: Data, tmp_path:
         "import os, signal, sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(1)\n"
         "from test_training import *\n"
         "data = Data(pictures(48), pictures(24, seed=1), 3, (0.5,) * 3, (0.25,) * 3)\n"
-        "kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 4 else None\n"
+        "kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 6 else None\n"
         f"train(make_task(RICH), data, Run(Path({str(tmp_path / 'cut')!r}), 'x'), kill)"
     )
     root = Path(__file__).parents[1]
@@ -500,8 +499,7 @@ def test_balanced_weights_make_a_rare_class_count(data: Data, tmp_path: Path) ->
 
 
 def test_it_stops_early_when_nothing_improves(data: Data, tmp_path: Path) -> None:
-    stuck = but(BASE, steps=50, evaluate_every=1, patience=2, rate=1e-12)
-    task = make_task(stuck)
+    task = make_task(but(BASE, steps=50, patience=2, rate=1e-12), evaluations=50)
     trained = train(task, data, Run(tmp_path, "x"))
     assert trained.step < 50
     best = max((r["validation_accuracy"], -r["validation_loss"]) for r in trained.history)
@@ -511,7 +509,7 @@ def test_it_stops_early_when_nothing_improves(data: Data, tmp_path: Path) -> Non
 def test_what_cannot_be_trained_is_said_before_it_starts(data: Data, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as error:
         train(
-            make_task(but(BASE, precision="fp16")),
+            make_task(precision="fp16"),
             replace(data, validation=pictures(0)),
             Run(tmp_path, "x"),
         )
@@ -525,7 +523,7 @@ def test_a_loss_that_is_no_number_is_said_with_its_step(data: Data, tmp_path: Pa
     task = make_task(but(BASE, steps=2))
     with torch.no_grad():
         task.network.fc.bias.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="the loss at step 0 is nan; lower the rate"):
+    with pytest.raises(TrainingError, match=r"the loss at step 0 is nan; lower finetune\.rate"):
         train(task, data, Run(tmp_path, "x"))
 
 

@@ -80,7 +80,7 @@ def counting(fail_above: float = 2.0) -> Head:
 
 def summary(run):
     trials = [(t.number, dict(t.params), t.status, t.fold_scores, t.estimate, t.error, t.reason) for t in run.trials]
-    return trials, run.best.number, run.out_of_fold.predictions.tolist()
+    return trials, run.best.number, run.out_of_fold.y_pred.tolist()
 
 
 @pytest.mark.parametrize("name", ["logistic_regression", "ridge", "nearest_centroid", "linear_svm", "rbf_svm"])
@@ -89,7 +89,7 @@ def test_a_class_of_one_row_does_not_stop_a_search(name, tmp_path):
     y[0] = "alone"
     run = tune(HEADS[name], X, y, make_folds(y, 3, 0), TuningConfig(trials=4), 0, tmp_path / "trials.jsonl")
     assert {trial.status for trial in run.trials} <= {"ok", "stopped"}
-    assert run.out_of_fold.predictions[0] != list(run.classes).index("alone")
+    assert run.out_of_fold.y_pred[0] != list(run.classes).index("alone")
     assert run.out_of_fold.scores.shape == (60, 3)
     assert set(run.pipeline.classes_) == {"alone", "class 0", "class 1"}
 
@@ -99,7 +99,7 @@ def test_two_classes_of_which_one_has_one_row(tmp_path):
     y = np.array(["many"] * 19 + ["alone"])
     head = HEADS["logistic_regression"]
     run = tune(head, X, y, make_folds(y, 4, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
-    assert run.out_of_fold.predictions.tolist()[-1] == 1
+    assert run.out_of_fold.y_pred.tolist()[-1] == 1
     assert run.best.mean == pytest.approx(0.95)
 
 
@@ -129,7 +129,7 @@ def test_scores_are_those_of_plain_scikit_learn_on_the_same_folds(tmp_path):
     for train, held_out in folds:
         pipeline = configure(LDA, run.best.params, 0).fit(X[train], y[train])
         own.append(pipeline.score(X[held_out], y[held_out]))
-        assert np.array_equal(pipeline.predict(X[held_out]), run.classes[run.out_of_fold.predictions[held_out]])
+        assert np.array_equal(pipeline.predict(X[held_out]), run.classes[run.out_of_fold.y_pred[held_out]])
         np.testing.assert_allclose(pipeline.predict_proba(X[held_out]), run.out_of_fold.scores[held_out], atol=1e-5)
     assert run.best.fold_scores == pytest.approx(tuple(own))
     assert run.best.mean == pytest.approx(np.mean(own))
@@ -244,7 +244,7 @@ def test_a_trial_in_a_score_over_classes_has_that_of_all_held_out_answers(tmp_pa
     folds = make_folds(y, 5, 0)
     tuning = TuningConfig(trials=4, scoring="balanced_accuracy")
     run = tune(LDA, X, y, folds, tuning, 0, tmp_path / "trials.jsonl")
-    found = run.out_of_fold.predictions
+    found = run.out_of_fold.y_pred
     assert run.best.mean == pytest.approx(np.mean([np.mean(found[y == code] == code) for code in (0, 1)]))
     assert np.mean(run.best.fold_scores) > run.best.mean + 0.05
     again = tune(LDA, X, y, folds, tuning, 0, tmp_path / "trials.jsonl")

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 from pipeline.errors import HeadError
-from pipeline.evaluation import METRICS, Answers
+from pipeline.evaluation import METRICS, Predictions
 from pipeline.heads import Categorical, Integer, Real
 from pipeline.heads.tuning import expand_scores, make_folds, racing, strategies
 from pipeline.heads.tuning.strategies import cardinality
@@ -202,7 +202,7 @@ def test_scorers_are_those_of_scikit_learn():
     y = generator.integers(0, 4, 300)
     probabilities = generator.dirichlet(np.ones(4), 300).astype(np.float32)
     predictions = probabilities.argmax(axis=1)
-    answers = Answers(y, predictions, probabilities)
+    answers = Predictions(y, predictions, probabilities)
     assert METRICS["accuracy"].score(answers) == pytest.approx(accuracy_score(y, predictions))
     assert METRICS["balanced_accuracy"].score(answers) == pytest.approx(balanced_accuracy_score(y, predictions))
     assert METRICS["macro_f1"].score(answers) == pytest.approx(f1_score(y, predictions, average="macro"))

@@ -109,7 +109,7 @@ def test_without_room_for_kernels_each_trial_is_fitted_by_itself(
             else []
         )
     assert runs[0].best.params == runs[1].best.params
-    np.testing.assert_array_equal(runs[0].out_of_fold.predictions, runs[1].out_of_fold.predictions)
+    np.testing.assert_array_equal(runs[0].out_of_fold.y_pred, runs[1].out_of_fold.y_pred)
     assert runs[0].pipeline[-1].cache_size == 500  # what it was fitted with is no part of the head
 
 

@@ -1,32 +1,31 @@
 """One experiment: a YAML file turned into a frozen, typed `Config`, whose paths are relative to the working folder.
 
-section.py      what all sections share
-features.py     stage one's sections
-tuning.py       stage two's
-training.py     stage three's
-experiment.py   Config: all of them
-reading.py      YAML -> Config, every problem at once
-paths.py        paths relative to the file
-retired.py      keys of earlier versions
+sections.py   which keys there are: dataset, backbones, extraction, heads, tuning, finetune
+reading.py    file and `--set` -> Config, every problem at once
+yaml12.py     YAML by the rules of version 1.2
+retired.py    keys of earlier versions
 """
 
-from pipeline.config.experiment import Config
-from pipeline.config.features import (
-    NETWORK_DEVICES,
+from pipeline.config.reading import dump_yaml, load, parse
+from pipeline.config.sections import (
     WEIGHTS_FILES,
     BackboneConfig,
+    Config,
     DatasetConfig,
     ExtractionConfig,
+    FinetuneConfig,
+    HeadConfig,
+    Names,
     PreprocessingConfig,
+    Scalar,
+    TuningConfig,
+    checked_device,
+    guess,
+    unknown,
 )
-from pipeline.config.reading import dump_yaml, load, parse, read_yaml
-from pipeline.config.section import BASELINE_NAMES, Scalar, Section, checked_device, guess
-from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
-from pipeline.config.tuning import HeadConfig, TuningConfig
+from pipeline.config.yaml12 import read_yaml
 
 __all__ = [
-    "BASELINE_NAMES",
-    "NETWORK_DEVICES",
     "WEIGHTS_FILES",
     "BackboneConfig",
     "Config",
@@ -34,16 +33,15 @@ __all__ = [
     "ExtractionConfig",
     "FinetuneConfig",
     "HeadConfig",
+    "Names",
     "PreprocessingConfig",
     "Scalar",
-    "Section",
-    "TrainingConfig",
     "TuningConfig",
-    "UnfreezeConfig",
     "checked_device",
     "dump_yaml",
     "guess",
     "load",
     "parse",
     "read_yaml",
+    "unknown",
 ]

@@ -1,39 +1,32 @@
-"""From YAML to a config, with every problem reported at once.
-
-The YAML is read by the rules of YAML 1.2, so `1e-3` is a number, `NO` is a text, `010` is ten, and a key given twice is
-refused.
-"""
+"""From a YAML file to a config, with every problem told at once and a guess at what was meant."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.experiment import Config
-from pipeline.config.features import BackboneConfig, DatasetConfig, ExtractionConfig, PreprocessingConfig
-from pipeline.config.paths import seen_from, seen_from_here
-from pipeline.config.retired import KEYS, VALUES, without_defaults
-from pipeline.config.section import Section, guess
-from pipeline.config.training import FinetuneConfig, TrainingConfig, UnfreezeConfig
-from pipeline.config.tuning import HeadConfig, TuningConfig
-from pipeline.errors import ConfigError, first_line
-from pipeline.io.files import read_file
+from pipeline.config.retired import without_retired
+from pipeline.config.sections import WEIGHTS_FILES, Config, Names, Section, guess
+from pipeline.config.yaml12 import parse_yaml, read_yaml
+from pipeline.errors import ConfigError
 from pipeline.io.imports import look_in
 
-MOST_BYTES = 1 << 20
-"""Of a config file."""
 LONGEST_SHOWN = 200
 """Characters of a wrong value that an error shows."""
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: Path, overrides: Sequence[str] = (), names: Names | None = None) -> Config:
     """Read and validate a config file with `--set a.b=c` overrides applied.
+
+    Paths in the file are relative to its folder, those of overrides to the working folder; the config has them all relative to
+    the working folder. `names` are the words of the tables; without them any word passes here.
 
     Raises
     ------
@@ -41,200 +34,161 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         With one line for every problem: where it is, what was found, what is allowed, and a guess.
     """
     raw = read_yaml(path)
-    seen_from_here(raw, path)
+    _seen_from_here(raw, path)
     for override in overrides:
-        _apply(raw, override, Config)
-    config = parse(raw, str(path))
-    _require_folder(config.output, str(path))
+        _apply(raw, override)
+    config = parse(raw, str(path), names)
+    stores = config.store or str(Path(config.output).parent / "features")
+    for key, folder in (("output", config.output), ("store", stores)):
+        place = next(place for place in (Path(folder), *Path(folder).parents, Path()) if place.exists())
+        if not place.is_dir():  # whatever is read there would look damaged
+            raise ConfigError(
+                f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
+            )
     if any(":" in head.name for head in config.heads):
         look_in(path.parent)
     return config
 
 
-def _require_folder(output: str, origin: str) -> None:
-    """Refuse an output folder that is a file, or in one: whatever is read there would look damaged."""
-    place = next(place for place in (Path(output), *Path(output).parents, Path()) if place.exists())
-    if not place.is_dir():
-        raise ConfigError(
-            f"{origin}: output: {place} is a file, expected a folder or a name that is free; choose another output"
-        )
+def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Config:
+    """Validate a config given as nested mappings; `origin` names it in messages, `names` are the words of the tables.
 
-
-def parse(raw: Mapping[str, Any], origin: str) -> Config:
-    """Validate a config given as nested mappings; `origin` names it in messages."""
+    Raises
+    ------
+    ConfigError
+        With one line for every problem.
+    """
+    kept, problems = without_retired(raw)
     try:
-        return Config.model_validate(without_defaults(raw))
+        config = Config.model_validate(kept, context=names)
     except ValidationError as error:
-        raise _refused(origin, error, Config) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping by the rules of YAML 1.2, refusing duplicate keys."""
-    try:
-        text = read_file(path, MOST_BYTES).decode("utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give an existing config file, such as configs/digits.yaml"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; a config is a YAML file") from None
-    raw = _parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds {type(raw).__name__}, expected keys such as 'output:' and 'backbones:'")
-    return raw
+        problems = _problems(error) + problems
+    if problems:
+        raise ConfigError(f"{origin}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}", problems)
+    return config
 
 
 def dump_yaml(config: Config, folder: Path) -> str:
     """Return a config as the YAML text of a file in a folder, which reads back as the same config."""
     raw = config.model_dump(mode="json")
-    seen_from(raw, folder)
+    for section, key, _ in _paths(raw):
+        section[key] = os.path.relpath(section[key], folder)
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core rules for plain scalars, and no key twice."""
+def _seen_from_here(raw: dict[str, Any], file: Path) -> None:
+    """Rewrite the paths of a config file so that they hold in the working folder.
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - as the library declares it
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them stand for more values than any memory holds
-            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(
-                problem=f"aliases such as *{event.anchor} are not read; write the value out",
-                problem_mark=event.start_mark,
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.MarkedYAMLError(problem="a key is a list or section", problem_mark=key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    A path that leads nowhere from the file's folder, but somewhere from the working folder, is refused: so it was up to 0.1.
+    """
+    problems = []
+    for section, key, where in _paths(raw):
+        given = section[key]
+        place = Path(os.path.abspath(file.parent / given))
+        section[key] = str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
+        if not os.path.exists(section[key]) and os.path.exists(given):
+            right = os.path.relpath(given, file.parent)
+            problems.append(f"{where}: {given!r} is relative to the working folder, expected {right!r}")
+    if problems:
+        raise ConfigError(f"{file}: paths in a config are relative to the folder the config is in", problems)
 
 
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value)
+def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Yield every relative path in a config that may hold anything: its section, its key, and both for a message."""
+    dataset, backbones = raw.get("dataset"), raw.get("backbones")
+    places: list[tuple[Any, str, str]] = [
+        (raw, "output", "output"),
+        (raw, "store", "store"),
+        (dataset, "path", "dataset.path"),
+    ]
+    for number, section in enumerate(backbones if isinstance(backbones, list) else []):
+        if isinstance(section, dict) and str(section.get("weights")).endswith(WEIGHTS_FILES):
+            places.append((section, "weights", f"backbones.{number}.weights"))
+    for section, key, where in places:
+        path = section.get(key) if isinstance(section, dict) else None
+        if isinstance(path, str) and path and not os.path.isabs(os.path.expanduser(path)):
+            yield section, key, where
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
-def _parse_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{origin}{where}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{origin}: lists and sections within each other are too deep") from None
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:  # of a tag, or of too many digits
-        raise ConfigError(f"{origin}: holds a value that cannot be read ({first_line(error)})") from None
-
-
-def _is_text(root: type[Section], keys: Sequence[str]) -> bool:
-    """Whether the field at a place of the config takes text and nothing else but null."""
-    kind: Any = root
-    for key in keys:
-        options = [option for option in _options(kind) if option is not type(None)]
-        section = next((each for each in options if isinstance(each, type) and issubclass(each, Section)), None)
-        if section is not None and key in section.model_fields:
-            kind = section.model_fields[key].annotation
-        elif key.isdigit() and len(options) == 1 and get_origin(options[0]) is tuple:
-            kind = get_args(options[0])[0]
-        else:
-            return False
-    options = [option for option in _options(kind) if option is not type(None)]
-    return all(option is str or isinstance(option, str) for option in options)
-
-
-def _options(kind: Any) -> list[Any]:
-    """What an annotation allows: the members of a union, the words of a literal, or the type itself."""
-    if get_origin(kind) is Annotated:
-        return _options(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType, Literal):
-        return [
-            option for each in get_args(kind) for option in (_options(each) if not isinstance(each, str) else [each])
-        ]
-    return [kind]
-
-
-def _apply(raw: dict[str, Any], override: str, root: type[Section]) -> None:
+def _apply(raw: dict[str, Any], override: str) -> None:
     """Put one `a.b.0.c=value` into the raw config; the value is taken as it is where the field is text, and read as YAML elsewhere."""
     path, separator, text = override.partition("=")
-    keys = path.split(".")
+    keys, origin = path.split("."), f"--set {override!r}"
     if not separator or not all(keys):
-        raise ConfigError(f"--set {override!r}: expected key.key=value, such as tuning.trials=8")
-    literal = _is_text(root, keys) and text not in ("null", "~", "")
-    value = text if literal else _parse_yaml(text, f"--set {override!r}")
+        raise ConfigError(f"{origin}: expected key.key=value, such as tuning.trials=8")
+    kinds = _kinds_at(keys)
+    literal = kinds and all(kind is str or isinstance(kind, str) for kind in kinds) and text not in ("null", "~", "")
+    value = text if literal else parse_yaml(text, origin)
     target: Any = raw
     for position, key in enumerate(keys):
-        last = position == len(keys) - 1
+        here = ".".join(keys[:position])
+        index: Any = key
         if isinstance(target, list):
             if not key.isdigit() or int(key) >= len(target):
-                here = ".".join(keys[:position])
                 raise ConfigError(
-                    f"--set {override!r}: '{here}' is a list of {len(target)}; expected an index from 0 to {len(target) - 1}, got {key!r}"
+                    f"{origin}: '{here}' is a list of {len(target)}; expected an index from 0 to {len(target) - 1}, got {key!r}"
                 )
-            index: Any = int(key)
-        elif isinstance(target, dict):
-            index = key
-            if not last and not isinstance(target.get(key), (dict, list)):
-                target[key] = {}
-        else:
-            raise ConfigError(f"--set {override!r}: '{'.'.join(keys[:position])}' is not a section")
-        if last:
+            index = int(key)
+        elif not isinstance(target, dict):
+            raise ConfigError(f"{origin}: '{here}' is not a section")
+        if position == len(keys) - 1:
             target[index] = value
+        elif isinstance(target, dict) and not isinstance(target.get(key), dict | list):
+            target[key] = {}
+        target = target[index]
+
+
+def _kinds(kind: Any) -> list[Any]:
+    """What an annotation allows but None: the members of a union, the words of a literal, or the type itself."""
+    if get_origin(kind) is Annotated:
+        return _kinds(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [option for each in get_args(kind) for option in _kinds(each)]
+    return list(get_args(kind)) if get_origin(kind) is Literal else [kind] if kind is not NoneType else []
+
+
+def _kinds_at(keys: Sequence[object]) -> list[Any]:
+    """What may stand at a place of the config; nothing where there is no such place."""
+    kinds: list[Any] = [Config]
+    for key in map(str, keys):
+        section = _section_of(kinds)
+        if section is not None and key in section.model_fields:
+            kinds = _kinds(section.model_fields[key].annotation)
+        elif key.isdigit() and kinds and get_origin(kinds[0]) is tuple:
+            kinds = _kinds(get_args(kinds[0])[0])
         else:
-            target = target[index]
+            return []
+    return kinds
 
 
-def _refused(origin: str, error: ValidationError, root: type[Section]) -> ConfigError:
+def _section_of(kinds: Sequence[Any]) -> type[Section] | None:
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _problems(error: ValidationError) -> list[str]:
     """Tell every problem of a config in a line; what pydantic says of each member of a union is one problem."""
-    details: dict[str, list[dict[str, Any]]] = {}
+    details: dict[str, list[Any]] = {}
     for detail in error.errors():
         location = ".".join(str(part) for part in detail["loc"] if not _is_union_tag(part))
-        details.setdefault(location, []).append(cast("dict[str, Any]", detail))
-    problems = [_problem(location, same, root) for location, same in details.items()]
-    plural = "problem" if len(problems) == 1 else "problems"
-    return ConfigError(f"{origin}: {len(problems)} {plural}", problems)
+        details.setdefault(location, []).append(detail)
+    return [_problem(location, same) for location, same in details.items()]
 
 
-def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) -> str:
+def _problem(location: str, details: list[Any]) -> str:
     """Turn pydantic's error records of one place into one line of ours."""
-    detail = details[0]
-    given = detail.get("input")
+    detail, hint = details[0], ""
     if detail["type"] == "extra_forbidden":
-        if location in KEYS:
-            return f"{location}: {KEYS[location].told}"
-        key = str(detail["loc"][-1])
-        allowed = _keys_at(detail["loc"][:-1], root)
-        return f"{location}: unknown key{guess(key, allowed)}; allowed: {', '.join(allowed)}"
+        *above, key = detail["loc"]
+        section = _section_of(_kinds_at(above)) or Config
+        allowed = list(section.model_fields)
+        return f"{location}: unknown key{guess(str(key), allowed)}; allowed: {', '.join(allowed)}"
     if detail["type"] == "missing":
         return f"{location}: missing, expected a value"
     if detail["type"] == "value_error":
         text = str(detail["ctx"]["error"])
         return f"{location}: {text}" if location else text
-    hint = ""
+    given = list(detail["input"]) if isinstance(detail["input"], tuple) else detail["input"]
     if detail["type"] == "literal_error" and isinstance(given, str):
-        if (location, given) in VALUES:
-            return f"{location}: {given} {VALUES[location, given]}"
         hint = guess(given, re.findall(r"'([^']+)'", str(detail["ctx"]["expected"])))
     first, *others = (each["msg"].replace("a valid tuple", "a list") for each in details)
     expected = " or ".join(
@@ -246,27 +200,5 @@ def _problem(location: str, details: list[dict[str, Any]], root: type[Section]) 
 
 def _is_union_tag(part: object) -> bool:
     """Whether pydantic added this part of a path for a member of a union, which the user never wrote."""
-    return isinstance(part, str) and (part in {"int", "float", "str", "bool", "none"} or "literal[" in part)
-
-
-def _keys_at(location: tuple[Any, ...], root: type[Section]) -> list[str]:
-    """The keys the section at a place of the config may have."""
-    section: Any = root
-    for part in location:
-        if isinstance(part, int):
-            continue
-        section = _SECTIONS.get(str(part), section)
-    return list(section.model_fields)
-
-
-_SECTIONS: dict[str, type[Section]] = {
-    "dataset": DatasetConfig,
-    "backbones": BackboneConfig,
-    "preprocessing": PreprocessingConfig,
-    "extraction": ExtractionConfig,
-    "heads": HeadConfig,
-    "tuning": TuningConfig,
-    "finetune": FinetuneConfig,
-    "training": TrainingConfig,
-    "unfreeze": UnfreezeConfig,
-}
+    kinds = {"int", "float", "str", "bool", "none", "constrained-int", "constrained-float"}
+    return isinstance(part, str) and (part in kinds or "literal[" in part)

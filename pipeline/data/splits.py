@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.index import DatasetIndex, SplitPlan
 from pipeline.data.match import Texts, encode, match_digests, match_texts
+from pipeline.data.targets import Classification
 from pipeline.io.digests import Digests, content_digest
 
 
@@ -27,16 +28,18 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
     side = _prior_sides(units, n_units, prior)
-    codes, names = encode(index.labels)
-    counts = np.bincount(codes[splits == "train"], minlength=len(names))
+    target = Classification.of(index)
+    codes = target.strata(target.encode(index))
+    n_strata = int(codes.max(initial=-1)) + 1
+    counts = np.bincount(codes[splits == "train"], minlength=n_strata)
     in_test = side == 1
     in_test[fixed] = False
-    held = np.bincount(codes[in_test[units]], minlength=len(names))
+    held = np.bincount(codes[in_test[units]], minlength=n_strata)
     starved = (held >= counts)[codes] & in_test[units]
     if starved.any():  # only test images are left of a class: its units are drawn anew
         side[units[starved]] = -1
         in_test[units[starved]] = False
-        held = np.bincount(codes[in_test[units]], minlength=len(names))
+        held = np.bincount(codes[in_test[units]], minlength=n_strata)
     fresh = (side == -1) & ~fixed
     order = np.flatnonzero(fresh)
     order = order[np.argsort(_unit_keys(units, n_units, groups, digests, plan.seed)[order], kind="stable")]

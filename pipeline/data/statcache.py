@@ -48,13 +48,16 @@ class StatCache:
     """An earlier version of this package wrote it, of which nothing else is taken over."""
 
     def racy(self) -> NDArray[np.bool_]:
-        """Rows whose file may have changed without showing it, shape (n,)."""
+        """Rows whose file may have changed without showing it: bool of shape (n,)."""
         newest = self.stats[:, 1:].max(axis=1, initial=0)
         racy: NDArray[np.bool_] = (newest >= self.began - RACY_NS) & (newest <= self.ended + RACY_NS)
         return racy
 
     def known(self, paths: Texts, stats: NDArray[np.int64]) -> tuple[NDArray[np.bool_], Digests]:
-        """Return which files are as they were, shape (n,), and their digests, 0 for the others."""
+        """Return which files are as they were, bool of shape (n,), and their digests, uint64 of shape (n, 2), 0 for the others.
+
+        paths : of shape (n,), object (str). stats : of shape (n, k), int64, size and times
+        """
         digests: Digests = np.zeros((len(paths), 2), dtype=np.uint64)
         rows = match_texts(self.paths, paths)
         same = rows >= 0

@@ -7,19 +7,20 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.config import BackboneConfig, ExtractionConfig
+from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embed import graph as graphs
 from pipeline.embed.engines import Engine, Features, choose_engine, compile_openvino, openvino_is_there, require_close
-from pipeline.embed.families import family_of
+from pipeline.embed.families import family_of, network_names
 from pipeline.embed.precision import resolve_device, resolve_precision
 from pipeline.embed.spec import EmbeddingSpec, probe_images
-from pipeline.embed.weights import Network, load_network
+from pipeline.embed.weights import Network, bundled, load_network
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.digests import canonical_json
 from pipeline.io.memory import is_out_of_memory
@@ -117,16 +118,27 @@ class Backbone:
         return self._engine(pixels)
 
 
-def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int) -> Backbone:
-    """Build a backbone; see `pipeline.embed.networks.load`."""
+def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int = 0) -> Backbone:
+    """Build a backbone as the config asks, on its device and in its precision, ready to embed.
+
+    `seed` makes the weights of an untrained control (`weights: random`). `images` is how many the data set has: what
+    `engine: auto` goes by.
+
+    Raises
+    ------
+    BackboneError
+        When the model, its weights, a layer, the pooling, the device or the precision is not to be had.
+    """
     device = resolve_device(extraction.device)
-    dtype, precision, reason = resolve_precision(extraction.precision, device)
+    network = load_network(config, seed)
+    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode))
+    own = family_of(network.architecture).auto_precision
+    asked_precision = own if own and extraction.precision == "auto" else extraction.precision
+    dtype, precision, reason = resolve_precision(asked_precision, device)
     if device.type == "cuda" and precision == "fp32":
         # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-    network = load_network(config, seed)
-    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode))
     engine, why = choose_engine(
         extraction.engine,
         device.type,
@@ -147,6 +159,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
     # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
+    reason = f"the one for {network.name}, whose vectors bf16 would move" if own else reason
     asked = (extraction.precision != "auto", extraction.engine == engine)
     because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
     name = backbone.specs[0].name
@@ -158,8 +171,21 @@ def _has_layer_norms(module: nn.Module) -> bool:
     return any(isinstance(part, nn.LayerNorm) for part in module.modules())
 
 
-def layers(config: BackboneConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """List the nodes of a model with their shapes; see `pipeline.embed.networks.layers`."""
+def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """List the nodes of a model that give vectors, each with the shape of its output for one image.
+
+    `name` is that of a network or of the bundled one, or a weights file that says what it holds.
+
+    Raises
+    ------
+    BackboneError
+        When there is no such model.
+    """
+    config = BackboneConfig(name=name)
+    if name.endswith(WEIGHTS_FILES):
+        config = BackboneConfig(name=Path(name).stem, weights=name)
+    elif name not in network_names() and name == bundled()["name"]:
+        config = BackboneConfig(name=name, weights="bundled")
     network = load_network(config, seed=0)
     return graphs.shapes(graphs.trace(network.module), network.preprocessing.size)
 

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import unknown
 from pipeline.embed.spec import EmbeddingSpec, probe_images
+from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
 from pipeline.io.digests import canonical_json
 
@@ -52,10 +54,12 @@ class Baseline:
 
 
 def load(name: str, decode: str = "exact") -> Baseline:
-    """Return a baseline, `pixels` or `hog`; KeyError for any other name.
+    """Return a baseline of the table; `decode` is the extraction's.
 
-    `decode` is the extraction's. Of `standard` and `exact` thumbnails are resized by Pillow in both, which needs no torch.
+    BackboneError for any other name. Of `standard` and `exact` thumbnails are resized by Pillow in both, which needs no torch.
     """
+    if name not in _TABLE:
+        raise BackboneError(unknown("baseline", name, NAMES))
     size, dim, library, arguments, recipe = _TABLE[name]
     # The whole image, squeezed to a square: a centre crop would hide what a thumbnail shows.
     preprocessing = Preprocessing(
@@ -103,3 +107,5 @@ _TABLE: Mapping[str, tuple[int, int, str, Mapping[str, Any], Callable[[NDArray[n
     "pixels": (THUMBNAIL, 3 * THUMBNAIL**2, "numpy", {}, _pixels),
     "hog": (HOG_SIZE, _HOG_DIM, "scikit-image", HOG, _hog),
 }
+
+NAMES = tuple(_TABLE)

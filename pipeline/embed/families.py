@@ -1,9 +1,8 @@
-"""The table of families, and what is the same for networks of each: find the row, build, build without memory."""
+"""The table of families, and what is the same for all of them: find a network and its weights, build it, also without memory."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.config import BackboneConfig, guess
 from pipeline.embed import efficientnet_lite, torchvision_models
-from pipeline.embed.family import Family
+from pipeline.embed.family import Arguments, Family, Published
 from pipeline.errors import BackboneError
+from pipeline.images import Preprocessing
 
 FAMILIES: tuple[Family, ...] = (efficientnet_lite.FAMILY, torchvision_models.FAMILY)
 
@@ -27,32 +27,43 @@ def family_of(architecture: str) -> Family:
         When none has it.
     """
     for family in FAMILIES:
-        if family.builds(architecture):
+        if family.has(architecture):
             return family
-    names = [name for family in FAMILIES for name in family.names()]
     raise BackboneError(
-        f"no network {architecture!r}{guess(architecture, names)}; there are torchvision's and efficientnet_lite0 to 2"
+        f"no network {architecture!r}{guess(architecture, network_names())}; there are "
+        + " and ".join(family.title for family in FAMILIES)
     )
 
 
-def family_with_weights(config: BackboneConfig) -> Family:
-    """Return the family of a section's network, which publishes the weights that it names.
+def network_names() -> list[str]:
+    """Return all names that a config can have for a network."""
+    return [name for family in FAMILIES for name in family.names()]
+
+
+def published(config: BackboneConfig) -> Published:
+    """Return the weights that a section names, of those that its network's family publishes.
 
     Raises
     ------
     BackboneError
+        When there are no such weights, or no such network.
     """
-    family = family_of(config.name)
-    published = family.weights(config.name)
-    if config.weights not in published:
+    found = family_of(config.name).weights(config.name)
+    if config.weights not in found:
         raise BackboneError(
-            f"{config.name} has no weights {config.weights!r}{guess(config.weights, list(published))}; "
-            f"there are {', '.join([*published, 'random', 'bundled'])}, or a .safetensors or .pth file"
+            f"{config.name} has no weights {config.weights!r}{guess(config.weights, list(found))}; "
+            f"there are {', '.join([*found, 'random', 'bundled'])}, or a .safetensors or .pth file"
         )
-    return family
+    return found[config.weights]
 
 
-def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+def usual_preprocessing(architecture: str) -> Preprocessing:
+    """Return the transform for weights that come without one: that of the first published ones, else ImageNet's usual."""
+    weights = family_of(architecture).weights(architecture)
+    return next((each.preprocessing for each in weights.values()), Preprocessing(resize=256, crop=224))
+
+
+def build(architecture: str, arguments: Arguments) -> nn.Module:
     """Construct a network in eval mode with whatever weights its constructor makes.
 
     Raises
@@ -79,7 +90,7 @@ class _Uninitialised(TorchFunctionMode):
 _RANDOM_FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_})
 
 
-def build_empty(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build_empty(architecture: str, arguments: Arguments) -> nn.Module:
     """Construct a network without memory for its weights, in milliseconds; one that needs numbers to be built gets them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

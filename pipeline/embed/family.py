@@ -1,4 +1,4 @@
-"""Family: networks that are built and loaded in one way. A file and a row of `families.FAMILIES` for each."""
+"""Family: networks that are named, built and loaded in one way. A file and a row of `families.FAMILIES` for each."""
 
 from __future__ import annotations
 
@@ -9,38 +9,50 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from pipeline.config import BackboneConfig
 from pipeline.images import Preprocessing
 
+Arguments = Mapping[str, Any]
+"""A constructor's, as a config or a weights file has them."""
 
-class Published(NamedTuple):
-    """A network with weights that its family publishes, in fp32 on the processor."""
 
-    module: nn.Module
+class Fetch(NamedTuple):
+    """Weights that are not here yet."""
+
+    url: str
+    folder: Path
+    """Where they are put."""
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that a family publishes; nothing is loaded or fetched before `load`."""
+
+    load: Callable[[Arguments], nn.Module]
+    """Build the network with these weights, in fp32 on the processor, fetching them if need be."""
     preprocessing: Preprocessing
-    classes: tuple[str, ...]
-    """What the weights were trained to tell apart; empty where nobody says."""
+    """The transform they were trained with."""
+    to_fetch: Callable[[], Fetch | None] = lambda: None
+    """What `load` would fetch; None where the weights are here."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the networks of one family are named, built and loaded; nothing here knows layers, devices or precision."""
+    """The networks of one library; nothing here knows layers, devices or precision."""
 
+    title: str
+    """What the user is told that there is."""
     library: str
     """Whose code the networks are, as it stands in identities."""
     names: Callable[[], Sequence[str]]
     """The networks that a config can name."""
-    builds: Callable[[str], bool]
+    has: Callable[[str], bool]
     """Whether an architecture is one of the family's; more than a config can name where weights files describe others."""
-    any_size: bool
+    build: Callable[[str, Arguments], nn.Module]
+    """Construct a network from its architecture, with whatever weights its constructor makes; also on torch's meta device."""
+    weights: Callable[[str], Mapping[str, Published]]
+    """A network's published weights by name; the first one's transform serves weights that come without one."""
+    sized: bool = False
     """Whether networks are built for one image size, `image_size` of their arguments, and the same weights fit any."""
-    build: Callable[[str, Mapping[str, Any]], nn.Module]
-    """Construct a network from its architecture and arguments, with whatever weights its constructor makes."""
-    preprocessing: Callable[[str], Preprocessing]
-    """The transform of an architecture's first published weights, for weights that come without one."""
-    weights: Callable[[str], Sequence[str]]
-    """The names of a network's published weights."""
-    published: Callable[[BackboneConfig], Published]
-    """Load published weights, fetching them if need be."""
-    to_fetch: Callable[[BackboneConfig], tuple[str, Path, float] | None]
-    """Where published weights have to be fetched from, to which folder, and how many MB; None where they are here."""
+    auto_precision: str = ""
+    """What `precision: auto` is for these networks; '' where it goes by the machine."""

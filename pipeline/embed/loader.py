@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.embed.records import Embedder
+from pipeline.embed.spec import Embedder
 from pipeline.errors import BackboneError
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
 from pipeline.io.memory import is_out_of_memory
@@ -55,7 +55,7 @@ class Item:
     path: str
     digest: bytes | None
     wanted: tuple[int, ...]
-    """Which of the takers it is for, by their place in `Feeder.preprocessings`."""
+    """Which of the takers it is for, by their place in `Loader.preprocessings`."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Feeder:
+class Loader:
     """How images are read: where they are, the limit on their size, their preprocessings, and the number of threads."""
 
     root: Path
@@ -135,10 +135,6 @@ class Feeder:
             decoding += time.perf_counter() - read
         return reading, decoding
 
-    def _takers(self, item: Item) -> dict[Preprocessing, int]:
-        """Each preprocessing an item is wanted in, with one of the takers that want it."""
-        return {self.preprocessings[number]: number for number in item.wanted}
-
     def _read(self, batch: Batch, row: int) -> bytes | None:
         item = batch.items[row]
         try:
@@ -150,7 +146,10 @@ class Feeder:
     def _decode(self, batch: Batch, row: int, data: bytes) -> None:
         decoded: dict[int | None, NDArray[np.uint8]] = {}
         try:
-            for preprocessing, number in self._takers(batch.items[row]).items():
+            ways = {
+                self.preprocessings[number]: number for number in batch.items[row].wanted
+            }  # takers of one way share pixels
+            for preprocessing, number in ways.items():
                 at_least = preprocessing.at_least
                 if at_least not in decoded:
                     decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)
@@ -198,8 +197,8 @@ def embed(
         When not even one image fits into memory.
     """
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
-    feeder = Feeder(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
-    for batch in feeder.batches(items):
+    loader = Loader(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
+    for batch in loader.batches(items):
         yield batch, [_part(batch, number, lane) for number, lane in enumerate(lanes)]
 
 

@@ -8,46 +8,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig
 from pipeline.embed import baselines
-from pipeline.embed import networks as backbone
-from pipeline.embed.spec import EmbeddingSpec
+from pipeline.embed.engines import engine_at_hand
+from pipeline.embed.installed import about_stand_in
+from pipeline.embed.spec import Embedder, EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
-from pipeline.experiment import FEATURES, read_document, write_document
-from pipeline.images import DECODE_MODES, Preprocessing
+from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
+from pipeline.images import DECODE_MODES
 from pipeline.store import differences
 
 logger = logging.getLogger(__name__)
-
-
-class Embedder(Protocol):
-    """What a Backbone and a Baseline have in common."""
-
-    @property
-    def specs(self) -> tuple[EmbeddingSpec, ...]:
-        """One per output of `embed`."""
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How images are made ready for `embed`."""
-
-    @property
-    def canary(self) -> tuple[NDArray[np.float32], ...]:
-        """The vectors of the built-in probe images, one array per spec."""
-
-    def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
-        """Turn uint8 (n, height, width, 3) into one float32 (n, dim) per spec."""
-
-    @property
-    def device(self) -> object:
-        """Where it computes; as text `cpu`, or such as `cuda:0`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +32,7 @@ class EmbeddingRecord:
     name: str
     spec: EmbeddingSpec
     store: str
-    """The feature store's folder, relative to the output folder."""
+    """The name of its feature store, which `Artifacts.find_store` finds; of release 0.1, where it lies in the output folder."""
     digest: str
     """The state of the store when stage one ended."""
     section: BackboneConfig | None
@@ -67,6 +42,13 @@ class EmbeddingRecord:
     """What one image cost when it was last measured: decoding and the network together."""
     max_pixels: int = DatasetConfig().max_pixels
     """The experiment's limit on an image's size, which new images are read with too."""
+    instead_of: BackboneConfig | None = None
+    """The config section that `section` stands in for, as its weights were not installed."""
+
+    @property
+    def asked(self) -> BackboneConfig | None:
+        """The section that the config had."""
+        return self.instead_of or self.section
 
     @property
     def kind(self) -> str:
@@ -86,8 +68,8 @@ class EmbeddingRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        section = None if self.section is None else self.section.model_dump(mode="json")
-        return {**values, "spec": asdict(self.spec), "section": section}
+        sections = {key: values[key] and values[key].model_dump(mode="json") for key in _SECTIONS}
+        return {**values, "spec": self.spec.to_dict(), **sections}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
@@ -99,9 +81,15 @@ class EmbeddingRecord:
             raise StoreError(
                 f"embedding {values['name']!r}: its store {values['store']!r} lies outside of its experiment; not opened"
             )
-        section = values["section"]
-        made = None if section is None else BackboneConfig.model_validate_json(json.dumps(section))
-        return EmbeddingRecord(**{**values, "spec": EmbeddingSpec.from_dict(values["spec"]), "section": made})
+        sections = {key: values.get(key) and _section(values[key]) for key in _SECTIONS}
+        return EmbeddingRecord(**{**values, "spec": EmbeddingSpec.from_dict(values["spec"]), **sections})
+
+
+_SECTIONS = ("section", "instead_of")
+
+
+def _section(values: Mapping[str, Any]) -> BackboneConfig:
+    return BackboneConfig.model_validate_json(json.dumps(values))
 
 
 def _leads_out(place: str) -> bool:
@@ -112,6 +100,7 @@ def _leads_out(place: str) -> bool:
 def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config, index: str) -> None:
     """Write `features.json`; `index` is the fingerprint of the data set's index."""
     document = {
+        **Artifacts(path.parent, config.store).stores_told(),
         "shared": shared(config),
         "backbones": [section.model_dump(mode="json") for section in config.backbones],
         "index": index,
@@ -140,11 +129,11 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
     try:
-        asked = [BackboneConfig.model_validate_json(json.dumps(values)) for values in document["backbones"]]
+        asked = [_section(values) for values in document["backbones"]]
         problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
     except _MALFORMED:
         raise _of_another_version(path) from None
-    floors = set(config.baselines) - {"majority"}
+    floors = set(baselines.NAMES if config.baselines is None else config.baselines) & set(baselines.NAMES)
     problems += [f"baselines: not {name}" for name in sorted(floors - {record.name for record in records})]
     if problems:
         raise PipelineError(
@@ -153,12 +142,16 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
             problems,
         )
     # Two sections may name one embedding, whose record has the first: then nobody can say whose it is.
-    told = all(section in [record.section for record in records] for section in asked)
-    return tuple(
+    told = all(section in [record.asked for record in records] for section in asked)
+    chosen = tuple(
         record
         for record in records
-        if (record.name in floors if record.kind == "baseline" else not told or record.section in config.backbones)
+        if (record.name in floors if record.kind == "baseline" else not told or record.asked in config.backbones)
     )
+    for section in config.backbones:
+        if section in [record.instead_of for record in chosen]:
+            logger.warning("%s", about_stand_in(section))
+    return chosen
 
 
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
@@ -233,6 +226,23 @@ def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "
     return candidates[0]
 
 
+def load(
+    section: BackboneConfig | None, baseline: str, extraction: ExtractionConfig, seed: int, images: int = 0
+) -> Embedder:
+    """Make the embedder of a config's section, or where there is none the baseline of that name.
+
+    Raises
+    ------
+    BackboneError
+        When the network, its weights, a layer, the device or the precision is not to be had.
+    """
+    if section is None:
+        return baselines.load(baseline, extraction.decode)
+    from pipeline.embed import backbone  # loads torch
+
+    return backbone.load(section, extraction, seed, images)
+
+
 def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
     """Make an embedding's embedder again; return it and which of its outputs the embedding is.
 
@@ -248,31 +258,30 @@ def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
             f"{record.name}: its images were decoded in the way {decode!r}, which this version does not have; run `manyheads "
             "features` and `manyheads heads` again"
         )
-    if record.section is None:
-        embedder: Embedder = baselines.load(spec.architecture, decode)
-    else:
-        engine = backbone.engine_at_hand(spec.engine, device)
-        if engine != spec.engine:
-            logger.warning(
-                "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding",
-                record.name,
-                spec.engine,
-                engine,
-            )
-        asked = {"device": device, "precision": spec.precision, "engine": engine, "decode": decode}
-        extraction = ExtractionConfig.model_validate(asked)
-        try:
-            embedder = backbone.load(record.section, extraction, record.seed)
-        except BackboneError as error:
-            if engine == "torch":
-                raise
-            # What else may be wrong is wrong again.
-            extraction = extraction.model_copy(update={"engine": "torch"})
-            embedder = backbone.load(record.section, extraction, record.seed)
-            logger.warning(
-                "%s; torch computes the same network, whose vectors agree but for rounding",
-                error.message.partition(";")[0],
-            )
+    engine = spec.engine if record.section is None else engine_at_hand(spec.engine, device)
+    if engine != spec.engine:
+        logger.warning(
+            "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding",
+            record.name,
+            spec.engine,
+            engine,
+        )
+    asked = {"device": device, "precision": spec.precision, "decode": decode}
+
+    def made_by(engine: str) -> Embedder:
+        known = {} if record.section is None else {"engine": engine}
+        extraction = ExtractionConfig.model_validate(asked | known)
+        return load(record.section, spec.architecture, extraction, record.seed)
+
+    try:
+        embedder = made_by(engine)
+    except BackboneError as error:
+        if engine != "openvino":
+            raise
+        embedder = made_by("torch")  # what else may be wrong is wrong again
+        logger.warning(
+            "%s; torch computes the same network, whose vectors agree but for rounding", error.message.partition(";")[0]
+        )
     for output, made in enumerate(embedder.specs):
         if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
             return embedder, output

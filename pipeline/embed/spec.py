@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.images import Preprocessing
 from pipeline.io.digests import fingerprint
 
 EMBED_VERSION = 1
 """Goes up by hand when a change to this package's own code changes vectors of the same identity."""
-
-N_PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,29 @@ class EmbeddingSpec:
     def from_dict(values: Mapping[str, Any]) -> EmbeddingSpec:
         """Return the spec that `to_dict` wrote; KeyError or TypeError when it is of another version."""
         return EmbeddingSpec(**values)
+
+
+class Embedder(Protocol):
+    """What makes the vectors of one or more embeddings in one pass: a Backbone, a Baseline."""
+
+    @property
+    def specs(self) -> tuple[EmbeddingSpec, ...]:
+        """One per output of `embed`."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are made ready for `embed`."""
+
+    @property
+    def canary(self) -> tuple[NDArray[np.float32], ...]:
+        """The vectors of the built-in probe images, one array per spec."""
+
+    def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
+        """Turn uint8 (n, height, width, 3) into one float32 (n, dim) per spec."""
+
+    @property
+    def device(self) -> object:
+        """Where it computes; as text `cpu`, or such as `cuda:0`."""
 
 
 def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import BackboneConfig
-from pipeline.embed.family import Family, Published
+from pipeline.embed.family import Family, Fetch, Published
+from pipeline.embed.installed import NO_DOWNLOAD
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
 from pipeline.io.vision import torchvision
@@ -33,19 +33,8 @@ def _regnet(block_params: Mapping[str, Any], **arguments: Any) -> nn.Module:
     return module
 
 
-def _resnet(block: str, layers: list[int], **arguments: Any) -> nn.Module:
-    """A ResNet of any depth; `block` is BasicBlock or Bottleneck."""
-    from torchvision.models import resnet
-
-    module: nn.Module = resnet.ResNet(
-        {"BasicBlock": resnet.BasicBlock, "Bottleneck": resnet.Bottleneck}[block], layers, **arguments
-    )
-    return module
-
-
 CONSTRUCTORS: Mapping[str, Callable[..., nn.Module]] = {
     "torchvision.models.regnet.RegNet": _regnet,
-    "torchvision.models.resnet.ResNet": _resnet,
 }
 """Architectures with nested arguments, which only a weights file's own description can name."""
 
@@ -63,7 +52,7 @@ def classification_models() -> list[str]:
     return names
 
 
-def _builds(architecture: str) -> bool:
+def _has(architecture: str) -> bool:
     return architecture in CONSTRUCTORS or architecture in classification_models()
 
 
@@ -77,17 +66,6 @@ def _build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         architecture, **{**ALWAYS.get(architecture, {}), **unfilled, **arguments}
     )
     return module
-
-
-def _members(architecture: str) -> dict[str, Any]:
-    """The members of torchvision's weights enum, by name; `DEFAULT` may name another one in another version."""
-    found = torchvision.models.get_model_weights(architecture).__members__
-    return {name: member for name, member in found.items() if name != "DEFAULT"}
-
-
-def _preprocessing(architecture: str) -> Preprocessing:
-    members = [] if architecture in CONSTRUCTORS else list(_members(architecture).values())
-    return preprocessing_of(members[0]) if members else Preprocessing(resize=256, crop=224)
 
 
 def preprocessing_of(member: Any) -> Preprocessing:
@@ -107,18 +85,25 @@ def _side(sizes: list[int]) -> int | tuple[int, int]:
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
-def _published(config: BackboneConfig) -> Published:
-    member = _members(config.name)[config.weights]
-    require_checkpoint(member)
-    with tensors_only():
-        module = _build(config.name, {**config.arguments, "weights": member})
-    return Published(module, preprocessing_of(member), tuple(member.meta.get("categories", ())))
+def _weights(architecture: str) -> dict[str, Published]:
+    if architecture in CONSTRUCTORS:
+        return {}
+    # `DEFAULT` may name another member in another version.
+    members = torchvision.models.get_model_weights(architecture).__members__
+    return {name: _published(architecture, member) for name, member in members.items() if name != "DEFAULT"}
 
 
-def _to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
-    member = _members(config.name)[config.weights]
-    path = checkpoint(member)
-    return None if path.exists() else (member.url, path.parent, float(member.meta.get("_file_size", 0)))
+def _published(architecture: str, member: Any) -> Published:
+    def load(arguments: Mapping[str, Any]) -> nn.Module:
+        require_checkpoint(member)
+        with tensors_only():
+            return _build(architecture, {**arguments, "weights": member})
+
+    def to_fetch() -> Fetch | None:
+        path = checkpoint(member)
+        return None if path.exists() else Fetch(member.url, path.parent, float(member.meta.get("_file_size", 0)))
+
+    return Published(load, preprocessing_of(member), to_fetch)
 
 
 def checkpoint(member: Any) -> Path:
@@ -139,8 +124,8 @@ def require_checkpoint(member: Any) -> None:
             torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             raise BackboneError(
-                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}, "
-                "or say weights: bundled, as configs/bundled.yaml does, which needs no download"
+                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}; "
+                f"{NO_DOWNLOAD}"
             ) from None
     if prefix:
         with path.open("rb") as file:
@@ -171,13 +156,10 @@ def tensors_only() -> Iterator[None]:
 
 
 FAMILY = Family(
+    title="torchvision's classification models",
     library="torchvision",
     names=classification_models,
-    builds=_builds,
-    any_size=False,
+    has=_has,
     build=_build,
-    preprocessing=_preprocessing,
-    weights=lambda name: list(_members(name)),
-    published=_published,
-    to_fetch=_to_fetch,
+    weights=_weights,
 )

@@ -1,4 +1,4 @@
-"""Weights and where they come from: an enum member, a local file, the package's own, or a seed.
+"""Weights and where they come from: published by the network's family, a local file, the package's own, or a seed.
 
 Whatever the source, what comes out is a `Network`: a module in eval mode in fp32 on the CPU, with the digest of its tensors
 and the preprocessing that belongs to them.
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import WEIGHTS_FILES, BackboneConfig
-from pipeline.embed.families import FAMILIES, build, build_empty, family_of, family_with_weights
+from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
+from pipeline.embed.families import FAMILIES, build, build_empty, network_names, published, usual_preprocessing
+from pipeline.embed.family import Fetch
 from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
-from pipeline.embed.networks import BUNDLED
-from pipeline.embed.preprocessing import described_preprocessing, fitting_preprocessing
+from pipeline.embed.installed import BUNDLED
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
 from pipeline.errors import BackboneError, first
@@ -44,13 +44,12 @@ class Network:
     preprocessing: Preprocessing
     untrained: bool = False
     trained_on: str | None = None
-    classes: tuple[str, ...] = ()
     has_classifier: bool = True
     """Whether the weights have the last layer, which those of self-supervised training lack."""
 
 
 def load_network(config: BackboneConfig, seed: int) -> Network:
-    """Build the network a config section asks for.
+    """Build the network a config section asks for; `seed` makes the weights of an untrained control (`weights: random`).
 
     Raises
     ------
@@ -59,24 +58,26 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
     """
     config = _sized(config)
     if config.weights == "bundled":
-        return _from_bundle(config)
+        description = bundled()
+        return _from_state(config, read_weights(BUNDLED)[0], description, BUNDLED, "bundled")
     if config.weights.endswith(WEIGHTS_FILES):
-        return _from_file(config, Path(config.weights))
+        path = Path(config.weights)
+        return _from_state(config, *read_weights(path), path, path.stem)
     if config.weights == "random":
-        return _from_seed(config, seed)
-    return _from_family(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = build(config.name, config.arguments)
+        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True)
+    found = published(config)
+    return _network(config, found.load(config.arguments), config.weights, found.preprocessing)
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
     """A network that is built for one image size is built for the one that the config asks for."""
-    asked = config.preprocessing
-    if (
-        asked is None
-        or "image_size" in config.arguments
-        or not any(row.any_size and row.builds(config.name) for row in FAMILIES)
-    ):
+    sized = any(family.sized and family.has(config.name) for family in FAMILIES)
+    if config.preprocessing is None or "image_size" in config.arguments or not sized:
         return config
-    return config.model_copy(update={"arguments": {"image_size": asked.crop, **config.arguments}})
+    return config.model_copy(update={"arguments": {"image_size": config.preprocessing.crop, **config.arguments}})
 
 
 def check(config: BackboneConfig) -> None:
@@ -91,9 +92,10 @@ def check(config: BackboneConfig) -> None:
         network = load_network(config, seed=0)
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
     else:
-        family = family_of(config.name) if config.weights == "random" else family_with_weights(config)
+        random = config.weights == "random"
+        usual = usual_preprocessing(config.name) if random else published(config).preprocessing
         module = build_empty(config.name, config.arguments)
-        preprocessing = fitting_preprocessing(config, module, family.preprocessing(config.name))
+        preprocessing = fitting_preprocessing(config, module, usual)
         has_classifier = True
     graph = trace(module)
     nodes = resolve(graph, config.layers, has_classifier)
@@ -111,34 +113,11 @@ def check(config: BackboneConfig) -> None:
     )
 
 
-def to_fetch(config: BackboneConfig) -> tuple[str, Path, float] | None:
-    """Return what a section's weights have to be fetched from, the folder, and their size in MB; None where they are here."""
+def to_fetch(config: BackboneConfig) -> Fetch | None:
+    """Return what a section's weights have to be fetched from; None where they are here."""
     if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
         return None
-    return family_with_weights(config).to_fetch(config)
-
-
-def _from_seed(config: BackboneConfig, seed: int) -> Network:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = build(config.name, config.arguments)
-    return _network(config, module, "random", family_of(config.name).preprocessing(config.name), untrained=True)
-
-
-def _from_family(config: BackboneConfig) -> Network:
-    found = family_with_weights(config).published(config)
-    return _network(config, found.module, config.weights, found.preprocessing, classes=found.classes)
-
-
-def _from_file(config: BackboneConfig, path: Path) -> Network:
-    state, description = read_weights(path)
-    return _from_state(config, state, description, str(path), path.stem)
-
-
-def _from_bundle(config: BackboneConfig) -> Network:
-    description = bundled()
-    state, _ = read_weights(BUNDLED)
-    return _from_state(config, state, description, str(BUNDLED), "bundled")
+    return published(config).to_fetch()
 
 
 def bundled() -> dict[str, Any]:
@@ -158,10 +137,10 @@ def bundled() -> dict[str, Any]:
 
 
 def _from_state(
-    config: BackboneConfig, state: dict[str, torch.Tensor], description: Mapping[str, Any], origin: str, readable: str
+    config: BackboneConfig, state: dict[str, torch.Tensor], description: Mapping[str, Any], origin: Path, readable: str
 ) -> Network:
     architecture = description.get("architecture", config.name)
-    if description and config.name != architecture and any(config.name in row.names() for row in FAMILIES):
+    if description and config.name != architecture and config.name in network_names():
         raise BackboneError(
             f"{origin} holds a {architecture}, the config says {config.name}; write name: {description.get('name', architecture)}"
         )
@@ -170,9 +149,9 @@ def _from_state(
     if not has_classifier:
         logger.info("%s has no classifier: all that comes before one can be embedded", origin)
     preprocessing = (
-        described_preprocessing(description["preprocessing"])
+        _described(description["preprocessing"])
         if "preprocessing" in description
-        else family_of(architecture).preprocessing(architecture)
+        else usual_preprocessing(architecture)
     )
     network = _network(
         config,
@@ -180,7 +159,6 @@ def _from_state(
         readable,
         preprocessing,
         trained_on=description.get("trained_on"),
-        classes=tuple(description.get("classes", ())),
     )
     return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
 
@@ -200,8 +178,30 @@ def _network(
     )
 
 
+def _described(values: Mapping[str, Any]) -> Preprocessing:
+    """The transform that a weights file of this project describes."""
+    given = {key: values[key] for key in PreprocessingConfig.model_fields}
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return Preprocessing(**plain)
+
+
+def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Preprocessing) -> Preprocessing:
+    """The config's transform before the weights' own; a network of one fixed image size gets that size."""
+    size = getattr(module, "image_size", None)  # vision transformers
+    asked = config.preprocessing
+    if asked is not None:
+        if size not in (None, asked.crop):
+            raise BackboneError(
+                f"{config.name} takes images of {size} x {size} pixels only, the config says preprocessing.crop: {asked.crop}"
+            )
+        return Preprocessing(**asked.model_dump())
+    if size is not None and default.size != (size, size):
+        return replace(default, resize=size, crop=size)
+    return default
+
+
 def fill(
-    architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: str
+    architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: object
 ) -> tuple[nn.Module, bool]:
     """Build a network from a state dict; the number of classes is the file's.
 

@@ -1,108 +1,54 @@
-"""Scores with intervals, honest comparison, calibration, and the learning curve: numbers from predictions.
+"""Numbers from predictions: scores with intervals, honest comparison, calibration, and the learning curve.
 
-Needs scikit-learn, no torch, no plots. Two names for stage two: `scores(y_true, y_pred, probabilities, classes)` gives
-one head's test scores, and `Predictions` is what it writes beside each bundle so that heads can be compared image by image.
+Needs scikit-learn, no torch, no plots. `Predictions` is what a head said of images, `METRICS` has a row per score, `scores`
+gives all of one head, and `compare` says which heads are worse than the best.
+
+    predictions.py     what a head said, in memory and in a file        said.py  what a fitted classifier says of vectors
+    metric.py          the table of scores, and how each is resampled    scoring.py  all scores of one head, class by class
+    intervals.py       how far a share or a mean can be trusted          expected.py  where a test accuracy should lie
+    comparison.py      who is better, corrected for many pairs           optimism.py  what a winner owes to being picked
+    calibration.py     scores into probabilities, and how true they are  learning_curve.py  accuracy by images
+    audit.py           labels, near-duplicates and outliers to look at   leaderboard/  rows, the verdict, the table
 """
 
-from pipeline.evaluation.calibration import (
-    Calibration,
-    Calibrator,
-    ReliabilityBin,
-    correct_priors,
-    estimate_priors,
-    fit_calibrator,
-    measure_calibration,
-    scores_as_columns,
-)
-from pipeline.evaluation.comparison import (
-    Difference,
-    Paired,
-    Ranking,
-    bootstrap_difference,
-    compare,
-    corrected_t,
-    exchange_test,
-    holm,
-    mcnemar,
-    paired_answers,
-    rank_over_datasets,
-)
-from pipeline.evaluation.intervals import Interval, mean_interval, repeated_interval, share_interval, tango, wilson
-from pipeline.evaluation.learning_curve import (
-    CurvePoint,
-    HeldBack,
-    LearningCurve,
-    PowerLaw,
-    curve_from_scores,
-    curve_scores,
-    curve_sizes,
-    measure_curve,
-    pareto,
-)
-from pipeline.evaluation.metric import ACCURACY, METRICS, Answers, Metric, counted, joined
-from pipeline.evaluation.optimism import Optimism, selection_optimism, trial_optimism
-from pipeline.evaluation.predictions import Predictions, PredictionSet
-from pipeline.evaluation.scoring import (
-    ClassScores,
-    Scores,
-    answers_of,
-    class_columns,
-    confusion_matrix,
-    per_class,
-    scores,
-)
+from pipeline.evaluation.calibration import Calibration, fit_calibrator, measure_calibration
+from pipeline.evaluation.comparison import Difference, Paired, Ranking, compare, paired_answers, rank_over_datasets
+from pipeline.evaluation.intervals import Interval, wilson
+from pipeline.evaluation.learning_curve import LearningCurve, curve_from_scores, curve_scores, curve_sizes, pareto
+from pipeline.evaluation.metric import ACCURACY, METRICS, Metric, counted
+from pipeline.evaluation.optimism import Optimism
+from pipeline.evaluation.predictions import HeadPredictions, Predictions, class_columns, joined
+from pipeline.evaluation.scoring import ClassScores, Scores, confusion_matrix, per_class, scores
 
 __all__ = [
     "ACCURACY",
     "METRICS",
-    "Answers",
     "Calibration",
-    "Calibrator",
     "ClassScores",
-    "CurvePoint",
     "Difference",
-    "HeldBack",
+    "HeadPredictions",
     "Interval",
     "LearningCurve",
     "Metric",
     "Optimism",
     "Paired",
-    "PowerLaw",
-    "PredictionSet",
     "Predictions",
     "Ranking",
-    "ReliabilityBin",
     "Scores",
-    "answers_of",
-    "bootstrap_difference",
     "class_columns",
     "compare",
     "confusion_matrix",
-    "correct_priors",
-    "corrected_t",
     "counted",
     "curve_from_scores",
     "curve_scores",
     "curve_sizes",
-    "estimate_priors",
-    "exchange_test",
     "fit_calibrator",
-    "holm",
     "joined",
-    "mcnemar",
-    "mean_interval",
     "measure_calibration",
-    "measure_curve",
     "paired_answers",
     "pareto",
     "per_class",
     "rank_over_datasets",
-    "repeated_interval",
     "scores",
-    "scores_as_columns",
-    "selection_optimism",
-    "share_interval",
-    "tango",
-    "trial_optimism",
     "wilson",
 ]

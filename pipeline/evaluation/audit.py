@@ -12,7 +12,6 @@ import io
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from pipeline.errors import StoreError
-from pipeline.experiment import to_cell
+from pipeline.experiment import Artifacts, to_cell
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances
 from pipeline.io.digests import Digests
 from pipeline.store import FeatureStore
@@ -271,16 +270,16 @@ def examine(
     return Findings(near_duplicates=found, outliers=outliers(near, paths, labels))
 
 
-def read_hashes(folder: Path, digests: Digests) -> NDArray[np.uint8]:
+def read_hashes(files: Artifacts, digests: Digests) -> NDArray[np.uint8]:
     """Read perceptual hashes of shape (n, HASH_BYTES), uint8; a row of 0 where an image has none.
 
     Stage one makes them of every image it decodes, so those embedded by an older version have none; without hashes,
     near-duplicates are found by the embedding alone.
     """
     hashes = np.zeros((len(digests), HASH_BYTES), dtype=np.uint8)
-    if (folder / HASH_STORE).exists():
+    for path in reversed(files.find_stores(HASH_STORE)):
         try:
-            store = FeatureStore.open(folder / HASH_STORE, identity=HASH_IDENTITY)
+            store = FeatureStore.open(path, identity=HASH_IDENTITY)
             known = ~store.missing(digests)
             hashes[known] = store.read(digests[known])
         except StoreError as error:

@@ -1,20 +1,19 @@
 """Do probabilities mean what they say? Fit them on out-of-fold scores, measure them, correct them for other priors.
 
-Sources: temperature, Guo et al. 2017; sigmoid, Platt 1999 with his smoothed targets; expected calibration error,
-Naeini et al. 2015; prior correction and its estimate by expectation-maximisation, Saerens et al. 2002.
+Sources: temperature, Guo et al. 2017; expected calibration error, Naeini et al. 2015; prior correction, Saerens et al. 2002.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
+from scipy.special import log_softmax, softmax
 
 from pipeline.evaluation.intervals import Interval, share_interval
-from pipeline.evaluation.metric import numbered
 
 MOST_BINS = 15
 IMAGES_PER_BIN = 20
@@ -23,18 +22,16 @@ IMAGES_PER_BIN = 20
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Turns a head's scores into probabilities by numbers fitted on out-of-fold scores.
-
-    `slopes` and `offsets` hold one number for all classes (temperature and margins: 1/T and 0) or one per class (sigmoid).
-    """
+    """Turns a head's scores into probabilities by a number fitted on out-of-fold scores: `slopes` is (1/T,), `offsets` (0,)."""
 
     method: str
     slopes: tuple[float, ...]
-    offsets: tuple[float, ...]
+    offsets: tuple[float, ...] = (0.0,)
 
     def probabilities(self, scores: NDArray[np.floating]) -> NDArray[np.float64]:
         """Return probabilities of shape (n, n_classes) for decision scores or log-probabilities of the same shape."""
-        return _APPLY[self.method](np.asarray(scores, dtype=np.float64), self)
+        logits = _LOGITS[self.method](np.asarray(scores, dtype=np.float64)) * self.slopes[0]
+        return np.asarray(softmax(logits, axis=1))
 
 
 @dataclass(frozen=True)
@@ -69,13 +66,20 @@ def scores_as_columns(scores: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def fit_calibrator(scores: NDArray[np.floating], y: NDArray[np.integer], method: str = "temperature") -> Calibrator:
-    """Fit a calibrator on out-of-fold scores.
+    """Fit a calibrator on out-of-fold scores: one number, which never changes the likeliest class.
 
     scores : ndarray of shape (n, n_classes), decision scores or log-probabilities; y : column of each true class, (n,).
-    method : 'temperature' (one number, never changes the predicted class), 'sigmoid' (two numbers per class), or 'margins'
-        (temperature of `margins`, for the scores that scikit-learn's SVC gives three classes or more).
+    method : 'temperature', or 'margins' (temperature of `margins`, for the scores that scikit-learn's SVC gives three
+        classes or more).
     """
-    return _FIT[method](np.asarray(scores, dtype=np.float64), np.asarray(y))
+    values, rows = _LOGITS[method](np.asarray(scores, dtype=np.float64)), np.arange(len(y))
+    scale = float(np.std(values - values.mean(axis=1, keepdims=True))) or 1.0
+
+    def loss(log_slope: float) -> float:
+        return -float(np.mean(log_softmax(values * (np.exp(log_slope) / scale), axis=1)[rows, y]))
+
+    found = optimize.minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded", options={"xatol": 1e-4})
+    return Calibrator(method, (float(np.exp(found.x) / scale),))
 
 
 def margins(scores: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -102,69 +106,11 @@ _AHEAD = 1e-3
 """In units of the SVC's margin: too little to be seen in a probability, enough to decide which is the highest."""
 
 
-def _fit_margins(scores: NDArray[np.float64], y: NDArray[np.integer]) -> Calibrator:
-    return replace(_fit_temperature(margins(scores), y), method="margins")
-
-
-def _fit_temperature(scores: NDArray[np.float64], y: NDArray[np.integer]) -> Calibrator:
-    scale = float(np.std(scores - scores.mean(axis=1, keepdims=True))) or 1.0
-
-    def loss(log_slope: float) -> float:
-        logits = scores * (np.exp(log_slope) / scale)
-        return -float(np.mean(_log_softmax(logits)[np.arange(len(y)), y]))
-
-    found = optimize.minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded", options={"xatol": 1e-4})
-    return Calibrator("temperature", (float(np.exp(found.x) / scale),), (0.0,))
-
-
-def _fit_sigmoid(scores: NDArray[np.float64], y: NDArray[np.integer]) -> Calibrator:
-    fitted = [_platt(scores[:, column], y == column) for column in range(scores.shape[1])]
-    return Calibrator("sigmoid", tuple(slope for slope, _ in fitted), tuple(offset for _, offset in fitted))
-
-
-def _platt(score: NDArray[np.float64], positive: NDArray[np.bool_]) -> tuple[float, float]:
-    """Fit slope and offset of a logistic curve to one class, with Platt's targets, which never reach 0 and 1."""
-    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    target = np.where(positive, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))
-    scale = float(np.std(score)) or 1.0
-    scaled = score / scale
-
-    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        logit = parameters[0] * scaled + parameters[1]
-        value = float(np.mean(np.logaddexp(0.0, logit) - target * logit))
-        residual = _sigmoid(logit) - target
-        return value, np.array([np.mean(residual * scaled), np.mean(residual)])
-
-    start = np.array([1.0, np.log((n_positive + 1) / (n_negative + 1))])
-    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None), (None, None)])
-    return float(found.x[0] / scale), float(found.x[1])
-
-
-def _apply_temperature(scores: NDArray[np.float64], calibrator: Calibrator) -> NDArray[np.float64]:
-    probabilities: NDArray[np.float64] = np.exp(_log_softmax(scores * calibrator.slopes[0]))
-    return probabilities
-
-
-def _apply_margins(scores: NDArray[np.float64], calibrator: Calibrator) -> NDArray[np.float64]:
-    return _apply_temperature(margins(scores), calibrator)
-
-
-def _apply_sigmoid(scores: NDArray[np.float64], calibrator: Calibrator) -> NDArray[np.float64]:
-    each = _sigmoid(scores * np.array(calibrator.slopes) + np.array(calibrator.offsets))
-    probabilities: NDArray[np.float64] = each / np.maximum(each.sum(axis=1, keepdims=True), 1e-300)
-    return probabilities
-
-
-_FIT: Mapping[str, Callable[[NDArray[np.float64], NDArray[np.integer]], Calibrator]] = {
-    "temperature": _fit_temperature,
-    "sigmoid": _fit_sigmoid,
-    "margins": _fit_margins,
+_LOGITS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "temperature": np.asarray,
+    "margins": margins,
 }
-_APPLY: Mapping[str, Callable[[NDArray[np.float64], Calibrator], NDArray[np.float64]]] = {
-    "temperature": _apply_temperature,
-    "sigmoid": _apply_sigmoid,
-    "margins": _apply_margins,
-}
+"""Method -> what the temperature divides."""
 
 
 def measure_calibration(
@@ -189,7 +135,7 @@ def measure_calibration(
         accuracy, mean = float(right[rows].mean()), float(confidence[rows].mean())
         gap += len(rows) / len(order) * abs(accuracy - mean)
         ends = (float(confidence[rows[0]]), float(confidence[rows[-1]]))
-        within = None if units is None else numbered(units[rows], len(rows))
+        within = None if units is None else units[rows]
         table.append(ReliabilityBin(*ends, len(rows), mean, accuracy, share_interval(right[rows], within)))
     truth = np.zeros_like(p)
     truth[np.arange(len(y)), y] = 1.0
@@ -223,27 +169,3 @@ def correct_priors(
     weighted = np.asarray(probabilities, dtype=np.float64) * (np.asarray(wanted) / np.maximum(trained, 1e-12))
     corrected: NDArray[np.float64] = weighted / np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300)
     return corrected
-
-
-def estimate_priors(
-    probabilities: NDArray[np.floating], trained: NDArray[np.floating], steps: int = 500
-) -> NDArray[np.float64]:
-    """Estimate how frequent each class is among unlabelled images from calibrated probabilities, shape (n_classes,)."""
-    priors = np.asarray(trained, dtype=np.float64)
-    for _ in range(steps):
-        updated = correct_priors(probabilities, trained, priors).mean(axis=0)
-        if np.abs(updated - priors).max() < 1e-9:
-            break
-        priors = updated
-    return priors
-
-
-def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    value: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -x))
-    return value
-
-
-def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = x - x.max(axis=1, keepdims=True)
-    value: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return value

@@ -10,7 +10,7 @@ exchanging answers, for any metric); Dietterich 1998; Nadeau and Bengio 2003; Ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pipeline.evaluation.intervals import Interval, critical, effective_size, freedom, tango
-from pipeline.evaluation.metric import ACCURACY, SLOW_RESAMPLES, Answers, Metric, Together, joined, numbered
+from pipeline.evaluation.metric import ACCURACY, Metric, drawn, mean_share, rescored, unit_sums
+from pipeline.evaluation.predictions import Predictions, joined
 
 LEVEL = 0.05
 RESAMPLES = 2000
@@ -32,6 +33,11 @@ class Paired:
     difference: float
     interval: Interval
     p_value: float
+
+    def __post_init__(self) -> None:
+        # JSON has no infinity: an interval without an end was written as null.
+        low, high = self.interval
+        object.__setattr__(self, "interval", (-np.inf if low is None else low, np.inf if high is None else high))
 
     @property
     def shown(self) -> int:
@@ -70,7 +76,7 @@ def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 
-def paired_answers(metric: Metric, a: Answers, b: Answers, seed: int) -> Paired:
+def paired_answers(metric: Metric, a: Predictions, b: Predictions, seed: int) -> Paired:
     """Compare two heads on the same images in any metric: difference, 95 % interval, p-value.
 
     Of accuracy: the score interval of a paired difference, and McNemar's exact test where images are independent. Of other
@@ -78,34 +84,34 @@ def paired_answers(metric: Metric, a: Answers, b: Answers, seed: int) -> Paired:
     """
     difference, p_value = metric.score(a) - metric.score(b), paired_p(metric, a, b, seed)
     if metric is ACCURACY:
-        return Paired(difference, paired_interval(a, b, critical(_units(a))), p_value)
+        return Paired(difference, paired_interval(a, b, critical(a.units)), p_value)
     low, high = bootstrap_difference(metric, a, b, seed)
-    least = least_half_width(metric, a, b, critical(_units(a)))
+    least = least_half_width(metric, a, b, critical(a.units))
     return Paired(difference, (min(low, difference - least), max(high, difference + least)), p_value)
 
 
-def paired_p(metric: Metric, a: Answers, b: Answers, seed: int) -> float:
+def paired_p(metric: Metric, a: Predictions, b: Predictions, seed: int) -> float:
     """Return the p-value of two heads being equally good, right for small numbers of disagreements too."""
     if metric is ACCURACY and a.units is None:
         return mcnemar(a.correct, b.correct)
     return exchange_test(metric, a, b, seed)
 
 
-def paired_interval(a: Answers, b: Answers, z: float) -> Interval:
+def paired_interval(a: Predictions, b: Predictions, z: float) -> Interval:
     """Return the score interval of accuracy(a) - accuracy(b), of so many images as they are worth."""
     only_a, only_b = _discordant(a.correct, b.correct)
-    n = len(a.truth)
-    worth = effective_size(a.correct.astype(np.float64) - b.correct, _units(a)) / n
+    n = len(a)
+    worth = effective_size(a.correct.astype(np.float64) - b.correct, a.units) / n
     return tango(only_a * worth, only_b * worth, n * worth, z)
 
 
-def least_half_width(metric: Metric, a: Answers, b: Answers, z: float) -> float:
+def least_half_width(metric: Metric, a: Predictions, b: Predictions, z: float) -> float:
     """Return how far apart two heads may be although they agree on every image: z^2 / (m + z^2) of m units may be otherwise.
 
     That is what the score interval of a paired difference says of full agreement. A mean over classes has it of every class;
     a loss without a bound counts such a unit as far off as the images that there are lie apart.
     """
-    truth, units = a.truth, numbered(a.units, len(a.truth))
+    truth, units = a.y_true, a.unit_numbers
     if metric.per_class:
         sizes = np.array([len(np.unique(units[truth == code])) for code in np.unique(truth)])
         return float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
@@ -114,46 +120,62 @@ def least_half_width(metric: Metric, a: Answers, b: Answers, z: float) -> float:
     return span * z * z / (m + z * z)
 
 
-def _units(answers: Answers) -> NDArray[np.int64] | None:
-    return None if answers.units is None else numbered(answers.units, len(answers.truth))
-
-
-def bootstrap_difference(metric: Metric, a: Answers, b: Answers, seed: int, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_difference(
+    metric: Metric, a: Predictions, b: Predictions, seed: int, resamples: int = RESAMPLES
+) -> Interval:
     """Return the 95 % bootstrap interval of score(a) - score(b), units drawn with replacement, in any metric.
 
     The expanded percentile interval of Hesterberg 2015: drawn shares vary less than shares of few units do, by the number
     of units of the rarest class where the score is a mean over classes.
     """
-    both = Together(metric, (a, b))
-    draws = np.concatenate([both.weighted(counts) for counts in both.resamples(seed, resamples)])
-    units, codes = numbered(a.units, len(a.truth)), np.unique(a.truth)
-    parts = [units[a.truth == code] for code in codes] if metric.per_class else [units]
+    weighted, m = rescored(metric, [a, b]), int(a.unit_numbers.max()) + 1
+    draws = np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(resamples))])
+    units, codes = a.unit_numbers, np.unique(a.y_true)
+    parts = [units[a.y_true == code] for code in codes] if metric.per_class else [units]
     m = max(2, min(len(np.unique(part)) for part in parts))
     tail = float(stats.norm.cdf(-np.sqrt(m / (m - 1)) * stats.t.ppf(0.975, m - 1)))
     low, high = np.quantile(draws[:, 0] - draws[:, 1], [tail, 1 - tail])
     return (float(low), float(high))
 
 
-def exchange_test(metric: Metric, a: Answers, b: Answers, seed: int, draws: int = RESAMPLES) -> float:
+def exchange_test(metric: Metric, a: Predictions, b: Predictions, seed: int, draws: int = RESAMPLES) -> float:
     """Return the two-sided p-value of a paired randomisation test: each unit's two answers change sides by a coin.
 
     What McNemar's exact test is for accuracy, for any metric and for groups, and as it is right for few of them too.
     Sources: Noreen 1989; Yeh 2000.
     """
-    units, rng = numbered(a.units, len(a.truth)), np.random.default_rng(seed)
-    draws = draws if metric.shares is not None else min(draws, SLOW_RESAMPLES)
-    both = Together(metric, (joined([a, b]),))
-
-    def gap(coins: NDArray[np.int64]) -> NDArray[np.float64]:
-        stay = coins[:, units]
-        left, right = np.concatenate([stay, 1 - stay], axis=1), np.concatenate([1 - stay, stay], axis=1)
-        return np.asarray((both.weighted(left) - both.weighted(right))[:, 0])
-
-    m = int(units.max()) + 1
+    units, rng = a.unit_numbers, np.random.default_rng(seed)
+    draws = metric.draws(draws)
+    m, gap = int(units.max()) + 1, _gap_of(metric, a, b, units)
     observed, beyond = abs(gap(np.ones((1, m), dtype=np.int64))[0]), 0
-    for part in np.array_split(np.arange(draws), max(1, draws * len(units) // _CELLS)):
+    for part in np.array_split(np.arange(draws), max(1, draws * m // _CELLS)):
         beyond += int(np.sum(np.abs(gap(rng.integers(0, 2, (len(part), m)))) >= observed - 1e-12))
     return (1 + beyond) / (1 + draws)
+
+
+def _gap_of(
+    metric: Metric, a: Predictions, b: Predictions, units: NDArray[np.int64]
+) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
+    """Return what gives score(a) - score(b) after exchanges: coins of shape (r, n_units), 0 where a unit's answers change sides."""
+    if metric.shares is None:
+
+        def slow(coins: NDArray[np.int64]) -> NDArray[np.float64]:
+            stays = coins[:, units] == 1
+            mixed = [(joined([a.rows(stay), b.rows(~stay)]), joined([b.rows(stay), a.rows(~stay)])) for stay in stays]
+            return np.array([metric.score(left) - metric.score(right) for left, right in mixed])
+
+        return slow
+    shares, n = metric.shares(joined([a, b])), len(units)
+    first, second = unit_sums(shares[:n], units), unit_sums(shares[n:], units)
+    moves = first - second
+    differ = np.flatnonzero(abs(moves).sum(axis=1))
+    moves, first, second = moves[differ], first.sum(axis=0), second.sum(axis=0)
+
+    def fast(coins: NDArray[np.int64]) -> NDArray[np.float64]:
+        moved = (1 - coins[:, differ]) @ moves
+        return mean_share(first - moved) - mean_share(second + moved)
+
+    return fast
 
 
 _CELLS = 1 << 20
@@ -235,9 +257,9 @@ def _against_best(values: NDArray[np.float64], best: int, inflation: float, free
 
 
 def compare(
-    out_of_fold: Mapping[str, Answers],
+    out_of_fold: Mapping[str, Predictions],
     best: str,
-    test: Mapping[str, Answers] | None = None,
+    test: Mapping[str, Predictions] | None = None,
     folds: Mapping[str, Sequence[float]] | None = None,
     seed: int = 0,
     metric: Metric = ACCURACY,
@@ -252,7 +274,7 @@ def compare(
     keys, winner = list(out_of_fold), out_of_fold[best]
     values = np.stack([metric.contributions(out_of_fold[key]) for key in keys], axis=1)
     k = len(folds[best]) if folds and best in folds else 5
-    inflation, units = shared_training(k, metric.per_class), _units(winner)
+    inflation, units = shared_training(k, metric.per_class), winner.units
     joint = _against_best(
         values, keys.index(best), inflation, len(values) - 1 if units is None else freedom(units), seed
     )

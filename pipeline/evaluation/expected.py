@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipeline.evaluation.intervals import Interval
+from pipeline.evaluation.intervals import Interval, effective_size, unit_size
 
 LEVEL = 0.999
 """Of a leaderboard of ten rows, whose answers go together, less than one in a hundred has a row outside by chance."""
@@ -15,8 +15,8 @@ LEVEL = 0.999
 def expected_accuracy(
     correct: NDArray[np.bool_],
     n_test: int,
-    groups: NDArray[np.integer] | None = None,
-    test_groups: NDArray[np.integer] | None = None,
+    groups: NDArray[np.int64] | None = None,
+    test_groups: NDArray[np.int64] | None = None,
     allowance: float = 0.0,
     level: float = LEVEL,
 ) -> Interval:
@@ -30,8 +30,8 @@ def expected_accuracy(
     allowance : what fitting on all training images may add to the accuracy, for the upper end
     """
     n, right = len(correct), int(correct.sum())
-    alike = 0.0 if groups is None else _alike(correct, groups)
-    trained, tested = (1 + alike * (_mean_size(images) - 1) for images in (groups, test_groups))
+    alike = _alike(correct, groups)
+    trained, tested = (1 + alike * (unit_size(images) - 1) for images in (groups, test_groups))
     count = max(1, round(n_test / tested))
     low, high = (
         stats.betabinom.ppf(tail, count, right / trained + 0.5, (n - right) / trained + 0.5) / count
@@ -40,25 +40,16 @@ def expected_accuracy(
     return (float(low), float(min(1.0, high + allowance)))
 
 
-def _mean_size(groups: NDArray[np.integer] | None) -> float:
-    """Return the size of the group of a random image."""
-    if groups is None or len(groups) == 0:
-        return 1.0
-    sizes = np.unique(groups, return_counts=True)[1]
-    return float((sizes**2).sum() / sizes.sum())
-
-
 PRIOR_GROUPS = 5
 """Groups with errors whose images are all alike, taken to have been seen besides: few errors tell little of how alike."""
 
 
-def _alike(correct: NDArray[np.bool_], groups: NDArray[np.integer]) -> float:
+def _alike(correct: NDArray[np.bool_], groups: NDArray[np.int64] | None) -> float:
     """Return the correlation of correctness within groups, from 0 to 1, rather too high than too low."""
-    place, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
-    away = np.bincount(place, weights=correct - correct.mean())
-    pairs, within = float((sizes * (sizes - 1)).sum()), float(((correct - correct.mean()) ** 2).sum())
-    together = float((away**2).sum()) - within
-    found = together / pairs * len(correct) / within if pairs and within else 1.0
+    if groups is None:
+        return 0.0
+    effect, largest = len(correct) / effective_size(correct, groups), unit_size(groups)
+    found = (effect - 1) / (largest - 1) if largest > 1 else 1.0
     rarer = correct if correct.mean() < 0.5 else ~correct
-    seen = len(np.unique(place[rarer]))
-    return float(np.clip((seen * found + PRIOR_GROUPS) / (seen + PRIOR_GROUPS), 0.0, 1.0))
+    seen = len(np.unique(groups[rarer]))
+    return (seen * found + PRIOR_GROUPS) / (seen + PRIOR_GROUPS)

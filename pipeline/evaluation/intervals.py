@@ -52,6 +52,18 @@ def tango(only_a: float, only_b: float, n: float, z: float = Z) -> Interval:
     return (float(low), float(high))
 
 
+def numbered(units: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
+    """Return the unit of each of n images, int64 of shape (n,), numbered from 0 without a gap."""
+    return np.arange(n) if units is None else np.unique(units, return_inverse=True)[1].reshape(-1)
+
+
+def unit_size(units: NDArray[np.int64] | None) -> float:
+    """Return the size of the unit of a random image: the most that images which say the same can cost."""
+    if units is None or not len(units):
+        return 1.0
+    return float(np.sum(np.unique(units, return_counts=True)[1] ** 2) / len(units))
+
+
 def effective_size(values: NDArray[np.floating] | NDArray[np.bool_], units: NDArray[np.int64] | None) -> float:
     """Return how many independent images would tell the mean of the values as well as these do.
 
@@ -59,24 +71,28 @@ def effective_size(values: NDArray[np.floating] | NDArray[np.bool_], units: NDAr
     leaving out a unit at a time. Not less than 1, and not more than where all images of a unit say the same; that much where the
     values do not vary at all.
 
-    values : ndarray of shape (n,); units : ndarray of shape (n,), int64, numbered from 0, or None
+    values : ndarray of shape (n,); units : ndarray of shape (n,), int64, or None where each image is its own
     """
     n = len(values)
     if units is None:
         return float(n)
-    sizes, centred = np.bincount(units), np.asarray(values, dtype=np.float64) - np.mean(values)
-    largest, m, squares = float(np.sum(sizes**2) / n), len(sizes), float(np.sum(centred**2))
+    place, largest, centred = (
+        numbered(units, n),
+        unit_size(units),
+        np.asarray(values, dtype=np.float64) - np.mean(values),
+    )
+    sizes, squares = np.bincount(place), float(np.sum(centred**2))
+    m = len(sizes)
     if m < 2 or squares == 0.0:
         return n / largest
-    left_out = np.bincount(units, centred) / (1 - sizes / n)
+    left_out = np.bincount(place, centred) / (1 - sizes / n)
     effect = (m - 1) / m * float(np.sum(left_out**2)) / squares
     return n / min(max(effect, 1.0), largest)
 
 
 def freedom(units: NDArray[np.int64]) -> float:
     """Return the degrees of freedom of a variance between units: as of so many equally large ones, less 1."""
-    sizes = np.bincount(units)
-    return max(float(sizes.sum() ** 2 / np.sum(sizes**2)) - 1, 1.0)
+    return max(len(units) / unit_size(units) - 1, 1.0)
 
 
 def critical(units: NDArray[np.int64] | None) -> float:

@@ -81,23 +81,6 @@ def stratified_order(y: NDArray[np.generic], seed: int) -> NDArray[np.intp]:
     return np.argsort(keys, kind="stable")
 
 
-def measure_curve(
-    build: Callable[[int], Any],
-    train: tuple[NDArray[np.floating], NDArray[np.generic]],
-    test: tuple[NDArray[np.floating], NDArray[np.generic]],
-    sizes: Sequence[int],
-    seeds: Sequence[int],
-) -> LearningCurve:
-    """Fit a cheap head on growing parts of cached features and score it on fixed rows.
-
-    build : seed -> unfitted scikit-learn estimator; train, test : (X, y). Every seed draws its own nested, stratified
-    parts. Rows of `test` must play no part in training.
-    """
-    scores = np.stack([curve_scores(build, train, test, sizes, seed) for seed in seeds], axis=1)
-    kept = [(size, row[np.isfinite(row)]) for size, row in zip(sizes, scores, strict=True) if np.isfinite(row).any()]
-    return curve_from_scores([size for size, _ in kept], [row for _, row in kept], seeds[0] if seeds else 0)
-
-
 def curve_scores(
     build: Callable[[int], Any],
     train: tuple[NDArray[np.floating], NDArray[np.generic]],
@@ -105,7 +88,11 @@ def curve_scores(
     sizes: Sequence[int],
     seed: int,
 ) -> NDArray[np.float64]:
-    """Return the accuracy of one draw at every size: shape (n_sizes,); NaN where a part has one class only."""
+    """Fit a cheap head on growing parts of cached features; return its accuracy on fixed rows, one draw at every size.
+
+    build : seed -> unfitted scikit-learn estimator; train, test : (X, y). Every seed draws its own nested, stratified
+    parts. Rows of `test` must play no part in training. Returns shape (n_sizes,); NaN where a part has one class only.
+    """
     (X, y), (X_test, y_test) = train, test
     order = stratified_order(y, seed)
     scores = np.full(len(sizes), np.nan)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluation.intervals import Interval
-from pipeline.evaluation.metric import ACCURACY, Answers, Metric, Together
+from pipeline.evaluation.metric import ACCURACY, Metric, drawn, rescored
+from pipeline.evaluation.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,17 @@ class Optimism:
 
 
 def selection_optimism(
-    columns: Sequence[Answers], seed: int, resamples: int = 1000, metric: Metric = ACCURACY
+    columns: Sequence[Predictions], seed: int, resamples: int = 1000, metric: Metric = ACCURACY
 ) -> Optimism:
     """Estimate the optimism of taking the head with the highest score; answers out of fold, to the same images.
 
     Each bootstrap sample of the units picks its own best head and judges it on the images it did not draw.
     """
-    heads = Together(metric, tuple(columns))
-    scores: list[float] = []
-    for counts in heads.resamples(seed, resamples):
+    weighted, scores = rescored(metric, columns), list[float]()
+    for counts in drawn(int(columns[0].unit_numbers.max()) + 1, seed, metric.draws(resamples)):
         left_out = (counts == 0).astype(np.int64)
-        picked = np.argmax(heads.weighted(counts), axis=1)
-        judged = heads.weighted(left_out)[np.arange(len(counts)), picked]
+        picked = np.argmax(weighted(counts), axis=1)
+        judged = weighted(left_out)[np.arange(len(counts)), picked]
         scores += judged[left_out.any(axis=1)].tolist()
     low, high = np.quantile(scores, [0.025, 0.975])
     apparent = max(metric.score(column) for column in columns)

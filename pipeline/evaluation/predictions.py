@@ -1,4 +1,4 @@
-"""What one head said about every image: the rows from which heads are compared, calibrated and looked at.
+"""What a head said of images: one record, of test images and of held-out ones alike, and its way through a file.
 
 Stage two writes one `predictions.npz` into each bundle's folder, with a part for the test images and a part for the
 training images as predicted out of fold (each by a model that did not see it).
@@ -7,14 +7,19 @@ training images as predicted out of fold (each by a model that did not see it).
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import BundleError, first_line
+from pipeline.evaluation.intervals import numbered
 from pipeline.experiment import PREDICTIONS, bundle_file, parse_arrays
+
+ScoreKind = Literal["probability", "decision"]
 
 READABLE = (1, PREDICTIONS.version)
 """Version 1 has no units, and of the searched probabilities those of the true classes only, which are left out."""
@@ -22,53 +27,101 @@ FILE_NAME = "predictions.npz"
 
 
 @dataclass(frozen=True)
-class PredictionSet:
-    """Predictions of n images: `paths`, `y_true`, `y_pred` of shape (n,), str.
+class Predictions:
+    """What one head said of n images; columns that nothing asks for are None.
 
-    probabilities : ndarray of shape (n, n_classes), float32, columns in the order of the classes; None without any.
-    folds : ndarray of shape (n,), int64: the fold in which a row was held out; None for the test images.
-    searched : ndarray of shape (n, n_classes), float32: the head's own probabilities before calibration, as a search judges
-        them; None where the score that was tuned looks at labels.
-    units : ndarray of shape (n,), int64: images that are not independent, of one group or copies, share a number; None when
-        all are.
+    y_true, y_pred : ndarray of shape (n,), int64: places in `classes`, the same for all heads that are compared
+    probabilities : ndarray of shape (n, n_classes), columns in the order of the classes; None where a head gives none
+    units : ndarray of shape (n,), int64: images that are not independent, of one group or copies, share a number; None
+        when all are
+    paths : ndarray of shape (n,), str
+    folds : ndarray of shape (n,), int64: the fold in which a row was held out; None for the test images
+    scores, kind : ndarray of shape (n, n_classes): the head's own probabilities or decision values before calibration, as a
+        search judges them, and which of the two; a file has them only where probabilities were tuned
+    classes : the names of the classes, () where nobody needs names
     """
 
-    paths: NDArray[np.str_]
-    y_true: NDArray[np.str_]
-    y_pred: NDArray[np.str_]
-    probabilities: NDArray[np.float32] | None = None
-    folds: NDArray[np.int64] | None = None
-    searched: NDArray[np.float32] | None = None
+    y_true: NDArray[np.int64]
+    y_pred: NDArray[np.int64]
+    probabilities: NDArray[np.floating] | None = None
     units: NDArray[np.int64] | None = None
+    paths: NDArray[Any] | None = None
+    folds: NDArray[np.int64] | None = None
+    scores: NDArray[np.floating] | None = None
+    kind: ScoreKind | None = None
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("paths", "y_true", "y_pred"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name)).astype(str))
-        for name, kind in (
-            ("probabilities", np.float32),
-            ("searched", np.float32),
-            ("folds", np.int64),
-            ("units", np.int64),
-        ):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=kind))
-        lengths = {name: len(part) for name, part in vars(self).items() if part is not None}
+        lengths = {name: len(part) for name, part in self.columns().items()}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"a prediction set needs one row per image in every part, got {lengths}")
+            raise ValueError(f"predictions need one row per image in every part, got {lengths}")
+
+    @staticmethod
+    def of(y_true: ArrayLike, y_pred: ArrayLike, classes: Sequence[str], **more: Any) -> Predictions:
+        """Return predictions given as names of classes, each of shape (n,); ValueError for a name that is no class."""
+        truth, guess = (class_columns(labels, classes) for labels in (y_true, y_pred))
+        if min(truth.min(initial=0), guess.min(initial=0)) < 0:
+            raise ValueError(f"a label is none of the classes {', '.join(classes)}")
+        return Predictions(truth, guess, classes=tuple(classes), **more)
+
+    def __len__(self) -> int:
+        return len(self.y_true)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Return the columns that there are, by name, each with n rows."""
+        return {name: part for name, part in vars(self).items() if part is not None and name not in ("kind", "classes")}
+
+    def rows(self, which: NDArray[Any]) -> Predictions:
+        """Return those of some of the images, given by number or by a mask."""
+        return replace(self, **{name: part[which] for name, part in self.columns().items()})
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Which rows were labelled right: shape (n,)."""
+        """Which images were labelled right: shape (n,)."""
         return np.equal(self.y_true, self.y_pred)
+
+    @property
+    def unit_numbers(self) -> NDArray[np.int64]:
+        """The unit of each image, numbered from 0 without a gap: shape (n,)."""
+        return numbered(self.units, len(self))
+
+    @property
+    def labels(self) -> NDArray[np.str_]:
+        """The names of the true classes: shape (n,)."""
+        return np.asarray(self.classes)[self.y_true]
+
+    @property
+    def predicted(self) -> NDArray[np.str_]:
+        """The names of the predicted classes: shape (n,)."""
+        return np.asarray(self.classes)[self.y_pred]
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Return the predictions of several sets of images as one set, with the columns that all of them have."""
+    columns = {name: [getattr(part, name) for part in parts] for name in parts[0].columns()}
+    whole = {
+        name: None if any(part is None for part in found) else np.concatenate(found) for name, found in columns.items()
+    }
+    return replace(parts[0], **whole)  # type: ignore[arg-type]
+
+
+def class_columns(labels: ArrayLike, classes: Sequence[str]) -> NDArray[np.int64]:
+    """Return each label's place in `classes`, -1 where it is not there: shape (n,)."""
+    place = {label: column for column, label in enumerate(classes)}
+    return np.array([place.get(label, -1) for label in np.asarray(labels).astype(str).tolist()], dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """One head's predictions on the test images and, out of fold, on the training images."""
+class HeadPredictions:
+    """One head's predictions on the test images and, out of fold, on the training images: what a `predictions.npz` holds."""
 
-    classes: tuple[str, ...]
-    test: PredictionSet
-    out_of_fold: PredictionSet | None = None
+    test: Predictions
+    out_of_fold: Predictions | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.test.classes
 
     def to_bytes(self) -> bytes:
         """Return the content of a `predictions.npz`; the same predictions give the same bytes."""
@@ -78,15 +131,16 @@ class Predictions:
             "classes": np.array(self.classes, dtype=str),
         }
         for part, rows in (("test", self.test), ("out_of_fold", self.out_of_fold)):
-            for name, values in vars(rows).items() if rows is not None else ():
-                if values is not None:
-                    arrays[f"{part}_{name}"] = values
+            if rows is not None:
+                found = {**rows.columns(), "y_true": rows.labels, "y_pred": rows.predicted}
+                found |= {} if rows.scores is None else {"searched": rows.scores}
+                arrays |= {f"{part}_{name}": found[name].astype(kind) for name, kind in STORED.items() if name in found}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
 
     @staticmethod
-    def read(path: Path) -> Predictions:
+    def read(path: Path) -> HeadPredictions:
         """Read a `predictions.npz`.
 
         Raises
@@ -104,16 +158,29 @@ class Predictions:
                 f"{path}: found {found[0]!r} version {found[1]}, expected {PREDICTIONS.format!r} version {PREDICTIONS.version}; "
                 f"{PREDICTIONS.again}"
             )
-
-        def part(name: str) -> PredictionSet | None:
-            own = {key.removeprefix(f"{name}_"): value for key, value in arrays.items() if key.startswith(f"{name}_")}
-            own.pop("log_probabilities", None)
-            return PredictionSet(**own) if own else None
-
         try:
-            test, classes = part("test"), tuple(arrays["classes"].astype(str).tolist())
+            test = _part(arrays, "test")
             if test is not None:
-                return Predictions(classes, test, part("out_of_fold"))
+                return HeadPredictions(test, _part(arrays, "out_of_fold"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PREDICTIONS.damaged(path, first_line(error)) from None
         raise BundleError(f"{path}: holds no test predictions; {PREDICTIONS.again}")
+
+
+STORED = {
+    "paths": str, "y_true": str, "y_pred": str, "probabilities": np.float32, "folds": np.int64, "searched": np.float32,
+    "units": np.int64,
+}  # fmt: skip
+"""The columns of a file, in its order, and their types; classes by name."""
+
+
+def _part(arrays: Mapping[str, NDArray[Any]], name: str) -> Predictions | None:
+    own: dict[str, Any] = {
+        key: arrays[f"{name}_{key}"].astype(kind) for key, kind in STORED.items() if f"{name}_{key}" in arrays
+    }
+    if not own:
+        return None
+    truth, guess, paths = (own.pop(key) for key in ("y_true", "y_pred", "paths"))
+    if "searched" in own:
+        own |= {"scores": own.pop("searched"), "kind": "probability"}
+    return Predictions.of(truth, guess, arrays["classes"].astype(str).tolist(), paths=paths, **own)

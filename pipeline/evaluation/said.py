@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluation.calibration import scores_as_columns
-
-ScoreKind = Literal["probability", "decision"]
+from pipeline.evaluation.predictions import ScoreKind
 
 
 def said(

@@ -7,18 +7,18 @@ independent count for as many as they are worth. `per_class` and `confusion_matr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.metrics import precision_recall_fscore_support
 
 from pipeline.evaluation.intervals import Interval, critical, effective_size, share_interval, wilson
-from pipeline.evaluation.metric import ACCURACY, METRICS, Answers, Metric, Together, numbered, per_unit
+from pipeline.evaluation.metric import ACCURACY, METRICS, Metric, drawn, rescored, unit_sums
+from pipeline.evaluation.predictions import Predictions
 
 RESAMPLES = 1000
 
@@ -67,40 +67,27 @@ class ClassScores:
     f1: float
 
 
-def scores(
-    y_true: ArrayLike,
-    y_pred: ArrayLike,
-    probabilities: NDArray[np.floating] | None,
-    classes: Sequence[str],
-    seed: int = 0,
-    units: NDArray[np.int64] | None = None,
-    metric: Metric = ACCURACY,
-) -> Scores:
-    """Score predictions of shape (n,) against the truth.
+def scores(predictions: Predictions, seed: int = 0, metric: Metric = ACCURACY) -> Scores:
+    """Score predictions of n images, at least 1; metric : the score of the search.
 
-    probabilities : ndarray of shape (n, n_classes), columns in the order of `classes`; None where the head has none.
-    units : ndarray of shape (n,), int64: images that are not independent share a number; None when all are.
-    metric : the score of the search. Balanced accuracy is the mean recall of the classes that occur in the truth; macro F1 the
-    mean over classes that occur in either. A true label outside `classes` counts as wrong, with the smallest probability.
+    Balanced accuracy is the mean recall of the classes that occur in the truth; macro F1 the mean over classes that occur in
+    either.
     """
-    truth, guess = np.asarray(y_true).astype(str), np.asarray(y_pred).astype(str)
-    if len(truth) != len(guess) or not len(truth):
-        raise ValueError(
-            f"{len(truth)} true labels and {len(guess)} predicted ones; both need the same number, at least 1"
-        )
-    answers = answers_of(truth, guess, probabilities, classes, units)
     macro: dict[str, Any] = {}
     for name in ("balanced_accuracy", "macro_f1"):
-        macro |= {name: METRICS[name].score(answers), f"{name}_interval": _class_mean_interval(METRICS[name], answers)}
-    loss, loss_interval = (None, None) if probabilities is None else _mean_interval(METRICS["log_loss"], answers)
-    tuned, tuned_interval = None, None
-    if metric.name not in Scores.__dataclass_fields__ and probabilities is not None:
-        tuned, tuned_interval = _resampled(metric, answers, seed)
+        row = METRICS[name]
+        macro |= {name: row.score(predictions), f"{name}_interval": _class_mean_interval(row, predictions)}
+    loss, loss_interval, tuned, tuned_interval = None, None, None, None
+    if predictions.probabilities is not None:
+        loss, loss_interval = _mean_interval(METRICS["log_loss"], predictions)
+        if metric.name not in Scores.__dataclass_fields__:
+            tuned, tuned_interval = _resampled(metric, predictions, seed)
+    units = predictions.units
     return Scores(
-        n=len(truth),
-        correct=int(answers.correct.sum()),
-        accuracy=float(answers.correct.mean()),
-        interval=share_interval(answers.correct, answers.units),
+        n=len(predictions),
+        correct=int(predictions.correct.sum()),
+        accuracy=float(predictions.correct.mean()),
+        interval=share_interval(predictions.correct, units),
         **macro,
         log_loss=loss,
         log_loss_interval=loss_interval,
@@ -110,56 +97,37 @@ def scores(
     )
 
 
-def answers_of(
-    y_true: ArrayLike,
-    y_pred: ArrayLike,
-    probabilities: NDArray[np.floating] | None,
-    classes: Sequence[str],
-    units: NDArray[np.int64] | None = None,
-) -> Answers:
-    """Return labels as the codes that metrics work on; labels outside `classes` come after them, with probability 0."""
-    known = set(classes)
-    names = (
-        *classes,
-        *sorted({*np.asarray(y_true).astype(str).tolist(), *np.asarray(y_pred).astype(str).tolist()} - known),
-    )
-    if probabilities is not None and len(names) > probabilities.shape[1]:
-        probabilities = np.pad(probabilities, ((0, 0), (0, len(names) - probabilities.shape[1])))
-    place = None if units is None else numbered(units, len(units))
-    return Answers(class_columns(y_true, names), class_columns(y_pred, names), probabilities, place)
-
-
-def _mean_interval(metric: Metric, answers: Answers) -> tuple[float, Interval]:
+def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
     """Return a loss that is a mean over images, with the normal interval."""
-    assert metric.shares is not None
-    losses = -per_unit(metric.shares(answers).contributions(), answers.units)
+    losses = -metric.contributions(predictions)
     mean = float(losses.mean())
-    half = critical(answers.units) * float(losses.std(ddof=1)) / np.sqrt(len(losses)) if len(losses) > 1 else np.inf
+    half = critical(predictions.units) * float(losses.std(ddof=1)) / np.sqrt(len(losses)) if len(losses) > 1 else np.inf
     return mean, (max(0.0, mean - half), mean + half)
 
 
-def _class_mean_interval(metric: Metric, answers: Answers) -> Interval:
+def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
     """Return the interval of a mean over classes of recalls or of F1, recovered from each class's own interval.
 
     The distances from a class's share to the ends of its interval stand for its standard error, and those of all classes are
     combined by the correlations between what the units add to them. A bootstrap of three images of a class knows no more than
-    these three. F1 is 2 J / (1 + J) for the share J of right answers among the images that are of the class or are called so.
+    these three. F1 is 2 J / (1 + J) for the share J of right ones among the images that are of the class or are called so.
     Source: Zou and Donner 2008 (variance estimates recovery).
     """
     assert metric.shares is not None
-    shares, f1 = metric.shares(answers), metric.name == "macro_f1"
-    above, below = (np.asarray(part.sum(axis=0)).reshape(-1) for part in (shares.above, shares.below))
+    shares, f1 = metric.shares(predictions), metric.name == "macro_f1"
+    width = shares.shape[1] // 2
+    above, below = np.split(shares.sum(axis=0), 2)
     present = np.flatnonzero(below)
-    share, z = above[present] / below[present], critical(answers.units)
+    share, z = above[present] / below[present], critical(predictions.units)
     ends = np.empty((len(present), 2))
     for row, code in enumerate(present):
-        rows = (answers.truth == code) | (f1 & (answers.guess == code))
-        within = None if answers.units is None else numbered(answers.units[rows], int(rows.sum()))
-        size = effective_size(answers.correct[rows], within)
-        ends[row] = wilson(float(answers.correct[rows].mean()) * size, size, z)
+        rows = (predictions.y_true == code) | (f1 & (predictions.y_pred == code))
+        within = None if predictions.units is None else predictions.units[rows]
+        size = effective_size(predictions.correct[rows], within)
+        ends[row] = wilson(float(predictions.correct[rows].mean()) * size, size, z)
     ends = 2 * ends / (1 + ends) if f1 else ends
-    influence = (shares.above[:, present] - shares.below[:, present] * share) / below[present]
-    added = sparse.csr_array(influence) if answers.units is None else _indicator(answers.units) @ influence
+    influence = (shares[:, present] - shares[:, width + present] * share) / below[present]
+    added = unit_sums(sparse.csr_array(influence), predictions.units)
     spread = np.sqrt(np.asarray(added.multiply(added).sum(axis=0)).reshape(-1))
     known = spread > 0
 
@@ -171,48 +139,31 @@ def _class_mean_interval(metric: Metric, answers: Answers) -> Interval:
     return max(0.0, mean - half(share - ends[:, 0])), min(1.0, mean + half(ends[:, 1] - share))
 
 
-def _indicator(units: NDArray[np.int64]) -> sparse.csr_array:
-    return sparse.csr_array((np.ones(len(units)), (units, np.arange(len(units)))))
-
-
-def _resampled(metric: Metric, answers: Answers, seed: int) -> tuple[float, Interval]:
+def _resampled(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
     """Return any score as users know it, with the percentile interval of the bootstrap over units."""
     sign = 1.0 if metric.higher_is_better else -1.0
-    one = Together(metric, (answers,))
-    draws = sign * np.concatenate([one.weighted(counts) for counts in one.resamples(seed, RESAMPLES)])[:, 0]
+    weighted, m = rescored(metric, [predictions]), int(predictions.unit_numbers.max()) + 1
+    draws = sign * np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(RESAMPLES))])[:, 0]
     low, high = np.quantile(draws, [0.025, 0.975])
-    return sign * metric.score(answers), (float(low), float(high))
+    return sign * metric.score(predictions), (float(low), float(high))
 
 
-def class_columns(labels: ArrayLike, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return each label's place in `classes`, -1 where it is not there: shape (n,)."""
-    place = {label: column for column, label in enumerate(classes)}
-    return np.array([place.get(label, -1) for label in np.asarray(labels).astype(str)], dtype=np.int64)
-
-
-def confusion_matrix(y_true: ArrayLike, y_pred: ArrayLike, classes: Sequence[str]) -> NDArray[np.int64]:
+def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
     """Count images by true class (row) and predicted class (column): shape (n_classes, n_classes)."""
-    rows, columns = class_columns(y_true, classes), class_columns(y_pred, classes)
-    known = (rows >= 0) & (columns >= 0)
-    if not known.any():  # which scikit-learn refuses
-        return np.zeros((len(classes), len(classes)), dtype=np.int64)
-    return np.asarray(count_pairs(rows[known], columns[known], labels=np.arange(len(classes))), dtype=np.int64)
+    codes = np.arange(len(predictions.classes))
+    return np.asarray(count_pairs(predictions.y_true, predictions.y_pred, labels=codes), dtype=np.int64)
 
 
-def per_class(
-    y_true: ArrayLike, y_pred: ArrayLike, classes: Sequence[str], units: NDArray[np.int64] | None = None
-) -> tuple[ClassScores, ...]:
-    """Return precision, recall and F1 of every class, in the order of `classes`; an undefined share is 0.
-
-    units : ndarray of shape (n,), int64: images that are not independent share a number; None when all are.
-    """
-    truth, guess = np.asarray(y_true).astype(str), np.asarray(y_pred).astype(str)
-    found = precision_recall_fscore_support(truth, guess, labels=list(classes), zero_division=0.0)
+def per_class(predictions: Predictions) -> tuple[ClassScores, ...]:
+    """Return precision, recall and F1 of every class, in their order; an undefined share is 0."""
+    truth, guess, units = predictions.y_true, predictions.y_pred, predictions.units
+    codes = np.arange(len(predictions.classes))
+    found = precision_recall_fscore_support(truth, guess, labels=codes, zero_division=0.0)
     made = []
-    for label, precision, recall, f1, support in zip(classes, *found, strict=True):
-        rows = truth == label
-        within = None if units is None else numbered(units[rows], int(support))
-        interval = share_interval(guess[rows] == label, within) if support else (0.0, 1.0)
-        predicted = int(np.sum(guess == label))
+    for code, precision, recall, f1, support in zip(codes, *found, strict=True):
+        rows = truth == code
+        within = None if units is None else units[rows]
+        interval = share_interval(guess[rows] == code, within) if support else (0.0, 1.0)
+        label, predicted = predictions.classes[code], int(np.sum(guess == code))
         made.append(ClassScores(label, int(support), predicted, float(precision), float(recall), interval, float(f1)))
     return tuple(made)

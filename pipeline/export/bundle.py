@@ -23,6 +23,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.targets import Classification, Target
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import Calibrator, scores_as_columns
 from pipeline.evaluation.said import said
@@ -72,6 +73,11 @@ class ModelBundle:
     provenance: Mapping[str, Any]
     calibrator: Calibrator | None = None
 
+    @property
+    def target(self) -> Target:
+        """What is said of an image."""
+        return Classification(self.classes)
+
     def predict(self, X: NDArray[np.float32]) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
         """Label n vectors.
 
@@ -103,7 +109,11 @@ class ModelBundle:
 
 
 def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
-    """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities."""
+    """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities.
+
+    raw : ndarray of shape (n,), two classes' decision values, or (n, n_classes), floating
+    Returns an ndarray of shape (n, n_classes), float64.
+    """
     if kind == "probability":
         clipped: NDArray[np.float64] = np.clip(raw, SMALLEST_PROBABILITY, 1.0).astype(np.float64)
         return np.log(clipped)

@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.ensemble._bagging import BaseBagging
 from sklearn.ensemble._forest import BaseForest
 from sklearn.ensemble._gb import BaseGradientBoosting
-from sklearn.ensemble._hist_gradient_boosting.gradient_boosting import BaseHistGradientBoosting
 from sklearn.ensemble._hist_gradient_boosting.predictor import TreePredictor
 from sklearn.neighbors import BallTree, KDTree
 from sklearn.neighbors._base import NeighborsBase
@@ -75,23 +73,19 @@ def _require(condition: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
-def _check_children(
-    left: NDArray[Any], right: NDArray[Any], leaf: NDArray[np.bool_], features: NDArray[Any], dim: int
-) -> None:
-    """See that children come after their node, so that every walk ends, and that nodes ask for features that exist."""
-    node = np.arange(len(left))[~leaf]
-    for children in (left[~leaf].astype(np.int64), right[~leaf].astype(np.int64)):
-        _require(bool(((children > node) & (children < len(left))).all()), "a node of a tree has a child that is none")
-    asked = features[~leaf].astype(np.int64)
-    _require(bool(((asked >= 0) & (asked < dim)).all()), "a node of a tree asks for a feature that does not exist")
-
-
 def _check_tree(tree: Tree) -> None:
+    """See that children come after their node, so that every walk ends, and that nodes ask for features that exist."""
     _require(0 < tree.node_count <= tree.capacity, "a tree says it has other nodes than it has")
     nodes = tree.__getstate__()["nodes"]
     leaf = nodes["left_child"] == -1
     _require(bool((nodes["right_child"][leaf] == -1).all()), "a leaf of a tree has a child")
-    _check_children(nodes["left_child"], nodes["right_child"], leaf, nodes["feature"], tree.n_features)
+    node = np.arange(len(nodes))[~leaf]
+    for side in ("left_child", "right_child"):
+        children = nodes[side][~leaf].astype(np.int64)
+        _require(bool(((children > node) & (children < len(nodes))).all()), "a node of a tree has a child that is none")
+    asked = nodes["feature"][~leaf].astype(np.int64)
+    inside = bool(((asked >= 0) & (asked < tree.n_features)).all())
+    _require(inside, "a node of a tree asks for a feature that does not exist")
 
 
 def _check_decision_tree(owner: BaseDecisionTree) -> None:
@@ -99,22 +93,6 @@ def _check_decision_tree(owner: BaseDecisionTree) -> None:
     if tree is not None:
         _require(isinstance(tree, Tree), "a decision tree holds no tree")
         _require(tree.n_features == owner.n_features_in_, "a tree is for other features than its owner")
-
-
-def _check_predictor(tree: TreePredictor) -> None:
-    nodes, sets = tree.nodes, (tree.binned_left_cat_bitsets, tree.raw_left_cat_bitsets)
-    leaf = nodes["is_leaf"] != 0
-    _require(len(nodes) > 0, "a tree has no nodes")
-    _check_children(nodes["left"], nodes["right"], leaf, nodes["feature_idx"], 1 << 31)
-    chosen = nodes["bitset_idx"][~leaf & (nodes["is_categorical"] != 0)]
-    _require(all(bool((chosen < len(each)).all()) for each in sets), "a node of a tree names a set that does not exist")
-
-
-def _check_boosting(owner: BaseHistGradientBoosting) -> None:
-    """Also that features exist: a `TreePredictor` does not know how many there are."""
-    for tree in (each for each in _parts(getattr(owner, "_predictors", ())) if isinstance(each, TreePredictor)):
-        asked = tree.nodes["feature_idx"]
-        _require(bool((asked < owner.n_features_in_).all()), "a node of a tree asks for a feature that does not exist")
 
 
 def _rebuilt(tree: KDTree | BallTree) -> KDTree | BallTree:
@@ -126,9 +104,9 @@ def _rebuilt(tree: KDTree | BallTree) -> KDTree | BallTree:
     return type(tree)(data, leaf_size=leaf_size, metric=metric)
 
 
-def _refuse_loose(tree: KDTree | BallTree) -> None:
-    """Only that of neighbours is built again; whoever else has one would search what the file says."""
-    raise ValueError(f"it holds a {type(tree).__name__} outside of a search for neighbours")
+def _refuse(part: Any) -> None:
+    """Search trees outside of neighbours, which alone build theirs again, and trees of histograms, which skops does not trust."""
+    raise ValueError(f"it holds a {type(part).__name__} that compiled code would follow blindly")
 
 
 def _check_neighbours(owner: NeighborsBase) -> None:
@@ -177,13 +155,12 @@ def _check_ensemble(owner: Any) -> None:
 CHECKS: tuple[tuple[Any, Callable[[Any], None]], ...] = (
     (Tree, _check_tree),
     (BaseDecisionTree, _check_decision_tree),
-    (TreePredictor, _check_predictor),
-    (BaseHistGradientBoosting, _check_boosting),
     (BaseForest, _check_ensemble),
     (BaseGradientBoosting, _check_ensemble),
     (BaseBagging, _check_ensemble),
-    (KDTree, _refuse_loose),
-    (BallTree, _refuse_loose),
+    (KDTree, _refuse),
+    (BallTree, _refuse),
+    (TreePredictor, _refuse),
     (NeighborsBase, _check_neighbours),
     (BaseLibSVM, _check_libsvm),
 )

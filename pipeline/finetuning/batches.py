@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config import TrainingConfig
+from pipeline.config import FinetuneConfig
 from pipeline.io.vision import torchvision
+
+SMALLEST_CROP = 0.5
+"""Of an image's area."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,13 @@ def to_float(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) ->
     return ((pixels.float() - shift) * scale).permute(0, 3, 1, 2)
 
 
-def augmented(pixels: NDArray[np.uint8], settings: TrainingConfig, device: torch.device, data: Data) -> Tensor:
+def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch.device, data: Data) -> Tensor:
     """Return the training view of images, uint8 (n, h, w, 3): float32 (n, 3, h, w), from torch's global random state."""
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
     if settings.augment != "none":
         v2 = _transforms()
         flip = v2.RandomHorizontalFlip()
-        crop = v2.RandomResizedCrop(pixels.shape[1:3], scale=(settings.smallest_crop, 1.0))
+        crop = v2.RandomResizedCrop(pixels.shape[1:3], scale=(SMALLEST_CROP, 1.0))
         change = v2.Compose(
             {"flip": [flip], "crop": [crop, flip], "trivial": [v2.TrivialAugmentWide(), crop, flip]}[settings.augment]
         )
@@ -78,7 +81,7 @@ def augmented(pixels: NDArray[np.uint8], settings: TrainingConfig, device: torch
     return to_float(images.permute(0, 2, 3, 1), data.mean, data.std).contiguous(memory_format=torch.channels_last)
 
 
-def mixed(images: Tensor, labels: Tensor, settings: TrainingConfig, classes: int) -> tuple[Tensor, Tensor]:
+def mixed(images: Tensor, labels: Tensor, settings: FinetuneConfig, classes: int) -> tuple[Tensor, Tensor]:
     """Apply mixup to a batch, float32 (n, 3, h, w), with labels, int64 (n,), which become probabilities, float32 (n, classes)."""
     if settings.mixup == 0:
         return images, labels

@@ -46,7 +46,7 @@ def tensorboard(folder: Path | None) -> Iterator[Callable[[Mapping[str, float]],
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise TrainingError(
-            "training.tensorboard: the package is not installed; run `pip install tensorboard` or set it to false"
+            "finetune.tensorboard: the package is not installed; run `pip install tensorboard` or set it to false"
         ) from None
     with SummaryWriter(str(folder)) as board:
 

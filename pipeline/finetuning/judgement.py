@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.embed.records import read_records
-from pipeline.evaluation import ACCURACY, Answers, Paired, counted, paired_answers
+from pipeline.evaluation import ACCURACY, Paired, Predictions, counted, paired_answers
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
@@ -70,7 +70,7 @@ def compared(tuned: NDArray[np.bool_], other: NDArray[np.bool_], units: NDArray[
     units : ndarray of shape (n,), int64: images of one group, or copies, share a number; None when all are independent
     """
     right = np.zeros(len(tuned), dtype=np.int64)
-    a, b = (Answers(right, np.where(correct, 0, 1), units=units) for correct in (tuned, other))
+    a, b = (Predictions(right, np.where(correct, 0, 1), units=units) for correct in (tuned, other))
     return paired_answers(ACCURACY, a, b, seed)
 
 
@@ -120,6 +120,6 @@ def _stage_two_correct(files: Artifacts, winner: LeaderboardRow, parts: Parts) -
     if record is None:  # a constant guess needs no features
         X: Features = np.zeros((len(parts.test), 1), dtype=np.float32)
     else:
-        X = StoredRows.of(FeatureStore.open(files.root / record.store, record.fingerprint), parts.test.digests)
+        X = StoredRows.of(FeatureStore.open(files.find_store(record.store), record.fingerprint), parts.test.digests)
     labels = np.concatenate([bundle.predict(block)[0] for _, block in blocks(X)])
     return np.asarray(labels == parts.test.labels, dtype=bool)

@@ -14,7 +14,7 @@ from pipeline import images
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage
 from pipeline.data.lineage import Lineage
-from pipeline.embed.loader import Feeder, Item
+from pipeline.embed.loader import Item, Loader
 from pipeline.embed.records import EmbeddingRecord, departures, read_asked_records, require_index, shared
 from pipeline.errors import ConfigError, PipelineError, TrainingError, first
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
@@ -75,24 +75,26 @@ def choose(config: Config, files: Artifacts) -> Choice:
     board = read_leaderboard(files.root)
     _require_of(board, config, files)
     require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    wanted = config.finetune
+    start = config.finetune.start
+    wanted, _, head = ("best/random" if start == "random" else start).partition("/")
+    head = head or "best"
     able = [row for row in board.rows if not row.baseline and row.embedding in records]
     names = sorted({row.embedding for row in able})
-    if wanted.embedding != "best":
-        able = [row for row in able if row.embedding == wanted.embedding]
+    if wanted != "best":
+        able = [row for row in able if row.embedding == wanted]
     if not able:
         raise TrainingError(
-            f"finetune.embedding: {wanted.embedding!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
+            f"finetune.start: {wanted!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
         )
     embedding = able[0].embedding
     linear = [row for row in able if row.embedding == embedding and row.head in LINEAR]
-    if wanted.head == "random":
+    if head == "random":
         return Choice(records[embedding], None, board.best, next(iter(linear), None))
-    if wanted.head != "best":
-        linear = [row for row in linear if row.head == wanted.head]
+    if head != "best":
+        linear = [row for row in linear if row.head == head]
     if not linear:
         raise TrainingError(
-            f"finetune.head: {embedding} has no linear head {wanted.head!r}; add one of {', '.join(LINEAR)} to heads: and run "
+            f"finetune.start: {embedding} has no linear head {head!r}; add one of {', '.join(LINEAR)} to heads: and run "
             "`manyheads heads`, or set it to random"
         )
     return Choice(records[embedding], linear[0], board.best, linear[0])
@@ -169,11 +171,11 @@ def read_pixels(
         else np.empty(shape, np.uint8)
     )
     items = (Item(row, str(path), index.digests[row].tobytes(), (0,)) for row, path in enumerate(index.paths))
-    feeder = Feeder(index.root, config.dataset.max_pixels, (preprocessing,), BATCH, os.cpu_count() or 1)
+    loader = Loader(index.root, config.dataset.max_pixels, (preprocessing,), BATCH, os.cpu_count() or 1)
     problems = []
     done = 0
     with progress.bar(len(index), "image", "reading") as bar:
-        for batch in feeder.batches(items):
+        for batch in loader.batches(items):
             count = len(batch.items)
             pixels[done : done + count] = batch.pixels[0][:count]
             problems += [

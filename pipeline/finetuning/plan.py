@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import UnfreezeConfig
 from pipeline.errors import TrainingError
 
 BatchNorm = Literal["frozen", "affine", "train"]
@@ -97,19 +96,19 @@ def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
     )
 
 
-def check_plan(plan: Sequence[UnfreezeConfig], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
-    """Return a plan as (share of the steps, lowest trained stage), each step opening at least what the one before did.
+def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
+    """Return a plan of (share of the steps, scope) as (share of the steps, lowest trained stage).
 
     Raises
     ------
     TrainingError
-        When the plan closes a stage again, or names one the network does not have.
+        When a step closes a stage that one before opened, or names one the network does not have.
     """
     problems: list[str] = []
     resolved: list[tuple[float, int]] = []
-    for number, step in enumerate(plan):
+    for number, (start, scope) in enumerate(plan):
         try:
-            resolved.append((step.start, resolve_scope(step.scope, stages)))
+            resolved.append((start, resolve_scope(scope, stages)))
         except TrainingError as error:
             problems.append(f"step {number + 1}: {error.message}")
     for (_, lowest), (start, below) in pairwise(resolved):

@@ -78,7 +78,7 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
     if off.max() > TOLERANCE:
         raise TrainingError(
             f"{record.name}: {int((off > TOLERANCE).sum())} of {len(rows)} stored vectors are not what enters the network's last layer; "
-            "heads on that layer alone can be handed over: set finetune.embedding to an embedding of the penultimate layer, or, if "
+            "heads on that layer alone can be handed over: set finetune.start to an embedding of the penultimate layer, or, if "
             "this is one, run `manyheads features` again"
         )
     return network
@@ -180,12 +180,12 @@ def make_task(config: Config, network: Network, layer: Layer, parts: Parts, fold
         When the plan cannot be followed or an image cannot be read.
     """
     device = resolve_device(config.extraction.device)
-    _, precision, reason = resolve_precision(config.finetune.training.precision, device)
-    settings = config.finetune.training
+    _, precision, reason = resolve_precision(config.extraction.precision, device)
+    settings = config.finetune
     steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
     put_head(network.module, layer)
     stages = stages_of(network.module, network.preprocessing.size[0])
-    plan = check_plan(config.finetune.unfreeze, stages)
+    plan = check_plan(settings.unfreeze, stages)
     log.info("training on %s in %s: %s", device, precision, reason)
     for stage in stages:
         log.info("  %-7s %s", stage.name, ", ".join(stage.modules))

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from pipeline.config import TrainingConfig
+from pipeline.config import FinetuneConfig
 from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data, Labelled, augmented, mixed, rows_at, to_float
 from pipeline.finetuning.plan import Stage, set_trainable, stage_of_parameters
 from pipeline.finetuning.weights import Score
 
 EVALUATIONS = 10
-"""How often a run is evaluated when the config leaves it open."""
+"""How often a run is evaluated."""
 BLOCK = 256
 """Images that are scored at a time."""
 
@@ -34,18 +34,18 @@ class Task:
     network: nn.Module
     stages: tuple[Stage, ...]
     plan: tuple[tuple[float, int], ...]
-    settings: TrainingConfig
+    settings: FinetuneConfig
     steps: int
     precision: str
     """`fp32`, `bf16` or `fp16`."""
     seed: int
     device: torch.device
+    evaluations: int = EVALUATIONS
 
     @property
     def evaluate_every(self) -> int:
         """Steps between two evaluations."""
-        every = self.settings.evaluate_every
-        return max(1, self.steps // EVALUATIONS) if every == "auto" else every
+        return max(1, self.steps // self.evaluations)
 
     @property
     def images_per_step(self) -> int:
@@ -119,11 +119,8 @@ def train_step(
         total += loss.item() / settings.accumulate
     if not np.isfinite(total):
         raise TrainingError(
-            f"training: the loss at step {step} is {total}; lower the rate ({settings.rate:g}) or use precision fp32"
+            f"training: the loss at step {step} is {total}; lower finetune.rate ({settings.rate:g}) or set extraction.precision to fp32"
         )
-    if settings.clip_norm is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(task.network.parameters(), settings.clip_norm)
     scaler.step(optimizer)
     scaler.update()
     return total
@@ -163,7 +160,7 @@ def _follow_plan(task: Task, step: int) -> None:
     set_trainable(task.network, task.stages, lowest, task.settings.batch_norm)
 
 
-def _class_weights(data: Data, settings: TrainingConfig, device: torch.device) -> Tensor | None:
+def _class_weights(data: Data, settings: FinetuneConfig, device: torch.device) -> Tensor | None:
     """Weights n / (classes * n_class), as scikit-learn's "balanced"."""
     if settings.class_weight is None:
         return None

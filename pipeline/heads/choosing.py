@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from sklearn.pipeline import Pipeline
 
-from pipeline.config import HeadConfig, Scalar, guess
+from pipeline.config import HeadConfig, Scalar, guess, unknown
 from pipeline.errors import HeadError
 from pipeline.heads.head import Head
 from pipeline.heads.own import load_own
@@ -31,9 +31,7 @@ def resolve(config: HeadConfig) -> Head:
         With one line for every problem of this head.
     """
     if ":" not in config.name and config.name not in HEADS:
-        raise HeadError(
-            f"unknown head {config.name!r}{guess(config.name, list(HEADS))}; allowed: {', '.join(HEADS)}, or package.module:ATTRIBUTE"
-        )
+        raise HeadError(unknown("head", config.name, tuple(HEADS), ", or package.module:ATTRIBUTE"))
     head = load_own(config.name) if ":" in config.name else HEADS[config.name]
     problems: list[str] = []
     space, defaults, fixed = dict(head.space), dict(head.defaults), dict(head.fixed)

@@ -36,6 +36,8 @@ class Head:
     linear: bool = False
     """Whether `linear_parts` can write the fitted head as one linear layer."""
     takes_class_weight: bool = False
+    targets: tuple[str, ...] = ("classification",)
+    """The kinds of target it serves, as `pipeline.data.targets` names them."""
     evaluator: Evaluator | None = None
     """How trials share work, such as that of another head; without one each fold is fitted from scratch."""
     fixed: Params = field(default_factory=dict)

@@ -56,7 +56,7 @@ def odd_transparency(data: bytes) -> tuple[int, ...] | None:
 
 
 def is_transparent(data: bytes, image: Image.Image, colour: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Return where a PNG, decoded as `image`, has its odd transparent colour: shape (height, width)."""
+    """Return where a PNG, decoded as `image`, has its odd transparent colour: bool of shape (height, width)."""
     values, bits = np.asarray(image), data[24]
     if bits < 16:
         return np.asarray(values == colour[0] * 255 // (2**bits - 1))

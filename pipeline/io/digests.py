@@ -64,8 +64,14 @@ def pack_digests(digests: Iterable[bytes]) -> Digests:
     return np.frombuffer(joined, dtype="<u8").reshape(-1, 2).copy()
 
 
+def digest_keys(digests: Digests) -> NDArray[np.void]:
+    """View n digests, shape (n, 2), as n single values that can be compared and sorted."""
+    keys: NDArray[np.void] = np.ascontiguousarray(digests, "<u8").reshape(-1, 2).view("V16").ravel()
+    return keys
+
+
 def digests_to_hex(digests: Digests) -> list[str]:
-    """Turn an array of shape (n, 2) into n hex texts of 32 characters."""
+    """Turn digests, uint64 of shape (n, 2), into n hex texts of 32 characters."""
     text = np.ascontiguousarray(digests, dtype="<u8").tobytes().hex()
     return [text[start : start + 2 * CONTENT_BYTES] for start in range(0, len(text), 2 * CONTENT_BYTES)]
 

@@ -21,13 +21,16 @@ LABEL = 18
 
 
 def most_confused(matrix: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Return the classes that are drawn, in their order: all, or those with most mistakes, either way round."""
+    """Return the classes that are drawn, int64 of shape (k,), in their order: all, or those with most mistakes, either way round.
+
+    matrix : ndarray of shape (n_classes, n_classes), int64, rows are the true classes
+    """
     wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
     return np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
 
 
 def left_out(matrix: NDArray[np.int64]) -> str:
-    """Return what a reader must know of a matrix too large to be drawn whole; nothing where it is whole."""
+    """Return what a reader must know of a matrix, int64 (n, n), too large to be drawn whole; nothing where it is whole."""
     kept = most_confused(matrix)
     if len(kept) == len(matrix):
         return ""
@@ -41,7 +44,7 @@ def left_out(matrix: NDArray[np.int64]) -> str:
 
 @chart
 def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, each row as shares of its true class; of many classes those with most mistakes."""
+    """Draw a confusion matrix, int64 (n, n), each row as shares of its true class; of many classes those with most mistakes."""
     kept = most_confused(matrix)
     cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
     shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)

@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pipeline
+from pipeline.data import DatasetIndex
 from pipeline.errors import PipelineError
+from pipeline.evaluation.audit import read_hashes
 from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.experiment import REPORT, Artifacts, read_document, write_document
-from pipeline.images import HASH_STORE
-from pipeline.io.digests import file_digest, fingerprint
+from pipeline.io.digests import bytes_digest, file_digest, fingerprint
 
 PAGE = "report.html"
 RECORD = "report.json"
@@ -50,7 +51,16 @@ def digest_inputs(output: Path) -> str:
     sources, root = [path for path in _sources(output, board) if path.is_file()], Path(pipeline.__file__).parent
     code = [path for kind in CODE for path in sorted(root.rglob(kind))]
     libraries = {name: version(name) for name in LIBRARIES}
-    return fingerprint([record, _digests(output, sources), _digests(root, code), libraries])
+    return fingerprint([record, _digests(output, sources), _digests(root, code), _hashes(output), libraries])
+
+
+def _hashes(output: Path) -> str | None:
+    """The digest of the perceptual hashes of this experiment's images; the store has others' as well."""
+    files = Artifacts(output)
+    try:
+        return bytes_digest(read_hashes(files, DatasetIndex.read(files.dataset).digests).tobytes())
+    except PipelineError:
+        return None
 
 
 def _digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -60,7 +70,7 @@ def _digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def _sources(output: Path, board: Leaderboard) -> Iterator[Path]:
     """The files beside the leaderboard that the page is made of; the features are named by their digest in features.json."""
     files = Artifacts(output)
-    yield from (files.features, *sorted(files.dataset.glob("*.csv")), *sorted((files.dataset / HASH_STORE).rglob("*")))
+    yield from (files.features, *sorted(files.dataset.glob("*.csv")))
     for row in board.rows:
         yield files.trials(row.embedding, row.head)
         if row.bundle is not None:

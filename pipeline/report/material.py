@@ -16,8 +16,8 @@ from pipeline.data import DatasetIndex
 from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
+    HeadPredictions,
     LearningCurve,
-    Predictions,
     audit,
     class_columns,
     curve_from_scores,
@@ -55,7 +55,7 @@ class Material:
 
     output: Path
     leaderboard: Leaderboard
-    predictions: Mapping[str, Predictions]
+    predictions: Mapping[str, HeadPredictions]
     trials: Mapping[str, Trials]
     index: DatasetIndex | None
     embedding: str | None
@@ -66,7 +66,7 @@ class Material:
     missing: tuple[str, ...]
 
     @property
-    def best(self) -> Predictions | None:
+    def best(self) -> HeadPredictions | None:
         """The best row's predictions."""
         return self.predictions.get(self.leaderboard.best.key)
 
@@ -98,7 +98,7 @@ def gather(output: Path) -> Material:
         view = _view(files, leaderboard, index, seed, missing)
     if view is not None:
         part, space, curve = view.images, _map(view, seed), _curve(view, seed)
-        hashes = audit.read_hashes(files.dataset, part.digests)
+        hashes = audit.read_hashes(files, part.digests)
         paths, labels, splits = (column.tolist() for column in (part.paths, part.labels, part.splits))
         findings = audit.examine(view.features, paths, labels, splits, hashes)
     findings = replace(findings, label_issues=_label_issues(leaderboard, predictions))
@@ -129,7 +129,7 @@ def _view(
         if record is None:
             missing.append("No embedding of the leaderboard has stored features, so there is no map.")
             return None
-        store, splits = FeatureStore.open(files.root / record.store, record.fingerprint), index.splits.astype(str)
+        store, splits = FeatureStore.open(files.find_store(record.store), record.fingerprint), index.splits.astype(str)
         # Copies that were excluded for a leak are known; they would be found again as duplicates.
         rows = known = np.flatnonzero(~store.missing(index.digests) & (splits != "excluded"))
         if len(known) > audit.MOST_IMAGES:
@@ -146,13 +146,13 @@ def _view(
     return None
 
 
-def _label_issues(leaderboard: Leaderboard, predictions: Mapping[str, Predictions]) -> audit.LabelIssues:
+def _label_issues(leaderboard: Leaderboard, predictions: Mapping[str, HeadPredictions]) -> audit.LabelIssues:
     """Ask the best row that has out-of-fold probabilities which labels it does not believe."""
     for found in (predictions[row.key] for row in leaderboard.rows if row.key in predictions):
         part = found.out_of_fold
         if part is not None and part.probabilities is not None:
-            y = class_columns(part.y_true, found.classes)
-            return audit.label_issues(part.probabilities, y, found.classes, part.paths.tolist())
+            paths = np.asarray(part.paths).tolist()
+            return audit.label_issues(part.probabilities, part.y_true, part.classes, paths)
     return audit.LabelIssues()
 
 

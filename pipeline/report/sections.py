@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.evaluation import (
     Calibration,
     Interval,
-    PredictionSet,
+    Predictions,
     class_columns,
     confusion_matrix,
     measure_calibration,
@@ -80,11 +80,11 @@ def charts_of(material: Material) -> dict[str, Chart]:
         }
         found["tuning"] = charts.tuning_chart(named, board.scoring)
     if best is not None:
-        matrix = confusion_matrix(best.test.y_true, best.test.y_pred, best.classes)
+        matrix = confusion_matrix(best.test)
         found["confusion"] = confusion.confusion_chart(matrix, best.classes)
-        on_test = _calibration(best.test, best.classes)
+        on_test = _calibration(best.test)
         if on_test is not None:
-            held_out = _calibration(best.out_of_fold, best.classes) if best.out_of_fold else None
+            held_out = _calibration(best.out_of_fold) if best.out_of_fold else None
             found["reliability"] = charts.reliability_chart(held_out, on_test)
     if material.curve is not None and len(material.curve.points) > 1:
         found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD.name)
@@ -105,7 +105,7 @@ def _searched(material: Material) -> list[tuple[LeaderboardRow, Trials]]:
 def _leaderboard(material: Material, drawn: Drawn) -> dict[str, Any]:
     board = material.leaderboard
     # What to use, ~ and ± are said above the table, where the page has a blue edge for the sign.
-    above = (*board.alerts(), "Use ", "~", "±")
+    above = ("Use ", "~", "±")
     asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in board.rows)]
     notes = [note for note in board.notes() if not note.startswith(above)]
     return {"notes": notes, "asked": asked, "ends": _ends(board)}
@@ -134,10 +134,10 @@ def _classes(material: Material, drawn: Drawn) -> dict[str, Any] | None:
     best = material.best
     if best is None:
         return None
-    rows = per_class(best.test.y_true, best.test.y_pred, best.classes, best.test.units)
+    rows = per_class(best.test)
     # A class that is neither among the test images nor among the answers has no F1, and is not the worst.
     worst = sorted(rows, key=lambda row: (not row.support + row.predicted, row.f1))[:WORST_CLASSES]
-    matrix = confusion_matrix(best.test.y_true, best.test.y_pred, best.classes)
+    matrix = confusion_matrix(best.test)
     return {
         "left_out": confusion.left_out(matrix),
         "rows": rows,
@@ -146,18 +146,15 @@ def _classes(material: Material, drawn: Drawn) -> dict[str, Any] | None:
     }
 
 
-def _calibration(part: PredictionSet, classes: tuple[str, ...]) -> Calibration | None:
-    if part.probabilities is None or len(classes) < 2:
+def _calibration(part: Predictions) -> Calibration | None:
+    if part.probabilities is None or len(part.classes) < 2:
         return None
-    y = class_columns(part.y_true, classes)
-    known = y >= 0
-    units = None if part.units is None else part.units[known]
-    return measure_calibration(part.probabilities[known], y[known], units=units) if known.any() else None
+    return measure_calibration(part.probabilities, part.y_true, units=part.units)
 
 
 def _reliability(material: Material, drawn: Drawn) -> dict[str, Any] | None:
     predicted = [(row, material.predictions.get(row.key)) for row in material.leaderboard.rows]
-    measured = [(row, _calibration(found.test, found.classes)) for row, found in predicted if found]
+    measured = [(row, _calibration(found.test)) for row, found in predicted if found]
     known = [(row, found) for row, found in measured if found]
     return {"measured": known} if "reliability" in drawn else None
 
@@ -191,14 +188,18 @@ def _mistakes(material: Material, drawn: Drawn) -> dict[str, Any] | None:
     if best is None:
         return None
     part, p = best.test, best.test.probabilities
-    wrong, sure, own = np.flatnonzero(~part.correct), np.ones(len(part.paths)), np.zeros(len(part.paths))
+    paths, wrong, sure, own = (
+        np.asarray(part.paths),
+        np.flatnonzero(~part.correct),
+        np.ones(len(part)),
+        np.zeros(len(part)),
+    )
     if p is not None:
-        y = class_columns(part.y_true, best.classes)
-        sure, own = p.max(axis=1), np.where(y >= 0, p[np.arange(len(y)), np.maximum(y, 0)], 0.0)
+        sure, own = p.max(axis=1), p[np.arange(len(part)), part.y_true].astype(np.float64)
     order = wrong[np.argsort(-(sure - own)[wrong], kind="stable")][:MOST_PICTURES]
-    columns = (part.paths, part.y_pred, part.y_true, sure)
+    columns = (paths, part.predicted, part.labels, sure)
     found = list(zip(*(column[order].tolist() for column in columns), strict=True))
-    pictures = gallery(material.index, part.paths[order].tolist())
+    pictures = gallery(material.index, paths[order].tolist())
     return {"found": found, "known": p is not None, "wrong": len(wrong), "total": len(sure), "pictures": pictures}
 
 

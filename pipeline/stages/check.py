@@ -9,7 +9,8 @@ from pathlib import Path
 from pipeline import data as dataset
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
-from pipeline.embed import networks as backbone
+from pipeline.embed.engines import require_arithmetic
+from pipeline.embed.installed import NO_DOWNLOAD, about_stand_in, stand_in
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
@@ -53,37 +54,42 @@ def _heads(config: Config) -> list[str]:
 
 
 def _backbones(config: Config) -> list[str]:
+    from pipeline.embed import weights  # loads torch
+
     problems: list[str] = []
     for section in config.backbones:
         try:
-            backbone.check(section)
+            weights.check(section)
         except PipelineError as error:
             problems += error.problems or [error.message]
     if problems:
         raise PipelineError("backbones", problems)
     return [
         f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}",
-        *dict.fromkeys(line for section in config.backbones for line in _download(section)),
+        *dict.fromkeys(line for section in config.backbones for line in _not_here(section)),
     ]
 
 
-def _download(section: BackboneConfig) -> list[str]:
-    """Say which weights the next command will fetch: where there is no network, this is the time to know."""
-    found = backbone.to_fetch(section)
+def _not_here(section: BackboneConfig) -> list[str]:
+    """Say which weights the next command will fetch or do without: where there is no network, this is the time to know."""
+    from pipeline.embed import weights
+
+    if stand_in(section) is not None:
+        return [f"warning: {about_stand_in(section)}"]
+    found = weights.to_fetch(section)
     if found is None:
         return []
-    url, folder, megabytes = found
-    size = f" ({megabytes:.0f} MB)" if megabytes else ""
+    size = f" ({found.megabytes:.0f} MB)" if found.megabytes else ""
     return [
-        f"note: {section.name} ({section.weights}) is not here yet: `features` fetches {url}{size} to {folder}; "
-        "weights: bundled, as in configs/bundled.yaml, needs no download"
+        f"note: {section.name} ({section.weights}) is not here yet: `features` fetches {found.url}{size} to {found.folder}; "
+        f"{NO_DOWNLOAD}"
     ]
 
 
 def _machine(config: Config) -> list[str]:
     """See that this machine has the devices and engines that the config insists on."""
     try:
-        backbone.require_arithmetic(config.extraction)
+        require_arithmetic(config.extraction)
     except PipelineError as error:
         problems = [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
         raise PipelineError("machine", problems) from None

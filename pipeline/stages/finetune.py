@@ -75,7 +75,7 @@ def run(config: Config) -> FinetuneRun:
     """
     files = Artifacts(config.output)
     choice = choose(config, files)
-    store = FeatureStore.open(files.root / choice.record.store, choice.record.fingerprint)
+    store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
     parent = lineage_of(choice.record)
     parts = divide(config, files, store, parent)
     lineage = parent.joined(parts.train.digests, parts.validation.digests)
@@ -130,6 +130,7 @@ def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> s
             "compared": [choice.winner.key, choice.frozen.key if choice.frozen else None],
             "finetune": config.finetune.model_dump(mode="json"),
             "device": config.extraction.device,
+            "precision": config.extraction.precision,
             "seed": config.seed,
         }
     )

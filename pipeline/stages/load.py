@@ -82,6 +82,7 @@ def load(path: str | Path, split: str | None = None, embedding: str | None = Non
 
     `split` : 'train', 'validation', 'test' or 'excluded'; all but the excluded images when not given.
     `embedding` : its name; may be left out where there is one backbone. Images without a vector are left out.
+    Returns X of shape (n, dim), float32 or float16, and y, paths and groups (or None) of shape (n,), object (str).
 
     Raises
     ------
@@ -94,7 +95,7 @@ def load(path: str | Path, split: str | None = None, embedding: str | None = Non
     if splits is None and split is not None:
         raise StoreError(f"{path}: was packed without splits; leave out `split`")
     if "labels" not in columns:
-        raise StoreError(f"{path}: was packed without labels; pack an experiment with 'manyheads pack'")
+        raise StoreError(f"{path}: was packed without labels; pack an experiment with 'manyheads store pack'")
     chosen = ~opened.missing(digests)
     if splits is not None:
         chosen &= splits != "excluded" if split is None else splits == split
@@ -124,4 +125,4 @@ def _experiment(
     columns = {"labels": index.labels, "splits": index.splits, "paths": index.paths}
     if index.groups is not None:
         columns["groups"] = index.groups
-    return index.digests, columns, store.FeatureStore.open(files.root / record.store, record.fingerprint)
+    return index.digests, columns, store.FeatureStore.open(files.find_store(record.store), record.fingerprint)

@@ -5,7 +5,6 @@ The store knows contents, the index knows images; here the two are joined, so th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from pipeline.data import DatasetIndex, failed_digests
 from pipeline.data.match import Texts
 from pipeline.data.statcache import CACHE_FILE
 from pipeline.embed import records as embedders
+from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import PipelineError, StoreError, first
@@ -29,6 +29,7 @@ from pipeline.experiment import (
     REPORT,
     SPECS,
     TRIALS,
+    USER,
     Artifacts,
     Kind,
     bundle_file,
@@ -38,9 +39,10 @@ from pipeline.experiment import (
     unsealed,
 )
 from pipeline.export import bundle as bundles
-from pipeline.images import policy_key
+from pipeline.images import HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.files import read_file
+from pipeline.stages.extract.stores import alone, contents_of_others, others, write_entry
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
@@ -53,7 +55,8 @@ SAME_COSINE = 0.9999
 class Check:
     """One store's verification: the files, and where asked a sample of images embedded anew."""
 
-    record: EmbeddingRecord
+    name: str
+    """The embedding's, or the packed file's."""
     report: store.VerifyReport
     damaged_images: tuple[str, ...]
     sampled: int = 0
@@ -67,23 +70,20 @@ class Check:
 
     def lines(self) -> Iterator[str]:
         """The outcome in plain lines."""
-        yield from _verify_lines(self.record.name, self.report, self.ok, self.damaged_images)
+        report = self.report
+        depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
+        verdict = "ok" if self.ok else "DAMAGED" if not report.ok else "DEVIATES"
+        yield f"{self.name}: {verdict}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
+        for problem in report.problems:
+            yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
+        yield from _named("images without a usable vector", self.damaged_images)
         if self.sampled:
             same = self.sampled - len(self.deviating_images)
             yield f"  embedded {self.sampled} images anew: {same} give the stored vector"
             yield from _named("images that give another vector", self.deviating_images)
-        if not self.report.ok:
-            yield "  run `manyheads repair`: it keeps every good vector and embeds just these images again"
-        yield from (f"  note: {note}" for note in self.report.notes)
-
-
-def _verify_lines(name: str, report: store.VerifyReport, ok: bool, images: Sequence[str]) -> Iterator[str]:
-    depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
-    verdict = "ok" if ok else "DAMAGED" if not report.ok else "DEVIATES"
-    yield f"{name}: {verdict}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
-    for problem in report.problems:
-        yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
-    yield from _named("images without a usable vector", images)
+        if not report.ok and report.generation:  # a packed file has none
+            yield "  run `manyheads store repair`: it keeps every good vector and embeds just these images again"
+        yield from (f"  note: {note}" for note in report.notes)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Experiment:
         PipelineError
             When stage one has not been run.
         """
-        files = Artifacts(config.output)
+        files = Artifacts(config.output, config.store)
         return Experiment(config, files, embedders.read_records(files.features), DatasetIndex.read(files.dataset))
 
     @staticmethod
@@ -122,31 +122,23 @@ class Experiment:
 
     def path(self, record: EmbeddingRecord) -> Path:
         """The store of an embedding."""
-        return self.files.root / record.store
-
-    def own(self, record: EmbeddingRecord) -> Path:
-        """The store of an embedding, which may be changed: it is no other experiment's.
-
-        Raises
-        ------
-        StoreError
-            When a symbolic link leads to a store elsewhere.
-        """
-        path = self.path(record)
-        if not path.resolve().is_relative_to(self.files.root.resolve()):
-            raise StoreError(
-                f"{path}: is a link to {path.resolve()}, outside of this experiment, and stays as it is; put the store itself "
-                "there if it is this experiment's"
-            )
-        return path
+        return self.files.find_store(record.store)
 
     def paths_of(self, digests: Digests) -> tuple[str, ...]:
-        """The images that have one of these contents."""
+        """The images that have one of these contents; `digests` : uint64 of shape (k, 2)."""
         return _names_of(self.index.paths, self.index.digests, digests)
 
-    def choose(self, name: str | None) -> EmbeddingRecord:
-        """Return an embedding by name; the only backbone's where none is named."""
-        return embedders.choose(self.records, name, "--embedding")
+
+def _own(path: Path, files: Artifacts) -> Path:
+    """A store that may be changed, as it lies where this config has its stores, and no symbolic link leads elsewhere."""
+    real = path.resolve()
+    if not any(real.is_relative_to(folder.resolve()) for folder in (files.root, files.stores)):
+        what = f"is a link to {real}" if path.is_symlink() else "lies"
+        raise StoreError(
+            f"{path}: {what}, outside of this experiment and of {files.stores}, and stays as it is; `manyheads features` takes "
+            "its vectors over"
+        )
+    return path
 
 
 def _names_of(names: Texts, contents: Digests, digests: Digests) -> tuple[str, ...]:
@@ -172,21 +164,27 @@ def status(config: Config) -> list[str]:
         lines.append(
             f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'failures.csv'} names each"
         )
-    sections = [record.section for record in here.records]
+    sections = [record.asked for record in here.records]
     for section in config.backbones:
         if section not in sections:
             lines.append(
                 f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
             )
+    asked = [record.instead_of for record in here.records if record.instead_of is not None]
+    lines += dict.fromkeys(f"warning: {about_stand_in(section)}" for section in asked)
+    used_elsewhere, problems = contents_of_others(here.files)
     for record in here.records:
-        found = store.status(here.path(record), live)
+        found = store.status(here.path(record), live, used_elsewhere)
+        if problems:  # nobody can say what is stale
+            found = replace(found, stale_rows=None)
         name = f"{record.name}{' (untrained)' if record.untrained else ''}"
         lines += _status_lines(
-            name, found, "`manyheads gc`" if not changes else "`manyheads gc` after `manyheads features`"
+            name, found, "`manyheads store gc`" if not changes else "`manyheads store gc` after `manyheads features`"
         )
+    lines += [f"warning: {problem}" for problem in problems]
     return lines + [
-        f"{path}: {_size(_bytes_in(path))}, used by no embedding of the last `manyheads features`; it serves again when the "
-        "config asks for it again, else delete the folder"
+        f"{path}: {_size(store.disk_bytes(path))}, used by no embedding of the last `manyheads features`; it serves again when "
+        "the config asks for it again, else delete the folder"
         for path in _unused_stores(here)
     ]
 
@@ -213,29 +211,34 @@ def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
 
 def _unused_stores(here: Experiment) -> list[Path]:
     """Stores of identities that were asked for once: another precision, layer, or file of weights."""
-    used = {here.path(record) for record in here.records}
-    return [path for path in sorted(here.files.stores.glob("*.store*")) if path.is_dir() and path not in used]
+    users, problems = others(here.files)
+    used = {here.files.stores / HASH_STORE, *map(here.path, here.records)}
+    for user in users:
+        try:
+            used |= {user.find_store(record.store) for record in embedders.read_records(user.features)}
+        except (PipelineError, OSError) as error:
+            problems.append(str(error))
+    if problems:  # nobody can say what is used
+        return []
+    found = [path for folder in (here.files.stores, here.files.root / "features") for path in folder.glob("*.store*")]
+    return [path for path in sorted(found) if path.is_dir() and path not in used]
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads gc`") -> Iterator[str]:
+def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads store gc`") -> Iterator[str]:
     """One store in plain lines; `remedy` is what removes stale vectors, which goes by the last run's index."""
-    missing = found.missing_rows or 0
+    missing, its = found.missing_rows or 0, found.store
     yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
     yield (
-        f"  {found.rows:,} vectors of {found.dim} {found.dtype} in {_segments(found.segments)}, "
-        f"{_size(found.disk_bytes)}" + (f", generation {found.generation}" if found.generation else ", a packed file")
+        f"  {its.rows:,} vectors of {its.dim} {its.dtype.name} in {_segments(len(its.segments))}, {_size(found.disk_bytes)}, "
+        + (f"generation {its.generation}" if its.generation else "a packed file")
     )
-    yield f"  {found.path}  digest {found.digest[:16]}"
+    yield f"  {its.path}  digest {its.digest[:16]}"
     if found.stale_rows:
         yield f"  {found.stale_rows:,} vectors belong to no image any more; {remedy} removes them"
     if found.journal_rows:
         yield f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
     if found.quarantined:
-        yield f"  {found.quarantined} damaged files are set aside in {found.path / 'quarantine'}; delete them when you like"
+        yield f"  {found.quarantined} damaged files are set aside in {its.path / 'quarantine'}; delete them when you like"
     if found.writer:
         yield f"  being written by {found.writer}"
 
@@ -247,12 +250,12 @@ def status_of_pack(path: Path) -> list[str]:
     has = ", ".join(index.columns) or "no columns"
     return [
         f"{len(index.digests):,} images with {has}",
-        *_status_lines(str(found.identity.get("architecture", "")), found),
+        *_status_lines(str(found.store.identity.get("architecture", "")), found),
     ]
 
 
-def verify_pack(path: Path, *, full: bool = False) -> tuple[bool, list[str]]:
-    """Check a packed file; return whether nothing is wrong, and the outcome in plain lines."""
+def verify_pack(path: Path, *, full: bool = False) -> Check:
+    """Check a packed file."""
     report = store.verify(path, full=full)
     images: tuple[str, ...] = ()
     try:
@@ -264,12 +267,12 @@ def verify_pack(path: Path, *, full: bool = False) -> tuple[bool, list[str]]:
     else:
         names = index.columns.get("paths", np.array(digests_to_hex(index.digests), dtype=object))
         images = _names_of(names, index.digests, report.damaged)
-    return report.ok, list(_verify_lines(path.name, report, report.ok, images))
+    return Check(path.name, report, images)
 
 
 def verify_files(config: Config) -> tuple[bool, list[str]]:
     """Check the digest of every file beside the stores; return whether nothing is wrong, and the outcome in plain lines."""
-    files = Artifacts(config.output)
+    files = Artifacts(config.output, config.store)
     problems, count = [], 0
     for check in _file_checks(files):
         count += 1
@@ -287,31 +290,12 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     yield lambda: embedders.read_records(files.features)
     yield lambda: embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     yield lambda: dataset.read_failures(files.dataset)
-    cache = files.dataset / CACHE_FILE
-    if cache.exists():
-        yield lambda: _checked(cache, parse_arrays, "delete it, and every image is read again")
-    for path in sorted(files.dataset.glob("*.store")):  # perceptual hashes
-        yield partial(_check_store, path)
-    if files.specs.exists():
-        yield lambda: _whole(files.specs, SPECS)
-    if files.leaderboard.exists():
-        yield lambda: read_leaderboard(files.root)
-    if (page := files.root / "report.json").exists():
-        yield partial(_whole, page, REPORT)
-    for path in sorted(files.root.glob("heads/*/*/bundle.json")):
-        yield partial(bundles.describe, path.parent)
-        for name in sorted({"head.skops", "head.joblib", "predictions.npz"} & {*os.listdir(path.parent)}):
-            yield partial(bundle_file, path.parent, name)
-    for path in sorted(files.root.glob("trials/**/*.jsonl")):
-        yield partial(read_lines, path, TRIALS)
-    for path in sorted(files.finetuned.glob("*/result.json")):
-        yield partial(_whole, path, FINETUNING)
-    for path in sorted(files.finetuned.glob("*/checkpoint.pt")):
-        yield partial(_checked, path, unsealed, "delete it to train from the start")
-    for path in sorted(files.finetuned.glob("*/log.jsonl")):
-        yield partial(read_lines, path, FINETUNING)
-    for path in sorted(files.finetuned.glob("*/*.safetensors")):
-        yield partial(_check_weights, path)
+    for folder, pattern, check in (
+        *((files.stores, *row) for row in _SHARED_FILES),
+        *((files.root, *row) for row in _FILES),
+    ):
+        for path in sorted(folder.glob(pattern)):
+            yield partial(check, path)
 
 
 def _check_store(path: Path) -> None:
@@ -340,16 +324,38 @@ def _check_weights(path: Path) -> None:
     read_weights(path)
 
 
+_SHARED_FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    (HASH_STORE, _check_store),
+    ("experiments/*.json", lambda path: read_document(path, USER)),
+)
+_FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    (f"dataset/{CACHE_FILE}", lambda path: _checked(path, parse_arrays, "delete it, and every image is read again")),
+    (f"dataset/{HASH_STORE}", _check_store),
+    ("specs.json", lambda path: _whole(path, SPECS)),
+    ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
+    ("report.json", lambda path: _whole(path, REPORT)),
+    ("heads/*/*/bundle.json", lambda path: bundles.describe(path.parent)),
+    ("heads/*/*/head.*", lambda path: bundle_file(path.parent, path.name)),
+    ("heads/*/*/predictions.npz", lambda path: bundle_file(path.parent, path.name)),
+    ("trials/**/*.jsonl", lambda path: read_lines(path, TRIALS)),
+    ("finetuned/*/result.json", lambda path: _whole(path, FINETUNING)),
+    ("finetuned/*/checkpoint.pt", lambda path: _checked(path, unsealed, "delete it to train from the start")),
+    ("finetuned/*/log.jsonl", lambda path: read_lines(path, FINETUNING)),
+    ("finetuned/*/*.safetensors", _check_weights),
+)
+"""Files below a folder, and what reads each."""
+
+
 def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check]:
     """Check every store; `sample` images per store are embedded anew and compared."""
     here = Experiment.open(config)
     checks = []
     for record in here.records:
         report = store.verify(here.path(record), full=full)
-        check = Check(record, report, here.paths_of(report.damaged))
+        check = Check(record.name, report, here.paths_of(report.damaged))
         if sample and report.ok:
             count, deviating = _embed_again(here, record, sample)
-            check = Check(record, report, check.damaged_images, count, deviating)
+            check = replace(check, sampled=count, deviating_images=deviating)
         checks.append(check)
     return checks
 
@@ -380,7 +386,7 @@ def repair(config: Config) -> list[str]:
     here = Experiment.open(config)
     lines = []
     for record in here.records:
-        report = store.repair(here.own(record))
+        report = store.repair(_own(here.path(record), here.files))
         images = here.paths_of(report.damaged)
         if not images and not report.quarantined:
             lines.append(f"{record.name}: nothing to repair")
@@ -389,61 +395,83 @@ def repair(config: Config) -> list[str]:
             f"{record.name}: {len(images):,} images lost their vector; the damaged files are set aside in quarantine/"
         )
         lines += _named("to be embedded again", images)
+        if elsewhere := len({*digests_to_hex(report.damaged)} - {*digests_to_hex(here.index.digests)}):
+            lines.append(
+                f"  {elsewhere:,} vectors more, of no image here; `manyheads features` of their experiment embeds them"
+            )
     return lines
 
 
 def gc(config: Config) -> list[str]:
-    """Remove the vectors that belong to no image any more."""
+    """Remove the vectors that belong to no image of any experiment any more.
+
+    Raises
+    ------
+    StoreError
+        When an experiment that uses the stores cannot be read; then nothing was removed.
+    """
     here = Experiment.open_as_made(config)
-    lines = []
-    for record in here.records:
-        if here.path(record).is_file():
-            lines.append(f"{record.name}: is a packed file, which stays as it is; pack the store again instead")
-            continue
-        report = store.collect(here.own(record), here.index.digests)
-        gone = report.rows_before - report.rows_after
-        freed = report.bytes_before - report.bytes_after
-        lines.append(
-            f"{record.name}: {gone:,} vectors removed, {report.rows_after:,} kept, {_size(max(freed, 0))} freed"
-        )
-    return lines
+    names = {_own(here.path(record), here.files): record.name for record in here.records}
+    with alone(here.files):
+        write_entry(here.files)
+        contents, problems = contents_of_others(here.files)
+        if problems:
+            raise StoreError(
+                f"{here.files.stores}: nothing is removed until it is known what all experiments use", problems
+            )
+        live = np.concatenate([here.index.digests, contents])
+        shared = [path for path in sorted(here.files.stores.glob("*.store")) if path not in names]
+        return [_collect(_own(path, here.files), names.get(path, path.name), live) for path in (*names, *shared)]
+
+
+def _collect(path: Path, name: str, live: Digests) -> str:
+    if path.is_file():
+        return f"{name}: is a packed file, which stays as it is; pack the store again instead"
+    report = store.collect(path, live)
+    gone = report.rows_before - report.rows_after
+    freed = report.bytes_before - report.bytes_after
+    return f"{name}: {gone:,} vectors removed, {report.rows_after:,} kept, {_size(max(freed, 0))} freed"
 
 
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
     """Write one embedding with its paths, labels, splits and groups into a single HDF5 file."""
     digests, columns, source = _table(config, embedding)
-    report = store.pack(source, output, digests, columns, anonymous)
-    return f"{report.rows:,} vectors of {report.images:,} images in {output} ({_size(report.bytes)}), digest {report.digest[:16]}"
+    packed = store.pack(source, output, digests, columns, anonymous)
+    size = _size(store.disk_bytes(output))
+    return f"{packed.rows:,} vectors of {len(digests):,} images in {output} ({size}), digest {packed.digest[:16]}"
 
 
-def export(config: Config, output: Path, *, embedding: str | None = None) -> str:
-    """Write one embedding of every image as `.npy` or `.parquet`, rows in the order of the index."""
-    digests, columns, source = _table(config, embedding)
-    if output.suffix == ".npy":  # has room for the vectors alone
-        columns = {}
-    report = store.export(source, output, digests, columns)
-    return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+def export(source: Config | Path, output: Path, *, embedding: str | None = None) -> str:
+    """Write one embedding of every image as `.npy` or `.parquet`, rows in the order of the index.
 
-
-def export_pack(path: Path, output: Path) -> str:
-    """Write the images of a packed file as `.npy` or `.parquet`, rows in the order they were packed."""
-    index = store.read_packed_index(path)
-    columns = {} if output.suffix == ".npy" else {name: values.tolist() for name, values in index.columns.items()}
-    report = store.export(path, output, index.digests, columns)
-    return f"{report.rows:,} x {report.dim} float32 in {output} ({_size(report.bytes)})"
+    `source` : an experiment, or a packed file.
+    """
+    digests, columns, opened = _packed(source) if isinstance(source, Path) else _table(source, embedding)
+    store.export(
+        opened, output, digests, {} if output.suffix == ".npy" else columns
+    )  # which has room for vectors alone
+    return f"{len(digests):,} x {opened.dim} float32 in {output} ({_size(store.disk_bytes(output))})"
 
 
 def merge(target: Path, sources: Sequence[Path]) -> list[str]:
     """Add the vectors of other stores of the same identity to a store."""
-    report = store.merge(target, sources)
-    lines = [f"{path}: {count:,} new vectors" for path, count in report.added]
-    return [*lines, f"{target} has {report.rows:,} vectors"]
+    lines = [f"{path}: {count:,} new vectors" for path, count in store.merge(target, sources).items()]
+    return [*lines, f"{target} has {store.FeatureStore.open(target).rows:,} vectors"]
 
 
-def _table(config: Config, embedding: str | None) -> tuple[Digests, Mapping[str, Sequence[str]], store.FeatureStore]:
+_Table = tuple[Digests, Mapping[str, Sequence[str]], store.FeatureStore]
+
+
+def _packed(path: Path) -> _Table:
+    index = store.read_packed_index(path)
+    columns = {name: values.tolist() for name, values in index.columns.items()}
+    return index.digests, columns, store.FeatureStore.open(path)
+
+
+def _table(config: Config, embedding: str | None) -> _Table:
     """The images that have a vector, what the index says of them, and the store."""
     here = Experiment.open_as_made(config)
-    record = here.choose(embedding)
+    record = embedders.choose(here.records, embedding, "--embedding")
     opened = store.FeatureStore.open(here.path(record), record.fingerprint)
     index = here.index.rows(~opened.missing(here.index.digests))
     columns = {"paths": index.paths.tolist(), "labels": index.labels.tolist(), "splits": index.splits.tolist()}

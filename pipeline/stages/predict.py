@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import NETWORK_DEVICES, checked_device
+from pipeline.config import checked_device
 from pipeline.data import REMARKS, Failure, Walk, passed_over_lines
+from pipeline.data.targets import Target
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
@@ -102,7 +103,7 @@ def run(
         When `output` cannot be written, which is found before the work where it can be.
     """
     try:
-        checked_device(device, NETWORK_DEVICES)
+        checked_device(device)
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from None
     folder = find_bundle(bundle)
@@ -119,34 +120,34 @@ def run(
     if not total and not unread:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
     given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
+
+    def outcomes() -> Iterator[list[Row]]:
+        lane, limit = Lane(embedder, BATCH_SIZE), max_pixels or record.max_pixels
+        for batch, (part,) in embed([lane], _items(ahead), Path("/"), limit):
+            yield list(_rows(batch, part, given, model, output_number))
+        if unread:
+            yield unread
+
     labels: Counter[str] = Counter()
+    total += len(unread)
     done, reasons = 0, list[str]()
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
-            items = _items(ahead)
-            for batch, (part,) in embed(
-                [Lane(embedder, BATCH_SIZE)], items, Path("/"), max_pixels or record.max_pixels
-            ):
-                rows = list(_rows(batch, part, given, model, output_number))
-                header = "" if done else csv_header(model.classes, top)
-                file.add((header + to_csv(rows, model.classes, top)).encode())
+            for rows in outcomes():
+                header = "" if done else csv_header(model.target, top)
+                file.add((header + to_csv(rows, model.target, top)).encode())
                 labels.update(row.label for row in rows if row.label is not None)
                 done += len(rows)
                 if len(reasons) <= EXAMPLES:
                     reasons += [f"{row.path}: {row.status}" for row in rows if row.label is None]
                 progress.update(len(rows))
-            if unread:
-                header = "" if done else csv_header(model.classes, top)
-                file.add((header + to_csv(unread, model.classes, top)).encode())
         except BaseException:
             if done:
                 kept = "stopped after %d of %d images: their rows are in %s, and a new run begins with the first image"
                 log.warning(kept, done, total, file.path)
             raise
-    done += len(unread)
     unreadable = done - labels.total()
     if unreadable == done:
-        reasons += [f"{row.path}: {row.status}" for row in unread]
         raise DatasetError(
             f"none of the {done:,} images could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
@@ -217,30 +218,19 @@ def shown(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def csv_header(classes: Sequence[str], top: int) -> str:
-    """Return the first line: path, status, label, probability, then the next likely labels with theirs."""
-    names = ["path", "status", "label", "probability"]
-    for rank in range(2, min(top, len(classes)) + 1):
-        names += [f"label_{rank}", f"probability_{rank}"]
-    return ",".join(names) + "\n"
+def csv_header(target: Target, top: int) -> str:
+    """Return the first line: path, status, and what the target's predictions look like."""
+    return ",".join(["path", "status", *target.csv_columns(top)]) + "\n"
 
 
-def to_csv(rows: Sequence[Row], classes: Sequence[str], top: int) -> str:
+def to_csv(rows: Sequence[Row], target: Target, top: int) -> str:
     """Return the lines of some rows, without the first; a cell that a spreadsheet would run begins with `'`."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
-        cells = [row.path, row.status, *_cells(row, classes, min(top, len(classes)))]
+        cells = [row.path, row.status, *target.csv_cells(row.label, row.probabilities, top)]
         writer.writerow(map(to_cell, cells))
     return text.getvalue()
-
-
-def _cells(row: Row, classes: Sequence[str], top: int) -> list[str]:
-    if row.label is None or row.probabilities is None:
-        return [row.label or "", *[""] * (2 * top - 1)]
-    # The head's own label comes first, also where another is exactly as likely.
-    order = sorted(range(len(classes)), key=lambda place: (classes[place] != row.label, -row.probabilities[place]))  # type: ignore[index]
-    return [cell for place in order[:top] for cell in (classes[place], f"{row.probabilities[place]:.6f}")]
 
 
 def _items(paths: Iterable[str]) -> Iterator[Item]:

@@ -8,23 +8,24 @@
       tmp/                    the only place where a partial file can be
       quarantine/             damaged files, set aside
 
-`format` has the bytes of every file, `opener` checks them, `reader` reads, `writer` writes, `verify` and `maintain` care
+`format` has the bytes of every file, `opener` checks them, `reader` reads (and `table` looks up), `writer` writes, `verify` and `maintain` care
 for a whole store, `pack` and `export` make files to share.
 """
 
-from pipeline.store.export import ExportReport, export
+from pipeline.store.export import export
 from pipeline.store.identity import check_canary, differences
 from pipeline.store.maintain import (
     CollectReport,
-    MergeReport,
     RepairReport,
     StoreStatus,
     collect,
+    copy_rows,
+    disk_bytes,
     merge,
     repair,
     status,
 )
-from pipeline.store.pack import PackedIndex, PackReport, pack, read_packed_index
+from pipeline.store.pack import PackedIndex, pack, read_packed_index
 from pipeline.store.reader import FeatureStore, load
 from pipeline.store.rows import StoredRows
 from pipeline.store.verify import Problem, VerifyReport, verify
@@ -32,10 +33,7 @@ from pipeline.store.writer import StoreWriter
 
 __all__ = [
     "CollectReport",
-    "ExportReport",
     "FeatureStore",
-    "MergeReport",
-    "PackReport",
     "PackedIndex",
     "Problem",
     "RepairReport",
@@ -45,7 +43,9 @@ __all__ = [
     "VerifyReport",
     "check_canary",
     "collect",
+    "copy_rows",
     "differences",
+    "disk_bytes",
     "export",
     "load",
     "merge",

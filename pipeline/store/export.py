@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, digests_to_hex
-from pipeline.store.maintain import COPY_BYTES, in_order
 from pipeline.store.reader import FeatureStore
 from pipeline.store.recovery import explained
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What `export` wrote: one row per image, in the order given."""
-
-    path: Path
-    rows: int
-    dim: int
-    bytes: int
 
 
 def export(
@@ -33,28 +20,20 @@ def export(
     path: str | Path,
     digests: Digests | None = None,
     columns: Mapping[str, Sequence[str]] | None = None,
-) -> ExportReport:
+) -> None:
     """Write the float32 features of n images, shape (n, 2), or of all contents, as `.npy` or `.parquet`.
 
     A `.npy` has the features alone; a `.parquet` also has `content` (hex digest) and the given columns.
     """
     store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     path = Path(path)
-    digests = in_order(store.table) if digests is None else np.asarray(digests, np.uint64).reshape(-1, 2)
+    digests = store.table.in_file_order() if digests is None else np.asarray(digests, np.uint64).reshape(-1, 2)
     writers = {".npy": _write_npy, ".parquet": _write_parquet}
     if path.suffix not in writers:
         raise StoreError(f"{path}: cannot export to {path.suffix or 'a file without ending'!r}; use .npy or .parquet")
     with explained(path):
         files.make_folder(path.parent)
         writers[path.suffix](store, path, digests, columns or {})
-    return ExportReport(path, len(digests), store.dim, path.stat().st_size)
-
-
-def _pieces(store: FeatureStore, digests: Digests) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    step = max(1, COPY_BYTES // (store.dim * 4))
-    for start in range(0, len(digests), step):
-        part = slice(start, start + step)
-        yield part, store.read(digests[part])
 
 
 def _write_npy(store: FeatureStore, path: Path, digests: Digests, columns: Mapping[str, Sequence[str]]) -> None:
@@ -66,7 +45,7 @@ def _write_npy(store: FeatureStore, path: Path, digests: Digests, columns: Mappi
 
     def parts() -> Iterator[bytes | memoryview]:
         yield header.getvalue()
-        for _, features in _pieces(store, digests):
+        for _, features in store.pieces(digests):
             yield features.data.cast("B")
 
     files.rename(files.write_temporary(path.parent, parts(), f".{path.name}"), path)
@@ -82,7 +61,7 @@ def _write_parquet(store: FeatureStore, path: Path, digests: Digests, columns: M
     try:
         with scratch.open("wb") as out:
             with pq.ParquetWriter(out, schema) as writer:
-                for part, features in _pieces(store, digests):
+                for part, features in store.pieces(digests):
                     texts = [list(map(str, values[part])) for values in columns.values()]
                     rows = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), store.dim)
                     writer.write_table(pa.table([digests_to_hex(digests[part]), *texts, rows], schema=schema))

@@ -21,6 +21,7 @@ does not survive a power loss. No timestamps, so the same content gives the same
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -89,14 +90,30 @@ LAYOUTS: dict[str, dict[str, Field]] = {
 }
 BULK = {"segment": "features", "snapshot": "rows", "pack": "features"}
 
-TEXT_ATTRIBUTES = ("format", "kind", "identity", "dtype")
-NUMBER_ATTRIBUTES = ("version_major", "version_minor", "rows", "dim")
-EXTRA_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "segment": ((), ()),
-    "snapshot": (("parent",), ("generation",)),
-    "pack": ((), ()),
-}
-"""Kind -> the texts and the numbers it has besides."""
+FIRST_ATTRIBUTES: dict[str, type] = {"format": str, "version_major": int, "kind": str}
+"""What has to be known before anything else can be expected."""
+ATTRIBUTES: dict[str, type] = {"version_minor": int, "identity": str, "dtype": str, "rows": int, "dim": int}
+EXTRA_ATTRIBUTES: dict[str, dict[str, type]] = {"snapshot": {"parent": str, "generation": int}}
+"""Kind -> what it has besides."""
+
+
+@dataclass(frozen=True)
+class StoreType:
+    """What all files of one store share: whose features they are, how many numbers each, stored as what."""
+
+    fingerprint: str
+    dim: int
+    dtype: str
+    """`<f4` or `<f2`."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored feature vector."""
+        return self.dim * np.dtype(self.dtype).itemsize
+
+    def attributes(self, rows: int) -> dict[str, str | int]:
+        """The attributes that every file of the store has."""
+        return {"identity": self.fingerprint, "dtype": self.dtype, "rows": rows, "dim": self.dim}
 
 
 @dataclass(frozen=True)
@@ -174,46 +191,14 @@ def _contiguous(chunks: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
     return (np.ascontiguousarray(chunk) for chunk in chunks)
 
 
-class _Memory:
+class _Memory(io.BytesIO):
     """A file in memory for libhdf5 that knows how long it is, but keeps only what was written."""
 
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.size = 0
-        self.position = 0
+    size = 0
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = offset + (0, self.position, self.size)[whence]
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: memoryview) -> int:
-        piece = self.data[self.position : self.position + len(buffer)].ljust(len(buffer), b"\0")
-        buffer[:] = piece
-        self.position += len(buffer)
-        return len(buffer)
-
-    def read(self, count: int) -> bytes:
-        buffer = bytearray(count)
-        self.readinto(memoryview(buffer))
-        return bytes(buffer)
-
-    def write(self, data: memoryview) -> int:
-        end = self.position + len(data)
-        self.data.extend(bytes(max(0, end - len(self.data))))
-        self.data[self.position : end] = data
-        self.position = end
-        self.size = max(self.size, end)
-        return len(data)
-
-    def truncate(self, size: int) -> int:
-        self.size = size
-        return size
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
+    def truncate(self, size: int | None = None) -> int:
+        self.size = size or 0
+        return self.size
 
 
 def _head(
@@ -251,7 +236,7 @@ def _head(
             offset = last.get_offset()
     size = memory.size if offset is None else offset + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     assert size == memory.size, "libhdf5 put something behind the bulk dataset"
-    return bytes(memory.data[:offset].ljust(offset or memory.size, b"\0"))
+    return memory.getvalue()[:offset].ljust(offset or memory.size, b"\0")
 
 
 def _dataset(file: Any, name: str, dtype: str, shape: tuple[int, ...]) -> Any:

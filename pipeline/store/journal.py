@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.store.format import Composed
+from pipeline.store.format import Composed, StoreType
 from pipeline.store.opener import StoreFile
-from pipeline.store.segment import StoreType, open_segment
+from pipeline.store.segment import TEMPORARY, open_segment
 
 log = logging.getLogger(__name__)
 
@@ -21,23 +21,18 @@ JOURNAL = "journal"
 QUARANTINE = "quarantine"
 
 
-def group_path(store: Path, number: int) -> Path:
-    """Where the group of a number is."""
-    return store / JOURNAL / f"{number:08d}.h5"
-
-
 def groups(store: Path) -> list[Path]:
     """Return the files of the journal in the order they were committed."""
     try:
         return sorted(path for path in (store / JOURNAL).iterdir() if re.fullmatch(r"[0-9]{8}\.h5", path.name))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def commit(store: Path, temporary: Path, number: int, composed: Composed) -> Path:
+def commit(store: Path, number: int, composed: Composed) -> Path:
     """Write one group; when this returns, a power loss cannot take it away."""
-    path = group_path(store, number)
-    files.rename(files.write_temporary(temporary, composed.parts()), path)
+    path = store / JOURNAL / f"{number:08d}.h5"
+    files.rename(files.write_temporary(store / TEMPORARY, composed.parts()), path)
     return path
 
 
@@ -47,8 +42,7 @@ def adopt(store: Path, store_type: StoreType) -> list[StoreFile]:
     for path in groups(store):
         try:
             file = open_segment(path, store_type)
-            if bad := file.bad_blocks(file.all_blocks()):
-                raise StoreError(f"{path}: {len(bad)} block(s) are damaged")
+            file.require_whole()
             adopted.append(file)
         except StoreError as error:
             log.warning("%s; set aside, its images will be embedded again", error)

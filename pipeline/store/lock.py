@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +15,21 @@ from pipeline.io import files
 LOCK = "LOCK"
 
 
-@dataclass
-class Lock:
-    """A lock that is held until `release`."""
-
-    descriptor: int
-    process: int
-
-    def release(self) -> None:
-        """Give the lock up; a forked child has none to give up, and a second call does nothing."""
-        if self.descriptor < 0 or self.process != os.getpid():
-            return
-        files.close_alone(self.descriptor)
-        self.descriptor = -1
-
-
-def acquire(folder: Path) -> Lock:
-    """Take the lock of a store.
+def acquire(folder: Path, patience: float = 0.0) -> int:
+    """Take the lock of a store, waiting for so many seconds; give it back with `files.close_alone`.
 
     Raises
     ------
     StoreError
         When another writer has it: says which process, on which host, since when.
     """
-    path = folder / LOCK
+    path, end = folder / LOCK, time.monotonic() + patience
     try:
         descriptor = files.open_alone(path)
     except BlockingIOError:
+        if time.monotonic() < end:
+            time.sleep(0.05)
+            return acquire(folder, end - time.monotonic())
         if files.is_held(path):
             raise StoreError(f"{folder}: this process is writing to it already; close that writer first") from None
         writer = holder(folder) or "another process"
@@ -55,15 +42,14 @@ def acquire(folder: Path) -> Lock:
         raise StoreError(
             f"{folder}: cannot be locked here ({error.strerror}); put the store on a file system that has locks"
         ) from None
-    lock = Lock(descriptor, os.getpid())
     try:
         note = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         files.SYSTEM["ftruncate"](descriptor, 0)
         files.write_all(descriptor, json.dumps(note).encode())
     except BaseException:
-        lock.release()
+        files.close_alone(descriptor)
         raise
-    return lock
+    return descriptor
 
 
 def holder(folder: Path) -> str | None:

@@ -5,84 +5,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
-from pipeline.io.digests import Digests
+from pipeline.io.digests import Digests, digest_keys
 from pipeline.store import journal, lock
-from pipeline.store.opener import StoreFile
-from pipeline.store.reader import FeatureStore
+from pipeline.store.reader import FeatureStore, newest_snapshot
 from pipeline.store.segment import damaged_rows, open_segment
-from pipeline.store.snapshot import Table, newest_snapshot
 from pipeline.store.verify import verify
 from pipeline.store.writer import StoreWriter
-
-COPY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class StoreStatus:
     """A store at a glance."""
 
-    path: Path
-    identity: dict[str, Any]
-    fingerprint: str
-    digest: str
-    generation: int
-    rows: int
-    dim: int
-    dtype: str
-    segments: int
-    feature_bytes: int
+    store: FeatureStore
     disk_bytes: int
-    journal_groups: int
     journal_rows: int
+    """Rows of a run that did not end."""
     stale_rows: int | None
     """Rows that no image of the index points at; None when the index was not given."""
     missing_rows: int | None
     """Contents of the index that have no row, not even in the journal."""
     quarantined: int
-    canary_rows: int
     writer: str | None
     """Who writes to it now."""
 
 
-def status(path: str | Path, live: Digests | None = None) -> StoreStatus:
-    """Describe a store or a packed file; `live`, shape (n, 2), are the contents of the index."""
+def status(path: str | Path, live: Digests | None = None, others: Digests | None = None) -> StoreStatus:
+    """Describe a store or a packed file.
+
+    `live`, shape (n, 2), are the contents of the index, and `others` those that other experiments use.
+    """
     path = Path(path)
     store = FeatureStore.open(path)
-    groups = journal.groups(path) if path.is_dir() else []
-    waiting = [open_segment(group, store.store_type).arrays["content"] for group in groups]
+    waiting = [open_segment(group, store.store_type).arrays["content"] for group in journal.groups(path)]
     stale = missing = None
     if live is not None:
         live = np.unique(np.asarray(live, np.uint64).reshape(-1, 2), axis=0)
-        absent = live[store.missing(live)]
-        stale = store.rows - (len(live) - len(absent))
-        here = np.isin(_one(absent), _one(np.concatenate(waiting))) if waiting else np.zeros(len(absent), np.bool_)
-        missing = int((~here).sum())
-    return StoreStatus(
-        path,
-        store.identity,
-        store.fingerprint,
-        store.digest,
-        store.generation,
-        store.rows,
-        store.dim,
-        store.dtype.name,
-        len(store.segments),
-        sum(entry.rows for entry in store.segments) * store.store_type.row_bytes,
-        disk_bytes(path),
-        len(groups),
-        sum(map(len, waiting)),
-        stale,
-        missing,
-        len(list((path / journal.QUARANTINE).iterdir())) if (path / journal.QUARANTINE).is_dir() else 0,
-        len(store.canary),
-        lock.holder(path) if path.is_dir() else None,
-    )
+        used = live if others is None else np.unique(np.concatenate([live, others]), axis=0)
+        stale = store.rows - int((~store.missing(used)).sum())
+        absent = digest_keys(live[store.missing(live)])
+        missing = int((~np.isin(absent, digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *waiting])))).sum())
+    rows = sum(map(len, waiting))
+    return StoreStatus(store, disk_bytes(path), rows, stale, missing, len(_quarantined(path)), lock.holder(path))
 
 
 def disk_bytes(path: Path) -> int:
@@ -96,8 +64,6 @@ def disk_bytes(path: Path) -> int:
 class RepairReport:
     """What `repair` did; the damaged contents count as missing from now on."""
 
-    path: Path
-    generation: int
     damaged: Digests
     quarantined: tuple[str, ...]
 
@@ -111,19 +77,11 @@ def repair(path: str | Path) -> RepairReport:
     if path.is_file():
         raise StoreError(f"{path}: a packed file cannot be repaired; pack the store again")
     report = verify(path, full=True)
-    generation = report.generation
     before = _quarantined(path)
     if not report.ok:
         with _open_existing(path) as writer:
-            writer.rewrite(lambda file: _all_but(file, damaged_rows(file)), set_aside=True)
-        generation = newest_snapshot(path).generation
-    return RepairReport(path, generation, report.damaged, tuple(sorted(_quarantined(path) - before)))
-
-
-def _all_but(file: StoreFile, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
-    keep = np.ones(len(file.bulk), np.bool_)
-    keep[rows] = False
-    return keep
+            writer.rewrite(lambda file: ~np.isin(np.arange(len(file.bulk)), damaged_rows(file)), set_aside=True)
+    return RepairReport(report.damaged, tuple(sorted(_quarantined(path) - before)))
 
 
 def _quarantined(path: Path) -> set[str]:
@@ -135,7 +93,6 @@ def _quarantined(path: Path) -> set[str]:
 class CollectReport:
     """What `collect` removed."""
 
-    path: Path
     rows_before: int
     rows_after: int
     bytes_before: int
@@ -149,16 +106,10 @@ def collect(path: str | Path, live: Digests) -> CollectReport:
     """
     path = Path(path)
     before, bytes_before = newest_snapshot(path).rows, disk_bytes(path)
-    wanted = _one(np.asarray(live, np.uint64).reshape(-1, 2))
+    wanted = digest_keys(np.asarray(live, np.uint64).reshape(-1, 2))
     with _open_existing(path) as writer:
-        writer.rewrite(lambda file: np.isin(_one(file.arrays["content"]), wanted))
-    return CollectReport(path, before, newest_snapshot(path).rows, bytes_before, disk_bytes(path))
-
-
-def _one(digests: Digests) -> NDArray[np.void]:
-    """View n digests as n single values that can be compared."""
-    view: NDArray[np.void] = np.ascontiguousarray(digests, "<u8").reshape(-1, 2).view("V16").ravel()
-    return view
+        writer.rewrite(lambda file: np.isin(digest_keys(file.arrays["content"]), wanted))
+    return CollectReport(before, newest_snapshot(path).rows, bytes_before, disk_bytes(path))
 
 
 def _open_existing(path: Path) -> StoreWriter:
@@ -166,17 +117,10 @@ def _open_existing(path: Path) -> StoreWriter:
     return StoreWriter.open(path, snapshot.identity, snapshot.store_type.dim, snapshot.store_type.dtype)
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What `merge` took from each source."""
-
-    path: Path
-    added: tuple[tuple[Path, int], ...]
-    rows: int
-
-
-def merge(path: str | Path, sources: Sequence[str | Path]) -> MergeReport:
+def merge(path: str | Path, sources: Sequence[str | Path]) -> dict[Path, int]:
     """Add the rows of other stores or packed files of the same identity, such as those of several machines.
+
+    Returns how many were new in each.
 
     Raises
     ------
@@ -187,26 +131,15 @@ def merge(path: str | Path, sources: Sequence[str | Path]) -> MergeReport:
     stores = [FeatureStore.open(source) for source in sources]
     if not stores:
         raise StoreError(f"{path}: nothing to merge; name at least one other store")
-    added = []
+    added = {}
     for store in stores:
         canary = store.canary if len(store.canary) else None
         with StoreWriter.open(path, store.identity, store.dim, store.store_type.dtype, canary) as writer:
-            added.append((store.path, copy_rows(store, writer)))
-    return MergeReport(path, tuple(added), newest_snapshot(path).rows)
+            added[store.path] = copy_rows(store, writer)
+    return added
 
 
-def copy_rows(store: FeatureStore, writer: StoreWriter) -> int:
-    """Append all rows of a store, in the order they lie there; return how many were new."""
-    content = in_order(store.table)
-    step = max(1, COPY_BYTES // (store.dim * 4))
-    count = 0
-    for start in range(0, len(content), step):
-        piece = content[start : start + step]
-        count += writer.append(piece, store.read(piece))
-    return count
-
-
-def in_order(table: Table) -> Digests:
-    """Return the digests of a table in the order of their segments and rows."""
-    content, segment, row = table.all()
-    return content[np.lexsort((row, segment))]
+def copy_rows(store: FeatureStore, writer: StoreWriter, content: Digests | None = None) -> int:
+    """Append the rows of some contents, or all in the order they lie there; return how many were new."""
+    content = store.table.in_file_order() if content is None else content
+    return sum(writer.append(content[part], features) for part, features in store.pieces(content))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import mmap
 import os
 import stat
@@ -25,17 +26,18 @@ from numpy.typing import NDArray
 from pipeline.errors import StoreError
 from pipeline.io.files import NOT_ORDINARY, undisturbed
 from pipeline.store.format import (
+    ATTRIBUTES,
     BLOCK_BYTES,
     BULK,
     EXTRA_ATTRIBUTES,
+    FIRST_ATTRIBUTES,
     FORMAT,
     LAYOUTS,
-    NUMBER_ATTRIBUTES,
     SEAL,
     SEAL_MAGIC,
-    TEXT_ATTRIBUTES,
     VERSION_MAJOR,
     Field,
+    StoreType,
     block_digest,
 )
 
@@ -58,18 +60,20 @@ class StoreFile:
     _bulk_bytes: NDArray[np.uint8]
     _checked: NDArray[np.bool_] = field(repr=False)
 
-    def text(self, name: str) -> str:
-        """Return a text attribute."""
-        return str(self.attributes[name])
+    @property
+    def store_type(self) -> StoreType:
+        """What all files of its store share."""
+        return StoreType(str(self.attributes["identity"]), self.number("dim"), str(self.attributes["dtype"]))
 
     def number(self, name: str) -> int:
         """Return a number attribute."""
         return int(self.attributes[name])
 
-    def bad_blocks(self, blocks: NDArray[np.intp]) -> list[int]:
-        """Return those of the given blocks of the bulk whose digest does not match; good ones are remembered."""
+    def bad_blocks(self, blocks: NDArray[np.intp] | None = None) -> list[int]:
+        """Return those of some or all blocks of the bulk whose digest does not match; good ones are remembered."""
         bad = []
         stored = self.arrays["block_digest"]
+        blocks = np.arange(len(self._checked)) if blocks is None else blocks
         for block in np.unique(blocks[~self._checked[blocks]]).tolist():
             start = block * BLOCK_BYTES
             if block_digest(self._bulk_bytes[start : start + BLOCK_BYTES].data) == stored[block].tobytes():
@@ -78,9 +82,10 @@ class StoreFile:
                 bad.append(block)
         return bad
 
-    def all_blocks(self) -> NDArray[np.intp]:
-        """Return the numbers of all blocks."""
-        return np.arange(len(self._checked))
+    def require_whole(self) -> None:
+        """Check every block; StoreError when one is damaged."""
+        if bad := self.bad_blocks():
+            raise StoreError(f"{self.path}: {len(bad)} block(s) are damaged")
 
     def check_items(self, items: NDArray[Any], width: int = 1) -> None:
         """Check the blocks that hold the given items of `width` elements each, before they are used.
@@ -103,7 +108,7 @@ class StoreFile:
         if bad := self.bad_blocks(blocks):
             raise StoreError(
                 f"{self.path}: {len(bad)} block(s) of {BLOCK_BYTES >> 10} KiB are damaged (the first at block {bad[0]}); "
-                "nothing of them was used; run 'manyheads repair' to embed just these images again"
+                "nothing of them was used; run 'manyheads store repair' to embed just these images again"
             )
 
 
@@ -190,7 +195,7 @@ def _check_seal(path: Path, data: mmap.mmap, digest: str | None) -> int:
     return int(head_bytes)
 
 
-class _Window:
+class _Window(io.RawIOBase):
     """The mapped bytes without the seal, as a file that libhdf5 can read."""
 
     def __init__(self, data: mmap.mmap, size: int) -> None:
@@ -200,27 +205,12 @@ class _Window:
         self.position = offset + (0, self.position, self.size)[whence]
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
-    def read(self, count: int) -> bytes:
-        piece = self.data[self.position : min(self.position + count, self.size)]
-        self.position += len(piece)
-        return piece
-
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
+        piece = self.data[self.position : min(self.position + len(buffer), self.size)]
         # Zeros behind the end: libhdf5 must get as many bytes as it asks for.
-        buffer[:] = self.read(len(buffer)).ljust(len(buffer), b"\0")
+        buffer[:] = piece.ljust(len(buffer), b"\0")
+        self.position += len(piece)
         return len(buffer)
-
-    def write(self, data: memoryview) -> int:
-        raise OSError("read-only")
-
-    def truncate(self, size: int) -> int:
-        return size
-
-    def flush(self) -> None:
-        """Nothing to do."""
 
 
 def _parse(path: Path, data: mmap.mmap, head_bytes: int, kind: str | None) -> StoreFile:
@@ -262,54 +252,43 @@ class _Place:
 
 
 def _attributes(root: Any, kind: str | None) -> dict[str, str | int]:
-    """Read the root's attributes: the common ones first, because they say which others there must be."""
+    """Read the root's attributes: those first that say which others there must be."""
     count = h5py.h5a.get_num_attrs(root)
     _require(count <= 32, f"it has {count} attributes")
-    found: dict[str, str | int] = {name: _text(root, name) for name in TEXT_ATTRIBUTES[:2]}
+    found = {name: _attribute(root, name, of) for name, of in FIRST_ATTRIBUTES.items()}
     _require(found["format"] == FORMAT, f"its format is {found['format']!r}, expected {FORMAT!r}")
-    found |= {name: _number(root, name) for name in NUMBER_ATTRIBUTES}
-    if found["version_major"] != VERSION_MAJOR:
-        raise _Refused(
-            f"it has format version {found['version_major']}, this program reads version {VERSION_MAJOR}; "
-            "use the version of manyheads that wrote it, or a newer one"
-        )
+    _require(
+        found["version_major"] == VERSION_MAJOR,
+        f"it has format version {found['version_major']}, this program reads version {VERSION_MAJOR}; "
+        "use the version of manyheads that wrote it, or a newer one",
+    )
     _require(found["kind"] in LAYOUTS, f"its kind is {found['kind']!r}")
-    _require(kind is None or found["kind"] == kind, f"it is a {found['kind']}, expected a {kind}")
-    texts, numbers = EXTRA_ATTRIBUTES[str(found["kind"])]
-    found |= {name: _text(root, name) for name in (*TEXT_ATTRIBUTES[2:], *texts)}
-    found |= {name: _number(root, name) for name in numbers}
+    _require(kind in (None, found["kind"]), f"it is a {found['kind']}, expected a {kind}")
+    others = ATTRIBUTES | EXTRA_ATTRIBUTES.get(str(found["kind"]), {})
+    found |= {name: _attribute(root, name, of) for name, of in others.items()}
     _require(count == len(found), f"it has {count} attributes, expected {len(found)}")
     return found
 
 
-def _attribute(root: Any, name: str) -> Any:
+def _attribute(root: Any, name: str, of: type) -> str | int:
+    """Read one attribute, which must be a single fixed text of ASCII, or a number of 64 bits."""
     _require(h5py.h5a.exists(root, name.encode()), f"it has no attribute {name!r}")
     attribute = h5py.h5a.open(root, name.encode())
     _require(attribute.get_space().get_simple_extent_type() == h5py.h5s.SCALAR, f"attribute {name!r} is not one value")
-    return attribute
-
-
-def _text(root: Any, name: str) -> str:
-    attribute = _attribute(root, name)
     kind = attribute.get_type()
+    size = kind.get_size()
+    if of is int:
+        _require(kind.get_class() == h5py.h5t.INTEGER and size == 8, f"attribute {name!r} is no 64-bit number")
+        number = np.zeros((), np.int64)
+        attribute.read(number)
+        _require(int(number) >= 0, f"attribute {name!r} is negative")
+        return int(number)
     _require(kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str(), f"attribute {name!r} is no fixed text")
-    _require(0 < kind.get_size() <= MAX_TEXT, f"attribute {name!r} is too long")
-    value = np.zeros((), f"S{kind.get_size()}")
-    attribute.read(value, mtype=kind)
-    try:
-        return bytes(value[()]).decode("ascii")
-    except UnicodeDecodeError:
-        raise _Refused(f"attribute {name!r} is not ASCII") from None
-
-
-def _number(root: Any, name: str) -> int:
-    attribute = _attribute(root, name)
-    kind = attribute.get_type()
-    _require(kind.get_class() == h5py.h5t.INTEGER and kind.get_size() == 8, f"attribute {name!r} is no 64-bit number")
-    value = np.zeros((), np.int64)
-    attribute.read(value)
-    _require(int(value) >= 0, f"attribute {name!r} is negative")
-    return int(value)
+    _require(0 < size <= MAX_TEXT, f"attribute {name!r} is too long")
+    text = np.zeros((), f"S{size}")
+    attribute.read(text, mtype=kind)
+    _require(bytes(text[()]).isascii(), f"attribute {name!r} is not ASCII")
+    return bytes(text[()]).decode("ascii")
 
 
 def _places(root: Any, kind: str, size: int) -> dict[str, _Place]:

@@ -10,7 +10,7 @@ with h5py.File("features.h5") as f:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, canonical_json
 from pipeline.store.format import compose
-from pipeline.store.maintain import COPY_BYTES, in_order
 from pipeline.store.opener import MAX_TEXT, open_file
 from pipeline.store.reader import FeatureStore
 from pipeline.store.recovery import explained
@@ -31,25 +30,14 @@ COLUMNS = {"paths": "path", "labels": "label", "splits": "split", "groups": "gro
 """Column of the dataset index -> dataset of the packed file."""
 
 
-@dataclass(frozen=True)
-class PackReport:
-    """What `pack` wrote."""
-
-    path: Path
-    rows: int
-    images: int
-    bytes: int
-    digest: str
-
-
 def pack(
     store: str | Path | FeatureStore,
     path: str | Path,
     digests: Digests | None = None,
     columns: Mapping[str, Sequence[str]] | None = None,
     anonymous: bool = False,
-) -> PackReport:
-    """Write a store into one file.
+) -> FeatureStore:
+    """Write a store into one file, and open that.
 
     `digests` : contents of m images, shape (m, 2), may repeat; all rows of the store when not given.
     `columns` : `paths`, `labels`, `splits`, `groups` of these images; `anonymous` leaves out the paths.
@@ -58,7 +46,7 @@ def pack(
     path, columns = Path(path), dict(columns or {})
     if anonymous:
         columns.pop("paths", None)
-    content, row = _distinct(in_order(store.table) if digests is None else digests)
+    content, row = _distinct(store.table.in_file_order() if digests is None else digests)
     arrays: dict[str, NDArray[Any]] = {
         "content": content,
         "identity_json": np.frombuffer(canonical_json(store.identity).encode("ascii"), np.uint8),
@@ -71,11 +59,17 @@ def pack(
         raise ValueError("columns need the digests of their images")
     shape = (len(content), store.dim)
     attributes = store.store_type.attributes(len(content))
-    composed = compose("pack", attributes, arrays, (store.store_type.dtype, shape), lambda: _features(store, content))
+    composed = compose(
+        "pack",
+        attributes,
+        arrays,
+        (store.store_type.dtype, shape),
+        lambda: (features.astype(store.dtype) for _, features in store.pieces(content)),
+    )
     with explained(path):
         files.make_folder(path.parent)
         files.rename(files.write_temporary(path.parent, composed.parts(), f".{path.name}"), path)
-    return PackReport(path, len(content), len(row), composed.size, composed.digest)
+    return FeatureStore.open(path)
 
 
 def _distinct(digests: Digests) -> tuple[Digests, NDArray[np.uint64]]:
@@ -96,12 +90,6 @@ def _text(name: str, values: Iterable[str], count: int) -> NDArray[np.bytes_]:
     if len(encoded) != count:
         raise ValueError(f"{name}: {len(encoded)} texts for {count} images")
     return np.array(encoded, f"S{longest}").reshape(count)
-
-
-def _features(store: FeatureStore, content: Digests) -> Iterator[NDArray[Any]]:
-    step = max(1, COPY_BYTES // (store.dim * 4))
-    for start in range(0, len(content), step):
-        yield store.read(content[start : start + step]).astype(store.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,18 @@
-"""`FeatureStore`: the reader of one snapshot or one packed file. No lock; a run that writes meanwhile is not seen."""
+"""`FeatureStore`: the reader of one snapshot or one packed file. No lock; a run that writes meanwhile is not seen.
+
+A snapshot is a store's table of contents at one moment, immutable and numbered; the highest valid number counts. Its digest
+covers its table and the digests of all segments, so it names the state of the whole store. The one before is kept, as a way
+back should the newest be damaged.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import mmap
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
-from pipeline.io.digests import Digests, digests_to_hex
+from pipeline.io.digests import Digests, digests_to_hex, fingerprint
+from pipeline.store.format import StoreType
 from pipeline.store.identity import differences
 from pipeline.store.opener import StoreFile, map_file, open_file
-from pipeline.store.segment import SegmentEntry, StoreType, open_entry
-from pipeline.store.snapshot import Snapshot, Table, newest_snapshot, read_identity, sorted_table, table_of
+from pipeline.store.segment import SegmentEntry, open_entry
+from pipeline.store.table import Table, sorted_table
+
+log = logging.getLogger(__name__)
+
+MAX_IDENTITY_BYTES = 1 << 16
+MAX_CANARY_ROWS = 1024
+COPY_BYTES = 16 << 20
+ATTEMPTS = 10
+"""How often a store is looked at anew that a writer has changed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +42,21 @@ class FeatureStore:
     """Content digest -> feature vector, for one identity, as it was when it was opened."""
 
     path: Path
+    file: StoreFile
+    """The snapshot, or the packed file."""
     identity: dict[str, Any]
     store_type: StoreType
     digest: str
     """Names the state of the whole store."""
     generation: int
+    """0 for a packed file."""
     segments: tuple[SegmentEntry, ...]
     canary: NDArray[np.float32]
     table: Table = field(repr=False)
-    _mapped: dict[int, mmap.mmap] = field(repr=False)
-    """Segment number -> its bytes, held so that they outlive their name."""
-    _files: dict[int, StoreFile] = field(repr=False)
+    _files: dict[int, StoreFile] = field(default_factory=dict, repr=False)
     """Segment number -> its file; opened and checked when first read."""
+    _mapped: dict[int, mmap.mmap] = field(default_factory=dict, repr=False)
+    """Segment number -> its bytes, held so that they outlive their name."""
 
     @staticmethod
     def open(
@@ -78,7 +98,7 @@ class FeatureStore:
     @property
     def rows(self) -> int:
         """Number of contents that have a feature vector."""
-        return len(self.table.first)
+        return len(self.table)
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
         """Say for each of n digests, shape (n, 2), whether the store has no vector for it."""
@@ -103,6 +123,13 @@ class FeatureStore:
             file.check_items(rows[here], self.dim)
             _gather(file.bulk, rows[here], here, result)
         return result
+
+    def pieces(self, digests: Digests) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Yield the vectors of n digests a few megabytes at a time, each with its place among the n."""
+        step = max(1, COPY_BYTES // (self.dim * 4))
+        for start in range(0, len(digests), step):
+            part = slice(start, start + step)
+            yield part, self.read(digests[part])
 
     def load(self, digests: Digests) -> NDArray[np.float32]:
         """Like `read`, but without a copy where the rows lie one behind the other in a float32 segment.
@@ -143,7 +170,7 @@ class FeatureStore:
         content = file.arrays["content"]
         if (rows >= len(content)).any() or not np.array_equal(content[rows], digests):
             raise StoreError(
-                f"{file.path}: does not hold the images that the snapshot says; run 'manyheads verify --full'"
+                f"{file.path}: does not hold the images that the snapshot says; run 'manyheads store verify --full'"
             )
         return file
 
@@ -158,51 +185,119 @@ def _gather(source: NDArray[Any], rows: NDArray[np.int64], here: NDArray[np.intp
         out[here[start : start + step]] = source[rows[start : start + step]]
 
 
+def _opened(
+    path: Path, file: StoreFile, segments: tuple[SegmentEntry, ...], table: Table, files: dict[int, StoreFile]
+) -> FeatureStore:
+    if len(file.arrays["canary"]) > MAX_CANARY_ROWS:
+        raise StoreError(f"{file.path}: not a valid feature store file: it has too many canary rows")
+    generation = file.number("generation") if file.kind == "snapshot" else 0
+    identity, canary = _identity(file), file.arrays["canary"]
+    return FeatureStore(path, file, identity, file.store_type, file.digest, generation, segments, canary, table, files)
+
+
+def _open_pack(path: Path) -> FeatureStore:
+    file = open_file(path, "pack")
+    content = file.arrays["content"]
+    table = Table(sorted_table(content, np.zeros(len(content)), np.arange(len(content))))
+    return _opened(path, file, (SegmentEntry(file.digest, len(content), file.size),), table, {0: file})
+
+
 def _open_folder(path: Path) -> FeatureStore:
-    for _ in range(10):
-        snapshot = newest_snapshot(path)
-        store = from_snapshot(path, snapshot)
-        if len(store._mapped) == len(snapshot.segments) or newest_snapshot(path).digest == snapshot.digest:
+    """Open the newest snapshot and map all its segments while they have a name; a writer may remove them later."""
+    for _ in range(ATTEMPTS):
+        store = newest_snapshot(path)
+        for number, entry in enumerate(store.segments):
+            with contextlib.suppress(FileNotFoundError, StoreError):  # an error when it is read
+                store._mapped[number] = map_file(entry.path(path))
+        if len(store._mapped) == len(store.segments) or newest_snapshot(path).digest == store.digest:
             break
         # Segments went while we opened: a writer has published a newer snapshot, so take that one.
     return store
 
 
-def from_snapshot(path: Path, snapshot: Snapshot) -> FeatureStore:
-    """Make a reader of one opened snapshot.
+def snapshot_path(store: Path, generation: int) -> Path:
+    """Where the snapshot of a generation is."""
+    return store / f"snapshot-{generation:08d}.h5"
 
-    All its segments are mapped now, while they have a name; a writer may remove them later. A missing one is an error
-    when it is read.
+
+def generations(store: Path) -> list[int]:
+    """Return the generations that have a file, newest first; none where there is no store."""
+    try:
+        names = [entry.name for entry in store.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [re.fullmatch(r"snapshot-([0-9]{8})\.h5", name) for name in names]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def open_snapshot(path: Path) -> FeatureStore:
+    """Open one snapshot and check everything about it but its table, which is checked block by block as it is used."""
+    file = open_file(path, "snapshot")
+    if path.name != snapshot_path(path.parent, file.number("generation")).name:
+        raise StoreError(f"{path}: is of generation {file.number('generation')}; it was renamed")
+    names = [digest.tobytes().hex() for digest in file.arrays["segment_digest"]]
+    if len(set(names)) != len(names):
+        raise StoreError(f"{path}: not a valid feature store file: a segment is named twice")
+    sizes = zip(names, file.arrays["segment_rows"], file.arrays["segment_bytes"], strict=True)
+    segments = tuple(SegmentEntry(name, int(rows), int(size)) for name, rows, size in sizes)
+    count = file.number("rows")
+    table = Table(file.bulk, lambda line, positions: file.check_items(positions + line * count))
+    return _opened(path.parent, file, segments, table, {})
+
+
+def _identity(file: StoreFile) -> dict[str, Any]:
+    """Return the identity that a file carries, checked against its fingerprint."""
+    raw = file.arrays["identity_json"].tobytes()
+    try:
+        if len(raw) > MAX_IDENTITY_BYTES:
+            raise ValueError("too long")
+        identity = json.loads(raw)
+        if not isinstance(identity, dict) or fingerprint(identity) != file.store_type.fingerprint:
+            raise ValueError("its digest is another")
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{file.path}: not a valid feature store file: its identity cannot be read ({error})"
+        ) from None
+    return identity
+
+
+def newest_snapshot(store: Path) -> FeatureStore:
+    """Open the newest valid snapshot, without its segments; a damaged one is passed over with a warning.
+
+    Raises
+    ------
+    StoreError
+        When there is no store, or none of its snapshots is valid.
     """
-    mapped: dict[int, mmap.mmap] = {}
-    for number, entry in enumerate(snapshot.segments):
-        with contextlib.suppress(FileNotFoundError, StoreError):
-            mapped[number] = map_file(entry.path(path))
-    return FeatureStore(
-        path,
-        snapshot.identity,
-        snapshot.store_type,
-        snapshot.digest,
-        snapshot.generation,
-        snapshot.segments,
-        snapshot.canary,
-        snapshot.table,
-        mapped,
-        {},
-    )
+    problems: list[str] = []
+    for _ in range(ATTEMPTS):
+        problems = []
+        for generation in (found := require_generations(store)):
+            try:
+                snapshot = open_snapshot(snapshot_path(store, generation))
+            except FileNotFoundError:
+                break  # a writer has removed it meanwhile, and published a newer one
+            except StoreError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                log.warning("%s; using generation %d instead", problem, generation)
+            return snapshot
+        if len(problems) == len(found):
+            break
+    raise no_valid_snapshot(store, problems)
 
 
-def _open_pack(path: Path) -> FeatureStore:
-    file = open_file(path, "pack")
-    identity = read_identity(file)
-    store_type = StoreType(file.text("identity"), file.number("dim"), file.text("dtype"))
-    content = file.arrays["content"]
-    lines = sorted_table(content, np.zeros(len(content)), np.arange(len(content)))
-    entry = SegmentEntry(file.digest, len(content), file.size)
-    table = table_of(lines, lambda line, positions: None)
-    return FeatureStore(
-        path, identity, store_type, file.digest, 0, (entry,), file.arrays["canary"], table, {}, {0: file}
-    )
+def require_generations(store: Path) -> list[int]:
+    """Like `generations`; StoreError when there are none."""
+    if not (found := generations(store)):
+        raise StoreError(f"{store}: there is no feature store; run 'manyheads features' first")
+    return found
+
+
+def no_valid_snapshot(store: Path, problems: Sequence[str] = ()) -> StoreError:
+    """Return the error of a store that is damaged beyond use."""
+    return StoreError(f"{store}: no valid snapshot; delete the store and run 'manyheads features' again", problems)
 
 
 def load(store: str | Path | FeatureStore, digests: Digests) -> NDArray[np.float32]:

@@ -6,16 +6,17 @@ Before a writer adds anything, the folder is brought into a known state; nothing
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import StoreError
+from pipeline.io import files
 from pipeline.store import journal
+from pipeline.store.format import StoreType
 from pipeline.store.opener import StoreFile, open_file
-from pipeline.store.segment import SEGMENTS, StoreType, open_segment
-from pipeline.store.snapshot import Snapshot, generations, snapshot_path
+from pipeline.store.reader import FeatureStore, generations, snapshot_path
+from pipeline.store.segment import SEGMENTS, open_segment
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +28,9 @@ def explained(store: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        advice = {
-            errno.ENOSPC: "free some space",
-            errno.EDQUOT: "free some of your quota",
-            errno.EROFS: "choose an output folder that can be written to",
-            errno.EACCES: "choose an output folder that can be written to",
-            errno.EIO: "check the disk",
-        }.get(error.errno or 0, "check the disk and its mount")
+        advice = files.REMEDIES.get(error.errno or 0, "check the disk and its mount")
         raise StoreError(
-            f"{store}: cannot be written: {reason}; all rows committed before are safe; {advice} and run again"
+            f"{store}: cannot be written: {reason}; all rows committed before are safe; {advice}, and run again"
         ) from error
 
 
@@ -45,9 +40,7 @@ def set_aside_damaged_snapshots(store: Path) -> bool:
     for generation in generations(store):
         path = snapshot_path(store, generation)
         try:
-            file = open_file(path, "snapshot")
-            if bad := file.bad_blocks(file.all_blocks()):
-                raise StoreError(f"{path}: {len(bad)} block(s) are damaged")
+            open_file(path, "snapshot").require_whole()
         except StoreError as error:
             log.warning("%s; set aside", error)
             journal.quarantine(store, path)
@@ -57,15 +50,13 @@ def set_aside_damaged_snapshots(store: Path) -> bool:
     return damaged
 
 
-def orphans(store: Path, store_type: StoreType, snapshot: Snapshot) -> list[StoreFile]:
+def orphans(store: Path, store_type: StoreType, snapshot: FeatureStore) -> list[StoreFile]:
     """Open the segments that a valid snapshot does not name: those of a newer one that was damaged."""
-    named = {entry.digest for entry in snapshot.segments}
+    named = {entry.path(store) for entry in snapshot.segments}
     found = []
-    for path in sorted((store / SEGMENTS).glob("*.h5")):
-        if path.stem in named:
-            continue
+    for path in sorted({*(store / SEGMENTS).glob("*.h5")} - named):
         with contextlib.suppress(StoreError):
             file = open_segment(path, store_type, path.stem)
-            if not file.bad_blocks(file.all_blocks()):
-                found.append(file)
+            file.require_whole()
+            found.append(file)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.io.digests import Digests
+from pipeline.io.digests import Digests, canonical_json
+from pipeline.store.format import StoreType, compose
 from pipeline.store.opener import StoreFile, open_file
-from pipeline.store.segment import SEGMENT_BYTES, SEGMENTS, SegmentEntry, StoreType, compose_segment, split
-from pipeline.store.snapshot import Snapshot, generations, snapshot_path, sorted_table
+from pipeline.store.reader import FeatureStore, generations, snapshot_path
+from pipeline.store.segment import SEGMENT_BYTES, SEGMENTS, TEMPORARY, SegmentEntry, compose_segment, split
+from pipeline.store.table import sorted_table
 
 SMALL_BYTES = SEGMENT_BYTES // 16
 MAX_SMALL = 16
@@ -37,7 +39,7 @@ class Rows:
         return content
 
 
-def write_segments(store: Path, temporary: Path, store_type: StoreType, sources: Sequence[Rows]) -> list[SegmentEntry]:
+def write_segments(store: Path, store_type: StoreType, sources: Sequence[Rows]) -> list[SegmentEntry]:
     """Write rows in order into as few segments as allowed; every block is checked as it is copied."""
     if not sources:
         return []
@@ -47,8 +49,7 @@ def write_segments(store: Path, temporary: Path, store_type: StoreType, sources:
         pieces = _range(sources, start, stop)
         composed = compose_segment(store_type, content[start:stop], lambda pieces=pieces: _chunks(pieces))  # type: ignore[misc]
         entry = SegmentEntry(composed.digest, stop - start, composed.size)
-        scratch = files.write_temporary(temporary, composed.parts())
-        files.rename(scratch, entry.path(store))
+        files.rename(files.write_temporary(store / TEMPORARY, composed.parts()), entry.path(store))
         entries.append(entry)
     return entries
 
@@ -61,13 +62,10 @@ def compaction(entries: Sequence[SegmentEntry], adding: bool) -> tuple[list[Segm
     return [entry for entry in entries if entry.bytes >= SMALL_BYTES], small
 
 
-def next_table(
-    before: Snapshot, entries: Sequence[SegmentEntry], content_of: Callable[[SegmentEntry], Digests]
-) -> NDArray[np.uint64]:
-    """Return the sorted table of the next snapshot, shape (4, n).
+def next_table(before: FeatureStore, entries: Mapping[SegmentEntry, StoreFile]) -> NDArray[np.uint64]:
+    """Return the sorted table of the next snapshot, of some opened segments in order; shape (4, n).
 
-    What stays is taken from the table before, which is sorted already, so that only what is new has to be put in its
-    place. `content_of` gives the digests of a segment that is new.
+    What stays is taken from the table before, which is sorted already, so that only what is new has to be put in its place.
     """
     old = {entry: number for number, entry in enumerate(before.segments)}
     renumber = np.full(len(before.segments), -1, np.int64)
@@ -76,15 +74,49 @@ def next_table(
             renumber[old[entry]] = number
     content, segment, row = before.table.all()
     if (segment >= len(renumber)).any() or (segment < 0).any():
-        raise StoreError(f"{before.path}: not a valid feature store file: its table names segments that do not exist")
+        raise StoreError(
+            f"{before.file.path}: not a valid feature store file: its table names segments that do not exist"
+        )
     stays = renumber[segment] >= 0 if len(segment) else np.zeros(0, np.bool_)
     parts = [(content[stays], renumber[segment[stays]], row[stays])]
-    for number, entry in enumerate(entries):
+    for number, (entry, file) in enumerate(entries.items()):
         if entry not in old:
-            digests = content_of(entry)
-            parts.append((digests, np.full(len(digests), number), np.arange(len(digests))))
+            parts.append((file.arrays["content"], np.full(entry.rows, number), np.arange(entry.rows)))
     contents, segments, rows = zip(*parts, strict=True)
     return sorted_table(np.concatenate(contents), np.concatenate(segments), np.concatenate(rows))
+
+
+NO_PARENT = "0" * 64
+
+
+def publish(
+    store: Path,
+    before: FeatureStore | None,
+    identity: dict[str, Any],
+    store_type: StoreType,
+    segments: Sequence[SegmentEntry],
+    canary: NDArray[np.float32] | None,
+    lines: NDArray[np.uint64],
+) -> None:
+    """Write the snapshot that follows another one, or the first; it counts from the moment its name appears."""
+    generation, parent = (1, NO_PARENT) if before is None else (before.generation + 1, before.digest)
+    arrays = {
+        "segment_digest": np.frombuffer(bytes.fromhex("".join(s.digest for s in segments)), np.uint8).reshape(-1, 32),
+        "segment_rows": np.array([entry.rows for entry in segments], "<u8"),
+        "segment_bytes": np.array([entry.bytes for entry in segments], "<u8"),
+        "identity_json": np.frombuffer(canonical_json(identity).encode("ascii"), np.uint8),
+        "canary": np.ascontiguousarray(np.zeros((0, store_type.dim)) if canary is None else canary, "<f4"),
+    }
+    attributes = {**store_type.attributes(lines.shape[1]), "generation": generation, "parent": parent}
+    composed = compose("snapshot", attributes, arrays, ("<u8", lines.shape), lambda: [lines])
+    scratch = files.write_temporary(store / TEMPORARY, composed.parts())
+    try:
+        files.publish(scratch, snapshot_path(store, generation))
+    except FileExistsError:
+        raise StoreError(
+            f"{store}: another writer has published generation {generation} meanwhile, so locks do not work here; "
+            "make sure that there is one writer, and run again: nothing committed is lost"
+        ) from None
 
 
 def sweep(store: Path, keep: int) -> None:

@@ -12,31 +12,13 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io.digests import Digests
-from pipeline.store.format import BLOCK_BYTES, Chunks, Composed, compose
+from pipeline.store.format import BLOCK_BYTES, Chunks, Composed, StoreType, compose
 from pipeline.store.opener import StoreFile, open_file
 
 SEGMENTS = "segments"
+TEMPORARY = "tmp"
 SEGMENT_BYTES = 1 << 30
 """Most bytes of features in one segment; a larger seal makes several."""
-
-
-@dataclass(frozen=True)
-class StoreType:
-    """What all files of one store share: whose features they are, how many numbers each, stored as what."""
-
-    fingerprint: str
-    dim: int
-    dtype: str
-    """`<f4` or `<f2`."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one stored feature vector."""
-        return self.dim * np.dtype(self.dtype).itemsize
-
-    def attributes(self, rows: int) -> dict[str, str | int]:
-        """The attributes that every file of the store has."""
-        return {"identity": self.fingerprint, "dtype": self.dtype, "rows": rows, "dim": self.dim}
 
 
 @dataclass(frozen=True)
@@ -65,9 +47,8 @@ def open_segment(
 ) -> StoreFile:
     """Open a segment or journal group and check that it belongs to this store."""
     file = open_file(path, "segment", digest, data)
-    found = StoreType(file.text("identity"), file.number("dim"), file.text("dtype"))
-    if found != store_type:
-        raise StoreError(f"{path}: belongs to another store: it has {found}, expected {store_type}")
+    if file.store_type != store_type:
+        raise StoreError(f"{path}: belongs to another store: it has {file.store_type}, expected {store_type}")
     return file
 
 
@@ -77,7 +58,7 @@ def open_entry(store: Path, entry: SegmentEntry, store_type: StoreType, data: mm
         file = open_segment(entry.path(store), store_type, entry.digest, data)
     except FileNotFoundError:
         raise StoreError(
-            f"{entry.path(store)}: is missing with {entry.rows} features; put it back, or run 'manyheads repair'"
+            f"{entry.path(store)}: is missing with {entry.rows} features; put it back, or run 'manyheads store repair'"
         ) from None
     if (file.number("rows"), file.size) != (entry.rows, entry.bytes):
         raise StoreError(f"{file.path}: has {file.number('rows')} rows in {file.size} bytes, the snapshot says {entry}")
@@ -88,7 +69,7 @@ def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
     """Check every block and every number of a segment; return the rows that cannot be used."""
     row_bytes = file.bulk.shape[1] * file.bulk.dtype.itemsize
     bad: set[int] = set()
-    for block in file.bad_blocks(file.all_blocks()):
+    for block in file.bad_blocks():
         last = min((block + 1) * BLOCK_BYTES, file.bulk.nbytes) - 1
         bad.update(range(block * BLOCK_BYTES // row_bytes, last // row_bytes + 1))
     step = max(1, (4 << 20) // row_bytes)

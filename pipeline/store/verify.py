@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,17 @@ from pipeline.errors import StoreError
 from pipeline.io.digests import Digests
 from pipeline.store import journal
 from pipeline.store.lock import LOCK, holder
-from pipeline.store.opener import open_file
-from pipeline.store.segment import SEGMENTS, damaged_rows, open_entry, open_segment
-from pipeline.store.snapshot import Snapshot, generations, open_snapshot, snapshot_path
-from pipeline.store.writer import TEMPORARY
+from pipeline.store.opener import StoreFile, open_file
+from pipeline.store.reader import (
+    ATTEMPTS,
+    FeatureStore,
+    generations,
+    no_valid_snapshot,
+    open_snapshot,
+    require_generations,
+    snapshot_path,
+)
+from pipeline.store.segment import SEGMENTS, TEMPORARY, damaged_rows, open_entry, open_segment
 
 KNOWN_FOLDERS = {SEGMENTS, journal.JOURNAL, journal.QUARANTINE, TEMPORARY}
 
@@ -34,7 +42,6 @@ class Problem:
 class VerifyReport:
     """What `verify` found."""
 
-    path: Path
     full: bool
     generation: int
     rows: int
@@ -64,29 +71,21 @@ def verify(path: str | Path, full: bool = False) -> VerifyReport:
     if path.is_file():
         return _verify_pack(path, full)
     for _ in range(ATTEMPTS):
-        numbers = generations(path) if path.is_dir() else []
-        if not numbers:
-            raise StoreError(f"{path}: there is no feature store; run 'manyheads features' first")
+        numbers = require_generations(path)
         try:
             report = _verify_once(path, full, numbers)
         except FileNotFoundError:
             continue  # a writer has removed it meanwhile, and published a newer state
         if report.ok or generations(path) == numbers:
             return report
-    raise StoreError(f"{path}: changes faster than it can be checked; run again when {_writer(path)} has ended")
-
-
-ATTEMPTS = 10
-"""How often a store is looked at anew that a writer has changed meanwhile."""
-
-
-def _writer(path: Path) -> str:
-    return holder(path) or "its writer"
+    raise StoreError(
+        f"{path}: changes faster than it can be checked; run again when {holder(path) or 'its writer'} has ended"
+    )
 
 
 def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport:
     problems: list[Problem] = []
-    snapshots: list[Snapshot] = []
+    snapshots: list[FeatureStore] = []
     for generation in numbers:
         try:
             snapshot = open_snapshot(snapshot_path(path, generation))
@@ -96,18 +95,14 @@ def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport
         except StoreError as error:
             problems.append(_problem(path, snapshot_path(path, generation), error, 0))
     if not snapshots:
-        raise StoreError(
-            f"{path}: no valid snapshot; delete the store and run 'manyheads features' again",
-            [f"{problem.file}: {problem.found}" for problem in problems],
-        )
+        raise no_valid_snapshot(path, [f"{problem.file}: {problem.found}" for problem in problems])
     newest = snapshots[0]
     damaged, bytes_read = _check_segments(path, newest, full, problems)
-    _check_older_segments(path, snapshots, full, problems)
-    _check_journal(path, newest, full, problems)
+    _check_what_else(path, snapshots, full, problems)
     notes = tuple(_leftovers(path, snapshots))
     bytes_read += sum(snapshot.file.size for snapshot in snapshots)
     rows, count = newest.rows, len(newest.segments)
-    return VerifyReport(path, full, newest.generation, rows, count, bytes_read, tuple(problems), notes, damaged)
+    return VerifyReport(full, newest.generation, rows, count, bytes_read, tuple(problems), notes, damaged)
 
 
 def _problem(store: Path, path: Path, error: StoreError, rows: int) -> Problem:
@@ -115,24 +110,22 @@ def _problem(store: Path, path: Path, error: StoreError, rows: int) -> Problem:
     return Problem(str(path.relative_to(store)), found, rows)
 
 
-def _check_table(snapshot: Snapshot) -> None:
+def _check_table(snapshot: FeatureStore) -> None:
     """Check every block of the table, its order, and that it names only rows that exist."""
-    if bad := snapshot.file.bad_blocks(snapshot.file.all_blocks()):
-        raise StoreError(f"{snapshot.path}: {len(bad)} block(s) of its table are damaged")
-    first, second = snapshot.table.first, snapshot.table.second
+    snapshot.file.require_whole()
+    first, second, segment, row = snapshot.table.lines
     ordered = (first[:-1] < first[1:]) | ((first[:-1] == first[1:]) & (second[:-1] < second[1:]))
     if not ordered.all():
-        raise StoreError(f"{snapshot.path}: its table is not sorted, or names a content twice")
+        raise StoreError(f"{snapshot.file.path}: its table is not sorted, or names a content twice")
     sizes = np.array([entry.rows for entry in snapshot.segments], np.uint64)
-    segment, row = snapshot.table.segment, snapshot.table.row
     if (segment >= len(sizes)).any() or (row >= sizes[segment.astype(np.intp)]).any():
-        raise StoreError(f"{snapshot.path}: its table names rows that do not exist")
+        raise StoreError(f"{snapshot.file.path}: its table names rows that do not exist")
 
 
-def _check_segments(path: Path, snapshot: Snapshot, full: bool, problems: list[Problem]) -> tuple[Digests, int]:
+def _check_segments(path: Path, snapshot: FeatureStore, full: bool, problems: list[Problem]) -> tuple[Digests, int]:
     """Check the newest snapshot's segments; return the contents whose features cannot be used, and the bytes read."""
-    if snapshot.file.bad_blocks(snapshot.file.all_blocks()):
-        problems.append(Problem(snapshot.path.name, "its table is damaged; run again with --full", 0))
+    if snapshot.file.bad_blocks():
+        problems.append(Problem(snapshot.file.path.name, "its table is damaged; run again with --full", 0))
         return np.zeros((0, 2), np.uint64), 0
     content, segments, rows = snapshot.table.all()
     bad = np.zeros(len(content), np.bool_)
@@ -157,35 +150,28 @@ def _check_segments(path: Path, snapshot: Snapshot, full: bool, problems: list[P
     return content[bad], bytes_read
 
 
-def _check_older_segments(path: Path, snapshots: list[Snapshot], full: bool, problems: list[Problem]) -> None:
-    """Check what only the previous snapshots need: damage there costs the way back, but no feature."""
-    seen = set(snapshots[0].segments)
-    for snapshot in snapshots[1:]:
-        for entry in snapshot.segments:
-            if entry in seen:
-                continue
-            seen.add(entry)
-            try:
-                file = open_entry(path, entry, snapshot.store_type)
-                if full and file.bad_blocks(file.all_blocks()):
-                    raise StoreError(f"{file.path}: is damaged; only the previous snapshot needs it")
-            except StoreError as error:
-                problems.append(_problem(path, entry.path(path), error, 0))
-
-
-def _check_journal(path: Path, snapshot: Snapshot, full: bool, problems: list[Problem]) -> None:
-    for group in journal.groups(path):
+def _check_what_else(path: Path, snapshots: list[FeatureStore], full: bool, problems: list[Problem]) -> None:
+    """Check what the newest snapshot does not need: damage costs the way back, or rows of a run that has not ended."""
+    newest = snapshots[0]
+    older = dict.fromkeys(entry for snapshot in snapshots[1:] for entry in snapshot.segments)
+    checks: list[tuple[Path, Callable[[], StoreFile]]] = [
+        (entry.path(path), partial(open_entry, path, entry, newest.store_type))
+        for entry in older
+        if entry not in newest.segments
+    ]
+    checks += [(group, partial(open_segment, group, newest.store_type)) for group in journal.groups(path)]
+    for place, opened in checks:
         try:
-            file = open_segment(group, snapshot.store_type)
+            file = opened()
             if full and len(damaged_rows(file)):
-                raise StoreError(f"{group}: is damaged; the next run embeds its images again")
+                raise StoreError(f"{place}: is damaged; only the previous snapshot or the next run needs it")
         except FileNotFoundError:
             continue  # sealed meanwhile
         except StoreError as error:
-            problems.append(_problem(path, group, error, 0))
+            problems.append(_problem(path, place, error, 0))
 
 
-def _leftovers(path: Path, snapshots: list[Snapshot]) -> Iterator[str]:
+def _leftovers(path: Path, snapshots: list[FeatureStore]) -> Iterator[str]:
     if (writer := holder(path)) is not None:
         yield f"being written by {writer}"
         return  # what lies there besides is its work
@@ -215,4 +201,4 @@ def _verify_pack(path: Path, full: bool) -> VerifyReport:
         problems.append(Problem(path.name, f"{len(wrong)} of its features are damaged or not finite", len(wrong)))
     if len(np.unique(content, axis=0)) != len(content):
         problems.append(Problem(path.name, "it names a content twice", 0))
-    return VerifyReport(path, full, 0, len(content), 1, file.size, tuple(problems), (), content[wrong])
+    return VerifyReport(full, 0, len(content), 1, file.size, tuple(problems), (), content[wrong])

@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.io.digests import Digests, digests_to_hex, fingerprint
+from pipeline.io.digests import Digests, digest_keys, digests_to_hex, fingerprint
 from pipeline.store import journal, lock, recovery
+from pipeline.store.format import StoreType
 from pipeline.store.identity import check_canary, differences
 from pipeline.store.opener import StoreFile
+from pipeline.store.reader import FeatureStore, generations, newest_snapshot, no_valid_snapshot
 from pipeline.store.recovery import explained
-from pipeline.store.seal import Rows, compaction, next_table, sweep, write_segments
-from pipeline.store.segment import SEGMENTS, SegmentEntry, StoreType, compose_segment, open_entry, open_segment
-from pipeline.store.snapshot import NO_PARENT, Snapshot, compose_and_publish, generations, newest_snapshot
+from pipeline.store.seal import Rows, compaction, next_table, publish, sweep, write_segments
+from pipeline.store.segment import SEGMENTS, TEMPORARY, SegmentEntry, compose_segment, open_entry, open_segment
 
 log = logging.getLogger(__name__)
 
-TEMPORARY = "tmp"
 GROUP_BYTES = 4 << 20
 GROUP_SECONDS = 10.0
 
@@ -42,17 +42,15 @@ DTYPES = {"float32": "<f4", "float16": "<f2", "<f4": "<f4", "<f2": "<f2"}
 class StoreWriter:
     """A store opened for writing. Use `StoreWriter.open`, and `with`: leaving normally seals, an error only unlocks."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], store_type: StoreType, held: lock.Lock) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], store_type: StoreType, held: int) -> None:
         self.path = path
         self.identity = identity
         self.store_type = store_type
         self._lock = held
         self._process = os.getpid()
-        self._snapshot: Snapshot
-        self._opened: dict[str, StoreFile] = {}
-        """Digest -> a segment that has been opened and checked."""
-        self._entries: dict[int, StoreFile] = {}
-        """Number of a segment of the snapshot -> its file; without those that are lost."""
+        self._snapshot: FeatureStore
+        self._entries: dict[SegmentEntry, StoreFile] = {}
+        """The segments of the snapshot in order, opened and checked; without those that are lost."""
         self._sources: list[Rows] = []
         """Rows of the journal, in the order they were appended."""
         self._new: set[bytes] = set()
@@ -97,7 +95,7 @@ class StoreWriter:
             try:
                 writer._begin(None if canary is None else np.asarray(canary, np.float32))
             except BaseException:
-                held.release()
+                files.close_alone(held)
                 raise
         return writer
 
@@ -107,11 +105,11 @@ class StoreWriter:
             files.remove(leftover)
         orphans = False
         if not generations(self.path):
-            self._publish(1, NO_PARENT, [], np.zeros((4, 0), "<u8"), canary)
+            publish(self.path, None, self.identity, self.store_type, [], canary, np.zeros((4, 0), "<u8"))
         else:
             orphans = recovery.set_aside_damaged_snapshots(self.path)
             if not generations(self.path):
-                raise StoreError(f"{self.path}: no valid snapshot; delete the store and run 'manyheads features' again")
+                raise no_valid_snapshot(self.path)
         self._snapshot = newest_snapshot(self.path)
         self._check_identity()
         stored = self._snapshot.canary
@@ -129,7 +127,7 @@ class StoreWriter:
         numbers = [int(path.stem) for path in journal.groups(self.path)]
         self._next_group = max(numbers, default=0) + 1
         if lost:
-            self._publish_rows(self._sources_of_snapshot(), keep_journal=True)
+            self._publish_rows(list(self._entries), keep_journal=True)
 
     def _check_identity(self) -> None:
         snapshot, wanted = self._snapshot, self.store_type
@@ -149,20 +147,14 @@ class StoreWriter:
     def _drop_lost_segments(self) -> bool:
         """Warn of segments that are missing or were cut; their rows count as missing from now on."""
         self._entries = {}
-        for number, entry in enumerate(self._snapshot.segments):
+        for entry in self._snapshot.segments:
             try:
-                self._entries[number] = self._open_entry(entry)
+                self._entries[entry] = open_entry(self.path, entry, self.store_type)
             except StoreError as error:
                 log.warning("%s; its %d images will be embedded again", error, entry.rows)
                 if entry.path(self.path).exists():
                     journal.quarantine(self.path, entry.path(self.path))
         return len(self._entries) < len(self._snapshot.segments)
-
-    def _open_entry(self, entry: SegmentEntry) -> StoreFile:
-        """Open a segment once."""
-        if entry.digest not in self._opened:
-            self._opened[entry.digest] = open_entry(self.path, entry, self.store_type)
-        return self._opened[entry.digest]
 
     def _adopt(self, opened: Sequence[StoreFile]) -> None:
         """Take over rows that the snapshot does not have."""
@@ -171,7 +163,7 @@ class StoreWriter:
             rows = np.flatnonzero(self._fresh(content))
             if len(rows):
                 self._sources.append(Rows(file, rows))
-                self._new.update(_keys(content[rows]))
+                self._new.update(digest_keys(content[rows]).tolist())
         if self._new:
             log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
 
@@ -182,9 +174,10 @@ class StoreWriter:
         absent: NDArray[np.bool_] = positions < 0
         if len(self._entries) < len(self._snapshot.segments) and (~absent).any():
             segments, _ = self._snapshot.table.place(positions[~absent])
-            absent[~absent] = ~np.isin(segments, list(self._entries))
+            there = [entry in self._entries for entry in self._snapshot.segments]
+            absent[~absent] = ~np.isin(segments, np.flatnonzero(there))
         if self._new:
-            fresh = [key not in self._new for key in _keys(digests)]
+            fresh = [key not in self._new for key in digest_keys(digests).tolist()]
             absent &= np.array(fresh, np.bool_)
         return absent
 
@@ -231,7 +224,7 @@ class StoreWriter:
             kept, vectors = digests[fresh], np.ascontiguousarray(features[fresh], self.store_type.dtype)
             self._waiting.append((kept, vectors))
             self._waiting_bytes += vectors.nbytes
-            self._new.update(_keys(kept))
+            self._new.update(digest_keys(kept).tolist())
         if self._waiting_bytes >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS:
             self.commit()
         return int(fresh.sum())
@@ -246,7 +239,7 @@ class StoreWriter:
         vectors = [features for _, features in self._waiting]
         composed = compose_segment(self.store_type, content, lambda: vectors)
         with explained(self.path):
-            path = journal.commit(self.path, self.path / TEMPORARY, self._next_group, composed)
+            path = journal.commit(self.path, self._next_group, composed)
         self._next_group += 1
         self._waiting, self._waiting_bytes = [], 0
         self._sources.append(Rows(open_segment(path, self.store_type, composed.digest), np.arange(len(content))))
@@ -256,7 +249,7 @@ class StoreWriter:
         self.commit()
         with explained(self.path):
             if self._sources or self._canary is not None:
-                self._publish_rows(self._sources_of_snapshot())
+                self._publish_rows(list(self._entries))
                 return True
             sweep(self.path, keep=2)
         return False
@@ -269,16 +262,14 @@ class StoreWriter:
         self.commit()
         old: list[SegmentEntry | Rows] = []
         changed = []
-        for number, entry in enumerate(self._snapshot.segments):
-            if number not in self._entries:
-                continue
-            rows = np.flatnonzero(keep(self._entries[number]))
+        for entry, file in self._entries.items():
+            rows = np.flatnonzero(keep(file))
             if len(rows) == entry.rows:
                 old.append(entry)
                 continue
             changed.append(entry)
             if len(rows):
-                old.append(Rows(self._entries[number], rows))
+                old.append(Rows(file, rows))
         with explained(self.path):
             if changed or self._sources or self._canary is not None:
                 self._publish_rows(old)
@@ -286,63 +277,39 @@ class StoreWriter:
                 journal.quarantine(self.path, entry.path(self.path))
             sweep(self.path, keep=1)
 
-    def _sources_of_snapshot(self) -> list[SegmentEntry | Rows]:
-        return [entry for number, entry in enumerate(self._snapshot.segments) if number in self._entries]
-
-    def _publish_rows(self, old: list[SegmentEntry | Rows], keep_journal: bool = False) -> None:
+    def _publish_rows(self, old: Sequence[SegmentEntry | Rows], keep_journal: bool = False) -> None:
         """Write the segments of the next state, publish it, and clean up behind it.
 
         `old` : segments that stay as they are, and rows of segments that are written anew.
         """
         new = [] if keep_journal else list(self._sources)
         kept, rewritten = compaction([item for item in old if isinstance(item, SegmentEntry)], bool(new))
-        merged = [self._whole(entry) for entry in rewritten]
+        merged = [Rows(self._entries[entry], np.arange(entry.rows)) for entry in rewritten]
         merged += [item for item in old if isinstance(item, Rows)]
-        entries = [*kept, *write_segments(self.path, self.path / TEMPORARY, self.store_type, merged + new)]
-        lines = next_table(self._snapshot, entries, lambda entry: self._open_entry(entry).arrays["content"])
+        opened = {entry: self._entries[entry] for entry in kept}
+        for entry in write_segments(self.path, self.store_type, merged + new):
+            opened[entry] = self._entries.get(entry) or open_entry(self.path, entry, self.store_type)
+        lines = next_table(self._snapshot, opened)
         canary = self._snapshot.canary if self._canary is None else self._canary
-        self._publish(self._snapshot.generation + 1, self._snapshot.digest, entries, lines, canary)
+        publish(self.path, self._snapshot, self.identity, self.store_type, list(opened), canary, lines)
         self._canary = None
         if not keep_journal:
             journal.clear(self.path)
             self._sources, self._new, self._next_group = [], set(), 1
         self._snapshot = newest_snapshot(self.path)
-        self._entries = {number: self._open_entry(entry) for number, entry in enumerate(entries)}
-        self._opened = {file.digest: file for file in self._entries.values()}
+        self._entries = opened
         sweep(self.path, keep=2)
 
-    def _whole(self, entry: SegmentEntry) -> Rows:
-        file = self._entries[self._snapshot.segments.index(entry)]
-        return Rows(file, np.arange(entry.rows))
-
-    def _publish(
-        self,
-        generation: int,
-        parent: str,
-        entries: Sequence[SegmentEntry],
-        lines: NDArray[np.uint64],
-        canary: NDArray[np.float32] | None,
-    ) -> None:
-        compose_and_publish(
-            self.path,
-            self.path / TEMPORARY,
-            generation,
-            parent,
-            self.identity,
-            self.store_type,
-            entries,
-            np.zeros((0, self.store_type.dim), np.float32) if canary is None else canary,
-            lines,
-        )
-
     def close(self) -> None:
-        """Give up the lock. What was appended but not committed is lost."""
-        self._lock.release()
+        """Give up the lock; what was appended but not committed is lost. A forked child has none to give up."""
+        if self._lock >= 0 and self._process == os.getpid():
+            files.close_alone(self._lock)
+            self._lock = -1
 
     def _require_open(self) -> None:
         if self._process != os.getpid():
             raise RuntimeError("a forked child must not write to its parent's store; open a store of its own")
-        if self._lock.descriptor < 0:
+        if self._lock < 0:
             raise RuntimeError("the store is closed")
 
     def __enter__(self) -> StoreWriter:
@@ -356,9 +323,3 @@ class StoreWriter:
                 self.seal()
         finally:
             self.close()
-
-
-def _keys(digests: Digests) -> list[bytes]:
-    """Return n digests as n byte strings."""
-    keys: list[bytes] = np.ascontiguousarray(digests, "<u8").reshape(-1, 2).view("V16").ravel().tolist()
-    return keys

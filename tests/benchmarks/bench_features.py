@@ -113,22 +113,22 @@ def ours(folder: Path, model: str, **extraction: Any) -> float:
 
 def decode_only(folder: Path, model: str) -> float:
     """Images/s of reading, decoding and preparing, on all processors."""
-    from pipeline.embed.loader import Feeder, Item
+    from pipeline.embed.loader import Item, Loader
 
     preprocessing = _load(model, "fp32").preprocessing
     items = [Item(row, str(path), None, (0,)) for row, path in enumerate(sorted(folder.rglob("*.*")))]
-    feeder = Feeder(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1)
-    for _ in feeder.batches(items[:BATCH]):
+    loader = Loader(Path("/"), 10**9, (preprocessing,), BATCH, os.cpu_count() or 1)
+    for _ in loader.batches(items[:BATCH]):
         pass
     began = time.perf_counter()
-    for _ in feeder.batches(items):
+    for _ in loader.batches(items):
         pass
     return len(items) / (time.perf_counter() - began)
 
 
 def network_only(folder: Path, model: str, precision: str, batch_size: int | str = "auto") -> float:
     """Images/s of the network, by the engine of a long run, on pixels that are ready."""
-    from pipeline.embed.networks import choose_batch_size
+    from pipeline.embed.engines import choose_batch_size
     from pipeline.io.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -147,7 +147,7 @@ def network_only(folder: Path, model: str, precision: str, batch_size: int | str
 
 def _load(model: str, precision: str, batch_size: int | str = "auto") -> Any:
     from pipeline.config import BackboneConfig, ExtractionConfig
-    from pipeline.embed import networks as backbone
+    from pipeline.embed import backbone
 
     extraction = ExtractionConfig.model_validate({"precision": precision, "batch_size": batch_size})
     return backbone.load(BackboneConfig(name=model), extraction, 0, images=10**6)

@@ -16,8 +16,10 @@ import numpy as np
 from pipeline.io import files
 from pipeline.io.digests import fingerprint
 from pipeline.store import FeatureStore, StoreWriter, load, verify
-from pipeline.store.segment import StoreType
-from pipeline.store.snapshot import NO_PARENT, compose_and_publish, sorted_table
+from pipeline.store.format import StoreType
+from pipeline.store.reader import newest_snapshot
+from pipeline.store.seal import publish
+from pipeline.store.table import sorted_table
 
 IDENTITY = {"architecture": "bench"}
 
@@ -37,11 +39,10 @@ def big_table(folder, rows, random):
     digests = random.integers(0, 2**64, (rows, 2), dtype=np.uint64)
     with StoreWriter.open(path, IDENTITY, dim) as writer:
         writer.append(digests[:1000], np.zeros((1000, dim), np.float32))
-    (entry,) = FeatureStore.open(path).segments
+    before = newest_snapshot(path)
     lines = sorted_table(digests, np.zeros(rows), np.arange(rows))
     store_type = StoreType(fingerprint(IDENTITY), dim, "<f4")
-    canary = np.zeros((0, dim), np.float32)
-    compose_and_publish(path, path / "tmp", 3, NO_PARENT, IDENTITY, store_type, [entry], canary, lines)
+    publish(path, before, IDENTITY, store_type, before.segments, None, lines)
     return path, digests
 
 

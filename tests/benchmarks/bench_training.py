@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-from pipeline.config import TrainingConfig, UnfreezeConfig, read_yaml
+from pipeline.config import FinetuneConfig, read_yaml
 from pipeline.embed.families import build
 from pipeline.finetuning import Data, Labelled, Run, Task, check_plan, predict_logits, stages_of, train
 
@@ -40,8 +40,8 @@ def make_task(size: int, precision: str, steps: int) -> Task:
     recipe = read_yaml(RECIPE)
     network = build(recipe["architecture"], {**recipe["arguments"], "num_classes": 200})
     stages = stages_of(network, size)
-    settings = TrainingConfig(rate=0.01, batch_norm="train", batch_size=BATCH, evaluate_every=steps)
-    return Task(network, stages, check_plan([UnfreezeConfig()], stages), settings, steps, precision, 0, CPU)
+    settings = FinetuneConfig(rate=0.01, batch_norm="train", batch_size=BATCH)
+    return Task(network, stages, check_plan([(0.0, "all")], stages), settings, steps, precision, 0, CPU, evaluations=1)
 
 
 def forward(data: Data, precision: str, seconds: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from statistics_cases import coverage, false_winners, false_winners_of_permuted_groups
+from statistics_cases import coverage, false_winners, false_winners_of_exchange, false_winners_of_permuted_groups
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,16 @@ def test_statistics_have_few_false_winners(runs: int, n: int, groups: int | None
     found = false_winners(runs, n, groups, effect, metric)
     print(f"\nfalse winners in {runs} runs, {n} images, {groups} groups, {metric}: {found}")
     assert found["out of fold"] <= 0.05
-    assert found["test"] <= 0.05
+    assert (
+        found["test"] <= 0.08
+    )  # its level is 5 %, and of 200 runs two standard errors are 3 %; the next proof has more runs
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_statistics_of_exchanged_groups_keep_their_level(metric: str) -> None:
+    found = false_winners_of_exchange(3000, 360, 36, 0.7, metric)
+    print(f"\nfalse winners on the test in 3,000 runs, 360 images, 36 groups, {metric}: {found}")
+    assert found <= 0.05
 
 
 @pytest.mark.parametrize(("groups", "size"), [(40, 6), (72, 4)])

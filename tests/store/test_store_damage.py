@@ -45,7 +45,7 @@ def damaged(file, data):
         opened = open_file(file, data=data)
     except StoreError:
         return True
-    return bool(opened.bad_blocks(opened.all_blocks()))
+    return bool(opened.bad_blocks())
 
 
 def test_every_flipped_bit_is_seen(store):
@@ -142,7 +142,7 @@ def test_a_lost_segment_costs_its_rows_and_nothing_else(store, caplog):
     report = verify(store)
     assert not report.ok
     assert "is missing with" in report.problems[0].found
-    with pytest.raises(StoreError, match=r"is missing with .* features; put it back, or run 'manyheads repair'"):
+    with pytest.raises(StoreError, match=r"is missing with .* features; put it back, or run 'manyheads store repair'"):
         FeatureStore.open(store).read(report.damaged)
     with small_segments():
         add(store, set())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.store.snapshot import sorted_table, table_of
+from pipeline.store.table import Table, sorted_table
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 1000, 30_000])
@@ -12,7 +12,7 @@ def test_look_ups_agree_with_a_dictionary(size, highest):
     random = np.random.default_rng(size)
     content = np.unique(random.integers(0, highest, (size, 2), dtype=np.uint64), axis=0)
     count = len(content)
-    table = table_of(sorted_table(content, np.zeros(count), np.arange(count)), lambda line, positions: None)
+    table = Table(sorted_table(content, np.zeros(count), np.arange(count)))
     known = {tuple(row): place for place, row in enumerate(content.tolist())}
     asked = np.concatenate([
         content[random.integers(0, count, 1 + count // 100)],

@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import StoreError
 from pipeline.store import FeatureStore, StoreWriter, collect, lock, status
 from pipeline.store import format as format_module
-from pipeline.store.snapshot import newest_snapshot
+from pipeline.store.reader import newest_snapshot
 from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY, Faults, exact, rounds, small_segments, system
 
 verify_module = import_module("pipeline.store.verify")  # the package has a function of that name

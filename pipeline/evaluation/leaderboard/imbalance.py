@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.evaluation import Predictions, PredictionSet, Scores, class_columns, correct_priors, scores
+from pipeline.evaluation import HeadPredictions, Predictions, Scores, scores
+from pipeline.evaluation.calibration import correct_priors
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
 from pipeline.evaluation.leaderboard.table import Leaderboard
 
@@ -36,7 +38,7 @@ class Effect:
     """One way to treat uneven classes: scores out of fold, and on the test images where they are known."""
 
     name: str
-    out_of_fold: Scores
+    out_of_fold: Scores | None
     test: Scores | None
 
 
@@ -46,35 +48,33 @@ def unevenness(counts: Sequence[int]) -> float:
     return max(present) / min(present) if present else 1.0
 
 
-def effects(board: Leaderboard, found: Predictions) -> tuple[Effect, ...]:
+def effects(board: Leaderboard, found: HeadPredictions) -> tuple[Effect, ...]:
     """Return the best row as it is and as it would be; empty where classes are even or probabilities are missing."""
     part, row = found.out_of_fold, board.best
     if part is None or part.probabilities is None:
         return ()
-    counts = np.bincount(class_columns(part.y_true, found.classes), minlength=len(found.classes))
+    counts = np.bincount(part.y_true, minlength=len(part.classes))
     if unevenness(counts.tolist()) < UNEVEN:
         return ()
-    shares = counts / counts.sum()
-    made = [Effect("as it is", _scores(part, part.y_pred, found), _scores(found.test, found.test.y_pred, found))]
-    corrected = [_corrected(images, shares, found) for images in (part, found.test)]
-    if corrected[0] is not None:
-        made.append(Effect("prior correction: every class taken as equally likely", corrected[0], corrected[1]))
+    even = np.where(counts > 0, 1 / np.count_nonzero(counts), 0.0)
+
+    def evened(images: Predictions) -> Scores | None:
+        if images.probabilities is None:
+            return None
+        return _scores(images, correct_priors(images.probabilities, counts / counts.sum(), even).argmax(axis=1))
+
+    made = [
+        Effect("as it is", _scores(part, part.y_pred), _scores(found.test, found.test.y_pred)),
+        Effect("prior correction: every class taken as equally likely", evened(part), evened(found.test)),
+    ]
     if row.reweighted is not None:
         name = "without class weights" if _is_weighted(board, row) else "with class weights"
         made.append(Effect(f"fitted {name}", row.reweighted, None))
     return tuple(made)
 
 
-def _scores(images: PredictionSet, guess: np.ndarray, found: Predictions) -> Scores:
-    return scores(images.y_true, guess, None, found.classes, units=images.units)
-
-
-def _corrected(images: PredictionSet, shares: np.ndarray, found: Predictions) -> Scores | None:
-    if images.probabilities is None:
-        return None
-    even = np.where(shares > 0, 1 / np.count_nonzero(shares), 0.0)
-    place = correct_priors(images.probabilities, shares, even).argmax(axis=1)
-    return _scores(images, np.asarray(found.classes)[place], found)
+def _scores(images: Predictions, guess: NDArray[np.int64]) -> Scores:
+    return scores(replace(images, y_pred=guess, probabilities=None))
 
 
 def _is_weighted(board: Leaderboard, row: LeaderboardRow) -> bool:

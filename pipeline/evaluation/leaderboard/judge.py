@@ -15,20 +15,18 @@ import numpy as np
 
 from pipeline.errors import BundleError, HeadError
 from pipeline.evaluation import (
-    Answers,
     Difference,
+    HeadPredictions,
     Metric,
     Optimism,
     Predictions,
-    PredictionSet,
-    answers_of,
     compare,
     counted,
-    selection_optimism,
-    trial_optimism,
 )
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
 from pipeline.evaluation.leaderboard.table import Leaderboard
+from pipeline.evaluation.optimism import selection_optimism, trial_optimism
+from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import TRIALS, Artifacts, read_lines
 
 log = logging.getLogger(__name__)
@@ -50,13 +48,13 @@ def judge(leaderboard: Leaderboard, output: Path) -> Leaderboard:
     return replace(leaderboard, verdict=verdict)
 
 
-def read_predictions(leaderboard: Leaderboard, output: Path) -> dict[str, Predictions]:
+def read_predictions(leaderboard: Leaderboard, output: Path) -> dict[str, HeadPredictions]:
     """Return the predictions of every row that has them, by key."""
     found = {}
     for row in leaderboard.rows:
         try:
             if row.bundle is not None:
-                found[row.key] = Predictions.read(output / row.bundle / "predictions.npz")
+                found[row.key] = HeadPredictions.read(output / row.bundle / FILE_NAME)
         except BundleError as error:
             log.warning("%s: takes no part in the comparison: %s", row.key, error)
     return found
@@ -82,19 +80,17 @@ def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
 
 
 def _verdict(
-    leaderboard: Leaderboard, predictions: Mapping[str, Predictions], trials: Mapping[str, Trials]
+    leaderboard: Leaderboard, predictions: Mapping[str, HeadPredictions], trials: Mapping[str, Trials]
 ) -> Verdict | None:
     best, metric = leaderboard.best, leaderboard.metric
     if best.key not in predictions:
         return None
-    seed, classes = int(leaderboard.provenance.get("seed", 0)), predictions[best.key].classes
-    held_out = _same_images(
-        {key: value.out_of_fold for key, value in predictions.items()}, best.key, classes, metric, as_searched=True
-    )
+    seed = int(leaderboard.provenance.get("seed", 0))
+    held_out = _same_images({key: value.out_of_fold for key, value in predictions.items()}, best.key, metric, True)
     if best.key not in held_out:
         return None
     folds = {row.key: row.cv_scores for row in leaderboard.rows}
-    test = _same_images({key: value.test for key, value in predictions.items()}, best.key, classes, metric)
+    test = _same_images({key: value.test for key, value in predictions.items()}, best.key, metric)
     ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
     differences = compare(ordered, best.key, test, folds, seed, metric)
     recommended, reason = _recommend(leaderboard, differences, ordered[best.key])
@@ -105,30 +101,20 @@ def _verdict(
 
 
 def _same_images(
-    sets: Mapping[str, PredictionSet | None],
-    best: str,
-    classes: Sequence[str],
-    metric: Metric,
-    as_searched: bool = False,
-) -> dict[str, Answers]:
-    """Return each row's answers, for the rows that saw the best row's images in the same order.
+    sets: Mapping[str, Predictions | None], best: str, metric: Metric, as_searched: bool = False
+) -> dict[str, Predictions]:
+    """Return the predictions of the rows that saw the best row's images in the same order.
 
     A search that is scored by probabilities judges a head's own (`as_searched`); users get calibrated ones, which the test
     images are compared by. A row without what the metric looks at takes no part.
     """
-    reference = sets.get(best)
-    if reference is None:
-        return {}
-    found = {}
+    reference, found = sets.get(best), dict[str, Predictions]()
     for key, part in sets.items():
-        if part is None or not np.array_equal(part.paths, reference.paths):
+        if part is None or reference is None or not np.array_equal(np.asarray(part.paths), np.asarray(reference.paths)):
             continue
-        own = None
-        if metric.needs_probabilities:
-            own = part.searched if as_searched else part.probabilities
-            if own is None:
-                continue
-        found[key] = answers_of(reference.y_true, part.y_pred, own, classes, reference.units)
+        own = part.scores if as_searched else part.probabilities
+        if own is not None or not metric.needs_probabilities:
+            found[key] = replace(part, y_true=reference.y_true, probabilities=own, units=reference.units)
     return found
 
 
@@ -170,7 +156,7 @@ def margin(metric: Metric, best: float, images: int) -> float:
 
 
 def _recommend(
-    leaderboard: Leaderboard, differences: Sequence[Difference], held_out: Answers
+    leaderboard: Leaderboard, differences: Sequence[Difference], held_out: Predictions
 ) -> tuple[LeaderboardRow, str]:
     """Pick the cheapest and simplest row that is shown to be as good as the best, and say what to use and why.
 
@@ -180,7 +166,7 @@ def _recommend(
     the guess that looks at no image may be as good.
     """
     best, metric = leaderboard.best, leaderboard.metric
-    images = counted(len(held_out.truth), held_out.units)
+    images = counted(len(held_out), held_out.units)
     group = {row.key: row for row in differences if row.no_evidence}
     alike = [row for row in leaderboard.rows if row.key in group]
     if len(alike) == 1:
@@ -190,7 +176,7 @@ def _recommend(
         return best, (
             f"Use {best.key} for want of evidence: {images} do not show that any row is better than a constant guess."
         )
-    allowed = margin(metric, best.cv_mean, len(held_out.truth))
+    allowed = margin(metric, best.cv_mean, len(held_out))
     cheapest = min(alike, key=_cost)
     candidates = [row for row in alike if row.key == best.key or group[row.key].interval[1] <= allowed]
     chosen = min(candidates, key=_cost)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
-from pipeline.evaluation import Difference, Optimism, Paired, Scores, repeated_interval
-from pipeline.evaluation.intervals import Interval
-from pipeline.experiment import plain
+from pipeline.evaluation import Difference, Optimism, Scores
+from pipeline.evaluation.intervals import Interval, repeated_interval
+from pipeline.experiment import from_plain, plain
 
 CONSTANT_GUESS = "majority"
 """The embedding's name in the row of the guess that looks at no image."""
@@ -140,15 +140,7 @@ class LeaderboardRow:
         """Return the row that `to_record` wrote; ValueError where its bundle lies outside of the experiment."""
         if raw.get("bundle") is not None and not {"..", ""}.isdisjoint(str(raw["bundle"]).split("/")):
             raise ValueError(f"the bundle {raw['bundle']!r} lies outside of the experiment")
-        test = Scores(**_tuples(raw["test"])) if raw["test"] is not None else None
-        nested = Nested(**_tuples(raw["nested"])) if raw.get("nested") else None
-        seeds = Seeds(**_tuples(raw["seeds"])) if raw.get("seeds") else None
-        reweighted = Scores(**_tuples(raw["reweighted"])) if raw.get("reweighted") else None
-        last_fit = LastFit(**_tuples(raw["last_fit"])) if raw.get("last_fit") else None
-        expected = tuple(raw["expected_test"]) if raw.get("expected_test") else None
-        changed: dict[str, Any] = {"test": test, "nested": nested, "seeds": seeds, "reweighted": reweighted}
-        changed |= {"last_fit": last_fit, "expected_test": expected}
-        return LeaderboardRow(**{**raw, "cv_scores": tuple(raw["cv_scores"]), **changed})
+        return cast(LeaderboardRow, from_plain(LeaderboardRow, raw))
 
     @property
     def kind(self) -> str:
@@ -204,12 +196,6 @@ class Leaks:
     train_images: int
     without: Mapping[str, float]
     held_out: Mapping[str, tuple[float, float]]
-
-    @staticmethod
-    def from_record(record: Mapping[str, Any]) -> Leaks:
-        """Return the leaks that a leaderboard's JSON holds."""
-        pairs = {key: (float(with_all), float(without)) for key, (with_all, without) in record["held_out"].items()}
-        return Leaks(**{**record, "held_out": pairs})
 
     def lines(self, rows: Sequence[LeaderboardRow]) -> list[str]:
         """Return what must be said above the table; rows : the best row and, if it is another, the recommended one."""
@@ -275,34 +261,6 @@ class Verdict:
     def no_evidence(self) -> tuple[str, ...]:
         """Keys of the rows for which nothing shows that they are worse than the best, the best among them."""
         return tuple(row.key for row in self.differences if row.no_evidence)
-
-    @staticmethod
-    def from_record(raw: Mapping[str, Any]) -> Verdict:
-        """Return the verdict that a leaderboard's JSON holds."""
-        return Verdict(
-            tuple(_difference(row) for row in raw["differences"]),
-            raw["recommended"],
-            raw["reason"],
-            Optimism(**_tuples(raw["optimism"])) if raw["optimism"] else None,
-            raw["trial_optimism"],
-            raw.get("finished_trials"),
-        )
-
-
-def _difference(raw: Mapping[str, Any]) -> Difference:
-    paired = {name: Paired(**_paired(raw[name])) if raw[name] else None for name in ("test", "folds")}
-    return Difference(**{**_tuples(raw), **paired})
-
-
-def _paired(raw: Mapping[str, Any]) -> dict[str, Any]:
-    # JSON has no infinity: an interval without an end was written as null.
-    low, high = raw["interval"]
-    return {**raw, "interval": (-np.inf if low is None else low, np.inf if high is None else high)}
-
-
-def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn JSON's lists back into the tuples the records hold."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
 
 
 def nested_choice(rows: Sequence[LeaderboardRow]) -> Nested | None:

@@ -16,9 +16,8 @@ from tabulate import tabulate
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores
-from pipeline.evaluation.intervals import Interval
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Leaks, Nested, Verdict, nested_choice
-from pipeline.experiment import LEADERBOARD, Artifacts, parse_document, read_document, to_document
+from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, parse_document, read_document, to_document
 
 APART = "Ranked apart, on other images"
 
@@ -96,44 +95,90 @@ class Leaderboard:
 
     def to_markdown(self) -> str:
         """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
-        score = f"cross-validation ({self.metric.title})"
         above = [text for line in self.warnings() for text in (f"> {line}", "")]
-        lines = ["# Leaderboard", "", *above, self._table(self.ranked, "github", score, HEADERS, bold="**"), ""]
+        lines = ["# Leaderboard", "", *above, self._table(self.ranked, wide=True), ""]
         lines += [f"- {line}" for line in self.notes()]
         for rows in self.apart:
-            table = self._table(rows, "github", score, HEADERS)
-            lines += ["", f"## {APART}", "", apart_text(rows), "", table]
+            lines += ["", f"## {APART}", "", apart_text(rows), "", self._table(rows, wide=True)]
         return "\n".join([*lines, ""])
 
     def to_text(self) -> str:
         """Return the leaderboard for a terminal."""
-        headers = [*SHORT_HEADERS]
-        if self.metric is not ACCURACY:  # where everything else is accuracy too, the narrow table need not say so
-            headers[headers.index("test [95 %]")] = "test acc. [95 %]"
-        score = f"CV {self.metric.title}"
         above = [*self.warnings(), ""] if self.warnings() else []
-        lines = [*above, self._table(self.ranked, "simple", score, headers), ""]
+        lines = [*above, self._table(self.ranked), ""]
         for rows in self.apart:
-            lines += [f"{APART}: {apart_text(rows)}", "", self._table(rows, "simple", score, headers), ""]
+            lines += [f"{APART}: {apart_text(rows)}", "", self._table(rows), ""]
         return "\n".join([*lines, *self.notes()])
 
-    def _table(
-        self, rows: Sequence[LeaderboardRow], form: str, score: str, headers: Sequence[str], bold: str = ""
-    ) -> str:
-        asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in rows)]
-        cells = self._cells(rows, bold)
-        for row, line in zip(rows, cells, strict=True):
-            line[4:4] = [text(row, self.scoring) for _, text in asked]
-        names = [*headers[:3], score, *(name for name, _ in asked), *headers[3:]]
-        align = [*ALIGN[:4], *("right" for _ in asked), *ALIGN[4:]]
-        return tabulate(cells, headers=names, tablefmt=form, disable_numparse=True, colalign=align)
+    def _table(self, rows: Sequence[LeaderboardRow], wide: bool = False) -> str:
+        """Draw rows for Markdown (`wide`) or for a terminal; what nobody asked for has no column."""
+        found = [(column, [column[3](self, row) for row in rows]) for column in COLUMNS]
+        asked = {name for name, _ in REPEATS}
+        shown = [(column, cells) for column, cells in found if column[0] not in asked or any(cells)]
+        if wide:
+            shown[0] = (shown[0][0], [mark.replace("*", "\\*") for mark in shown[0][1]])
+            heads = [f"**{row.head}**" if row.key == self.best.key else row.head for row in rows]
+            shown[2] = (shown[2][0], heads)
+        # Where everything else is accuracy too, the narrow table need not say so.
+        plain = "" if self.metric is ACCURACY else " acc."
+        return tabulate(
+            list(zip(*(cells for _, cells in shown), strict=True)),
+            headers=[
+                (long if wide else short).format(metric=self.metric.title, test=plain) for (long, short, *_), _ in shown
+            ],
+            tablefmt="github" if wide else "simple",
+            disable_numparse=True,
+            colalign=[column[2] for column, _ in shown],
+        )
 
     def warnings(self) -> list[str]:
-        """Return what must be known before the table is read, one sentence each."""
-        if self.leaks is None or not self.rows:
+        """Return what must be known before the table is read, one sentence each: what may be wrong with the data and with rows.
+
+        Leaks, last fits unlike those on folds, warnings in fits, tests unlike what cross-validation promised.
+        """
+        if not self.rows:
             return []
         recommended = self.verdict.recommended if self.verdict else self.best.key
-        return self.leaks.lines([row for row in self.rows if row.key in (self.best.key, recommended)])
+        looked_at = [row for row in self.rows if row.key in (self.best.key, recommended)]
+        lines = [
+            *(self.leaks.lines(looked_at) if self.leaks else []),
+            *filter(None, map(self._unlike_folds, self.rows)),
+        ]
+        for side, meaning in SURPRISES.items():
+            named = [
+                f"{row.key} {100 * row.test.accuracy:.1f}, expected {100 * row.expected_test[0]:.1f} to {100 * row.expected_test[1]:.1f}"
+                for row in self.rows
+                if row.test is not None and row.expected_test is not None and row.surprise == side
+            ]
+            if named:
+                lines.append(
+                    f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {'; '.join(named)}: {meaning}."
+                )
+        warned = [
+            f"{row.key} {where} {', '.join(f'{count} x {name}' for name, count in found.items())}"
+            for row in self.rows
+            if row.last_fit is not None
+            for where, found in (("last fit", row.last_fit.warnings), ("fits on folds", row.last_fit.fold_warnings))
+            if found
+        ]
+        return [*lines, f"Warnings while fitting: {'; '.join(warned)}."] if warned else lines
+
+    def _unlike_folds(self, row: LeaderboardRow) -> str | None:
+        """Say that the fit on all images is below those on folds, or was at first; None where it is not."""
+        fit, text = row.last_fit, self.metric.text
+        if fit is None or (fit.sound and fit.tries == 1):
+            return None
+        lowest = text(min(fit.fold_scores, default=fit.score))
+        tried = "one try" if fit.tries == 1 else f"{fit.tries} tries"
+        if fit.sound:
+            return (
+                f"{row.key}: the fit on all training images was below cross-validation's and was made again with another seed "
+                f"({tried}); it scores {text(fit.score)} on them, and cross-validation's fits at least {lowest} on theirs."
+            )
+        return (
+            f"{row.key}: a bad fit. Fitted on all training images it scores {text(fit.score)} on them, and cross-validation's fits "
+            f"at least {lowest} on theirs ({tried}, the best kept): ranked last and never recommended."
+        )
 
     def notes(self) -> list[str]:
         """Return what must be said beside the table, one sentence each."""
@@ -180,41 +225,7 @@ class Leaderboard:
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
         if best.baseline or best.untrained:
             lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
-        return [*self.alerts(), *lines] + [str(note) for note in self.provenance.get("notes", ())]
-
-    def alerts(self) -> list[str]:
-        """Return what may be wrong with rows, one sentence each: their last fit, its warnings, a test unlike the promise."""
-        lines = [line for row in self.rows for line in self._fit_alerts(row)]
-        for side, meaning in SURPRISES.items():
-            rows = [row for row in self.rows if row.surprise == side]
-            named = "; ".join(f"{row.key} {_percent(row.test, row.expected_test)}" for row in rows)
-            if rows:
-                lines.append(
-                    f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {named}: {meaning}."
-                )
-        return lines
-
-    def _fit_alerts(self, row: LeaderboardRow) -> list[str]:
-        fit, text = row.last_fit, self.metric.text
-        if fit is None:
-            return []
-        lines, lowest = [], text(min(fit.fold_scores, default=fit.score))
-        tried = "one try" if fit.tries == 1 else f"{fit.tries} tries"
-        if not fit.sound:
-            lines.append(
-                f"{row.key}: a bad fit. Fitted on all training images it scores {text(fit.score)} on them, and cross-validation's fits "
-                f"at least {lowest} on theirs ({tried}, the best kept): ranked last and never recommended."
-            )
-        elif fit.tries > 1:
-            lines.append(
-                f"{row.key}: the fit on all training images was below cross-validation's and was made again with another seed "
-                f"({tried}); it scores {text(fit.score)} on them, and cross-validation's fits at least {lowest} on theirs."
-            )
-        for where, found in (("last fit", fit.warnings), ("fits on folds", fit.fold_warnings)):
-            if found:
-                counts = ", ".join(f"{count} x {name}" for name, count in found.items())
-                lines.append(f"{row.key}: warnings in its {where}: {counts}.")
-        return lines
+        return lines + [str(note) for note in self.provenance.get("notes", ())]
 
     def _verdict_notes(self, verdict: Verdict) -> list[str]:
         lines = []
@@ -291,73 +302,12 @@ class Leaderboard:
             return "*"
         return "~" if self.verdict and row.key in self.verdict.no_evidence else ""
 
-    def _cells(self, rows: Sequence[LeaderboardRow], bold: str = "") -> list[list[str]]:
-        cells = []
-        for row in rows:
-            first = bold if row.key == self.best.key else ""
-            test = row.test
-            cells.append(
-                [
-                    self.mark(row).replace("*", "\\*" if bold else "*"),
-                    row.embedding,
-                    f"{first}{row.head}{first}",
-                    cross_validated(row, self.scoring),
-                    f"{100 * test.accuracy:.1f} [{100 * test.interval[0]:.1f}, {100 * test.interval[1]:.1f}]"
-                    if test
-                    else "",
-                    f"{100 * test.balanced_accuracy:.1f}" if test else "",
-                    f"{100 * test.macro_f1:.1f}" if test else "",
-                    f"{test.log_loss:.3f}" if test and test.log_loss is not None else "",
-                    seconds(row.fit_seconds),
-                    seconds(row.predict_seconds),
-                    str(row.trials),
-                    row.note,
-                ]
-            )
-        return cells
-
-
-HEADERS = (
-    "",
-    "embedding",
-    "head",
-    "test accuracy [95 %]",
-    "balanced",
-    "macro F1",
-    "log loss",
-    "fit s",
-    "predict s",
-    "trials",
-    "note",
-)
-SHORT_HEADERS = (
-    "",
-    "embedding",
-    "head",
-    "test [95 %]",
-    "bal.",
-    "F1",
-    "loss",
-    "fit s",
-    "pred. s",
-    "trials",
-    "note",
-)
-"""The terminal is narrow."""
-ALIGN = ("left", "left", "left", "right", "right", "right", "right", "right", "right", "right", "right", "left")
-
 
 SURPRISES = {
     "above": "the test is easier: look for copies",
     "below": "the fit or the test images differ",
 }
 """What a test accuracy outside of its interval means."""
-
-
-def _percent(test: Scores | None, expected: Interval | None) -> str:
-    assert test is not None
-    assert expected is not None
-    return f"{100 * test.accuracy:.1f}, expected {100 * expected[0]:.1f} to {100 * expected[1]:.1f}"
 
 
 def nested_text(nested: Nested | None, scoring: str) -> str:
@@ -406,6 +356,36 @@ REPEATS: tuple[tuple[str, Callable[[LeaderboardRow, str], str]], ...] = (
 """Columns that are there on request: the field of the row, and its text."""
 
 
+def _of_test(text: Callable[[Scores], str]) -> Callable[[Leaderboard, LeaderboardRow], str]:
+    return lambda board, row: "" if row.test is None else text(row.test)
+
+
+COLUMNS: tuple[tuple[str, str, str, Callable[[Leaderboard, LeaderboardRow], str]], ...] = (
+    ("", "", "left", Leaderboard.mark),
+    ("embedding", "embedding", "left", lambda board, row: row.embedding),
+    ("head", "head", "left", lambda board, row: row.head),
+    ("cross-validation ({metric})", "CV {metric}", "right", lambda board, row: cross_validated(row, board.scoring)),
+    ("nested", "nested", "right", lambda board, row: nested_text(row.nested, board.scoring)),
+    ("seeds", "seeds", "right", lambda board, row: seeds_text(row, board.scoring)),
+    (
+        "test accuracy [95 %]",
+        "test{test} [95 %]",
+        "right",
+        _of_test(
+            lambda test: f"{100 * test.accuracy:.1f} [{100 * test.interval[0]:.1f}, {100 * test.interval[1]:.1f}]"
+        ),
+    ),
+    ("balanced", "bal.", "right", _of_test(lambda test: f"{100 * test.balanced_accuracy:.1f}")),
+    ("macro F1", "F1", "right", _of_test(lambda test: f"{100 * test.macro_f1:.1f}")),
+    ("log loss", "loss", "right", _of_test(lambda test: "" if test.log_loss is None else f"{test.log_loss:.3f}")),
+    ("fit s", "fit s", "right", lambda board, row: seconds(row.fit_seconds)),
+    ("predict s", "pred. s", "right", lambda board, row: seconds(row.predict_seconds)),
+    ("trials", "trials", "right", lambda board, row: str(row.trials)),
+    ("note", "note", "left", lambda board, row: row.note),
+)
+"""Header in Markdown and in a terminal, which is narrow; alignment; text."""
+
+
 def read_leaderboard(output: Path) -> Leaderboard:
     """Read an experiment's leaderboard.
 
@@ -420,12 +400,11 @@ def read_leaderboard(output: Path) -> Leaderboard:
 
 def _leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
     try:
-        verdict = record["verdict"]
         return Leaderboard(
             tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
             record["provenance"],
-            Verdict.from_record(verdict) if verdict else None,
-            Leaks.from_record(record["leaks"]) if record.get("leaks") else None,
+            from_plain(Verdict | None, record["verdict"]),
+            from_plain(Leaks | None, record.get("leaks")),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise LEADERBOARD.damaged(path, "it does not hold what a leaderboard of this version does") from None

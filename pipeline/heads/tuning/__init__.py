@@ -9,7 +9,7 @@ from pipeline.heads.tuning.features import Features, blocks, on_disk, part
 from pipeline.heads.tuning.folds import Folds, make_folds
 from pipeline.heads.tuning.last_fit import refit
 from pipeline.heads.tuning.projection import Projections
-from pipeline.heads.tuning.records import OutOfFold, Trial, TuningRun
+from pipeline.heads.tuning.records import Trial, TuningRun
 from pipeline.heads.tuning.room import limited, memory_needed, memory_needed_on_disk
 from pipeline.heads.tuning.search import check, tune
 from pipeline.heads.tuning.strategies import require
@@ -17,7 +17,6 @@ from pipeline.heads.tuning.strategies import require
 __all__ = [
     "Features",
     "Folds",
-    "OutOfFold",
     "Projections",
     "Trial",
     "TuningRun",

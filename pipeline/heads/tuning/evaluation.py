@@ -24,7 +24,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import HeadError
-from pipeline.evaluation.said import ScoreKind, said
+from pipeline.evaluation.predictions import ScoreKind
+from pipeline.evaluation.said import said
 from pipeline.heads.fast.solvers import standardise
 from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.records import FoldOutcome, Problem

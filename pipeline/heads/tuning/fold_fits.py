@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from pipeline.config import TuningConfig
-from pipeline.evaluation import METRICS, Answers, joined
+from pipeline.evaluation import METRICS, Predictions, joined
 from pipeline.heads.head import Params
 from pipeline.heads.tuning.evaluation import GENERIC, Evaluator, Shared, evaluator_for, failed, working_memory
 from pipeline.heads.tuning.events import fit_event, fit_key, replay, trial_key
@@ -114,9 +114,9 @@ class FoldFits:
             points = [{**params, **cheaper(self.problem, params)} for params in points]
         return fold, group, self._scored(self.problem, fold, points)
 
-    def _answers(self, y: NDArray[np.int64], outcome: FoldOutcome) -> Answers:
+    def _answers(self, y: NDArray[np.int64], outcome: FoldOutcome) -> Predictions:
         assert outcome.predictions is not None, "a fit that failed is not judged"
-        return Answers(y, outcome.predictions, outcome.scores if self.metric.needs_probabilities else None)
+        return Predictions(y, outcome.predictions, outcome.scores if self.metric.needs_probabilities else None)
 
     def score(self, one: Candidate, rung: int) -> float:
         """Return the score of all held-out answers together, of a candidate that was fitted on every fold.

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import UnfittedError
-from pipeline.evaluation import Answers, Metric
+from pipeline.evaluation import Metric, Predictions
 from pipeline.evaluation.leaderboard.rows import LastFit
 from pipeline.evaluation.said import said
 from pipeline.heads.head import Head, Params, configure
@@ -132,7 +133,7 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
             parts = [said(pipeline, block) for _, block in blocks(problem.X)]
     labels = np.concatenate([part[0] for part in parts]).astype(np.int64)
     columns = np.concatenate([part[1] for part in parts]) if metric.needs_probabilities else None
-    measured = Measured.of(metric, Answers(problem.y, labels, columns))
+    measured = Measured.of(metric, Predictions(problem.y, labels, columns))
     return Fitted(pipeline, labels, measured, seconds, dict(counts))
 
 
@@ -169,8 +170,14 @@ def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> 
                 return fit_in_blocks(problem, params, y)
         projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
         pipeline = configure(problem.head, params, problem.seed)
-        used: dict[str, float] = {key: jobs for key in pipeline.get_params() if key.endswith("__n_jobs")}
+        params = pipeline.get_params()
+        # Logistic regression's does nothing, and scikit-learn warns whoever gives it.
+        used: dict[str, float] = {
+            key: jobs
+            for key in params
+            if key.endswith("__n_jobs") and not isinstance(params[key[: -len("__n_jobs")]], LogisticRegression)
+        }
         used |= smaller_caches(pipeline, problem.work_bytes)
-        kept = {key: pipeline.get_params()[key] for key in used}
+        kept = {key: params[key] for key in used}
         fitted = problem.head.fit(pipeline.set_params(**used), X, y).set_params(**kept)
         return fitted if projection is None else projection.before(fitted)

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
-from pipeline.evaluation import Answers, Metric
+from pipeline.evaluation import Metric, Predictions
 from pipeline.evaluation.leaderboard.rows import LastFit
-from pipeline.evaluation.said import ScoreKind
+from pipeline.evaluation.predictions import ScoreKind
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning.features import Features, on_disk
 from pipeline.heads.tuning.projection import Projections
@@ -83,10 +83,10 @@ class Measured:
     error: float
 
     @staticmethod
-    def of(metric: Metric, answers: Answers) -> Measured:
-        """Score answers; the standard error is that of the mean of what each unit adds."""
-        added = metric.contributions(answers)
-        return Measured(metric.score(answers), float(added.std() / np.sqrt(len(added))))
+    def of(metric: Metric, predictions: Predictions) -> Measured:
+        """Score predictions; the standard error is that of the mean of what each unit adds."""
+        added = metric.contributions(predictions)
+        return Measured(metric.score(predictions), float(added.std() / np.sqrt(len(added))))
 
 
 @dataclass(frozen=True)
@@ -169,24 +169,6 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class OutOfFold:
-    """What the best parameters said of each training row when its fold was held out.
-
-    predictions : ndarray of shape (n,), int64: places in `TuningRun.classes`
-    scores : ndarray of shape (n, n_classes), float32, of the given kind; None for a head without either.
-        A class that a fold's training rows lack has probability 0, or the lowest decision value of its row.
-    folds : ndarray of shape (n,), int64: the fold in which the row was held out
-    training : what each fold's fit scored on the rows it was fitted on
-    """
-
-    predictions: NDArray[np.int64]
-    scores: NDArray[np.float32] | None
-    kind: ScoreKind | None
-    folds: NDArray[np.int64]
-    training: tuple[Measured, ...]
-
-
-@dataclass(frozen=True)
 class TuningRun:
     """A finished search. `pipeline` is the best head, fitted on all training rows."""
 
@@ -202,7 +184,9 @@ class TuningRun:
     """Wall time spent choosing the next points."""
     replayed: int
     """Fits that were read from the journal instead of done again."""
-    out_of_fold: OutOfFold
+    out_of_fold: Predictions
+    """What the best parameters said of each training row when its fold was held out, in codes. Of a class that a fold's training
+    rows lack the probability is 0, or the lowest decision value of its row."""
     pipeline: Pipeline
     fit_seconds: float
     last_fit: LastFit

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
-from pipeline.config import TuningConfig
+from pipeline.config import TuningConfig, unknown
 from pipeline.errors import HeadError, UnfittedError
-from pipeline.evaluation import METRICS
-from pipeline.evaluation.said import ScoreKind
+from pipeline.evaluation import METRICS, Predictions
+from pipeline.evaluation.predictions import ScoreKind
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
 from pipeline.heads.tuning.evaluation import Screening, counting_warnings
@@ -27,7 +27,7 @@ from pipeline.heads.tuning.folds import Folds
 from pipeline.heads.tuning.journal import Journal
 from pipeline.heads.tuning.last_fit import Promise, fit_as_promised
 from pipeline.heads.tuning.projection import Projections, without_scaler
-from pipeline.heads.tuning.records import Candidate, OutOfFold, Problem, Trial, TuningRun
+from pipeline.heads.tuning.records import Candidate, Measured, Problem, Trial, TuningRun
 from pipeline.io.progress import bar
 
 MOST_TRIALS = 200
@@ -36,6 +36,8 @@ MOST_TRIALS = 200
 
 def check(head: Head, tuning: TuningConfig) -> list[str]:
     """Return the reasons why a head cannot be tuned as configured, before anything is spent."""
+    if tuning.scoring not in METRICS:
+        return [f"tuning.scoring: {unknown('score', tuning.scoring, tuple(METRICS))}"]
     if METRICS[tuning.scoring].needs_probabilities and not head.probabilities:
         *some, last = (name for name, metric in METRICS.items() if not metric.needs_probabilities)
         return [
@@ -92,10 +94,10 @@ def tune(
         search = _Search(fits)
         with counting_warnings(), threadpool_limits(limits=1, user_api="blas"):
             best = search.run()
-            out_of_fold = _out_of_fold(fits, best, search.kept)
+            out_of_fold, training = _out_of_fold(fits, best, search.kept)
     finally:
         book.close()
-    promised = Promise.of(best, out_of_fold.training)
+    promised = Promise.of(best, training)
     fitted = fit_as_promised(fits.problem, best.params, np.asarray(y), fits.jobs, METRICS[tuning.scoring], promised)
     return TuningRun(
         classes=classes,
@@ -232,8 +234,8 @@ class _Search:
         )
 
 
-def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> OutOfFold:
-    """Predict every row with the best parameters, fitted on the folds that do not hold it out."""
+def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> tuple[Predictions, tuple[Measured, ...]]:
+    """Predict every row with the best parameters, fitted on the folds that do not hold it out; and score what each was fitted on."""
     problem = fits.problem
     outcomes = kept.fitted if kept is not None and kept.number == best.number else []
     # Replayed fits have no predictions, and most were not judged on their training rows. What was solved together is
@@ -250,6 +252,6 @@ def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> OutOfFo
         predictions[held_out], place[held_out] = outcome.predictions, fold
         if scores is not None and outcome.scores is not None:
             scores[held_out] = outcome.scores
-    kind: ScoreKind = "decision" if "decision" in kinds else "probability"
+    kind: ScoreKind | None = None if scores is None else "decision" if "decision" in kinds else "probability"
     training = tuple(outcome.training for outcome in outcomes if outcome.training is not None)
-    return OutOfFold(predictions, scores, kind if scores is not None else None, place, training)
+    return Predictions(problem.y, predictions, folds=place, scores=scores, kind=kind), training

@@ -1,7 +1,7 @@
 """Stage one: embed what the feature stores do not have yet.
 
     advice.py      what would have made a run faster
-    stores.py      where the store of an embedding is
+    stores.py      the folder of stores that experiments share
     sources.py     what a config asks to embed, known without loading a network where it was loaded before
     targets.py     what each store is missing, and why
     work.py        batches through the networks (`pipeline.embed.loader`) and into the stores
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pipeline import data as dataset
 from pipeline.config import Config, ExtractionConfig, dump_yaml
 from pipeline.data import DatasetIndex, ScanResult
+from pipeline.embed.installed import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.errors import DatasetError, PipelineError, first
 from pipeline.experiment import Artifacts
@@ -27,6 +28,7 @@ from pipeline.io.digests import digests_to_hex
 from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.stages.extract.advice import advise
 from pipeline.stages.extract.sources import resolve
+from pipeline.stages.extract.stores import enter, take_over
 from pipeline.stages.extract.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, reasons
 from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Work, embed
 from pipeline.store import FeatureStore
@@ -44,14 +46,14 @@ class FeaturesRun:
     scan: ScanResult
     targets: tuple[Target, ...]
     records: tuple[EmbeddingRecord, ...]
-    seconds_per_image: Mapping[str, float]
-    """Embedding -> what one image cost when it was last measured."""
     failed: int
     """Images of the index that do not decode."""
     work: Work | None
     """None when nothing was embedded: a plan, or nothing to do."""
     planned: bool
     reasons: tuple[str, ...]
+    stand_ins: tuple[str, ...]
+    """Lines on networks that stand in for others, or did until now."""
     total_seconds: float
     extraction: ExtractionConfig
 
@@ -68,15 +70,16 @@ class FeaturesRun:
             lines += first(self.reasons, WHY_SHOWN)
         if any(record.untrained for record in self.records):
             lines.append("note: weights: random is an untrained control, marked `untrained` wherever it shows")
-        return lines
+        return [*lines, *self.stand_ins]
 
     def _plan_lines(self) -> Iterator[str]:
+        rates = {record.name: record.seconds_per_image for record in self.records}
         for target in self.targets:
             count = int(target.pending.sum())
             if not count:
                 yield f"{target.spec.name}: complete, {target.rows:,} vectors"
                 continue
-            rate = self.seconds_per_image.get(target.spec.name)
+            rate = rates.get(target.spec.name)
             cost = (
                 f"about {_duration(count * rate)} at the last run's rate"
                 if rate
@@ -120,22 +123,26 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         After a signal to stop, with every finished row committed.
     """
     began = time.perf_counter()
-    files = Artifacts(config.output)
+    files = Artifacts(config.output, config.store)
     before = _index_before(files) if plan else {}
     scanned = dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
     policy = policy_key(config.dataset.max_pixels)
     contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
+    if not plan:
+        enter(files)
     start = time.perf_counter()
-    sources = resolve(config, files, len(contents.rows))  # loads the networks whose embeddings are not known yet
+    sources = resolve(config, files, contents.digests)  # loads the networks whose embeddings are not known yet
     resolving = time.perf_counter() - start
-    targets = find_targets(sources, contents, files)
+    if not plan:
+        take_over([spec for source in sources for spec in source.specs], files, contents.digests)
+    targets = find_targets(sources, contents, files, files.stores_before() if plan else ())
     pending = [target for target in targets if target.pending.any()]
     known = _records_before(files)
     rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image is not None}
     work = None
     if pending and not plan:
-        work = embed(pending, contents, scanned.index, config, files.dataset)
+        work = embed(pending, contents, scanned.index, config, files)
         work.seconds["start-up"] += resolving
         rates |= _rates(work)
         contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
@@ -147,11 +154,11 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         scan=scanned,
         targets=tuple(targets),
         records=tuple(records),
-        seconds_per_image=rates,
         failed=int(contents.failed.sum()),
         work=work,
         planned=plan,
         reasons=tuple(dict.fromkeys(why)),
+        stand_ins=tuple(dict.fromkeys(_about_stand_ins(targets, known))),
         total_seconds=time.perf_counter() - began,
         extraction=config.extraction,
     )
@@ -178,6 +185,19 @@ def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:
         return ()
 
 
+def _about_stand_ins(targets: Sequence[Target], before: Sequence[EmbeddingRecord]) -> Iterator[str]:
+    """What is embedded in another's place, and what is embedded at last where another stood in."""
+    for target in targets:
+        if target.source.instead_of is not None:
+            yield f"warning: {about_stand_in(target.source.instead_of)}"
+    sections = [target.source.section for target in targets]
+    for record in before:
+        if (asked := record.instead_of) is not None and asked in sections:
+            yield (
+                f"{asked.name} ({asked.weights}) is installed now: its features take the place of {record.name}, which stood in"
+            )
+
+
 def _rates(work: Work) -> dict[str, float]:
     """What one image costs per embedding: reading and decoding, and its own network."""
     shared = (work.seconds["read"] + work.seconds["decode"]) / work.workers / max(work.images, 1)
@@ -192,9 +212,10 @@ def _write(
         EmbeddingRecord(
             name=target.spec.name,
             spec=target.spec,
-            store=target.path.relative_to(files.root).as_posix(),
+            store=target.path.name,
             digest=FeatureStore.open(target.path).digest,
             section=target.source.section,
+            instead_of=target.source.instead_of,
             seed=config.seed,
             seconds_per_image=rates.get(target.spec.name),
             max_pixels=config.dataset.max_pixels,

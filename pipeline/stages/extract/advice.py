@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from pipeline.config import ExtractionConfig
-from pipeline.embed import networks as backbone
+from pipeline.embed.engines import openvino_is_there
+from pipeline.embed.precision import choice_inputs
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.stages.extract.work import Work
 
@@ -28,38 +29,32 @@ def advise(work: Work, specs: Sequence[EmbeddingSpec], extraction: ExtractionCon
     longest = max(spans, key=lambda name: spans[name])
     if longest in baselines:
         return f"most of the time went on the baseline {longest}; leaving it out of baselines would make it faster"
-    return f"most of the time went on {longest}; {_REMEDIES[longest](specs, extraction)}"
+    disk = "a faster or nearer disk"
+    remedies = {
+        "reading files": disk,
+        "decoding": _DECODING[extraction.decode],
+        "the network": _about_network(specs, extraction),
+        "writing": f"{disk} for the output folder",
+    }
+    remedy = f"{remedies[longest]} would make it faster" if longest in remedies else PAID_ONCE
+    return f"most of the time went on {longest}; {remedy}"
+
+
+PAID_ONCE = "it is paid once, however many images there are"
+_DECODING = {
+    "exact": "extraction.decode: standard or fast",
+    "standard": "more processors, or for photos much larger than the network sees extraction.decode: fast,",
+    "fast": "more processors",
+}
 
 
 def _about_network(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
     networks = [spec for spec in specs if spec.kind == "backbone"]
     remedies = []
-    if all(spec.precision == "fp32" for spec in networks) and backbone.choice_inputs()["bf16"]:
+    if extraction.precision == "fp32" and choice_inputs()["bf16"]:
         remedies.append("extraction.precision: auto, as this processor computes in bf16")
-    if (
-        extraction.engine == "auto"
-        and all(spec.engine == "torch" for spec in networks)
-        and not backbone.openvino_is_there()
-    ):
+    if extraction.engine == "auto" and all(spec.engine == "torch" for spec in networks) and not openvino_is_there():
         remedies.append("OpenVINO (pip install 'manyheads[openvino]')")
-    if extraction.engine == "torch" and backbone.openvino_is_there():
+    if extraction.engine == "torch" and openvino_is_there():
         remedies.append("extraction.engine: auto, as OpenVINO is installed")
-    return f"{' or '.join([*remedies, 'a GPU or a smaller network'])} would make it faster"
-
-
-def _about_decoding(specs: Sequence[EmbeddingSpec], extraction: ExtractionConfig) -> str:
-    mode = {
-        "exact": "extraction.decode: standard or fast",
-        "standard": "more processors, or for photos much larger than the network sees extraction.decode: fast,",
-        "fast": "more processors",
-    }[extraction.decode]
-    return f"{mode} would make it faster"
-
-
-_REMEDIES: Mapping[str, Callable[[Sequence[EmbeddingSpec], ExtractionConfig], str]] = {
-    "start-up": lambda specs, extraction: "it is paid once, however many images there are",
-    "reading files": lambda specs, extraction: "a faster or nearer disk would make it faster",
-    "decoding": _about_decoding,
-    "the network": _about_network,
-    "writing": lambda specs, extraction: "a faster or nearer disk for the output folder would make it faster",
-}
+    return " or ".join([*remedies, "a GPU or a smaller network"])

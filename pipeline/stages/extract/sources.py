@@ -7,48 +7,45 @@ that there is nothing to do. So `engine: auto` is decided once, by the images th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import BackboneConfig, Config
 from pipeline.embed import baselines
-from pipeline.embed import networks as backbone
-from pipeline.embed.records import Embedder
-from pipeline.embed.spec import EMBED_VERSION, EmbeddingSpec
+from pipeline.embed.installed import BUNDLED, stand_in
+from pipeline.embed.precision import choice_inputs
+from pipeline.embed.records import load
+from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec
 from pipeline.errors import PipelineError
+from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import SPECS, Artifacts, read_document, write_document
 from pipeline.images import DECODE_POLICY
-from pipeline.io.digests import fingerprint
+from pipeline.io.digests import Digests, fingerprint
 from pipeline.io.files import make_folder
+from pipeline.stages.extract.stores import open_store, others, place
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """One backbone section or baseline; its network is loaded when it is first needed."""
+    """One backbone section or baseline."""
 
     section: BackboneConfig | None
     specs: tuple[EmbeddingSpec, ...]
-    config: Config
-    embedder: Embedder | None = field(default=None, repr=False)
-
-    def load(self) -> Embedder:
-        """Return the live embedder."""
-        if self.embedder is None:
-            extraction = self.config.extraction.model_copy(update={"engine": self.specs[0].engine})
-            self.embedder = (
-                baselines.load(self.specs[0].architecture, extraction.decode)
-                if self.section is None
-                else backbone.load(self.section, extraction, self.config.seed)
-            )
-        return self.embedder
+    load: Callable[[], Embedder] = field(repr=False)
+    """Return the live embedder: the network is loaded when it is first needed."""
+    instead_of: BackboneConfig | None = None
+    """The config's section that `section` stands in for."""
 
 
-def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
+def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
     """Return every source with its embeddings, under names that are unique in the experiment.
 
-    `images` is the number of distinct ones in the data set, which an engine is chosen for.
+    `digests` are the distinct images of the data set, shape (n, 2). An engine is chosen for their number, unless another
+    experiment has embedded most of them with one. Where the weights of a section are not installed, and never were when this
+    experiment was embedded, the section that stands in for it is embedded.
 
     Raises
     ------
@@ -56,23 +53,46 @@ def resolve(config: Config, files: Artifacts, images: int) -> list[Source]:
         When a network that has to be loaded for it is not to be had.
     """
     known = _read(files.specs)
-    found: dict[str, list[dict[str, Any]]] = dict(known)
+    found = dict(known)
     sources = []
-    for section in config.backbones:
+    for asked in config.backbones:
+        other = None if _key(asked, config) in known else stand_in(asked)
+        section, instead_of = (other, asked) if other else (asked, None)
         key = _key(section, config)
-        source = Source(section, _known_specs(known.get(key)), config)
-        if not source.specs:
-            made = backbone.load(section, config.extraction, config.seed, images)
-            source = replace(source, embedder=made, specs=made.specs)
-            found[key] = [spec.to_dict() for spec in source.specs]
-        sources.append(source)
-    for name in config.baselines:
-        if name != "majority":
-            sources.append(Source(None, baselines.load(name, config.extraction.decode).specs, config))
+        if key not in known and (theirs := _specs_of_others(key, files, digests)):
+            found[key] = theirs
+        if key in found:
+            extraction = config.extraction.model_copy(update={"engine": found[key][0].engine})
+            live = partial(load, section, "", extraction, config.seed)
+        else:
+            made = load(section, "", config.extraction, config.seed, len(digests))
+            found[key], live = made.specs, partial(_itself, made)
+        sources.append(Source(section, found[key], live, instead_of))
+    for name in baselines.NAMES if config.baselines is None else config.baselines:
+        if name != CONSTANT_GUESS:
+            made = load(None, name, config.extraction, config.seed)
+            sources.append(Source(None, made.specs, partial(_itself, made)))
     if found != known:
         make_folder(files.root)
-        write_document(files.specs, SPECS, {"entries": found})
+        entries = {key: [spec.to_dict() for spec in specs] for key, specs in found.items()}
+        write_document(files.specs, SPECS, {"entries": entries})
     return _with_unique_names(sources)
+
+
+def _itself(embedder: Embedder) -> Embedder:
+    return embedder
+
+
+def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[EmbeddingSpec, ...]:
+    """The embeddings that another experiment found out for the same section, where they have most of the images already."""
+    for other in others(files)[0]:
+        specs = _read(other.specs).get(key, ())
+        stores = [open_store(place(spec, files), spec) for spec in specs]
+        if stores and all(
+            store is not None and 2 * int(store.missing(digests).sum()) <= len(digests) for store in stores
+        ):
+            return specs
+    return ()
 
 
 def _key(section: BackboneConfig, config: Config) -> str:
@@ -83,9 +103,9 @@ def _key(section: BackboneConfig, config: Config) -> str:
             "section": section.model_dump(mode="json"),
             "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
             "seed": config.seed if section.weights == "random" else None,
-            "machine": backbone.choice_inputs(),
+            "machine": choice_inputs(),
             "decode": dict(DECODE_POLICY),
-            "file": _state_of(backbone.BUNDLED if section.weights == "bundled" else Path(section.weights)),
+            "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
         }
     )
 
@@ -99,20 +119,13 @@ def _state_of(path: Path) -> list[Any] | None:
     return [str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
-def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _read(path: Path) -> dict[str, tuple[EmbeddingSpec, ...]]:
     """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
     try:
-        return dict(read_document(path, SPECS)["entries"])
-    except (PipelineError, KeyError, TypeError, ValueError):
-        pass
-    return {}
-
-
-def _known_specs(entries: list[Mapping[str, Any]] | list[dict[str, Any]] | None) -> tuple[EmbeddingSpec, ...]:
-    try:
-        return tuple(EmbeddingSpec.from_dict(entry) for entry in entries or ())
-    except (TypeError, AttributeError, KeyError, ValueError):  # fields of another version of this package
-        return ()
+        entries = read_document(path, SPECS)["entries"]
+        return {key: tuple(map(EmbeddingSpec.from_dict, specs)) for key, specs in entries.items()}
+    except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:

@@ -1,21 +1,47 @@
-"""Where the store of an embedding is, and opening it where there is one."""
+"""The folder of feature stores that experiments share: where a store is, what is taken over, and who uses the folder.
+
+    FOLDER/NAME-FINGERPRINT.store     one store per embedding, and one of perceptual hashes
+    FOLDER/experiments/DIGEST.json    one experiment that uses them, by its place seen from here
+    FOLDER/LOCK                       held while vectors are removed, or an experiment is added
+
+Vectors are removed only when the index of every experiment in the list could be read and names them no more. An experiment
+enters the list after its index is written and before it looks what the stores have: so what it finds there stays.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from pipeline.data import DatasetIndex
 from pipeline.embed.spec import EmbeddingSpec
-from pipeline.experiment import Artifacts
-from pipeline.store import FeatureStore
+from pipeline.errors import PipelineError, StoreError
+from pipeline.experiment import FEATURES, USER, Artifacts, read_document, write_document
+from pipeline.images import HASH_STORE
+from pipeline.io import files as system
+from pipeline.io.digests import Digests
+from pipeline.store import FeatureStore, StoreWriter, copy_rows, lock
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""Seconds to wait for another experiment to enter the list."""
 
 
-def place(spec: EmbeddingSpec, files: Artifacts) -> Path:
-    """The embedding's store, also where it was made under another name: weights in a file that was renamed since."""
+def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -> Path:
+    """The embedding's store, in the shared folder or else in `folders`; also where it was made under another name.
+
+    Such as of weights in a file that was renamed since.
+    """
     path = files.store(spec.name, spec.fingerprint())
-    if not path.exists():
-        suffix = path.name.removeprefix(spec.name)
-        return next(iter(sorted(files.stores.glob(f"*{suffix}"))), path)
-    return path
+    names = (path.name, f"*{path.name.removeprefix(spec.name)}")
+    found = (match for folder in (files.stores, *folders) for name in names for match in sorted(folder.glob(name)))
+    return next(found, path)
 
 
 def open_store(path: Path, spec: EmbeddingSpec) -> FeatureStore | None:
@@ -29,3 +55,136 @@ def open_store(path: Path, spec: EmbeddingSpec) -> FeatureStore | None:
     if not any(path.glob("snapshot-*.h5")):
         return None
     return FeatureStore.open(path, spec.fingerprint())
+
+
+# ---- taking over
+
+
+def take_over(specs: Sequence[EmbeddingSpec], files: Artifacts, digests: Digests) -> None:
+    """Bring the vectors of n contents, shape (n, 2), into the shared folder from where this experiment has them elsewhere.
+
+    A store of the experiment alone, as release 0.1 made them, is moved, where that is one step; otherwise the rows are copied
+    and the old store stays as it is. Killed at any moment, every vector is in the one place or the other.
+    """
+    wanted = [(place(spec, files), f"*-{spec.fingerprint()[:12]}.store") for spec in specs]
+    own = {files.root / "features", files.dataset}
+    for target, pattern in [*wanted, (files.stores / HASH_STORE, HASH_STORE)]:
+        for folder in files.stores_before():
+            for source in sorted(folder.glob(pattern)):
+                if not (folder in own and _moved(source, target)):
+                    _copy(source, target, digests)
+    with contextlib.suppress(OSError):  # not there, or not empty
+        os.rmdir(files.root / "features")
+
+
+def _moved(source: Path, target: Path) -> bool:
+    """Rename a store that nobody writes to; False where that cannot be done in one step."""
+    if target.exists() or source.is_symlink() or source.parent.is_symlink():
+        return False
+    try:
+        system.make_folder(target.parent)
+        held = lock.acquire(source)
+    except OSError:  # it cannot be written
+        return False
+    try:
+        system.SYSTEM["rename"](source, target)
+    except OSError:  # another file system, or a folder that cannot be written
+        return False
+    finally:
+        system.close_alone(held)
+    system.sync_folder(target.parent)
+    system.sync_folder(source.parent)
+    log.info("%s is now %s, where other experiments find it", source, target)
+    return True
+
+
+def _copy(source: Path, target: Path, digests: Digests) -> None:
+    try:
+        if any(target.glob("snapshot-*.h5")):
+            digests = digests[FeatureStore.open(target).missing(digests)]
+        found = FeatureStore.open(source) if len(digests) else None
+        if found is None or not len(digests := digests[~found.missing(digests)]):
+            return
+        canary = found.canary if len(found.canary) else None
+        with StoreWriter.open(target, found.identity, found.dim, found.store_type.dtype, canary) as writer:
+            count = copy_rows(found, writer, digests)
+        log.info("%s: %d vectors copied from %s", target, count, source)
+    except StoreError as error:
+        log.warning("%s; its vectors are not taken over", error)
+
+
+# ---- the experiments that use the folder
+
+
+@contextlib.contextmanager
+def alone(files: Artifacts, patience: float = 0.0) -> Iterator[None]:
+    """Keep every other experiment from entering the list, and from removing vectors."""
+    system.make_folder(files.stores)
+    held = lock.acquire(files.stores, patience)
+    try:
+        yield
+    finally:
+        system.close_alone(held)
+
+
+def enter(files: Artifacts) -> None:
+    """Write this experiment into the list, in place of where it was before it was moved."""
+    try:
+        with alone(files, PATIENCE):
+            write_entry(files)
+    except OSError as error:
+        if system.refusal(error) is None:
+            raise
+        log.warning(
+            "%s: cannot be written (%s); `gc` there does not know of %s", files.stores, error.strerror, files.root
+        )
+
+
+def write_entry(files: Artifacts) -> None:
+    """Like `enter`, for who is alone."""
+    system.make_folder(files.entry.parent)
+    with contextlib.suppress(PipelineError, OSError, KeyError):
+        before = files.entry.with_name(f"{read_document(files.features, FEATURES)['entry']}.json")
+        if before != files.entry and not _root(files.stores, before).exists():
+            system.remove(before)
+    write_document(files.entry, USER, {"path": files.seen_from_stores()})
+
+
+def _root(stores: Path, entry: Path) -> Path:
+    """The output folder that an entry of the list names."""
+    where = read_document(entry, USER).get("path")
+    if not isinstance(where, str) or not where:
+        raise USER.damaged(entry, f"its path is {where!r}")
+    return Path(os.path.normpath(os.path.join(os.path.realpath(stores), where)))
+
+
+def others(files: Artifacts) -> tuple[list[Artifacts], list[str]]:
+    """The other experiments in the list, and a line for each entry that is damaged or leads to none."""
+    found, problems = [], []
+    for entry in sorted((files.stores / "experiments").glob("*.json")):
+        if entry == files.entry:
+            continue
+        try:
+            root = _root(files.stores, entry)
+            if root.exists():
+                found.append(Artifacts(root, files.stores))
+            else:
+                problems.append(
+                    f"{root}: is gone, or was moved or renamed; run `manyheads features` with it where it is now, or delete "
+                    f"{entry} to forget it"
+                )
+        except PipelineError as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def contents_of_others(files: Artifacts) -> tuple[Digests, list[str]]:
+    """The contents, shape (n, 2), that the indexes of the other experiments name, and a line for each that cannot be read."""
+    roots, problems = others(files)
+    contents = [np.zeros((0, 2), np.uint64)]
+    for other in roots:
+        try:
+            contents.append(DatasetIndex.read(other.dataset).digests)
+        except (PipelineError, OSError) as error:
+            problems.append(f"{error}; or delete {other.entry} to forget {other.root}")
+    return np.concatenate(contents), problems

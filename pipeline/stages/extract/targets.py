@@ -35,7 +35,7 @@ class Contents:
 
     @staticmethod
     def of(index: DatasetIndex, failed: Digests) -> Contents:
-        """Take the distinct contents of an index."""
+        """Take the distinct contents of an index; `failed` are digests, uint64 of shape (k, 2), of those that do not decode."""
         _, first = np.unique(index.digests, axis=0, return_index=True)
         rows = np.sort(first).astype(np.int64)
         digests = index.digests[rows]
@@ -62,12 +62,17 @@ class Target:
     """Why something is missing; '' when nothing is."""
 
 
-def find_targets(sources: Sequence[Source], contents: Contents, files: Artifacts) -> list[Target]:
-    """Compare every embedding's store with the data set; the same embedding asked for twice is one target."""
+def find_targets(
+    sources: Sequence[Source], contents: Contents, files: Artifacts, folders: Sequence[Path] = ()
+) -> list[Target]:
+    """Compare every embedding's store with the data set; the same embedding asked for twice is one target.
+
+    `folders` : where else a store may lie, for who only looks.
+    """
     targets: dict[Path, Target] = {}
     for source in sources:
         for output, spec in enumerate(source.specs):
-            path = place(spec, files)
+            path = place(spec, files, folders)
             if path not in targets:
                 targets[path] = _target(source, output, spec, path, contents, files)
     return list(targets.values())
@@ -91,7 +96,8 @@ def _target(
 def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:
     """Name what is new in this identity against the most similar store there is."""
     closest: tuple[int, Path, list[str]] | None = None
-    for other in sorted(files.stores.glob("*.store")):
+    folders = dict.fromkeys([files.stores, *files.stores_before()])
+    for other in (path for folder in folders for path in sorted(folder.glob("*.store"))):
         if other == path:
             continue
         try:

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config, ExtractionConfig
 from pipeline.data import DatasetIndex, Failure, record_failures
-from pipeline.embed import networks as backbone
+from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
+from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.files import STOPS
@@ -27,7 +29,7 @@ from pipeline.io.memory import keep_freed_memory
 from pipeline.io.progress import bar
 from pipeline.stages.extract.sources import Source
 from pipeline.stages.extract.targets import Contents, Target
-from pipeline.store import StoreWriter
+from pipeline.store import StoreWriter, lock
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Work:
 
     images: int = 0
     """Distinct contents that went through at least one network or recipe."""
-    vectors: dict[str, int] = field(default_factory=dict)
+    vectors: Counter[str] = field(default_factory=Counter)
     """Embedding -> vectors that are new in its store."""
     failures: list[Failure] = field(default_factory=list)
     unavailable: list[str] = field(default_factory=list)
@@ -52,27 +54,17 @@ class Work:
         default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
     )
     """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
-    network_seconds: dict[str, float] = field(default_factory=dict)
+    network_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Embedding -> seconds in its network."""
-    network_images: dict[str, int] = field(default_factory=dict)
+    network_images: Counter[str] = field(default_factory=Counter)
     """Embedding -> images that went through its network."""
 
-    def add_network(self, embedding: str, images: int, seconds: float) -> None:
-        """Count images that went through an embedding's network."""
-        self.network_seconds[embedding] = self.network_seconds.get(embedding, 0.0) + seconds
-        self.network_images[embedding] = self.network_images.get(embedding, 0) + images
 
-    def add_vectors(self, embedding: str, count: int) -> None:
-        """Count new vectors of an embedding."""
-        self.vectors[embedding] = self.vectors.get(embedding, 0) + count
-
-
-@dataclass
+@dataclass(frozen=True)
 class Output:
-    """One output of a source on its way into its store."""
+    """One embedding on its way into its store."""
 
-    number: int
-    name: str
+    target: Target
     writer: StoreWriter
     missing: NDArray[np.bool_]
     """Contents the store does not have, shape (n,)."""
@@ -82,8 +74,8 @@ Outputs = Sequence[Sequence[Output]]
 """Per source those of its outputs that are kept."""
 
 
-def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, folder: Path) -> Work:
-    """Embed the pending contents of some targets into their stores; `folder` holds the failures and the perceptual hashes.
+def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, files: Artifacts) -> Work:
+    """Embed the pending contents of some targets into their stores.
 
     A signal to stop ends the run after the batch in hand, with all finished rows committed.
 
@@ -102,9 +94,12 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
         lanes = [_lane(own[0].source, config.extraction) for own in by_source.values()]
-        outputs = _open_stores(list(by_source.values()), lanes, contents, stack)
+        outputs = [
+            [stack.enter_context(_opened(target, lane, contents)) for target in own]
+            for own, lane in zip(by_source.values(), lanes, strict=True)
+        ]
         # A byte is exact in float16.
-        hashes = stack.enter_context(StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16"))
+        hashes = stack.enter_context(StoreWriter.open(_hash_store(files), HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
         work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
@@ -114,8 +109,8 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             with bar(count, "images", "embedding") as progress:
                 made = embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers, hashed=True)
                 for batch, parts in made:
+                    _store_hashes(batch, hashes, contents)  # first: an image that has its vectors is not decoded again
                     _store(batch, parts, outputs, contents, work)
-                    _store_hashes(batch, hashes, contents)
                     progress.update(len(batch.items))
                     stopped()
         finally:
@@ -124,7 +119,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             for output in (output for own in outputs for output in own):
                 output.writer.commit()
             hashes.commit()
-            record_failures(folder, work.failures, policy_key(config.dataset.max_pixels))
+            record_failures(files.dataset, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
         stack.close()  # seals
@@ -134,29 +129,25 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
     return work
 
 
+def _hash_store(files: Artifacts) -> Path:
+    """Where to write perceptual hashes: where another experiment writes them now, beside the index, until the next run."""
+    shared = files.stores / HASH_STORE
+    return files.dataset / HASH_STORE if lock.holder(shared) else shared
+
+
 def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
     """Load the network of a source."""
     embedder = source.load()
-    return Lane(embedder, backbone.choose_batch_size(extraction.batch_size, str(embedder.device)))
+    return Lane(embedder, choose_batch_size(extraction.batch_size, str(embedder.device)))
 
 
-def _open_stores(
-    by_source: Sequence[Sequence[Target]], lanes: Sequence[Lane], contents: Contents, stack: ExitStack
-) -> Outputs:
-    """Open the stores of some targets for writing."""
-    outputs = []
-    for own, lane in zip(by_source, lanes, strict=True):
-        canaries = lane.embedder.canary
-        kept = []
-        for target in own:
-            canary = canaries[target.output]
-            writer = StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary)
-            stack.enter_context(writer)
-            # The writer also knows the rows of a run that was killed before it could seal them.
-            missing = writer.missing(contents.digests) & ~contents.failed
-            kept.append(Output(target.output, target.spec.name, writer, missing))
-        outputs.append(kept)
-    return outputs
+@contextmanager
+def _opened(target: Target, lane: Lane, contents: Contents) -> Iterator[Output]:
+    """Open a target's store for writing; it is sealed in the end."""
+    canary = lane.embedder.canary[target.output]
+    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary) as writer:
+        # The writer also knows the rows of a run that was killed before it could seal them.
+        yield Output(target, writer, writer.missing(contents.digests) & ~contents.failed)
 
 
 def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[int, Iterator[Item]]:
@@ -194,16 +185,19 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, content
         numbers = np.array([items[row].content for row in part.rows])
         paths = [items[row].path for row in part.rows]
         for output in own:
-            work.add_network(output.name, len(numbers), part.seconds)
-            _append(output, numbers, part.vectors[output.number], paths, contents, work)
+            name = output.target.spec.name
+            work.network_seconds[name] += part.seconds
+            work.network_images[name] += len(numbers)
+            _append(output, numbers, part.vectors[output.target.output], paths, contents, work)
     work.seconds["write"] += time.perf_counter() - began
 
 
 def _store_hashes(batch: Batch, writer: StoreWriter, contents: Contents) -> None:
     """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
     if batch.hashes:
-        numbers = [batch.items[row].content for row in batch.hashes]
-        writer.append(contents.digests[numbers], np.stack(list(batch.hashes.values())).astype(np.float32))
+        rows = sorted(batch.hashes)  # threads end in any order
+        numbers = [batch.items[row].content for row in rows]
+        writer.append(contents.digests[numbers], np.stack([batch.hashes[row] for row in rows]).astype(np.float32))
 
 
 def _append(
@@ -218,10 +212,10 @@ def _append(
     wanted = output.missing[numbers]
     storable = output.writer.storable(vectors)
     for place in np.flatnonzero(wanted & ~storable).tolist():
-        reason = f"{output.name} gives it a vector that is not finite"
+        reason = f"{output.target.spec.name} gives it a vector that is not finite"
         work.failures.append(_failure(paths[place], contents.digests[numbers[place]], "not_finite", reason))
     keep = wanted & storable
-    work.add_vectors(output.name, output.writer.append(contents.digests[numbers[keep]], vectors[keep]))
+    work.vectors[output.target.spec.name] += output.writer.append(contents.digests[numbers[keep]], vectors[keep])
 
 
 def _failure(path: str, digest: Digests, status: str, reason: str) -> Failure:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation import PredictionSet, audit
+from pipeline.evaluation import Predictions, audit
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.evaluation.leaderboard.judge import read_predictions
 from pipeline.evaluation.leaderboard.rows import Leaks
@@ -34,7 +34,7 @@ def find_leaks(
     )
     digests = np.concatenate([task.train.digests[train], task.test.digests[test]])
     near = audit.neighbours(audit.project(stores[embedding].read(digests)))
-    pairs = audit.close_pairs(near, audit.read_hashes(files.dataset, digests))
+    pairs = audit.close_pairs(near, audit.read_hashes(files, digests))
     fold = np.full(len(digests), -1)
     for number, (_, held_out) in enumerate(task.folds):
         fold[:n_train][np.isin(train, held_out)] = number
@@ -62,7 +62,7 @@ def find_leaks(
     )
 
 
-def _accuracies(part: PredictionSet, leaking: NDArray[np.object_]) -> tuple[float, float]:
+def _accuracies(part: Predictions, leaking: NDArray[np.object_]) -> tuple[float, float]:
     """Return the accuracy on all images and on those that do not leak, NaN where there are none."""
-    clean = part.correct[~np.isin(part.paths, leaking.astype(str))]
+    clean = part.correct[~np.isin(np.asarray(part.paths).astype(str), leaking.astype(str))]
     return float(part.correct.mean()), float(clean.mean()) if len(clean) else float("nan")

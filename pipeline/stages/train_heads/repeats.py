@@ -16,14 +16,30 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
-from pipeline.evaluation import METRICS, Answers, Scores, scores
-from pipeline.evaluation.leaderboard import Nested, Seeds
+from pipeline.evaluation import METRICS, Predictions, Scores, scores
+from pipeline.evaluation.leaderboard import LeaderboardRow, Nested, Seeds
 from pipeline.evaluation.leaderboard.imbalance import UNEVEN, unevenness
 from pipeline.heads import Head
 from pipeline.heads.tuning import Features, Projections, TuningRun, answers, blocks, make_folds, part, tune
+from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.task import Task
 
 log = logging.getLogger(__name__)
+
+
+def repeated(
+    row: LeaderboardRow, head: Head, embedding: Embedding, vectors: Vectors, tuned: TuningRun, seed: int, journal: Path
+) -> LeaderboardRow:
+    """Return the row with what its repeats found."""
+    task, tuning, X = embedding.task, embedding.tuning, vectors.train
+    assert row.test is not None
+    first = row.cv_mean, row.test.accuracy
+    return replace(
+        row,
+        nested=nested(head, X, task, tuning, seed, journal),
+        seeds=seeds(head, (X, vectors.test), task, tuning, seed, journal, first),
+        reweighted=reweighted(head, X, task, tuning, seed, tuned, journal, vectors.projections),
+    )
 
 
 def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
@@ -41,7 +57,7 @@ def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int,
         found = tune(head, part(X, train), y, folds, tuning, seed, _beside(journal, f"nested-{number}"))
         inner.append(float(found.best.mean if found.best.mean is not None else -np.inf))
         outer.append(
-            _score(found.pipeline, part(X, held_out), task.y_train[held_out], len(task.classes), tuning.scoring)
+            _score(found.pipeline, part(X, held_out), task.y_train[held_out], task.target.width, tuning.scoring)
         )
     return Nested(tuple(inner), tuple(outer))
 
@@ -70,7 +86,7 @@ def seeds(
         folds = make_folds(task.y_train, tuning.folds, number, task.groups)
         run = tune(head, X_train, task.y_train, folds, tuning, number, _beside(journal, f"seed-{number}"))
         mean = float(run.best.mean if run.best.mean is not None else np.nan)
-        found.append((mean, _score(run.pipeline, X_test, task.y_test, len(task.classes), "accuracy")))
+        found.append((mean, _score(run.pipeline, X_test, task.y_test, task.target.width, "accuracy")))
     return Seeds(numbers, tuple(mean for mean, _ in found), tuple(test for _, test in found))
 
 
@@ -101,9 +117,8 @@ def reweighted(
     switched = replace(head, build=build, space={}, defaults={}, fixed=params)
     once = tuning.model_copy(update={"trials": 1, "seconds": None})
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
-    names = np.asarray(task.classes, dtype=str)
-    guess = names[found.classes[found.out_of_fold.predictions]]
-    return scores(names[task.y_train], guess, None, task.classes, seed, task.groups)
+    guess = found.classes[found.out_of_fold.y_pred]
+    return scores(Predictions(task.y_train, guess, units=task.groups, classes=task.target.classes), seed)
 
 
 def _beside(journal: Path, name: str) -> Path:
@@ -115,4 +130,4 @@ def _score(pipeline: Pipeline, X: Features, y: NDArray[np.int64], n_classes: int
     said = [answers(pipeline, block, n_classes) for _, block in blocks(X)]
     labels, metric = np.concatenate([labels for labels, _, _ in said]), METRICS[scoring]
     columns = [scores for _, scores, _ in said if scores is not None and metric.needs_probabilities]
-    return metric.score(Answers(y, labels, np.concatenate(columns) if columns else None))
+    return metric.score(Predictions(y, labels, np.concatenate(columns) if columns else None))

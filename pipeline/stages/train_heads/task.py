@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests, lineage
+from pipeline.data.targets import Classification, Target
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import DatasetError, StoreError
 from pipeline.experiment import Artifacts
@@ -27,10 +28,10 @@ log = logging.getLogger(__name__)
 class Task:
     """What every head is asked: the same rows, folds and test images for all of them.
 
-    `y_train` and `y_test` are places in `classes`: int64 of shape (n,).
+    `y_train` and `y_test` are what the target makes of the labels, of shape (n,).
     """
 
-    classes: tuple[str, ...]
+    target: Target
     train: DatasetIndex
     test: DatasetIndex
     y_train: NDArray[np.int64]
@@ -60,14 +61,14 @@ def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) 
         _usable(used.digests, stores, failed_digests(files.dataset, policy_key(config.dataset.max_pixels)))
     )
     train, test = usable.select("train", "validation"), usable.select("test")
-    classes = usable.classes
-    if len(set(train.labels)) < 2:
-        raise DatasetError(f"the training images are of {len(set(train.labels))} class; a classifier needs at least 2")
+    target = Classification.of(usable)
+    y_train, y_test = target.encode(train), target.encode(test)
+    problem = target.problem(y_train)
+    if problem is not None:
+        raise DatasetError(problem)
     if len(test) == 0:
         raise DatasetError("there are no test images; every leaderboard needs some: see dataset.test_fraction")
-    place = {label: code for code, label in enumerate(classes)}
-    y_train, y_test = (np.array([place[label] for label in part.labels], dtype=np.int64) for part in (train, test))
-    return _with_folds(classes, train, test, y_train, y_test, config)
+    return _with_folds(target, train, test, y_train, y_test, config)
 
 
 def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
@@ -100,22 +101,20 @@ def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
     if known.chosen_on is None:
         chose = np.ones_like(learned)
     fresh, chose = ~learned & ~chose, chose & ~learned
-    enough = fresh.sum() >= max(chose.sum(), config.tuning.folds) and len(set(task.train.labels[fresh])) > 1
+    enough = fresh.sum() >= max(chose.sum(), config.tuning.folds) and task.target.problem(task.y_train[fresh]) is None
     kept = fresh if enough else ~learned
     left = task.train.rows(kept)
-    if len(set(left.labels)) < 2 or len(left) < config.tuning.folds:
+    if task.target.problem(task.y_train[kept]) is not None or len(left) < config.tuning.folds:
         raise DatasetError(
             f"{record.name}: its network has learned from {int(learned.sum()):,} of the {len(learned):,} training images, and the "
             f"other {len(left):,} are too few to fit and compare heads on; give more training images, or leave it out of backbones"
         )
     log.info("%s: heads use the %d training images its network has not learned from", record.name, len(left))
-    return _with_folds(
-        task.classes, left, task.test, task.y_train[kept], task.y_test, config, int((chose & kept).sum())
-    )
+    return _with_folds(task.target, left, task.test, task.y_train[kept], task.y_test, config, int((chose & kept).sum()))
 
 
 def _with_folds(
-    classes: tuple[str, ...],
+    target: Target,
     train: DatasetIndex,
     test: DatasetIndex,
     y_train: NDArray[np.int64],
@@ -125,17 +124,17 @@ def _with_folds(
 ) -> Task:
     """Make the folds and name the question."""
     groups = train.fold_groups()
-    folds = make_folds(y_train, config.tuning.folds, config.seed, groups)
+    folds = make_folds(target.strata(y_train), config.tuning.folds, config.seed, groups)
     key = fingerprint(
         {
-            "classes": list(classes),
+            "classes": list(target.classes),
             "train": [digests_to_hex(train.digests), y_train.tolist()],
             "test": [digests_to_hex(test.digests), y_test.tolist()],
             "folds": [held_out.tolist() for _, held_out in folds],
             **({} if chose is None else {"chose": chose}),
         }
     )
-    return Task(classes, train, test, y_train, y_test, folds, groups, key, chose)
+    return Task(target, train, test, y_train, y_test, folds, groups, key, chose)
 
 
 def _usable(digests: Digests, stores: Sequence[FeatureStore], failed: Digests) -> NDArray[np.bool_]:

@@ -1,0 +1,370 @@
+"""The sections of a config, frozen and typed: which keys there are, what each may be, and its default."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+LARGEST = 2**53
+"""The largest whole number of a config: beyond it floats are no longer exact."""
+
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
+"""Endings of weights files."""
+
+NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
+"""Where a network may compute."""
+
+Names = Mapping[Literal["head", "baseline", "score"], Sequence[str]]
+"""What the tables offer: the words that `heads`, `baselines` and `tuning.scoring` may hold."""
+
+Scalar = bool | int | float | str | None
+Item = TypeVar("Item")
+
+
+class Section(BaseModel):
+    """What every section shares: frozen, strict about types, and no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _within_reason(cls, value: Any) -> Any:
+        # No file and no column can have such a name, and a terminal obeys some of them.
+        if isinstance(value, str) and any(ord(char) < 32 or ord(char) == 127 for char in value):
+            raise ValueError(f"holds a control character: {value[:40]!r}; leave it out")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"expected at most {LARGEST:,}, got a larger number")
+        return _frozen(value)
+
+
+def _frozen(value: Any) -> Any:
+    """Return a value whose lists, as YAML has them, are tuples."""
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    return {key: _frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def guess(word: str, allowed: Sequence[str]) -> str:
+    """Return `, did you mean 'x'?` for the closest allowed word, or nothing."""
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(what: str, word: str, allowed: Sequence[str], besides: str = "") -> str:
+    """Say that a table has no such word, which is the closest, and which there are."""
+    return f"unknown {what} {word!r}{guess(word, allowed)}; allowed: {', '.join(allowed)}{besides}"
+
+
+def checked_device(value: str) -> str:
+    """Return a device of `NETWORK_DEVICES`, `cuda` also with an index; ValueError for any other."""
+    kind, colon, index = value.partition(":")
+    if kind not in NETWORK_DEVICES or (colon and not (kind == "cuda" and index.isdecimal())):
+        words = ", ".join(map(repr, NETWORK_DEVICES))
+        raise ValueError(f"should be {words} or a GPU by number, such as 'cuda:1', got {value!r}")
+    return value
+
+
+def _in_table(what: Literal["head", "baseline", "score"], word: str, info: ValidationInfo, besides: str = "") -> str:
+    """Return a word that the table has; any word where the caller handed no tables."""
+    allowed = (info.context or {}).get(what)
+    if allowed is not None and word not in allowed:
+        raise ValueError(unknown(what, word, allowed, besides))
+    return word
+
+
+def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
+    # Not `min_length`, which also complains when an item was dropped for a mistake of its own.
+    if not value:
+        raise ValueError("expected at least one, got an empty list")
+    return value
+
+
+NOT_EMPTY = AfterValidator(_not_empty)
+Count = Literal["auto"] | Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class DatasetConfig(Section):
+    """Where the images are and how they are split."""
+
+    source: Literal["digits", "folder", "manifest", "torchvision"] = "digits"
+    path: str | None = None
+    """A folder of class folders, a manifest file, or the folder a torchvision data set is downloaded to."""
+    name: str | None = None
+    """The torchvision data set's class name, such as `CIFAR10`."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the images set aside for the test when the data come without a test split."""
+    leaks: Literal["drop_train", "drop_test", "keep", "error"] = "drop_train"
+    """What to do with the same content in train and test."""
+    max_failures: float = Field(0.1, ge=0)
+    """Images that may fail before the run stops: a share when below 1, a number from 1 up."""
+    max_pixels: int = Field(64_000_000, ge=1)
+    """Larger images are refused before they are decoded."""
+    follow_symlinks: bool = False
+    target: Literal["auto", "classification"] = "auto"
+    """`auto` stops where labels look like a number to predict, or like a name for every image."""
+
+    @model_validator(mode="after")
+    def _source_has_what_it_needs(self) -> DatasetConfig:
+        needs = {"digits": (), "folder": ("path",), "manifest": ("path",), "torchvision": ("path", "name")}[self.source]
+        missing = [key for key in needs if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"source '{self.source}' also needs {' and '.join(repr(key) for key in missing)}")
+        return self
+
+
+class PreprocessingConfig(Section):
+    """An explicit override of the preprocessing that belongs to the weights; recorded in the store's identity."""
+
+    resize: int = Field(256, ge=1)
+    crop: int = Field(224, ge=1)
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class BackboneConfig(Section):
+    """One frozen network and the layers whose output is kept."""
+
+    name: str
+    """A network of one of the families, such as `efficientnet_lite0` or torchvision's `resnet50`."""
+    weights: str = "random"
+    """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
+    layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
+    """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
+    pooling: Literal["avg", "max", "grid", "flatten", "cls"] = "avg"
+    """How a layer with a spatial or token axis becomes one vector."""
+    arguments: dict[str, Scalar] = Field(default_factory=dict)
+    """The architecture's own constructor arguments, such as `width_mult`."""
+    preprocessing: PreprocessingConfig | None = None
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_exact(cls, value: str) -> str:
+        if value == "DEFAULT":
+            raise ValueError(
+                "'DEFAULT' may change between torchvision versions; give the exact name, such as 'IMAGENET1K_V2'"
+            )
+        return value
+
+
+class ExtractionConfig(Section):
+    """How images become vectors: nothing here but `precision`, `engine` and `decode` changes the vectors."""
+
+    device: Annotated[str, AfterValidator(checked_device)] = "auto"
+    batch_size: Count = "auto"
+    workers: Count = "auto"
+    """Threads that read and decode."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """In which the network computes, also where `finetune` trains it."""
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """What computes; `auto` takes OpenVINO where it is installed and the job is long enough to gain from it."""
+    decode: Literal["standard", "exact", "fast"] = "standard"
+    """`exact` gives the pixels of torchvision's transforms on a PIL image bit for bit, `standard` is within one grey level of
+    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size."""
+
+
+class HeadConfig(Section):
+    """One head to tune; a bare name in the YAML is the same as `name:` alone."""
+
+    name: str
+    """A head of the table, or `package.module:ATTRIBUTE` naming a `Head` of your own."""
+    space: dict[str, tuple[Scalar, ...]] = Field(default_factory=dict)
+    """Parameter -> `[low, high]` for a range, the list of choices for a categorical one."""
+    class_weight: Literal["balanced"] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        return value if ":" in value else _in_table("head", value, info, ", or package.module:ATTRIBUTE")
+
+
+_UNITS = {"MB": 10**6, "GB": 10**9}
+
+
+class TuningConfig(Section):
+    """The search: the same strategy, budget and folds for every head."""
+
+    strategy: Literal["bayes", "random", "grid"] = "bayes"
+    trials: int = Field(16, ge=1)
+    """Trials per head."""
+    seconds: float | None = Field(None, gt=0)
+    """Time per head instead of a number of trials."""
+    folds: int = Field(5, ge=2)
+    scoring: str = "accuracy"
+    """What is searched, ranked and compared by: a row of the table of metrics."""
+    nested: bool = False
+    """Also repeat every search within each fold's training images, for a score that nothing was chosen by: folds times
+    the work."""
+    seeds: int = Field(1, ge=1, le=100)
+    """Searches per head, each with its own folds, by the experiment's seed and those after it: so many times the work."""
+    pca: int | float | None = None
+    """Principal components that every head works on, found within each fold: a number, or the share of the variance they
+    hold, such as 0.95."""
+    whiten: bool = False
+    """Whether `pca` also gives all components the same variance."""
+    jobs: Count = "auto"
+    """Parallel processes."""
+    memory: str = "auto"
+    """What the features of one embedding and the work on them may take, such as `2GB` or `500MB`; `auto` is three quarters
+    of what is free. Embeddings that need more stay on disk, and only the heads that can work there are tuned."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The limit in bytes; None for `auto`."""
+        return None if self.memory == "auto" else int(float(self.memory[:-2]) * _UNITS[self.memory[-2:]])
+
+    @field_validator("scoring")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        return _in_table("score", value, info)
+
+    @field_validator("pca", mode="before")
+    @classmethod
+    def _a_number_or_a_share(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is None or whole or (isinstance(value, float) and 0 < value < 1):
+            return value
+        raise ValueError(
+            f"expected a number of components such as 64, a share of the variance below 1 such as 0.95, or null, got {value!r}"
+        )
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _a_size(cls, value: Any) -> Any:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", value) if isinstance(value, str) else None
+        if value != "auto" and (found is None or not float(found[1])):
+            number = re.fullmatch(r"\d*\.?\d+", str(value)) and float(value) > 0
+            hint = f"; write '{value}GB' or '{value}MB'" if number else ""
+            raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}{hint}")
+        return value
+
+    @model_validator(mode="after")
+    def _whitening_needs_components(self) -> TuningConfig:
+        if self.whiten and self.pca is None:
+            raise ValueError("whiten: works on principal components; give pca too, such as pca: 64")
+        return self
+
+
+class FinetuneConfig(Section):
+    """Stage three: which backbone is trained end to end, from which linear head, and how."""
+
+    start: str = "best"
+    """`best` is the best linear head on the embedding of the best backbone, `EMBEDDING` the best one on that, or
+    `EMBEDDING/HEAD`; `random` in place of a head is a control that starts from none."""
+    validation_fraction: float = Field(0.2, gt=0, lt=0.5)
+    """Share of the training images that chooses weights, where the data have no validation split."""
+    unfreeze: tuple[tuple[Share, str], ...] = ((0.0, "all"),)
+    """From which share of the steps on what is trained, such as `[[0, head], [0.2, all]]`: `head`, `last_stage`, `all`, or the
+    lowest stage, such as `stage3`."""
+    steps: Count = "auto"
+    """Optimizer steps; `auto` goes by the number of images."""
+    batch_size: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1)
+    """Batches per step; their gradients are averaged."""
+    rate: float = Field(1e-3, gt=0)
+    """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`."""
+    rate_decay: float = Field(0.5, gt=0, le=1)
+    """Stages further from the head learn more slowly, down to a hundredth of the rate."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """Of AdamW; not applied to norms and biases."""
+    warmup: Share = 0.1
+    """Share of the steps in which the rate rises, before it falls to zero along a cosine."""
+    label_smoothing: Share = 0.0
+    augment: Literal["none", "flip", "crop", "trivial"] = "crop"
+    """`crop` is a random crop of half of the area or more, resized, and a flip; `trivial` is torchvision's
+    TrivialAugmentWide before it."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution; 0 is off."""
+    class_weight: Literal["balanced"] | None = None
+    batch_norm: Literal["frozen", "affine", "train"] = "frozen"
+    """`frozen`: statistics, scale and shift stay; `affine`: the statistics stay; `train`: nothing stays."""
+    ema: Share = 0.0
+    """Decay of a moving average of the weights; 0 is off."""
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without improvement, of ten in a run, after which training stops."""
+    profile_steps: int = Field(0, ge=0)
+    """Steps torch's profiler watches after the first; its table is written beside the log."""
+    tensorboard: bool = False
+
+    @field_validator("unfreeze")
+    @classmethod
+    def _rises_from_the_start(cls, plan: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
+        starts = [start for start, _ in plan]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ValueError("should be steps of which the first starts at 0 and each later than the one before")
+        return plan
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    output: str
+    """The folder every artifact of this experiment is written to; `artifacts/NAME` of the data set when not given."""
+    store: str | None = None
+    """The folder of the feature stores, which several experiments may share; `features` beside `output` when not given."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    dataset: DatasetConfig = DatasetConfig()
+    backbones: Annotated[tuple[BackboneConfig, ...], NOT_EMPTY]
+    baselines: tuple[str, ...] | None = None
+    """Cheap rivals in the leaderboard, so that a backbone that does not help is seen not to help; None: all there are."""
+    extraction: ExtractionConfig = ExtractionConfig()
+    heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY]
+    tuning: TuningConfig = TuningConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _output_of_the_data(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("output") is not None:
+            return raw
+        return {**raw, "output": f"artifacts/{_name_of_the_data(raw.get('dataset'))}"}
+
+    @model_validator(mode="after")
+    def _stores_apart_from_results(self) -> Config:
+        output = Path(self.output)
+        if os.path.abspath(output) == os.path.abspath(output.parent / "features" if self.store is None else self.store):
+            raise ValueError(f"output: {self.output} is the folder of the feature stores; choose another name")
+        return self
+
+    @field_validator("baselines")
+    @classmethod
+    def _known(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        for name in value or ():
+            _in_table("baseline", name, info)
+        return value
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        if not isinstance(value, tuple | list):
+            return value
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Config:
+        names = [head.name for head in self.heads]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"heads: named more than once: {', '.join(twice)}")
+        if len(set(map(str, self.backbones))) < len(self.backbones):
+            raise ValueError("backbones: the same backbone is given twice")
+        return self
+
+
+def _name_of_the_data(section: Any) -> str:
+    """What a data set is called: its torchvision name, else its folder or its manifest without the ending."""
+    found = section if isinstance(section, dict) else {}
+    if isinstance(name := found.get("name"), str):
+        return Path(name).name
+    path = found.get("path")
+    if not isinstance(path, str):
+        return str(found.get("source", "digits"))
+    real = Path(os.path.realpath(os.path.expanduser(path)))
+    return (real.stem if real.suffix.lower() in {".csv", ".parquet"} else real.name) or "images"

@@ -1,0 +1,29 @@
+"""Settings: a config whose heads, baselines and scores are those of their tables, which no other place names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import config
+from pipeline.config import Config, Names
+from pipeline.embed import baselines
+from pipeline.evaluation import METRICS
+from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
+from pipeline.heads import HEADS
+
+
+def names() -> Names:
+    """Return the words that the tables offer to a config."""
+    return {"head": tuple(HEADS), "baseline": (CONSTANT_GUESS, *baselines.NAMES), "score": tuple(METRICS)}
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and validate a config file with `--set a.b=c` overrides applied, and every name in it.
+
+    Raises
+    ------
+    ConfigError
+        With one line for every problem.
+    """
+    return config.load(path, overrides, names())

@@ -1,0 +1,181 @@
+"""What heads are tuned on: features in memory, or on disk where they are too large for it; and the guess that needs none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.dummy import DummyClassifier
+from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import Pipeline
+
+from pipeline.config import TuningConfig
+from pipeline.data import DatasetIndex
+from pipeline.embed.records import EmbeddingRecord
+from pipeline.errors import UnfittedError
+from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
+from pipeline.export.bundle import ModelBundle
+from pipeline.heads import HEADS, Head
+from pipeline.heads.tuning import (
+    Features,
+    Projections,
+    blocks,
+    check,
+    memory_needed,
+    memory_needed_on_disk,
+    on_disk,
+    working_memory,
+    works_on_disk,
+)
+from pipeline.stages.train_heads.task import Task
+from pipeline.store import FeatureStore, StoredRows
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the features of one embedding are, and why."""
+
+    embedding: str
+    shape: tuple[int, int]
+    """Rows and columns of the training features."""
+    classes: int
+    needed: int
+    """Bytes that tuning in memory takes."""
+    limit: int
+    pca: int | float | None = None
+    folds: int = 1
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the features stay in the store's files."""
+        return self.needed > self.limit
+
+    def sentence(self) -> str:
+        """Say it for people."""
+        return (
+            f"{self.embedding}: its features stayed on disk, as tuning on them in memory takes about {size(self.needed)} "
+            f"and {size(self.limit)} are allowed (tuning.memory)."
+        )
+
+    def objection(self, head: Head) -> str | None:
+        """Say in one line why a head is left out, with what to do; None when it can be tuned."""
+        if not self.on_disk:
+            return None
+        found = memory_needed_on_disk(head, self.shape, self.classes, self.pca, self.folds)
+        if found is None:
+            able = ", ".join(name for name, row in HEADS.items() if works_on_disk(row))
+            return (
+                f"it needs the features in memory, about {size(self.needed)}, and {size(self.limit)} are allowed; "
+                f"raise tuning.memory, set tuning.pca to a number of components, or use heads that work from disk: {able}"
+            )
+        if found > self.limit:
+            return (
+                f"even with its features on disk it needs about {size(found)}, and {size(self.limit)} are allowed; "
+                "raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or pooling with fewer numbers"
+            )
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What heads are tuned on: the features of an embedding, its images, and the search; without a record no image is looked at."""
+
+    heads: tuple[Head, ...]
+    task: Task
+    tuning: TuningConfig
+    """As `tuning.limited` returns it."""
+    record: EmbeddingRecord | None = None
+    store: FeatureStore | None = None
+
+    @property
+    def name(self) -> str:
+        """The embedding's name."""
+        return CONSTANT_GUESS if self.record is None else self.record.name
+
+    @property
+    def place(self) -> Place | None:
+        """Where its features are; None where there are none."""
+        if self.store is None:
+            return None
+        task, tuning, dim, limit = self.task, self.tuning, self.store.dim, self.tuning.memory_bytes
+        assert limit is not None
+        needed = memory_needed((len(task.train), dim)) + 4 * len(task.test) * dim
+        shape, folds = (len(task.train), dim), len(task.folds)
+        return Place(self.name, shape, task.target.width, needed, limit, tuning.pca, folds)
+
+    def require(self, head: Head) -> None:
+        """See that a head can be tuned here; UnfittedError with the reasons why it is left out."""
+        problems = check(head, self.tuning)
+        if self.task.target.kind not in head.targets:
+            problems.append(f"it serves {' and '.join(head.targets)}, and the target is {self.task.target.kind}")
+        objection = self.place.objection(head) if self.place is not None and not problems else None
+        if problems or objection:
+            raise UnfittedError("; ".join(problems) or str(objection))
+
+
+class Vectors:
+    """The features of an embedding, and the principal components its heads share where `tuning.pca` asks for them.
+
+    train, test : of shape (n, dim), float32; one constant column where a head needs no image. Each is read, or found where it
+    is to stay on disk, when it is first asked for.
+    """
+
+    def __init__(self, embedding: Embedding) -> None:
+        self.embedding = embedding
+
+    @cached_property
+    def train(self) -> Features:
+        """The features of the training images."""
+        return self._read(self.embedding.task.train)
+
+    @cached_property
+    def test(self) -> Features:
+        """The features of the test images."""
+        return self._read(self.embedding.task.test)
+
+    @cached_property
+    def projections(self) -> Projections | None:
+        """The principal components."""
+        tuning = self.embedding.tuning
+        return None if tuning.pca is None else Projections(self.train, tuning.pca, tuning.whiten)
+
+    def _read(self, part: DatasetIndex) -> Features:
+        store, place = self.embedding.store, self.embedding.place
+        if store is None or place is None:
+            return np.zeros((len(part), 1), dtype=np.float32)
+        return StoredRows.of(store, part.digests) if place.on_disk else store.read(part.digests)
+
+
+def constant_guess(y: NDArray[np.int64], n_classes: int) -> Head:
+    """The guess that needs no image: always the most frequent class of all training images, in every fold the same.
+
+    Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
+    """
+    present, codes = np.unique(y, return_inverse=True)
+
+    def build(seed: int) -> Pipeline:
+        guess = DummyClassifier(strategy="prior", random_state=seed)
+        if len(present) == n_classes:  # else folds and the last fit number the classes differently
+            guess = FrozenEstimator(guess.fit(np.zeros((len(codes), 1)), codes))
+        return Pipeline([("head", guess)])
+
+    return Head(name="most_frequent", build=build, space={}, defaults={}, simplicity=-1, probabilities=True)
+
+
+def predict(
+    bundle: ModelBundle, X: Features, tuning: TuningConfig
+) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
+    """Label vectors as `ModelBundle.predict` does, within `tuning.memory`: block by block where they are on disk."""
+    if not on_disk(X):
+        left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))
+        with working_memory(left):
+            return bundle.predict(np.asarray(X))
+    labels, probabilities = zip(*(bundle.predict(block) for _, block in blocks(X)), strict=True)
+    return np.concatenate(labels), None if probabilities[0] is None else np.concatenate(probabilities)
+
+
+def size(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,193 @@
+"""One row: a head tuned, calibrated, scored once on the test images and saved, or found finished."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.svm import SVC, NuSVC
+
+from pipeline.config import Config
+from pipeline.errors import BundleError
+from pipeline.evaluation import METRICS, HeadPredictions, Predictions, class_columns, scores
+from pipeline.evaluation.calibration import Calibrator, fit_calibrator
+from pipeline.evaluation.expected import expected_accuracy
+from pipeline.evaluation.intervals import Interval
+from pipeline.evaluation.leaderboard import LeaderboardRow
+from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
+from pipeline.evaluation.predictions import FILE_NAME
+from pipeline.experiment import Artifacts, bundle_file
+from pipeline.export import bundle as bundles
+from pipeline.export.bundle import ModelBundle
+from pipeline.heads import Head, identity
+from pipeline.heads.tuning import TuningRun, tune
+from pipeline.io.digests import fingerprint
+from pipeline.stages.train_heads import repeats
+from pipeline.stages.train_heads.embedding import Embedding, Vectors, predict
+from pipeline.stages.train_heads.task import Task
+
+log = logging.getLogger(__name__)
+
+ROW_VERSION = 5
+"""Goes up when a row or a bundle changes its meaning, so that finished ones are made again."""
+
+
+def row_key(head: Head, embedding: Embedding, seed: int) -> str:
+    """Name everything that determines a row."""
+    return fingerprint(
+        {
+            "row": ROW_VERSION,
+            "embedding": embedding.record.fingerprint if embedding.record else CONSTANT_GUESS,
+            "task": embedding.task.key,
+            "head": identity(head, seed),
+            "tuning": embedding.tuning.model_dump(mode="json", exclude={"jobs", "memory"}),
+            "seed": seed,
+            "versions": bundles.versions(),
+        }
+    )
+
+
+def finished_row(folder: Path, key: str) -> LeaderboardRow | None:
+    """Return the row of an earlier run that answered the same question and whose bundle is whole."""
+    try:
+        document = bundles.describe(folder)
+        if document.get("provenance", {}).get("key") != key:
+            return None
+        bundle_file(folder, document["file"])
+        HeadPredictions.read(folder / FILE_NAME)
+        return LeaderboardRow.from_record(document["provenance"]["row"])
+    except (BundleError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def make_row(
+    head: Head, embedding: Embedding, vectors: Vectors, config: Config, files: Artifacts, key: str
+) -> LeaderboardRow:
+    """Tune one head, score it once on the test images, repeat what was asked for, and save its bundle.
+
+    Raises
+    ------
+    UnfittedError
+        When the head cannot be tuned here, or no trial of it could be fitted.
+    """
+    embedding.require(head)
+    log.info("%s / %s", embedding.name, head.name)
+    record, task, tuning, seed = embedding.record, embedding.task, embedding.tuning, config.seed
+    journal, folder = files.trials(embedding.name, head.name), files.bundle(embedding.name, head.name)
+    tuned = tune(head, vectors.train, task.y_train, task.folds, tuning, seed, journal, vectors.projections)
+    bundle = ModelBundle(
+        head.name,
+        tuned.best.params,
+        task.target.classes,
+        record.to_dict() if record else {},
+        tuned.pipeline,
+        {},
+        calibrator_of(tuned, task),
+    )
+    start = time.perf_counter()
+    labels, probabilities = predict(bundle, vectors.test, tuning)
+    seconds = time.perf_counter() - start
+    said = HeadPredictions(_on_test(task, labels, probabilities), _out_of_fold(tuned, task, bundle.calibrator))
+    row = _row(head, embedding, tuned, said, seed)
+    row = replace(row, predict_seconds=seconds, bundle=folder.relative_to(files.root).as_posix())
+    row = repeats.repeated(row, head, embedding, vectors, tuned, seed, journal)
+    provenance = {"key": key, "row": row.to_record(), "seed": seed, "strategy": tuned.strategy}
+    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
+    return row
+
+
+def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictions, seed: int) -> LeaderboardRow:
+    """Say what was found of a head, but for what is measured beside it."""
+    record, task, best = embedding.record, embedding.task, tuned.best
+    spec = record.spec if record else None
+    return LeaderboardRow(
+        embedding=embedding.name,
+        backbone=spec.architecture if spec else CONSTANT_GUESS,
+        layer=spec.layer if spec else "",
+        head=head.name,
+        untrained=spec is not None and spec.untrained,
+        baseline=spec is None or spec.kind == "baseline",
+        unseen_rows=None if task.chose is None else len(task.train),
+        chose_rows=task.chose or 0,
+        task=task.key,
+        cv_mean=float(best.mean if best.mean is not None else np.nan),
+        cv_std=best.spread or 0.0,
+        cv_scores=tuple(float(score) for score in best.fold_scores if score is not None),
+        test=scores(said.test, seed, METRICS[tuned.scoring]),
+        fit_seconds=tuned.fit_seconds,
+        predict_seconds=0.0,
+        trials=len(tuned.trials),
+        params=best.params,
+        simplicity=head.simplicity,
+        dim=spec.dim if spec else 0,
+        search_seconds=tuned.seconds,
+        embed_seconds=record.seconds_per_image if record else None,
+        components=None if embedding.tuning.pca is None else int(tuned.pipeline["pca"].n_components_),
+        last_fit=tuned.last_fit,
+        expected_test=_expected(tuned, said, task),
+    )
+
+
+def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
+    """Fit what turns the head's scores into probabilities, on rows it had not seen."""
+    out_of_fold = tuned.out_of_fold
+    if out_of_fold.scores is None or len(tuned.classes) < 2:
+        return None
+    model = tuned.pipeline[-1]
+    # The scores of scikit-learn's SVC are counts of the pairs that a class wins.
+    counts = isinstance(model, (SVC, NuSVC)) and model.decision_function_shape == "ovr"
+    votes = counts and out_of_fold.kind == "decision" and len(tuned.classes) > 2
+    logits = bundles.logits(out_of_fold.scores, out_of_fold.kind)
+    return fit_calibrator(logits, out_of_fold.y_true, "margins" if votes else "temperature")
+
+
+def _on_test(task: Task, labels: NDArray[np.object_], probabilities: NDArray[np.float64] | None) -> Predictions:
+    """Say what the saved head says of the test images."""
+    return Predictions(
+        task.y_test,
+        class_columns(labels, task.target.classes),
+        probabilities,
+        task.test.fold_groups(),
+        task.test.paths,
+        classes=task.target.classes,
+    )
+
+
+def _out_of_fold(tuned: TuningRun, task: Task, calibrator: Calibrator | None) -> Predictions:
+    """Return what the chosen parameters said of each training image, with names and a place for every class of the task."""
+    found, calibrated = tuned.out_of_fold, None
+    if found.scores is not None and calibrator is not None:
+        calibrated = calibrator.probabilities(bundles.logits(found.scores, found.kind))
+
+    def of_all(columns: NDArray[Any] | None) -> NDArray[np.float32] | None:
+        if columns is None:
+            return None
+        whole = np.zeros((len(columns), task.target.width), dtype=np.float32)
+        whole[:, tuned.classes] = columns
+        return whole
+
+    return replace(
+        found,
+        y_true=task.y_train,
+        y_pred=tuned.classes[found.y_pred],
+        probabilities=of_all(calibrated),
+        units=task.groups,
+        paths=task.train.paths,
+        scores=of_all(found.scores) if METRICS[tuned.scoring].needs_probabilities else None,
+        classes=task.target.classes,
+    )
+
+
+def _expected(tuned: TuningRun, said: HeadPredictions, task: Task) -> Interval:
+    """Return where cross-validation lets expect the test accuracy."""
+    assert said.out_of_fold is not None
+    correct = said.out_of_fold.correct
+    # All training images may add a share of what the folds' fits score better on their own images, as in `Promise.of`.
+    own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0
+    allowance = max(0.0, own - float(correct.mean())) / len(task.folds)
+    return expected_accuracy(correct, len(task.test), task.groups, said.test.units, allowance)
