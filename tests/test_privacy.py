@@ -51,7 +51,7 @@ baselines: [majority, pixels]
 extraction: {device: cpu, precision: fp32, engine: ENGINE}
 heads: [logistic_regression]
 tuning: {trials: 2, folds: 3}
-finetune: {validation_fraction: 0.4, training: {steps: 2, batch_size: 8, precision: fp32}}
+finetune: {validation_fraction: 0.4, steps: 2, batch_size: 8}
 """
 
 
