@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 from pipeline.errors import HeadError
 from pipeline.evaluation import METRICS, Predictions
 from pipeline.heads import Categorical, Integer, Real
-from pipeline.heads.tuning import expand_scores, make_folds, racing, strategies
+from pipeline.heads.tuning import evaluation, expand_scores, make_folds, racing, strategies
 from pipeline.heads.tuning.strategies import cardinality
 
 
@@ -123,6 +124,7 @@ def test_random_draws_are_those_of_scikit_optimize():
 
 WITHOUT_SKOPT = """
 import sys
+import warnings
 class Blocked:
     @staticmethod
     def find_spec(name, *_):
@@ -248,3 +250,12 @@ def test_racing_looks_after_every_second_fold_or_after_each():
     assert racing.stages(5) == [[0, 1], [2, 3], [4]]
     assert racing.stages(2) == [[0, 1]]
     assert racing.stages(3, 1) == [[0], [1], [2]]
+
+
+def test_a_vague_warning_is_counted_by_its_first_sentence():
+    with evaluation.counting_warnings(), evaluation.counted() as counts:
+        warnings.warn("self.width_ is 0 in a class.Inputs are identical.", stacklevel=1)
+        warnings.warn("self.width_ is 0 in a class. More of it", stacklevel=1)
+        warnings.warn("no full stop\nsecond line", RuntimeWarning, stacklevel=1)
+        warnings.warn("soon gone", FutureWarning, stacklevel=1)
+    assert counts == {"UserWarning: self.width_ is 0 in a class": 2, "RuntimeWarning: no full stop": 1}

@@ -6,6 +6,7 @@ of the table of heads, find the same optimum with work shared.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import warnings
@@ -224,6 +225,10 @@ def failed(error: Exception, counts: Mapping[str, int]) -> FoldOutcome:
 _current = threading.local()
 
 
+_END_OF_SENTENCE = re.compile(r"\.(?=\s|[A-Z]|$)|\n")
+"""A full stop within a name, such as `self.coef_`, ends none."""
+
+
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
     """Count this thread's warnings by category, vague ones by their text too, within `counting_warnings`."""
@@ -243,7 +248,7 @@ def counting_warnings() -> Iterator[None]:
         # What a library plans to change is said to programmers, and is no news of a fit.
         if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
             vague = category in (UserWarning, RuntimeWarning)
-            text = str(message).partition(".")[0].partition("\n")[0][:80]
+            text = _END_OF_SENTENCE.split(str(message), maxsplit=1)[0][:80]
             counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
 
     with warnings.catch_warnings():
