@@ -66,11 +66,12 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
     classifier: SVC = configure(problem.head, params, problem.seed)[-1]
     gamma = np.float32(classifier.gamma)
     classifier.set_params(kernel="precomputed", decision_function_shape="ovr")
-    classifier.fit(_kernel(distances.within, gamma), distances.y)
+    within = _kernel(distances.within, gamma)
+    classifier.fit(within, distances.y)
     fitted = time.perf_counter()
     scores = classifier.decision_function(_kernel(distances.across, gamma))
     if problem.judge_training:
-        own = classifier.decision_function(_kernel(distances.within, gamma))
+        own = classifier.decision_function(within)
         scores = np.concatenate([scores, own[np.argsort(distances.order)]])
     present = np.asarray(classifier.classes_, dtype=np.int64)
     likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
