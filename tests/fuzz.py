@@ -80,9 +80,10 @@ def answers(config: Config) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _heads(config: Config, files: Artifacts) -> Any:
     records = embedders.read_asked_records(files.features, config)
-    embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
+    index = DatasetIndex.read(files.dataset)
+    embedders.require_index(files.features, index.fingerprint())
     stores = [FeatureStore.open(files.find_store(record.store), record.fingerprint) for record in records]
-    task = make_task(config, files, stores)
+    task = make_task(config, files, index, stores)
     vectors = [bytes_digest(store.read(task.train.digests).tobytes()) for store in stores]
     return task.key, [record.to_dict() for record in records], vectors, str(task.train.root)
 

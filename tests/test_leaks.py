@@ -91,7 +91,8 @@ def task_of(folder: Path) -> Task:
         "heads": ["knn"],
         "tuning": {"folds": 4},
     }
-    return make_task(configuration.parse(raw, "test"), Artifacts(folder), [])
+    files = Artifacts(folder)
+    return make_task(configuration.parse(raw, "test"), files, DatasetIndex.read(files.dataset), [])
 
 
 def divided(task: Task, units: np.ndarray) -> int:

@@ -615,7 +615,7 @@ def test_only_images_that_neither_taught_nor_chose_the_weights_judge_a_fine_tune
     train = stage_one(tmp_path).select("train")
     config = fine_tuned(tmp_path, train.digests[learned], None if chose is None else train.digests[chose])
     files = Artifacts(tmp_path)
-    task = train_heads.make_task(config, files, [])
+    task = train_heads.make_task(config, files, DatasetIndex.read(files.dataset), [])
     backbone, floor = (
         next(r for r in read_records(files.features) if r.kind == kind) for kind in ("backbone", "baseline")
     )
@@ -650,7 +650,7 @@ def test_images_of_a_group_that_was_learned_from_are_not_unseen(tmp_path: Path) 
     config = fine_tuned(tmp_path, train.digests[:40], train.digests[40:50])
     files = Artifacts(tmp_path)
     record = next(record for record in read_records(files.features) if record.kind == "backbone")
-    task = train_heads.make_task(config, files, [])
+    task = train_heads.make_task(config, files, DatasetIndex.read(files.dataset), [])
     assert len(unseen_task(task, record, config).train) == 70
     grouped = replace(task, groups=np.arange(120) // 8 * 8)  # the sixth group of eight holds what chose
     assert list(unseen_task(grouped, record, config).train.paths) == list(train.paths[56:])

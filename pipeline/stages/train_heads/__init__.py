@@ -88,9 +88,11 @@ def run(config: Config) -> HeadsRun:
     files, heads = Artifacts(config.output), head_table.resolve_all(config.heads)
     require(config.tuning.strategy)
     records = read_asked_records(files.features, config)
-    require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
+    index = DatasetIndex.read(files.dataset)
+    made_of = index.fingerprint()
+    require_index(files.features, made_of)
     stores = {record.name: FeatureStore.open(files.find_store(record.store), record.fingerprint) for record in records}
-    task = make_task(config, files, list(stores.values()))
+    task = make_task(config, files, index, list(stores.values()))
     embeddings = list(_embeddings(config, records, stores, heads, task))
     rows, left_out, reused = list[LeaderboardRow](), list[str](), 0
     for embedding in embeddings:
@@ -108,7 +110,7 @@ def run(config: Config) -> HeadsRun:
         raise HeadError("no head on images can be tuned", left_out)
     write_text_atomic(files.config, dump_yaml(config, files.root))
     notes = [*_notes(embeddings, task, config), *left_out]
-    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, task, stores, notes)), files.root)
+    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, made_of, task, stores, notes)), files.root)
     leaderboard = replace(leaderboard, leaks=find_leaks(leaderboard, task, stores, files))
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
@@ -144,7 +146,7 @@ def _notes(embeddings: Sequence[Embedding], task: Task, config: Config) -> list[
 
 
 def _provenance(
-    config: Config, files: Artifacts, task: Task, stores: Mapping[str, FeatureStore], notes: Sequence[str]
+    config: Config, files: Artifacts, index: str, task: Task, stores: Mapping[str, FeatureStore], notes: Sequence[str]
 ) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
     return {
@@ -154,7 +156,7 @@ def _provenance(
         "seed": config.seed,
         "scoring": config.tuning.scoring,
         "task": task.key,
-        "index": DatasetIndex.read(files.dataset).fingerprint(),
+        "index": index,
         "images": {"train": len(task.train), "test": len(task.test), "classes": task.target.width},
         "folds": len(task.folds),
         "notes": list(notes),

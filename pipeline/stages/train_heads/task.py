@@ -45,7 +45,7 @@ class Task:
     """Of the training images those that chose the weights of a fine-tuned network; None where all rows share the images."""
 
 
-def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) -> Task:
+def make_task(config: Config, files: Artifacts, index: DatasetIndex, stores: Sequence[FeatureStore]) -> Task:
     """Choose the rows that have features, make the folds, and name the question.
 
     Raises
@@ -55,7 +55,6 @@ def make_task(config: Config, files: Artifacts, stores: Sequence[FeatureStore]) 
     StoreError
         When images that did not fail have no features.
     """
-    index = DatasetIndex.read(files.dataset)
     used = index.select("train", "validation", "test")
     usable = used.rows(
         _usable(used.digests, stores, failed_digests(files.dataset, policy_key(config.dataset.max_pixels)))
