@@ -144,6 +144,11 @@ class BackboneConfig(Section):
     """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None
 
+    @property
+    def title(self) -> str:
+        """What messages call the network: `resnet50 (IMAGENET1K_V2)`."""
+        return f"{self.name} ({self.weights})"
+
     @field_validator("weights")
     @classmethod
     def _weights_are_exact(cls, value: str) -> str:
@@ -314,6 +319,8 @@ class Config(Section):
     backbones: Annotated[tuple[BackboneConfig, ...], NOT_EMPTY]
     baselines: tuple[str, ...] | None = None
     """Cheap rivals in the leaderboard, so that a backbone that does not help is seen not to help; None: all there are."""
+    licenses: Literal["any", "permissive"] = "any"
+    """Which licences weights may have; of `permissive` ones it must be known that anyone may use, change and sell them."""
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY]
     tuning: TuningConfig = TuningConfig()

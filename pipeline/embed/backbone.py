@@ -208,6 +208,7 @@ def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, arith
         engine=arithmetic.engine,
         untrained=network.untrained,
         trained_on=network.trained_on,
+        license=network.license,
     )
 
 

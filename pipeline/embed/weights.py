@@ -21,6 +21,7 @@ from pipeline.embed.families import FAMILIES, build, build_empty, load, network_
 from pipeline.embed.family import Fetch
 from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
 from pipeline.embed.installed import BUNDLED
+from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
 from pipeline.errors import BackboneError, first
@@ -44,6 +45,7 @@ class Network:
     preprocessing: Preprocessing
     untrained: bool = False
     trained_on: str | None = None
+    license: str = UNKNOWN
     has_classifier: bool = True
     """Whether the weights have the last layer, which those of self-supervised training lack."""
 
@@ -67,8 +69,9 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(config.name, config.arguments)
-        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True)
-    return _network(config, load(config), config.weights, published(config).preprocessing)
+        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True, license=NO_WEIGHTS)
+    found = published(config)
+    return _network(config, load(config), config.weights, found.preprocessing, license=found.license)
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
@@ -92,6 +95,8 @@ def check(config: BackboneConfig) -> None:
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
     else:
         random = config.weights == "random"
+        if not random and (lacking := published(config).to_install()):
+            raise BackboneError(lacking)
         usual = usual_preprocessing(config.name) if random else published(config).preprocessing
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, usual)
@@ -117,6 +122,24 @@ def to_fetch(config: BackboneConfig) -> Fetch | None:
     if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
         return None
     return published(config).to_fetch()
+
+
+def license_of(config: BackboneConfig) -> str:
+    """Return the licence of a section's weights; loads and fetches nothing.
+
+    Raises
+    ------
+    BackboneError
+        When the model or the weights are not to be had.
+    """
+    if config.weights == "random":
+        return NO_WEIGHTS
+    if config.weights == "bundled":
+        return str(bundled().get("license", UNKNOWN))
+    if config.weights.endswith(WEIGHTS_FILES):
+        described = read_weights(Path(config.weights))[1] if config.weights.endswith(".safetensors") else {}
+        return str(described.get("license", UNKNOWN))
+    return published(config).license
 
 
 def bundled() -> dict[str, Any]:
@@ -158,6 +181,7 @@ def _from_state(
         readable,
         preprocessing,
         trained_on=description.get("trained_on"),
+        license=description.get("license", UNKNOWN),
     )
     return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
 
