@@ -238,7 +238,7 @@ def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
 def layers(model: str) -> Iterable[str]:
     """List the layers of a backbone that can be embedded, with their shapes.
 
-    MODEL is efficientnet_lite0, a torchvision model, regnet_small, or a weights file that `finetune` wrote.
+    MODEL is a name that `manyheads backbones` lists, module:function of your own, or a weights file that `finetune` wrote.
 
     Example: manyheads layers efficientnet_lite0
     """
@@ -331,7 +331,7 @@ COMMANDS = (
         _option("--output", "-o", default="predictions.csv", type=PATH, help="The CSV file to write."),
         _option("--top", default=3, type=COUNT, help="Labels with probabilities per image."),
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
-        _option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code."),
+        _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
     ),
     _command(report, *EXPERIMENT),

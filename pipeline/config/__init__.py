@@ -8,6 +8,7 @@ retired.py    keys of earlier versions
 
 from pipeline.config.reading import dump_yaml, load, parse
 from pipeline.config.sections import (
+    OWN,
     WEIGHTS_FILES,
     BackboneConfig,
     Config,
@@ -21,11 +22,13 @@ from pipeline.config.sections import (
     TuningConfig,
     checked_device,
     guess,
+    names_code,
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml
 
 __all__ = [
+    "OWN",
     "WEIGHTS_FILES",
     "BackboneConfig",
     "Config",
@@ -41,6 +44,7 @@ __all__ = [
     "dump_yaml",
     "guess",
     "load",
+    "names_code",
     "parse",
     "read_yaml",
     "unknown",

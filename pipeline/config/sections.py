@@ -20,6 +20,9 @@ WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
 
+OWN = "own"
+"""What the weights of a network of the user's own are called."""
+
 Names = Mapping[Literal["head", "baseline", "score"], Sequence[str]]
 """What the tables offer: the words that `heads`, `baselines` and `tuning.scoring` may hold."""
 
@@ -48,6 +51,12 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(_frozen, value))
     return {key: _frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def names_code(name: str) -> bool:
+    """Return whether a network is `module:function`: code of the user's own, which runs when it is loaded."""
+    module, colon, function = name.partition(":")
+    return bool(module and colon and function) and module != "timm"
 
 
 def guess(word: str, allowed: Sequence[str]) -> str:
@@ -133,7 +142,7 @@ class BackboneConfig(Section):
     """One frozen network and the layers whose output is kept."""
 
     name: str
-    """A network of one of the families, such as `efficientnet_lite0` or torchvision's `resnet50`."""
+    """A network of one of the families, such as `efficientnet_lite0` or torchvision's `resnet50`, or `module:function` of your own."""
     weights: str = "random"
     """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
@@ -148,6 +157,12 @@ class BackboneConfig(Section):
     def title(self) -> str:
         """What messages call the network: `resnet50 (IMAGENET1K_V2)`."""
         return f"{self.name} ({self.weights})"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_code_has_its_weights(cls, raw: Any) -> Any:
+        own = isinstance(raw, dict) and names_code(str(raw.get("name"))) and "weights" not in raw
+        return {**raw, "weights": OWN} if own else raw
 
     @field_validator("weights")
     @classmethod

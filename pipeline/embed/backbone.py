@@ -159,7 +159,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
     # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
-    reason = f"the one for {network.name}, whose vectors bf16 would move" if own else reason
+    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
     asked = (extraction.precision != "auto", extraction.engine == engine)
     because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
     name = backbone.specs[0].name
@@ -208,6 +208,7 @@ def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, arith
         engine=arithmetic.engine,
         untrained=network.untrained,
         trained_on=network.trained_on,
+        code=network.code,
         license=network.license,
     )
 

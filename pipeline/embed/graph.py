@@ -32,7 +32,8 @@ def trace(model: nn.Module) -> Graph:
 
     # As create_feature_extractor traces, except that torchvision's own blocks are looked into: the convolutions and batch
     # norms in them could not be folded otherwise.
-    tracer = NodePathTracer(autowrap_modules=(math, torchvision.ops))
+    leaves = getattr(model, "leaf_modules", ())
+    tracer = NodePathTracer(autowrap_modules=(math, torchvision.ops), leaf_modules=leaves)
     graph = tracer.trace(model.eval())
     names = {name: node for node, name in tracer.node_to_qualname.items() if node.op != "output"}
     return fx.GraphModule(tracer.root, graph), names

@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
+from pipeline.config import OWN, WEIGHTS_FILES, BackboneConfig, PreprocessingConfig, names_code
 from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
 from pipeline.embed.family import Fetch
 from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
+from pipeline.embed.own_modules import with_prefix
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
 from pipeline.errors import BackboneError, first
@@ -46,6 +47,7 @@ class Network:
     untrained: bool = False
     trained_on: str | None = None
     license: str = UNKNOWN
+    code: Mapping[str, str] = field(default_factory=dict)
     has_classifier: bool = True
     """Whether the weights have the last layer, which those of self-supervised training lack."""
 
@@ -69,9 +71,18 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(config.name, config.arguments)
-        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True, license=NO_WEIGHTS)
-    found = published(config)
-    return _network(config, load(config), config.weights, found.preprocessing, license=found.license)
+        usual = _usual(module, usual_preprocessing(config.name))
+        return _network(config, module, "random", usual, untrained=True, license=NO_WEIGHTS)
+    found, module = published(config), load(config)
+    own = config.weights == OWN  # its last layer is ours
+    usual = _usual(module, found.preprocessing)
+    return _network(config, module, config.weights, usual, license=found.license, has_classifier=not own)
+
+
+def _usual(module: nn.Module, default: Preprocessing) -> Preprocessing:
+    """The transform that a network of the user's own came with; for any other the default."""
+    found: Preprocessing = getattr(module, "preprocessing", default)
+    return found
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
@@ -99,7 +110,7 @@ def check(config: BackboneConfig) -> None:
             raise BackboneError(lacking)
         usual = usual_preprocessing(config.name) if random else published(config).preprocessing
         module = build_empty(config.name, config.arguments)
-        preprocessing = fitting_preprocessing(config, module, usual)
+        preprocessing = fitting_preprocessing(config, module, _usual(module, usual))
         has_classifier = True
     graph = trace(module)
     nodes = resolve(graph, config.layers, has_classifier)
@@ -166,6 +177,12 @@ def _from_state(
         raise BackboneError(
             f"{origin} holds a {architecture}, the config says {config.name}; write name: {description.get('name', architecture)}"
         )
+    if names_code(architecture) and architecture != config.name:
+        raise BackboneError(
+            f"{origin} holds a network of code, {architecture}, which can do anything when it is built; write name: {architecture} "
+            "only if you know who wrote that"
+        )
+    state = with_prefix(state) if names_code(architecture) else state
     arguments = {**description.get("arguments", {}), **config.arguments}
     module, has_classifier = fill(architecture, arguments, state, origin)
     if not has_classifier:
@@ -173,7 +190,7 @@ def _from_state(
     preprocessing = (
         _described(description["preprocessing"])
         if "preprocessing" in description
-        else usual_preprocessing(architecture)
+        else _usual(module, usual_preprocessing(architecture))
     )
     network = _network(
         config,
@@ -197,6 +214,7 @@ def _network(
         weights=weights,
         weights_digest=tensors_digest(module.state_dict()),
         preprocessing=fitting_preprocessing(config, module, preprocessing),
+        code=getattr(module, "code", {}),
         **rest,
     )
 
