@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,9 @@ INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
 BEFORE, LABEL, AFTER = ("path",), "label", ("split", "group", "digest", "size")
 """Columns of index.csv: those before and after the labels', and how one of them alone is called, whatever the manifest calls it."""
+
+SEPARATOR = "|"
+"""Between the labels of an image that may have several, whatever stands there in the source."""
 
 SPLITS = ("train", "validation", "test", "excluded")
 
@@ -56,7 +59,7 @@ class DatasetIndex:
     out because of a leak). `groups` is None where there are none; '' is an image of no group. Paths are relative to
     `root`, with '/'.
 
-    Labels are the texts of the source as they are. Where it has several columns of them, k, `labels` has shape (n, k) and
+    Labels are the texts of the source. Where it has several columns of them, k, `labels` has shape (n, k) and
     `names` says which they are; '' is a cell that the source left empty. One alone is called 'label'.
     """
 
@@ -92,6 +95,15 @@ class DatasetIndex:
     def labelled(self) -> DatasetIndex:
         """Return the images whose labels are all there."""
         return self.rows((self.labels.reshape(len(self), len(self.names)) != "").all(axis=1))
+
+    def by_column(self) -> Iterator[tuple[str, DatasetIndex]]:
+        """Yield the images that have a label, for each column of labels: with '' where there is one, and 'NAME: ' for each of several."""
+        for name in self.names:
+            yield ("" if len(self.names) == 1 else f"{name}: "), self.only(name).labelled()
+
+    def said(self, row: int) -> str:
+        """Return the labels of an image for people."""
+        return ", ".join(np.atleast_1d(self.labels[row]))
 
     def select(self, *splits: str) -> DatasetIndex:
         """Return the rows of some splits, in the same order.
