@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 LARGEST = 2**53
 """The largest whole number of a config: beyond it floats are no longer exact."""
@@ -86,6 +95,7 @@ def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
 
 
 NOT_EMPTY = AfterValidator(_not_empty)
+Pooling = Literal["avg", "max", "grid", "flatten", "cls"]
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -137,12 +147,23 @@ class BackboneConfig(Section):
     weights: str = "random"
     """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
-    """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
-    pooling: Literal["avg", "max", "grid", "flatten", "cls"] = "avg"
-    """How a layer with a spatial or token axis becomes one vector."""
+    """`penultimate` is the input of the last linear layer, `stage3` the end of a stage; any node listed by `manyheads layers`
+    will do. Several come of one pass."""
+    pooling: Annotated[tuple[Pooling, ...], NOT_EMPTY] = ("avg",)
+    """How a layer with a spatial or token axis becomes one vector; of several ways each is an embedding of its own."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None
+
+    @field_validator("pooling", mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_serializer("pooling")
+    def _as_one_word(self, value: tuple[str, ...]) -> str | list[str]:
+        # As it was when there was only one: a section is compared with, and named by, what was written down then.
+        return value[0] if len(value) == 1 else list(value)
 
     @field_validator("weights")
     @classmethod

@@ -5,8 +5,9 @@ Nodes have the names of `torchvision.models.feature_extraction`: the path of the
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import fx, nn
@@ -14,9 +15,12 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
 
 from pipeline.config import guess
+from pipeline.embed.stages import find_stages
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.memory import is_out_of_memory
 from pipeline.io.vision import torchvision
+
+logger = logging.getLogger(__name__)
 
 PENULTIMATE = "penultimate"
 
@@ -51,8 +55,28 @@ def classifier(module: fx.GraphModule) -> fx.Node:
     )
 
 
-def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> list[str]:
+def stage_ends(model: nn.Module, graph: Graph, size: tuple[int, int]) -> dict[str, str]:
+    """Return the node at which each stage of a network ends, by the stage's name, but for its head."""
+    try:
+        head = str(classifier(graph[0]).target)
+    except BackboneError:
+        head = ""
+    stages = find_stages(model, size, head)
+    ends = {stage.name: _last_of(stage.end, graph[1]) for stage in stages if stage.name != "head"}
+    return {name: node for name, node in ends.items() if node is not None}
+
+
+def is_stage(layer: str, graph: Graph) -> bool:
+    """Whether a layer that was found is that of a stage, and no name of the network's own."""
+    return layer != PENULTIMATE and _last_of(layer, graph[1]) is None
+
+
+def resolve(
+    graph: Graph, asked: Sequence[str], has_classifier: bool = True, stages: Callable[[], Mapping[str, str]] = dict
+) -> list[str]:
     """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
+
+    `stages` gives `stage_ends`, where a layer is no name of the network's own.
 
     Raises
     ------
@@ -61,12 +85,14 @@ def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> 
     """
     module, names = graph
     ends = {layer: _last_of(layer, names) for layer in asked if layer != PENULTIMATE}
+    by_stage = stages() if None in ends.values() else {}
+    ends = {layer: end or by_stage.get(layer) for layer, end in ends.items()}
     unknown = [layer for layer, end in ends.items() if end is None]
     if unknown:
         raise BackboneError(
             f"{len(unknown)} of the layers asked for {'is' if len(unknown) == 1 else 'are'} not in the network",
             [
-                f"no layer {layer!r}{guess(layer, list(names))}; `manyheads layers MODEL` lists them"
+                f"no layer {layer!r}{guess(layer, [*by_stage, *names])}; `manyheads layers MODEL` lists them"
                 for layer in unknown
             ],
         )
@@ -155,16 +181,21 @@ def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
 
 
 def effective_poolings(
-    run: Callable[[], Sequence[object]], nodes: Sequence[str], pooling: str, has_class_token: bool, about: str
-) -> list[str]:
-    """Return the pooling of each layer, having run two images through: what does not fit is found before the work starts.
+    run: Callable[[], Sequence[object]],
+    nodes: Sequence[str],
+    poolings: Sequence[str],
+    has_class_token: bool,
+    about: str,
+) -> list[tuple[int, str]]:
+    """Return the embeddings, a layer's place and its pooling each, having run two images through before the work starts.
 
     `run` gives the layers' outputs for the two, with weights or on torch's meta device; `about` names the network and the size.
+    Of several poolings those without a meaning at a layer are left out there, and told.
 
     Raises
     ------
     BackboneError
-        When the network does not take the images, or a layer gives no vectors in this way.
+        When the network does not take the images, or a layer gives no vectors in any of the ways.
     """
     try:
         with torch.inference_mode():
@@ -174,14 +205,32 @@ def effective_poolings(
             raise
         reason = first_line(error)
         raise BackboneError(f"{about} ({reason}); change preprocessing.crop") from None
-    found = []
-    for node, output in zip(nodes, outputs, strict=True):
+    found: list[tuple[int, str]] = []
+    for place, (node, output) in enumerate(zip(nodes, outputs, strict=True)):
         if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
             raise BackboneError(
                 f"layer {node!r} does not give a tensor per image; `manyheads layers` lists those that do"
             )
-        found.append(effective_pooling(output, pooling, has_class_token, node))
+        found += [(place, pooling) for pooling in _meaningful(output, poolings, has_class_token, node)]
     return found
+
+
+def _meaningful(output: torch.Tensor, poolings: Sequence[str], has_class_token: bool, layer: str) -> list[str]:
+    """Return the poolings that apply to a layer's output, each once."""
+    found, problems = dict[str, None](), list[BackboneError]()
+    for pooling in poolings:
+        try:
+            found[effective_pooling(output, pooling, has_class_token, layer)] = None
+        except BackboneError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    if output.ndim == 2 and len(poolings) > 1:
+        logger.info("layer %r gives one vector per image as it is: one embedding, whatever the pooling", layer)
+    else:
+        for problem in problems:
+            logger.warning("left out: %s", problem.message)
+    return list(found)
 
 
 def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool, layer: str) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
 from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
 from pipeline.embed.family import Fetch
-from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
+from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, stage_ends, trace
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
@@ -97,10 +98,10 @@ def check(config: BackboneConfig) -> None:
         preprocessing = fitting_preprocessing(config, module, usual)
         has_classifier = True
     graph = trace(module)
-    nodes = resolve(graph, config.layers, has_classifier)
-    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), "avg", None):
-        return  # fits every network; running one without weights for the first time costs two seconds
     height, width = preprocessing.size
+    nodes = resolve(graph, config.layers, has_classifier, partial(stage_ends, module, graph, (height, width)))
+    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), ("avg",), None):
+        return  # fits every network; running one without weights for the first time costs two seconds
     device = next(module.parameters()).device
     kept = cut(graph, nodes)
     effective_poolings(
