@@ -138,8 +138,9 @@ class BackboneConfig(Section):
     """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
     """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
-    pooling: Literal["avg", "max", "grid", "flatten", "cls"] = "avg"
-    """How a layer with a spatial or token axis becomes one vector."""
+    pooling: Literal["own", "avg", "max", "grid", "flatten", "cls", "cls+avg", "map"] = "avg"
+    """How a layer with a spatial or token axis becomes one vector; an average of tokens is one of patches only. `own` is the
+    network's own way, the default of timm's networks, `map` its own attention."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None

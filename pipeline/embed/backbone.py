@@ -48,8 +48,9 @@ class Backbone:
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
         graph = graphs.trace(network.module)
-        nodes = graphs.resolve(graph, config.layers, network.has_classifier)
-        self._has_class_token = hasattr(network.module, "class_token")
+        self._tokens = graphs.tokens_of(network.module)
+        sources = [graphs.source(layer, config.pooling, self._tokens) for layer in config.layers]
+        nodes = graphs.resolve(graph, sources, network.has_classifier)
         self.device = arithmetic.device
         # OpenVINO is handed the exact weights and does its own rounding.
         self._dtype = arithmetic.dtype if arithmetic.engine == "torch" else torch.float32
@@ -81,7 +82,7 @@ class Backbone:
         height, width = self.preprocessing.size
         pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device)
         about = f"{network.name} cannot take images of {height} x {width} pixels"
-        return graphs.effective_poolings(lambda: self._outputs(pixels), nodes, pooling, self._has_class_token, about)
+        return graphs.effective_poolings(lambda: self._outputs(pixels), nodes, pooling, self._tokens, about)
 
     def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
@@ -191,7 +192,8 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
-    parts = [network.name, network.weights, asked, *([] if pooling in {"none", "avg"} else [pooling])]
+    shown = pooling.partition("[")[0]
+    parts = [network.name, network.weights, asked, *([] if shown in {"none", "avg"} else [shown])]
     return EmbeddingSpec(
         name="-".join(map(_safe, parts)),
         kind="backbone",

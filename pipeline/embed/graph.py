@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -19,6 +20,9 @@ from pipeline.io.memory import is_out_of_memory
 from pipeline.io.vision import torchvision
 
 PENULTIMATE = "penultimate"
+
+FEATURES = "features"
+"""The layer of a timm network with all that its own pooling is given: the tokens behind the last norm, or the last map."""
 
 GRID = 3
 """Cells of `pooling: grid` along each side of the image."""
@@ -134,28 +138,63 @@ def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ..
     return found
 
 
+class Tokens(NamedTuple):
+    """What a transformer has besides the tokens of its patches."""
+
+    prefix: int = 0
+    """Class token and registers, in front of the patches."""
+    class_token: bool = False
+    attention_pool: bool = False
+    """Whether its own feature is pooled by attention, as SigLIP's is."""
+    own: str = ""
+    """How it pools by itself, in timm's words; '' where it is none of timm's transformers."""
+
+
+def tokens_of(model: nn.Module) -> Tokens:
+    """Return what is known of a network's tokens, in timm's and torchvision's words for it."""
+    class_token = getattr(model, "cls_token", getattr(model, "class_token", None)) is not None
+    prefix = getattr(model, "num_prefix_tokens", None)
+    own = "" if prefix is None else str(getattr(model, "global_pool", ""))
+    attention_pool = getattr(model, "attn_pool", None) is not None
+    return Tokens(int(class_token) if prefix is None else prefix, class_token, attention_pool, own)
+
+
+def source(layer: str, pooling: str, tokens: Tokens) -> str:
+    """Return the layer that a pooling is taken of: at `penultimate`, one vector already, the tokens it was made of.
+
+    `own`, and `map` and `cls` where the network pools so by itself, are the network's own vector.
+    """
+    own = pooling in {"own", "map"} or (pooling == "cls" and tokens.own == "token")
+    return FEATURES if layer == PENULTIMATE and tokens.own and not own else layer
+
+
 def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
     """Turn the output of a layer into one vector per image, shape (n, dim).
 
     (n, dim) is one already. (n, channels, height, width) and (n, height, width, channels) are averaged or maximised over
-    the image, (n, tokens, dim) over the tokens; `cls` takes the first token. `grid` averages over the cells of a 3 x 3
-    grid, which keeps roughly where things are; the idea is spatial pyramid matching, Lazebnik et al. 2006.
+    the image, (n, tokens, dim) over the tokens. `cls` takes the first token; `avg[5:]`, `max[5:]` and `cls+avg[5:]` leave the
+    first five, which are no patches, out of the average. `grid` averages over the cells of a 3 x 3 grid, which keeps roughly
+    where things are; the idea is spatial pyramid matching, Lazebnik et al. 2006.
     """
+    pooling, _, prefix = pooling.rstrip(":]").partition("[")
     if output.ndim == 2:
         return output
     if pooling == "flatten":
         return output.flatten(1)
     if pooling == "cls":
         return output[:, 0]
+    patches = output[:, int(prefix or 0) :]
+    if pooling == "cls+avg":
+        return torch.cat([output[:, 0], patches.mean(1)], 1)
     axes = _axes_of_places(output)
     if pooling == "grid":
         maps = output if axes == (2, 3) else output.permute(0, 3, 1, 2)
         return torch.nn.functional.adaptive_avg_pool2d(maps, GRID).flatten(1)
-    return output.mean(axes) if pooling == "avg" else output.amax(axes)
+    return patches.mean(axes) if pooling == "avg" else patches.amax(axes)
 
 
 def effective_poolings(
-    run: Callable[[], Sequence[object]], nodes: Sequence[str], pooling: str, has_class_token: bool, about: str
+    run: Callable[[], Sequence[object]], nodes: Sequence[str], pooling: str, tokens: Tokens, about: str
 ) -> list[str]:
     """Return the pooling of each layer, having run two images through: what does not fit is found before the work starts.
 
@@ -180,12 +219,15 @@ def effective_poolings(
             raise BackboneError(
                 f"layer {node!r} does not give a tensor per image; `manyheads layers` lists those that do"
             )
-        found.append(effective_pooling(output, pooling, has_class_token, node))
+        found.append(effective_pooling(output, pooling, tokens, node))
     return found
 
 
-def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool, layer: str) -> str:
+def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer: str) -> str:
     """Return the pooling that applies to a layer's output, `none` where it is one vector anyway.
+
+    `own` is `avg` where there is something to average. Where tokens stand in front of those of the patches, an average or a
+    maximum says from which on it is taken: `avg[5:]`.
 
     Raises
     ------
@@ -193,27 +235,33 @@ def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool,
         When the pooling asked for has no meaning there.
     """
     shape = " x ".join(map(str, output.shape[1:]))
+    instead = "use avg, max or flatten"
+    if pooling in {"cls", "cls+avg"} and not (
+        tokens.class_token and output.ndim in ({2, 3} if pooling == "cls" else {3})
+    ):
+        raise BackboneError(
+            f"layer {layer!r} gives {shape}, which has no class token; pooling {pooling!r} needs one, {instead}"
+        )
+    if pooling == "map" and not (tokens.attention_pool and output.ndim == 2):
+        raise BackboneError(
+            f"layer {layer!r} gives {shape}; pooling 'map' is the network's own attention over its last tokens: use layers: "
+            f"[{PENULTIMATE}] of a network that has one, such as siglip2_base"
+        )
     if output.ndim == 2:
-        if pooling == "cls" and not has_class_token:
-            raise BackboneError(
-                f"layer {layer!r}: pooling 'cls' needs a network with a class token, such as vit_b_16; use avg, max or flatten"
-            )
         return "none"
-    if pooling == "flatten":
+    if pooling in {"flatten", "cls"}:
         return pooling
-    if pooling == "cls":
-        if output.ndim != 3 or not has_class_token:
-            raise BackboneError(
-                f"layer {layer!r} gives {shape}, which has no class token; pooling 'cls' needs one, use avg, max or flatten"
-            )
-        return pooling
+    pooling = "avg" if pooling == "own" else pooling
     axes = _axes_of_places(output) if output.ndim in {3, 4} else ()
     if pooling == "grid" and axes and (len(axes) == 1 or output.shape[axes[0]] < GRID):
         raise BackboneError(
-            f"layer {layer!r} gives {shape}, which is no image of at least {GRID} x {GRID} places; use avg, max or flatten"
+            f"layer {layer!r} gives {shape}, which is no image of at least {GRID} x {GRID} places; {instead}"
         )
     if axes:
-        return pooling
+        patches = output.shape[1] - tokens.prefix
+        # Without them, as behind the first layer, the rest would be no square of patches.
+        square = output.ndim == 3 and patches > 0 and math.isqrt(patches) ** 2 == patches
+        return f"{pooling}[{tokens.prefix}:]" if square and tokens.prefix else pooling
     raise BackboneError(
         f"layer {layer!r} gives {shape}, in which pooling {pooling!r} cannot tell places from channels; use pooling: flatten"
     )

@@ -19,7 +19,7 @@ from torch import nn
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
 from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
 from pipeline.embed.family import Fetch
-from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
+from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, source, tokens_of, trace
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
@@ -96,9 +96,9 @@ def check(config: BackboneConfig) -> None:
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, usual)
         has_classifier = True
-    graph = trace(module)
-    nodes = resolve(graph, config.layers, has_classifier)
-    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), "avg", None):
+    graph, tokens = trace(module), tokens_of(module)
+    nodes = resolve(graph, [source(layer, config.pooling, tokens) for layer in config.layers], has_classifier)
+    if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {"own", "avg"}:
         return  # fits every network; running one without weights for the first time costs two seconds
     height, width = preprocessing.size
     device = next(module.parameters()).device
@@ -107,7 +107,7 @@ def check(config: BackboneConfig) -> None:
         lambda: kept(torch.zeros(2, 3, height, width, device=device)),
         nodes,
         config.pooling,
-        hasattr(module, "class_token"),
+        tokens,
         f"{config.name} cannot take images of {height} x {width} pixels",
     )
 
