@@ -141,20 +141,69 @@ def test_pooling_turns_places_and_tokens_into_one_vector() -> None:
     tokens = torch.arange(2 * 5 * 3, dtype=torch.float32).reshape(2, 5, 3)
     assert torch.equal(graph.pool(tokens, "cls"), tokens[:, 0])
     assert torch.equal(graph.pool(tokens, "avg"), tokens.mean(1))
+    assert torch.equal(graph.pool(tokens, "avg[1:]"), tokens[:, 1:].mean(1))
+    assert torch.equal(graph.pool(tokens, "max[2:]"), tokens[:, 2:].amax(1))
+    assert torch.equal(graph.pool(tokens, "cls+avg[2:]"), torch.cat([tokens[:, 0], tokens[:, 2:].mean(1)], 1))
+
+
+REGISTERS = graph.Tokens(prefix=5, class_token=True, own="token")
+
+
+@pytest.mark.parametrize(
+    ("shape", "asked", "effective"),
+    [
+        ((2, 21, 8), "own", "avg[5:]"),
+        ((2, 21, 8), "avg", "avg[5:]"),
+        ((2, 21, 8), "max", "max[5:]"),
+        ((2, 21, 8), "cls", "cls"),
+        ((2, 21, 8), "cls+avg", "cls+avg[5:]"),
+        ((2, 21, 8), "flatten", "flatten"),
+        ((2, 16, 8), "avg", "avg"),  # behind the layer that makes the patches, in front of which nothing stands yet
+        ((2, 8, 4, 4), "avg", "avg"),
+        ((2, 8), "own", "none"),
+        ((2, 8), "cls", "none"),
+    ],
+)
+def test_an_average_of_tokens_is_one_of_patches(shape: tuple[int, ...], asked: str, effective: str) -> None:
+    assert graph.effective_pooling(torch.zeros(shape), asked, REGISTERS, "x") == effective
+
+
+@pytest.mark.parametrize(
+    ("tokens", "asked", "layer"),
+    [
+        (REGISTERS, "own", "penultimate"),
+        (REGISTERS, "cls", "penultimate"),
+        (REGISTERS, "cls+avg", "features"),
+        (REGISTERS, "avg", "features"),
+        (REGISTERS._replace(own="avg"), "cls", "features"),
+        (graph.Tokens(attention_pool=True, own="map"), "map", "penultimate"),
+        (graph.Tokens(prefix=1, class_token=True), "cls", "penultimate"),
+        (graph.Tokens(), "max", "penultimate"),
+    ],
+)
+def test_at_the_last_layer_a_pooling_is_of_the_tokens_before_it(tokens: graph.Tokens, asked: str, layer: str) -> None:
+    assert graph.source("penultimate", asked, tokens) == layer
+    assert graph.source("blocks.3", asked, tokens) == "blocks.3"
 
 
 def test_pooling_that_has_no_meaning_is_refused() -> None:
+    with pytest.raises(
+        BackboneError, match=r"layer 'x' gives 8, which has no class token; pooling 'cls\+avg' needs one"
+    ):
+        graph.effective_pooling(torch.zeros(2, 8), "cls+avg", REGISTERS, "x")
+    with pytest.raises(BackboneError, match=r"layer 'x' gives 21 x 8; pooling 'map' is the network's own attention"):
+        graph.effective_pooling(torch.zeros(2, 21, 8), "map", REGISTERS, "x")
     with pytest.raises(
         BackboneError,
         match=r"layer 'layer4.1.relu_1' gives 512 x 1 x 1, which has no class token; pooling 'cls' needs one",
     ):
         load("resnet18", layers=("layer4",), pooling="cls")
     with pytest.raises(BackboneError, match=r"layer 'x' gives 5 x 2 x 2, which is no image of at least 3 x 3 places"):
-        graph.effective_pooling(torch.zeros(2, 5, 2, 2), "grid", has_class_token=False, layer="x")
+        graph.effective_pooling(torch.zeros(2, 5, 2, 2), "grid", tokens=graph.Tokens(), layer="x")
     with pytest.raises(
         BackboneError, match=r"layer 'x' gives 2 x 3 x 4, in which pooling 'avg' cannot tell places from channels"
     ):
-        graph.effective_pooling(torch.zeros(2, 2, 3, 4), "avg", has_class_token=False, layer="x")
+        graph.effective_pooling(torch.zeros(2, 2, 3, 4), "avg", tokens=graph.Tokens(), layer="x")
 
 
 STAGES = {
@@ -199,7 +248,7 @@ def test_layers_and_poolings_are_embeddings_of_one_pass_and_what_is_one_already_
         "penultimate", "stage3", "stage3-max",
     ]  # fmt: skip
     told = [record.getMessage() for record in caplog.records]
-    assert "layer 'flatten' gives one vector per image as it is: one embedding, whatever the pooling" in told
+    assert "layer 'penultimate' gives one vector per image as it is: one embedding, whatever the pooling" in told
     assert "stage4, pooled by avg, is penultimate: one embedding, not two" in told
     assert any(
         line.startswith("left out: layer 'layer3.1.relu_1' gives 256 x 2 x 2, which has no class") for line in told

@@ -95,7 +95,7 @@ def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
 
 
 NOT_EMPTY = AfterValidator(_not_empty)
-Pooling = Literal["avg", "max", "grid", "flatten", "cls"]
+Pooling = Literal["own", "avg", "max", "grid", "flatten", "cls", "cls+avg", "map"]
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -150,7 +150,8 @@ class BackboneConfig(Section):
     """`penultimate` is the input of the last linear layer, `stage3` the end of a stage; any node listed by `manyheads layers`
     will do. Several come of one pass."""
     pooling: Annotated[tuple[Pooling, ...], NOT_EMPTY] = ("avg",)
-    """How a layer with a spatial or token axis becomes one vector; of several ways each is an embedding of its own."""
+    """How a layer with a spatial or token axis becomes one vector; an average of tokens is one of patches only. `own` is the
+    network's own way, the default of timm's networks, `map` its own attention. Of several ways each is an embedding."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,14 +51,13 @@ class Backbone:
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
         graph = graphs.trace(network.module)
+        self._tokens = graphs.tokens_of(network.module)
         ends = partial(graphs.stage_ends, network.module, graph, network.preprocessing.size)
-        nodes = graphs.resolve(graph, config.layers, network.has_classifier, ends)
-        aliases = [graphs.is_stage(layer, graph) for layer in config.layers]
-        self._has_class_token = hasattr(network.module, "class_token")
+        self._rows = graphs.rows(graph, config.layers, config.pooling, self._tokens, network.has_classifier, ends)
         self.device = arithmetic.device
         # OpenVINO is handed the exact weights and does its own rounding.
         self._dtype = arithmetic.dtype if arithmetic.engine == "torch" else torch.float32
-        module = graphs.cut(graph, nodes).to(device=self.device, dtype=self._dtype)
+        module = graphs.cut(graph, [row.node for row in self._rows]).to(device=self.device, dtype=self._dtype)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._module = module.eval().requires_grad_(False)
         self.preprocessing = network.preprocessing
@@ -67,10 +65,10 @@ class Backbone:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (network.preprocessing.mean, network.preprocessing.std)
         )
-        self._rows = self._check(network, nodes, config.pooling)
+        self._rows = self._check(network)
         self._engine: Engine = self._by_torch
         probes = probe_images(self.preprocessing.size)
-        self._rows = self._distinct(config.layers, aliases, self.embed(probes))
+        self._rows = self._distinct(self.embed(probes))
         self.canary: Features = self.embed(probes)
         if arithmetic.engine == "openvino":
             self._engine = compile_openvino(
@@ -79,20 +77,19 @@ class Backbone:
             by_torch, self.canary = self.canary, self.embed(probes)
             require_close(self.canary, by_torch)
         self.specs: tuple[EmbeddingSpec, ...] = tuple(
-            _spec(network, config.layers[place], nodes[place], pooling, vectors.shape[1], arithmetic)
-            for (place, pooling), vectors in zip(self._rows, self.canary, strict=True)
+            _spec(network, row, vectors.shape[1], arithmetic)
+            for row, vectors in zip(self._rows, self.canary, strict=True)
         )
 
-    def _check(self, network: Network, nodes: Sequence[str], poolings: Sequence[str]) -> list[tuple[int, str]]:
+    def _check(self, network: Network) -> list[graphs.Row]:
         """Run two images through, so that what does not fit is found before the work starts."""
         height, width = self.preprocessing.size
         pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device)
         about = f"{network.name} cannot take images of {height} x {width} pixels"
-        return graphs.effective_poolings(lambda: self._outputs(pixels), nodes, poolings, self._has_class_token, about)
+        return graphs.effective(lambda: self._outputs(pixels), self._rows, self._tokens, about)
 
-    def _distinct(self, asked: Sequence[str], stages: Sequence[bool], vectors: Features) -> list[tuple[int, str]]:
-        """Return the embeddings without a stage's that is another's too: the last one, averaged, is the penultimate layer."""
-
+    def _distinct(self, vectors: Features) -> list[graphs.Row]:
+        """Return the rows without a stage's that is another's too: the last one, averaged, is the penultimate layer."""
         tolerance = SAME.get(self._dtype, 1e-2)
 
         def is_again(number: int, other: int) -> bool:
@@ -100,14 +97,14 @@ class Backbone:
             return a.shape == b.shape and bool(np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a))
 
         kept = []
-        for number, (place, pooling) in enumerate(self._rows):
-            others = (other for other, (at, _) in enumerate(self._rows) if other < number or not stages[at])
-            again = next((other for other in others if stages[place] and is_again(number, other)), None)
+        for number, row in enumerate(self._rows):
+            others = (other for other, its in enumerate(self._rows) if other < number or not its.stage)
+            again = next((other for other in others if row.stage and is_again(number, other)), None)
             if again is None:
-                kept.append((place, pooling))
+                kept.append(row)
             else:
-                first = asked[self._rows[again][0]]
-                logger.info("%s, pooled by %s, is %s: one embedding, not two", asked[place], pooling, first)
+                first = self._rows[again].layer
+                logger.info("%s, pooled by %s, is %s: one embedding, not two", row.layer, row.pooling, first)
         return kept
 
     def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -118,7 +115,7 @@ class Backbone:
 
     def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self._outputs(pixels)
-        return tuple(graphs.pool(outputs[place].to(torch.float32), pooling) for place, pooling in self._rows)
+        return tuple(graphs.pool(outputs[row.output].to(torch.float32), row.pooling) for row in self._rows)
 
     def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
         with torch.inference_mode():
@@ -217,18 +214,17 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
     return [(node, shape, called.get(node, "")) for node, shape in graphs.shapes(graph, size)]
 
 
-def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
-    parts = [network.name, network.weights, asked, *([] if pooling in {"none", "avg"} else [pooling])]
+def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
     return EmbeddingSpec(
-        name="-".join(map(_safe, parts)),
+        name="-".join(map(_safe, [network.name, network.weights, *row.words])),
         kind="backbone",
         library=family_of(network.architecture).library,
         architecture=network.architecture,
         arguments=network.arguments,
         weights=network.weights,
         weights_digest=network.weights_digest,
-        layer=node,
-        pooling=pooling,
+        layer=row.node,
+        pooling=row.pooling,
         dim=dim,
         preprocessing=json.loads(canonical_json(network.preprocessing.identity())),
         precision=arithmetic.precision,

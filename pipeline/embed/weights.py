@@ -20,7 +20,7 @@ from torch import nn
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
 from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
 from pipeline.embed.family import Fetch
-from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, stage_ends, trace
+from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective, rows, stage_ends, tokens_of, trace
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
@@ -97,20 +97,16 @@ def check(config: BackboneConfig) -> None:
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, usual)
         has_classifier = True
-    graph = trace(module)
     height, width = preprocessing.size
-    nodes = resolve(graph, config.layers, has_classifier, partial(stage_ends, module, graph, (height, width)))
-    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), ("avg",), None):
+    graph, tokens = trace(module), tokens_of(module)
+    ends = partial(stage_ends, module, graph, (height, width))
+    asked = rows(graph, config.layers, config.pooling, tokens, has_classifier, ends)
+    if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {("own",), ("avg",)}:
         return  # fits every network; running one without weights for the first time costs two seconds
     device = next(module.parameters()).device
-    kept = cut(graph, nodes)
-    effective_poolings(
-        lambda: kept(torch.zeros(2, 3, height, width, device=device)),
-        nodes,
-        config.pooling,
-        hasattr(module, "class_token"),
-        f"{config.name} cannot take images of {height} x {width} pixels",
-    )
+    kept = cut(graph, [row.node for row in asked])
+    about = f"{config.name} cannot take images of {height} x {width} pixels"
+    effective(lambda: kept(torch.zeros(2, 3, height, width, device=device)), asked, tokens, about)
 
 
 def to_fetch(config: BackboneConfig) -> Fetch | None:
