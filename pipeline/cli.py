@@ -236,7 +236,7 @@ def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
 
 
 def layers(model: str) -> Iterable[str]:
-    """List the layers of a backbone that can be embedded, with their shapes.
+    """List the layers of a backbone that can be embedded, with their shapes, and what they are called in every backbone.
 
     MODEL is a name that `manyheads backbones` lists, module:function of your own, or a weights file that `finetune` wrote.
 
@@ -244,7 +244,8 @@ def layers(model: str) -> Iterable[str]:
     """
     from pipeline.embed import backbone
 
-    return [f"{name:<40} {' x '.join(map(str, shape))}" for name, shape in backbone.layers(model)]
+    found = [(name, " x ".join(map(str, shape)), called) for name, shape, called in backbone.layers(model)]
+    return [f"{name:<40} {shape:<16} {called}".rstrip() for name, shape, called in found]
 
 
 def backbones(word: str) -> Iterable[str]:

@@ -37,7 +37,7 @@ class EmbeddingSpec:
     layer: str
     """The node of the network's graph, resolved: never `penultimate`."""
     pooling: str
-    """`avg`, `max`, `flatten`, `cls`, or `none` where the layer gives one vector anyway."""
+    """`avg`, `max`, `grid`, `flatten`, `cls`, `cls+avg`, with the first token that is averaged as in `avg[5:]`; or `none` where the layer gives one vector anyway."""
     dim: int
     preprocessing: Mapping[str, Any]
     """`Preprocessing.identity()`: the transform and the decoding policy."""

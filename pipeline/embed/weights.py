@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from pipeline.config import OWN, WEIGHTS_FILES, BackboneConfig, PreprocessingConfig, names_code
 from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
 from pipeline.embed.family import Fetch
-from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
+from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective, rows, stage_ends, tokens_of, trace
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.own_modules import with_prefix
@@ -112,20 +113,16 @@ def check(config: BackboneConfig) -> None:
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, _usual(module, usual))
         has_classifier = True
-    graph = trace(module)
-    nodes = resolve(graph, config.layers, has_classifier)
-    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), "avg", None):
-        return  # fits every network; running one without weights for the first time costs two seconds
     height, width = preprocessing.size
+    graph, tokens = trace(module), tokens_of(module)
+    ends = partial(stage_ends, module, graph, (height, width))
+    asked = rows(graph, config.layers, config.pooling, tokens, has_classifier, ends)
+    if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {("own",), ("avg",)}:
+        return  # fits every network; running one without weights for the first time costs two seconds
     device = next(module.parameters()).device
-    kept = cut(graph, nodes)
-    effective_poolings(
-        lambda: kept(torch.zeros(2, 3, height, width, device=device)),
-        nodes,
-        config.pooling,
-        hasattr(module, "class_token"),
-        f"{config.name} cannot take images of {height} x {width} pixels",
-    )
+    kept = cut(graph, [row.node for row in asked])
+    about = f"{config.name} cannot take images of {height} x {width} pixels"
+    effective(lambda: kept(torch.zeros(2, 3, height, width, device=device)), asked, tokens, about)
 
 
 def to_fetch(config: BackboneConfig) -> Fetch | None:
