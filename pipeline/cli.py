@@ -248,6 +248,18 @@ def layers(model: str) -> Iterable[str]:
     return [f"{name:<40} {shape:<16} {called}".rstrip() for name, shape, called in found]
 
 
+def backbones(word: str) -> Iterable[str]:
+    """List the networks and weights that a config can name, with their size, their licence, and whether they are here.
+
+    WORD, a part of a name, family or licence, shows all that has it; without one, what is here is shown.
+
+    Example: manyheads backbones resnet50
+    """
+    from pipeline.stages import backbones as stage
+
+    return stage.run(word)
+
+
 def pretrain(arguments: tuple[str, ...]) -> Iterable[str]:
     """Gone from the package."""
     raise click.UsageError(
@@ -331,6 +343,7 @@ COMMANDS = (
         _option("--row", metavar="EMBEDDING/HEAD", help="Whose searches to draw; the best row's otherwise."),
     ),
     _command(layers, _argument("model")),
+    _command(backbones, _argument("word", default="")),
     _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),
 )
 

@@ -16,6 +16,7 @@ from pipeline.data import DatasetIndex
 from pipeline.data.lineage import Lineage
 from pipeline.embed import backbone
 from pipeline.embed.concat import by_name, concatenated, find_parts, open_features
+from pipeline.embed.licenses import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord, read_records
 from pipeline.errors import ConfigError, PipelineError, StoreError
 from pipeline.evaluation import HeadPredictions
@@ -66,6 +67,11 @@ def test_every_head_is_compared_on_them_and_no_vector_is_stored_twice(
     assert row.dim == 512 + 128
     assert row.untrained
     assert row.layer == "flatten+layer2.1.relu_1"
+    licenses = [
+        concatenated(GROUPS, [replace(each, spec=replace(each.spec, license=license)) for each in records])
+        for license in ("", NO_WEIGHTS, "mit")
+    ]
+    assert [one.spec.license for one, _ in licenses] == ["", NO_WEIGHTS, "mit"]
 
 
 def test_its_vectors_are_those_of_its_parts_in_memory_and_on_disk(

@@ -271,6 +271,28 @@ def test_folder_yaml_explains_every_key_and_shows_its_default() -> None:
     assert Config.model_fields.keys() <= shown.keys()
 
 
+def test_the_columns_of_a_manifest_are_named_with_it_alone(tmp_path: Path) -> None:
+    manifest = ["dataset.source=manifest", "dataset.path=list.csv"]
+    found = configuration.load(write(tmp_path, GOOD), [*manifest, "dataset.label_columns=age, years"]).dataset
+    assert found.label_columns == ("age, years",)
+    (_, problem) = problems_of(tmp_path, GOOD, "dataset.root=x", "dataset.label_columns=[a]")
+    assert problem == "dataset: root and label_columns: for source 'manifest' alone, and the source is 'digits'"
+    for columns, told in {
+        "[a, split]": "the index has a split of its own; rename that column",
+        "[a, a]": "a column is given twice: a, a",
+        "[]": "expected at least one, got an empty list",
+    }.items():
+        assert problems_of(tmp_path, GOOD, *manifest, f"dataset.label_columns={columns}")[1:] == [
+            f"dataset.label_columns: {told}"
+        ]
+
+
+def test_paths_of_a_manifest_in_a_config_are_seen_from_its_folder(tmp_path: Path) -> None:
+    text = GOOD + "dataset: {source: manifest, path: list.csv, root: ../photos}"
+    found = configuration.load(write(tmp_path, text)).dataset
+    assert (found.path, found.root) == (str(tmp_path / "list.csv"), str(tmp_path.parent / "photos"))
+
+
 def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
     assert problems_of(tmp_path, GOOD, "heads=[knn, knn]")[1] == "heads: named more than once: knn"
 

@@ -230,4 +230,5 @@ def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -
         engine=arithmetic.engine,
         untrained=network.untrained,
         trained_on=network.trained_on,
+        license=network.license,
     )

@@ -32,6 +32,7 @@ from pipeline.embed.graph import (
     trace,
 )
 from pipeline.embed.installed import BUNDLED
+from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
 from pipeline.errors import BackboneError, first
@@ -55,6 +56,7 @@ class Network:
     preprocessing: Preprocessing
     untrained: bool = False
     trained_on: str | None = None
+    license: str = UNKNOWN
     has_classifier: bool = True
     """Whether the weights have the last layer, which those of self-supervised training lack."""
 
@@ -78,8 +80,9 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(config.name, config.arguments)
-        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True)
-    return _network(config, load(config), config.weights, published(config).preprocessing)
+        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True, license=NO_WEIGHTS)
+    found = published(config)
+    return _network(config, load(config), config.weights, found.preprocessing, license=found.license)
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
@@ -105,6 +108,8 @@ def check(config: BackboneConfig) -> list[str]:
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
     else:
         random = config.weights == "random"
+        if not random and (lacking := published(config).to_install()):
+            raise BackboneError(lacking)
         usual = usual_preprocessing(config.name) if random else published(config).preprocessing
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, usual)
@@ -129,6 +134,24 @@ def to_fetch(config: BackboneConfig) -> Fetch | None:
     if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
         return None
     return published(config).to_fetch()
+
+
+def license_of(config: BackboneConfig) -> str:
+    """Return the licence of a section's weights; loads and fetches nothing.
+
+    Raises
+    ------
+    BackboneError
+        When the model or the weights are not to be had.
+    """
+    if config.weights == "random":
+        return NO_WEIGHTS
+    if config.weights == "bundled":
+        return str(bundled().get("license", UNKNOWN))
+    if config.weights.endswith(WEIGHTS_FILES):
+        described = read_weights(Path(config.weights))[1] if config.weights.endswith(".safetensors") else {}
+        return str(described.get("license", UNKNOWN))
+    return published(config).license
 
 
 def bundled() -> dict[str, Any]:
@@ -170,6 +193,7 @@ def _from_state(
         readable,
         preprocessing,
         trained_on=description.get("trained_on"),
+        license=description.get("license", UNKNOWN),
     )
     return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
 

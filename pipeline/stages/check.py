@@ -10,9 +10,10 @@ from pipeline import data as dataset
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
 from pipeline.embed import baselines
-from pipeline.embed.concat import find_parts
+from pipeline.embed.concat import default_name, find_parts
 from pipeline.embed.engines import require_arithmetic
-from pipeline.embed.installed import NO_DOWNLOAD, about_stand_in, stand_in
+from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
+from pipeline.embed.licenses import require_permitted
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
@@ -62,7 +63,10 @@ def _backbones(config: Config) -> list[str]:
     names = [name for name in baselines.NAMES if config.baselines is None or name in config.baselines]
     for section in config.backbones:
         try:
-            names += weights.check(section)
+            if stand_in(section) is not None:
+                names.append(default_name(section))
+            names += weights.check(section if stand_in(section) is None else STAND_IN)
+            require_permitted(config.licenses, ((each.title, weights.license_of(each)) for each in [section]))
         except PipelineError as error:
             problems += error.problems or [error.message]
     if not problems:  # else a name may be missing for what is wrong with its backbone
@@ -70,7 +74,7 @@ def _backbones(config: Config) -> list[str]:
     if problems:
         raise PipelineError("backbones", problems)
     return [
-        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}",
+        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(section.title for section in config.backbones)}",
         *dict.fromkeys(line for section in config.backbones for line in _not_here(section)),
     ]
 
@@ -92,8 +96,7 @@ def _not_here(section: BackboneConfig) -> list[str]:
         return []
     size = f" ({found.megabytes:.0f} MB)" if found.megabytes else ""
     return [
-        f"note: {section.name} ({section.weights}) is not here yet: `features` fetches {found.url}{size} to {found.folder}; "
-        f"{NO_DOWNLOAD}"
+        f"note: {section.title} is not here yet: `features` fetches {found.url}{size} to {found.folder}; {NO_DOWNLOAD}"
     ]
 
 
