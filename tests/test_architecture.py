@@ -33,7 +33,7 @@ EDGES = {
     "heads": {"evaluation", "store", "experiment"},
     "export": {"evaluation", "data", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
-    "report": {"heads", "evaluation", "embed", "data", "images", "store", "experiment"},
+    "report": {"heads", "evaluation", "embed", "data", "images", "experiment"},
 }
 """Which folders each may import besides; `stages` may import all of them, and only the command line and the Python names it."""
 

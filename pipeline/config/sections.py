@@ -384,6 +384,8 @@ class Config(Section):
     backbones: Annotated[tuple[BackboneConfig, ...], NOT_EMPTY]
     baselines: tuple[str, ...] | None = None
     """Cheap rivals in the leaderboard, so that a backbone that does not help is seen not to help; None: all there are."""
+    concat: tuple[tuple[str, ...], ...] = ()
+    """Lists of embeddings, by their names in the leaderboard, that are compared side by side as one more each."""
     licenses: Literal["any", "permissive"] = "any"
     """Which licences weights may have; of `permissive` ones it must be known that anyone may use, change and sell them."""
     extraction: ExtractionConfig = ExtractionConfig()
@@ -410,6 +412,16 @@ class Config(Section):
     def _known(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         for name in value or ():
             _in_table("baseline", name, info)
+        return value
+
+    @field_validator("concat")
+    @classmethod
+    def _several_each(cls, value: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+        for group in value:
+            if len(set(group)) < max(len(group), 2):
+                raise ValueError(f"expected lists of two or more different embeddings, got {list(group)}")
+        if len(set(value)) < len(value):
+            raise ValueError("the same list is given twice")
         return value
 
     @field_validator("heads", mode="before")

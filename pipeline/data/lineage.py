@@ -39,6 +39,12 @@ class Lineage:
         chosen = None if self.chosen_on is None else self.chosen_on | set(digests_to_hex(chose))
         return Lineage(self.trained_on | set(digests_to_hex(learned)), chosen)
 
+    def with_other(self, other: Lineage) -> Lineage:
+        """Return what two networks side by side have met."""
+        known = self.chosen_on is not None and other.chosen_on is not None
+        chosen = (self.chosen_on or frozenset()) | (other.chosen_on or frozenset())
+        return Lineage(self.trained_on | other.trained_on, chosen if known else None)
+
     def header(self) -> dict[str, str]:
         """Return what a weights file says of it, as text by key of the safetensors header."""
         sets = {CONTENTS_KEY: self.trained_on, CHOSEN_KEY: self.chosen_on}

@@ -2,6 +2,7 @@
 
     spec.py        EmbeddingSpec: the identity of an embedding, as pure data; Embedder: what makes its vectors
     records.py     what stage one made of each embedding, and how to make one's vectors again
+    concat.py      several embeddings side by side as one more
     loader.py      images of a data set, read and sent through embedders in batches
     backbone.py    Backbone: a network on its device, uint8 pixels -> float32 vectors
     baselines.py   thumbnails and HOG

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -216,7 +215,7 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
     return EmbeddingSpec(
-        name="-".join(map(_safe, [network.name, network.weights, *row.words])),
+        name=graphs.embedding_name(network.name, network.weights, row),
         kind="backbone",
         library=family_of(network.architecture).library,
         architecture=network.architecture,
@@ -234,8 +233,3 @@ def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -
         code=network.code,
         license=network.license,
     )
-
-
-def _safe(text: str) -> str:
-    """A part of a name that any file system takes."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "_", text).strip("._") or "x"

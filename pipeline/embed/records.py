@@ -37,7 +37,7 @@ class EmbeddingRecord:
     digest: str
     """The state of the store when stage one ended."""
     section: BackboneConfig | None
-    """The config section that makes the backbone; None for a baseline."""
+    """The config section that makes the backbone; None for a baseline or concat."""
     seed: int
     seconds_per_image: float | None = None
     """What one image cost when it was last measured: decoding and the network together."""
@@ -45,6 +45,8 @@ class EmbeddingRecord:
     """The experiment's limit on an image's size, which new images are read with too."""
     instead_of: BackboneConfig | None = None
     """The config section that `section` stands in for, as its weights were not installed."""
+    parts: tuple[EmbeddingRecord, ...] = ()
+    """The embeddings that it is made of, where it is a `concat`."""
 
     @property
     def asked(self) -> BackboneConfig | None:
@@ -53,7 +55,7 @@ class EmbeddingRecord:
 
     @property
     def kind(self) -> str:
-        """`backbone` or `baseline`."""
+        """`backbone`, `baseline` or `concat`."""
         return self.spec.kind
 
     @property
@@ -70,7 +72,8 @@ class EmbeddingRecord:
         """Return the record as plain values for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         sections = {key: values[key] and values[key].model_dump(mode="json") for key in _SECTIONS}
-        return {**values, "spec": self.spec.to_dict(), **sections}
+        parts = [part.to_dict() for part in self.parts]
+        return {**values, "spec": self.spec.to_dict(), **sections, "parts": parts}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
@@ -83,7 +86,9 @@ class EmbeddingRecord:
                 f"embedding {values['name']!r}: its store {values['store']!r} lies outside of its experiment; not opened"
             )
         sections = {key: values.get(key) and _section(values[key]) for key in _SECTIONS}
-        return EmbeddingRecord(**{**values, "spec": EmbeddingSpec.from_dict(values["spec"]), **sections})
+        parts = tuple(map(EmbeddingRecord.from_dict, values.get("parts", ())))
+        spec = EmbeddingSpec.from_dict(values["spec"])
+        return EmbeddingRecord(**{**values, "spec": spec, **sections, "parts": parts})
 
 
 _SECTIONS = ("section", "instead_of")

@@ -27,7 +27,7 @@ class EmbeddingSpec:
     name: str
     """Readable and safe as a file name, such as `resnet18-random-penultimate`."""
     kind: str
-    """`backbone` or `baseline`."""
+    """`backbone`, `baseline`, or `concat` of several."""
     library: str
     architecture: str
     arguments: Mapping[str, Any]

@@ -20,7 +20,17 @@ from torch import nn
 from pipeline.config import OWN, WEIGHTS_FILES, BackboneConfig, PreprocessingConfig, names_code
 from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
 from pipeline.embed.family import Fetch
-from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective, rows, stage_ends, tokens_of, trace
+from pipeline.embed.graph import (
+    PENULTIMATE,
+    classifier,
+    cut,
+    effective,
+    embedding_name,
+    rows,
+    stage_ends,
+    tokens_of,
+    trace,
+)
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.own_modules import with_prefix
@@ -94,14 +104,16 @@ def _sized(config: BackboneConfig) -> BackboneConfig:
     return config.model_copy(update={"arguments": {"image_size": config.preprocessing.crop, **config.arguments}})
 
 
-def check(config: BackboneConfig) -> None:
-    """Refuse a section whose model, arguments, weights, image size, layers or pooling are not to be had; fetches nothing.
+def check(config: BackboneConfig) -> list[str]:
+    """Return what the section's embeddings will be called; fetches nothing.
 
     Raises
     ------
     BackboneError
+        When the model, arguments, weights, image size, layers or pooling are not to be had.
     """
     config = _sized(config)
+    weights = Path(config.weights).stem if config.weights.endswith(WEIGHTS_FILES) else config.weights
     if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):
         network = load_network(config, seed=0)
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
@@ -118,11 +130,14 @@ def check(config: BackboneConfig) -> None:
     ends = partial(stage_ends, module, graph, (height, width))
     asked = rows(graph, config.layers, config.pooling, tokens, has_classifier, ends)
     if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {("own",), ("avg",)}:
-        return  # fits every network; running one without weights for the first time costs two seconds
+        return [
+            embedding_name(config.name, weights, row) for row in asked
+        ]  # fits every network; running one without weights for the first time costs two seconds
     device = next(module.parameters()).device
     kept = cut(graph, [row.node for row in asked])
     about = f"{config.name} cannot take images of {height} x {width} pixels"
-    effective(lambda: kept(torch.zeros(2, 3, height, width, device=device)), asked, tokens, about)
+    found = effective(lambda: kept(torch.zeros(2, 3, height, width, device=device)), asked, tokens, about)
+    return [embedding_name(config.name, weights, row) for row in found]
 
 
 def to_fetch(config: BackboneConfig) -> Fetch | None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.embed.records import read_records
+from pipeline.embed.concat import open_features
+from pipeline.embed.records import EmbeddingRecord
 from pipeline.evaluation import ACCURACY, Paired, Predictions, counted, paired_answers
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.experiment import Artifacts
@@ -16,7 +17,7 @@ from pipeline.export import bundle as bundles
 from pipeline.finetuning import ReturnPath, State, Task
 from pipeline.finetuning.material import Choice, Parts
 from pipeline.heads.tuning import Features, blocks
-from pipeline.store import FeatureStore, StoredRows
+from pipeline.store import StoredRows
 
 
 def progress_report(task: Task, trained: State, path: ReturnPath) -> dict[str, Any]:
@@ -116,10 +117,9 @@ def _verdict_lines(comparisons: Mapping[str, Any]) -> list[str]:
 def _stage_two_correct(files: Artifacts, winner: LeaderboardRow, parts: Parts) -> NDArray[np.bool_]:
     """Which test images stage two's best row labels right, in the order of `parts.test`."""
     bundle = bundles.load(files.root / str(winner.bundle))
-    record = next((record for record in read_records(files.features) if record.name == winner.embedding), None)
-    if record is None:  # a constant guess needs no features
+    if not bundle.embedding:  # a constant guess needs no features
         X: Features = np.zeros((len(parts.test), 1), dtype=np.float32)
     else:
-        X = StoredRows.of(FeatureStore.open(files.find_store(record.store), record.fingerprint), parts.test.digests)
+        X = StoredRows.of(open_features(EmbeddingRecord.from_dict(bundle.embedding), files), parts.test.digests)
     labels = np.concatenate([bundle.predict(block)[0] for _, block in blocks(X)])
     return np.asarray(labels == parts.test.labels, dtype=bool)

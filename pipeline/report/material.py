@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import Classification
+from pipeline.embed.concat import concatenated, open_features
 from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
@@ -30,7 +31,6 @@ from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.heads import RIDGE, configure
-from pipeline.store import FeatureStore
 
 MOST_DOTS = 900
 """Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
@@ -130,12 +130,14 @@ def _view(
     """Read the features of the best embedding that has some; of very many images a stratified part."""
     try:
         require_index(files.features, index.fingerprint())
-        by_name = {record.name: record for record in read_records(files.features)}
+        records = read_records(files.features)
+        concat = leaderboard.provenance.get("config", {}).get("concat", ())
+        by_name = {record.name: record for record in (*records, *concatenated(concat, records))}
         record = next((by_name[row.embedding] for row in leaderboard.rows if row.embedding in by_name), None)
         if record is None:
             missing.append("No embedding of the leaderboard has stored features, so there is no map.")
             return None
-        store, splits = FeatureStore.open(files.find_store(record.store), record.fingerprint), index.splits.astype(str)
+        store, splits = open_features(record, files), index.splits.astype(str)
         # Copies that were excluded for a leak are known; they would be found again as duplicates.
         rows = known = np.flatnonzero(~store.missing(index.digests) & (splits != "excluded"))
         if len(known) > audit.MOST_IMAGES:

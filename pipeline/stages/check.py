@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline import data as dataset
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
+from pipeline.embed import baselines
+from pipeline.embed.concat import default_name, find_parts
 from pipeline.embed.engines import require_arithmetic
 from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
 from pipeline.embed.licenses import require_permitted
@@ -58,18 +60,29 @@ def _backbones(config: Config) -> list[str]:
     from pipeline.embed import weights  # loads torch
 
     problems: list[str] = []
+    names = [name for name in baselines.NAMES if config.baselines is None or name in config.baselines]
     for section in config.backbones:
         try:
-            weights.check(section if stand_in(section) is None else STAND_IN)
+            if stand_in(section) is not None:
+                names.append(default_name(section))
+            names += weights.check(section if stand_in(section) is None else STAND_IN)
             require_permitted(config.licenses, ((each.title, weights.license_of(each)) for each in [section]))
         except PipelineError as error:
             problems += error.problems or [error.message]
+    if not problems:  # else a name may be missing for what is wrong with its backbone
+        find_parts(_plain(config.concat, names), dict.fromkeys(names))
     if problems:
         raise PipelineError("backbones", problems)
     return [
         f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(section.title for section in config.backbones)}",
         *dict.fromkeys(line for section in config.backbones for line in _not_here(section)),
     ]
+
+
+def _plain(concat: Sequence[Sequence[str]], names: Sequence[str]) -> list[list[str]]:
+    """Leave out what the run will add to a name that several embeddings have: the start of the fingerprint."""
+    several = {name for name in names if names.count(name) > 1}
+    return [[name[:-7] if name[:-7] in several else name for name in group] for group in concat]
 
 
 def _not_here(section: BackboneConfig) -> list[str]:

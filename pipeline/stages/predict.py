@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from pipeline.config import checked_device
 from pipeline.data import REMARKS, Failure, Walk, passed_over_lines
 from pipeline.data.targets import Target
+from pipeline.embed.concat import open_networks
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
-from pipeline.embed.records import EmbeddingRecord, open_record
+from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
@@ -113,7 +114,7 @@ def run(
     if not model.embedding:
         raise BundleError(f"{folder}: is the constant guess, which looks at no image; name another bundle's folder")
     record = EmbeddingRecord.from_dict(model.embedding)
-    embedder, output_number = open_record(record, device, trust_code=trust_code)
+    embedders, places = open_networks(record, device, trust_code=trust_code)
     walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
     total = sum(1 for _ in images_in(images, walks))
     unread, passed_over = _passed_over(walks)
@@ -122,9 +123,9 @@ def run(
     given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
 
     def outcomes() -> Iterator[list[Row]]:
-        lane, limit = Lane(embedder, BATCH_SIZE), max_pixels or record.max_pixels
-        for batch, (part,) in embed([lane], _items(ahead), Path("/"), limit):
-            yield list(_rows(batch, part, given, model, output_number))
+        lanes, limit = [Lane(embedder, BATCH_SIZE) for embedder in embedders], max_pixels or record.max_pixels
+        for batch, parts in embed(lanes, _items(ahead, len(lanes)), Path("/"), limit):
+            yield list(_rows(batch, parts, given, model, places))
         if unread:
             yield unread
 
@@ -233,18 +234,26 @@ def to_csv(rows: Sequence[Row], target: Target, top: int) -> str:
     return text.getvalue()
 
 
-def _items(paths: Iterable[str]) -> Iterator[Item]:
-    here = os.getcwd()
-    return (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
+def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
+    here, wanted = os.getcwd(), tuple(range(lanes))
+    return (Item(number, os.path.join(here, path), None, wanted) for number, path in enumerate(paths))
 
 
 def _rows(
-    batch: Batch, part: Part | None, given: Iterator[str], model: ModelBundle, output_number: int
+    batch: Batch,
+    parts: Sequence[Part | None],
+    given: Iterator[str],
+    model: ModelBundle,
+    places: Sequence[tuple[int, int]],
 ) -> Iterator[Row]:
-    """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
+    """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them.
+
+    `places` are the network and output of each block of a vector.
+    """
     labelled: dict[int, tuple[str, NDArray[np.float64] | None]] = {}
-    if part is not None:
-        labels, probabilities = model.predict(part.vectors[output_number])
+    if (part := parts[0]) is not None:
+        blocks = [made.vectors[output] for network, output in places if (made := parts[network]) is not None]
+        labels, probabilities = model.predict(np.concatenate(blocks, axis=1))
         labelled = {
             row: (str(labels[place]), None if probabilities is None else probabilities[place])
             for place, row in enumerate(part.rows.tolist())

@@ -8,12 +8,13 @@
       tmp/                    the only place where a partial file can be
       quarantine/             damaged files, set aside
 
-`format` has the bytes of every file, `opener` checks them, `reader` reads (and `table` looks up), `writer` writes, `verify` and `maintain` care
+`format` has the bytes of every file, `opener` checks them, `reader` reads (and `table` looks up, `joined` has several side by side), `writer` writes, `verify` and `maintain` care
 for a whole store, `pack` and `export` make files to share.
 """
 
 from pipeline.store.export import export
 from pipeline.store.identity import check_canary, differences
+from pipeline.store.joined import JoinedStores
 from pipeline.store.maintain import (
     CollectReport,
     RepairReport,
@@ -34,6 +35,7 @@ from pipeline.store.writer import StoreWriter
 __all__ = [
     "CollectReport",
     "FeatureStore",
+    "JoinedStores",
     "PackedIndex",
     "Problem",
     "RepairReport",

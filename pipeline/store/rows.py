@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.io.digests import Digests
+from pipeline.store.joined import JoinedStores
 from pipeline.store.reader import FeatureStore
 
 
@@ -17,16 +18,16 @@ class StoredRows:
     """The vectors of n digests, which look like a matrix of shape (n, dim), float32, and are read when they are asked for.
 
     `X[places]` reads, checks and returns the vectors at some places; what is read is mapped, so the system may drop it from
-    memory at any time. `segments` and `rows`, both of shape (n,), int64, say where each vector lies.
+    memory at any time. `segments` and `rows`, both of shape (n,), int64, say where each vector lies; (n, k) of k joined stores.
     """
 
-    store: FeatureStore
+    store: FeatureStore | JoinedStores
     digests: Digests
     segments: NDArray[np.int64]
     rows: NDArray[np.int64]
 
     @staticmethod
-    def of(store: FeatureStore, digests: Digests) -> StoredRows:
+    def of(store: FeatureStore | JoinedStores, digests: Digests) -> StoredRows:
         """Find n digests in a store without reading their vectors; StoreError when some are missing."""
         digests = np.asarray(digests).reshape(-1, 2)
         return StoredRows(store, digests, *store.locate(digests))
@@ -58,4 +59,5 @@ class StoredRows:
 
     def file_order(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how to sort places into the order in which their vectors lie on disk, as `argsort` does."""
-        return np.lexsort((self.rows[places], self.segments[places]))
+        rows, segments = (each[places].reshape(len(places), -1)[:, 0] for each in (self.rows, self.segments))
+        return np.lexsort((rows, segments))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pipeline import data as dataset
 from pipeline.config import Config, ExtractionConfig, dump_yaml
 from pipeline.data import DatasetIndex, ScanResult
+from pipeline.embed.concat import default_name, find_parts
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.errors import DatasetError, PipelineError, first
@@ -27,7 +28,7 @@ from pipeline.images import policy_key
 from pipeline.io.digests import digests_to_hex
 from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.stages.extract.advice import advise
-from pipeline.stages.extract.sources import require_permitted, resolve
+from pipeline.stages.extract.sources import Source, require_permitted, resolve
 from pipeline.stages.extract.stores import enter, take_over
 from pipeline.stages.extract.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, reasons
 from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Work, embed
@@ -134,6 +135,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         enter(files)
     start = time.perf_counter()
     sources = resolve(config, files, contents.digests)  # loads the networks whose embeddings are not known yet
+    find_parts(config.concat, _names(sources))
     resolving = time.perf_counter() - start
     if not plan:
         take_over([spec for source in sources for spec in source.specs], files, contents.digests)
@@ -177,6 +179,12 @@ def _index_before(files: Artifacts) -> dict[str, str]:
 def _check_failures(scanned: ScanResult, contents: Contents, config: Config, files: Artifacts) -> None:
     failed = len(scanned.failures) + int(contents.failed.sum())
     dataset.check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
+
+
+def _names(sources: Sequence[Source]) -> dict[str, Source]:
+    """What `concat` may name: as `concat.by_name` has it, before there is a record."""
+    asked = {default_name(each): source for source in sources if (each := source.instead_of)}
+    return asked | {spec.name: source for source in sources for spec in source.specs}
 
 
 def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:

@@ -26,6 +26,7 @@ import numpy as np
 from pipeline import heads as head_table
 from pipeline.config import Config, dump_yaml
 from pipeline.data import DatasetIndex
+from pipeline.embed.concat import KIND, concatenated, open_features
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
@@ -40,7 +41,7 @@ from pipeline.stages.train_heads.embedding import Embedding, Vectors, constant_g
 from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.task import Task, make_task, unseen_task
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, JoinedStores
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
@@ -91,7 +92,8 @@ def run(config: Config) -> HeadsRun:
     index = DatasetIndex.read(files.dataset)
     made_of = index.fingerprint()
     require_index(files.features, made_of)
-    stores = {record.name: FeatureStore.open(files.find_store(record.store), record.fingerprint) for record in records}
+    records += concatenated(config.concat, records)
+    stores = {record.name: open_features(record, files) for record in records}
     task = make_task(config, files, index, list(stores.values()))
     embeddings = list(_embeddings(config, records, stores, heads, task))
     rows, left_out, reused = list[LeaderboardRow](), list[str](), 0
@@ -121,13 +123,13 @@ def run(config: Config) -> HeadsRun:
 def _embeddings(
     config: Config,
     records: Sequence[EmbeddingRecord],
-    stores: Mapping[str, FeatureStore],
+    stores: Mapping[str, FeatureStore | JoinedStores],
     heads: Sequence[Head],
     task: Task,
 ) -> Iterator[Embedding]:
-    """Yield what heads are tuned on: the backbones' embeddings, the baselines, and the guess that looks at no image."""
+    """Yield what heads are tuned on: the backbones' embeddings, those side by side, baselines, and the guess without an image."""
     tuning = limited(config.tuning)
-    for kind, chosen in (("backbone", tuple(heads)), ("baseline", (BASELINE_HEAD,))):
+    for kind, chosen in (("backbone", tuple(heads)), (KIND, tuple(heads)), ("baseline", (BASELINE_HEAD,))):
         for record in records:
             if record.kind == kind:
                 yield Embedding(chosen, unseen_task(task, record, config), tuning, record, stores[record.name])
@@ -147,7 +149,12 @@ def _notes(embeddings: Sequence[Embedding], task: Task, config: Config) -> list[
 
 
 def _provenance(
-    config: Config, files: Artifacts, index: str, task: Task, stores: Mapping[str, FeatureStore], notes: Sequence[str]
+    config: Config,
+    files: Artifacts,
+    index: str,
+    task: Task,
+    stores: Mapping[str, FeatureStore | JoinedStores],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
     return {

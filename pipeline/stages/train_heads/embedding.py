@@ -31,7 +31,7 @@ from pipeline.heads.tuning import (
     works_on_disk,
 )
 from pipeline.stages.train_heads.task import Task
-from pipeline.store import FeatureStore, StoredRows
+from pipeline.store import FeatureStore, JoinedStores, StoredRows
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Embedding:
     tuning: TuningConfig
     """As `tuning.limited` returns it."""
     record: EmbeddingRecord | None = None
-    store: FeatureStore | None = None
+    store: FeatureStore | JoinedStores | None = None
 
     @property
     def name(self) -> str:

@@ -13,11 +13,11 @@ from pipeline.evaluation.leaderboard.judge import read_predictions
 from pipeline.evaluation.leaderboard.rows import Leaks
 from pipeline.experiment import Artifacts
 from pipeline.stages.train_heads.task import Task
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, JoinedStores
 
 
 def find_leaks(
-    leaderboard: Leaderboard, task: Task, stores: Mapping[str, FeatureStore], files: Artifacts
+    leaderboard: Leaderboard, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts
 ) -> Leaks | None:
     """Look for near-duplicates among all images of a task, in the embedding of the best row that has one.
 

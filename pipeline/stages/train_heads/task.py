@@ -19,7 +19,7 @@ from pipeline.experiment import Artifacts
 from pipeline.heads.tuning import Folds, make_folds
 from pipeline.images import policy_key
 from pipeline.io.digests import Digests, digests_to_hex, fingerprint
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, JoinedStores
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,9 @@ class Task:
     """Of the training images those that chose the weights of a fine-tuned network; None where all rows share the images."""
 
 
-def make_task(config: Config, files: Artifacts, index: DatasetIndex, stores: Sequence[FeatureStore]) -> Task:
+def make_task(
+    config: Config, files: Artifacts, index: DatasetIndex, stores: Sequence[FeatureStore | JoinedStores]
+) -> Task:
     """Choose the rows that have features, make the folds, and name the question.
 
     Raises
@@ -82,10 +84,10 @@ def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
     DatasetError
         When too few images are left, or the test images taught or chose the weights.
     """
-    if record.spec.trained_on is None or record.section is None:
-        return task
-    weights = Path(record.section.weights)
-    known = lineage.read(weights, record.spec.trained_on)
+    known = lineage.NONE
+    for part in record.parts or (record,):
+        if part.spec.trained_on is not None and part.section is not None:
+            known = known.with_other(lineage.read(Path(part.section.weights), part.spec.trained_on))
     told = known.learned(task.test.digests) | known.chose(task.test.digests)
     if told.any():
         raise DatasetError(
@@ -136,7 +138,7 @@ def _with_folds(
     return Task(target, train, test, y_train, y_test, folds, groups, key, chose)
 
 
-def _usable(digests: Digests, stores: Sequence[FeatureStore], failed: Digests) -> NDArray[np.bool_]:
+def _usable(digests: Digests, stores: Sequence[FeatureStore | JoinedStores], failed: Digests) -> NDArray[np.bool_]:
     """Which images did not fail, shape (n,); those must have a vector in every store."""
     missing = np.zeros(len(digests), dtype=bool)
     for store in stores:
