@@ -118,6 +118,21 @@ def finetune(config: Config, output: Path | None) -> Iterable[str]:
         files.write_atomic(output, result.weights.read_bytes())
 
 
+def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[str]:
+    """Say how well classes are learned from a few images each, on the stored features: prototypes, kNN, logistic regression, MAML.
+
+    Draws many episodes of N classes with K labelled images each, and judges every method on other images of the same classes.
+
+    Example: manyheads fewshot configs/folder.yaml --ways 5 --shots 1 --shots 5
+    """
+    from pipeline import report
+    from pipeline.stages import fewshot as stage
+
+    result = stage.run(config, shots=shots or stage.SHOTS, **options)
+    page = [f"report   {report.refresh(result.files.root)}"] if result.files.leaderboard.exists() else []
+    return [*result.summary_lines(), *page]
+
+
 def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any) -> Iterable[str]:
     """Label new images with a saved head.
 
@@ -325,6 +340,15 @@ COMMANDS = (
     ),
     _command(heads, *EXPERIMENT),
     _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
+    _command(
+        fewshot,
+        *EXPERIMENT,
+        _option("--ways", type=click.IntRange(min=2), help="Classes of an episode; 5, or all where there are fewer."),
+        _option("--shots", multiple=True, type=COUNT, help="Labelled images per class, each a point of the curve."),
+        _option("--queries", default=15, type=COUNT, help="Images per class to be judged by."),
+        _option("--episodes", default=600, type=click.IntRange(min=20), help="Episodes for each number of shots."),
+        _option("--embedding", metavar="NAME", help="Which, where there are several backbones."),
+    ),
     _command(
         predict,
         _argument("bundle", type=PATH),

@@ -65,6 +65,7 @@ class Artifacts:
         """What stage one made: one record per embedding, with its store and identity."""
         self.leaderboard = self.root / "leaderboard.json"
         self.leaderboard_md = self.root / "leaderboard.md"
+        self.few_shot = self.root / "fewshot.json"
         self.finetuned = self.root / "finetuned"
         """One folder per fine-tuning."""
 
@@ -187,6 +188,7 @@ TRIALS = Kind("manyheads trials", 1, HeadError, _HEADS_AGAIN, "delete it, and `m
 FINETUNING = Kind(
     "manyheads fine-tuning", 2, PipelineError, "run `manyheads finetune` first", "run `manyheads finetune` again"
 )
+FEWSHOT = Kind("manyheads few-shot", 1, PipelineError, "run `manyheads fewshot` first", "run `manyheads fewshot` again")
 
 REPORT = Kind("manyheads report", 1, PipelineError, "run `manyheads report`", "run `manyheads report` again")
 

@@ -31,9 +31,10 @@ EDGES = {
     "embed": {"images", "store", "experiment"},
     "evaluation": {"images", "store", "experiment"},
     "heads": {"evaluation", "store", "experiment"},
+    "fewshot": {"experiment"},
     "export": {"evaluation", "data", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
-    "report": {"heads", "evaluation", "embed", "data", "images", "experiment"},
+    "report": {"fewshot", "heads", "evaluation", "embed", "data", "images", "experiment"},
 }
 """Which folders each may import besides; `stages` may import all of them, and only the command line and the Python names it."""
 

@@ -24,6 +24,7 @@ from pipeline.evaluation import (
 from pipeline.evaluation.leaderboard.judge import Trials
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
 from pipeline.evaluation.leaderboard.table import seconds
+from pipeline.fewshot import FewShot, words
 from pipeline.report.drawing import Palette, chart, figure, plain_text, tip
 from pipeline.report.material import Map
 from pipeline.report.names import shorten_all
@@ -185,6 +186,28 @@ def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
     axes.minorticks_off()
     axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
     axes.set(xlabel="number of labelled images", ylabel="accuracy, %")
+    axes.legend(loc="lower right")
+    return made
+
+
+@chart
+def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
+    """Draw each method's accuracy against the number of images per class; an error bar is its 95 % interval over episodes."""
+    made = figure(palette, "Accuracy against the number of labelled images per class, method by method", height=3.8)
+    axes = made.subplots()
+    for number, method in enumerate(result.methods):
+        colour, points = palette.category(number), [point for point in result.points if point.method == method]
+        # Side by side, so that equal ones do not hide each other.
+        places = [point.shots * 1.03 ** (number - (len(result.methods) - 1) / 2) for point in points]
+        axes.plot(places, [100 * point.accuracy for point in points], color=colour, lw=1.2, label=words(method))
+        for place, point in zip(places, points, strict=True):
+            axes.plot([place] * 2, [100 * end for end in point.interval], color=colour, lw=1.2)
+            text = f"{words(method)}, {point.shots} per class: {_within(point.accuracy, point.interval)}"
+            axes.plot(place, 100 * point.accuracy, "o", color=colour, ms=4.5, gid=tip(text))
+    axes.set_xscale("log")
+    axes.set_xticks(result.shots, [f"{shots:,}" for shots in result.shots])
+    axes.minorticks_off()
+    axes.set(xlabel="labelled images per class", ylabel="accuracy, %")
     axes.legend(loc="lower right")
     return made
 

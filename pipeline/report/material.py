@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import fewshot
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import Classification
 from pipeline.embed.concat import concatenated, open_features
@@ -30,6 +31,7 @@ from pipeline.evaluation.leaderboard.judge import Trials, judge, read_prediction
 from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
+from pipeline.fewshot import FewShot
 from pipeline.heads import RIDGE, configure
 
 MOST_DOTS = 900
@@ -65,6 +67,8 @@ class Material:
     curve: LearningCurve | None
     findings: audit.Findings
     missing: tuple[str, ...]
+    few_shot: FewShot | None = None
+    """What `manyheads fewshot` found, where it was run."""
 
     @property
     def target(self) -> str:
@@ -109,7 +113,9 @@ def gather(output: Path) -> Material:
         findings = audit.examine(view.features, paths, labels, splits, hashes)
     findings = replace(findings, label_issues=_label_issues(leaderboard, predictions))
     embedding = None if view is None else view.embedding
-    return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, tuple(missing))
+    few_shot = _few_shot(files, missing)
+    told = tuple(missing)
+    return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, told, few_shot)
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,16 @@ def _view(
         missing.append(
             f"There is no map, no learning curve and no search for near-duplicates: the features cannot be read ({error})."
         )
+    return None
+
+
+def _few_shot(files: Artifacts, missing: list[str]) -> FewShot | None:
+    if not files.few_shot.exists():
+        return None
+    try:
+        return fewshot.read(files.few_shot)
+    except (PipelineError, OSError) as error:
+        missing.append(f"Few-shot scores are not shown: {error}")
     return None
 
 

@@ -23,6 +23,7 @@ from pipeline.evaluation import (
 )
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
+from pipeline.fewshot import words
 from pipeline.report import charts, confusion
 from pipeline.report.drawing import CATEGORIES, Chart
 from pipeline.report.material import CURVE_HEAD, Material
@@ -234,6 +235,13 @@ def _outliers(material: Material) -> Shown | None:
     return ({}, {"total": len(found), "shown": shown, "pictures": pictures}) if shown else None
 
 
+def _few_shot(material: Material) -> Shown | None:
+    result = material.few_shot
+    if result is None:
+        return None
+    return {"few_shot": charts.few_shot_chart(result)}, {"result": result, "words": words}
+
+
 def _nothing_more(material: Material) -> Shown:
     return {}, {}
 
@@ -249,6 +257,7 @@ SECTIONS = (
     Section("classes", "Classes", CLASSES, _classes),
     Section("calibration", "Calibration", CLASSES, _reliability),
     Section("cost", "Labels and cost", CLASSES, _growth),
+    Section("few-shot", "Few examples", CLASSES, _few_shot),
     Section("map", "Map", CLASSES, _map),
     Section("mistakes", "Mistakes", CLASSES, _mistakes),
     Section("labels", "Labels", CLASSES, _label_issues),

@@ -25,6 +25,7 @@ from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import PipelineError, StoreError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import (
+    FEWSHOT,
     FINETUNING,
     REPORT,
     SPECS,
@@ -334,6 +335,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     ("specs.json", lambda path: _whole(path, SPECS)),
     ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
     ("report.json", lambda path: _whole(path, REPORT)),
+    ("fewshot.json", lambda path: _whole(path, FEWSHOT)),
     ("heads/*/*/bundle.json", lambda path: bundles.describe(path.parent)),
     ("heads/*/*/head.*", lambda path: bundle_file(path.parent, path.name)),
     ("heads/*/*/predictions.npz", lambda path: bundle_file(path.parent, path.name)),

@@ -1,0 +1,128 @@
+"""Few examples: episodes on the stored features, every method on the same ones; needs no leaderboard and changes none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import fewshot
+from pipeline.config import Config
+from pipeline.data import DatasetIndex, lineage
+from pipeline.data.targets import Classification
+from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
+from pipeline.errors import DatasetError, PipelineError
+from pipeline.evaluation.learning_curve import stratified_order
+from pipeline.experiment import Artifacts
+from pipeline.fewshot import FewShot, Images, Plan
+from pipeline.io.digests import fingerprint
+from pipeline.io.progress import bar
+from pipeline.store import FeatureStore
+
+log = logging.getLogger(__name__)
+
+SHOTS = (1, 2, 5, 10, 20)
+WAYS = 5
+MOST_IMAGES = 50_000
+"""Looked at; of more, a stratified part."""
+VERSION = 1
+"""Of the protocol: what was measured by another is measured again."""
+
+
+@dataclass(frozen=True)
+class FewShotRun:
+    """What the stage wrote."""
+
+    result: FewShot
+    files: Artifacts
+
+    def summary_lines(self) -> list[str]:
+        """The table, what it says, and where it is."""
+        return [self.result.to_text(), "", f"results  {self.files.few_shot}"]
+
+
+def run(
+    config: Config,
+    *,
+    ways: int | None = None,
+    shots: Sequence[int] = SHOTS,
+    queries: int = 15,
+    episodes: int = 600,
+    embedding: str | None = None,
+) -> FewShotRun:
+    """Measure every method on episodes of the stored features, or read what was measured of the same.
+
+    Raises
+    ------
+    PipelineError
+        When stage one has not been run for this config, or no class has images for a single shot.
+    """
+    files = Artifacts(config.output)
+    record = choose(read_asked_records(files.features, config), embedding, "--embedding")
+    index = DatasetIndex.read(files.dataset)
+    require_index(files.features, index.fingerprint())
+    store = FeatureStore.open(files.find_store(record.store), record.fingerprint)
+    used = _usable(index, record, store, config.seed)
+    target = Classification.of(used)
+    plan = Plan(ways or min(WAYS, target.width), queries, episodes, config.seed)
+    if plan.ways > target.width or target.width < 2:
+        raise DatasetError(
+            f"episodes of {max(plan.ways, 2)} classes are asked for, and there are {target.width}; set --ways"
+        )
+    shots = sorted({*shots})
+    key = fingerprint(
+        {"version": VERSION, "index": index.fingerprint(), "store": store.digest, "shots": shots, **asdict(plan)}
+    )
+    known = _known(files.few_shot, key)
+    if known is not None:
+        return FewShotRun(known, files)
+    images = Images(store.read(used.digests), target.encode(used), used.fold_groups())
+    points, notes = list[fewshot.Point](), [*_fine_tuned(record)]
+    with bar(len(shots), "numbers of shots", "few-shot") as progress:
+        for count in shots:
+            found, said = fewshot.measure(images, plan, count)
+            points += fewshot.points_of(count, found) if found else []
+            notes += said
+            progress.update()
+    if not points:
+        raise DatasetError("no number of shots can be measured", notes)
+    shown = tuple(dict.fromkeys(notes))
+    result = FewShot(
+        record.name, plan.ways, queries, episodes, config.seed, len(used), target.width, key, tuple(points), shown
+    )
+    fewshot.write(files.few_shot, result)
+    return FewShotRun(result, files)
+
+
+def _usable(index: DatasetIndex, record: EmbeddingRecord, store: FeatureStore, seed: int) -> DatasetIndex:
+    """Return the images in use that have a vector, without those that the network's weights have learned from or were chosen by."""
+    used = index.select("train", "validation", "test")
+    kept = ~store.missing(used.digests)
+    if record.spec.trained_on is not None and record.section is not None:
+        known = lineage.read(Path(record.section.weights), record.spec.trained_on)
+        kept &= ~known.learned(used.digests) & ~known.chose(used.digests)
+    used = used.rows(kept)
+    if len(used) > MOST_IMAGES:
+        log.info("episodes are drawn from %d of %d images", MOST_IMAGES, len(used))
+        used = used.rows(np.sort(stratified_order(used.labels.astype(str), seed)[:MOST_IMAGES]))
+    return used
+
+
+def _fine_tuned(record: EmbeddingRecord) -> list[str]:
+    if record.spec.trained_on is None:
+        return []
+    return [
+        "The network was fine-tuned on other images of these classes: they are new images to it, but no new classes."
+    ]
+
+
+def _known(path: Path, key: str) -> FewShot | None:
+    """Return what was measured of the same, if it can be read."""
+    try:
+        found = fewshot.read(path)
+    except (PipelineError, OSError):
+        return None
+    return found if found.key == key else None
