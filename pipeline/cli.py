@@ -96,11 +96,16 @@ def heads(config: Config) -> Iterable[str]:
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
     from pipeline import report
-    from pipeline.stages import train_heads
+    from pipeline.stages import targets, train_heads
 
-    result = train_heads.run(config)
-    page = report.refresh(result.files.root)
-    return [*result.summary_lines(), f"report       {page}"]
+    each = targets.experiments(config)
+    for name, alone in (each or {"": config}).items():
+        result = train_heads.run(alone)
+        if each:
+            yield f"== {name} =="
+        yield from [*result.summary_lines(), f"report       {report.refresh(result.files.root)}"]
+    if each:
+        yield from targets.overview(config)
 
 
 def finetune(config: Config, output: Path | None) -> Iterable[str]:
