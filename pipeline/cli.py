@@ -126,8 +126,8 @@ def finetune(config: Config, output: Path | None) -> Iterable[str]:
 def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any) -> Iterable[str]:
     """Label new images with a saved head.
 
-    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used. IMAGES are image files
-    and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
+    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used, of several targets the best of
+    each. IMAGES are image files and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
 
     Example: manyheads predict artifacts/digits photos/ --output labels.csv
     """

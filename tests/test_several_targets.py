@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from pipeline import config as configuration
 from pipeline.cli import cli
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
+from pipeline.embed import loader
 from pipeline.errors import PipelineError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.stages import extract, targets
+from pipeline.images import open_file
+from pipeline.stages import extract, predict, targets
 
 SPECIES, PLACE = "species", "place/../x"
 """The name of a column may hold what no folder may be called."""
@@ -101,6 +104,32 @@ def test_a_target_goes_on_as_an_experiment_of_its_own(several: tuple[Config, str
     printed = CliRunner().invoke(cli, ["heads", str(files.target(SPECIES) / "config.yaml")]).output
     assert "3 of 3 rows were finished before and kept." in printed
     assert "==" not in printed
+
+
+def test_one_predict_fills_all_columns_and_reads_each_image_once(
+    several: tuple[Config, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        loader, "open_file", lambda root, path, digest: read.append(path) or open_file(root, path, digest)
+    )
+    photos, output = make_photos(tmp_path / "new", per_class=2, seed=1), Path(several[0].output)
+    (photos / "leaf" / "broken.png").write_bytes(b"no image")
+    result = predict.run(output, [photos], output=tmp_path / "all.csv", top=2)
+    assert sorted(read) == sorted(map(str, photos.glob("*/*.png")))
+    with (tmp_path / "all.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == [
+        "path", "status", SPECIES, f"{SPECIES}_probability", f"{SPECIES}_label_2", f"{SPECIES}_probability_2",
+        PLACE, f"{PLACE}_probability", f"{PLACE}_label_2", f"{PLACE}_probability_2",
+    ]  # fmt: skip
+    for start, name in ((2, SPECIES), (6, PLACE)):
+        alone = predict.run(Artifacts(output).target(name), [photos], output=tmp_path / "one.csv", top=2)
+        with (tmp_path / "one.csv").open(encoding="utf-8", newline="") as file:
+            assert [row[:2] + row[start : start + 4] for row in rows] == list(csv.reader(file))[1:]
+        assert result.labels[name] == alone.labels[""]
+    assert result.unreadable == 1
+    assert [row[2:] for row in rows if row[1] != "ok"] == [[""] * 8]
 
 
 def test_one_column_leaves_no_list_of_targets(tmp_path: Path) -> None:

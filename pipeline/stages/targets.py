@@ -7,6 +7,7 @@ others and takes such a folder, or the config in it, as any other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from shlex import quote
 
 from pipeline import report
 from pipeline.config import Config, dump_yaml
@@ -58,4 +59,10 @@ def overview(config: Config) -> list[str]:
     """Return the table over all targets, and where the page with it is."""
     files = Artifacts(config.output, config.store)
     boards = {name: read_leaderboard(folder) for name, folder in files.each_target().items()}
-    return ["== all targets ==", overview_text(boards), "", f"report       {report.refresh(files.root)}"]
+    return [
+        "== all targets ==",
+        overview_text(boards),
+        "",
+        f"to predict   manyheads predict {quote(str(files.root))} IMAGES --output labels.csv",
+        f"report       {report.refresh(files.root)}",
+    ]
