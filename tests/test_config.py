@@ -444,3 +444,19 @@ def test_the_output_follows_the_name_of_the_data(dataset: str, output: str, tmp_
     text = f"dataset: {dataset}\nbackbones: [{{name: resnet18}}]\nheads: [knn]\n"
     assert configuration.load(write(tmp_path, text)).output == output
     assert configuration.load(write(tmp_path, text), ["output=mine"]).output == "mine"
+
+
+def test_one_pooling_is_a_word_and_several_are_a_list() -> None:
+    one, several = (
+        BackboneConfig.model_validate({"name": "resnet18", "pooling": each}) for each in ("max", ["avg", "max"])
+    )
+    assert one.pooling == ("max",)
+    assert one.model_dump(mode="json")["pooling"] == "max"
+    assert several.model_dump(mode="json")["pooling"] == ["avg", "max"]
+    assert BackboneConfig.model_validate_json(several.model_dump_json()) == several
+    with pytest.raises(
+        ConfigError, match=r"backbones\.0\.pooling\.0: input should be .* got 'maxx', did you mean 'max'\?"
+    ):
+        configuration.parse(
+            {"output": "x", "backbones": [{"name": "resnet18", "pooling": "maxx"}], "heads": ["ridge"]}, "test"
+        )

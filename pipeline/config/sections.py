@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -100,6 +101,7 @@ def _one_or_several(value: Any) -> Any:
 
 NOT_EMPTY = AfterValidator(_not_empty)
 TargetKind = Literal["auto", "classification"]
+Pooling = Literal["own", "avg", "max", "grid", "flatten", "cls", "cls+avg", "map"]
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -187,12 +189,24 @@ class BackboneConfig(Section):
     weights: str = "random"
     """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
-    """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
-    pooling: Literal["avg", "max", "grid", "flatten", "cls"] = "avg"
-    """How a layer with a spatial or token axis becomes one vector."""
+    """`penultimate` is the input of the last linear layer, `stage3` the end of a stage; any node listed by `manyheads layers`
+    will do. Several come of one pass."""
+    pooling: Annotated[tuple[Pooling, ...], NOT_EMPTY, BeforeValidator(_one_or_several)] = ("avg",)
+    """How a layer with a spatial or token axis becomes one vector; an average of tokens is one of patches only. `own` is the
+    network's own way, the default of timm's networks, `map` its own attention. Of several ways each is an embedding."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None
+
+    @property
+    def title(self) -> str:
+        """What messages call the network: `resnet50 (IMAGENET1K_V2)`."""
+        return f"{self.name} ({self.weights})"
+
+    @field_serializer("pooling")
+    def _as_one_word(self, value: tuple[str, ...]) -> str | list[str]:
+        # As it was when there was only one: a section is compared with, and named by, what was written down then.
+        return value[0] if len(value) == 1 else list(value)
 
     @field_validator("weights")
     @classmethod
@@ -364,6 +378,8 @@ class Config(Section):
     backbones: Annotated[tuple[BackboneConfig, ...], NOT_EMPTY]
     baselines: tuple[str, ...] | None = None
     """Cheap rivals in the leaderboard, so that a backbone that does not help is seen not to help; None: all there are."""
+    licenses: Literal["any", "permissive"] = "any"
+    """Which licences weights may have; of `permissive` ones it must be known that anyone may use, change and sell them."""
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY]
     tuning: TuningConfig = TuningConfig()
