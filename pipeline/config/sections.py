@@ -109,6 +109,7 @@ def _one_or_several(value: Any) -> Any:
 
 
 NOT_EMPTY = AfterValidator(_not_empty)
+TargetKind = Literal["auto", "classification"]
 Pooling = Literal["own", "avg", "max", "grid", "flatten", "cls", "cls+avg", "map"]
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -145,8 +146,9 @@ class DatasetConfig(Section):
     split_column: str | None = None
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
-    target: Literal["auto", "classification"] = "auto"
-    """`auto` stops where labels look like a number to predict, or like a name for every image."""
+    target: TargetKind | dict[str, TargetKind] = "auto"
+    """What the labels are, of all columns or by their names; `auto` stops where they look like a number to predict, or like a
+    name for every image."""
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> DatasetConfig:
@@ -158,7 +160,14 @@ class DatasetConfig(Section):
         idle = [key for key in _OF_A_MANIFEST if getattr(self, key) != fields[key].default]
         if idle and self.source != "manifest":
             raise ValueError(f"{' and '.join(idle)}: for source 'manifest' alone, and the source is '{self.source}'")
+        for name in {} if isinstance(self.target, str) else self.target:
+            if name not in self.label_columns:
+                raise ValueError(f"target: {unknown('column', name, self.label_columns)}")
         return self
+
+    def kind_of(self, column: str) -> str:
+        """Return what the labels of a column are said to be."""
+        return self.target if isinstance(self.target, str) else self.target.get(column, "auto")
 
     @field_validator("label_columns")
     @classmethod

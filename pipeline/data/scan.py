@@ -179,7 +179,8 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
         if config.source == "manifest" and not problems:
             raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
         raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
-    found = [(name, _class_problem(part, listing, config)) for name, part in index.by_column()]
+    parts = zip(index.by_column(), config.label_columns, strict=True)
+    found = [(name, _class_problem(part, listing, config, config.kind_of(column))) for (name, part), column in parts]
     problems = [f"{name}{problem}" for name, problem in found if problem is not None]
     if problems:
         several = len(index.names) > 1
@@ -189,7 +190,7 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
         raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
 
 
-def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig) -> str | None:
+def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig, kind: str) -> str | None:
     """Say why the labels of a column cannot be classes, or ask whether they are meant as such."""
     classes, images = index.classes, len(index)
     if len(classes) < 2:
@@ -201,7 +202,7 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig)
                 hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / classes[0]} as dataset.path"
         label = "".join(map(repr, classes)) or "that of no image"
         return f"all {images:,} images are of one class, {label}; expected at least 2 classes{hint}"
-    if config.target == "classification":
+    if kind == "classification":
         return None
     lists = tuple(name for name in classes if sum(map(bool, map(str.strip, name.split(SEPARATOR)))) > 1)
     if lists and config.source == "manifest":

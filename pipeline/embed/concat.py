@@ -133,9 +133,9 @@ def _open(record: EmbeddingRecord, files: Artifacts) -> FeatureStore:
 
 
 def open_networks(
-    record: EmbeddingRecord, device: str, *, trust_code: bool = False
+    parts: Iterable[EmbeddingRecord], device: str, *, trust_code: bool = False
 ) -> tuple[list[Embedder], list[tuple[int, int]]]:
-    """Make the embedders of an embedding again, each once, and say of each part in order which embedder's output it is.
+    """Make the embedders of some embeddings again, each once, and say of each in order which embedder's output it is.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def open_networks(
     """
     embedders: list[Embedder] = []
     places: list[tuple[int, int]] = []
-    for part in record.parts or (record,):
+    for part in parts:
         prints = [
             [replace(spec, engine=part.spec.engine).fingerprint() for spec in embedder.specs] for embedder in embedders
         ]
