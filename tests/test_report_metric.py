@@ -145,7 +145,7 @@ def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
 
 
 def test_without_probabilities_the_card_has_the_test_accuracy_and_says_so():
-    assert row("ridge", -0.3).test.log_loss is None
+    assert row("ridge", -0.3).test["log_loss"] is None
     card = card_of(row("ridge", -0.3), "log_loss")
     assert card.startswith("Its test accuracy 90.0 % ")
 

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from pipeline.data.index import DatasetIndex, SplitPlan
 from pipeline.data.match import Texts, encode, match_digests, match_texts
-from pipeline.data.targets import Classification
+from pipeline.data.targets import choose
 from pipeline.io.digests import Digests, content_digest
 
 
-def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8]) -> Texts:
+def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8], kind: str = "auto") -> Texts:
     """Move whole units from 'train' to 'test' and return the splits, object array of shape (n,).
 
-    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
+    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. `kind` is `dataset.target`. Images of split 'validation' stay, and so do
     the units they belong to. No class loses all its training images.
     """
     splits, groups, digests = index.splits, index.groups, index.digests
@@ -28,7 +28,7 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
     side = _prior_sides(units, n_units, prior)
-    target = Classification.of(index)
+    target = choose(index, kind)
     codes = target.strata(target.encode(index))
     n_strata = int(codes.max(initial=-1)) + 1
     counts = np.bincount(codes[splits == "train"], minlength=n_strata)
