@@ -138,9 +138,7 @@ def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
     assert value == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
     assert low < value < high
     card = card_of(row("ridge", 0.9, test=test), "roc_auc")
-    assert card.startswith(
-        f"Its test ROC AUC {100 * value:.1f} % {100 * low:.1f} to {100 * high:.1f} 95 % interval; "
-    )
+    assert card.startswith(f"Its test ROC AUC {100 * value:.1f} % {100 * low:.1f} to {100 * high:.1f} 95 % interval; ")
 
 
 def test_without_probabilities_the_card_has_the_test_accuracy_and_says_so():

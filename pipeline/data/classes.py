@@ -55,7 +55,7 @@ class Classification:
         """How many numbers a head says of an image at most: one for each class."""
         return len(self.classes)
 
-    def encode(self, index: DatasetIndex) -> NDArray[np.int64]:
+    def encode(self, index: DatasetIndex) -> NDArray[Any]:
         """Return y, shape (n,), int64: each image's place in `classes`; KeyError for a label that is none of them."""
         codes, names = encode(index.labels)
         place = {name: code for code, name in enumerate(self.classes)}
@@ -99,6 +99,10 @@ class Classification:
     def learned(self, y: NDArray[Any]) -> NDArray[Any]:
         """Return what an estimator is fitted on: y itself, shape (n,)."""
         return y
+
+    def told(self, said: NDArray[Any]) -> NDArray[Any]:
+        """Return y for what an estimator says: as it is."""
+        return said
 
     def settled(self, y: NDArray[np.int64], y_pred: NDArray[np.int64]) -> Classification:
         """Return the target with what answers out of fold tell of it: of classes nothing."""

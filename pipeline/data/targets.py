@@ -13,11 +13,12 @@ from typing import Any
 
 from pipeline.data.classes import Classification
 from pipeline.data.index import DatasetIndex
+from pipeline.data.numbers import Regression
 
-Target = Classification
+Target = Classification | Regression
 """Any kind of target."""
 
-TARGETS: Mapping[str, type[Target]] = {Classification.kind: Classification}
+TARGETS: Mapping[str, type[Target]] = {target.kind: target for target in (Classification, Regression)}
 """By the name that `dataset.target` and the rows of metrics and heads have for it."""
 
 CONSTANT_GUESSES = frozenset(target.constant for target in TARGETS.values())
