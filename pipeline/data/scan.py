@@ -153,7 +153,7 @@ def _split(
     plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
     if before.index is not None and (before.plan is not None or before.record is None):
         plan, prior = before.plan or plan, prior_sides(before.index, index)
-    return make_test_split(sides, plan, prior), plan
+    return make_test_split(sides, plan, prior, config.kind_of), plan
 
 
 def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from pipeline import fewshot
 from pipeline.data import DatasetIndex
-from pipeline.data.targets import Classification
 from pipeline.embed.concat import concatenated, open_features
 from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
@@ -73,7 +72,7 @@ class Material:
     @property
     def target(self) -> str:
         """The kind of the experiment's target, which sections serve or not."""
-        return str(self.leaderboard.provenance.get("target", Classification.kind))
+        return self.leaderboard.target.kind
 
     @property
     def best(self) -> HeadPredictions | None:
