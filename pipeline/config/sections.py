@@ -30,8 +30,9 @@ WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
 
-Names = Mapping[Literal["head", "baseline", "score"], Sequence[str]]
-"""What the tables offer: the words that `heads`, `baselines` and `tuning.scoring` may hold."""
+What = Literal["head", "baseline", "score", "target"]
+Names = Mapping[What, Sequence[str]]
+"""What the tables offer: the words that `heads`, `baselines`, `tuning.scoring` and `dataset.target` may hold."""
 
 Scalar = bool | int | float | str | None
 Item = TypeVar("Item")
@@ -80,7 +81,7 @@ def checked_device(value: str) -> str:
     return value
 
 
-def _in_table(what: Literal["head", "baseline", "score"], word: str, info: ValidationInfo, besides: str = "") -> str:
+def _in_table(what: What, word: str, info: ValidationInfo, besides: str = "") -> str:
     """Return a word that the table has; any word where the caller handed no tables."""
     allowed = (info.context or {}).get(what)
     if allowed is not None and word not in allowed:
@@ -100,7 +101,6 @@ def _one_or_several(value: Any) -> Any:
 
 
 NOT_EMPTY = AfterValidator(_not_empty)
-TargetKind = Literal["auto", "classification"]
 Pooling = Literal["own", "avg", "max", "grid", "flatten", "cls", "cls+avg", "map"]
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -137,9 +137,16 @@ class DatasetConfig(Section):
     split_column: str | None = None
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
-    target: TargetKind | dict[str, TargetKind] = "auto"
-    """What the labels are, of all columns or by their names; `auto` stops where they look like a number to predict, or like a
-    name for every image."""
+    target: str | dict[str, str] = "auto"
+    """What is said of an image, for all columns of labels or by their names: `classification` is one class; `auto` is that too,
+    but stops where labels look like a number to predict, like several labels, or like a name for every image."""
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, value: str | dict[str, str], info: ValidationInfo) -> str | dict[str, str]:
+        for word in [value] if isinstance(value, str) else value.values():
+            _in_table("target", word, info)
+        return value
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> DatasetConfig:
@@ -154,11 +161,21 @@ class DatasetConfig(Section):
         for name in {} if isinstance(self.target, str) else self.target:
             if name not in self.label_columns:
                 raise ValueError(f"target: {unknown('column', name, self.label_columns)}")
+        if self.label_separator is not None and "multilabel" not in self.kinds:
+            raise ValueError(
+                "label_separator: for labels of kind multilabel; say which are, with target: {COLUMN: multilabel}"
+            )
         return self
 
-    def kind_of(self, column: str) -> str:
-        """Return what the labels of a column are said to be."""
-        return self.target if isinstance(self.target, str) else self.target.get(column, "auto")
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each column of labels is said to be; one word where there is one target, also where several columns are its labels."""
+        if self.target == "multilabel" and self.label_separator is None:
+            return ("multilabel",)
+        if self.target == "auto" and self.label_separator is not None and len(self.label_columns) == 1:
+            return ("multilabel",)
+        words = self.target if isinstance(self.target, dict) else dict.fromkeys(self.label_columns, self.target)
+        return tuple(words.get(name, "auto") for name in self.label_columns)
 
     @field_validator("label_columns")
     @classmethod
@@ -261,8 +278,8 @@ class TuningConfig(Section):
     seconds: float | None = Field(None, gt=0)
     """Time per head instead of a number of trials."""
     folds: int = Field(5, ge=2)
-    scoring: str = "accuracy"
-    """What is searched, ranked and compared by: a row of the table of metrics."""
+    scoring: str = "auto"
+    """What is searched, ranked and compared by: a row of the table of metrics; `auto` is the first that suits the target."""
     nested: bool = False
     """Also repeat every search within each fold's training images, for a score that nothing was chosen by: folds times
     the work."""

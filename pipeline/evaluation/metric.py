@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
 
+from pipeline.data.targets import Target
 from pipeline.evaluation.intervals import Interval, numbered
 from pipeline.evaluation.predictions import Predictions
 
@@ -75,6 +76,10 @@ class Metric:
     """Of a difference: points are hundredths."""
     targets: tuple[str, ...] = ("classification",)
     """The kinds of target it serves."""
+    column: tuple[str, str] | None = None
+    """How its column in a leaderboard is called, and where it is narrow; None where only those who tune it see it."""
+    in_units: bool = False
+    """Whether it is in the units of the number that is predicted, so that numbers of other units cannot be averaged."""
 
     @property
     def needs_probabilities(self) -> bool:
@@ -155,9 +160,9 @@ class Metric:
         """Write a score: a percentage without its sign, or a loss."""
         return f"{self.scale * score + 0.0:.{self.digits}f}"
 
-    def spread_text(self, spread: float) -> str:
-        """Write a standard deviation."""
-        return f"{abs(self.scale) * spread:.{self.digits}f}"
+    def user_text(self, value: float) -> str:
+        """Write a score that is as users know it, such as a loss without minus; or a standard deviation."""
+        return f"{abs(self.scale) * value:.{self.digits}f}"
 
     def interval_text(self, interval: Interval) -> str:
         """Write a score's interval, the lower number first."""
@@ -223,14 +228,27 @@ def _by_class(predictions: Predictions, *below: NDArray[np.int64]) -> sparse.csr
     return sparse.csr_array((values, (np.tile(np.arange(n), k + 1), columns)), shape=(n, 2 * width))
 
 
-ACCURACY = Metric("accuracy", "accuracy", "labels", shares=lambda predictions: _mean_of(predictions.correct))
+ACCURACY = Metric(
+    "accuracy",
+    "accuracy",
+    "labels",
+    shares=lambda predictions: _mean_of(predictions.correct),
+    column=("accuracy", ""),
+)
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         ACCURACY,
-        Metric("balanced_accuracy", "balanced accuracy", "labels", shares=_recalls, per_class=True),
-        Metric("macro_f1", "macro F1", "labels", shares=_f1, per_class=True),
+        Metric(
+            "balanced_accuracy",
+            "balanced accuracy",
+            "labels",
+            shares=_recalls,
+            per_class=True,
+            column=("balanced", "bal."),
+        ),
+        Metric("macro_f1", "macro F1", "labels", shares=_f1, per_class=True, column=("macro F1", "F1")),
         Metric(
             "log_loss",
             "log loss",
@@ -241,6 +259,7 @@ METRICS: Mapping[str, Metric] = {
             high=0.0,
             digits=3,
             unit="nats",
+            column=("log loss", "loss"),
         ),
         Metric("roc_auc", "ROC AUC", "probabilities", _roc_auc, per_class=True),
         Metric(
@@ -252,6 +271,18 @@ METRICS: Mapping[str, Metric] = {
     )
 }
 """By the name that `tuning.scoring` has for it."""
+
+
+def metrics_for(target: Target) -> tuple[Metric, ...]:
+    """Return the scores of a target, the one first that tests are told by and that is tuned unless another is asked for."""
+    serving = [metric for metric in METRICS.values() if target.kind in metric.targets]
+    several = target.width > 1
+    return tuple(sorted(serving, key=lambda metric: metric.in_units and several))
+
+
+def metric_of(scoring: str, target: Target) -> Metric:
+    """Return the score that `tuning.scoring` names; `auto` is the first of the target."""
+    return metrics_for(target)[0] if scoring == "auto" else METRICS[scoring]
 
 
 _CELLS = 1 << 21

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.base import clone
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.neural_network import MLPClassifier
@@ -148,4 +153,34 @@ _ROWS = (
 )
 
 HEADS: Mapping[str, Head] = {row.name: row for row in _ROWS}
-"""The built-in heads by name."""
+"""The built-in heads for classes by name."""
+
+
+def most_frequent(y: NDArray[np.int64], width: int) -> Head:
+    """The guess that needs no image: always the most frequent class of all training images, in every fold the same.
+
+    Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
+    """
+    present, codes = np.unique(y, return_inverse=True)
+
+    def build(seed: int) -> Pipeline:
+        guess = DummyClassifier(strategy="prior", random_state=seed)
+        if len(present) == width:  # else folds and the last fit number the classes differently
+            guess = FrozenEstimator(guess.fit(np.zeros((len(codes), 1)), codes))
+        return Pipeline([("head", guess)])
+
+    return Head(name="most_frequent", build=build, space={}, defaults={}, simplicity=-1, probabilities=True)
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """The heads of one kind of target, by name; the one that baselines are judged by; and the guess that looks at no image."""
+
+    heads: Mapping[str, Head]
+    baseline: Head
+    guess: Callable[[NDArray[Any], int], Head]
+    """(y of all training images, the target's width) -> the guess."""
+
+
+TABLES: Mapping[str, HeadTable] = {"classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent)}
+"""By the kind of target, as `pipeline.data.targets` names them."""

@@ -23,7 +23,7 @@ from pipeline.evaluation import (
     compare,
     counted,
 )
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Verdict
 from pipeline.evaluation.leaderboard.table import Leaderboard
 from pipeline.evaluation.optimism import selection_optimism, trial_optimism
 from pipeline.evaluation.predictions import FILE_NAME
@@ -172,7 +172,7 @@ def _recommend(
     if len(alike) == 1:
         where = "" if len(differences) == len(leaderboard.rows) else " on the same images"
         return best, f"Use {best.key}; every other row{where} is worse by more than chance explains."
-    if any(row.embedding == CONSTANT_GUESS for row in alike):
+    if any(row.constant for row in alike):
         return best, (
             f"Use {best.key} for want of evidence: {images} do not show that any row is better than a constant guess."
         )

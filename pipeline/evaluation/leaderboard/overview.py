@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tabulate import tabulate
 
 from pipeline.evaluation import ACCURACY
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow
 from pipeline.evaluation.leaderboard.table import Leaderboard, cross_validated
 
 HEADERS = (
@@ -32,7 +32,7 @@ def overview_text(boards: Mapping[str, Leaderboard]) -> str:
 
 
 def _cells(name: str, board: Leaderboard) -> tuple[str, ...]:
-    best, guess = board.best, next((row for row in board.rows if row.embedding == CONSTANT_GUESS), None)
+    best, guess = board.best, next((row for row in board.rows if row.constant), None)
     return (
         name,
         f"{board.provenance.get('images', {}).get('train', 0):,}",

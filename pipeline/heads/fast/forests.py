@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
 
+from pipeline.data.classes import expand_scores
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, Screening, expand_scores, one_by_one
+from pipeline.heads.tuning.evaluation import Evaluator, Screening, one_by_one
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 
 FEW = 16
@@ -95,7 +96,7 @@ def forest(problem: Problem, fold: int, grown: Grown, params: Params) -> FoldOut
         shares[:n] = extrapolated(first, problem.y[held_out], whole)
     return FoldOutcome(
         predictions=votes.present[shares.argmax(axis=1)],
-        scores=expand_scores(shares, votes.present, problem.n_classes, "probability"),
+        scores=expand_scores(shares, votes.present, problem.width, "probability"),
         kind="probability",
         fit_seconds=votes.fit_seconds,
         score_seconds=votes.score_seconds,

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.svm import SVC
 
+from pipeline.data.classes import expand_scores
 from pipeline.heads.fast.solvers import Array
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, expand_scores, one_by_one, scaled, standardised
+from pipeline.heads.tuning.evaluation import Evaluator, one_by_one, scaled, standardised
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
         scores = np.concatenate([scores, own[np.argsort(distances.order)]])
     present = np.asarray(classifier.classes_, dtype=np.int64)
     likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
-    full = expand_scores(scores, present, problem.n_classes, "decision")
+    full = expand_scores(scores, present, problem.width, "decision")
     seconds = time.perf_counter() - fitted
     return FoldOutcome(present[likeliest], full, "decision", fitted - start, seconds)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from sklearn.utils.class_weight import compute_sample_weight
 
+from pipeline.data.classes import expand_scores
 from pipeline.heads.fast.blocked import turn_blocks
 from pipeline.heads.fast.solvers import (
     Array,
@@ -30,7 +31,7 @@ from pipeline.heads.fast.solvers import (
     turn,
 )
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, expand_scores, scaled, standardised
+from pipeline.heads.tuning.evaluation import Evaluator, scaled, standardised
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 from pipeline.heads.tuning.room import problem_bytes
 
@@ -134,7 +135,7 @@ def logistic_regression(
         else:
             shares = np.exp((scores - scores.max(axis=1, keepdims=True)).astype(np.float64))
             probabilities = shares / shares.sum(axis=1, keepdims=True)
-        full = expand_scores(probabilities, present, problem.n_classes, "probability")
+        full = expand_scores(probabilities, present, problem.width, "probability")
         outcomes.append(FoldOutcome(present[probabilities.argmax(axis=1)], full, "probability", seconds))
     return outcomes
 
@@ -153,7 +154,7 @@ def _decided(problem: Problem, prepared: Prepared, candidates: Sequence[Params])
     present, outcomes = prepared.present, []
     for scores, seconds in _scores(problem, prepared, candidates):
         values = scores[:, 0] if len(present) == 2 else scores
-        full = expand_scores(values, present, problem.n_classes, "decision")
+        full = expand_scores(values, present, problem.width, "decision")
         predictions = present[(values > 0).astype(np.int64) if len(present) == 2 else values.argmax(axis=1)]
         outcomes.append(FoldOutcome(predictions, full, "decision", seconds))
     return outcomes
