@@ -96,11 +96,16 @@ def heads(config: Config) -> Iterable[str]:
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
     from pipeline import report
-    from pipeline.stages import train_heads
+    from pipeline.stages import targets, train_heads
 
-    result = train_heads.run(config)
-    page = report.refresh(result.files.root)
-    return [*result.summary_lines(), f"report       {page}"]
+    each = targets.experiments(config)
+    for name, alone in (each or {"": config}).items():
+        result = train_heads.run(alone)
+        if each:
+            yield f"== {name} =="
+        yield from [*result.summary_lines(), f"report       {report.refresh(result.files.root)}"]
+    if each:
+        yield from targets.overview(config)
 
 
 def finetune(config: Config, output: Path | None) -> Iterable[str]:
@@ -121,8 +126,8 @@ def finetune(config: Config, output: Path | None) -> Iterable[str]:
 def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any) -> Iterable[str]:
     """Label new images with a saved head.
 
-    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used. IMAGES are image files
-    and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
+    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used, of several targets the best of
+    each. IMAGES are image files and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
 
     Example: manyheads predict artifacts/digits photos/ --output labels.csv
     """
@@ -236,7 +241,7 @@ def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
 
 
 def layers(model: str) -> Iterable[str]:
-    """List the layers of a backbone that can be embedded, with their shapes.
+    """List the layers of a backbone that can be embedded, with their shapes, and what they are called in every backbone.
 
     MODEL is efficientnet_lite0, a torchvision model, regnet_small, or a weights file that `finetune` wrote.
 
@@ -244,7 +249,20 @@ def layers(model: str) -> Iterable[str]:
     """
     from pipeline.embed import backbone
 
-    return [f"{name:<40} {' x '.join(map(str, shape))}" for name, shape in backbone.layers(model)]
+    found = [(name, " x ".join(map(str, shape)), called) for name, shape, called in backbone.layers(model)]
+    return [f"{name:<40} {shape:<16} {called}".rstrip() for name, shape, called in found]
+
+
+def backbones(word: str) -> Iterable[str]:
+    """List the networks and weights that a config can name, with their size, their licence, and whether they are here.
+
+    WORD, a part of a name, family or licence, shows all that has it; without one, what is here is shown.
+
+    Example: manyheads backbones resnet50
+    """
+    from pipeline.stages import backbones as stage
+
+    return stage.run(word)
 
 
 def pretrain(arguments: tuple[str, ...]) -> Iterable[str]:
@@ -330,6 +348,7 @@ COMMANDS = (
         _option("--row", metavar="EMBEDDING/HEAD", help="Whose searches to draw; the best row's otherwise."),
     ),
     _command(layers, _argument("model")),
+    _command(backbones, _argument("word", default="")),
     _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),
 )
 

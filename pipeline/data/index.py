@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,9 @@ INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
 BEFORE, LABEL, AFTER = ("path",), "label", ("split", "group", "digest", "size")
 """Columns of index.csv: those before and after the labels', and how one of them alone is called, whatever the manifest calls it."""
+
+SEPARATOR = "|"
+"""Between the labels of an image that may have several, whatever stands there in the source."""
 
 SPLITS = ("train", "validation", "test", "excluded")
 
@@ -56,7 +59,7 @@ class DatasetIndex:
     out because of a leak). `groups` is None where there are none; '' is an image of no group. Paths are relative to
     `root`, with '/'.
 
-    Labels are the texts of the source as they are. Where it has several columns of them, k, `labels` has shape (n, k) and
+    Labels are the texts of the source. Where it has several columns of them, k, `labels` has shape (n, k) and
     `names` says which they are; '' is a cell that the source left empty. One alone is called 'label'.
     """
 
@@ -89,9 +92,29 @@ class DatasetIndex:
             return replace(self, labels=self.column(*names), names=(LABEL,))
         return replace(self, labels=np.column_stack([self.column(name) for name in names]), names=names)
 
-    def labelled(self) -> DatasetIndex:
-        """Return the images whose labels are all there."""
-        return self.rows((self.labels.reshape(len(self), len(self.names)) != "").all(axis=1))
+    def has_labels(self, kind: str = "auto") -> NDArray[np.bool_]:
+        """Return which images have labels that a target of some kind can be learned from: bool of shape (n,).
+
+        Those without an empty cell; an image of no label at all is one of several labels, none of which it has.
+        """
+        cells = self.labels.reshape(len(self), len(self.names))
+        return np.asarray((cells != "").all(axis=1) | (kind == "multilabel"))
+
+    def by_target(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, DatasetIndex]]:
+        """Yield for each target '', or of several 'NAME: ', its kind, and the images that have labels of it.
+
+        kinds : for each column of labels, or one that is of all of them
+        """
+        if len(kinds) == 1:
+            yield "", kinds[0], self.rows(self.has_labels(kinds[0]))
+            return
+        for name, kind in zip(self.names, kinds, strict=True):
+            part = self.only(name)
+            yield f"{name}: ", kind, part.rows(part.has_labels(kind))
+
+    def said(self, row: int) -> str:
+        """Return the labels of an image for people."""
+        return ", ".join(np.atleast_1d(self.labels[row]))
 
     def select(self, *splits: str) -> DatasetIndex:
         """Return the rows of some splits, in the same order.
@@ -110,10 +133,6 @@ class DatasetIndex:
         """Return some rows, given by number (integers of shape (m,)) or by a mask (bool of shape (n,))."""
         columns = {name: column[rows] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
         return replace(self, **columns)
-
-    def with_splits(self, splits: Texts) -> DatasetIndex:
-        """Return the same images, split otherwise: `splits` is an object array of shape (n,)."""
-        return replace(self, splits=splits)
 
     def units(self) -> NDArray[np.int64]:
         """Return which images may not be parted: int64 of shape (n,), one number for a group, or a content, and all it is joined to."""

@@ -32,6 +32,8 @@ class ScanResult:
     """Files whose bytes were read."""
     copies: Copies
     leak_policy: str
+    kinds: tuple[str, ...]
+    """What the columns of labels are, see `DatasetConfig.kinds`."""
     ignored: Mapping[str, int]
     entries: tuple[Failure, ...]
     """Files not used, as the scan found them."""
@@ -49,14 +51,14 @@ class ScanResult:
         """Images found, the failed ones included."""
         return len(self.index) + len(self.failures)
 
-    @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Images of each class in each split: class -> split -> number."""
-        return class_counts(self.index)
-
     def summary_lines(self) -> list[str]:
         """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
-        lines = [_headline(self.index), *_class_lines(self.counts)]
+        lines = [_headline(self.index)]
+        for column, _, part in self.index.by_target(self.kinds):
+            lines += [
+                *([f"  {column}{len(part.classes):,} classes"] if column else []),
+                *_class_lines(class_counts(part)),
+            ]
         if self.unchanged:
             lines.append("nothing changed since the last scan")
         elif str(self.difference) and not self.first:
@@ -73,12 +75,12 @@ class ScanResult:
     def _pair_lines(self, pairs: Sequence[Pair], what: str) -> list[str]:
         if not pairs:
             return []
-        paths, labels = self.index.paths, self.index.labels
+        paths = self.index.paths
         lines = [f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of equal images {what}:"]
         for rows in pairs[:EXAMPLES]:
             names = [shown(paths[row]) for row in rows]
             if pairs is self.copies.conflicts:
-                names = [f"{name} ({shown(labels[row])})" for name, row in zip(names, rows, strict=True)]
+                names = [f"{name} ({shown(self.index.said(row))})" for name, row in zip(names, rows, strict=True)]
             lines.append("  " + " = ".join(names))
         return lines + _more(len(pairs))
 
@@ -104,11 +106,15 @@ def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
     }
 
 
-def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
+def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto",)) -> list[str]:
     """Name the classes that have too few images, or groups of images, on the training side for so many folds.
 
     One line where the images do not allow so many folds at all: then there are as many as they allow.
     """
+    return [f"{column}{line}" for column, _, part in index.by_target(kinds) for line in _fold_warnings(part, folds)]
+
+
+def _fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
     train = index.select("train", "validation")
     codes, names = encode(train.labels)
     pairs = np.unique(np.stack([codes, train.units()], axis=1), axis=0)
@@ -140,11 +146,15 @@ def _possible_folds(train: DatasetIndex, images: NDArray[np.int64]) -> int:
     return largest if groups is None else min(largest, len(np.unique(groups)))
 
 
-def missing_side(index: DatasetIndex) -> str | None:
+def missing_side(index: DatasetIndex, kinds: Sequence[str] = ("auto",)) -> str | None:
     """Say what the data lack so that no head can be tuned, or none can be tested; None when they have both sides.
 
     A test set that was to be made may be empty: no class had a group, or a content, to spare.
     """
+    return next((column + lack for column, _, part in index.by_target(kinds) if (lack := _missing_side(part))), None)
+
+
+def _missing_side(index: DatasetIndex) -> str | None:
     train, test = index.select("train", "validation"), index.select("test")
     if len(test) == 0:
         return f"no image is left for the test, and every leaderboard needs some: {_why_no_test(train)}"
@@ -180,6 +190,8 @@ def _headline(index: DatasetIndex) -> str:
     codes, names = encode(index.splits)
     counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
+    if len(index.names) > 1:
+        return f"{len(index):,} images with {len(index.names)} labels each: {parts}"
     return f"{len(index):,} images in {len(index.classes):,} classes: {parts}"
 
 

@@ -11,7 +11,8 @@ from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
 from pipeline.data.targets import kind_of
 from pipeline.embed.engines import require_arithmetic
-from pipeline.embed.installed import NO_DOWNLOAD, about_stand_in, stand_in
+from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
+from pipeline.embed.licenses import require_permitted
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
@@ -43,9 +44,13 @@ def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[st
 
 
 def _heads(config: Config) -> list[str]:
-    kind = kind_of(config.dataset.target)
-    heads = head_table.resolve_all(config.heads, kind)
     tuning.require(config.tuning.strategy)
+    kinds = dict.fromkeys(map(kind_of, config.dataset.kinds))
+    return list(dict.fromkeys(line for kind in kinds for line in _heads_for(kind, config)))
+
+
+def _heads_for(kind: str, config: Config) -> list[str]:
+    heads = head_table.resolve_all(config.heads, kind)
     problems = {head.name: tuning.check(head, config.tuning, kind) for head in heads}
     able = [name for name, found in problems.items() if not found]
     reasons = [reason for found in problems.values() for reason in found]
@@ -61,13 +66,14 @@ def _backbones(config: Config) -> list[str]:
     problems: list[str] = []
     for section in config.backbones:
         try:
-            weights.check(section)
+            weights.check(section if stand_in(section) is None else STAND_IN)
+            require_permitted(config.licenses, ((each.title, weights.license_of(each)) for each in [section]))
         except PipelineError as error:
             problems += error.problems or [error.message]
     if problems:
         raise PipelineError("backbones", problems)
     return [
-        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}",
+        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(section.title for section in config.backbones)}",
         *dict.fromkeys(line for section in config.backbones for line in _not_here(section)),
     ]
 
@@ -83,8 +89,7 @@ def _not_here(section: BackboneConfig) -> list[str]:
         return []
     size = f" ({found.megabytes:.0f} MB)" if found.megabytes else ""
     return [
-        f"note: {section.name} ({section.weights}) is not here yet: `features` fetches {found.url}{size} to {found.folder}; "
-        f"{NO_DOWNLOAD}"
+        f"note: {section.title} is not here yet: `features` fetches {found.url}{size} to {found.folder}; {NO_DOWNLOAD}"
     ]
 
 
@@ -108,7 +113,9 @@ def _data(config: Config) -> list[str]:
             dataset.require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)
         dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("failures.csv"))
-        if lack := dataset.missing_side(found.index):
+        if lack := dataset.missing_side(found.index, config.dataset.kinds):
             raise DatasetError(lack)
-        warnings = [f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds)]
+        warnings = [
+            f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds, config.dataset.kinds)
+        ]
     return [line for line in found.summary_lines() if not line.startswith("since the last scan")] + warnings

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import TuningConfig
 from pipeline.data import DatasetIndex
+from pipeline.embed.licenses import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import UnfittedError
 from pipeline.export.bundle import ModelBundle
@@ -90,6 +91,11 @@ class Embedding:
     def name(self) -> str:
         """The embedding's name."""
         return self.task.target.constant if self.record is None else self.record.name
+
+    @property
+    def license(self) -> str:
+        """That of its network's weights."""
+        return NO_WEIGHTS if self.record is None else self.record.spec.license
 
     @property
     def place(self) -> Place | None:
