@@ -147,12 +147,12 @@ class DatasetConfig(Section):
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
     target: str | dict[str, str] = "auto"
-    """What the labels are, of all columns or by their names: `classification` is one class for each image; `auto` is that too, but
-    stops where they look like a number to predict, or like a name for every image."""
+    """What is said of an image, for all columns of labels or by their names: `classification` is one class; `auto` is that too,
+    but stops where labels look like a number to predict, like several labels, or like a name for every image."""
 
     @field_validator("target")
     @classmethod
-    def _known_target(cls, value: str | dict[str, str], info: ValidationInfo) -> str | dict[str, str]:
+    def _known(cls, value: str | dict[str, str], info: ValidationInfo) -> str | dict[str, str]:
         for word in [value] if isinstance(value, str) else value.values():
             _in_table("target", word, info)
         return value
@@ -170,11 +170,21 @@ class DatasetConfig(Section):
         for name in {} if isinstance(self.target, str) else self.target:
             if name not in self.label_columns:
                 raise ValueError(f"target: {unknown('column', name, self.label_columns)}")
+        if self.label_separator is not None and "multilabel" not in self.kinds:
+            raise ValueError(
+                "label_separator: for labels of kind multilabel; say which are, with target: {COLUMN: multilabel}"
+            )
         return self
 
-    def kind_of(self, column: str) -> str:
-        """Return what the labels of a column are said to be."""
-        return self.target if isinstance(self.target, str) else self.target.get(column, "auto")
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each column of labels is said to be; one word where there is one target, also where several columns are its labels."""
+        if self.target == "multilabel" and self.label_separator is None:
+            return ("multilabel",)
+        if self.target == "auto" and self.label_separator is not None and len(self.label_columns) == 1:
+            return ("multilabel",)
+        words = self.target if isinstance(self.target, dict) else dict.fromkeys(self.label_columns, self.target)
+        return tuple(words.get(name, "auto") for name in self.label_columns)
 
     @field_validator("label_columns")
     @classmethod

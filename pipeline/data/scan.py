@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import unknown
 from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
 from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
@@ -22,6 +23,7 @@ from pipeline.data.sources import list_source
 from pipeline.data.splits import make_test_split, prior_sides
 from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
+from pipeline.data.targets import TARGETS
 from pipeline.errors import DatasetError, first
 from pipeline.images import policy_key
 
@@ -84,13 +86,14 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         read=read,
         copies=copies,
         leak_policy=config.leaks,
+        kinds=config.kinds,
         ignored=dict(listing.ignored),
         entries=tuple(entries),
         remembered=len(known),
         warnings=(
             *listing.warnings,
-            *_label_warnings(index),
-            *_split_warnings(index),
+            *_label_warnings(index, config.kinds),
+            *_split_warnings(index, config.kinds),
             *_kept_split(plan, config, seed),
             *([EDITED] if before.edited else []),
         ),
@@ -153,7 +156,7 @@ def _split(
     plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
     if before.index is not None and (before.plan is not None or before.record is None):
         plan, prior = before.plan or plan, prior_sides(before.index, index)
-    return make_test_split(sides, plan, prior, config.kind_of), plan
+    return make_test_split(sides, plan, prior, config.kinds), plan
 
 
 def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
@@ -179,12 +182,12 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
         if config.source == "manifest" and not problems:
             raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
         raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
-    parts = zip(index.by_column(), config.label_columns, strict=True)
-    found = [(name, _class_problem(part, listing, config, config.kind_of(column))) for (name, part), column in parts]
+    parts = index.by_target(config.kinds)
+    found = [(name, _class_problem(part, listing, config, kind)) for name, kind, part in parts]
     problems = [f"{name}{problem}" for name, problem in found if problem is not None]
     if problems:
-        several = len(index.names) > 1
-        what = f"{len(problems)} of {len(index.names)} label columns cannot be used" if several else problems[0]
+        several = len(config.kinds) > 1
+        what = f"{len(problems)} of {len(config.kinds)} label columns cannot be used" if several else problems[0]
         raise DatasetError(f"{origin}: {what}", problems if several else ())
     if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
         raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
@@ -192,6 +195,8 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
 
 def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig, kind: str) -> str | None:
     """Say why the labels of a column cannot be classes, or ask whether they are meant as such."""
+    if kind not in ("auto", "classification"):
+        return None if kind in TARGETS else unknown("target", kind, ["auto", *TARGETS])
     classes, images = index.classes, len(index)
     if len(classes) < 2:
         hint = ""
@@ -229,9 +234,9 @@ def _such(classes: Sequence[str], images: int) -> str:
     return f"{len(classes):,} classes of {images:,} images, such as {', '.join(map(repr, classes[:3]))}"
 
 
-def _label_warnings(index: DatasetIndex) -> Iterator[str]:
+def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
     """Labels that a person would take for one: they differ in case or spaces only."""
-    for column, part in index.by_column():
+    for column, _, part in index.by_target(kinds):
         alike: dict[str, list[str]] = defaultdict(list)
         for name in part.classes:
             alike[" ".join(name.casefold().split())].append(name)
@@ -240,8 +245,8 @@ def _label_warnings(index: DatasetIndex) -> Iterator[str]:
                 yield f"{column}labels {' and '.join(map(repr, names))} differ only in case or spaces; they are separate classes"
 
 
-def _split_warnings(index: DatasetIndex) -> Iterator[str]:
-    for column, part in index.by_column():
+def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
+    for column, kind, part in index.by_target(kinds):
         if empty := len(index) - len(part):
             yield f"{column}{empty:,} images have no label, and are left out where it is learned"
         counts = class_counts(part)
@@ -250,7 +255,7 @@ def _split_warnings(index: DatasetIndex) -> Iterator[str]:
             yield f"{column}no training images in {_some(without)}: no head can learn {'it' if len(without) == 1 else 'them'}"
         untested = [name for name, count in counts.items() if not count["test"]]
         if len(untested) == len(counts):
-            yield column + (missing_side(part) or "no image is left for the test")
+            yield column + (missing_side(part, [kind]) or "no image is left for the test")
         elif untested:
             yield f"{column}no test images in {_some(untested)}"
     both = sorted(_groups(index, "train", "validation") & _groups(index, "test"))

@@ -32,6 +32,8 @@ class ScanResult:
     """Files whose bytes were read."""
     copies: Copies
     leak_policy: str
+    kinds: tuple[str, ...]
+    """What the columns of labels are, see `DatasetConfig.kinds`."""
     ignored: Mapping[str, int]
     entries: tuple[Failure, ...]
     """Files not used, as the scan found them."""
@@ -52,7 +54,7 @@ class ScanResult:
     def summary_lines(self) -> list[str]:
         """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
         lines = [_headline(self.index)]
-        for column, part in self.index.by_column():
+        for column, _, part in self.index.by_target(self.kinds):
             lines += [
                 *([f"  {column}{len(part.classes):,} classes"] if column else []),
                 *_class_lines(class_counts(part)),
@@ -104,12 +106,12 @@ def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
     }
 
 
-def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
+def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto",)) -> list[str]:
     """Name the classes that have too few images, or groups of images, on the training side for so many folds.
 
     One line where the images do not allow so many folds at all: then there are as many as they allow.
     """
-    return [f"{column}{line}" for column, part in index.by_column() for line in _fold_warnings(part, folds)]
+    return [f"{column}{line}" for column, _, part in index.by_target(kinds) for line in _fold_warnings(part, folds)]
 
 
 def _fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
@@ -144,12 +146,12 @@ def _possible_folds(train: DatasetIndex, images: NDArray[np.int64]) -> int:
     return largest if groups is None else min(largest, len(np.unique(groups)))
 
 
-def missing_side(index: DatasetIndex) -> str | None:
+def missing_side(index: DatasetIndex, kinds: Sequence[str] = ("auto",)) -> str | None:
     """Say what the data lack so that no head can be tuned, or none can be tested; None when they have both sides.
 
     A test set that was to be made may be empty: no class had a group, or a content, to spare.
     """
-    return next((column + lack for column, part in index.by_column() if (lack := _missing_side(part))), None)
+    return next((column + lack for column, _, part in index.by_target(kinds) if (lack := _missing_side(part))), None)
 
 
 def _missing_side(index: DatasetIndex) -> str | None:

@@ -23,7 +23,7 @@ from pipeline.io.files import remove, write_text_atomic
 def experiments(config: Config) -> dict[str, Config]:
     """Return the config of each target's experiment by its name; nothing where the data set has one target."""
     data = config.dataset
-    if len(data.label_columns) == 1:
+    if len(data.kinds) == 1:
         return {}
     files = Artifacts(config.output, config.store)
     return {
@@ -31,10 +31,16 @@ def experiments(config: Config) -> dict[str, Config]:
             update={
                 "output": str(files.target(name)),
                 "store": str(files.stores),
-                "dataset": data.model_copy(update={"label_columns": (name,), "target": data.kind_of(name)}),
+                "dataset": data.model_copy(
+                    update={
+                        "label_columns": (name,),
+                        "target": kind,
+                        **({} if kind == "multilabel" else {"label_separator": None}),
+                    }
+                ),
             }
         )
-        for name in data.label_columns
+        for name, kind in zip(data.label_columns, data.kinds, strict=True)
     }
 
 
@@ -46,7 +52,8 @@ def write_experiments(config: Config, index: DatasetIndex, records: Sequence[Emb
         return
     plan = WrittenIndex.read(files.dataset).plan
     for name, alone in found.items():
-        own, part = Artifacts(alone.output, alone.store), index.only(name).labelled()
+        own, part = Artifacts(alone.output, alone.store), index.only(name)
+        part = part.rows(part.has_labels(*alone.dataset.kinds))
         if WrittenIndex.read(own.dataset).digest != part.fingerprint():
             part.write(own.dataset, plan, config.dataset.source)
         write_failures(own.dataset, read_failures(files.dataset))
