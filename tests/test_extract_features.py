@@ -271,9 +271,9 @@ def stop_after(batches: int, number: int) -> str:
     """Code that sends this process a signal in the midst of a run."""
     return f"""
 import os
-from pipeline import store
+from pipeline.store import writer
 from pipeline.stages.extract import advice, work
-store.writer.GROUP_BYTES = 1
+writer.GROUP_BYTES = 1
 original, seen = work._store, []
 def stopping(*arguments):
     original(*arguments)

@@ -26,7 +26,8 @@ from pipeline.images import HASH_STORE
 from pipeline.stages import extract as extract_features
 from pipeline.stages import maintenance
 from pipeline.stages.extract import sources, stores
-from pipeline.store import FeatureStore, StoreWriter, lock
+from pipeline.store import FeatureStore, lock
+from pipeline.store.writer import StoreWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "experiment-0.1.tar.xz"
 BACKBONE = "resnet18-random-penultimate"
@@ -318,7 +319,7 @@ def test_what_cannot_be_moved_is_copied(old: Config, why: str, monkeypatch: pyte
         for path in own.glob("*.store"):
             source = FeatureStore.open(path)
             with StoreWriter.open(
-                Path("features") / path.name, source.identity, source.dim, canary=source.canary
+                Path("features") / path.name, source.identity, source.dim, probe=source.probe
             ) as writer:
                 content = source.table.all()[0][:5]
                 writer.append(content, source.read(content))
@@ -348,7 +349,7 @@ def test_vectors_that_differ_are_not_taken_over(old: Config, caplog: pytest.LogC
     (path,) = Path("output/features").glob("pixels-*.store")
     source = FeatureStore.open(path)
     with StoreWriter.open(
-        Path("features") / path.name, source.identity, source.dim, canary=source.canary + 1
+        Path("features") / path.name, source.identity, source.dim, probe=source.probe + 1
     ) as writer:
         writer.append(source.table.all()[0][:5], np.ones((5, source.dim), np.float32))
     with pytest.raises(PipelineError, match="does not give the features it gave when this store was made"):

@@ -39,7 +39,8 @@ from pipeline.stages import train_heads
 from pipeline.stages.train_heads import repeats
 from pipeline.stages.train_heads.embedding import constant_guess
 from pipeline.stages.train_heads.task import unseen_task
-from pipeline.store import FeatureStore, StoreWriter
+from pipeline.store import FeatureStore
+from pipeline.store.writer import StoreWriter
 
 CLASSES = ("boot, left", "凉鞋", "shirt")
 N, DIM = 150, 8

@@ -29,7 +29,8 @@ from pipeline.io.memory import keep_freed_memory
 from pipeline.io.progress import bar
 from pipeline.stages.extract.sources import Source
 from pipeline.stages.extract.targets import Contents, Target
-from pipeline.store import StoreWriter, lock
+from pipeline.store import lock
+from pipeline.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +145,8 @@ def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
 @contextmanager
 def _opened(target: Target, lane: Lane, contents: Contents) -> Iterator[Output]:
     """Open a target's store for writing; it is sealed in the end."""
-    canary = lane.embedder.canary[target.output]
-    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary) as writer:
+    probe = lane.embedder.canary[target.output]
+    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, probe=probe) as writer:
         # The writer also knows the rows of a run that was killed before it could seal them.
         yield Output(target, writer, writer.missing(contents.digests) & ~contents.failed)
 
