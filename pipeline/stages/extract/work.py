@@ -27,8 +27,7 @@ from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.files import STOPS
 from pipeline.io.memory import keep_freed_memory
 from pipeline.io.progress import bar
-from pipeline.stages.extract.sources import Source
-from pipeline.stages.extract.targets import Contents, Target
+from pipeline.stages.extract.targets import Contents, Source, Target
 from pipeline.store import lock
 from pipeline.store.writer import StoreWriter
 
