@@ -16,6 +16,7 @@ from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionCon
 from pipeline.embed import baselines
 from pipeline.embed.engines import engine_at_hand
 from pipeline.embed.installed import about_stand_in
+from pipeline.embed.licenses import require_permitted
 from pipeline.embed.spec import Embedder, EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
@@ -124,7 +125,8 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     Raises
     ------
     PipelineError
-        When stage one has not been run for this config, with every setting that is another and every embedding that is missing.
+        When stage one has not been run for this config, with every setting that is another and every embedding that is missing;
+        or when the config's `licenses` does not allow those of their weights.
     """
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
@@ -151,6 +153,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     for section in config.backbones:
         if section in [record.instead_of for record in chosen]:
             logger.warning("%s", about_stand_in(section))
+    require_permitted(config.licenses, ((record.name, record.spec.license) for record in chosen))
     return chosen
 
 
