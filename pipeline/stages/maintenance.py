@@ -34,7 +34,7 @@ from pipeline.experiment import (
     parse_arrays,
     read_document,
     read_lines,
-    unsealed,
+    without_digest,
 )
 from pipeline.export import bundle as bundles
 from pipeline.images import HASH_STORE, policy_key
@@ -313,7 +313,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     ("heads/*/*/predictions.npz", lambda path: bundle_file(path.parent, path.name)),
     ("trials/**/*.jsonl", lambda path: read_lines(path, TRIALS)),
     ("finetuned/*/result.json", lambda path: _whole(path, FINETUNING)),
-    ("finetuned/*/checkpoint.pt", lambda path: _checked(path, unsealed, "delete it to train from the start")),
+    ("finetuned/*/checkpoint.pt", lambda path: _checked(path, without_digest, "delete it to train from the start")),
     ("finetuned/*/log.jsonl", lambda path: read_lines(path, FINETUNING)),
     ("finetuned/*/*.safetensors", _check_weights),
 )

@@ -66,7 +66,7 @@ FEATURES = Field(("<f4", "<f2"), ("n", "d"))
 CONTENT = Field(("<u8",), ("n", 2))
 BLOCKS = Field(("|u1",), ("b", BLOCK_DIGEST_BYTES))
 IDENTITY = Field(("|u1",), ("j",))
-CANARY = Field(("<f4",), ("k", "d"))
+PROBE = Field(("<f4",), ("k", "d"))
 TEXT = Field(("|S*",), ("m",), optional=True)
 
 LAYOUTS: dict[str, dict[str, Field]] = {
@@ -78,14 +78,14 @@ LAYOUTS: dict[str, dict[str, Field]] = {
         "segment_rows": Field(("<u8",), ("s",)),
         "segment_bytes": Field(("<u8",), ("s",)),
         "identity_json": IDENTITY,
-        "canary": CANARY,
+        "canary": PROBE,
     },
     "pack": {
         "features": FEATURES,
         "content": CONTENT,
         "block_digest": BLOCKS,
         "identity_json": IDENTITY,
-        "canary": CANARY,
+        "canary": PROBE,
         "row": Field(("<u8",), ("m",), optional=True),
         "path": TEXT,
         "label": TEXT,

@@ -24,7 +24,7 @@ IDENTITY = {"architecture": "tiny", "preprocessing": {"resize": 8, "crop": 8}, "
 _rng = np.random.default_rng(7)
 DIGESTS = _rng.integers(0, 2**64, (ROWS, 2), dtype=np.uint64)
 FEATURES = _rng.normal(size=(ROWS, DIM)).astype(np.float32)
-CANARY = _rng.normal(size=(2, DIM)).astype(np.float32)
+PROBE = _rng.normal(size=(2, DIM)).astype(np.float32)
 FIRST_RUN = 14
 BATCH = 7
 
@@ -45,7 +45,7 @@ def small_segments() -> Iterator[None]:
 
 def add(path: Path, acked: set[int], rows: int = ROWS) -> None:
     """One run of stage one: embed what is missing, commit each batch, compact. `acked` gets the rows that are promised."""
-    with StoreWriter.open(path, IDENTITY, DIM, probe=CANARY) as writer:
+    with StoreWriter.open(path, IDENTITY, DIM, probe=PROBE) as writer:
         wanted = np.flatnonzero(writer.missing(DIGESTS[:rows]))
         acked.update(set(range(rows)) - set(wanted.tolist()))
         for start in range(0, len(wanted), BATCH):

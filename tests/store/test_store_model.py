@@ -13,7 +13,7 @@ from pipeline.store import FeatureStore
 from pipeline.store.maintain import collect, merge, repair, verify
 from pipeline.store.share import pack
 from pipeline.store.writer import StoreWriter
-from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY, ROWS, Faults, rounds, small_segments, system
+from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE, ROWS, Faults, rounds, small_segments, system
 
 rows = st.lists(st.integers(0, ROWS - 1), max_size=8)
 
@@ -32,7 +32,7 @@ class Model(RuleBasedStateMachine):
         self.writer = self._open()
 
     def _open(self):
-        return StoreWriter.open(self.path, IDENTITY, DIM, probe=CANARY)
+        return StoreWriter.open(self.path, IDENTITY, DIM, probe=PROBE)
 
     @rule(rows=rows)
     def append(self, rows):
@@ -91,7 +91,7 @@ class Model(RuleBasedStateMachine):
         self.compact()
         self.writer.close()
         other = self.folder / "other"
-        with StoreWriter.open(other, IDENTITY, DIM, probe=CANARY) as writer:
+        with StoreWriter.open(other, IDENTITY, DIM, probe=PROBE) as writer:
             writer.append(DIGESTS[rows], FEATURES[rows])
         assert merge(self.path, [other]) == {other: len(set(rows) - self.compacted)}
         shutil.rmtree(other)

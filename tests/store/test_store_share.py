@@ -14,14 +14,14 @@ from pipeline.store import FeatureStore
 from pipeline.store.maintain import merge, status, verify
 from pipeline.store.share import export, pack, read_packed_index
 from pipeline.store.writer import StoreWriter
-from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY
+from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
 def store(place):
-    with StoreWriter.open(place / "s", IDENTITY, DIM, probe=CANARY) as writer:
+    with StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE) as writer:
         writer.append(DIGESTS, FEATURES)
     return place / "s"
 
@@ -36,7 +36,7 @@ def test_golden_stores_open_for_ever(place, version):
     assert verify(path, full=True).ok
     old = FeatureStore.open(path, fingerprint(golden.IDENTITY))
     assert np.array_equal(old.read(golden.DIGESTS), golden.FEATURES)
-    assert np.array_equal(old.probe, golden.CANARY)
+    assert np.array_equal(old.probe, golden.PROBE)
 
 
 def test_the_format_has_not_changed_without_a_new_version(place):
@@ -47,7 +47,7 @@ def test_the_format_has_not_changed_without_a_new_version(place):
     import make_store as golden
 
     for rows in (slice(0, 4), slice(4, 7)):
-        with StoreWriter.open(place / "s", golden.IDENTITY, golden.DIM, probe=golden.CANARY) as writer:
+        with StoreWriter.open(place / "s", golden.IDENTITY, golden.DIM, probe=golden.PROBE) as writer:
             writer.append(golden.DIGESTS[rows], golden.FEATURES[rows])
     names = {str(path.relative_to(GOLDEN / "store-v1")) for path in (GOLDEN / "store-v1").rglob("*.h5")}
     assert names == {str(path.relative_to(place / "s")) for path in (place / "s").rglob("*.h5")}
@@ -98,7 +98,7 @@ def test_export(store, place):
 
 def test_merge_takes_what_is_new_and_refuses_what_is_different(place):
     for name, rows in (("a", slice(0, 10)), ("b", slice(5, 15))):
-        with StoreWriter.open(place / name, IDENTITY, DIM, probe=CANARY) as writer:
+        with StoreWriter.open(place / name, IDENTITY, DIM, probe=PROBE) as writer:
             writer.append(DIGESTS[rows], FEATURES[rows])
     assert merge(place / "all", [place / "a", place / "b"]) == {place / "a": 10, place / "b": 5}
     assert np.array_equal(FeatureStore.open(place / "all").read(DIGESTS[:15]), FEATURES[:15])

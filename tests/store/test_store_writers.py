@@ -13,7 +13,7 @@ from pipeline.store import format as format_module
 from pipeline.store.maintain import collect, status, verify
 from pipeline.store.reader import newest_snapshot
 from pipeline.store.writer import StoreWriter
-from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY, Faults, exact, rounds, small_segments, system
+from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE, Faults, exact, rounds, small_segments, system
 
 
 def child_of(function):
@@ -178,12 +178,12 @@ def test_dim_dtype_and_an_added_field_are_refused_together(place):
 
 
 def test_probe_vectors_allow_rounding_and_no_drift(place):
-    StoreWriter.open(place / "s", IDENTITY, DIM, probe=CANARY).close()
-    StoreWriter.open(place / "s", IDENTITY, DIM, probe=CANARY * np.float32(1 + 1e-5)).close()
+    StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE).close()
+    StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE * np.float32(1 + 1e-5)).close()
     with pytest.raises(StoreError, match=r"probe image 0: cosine 1\.000000 .*, largest difference 0\.\d+ of the root"):
-        StoreWriter.open(place / "s", IDENTITY, DIM, probe=CANARY * np.float32(1.05))
+        StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE * np.float32(1.05))
     with pytest.raises(StoreError, match=r"probe image 1: cosine -0\.2"):
-        StoreWriter.open(place / "s", IDENTITY, DIM, probe=CANARY[[0, 0]])
+        StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE[[0, 0]])
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(place):

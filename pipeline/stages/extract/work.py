@@ -88,7 +88,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
     """
     began = time.perf_counter()
     keep_freed_memory()
-    # From the first store that is opened until the last is sealed a signal only sets a flag.
+    # From the first store that is opened until the last is closed a signal only sets a flag.
     with _stop_requested() as stopped, ExitStack() as stack:
         by_source: dict[int, list[Target]] = {}
         for target in targets:
@@ -122,7 +122,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             record_failures(files.dataset, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
-        stack.close()  # seals
+        stack.close()  # compacts
         work.seconds["write"] += time.perf_counter() - write_began
         work.loop_seconds = time.perf_counter() - began
         stopped()
@@ -143,10 +143,10 @@ def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
 
 @contextmanager
 def _opened(target: Target, lane: Lane, contents: Contents) -> Iterator[Output]:
-    """Open a target's store for writing; it is sealed in the end."""
-    probe = lane.embedder.canary[target.output]
+    """Open a target's store for writing; it is compacted in the end."""
+    probe = lane.embedder.probe[target.output]
     with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, probe=probe) as writer:
-        # The writer also knows the rows of a run that was killed before it could seal them.
+        # The writer also knows the rows of a run that was killed before it could compact them.
         yield Output(target, writer, writer.missing(contents.digests) & ~contents.failed)
 
 
