@@ -209,7 +209,7 @@ def _head(
     dtype: str,
     shape: tuple[int, ...],
 ) -> bytes:
-    """Let libhdf5 lay out the whole file in memory and return what comes before the bulk dataset.
+    """Let libhdf5 lay out the whole file in memory and return what comes before the bulk dataset, of this dtype and shape.
 
     The bulk's space is allocated by a first write after all else is there, so that it comes last, and the space is
     never touched again: a segment of a gigabyte costs a few kilobytes here.

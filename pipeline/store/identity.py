@@ -44,7 +44,7 @@ def _show(fields: Mapping[str, Any], name: str) -> str:
 
 
 def check_probe(stored: NDArray[np.float32], found: NDArray[np.float32], where: str) -> None:
-    """Compare the vectors of the built-in probe images, both of shape (k, dim), with those recorded when the store was made.
+    """Compare the vectors of the built-in probe images, float32 of shape (k, dim), with those recorded when the store was made.
 
     They catch what no list of fields can: a driver, a patched library, a network left in training mode.
 

@@ -271,7 +271,7 @@ def _attribute(root: Any, name: str, of: type) -> str | int:
 
 
 def _datasets(root: Any, data: mmap.mmap, kind: str, size: int) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
-    """Find every dataset of this kind, and nothing else; return where each begins, and as views of the file what it holds."""
+    """Find every dataset of this kind, and nothing else; return where each begins, and its array, of the layout's dtype and shape."""
     offsets: dict[str, int] = {}
     arrays: dict[str, NDArray[Any]] = {}
     for name, wanted in LAYOUTS[kind].items():
@@ -331,7 +331,7 @@ def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
 
 
 def _check_sizes(kind: str, arrays: dict[str, NDArray[Any]], attributes: dict[str, str | int]) -> None:
-    """Check that a letter means the same length in every shape, and that the attributes say so too."""
+    """Check that a letter means the same length in the shapes of all arrays, and that the attributes say so, and the dtype, too."""
     lengths: dict[str, int] = {"n": int(attributes["rows"]), "d": int(attributes["dim"])}
     for name, array in arrays.items():
         for letter, length in zip(LAYOUTS[kind][name].shape, array.shape, strict=True):

@@ -54,7 +54,7 @@ def open_entry(store: Path, entry: SegmentEntry, store_type: StoreType, data: mm
 
 
 def unchecked(line: int, positions: NDArray[Any]) -> None:
-    """The check of a table that was made just now."""
+    """The check of a table that was made just now, which trusts all positions, int64 of shape (k,)."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Table:
         return np.where((first[at] == wanted[:, 0]) & (second[at] == wanted[:, 1]), at, -1)
 
     def _search(self, wanted: NDArray[np.uint64], side: Literal["left", "right"]) -> NDArray[np.intp]:
-        """Like `numpy.searchsorted` in the first halves; on its way it reads what nobody has checked, so its end is."""
+        """Like `numpy.searchsorted` of uint64 of shape (k,) in the first halves; it reads what nobody has checked, so its end is."""
         first, size = self.lines[0], len(self)
         found = np.searchsorted(first, wanted, side)
         before, at = np.maximum(found - 1, 0), np.minimum(found, size - 1)

@@ -97,7 +97,10 @@ class StoreWriter:
         return writer
 
     def _begin(self, probe: NDArray[np.float32] | None) -> None:
-        """Bring the folder into a known state: no partial files, a valid newest snapshot, the journal taken over."""
+        """Bring the folder into a known state: no partial files, a valid newest snapshot, the journal taken over.
+
+        `probe` : the probe vectors, float32 of shape (k, dim).
+        """
         for leftover in (self.path / TEMPORARY).iterdir():
             files.remove(leftover)
         if not generations(self.path):

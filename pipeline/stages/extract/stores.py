@@ -166,7 +166,7 @@ def others(files: Artifacts) -> tuple[list[Artifacts], list[str]]:
 
 
 def contents_of_others(files: Artifacts) -> tuple[Digests, list[str]]:
-    """The contents, shape (n, 2), that the indexes of the other experiments name, and a line for each that cannot be read."""
+    """The contents, uint64 of shape (n, 2), that the indexes of the other experiments name, and a line for each unreadable one."""
     roots, problems = others(files)
     contents = [np.zeros((0, 2), np.uint64)]
     for other in roots:

@@ -208,7 +208,10 @@ def _append(
     contents: Contents,
     work: Work,
 ) -> None:
-    """Store the vectors an output misses; one that is not finite is a failure of its image."""
+    """Store those of n vectors, float32 of shape (n, dim), that an output misses; one that is not finite is a failure of its image.
+
+    `numbers`, int64 of shape (n,), say which contents they are of.
+    """
     wanted = output.missing[numbers]
     storable = output.writer.storable(vectors)
     for place in np.flatnonzero(wanted & ~storable).tolist():
