@@ -37,7 +37,8 @@ from pipeline.finetuning.material import LINEAR, choose, divide, lineage_of, rea
 from pipeline.finetuning.start import starting_layer
 from pipeline.heads.tuning import Projections
 from pipeline.stages import finetune, train_heads
-from pipeline.store import FeatureStore, StoreWriter
+from pipeline.store import FeatureStore
+from pipeline.store.writer import StoreWriter
 
 ARCHITECTURE = "torchvision.models.regnet.RegNet"
 ARGUMENTS = {

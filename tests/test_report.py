@@ -35,7 +35,7 @@ from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.material import Material, gather
 from pipeline.report.page import render, section
 from pipeline.report.several import compare
-from pipeline.store import StoreWriter
+from pipeline.store.writer import StoreWriter
 
 ROOT = Path(__file__).parents[1]
 

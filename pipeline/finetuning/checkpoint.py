@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import TrainingError
-from pipeline.experiment import sealed, to_lines, unsealed
+from pipeline.experiment import to_lines, with_digest, without_digest
 from pipeline.finetuning.weights import Score, Weights
 from pipeline.io.files import make_folder, read_file, write_atomic
 
@@ -79,7 +79,7 @@ def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     make_folder(run.folder)
-    write_atomic(run.checkpoint, sealed(buffer.getvalue()))
+    write_atomic(run.checkpoint, with_digest(buffer.getvalue()))
     write_atomic(run.log, to_lines(state.history, "")[0])
 
 
@@ -94,7 +94,7 @@ def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
     if not run.checkpoint.exists():
         return None
     try:
-        data = unsealed(read_file(run.checkpoint))
+        data = without_digest(read_file(run.checkpoint))
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except PermissionError:
         raise

@@ -1,24 +1,24 @@
-"""The journal: groups of rows that a run has committed but not sealed yet, one file each, in order.
+"""The journal: groups of rows that a run has committed and not compacted yet, one file each, in order.
 
-A group is there for good once its name is there. A run that was killed leaves its journal, and the next run adopts it.
+A group is there for good once its name is there. A run that was killed leaves its journal, and the next run takes it over. Before
+that one adds anything, damaged files are set aside: nothing that could be of use is destroyed.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.store.format import Composed, StoreType
-from pipeline.store.opener import StoreFile
-from pipeline.store.segment import TEMPORARY, open_segment
+from pipeline.store.format import JOURNAL, QUARANTINE, SEGMENTS, TEMPORARY, Composed, StoreType
+from pipeline.store.opener import StoreFile, open_file
+from pipeline.store.reader import FeatureStore, generations, snapshot_path
+from pipeline.store.table import open_segment
 
 log = logging.getLogger(__name__)
-
-JOURNAL = "journal"
-QUARANTINE = "quarantine"
 
 
 def groups(store: Path) -> list[Path]:
@@ -36,28 +36,49 @@ def commit(store: Path, number: int, composed: Composed) -> Path:
     return path
 
 
-def adopt(store: Path, store_type: StoreType) -> list[StoreFile]:
-    """Open the groups a killed run left, in order; one that is damaged in any place is set aside with a warning."""
-    adopted = []
-    for path in groups(store):
-        try:
-            file = open_segment(path, store_type)
-            file.require_whole()
-            adopted.append(file)
-        except StoreError as error:
-            log.warning("%s; set aside, its images will be embedded again", error)
-            quarantine(store, path)
-    return adopted
-
-
 def clear(store: Path) -> None:
     """Remove all groups; call it when a snapshot has their rows."""
     for path in groups(store):
         files.remove(path)
 
 
-def quarantine(store: Path, path: Path) -> None:
-    """Move a damaged file out of the way without destroying it."""
+def whole(store: Path, store_type: StoreType, paths: Iterable[Path]) -> list[StoreFile]:
+    """Open groups or segments of a store, in order; one that is damaged in any place is set aside with a warning."""
+    found = []
+    for path in paths:
+        try:
+            file = open_segment(path, store_type)
+            file.require_whole()
+            found.append(file)
+        except StoreError as error:
+            log.warning("%s; set aside, its images will be embedded again", error)
+            set_aside(store, path)
+    return found
+
+
+def unnamed(store: Path, snapshot: FeatureStore) -> list[Path]:
+    """Return the segments that a snapshot does not name: where a newer one was damaged, those of that."""
+    named = {entry.path(store) for entry in snapshot.segments}
+    return sorted({*(store / SEGMENTS).glob("*.h5")} - named)
+
+
+def set_aside_damaged_snapshots(store: Path) -> bool:
+    """Move snapshots newer than the newest valid one away, so that the next number is free; True when there were any."""
+    damaged = False
+    for generation in generations(store):
+        path = snapshot_path(store, generation)
+        try:
+            open_file(path, "snapshot").require_whole()
+            break
+        except StoreError as error:
+            log.warning("%s; set aside", error)
+            set_aside(store, path)
+            damaged = True
+    return damaged
+
+
+def set_aside(store: Path, path: Path) -> None:
+    """Move a damaged file into `quarantine`."""
     folder = store / QUARANTINE
     files.make_folder(folder)
     target = folder / path.name

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from pipeline.experiment import FEATURES, USER, Artifacts, read_document, write_
 from pipeline.images import HASH_STORE
 from pipeline.io import files as system
 from pipeline.io.digests import Digests
-from pipeline.store import FeatureStore, StoreWriter, copy_rows, lock
+from pipeline.store import FeatureStore, lock
+from pipeline.store.maintain import copy_rows
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +84,10 @@ def _moved(source: Path, target: Path) -> bool:
         return False
     try:
         system.make_folder(target.parent)
-        held = lock.acquire(source)
-    except OSError:  # it cannot be written
-        return False
-    try:
-        system.SYSTEM["rename"](source, target)
+        with lock.held(source):
+            system.SYSTEM["rename"](source, target)
     except OSError:  # another file system, or a folder that cannot be written
         return False
-    finally:
-        system.close_alone(held)
     system.sync_folder(target.parent)
     system.sync_folder(source.parent)
     log.info("%s is now %s, where other experiments find it", source, target)
@@ -103,12 +99,8 @@ def _copy(source: Path, target: Path, digests: Digests) -> None:
         if any(target.glob("snapshot-*.h5")):
             digests = digests[FeatureStore.open(target).missing(digests)]
         found = FeatureStore.open(source) if len(digests) else None
-        if found is None or not len(digests := digests[~found.missing(digests)]):
-            return
-        canary = found.canary if len(found.canary) else None
-        with StoreWriter.open(target, found.identity, found.dim, found.store_type.dtype, canary) as writer:
-            count = copy_rows(found, writer, digests)
-        log.info("%s: %d vectors copied from %s", target, count, source)
+        if found is not None and len(wanted := digests[~found.missing(digests)]):
+            log.info("%s: %d vectors copied from %s", target, copy_rows(found, target, wanted), source)
     except StoreError as error:
         log.warning("%s; its vectors are not taken over", error)
 
@@ -116,15 +108,10 @@ def _copy(source: Path, target: Path, digests: Digests) -> None:
 # ---- the experiments that use the folder
 
 
-@contextlib.contextmanager
-def alone(files: Artifacts, patience: float = 0.0) -> Iterator[None]:
+def alone(files: Artifacts, patience: float = 0.0) -> contextlib.AbstractContextManager[None]:
     """Keep every other experiment from entering the list, and from removing vectors."""
     system.make_folder(files.stores)
-    held = lock.acquire(files.stores, patience)
-    try:
-        yield
-    finally:
-        system.close_alone(held)
+    return lock.held(files.stores, patience)
 
 
 def enter(files: Artifacts) -> None:
@@ -179,7 +166,7 @@ def others(files: Artifacts) -> tuple[list[Artifacts], list[str]]:
 
 
 def contents_of_others(files: Artifacts) -> tuple[Digests, list[str]]:
-    """The contents, shape (n, 2), that the indexes of the other experiments name, and a line for each that cannot be read."""
+    """The contents, uint64 of shape (n, 2), that the indexes of the other experiments name, and a line for each unreadable one."""
     roots, problems = others(files)
     contents = [np.zeros((0, 2), np.uint64)]
     for other in roots:

@@ -27,9 +27,9 @@ from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.files import STOPS
 from pipeline.io.memory import keep_freed_memory
 from pipeline.io.progress import bar
-from pipeline.stages.extract.sources import Source
-from pipeline.stages.extract.targets import Contents, Target
-from pipeline.store import StoreWriter, lock
+from pipeline.stages.extract.targets import Contents, Source, Target
+from pipeline.store import lock
+from pipeline.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
     """
     began = time.perf_counter()
     keep_freed_memory()
-    # From the first store that is opened until the last is sealed a signal only sets a flag.
+    # From the first store that is opened until the last is closed a signal only sets a flag.
     with _stop_requested() as stopped, ExitStack() as stack:
         by_source: dict[int, list[Target]] = {}
         for target in targets:
@@ -122,7 +122,7 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
             record_failures(files.dataset, work.failures, policy_key(config.dataset.max_pixels))
             work.seconds["write"] += time.perf_counter() - write_began
         write_began = time.perf_counter()
-        stack.close()  # seals
+        stack.close()  # compacts
         work.seconds["write"] += time.perf_counter() - write_began
         work.loop_seconds = time.perf_counter() - began
         stopped()
@@ -143,10 +143,10 @@ def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
 
 @contextmanager
 def _opened(target: Target, lane: Lane, contents: Contents) -> Iterator[Output]:
-    """Open a target's store for writing; it is sealed in the end."""
-    canary = lane.embedder.canary[target.output]
-    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, canary=canary) as writer:
-        # The writer also knows the rows of a run that was killed before it could seal them.
+    """Open a target's store for writing; it is compacted in the end."""
+    probe = lane.embedder.probe[target.output]
+    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, probe=probe) as writer:
+        # The writer also knows the rows of a run that was killed before it could compact them.
         yield Output(target, writer, writer.missing(contents.digests) & ~contents.failed)
 
 
@@ -208,7 +208,10 @@ def _append(
     contents: Contents,
     work: Work,
 ) -> None:
-    """Store the vectors an output misses; one that is not finite is a failure of its image."""
+    """Store those of n vectors, float32 of shape (n, dim), that an output misses; one that is not finite is a failure of its image.
+
+    `numbers`, int64 of shape (n,), say which contents they are of.
+    """
     wanted = output.missing[numbers]
     storable = output.writer.storable(vectors)
     for place in np.flatnonzero(wanted & ~storable).tolist():

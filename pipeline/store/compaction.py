@@ -1,4 +1,4 @@
-"""Sealing: rows become segments, their places the table of the next snapshot, and what nobody needs any more goes."""
+"""Compaction: rows become segments, their places the table of the next snapshot, and what nobody needs any more goes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,39 @@ from numpy.typing import NDArray
 from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, canonical_json
-from pipeline.store.format import StoreType, compose
+from pipeline.store.format import SEGMENTS, TEMPORARY, Chunks, Composed, StoreType, compose
 from pipeline.store.opener import StoreFile, open_file
 from pipeline.store.reader import FeatureStore, generations, snapshot_path
-from pipeline.store.segment import SEGMENT_BYTES, SEGMENTS, TEMPORARY, SegmentEntry, compose_segment, split
-from pipeline.store.table import sorted_table
+from pipeline.store.table import SegmentEntry, sorted_table
 
+SEGMENT_BYTES = 1 << 30
+"""Most bytes of features in one segment."""
 SMALL_BYTES = SEGMENT_BYTES // 16
 MAX_SMALL = 16
-"""As many segments below `SMALL_BYTES` may pile up before a seal merges them."""
+"""As many segments below `SMALL_BYTES` may pile up before a run merges them."""
 COPY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one opened file that belong to the store's next state, in the order they have there."""
+    """Rows of one opened file, int64 of shape (n,), that belong to the store's next state, in the order they have there."""
 
     file: StoreFile
     rows: NDArray[np.int64]
 
     @property
     def content(self) -> Digests:
-        """Their digests, shape (n, 2)."""
+        """Their digests, uint64 of shape (n, 2)."""
         content: Digests = self.file.arrays["content"][self.rows]
         return content
+
+
+def compose_segment(store_type: StoreType, content: Digests, chunks: Chunks) -> Composed:
+    """Lay out a segment, or a group of the journal: n contents, uint64 of shape (n, 2), and in their order the features."""
+    rows = len(content)
+    arrays = {"content": np.ascontiguousarray(content, "<u8").reshape(rows, 2)}
+    bulk = (store_type.dtype, (rows, store_type.dim))
+    return compose("segment", store_type.attributes(rows), arrays, bulk, chunks)
 
 
 def write_segments(store: Path, store_type: StoreType, sources: Sequence[Rows]) -> list[SegmentEntry]:
@@ -45,25 +54,32 @@ def write_segments(store: Path, store_type: StoreType, sources: Sequence[Rows]) 
         return []
     content = np.concatenate([source.content for source in sources])
     entries = []
-    for start, stop in split(len(content), store_type, SEGMENT_BYTES):
-        pieces = _range(sources, start, stop)
-        composed = compose_segment(store_type, content[start:stop], lambda pieces=pieces: _chunks(pieces))  # type: ignore[misc]
-        entry = SegmentEntry(composed.digest, stop - start, composed.size)
+    step = max(1, SEGMENT_BYTES // store_type.row_bytes)
+    for start in range(0, len(content), step):
+        part = content[start : start + step]
+        stop = start + len(part)
+        composed = compose_segment(store_type, part, lambda start=start, stop=stop: _chunks(sources, start, stop))  # type: ignore[misc]
+        entry = SegmentEntry(composed.digest, len(part), composed.size)
         files.rename(files.write_temporary(store / TEMPORARY, composed.parts()), entry.path(store))
         entries.append(entry)
     return entries
 
 
-def compaction(entries: Sequence[SegmentEntry], adding: bool) -> tuple[list[SegmentEntry], list[SegmentEntry]]:
-    """Choose the segments to keep and those to merge: the small ones, when too many have piled up."""
-    small = [entry for entry in entries if entry.bytes < SMALL_BYTES]
-    if not adding or len(small) < MAX_SMALL:
-        return list(entries), []
-    return [entry for entry in entries if entry.bytes >= SMALL_BYTES], small
+def _chunks(sources: Sequence[Rows], start: int, stop: int) -> Iterator[NDArray[Any]]:
+    """Yield the features of rows `start` to `stop` of some sources, (k, dim) at a time, a few megabytes, checked."""
+    for source in sources:
+        rows = source.rows[max(0, start) : max(0, stop)]
+        start, stop = start - len(source.rows), stop - len(source.rows)
+        width = source.file.bulk.shape[1]
+        step = max(1, COPY_BYTES // (width * source.file.bulk.dtype.itemsize))
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            source.file.check_items(part, width)
+            yield source.file.bulk[part]
 
 
 def next_table(before: FeatureStore, entries: Mapping[SegmentEntry, StoreFile]) -> NDArray[np.uint64]:
-    """Return the sorted table of the next snapshot, of some opened segments in order; shape (4, n).
+    """Return the sorted table of the next snapshot, of some opened segments in order; uint64 of shape (4, n).
 
     What stays is taken from the table before, which is sorted already, so that only what is new has to be put in its place.
     """
@@ -95,17 +111,20 @@ def publish(
     identity: dict[str, Any],
     store_type: StoreType,
     segments: Sequence[SegmentEntry],
-    canary: NDArray[np.float32] | None,
+    probe: NDArray[np.float32] | None,
     lines: NDArray[np.uint64],
 ) -> None:
-    """Write the snapshot that follows another one, or the first; it counts from the moment its name appears."""
+    """Write the snapshot that follows another one, or the first; it counts from the moment its name appears.
+
+    `probe` are the probe vectors, float32 of shape (k, dim), and `lines` the table, uint64 of shape (4, n).
+    """
     generation, parent = (1, NO_PARENT) if before is None else (before.generation + 1, before.digest)
     arrays = {
         "segment_digest": np.frombuffer(bytes.fromhex("".join(s.digest for s in segments)), np.uint8).reshape(-1, 32),
         "segment_rows": np.array([entry.rows for entry in segments], "<u8"),
         "segment_bytes": np.array([entry.bytes for entry in segments], "<u8"),
         "identity_json": np.frombuffer(canonical_json(identity).encode("ascii"), np.uint8),
-        "canary": np.ascontiguousarray(np.zeros((0, store_type.dim)) if canary is None else canary, "<f4"),
+        "canary": np.ascontiguousarray(np.zeros((0, store_type.dim)) if probe is None else probe, "<f4"),
     }
     attributes = {**store_type.attributes(lines.shape[1]), "generation": generation, "parent": parent}
     composed = compose("snapshot", attributes, arrays, ("<u8", lines.shape), lambda: [lines])
@@ -134,26 +153,3 @@ def sweep(store: Path, keep: int) -> None:
     for path in (store / SEGMENTS).iterdir():
         if path.suffix == ".h5" and path.stem not in named:
             files.remove(path)
-
-
-def _range(sources: Sequence[Rows], start: int, stop: int) -> list[Rows]:
-    """Return rows `start` to `stop` of the concatenation of some sources."""
-    pieces = []
-    at = 0
-    for source in sources:
-        rows = source.rows[max(0, start - at) : max(0, stop - at)]
-        if len(rows):
-            pieces.append(Rows(source.file, rows))
-        at += len(source.rows)
-    return pieces
-
-
-def _chunks(sources: Sequence[Rows]) -> Iterator[NDArray[Any]]:
-    """Yield the features of some rows in order, a few megabytes at a time, checked."""
-    for source in sources:
-        width = source.file.bulk.shape[1]
-        step = max(1, COPY_BYTES // (width * source.file.bulk.dtype.itemsize))
-        for start in range(0, len(source.rows), step):
-            rows = source.rows[start : start + step]
-            source.file.check_items(rows, width)
-            yield source.file.bulk[rows]
