@@ -24,10 +24,8 @@ class ScanResult:
     index: DatasetIndex
     unchanged: bool
     """The index is the one that was there before, row for row."""
-    difference: Difference
-    """Images added, changed, removed and renamed since the last scan; all added at the first one."""
-    first: bool
-    """There was no index before."""
+    difference: Difference | None
+    """Images added, changed, removed and renamed since the last scan; None where there was no index before."""
     read: int
     """Files whose bytes were read."""
     copies: Copies
@@ -61,7 +59,7 @@ class ScanResult:
             ]
         if self.unchanged:
             lines.append("nothing changed since the last scan")
-        elif str(self.difference) and not self.first:
+        elif self.difference and str(self.difference):
             lines.append(f"since the last scan: {self.difference}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += self._pair_lines(self.copies.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})")
