@@ -790,10 +790,10 @@ class TestSeveralColumns:
         assert result.summary_lines()[:6] == [
             "20 images with 2 labels each: 16 train, 4 test",
             "  species: 2 classes",
-            "  cat: 8 train, 2 test",
-            "  dog: 8 train, 2 test",
+            "    cat: 8 train, 2 test",
+            "    dog: 8 train, 2 test",
             "  age: 3 classes",
-            "  Old: 4 train, 1 test",
+            "    Old: 4 train, 1 test",
         ]
         assert result.warnings == (
             "age: labels 'Old' and 'old' differ only in case or spaces; they are separate classes",

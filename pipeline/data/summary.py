@@ -53,10 +53,8 @@ class ScanResult:
         """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
         lines = [_headline(self.index)]
         for column, _, part in self.index.by_target(self.kinds):
-            lines += [
-                *([f"  {column}{len(part.classes):,} classes"] if column else []),
-                *_class_lines(class_counts(part)),
-            ]
+            lines += [f"  {column}{len(part.classes):,} classes"] * bool(column)
+            lines += [f"{'  ' * bool(column)}{line}" for line in _class_lines(class_counts(part))]
         if self.unchanged:
             lines.append("nothing changed since the last scan")
         elif self.difference and str(self.difference):
