@@ -55,7 +55,17 @@ class Classification:
         """How many numbers a head says of an image at most: one for each class."""
         return len(self.classes)
 
-    def encode(self, index: DatasetIndex) -> NDArray[np.int64]:
+    @staticmethod
+    def as_classes(index: DatasetIndex) -> DatasetIndex:
+        """Return the images under texts that a person would count them by: their labels."""
+        return index
+
+    @staticmethod
+    def in_words(index: DatasetIndex) -> str:
+        """Return what the images are told apart by, such as `in 3 classes`."""
+        return f"in {len(index.classes):,} classes"
+
+    def encode(self, index: DatasetIndex) -> NDArray[Any]:
         """Return y, shape (n,), int64: each image's place in `classes`; KeyError for a label that is none of them."""
         codes, names = encode(index.labels)
         place = {name: code for code, name in enumerate(self.classes)}
@@ -100,6 +110,10 @@ class Classification:
         """Return what an estimator is fitted on: y itself, shape (n,)."""
         return y
 
+    def told(self, said: NDArray[Any]) -> NDArray[Any]:
+        """Return y for what an estimator says: as it is."""
+        return said
+
     def settled(self, y: NDArray[np.int64], y_pred: NDArray[np.int64]) -> Classification:
         """Return the target with what answers out of fold tell of it: of classes nothing."""
         return self
@@ -139,6 +153,10 @@ class Classification:
         probabilities = np.zeros((len(raw), self.width))
         probabilities[:, estimator.classes_] = raw if calibrated is None else calibrated
         return codes, probabilities
+
+    def counted_as(self, label: str) -> str:
+        """Return what predictions are counted by: the label."""
+        return str(label)
 
     def csv_columns(self, top: int) -> list[str]:
         """Return the names of a prediction's cells: its label and probability, then those of the next likely ones."""

@@ -23,7 +23,7 @@ from pipeline.data.sources import list_source
 from pipeline.data.splits import make_test_split, prior_sides
 from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
-from pipeline.data.targets import TARGETS
+from pipeline.data.targets import TARGETS, countable
 from pipeline.errors import DatasetError, first
 from pipeline.images import policy_key
 
@@ -189,7 +189,13 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
 def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig, kind: str) -> str | None:
     """Say why the labels of a column cannot be classes, or ask whether they are meant as such."""
     if kind not in ("auto", "classification"):
-        return None if kind in TARGETS else unknown("target", kind, ["auto", *TARGETS])
+        if kind not in TARGETS:
+            return unknown("target", kind, ["auto", *TARGETS])
+        try:
+            target = TARGETS[kind].of(index)
+            return target.problem(target.encode(index))
+        except DatasetError as error:
+            return "; ".join([error.message, *error.problems])
     classes, images = index.classes, len(index)
     if len(classes) < 2:
         hint = ""
@@ -213,9 +219,7 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig,
     except ValueError:
         numbers = np.array([])
     if len(numbers) and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
-        question = (
-            "is this a number to predict? Heads tell classes apart; cut it into a few ranges and give those as labels"
-        )
+        question = "is this a number to predict? Then set dataset.target: regression"
     elif images < 1.5 * len(classes):
         question = "are these the labels, or names of the images?"
     else:
@@ -229,7 +233,7 @@ def _such(classes: Sequence[str], images: int) -> str:
 
 def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
     """Labels that a person would take for one: they differ in case or spaces only."""
-    for column, _, part in index.by_target(kinds):
+    for column, _, part in countable(index, kinds):
         alike: dict[str, list[str]] = defaultdict(list)
         for name in part.classes:
             alike[" ".join(name.casefold().split())].append(name)
@@ -239,7 +243,7 @@ def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
 
 
 def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
-    for column, kind, part in index.by_target(kinds):
+    for column, _, part in countable(index, kinds):
         if empty := len(index) - len(part):
             yield f"{column}{empty:,} images have no label, and are left out where it is learned"
         counts = class_counts(part)
@@ -248,7 +252,7 @@ def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
             yield f"{column}no training images in {_some(without)}: no head can learn {'it' if len(without) == 1 else 'them'}"
         untested = [name for name, count in counts.items() if not count["test"]]
         if len(untested) == len(counts):
-            yield column + (missing_side(part, [kind]) or "no image is left for the test")
+            yield column + (missing_side(part) or "no image is left for the test")
         elif untested:
             yield f"{column}no test images in {_some(untested)}"
     both = sorted(_groups(index, "train", "validation") & _groups(index, "test"))

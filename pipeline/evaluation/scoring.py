@@ -125,6 +125,8 @@ def _scored(metric: Metric, predictions: Predictions, seed: int) -> tuple[float,
         return metric.score(predictions), _class_mean_interval(metric, predictions)
     if metric.mean_of_images and not metric.bounded:
         return _mean_interval(metric, predictions)
+    if metric.function is not None and not metric.per_class:
+        return _distance_interval(metric, predictions)
     return _resampled(metric, predictions, seed)
 
 
@@ -134,6 +136,19 @@ def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Int
     mean = float(losses.mean())
     half = critical(predictions.units) * float(losses.std(ddof=1)) / np.sqrt(len(losses)) if len(losses) > 1 else np.inf
     return mean, (max(0.0, mean - half), mean + half)
+
+
+def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
+    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0.
+
+    The standard error is the jackknife's, of what leaving out units changes.
+    """
+    added, sign = metric.contributions(predictions), 1 if metric.higher_is_better else -1
+    score = metric.score(predictions)
+    distance = max(metric.high - score, 1e-12)
+    factor = np.exp(critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added)) / distance)
+    low, high = sorted(sign * (metric.high - distance * end) for end in (factor, 1 / factor))
+    return sign * score, (low, high)
 
 
 def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:

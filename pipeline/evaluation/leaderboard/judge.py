@@ -150,8 +150,11 @@ def margin(metric: Metric, best: float, images: int) -> float:
     """Return what a row of the no-evidence group may at most be behind the best to be recommended for being simpler.
 
     Half of the best row's error, as 5 points at 99.5 % are ten times the errors, and never more than `LARGEST_MARGIN`. An error
-    that no image shows counts as one image. best : its score out of fold, higher being better
+    that no image shows counts as one image. Of an error in the units of a number it is that share of the error.
+    best : its score out of fold, higher being better
     """
+    if metric.in_units:
+        return LARGEST_MARGIN * (metric.high - best)
     return min(LARGEST_MARGIN, SHARE_OF_THE_ERROR * max(metric.high - best, 1 / images))
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from tabulate import tabulate
 
-from pipeline.evaluation import ACCURACY
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
 from pipeline.evaluation.leaderboard.table import Leaderboard, cross_validated
 
@@ -46,10 +45,10 @@ def _cells(name: str, board: Leaderboard) -> tuple[str, ...]:
 
 
 def _tested(board: Leaderboard, row: LeaderboardRow | None) -> str:
-    """Return a row's test score in what it was tuned for, else its accuracy."""
+    """Return a row's test score in what it was tuned for, else in what the test is told by."""
     if row is None or row.test is None:
         return "–"
-    metric = board.metric if None not in row.test.of(board.metric) else ACCURACY
+    metric = board.metric if None not in row.test.of(board.metric) else board.told_by
     value, interval = row.test.of(metric)
     if value is None or interval is None:
         return "–"

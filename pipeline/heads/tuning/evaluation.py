@@ -116,7 +116,8 @@ def generic(problem: Problem, fold: int, prepared: Any, params: Params) -> FoldO
     pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes))
     pipeline = problem.head.fit(pipeline, X_train, problem.learned(train))
     fitted = time.perf_counter()
-    return FoldOutcome(*target.answers(pipeline, X), fitted - start, score_seconds=time.perf_counter() - fitted)
+    predictions, scores, kind = target.answers(pipeline, X)
+    return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted)
 
 
 GENERIC = Evaluator(generic)

@@ -179,5 +179,6 @@ def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> 
         }
         used |= smaller_caches(pipeline, problem.work_bytes)
         kept = {key: params[key] for key in used}
-        fitted = problem.head.fit(pipeline.set_params(**used), X, y).set_params(**kept)
+        fitted = problem.head.fit(pipeline.set_params(**used), X, y)
+        fitted.set_params(**{key: kept[key] for key in kept.keys() & fitted.get_params()})
         return fitted if projection is None else projection.before(fitted)

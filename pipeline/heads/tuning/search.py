@@ -110,7 +110,7 @@ def tune(
         book.close()
     promised = Promise.of(best, training)
     fitted = fit_as_promised(
-        fits.problem, best.params, target.learned(given), fits.jobs, METRICS[tuning.scoring], promised
+        fits.problem, best.params, narrowed.learned(given), fits.jobs, METRICS[tuning.scoring], promised
     )
     return TuningRun(
         classes=classes,
