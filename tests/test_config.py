@@ -66,7 +66,7 @@ tuning: {trials: ten, scoring: acuracy}
         "dataset.test_fraction: input should be less than 1, got 1.5",
         "backbones.0.weigths: unknown key, did you mean 'weights'?; "
         "allowed: name, weights, layers, pooling, arguments, preprocessing",
-        "baselines: unknown baseline 'pixel', did you mean 'pixels'?; allowed: majority, pixels, hog",
+        "baselines: unknown baseline 'pixel', did you mean 'pixels'?; allowed: majority, mean, pixels, hog",
         "heads.0.name: unknown head 'logistic_regresion', did you mean 'logistic_regression'?; allowed: "
         + ", ".join(HEADS)
         + ", or package.module:ATTRIBUTE",
@@ -278,7 +278,6 @@ def test_the_columns_of_a_manifest_are_named_with_it_alone(tmp_path: Path) -> No
     (_, problem) = problems_of(tmp_path, GOOD, "dataset.root=x", "dataset.label_columns=[a]")
     assert problem == "dataset: root and label_columns: for source 'manifest' alone, and the source is 'digits'"
     for columns, told in {
-        "[a, split]": "the index has a split of its own; rename that column",
         "[a, a]": "a column is given twice: a, a",
         "[]": "expected at least one, got an empty list",
     }.items():

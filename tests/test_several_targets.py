@@ -22,26 +22,27 @@ from pipeline.experiment import Artifacts
 from pipeline.images import open_file
 from pipeline.stages import extract, predict, targets
 
-SPECIES, PLACE = "species", "place/../x"
+SPECIES, PLACE, SIZE = "species", "place/../x", "size"
 """The name of a column may hold what no folder may be called."""
 
 
 def make_config(root: Path, **dataset: object) -> Config:
     photos = make_photos(root / "photos")
-    lines = [f"file,{SPECIES},{PLACE}"]
+    lines = [f"file,{SPECIES},{PLACE},{SIZE}"]
     for path in sorted(photos.glob("*/*.png")):
         label, number = path.parent.name, int(path.stem)
         place = "" if number % 4 == 3 else ["sea", "land"][label == "leaf"]
-        lines.append(f'"{path}","{label}",{place}')
+        size = {"leaf": 0.5, "土": 3}.get(label, 7) + number / 100
+        lines.append(f'"{path}","{label}",{place},{size:.2f}')
     (root / "list.csv").write_text("\n".join(lines), encoding="utf-8")
     manifest = {
         "source": "manifest", "path": str(root / "list.csv"), "root": str(photos), "path_column": "file",
-        "label_columns": [SPECIES, PLACE], **dataset,
+        "label_columns": [SPECIES, PLACE, SIZE], "target": {SIZE: "regression"}, **dataset,
     }  # fmt: skip
     raw = {
         "output": str(root / "output"), "dataset": manifest,
         "backbones": [{"name": "resnet18", "preprocessing": {"resize": 32, "crop": 32}}],
-        "baselines": ["majority", "pixels"], "heads": ["nearest_centroid"], "tuning": {"trials": 2, "folds": 3},
+        "baselines": ["majority", "pixels"], "heads": ["nearest_centroid", "ridge"], "tuning": {"trials": 2, "folds": 3},
     }  # fmt: skip
     return configuration.parse(raw, "test")
 
@@ -59,18 +60,20 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, str]:
 def test_each_target_is_an_experiment_on_the_same_split_and_store(several: tuple[Config, str]) -> None:
     files = Artifacts(several[0].output)
     whole, each = DatasetIndex.read(files.dataset), files.each_target()
-    assert list(each) == [SPECIES, PLACE]
-    assert sorted(path.name for path in files.root.joinpath("targets").iterdir()) == ["place%2F%2E%2E%2Fx", "species"]
+    assert list(each) == [SPECIES, PLACE, SIZE]
+    assert sorted(path.name for path in files.root.joinpath("targets").iterdir()) == [
+        "place%2F%2E%2E%2Fx",
+        "size",
+        "species",
+    ]
     assert not files.leaderboard.exists()
-    for name, images in ((SPECIES, 36), (PLACE, 27)):
+    for name, images, own in ((SPECIES, 36, "nearest_centroid"), (PLACE, 27, "nearest_centroid"), (SIZE, 36, "ridge")):
         index = DatasetIndex.read(Artifacts(each[name]).dataset)
         assert (len(index), index.names) == (images, ("label",))
         assert index.splits.tolist() == whole.rows(whole.column(name) != "").splits.tolist()
         board = read_leaderboard(each[name])
-        assert {row.key for row in board.rows} >= {
-            "resnet18-random-penultimate/nearest_centroid",
-            "majority/most_frequent",
-        }
+        assert f"resnet18-random-penultimate/{own}" in {row.key for row in board.rows}
+        assert board.scoring == ("mae" if name == SIZE else "accuracy")
         assert pipeline.load(each[name], embedding="pixels").X.shape == (images, 768)
     stores = {json.loads(Artifacts(root).features.read_text())["embeddings"][0]["digest"] for root in each.values()}
     assert len(stores) == 1
@@ -85,8 +88,9 @@ def test_the_end_is_a_table_over_the_targets(several: tuple[Config, str]) -> Non
     cells = [cell.strip() for cell in row if cell.strip()]
     best = read_leaderboard(files.target(PLACE)).best
     assert best.test is not None
-    assert cells[:3] == [PLACE, str(len(DatasetIndex.read(files.target(PLACE) / "dataset").select("train"))), best.key]
-    assert cells[4].startswith(f"{100 * best.test.accuracy:.1f} [")
+    assert cells[:2] == [PLACE, str(len(DatasetIndex.read(files.target(PLACE) / "dataset").select("train")))]
+    assert cells[3].startswith(f"{100 * best.test.accuracy:.1f} [")
+    assert cells[5] == best.key
     page = (files.root / "report.html").read_text(encoding="utf-8")
     assert '<a href="targets/place%252F%252E%252E%252Fx/report.html">place/../x</a>' in page
     assert best.key in page
@@ -100,7 +104,7 @@ def test_a_target_goes_on_as_an_experiment_of_its_own(several: tuple[Config, str
     assert run.scan.unchanged
     assert run.pending == 0
     printed = CliRunner().invoke(cli, ["heads", str(files.target(SPECIES) / "config.yaml")]).output
-    assert "3 of 3 rows were finished before and kept." in printed
+    assert "4 of 4 rows were finished before and kept." in printed
     assert "==" not in printed
 
 
@@ -118,16 +122,16 @@ def test_one_predict_fills_all_columns_and_reads_each_image_once(
     with (tmp_path / "all.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == [
-        "path", "status", SPECIES, f"{SPECIES}_probability", f"{SPECIES}_label_2", f"{SPECIES}_probability_2",
-        PLACE, f"{PLACE}_probability", f"{PLACE}_label_2", f"{PLACE}_probability_2",
+        "path", "status", SPECIES, f"{SPECIES}_probability", f"{SPECIES}_2", f"{SPECIES}_probability_2",
+        PLACE, f"{PLACE}_probability", f"{PLACE}_2", f"{PLACE}_probability_2", SIZE, f"{SIZE}_low", f"{SIZE}_high", f"{SIZE}_note",
     ]  # fmt: skip
-    for start, name in ((2, SPECIES), (6, PLACE)):
+    for start, name in ((2, SPECIES), (6, PLACE), (10, SIZE)):
         alone = predict.run(Artifacts(output).target(name), [photos], output=tmp_path / "one.csv", top=2)
         with (tmp_path / "one.csv").open(encoding="utf-8", newline="") as file:
             assert [row[:2] + row[start : start + 4] for row in rows] == list(csv.reader(file))[1:]
         assert result.labels[name] == alone.labels[""]
     assert result.unreadable == 1
-    assert [row[2:] for row in rows if row[1] != "ok"] == [[""] * 8]
+    assert [row[2:] for row in rows if row[1] != "ok"] == [[""] * 12]
 
 
 def test_one_column_leaves_no_list_of_targets(tmp_path: Path) -> None:
@@ -135,12 +139,16 @@ def test_one_column_leaves_no_list_of_targets(tmp_path: Path) -> None:
     extract.run(config)
     files = Artifacts(config.output)
     assert files.targets.exists()
-    extract.run(make_config(tmp_path, label_columns=[SPECIES]))
+    extract.run(make_config(tmp_path, label_columns=[SPECIES], target="auto"))
     assert files.each_target() == {}
 
 
 def test_kinds_are_of_columns_that_there_are(tmp_path: Path) -> None:
     config = make_config(tmp_path, target={PLACE: "classification"})
-    assert [alone.dataset.target for alone in targets.experiments(config).values()] == ["auto", "classification"]
+    assert [alone.dataset.target for alone in targets.experiments(config).values()] == [
+        "auto",
+        "classification",
+        "auto",
+    ]
     with pytest.raises(PipelineError, match=r"dataset: target: unknown column 'specie', did you mean 'species'\?"):
         make_config(tmp_path, target={"specie": "classification"})

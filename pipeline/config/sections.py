@@ -147,8 +147,9 @@ class DatasetConfig(Section):
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
     target: str | dict[str, str] = "auto"
-    """What is said of an image, for all columns of labels or by their names: `classification` is one class; `auto` is that too,
-    but stops where labels look like a number to predict, like several labels, or like a name for every image."""
+    """What is said of an image, for all columns of labels or by their names: `classification` is one class, `regression` a number,
+    several where there are several columns; `auto` is one class too, but stops where labels look like a number to predict, like
+    several labels, or like a name for every image."""
 
     @field_validator("target")
     @classmethod
@@ -179,8 +180,8 @@ class DatasetConfig(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         """What each column of labels is said to be; one word where there is one target, also where several columns are its labels."""
-        if self.target == "multilabel" and self.label_separator is None:
-            return ("multilabel",)
+        if self.target in ("multilabel", "regression") and self.label_separator is None:
+            return (str(self.target),)
         if self.target == "auto" and self.label_separator is not None and len(self.label_columns) == 1:
             return ("multilabel",)
         words = self.target if isinstance(self.target, dict) else dict.fromkeys(self.label_columns, self.target)
@@ -189,9 +190,6 @@ class DatasetConfig(Section):
     @field_validator("label_columns")
     @classmethod
     def _can_stand_side_by_side(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        taken = sorted({*value} & {"path", "split", "group", "digest", "size"})
-        if len(value) > 1 and taken:
-            raise ValueError(f"the index has a {' and a '.join(taken)} of its own; rename that column")
         if len({*value}) < len(value):
             raise ValueError(f"a column is given twice: {', '.join(value)}")
         return value

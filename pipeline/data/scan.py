@@ -17,13 +17,13 @@ from pipeline.data.failures import Failure, noticed, read_failures, record_failu
 from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
 from pipeline.data.listing import Listing
-from pipeline.data.match import Difference, Texts, difference, texts
+from pipeline.data.match import Texts, difference, texts
 from pipeline.data.reading import incomplete_jpegs, read_digests
 from pipeline.data.sources import list_source
 from pipeline.data.splits import make_test_split, prior_sides
 from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
-from pipeline.data.targets import TARGETS
+from pipeline.data.targets import TARGETS, countable
 from pipeline.errors import DatasetError, first
 from pipeline.images import policy_key
 
@@ -81,8 +81,9 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     return ScanResult(
         index=index,
         unchanged=unchanged,
-        difference=_since(before.index, index),
-        first=before.index is None,
+        difference=None
+        if (old := before.index) is None
+        else difference(old.paths, old.digests, index.paths, index.digests),
         read=read,
         copies=copies,
         leak_policy=config.leaks,
@@ -136,14 +137,12 @@ def _read_changed(
     if rehash:
         known[:] = False
     pending = np.flatnonzero(~known)
-    reading = read_digests(listing.root, paths[pending].tolist())
-    digests[pending], stats[pending] = reading.digests, reading.stats
-    known[pending] = reading.ok
+    known[pending], digests[pending], stats[pending], failures = read_digests(listing.root, paths[pending].tolist())
     splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
     groups = texts(listing.groups) if listing.groups is not None else None
     labels = texts(listing.labels) if len(listing.names) == 1 else np.array(listing.labels, dtype=object)
     index = DatasetIndex(listing.root, paths, labels, splits, groups, digests, stats[:, 0], listing.names).rows(known)
-    return index, stats[known], reading.failures, len(pending)
+    return index, stats[known], failures, len(pending)
 
 
 def _split(
@@ -168,12 +167,6 @@ def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> lis
     ]
 
 
-def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
-    if old is None:
-        return Difference(added=len(new))
-    return difference(old.paths, old.digests, new.paths, new.digests)
-
-
 def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:
     """Refuse data that nothing can be learned from, with the likely reason."""
     origin = config.path if config.source == "manifest" else listing.root
@@ -196,7 +189,13 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
 def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig, kind: str) -> str | None:
     """Say why the labels of a column cannot be classes, or ask whether they are meant as such."""
     if kind not in ("auto", "classification"):
-        return None if kind in TARGETS else unknown("target", kind, ["auto", *TARGETS])
+        if kind not in TARGETS:
+            return unknown("target", kind, ["auto", *TARGETS])
+        try:
+            target = TARGETS[kind].of(index)
+            return target.problem(target.encode(index))
+        except DatasetError as error:
+            return "; ".join([error.message, *error.problems])
     classes, images = index.classes, len(index)
     if len(classes) < 2:
         hint = ""
@@ -220,9 +219,7 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig,
     except ValueError:
         numbers = np.array([])
     if len(numbers) and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
-        question = (
-            "is this a number to predict? Heads tell classes apart; cut it into a few ranges and give those as labels"
-        )
+        question = "is this a number to predict? Then set dataset.target: regression"
     elif images < 1.5 * len(classes):
         question = "are these the labels, or names of the images?"
     else:
@@ -236,7 +233,7 @@ def _such(classes: Sequence[str], images: int) -> str:
 
 def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
     """Labels that a person would take for one: they differ in case or spaces only."""
-    for column, _, part in index.by_target(kinds):
+    for column, _, part in countable(index, kinds):
         alike: dict[str, list[str]] = defaultdict(list)
         for name in part.classes:
             alike[" ".join(name.casefold().split())].append(name)
@@ -246,7 +243,7 @@ def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
 
 
 def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
-    for column, kind, part in index.by_target(kinds):
+    for column, _, part in countable(index, kinds):
         if empty := len(index) - len(part):
             yield f"{column}{empty:,} images have no label, and are left out where it is learned"
         counts = class_counts(part)
@@ -255,7 +252,7 @@ def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
             yield f"{column}no training images in {_some(without)}: no head can learn {'it' if len(without) == 1 else 'them'}"
         untested = [name for name, count in counts.items() if not count["test"]]
         if len(untested) == len(counts):
-            yield column + (missing_side(part, [kind]) or "no image is left for the test")
+            yield column + (missing_side(part) or "no image is left for the test")
         elif untested:
             yield f"{column}no test images in {_some(untested)}"
     both = sorted(_groups(index, "train", "validation") & _groups(index, "test"))

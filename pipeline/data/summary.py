@@ -12,6 +12,7 @@ from pipeline.data.failures import REMARKS, Failure, shown
 from pipeline.data.index import SPLITS, DatasetIndex
 from pipeline.data.leaks import Copies, Pair
 from pipeline.data.match import Difference, encode
+from pipeline.data.targets import TARGETS, countable, kind_of
 
 EXAMPLES = 3
 CLASSES_SHOWN = 12
@@ -24,10 +25,8 @@ class ScanResult:
     index: DatasetIndex
     unchanged: bool
     """The index is the one that was there before, row for row."""
-    difference: Difference
-    """Images added, changed, removed and renamed since the last scan; all added at the first one."""
-    first: bool
-    """There was no index before."""
+    difference: Difference | None
+    """Images added, changed, removed and renamed since the last scan; None where there was no index before."""
     read: int
     """Files whose bytes were read."""
     copies: Copies
@@ -53,15 +52,13 @@ class ScanResult:
 
     def summary_lines(self) -> list[str]:
         """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
-        lines = [_headline(self.index)]
-        for column, _, part in self.index.by_target(self.kinds):
-            lines += [
-                *([f"  {column}{len(part.classes):,} classes"] if column else []),
-                *_class_lines(class_counts(part)),
-            ]
+        lines = [_headline(self.index, self.kinds)]
+        for column, kind, part in countable(self.index, self.kinds):
+            lines += [f"  {column}{_in_words(self.index.only(column[:-2]), kind)}"] if column else []
+            lines += [f"{'  ' * bool(column)}{line}" for line in _class_lines(class_counts(part))]
         if self.unchanged:
             lines.append("nothing changed since the last scan")
-        elif str(self.difference) and not self.first:
+        elif self.difference and str(self.difference):
             lines.append(f"since the last scan: {self.difference}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += self._pair_lines(self.copies.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})")
@@ -111,7 +108,7 @@ def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto
 
     One line where the images do not allow so many folds at all: then there are as many as they allow.
     """
-    return [f"{column}{line}" for column, _, part in index.by_target(kinds) for line in _fold_warnings(part, folds)]
+    return [f"{column}{line}" for column, _, part in countable(index, kinds) for line in _fold_warnings(part, folds)]
 
 
 def _fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
@@ -151,7 +148,7 @@ def missing_side(index: DatasetIndex, kinds: Sequence[str] = ("auto",)) -> str |
 
     A test set that was to be made may be empty: no class had a group, or a content, to spare.
     """
-    return next((column + lack for column, _, part in index.by_target(kinds) if (lack := _missing_side(part))), None)
+    return next((column + lack for column, _, part in countable(index, kinds) if (lack := _missing_side(part))), None)
 
 
 def _missing_side(index: DatasetIndex) -> str | None:
@@ -186,13 +183,17 @@ def _why_no_test(train: DatasetIndex) -> str:
     return f"no class has more than {most} distinct images; add images, or set dataset.test_fraction above {0.5 / most:.2f}"
 
 
-def _headline(index: DatasetIndex) -> str:
+def _in_words(index: DatasetIndex, kind: str) -> str:
+    return TARGETS[kind_of(kind)].in_words(index.rows(index.has_labels(kind)))
+
+
+def _headline(index: DatasetIndex, kinds: Sequence[str]) -> str:
     codes, names = encode(index.splits)
     counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
-    if len(index.names) > 1:
-        return f"{len(index):,} images with {len(index.names)} labels each: {parts}"
-    return f"{len(index):,} images in {len(index.classes):,} classes: {parts}"
+    if len(kinds) > 1:
+        return f"{len(index):,} images with {len(kinds)} labels each: {parts}"
+    return f"{len(index):,} images {_in_words(index, kinds[0])}: {parts}"
 
 
 def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -178,7 +178,7 @@ def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
         ]
     changes = []
     if not found.unchanged:
-        what = str(found.difference) or "labels, splits, groups or the folder changed"
+        what = str(found.difference or "") or "labels, splits, groups or the folder changed"
         changes.append(f"since the last `manyheads features`: {what}; run it again")
     if found.failures:
         changes.append(f"{len(found.failures):,} files cannot be used; `manyheads check` says why")

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, tee
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ class PredictRun:
             name = f"{target}: " if target else ""
             lines.append(f"{name}{sum(labels.values()):,} images labelled by {self.bundles[target]}")
             counts = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
-            lines += [f"  {label}: {count:,}" for label, count in counts]
+            lines += [f"  {label}: {count:,}" for label, count in counts if label]
         if self.unreadable:
             lines.append(f"{self.unreadable:,} images could not be read; their `status` says why")
         lines += self.passed_over
@@ -70,8 +71,9 @@ class PredictRun:
         return [*lines, f"written to {self.output}"]
 
 
-Said = tuple[str | None, NDArray[np.float64] | None]
-"""A label and the probabilities of all, of shape (n_classes,); None where the image could not be read, or the head has none."""
+Said = tuple[Any, NDArray[np.float64] | None]
+"""A label, a number or several, and the probabilities of all labels, of shape (width,); None where the image could not be read, or
+the head has none."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ def run(
                 header = "" if done else csv_header(targets, top)
                 file.add((header + to_csv(rows, targets, top)).encode())
                 for row in rows:
-                    for target, (label, _) in zip(heads, row.said, strict=False):
-                        labels[target][str(label)] += 1
+                    for (name, kind), (label, _) in zip(targets.items(), row.said, strict=False):
+                        labels[name][kind.counted_as(label)] += 1
                 done += len(rows)
                 unread_rows = [f"{row.path}: {row.status}" for row in rows if not row.said]
                 unreadable += len(unread_rows)
@@ -260,7 +262,9 @@ def csv_header(targets: Mapping[str, Target], top: int) -> str:
     cells = ["path", "status"]
     for name, target in targets.items():
         first, *others = target.csv_columns(top)
-        cells += [name, *(f"{name}_{other}" for other in others)] if name else [first, *others]
+        cells += (
+            [name, *(f"{name}_{other.removeprefix(f'{first}_')}" for other in others)] if name else [first, *others]
+        )
     return _lines([cells])
 
 
@@ -302,7 +306,7 @@ def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], mode
         labels, probabilities = model.bundle.predict(np.concatenate(blocks, axis=1))
         for place, row in enumerate(next(part for part in parts if part is not None).rows.tolist()):
             of_all = None if probabilities is None else probabilities[place]
-            said.setdefault(row, []).append((str(labels[place]), of_all))
+            said.setdefault(row, []).append((labels[place], of_all))
     for row in range(len(batch.items)):
         path = shown(next(given))
         if row in said:
