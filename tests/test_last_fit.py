@@ -383,7 +383,7 @@ def test_a_row_with_a_bad_fit_is_neither_compared_nor_recommended(tmp_path):
 
 
 def test_the_page_shows_marks_beside_the_rows_and_their_sentences_above_the_table(tmp_path):
-    page = section("leaderboard", SimpleNamespace(leaderboard=BOARD, output=tmp_path), {})
+    page = section("leaderboard", SimpleNamespace(leaderboard=BOARD, output=tmp_path))
     for mark in ("refitted", "warnings", "bad fit", "test above", "test below"):
         assert f'<span class="tag orange">{mark}</span>' in page
     callout = page.partition('<p class="callout warn">')[2].partition("</p>")[0]

@@ -72,7 +72,7 @@ def test_rows_on_other_images_are_ranked_apart_and_never_win():
     assert "99.0 ± 1.0" in tables[1]
     assert "\\*" not in "".join(tables)
     assert board.to_text().count("Ranked apart, on other images: heads on a fine-tuned network") == 2
-    page = section("leaderboard", material(board.rows), {})
+    page = section("leaderboard", material(board.rows))
     assert page.count("<table>") == 3
     assert "99.5" not in page
     assert Leaderboard.from_json(board.to_json()) == board
@@ -522,7 +522,7 @@ def test_leaks_stand_above_the_table(gathered: Material, page: str):
         f"Leak: 3 of 60 test images are nearly the same as a training image; on the other test images {best.key} has "
         f"50.0 % in place of {100 * best.test.accuracy:.1f} %."
     )
-    page = section("leaderboard", dataclasses.replace(gathered, leaderboard=leaking), {})
+    page = section("leaderboard", dataclasses.replace(gathered, leaderboard=leaking))
     for text, table in ((page, "<table>"), (leaking.to_text(), "embedding "), (leaking.to_markdown(), "| embedding")):
         assert (
             text.index(line) < text.index("same `group`, a column of a manifest (path,label,group)") < text.index(table)
@@ -589,7 +589,7 @@ def test_uneven_classes_are_shown_with_and_without_prior_correction(gathered: Ma
     assert after.test is not None
     assert after.test.macro_f1 == 1.0
     assert effects(board, found) == ()
-    text = section("classes", dataclasses.replace(gathered, predictions={board.best.key: uneven}), {"confusion": ""})
+    text = section("classes", dataclasses.replace(gathered, predictions={board.best.key: uneven}))
     assert "Uneven classes" in text
     assert "prior correction: every class taken as equally likely" in text
 
@@ -715,7 +715,7 @@ def test_nested_and_seeds_are_columns_only_on_request_and_survive_json():
     assert "92.0 ± 2.8" in text
     assert "gives 65.0 [" in text
     assert "seeds 3 to 4" in text
-    for made in (text, board.to_markdown(), section("leaderboard", material(rows), {})):
+    for made in (text, board.to_markdown(), section("leaderboard", material(rows))):
         assert "80.0 [" in made
 
 

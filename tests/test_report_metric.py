@@ -234,7 +234,7 @@ def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():
     gap = Difference(rows[1].key, 0.1, (0.02, 0.18), 0.01, False, paired, None)
     best = Difference(rows[0].key, 0.0, (0.0, 0.0), 1.0, True)
     found = material(rows, provenance={"scoring": "log_loss"}, verdict=Verdict((best, gap), rows[0].key, ""))
-    text = words(section("difference", found, {"leaderboard": ""}))
+    text = words(section("difference", found))
     assert "+0.100 [+0.020, +0.180] 0.010 +0.100 [-∞, +0.250] 0.040" in text
 
 
@@ -263,9 +263,7 @@ def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():
 def test_the_luck_of_the_trials_is_said_of_those_it_is_known_of(trials, luck, finished, said, scoring, amount):
     best = row("ridge", 0.9, trials=trials)
     verdict = Verdict((), best.key, "", Optimism(2, 0.9, 0.89, (0.8, 0.95)), luck, finished)
-    text = words(
-        section("difference", material([best], None, {"scoring": scoring}, None, verdict), {"leaderboard": ""})
-    )
+    text = words(section("difference", material([best], None, {"scoring": scoring}, None, verdict)))
     assert text.partition("once the luck of having been picked is taken off.")[2] == said.format(amount)
 
 

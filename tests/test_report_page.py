@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from report_experiment import material, row, words
 
 from pipeline import evaluation as metrics
+from pipeline.data.targets import TARGETS
 from pipeline.evaluation import HeadPredictions, Predictions
 from pipeline.evaluation.leaderboard import Nested
 from pipeline.report import sections
 from pipeline.report.charts import accuracy_chart, priced
 from pipeline.report.confusion import confusion_chart, left_out, most_confused
-from pipeline.report.drawing import to_svg
+from pipeline.report.drawing import figure, to_svg
 from pipeline.report.names import shorten_all
 from pipeline.report.page import section
 
@@ -46,6 +47,16 @@ class Table(HTMLParser):
 
 def trials(count: int = 3):
     return tuple({"mean": 0.5 + 0.01 * number, "status": "ok"} for number in range(count))
+
+
+# Sections
+
+
+def test_a_page_has_the_sections_that_serve_its_target():
+    assert {target for part in sections.SECTIONS for target in part.targets} == set(TARGETS)
+    found = material([row("ridge", 0.9)])
+    assert [part.name for part in sections.shown(found)] == ["header", "leaderboard", "difference", "cost", "reproduce"]
+    assert sections.shown(material([row("ridge", 0.9)], provenance={"target": "sound"})) == {}
 
 
 # Names
@@ -117,7 +128,7 @@ def test_of_many_classes_the_most_confused_are_drawn_and_the_rest_is_said():
 def class_by_class(truth, guess, classes) -> str:
     said = Predictions.of(truth, guess, classes, paths=np.arange(len(truth)).astype(str))
     found = material([row("ridge", 0.9)], predictions=HeadPredictions(said))
-    return section("classes", found, {"confusion": ""})
+    return section("classes", found)
 
 
 def test_of_many_classes_the_worst_come_first_and_all_are_on_the_page():
@@ -161,17 +172,15 @@ def test_the_cost_chart_says_which_rows_it_leaves_out_and_why():
 
 
 def cost(rows) -> str:
-    return words(section("cost", material(rows), {"cost": ""}))
+    return words(section("cost", material(rows)))
 
 
 @pytest.mark.parametrize(("count", "said"), [(10, False), (12, True)])
 def test_the_tuning_chart_says_how_many_searches_it_leaves_out(count: int, said: bool):
     rows = [row("ridge", 0.9 - 0.01 * place, embedding=f"net{place:02d}") for place in range(count)]
     found = material(rows, {item.key: trials() for item in rows})
-    assert set(re.findall(r">(net\d+)/ridge<", to_svg(sections.charts_of(found)["tuning"], "tuning"))) == {
-        f"net{place:02d}" for place in range(10)
-    }
-    text = section("tuning", found, {"tuning": ""})
+    text = section("tuning", found)
+    assert set(re.findall(r">(net\d+)/ridge<", text)) == {f"net{place:02d}" for place in range(10)}
     sentence = (
         f"Drawn are the 10 best searches of {count}, as many as there are colours to tell apart; the table has all."
     )
@@ -182,7 +191,7 @@ def test_the_tuning_chart_says_how_many_searches_it_leaves_out(count: int, said:
 @pytest.mark.parametrize(("count", "said"), [(30, False), (41, True)])
 def test_a_leaderboard_too_long_to_draw_says_so(count: int, said: bool):
     rows = [row(f"head{place}", 0.9 - place / 100) for place in range(count)]
-    text = words(section("difference", material(rows), {"leaderboard": ""}))
+    text = words(section("difference", material(rows)))
     assert ("Drawn are the 30 best rows of 41, for want of room; the tables have all." in text) == said
 
 
@@ -192,7 +201,7 @@ def test_a_leaderboard_too_long_to_draw_says_so(count: int, said: bool):
 def test_every_row_of_the_tuning_table_is_named_by_head_and_embedding():
     names = ("resnet18-penultimate", "hog", "pixels")
     rows = [row("logistic_regression", 0.9, embedding=name) for name in names]
-    found = Table(section("tuning", material(rows, {item.key: trials() for item in rows}), {"tuning": ""}))
+    found = Table(section("tuning", material(rows, {item.key: trials() for item in rows})))
     assert [line[0] for line in found.rows[1:]] == [
         f"logistic regression {name} C = 0.5, k = 3" for name in sorted(names)
     ]
@@ -201,7 +210,7 @@ def test_every_row_of_the_tuning_table_is_named_by_head_and_embedding():
 def test_the_score_and_its_interval_are_words_and_come_before_all_but_the_name():
     found = material([row("ridge", 0.9, nested=Nested((0.9, 0.8), (0.7, 0.9)))])
     low, high = metrics.wilson(90, 100)
-    header, line = Table(section("leaderboard", found, {})).rows
+    header, line = Table(section("leaderboard", found)).rows
     assert header[:4] == ["Head and embedding", "Cross-validation,\xa0%", "Test accuracy,\xa0% [95\xa0%]", "Nested"]
     assert line[0] == "ridge best resnet18-penultimate"
     assert line[1:3] == ["90.0 ± 1.0", f"90.0 [{100 * low:.1f}, {100 * high:.1f}]"]
@@ -210,17 +219,17 @@ def test_the_score_and_its_interval_are_words_and_come_before_all_but_the_name()
 def test_log_loss_is_never_a_percentage():
     rows = [dataclasses.replace(row("ridge", -0.351), cv_std=0.02)]
     found = material(rows, {rows[0].key: trials()}, {"scoring": "log_loss"})
-    header, line = Table(section("tuning", found, {"tuning": ""})).rows
+    header, line = Table(section("tuning", found)).rows
     assert (header[1], line[1]) == ("Best cross-validation, log\xa0loss", "0.351")
-    assert "cross-validation log loss 0.351" in to_svg(sections.charts_of(found)["leaderboard"], "leaderboard")
+    assert "cross-validation log loss 0.351" in section("difference", found)
 
 
 def test_a_screen_reader_is_told_what_a_cell_belongs_to():
-    text = section("leaderboard", material([row("ridge", 0.9)]), {})
+    text = section("leaderboard", material([row("ridge", 0.9)]))
     assert 'role="region" aria-label="Leaderboard" tabindex="0"' in text
     assert text.count('scope="col"') == 8
     assert text.count('scope="row"') == 1
-    svg = to_svg(accuracy_chart([row("ridge", 0.9)], (), "accuracy"), "leaderboard", "Test accuracy & more")
+    svg = to_svg(lambda palette: figure(palette, "Test accuracy & more"), "leaderboard")
     assert 'role="group" aria-label="Test accuracy &amp; more"' in svg
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
 
 from pipeline.config import guess
+from pipeline.embed.stages import find_stages
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.memory import is_out_of_memory
 from pipeline.io.vision import torchvision
@@ -157,16 +159,31 @@ def classifier(module: nn.Module) -> fx.Node:
     )
 
 
-def classifier_name(model: nn.Module) -> str:
+def classifier_name(model: nn.Module, graph: Graph) -> str:
     """Return the name of the module that turns features into class scores."""
     if not hasattr(model, "get_classifier"):
-        return str(classifier(trace(model)[0]).target)
+        return str(classifier(graph[0]).target)
     own = model.get_classifier()  # type: ignore[operator]  # of timm
     return next((name for name, part in model.named_modules() if part is own), "")
 
 
-def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> list[str]:
+def stage_ends(model: nn.Module, graph: Graph, size: tuple[int, int]) -> dict[str, str]:
+    """Return the node at which each stage of a network ends, by the stage's name, but for its head."""
+    try:
+        head = classifier_name(model, graph)
+    except BackboneError:
+        head = ""
+    stages = find_stages(model, size, head)
+    ends = {stage.name: _last_of(stage.end, graph[1]) for stage in stages if stage.name != "head"}
+    return {name: node for name, node in ends.items() if node is not None}
+
+
+def resolve(
+    graph: Graph, asked: Sequence[str], has_classifier: bool = True, stages: Callable[[], Mapping[str, str]] = dict
+) -> list[str]:
     """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
+
+    `stages` gives `stage_ends`, where a layer is no name of the network's own.
 
     Raises
     ------
@@ -175,12 +192,14 @@ def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> 
     """
     module, names = graph
     ends = {layer: _last_of(layer, names) for layer in asked if layer != PENULTIMATE}
+    by_stage = stages() if None in ends.values() else {}
+    ends = {layer: end or by_stage.get(layer) for layer, end in ends.items()}
     unknown = [layer for layer, end in ends.items() if end is None]
     if unknown:
         raise BackboneError(
             f"{len(unknown)} of the layers asked for {'is' if len(unknown) == 1 else 'are'} not in the network",
             [
-                f"no layer {layer!r}{guess(layer, [PENULTIMATE, *names])}; `manyheads layers MODEL` lists them"
+                f"no layer {layer!r}{guess(layer, [PENULTIMATE, *by_stage, *names])}; `manyheads layers MODEL` lists them"
                 for layer in unknown
             ],
         )
@@ -191,7 +210,11 @@ def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> 
     ends[PENULTIMATE] = by_node.get(source)  # type: ignore[arg-type]
     order = list(names)
     if not has_classifier and (
-        late := [layer for layer in asked if order.index(str(ends[layer])) >= order.index(by_node[classifier(module)])]
+        late := [
+            layer
+            for layer in dict.fromkeys(asked)
+            if order.index(str(ends[layer])) >= order.index(by_node[classifier(module)])
+        ]
     ):
         raise BackboneError(
             f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
@@ -312,17 +335,56 @@ def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
     return patches.mean(axes) if pooling == "avg" else patches.amax(axes)
 
 
-def effective_poolings(
-    run: Callable[[], Sequence[object]], nodes: Sequence[str], pooling: str, tokens: Tokens, about: str
-) -> list[str]:
-    """Return the pooling of each layer, having run two images through: what does not fit is found before the work starts.
+@dataclass(frozen=True)
+class Row:
+    """One embedding of a network."""
 
-    `run` gives the layers' outputs for the two, with weights or on torch's meta device; `about` names the network and the size.
+    layer: str
+    """As it was asked for."""
+    pooling: str
+    source: str
+    """The layer that the pooling is taken of, by `source`."""
+    node: str
+    output: int
+    """Which of the network's outputs, one for each layer and pooling that were asked for."""
+    stage: bool
+    """Whether the layer is a stage's, and no name of the network's own."""
+
+    @property
+    def words(self) -> list[str]:
+        """What it is called after its network; its pooling is left out where it is an average, or nothing to choose."""
+        usual = {"none", "avg"} if self.source == self.layer else {"none"}
+        shown = self.pooling.partition("[")[0]
+        return [self.layer, *([] if shown in usual else [shown])]
+
+
+def rows(
+    graph: Graph,
+    layers: Sequence[str],
+    poolings: Sequence[str],
+    tokens: Tokens,
+    has_classifier: bool,
+    stages: Callable[[], Mapping[str, str]],
+) -> list[Row]:
+    """Return a row for each layer in each pooling; raises as `resolve` does."""
+    asked = [(layer, pooling, source(layer, pooling, tokens)) for layer in layers for pooling in poolings]
+    nodes = resolve(graph, [found for _, _, found in asked], has_classifier, stages)
+    return [
+        Row(*each, node, output, each[2] != PENULTIMATE and _last_of(each[2], graph[1]) is None)
+        for output, (each, node) in enumerate(zip(asked, nodes, strict=True))
+    ]
+
+
+def effective(run: Callable[[], Sequence[object]], rows: Sequence[Row], tokens: Tokens, about: str) -> list[Row]:
+    """Return the rows with the pooling that applies, having run two images through before the work starts.
+
+    `run` gives the network's outputs for the two, with weights or on torch's meta device; `about` names it and the size. Of
+    several poolings of a layer those that have no meaning there, or make no difference, are left out and told.
 
     Raises
     ------
     BackboneError
-        When the network does not take the images, or a layer gives no vectors in this way.
+        When the network does not take the images, or a layer gives no vectors in any of the ways.
     """
     try:
         with torch.inference_mode():
@@ -332,14 +394,30 @@ def effective_poolings(
             raise
         reason = first_line(error)
         raise BackboneError(f"{about} ({reason}); change preprocessing.crop") from None
-    found = []
-    for node, output in zip(nodes, outputs, strict=True):
-        if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
-            raise BackboneError(
-                f"layer {node!r} does not give a tensor per image; `manyheads layers` lists those that do"
-            )
-        found.append(effective_pooling(output, pooling, tokens, node))
-    return found
+    found: dict[tuple[str, str], Row] = {}
+    for layer in dict.fromkeys(row.layer for row in rows):
+        own, problems = [row for row in rows if row.layer == layer], list[BackboneError]()
+        fitting = []
+        for row in own:
+            output = outputs[row.output]
+            if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
+                raise BackboneError(
+                    f"layer {row.node!r} does not give a tensor per image; `manyheads layers` lists those that do"
+                )
+            try:
+                fitting.append(replace(row, pooling=effective_pooling(output, row.pooling, tokens, row.node)))
+            except BackboneError as error:
+                problems.append(error)
+        if not fitting:
+            raise problems[0]
+        if len(own) > 1 and {row.pooling for row in fitting} == {"none"}:
+            logger.info("layer %r gives one vector per image as it is: one embedding, whatever the pooling", layer)
+        else:
+            for problem in problems:
+                logger.warning("left out: %s", problem.message)
+        for row in fitting:
+            found.setdefault((row.node, row.pooling), row)
+    return list(found.values())
 
 
 def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer: str) -> str:

@@ -48,6 +48,8 @@ class EmbeddingSpec:
     untrained: bool = False
     trained_on: str | None = None
     """Digest of the image contents that the weights saw, where this project trained them; changes no vector."""
+    license: str = ""
+    """Of the weights, as `Published.license` has it; '' where an earlier version made the spec. Changes no vector."""
 
     def identity(self) -> dict[str, Any]:
         """Return all that the vectors depend on, and nothing else."""

@@ -24,6 +24,7 @@ from pipeline.config import LOCAL_DIR, TIMM_NAMES, TIMM_PREFIX
 from pipeline.embed.family import Arguments, Family, Fetch, Published
 from pipeline.embed.graph import POOLED, UNPOOLED
 from pipeline.embed.installed import NO_DOWNLOAD
+from pipeline.embed.licenses import UNKNOWN
 from pipeline.embed.weights_files import tensors_digest
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
@@ -35,6 +36,25 @@ OLDEST = (1, 0, 31)
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weights on the Hugging Face Hub, in the order in which timm looks for them."""
+
+
+class Known(NamedTuple):
+    """What a table of networks says of one, also where timm is not installed."""
+
+    megabytes: float
+    dim: int
+    image: int
+    license: str
+
+
+KNOWN: Mapping[str, Known] = {
+    "dinov2_base": Known(346, 768, 518, "apache-2.0"),
+    "dinov3_base": Known(343, 768, 256, "dinov3-license"),
+    "siglip2_base": Known(372, 768, 224, "apache-2.0"),
+    "clip_base": Known(345, 768, 224, "apache-2.0"),
+    "convnextv2_tiny": Known(115, 768, 224, "cc-by-nc-4.0"),
+}
+"""By the short names; timm says the same."""
 
 
 class Found(NamedTuple):
@@ -221,6 +241,8 @@ def load_file(name: str, arguments: Arguments, path: Path) -> nn.Module:
 
 
 def _weights(name: str) -> dict[str, Published]:
+    if name in KNOWN and _lacking():
+        return {"pretrained": _not_installed(name)}
     found = find(name, {})
     if found.cfg.get("source") == "local-dir" or "." in found.tag:
         return {"pretrained": _published(name)} if _has_weights(found) else {}
@@ -235,7 +257,37 @@ def _has_weights(found: Found) -> bool:
 
 def _published(name: str) -> Published:
     found = find(name, {})
-    return Published(partial(_load_published, name), preprocessing(found), partial(_to_fetch, found))
+    return Published(
+        load=partial(_load_published, name),
+        preprocessing=preprocessing(found),
+        to_fetch=partial(_to_fetch, found),
+        to_install=partial(_to_install, found, name),
+        license=str(found.cfg.get("license") or UNKNOWN).lower(),
+        megabytes=KNOWN[name].megabytes if name in KNOWN else 0.0,
+        dim=lambda: _empty(found).head_hidden_size,
+    )
+
+
+def _lacking() -> str:
+    """Return why timm cannot be used, '' where it can."""
+    try:
+        library()
+    except BackboneError as error:
+        return error.message
+    return ""
+
+
+def _not_installed(name: str) -> Published:
+    """Return what is known of weights without timm, which the rest is asked of."""
+    known = KNOWN[name]
+    return Published(
+        load=partial(_load_published, name),
+        preprocessing=Preprocessing(resize=known.image, crop=known.image),
+        to_install=_lacking,
+        license=known.license,
+        megabytes=known.megabytes,
+        dim=lambda: known.dim,
+    )
 
 
 def _to_install(found: Found, name: str) -> str:
@@ -248,9 +300,14 @@ def _to_fetch(found: Found) -> Fetch | None:
     if found.cfg.get("source") == "local-dir" or _here(found):
         return None
     numbers = 0
-    with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
-        numbers = sum(value.numel() for value in create(found).state_dict().values())
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        numbers = sum(value.numel() for value in _empty(found).state_dict().values())
     return Fetch(_origin(found), _cache(found), numbers * 4 / 1e6)
+
+
+def _empty(found: Found) -> Any:
+    with torch.device("meta"):
+        return create(found)
 
 
 def _origin(found: Found) -> str:

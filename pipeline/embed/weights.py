@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,9 @@ from pipeline.embed.families import (
     usual_preprocessing,
 )
 from pipeline.embed.family import Arguments, Fetch
-from pipeline.embed.graph import (
-    PENULTIMATE,
-    classifier_name,
-    cut,
-    effective_poolings,
-    resolve,
-    source,
-    tokens_of,
-    trace,
-)
+from pipeline.embed.graph import PENULTIMATE, classifier_name, cut, effective, rows, stage_ends, tokens_of, trace
 from pipeline.embed.installed import BUNDLED
+from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
 from pipeline.errors import BackboneError, first
@@ -63,6 +56,7 @@ class Network:
     preprocessing: Preprocessing
     untrained: bool = False
     trained_on: str | None = None
+    license: str = UNKNOWN
     has_classifier: bool = True
     """Whether the weights have the last layer, which those of self-supervised training lack."""
 
@@ -90,8 +84,9 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(config.name, config.arguments)
-        return _network(config, module, "random", untrained=True)
-    return _network(config, load(config), config.weights, published(config).preprocessing)
+        return _network(config, module, "random", untrained=True, license=NO_WEIGHTS)
+    found = published(config)
+    return _network(config, load(config), config.weights, found.preprocessing, license=found.license)
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
@@ -115,24 +110,22 @@ def check(config: BackboneConfig) -> None:
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
     else:
         random = config.weights == "random"
+        if not random and (lacking := published(config).to_install()):
+            raise BackboneError(lacking)
         usual = None if random else published(config).preprocessing
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, usual)
         has_classifier = True
-    graph, tokens = trace(module), tokens_of(module)
-    nodes = resolve(graph, [source(layer, config.pooling, tokens) for layer in config.layers], has_classifier)
-    if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {"own", "avg"}:
-        return  # fits every network; running one without weights for the first time costs two seconds
     height, width = preprocessing.size
+    graph, tokens = trace(module), tokens_of(module)
+    ends = partial(stage_ends, module, graph, (height, width))
+    asked = rows(graph, config.layers, config.pooling, tokens, has_classifier, ends)
+    if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {("own",), ("avg",)}:
+        return  # fits every network; running one without weights for the first time costs two seconds
     device = next(module.parameters()).device
-    kept = cut(graph, nodes)
-    effective_poolings(
-        lambda: kept(torch.zeros(2, 3, height, width, device=device)),
-        nodes,
-        config.pooling,
-        tokens,
-        f"{config.name} cannot take images of {height} x {width} pixels",
-    )
+    kept = cut(graph, [row.node for row in asked])
+    about = f"{config.name} cannot take images of {height} x {width} pixels"
+    effective(lambda: kept(torch.zeros(2, 3, height, width, device=device)), asked, tokens, about)
 
 
 def to_fetch(config: BackboneConfig) -> Fetch | None:
@@ -140,6 +133,24 @@ def to_fetch(config: BackboneConfig) -> Fetch | None:
     if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
         return None
     return published(config).to_fetch()
+
+
+def license_of(config: BackboneConfig) -> str:
+    """Return the licence of a section's weights; loads and fetches nothing.
+
+    Raises
+    ------
+    BackboneError
+        When the model or the weights are not to be had.
+    """
+    if config.weights == "random":
+        return NO_WEIGHTS
+    if config.weights == "bundled":
+        return str(bundled().get("license", UNKNOWN))
+    if config.weights.endswith(WEIGHTS_FILES):
+        described = read_weights(Path(config.weights))[1] if config.weights.endswith(".safetensors") else {}
+        return str(described.get("license", UNKNOWN))
+    return published(config).license
 
 
 def bundled() -> dict[str, Any]:
@@ -172,7 +183,9 @@ def _from_state(
         logger.info("%s has no classifier: all that comes before one can be embedded", origin)
     described = _described(description["preprocessing"]) if "preprocessing" in description else None
     module.preprocessing = described or getattr(module, "preprocessing", usual_preprocessing(architecture))  # type: ignore[assignment]
-    network = _network(config, module, readable, trained_on=description.get("trained_on"))
+    network = _network(
+        config, module, readable, trained_on=description.get("trained_on"), license=description.get("license", UNKNOWN)
+    )
     return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
 
 
@@ -231,7 +244,8 @@ def fill(
         With one line for every tensor that is missing, left over or of another shape.
     """
     state = {name: value for name, value in state.items() if not name.startswith(AUXILIARY)}
-    head = f"{classifier_name(build_empty(architecture, arguments))}."
+    empty = build_empty(architecture, arguments)
+    head = f"{classifier_name(empty, trace(empty))}."
     has_classifier = f"{head}weight" in state
     if "num_classes" not in arguments and has_classifier:
         arguments = {**arguments, "num_classes": state[f"{head}weight"].shape[0]}

@@ -1,6 +1,6 @@
 """Training a network end to end: stage three, which starts from a fitted head.
 
-plan.py         the stages of a network, which of them are trained when, BatchNorm's modes
+plan.py         which stages of a network are trained when, BatchNorm's modes
 batches.py      which images a step sees, augmentation, mixup
 steps.py        one step, one evaluation, the optimizer and its rates
 loop.py         train(): steps, evaluations, the choice of weights
@@ -18,7 +18,7 @@ from pipeline.finetuning.batches import Data, Labelled
 from pipeline.finetuning.checkpoint import Run, State
 from pipeline.finetuning.handover import fold, put_head, random_layer
 from pipeline.finetuning.loop import train
-from pipeline.finetuning.plan import Stage, check_plan, describe_plan, stages_of
+from pipeline.finetuning.plan import check_plan, describe_plan, stages_of
 from pipeline.finetuning.return_path import ReturnPath, return_path
 from pipeline.finetuning.steps import Task, evaluate, predict_logits, steps_for
 from pipeline.finetuning.weights import Score, copy_weights, describe, write_weights
@@ -29,7 +29,6 @@ __all__ = [
     "ReturnPath",
     "Run",
     "Score",
-    "Stage",
     "State",
     "Task",
     "check_plan",

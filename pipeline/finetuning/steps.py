@@ -16,9 +16,10 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from pipeline.config import FinetuneConfig
+from pipeline.embed.stages import Stage
 from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data, Labelled, augmented, mixed, rows_at, to_float
-from pipeline.finetuning.plan import Stage, set_trainable, stage_of_parameters
+from pipeline.finetuning.plan import set_trainable, stage_of_parameters
 from pipeline.finetuning.weights import Score
 
 EVALUATIONS = 10

@@ -44,7 +44,9 @@ def accuracy_chart(palette: Palette, rows: Sequence[LeaderboardRow], group: Sequ
     The cross-validation mean is drawn beside it where it is an accuracy too; another score is in the tooltip only.
     """
     metric, shown = METRICS[scoring], rows[:MOST_ROWS]
-    made = figure(palette, height=_height(shown))
+    made = figure(
+        palette, f"Test accuracy {'and cross-validation ' * (metric is ACCURACY)}of every row", height=_height(shown)
+    )
     axes = made.subplots()
     floor = 100 * _floor([row.test.interval[0] for row in shown if row.test])
     for place, row in enumerate(shown):
@@ -74,7 +76,7 @@ def difference_chart(
     metric = METRICS[scoring]
     scale = abs(metric.scale)
     shown = [item for item in differences if item.key in rows][:MOST_ROWS]
-    made = figure(palette, height=_height([rows[item.key] for item in shown]))
+    made = figure(palette, "How far every row lies behind the best", height=_height([rows[item.key] for item in shown]))
     axes = made.subplots()
     axes.axvline(0, color=palette.ink, lw=1)
     floor = scale * _floor([-item.interval[1] for item in shown])
@@ -101,7 +103,7 @@ def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str)
     scale = abs(metric.scale)
     labels = shorten_all(list(searches), LEGEND_CHARACTERS)
     columns = 2 if max(map(len, labels), default=0) <= LEGEND_CHARACTERS // 2 else 1
-    made = figure(palette, height=3.3 + 0.21 * -(-len(searches) // columns))
+    made = figure(palette, "Best score so far, trial by trial", height=3.3 + 0.21 * -(-len(searches) // columns))
     axes = made.subplots()
     lowest = []
     for number, (name, trials) in enumerate(searches.items()):
@@ -130,7 +132,7 @@ def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str)
 @chart
 def reliability_chart(palette: Palette, out_of_fold: Calibration | None, test: Calibration) -> Figure:
     """Draw how often predictions were right against how sure they were, with Wilson intervals on the test images."""
-    made = figure(palette, height=4.0)
+    made = figure(palette, "How often predictions are right against how sure they are", height=4.0)
     axes = made.subplots()
     axes.plot([0, 100], [0, 100], color=palette.muted, lw=1, ls=DASHED)
     if out_of_fold is not None:
@@ -153,7 +155,7 @@ def reliability_chart(palette: Palette, out_of_fold: Calibration | None, test: C
 @chart
 def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
     """Draw accuracy against the number of labelled images, the fitted law, its forecast, and its test."""
-    made = figure(palette)
+    made = figure(palette, "Accuracy against the number of labelled images")
     axes = made.subplots()
     points, sizes = curve.points, np.array([point.size for point in curve.points])
     low, high = ([100 * point.interval[end] for point in points] for end in (0, 1))
@@ -208,7 +210,7 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int) ->
     """Draw accuracy against time per image (embedding and head); rows that none beats in both are joined."""
     shown, _ = priced(rows)
     names = list(dict.fromkeys(row.head for row in shown))
-    made = figure(palette, height=3.3 + 0.21 * -(-len(names) // 2))
+    made = figure(palette, "Test accuracy against time per image", height=3.3 + 0.21 * -(-len(names) // 2))
     axes = made.subplots()
     cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
     value = [row.test.accuracy for row in shown if row.test is not None]
@@ -238,7 +240,7 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int) ->
 @chart
 def map_chart(palette: Palette, space: Map, labels: Sequence[str], classes: Sequence[str]) -> Figure:
     """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by class."""
-    made = figure(palette, width=7.6, height=4.6)
+    made = figure(palette, "Map of the images; arrow keys go from dot to dot", width=7.6, height=4.6)
     axes = made.subplots()
     # The view is of the bulk of the images; the few that lie far out stand at its edge.
     low, middle, high = np.quantile(space.points, [0.02, 0.5, 0.98], axis=0)
@@ -260,7 +262,7 @@ def map_chart(palette: Palette, space: Map, labels: Sequence[str], classes: Sequ
 @chart
 def ranking_chart(palette: Palette, ranking: Ranking, names: Sequence[str]) -> Figure:
     """Draw a critical-difference diagram: average ranks over data sets, bars join what cannot be told apart."""
-    made = figure(palette, height=1.4 + 0.22 * len(names))
+    made = figure(palette, "Average ranks over data sets", height=1.4 + 0.22 * len(names))
     axes = made.subplots()
     order = np.argsort(ranking.average_ranks, kind="stable")
     for depth, head in enumerate(order):

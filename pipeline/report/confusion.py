@@ -49,7 +49,7 @@ def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequen
     cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
     shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
     many = len(names) > MOST_COUNTED
-    made = figure(palette, height=5.0 if many else 4.7)
+    made = figure(palette, "Confusion matrix", height=5.0 if many else 4.7)
     axes = made.subplots()
     axes.grid(False)
     for row, column in np.argwhere(cells > 0).tolist():

@@ -63,20 +63,21 @@ def chart(draw: Callable[Concatenate[Palette, Numbers], Figure]) -> Callable[Num
     return numbered
 
 
-def figure(palette: Palette, width: float = 4.9, height: float = 3.5) -> Figure:
-    """Return an empty figure; width and height in inches. 4.9 inches are a phone's width in CSS pixels."""
-    made = Figure(figsize=(width, height), layout="constrained")
+def figure(palette: Palette, label: str, width: float = 4.9, height: float = 3.5) -> Figure:
+    """Return an empty figure; width and height in inches. 4.9 inches are a phone's width in CSS pixels.
+
+    `label` is what a screen reader calls the chart.
+    """
+    made = Figure(figsize=(width, height), layout="constrained", label=label)
     made.patch.set_alpha(0.0 if palette is SCREEN else 1.0)
     return made
 
 
-def to_svg(chart: Chart, name: str, label: str = "") -> str:
-    """Draw a chart as an SVG element; `tip` ids become tooltips, stand-in colours become CSS variables.
-
-    `label` is what a screen reader calls the chart.
-    """
+def to_svg(chart: Chart, name: str) -> str:
+    """Draw a chart as an SVG element; `tip` ids become tooltips, stand-in colours become CSS variables."""
     nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
-    text = _drawn(chart, SCREEN, format="svg", metadata=nothing).decode("utf-8")
+    data, label = _drawn(chart, SCREEN, format="svg", metadata=nothing)
+    text = data.decode("utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for size in ("width", "height"):
         text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
@@ -91,13 +92,13 @@ def to_svg(chart: Chart, name: str, label: str = "") -> str:
     text = re.sub(r'id="tip:([^"]*)"', r'class="tip" data-tip="\1"', text)
     for stand_in, variable in zip(_STAND_INS, _VARIABLES, strict=True):
         text = text.replace(stand_in, f"var(--{variable})")
-    named = f'aria-label="{html.escape(label or name)}" data-chart="{html.escape(name)}"'
+    named = f'aria-label="{html.escape(label)}" data-chart="{html.escape(name)}"'
     return text.replace("<svg ", f'<svg class="chart" role="group" {named} ', 1)
 
 
 def to_png(chart: Chart) -> bytes:
     """Draw a chart for paper, 200 dots per inch."""
-    return _drawn(chart, PAPER, format="png", dpi=200, metadata={"Software": None})
+    return _drawn(chart, PAPER, format="png", dpi=200, metadata={"Software": None})[0]
 
 
 def plain_text(text: str) -> str:
@@ -110,13 +111,15 @@ def tip(text: str) -> str:
     return f"tip:{text}"
 
 
-def _drawn(chart: Chart, palette: Palette, **how: Any) -> bytes:
+def _drawn(chart: Chart, palette: Palette, **how: Any) -> tuple[bytes, str]:
+    """Return the drawing in a file's bytes, and its label."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(_style(palette)), warnings.catch_warnings():
         # A glyph that matplotlib's font lacks is set by the browser in a font that has it.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        chart(palette).savefig(buffer, **how)
-    return buffer.getvalue()
+        made = chart(palette)
+        made.savefig(buffer, **how)
+    return buffer.getvalue(), str(made.get_label())
 
 
 def _style(palette: Palette) -> Any:

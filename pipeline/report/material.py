@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
+from pipeline.data.targets import Classification
 from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
@@ -64,6 +65,11 @@ class Material:
     curve: LearningCurve | None
     findings: audit.Findings
     missing: tuple[str, ...]
+
+    @property
+    def target(self) -> str:
+        """The kind of the experiment's target, which sections serve or not."""
+        return str(self.leaderboard.provenance.get("target", Classification.kind))
 
     @property
     def best(self) -> HeadPredictions | None:

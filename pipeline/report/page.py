@@ -22,6 +22,7 @@ from pipeline.report.charts import MOST_ROWS
 from pipeline.report.drawing import to_png, to_svg
 from pipeline.report.inputs import PAGE, digest_inputs, write_record
 from pipeline.report.material import CURVE_HEAD, Material, gather
+from pipeline.report.sections import Section, Shown
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -31,8 +32,9 @@ def build(output: Path) -> Path:
     output = Path(output)
     inputs = digest_inputs(output)  # first, so that what changes meanwhile makes the page old
     material = gather(output)
-    write_text_atomic(output / PAGE, render(material))
-    made = {f"plots/{name}.png": to_png(chart) for name, chart in sections.charts_of(material).items()}
+    shown = sections.shown(material)
+    write_text_atomic(output / PAGE, render(material, shown))
+    made = {f"plots/{name}.png": to_png(chart) for charts, _ in shown.values() for name, chart in charts.items()}
     made |= {f"audit/{name}": text.encode("utf-8") for name, text in material.findings.to_csv().items()}
     for name, data in made.items():
         make_folder((output / name).parent)
@@ -41,22 +43,25 @@ def build(output: Path) -> Path:
     return output / PAGE
 
 
-def render(material: Material) -> str:
-    """Return the page as HTML text; the same material gives the same text."""
-    plain = material.leaderboard.metric is ACCURACY
-    names = sections.CHARTS | ({} if plain else {"leaderboard": "Test accuracy of every row"})
-    drawn = {name: to_svg(chart, name, names[name]) for name, chart in sections.charts_of(material).items()}
-    made = {name: section(name, material, drawn) for name in sections.SECTIONS}
-    parts = [(name, sections.SECTIONS[name][0], body) for name, body in made.items() if body]
+def render(material: Material, shown: Mapping[Section, Shown] | None = None) -> str:
+    """Return the page as HTML text; the same material gives the same text. `shown` spares looking what its sections show."""
+    found = sections.shown(material) if shown is None else shown
+    parts = [(section, _filled(section, material, part)) for section, part in found.items()]
     style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("style.css", "script.js"))
     return _fill("page", material, {"parts": parts, "style": style, "script": script})
 
 
-def section(name: str, material: Material, drawn: Mapping[str, str]) -> Markup:
-    """Return one of `SECTIONS` as HTML, nothing where it has nothing to show; `drawn` are the charts as SVG elements."""
-    given = sections.SECTIONS[name][1](material, drawn)
-    svg = {chart: Markup(text) for chart, text in drawn.items()}
-    return Markup("" if given is None else _fill(name, material, {"drawn": svg, **given}))
+def section(name: str, material: Material) -> Markup:
+    """Return one of `SECTIONS` as HTML, nothing where it has nothing to show."""
+    found = next(section for section in sections.SECTIONS if section.name == name)
+    part = found.show(material)
+    return Markup("") if part is None else _filled(found, material, part)
+
+
+def _filled(section: Section, material: Material, part: Shown) -> Markup:
+    charts, given = part
+    drawn = {name: Markup(to_svg(chart, name)) for name, chart in charts.items()}
+    return Markup(_fill(section.name, material, {"drawn": drawn, **given}))
 
 
 def _fill(name: str, material: Material, given: Mapping[str, object]) -> str:

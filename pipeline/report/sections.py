@@ -1,15 +1,17 @@
-"""The page's sections, from top to bottom: each says what its template is given; one with nothing to show is left out."""
+"""The page's sections: each says which targets it serves, which charts it has, and what its template is given."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from pipeline.data.targets import TARGETS, Classification
 from pipeline.evaluation import (
     Calibration,
     Interval,
@@ -20,8 +22,6 @@ from pipeline.evaluation import (
     per_class,
 )
 from pipeline.evaluation.leaderboard.imbalance import effects
-from pipeline.evaluation.leaderboard.judge import Trials
-from pipeline.evaluation.leaderboard.rows import LeaderboardRow
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
 from pipeline.report import charts, confusion
 from pipeline.report.drawing import CATEGORIES, Chart
@@ -40,20 +40,21 @@ MOST_PAIRS = 18
 CHIP = 28
 """Characters of a class on the map's buttons."""
 
-CHARTS = {
-    "leaderboard": "Test accuracy and cross-validation of every row",
-    "differences": "How far every row lies behind the best",
-    "tuning": "Best score so far, trial by trial",
-    "confusion": "Confusion matrix",
-    "reliability": "How often predictions are right against how sure they are",
-    "learning_curve": "Accuracy against the number of labelled images",
-    "cost": "Test accuracy against time per image",
-    "map": "Map of the images; arrow keys go from dot to dot",
-}
-"""What a screen reader calls each chart."""
+Shown = tuple[Mapping[str, Chart], Mapping[str, Any]]
+"""A section's charts by name, drawn on the page and as `plots/NAME.png`, and what else its template is given."""
 
-Drawn = Mapping[str, str]
-"""Charts as SVG elements, by name."""
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page: `show` returns what its template is given, or None where there is nothing to show."""
+
+    name: str
+    """Its anchor, and its template NAME.html."""
+    heading: str
+    """Its name in the navigation; the top of the page has none."""
+    targets: tuple[str, ...]
+    """The kinds of target it serves; pages of others do not have it."""
+    show: Callable[[Material], Shown | None]
 
 
 def title(material: Material) -> str:
@@ -63,52 +64,19 @@ def title(material: Material) -> str:
     return str(name or material.output.resolve().name)
 
 
-def charts_of(material: Material) -> dict[str, Chart]:
-    """Return every chart that the material has the numbers for, by name; the page and the PNG files share them."""
-    board, best = material.leaderboard, material.best
-    group = board.verdict.no_evidence if board.verdict else (board.best.key,)
-    found: dict[str, Chart] = {"leaderboard": charts.accuracy_chart(board.ranked, group, board.scoring)}
-    if board.verdict and len(board.verdict.differences) > 1:
-        rows = {row.key: row for row in board.rows}
-        found["differences"] = charts.difference_chart(board.verdict.differences, rows, board.scoring)
-    searched = _searched(material)
-    if searched:
-        several = len({row.embedding for row, _ in searched}) > 1
-        named = {
-            row.key.replace("-penultimate/", "/") if several else row.head: trials
-            for row, trials in searched[:MOST_SEARCHES]
-        }
-        found["tuning"] = charts.tuning_chart(named, board.scoring)
-    if best is not None:
-        matrix = confusion_matrix(best.test)
-        found["confusion"] = confusion.confusion_chart(matrix, best.classes)
-        on_test = _calibration(best.test)
-        if on_test is not None:
-            held_out = _calibration(best.out_of_fold) if best.out_of_fold else None
-            found["reliability"] = charts.reliability_chart(held_out, on_test)
-    if material.curve is not None and len(material.curve.points) > 1:
-        found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD.name)
-    tested = [row.test.n for row in board.rows if row.test]
-    if tested:
-        found["cost"] = charts.cost_chart(board.rows, max(tested))
-    if material.map is not None and material.index is not None:
-        labels = material.index.labels[material.map.rows].astype(str).tolist()
-        found["map"] = charts.map_chart(material.map, labels, material.index.classes)
-    return found
+def shown(material: Material) -> dict[Section, Shown]:
+    """Return the sections of an experiment's page, from top to bottom, with what they show."""
+    found = [(section, section.show(material)) for section in SECTIONS if material.target in section.targets]
+    return {section: part for section, part in found if part is not None}
 
 
-def _searched(material: Material) -> list[tuple[LeaderboardRow, Trials]]:
-    trials = material.trials
-    return [(row, trials[row.key]) for row in material.leaderboard.rows if len(trials.get(row.key, ())) > 1]
-
-
-def _leaderboard(material: Material, drawn: Drawn) -> dict[str, Any]:
+def _leaderboard(material: Material) -> Shown:
     board = material.leaderboard
     # What to use, ~ and ± are said above the table, where the page has a blue edge for the sign.
     above = ("Use ", "~", "±")
     asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in board.rows)]
     notes = [note for note in board.notes() if not note.startswith(above)]
-    return {"notes": notes, "asked": asked, "ends": _ends(board)}
+    return {}, {"notes": notes, "asked": asked, "ends": _ends(board)}
 
 
 def _ends(board: Leaderboard) -> Interval:
@@ -121,16 +89,35 @@ def _ends(board: Leaderboard) -> Interval:
     return (max(min(lows), 4 * median(lows) - 3 * high), high)
 
 
-def _tuning(material: Material, drawn: Drawn) -> dict[str, Any] | None:
+def _difference(material: Material) -> Shown:
+    board, verdict = material.leaderboard, material.leaderboard.verdict
+    group = verdict.no_evidence if verdict else (board.best.key,)
+    found = {"leaderboard": charts.accuracy_chart(board.ranked, group, board.scoring)}
+    if verdict and len(verdict.differences) > 1:
+        rows = {row.key: row for row in board.rows}
+        found["differences"] = charts.difference_chart(verdict.differences, rows, board.scoring)
+    return found, {}
+
+
+def _tuning(material: Material) -> Shown | None:
     tuning = material.leaderboard.provenance.get("config", {}).get("tuning", {})
-    searches = []
-    for row, trials in _searched(material):
-        ended = Counter(trial["status"] for trial in trials)
-        searches.append((row, len(trials), ended["stopped"], ended["failed"]))
-    return {"tuning": tuning, "searches": searches, "most": MOST_SEARCHES} if searches else None
+    trials = material.trials
+    found = [(row, trials[row.key]) for row in material.leaderboard.rows if len(trials.get(row.key, ())) > 1]
+    if not found:
+        return None
+    several = len({row.embedding for row, _ in found}) > 1
+    drawn = {
+        row.key.replace("-penultimate/", "/") if several else row.head: trials for row, trials in found[:MOST_SEARCHES]
+    }
+    ended = [Counter(trial["status"] for trial in trials) for _, trials in found]
+    searches = [
+        (row, len(trials), count["stopped"], count["failed"]) for (row, trials), count in zip(found, ended, strict=True)
+    ]
+    chart = charts.tuning_chart(drawn, material.leaderboard.scoring)
+    return {"tuning": chart}, {"tuning": tuning, "searches": searches, "most": MOST_SEARCHES}
 
 
-def _classes(material: Material, drawn: Drawn) -> dict[str, Any] | None:
+def _classes(material: Material) -> Shown | None:
     best = material.best
     if best is None:
         return None
@@ -138,7 +125,7 @@ def _classes(material: Material, drawn: Drawn) -> dict[str, Any] | None:
     # A class that is neither among the test images nor among the answers has no F1, and is not the worst.
     worst = sorted(rows, key=lambda row: (not row.support + row.predicted, row.f1))[:WORST_CLASSES]
     matrix = confusion_matrix(best.test)
-    return {
+    return {"confusion": confusion.confusion_chart(matrix, best.classes)}, {
         "left_out": confusion.left_out(matrix),
         "rows": rows,
         "worst": worst if len(rows) > MOST_CLASSES else None,
@@ -146,43 +133,61 @@ def _classes(material: Material, drawn: Drawn) -> dict[str, Any] | None:
     }
 
 
-def _calibration(part: Predictions) -> Calibration | None:
-    if part.probabilities is None or len(part.classes) < 2:
+def _calibration(part: Predictions | None) -> Calibration | None:
+    if part is None or part.probabilities is None or len(part.classes) < 2:
         return None
     return measure_calibration(part.probabilities, part.y_true, units=part.units)
 
 
-def _reliability(material: Material, drawn: Drawn) -> dict[str, Any] | None:
+def _reliability(material: Material) -> Shown | None:
+    best = material.best
+    on_test = _calibration(best.test) if best else None
+    if best is None or on_test is None:
+        return None
     predicted = [(row, material.predictions.get(row.key)) for row in material.leaderboard.rows]
     measured = [(row, _calibration(found.test)) for row, found in predicted if found]
-    known = [(row, found) for row, found in measured if found]
-    return {"measured": known} if "reliability" in drawn else None
+    chart = charts.reliability_chart(_calibration(best.out_of_fold), on_test)
+    return {"reliability": chart}, {"measured": [(row, found) for row, found in measured if found]}
 
 
-def _growth(material: Material, drawn: Drawn) -> dict[str, Any] | None:
-    _, unpriced = charts.priced(material.leaderboard.rows)
-    return {"curve": material.curve, "unpriced": unpriced} if {"cost", "learning_curve"} & {*drawn} else None
+def _growth(material: Material) -> Shown | None:
+    rows, found = material.leaderboard.rows, dict[str, Chart]()
+    if material.curve is not None and len(material.curve.points) > 1:
+        found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD.name)
+    tested = [row.test.n for row in rows if row.test]
+    if tested:
+        found["cost"] = charts.cost_chart(rows, max(tested))
+    _, unpriced = charts.priced(rows)
+    return (found, {"curve": material.curve, "unpriced": unpriced}) if found else None
 
 
-def _map(material: Material, drawn: Drawn) -> dict[str, Any] | None:
+def _map(material: Material) -> Shown | None:
     """Give the map of the embedding, with what the page's script needs to show the image at a dot."""
     space, index = material.map, material.index
-    if "map" not in drawn or space is None or index is None:
+    if space is None or index is None:
         return None
+    labels = index.labels[space.rows].astype(str)
     picture, columns = sheet(index, space.rows.tolist())
     data = {
         "paths": index.paths[space.rows].tolist(),
         "splits": index.splits[space.rows].tolist(),
-        "codes": class_columns(index.labels[space.rows].astype(str), index.classes).tolist(),
+        "codes": class_columns(labels, index.classes).tolist(),
         "classes": list(index.classes),
         "columns": columns,
         "sheet": picture,
     }
     chips = list(zip(index.classes, shorten_all(index.classes, CHIP), strict=True))
-    return {"space": space, "total": len(index), "chips": chips, "colours": len(CATEGORIES), "data": data}
+    chart = charts.map_chart(space, labels.tolist(), index.classes)
+    return {"map": chart}, {
+        "space": space,
+        "total": len(index),
+        "chips": chips,
+        "colours": len(CATEGORIES),
+        "data": data,
+    }
 
 
-def _mistakes(material: Material, drawn: Drawn) -> dict[str, Any] | None:
+def _mistakes(material: Material) -> Shown | None:
     """Give the test images on which the best row was most sure and wrong."""
     best = material.best
     if best is None:
@@ -200,51 +205,55 @@ def _mistakes(material: Material, drawn: Drawn) -> dict[str, Any] | None:
     columns = (paths, part.predicted, part.labels, sure)
     found = list(zip(*(column[order].tolist() for column in columns), strict=True))
     pictures = gallery(material.index, paths[order].tolist())
-    return {"found": found, "known": p is not None, "wrong": len(wrong), "total": len(sure), "pictures": pictures}
+    return {}, {"found": found, "known": p is not None, "wrong": len(wrong), "total": len(sure), "pictures": pictures}
 
 
-def _label_issues(material: Material, drawn: Drawn) -> dict[str, Any] | None:
+def _label_issues(material: Material) -> Shown | None:
     """Give training images whose label the head does not believe, and on how many of all it is right."""
     issues, best = material.findings.label_issues, material.best
     shown = issues.found[:MOST_PICTURES]
     right = None if best is None or best.out_of_fold is None else float(best.out_of_fold.correct.mean())
     pictures = gallery(material.index, [item.path for item in shown])
-    return {"issues": issues, "shown": shown, "right": right, "pictures": pictures} if shown else None
+    return ({}, {"issues": issues, "shown": shown, "right": right, "pictures": pictures}) if shown else None
 
 
-def _near_duplicates(material: Material, drawn: Drawn) -> dict[str, Any] | None:
+def _near_duplicates(material: Material) -> Shown | None:
     """Give pairs of images that are nearly the same, those across splits first."""
     found = material.findings.near_duplicates
     shown = found[:MOST_PAIRS]
     pictures = gallery(material.index, [path for pair in shown for path in (pair.path, pair.other)])
     across = sum(pair.across for pair in found)
-    return {"total": len(found), "across": across, "shown": shown, "pictures": pictures} if shown else None
+    return ({}, {"total": len(found), "across": across, "shown": shown, "pictures": pictures}) if shown else None
 
 
-def _outliers(material: Material, drawn: Drawn) -> dict[str, Any] | None:
+def _outliers(material: Material) -> Shown | None:
     """Give images that are far from every other."""
     found = material.findings.outliers
     shown = found[: MOST_PICTURES // 2]
     pictures = gallery(material.index, [item.path for item in shown])
-    return {"total": len(found), "shown": shown, "pictures": pictures} if shown else None
+    return ({}, {"total": len(found), "shown": shown, "pictures": pictures}) if shown else None
 
 
-def _nothing_more(material: Material, drawn: Drawn) -> dict[str, Any]:
-    return {}
+def _nothing_more(material: Material) -> Shown:
+    return {}, {}
 
 
-SECTIONS: Mapping[str, tuple[str, Callable[[Material, Drawn], dict[str, Any] | None]]] = {
-    "leaderboard": ("Leaderboard", _leaderboard),
-    "difference": ("Difference", _nothing_more),
-    "tuning": ("Tuning", _tuning),
-    "classes": ("Classes", _classes),
-    "calibration": ("Calibration", _reliability),
-    "cost": ("Labels and cost", _growth),
-    "map": ("Map", _map),
-    "mistakes": ("Mistakes", _mistakes),
-    "labels": ("Labels", _label_issues),
-    "near-duplicates": ("Near-duplicates", _near_duplicates),
-    "outliers": ("Outliers", _outliers),
-    "reproduce": ("Reproduce", _nothing_more),
-}
-"""By anchor and template: the name in the navigation, and what the template is given; None where there is nothing to show."""
+EVERY = tuple(TARGETS)
+CLASSES = (Classification.kind,)
+
+SECTIONS = (
+    Section("header", "", CLASSES, _nothing_more),
+    Section("leaderboard", "Leaderboard", CLASSES, _leaderboard),
+    Section("difference", "Difference", CLASSES, _difference),
+    Section("tuning", "Tuning", EVERY, _tuning),
+    Section("classes", "Classes", CLASSES, _classes),
+    Section("calibration", "Calibration", CLASSES, _reliability),
+    Section("cost", "Labels and cost", CLASSES, _growth),
+    Section("map", "Map", CLASSES, _map),
+    Section("mistakes", "Mistakes", CLASSES, _mistakes),
+    Section("labels", "Labels", CLASSES, _label_issues),
+    Section("near-duplicates", "Near-duplicates", EVERY, _near_duplicates),
+    Section("outliers", "Outliers", EVERY, _outliers),
+    Section("reproduce", "Reproduce", EVERY, _nothing_more),
+)
+"""The page from top to bottom. One more section is a row, its template, and the function that says what it shows."""

@@ -160,4 +160,5 @@ def _description(config: Config, network: Network, choice: Choice, parts: Parts,
         parent={"embedding": choice.record.name, "weights_digest": network.weights_digest},
         training=config.finetune.model_dump(mode="json"),
         seed=config.seed,
+        license=network.license,
     )
