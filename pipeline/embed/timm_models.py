@@ -237,7 +237,10 @@ def _load_published(name: str, arguments: Arguments) -> nn.Module:
 
 def load_file(name: str, arguments: Arguments, path: Path) -> nn.Module:
     """Construct a network with the weights of a file, renamed as timm does it for files of the network's authors."""
-    return load(find(name, arguments), name, {"file": str(path)})
+    classes = {
+        key: arguments[key] for key in ("num_classes",) if key in arguments
+    }  # else timm leaves the last layer out
+    return load(find(name, arguments), name, {"file": str(path), **classes})
 
 
 def _weights(name: str) -> dict[str, Published]:
