@@ -123,19 +123,28 @@ def test_size_is_said_to_have_told_it_only_where_it_did() -> None:
     said = lines(small, large)
     assert "size alone would have named large, which is shown to be worse than the best." in said
     assert "LogME alone would have told you this: small is the likeliest." in said
-    assert "use small: the only network that is not shown to be worse than the best" in said
+    assert "use small: all others are shown to be worse" in said
     said = lines(replace(small, cost=Cost(100)), large)
     assert "size alone would have told you this: small is the largest." in said
     said = lines(small, entry("large", 189, 90, 0.05), entry("hog", 188, 0, 0.001))
     assert "size alone would have told you as much: it names large, which cannot be told apart from the best." in said
     assert "~ these cannot be told apart from small on 200 images." in said
     assert (
-        "use small: the quickest of 2 networks that cannot be told apart, 10.0 ms an image; that a network helps is not shown: hog is as good"
-        in said
+        "use small: the best; that a quicker one is nearly as good is not shown on these images. That a network" in said
     )
-    assert "use small: the best network, though hog is shown to be better: none helps here" in lines(
+    assert said.count("That a network helps is not shown: see hog\n") == 1
+    assert "use hog: all others are shown to be worse. That a network helps is not shown: see hog" in lines(
         entry("small", 60, 10, 0.01), entry("hog", 190, 0, 0.001)
     )
+
+
+def test_a_quicker_network_is_recommended_where_it_is_shown_to_be_nearly_as_good() -> None:
+    near = entry("near", 100, 10, 0.01)
+    worse = replace(near, tied=True, behind=0.03), replace(near, tied=True, behind=0.2)
+    first = replace(entry("best", 170, 90, 0.05), tied=True)
+    assert shortlist.chosen([first, worse[0]]).spec.name == "near"
+    assert shortlist.chosen([first, worse[1]]).spec.name == "best"
+    assert shortlist.chosen([first, replace(worse[0], tied=False)]).spec.name == "best"
 
 
 # ---- the whole
@@ -158,7 +167,7 @@ def test_the_sample_is_embedded_for_good_and_the_written_config_runs(
     found = shortlist.run(asked, 60, ["regnet_small/bundled", "pixels"])
     assert (found.images, found.of) == (60, 72)
     assert {each.spec.name for each in found.entries} == {"regnet_small-bundled-penultimate", "pixels"}
-    network = found.chosen
+    (network,) = [each for each in found.entries if each.section]
     assert network.cost.parameters == 2_205_480 - 385 * 200 - 4_480  # without the classifier, with norms folded
     assert network.cost.operations > 1e7
     assert found.config.read_text("utf-8").startswith(

@@ -32,6 +32,7 @@ from pipeline.embed.weights import license_of
 from pipeline.errors import BackboneError, DatasetError, PipelineError
 from pipeline.evaluation import ACCURACY, Interval, Predictions, compare
 from pipeline.evaluation.intervals import share_interval
+from pipeline.evaluation.leaderboard.judge import margin
 from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, configure
@@ -76,6 +77,8 @@ class Entry:
     dropped: bool = False
     tied: bool = False
     """Nothing shows that it is worse than the best."""
+    behind: float = 0.0
+    """How much less accurate than the best it may be: the end of the interval of the difference."""
 
     @property
     def accuracy(self) -> float:
@@ -107,7 +110,7 @@ class Shortlist:
 
     @property
     def chosen(self) -> Entry:
-        """The network that is quickest of those that cannot be told apart from the best; the best where none is among them."""
+        """What is recommended."""
         return chosen(self.last)
 
     def summary_lines(self) -> Iterator[str]:
@@ -128,7 +131,7 @@ class Shortlist:
         yield from self.left_out
         yield from _by_size(self.last + [entry for entry in self.entries if entry.dropped])
         found = self.chosen
-        yield f"use {found.spec.name}: {_why(found, tied)}"
+        yield f"use {found.spec.name}: {_why(found, self.last)}"
         yield f"config    {self.config}: `manyheads features` and `manyheads heads` run it as it is"
         yield f"picture   {self.picture}"
 
@@ -325,10 +328,14 @@ def _compared(found: dict[str, Entry], seed: int, final: bool) -> dict[str, Entr
     answers = {name: found[name].out_of_fold for name in order}
     behind = compare(answers, order[0], seed=seed, metric=ACCURACY) if len(order) > 1 else ()
     tied = {order[0], *(row.key for row in behind if row.no_evidence)}
+    furthest = {row.key: row.interval[1] for row in behind}
     worse_half = order[(len(order) + 1) // 2 :]
     return {
         name: replace(
-            found[name], tied=name in tied and final, dropped=not final and name in worse_half and name not in tied
+            found[name],
+            tied=name in tied and final,
+            behind=furthest.get(name, 0.0),
+            dropped=not final and name in worse_half and name not in tied,
         )
         for name in order
     }
@@ -342,23 +349,26 @@ def _is_of(entry: Entry, section: BackboneConfig | None, name: str) -> bool:
 
 
 def chosen(entries: Sequence[Entry]) -> Entry:
-    """Return the quickest network of those that cannot be told apart from the best; the best network where none is among them."""
-    networks = [entry for entry in entries if entry.section is not None]
-    tied = [entry for entry in networks if entry.tied]
-    return min(tied, key=lambda entry: entry.seconds) if tied else (networks or list(entries))[0]
+    """Return the quickest of those that are shown to be worse than the best by little at most, else the best; best first."""
+    best = entries[0]
+    allowed = margin(ACCURACY, best.accuracy, len(best.out_of_fold))
+    near = [entry for entry in entries if entry is best or (entry.tied and entry.behind <= allowed)]
+    return min(near, key=lambda entry: entry.seconds)
 
 
-def _why(found: Entry, tied: Sequence[Entry]) -> str:
-    floors = ", ".join(entry.spec.name for entry in tied if entry.section is None)
-    if not found.tied:
-        return f"the best network, though {floors} is shown to be better: none helps here"
-    networks = [entry for entry in tied if entry.section is not None]
-    why = (
-        "the only network that is not shown to be worse than the best"
-        if len(networks) == 1
-        else f"the quickest of {len(networks)} networks that cannot be told apart, {1000 * found.seconds:.1f} ms an image"
-    )
-    return f"{why}; that a network helps is not shown: {floors} is as good" if floors else why
+def _why(found: Entry, last: Sequence[Entry]) -> str:
+    best, tied = last[0], [entry for entry in last if entry.tied]
+    if found is not best:
+        why = (
+            f"the quickest that is shown to be at most {100 * found.behind:.1f} points worse than the best, {best.spec.name}, "
+            f"with {1000 * found.seconds:.1f} ms an image"
+        )
+    elif len(tied) == 1:
+        why = "all others are shown to be worse"
+    else:
+        why = "the best; that a quicker one is nearly as good is not shown on these images"
+    floors = [entry.spec.name for entry in tied if entry.section is None]
+    return f"{why}. That a network helps is not shown: see {' and '.join(floors)}" if floors else why
 
 
 def _by_size(entries: Sequence[Entry]) -> Iterator[str]:
@@ -386,7 +396,7 @@ def _written(
     networks = [entry for entry in entries if entry.section is not None and not entry.dropped]
     if not networks:
         raise BackboneError("no network is left to write a config of; name some with --candidates")
-    kept = [entry.section for entry in networks if entry.tied] or [chosen(networks).section]
+    kept = [entry.section for entry in networks if entry.tied] or [networks[0].section]
     survivors = config.model_copy(update={"backbones": tuple(distinct(kept))})
     make_folder(files.root)
     made = files.root / "shortlist.yaml", files.root / "shortlist.svg"
