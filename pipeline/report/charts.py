@@ -246,7 +246,11 @@ def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, In
     """
     made = figure(palette, "Accuracy against time per image", width=7.6, height=4.2)
     axes = made.subplots()
-    for name, spent, accuracy, (low, high), tied, baseline in dots:
+    places = [
+        max(spent, 0.1) for _, spent, *_ in dots
+    ]  # a thumbnail costs next to nothing, and would squeeze all others
+    middle = np.sqrt(min(places) * max(places))
+    for spent, (name, _, accuracy, (low, high), tied, baseline) in zip(places, dots, strict=True):
         colour = palette.accent if tied else palette.muted
         axes.plot([spent, spent], [100 * low, 100 * high], color=colour, lw=1.2)
         face = colour if tied else palette.surface
@@ -254,18 +258,19 @@ def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, In
         axes.annotate(
             plain_text(name.replace("-penultimate", "")),
             (spent, 100 * accuracy),
-            xytext=(7, 4),
+            xytext=(7 if spent <= middle else -7, 4),
+            ha="left" if spent <= middle else "right",
             textcoords="offset points",
             fontsize=8.5,
             color=palette.ink if tied else palette.muted,
         )
     axes.set_xscale("log")
-    axes.set_xlim(right=max(spent for _, spent, *_ in dots) * 6)  # room for the names
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=10))
+    axes.set_xlim(min(places) / 1.5, max(places) * 1.5)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(
-        "milliseconds per image in the network (filled: cannot be told apart from the best; squares: baselines)"
+        "milliseconds per image, without decoding\nfilled: nothing shows that it is worse than the best; squares: baselines"
     )
     axes.set_ylabel("accuracy out of fold, %, and 95 % interval")
     return made
