@@ -238,7 +238,7 @@ def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
 def layers(model: str) -> Iterable[str]:
     """List the layers of a backbone that can be embedded, with their shapes, and what they are called in every backbone.
 
-    MODEL is efficientnet_lite0, a torchvision model, regnet_small, or a weights file that `finetune` wrote.
+    MODEL is a name that `manyheads backbones` lists, module:function of your own, or a weights file that `finetune` wrote.
 
     Example: manyheads layers efficientnet_lite0
     """
@@ -258,6 +258,19 @@ def backbones(word: str) -> Iterable[str]:
     from pipeline.stages import backbones as stage
 
     return stage.run(word)
+
+
+def shortlist(config: Config, images: int, candidates: str) -> Iterable[str]:
+    """Say which networks are worth a full run: accuracy on a sample against time and memory.
+
+    CONFIG may also be a folder of photos. All that is here is compared, losers are dropped early, and a config of the networks that
+    cannot be told apart from the best is written.
+
+    Example: manyheads shortlist photos --images 400 --candidates efficientnet_lite0,regnet_small,hog
+    """
+    from pipeline.stages import shortlist as stage
+
+    return stage.run(config, images, [word.strip() for word in candidates.split(",") if word.strip()]).summary_lines()
 
 
 def pretrain(arguments: tuple[str, ...]) -> Iterable[str]:
@@ -332,7 +345,7 @@ COMMANDS = (
         _option("--output", "-o", default="predictions.csv", type=PATH, help="The CSV file to write."),
         _option("--top", default=3, type=COUNT, help="Labels with probabilities per image."),
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
-        _option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code."),
+        _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
     ),
     _command(report, *EXPERIMENT),
@@ -344,6 +357,14 @@ COMMANDS = (
     ),
     _command(layers, _argument("model")),
     _command(backbones, _argument("word", default="")),
+    _command(
+        shortlist,
+        *EXPERIMENT,
+        _option("--images", default=1000, type=COUNT, help="Training images in the sample."),
+        _option(
+            "--candidates", default="", metavar="NAME,...", help="NAME or NAME/WEIGHTS; all that are here otherwise."
+        ),
+    ),
     _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),
 )
 

@@ -366,7 +366,7 @@ def test_without_timm_the_names_are_listed_and_each_use_says_what_to_install(mon
 
 
 def test_an_old_timm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_models.importlib.metadata, "version", lambda name: "1.0.9.dev0")
+    monkeypatch.setattr(timm_models, "version", lambda name: "1.0.9.dev0")
     with pytest.raises(BackboneError, match=r"timm 1\.0\.9\.dev0 is installed, 1\.0\.31 is needed; run `pip install"):
         timm_models.library()
 

@@ -9,6 +9,7 @@ retired.py    keys of earlier versions
 from pipeline.config.reading import dump_yaml, load, parse
 from pipeline.config.sections import (
     LOCAL_DIR,
+    OWN,
     TIMM_NAMES,
     TIMM_PREFIX,
     WEIGHTS_FILES,
@@ -24,6 +25,8 @@ from pipeline.config.sections import (
     TuningConfig,
     checked_device,
     guess,
+    names_code,
+    names_timm,
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml

@@ -22,8 +22,10 @@ LONGEST_SHOWN = 200
 """Characters of a wrong value that an error shows."""
 
 
-def load(path: Path, overrides: Sequence[str] = (), names: Names | None = None) -> Config:
-    """Read and validate a config file with `--set a.b=c` overrides applied.
+def load(
+    path: Path, overrides: Sequence[str] = (), names: Names | None = None, of_photos: Mapping[str, Any] | None = None
+) -> Config:
+    """Read and validate a config file with `--set a.b=c` overrides applied; or the config of a folder of photos, `of_photos`.
 
     Paths in the file are relative to its folder, those of overrides to the working folder; the config has them all relative to
     the working folder. `names` are the words of the tables; without them any word passes here.
@@ -33,8 +35,11 @@ def load(path: Path, overrides: Sequence[str] = (), names: Names | None = None) 
     ConfigError
         With one line for every problem: where it is, what was found, what is allowed, and a guess.
     """
-    raw = read_yaml(path)
-    _seen_from_here(raw, path)
+    if of_photos is not None and path.is_dir():
+        raw = {**of_photos, "dataset": {"source": "folder", "path": str(path)}}
+    else:
+        raw = read_yaml(path)
+        _seen_from_here(raw, path)
     for override in overrides:
         _apply(raw, override)
     config = parse(raw, str(path), names)
@@ -45,7 +50,7 @@ def load(path: Path, overrides: Sequence[str] = (), names: Names | None = None) 
             raise ConfigError(
                 f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
             )
-    if any(":" in head.name for head in config.heads):
+    if any(":" in name for name in [*(head.name for head in config.heads), *(each.name for each in config.backbones)]):
         look_in(path.parent)
     return config
 

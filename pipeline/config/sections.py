@@ -30,6 +30,9 @@ WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
 
+OWN = "own"
+"""What the weights of a network of the user's own are called."""
+
 Names = Mapping[Literal["head", "baseline", "score"], Sequence[str]]
 """What the tables offer: the words that `heads`, `baselines` and `tuning.scoring` may hold."""
 
@@ -58,6 +61,31 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(_frozen, value))
     return {key: _frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def names_code(name: str) -> bool:
+    """Return whether a network is `module:function`: code of the user's own, which runs when it is loaded."""
+    module, colon, function = name.partition(":")
+    return bool(module and colon and function) and module != "timm"
+
+
+TIMM_PREFIX = "timm:"
+LOCAL_DIR = f"{TIMM_PREFIX}local-dir:"
+"""Before the path of a folder with weights of timm and their `config.json`."""
+
+TIMM_NAMES: Mapping[str, str] = {
+    "dinov2_base": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov3_base": "vit_base_patch16_dinov3.lvd1689m",
+    "siglip2_base": "vit_base_patch16_siglip_224.v2_webli",
+    "clip_base": "vit_base_patch16_clip_quickgelu_224.openai",
+    "convnextv2_tiny": "convnextv2_tiny.fcmae_ft_in22k_in1k",
+}
+"""Short names for networks of timm, and what timm calls them: network and weights."""
+
+
+def names_timm(name: str) -> bool:
+    """Return whether a network is one of timm's, whose name says which weights."""
+    return name in TIMM_NAMES or name.startswith(TIMM_PREFIX)
 
 
 def guess(word: str, allowed: Sequence[str]) -> str:
@@ -174,26 +202,12 @@ class PreprocessingConfig(Section):
     """How an image becomes a square: cut out of its centre, made square whatever its proportions, or filled up."""
 
 
-TIMM_PREFIX = "timm:"
-LOCAL_DIR = f"{TIMM_PREFIX}local-dir:"
-"""Before the path of a folder with weights of timm and their `config.json`."""
-
-TIMM_NAMES: Mapping[str, str] = {
-    "dinov2_base": "vit_base_patch14_reg4_dinov2.lvd142m",
-    "dinov3_base": "vit_base_patch16_dinov3.lvd1689m",
-    "siglip2_base": "vit_base_patch16_siglip_224.v2_webli",
-    "clip_base": "vit_base_patch16_clip_quickgelu_224.openai",
-    "convnextv2_tiny": "convnextv2_tiny.fcmae_ft_in22k_in1k",
-}
-"""Short names for networks of timm, and what timm calls them: network and weights."""
-
-
 class BackboneConfig(Section):
     """One frozen network and the layers whose output is kept."""
 
     name: str
-    """A network of one of the families: `efficientnet_lite0`, torchvision's `resnet50`, or timm's as `dinov2_base`,
-    `timm:resnet50.a1_in1k`, `timm:local-dir:FOLDER`."""
+    """A network of one of the families: `efficientnet_lite0`, torchvision's `resnet50`, timm's as `dinov2_base`,
+    `timm:resnet50.a1_in1k` or `timm:local-dir:FOLDER`, or `module:function` of your own."""
     weights: str = "random"
     """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` /
     `.pth` file. Names of timm's networks say which weights, which are `pretrained` by default."""
@@ -207,17 +221,17 @@ class BackboneConfig(Section):
     """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _names_of_timm_say_more(cls, values: Any) -> Any:
-        name = values.get("name") if isinstance(values, dict) else None
-        timms = isinstance(name, str) and (name in TIMM_NAMES or name.startswith(TIMM_PREFIX))
-        return {"weights": "pretrained", "pooling": "own", **values} if timms else values
-
     @property
     def title(self) -> str:
         """What messages call the network: `resnet50 (IMAGENET1K_V2)`."""
         return f"{self.name} ({self.weights})"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_names_say_more(cls, raw: Any) -> Any:
+        name = str(raw.get("name")) if isinstance(raw, dict) else ""
+        usual = {"weights": "pretrained", "pooling": "own"} if names_timm(name) else {}
+        return {**usual, **({"weights": OWN} if names_code(name) else {}), **raw} if name else raw
 
     @field_serializer("pooling")
     def _as_one_word(self, value: tuple[str, ...]) -> str | list[str]:

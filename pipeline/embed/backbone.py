@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embed import graph as graphs
@@ -41,6 +42,17 @@ class Arithmetic:
     """The dtype's name in configs and identities."""
     engine: str
     """`torch` or `openvino`."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an embedding costs, but for its time."""
+
+    parameters: int = 0
+    operations: int = 0
+    """Floating point operations for an image, as torch counts them: two for a multiplication and its addition."""
+    megabytes: float = 0.0
+    """Of the weights, and of the largest input and output of a layer for one image."""
 
 
 class Backbone:
@@ -118,6 +130,29 @@ class Backbone:
         outputs = self._outputs(pixels)
         return tuple(graphs.pool(outputs[row.output].to(torch.float32), row.pooling) for row in self._rows)
 
+    def cost(self) -> Cost:
+        """Return what the network costs up to its last layer that is kept."""
+        sizes = [0]
+
+        def measure(module: nn.Module, given: tuple[object, ...], output: object) -> None:
+            tensors = [part for part in (*given, output) if isinstance(part, torch.Tensor)]
+            sizes.append(sum(part.numel() * part.element_size() for part in tensors))
+
+        leaves = [part for part in self._module.modules() if not any(part.children())]
+        hooks = [part.register_forward_hook(measure) for part in leaves]
+        try:
+            height, width = self.preprocessing.size
+            pixels = torch.zeros(1, height, width, 3, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+                self._outputs(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        parameters = list(self._module.parameters())
+        held = sum(part.numel() * part.element_size() for part in parameters)
+        count = sum(part.numel() for part in parameters)
+        return Cost(count, counter.get_total_flops(), (held + max(sizes)) / 1e6)
+
     def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
         with torch.inference_mode():
             sent = torch.from_numpy(pixels)
@@ -181,7 +216,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
         engine, why = "torch", f"OpenVINO cannot run this network ({found})"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
     # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
-    reason = f"the one for {network.name}, whose vectors bf16 would move" if own else reason
+    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
     asked = (extraction.precision != "auto", extraction.engine == engine)
     because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
     name = backbone.specs[0].name
@@ -232,6 +267,7 @@ def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -
         engine=arithmetic.engine,
         untrained=network.untrained,
         trained_on=network.trained_on,
+        code=network.code,
         license=network.license,
     )
 

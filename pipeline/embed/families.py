@@ -13,13 +13,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.config import BackboneConfig, guess
-from pipeline.embed import efficientnet_lite, timm_models, torchvision_models
+from pipeline.embed import efficientnet_lite, own_modules, timm_models, torchvision_models
 from pipeline.embed.family import Arguments, Family, Published
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 from pipeline.io.memory import is_out_of_memory
 
-FAMILIES: tuple[Family, ...] = (efficientnet_lite.FAMILY, torchvision_models.FAMILY, timm_models.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    efficientnet_lite.FAMILY,
+    torchvision_models.FAMILY,
+    timm_models.FAMILY,
+    own_modules.FAMILY,
+)
 
 
 def family_of(architecture: str) -> Family:

@@ -71,10 +71,8 @@ def trace(model: nn.Module, probe: torch.Tensor | None = None) -> Graph:
     is, and its layers are its modules.
     """
     try:
-        module, names = _traced(model.eval())
-        with torch.inference_mode():
-            same = probe is None or _same(module.forward(probe), model(probe))
-        if same:
+        module, names = traced(model.eval())
+        if probe is None or _same(module, model, probe):
             return module, names
         reason = "its graph computes something else"
     except Exception as error:  # a forward pass is any Python code
@@ -86,22 +84,33 @@ def trace(model: nn.Module, probe: torch.Tensor | None = None) -> Graph:
     return Taps(model, ()), dict.fromkeys(name for name, _ in model.named_modules() if name)
 
 
-def _same(found: Any, expected: Any) -> bool:
+def _same(module: fx.GraphModule, model: nn.Module, probe: torch.Tensor) -> bool:
+    """Whether both give the same; where the network itself fails, as with images of a wrong size, that is told elsewhere."""
+    with torch.inference_mode():
+        try:
+            expected = model(probe)
+        except (RuntimeError, AssertionError, ValueError, BackboneError) as error:
+            if is_out_of_memory(error):
+                raise
+            return True
+        found = module.forward(probe)
     if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor) or found.shape != expected.shape:
         return False
     return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
-def _traced(model: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node | None]]:
+def traced(model: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node | None]]:
+    """Return the graph of a network in eval mode and its nodes by name; raises anything where it cannot be traced."""
     from torchvision.models.feature_extraction import NodePathTracer
 
     # As create_feature_extractor traces, except that torchvision's own blocks are looked into: the convolutions and batch
     # norms in them could not be folded otherwise.
     timm = sys.modules.get("timm.layers")  # its parts are met only where it was imported
+    leaves = [nn.Linear, *timm.get_notrace_modules()] if timm else []
     tracer = NodePathTracer(
         autowrap_modules=(math, torchvision.ops),
         autowrap_functions=tuple(timm.get_notrace_functions()) if timm else (),
-        leaf_modules=[nn.Linear, *timm.get_notrace_modules()] if timm else [],
+        leaf_modules=(*leaves, *getattr(model, "leaf_modules", ())),
     )
     graph = tracer.trace(model)
     names = {name: node for node, name in tracer.node_to_qualname.items() if node.op != "output"}

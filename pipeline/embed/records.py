@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig
+from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig, names_code
 from pipeline.embed import baselines
 from pipeline.embed.engines import engine_at_hand
 from pipeline.embed.installed import about_stand_in
@@ -252,15 +252,23 @@ def load(
     return backbone.load(section, extraction, seed, images)
 
 
-def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
+def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = False) -> tuple[Embedder, int]:
     """Make an embedding's embedder again; return it and which of its outputs the embedding is.
+
+    `trust_code` says that the user, and not only the record, names the code of a network that is somebody's own.
 
     Raises
     ------
     BackboneError
-        When the weights, the preprocessing or a library have changed since, so that its vectors would not be comparable.
+        When the weights, the preprocessing or a library have changed since, so that its vectors would not be comparable; or when
+        the network is code that is not trusted.
     """
     spec = record.spec
+    if record.section is not None and names_code(record.section.name) and not trust_code:
+        raise BackboneError(
+            f"{record.name}: its network is code, {record.section.name}, which can do anything when it is run; only if you know who "
+            "wrote it, add --trust (predict), or name it under backbones in the config"
+        )
     decode = spec.preprocessing["decode"]["mode"]
     if decode not in DECODE_MODES:
         raise BackboneError(

@@ -7,7 +7,7 @@ paths are therefore not in it; the device shows only through the precision that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +48,8 @@ class EmbeddingSpec:
     untrained: bool = False
     trained_on: str | None = None
     """Digest of the image contents that the weights saw, where this project trained them; changes no vector."""
+    code: Mapping[str, str] = field(default_factory=dict)
+    """Of a network of the user's own: digests of its text and of its source; empty of any other."""
     license: str = ""
     """Of the weights, as `Published.license` has it; '' where an earlier version made the spec. Changes no vector."""
 
@@ -66,6 +68,7 @@ class EmbeddingSpec:
             "preprocessing": dict(self.preprocessing),
             "precision": self.precision,
             "engine": self.engine,
+            **({"code": dict(self.code)} if self.code else {}),
         }
 
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
+import importlib
 import logging
 import math
 import os
@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeline.config import LOCAL_DIR, TIMM_NAMES, TIMM_PREFIX
+from pipeline.config import LOCAL_DIR, TIMM_NAMES, TIMM_PREFIX, names_timm
 from pipeline.embed.family import Arguments, Family, Fetch, Published
 from pipeline.embed.graph import POOLED, UNPOOLED
 from pipeline.embed.installed import NO_DOWNLOAD
 from pipeline.embed.licenses import UNKNOWN
+from pipeline.embed.precision import version
 from pipeline.embed.weights_files import tensors_digest
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
@@ -81,13 +82,12 @@ def library() -> ModuleType:
     BackboneError
         When it is not installed or too old.
     """
-    try:
-        version = importlib.metadata.version("timm")
-    except importlib.metadata.PackageNotFoundError:
-        raise BackboneError("networks of timm need the package timm; run `pip install 'manyheads[timm]'`") from None
-    if tuple(int(part) for part in version.split(".")[:3] if part.isdecimal()) < OLDEST:
+    found = version("timm")
+    if found is None:
+        raise BackboneError("networks of timm need the package timm; run `pip install 'manyheads[timm]'`")
+    if tuple(int(part) for part in found.split(".")[:3] if part.isdecimal()) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        raise BackboneError(f"timm {version} is installed, {wanted} is needed; run `pip install 'manyheads[timm]'`")
+        raise BackboneError(f"timm {found} is installed, {wanted} is needed; run `pip install 'manyheads[timm]'`")
     from pipeline.io.vision import torchvision  # noqa: F401 - without its operators, which this declares, timm's import fails
 
     return importlib.import_module("timm")
@@ -385,7 +385,7 @@ FAMILY = Family(
     title=f"timm's, as {TIMM_PREFIX}TAG or {', '.join(TIMM_NAMES)}",
     library="timm",
     names=lambda: list(TIMM_NAMES),
-    has=lambda architecture: architecture in TIMM_NAMES or architecture.startswith(TIMM_PREFIX),
+    has=names_timm,
     sized=True,
     build=lambda name, arguments: create(find(name, arguments)),
     weights=_weights,

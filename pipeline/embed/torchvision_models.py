@@ -76,7 +76,11 @@ def _build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 def preprocessing_of(member: Any) -> Preprocessing:
     """Return the transform that comes with a member of torchvision's weights."""
-    preset = member.transforms()
+    return preprocessing_of_preset(member.transforms())
+
+
+def preprocessing_of_preset(preset: Any) -> Preprocessing:
+    """Return the transform that one of torchvision's presets is."""
     return Preprocessing(
         resize=_side(preset.resize_size),
         crop=_side(preset.crop_size),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
+from pipeline.config import OWN, WEIGHTS_FILES, BackboneConfig, PreprocessingConfig, names_code
 from pipeline.embed.families import (
     FAMILIES,
     build,
@@ -33,6 +33,7 @@ from pipeline.embed.family import Arguments, Fetch
 from pipeline.embed.graph import PENULTIMATE, classifier_name, cut, effective, rows, stage_ends, tokens_of, trace
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
+from pipeline.embed.own_modules import with_prefix
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
 from pipeline.errors import BackboneError, first
@@ -57,6 +58,7 @@ class Network:
     untrained: bool = False
     trained_on: str | None = None
     license: str = UNKNOWN
+    code: Mapping[str, str] = field(default_factory=dict)
     has_classifier: bool = True
     """Whether the weights have the last layer, which those of self-supervised training lack."""
 
@@ -86,7 +88,14 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
             module = build(config.name, config.arguments)
         return _network(config, module, "random", untrained=True, license=NO_WEIGHTS)
     found = published(config)
-    return _network(config, load(config), config.weights, found.preprocessing, license=found.license)
+    return _network(
+        config,
+        load(config),
+        config.weights,
+        found.preprocessing,
+        license=found.license,
+        has_classifier=config.weights != OWN,
+    )
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
@@ -177,6 +186,12 @@ def _from_state(
         raise BackboneError(
             f"{origin} holds a {architecture}, the config says {config.name}; write name: {description.get('name', architecture)}"
         )
+    if names_code(architecture) and architecture != config.name:
+        raise BackboneError(
+            f"{origin} holds a network of code, {architecture}, which can do anything when it is built; write name: {architecture} "
+            "only if you know who wrote that"
+        )
+    state = with_prefix(state) if names_code(architecture) else state
     arguments = {**description.get("arguments", {}), **config.arguments}
     module, has_classifier = fill(architecture, arguments, state, origin)
     if not has_classifier:
@@ -204,6 +219,7 @@ def _network(
         weights=weights,
         weights_digest=tensors_digest(module.state_dict()),
         preprocessing=fitting_preprocessing(config, module, preprocessing),
+        code=getattr(module, "code", {}),
         **rest,
     )
 

@@ -23,6 +23,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import names_code
 from pipeline.data.targets import Classification, Target
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import Calibrator, scores_as_columns
@@ -151,7 +152,7 @@ def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None =
         "calibrator": asdict(bundle.calibrator) if bundle.calibrator else None,
         "file": name,
         "digests": {each: bytes_digest(content) for each, content in written.items()},
-        "runs_code_when_loaded": not safe,
+        "runs_code_when_loaded": not safe or names_code(str((bundle.embedding.get("section") or {}).get("name"))),
         "versions": versions(),
         "provenance": dict(bundle.provenance),
     }

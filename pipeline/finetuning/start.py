@@ -67,7 +67,8 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
         When the weights or a library have changed since.
     """
     record = choice.record
-    preprocessing = open_record(record, config.extraction.device)[0].preprocessing
+    trusted = record.section in config.backbones
+    preprocessing = open_record(record, config.extraction.device, trust_code=trusted)[0].preprocessing
     assert record.section is not None  # `choose` takes backbones only
     network = replace(load_network(record.section, record.seed), preprocessing=preprocessing)
     module = family_of(network.architecture).with_classifier(network.module, len(parts.classes))

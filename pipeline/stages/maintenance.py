@@ -365,7 +365,8 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
     stored = store.FeatureStore.open(here.path(record), record.fingerprint)
     rows = np.flatnonzero(~stored.missing(here.index.digests))
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
-    embedder, output = embedders.open_record(record, here.config.extraction.device)
+    trusted = record.section in here.config.backbones
+    embedder, output = embedders.open_record(record, here.config.extraction.device, trust_code=trusted)
     items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
     deviating = []
     for batch, (part,) in embed([Lane(embedder, 1)], items, here.index.root, here.config.dataset.max_pixels):

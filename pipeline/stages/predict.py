@@ -113,7 +113,7 @@ def run(
     if not model.embedding:
         raise BundleError(f"{folder}: is the constant guess, which looks at no image; name another bundle's folder")
     record = EmbeddingRecord.from_dict(model.embedding)
-    embedder, output_number = open_record(record, device)
+    embedder, output_number = open_record(record, device, trust_code=trust_code)
     walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
     total = sum(1 for _ in images_in(images, walks))
     unread, passed_over = _passed_over(walks)

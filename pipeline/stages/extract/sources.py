@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import BackboneConfig, Config
+from pipeline.config import LOCAL_DIR, BackboneConfig, Config, names_code, names_timm
 from pipeline.embed import baselines, licenses
 from pipeline.embed.installed import BUNDLED, stand_in
-from pipeline.embed.precision import choice_inputs
+from pipeline.embed.precision import choice_inputs, version
 from pipeline.embed.records import load
 from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec
 from pipeline.errors import PipelineError
@@ -84,6 +84,9 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
                 found[key] = tuple(replace(spec, license=license) for spec in found[key])
             extraction = config.extraction.model_copy(update={"engine": found[key][0].engine})
             live = partial(load, section, "", extraction, config.seed)
+            if names_code(section.name):  # which files it reads is known to nobody
+                made = live()
+                found[key], live = made.specs, partial(_itself, made)
         else:
             made = load(section, "", config.extraction, config.seed, len(digests))
             found[key], live = made.specs, partial(_itself, made)
@@ -126,8 +129,16 @@ def _key(section: BackboneConfig, config: Config) -> str:
             "machine": choice_inputs(),
             "decode": dict(DECODE_POLICY),
             "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
+            **({"timm": _state_of_timm(section.name)} if names_timm(section.name) else {}),
         }
     )
+
+
+def _state_of_timm(name: str) -> list[Any]:
+    """The version of timm and, where the network is a folder's, the state of its files."""
+    folder = Path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else None
+    files = sorted(folder.iterdir()) if folder and folder.is_dir() else []
+    return [version("timm"), *map(_state_of, files)]
 
 
 def _state_of(path: Path) -> list[Any] | None:

@@ -1,0 +1,291 @@
+"""Networks of the user's own: `name: module:function` in a config, where the function returns a `torch.nn.Module`.
+
+What its forward returns is what is embedded. With a last layer behind it, it is a network like any other: `penultimate` is the
+input of that layer, its inner layers can be named where it can be traced, and `finetune` has a head to train.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import OWN, PreprocessingConfig, guess, names_code
+from pipeline.embed import graph
+from pipeline.embed.family import Arguments, Family, Published
+from pipeline.embed.licenses import UNKNOWN
+from pipeline.embed.spec import probe_images
+from pipeline.embed.torchvision_models import preprocessing_of_preset
+from pipeline.embed.weights_files import tensors_digest
+from pipeline.errors import BackboneError, first_line
+from pipeline.images import Preprocessing
+from pipeline.io.digests import file_digest, fingerprint
+from pipeline.io.imports import look_in
+
+logger = logging.getLogger(__name__)
+
+USUAL = Preprocessing(resize=256, crop=224)
+"""The transform where neither the function nor the config says one: ImageNet's."""
+
+AS_FAMILIES_DO = ("torch", "torchvision", "timm")
+"""Libraries whose source is not part of the identity: their releases keep what a network computes."""
+
+TOLERANCE = 1e-4
+"""How far a vector may be from the same one computed otherwise, relative to its largest number."""
+
+
+class OwnNetwork(nn.Module):
+    """A module of the user's with a last layer of zeros behind it.
+
+    `code` is what beside its tensors makes its vectors: digests of its text, as torch prints it, and of the source it is from.
+    `leaf_modules` are those that are not traced into: all of it where the traced graph does not compute the same.
+    """
+
+    def __init__(self, name: str, network: nn.Module, preprocessing: Preprocessing, num_classes: int) -> None:
+        super().__init__()
+        self.name, self.preprocessing = name, preprocessing
+        self.network = network.eval()
+        self.code: Mapping[str, str] = {}
+        images = _probes(preprocessing)
+        vectors = self._run(images)
+        self.leaf_modules = () if self._traces(images, vectors) else (type(network),)
+        self.classifier = nn.Linear(vectors.shape[-1], num_classes)
+        for parameter in self.classifier.parameters():
+            parameter.data.zero_()  # as the digest of the weights must be the same each time
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Score the classes: (n, 3, height, width) -> (n, num_classes), for `finetune`; features come from inside."""
+        vectors = self.network(images)
+        if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:
+            raise BackboneError(
+                f"{self.name}: gives {_shape(vectors)} for an image, and a last layer needs one vector; pool in its forward"
+            )
+        scores: torch.Tensor = self.classifier(vectors)
+        return scores
+
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        """What it gives for two images, where that can be made into a vector each."""
+        height, width = images.shape[2:]
+        try:
+            with torch.inference_mode():
+                output = self.network(images)
+        except Exception as error:  # a user's module may fail in any way
+            raise BackboneError(
+                f"{self.name}: fails on images of {height} x {width} pixels ({type(error).__name__}: {first_line(error)}); say its "
+                "image size under preprocessing, or in a transform that the function returns with it"
+            ) from None
+        if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != len(images):
+            what = _shape(output, 0) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+            raise BackboneError(
+                f"{self.name}: gives {what} for {len(images)} images, expected a tensor with a vector for each, such as "
+                f"{len(images)} x 512"
+            )
+        with torch.inference_mode():
+            alone = self.network(images[:1])
+        if not _close(alone, output[:1]):
+            raise BackboneError(
+                f"{self.name}: gives an image another vector alone than beside a second one; a vector may depend on its image alone"
+            )
+        return output
+
+    def _traces(self, images: torch.Tensor, expected: torch.Tensor) -> bool:
+        try:
+            with torch.inference_mode():
+                found = graph.traced(self.network)[0].forward(images)
+            if _close(found, expected):
+                return True
+            reason = "its graph computes something else"
+        except Exception as error:  # tracing runs the user's code with stand-ins for tensors
+            reason = first_line(error)
+        logger.info(
+            "%s cannot be traced (%s): what its forward returns can be embedded, no layer inside", self.name, reason
+        )
+        return False
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()), equal_nan=True)
+
+
+def _probes(preprocessing: Preprocessing) -> torch.Tensor:
+    """Two images as the network is given them, float32 of shape (2, 3, height, width)."""
+    pixels = torch.from_numpy(probe_images(preprocessing.size)[:2]).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    return ((pixels - mean) / std).contiguous()
+
+
+def _shape(tensor: torch.Tensor, start: int = 1) -> str:
+    return " x ".join(map(str, tensor.shape[start:])) or "one number"
+
+
+def with_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name the tensors of the user's module as they are called within the whole; those that are stay as they are."""
+    whole = any(name.startswith("network.") for name in state)
+    return {name if whole else f"network.{name}": tensor for name, tensor in state.items()}
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """Import a user's own function from `module:function`.
+
+    Raises
+    ------
+    BackboneError
+        When it cannot be imported or called.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        look_in(Path())
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail at import in any way
+        raise BackboneError(
+            f"backbone {name!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {first_line(error)}); "
+            "it must be installed, or lie beside the config or in the folder the command is run in"
+        ) from None
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise BackboneError(
+            f"backbone {name!r}: {module_name!r} has no function {attribute!r}{guess(attribute, names)}; it has "
+            f"{', '.join(names) or 'none'}"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
+    """Call the user's function, on the processor whatever torch's default device is."""
+    function = find_function(name)
+    takes = _parameters(function)
+    if "num_classes" in takes:
+        raise BackboneError(
+            f"{name}: num_classes is the size of the layer that `finetune` puts behind it; give it another name"
+        )
+    given = {
+        key: value
+        for key, value in arguments.items()
+        if key != "num_classes" and (key != "image_size" or "image_size" in takes)
+    }
+    try:
+        with torch.device("cpu"):
+            made = function(**given)
+    except Exception as error:  # a user's function may fail in any way
+        raise BackboneError(
+            f"{name}: fails with arguments {given}: {type(error).__name__}: {first_line(error)}"
+        ) from None
+    network, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(network, nn.Module):
+        raise BackboneError(
+            f"{name}: returns a {type(network).__name__}, expected a torch.nn.Module, or (module, transform)"
+        )
+    return network, USUAL if transform is None else _described(transform, name)
+
+
+def _build(name: str, arguments: Arguments) -> OwnNetwork:
+    network, preprocessing = _call(name, arguments)
+    if (side := arguments.get("image_size")) is not None:
+        preprocessing = replace(preprocessing, resize=side, crop=side)
+    with torch.device("cpu"):
+        whole = OwnNetwork(name, network, preprocessing, arguments.get("num_classes", 1))
+    written_in = [find_function(name), *map(type, network.modules())]
+    whole.code = {"text": fingerprint(str(network)), "source": _digest_of_source(written_in)}
+    return whole
+
+
+def _parameters(function: Callable[..., Any]) -> Iterable[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return ()
+
+
+def _digest_of_source(things: Iterable[Any]) -> str:
+    """The digest of the files that functions and classes are written in; '' where there are none, as in a notebook."""
+    files = set()
+    for thing in things:
+        if str(getattr(thing, "__module__", "")).partition(".")[0] not in AS_FAMILIES_DO:
+            try:
+                files.add(str(inspect.getsourcefile(thing)))
+            except TypeError:
+                continue
+    digests = {file_digest(Path(file)) for file in files if Path(file).is_file()}
+    return fingerprint(sorted(digests)) if digests else ""
+
+
+def _described(transform: Any, name: str) -> Preprocessing:
+    """The transform that a function returned: a mapping with the keys of `preprocessing`, or torchvision's."""
+    try:
+        if isinstance(transform, Preprocessing):
+            return transform
+        if isinstance(transform, Mapping):
+            return Preprocessing(**PreprocessingConfig.model_validate(dict(transform)).model_dump())
+        if hasattr(transform, "resize_size"):
+            return preprocessing_of_preset(transform)
+        return _composed(transform.transforms)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise BackboneError(
+            f"{name}: its transform is not understood ({first_line(error)}); expected the keys of preprocessing (resize, crop, "
+            "interpolation, mean, std), or torchvision's Resize, CenterCrop, ToTensor and Normalize"
+        ) from None
+
+
+CONVERSIONS = ("ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype")
+"""Steps of torchvision's that change how pixels are kept, which is done here anyway."""
+
+
+def _composed(steps: Iterable[Any]) -> Preprocessing:
+    found: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    for step in steps:
+        kind = type(step).__name__
+        if kind == "Resize":
+            found |= {
+                "resize": _side(step.size),
+                "interpolation": getattr(step.interpolation, "value", step.interpolation),
+            }
+        elif kind == "CenterCrop":
+            found["crop"] = _side(step.size)
+        elif kind == "Normalize":
+            found |= {"mean": tuple(map(float, step.mean)), "std": tuple(map(float, step.std))}
+        elif kind not in CONVERSIONS:
+            raise ValueError(f"it has a {kind}")
+    if "resize" not in found or not ("crop" in found or isinstance(found["resize"], tuple)):
+        raise ValueError("it has no Resize, or no CenterCrop after it")
+    return Preprocessing(**{"crop": found["resize"], **found})
+
+
+def _side(size: Any) -> int | tuple[int, int]:
+    sides = (size,) if isinstance(size, int) else tuple(size)
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _load(name: str, arguments: Arguments) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # which a seed in the user's function would change for all that follows
+        network, (again, _) = _build(name, arguments), _call(name, arguments)
+    if tensors_digest(network.network.state_dict()) != tensors_digest(again.state_dict()):
+        raise BackboneError(
+            f"{name}: has other weights each time it is called; load trained ones in it, or say weights: random, an untrained control"
+        )
+    return network
+
+
+FAMILY = Family(
+    title="module:function of your own",
+    library=OWN,
+    names=lambda: (),
+    has=names_code,
+    build=_build,
+    weights=lambda name: {
+        OWN: Published(
+            load=lambda arguments: _load(name, arguments),
+            preprocessing=USUAL,
+            license=getattr(find_function(name), "license", UNKNOWN),
+        )
+    },
+    sized=True,
+    auto_precision="fp32",  # who wrote it may count on it, as with constants made in its forward
+)
