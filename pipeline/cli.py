@@ -280,6 +280,19 @@ def backbones(word: str) -> Iterable[str]:
     return stage.run(word)
 
 
+def shortlist(config: Config, images: int, candidates: str) -> Iterable[str]:
+    """Say which networks are worth a full run: accuracy on a sample against time and memory.
+
+    CONFIG may also be a folder of photos. All that is here is compared, losers are dropped early, and a config of the networks that
+    cannot be told apart from the best is written.
+
+    Example: manyheads shortlist photos --images 400 --candidates efficientnet_lite0,regnet_small,hog
+    """
+    from pipeline.stages import shortlist as stage
+
+    return stage.run(config, images, [word.strip() for word in candidates.split(",") if word.strip()]).summary_lines()
+
+
 def pretrain(arguments: tuple[str, ...]) -> Iterable[str]:
     """Gone from the package."""
     raise click.UsageError(
@@ -372,6 +385,14 @@ COMMANDS = (
     ),
     _command(layers, _argument("model")),
     _command(backbones, _argument("word", default="")),
+    _command(
+        shortlist,
+        *EXPERIMENT,
+        _option("--images", default=1000, type=COUNT, help="Training images in the sample."),
+        _option(
+            "--candidates", default="", metavar="NAME,...", help="NAME or NAME/WEIGHTS; all that are here otherwise."
+        ),
+    ),
     _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),
 )
 

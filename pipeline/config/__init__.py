@@ -8,7 +8,10 @@ retired.py    keys of earlier versions
 
 from pipeline.config.reading import dump_yaml, load, parse
 from pipeline.config.sections import (
+    LOCAL_DIR,
     OWN,
+    TIMM_NAMES,
+    TIMM_PREFIX,
     WEIGHTS_FILES,
     BackboneConfig,
     Config,
@@ -23,6 +26,7 @@ from pipeline.config.sections import (
     checked_device,
     guess,
     names_code,
+    names_timm,
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml

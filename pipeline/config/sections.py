@@ -70,6 +70,25 @@ def names_code(name: str) -> bool:
     return bool(module and colon and function) and module != "timm"
 
 
+TIMM_PREFIX = "timm:"
+LOCAL_DIR = f"{TIMM_PREFIX}local-dir:"
+"""Before the path of a folder with weights of timm and their `config.json`."""
+
+TIMM_NAMES: Mapping[str, str] = {
+    "dinov2_base": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov3_base": "vit_base_patch16_dinov3.lvd1689m",
+    "siglip2_base": "vit_base_patch16_siglip_224.v2_webli",
+    "clip_base": "vit_base_patch16_clip_quickgelu_224.openai",
+    "convnextv2_tiny": "convnextv2_tiny.fcmae_ft_in22k_in1k",
+}
+"""Short names for networks of timm, and what timm calls them: network and weights."""
+
+
+def names_timm(name: str) -> bool:
+    """Return whether a network is one of timm's, whose name says which weights."""
+    return name in TIMM_NAMES or name.startswith(TIMM_PREFIX)
+
+
 def guess(word: str, allowed: Sequence[str]) -> str:
     """Return `, did you mean 'x'?` for the closest allowed word, or nothing."""
     close = difflib.get_close_matches(word, allowed, n=1)
@@ -203,15 +222,19 @@ class PreprocessingConfig(Section):
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    fit: Literal["crop", "squash", "border"] = "crop"
+    """How an image becomes a square: cut out of its centre, made square whatever its proportions, or filled up."""
 
 
 class BackboneConfig(Section):
     """One frozen network and the layers whose output is kept."""
 
     name: str
-    """A network of one of the families, such as `efficientnet_lite0` or torchvision's `resnet50`, or `module:function` of your own."""
+    """A network of one of the families: `efficientnet_lite0`, torchvision's `resnet50`, timm's as `dinov2_base`,
+    `timm:resnet50.a1_in1k` or `timm:local-dir:FOLDER`, or `module:function` of your own."""
     weights: str = "random"
-    """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
+    """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` /
+    `.pth` file. Names of timm's networks say which weights, which are `pretrained` by default."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
     """`penultimate` is the input of the last linear layer, `stage3` the end of a stage; any node listed by `manyheads layers`
     will do. Several come of one pass."""
@@ -229,9 +252,10 @@ class BackboneConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _own_code_has_its_weights(cls, raw: Any) -> Any:
-        own = isinstance(raw, dict) and names_code(str(raw.get("name"))) and "weights" not in raw
-        return {**raw, "weights": OWN} if own else raw
+    def _some_names_say_more(cls, raw: Any) -> Any:
+        name = str(raw.get("name")) if isinstance(raw, dict) else ""
+        usual = {"weights": "pretrained", "pooling": "own"} if names_timm(name) else {}
+        return {**usual, **({"weights": OWN} if names_code(name) else {}), **raw} if name else raw
 
     @field_serializer("pooling")
     def _as_one_word(self, value: tuple[str, ...]) -> str | list[str]:

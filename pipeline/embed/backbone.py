@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embed import graph as graphs
@@ -42,6 +43,17 @@ class Arithmetic:
     """`torch` or `openvino`."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What an embedding costs, but for its time."""
+
+    parameters: int = 0
+    operations: int = 0
+    """Floating point operations for an image, as torch counts them: two for a multiplication and its addition."""
+    megabytes: float = 0.0
+    """Of the weights, and of the largest input and output of a layer for one image."""
+
+
 class Backbone:
     """A frozen network in eval mode: pixels in, the vectors of each of its layers and poolings out, in one forward pass.
 
@@ -49,7 +61,8 @@ class Backbone:
     """
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
-        graph = graphs.trace(network.module)
+        probe = torch.from_numpy(probe_images(network.preprocessing.size)[-1:]).permute(0, 3, 1, 2) / 255
+        graph = graphs.trace(network.module, probe)
         self._tokens = graphs.tokens_of(network.module)
         ends = partial(graphs.stage_ends, network.module, graph, network.preprocessing.size)
         self._rows = graphs.rows(graph, config.layers, config.pooling, self._tokens, network.has_classifier, ends)
@@ -115,6 +128,29 @@ class Backbone:
     def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self._outputs(pixels)
         return tuple(graphs.pool(outputs[row.output].to(torch.float32), row.pooling) for row in self._rows)
+
+    def cost(self) -> Cost:
+        """Return what the network costs up to its last layer that is kept."""
+        sizes = [0]
+
+        def measure(module: nn.Module, given: tuple[object, ...], output: object) -> None:
+            tensors = [part for part in (*given, output) if isinstance(part, torch.Tensor)]
+            sizes.append(sum(part.numel() * part.element_size() for part in tensors))
+
+        leaves = [part for part in self._module.modules() if not any(part.children())]
+        hooks = [part.register_forward_hook(measure) for part in leaves]
+        try:
+            height, width = self.preprocessing.size
+            pixels = torch.zeros(1, height, width, 3, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+                self._outputs(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        parameters = list(self._module.parameters())
+        held = sum(part.numel() * part.element_size() for part in parameters)
+        count = sum(part.numel() for part in parameters)
+        return Cost(count, counter.get_total_flops(), (held + max(sizes)) / 1e6)
 
     def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
         with torch.inference_mode():
@@ -201,7 +237,7 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
     BackboneError
         When there is no such model.
     """
-    config = BackboneConfig(name=name)
+    config = BackboneConfig(name=name, weights="random")  # nothing is fetched for it
     if name.endswith(WEIGHTS_FILES):
         config = BackboneConfig(name=Path(name).stem, weights=name)
     elif name not in network_names() and name == bundled()["name"]:

@@ -57,7 +57,7 @@ def cpu_flags() -> frozenset[str]:
 def choice_inputs() -> dict[str, Any]:
     """Return what device, precision and engine depend on, learnt without importing torch: the key under which a choice is kept."""
     return {
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "openvino")},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "openvino")},
         "machine": platform.machine(),
         "system": platform.system(),
         "bf16": sorted(cpu_flags() & NATIVE_BF16),
@@ -65,7 +65,8 @@ def choice_inputs() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Return the version of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

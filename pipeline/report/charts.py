@@ -261,6 +261,45 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int) ->
 
 
 @chart
+def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, Interval, bool, bool]]) -> Figure:
+    """Draw accuracy with its interval against milliseconds per image.
+
+    `dots` are names, milliseconds, accuracies, intervals, whether nothing shows that it is worse than the best, and whether it is
+    a baseline.
+    """
+    made = figure(palette, "Accuracy against time per image", width=7.6, height=4.2)
+    axes = made.subplots()
+    places = [
+        max(spent, 0.1) for _, spent, *_ in dots
+    ]  # a thumbnail costs next to nothing, and would squeeze all others
+    middle = np.sqrt(min(places) * max(places))
+    for spent, (name, _, accuracy, (low, high), tied, baseline) in zip(places, dots, strict=True):
+        colour = palette.accent if tied else palette.muted
+        axes.plot([spent, spent], [100 * low, 100 * high], color=colour, lw=1.2)
+        face = colour if tied else palette.surface
+        axes.plot(spent, 100 * accuracy, "s" if baseline else "o", color=colour, mfc=face, ms=7)
+        axes.annotate(
+            plain_text(name.replace("-penultimate", "")),
+            (spent, 100 * accuracy),
+            xytext=(7 if spent <= middle else -7, 4),
+            ha="left" if spent <= middle else "right",
+            textcoords="offset points",
+            fontsize=8.5,
+            color=palette.ink if tied else palette.muted,
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(min(places) / 1.5, max(places) * 1.5)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(
+        "milliseconds per image, without decoding\nfilled: nothing shows that it is worse than the best; squares: baselines"
+    )
+    axes.set_ylabel("accuracy out of fold, %, and 95 % interval")
+    return made
+
+
+@chart
 def map_chart(palette: Palette, space: Map, labels: Sequence[str], classes: Sequence[str]) -> Figure:
     """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by class."""
     made = figure(palette, "Map of the images; arrow keys go from dot to dot", width=7.6, height=4.6)

@@ -101,6 +101,11 @@ def to_png(chart: Chart) -> bytes:
     return _drawn(chart, PAPER, format="png", dpi=200, metadata={"Software": None})[0]
 
 
+def to_paper_svg(chart: Chart) -> bytes:
+    """Draw a chart as an SVG file of its own, in the colours of paper."""
+    return _drawn(chart, PAPER, format="svg", metadata={"Date": None, "Creator": None})[0]
+
+
 def plain_text(text: str) -> str:
     """Return text that matplotlib does not take for mathematics."""
     return text.replace("$", r"\$")

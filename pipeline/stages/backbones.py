@@ -62,8 +62,10 @@ def run(word: str = "") -> list[str]:
     BackboneError
         When nothing has the word.
     """
-    rows = [*_published(), *_here()]
-    shown = [row for row in rows if (word.lower() in " ".join(row.cells(False)).lower() if word else row.where == HERE)]
+    found = rows()
+    shown = [
+        row for row in found if (word.lower() in " ".join(row.cells(False)).lower() if word else row.where == HERE)
+    ]
     if not shown:
         raise BackboneError(
             f"no network, weights, family or licence has {word!r} in its name; leave it out to see what is here"
@@ -73,7 +75,7 @@ def run(word: str = "") -> list[str]:
     alignment = ("left", "left", "left", "right", "right", "right", "left", "left")
     lines = [tabulate(cells, HEADERS, "simple", disable_numparse=True, colalign=alignment), ""]
     if not word:
-        others = Counter((row.family, row.where) for row in rows if row.where != HERE)
+        others = Counter((row.family, row.where) for row in found if row.where != HERE)
         lines += [
             f"{count:,} more of {family} {where}: `manyheads backbones {family}` lists them"
             for (family, where), count in others.items()
@@ -84,6 +86,11 @@ def run(word: str = "") -> list[str]:
         *lines,
         "any network also with `weights: random`, an untrained control, or with a .safetensors or .pth file of yours",
     ]
+
+
+def rows() -> list[Row]:
+    """Return all that there is."""
+    return [*_published(), *_here()]
 
 
 def _published() -> Iterator[Row]:

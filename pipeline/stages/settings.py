@@ -9,8 +9,15 @@ from pipeline import config
 from pipeline.config import Config, Names
 from pipeline.data.targets import TARGETS
 from pipeline.embed import baselines
+from pipeline.embed.installed import DEFAULT
 from pipeline.evaluation import METRICS
 from pipeline.heads import TABLES
+
+OF_PHOTOS = {
+    "backbones": [DEFAULT.model_dump(mode="json", exclude_defaults=True)],
+    "heads": ["logistic_regression", "linear_svm", "rbf_svm", "random_forest", "ridge", "knn"],
+}
+"""What the config of a folder of photos has besides their path."""
 
 
 def names() -> Names:
@@ -27,9 +34,11 @@ def names() -> Names:
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read and validate a config file with `--set a.b=c` overrides applied, and every name in it.
 
+    `path` may also be a folder of photos, whose config is `configs/folder.yaml`'s.
+
     Raises
     ------
     ConfigError
         With one line for every problem.
     """
-    return config.load(path, overrides, names())
+    return config.load(path, overrides, names(), OF_PHOTOS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from shlex import quote
+from typing import Any
 
 from pipeline import report
 from pipeline.config import Config, dump_yaml
@@ -30,7 +31,8 @@ def experiments(config: Config) -> dict[str, Config]:
     """
     data, found = config.dataset, {}
     for name, kind in zip(data.label_columns, data.kinds, strict=False) if len(data.kinds) > 1 else ():
-        files, section = Artifacts(config.output, config.store), {"label_columns": (name,), "target": kind}
+        files = Artifacts(config.output, config.store)
+        section: dict[str, Any] = {"label_columns": (name,), "target": kind}
         if kind != "multilabel":
             section["label_separator"] = None
         scoring, kind = config.tuning.scoring, kind_of(kind)

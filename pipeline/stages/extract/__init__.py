@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline import data as dataset
-from pipeline.config import Config, dump_yaml
-from pipeline.data import ScanResult
+from pipeline.config import BackboneConfig, Config, dump_yaml
+from pipeline.data import DatasetIndex, ScanResult
 from pipeline.embed.concat import default_name, find_parts
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
@@ -156,6 +156,25 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         stand_ins=tuple(dict.fromkeys(_about_stand_ins(targets, known))),
         total_seconds=time.perf_counter() - began,
     )
+
+
+def embed_some(
+    config: Config, section: BackboneConfig | None, name: str, index: DatasetIndex, contents: Contents, some: Contents
+) -> list[tuple[Target, FeatureStore]]:
+    """Embed a part of a data set by one section of a config, or else the baseline of a name, where the stores do not have it yet.
+
+    The embeddings are those that `run` makes of all `contents`, which finds them in the stores; no experiment is written.
+    """
+    files = Artifacts(config.output, config.store)
+    sections, floors = ((section,), ()) if section else ((), (name,))
+    asked = config.model_copy(update={"backbones": sections, "baselines": floors})
+    sources = resolve(asked, files, contents.digests)
+    take_over([spec for source in sources for spec in source.specs], files, contents.digests)
+    targets = find_targets(sources, some, files)
+    pending = [target for target in targets if target.pending.any()]
+    if pending:
+        embed(pending, some, index, asked, files)
+    return [(target, FeatureStore.open(target.path, target.spec.fingerprint())) for target in targets]
 
 
 def _check_failures(scanned: ScanResult, contents: Contents, config: Config, files: Artifacts) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import BackboneConfig, Config, names_code
+from pipeline.config import LOCAL_DIR, BackboneConfig, Config, names_code, names_timm
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed import baselines, licenses
 from pipeline.embed.installed import BUNDLED, stand_in
-from pipeline.embed.precision import choice_inputs
+from pipeline.embed.precision import choice_inputs, version
 from pipeline.embed.records import load
 from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec
 from pipeline.errors import PipelineError, StoreError, first
@@ -139,8 +139,16 @@ def _key(section: BackboneConfig, config: Config) -> str:
             "machine": choice_inputs(),
             "decode": dict(DECODE_POLICY),
             "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
+            **({"timm": _state_of_timm(section.name)} if names_timm(section.name) else {}),
         }
     )
+
+
+def _state_of_timm(name: str) -> list[Any]:
+    """The version of timm and, where the network is a folder's, the state of its files."""
+    folder = Path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else None
+    files = sorted(folder.iterdir()) if folder and folder.is_dir() else []
+    return [version("timm"), *map(_state_of, files)]
 
 
 def _state_of(path: Path) -> list[Any] | None:

@@ -1,0 +1,410 @@
+"""Shortlist: which networks are worth a full run on these images, and what each costs, judged on a sample of the training images.
+
+Candidates are embedded through the feature stores, so a later run of `features` embeds the sample no more. Each is judged by
+ridge and by nearest neighbours, out of fold; losers are dropped early, by successive halving over the sample (Jamieson and
+Talwalkar, AISTATS 2016), though none that is not shown to be worse than the best. Test images are not looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tabulate import tabulate
+from threadpoolctl import threadpool_limits
+
+from pipeline import data as dataset
+from pipeline.config import BackboneConfig, Config, dump_yaml, names_code
+from pipeline.data import DatasetIndex
+from pipeline.data.targets import Classification
+from pipeline.embed import baselines
+from pipeline.embed.backbone import Backbone, Cost
+from pipeline.embed.installed import STAND_IN
+from pipeline.embed.licenses import require_permitted
+from pipeline.embed.spec import EmbeddingSpec, probe_images
+from pipeline.embed.weights import license_of
+from pipeline.errors import BackboneError, DatasetError, PipelineError
+from pipeline.evaluation import ACCURACY, Interval, Predictions, compare
+from pipeline.evaluation.intervals import share_interval
+from pipeline.evaluation.leaderboard.judge import margin
+from pipeline.evaluation.logme import logme
+from pipeline.experiment import Artifacts
+from pipeline.heads import HEADS, configure
+from pipeline.heads.tuning import Folds, make_folds
+from pipeline.images import policy_key
+from pipeline.io.files import make_folder, write_atomic, write_text_atomic
+from pipeline.report.charts import shortlist_chart
+from pipeline.report.drawing import to_paper_svg
+from pipeline.stages.backbones import HERE, Row, rows
+from pipeline.stages.extract import Contents, embed_some
+from pipeline.stages.extract.stores import enter
+
+log = logging.getLogger(__name__)
+
+FOLDS = 5
+RUNGS = (4, 2, 1)
+"""The sample is looked at in such parts, smallest first: a quarter, a half, all of it."""
+LEAST = 100
+"""Images of a rung at least: of fewer no candidate is shown to be worse."""
+JUDGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "ridge": [{"alpha": 10.0**power} for power in (0, 1, 2, 3, 4)],
+    "knn": [{}, {"n_neighbors": 15}],
+}
+"""Heads that are fitted in no time, and the parameters that are tried; the best of them judges a candidate."""
+TIMED = 8
+"""Images of the batch whose time is taken."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One candidate's embedding, as it was last judged."""
+
+    section: BackboneConfig | None
+    spec: EmbeddingSpec
+    head: str
+    out_of_fold: Predictions
+    evidence: float
+    """LogME on the sample."""
+    cost: Cost
+    seconds: float
+    """What its network takes for an image here; decoding is the same for all."""
+    dropped: bool = False
+    tied: bool = False
+    """Nothing shows that it is worse than the best."""
+    behind: float = 0.0
+    """How much less accurate than the best it may be: the end of the interval of the difference."""
+
+    @property
+    def accuracy(self) -> float:
+        """Out of fold."""
+        return float(self.out_of_fold.correct.mean())
+
+    @property
+    def interval(self) -> Interval:
+        """The 95 % interval of the accuracy."""
+        return share_interval(self.out_of_fold.correct, self.out_of_fold.units)
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """What was found: `entries` best first, those that were dropped last."""
+
+    entries: tuple[Entry, ...]
+    images: int
+    of: int
+    """Training images that there are."""
+    left_out: tuple[str, ...]
+    config: Path
+    picture: Path
+
+    @property
+    def last(self) -> list[Entry]:
+        """The entries that were judged on the whole sample."""
+        return [entry for entry in self.entries if not entry.dropped]
+
+    @property
+    def chosen(self) -> Entry:
+        """What is recommended."""
+        return chosen(self.last)
+
+    def summary_lines(self) -> Iterator[str]:
+        """The table, and what follows from it."""
+        yield (
+            f"{len(self.entries)} embeddings on {self.images:,} of {self.of:,} training images, out of {FOLDS} folds; test images are "
+            "not looked at"
+        )
+        yield from ("", self._table(), "")
+        best, tied = self.entries[0], [entry for entry in self.last if entry.tied]
+        if len(tied) > 1:
+            yield f"~ these cannot be told apart from {best.spec.name} on {self.images:,} images."
+        for entry in self.entries:
+            if entry.dropped:
+                yield (
+                    f"dropped after {len(entry.out_of_fold):,} images, shown to be worse than the best: {entry.spec.name}"
+                )
+        yield from self.left_out
+        yield from _by_size(self.last + [entry for entry in self.entries if entry.dropped])
+        found = self.chosen
+        yield f"use {found.spec.name}: {_why(found, self.last)}"
+        yield f"config    {self.config}: `manyheads features` and `manyheads heads` run it as it is"
+        yield f"picture   {self.picture}"
+
+    def _table(self) -> str:
+        head = ("", "embedding", "accuracy [95 %]", "judge", "images", "LogME", "parameters", "GFLOP", "ms/image", "MB")
+        cells = [
+            (
+                "*" if entry is self.entries[0] else "~" if entry.tied else "",
+                entry.spec.name,
+                f"{100 * entry.accuracy:.1f} [{100 * entry.interval[0]:.1f}, {100 * entry.interval[1]:.1f}]",
+                entry.head,
+                f"{len(entry.out_of_fold):,}",
+                f"{entry.evidence:.3f}",
+                f"{entry.cost.parameters / 1e6:.1f} M" if entry.cost.parameters else "",
+                f"{entry.cost.operations / 1e9:.2f}" if entry.cost.operations else "",
+                f"{1000 * entry.seconds:.1f}",
+                f"{entry.cost.megabytes:.0f}" if entry.cost.parameters else "",
+            )
+            for entry in self.entries
+        ]
+        return tabulate(cells, head, "simple", disable_numparse=True, colalign=("left", "left", *["right"] * 8))
+
+
+def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> Shortlist:
+    """Judge the candidates on a stratified sample of the training images, and write the config of those worth a full run.
+
+    `candidates` are NAME or NAME/WEIGHTS of networks, `module:function`, or baselines; all that are here where none is named.
+
+    Raises
+    ------
+    PipelineError
+        When a candidate is not to be had or not allowed, or the data cannot be cross-validated.
+    """
+    alive, left_out = _candidates(config, candidates)
+    files = Artifacts(config.output, config.store)
+    scanned = dataset.scan(config.dataset, config.seed, files.dataset)
+    policy = policy_key(config.dataset.max_pixels)
+    contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
+    enter(files)
+    places, labels = _training(scanned.index, contents)
+    order = places[stratified(labels, min(images, len(places)), config.seed)]
+    sizes = sorted({len(order) // part for part in RUNGS if len(order) // part >= LEAST} | {len(order)})
+    entries: dict[str, Entry] = {}
+    for size in sizes:
+        taken = np.sort(order[:size])
+        some = Contents(contents.digests[taken], contents.rows[taken], contents.failed[taken])
+        found = {
+            entry.spec.name: entry
+            for section, name in alive
+            for entry in _judged(section, name, config, scanned.index, contents, some, left_out)
+        }
+        if not found:
+            raise BackboneError("no candidate can be judged", left_out)
+        entries |= _compared(found, config.seed, final=size == sizes[-1])
+        kept = [entry for entry in entries.values() if not entry.dropped]
+        alive = [(section, name) for section, name in alive if any(_is_of(entry, section, name) for entry in kept)]
+    ordered = sorted(entries.values(), key=lambda entry: (entry.dropped, -entry.accuracy, entry.seconds))
+    return _written(config, files, ordered, len(order), len(places), left_out)
+
+
+# ---- what is compared
+
+
+def _candidates(config: Config, words: Sequence[str]) -> tuple[list[tuple[BackboneConfig | None, str]], list[str]]:
+    """The sections and baselines to judge; and lines on those that the config's `licenses` leaves out."""
+    table = [row for row in rows() if row.weights]
+    sections = list(config.backbones)
+    if words:
+        sections = [section for word in words if word not in baselines.NAMES for section in _named(word, table)]
+    else:
+        sections += [BackboneConfig(name=row.name, weights=row.weights) for row in table if row.where == HERE]
+        sections += [STAND_IN] if any(row.weights == "bundled" for row in table) else []
+    floors = [name for name in baselines.NAMES if name in words or not words]
+    allowed, left_out = list[BackboneConfig](), list[str]()
+    for section in distinct(sections):
+        try:
+            require_permitted(config.licenses, [(section.title, license_of(section))])
+            allowed.append(section)
+        except PipelineError as error:
+            left_out += [f"left out: {line}" for line in error.problems or [error.message]]
+    return [*((section, "") for section in allowed), *((None, name) for name in floors)], left_out
+
+
+def distinct(sections: Iterable[BackboneConfig | None]) -> list[BackboneConfig]:
+    """Return each section once, in order."""
+    found = list[BackboneConfig]()  # they have no hash
+    for section in sections:
+        if section is not None and section not in found:
+            found.append(section)
+    return found
+
+
+def _named(word: str, table: Sequence[Row]) -> list[BackboneConfig]:
+    if names_code(word):
+        return [BackboneConfig.model_validate({"name": word})]
+    name, _, weights = word.partition("/")
+    if weights == "random":
+        return [BackboneConfig(name=name, weights=weights)]
+    found = [row for row in table if row.name == name and weights in ("", row.weights)]
+    here = [BackboneConfig(name=row.name, weights=row.weights) for row in found if row.where == HERE]
+    if not here:
+        where = f"is {found[0].where}" if found else "is none of those that `manyheads backbones` lists"
+        raise BackboneError(f"candidate {word!r} {where}; a shortlist is made of what is here, and fetches nothing")
+    return here
+
+
+# ---- the sample
+
+
+def _training(index: DatasetIndex, contents: Contents) -> tuple[NDArray[np.int64], NDArray[np.object_]]:
+    """The places in `contents` of the training images that are known to decode, and their labels."""
+    splits = index.splits[contents.rows]
+    places = np.flatnonzero(np.isin(splits, ["train", "validation"]) & ~contents.failed)
+    part = index.rows(contents.rows[places])
+    problem = Classification.of(part).problem(Classification.of(part).encode(part))
+    if problem is not None:
+        raise DatasetError(problem)
+    return places, part.labels
+
+
+def stratified(labels: NDArray[np.object_], n: int, seed: int) -> NDArray[np.int64]:
+    """Return n rows in an order of which every beginning has the classes in their proportions, and is itself random.
+
+    labels : ndarray of shape (m,); returns an ndarray of shape (n,), int64
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    _, codes, counts = np.unique(labels[shuffled], return_inverse=True, return_counts=True)
+    rank = np.empty(len(codes))
+    for code in range(len(counts)):
+        rank[codes == code] = np.arange(counts[code])
+    return shuffled[np.argsort(rank / counts[codes], kind="stable")[:n]].astype(np.int64)
+
+
+# ---- judging
+
+
+def _judged(
+    section: BackboneConfig | None,
+    name: str,
+    config: Config,
+    index: DatasetIndex,
+    contents: Contents,
+    some: Contents,
+    left_out: list[str],
+) -> Iterator[Entry]:
+    """Embed a part of the sample by one candidate, and judge its embeddings."""
+    for target, store in embed_some(config, section, name, index, contents, some):
+        spec, there = target.spec, ~store.missing(some.digests)
+        if spec.trained_on is not None:
+            line = f"left out: {spec.name} has learned from images like these; compare it by the test of a full run"
+            left_out += [line] if line not in left_out else []
+            continue
+        part = index.rows(some.rows[there])
+        X, y = store.read(some.digests[there]), Classification.of(part).encode(part)
+        groups = part.fold_groups()
+        folds = make_folds(y, FOLDS, config.seed, groups)
+        head, guesses = best_guesses(X, y, folds, config.seed)
+        embedder = target.source.load()
+        cost = embedder.cost() if isinstance(embedder, Backbone) else Cost()
+        batch = np.resize(probe_images(embedder.preprocessing.size), (TIMED, *embedder.preprocessing.size, 3))
+        spent = []
+        for _ in range(3):  # the first one warms up
+            began = time.perf_counter()
+            embedder.embed(batch)
+            spent.append((time.perf_counter() - began) / TIMED)
+        yield Entry(section, spec, head, Predictions(y, guesses, units=groups), logme(X, y), cost, min(spent[1:]))
+
+
+def best_guesses(
+    X: NDArray[np.float32], y: NDArray[np.int64], folds: Folds, seed: int
+) -> tuple[str, NDArray[np.int64]]:
+    """Return the judge that is right most often out of fold, and what it says of each row.
+
+    X : ndarray of shape (n, dim), float32; y : ndarray of shape (n,), int64; returns the head's name, and an ndarray of y's shape
+    """
+    found: list[tuple[str, NDArray[np.int64]]] = []
+    with threadpool_limits(limits=1, user_api="blas"):
+        for name, choices in JUDGES.items():
+            for params in choices:
+                guesses = np.full(len(y), -1)
+                for train, held_out in folds:
+                    head = HEADS[name]
+                    given: dict[str, Any] = {**head.defaults, **params}
+                    if "n_neighbors" in given:
+                        given["n_neighbors"] = min(given["n_neighbors"], len(train))
+                    guesses[held_out] = configure(head, given, seed).fit(X[train], y[train]).predict(X[held_out])
+                found.append((name, guesses))
+    return max(found, key=lambda each: float(np.mean(each[1] == y)))
+
+
+def _compared(found: dict[str, Entry], seed: int, final: bool) -> dict[str, Entry]:
+    """Say of each entry of a rung whether it is shown to be worse than the best; of the worse half such are dropped."""
+    order = sorted(found, key=lambda name: (-found[name].accuracy, found[name].seconds))
+    answers = {name: found[name].out_of_fold for name in order}
+    behind = compare(answers, order[0], seed=seed, metric=ACCURACY) if len(order) > 1 else ()
+    tied = {order[0], *(row.key for row in behind if row.no_evidence)}
+    furthest = {row.key: row.interval[1] for row in behind}
+    worse_half = order[(len(order) + 1) // 2 :]
+    return {
+        name: replace(
+            found[name],
+            tied=name in tied and final,
+            behind=furthest.get(name, 0.0),
+            dropped=not final and name in worse_half and name not in tied,
+        )
+        for name in order
+    }
+
+
+def _is_of(entry: Entry, section: BackboneConfig | None, name: str) -> bool:
+    return entry.section == section if section else entry.section is None and entry.spec.name == name
+
+
+# ---- what follows
+
+
+def chosen(entries: Sequence[Entry]) -> Entry:
+    """Return the quickest of those that are shown to be worse than the best by little at most, else the best; best first."""
+    best = entries[0]
+    allowed = margin(ACCURACY, best.accuracy, len(best.out_of_fold))
+    near = [entry for entry in entries if entry is best or (entry.tied and entry.behind <= allowed)]
+    return min(near, key=lambda entry: entry.seconds)
+
+
+def _why(found: Entry, last: Sequence[Entry]) -> str:
+    best, tied = last[0], [entry for entry in last if entry.tied]
+    if found is not best:
+        why = (
+            f"the quickest that is shown to be at most {100 * found.behind:.1f} points worse than the best, {best.spec.name}, "
+            f"with {1000 * found.seconds:.1f} ms an image"
+        )
+    elif len(tied) == 1:
+        why = "all others are shown to be worse"
+    else:
+        why = "the best; that a quicker one is nearly as good is not shown on these images"
+    floors = [entry.spec.name for entry in tied if entry.section is None]
+    return f"{why}. That a network helps is not shown: see {' and '.join(floors)}" if floors else why
+
+
+def _by_size(entries: Sequence[Entry]) -> Iterator[str]:
+    """Say what the size of the networks, and LogME, would have told without any of this."""
+    networks = [entry for entry in entries if entry.section is not None and not entry.spec.untrained]
+    if len(networks) < 2:
+        return
+    best = max(entries, key=lambda entry: (not entry.dropped, entry.accuracy))
+    whole = [entry for entry in networks if not entry.dropped] or networks
+    largest = max(networks, key=lambda entry: (entry.cost.parameters, entry.cost.operations))
+    likeliest = max(whole, key=lambda entry: entry.evidence)
+    for means, entry in (("size", largest), ("LogME", likeliest)):
+        if entry is best:
+            yield f"{means} alone would have told you this: {entry.spec.name} is the {'largest' if means == 'size' else 'likeliest'}."
+        elif entry.tied:
+            yield f"{means} alone would have told you as much: it names {entry.spec.name}, which cannot be told apart from the best."
+        else:
+            yield f"{means} alone would have named {entry.spec.name}, which is shown to be worse than the best."
+
+
+def _written(
+    config: Config, files: Artifacts, entries: Sequence[Entry], images: int, of: int, left_out: Sequence[str]
+) -> Shortlist:
+    """Write the config of the survivors and the picture."""
+    networks = [entry for entry in entries if entry.section is not None and not entry.dropped]
+    if not networks:
+        raise BackboneError("no network is left to write a config of; name some with --candidates")
+    kept = [entry.section for entry in networks if entry.tied] or [networks[0].section]
+    survivors = config.model_copy(update={"backbones": tuple(distinct(kept))})
+    make_folder(files.root)
+    made = files.root / "shortlist.yaml", files.root / "shortlist.svg"
+    header = f"# The networks that cannot be told apart from the best on {images:,} of {of:,} training images: manyheads shortlist\n"
+    write_text_atomic(made[0], header + dump_yaml(survivors, files.root))
+    dots = [
+        (entry.spec.name, 1000 * entry.seconds, entry.accuracy, entry.interval, entry.tied, entry.section is None)
+        for entry in entries
+    ]
+    write_atomic(made[1], to_paper_svg(shortlist_chart(dots)))
+    return Shortlist(tuple(entries), images, of, tuple(left_out), *made)
