@@ -65,6 +65,8 @@ class Artifacts:
         """What stage one made: one record per embedding, with its store and identity."""
         self.leaderboard = self.root / "leaderboard.json"
         self.leaderboard_md = self.root / "leaderboard.md"
+        self.layers = self.root / "layers.json"
+        """Which layers of its networks hold the signal, where several are embedded."""
         self.finetuned = self.root / "finetuned"
         """One folder per fine-tuning."""
 
@@ -188,6 +190,7 @@ FINETUNING = Kind(
     "manyheads fine-tuning", 2, PipelineError, "run `manyheads finetune` first", "run `manyheads finetune` again"
 )
 
+LAYERS = Kind("manyheads layers", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 REPORT = Kind("manyheads report", 1, PipelineError, "run `manyheads report`", "run `manyheads report` again")
 
 
