@@ -11,7 +11,7 @@ RUN    := $(BIN)/manyheads
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install features heads finetune predict report status test proofs fuzz bench lint newest clean
+.PHONY: help install features heads finetune predict report status test proofs timm fuzz bench lint newest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ test: $(VENV)/.installed-test ## Install what the tests need and run them all
 
 proofs: $(VENV)/.installed-test ## The store's promises at long counts (hours)
 	@$(BIN)/python -m pytest tests/proofs --override-ini=addopts= $(ARGS)
+
+timm: $(VENV)/.installed-test $(VENV)/.installed-timm ## Compare 42 networks of timm with timm itself (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/proofs/test_timm_families.py --override-ini=addopts= $(ARGS)
 
 fuzz: $(VENV)/.installed-test ## Change every file of a finished experiment, 20 times each (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/proofs/test_fuzz_long.py -s --override-ini=addopts= $(ARGS)

@@ -40,7 +40,7 @@ def run(*arguments):
 for command in ("check", "features", "heads", "report", "status", "finetune"):
     run(command, "config.yaml")
 run("predict", "output", "photos", "--output", "labels.csv")
-print(*sorted(name for name in ("openvino", "torch", "matplotlib") if name in sys.modules))
+print(*sorted(name for name in ("openvino", "timm", "torch", "matplotlib") if name in sys.modules))
 """
 
 CONFIG = """
@@ -84,6 +84,7 @@ def test_no_command_opens_a_connection_or_writes_to_the_home_folder(tmp_path: Pa
     done = guarded(COMMANDS, tmp_path)
     assert done.returncode == 0, done.stderr
     assert ("openvino" in done.stdout.splitlines()[-1]) is (engine == "openvino")
+    assert "timm" not in done.stdout.splitlines()[-1], "imported only where one of its networks is used"
     assert (tmp_path / "labels.csv").read_text(encoding="utf-8").count("\n") == 25
     assert attempts(tmp_path) == ""
     assert list((tmp_path / "home").iterdir()) == []

@@ -18,7 +18,7 @@ from pipeline.embed import graph as graphs
 from pipeline.embed.engines import Engine, Features, choose_engine, compile_openvino, openvino_is_there, require_close
 from pipeline.embed.families import family_of, network_names
 from pipeline.embed.precision import resolve_device, resolve_precision
-from pipeline.embed.spec import EmbeddingSpec, probe_images
+from pipeline.embed.spec import EmbeddingSpec, embedding_name, probe_images
 from pipeline.embed.weights import Network, bundled, load_network
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.digests import canonical_json
@@ -49,7 +49,8 @@ class Backbone:
     """
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
-        graph = graphs.trace(network.module)
+        probe = torch.from_numpy(probe_images(network.preprocessing.size)[-1:]).permute(0, 3, 1, 2) / 255
+        graph = graphs.trace(network.module, probe)
         self._tokens = graphs.tokens_of(network.module)
         ends = partial(graphs.stage_ends, network.module, graph, network.preprocessing.size)
         self._rows = graphs.rows(graph, config.layers, config.pooling, self._tokens, network.has_classifier, ends)
@@ -201,7 +202,7 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
     BackboneError
         When there is no such model.
     """
-    config = BackboneConfig(name=name)
+    config = BackboneConfig(name=name, weights="random")  # nothing is fetched for it
     if name.endswith(WEIGHTS_FILES):
         config = BackboneConfig(name=Path(name).stem, weights=name)
     elif name not in network_names() and name == bundled()["name"]:
@@ -215,7 +216,7 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
     return EmbeddingSpec(
-        name=graphs.embedding_name(network.name, network.weights, row),
+        name=embedding_name(network.name, network.weights, *row.words),
         kind="backbone",
         library=family_of(network.architecture).library,
         architecture=network.architecture,

@@ -28,7 +28,12 @@ def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
 
 def last_linear(network: nn.Module) -> str:
     """Return the name of the last linear layer, the one that gives a score per class."""
-    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    own = network.get_classifier() if hasattr(network, "get_classifier") else None  # type: ignore[operator]  # timm's say which
+    names: list[str] = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and (own is None or module is own)
+    ]
     if not names:
         raise TrainingError(
             "the network has no linear layer to give one score per class; expected a classification network"

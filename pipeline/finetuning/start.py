@@ -16,6 +16,7 @@ from sklearn.pipeline import Pipeline
 from pipeline import images
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
+from pipeline.embed.families import family_of
 from pipeline.embed.precision import resolve_device, resolve_precision
 from pipeline.embed.records import open_record
 from pipeline.embed.weights import Network, load_network
@@ -69,6 +70,8 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
     preprocessing = open_record(record, config.extraction.device)[0].preprocessing
     assert record.section is not None  # `choose` takes backbones only
     network = replace(load_network(record.section, record.seed), preprocessing=preprocessing)
+    module = family_of(network.architecture).with_classifier(network.module, len(parts.classes))
+    network = replace(network, module=module)
     rows = parts.train.rows(np.arange(min(PROBES, len(parts.train))))
     stored = store.read(rows.digests)
     found = _entering_last_layer(network, read_pixels(config, rows, preprocessing), config)

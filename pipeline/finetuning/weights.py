@@ -42,7 +42,7 @@ def describe(
 ) -> dict[str, Any]:
     """Return the description that goes into the header: what `backbone` needs, and where the weights come from.
 
-    `preprocessing` holds resize, crop, interpolation, mean and std; `lineage` is told where features of the same images may be
+    `preprocessing` has the keys of that section of a config; `lineage` is told where features of the same images may be
     cross-validated.
     """
     return {

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import Config
+from pipeline.config import Config, PreprocessingConfig
 from pipeline.data.lineage import Lineage
 from pipeline.embed.weights import Network
 from pipeline.errors import PipelineError
@@ -154,7 +154,7 @@ def _description(config: Config, network: Network, choice: Choice, parts: Parts,
         name=network.name,
         architecture=network.architecture,
         arguments=network.arguments,
-        preprocessing={key: getattr(prepared, key) for key in ("resize", "crop", "interpolation", "mean", "std")},
+        preprocessing={key: getattr(prepared, key) for key in PreprocessingConfig.model_fields},
         classes=parts.classes,
         lineage=lineage,
         parent={"embedding": choice.record.name, "weights_digest": network.weights_digest},

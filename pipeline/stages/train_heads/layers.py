@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.embed.concat import open_features
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
+from pipeline.embed.spec import embedding_name
 from pipeline.errors import PipelineError
 from pipeline.evaluation import ACCURACY, METRICS, Predictions, Scores
 from pipeline.evaluation.learning_curve import stratified_order
@@ -98,7 +99,7 @@ def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, t
 
 def _network(record: EmbeddingRecord) -> str:
     assert record.section is not None
-    return f"{record.section.name}-{record.spec.weights}"
+    return embedding_name(record.section.name, record.spec.weights)
 
 
 def _layer(record: EmbeddingRecord) -> str:
