@@ -19,7 +19,10 @@ from pipeline import config as configuration
 from pipeline.config import TIMM_NAMES, BackboneConfig, ExtractionConfig
 from pipeline.embed import backbone, efficientnet_lite, engines, families, graph, timm_models, weights
 from pipeline.embed.spec import probe_images
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, TrainingError
+from pipeline.finetuning import describe, write_weights
+from pipeline.finetuning.plan import last_linear
+from pipeline.finetuning.weights import copy_weights
 from pipeline.images import Preprocessing, prepare
 from pipeline.stages import backbones
 
@@ -366,3 +369,39 @@ def test_an_old_timm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_models.importlib.metadata, "version", lambda name: "1.0.9.dev0")
     with pytest.raises(BackboneError, match=r"timm 1\.0\.9\.dev0 is installed, 1\.0\.31 is needed; run `pip install"):
         timm_models.library()
+
+
+# ---- fine-tuning
+
+
+@installed
+def test_a_fine_tuned_network_is_timms_with_a_last_layer_and_its_file_gives_its_feature(tmp_path: Path) -> None:
+    arguments = {"image_size": 32}
+    network = weights.load_network(section("timm:test_vit.r160_in1k", weights="random", arguments=arguments), 0)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        before = network.module(images)
+    module = families.family_of(network.architecture).with_classifier(network.module, 3)
+    last = module.get_submodule(last_linear(module))
+    with torch.inference_mode():
+        torch.testing.assert_close(module(images), last(before))
+    described = describe(
+        name=network.name,
+        architecture=network.architecture,
+        arguments=network.arguments,
+        preprocessing={"resize": 32, "crop": 32, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
+        classes=("a", "b", "c"),
+    )
+    write_weights(tmp_path / "tuned.safetensors", copy_weights(module), described)
+    again = weights.load_network(section("timm:test_vit.r160_in1k", weights=str(tmp_path / "tuned.safetensors")), 0)
+    with torch.inference_mode():
+        assert torch.equal(again.module(images), before)
+    assert (again.preprocessing.interpolation, again.preprocessing.fit) == ("bicubic", "crop")
+
+
+@installed
+def test_a_network_without_one_last_layer_is_refused() -> None:
+    network = weights.load_network(section("timm:deit_tiny_distilled_patch16_224.fb_in1k", weights="random"), 0)
+    module = families.family_of(network.architecture).with_classifier(network.module, 3)
+    with pytest.raises(TrainingError, match="the network has no linear layer to give one score per class"):
+        last_linear(module)

@@ -1,6 +1,6 @@
 """How fast stage one embeds photos, beside the script people write and the limits of this machine.
 
-    python tests/benchmarks/bench_features.py [FOLDER] [--images 1000] [--models resnet18 resnet50] [--repeats 3] [--whole] [--scaling]
+    python tests/benchmarks/bench_features.py [FOLDER] [--images 1000] [--models efficientnet_lite0 resnet18 resnet50 ...] [--repeats 3] [--whole] [--scaling]
 
 FOLDER has photos anywhere below it; without it they are drawn. Every way runs in a process of its own, as a user would run
 it, the ways in turn in every repeat, so that a ratio is taken inside one repeat; the table shows medians over repeats and
@@ -42,6 +42,12 @@ OUTPUT = Path("build/benchmarks")
 NAIVE_SHARE = 4
 """The naive ways get one photo in so many: one takes as long as all others together."""
 
+VIT = "timm:vit_small_patch16_224.augreg_in21k"
+TIMMS = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+"""What timm calls a network of this package."""
+
+MODELS = ["efficientnet_lite0", "resnet18", "resnet50", *([VIT] if importlib.util.find_spec("timm") else [])]
+
 NAIVE = ("naive", "thingsvision")
 GPU_BATCHES = (32, 64, 128, 256, 512, 1024)
 
@@ -50,15 +56,21 @@ GPU_BATCHES = (32, 64, 128, 256, 512, 1024)
 
 
 def naive(folder: Path, model: str) -> float:
-    """Images/s of the script people write."""
+    """Images/s of the script people write: for torchvision's models with torchvision, for all others with timm."""
     import torch
 
     from pipeline.io.vision import torchvision
 
-    transform = next(iter(torchvision.models.get_model_weights(model))).transforms()
+    if model in torchvision.models.list_models():
+        transform = next(iter(torchvision.models.get_model_weights(model))).transforms()
+        network = torchvision.models.get_model(model)
+        network.fc = torch.nn.Identity()
+    else:
+        import timm
+
+        network = timm.create_model(TIMMS.get(model, model.removeprefix("timm:")), num_classes=0)
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
     photos = torchvision.datasets.ImageFolder(str(folder), transform)
-    network = torchvision.models.get_model(model)
-    network.fc = torch.nn.Identity()
     network.eval()
     loader = torch.utils.data.DataLoader(photos, batch_size=BATCH, num_workers=2)
     found = []
@@ -100,7 +112,7 @@ def ours(folder: Path, model: str, **extraction: Any) -> float:
         raw: dict[str, Any] = {
             "output": str(Path(output) / "out"),  # whose stores are beside it
             "dataset": {"source": "folder", "path": str(folder)},
-            "backbones": [{"name": model}],
+            "backbones": [{"name": model, "weights": "random"}],
             "baselines": [],
             "extraction": extraction,
             "heads": ["nearest_centroid"],
@@ -126,13 +138,15 @@ def decode_only(folder: Path, model: str) -> float:
     return len(items) / (time.perf_counter() - began)
 
 
-def network_only(folder: Path, model: str, precision: str, batch_size: int | str = "auto") -> float:
-    """Images/s of the network, by the engine of a long run, on pixels that are ready."""
+def network_only(
+    folder: Path, model: str, precision: str, batch_size: int | str = "auto", engine: str = "auto"
+) -> float:
+    """Images/s of the network, by the engine of a long run or the one that is named, on pixels that are ready."""
     from pipeline.embed.engines import choose_batch_size
     from pipeline.io.memory import keep_freed_memory
 
     keep_freed_memory()
-    embedder = _load(model, precision, batch_size)
+    embedder = _load(model, precision, batch_size, engine)
     images = choose_batch_size(batch_size, str(embedder.device))
     size = (images, *embedder.preprocessing.size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
@@ -145,12 +159,12 @@ def network_only(folder: Path, model: str, precision: str, batch_size: int | str
     return done / (time.perf_counter() - began)
 
 
-def _load(model: str, precision: str, batch_size: int | str = "auto") -> Any:
+def _load(model: str, precision: str, batch_size: int | str = "auto", engine: str = "auto") -> Any:
     from pipeline.config import BackboneConfig, ExtractionConfig
     from pipeline.embed import backbone
 
-    extraction = ExtractionConfig.model_validate({"precision": precision, "batch_size": batch_size})
-    return backbone.load(BackboneConfig(name=model), extraction, 0, images=10**6)
+    extraction = ExtractionConfig.model_validate({"precision": precision, "batch_size": batch_size, "engine": engine})
+    return backbone.load(BackboneConfig(name=model, weights="random"), extraction, 0, images=10**6)
 
 
 WAYS: Mapping[str, Callable[[Path, str], float]] = {
@@ -163,6 +177,11 @@ WAYS: Mapping[str, Callable[[Path, str], float]] = {
     "decoding only": decode_only,
     "network only": lambda folder, model: network_only(folder, model, "auto"),
     "network only, fp32": lambda folder, model: network_only(folder, model, "fp32"),
+    **{
+        f"network only, {precision} by {engine}": partial(network_only, precision=precision, engine=engine)
+        for precision in ("fp32", "bf16")
+        for engine in ("torch", *(["openvino"] if importlib.util.find_spec("openvino") else []))
+    },
 }
 
 GPU_WAYS: Mapping[str, Callable[[Path, str], float]] = {
@@ -338,7 +357,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="photos; without it, photo-sized images are drawn")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--whole", action="store_true", help="time whole processes on all the photos as well")
     parser.add_argument("--scaling", action="store_true", help="500 to 4,000 images with the first model as well")
