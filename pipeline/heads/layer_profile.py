@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -31,6 +32,8 @@ from pipeline.evaluation import (
     paired_answers,
     scores,
 )
+from pipeline.evaluation.comparison import LEVEL, least_half_width, paired_interval, paired_p, shared_training
+from pipeline.evaluation.intervals import freedom
 from pipeline.experiment import LAYERS, from_plain, read_document
 from pipeline.heads.tuning.folds import Folds
 
@@ -50,7 +53,7 @@ class LayerRow:
     tied: bool
     """Whether there is no evidence that it is worse than the best row."""
     gain: Paired | None
-    """Over the usual layer; None for that one."""
+    """Over the usual layer, its interval for all rows at once; None for that one."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +131,48 @@ def answers(
     return outer, inner
 
 
-def choose(said: Mapping[str, Predictions], groups: Candidates, usual: str, seed: int, metric: Metric) -> str:
-    """Return the usual layer unless it is shown to be worse than the best candidate; then the one of fewest layers that is
-    shown to be better than it, and not to be worse than the best."""
-    score = {name: metric.score(one) for name, one in said.items()}
-    best = max(score, key=lambda name: score[name])
-    ties = {gap.key for gap in compare(said, best, seed=seed, metric=metric) if gap.no_evidence}
-    if usual in ties:
+def gains(said: Mapping[str, Predictions], usual: str, folds: int, seed: int, metric: Metric) -> dict[str, Paired]:
+    """Return what each candidate is better than the usual one by, intervals and p-values for all of them at once.
+
+    By Bonferroni, and as folds share what they learn from: `comparison.shared_training`.
+    """
+    others = [name for name in said if name != usual]
+    units = said[usual].units
+    spare = len(said[usual]) - 1 if units is None else freedom(units)
+    z = stats.t.ppf(1 - LEVEL / 2 / len(others), spare) * np.sqrt(shared_training(folds, metric.per_class))
+    found = {}
+    for name in others:
+        a, b = said[name], said[usual]
+        difference = metric.score(a) - metric.score(b)
+        if metric is ACCURACY:
+            interval = paired_interval(a, b, z)
+        else:
+            added = metric.contributions(a) - metric.contributions(b)
+            half = max(z * added.std(ddof=1) / np.sqrt(len(added)), least_half_width(metric, a, b, z))
+            interval = (difference - half, difference + half)
+        p_value = min(1.0, len(others) * paired_p(metric, a, b, seed))
+        found[name] = Paired(difference, metric.clipped_difference(interval), p_value)
+    return found
+
+
+def choose(
+    said: Mapping[str, Predictions],
+    over: Mapping[str, Paired],
+    groups: Candidates,
+    usual: str,
+    seed: int,
+    metric: Metric,
+) -> str:
+    """Return the usual layer where nothing is shown to be better.
+
+    Else of what is, the candidate of fewest layers that is not shown to be worse than the best one.
+    """
+    better = [name for name, gain in over.items() if gain.shown == 1]
+    if not better:
         return usual
-    better = [name for name in ties if paired_answers(metric, said[name], said[usual], seed).shown == 1]
-    return min({best, *better}, key=lambda name: (len(groups[name]), -score[name], name))
+    best = max(better, key=lambda name: over[name].difference)
+    near = [name for name in better if paired_answers(metric, said[best], said[name], seed).shown != 1]
+    return min(near, key=lambda name: (len(groups[name]), -over[name].difference))
 
 
 def profile(
@@ -176,7 +211,9 @@ def profile(
     found = {name: said(labels, every) for name, labels in outer.items()}
     best = max(found, key=lambda name: metric.score(found[name]))
     tied = {gap.key for gap in compare(found, best, seed=seed, metric=metric) if gap.no_evidence}
-    gains = {name: paired_answers(metric, found[name], found[usual], seed) for name in groups if name != usual}
+    over = gains(found, usual, len(held_out), seed, metric)
+    taken = choose(found, over, groups, usual, seed, metric)
+    tied -= {usual} if taken != usual else set()
     rows = []
     for name, layers in groups.items():
         score, interval = scores(found[name], seed, metric).of(metric)
@@ -184,14 +221,15 @@ def profile(
         assert interval is not None
         names = tuple(embeddings[layer] for layer in layers)
         dim = sum(blocks[layer].shape[1] for layer in layers)
-        rows.append(LayerRow(name, names, dim, score, interval, name in tied, gains.get(name)))
+        rows.append(LayerRow(name, names, dim, score, interval, name in tied, over.get(name)))
     nested, gain = None, None
     if len(held_out) > 2:
         mixed = outer[usual].copy()
         for k, out in enumerate(held_out):
             rest = np.setdiff1d(every, out)
-            chosen = choose({name: said(parts[k], rest) for name, parts in inner.items()}, groups, usual, seed, metric)
-            mixed[out] = outer[chosen][out]
+            within = {name: said(parts[k], rest) for name, parts in inner.items()}
+            over_it = gains(within, usual, len(held_out) - 1, seed, metric)
+            mixed[out] = outer[choose(within, over_it, groups, usual, seed, metric)][out]
         selection = said(mixed, every)
         nested, gain = metric.score(selection), paired_answers(metric, selection, found[usual], seed)
     return LayerProfile(
@@ -202,7 +240,7 @@ def profile(
         labelled=int(about["labelled"]),
         folds=len(held_out),
         usual=usual,
-        chosen=choose(found, groups, usual, seed, metric),
+        chosen=taken,
         rows=tuple(rows),
         nested=nested,
         nested_gain=gain,
