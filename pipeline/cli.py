@@ -255,16 +255,23 @@ def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
     return maintenance.merge(target, sources)
 
 
-def layers(model: str) -> Iterable[str]:
+def layers(config: Config | Path) -> Iterable[str]:
     """List the layers of a backbone that can be embedded, with their shapes, and what they are called in every backbone.
+
+    Of a CONFIG whose features are made: which of its layers hold the signal, by ridge in cross-validation, and whether
+    several side by side hold more.
 
     MODEL is a name that `manyheads backbones` lists, module:function of your own, or a weights file that `finetune` wrote.
 
     Example: manyheads layers efficientnet_lite0
     """
+    if not isinstance(config, Path):
+        from pipeline.stages.train_heads import layers as stage
+
+        return stage.run(config)
     from pipeline.embed import backbone
 
-    found = [(name, " x ".join(map(str, shape)), called) for name, shape, called in backbone.layers(model)]
+    found = [(name, " x ".join(map(str, shape)), called) for name, shape, called in backbone.layers(str(config))]
     return [f"{name:<40} {shape:<16} {called}".rstrip() for name, shape, called in found]
 
 
@@ -312,6 +319,14 @@ def _option(*names: str, help: str, **settings: Any) -> click.Option:
     return click.Option(names, help=help, **settings)
 
 
+def _is_packed(path: Path) -> bool:
+    return path.suffix in PACKED
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix not in (".yaml", ".yml")
+
+
 EXPERIMENT: tuple[click.Parameter, ...] = (
     _argument("config", default=DEFAULT_CONFIG, type=PATH),
     _option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as tuning.trials=8."),
@@ -322,18 +337,18 @@ EXPERIMENT: tuple[click.Parameter, ...] = (
 def _command(
     run: Callable[..., Iterable[str] | tuple[bool, Iterable[str]]],
     *takes: click.Parameter,
-    packed: bool = False,
+    other: Callable[[Path], bool] | None = None,
     hidden: bool = False,
 ) -> click.Command:
     """Return a row: `run` takes the parameters by name and returns lines, or with them whether a check found nothing.
 
-    With `packed` it may be given the path of a packed file in place of a config.
+    In place of a config it is given the path of what is `other`, such as a packed file.
     """
 
     def call(**given: Any) -> int:
         if "overrides" in given:
             overrides = given.pop("overrides")
-            if not packed or given["config"].suffix not in PACKED:
+            if other is None or not other(given["config"]):
                 from pipeline.stages import settings
 
                 given["config"] = settings.load(given["config"], overrides)
@@ -383,7 +398,7 @@ COMMANDS = (
         _option("--output", "-o", default="comparison", type=PATH, help="The folder for the tables and plots."),
         _option("--row", metavar="EMBEDDING/HEAD", help="Whose searches to draw; the best row's otherwise."),
     ),
-    _command(layers, _argument("model")),
+    _command(layers, _argument("config", metavar="MODEL|CONFIG", type=PATH), *EXPERIMENT[1:], other=_is_model),
     _command(backbones, _argument("word", default="")),
     _command(
         shortlist,
@@ -400,18 +415,18 @@ _OUTPUT = _argument("output", type=PATH)
 _EMBEDDING = _option("--embedding", metavar="NAME", help="Which, where there are several; `store status` lists them.")
 
 STORE = (
-    _command(status, *EXPERIMENT, packed=True),
+    _command(status, *EXPERIMENT, other=_is_packed),
     _command(
         verify,
         *EXPERIMENT,
         _option("--full", is_flag=True, help="Read every byte, of all files of the experiment."),
         _option("--sample", type=COUNT, metavar="K", help="Embed K random images anew and compare."),
-        packed=True,
+        other=_is_packed,
     ),
     _command(repair, *EXPERIMENT),
     _command(gc, *EXPERIMENT),
     _command(pack, _OUTPUT, *EXPERIMENT, _EMBEDDING, _option("--anonymous", is_flag=True, help="Leave out the paths.")),
-    _command(export, _OUTPUT, *EXPERIMENT, _EMBEDDING, packed=True),
+    _command(export, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed),
     _command(
         merge,
         _argument("target", metavar="STORE", type=PATH),

@@ -66,6 +66,8 @@ class Artifacts:
         self.leaderboard = self.root / "leaderboard.json"
         self.leaderboard_md = self.root / "leaderboard.md"
         self.few_shot = self.root / "fewshot.json"
+        self.layers = self.root / "layers.json"
+        """Which layers of its networks hold the signal, where several are embedded."""
         self.finetuned = self.root / "finetuned"
         """One folder per fine-tuning."""
         self.targets = self.root / "targets.json"
@@ -214,6 +216,7 @@ FINETUNING = Kind(
 )
 FEWSHOT = Kind("manyheads few-shot", 1, PipelineError, "run `manyheads fewshot` first", "run `manyheads fewshot` again")
 
+LAYERS = Kind("manyheads layers", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 REPORT = Kind("manyheads report", 1, PipelineError, "run `manyheads report`", "run `manyheads report` again")
 
 

@@ -19,7 +19,7 @@ from pipeline.embed import graph as graphs
 from pipeline.embed.engines import Engine, Features, choose_engine, compile_openvino, openvino_is_there, require_close
 from pipeline.embed.families import family_of, network_names
 from pipeline.embed.precision import resolve_device, resolve_precision
-from pipeline.embed.spec import EmbeddingSpec, probe_images
+from pipeline.embed.spec import EmbeddingSpec, embedding_name, probe_images
 from pipeline.embed.weights import Network, bundled, load_network
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.digests import canonical_json
@@ -251,7 +251,7 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
     return EmbeddingSpec(
-        name=graphs.embedding_name(network.name, network.weights, row),
+        name=embedding_name(network.name, network.weights, *row.words),
         kind="backbone",
         library=family_of(network.architecture).library,
         architecture=network.architecture,

@@ -14,7 +14,7 @@ from typing import TypeVar
 from pipeline.config import BackboneConfig, guess
 from pipeline.embed.licenses import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord, open_record
-from pipeline.embed.spec import Embedder, EmbeddingSpec
+from pipeline.embed.spec import Embedder, EmbeddingSpec, embedding_name
 from pipeline.errors import PipelineError
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import fingerprint
@@ -52,7 +52,7 @@ def by_name(records: Sequence[EmbeddingRecord]) -> dict[str, EmbeddingRecord]:
 
 def default_name(section: BackboneConfig) -> str:
     """Return what the first embedding of a section is called that names no pooling."""
-    return f"{section.name}-{section.weights}-{section.layers[0]}"
+    return embedding_name(section.name, section.weights, section.layers[0])
 
 
 def concatenated(groups: Sequence[Sequence[str]], records: Sequence[EmbeddingRecord]) -> tuple[EmbeddingRecord, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -366,12 +365,6 @@ class Row:
         usual = {"none", "avg"} if self.source == self.layer else {"none"}
         shown = self.pooling.partition("[")[0]
         return [self.layer, *([] if shown in usual else [shown])]
-
-
-def embedding_name(network: str, weights: str, row: Row) -> str:
-    """Return what an embedding is called, in parts that any file system takes."""
-    parts = [network, weights, *row.words]
-    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part).strip("._") or "x" for part in parts)
 
 
 def rows(

@@ -6,6 +6,7 @@ paths are therefore not in it; the device shows only through the precision that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -83,6 +84,11 @@ class EmbeddingSpec:
     def from_dict(values: Mapping[str, Any]) -> EmbeddingSpec:
         """Return the spec that `to_dict` wrote; KeyError or TypeError when it is of another version."""
         return EmbeddingSpec(**values)
+
+
+def embedding_name(*parts: str) -> str:
+    """Return what an embedding is called, of parts that any file system takes: network, weights, layer, pooling."""
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part).strip("._") or "x" for part in parts)
 
 
 class Embedder(Protocol):

@@ -35,7 +35,6 @@ from pipeline.embed.graph import (
     classifier_name,
     cut,
     effective,
-    embedding_name,
     rows,
     stage_ends,
     tokens_of,
@@ -44,6 +43,7 @@ from pipeline.embed.graph import (
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.own_modules import with_prefix
+from pipeline.embed.spec import embedding_name
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
 from pipeline.errors import BackboneError, first
@@ -142,14 +142,13 @@ def check(config: BackboneConfig) -> list[str]:
     ends = partial(stage_ends, module, graph, (height, width))
     asked = rows(graph, config.layers, config.pooling, tokens, has_classifier, ends)
     if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {("own",), ("avg",)}:
-        return [
-            embedding_name(config.name, weights, row) for row in asked
-        ]  # fits every network; running one without weights for the first time costs two seconds
-    device = next(module.parameters()).device
-    kept = cut(graph, [row.node for row in asked])
-    about = f"{config.name} cannot take images of {height} x {width} pixels"
-    found = effective(lambda: kept(torch.zeros(2, 3, height, width, device=device)), asked, tokens, about)
-    return [embedding_name(config.name, weights, row) for row in found]
+        found = asked  # fits every network; running one without weights for the first time costs two seconds
+    else:
+        device = next(module.parameters()).device
+        kept = cut(graph, [row.node for row in asked])
+        about = f"{config.name} cannot take images of {height} x {width} pixels"
+        found = effective(lambda: kept(torch.zeros(2, 3, height, width, device=device)), asked, tokens, about)
+    return [embedding_name(config.name, weights, *row.words) for row in found]
 
 
 def to_fetch(config: BackboneConfig) -> Fetch | None:

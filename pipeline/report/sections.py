@@ -25,7 +25,7 @@ from pipeline.evaluation import (
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
 from pipeline.fewshot import words
-from pipeline.report import charts, confusion
+from pipeline.report import charts, confusion, layers
 from pipeline.report.drawing import CATEGORIES, Chart
 from pipeline.report.material import CURVE_HEAD, Material
 from pipeline.report.names import shorten_all
@@ -261,6 +261,7 @@ SECTIONS = (
     Section("header", "", CLASSES, _nothing_more),
     Section("leaderboard", "Leaderboard", CLASSES, _leaderboard),
     Section("difference", "Difference", CLASSES, _difference),
+    Section("layers", "Layers", CLASSES, layers.show),
     Section("tuning", "Tuning", EVERY, _tuning),
     Section("classes", "Classes", CLASSES, _classes),
     Section("calibration", "Calibration", CLASSES, _reliability),

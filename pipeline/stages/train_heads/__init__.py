@@ -7,6 +7,7 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     embedding.py  what heads are tuned on, in memory or on disk, and the heads that are left out where neither will do
     row.py        one head: tuned, scored, saved, or found finished
     repeats.py    searches within outer folds and with other seeds, on request; class weights switched
+    layers.py     which layers of a network hold the signal, where several are embedded
     leaks.py      near-duplicates across test or folds, and the scores without them
 """
 
@@ -33,8 +34,10 @@ from pipeline.evaluation.leaderboard.imbalance import advice
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
+from pipeline.heads.layer_profile import LayerProfile, what_to_take
 from pipeline.heads.tuning import limited, require
 from pipeline.io.files import write_text_atomic
+from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
@@ -54,6 +57,8 @@ class HeadsRun:
     files: Artifacts
     reused: int
     """Heads that were finished before and not tuned again."""
+    profiles: tuple[LayerProfile, ...] = ()
+    """Of networks with several layers."""
 
     def summary_lines(self) -> list[str]:
         """The leaderboard and where everything is."""
@@ -70,6 +75,7 @@ class HeadsRun:
         chosen = self.leaderboard.row(verdict.recommended) if verdict else best
         if chosen.key != best.key and chosen.bundle and not chosen.constant:
             lines.append(f"recommended  {root / chosen.bundle}")
+        lines += [f"layers       {found.network}: {what_to_take(found)[0]}" for found in self.profiles]
         return lines
 
 
@@ -117,7 +123,7 @@ def run(config: Config) -> HeadsRun:
     leaderboard = replace(leaderboard, leaks=find_leaks(leaderboard, task, stores, files))
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
-    return HeadsRun(leaderboard, files, reused)
+    return HeadsRun(leaderboard, files, reused, layers.profiles(config, files, records, stores, task))
 
 
 def _embeddings(

@@ -1,4 +1,4 @@
-"""Concat: embeddings side by side are one more, made of vectors that are there, and predicted by one pass of each network."""
+"""Several layers: side by side as one more embedding (concat), and the profile of which of them hold the signal."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from pipeline.embed.concat import by_name, concatenated, find_parts, open_featur
 from pipeline.embed.licenses import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord, read_records
 from pipeline.errors import ConfigError, PipelineError, StoreError
-from pipeline.evaluation import HeadPredictions
+from pipeline.evaluation import HeadPredictions, Predictions
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
+from pipeline.heads import layer_profile
+from pipeline.heads.layer_profile import LayerProfile, profile, read_profiles
+from pipeline.heads.tuning import make_folds
 from pipeline.heads.tuning.features import Standardised
 from pipeline.report.material import gather
+from pipeline.report.page import section
 from pipeline.stages import check, extract, predict, train_heads
+from pipeline.stages.train_heads import layers
 from pipeline.store import FeatureStore, StoredRows
 
 NETWORK = "resnet18-random-penultimate"
@@ -175,3 +180,120 @@ def test_images_that_one_of_the_networks_has_met_are_unseen_by_none() -> None:
 
 def test_a_store_is_read_without_its_neighbours(finished: Config, records: tuple[EmbeddingRecord, ...]) -> None:
     assert isinstance(open_features(records[0], Artifacts(finished.output)), FeatureStore)
+
+
+# ---- the profile
+
+
+def judged(blocks: dict[str, np.ndarray], y: np.ndarray, folds: int = 5) -> LayerProfile:
+    names = {layer: f"net-{layer}" for layer in blocks}
+    about = {"network": "net", "task": "t", "labelled": len(y)}
+    return profile(
+        blocks, names, "penultimate", Predictions(y, y, classes=("a", "b", "c")), make_folds(y, folds, 0), 0, about
+    )
+
+
+def signal(y: np.ndarray, seed: int, classes: tuple[int, ...], strength: float = 2.0) -> np.ndarray:
+    """Features that tell some of the classes from the rest, and no others."""
+    told = np.where(np.isin(y, classes), y + 1, 0)
+    noise = np.random.default_rng(seed).normal(size=(len(y), 6))
+    return (noise + strength * np.eye(4, 6)[told]).astype(np.float32)
+
+
+Y = np.arange(300) % 3
+
+
+def test_layers_that_know_different_things_are_taken_together_and_the_choice_is_scored_by_itself() -> None:
+    blocks = {"stage1": signal(Y, 0, ()), "stage2": signal(Y, 1, (0,)), "penultimate": signal(Y, 2, (2,))}
+    found = judged(blocks, Y)
+    assert [row.name for row in found.rows] == [
+        "stage1", "stage2", "penultimate", "penultimate+stage1", "penultimate+stage2", "stage1+stage2+penultimate",
+    ]  # fmt: skip
+    assert found.chosen == "penultimate+stage2"
+    row = found.row(found.chosen)
+    assert (row.embeddings, row.dim, row.tied) == (("net-penultimate", "net-stage2"), 12, True)
+    assert row.gain is not None
+    assert row.gain.interval[0] > 0.05
+    assert found.row("penultimate").gain is None
+    assert not found.row("stage1").tied
+    assert found.nested == pytest.approx(row.score, abs=0.03)
+    assert found.nested_gain is not None
+    assert found.nested_gain.interval[0] > 0
+    assert layer_profile.what_to_take(found)[0] == (
+        'take penultimate+stage2, which is shown to be better than penultimate: concat: [["net-penultimate", "net-stage2"]]'
+    )
+
+
+def test_without_a_clear_gain_the_penultimate_layer_stays_and_scores_what_it_scored() -> None:
+    blocks = {f"stage{number}": signal(Y, number, ()) for number in range(1, 5)} | {"penultimate": signal(Y, 9, (2,))}
+    found = judged(blocks, Y)
+    assert max(found.rows, key=lambda row: row.score).name != "penultimate"
+    assert found.chosen == "penultimate"
+    assert found.nested == pytest.approx(found.row("penultimate").score)
+    assert layer_profile.what_to_take(found)[0] == "take penultimate: nothing else is shown to be better"
+    two = judged({name: blocks[name] for name in ("stage1", "penultimate")}, Y, folds=2)
+    assert (two.nested, two.nested_gain) == (None, None)
+
+
+def test_a_layer_alone_may_be_better() -> None:
+    found = judged({"stage1": signal(Y, 0, (0, 1, 2), 4.0), "penultimate": signal(Y, 1, ())}, Y)
+    assert found.chosen == "stage1"
+    assert layer_profile.what_to_take(found)[0] == (
+        "take stage1, which is shown to be better than penultimate: layers: [stage1]"
+    )
+
+
+def test_no_image_is_labelled_by_a_fit_that_saw_it_or_its_outer_fold() -> None:
+    held_out = [rows for _, rows in make_folds(Y, 5, 0)]
+    fits = []
+
+    def fit(layers: tuple[str, ...], train: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        assert not np.isin(rows, train).any()
+        fits.append(layers)
+        left_out = [number for number, fold in enumerate(held_out) if not np.isin(fold, train).any()]
+        return np.full(len(rows), sum(10**number for number in left_out))
+
+    outer, inner = layer_profile.answers({"one": ("one",)}, fit, held_out, len(Y))
+    assert len(fits) == 5 + 10
+    for k, fold in enumerate(held_out):
+        assert set(outer["one"][fold]) == {10**k}
+        assert set(inner["one"][k][fold]) == {-1}
+        for j, other in enumerate(held_out):
+            assert j == k or set(inner["one"][k][other]) == {10**j + 10**k}
+
+
+def test_heads_writes_it_the_report_draws_it_and_the_command_prints_it(finished: Config) -> None:
+    files = Artifacts(finished.output)
+    profiles = read_profiles(files.layers)
+    assert profiles is not None
+    (found,) = profiles
+    assert [row.name for row in found.rows] == ["stage2", "penultimate", "penultimate+stage2"]
+    assert (found.images, found.folds) == (30, 3)
+    shown = section("layers", gather(files.root))
+    assert "Which layers hold the signal?" in shown
+    assert 'data-chart="layers"' in shown
+    files.layers.write_text("damaged", encoding="utf-8")
+    lines = layers.run(finished)
+    assert lines[0] == ("resnet18-random: ridge on each layer, 30 training images, 3 folds, accuracy out of fold")
+    assert read_profiles(files.layers) == (found,)
+    board = gather(files.root)
+    other = replace(board.leaderboard, rows=tuple(replace(row, task="another") for row in board.leaderboard.rows))
+    assert section("layers", replace(board, leaderboard=other)) == ""
+
+
+def test_one_layer_alone_has_no_profile(experiment: Config) -> None:
+    with pytest.raises(PipelineError, match=r"no network of this config has several layers or poolings to compare"):
+        layers.run(experiment)
+    assert not Artifacts(experiment.output).layers.exists()
+
+
+def test_layers_are_shown_from_the_image_to_the_answer() -> None:
+    names = ["penultimate", "penultimate-cls", "stage10", "stage9-max", "blocks.3", "stem"]
+    assert sorted(names, key=layers._depth) == [
+        "stem",
+        "stage9-max",
+        "stage10",
+        "blocks.3",
+        "penultimate-cls",
+        "penultimate",
+    ]

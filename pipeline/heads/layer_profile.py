@@ -1,0 +1,284 @@
+"""Layer profile: which layers of a network hold the signal, and whether several side by side hold clearly more.
+
+Each layer, and layers side by side, is judged by ridge on the folds of all heads, its penalty found within the fold. What is
+chosen is the network's usual layer, unless another choice is better beyond doubt; and the choice itself is judged by being
+made anew within every fold, on images that then judge nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from pipeline.errors import PipelineError
+from pipeline.evaluation import (
+    ACCURACY,
+    METRICS,
+    Interval,
+    Metric,
+    Paired,
+    Predictions,
+    compare,
+    paired_answers,
+    scores,
+)
+from pipeline.evaluation.comparison import LEVEL, least_half_width, paired_interval, paired_p, shared_training
+from pipeline.evaluation.intervals import freedom
+from pipeline.experiment import LAYERS, from_plain, read_document
+from pipeline.heads.tuning.folds import Folds
+
+PENALTIES = np.logspace(0, 6, 7)
+"""For standardised columns; within a fold one is chosen by leaving out one image at a time, which ridge does in one fit."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer, or several side by side, as ridge found it."""
+
+    name: str
+    embeddings: tuple[str, ...]
+    dim: int
+    score: float
+    interval: Interval
+    tied: bool
+    """Whether there is no evidence that it is worse than the best row."""
+    gain: Paired | None
+    """Over the usual layer, its interval for all rows at once; None for that one."""
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """What the layers of one network hold, out of fold."""
+
+    network: str
+    task: str
+    """The key of the question, as leaderboard rows have it."""
+    metric: str
+    images: int
+    labelled: int
+    """Training images there are, of which `images` were looked at."""
+    folds: int
+    usual: str
+    """The layer that is taken where none is named."""
+    chosen: str
+    rows: tuple[LayerRow, ...]
+    """Single layers from the image to the answer, then those side by side."""
+    nested: float | None
+    """What choosing so within every fold scores; None of two folds, which leave too little to choose by."""
+    nested_gain: Paired | None
+    """Of that over the usual layer."""
+
+    def row(self, name: str) -> LayerRow:
+        """Return a row by name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+def read_profiles(path: Path, key: str | None = None) -> tuple[LayerProfile, ...] | None:
+    """Read the profiles of `layers.json`; None where there are none, they are damaged, or of another `key`."""
+    try:
+        document = read_document(path, LAYERS)
+        if key in (None, document["key"]):
+            return tuple(from_plain(LayerProfile, one) for one in document["profiles"])
+    except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
+        pass
+    return None
+
+
+Candidates = Mapping[str, tuple[str, ...]]
+"""What is compared: name -> the layers that are side by side."""
+Fit = Callable[[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+"""Layers, training rows and other rows -> the classes of the others."""
+
+
+def candidates(layers: Sequence[str], usual: str) -> dict[str, tuple[str, ...]]:
+    """Return what is compared: every layer, each with the usual one, and all together."""
+    others = [layer for layer in layers if layer != usual]
+    groups: list[tuple[str, ...]] = [(layer,) for layer in layers]
+    groups += [(usual, layer) for layer in others]
+    groups += [tuple(layers)] if len(layers) > 2 else []
+    return {"+".join(group): group for group in groups}
+
+
+def answers(
+    groups: Candidates, fit: Fit, held_out: Sequence[NDArray[np.int64]], n: int
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[NDArray[np.int64]]]]:
+    """Return each candidate's classes of n images out of fold, shape (n,), and what to choose by within each fold, (n,) each.
+
+    Within fold k an image of fold j is labelled by a fit on all other folds, -1 where the image is in k: the fit that leaves
+    both out serves both.
+    """
+    outer = {name: np.full(n, -1, dtype=np.int64) for name in groups}
+    inner = {name: [np.full(n, -1, dtype=np.int64) for _ in held_out] for name in groups}
+    everything = np.arange(n)
+    for name, layers in groups.items():
+        for rows in held_out:
+            outer[name][rows] = fit(layers, np.setdiff1d(everything, rows), rows)
+        for j, k in combinations(range(len(held_out) if len(held_out) > 2 else 0), 2):
+            both = np.concatenate([held_out[j], held_out[k]])
+            found = fit(layers, np.setdiff1d(everything, both), both)
+            inner[name][k][held_out[j]] = found[: len(held_out[j])]
+            inner[name][j][held_out[k]] = found[len(held_out[j]) :]
+    return outer, inner
+
+
+def gains(said: Mapping[str, Predictions], usual: str, folds: int, seed: int, metric: Metric) -> dict[str, Paired]:
+    """Return what each candidate is better than the usual one by, intervals and p-values for all of them at once.
+
+    By Bonferroni, and as folds share what they learn from: `comparison.shared_training`.
+    """
+    others = [name for name in said if name != usual]
+    units = said[usual].units
+    spare = len(said[usual]) - 1 if units is None else freedom(units)
+    z = stats.t.ppf(1 - LEVEL / 2 / len(others), spare) * np.sqrt(shared_training(folds, metric.per_class))
+    found = {}
+    for name in others:
+        a, b = said[name], said[usual]
+        difference = metric.score(a) - metric.score(b)
+        if metric is ACCURACY:
+            interval = paired_interval(a, b, z)
+        else:
+            added = metric.contributions(a) - metric.contributions(b)
+            half = max(z * added.std(ddof=1) / np.sqrt(len(added)), least_half_width(metric, a, b, z))
+            interval = (difference - half, difference + half)
+        p_value = min(1.0, len(others) * paired_p(metric, a, b, seed))
+        found[name] = Paired(difference, metric.clipped_difference(interval), p_value)
+    return found
+
+
+def choose(
+    said: Mapping[str, Predictions],
+    over: Mapping[str, Paired],
+    groups: Candidates,
+    usual: str,
+    seed: int,
+    metric: Metric,
+) -> str:
+    """Return the usual layer where nothing is shown to be better.
+
+    Else of what is, the candidate of fewest layers that is not shown to be worse than the best one.
+    """
+    better = [name for name, gain in over.items() if gain.shown == 1]
+    if not better:
+        return usual
+    best = max(better, key=lambda name: over[name].difference)
+    near = [name for name in better if paired_answers(metric, said[best], said[name], seed).shown != 1]
+    return min(near, key=lambda name: (len(groups[name]), -over[name].difference))
+
+
+def profile(
+    blocks: Mapping[str, NDArray[np.float32]],
+    embeddings: Mapping[str, str],
+    usual: str,
+    truth: Predictions,
+    folds: Folds,
+    seed: int,
+    about: Mapping[str, str | int],
+    metric: Metric = ACCURACY,
+) -> LayerProfile:
+    """Judge the layers of one network.
+
+    Parameters
+    ----------
+    blocks : layer -> ndarray of shape (n, dim), float32, from the image to the answer
+    embeddings : layer -> what its embedding is called
+    truth : the classes of the n images, and which are not independent; what is predicted does not matter
+    about : `network`, `task` and `labelled` of the profile
+    """
+
+    def fit(layers: tuple[str, ...], train: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        X = np.concatenate([blocks[layer] for layer in layers], axis=1)
+        ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(PENALTIES))
+        found: NDArray[np.int64] = ridge.fit(X[train], truth.y_true[train]).predict(X[rows])
+        return found
+
+    def said(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Predictions:
+        units = None if truth.units is None else truth.units[rows]
+        return Predictions(truth.y_true[rows], labels[rows], units=units, target=truth.target)
+
+    n, held_out = len(truth), [rows for _, rows in folds]
+    groups, every = candidates(list(blocks), usual), np.arange(n)
+    outer, inner = answers(groups, fit, held_out, n)
+    found = {name: said(labels, every) for name, labels in outer.items()}
+    best = max(found, key=lambda name: metric.score(found[name]))
+    tied = {gap.key for gap in compare(found, best, seed=seed, metric=metric) if gap.no_evidence}
+    over = gains(found, usual, len(held_out), seed, metric)
+    taken = choose(found, over, groups, usual, seed, metric)
+    tied -= {usual} if taken != usual else set()
+    rows = []
+    for name, layers in groups.items():
+        score, interval = scores(found[name], seed, metric).of(metric)
+        assert score is not None
+        assert interval is not None
+        names = tuple(embeddings[layer] for layer in layers)
+        dim = sum(blocks[layer].shape[1] for layer in layers)
+        rows.append(LayerRow(name, names, dim, score, interval, name in tied, over.get(name)))
+    nested, gain = None, None
+    if len(held_out) > 2:
+        mixed = outer[usual].copy()
+        for k, out in enumerate(held_out):
+            rest = np.setdiff1d(every, out)
+            within = {name: said(parts[k], rest) for name, parts in inner.items()}
+            over_it = gains(within, usual, len(held_out) - 1, seed, metric)
+            mixed[out] = outer[choose(within, over_it, groups, usual, seed, metric)][out]
+        selection = said(mixed, every)
+        nested, gain = metric.score(selection), paired_answers(metric, selection, found[usual], seed)
+    return LayerProfile(
+        network=str(about["network"]),
+        task=str(about["task"]),
+        metric=metric.name,
+        images=n,
+        labelled=int(about["labelled"]),
+        folds=len(held_out),
+        usual=usual,
+        chosen=taken,
+        rows=tuple(rows),
+        nested=nested,
+        nested_gain=gain,
+    )
+
+
+def table(found: LayerProfile) -> list[str]:
+    """Return a profile as lines: every layer with its score, then what to take."""
+    metric, width = METRICS[found.metric], max(len(row.name) for row in found.rows)
+    of = f" of {found.labelled:,}" if found.images < found.labelled else ""
+    lines = [
+        f"{found.network}: ridge on each layer, {found.images:,}{of} training images, {found.folds} folds, {metric.title} out of fold",
+        f"   {'layer':<{width}}   numbers   {'score [95 %]':>18}   over {found.usual}",
+    ]
+    for row in found.rows:
+        gain = "" if row.gain is None else gap(metric, row.gain)
+        score = f"{metric.text(row.score)} {metric.interval_text(row.interval)}"
+        lines.append(f" {'~' if row.tied else ' '} {row.name:<{width}}   {row.dim:>7,}   {score:>18}   {gain}".rstrip())
+    return [*lines, " ~ no evidence of a difference from the best", *what_to_take(found)]
+
+
+def gap(metric: Metric, gain: Paired) -> str:
+    """Write a difference with its interval."""
+    low, high = map(metric.gap_text, gain.interval)
+    return f"{metric.gap_text(gain.difference)} [{low}, {high}]"
+
+
+def what_to_take(found: LayerProfile) -> list[str]:
+    """Return what to take, and how that way of choosing does on images that chose nothing."""
+    row, lines = found.row(found.chosen), [f"take {found.usual}: nothing else is shown to be better"]
+    if found.chosen != found.usual:
+        lines = [f"take {found.chosen}, which is shown to be better than {found.usual}"]
+        lines[0] += (
+            f": concat: {json.dumps([row.embeddings])}" if len(row.embeddings) > 1 else f": layers: [{found.chosen}]"
+        )
+    if found.nested is not None and found.nested_gain is not None:
+        metric = METRICS[found.metric]
+        lines.append(
+            f"chosen so within every fold: {metric.text(found.nested)}, {gap(metric, found.nested_gain)} over {found.usual}"
+        )
+    return lines

@@ -1,0 +1,115 @@
+"""Layers: the profile of every network of which several layers or poolings are embedded, from the stores, without tuning.
+
+`manyheads layers CONFIG` prints it, `heads` writes it as `layers.json`, which the report draws.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.data import DatasetIndex
+from pipeline.embed.concat import open_features
+from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
+from pipeline.embed.spec import embedding_name
+from pipeline.errors import PipelineError
+from pipeline.evaluation import Predictions, metric_of, metrics_for
+from pipeline.evaluation.learning_curve import stratified_order
+from pipeline.experiment import LAYERS, Artifacts, write_document
+from pipeline.heads.layer_profile import LayerProfile, profile, read_profiles, table
+from pipeline.io.digests import fingerprint
+from pipeline.stages.train_heads.task import Task, make_task, unseen_task
+from pipeline.store import FeatureStore, JoinedStores
+
+VERSION = 1
+"""Goes up when a profile changes its meaning, so that it is made again."""
+MOST_IMAGES = 1500
+"""Training images that a profile looks at: a few minutes at most, whatever there are."""
+
+Stores = Mapping[str, FeatureStore | JoinedStores]
+
+
+def run(config: Config) -> list[str]:
+    """Return the profiles of a config's networks as tables.
+
+    Raises
+    ------
+    PipelineError
+        When stage one has not been run for this config, or no network has several layers.
+    """
+    files = Artifacts(config.output)
+    records = read_asked_records(files.features, config)
+    index = DatasetIndex.read(files.dataset)
+    require_index(files.features, index.fingerprint())
+    stores = {record.name: open_features(record, files) for record in records}
+    found = profiles(config, files, records, stores, make_task(config, files, index, list(stores.values())))
+    if not found:
+        raise PipelineError(
+            "no network of this config has several layers or poolings to compare; name some, such as layers: [stage2, stage3, "
+            "penultimate], as `manyheads layers MODEL` lists them, and run `manyheads features`"
+        )
+    return [line for one in found for line in ["", *table(one)]][1:]
+
+
+def profiles(
+    config: Config, files: Artifacts, records: Sequence[EmbeddingRecord], stores: Stores, task: Task
+) -> tuple[LayerProfile, ...]:
+    """Return the profile of every network with several embeddings, and write them down; those that are current are read."""
+    groups: dict[str, list[EmbeddingRecord]] = {}
+    for record in records:
+        if record.section is not None:
+            groups.setdefault(record.section.model_dump_json(), []).append(record)
+    several = [group for group in groups.values() if len(group) > 1]
+    if not several or task.target.kind != "classification":
+        return ()
+    prints = [[record.fingerprint for record in group] for group in several]
+    key = fingerprint({"version": VERSION, "task": task.key, "prints": prints, "scoring": config.tuning.scoring})
+    known = read_profiles(files.layers, key)
+    if known is None:
+        known = tuple(_profile(config, group, stores, unseen_task(task, group[0], config)) for group in several)
+        write_document(files.layers, LAYERS, {"key": key, "profiles": [asdict(one) for one in known]})
+    return known
+
+
+def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, task: Task) -> LayerProfile:
+    """Judge the layers of one network on a stratified part of its training images, divided as for all heads."""
+    kept = np.sort(stratified_order(task.y_train, config.seed)[:MOST_IMAGES])
+    place = np.full(len(task.train), -1)
+    place[kept] = np.arange(len(kept))
+    folds = tuple((place[train[place[train] >= 0]], place[out[place[out] >= 0]]) for train, out in task.folds)
+    y, digests = task.y_train[kept], task.train.digests[kept]
+    units = None if task.groups is None else task.groups[kept]
+    named = dict(sorted(((_layer(record), record) for record in group), key=lambda item: _depth(item[0])))
+    metric = metric_of(config.tuning.scoring, task.target)
+    return profile(
+        {layer: stores[record.name].read(digests) for layer, record in named.items()},
+        {layer: record.name for layer, record in named.items()},
+        list(named)[-1],
+        Predictions(y, y, units=units, target=task.target),
+        tuple((train, out) for train, out in folds if len(out)),
+        config.seed,
+        {"network": _network(group[0]), "task": task.key, "labelled": len(task.train)},
+        metric if metric.needs == "labels" else metrics_for(task.target)[0],
+    )
+
+
+def _network(record: EmbeddingRecord) -> str:
+    assert record.section is not None
+    return embedding_name(record.section.name, record.spec.weights)
+
+
+def _layer(record: EmbeddingRecord) -> str:
+    """Return what tells an embedding from the others of its network: its layer as it was asked for, and pooling."""
+    return record.name.removeprefix(f"{_network(record)}-")
+
+
+def _depth(layer: str) -> tuple[int, int]:
+    """Return where to show a layer: stages by number, then those of names of their own, the penultimate ones last."""
+    stage = re.match(r"stage(\d+)", layer)
+    if layer.startswith("penultimate"):
+        return (2, -len(layer))  # the one without a pooling is the usual layer
+    return (0, int(stage[1])) if stage else (0, 0) if layer.startswith("stem") else (1, 0)
