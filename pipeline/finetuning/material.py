@@ -14,6 +14,7 @@ from pipeline import images
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage
 from pipeline.data.lineage import Lineage
+from pipeline.data.targets import Classification, Target
 from pipeline.embed.loader import Item, Loader
 from pipeline.embed.records import EmbeddingRecord, departures, read_asked_records, require_index, shared
 from pipeline.errors import ConfigError, PipelineError, TrainingError, first
@@ -52,15 +53,10 @@ class Choice:
 class Parts:
     """The images of stage two, divided for stage three."""
 
-    classes: tuple[str, ...]
+    target: Target
     train: DatasetIndex
     validation: DatasetIndex
     test: DatasetIndex
-
-    def codes(self, part: DatasetIndex) -> NDArray[np.int64]:
-        """Return the place of each image's label in `classes`: int64 of shape (n,)."""
-        place = {label: code for code, label in enumerate(self.classes)}
-        return np.array([place[label] for label in part.labels], dtype=np.int64)
 
 
 def choose(config: Config, files: Artifacts) -> Choice:
@@ -151,7 +147,7 @@ def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineag
             raise TrainingError(
                 f"there are no {name} images with features; fine-tuning needs some to learn, choose and judge"
             )
-    return Parts(usable.classes, learned, validation, test)
+    return Parts(Classification.of(usable), learned, validation, test)
 
 
 def read_pixels(

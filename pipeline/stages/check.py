@@ -26,7 +26,7 @@ def run(config: Config) -> list[str]:
     """
     lines: list[str] = []
     problems: list[str] = []
-    for part in (_heads, _backbones, _machine, _data):
+    for part in (_heads, _backbones, _machine, _finetuning, _data):
         _collect(part, config, lines, problems)
     if problems:
         plural = "problem" if len(problems) == 1 else "problems"
@@ -93,6 +93,18 @@ def _machine(config: Config) -> list[str]:
     except PipelineError as error:
         problems = [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
         raise PipelineError("machine", problems) from None
+    return []
+
+
+def _finetuning(config: Config) -> list[str]:
+    """Say so where the target cannot be fine-tuned for; features and heads do without."""
+    from pipeline.finetuning.objective import objective_for  # loads torch
+
+    try:
+        if config.dataset.target != "auto":
+            objective_for(config.dataset.target)
+    except PipelineError as error:
+        return [f"note: {error.message}"]
     return []
 
 
