@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 
 from pipeline.data.lineage import Lineage
 from pipeline.embed.weights_files import DIGEST_KEY, METADATA_KEY, weights_digest
-from pipeline.evaluation import HeadPredictions, Metric, Paired, Predictions, class_columns, counted, paired_answers
+from pipeline.evaluation import HeadPredictions, Metric, Paired, Predictions, counted, paired_answers
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import MADE_BY, Artifacts, made_by
@@ -151,7 +151,7 @@ def judge(
     images, found = counted(len(tuned), tuned.units, "test images"), {}
     for name, row in {"best": choice.winner, "frozen": choice.frozen}.items():
         if row is not None:
-            other = _said_by(row, files, parts, tuned)
+            other = _said_by(row, files, parts, tuned.units)
             paired = paired_answers(metric, tuned, other, seed)
             found[name] = {
                 "row": row.key,
@@ -167,12 +167,12 @@ def judge(
     }
 
 
-def _said_by(row: LeaderboardRow, files: Artifacts, parts: Parts, tuned: Predictions) -> Predictions:
-    """Return what a row of stage two said of the test images, in the order of `parts.test`."""
+def _said_by(row: LeaderboardRow, files: Artifacts, parts: Parts, units: NDArray[np.int64] | None) -> Predictions:
+    """Return what a row of stage two said of the test images, in the order of `parts.test`; units : int64 of shape (n_test,)."""
     test = HeadPredictions.read(files.root / str(row.bundle) / FILE_NAME).test
     place = {path: number for number, path in enumerate(np.asarray(test.paths).tolist())}
-    rows = [place[str(path)] for path in parts.test.paths]
-    return Predictions(tuned.y_true, class_columns(test.predicted[rows], parts.target.classes), units=tuned.units)
+    said = test.predicted[[place[str(path)] for path in parts.test.paths]]
+    return Predictions.of(parts.test.labels, said, parts.target.classes, units=units)
 
 
 def verdict(paired: Paired, minutes: float, images: str) -> str:
