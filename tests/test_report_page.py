@@ -56,7 +56,7 @@ def test_a_page_has_the_sections_that_serve_its_target():
     assert {target for part in sections.SECTIONS for target in part.targets} == set(TARGETS)
     found = material([row("ridge", 0.9)])
     assert [part.name for part in sections.shown(found)] == ["header", "leaderboard", "difference", "cost", "reproduce"]
-    assert sections.shown(material([row("ridge", 0.9)], provenance={"target": "sound"})) == {}
+    assert sections.shown(material([row("ridge", 0.9)], provenance={"target": {"kind": "sound"}})) == {}
 
 
 # Names

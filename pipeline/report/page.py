@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.evaluation import ACCURACY, Interval, Metric
+from pipeline.evaluation import ACCURACY, Interval, Metric, audit
 from pipeline.evaluation.leaderboard.table import APART, apart_text, cross_validated, seconds
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report import sections
@@ -32,10 +32,10 @@ def build(output: Path) -> Path:
     output = Path(output)
     inputs = digest_inputs(output)  # first, so that what changes meanwhile makes the page old
     material = gather(output)
-    shown = sections.shown(material)
+    shown, tables = sections.shown(material), audit.to_csv(material.label_issues, material.findings)
     write_text_atomic(output / PAGE, render(material, shown))
     made = {f"plots/{name}.png": to_png(chart) for charts, _ in shown.values() for name, chart in charts.items()}
-    made |= {f"audit/{name}": text.encode("utf-8") for name, text in material.findings.to_csv().items()}
+    made |= {f"audit/{name}": text.encode("utf-8") for name, text in tables.items()}
     for name, data in made.items():
         make_folder((output / name).parent)
         write_atomic(output / name, data)

@@ -210,7 +210,7 @@ def _mistakes(material: Material) -> Shown | None:
 
 def _label_issues(material: Material) -> Shown | None:
     """Give training images whose label the head does not believe, and on how many of all it is right."""
-    issues, best = material.findings.label_issues, material.best
+    issues, best = material.label_issues, material.best
     shown = issues.found[:MOST_PICTURES]
     right = None if best is None or best.out_of_fold is None else float(best.out_of_fold.correct.mean())
     pictures = gallery(material.index, [item.path for item in shown])

@@ -28,6 +28,7 @@ from pipeline.config import Config, dump_yaml
 from pipeline.data import DatasetIndex
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
 from pipeline.errors import HeadError, UnfittedError
+from pipeline.evaluation.audit import write_findings
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.evaluation.leaderboard.imbalance import advice
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
@@ -111,7 +112,9 @@ def run(config: Config) -> HeadsRun:
     write_text_atomic(files.config, dump_yaml(config, files.root))
     notes = [*_notes(embeddings, task, config), *left_out]
     leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, made_of, task, stores, notes)), files.root)
-    leaderboard = replace(leaderboard, leaks=find_leaks(leaderboard, task, stores, files))
+    leaks, findings = find_leaks(leaderboard, task, stores, files)
+    leaderboard = replace(leaderboard, leaks=leaks)
+    write_findings(files.audit, findings)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
