@@ -2,13 +2,17 @@
 
 from typing import Any
 
-__all__ = ["load"]
+__all__ = ["load", "manifest"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` when it is first asked for, so that importing the package costs nothing."""
+    """Import what is asked for, so that importing the package costs nothing."""
     if name == "load":
         from pipeline.stages.load import load
 
         return load
+    if name == "manifest":
+        from pipeline.data.manifest import manifest
+
+        return manifest
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -236,7 +236,7 @@ def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
 
 
 def layers(model: str) -> Iterable[str]:
-    """List the layers of a backbone that can be embedded, with their shapes.
+    """List the layers of a backbone that can be embedded, with their shapes, and what they are called in every backbone.
 
     MODEL is efficientnet_lite0, a torchvision model, regnet_small, or a weights file that `finetune` wrote.
 
@@ -244,7 +244,20 @@ def layers(model: str) -> Iterable[str]:
     """
     from pipeline.embed import backbone
 
-    return [f"{name:<40} {' x '.join(map(str, shape))}" for name, shape in backbone.layers(model)]
+    found = [(name, " x ".join(map(str, shape)), called) for name, shape, called in backbone.layers(model)]
+    return [f"{name:<40} {shape:<16} {called}".rstrip() for name, shape, called in found]
+
+
+def backbones(word: str) -> Iterable[str]:
+    """List the networks and weights that a config can name, with their size, their licence, and whether they are here.
+
+    WORD, a part of a name, family or licence, shows all that has it; without one, what is here is shown.
+
+    Example: manyheads backbones resnet50
+    """
+    from pipeline.stages import backbones as stage
+
+    return stage.run(word)
 
 
 def pretrain(arguments: tuple[str, ...]) -> Iterable[str]:
@@ -330,6 +343,7 @@ COMMANDS = (
         _option("--row", metavar="EMBEDDING/HEAD", help="Whose searches to draw; the best row's otherwise."),
     ),
     _command(layers, _argument("model")),
+    _command(backbones, _argument("word", default="")),
     _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),
 )
 

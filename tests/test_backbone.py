@@ -141,20 +141,134 @@ def test_pooling_turns_places_and_tokens_into_one_vector() -> None:
     tokens = torch.arange(2 * 5 * 3, dtype=torch.float32).reshape(2, 5, 3)
     assert torch.equal(graph.pool(tokens, "cls"), tokens[:, 0])
     assert torch.equal(graph.pool(tokens, "avg"), tokens.mean(1))
+    assert torch.equal(graph.pool(tokens, "avg[1:]"), tokens[:, 1:].mean(1))
+    assert torch.equal(graph.pool(tokens, "max[2:]"), tokens[:, 2:].amax(1))
+    assert torch.equal(graph.pool(tokens, "cls+avg[2:]"), torch.cat([tokens[:, 0], tokens[:, 2:].mean(1)], 1))
+
+
+REGISTERS = graph.Tokens(prefix=5, class_token=True, own="token")
+
+
+@pytest.mark.parametrize(
+    ("shape", "asked", "effective"),
+    [
+        ((2, 21, 8), "own", "avg[5:]"),
+        ((2, 21, 8), "avg", "avg[5:]"),
+        ((2, 21, 8), "max", "max[5:]"),
+        ((2, 21, 8), "cls", "cls"),
+        ((2, 21, 8), "cls+avg", "cls+avg[5:]"),
+        ((2, 21, 8), "flatten", "flatten"),
+        ((2, 16, 8), "avg", "avg"),  # behind the layer that makes the patches, in front of which nothing stands yet
+        ((2, 8, 4, 4), "avg", "avg"),
+        ((2, 8), "own", "none"),
+        ((2, 8), "cls", "none"),
+    ],
+)
+def test_an_average_of_tokens_is_one_of_patches(shape: tuple[int, ...], asked: str, effective: str) -> None:
+    assert graph.effective_pooling(torch.zeros(shape), asked, REGISTERS, "x") == effective
+
+
+@pytest.mark.parametrize(
+    ("tokens", "asked", "layer"),
+    [
+        (REGISTERS, "own", "penultimate"),
+        (REGISTERS, "cls", "penultimate"),
+        (REGISTERS, "cls+avg", "features"),
+        (REGISTERS, "avg", "features"),
+        (REGISTERS._replace(own="avg"), "cls", "features"),
+        (graph.Tokens(attention_pool=True, own="map"), "map", "penultimate"),
+        (graph.Tokens(prefix=1, class_token=True), "cls", "penultimate"),
+        (graph.Tokens(), "max", "penultimate"),
+    ],
+)
+def test_at_the_last_layer_a_pooling_is_of_the_tokens_before_it(tokens: graph.Tokens, asked: str, layer: str) -> None:
+    assert graph.source("penultimate", asked, tokens) == layer
+    assert graph.source("blocks.3", asked, tokens) == "blocks.3"
 
 
 def test_pooling_that_has_no_meaning_is_refused() -> None:
+    with pytest.raises(
+        BackboneError, match=r"layer 'x' gives 8, which has no class token; pooling 'cls\+avg' needs one"
+    ):
+        graph.effective_pooling(torch.zeros(2, 8), "cls+avg", REGISTERS, "x")
+    with pytest.raises(BackboneError, match=r"layer 'x' gives 21 x 8; pooling 'map' is the network's own attention"):
+        graph.effective_pooling(torch.zeros(2, 21, 8), "map", REGISTERS, "x")
     with pytest.raises(
         BackboneError,
         match=r"layer 'layer4.1.relu_1' gives 512 x 1 x 1, which has no class token; pooling 'cls' needs one",
     ):
         load("resnet18", layers=("layer4",), pooling="cls")
     with pytest.raises(BackboneError, match=r"layer 'x' gives 5 x 2 x 2, which is no image of at least 3 x 3 places"):
-        graph.effective_pooling(torch.zeros(2, 5, 2, 2), "grid", has_class_token=False, layer="x")
+        graph.effective_pooling(torch.zeros(2, 5, 2, 2), "grid", tokens=graph.Tokens(), layer="x")
     with pytest.raises(
         BackboneError, match=r"layer 'x' gives 2 x 3 x 4, in which pooling 'avg' cannot tell places from channels"
     ):
-        graph.effective_pooling(torch.zeros(2, 2, 3, 4), "avg", has_class_token=False, layer="x")
+        graph.effective_pooling(torch.zeros(2, 2, 3, 4), "avg", tokens=graph.Tokens(), layer="x")
+
+
+STAGES = {
+    # name: the nodes at which stages end
+    "resnet18": ["bn1", "layer1.1.relu_1", "layer2.1.relu_1", "layer3.1.relu_1", "layer4.1.relu_1"],
+    "densenet121": ["features.norm0", *(f"features.denseblock{number}.cat" for number in (1, 2, 3)), "features.norm5"],
+    "convnext_tiny": [
+        "features.0.1.permute_1",
+        "features.1.2.add",
+        "features.3.2.add",
+        "features.5.8.add",
+        "features.7.2.add",
+    ],
+    "swin_t": ["features.0.2", "features.1.1.add_1", "features.3.1.add_1", "features.5.5.add_1", "norm"],
+    "vit_b_32": ["conv_proj", *(f"encoder.layers.encoder_layer_{number}.add_1" for number in range(11)), "encoder.ln"],
+    "squeezenet1_1": ["features.0", "features.4.cat", "features.7.cat", "features.12.cat"],
+    "efficientnet_lite0": [
+        "stem.act",
+        "stages.0.0.1.act",
+        "stages.1.1.add",
+        "stages.2.1.add",
+        "stages.4.2.add",
+        "head.act",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_end_in_every_family_where_its_resolution_or_its_block_ends(name: str) -> None:
+    module = families.build_empty(name, {})
+    found = graph.stage_ends(module, graph.trace(module), (224, 224))
+    assert list(found) == ["stem", *(f"stage{number}" for number in range(1, len(found)))]
+    assert list(found.values()) == STAGES[name]
+
+
+def test_layers_and_poolings_are_embeddings_of_one_pass_and_what_is_one_already_is_not_doubled(
+    pixels: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    found = load("resnet18", layers=("penultimate", "stage3", "stage4"), pooling=("avg", "cls", "max"))
+    assert [spec.name.removeprefix("resnet18-random-") for spec in found.specs] == [
+        "penultimate", "stage3", "stage3-max",
+    ]  # fmt: skip
+    told = [record.getMessage() for record in caplog.records]
+    assert "layer 'penultimate' gives one vector per image as it is: one embedding, whatever the pooling" in told
+    assert "stage4, pooled by avg, is penultimate: one embedding, not two" in told
+    assert any(
+        line.startswith("left out: layer 'layer3.1.relu_1' gives 256 x 2 x 2, which has no class") for line in told
+    )
+    by_name = load("resnet18", layers=("layer3",), pooling="max")
+    assert found.specs[2].fingerprint() == by_name.specs[0].fingerprint()
+    np.testing.assert_allclose(found.embed(pixels)[2], by_name.embed(pixels)[0], atol=1e-5)
+
+
+def test_a_layer_that_no_pooling_fits_and_a_stage_there_is_not_are_refused() -> None:
+    with pytest.raises(BackboneError, match=r"'cls' needs one"):
+        load("resnet18", layers=("stage2",), pooling=("cls",))
+    with pytest.raises(BackboneError) as error:
+        load("resnet18", layers=("stage7",))
+    assert error.value.problems == ("no layer 'stage7', did you mean 'stage4'?; `manyheads layers MODEL` lists them",)
+
+
+def test_a_networks_own_name_is_before_that_of_a_stage() -> None:
+    (spec,) = load("shufflenet_v2_x0_5", layers=("stage2",)).specs
+    assert spec.layer == "stage2.3.view_1"
 
 
 def test_pooling_is_in_the_identity_only_where_it_changes_the_vectors(small: backbone.Backbone) -> None:
@@ -175,14 +289,15 @@ def test_unknown_layers_are_reported_together_with_a_guess() -> None:
 
 
 def test_layers_lists_the_nodes_with_their_shapes() -> None:
-    nodes = dict(backbone.layers("squeezenet1_1"))
-    assert nodes["features.0"] == (64, 111, 111)
-    assert nodes["flatten"] == (1000,)
+    nodes = {name: (shape, called) for name, shape, called in backbone.layers("squeezenet1_1")}
+    assert nodes["features.0"] == ((64, 111, 111), "stem")
+    assert nodes["classifier.0"] == ((512, 13, 13), "penultimate")
+    assert nodes["flatten"] == ((1000,), "")
 
 
 def test_layers_lists_those_of_the_bundled_network_and_of_a_weights_file(regnet: tuple[Path, object]) -> None:
-    assert dict(backbone.layers("regnet_small"))["flatten"] == (384,)
-    assert dict(backbone.layers(str(regnet[0])))["fc"] == (5,)
+    assert ("flatten", (384,), "penultimate") in backbone.layers("regnet_small")
+    assert ("fc", (5,), "") in backbone.layers(str(regnet[0]))
 
 
 def test_a_vision_transformer_takes_its_own_image_size_and_no_other() -> None:

@@ -271,6 +271,28 @@ def test_folder_yaml_explains_every_key_and_shows_its_default() -> None:
     assert Config.model_fields.keys() <= shown.keys()
 
 
+def test_the_columns_of_a_manifest_are_named_with_it_alone(tmp_path: Path) -> None:
+    manifest = ["dataset.source=manifest", "dataset.path=list.csv"]
+    found = configuration.load(write(tmp_path, GOOD), [*manifest, "dataset.label_columns=age, years"]).dataset
+    assert found.label_columns == ("age, years",)
+    (_, problem) = problems_of(tmp_path, GOOD, "dataset.root=x", "dataset.label_columns=[a]")
+    assert problem == "dataset: root and label_columns: for source 'manifest' alone, and the source is 'digits'"
+    for columns, told in {
+        "[a, split]": "the index has a split of its own; rename that column",
+        "[a, a]": "a column is given twice: a, a",
+        "[]": "expected at least one, got an empty list",
+    }.items():
+        assert problems_of(tmp_path, GOOD, *manifest, f"dataset.label_columns={columns}")[1:] == [
+            f"dataset.label_columns: {told}"
+        ]
+
+
+def test_paths_of_a_manifest_in_a_config_are_seen_from_its_folder(tmp_path: Path) -> None:
+    text = GOOD + "dataset: {source: manifest, path: list.csv, root: ../photos}"
+    found = configuration.load(write(tmp_path, text)).dataset
+    assert (found.path, found.root) == (str(tmp_path / "list.csv"), str(tmp_path.parent / "photos"))
+
+
 def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
     assert problems_of(tmp_path, GOOD, "heads=[knn, knn]")[1] == "heads: named more than once: knn"
 
@@ -422,3 +444,19 @@ def test_the_output_follows_the_name_of_the_data(dataset: str, output: str, tmp_
     text = f"dataset: {dataset}\nbackbones: [{{name: resnet18}}]\nheads: [knn]\n"
     assert configuration.load(write(tmp_path, text)).output == output
     assert configuration.load(write(tmp_path, text), ["output=mine"]).output == "mine"
+
+
+def test_one_pooling_is_a_word_and_several_are_a_list() -> None:
+    one, several = (
+        BackboneConfig.model_validate({"name": "resnet18", "pooling": each}) for each in ("max", ["avg", "max"])
+    )
+    assert one.pooling == ("max",)
+    assert one.model_dump(mode="json")["pooling"] == "max"
+    assert several.model_dump(mode="json")["pooling"] == ["avg", "max"]
+    assert BackboneConfig.model_validate_json(several.model_dump_json()) == several
+    with pytest.raises(
+        ConfigError, match=r"backbones\.0\.pooling\.0: input should be .* got 'maxx', did you mean 'max'\?"
+    ):
+        configuration.parse(
+            {"output": "x", "backbones": [{"name": "resnet18", "pooling": "maxx"}], "heads": ["ridge"]}, "test"
+        )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,40 @@ def test_index_file_is_plain_csv(tmp_path: Path) -> None:
     assert first == "path,label,split,group,digest,size"
     assert second == f"cat/1.png,cat,train,,{content_digest(b'cat/1.png').hex()},1"
     assert third == f"dog/2.png,dog,test,,{content_digest(b'dog/2.png').hex()},2"
+
+
+def with_columns(index: DatasetIndex, **columns: list[str]) -> DatasetIndex:
+    labels = np.array(list(columns.values()), dtype=object).T
+    return replace(index, labels=labels, names=tuple(columns))
+
+
+def test_several_label_columns_stand_where_the_one_would(tmp_path: Path) -> None:
+    rows = [("1.png", "", "train"), ("2.png", "", "test"), ("3.png", "", "train")]
+    index = with_columns(make_index(rows), species=["cat", "dog", "cat"], **{"age, years": ["007", "", "=1.50"]})
+    index.write(tmp_path)
+    first, second, *_, last = (tmp_path / "index.csv").read_text().splitlines()
+    assert first == 'path,species,"age, years",split,group,digest,size'
+    assert next(csv.reader([second]))[:5] == ["1.png", "cat", "007", "train", ""]
+    assert next(csv.reader([last]))[2] == "'=1.50"
+    back = DatasetIndex.read(tmp_path)
+    assert back.names == ("species", "age, years")
+    assert back.labels.tolist() == [["cat", "007"], ["dog", ""], ["cat", "=1.50"]]
+    assert back.fingerprint() == index.fingerprint()
+    assert back.select("train").column("age, years").tolist() == ["007", "=1.50"]
+    assert back.labelled().paths.tolist() == ["1.png", "3.png"]
+    with pytest.raises(KeyError, match="speices"):
+        back.column("speices")
+
+
+def test_one_of_several_label_columns_is_as_if_there_were_no_other() -> None:
+    rows = [("1.png", "cat", "train"), ("2.png", "dog", "test")]
+    alone = make_index(rows)
+    index = with_columns(alone, age=["7", "8"], species=["cat", "dog"], sex=["f", "m"])
+    assert index.only("species").names == ("label",)
+    assert index.only("species").fingerprint() == alone.fingerprint() != index.fingerprint()
+    assert index.only("species").classes == ("cat", "dog")
+    both = index.only("sex", "age")
+    assert (both.names, both.labels.tolist()) == (("sex", "age"), [["f", "7"], ["m", "8"]])
 
 
 def test_empty_index_returns(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipeline.data import (
     scan,
     statcache,
 )
+from pipeline.data.summary import class_counts
 from pipeline.errors import DatasetError, HeadError
 from pipeline.heads.tuning import make_folds
 from pipeline.images import policy_key
@@ -57,9 +59,9 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statcache, "RACY_NS", 0)
 
 
-def run(root: Path, seed: int = 0, rehash: bool = False, resplit: bool = False, **settings: object) -> ScanResult:
+def run(root: Path, seed: int = 0, rehash: bool = False, **settings: object) -> ScanResult:
     config = DatasetConfig(source="folder", path=str(root), **settings)  # type: ignore[arg-type]
-    return scan(config, seed, root.parent / "dataset", rehash=rehash, resplit=resplit)
+    return scan(config, seed, root.parent / "dataset", rehash=rehash)
 
 
 def sides(result: ScanResult) -> dict[str, str]:
@@ -228,7 +230,7 @@ class TestSplitsOfAScan:
             "train/b/2.png": "train",
             "val/a/3.png": "validation",
         }
-        assert result.counts == {
+        assert class_counts(result.index) == {
             "a": {"train": 1, "validation": 1, "test": 0, "excluded": 0},
             "b": {"train": 1, "validation": 0, "test": 1, "excluded": 0},
         }
@@ -242,9 +244,9 @@ class TestSplitsOfAScan:
                 put(root, f"val/{label}/{number}.png", f"val {label}{number}")
         put(root, "val/a/copy.png", "a0")
         result = run(root, test_fraction=0.25)
-        counts = result.counts["b"]
+        counts = class_counts(result.index)["b"]
         assert (counts["train"], counts["validation"], counts["test"]) == (15, 20, 5)
-        assert result.counts["a"]["test"] == 5
+        assert class_counts(result.index)["a"]["test"] == 5
         assert sides(result)["train/a/0.png"] == "train"  # its copy is the user's validation image
         assert not result.copies.leaks
 
@@ -257,8 +259,9 @@ class TestSplitsOfAScan:
             "the test split made with seed 0 and test_fraction 0.2 is kept, though the config now says seed 1 and "
             "test_fraction 0.4; delete index.csv to have it made anew",
         )
-        anew = run(photos, seed=1, test_fraction=0.4, resplit=True)
-        assert anew.counts["cat"]["test"] == 4
+        (photos.parent / "dataset" / "index.csv").unlink()
+        anew = run(photos, seed=1, test_fraction=0.4)
+        assert class_counts(anew.index)["cat"]["test"] == 4
         assert anew.warnings == ()
         assert sides(run(photos, seed=1, test_fraction=0.4)) == sides(anew)
         (photos.parent / "dataset" / "index.csv").unlink()
@@ -298,7 +301,7 @@ class TestSplitsOfAScan:
         test = set(index.groups[index.splits == "test"])
         assert test & set(index.groups[index.splits == "train"]) == set()
         assert len(test) == 4
-        assert result.counts["a"]["test"] == 8
+        assert class_counts(result.index)["a"]["test"] == 8
 
     def test_users_groups_on_both_sides_are_pointed_out(self, tmp_path: Path) -> None:
         text = "path,label,split,group\n1.png,a,train,p\n2.png,b,train,q\n3.png,a,test,p\n4.png,b,test,\n"
@@ -393,7 +396,7 @@ class TestCopies:
             put(photos, f"cat/copy {number}.png", f"cat {number}")
         result = run(photos)
         assert not result.copies.leaks
-        assert result.counts["cat"]["test"] == 4
+        assert class_counts(result.index)["cat"]["test"] == 4
 
 
 class TestFailures:
@@ -662,8 +665,9 @@ class TestMissingSide:
         assert found.endswith(
             "no class has more than 5 distinct images; add images, or set dataset.test_fraction above 0.10"
         )
-        assert missing_side(run(tmp_path / "photos", test_fraction=0.10, resplit=True).index) is not None
-        assert missing_side(run(tmp_path / "photos", test_fraction=0.11, resplit=True).index) is None
+        for fraction, is_enough in ((0.10, False), (0.11, True)):
+            (tmp_path / "dataset" / "index.csv").unlink()
+            assert (missing_side(run(tmp_path / "photos", test_fraction=fraction).index) is None) == is_enough
 
     def test_groups_that_are_the_classes(self, tmp_path: Path) -> None:
         found = self.of_manifest(
@@ -716,7 +720,7 @@ def test_the_digits_are_written_once_and_split_by_class(tmp_path: Path) -> None:
         with Image.open(tmp_path / "images" / path) as image:
             np.testing.assert_array_equal(np.asarray(image), np.round(bunch.images[number] * 255 / 16))
         assert path in index.paths
-    for count in result.counts.values():
+    for count in class_counts(result.index).values():
         assert count["test"] == round(0.2 * (count["test"] + count["train"]))
     marker = (tmp_path / "images").stat().st_mtime_ns
     again = scan(DatasetConfig(), 0, tmp_path / "dataset")
@@ -734,8 +738,10 @@ def test_the_digits_are_written_once_and_split_by_class(tmp_path: Path) -> None:
         ([f"{row // 10}" for row in range(300)], None),
         ([f"{row % 9 / 2}" for row in range(200)], None),
         ([f"bird {row // 2}" for row in range(200)], None),
+        (["cat", "dog", "cat|dog"] * 4, "are these several labels per image? Then set dataset.label_separator: '|'"),
+        (["cat|", "|dog"] * 4, None),
     ],
-    ids=["decimals", "few of each number", "names", "numbered classes", "half steps", "pairs"],
+    ids=["decimals", "few of each number", "names", "numbered classes", "half steps", "pairs", "several", "bars"],
 )
 def test_labels_that_are_hardly_classes_are_asked_about(
     tmp_path: Path, labels: list[str], question: str | None
@@ -748,9 +754,71 @@ def test_labels_that_are_hardly_classes_are_asked_about(
     if question is not None:
         with pytest.raises(DatasetError) as caught:
             scan(config, 0, tmp_path / "dataset")
-        assert f"{len(set(labels))} classes of {len(labels)} images, such as '" in caught.value.message
+        asked = 1 if "several" in question else len(set(labels))
+        assert f"{asked} classes of {len(labels)} images, such as '" in caught.value.message
         assert question in caught.value.message
         assert caught.value.message.endswith("If they are classes, set dataset.target: classification")
         assert not (tmp_path / "dataset").exists()
         config = config.model_copy(update={"target": "classification"})
     assert len(scan(config, 0, tmp_path / "dataset").index.classes) == len(set(labels))
+
+
+class TestSeveralColumns:
+    def scan(self, root: Path, species: list[str], age: list[str], **keys: object) -> ScanResult:
+        lines = ["path,species,age"]
+        for row, labels in enumerate(zip(species, age, strict=True)):
+            put(root, f"{row:03}.png", f"{row}")
+            lines.append(f"{row:03}.png,{','.join(labels)}")
+        (root / "list.csv").write_text("\n".join(lines))
+        settings = {"source": "manifest", "path": str(root / "list.csv"), "label_columns": ["species", "age"], **keys}
+        return scan(DatasetConfig(**settings), 0, root / "dataset")  # type: ignore[arg-type]
+
+    def test_the_test_split_keeps_each_and_their_combination_in_proportion(self, tmp_path: Path) -> None:
+        species, age = ["cat"] * 60 + ["dog"] * 30 + ["ox"] * 10, (["old"] + ["young"] * 4) * 20
+        index = self.scan(tmp_path, species, age).index
+        assert index.names == ("species", "age")
+        pairs = list(zip(species, age, strict=True))
+        for kept in (species, age, pairs):
+            test = Counter(label for label, split in zip(kept, index.splits, strict=True) if split == "test")
+            assert all(abs(test[label] - count / 5) <= 1 for label, count in Counter(kept).items())
+        assert DatasetIndex.read(tmp_path / "dataset").labels.tolist() == index.labels.tolist()
+        assert self.scan(tmp_path, species, age).unchanged
+
+    def test_what_is_told_names_the_column(self, tmp_path: Path) -> None:
+        put(tmp_path, "003.png", "0")
+        result = self.scan(tmp_path, ["cat", "dog"] * 10, ["old", "young", "", "Old"] * 5)
+        assert result.summary_lines()[:6] == [
+            "20 images with 2 labels each: 16 train, 4 test",
+            "  species: 2 classes",
+            "  cat: 8 train, 2 test",
+            "  dog: 8 train, 2 test",
+            "  age: 3 classes",
+            "  Old: 4 train, 1 test",
+        ]
+        assert result.warnings == (
+            "age: labels 'Old' and 'old' differ only in case or spaces; they are separate classes",
+            "age: 5 images have no label, and are left out where it is learned",
+        )
+        assert fold_warnings(result.index, 5) == [
+            "age: tuning.folds is 5, and the training images allow 4: heads are tuned on as many, some of them without the smallest classes"
+        ]
+
+    def test_copies_under_other_labels_are_told_with_all_of_them(self, tmp_path: Path) -> None:
+        self.scan(tmp_path, ["cat", "dog"] * 4, ["old"] * 4 + ["young"] * 4)
+        (tmp_path / "007.png").write_bytes((tmp_path / "000.png").read_bytes())
+        scan(
+            DatasetConfig(source="manifest", path=str(tmp_path / "list.csv"), label_columns=("species", "age")),
+            0, tmp_path / "dataset",
+        )  # fmt: skip
+        (conflict,) = (entry for entry in read_failures(tmp_path / "dataset") if entry.status == "conflict")
+        assert conflict.reason == "labelled 'dog, young'; the same content is 000.png, labelled 'cat, old'"
+
+    def test_all_columns_that_cannot_be_used_are_told(self, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError) as caught:
+            self.scan(tmp_path, ["cat"] * 30, [f"{row / 4}" for row in range(30)])
+        assert caught.value.message == f"{tmp_path}/list.csv: 2 of 2 label columns cannot be used"
+        first, second = caught.value.problems
+        assert first == "species: all 30 images are of one class, 'cat'; expected at least 2 classes"
+        assert second.startswith(
+            "age: 30 classes of 30 images, such as '0.0', '0.25', '0.5': is this a number to predict?"
+        )

@@ -14,13 +14,18 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from pipeline.config import DatasetConfig
+from pipeline.data import manifest
 from pipeline.data.failures import shown
 from pipeline.data.folder import list_folder
 from pipeline.data.listing import Listing
-from pipeline.data.manifest import list_manifest
 from pipeline.data.written import torchvision_manifest, written_once
 from pipeline.errors import DatasetError
 from pipeline.images import NO_IMAGE
+
+
+def list_manifest(path: Path, **keys: object) -> Listing:
+    return manifest.list_manifest(path, DatasetConfig(source="manifest", path=str(path), **keys))  # type: ignore[arg-type]
 
 
 def put(root: Path, *paths: str) -> Path:
@@ -280,9 +285,9 @@ class TestManifest:
         assert caught.value.message == f"{tmp_path}/list.csv: 11 problems"
         assert sorted(caught.value.problems) == sorted(
             [
-                "line 2: path '/etc/passwd' is absolute; give it relative to the manifest's folder",
+                "line 2: path '/etc/passwd' is not inside the manifest's folder; set dataset.root to the folder that holds all images",
                 "line 3: path '../x.png' leaves the manifest's folder by '..'",
-                "line 4: path 'C:/x.png' is absolute; give it relative to the manifest's folder",
+                "line 4: path 'C:/x.png' is not inside the manifest's folder; set dataset.root to the folder that holds all images",
                 "line 5: path 'a\\\\1.png' has a backslash; write it with '/'",
                 "line 6: the path is empty",
                 "line 7: the label is empty",
@@ -358,12 +363,6 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (
-                b"file,label\n",
-                "has no column path; the first line says file, label, expected path,label and, if you like",
-            ),
-            (b"", "has no column path and no column label; the first line says nothing"),
-            (b"path,label,label\n", "has column label twice"),
             ("path,label\na,\u00e9\n".encode("latin-1"), "is not UTF-8 text"),
             (b'path,label\na,"x\n', "is not CSV"),
         ],
@@ -374,6 +373,118 @@ class TestManifest:
             list_manifest(tmp_path / "list.csv")
         assert message in str(caught.value)
         assert caught.value.problems == ()
+
+    @pytest.mark.parametrize(
+        ("header", "problems"),
+        [
+            ("file,label", ["there is no column 'path'; dataset.path_column names it", "its columns are file, label"]),
+            (
+                "filepath,lable",
+                [
+                    "there is no column 'path', did you mean 'filepath'?; dataset.path_column names it",
+                    "there is no column 'label', did you mean 'lable'?; dataset.label_columns names it",
+                    "its columns are filepath, lable",
+                ],
+            ),
+            (
+                "path,label,Label,Group,group ",
+                [
+                    "column 'group' is there 2 times; dataset.group_column names one of another name",
+                    "its columns are path, label, Label, Group, group ",
+                ],
+            ),
+        ],
+    )
+    def test_columns_that_are_not_there_are_told_at_once(
+        self, tmp_path: Path, header: str, problems: list[str]
+    ) -> None:
+        with pytest.raises(DatasetError) as caught:
+            list_manifest(self.write(tmp_path, f"{header}\n"))
+        assert caught.value.problems == tuple(problems)
+        assert caught.value.message == f"{tmp_path}/list.csv: {len(problems) - 1} problem{'s' * (len(problems) > 2)}"
+
+    def test_columns_are_those_that_the_config_names(self, tmp_path: Path) -> None:
+        text = "file,split,Fold,patient,species,age\na/1.png,x,train,p1,cat,007\nb/3.jpg,y,test,p2,,3.50\n"
+        path = self.write(tmp_path, text)
+        listing = list_manifest(
+            path, path_column="file", split_column="fold", group_column="patient", label_columns=("species", "age")
+        )
+        assert listing.names == ("species", "age")
+        assert rows(listing) == [("a/1.png", ("cat", "007"), "train", "p1"), ("b/3.jpg", ("", "3.50"), "test", "p2")]
+        assert listing.warnings == [f"{path}: columns not used: split"]
+        alone = list_manifest(path, path_column="file", split_column="Fold", label_columns=("age",))
+        assert alone.names == ("label",)
+        assert rows(alone) == [("a/1.png", "007", "train"), ("b/3.jpg", "3.50", "test")]
+        with pytest.raises(DatasetError) as caught:
+            list_manifest(path, split_column="folds", label_columns=("speices", "age"))
+        assert caught.value.problems == (
+            "there is no column 'path'; dataset.path_column names it",
+            "there is no column 'folds', did you mean 'Fold'?; dataset.split_column names it",
+            "there is no column 'speices', did you mean 'species'?; dataset.label_columns names it",
+            "its columns are file, split, Fold, patient, species, age",
+        )
+
+    def test_paths_are_relative_to_the_root_or_absolute_and_inside_it(self, tmp_path: Path) -> None:
+        put(tmp_path / "photos", "a/1.png", "b/2.png")
+        (tmp_path / "link").symlink_to("photos")
+        text = f"path,label\n{tmp_path}/photos/a/1.png,x\nb/2.png,y\n{tmp_path}/photos/../secret.png,x\n/etc/passwd,y\n"
+        path = self.write(tmp_path / "lists", text)
+        for root in ("photos", "link"):
+            with pytest.raises(DatasetError) as caught:
+                list_manifest(path, root=str(tmp_path / root))
+            told = str(tmp_path / root)
+            assert caught.value.problems == (
+                f"line 4: path '../secret.png' leaves {told} by '..'",
+                f"line 5: path '/etc/passwd' is not inside {told}; set dataset.root to the folder that holds all images",
+            )
+        path.write_text("\n".join(text.splitlines()[:3]))
+        listing = list_manifest(path, root=str(tmp_path / "link"))
+        assert rows(listing) == [("a/1.png", "x"), ("b/2.png", "y")]
+        assert listing.root == tmp_path / "link"
+        with pytest.raises(
+            DatasetError, match=r"photo: there is no such folder; set dataset.root to the one that holds"
+        ):
+            list_manifest(path, root=str(tmp_path / "photo"))
+
+    def test_several_labels_of_an_image_may_be_none(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, "path,label\na/1.png,cat; dog;;cat\nb/3.jpg,\n")
+        assert rows(list_manifest(path, label_separator=";")) == [("a/1.png", "cat|dog"), ("b/3.jpg", "")]
+        with pytest.raises(DatasetError, match="line 3: the label is empty"):
+            list_manifest(path)
+        path.write_text("path,label\na/1.png,cat; a|b\n")
+        with pytest.raises(DatasetError, match=r"line 2: a label holds '\|', which stands between labels in the index"):
+            list_manifest(path, label_separator=";")
+        path.write_text("path,a,b\na/1.png,,x\nb/3.jpg,,\n")
+        with pytest.raises(DatasetError, match="line 3: all its labels are empty"):
+            list_manifest(path, label_columns=("a", "b"))
+
+    def test_a_table_from_python_does_what_a_file_does(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "")
+        columns = {
+            "file": [f"{tmp_path}/a/1.png", "b/3.jpg"],
+            "tags": [["cat", "dog"], []],
+            "Age": [3, 3.5],
+            "photo": [{"bytes": b""}, None],
+        }
+        keys = {"path_column": "file", "label_columns": ["tags", "age"], "label_separator": ";", "root": str(tmp_path)}
+        path = tmp_path / "new" / "table.parquet"
+        section = manifest.manifest(columns, path, **keys)
+        assert section == {"source": "manifest", "path": str(path), **keys}
+        listing = manifest.list_manifest(path, DatasetConfig(**section))
+        assert listing.names == ("tags", "age")
+        assert rows(listing) == [("a/1.png", ("cat|dog", "3")), ("b/3.jpg", ("", "3.5"))]
+        before = path.read_bytes()
+        columns["file"][1] = "../x"
+        columns["tags"][1] = ["cat;dog"]
+        with pytest.raises(DatasetError) as caught:
+            manifest.manifest(columns, path, **keys)
+        assert caught.value.problems == (
+            "a label of column 'tags' holds ';'; set dataset.label_separator to what none holds",
+            f"row 2: path '../x' leaves {tmp_path} by '..'",
+        )
+        assert path.read_bytes() == before
+        with pytest.raises(DatasetError, match=r"a table is written as Parquet; give a name that ends in \.parquet"):
+            manifest.manifest(columns, tmp_path / "table.csv")
 
     def test_other_mistakes_with_the_path(self, tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=r"there is no such manifest; set dataset.path to a CSV or Parquet file"):
@@ -447,22 +558,22 @@ class TestTorchvision:
         return pixels
 
     def test_cifar10_becomes_png_files_once(self, tmp_path: Path, cifar: np.ndarray) -> None:
-        manifest = torchvision_manifest("CIFAR10", tmp_path)
-        listing = list_manifest(manifest)
+        written = torchvision_manifest("CIFAR10", tmp_path)
+        listing = list_manifest(written)
         assert len(listing.paths) == 12
         assert listing.splits == ["train"] * 10 + ["test"] * 2
         assert listing.labels == ["airplane", "truck/lorry", "auto, mobile", "truck/lorry"] * 2 + [
             "airplane",
             "truck/lorry",
         ] + ["auto, mobile", "truck/lorry"]
-        assert listing.paths[2] == "train/001_auto_mobile/000002.png"
+        assert listing.paths[2] == "train/000002.png"
         for path, expected in zip(listing.paths, cifar, strict=True):
-            with Image.open(manifest.parent / path) as image:
+            with Image.open(written.parent / path) as image:
                 np.testing.assert_array_equal(np.asarray(image), expected)
-        before = manifest.stat().st_mtime_ns
+        before = written.stat().st_mtime_ns
         (tmp_path / "cifar-10-python.tar.gz").unlink()
-        assert torchvision_manifest("CIFAR10", tmp_path) == manifest
-        assert manifest.stat().st_mtime_ns == before
+        assert torchvision_manifest("CIFAR10", tmp_path) == written
+        assert written.stat().st_mtime_ns == before
 
     def test_without_network_the_file_to_fetch_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("torch")

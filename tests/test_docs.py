@@ -8,13 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 from photos import make_photos
 
 from pipeline.cli import COMMANDS, STORE, cli
+from pipeline.config import DatasetConfig
+from pipeline.data.manifest import list_manifest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -123,3 +127,18 @@ def test_help_answers_without_the_heavy_libraries() -> None:
 def test_the_readme_names_no_file_that_is_not_there() -> None:
     for name in re.findall(r"`(configs/[a-z0-9_/]+\.yaml)`", README):
         assert (ROOT / name).is_file()
+
+
+def test_the_page_on_manifests_is_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = read(ROOT / "docs" / "manifests.md")
+    for section in re.findall(r"```yaml\ndataset:\n(.*?)```", page, re.DOTALL):
+        DatasetConfig(**yaml.safe_load(section))
+    for path in ("cranes/0001.jpg", "gulls/0002.jpg"):
+        (tmp_path / "photos" / path).parent.mkdir(parents=True)
+        (tmp_path / "photos" / path).write_bytes(b"\xff\xd8\xff")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    listing = list_manifest(Path("birds.parquet"), DatasetConfig(**found["section"]))
+    assert (listing.paths, listing.labels) == (["cranes/0001.jpg", "gulls/0002.jpg"], ["crane", "gull"])

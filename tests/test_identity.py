@@ -120,7 +120,7 @@ def test_every_field_of_a_real_identity_is_refused_when_it_changes(embedded: Con
 
 def test_every_field_of_the_spec_is_in_the_identity_or_changes_no_vector(embedded: Config) -> None:
     (record,) = read_records(Artifacts(embedded.output).features)
-    free = {"name", "kind", "weights", "untrained", "trained_on"}
+    free = {"name", "kind", "license", "weights", "untrained", "trained_on"}
     same = set()
     for field in record.spec.to_dict():
         other = replace(record.spec, **{field: changed(getattr(record.spec, field))})

@@ -100,6 +100,7 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
         (raw, "output", "output"),
         (raw, "store", "store"),
         (dataset, "path", "dataset.path"),
+        (dataset, "root", "dataset.root"),
     ]
     for number, section in enumerate(backbones if isinstance(backbones, list) else []):
         if isinstance(section, dict) and str(section.get("weights")).endswith(WEIGHTS_FILES):

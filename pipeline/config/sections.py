@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 LARGEST = 2**53
 """The largest whole number of a config: beyond it floats are no longer exact."""
@@ -85,9 +95,17 @@ def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
     return value
 
 
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 NOT_EMPTY = AfterValidator(_not_empty)
+Pooling = Literal["own", "avg", "max", "grid", "flatten", "cls", "cls+avg", "map"]
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+_OF_A_MANIFEST = ("root", "path_column", "label_columns", "label_separator", "split_column", "group_column")
 
 
 class DatasetConfig(Section):
@@ -107,6 +125,17 @@ class DatasetConfig(Section):
     max_pixels: int = Field(64_000_000, ge=1)
     """Larger images are refused before they are decoded."""
     follow_symlinks: bool = False
+    root: str | None = None
+    """The folder that a manifest's paths are relative to, or absolute and inside of; its own folder when not given."""
+    path_column: str | None = None
+    """The manifest's column of paths, `path` when not given."""
+    label_columns: Annotated[tuple[str, ...], NOT_EMPTY, BeforeValidator(_one_or_several)] = ("label",)
+    """The manifest's columns of labels: for each of several there is a leaderboard, unless `target` takes them together."""
+    label_separator: str | None = None
+    """What stands between the labels of one image, such as `|`."""
+    split_column: str | None = None
+    group_column: str | None = None
+    """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
     target: Literal["auto", "classification"] = "auto"
     """`auto` stops where labels look like a number to predict, or like a name for every image."""
 
@@ -116,7 +145,21 @@ class DatasetConfig(Section):
         missing = [key for key in needs if getattr(self, key) is None]
         if missing:
             raise ValueError(f"source '{self.source}' also needs {' and '.join(repr(key) for key in missing)}")
+        fields = type(self).model_fields
+        idle = [key for key in _OF_A_MANIFEST if getattr(self, key) != fields[key].default]
+        if idle and self.source != "manifest":
+            raise ValueError(f"{' and '.join(idle)}: for source 'manifest' alone, and the source is '{self.source}'")
         return self
+
+    @field_validator("label_columns")
+    @classmethod
+    def _can_stand_side_by_side(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        taken = sorted({*value} & {"path", "split", "group", "digest", "size"})
+        if len(value) > 1 and taken:
+            raise ValueError(f"the index has a {' and a '.join(taken)} of its own; rename that column")
+        if len({*value}) < len(value):
+            raise ValueError(f"a column is given twice: {', '.join(value)}")
+        return value
 
 
 class PreprocessingConfig(Section):
@@ -137,12 +180,24 @@ class BackboneConfig(Section):
     weights: str = "random"
     """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
-    """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
-    pooling: Literal["avg", "max", "grid", "flatten", "cls"] = "avg"
-    """How a layer with a spatial or token axis becomes one vector."""
+    """`penultimate` is the input of the last linear layer, `stage3` the end of a stage; any node listed by `manyheads layers`
+    will do. Several come of one pass."""
+    pooling: Annotated[tuple[Pooling, ...], NOT_EMPTY, BeforeValidator(_one_or_several)] = ("avg",)
+    """How a layer with a spatial or token axis becomes one vector; an average of tokens is one of patches only. `own` is the
+    network's own way, the default of timm's networks, `map` its own attention. Of several ways each is an embedding."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None
+
+    @property
+    def title(self) -> str:
+        """What messages call the network: `resnet50 (IMAGENET1K_V2)`."""
+        return f"{self.name} ({self.weights})"
+
+    @field_serializer("pooling")
+    def _as_one_word(self, value: tuple[str, ...]) -> str | list[str]:
+        # As it was when there was only one: a section is compared with, and named by, what was written down then.
+        return value[0] if len(value) == 1 else list(value)
 
     @field_validator("weights")
     @classmethod
@@ -314,6 +369,8 @@ class Config(Section):
     backbones: Annotated[tuple[BackboneConfig, ...], NOT_EMPTY]
     baselines: tuple[str, ...] | None = None
     """Cheap rivals in the leaderboard, so that a backbone that does not help is seen not to help; None: all there are."""
+    licenses: Literal["any", "permissive"] = "any"
+    """Which licences weights may have; of `permissive` ones it must be known that anyone may use, change and sell them."""
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY]
     tuning: TuningConfig = TuningConfig()

@@ -7,9 +7,10 @@ rows, also of those that they replaced: a kill may fall between the two files.
 
 from __future__ import annotations
 
+import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +24,18 @@ from numpy.typing import NDArray
 
 from pipeline.data.match import Texts, encode, leakage_units, texts
 from pipeline.errors import DatasetError
-from pipeline.experiment import INDEX, read_document, to_cell, write_document
+from pipeline.experiment import INDEX, from_cell, read_document, to_cell, write_document
 from pipeline.io.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
 from pipeline.io.files import NOT_ORDINARY, make_folder, read_file, write_atomic
 
 INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
-COLUMNS = ("path", "label", "split", "group", "digest", "size")
+BEFORE, LABEL, AFTER = ("path",), "label", ("split", "group", "digest", "size")
+"""Columns of index.csv: those before and after the labels', and how one of them alone is called, whatever the manifest calls it."""
+
+SEPARATOR = "|"
+"""Between the labels of an image that may have several, whatever stands there in the source."""
+
 SPLITS = ("train", "validation", "test", "excluded")
 
 _RUNS = r"^[=+\-@\t\r']"
@@ -52,6 +58,9 @@ class DatasetIndex:
     (n, 2), `sizes` int64 of shape (n,), in bytes. A split is 'train', 'validation', 'test', or 'excluded' (a copy taken
     out because of a leak). `groups` is None where there are none; '' is an image of no group. Paths are relative to
     `root`, with '/'.
+
+    Labels are the texts of the source. Where it has several columns of them, k, `labels` has shape (n, k) and
+    `names` says which they are; '' is a cell that the source left empty. One alone is called 'label'.
     """
 
     root: Path
@@ -61,14 +70,40 @@ class DatasetIndex:
     groups: Texts | None
     digests: Digests
     sizes: NDArray[np.int64]
+    names: tuple[str, ...] = (LABEL,)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The labels, sorted."""
+        """The labels of the one column, sorted."""
         return tuple(sorted(encode(self.labels)[1]))
+
+    def column(self, name: str) -> Texts:
+        """Return one column of labels, shape (n,), object (str); KeyError where there is none of that name."""
+        if name not in self.names:
+            raise KeyError(name)
+        return self.labels if self.labels.ndim == 1 else self.labels[:, self.names.index(name)]
+
+    def only(self, *names: str) -> DatasetIndex:
+        """Return the same images with some columns of labels: one alone as if the source had no other."""
+        if len(names) == 1:
+            return replace(self, labels=self.column(*names), names=(LABEL,))
+        return replace(self, labels=np.column_stack([self.column(name) for name in names]), names=names)
+
+    def labelled(self) -> DatasetIndex:
+        """Return the images whose labels are all there."""
+        return self.rows((self.labels.reshape(len(self), len(self.names)) != "").all(axis=1))
+
+    def by_column(self) -> Iterator[tuple[str, DatasetIndex]]:
+        """Yield the images that have a label, for each column of labels: with '' where there is one, and 'NAME: ' for each of several."""
+        for name in self.names:
+            yield ("" if len(self.names) == 1 else f"{name}: "), self.only(name).labelled()
+
+    def said(self, row: int) -> str:
+        """Return the labels of an image for people."""
+        return ", ".join(np.atleast_1d(self.labels[row]))
 
     def select(self, *splits: str) -> DatasetIndex:
         """Return the rows of some splits, in the same order.
@@ -86,11 +121,7 @@ class DatasetIndex:
     def rows(self, rows: NDArray[Any]) -> DatasetIndex:
         """Return some rows, given by number (integers of shape (m,)) or by a mask (bool of shape (n,))."""
         columns = {name: column[rows] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
-        return DatasetIndex(self.root, **{"groups": None, **columns})
-
-    def with_splits(self, splits: Texts) -> DatasetIndex:
-        """Return the same images, split otherwise: `splits` is an object array of shape (n,)."""
-        return replace(self, splits=splits)
+        return replace(self, **columns)
 
     def units(self) -> NDArray[np.int64]:
         """Return which images may not be parted: int64 of shape (n,), one number for a group, or a content, and all it is joined to."""
@@ -219,16 +250,19 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def _to_csv(index: DatasetIndex) -> bytes:
     """Return index.csv: quoted only where some value of the table needs it, so that most files stay easy to read."""
     groups = index.groups if index.groups is not None else np.full(len(index), "", dtype=object)
-    given = [pa.array(column, pa.large_string()) for column in (index.paths, index.labels, index.splits, groups)]
+    labels = [index.column(name) for name in index.names]
+    given = [pa.array(column, pa.large_string()) for column in (index.paths, *labels, index.splits, groups)]
     columns = [_to_cells(column) for column in given]
+    header = [*BEFORE, *map(to_cell, index.names), *AFTER]
     table = pa.table(
-        [*columns, pa.array(digests_to_hex(index.digests), pa.large_string()), pa.array(index.sizes)],
-        names=list(COLUMNS),
+        [*columns, pa.array(digests_to_hex(index.digests), pa.large_string()), pa.array(index.sizes)], names=header
     )
     special = any(pc.any(pc.match_substring_regex(column, '[",\r\n]')).as_py() for column in columns)
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed" if special else "none")
     sink = io.BytesIO()
-    sink.write((",".join(COLUMNS) + "\n").encode())
+    first_line = io.StringIO(newline="")
+    csv.writer(first_line, lineterminator="\n").writerow(header)
+    sink.write(first_line.getvalue().encode())
     pyarrow.csv.write_csv(table, sink, write_options=options)
     return sink.getvalue()
 
@@ -241,9 +275,9 @@ def _to_cells(column: pa.Array) -> pa.Array:
 
 
 def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetIndex:
-    types: dict[str, pa.DataType] = {
-        name: pa.dictionary(pa.int32(), pa.string()) for name in ("label", "split", "group")
-    }
+    header = next(csv.reader(data[: 1 << 16].decode("utf-8-sig", "replace").splitlines()[:1]), [])
+    words = header[len(BEFORE) : 2 - len(AFTER)]  # labels, split and group
+    types: dict[str, pa.DataType] = dict.fromkeys(words, pa.dictionary(pa.int32(), pa.string()))
     types |= {"path": pa.string(), "digest": pa.string(), "size": pa.int64()}
     try:
         table = pyarrow.csv.read_csv(
@@ -253,16 +287,18 @@ def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetInd
         )
     except pa.ArrowException as error:
         raise _unreadable(path, error) from None
-    if tuple(table.column_names) != COLUMNS:
-        found = ", ".join(table.column_names)
+    names = header[len(BEFORE) : -len(AFTER)]
+    if tuple(header) != (*BEFORE, *names, *AFTER) or not names or len(set(header)) < len(header):
+        expected = ", ".join([*BEFORE, LABEL, *AFTER])
         raise DatasetError(
-            f"{path}: has columns {found}, expected {', '.join(COLUMNS)}; delete it to have it made anew"
+            f"{path}: has columns {', '.join(header)}, expected {expected}; delete it to have it made anew"
         )
     if in_cells:
         table = table.set_column(0, "path", _from_cells(table["path"]))
-        for place in (1, 3):
-            table = table.set_column(place, COLUMNS[place], _dictionary_from_cells(table[COLUMNS[place]]))
-    return _checked(table, path, root)
+        for name in (*names, "group"):
+            place = header.index(name)
+            table = table.set_column(place, name, _dictionary_from_cells(table[name]))
+    return _checked(table, path, root, names)
 
 
 def _unreadable(path: Path, error: Exception) -> DatasetError:
@@ -280,10 +316,10 @@ def _dictionary_from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array(words, column.type)
 
 
-def _checked(table: pa.Table, path: Path, root: Path) -> DatasetIndex:
+def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str]) -> DatasetIndex:
     """Turn the table into an index after checking what the rest of the program relies on."""
     paths = table["path"].to_numpy()
-    labels, splits, groups = (_texts_of(table[name]) for name in ("label", "split", "group"))
+    *labels, splits, groups = (_texts_of(table[name]) for name in (*names, "split", "group"))
     problems = [
         f"unknown split {split!r}, expected one of {', '.join(SPLITS)}"
         for split in encode(splits)[1]
@@ -300,11 +336,12 @@ def _checked(table: pa.Table, path: Path, root: Path) -> DatasetIndex:
     return DatasetIndex(
         root,
         paths,
-        labels,
+        labels[0] if len(names) == 1 else np.column_stack(labels),
         splits,
         groups if grouped else None,
         digests_from_hex(digests.to_pylist()),
         table["size"].to_numpy().astype(np.int64),
+        tuple(name if len(names) > 1 else LABEL for name in map(from_cell, names)),
     )
 
 

@@ -43,7 +43,7 @@ def find_copies(index: DatasetIndex) -> Copies:
         if trained and tested:
             leaks += [(row, tested[0]) for row in trained]
             leaks += [(trained[0], row) for row in tested[1:]]
-        conflicts += [(rows[0], row) for row in rows if labels[row] != labels[rows[0]]]
+        conflicts += [(rows[0], row) for row in rows if np.any(labels[row] != labels[rows[0]])]
     leaking = np.zeros(len(index), dtype=bool)
     leaking[[row for pair in leaks for row in pair]] = True
     sides = np.unique(codes * 2 + test)

@@ -6,11 +6,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.failures import Failure
+from pipeline.data.index import LABEL
 from pipeline.images import Stat
 
 EXTENSIONS = frozenset({
@@ -41,18 +43,20 @@ _HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__mac
 class Listing:
     """The files of a data set as found by one walk; lists of equal length, one item for each image.
 
-    `stats` has (size, mtime_ns, ctime_ns) of each. `splits` and `groups` are None where the source has none.
+    `stats` has (size, mtime_ns, ctime_ns) of each. `splits` and `groups` are None where the source has none. A label is a
+    text, or a tuple of them where the source has several columns, whose `names` are those of the index.
     """
 
     root: Path
     paths: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
     splits: list[str] | None = None
     groups: list[str] | None = None
     stats: list[Stat] = field(default_factory=list)
     entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
+    names: tuple[str, ...] = (LABEL,)
 
     def sort(self) -> None:
         """Bring every list into the order of the paths."""

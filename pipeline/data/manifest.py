@@ -1,31 +1,42 @@
-"""A manifest: a CSV or Parquet file that lists `path,label[,split][,group]`, paths relative to its own folder."""
+"""A manifest: a table of images with their labels, split and group, as a CSV or Parquet file or from Python.
+
+Columns are called `path,label[,split][,group]` unless the config names others; paths are relative to `dataset.root`, which is the
+manifest's own folder where nothing else is said, or absolute and inside it.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from pipeline.config import DatasetConfig, guess
 from pipeline.data.failures import noticed, shown
+from pipeline.data.index import LABEL, SEPARATOR
 from pipeline.data.listing import SPLIT_NAMES, Listing
 from pipeline.errors import DatasetError, first
 from pipeline.images import stat_of
+from pipeline.io.files import make_folder, write_atomic
 
-COLUMNS = ("path", "label", "split", "group")
-REQUIRED = ("path", "label")
 MOST_PROBLEMS = 50
 """Lines shown of one error."""
 
 LONGEST_PATH = 4096
 
-Row = tuple[str, Mapping[str, str]]
-"""Where a row stands ('line 7'), and its values by column."""
+Row = tuple[str, list[str]]
+"""Where a row stands ('line 7'), and its path, split, group and labels; '' for a column that is not there."""
+
+Choose = Callable[[Sequence[str]], list[int | None]]
+"""From the names of a table's columns to the places of those that are read; None for one that need not be there."""
 
 
-def list_manifest(path: Path, follow_symlinks: bool = False) -> Listing:
+def list_manifest(path: Path, config: DatasetConfig) -> Listing:
     """List the images that a manifest names; files that are missing are failures.
 
     Raises
@@ -33,17 +44,69 @@ def list_manifest(path: Path, follow_symlinks: bool = False) -> Listing:
     DatasetError
         When the manifest cannot be read, or has rows that cannot be meant, each named with its line.
     """
+    import pyarrow as pa
+    import pyarrow.parquet
+
     _require_file(path)
-    listing = Listing(path.parent)
+    if path.suffix.lower() != ".parquet":
+        return _listing(path, partial(_csv_rows, path), config)
+    try:
+        return _listing(path, partial(_table_rows, pyarrow.parquet.read_table(path), config), config)
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())})") from None
+
+
+def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
+    """Write a table as a manifest that every command can read, and return what stands under `dataset:` in a config.
+
+    `table` is a DataFrame of pandas or Polars, a pyarrow Table, or a dict of columns; `path` a Parquet file, written only where
+    the table is in order; `keys` those of the config: `root`, `path_column`, `label_columns`, `label_separator`, ...
+
+    Raises
+    ------
+    DatasetError
+        With every row that cannot be meant.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = Path(path)
+    if path.suffix.lower() != ".parquet":
+        raise DatasetError(f"{path}: a table is written as Parquet; give a name that ends in .parquet")
+    arrow = (
+        table.to_arrow() if hasattr(table, "to_arrow") else pa.table(table)
+    )  # Polars' own has types that can be cast
+    section = {"source": "manifest", "path": str(path), **keys}
+    config = DatasetConfig(**section)
+    _listing(path, partial(_table_rows, arrow, config), config)
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(arrow, sink)
+    make_folder(path.parent)
+    write_atomic(path, sink.getvalue())
+    return section
+
+
+def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], config: DatasetConfig) -> Listing:
+    """Take in the rows that `read` yields; it adds to the problems that are told together."""
+    root = origin.parent if config.root is None else Path(config.root).expanduser()
+    if not root.is_dir():
+        raise DatasetError(f"{root}: there is no such folder; set dataset.root to the one that holds the images")
+    listing = Listing(root, names=config.label_columns if len(config.label_columns) > 1 else (LABEL,))
+    problems: list[str] = []
+    inside = "the manifest's folder" if config.root is None else str(root)
+    roots = {f"{os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
     splits: list[str] = []
     groups: list[str] = []
-    problems: list[str] = []
-    rows = _parquet_rows(path, listing) if path.suffix.lower() == ".parquet" else _csv_rows(path, listing, problems)
     seen: dict[str, str] = {}
     unsplit: list[str] = []
-    for where, values in rows:
-        name, label, split = values["path"], values["label"], values.get("split", "").strip()
-        found = [*_path_problems(name), *_label_problems(label)]
+    for where, (name, split, group, *labels) in read(partial(_places, origin, config, listing), problems):
+        split = split.strip()
+        name = next((name.removeprefix(start) for start in roots if name.startswith(start)), name)
+        if (separator := config.label_separator) is not None:
+            taken = separator != SEPARATOR and any(SEPARATOR in label for label in labels)
+            problems += [f"{where}: a label holds {SEPARATOR!r}, which stands between labels in the index"] * taken
+            labels = [_joined(label.split(separator)) for label in labels]
+        found = [*_path_problems(name, inside), *_label_problems(labels, config)]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")
@@ -54,20 +117,51 @@ def list_manifest(path: Path, follow_symlinks: bool = False) -> Listing:
         if not split and not found:
             unsplit.append(where)
         listing.paths.append(name)
-        listing.labels.append(label)
+        listing.labels.append(labels[0] if len(labels) == 1 else tuple(labels))
         splits.append(SPLIT_NAMES.get(split.lower(), ""))
-        groups.append(values.get("group", ""))
+        groups.append(group)
     if any(splits):
         listing.splits = splits
         problems += [f"{where}: no split, though other rows have one" for where in unsplit]
     if any(groups):
         listing.groups = groups
-    _refuse(path, problems)
-    _find_files(listing, follow_symlinks)
+    _refuse(origin, problems)
+    _find_files(listing, config.follow_symlinks)
     return listing
 
 
-def _path_problems(name: str) -> list[str]:
+def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Sequence[str]) -> list[int | None]:
+    """Return where path, split, group and each label stand in a row; None for a column that need not be there.
+
+    Columns are found by their exact name, else without regard to case and spaces around it.
+    """
+    wanted = [
+        ("path_column", config.path_column or "path", True),
+        ("split_column", config.split_column or "split", config.split_column is not None),
+        ("group_column", config.group_column or "group", config.group_column is not None),
+        *(("label_columns", name, True) for name in config.label_columns),
+    ]
+    found: list[int | None] = []
+    problems = []
+    for key, name, needed in wanted:
+        places = [place for place, column in enumerate(header) if column == name] or [
+            place for place, column in enumerate(header) if column.strip().lower() == name.strip().lower()
+        ]
+        if len(places) > 1:
+            problems.append(f"column {name!r} is there {len(places)} times; dataset.{key} names one of another name")
+        elif not places and needed:
+            problems.append(f"there is no column {name!r}{guess(name, header)}; dataset.{key} names it")
+        found.append(places[0] if places else None)
+    if problems:
+        columns = f"its columns are {', '.join(header)}" if header else "it has no columns"
+        _refuse(origin, [*problems, columns], len(problems))
+    others = [name.strip() for place, name in enumerate(header) if place not in found]
+    if others:
+        listing.warnings.append(f"{origin}: columns not used: {', '.join(others)}")
+    return found
+
+
+def _path_problems(name: str, inside: str) -> list[str]:
     """What makes a path from a file one that must not be opened."""
     if not name:
         return ["the path is empty"]
@@ -76,10 +170,10 @@ def _path_problems(name: str) -> list[str]:
     if "\\" in name:
         return [f"path {shown(name)!r} has a backslash; write it with '/'"]
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        return [f"path {shown(name)!r} is absolute; give it relative to the manifest's folder"]
+        return [f"path {shown(name)!r} is not inside {inside}; set dataset.root to the folder that holds all images"]
     parts = name.split("/")
     if ".." in parts:
-        return [f"path {shown(name)!r} leaves the manifest's folder by '..'"]
+        return [f"path {shown(name)!r} leaves {inside} by '..'"]
     if all(part in {"", "."} for part in parts):
         return [f"path {shown(name)!r} is a folder"]
     if len(name.encode("utf-8", "surrogatepass")) > LONGEST_PATH:
@@ -87,16 +181,24 @@ def _path_problems(name: str) -> list[str]:
     return []
 
 
-def _label_problems(label: str) -> list[str]:
-    if not label.strip():
-        return ["the label is empty"]
-    return ["the label holds a NUL character"] if "\0" in label else []
+def _label_problems(labels: Sequence[str], config: DatasetConfig) -> list[str]:
+    """What is wrong with an image's labels; of several columns some may be empty, and of an image with several labels all."""
+    if config.label_separator is None and not any(label.strip() for label in labels):
+        return ["the label is empty" if len(labels) == 1 else "all its labels are empty"]
+    return ["a label holds a NUL character"] if any("\0" in label for label in labels) else []
 
 
-def _refuse(path: Path, problems: Sequence[str]) -> None:
+def _joined(labels: Sequence[str]) -> str:
+    """Return several labels of an image as the index holds them."""
+    return SEPARATOR.join(dict.fromkeys(label for label in map(str.strip, labels) if label))
+
+
+def _refuse(path: Path, problems: Sequence[str], count: int | None = None) -> None:
     if problems:
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise DatasetError(f"{path}: {len(problems):,} {plural}", first(problems, MOST_PROBLEMS))
+        count = count or len(problems)
+        raise DatasetError(
+            f"{path}: {count:,} {'problem' if count == 1 else 'problems'}", first(problems, MOST_PROBLEMS)
+        )
 
 
 def _require_file(path: Path) -> None:
@@ -112,21 +214,22 @@ def _require_file(path: Path) -> None:
         raise DatasetError(f"{path}: is a pipe or device, expected a CSV or Parquet file")
 
 
-def _csv_rows(path: Path, listing: Listing, problems: list[str]) -> Iterator[Row]:
+def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
+            first_line = file.readline()
             file.seek(0)
-            reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
-            columns = _columns(next(reader, []), path, listing)
+            reader = csv.reader(file, delimiter=max(",;\t", key=first_line.count), strict=True)
+            header = next(reader, [])
+            places = choose(header)
             line = reader.line_num + 1
             for row in reader:
-                if len(row) == len(columns):
-                    yield f"line {line}", dict(zip(columns, row, strict=True))
+                if len(row) == len(header):
+                    yield f"line {line}", ["" if place is None else row[place] for place in places]
                 elif row:
                     plural = "value" if len(row) == 1 else "values"
                     problems.append(
-                        f"line {line}: {len(row)} {plural}, expected {len(columns)}; quote values that hold a comma"
+                        f"line {line}: {len(row)} {plural}, expected {len(header)}; quote values that hold a comma"
                     )
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
@@ -137,41 +240,25 @@ def _csv_rows(path: Path, listing: Listing, problems: list[str]) -> Iterator[Row
         raise DatasetError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _parquet_rows(path: Path, listing: Listing) -> Iterator[Row]:
+def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: list[str]) -> Iterator[Row]:
+    """Yield the rows of a pyarrow Table; the labels of a list are joined."""
     import pyarrow as pa
-    import pyarrow.parquet
+    import pyarrow.compute as pc
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-        columns = _columns(table.column_names, path, listing)
-        texts = {
-            name: table.column(place).cast(pa.large_string()).fill_null("").to_pylist()
-            for place, name in enumerate(columns)
-            if name in COLUMNS
-        }
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())})") from None
-    for number in range(table.num_rows):
-        yield f"row {number + 1}", {name: values[number] for name, values in texts.items()}
-
-
-def _columns(header: Sequence[str], path: Path, listing: Listing) -> list[str]:
-    """Return the columns' names in lower case, after checking them."""
-    columns = [name.strip().lower() for name in header]
-    missing = [name for name in REQUIRED if name not in columns]
-    twice = sorted({name for name in columns if name in COLUMNS and columns.count(name) > 1})
-    if missing or twice:
-        wrong = (
-            f"has no column {' and no column '.join(missing)}" if missing else f"has column {', '.join(twice)} twice"
-        )
-        found = ", ".join(name.strip() for name in header) or "nothing"
-        raise DatasetError(
-            f"{path}: {wrong}; the first line says {found}, expected path,label and, if you like, split,group"
-        )
-    others = [name for name in columns if name not in COLUMNS]
-    if others:
-        listing.warnings.append(f"{path}: columns not used: {', '.join(others)}")
-    return columns
+    separator = config.label_separator or SEPARATOR
+    columns = []
+    for place in choose(table.column_names):
+        column = pa.nulls(len(table), pa.string()) if place is None else table.column(place)
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            column = column.cast(pa.list_(pa.string()))
+            if pc.any(pc.match_substring(column.combine_chunks().flatten(), separator)).as_py():
+                name = table.column_names[place]
+                problems.append(
+                    f"a label of column {name!r} holds {separator!r}; set dataset.label_separator to what none holds"
+                )
+            column = pc.binary_join(column, separator)
+        columns.append(column.cast(pa.large_string()).fill_null("").to_pylist())
+    yield from ((f"row {number + 1}", list(cells)) for number, cells in enumerate(zip(*columns, strict=True)))
 
 
 def _find_files(listing: Listing, follow_symlinks: bool) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
-from pipeline.data.index import INDEX_FILE, DatasetIndex, SplitPlan, WrittenIndex, read_record
+from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
 from pipeline.data.listing import Listing
 from pipeline.data.match import Difference, Texts, difference, texts
@@ -23,13 +24,14 @@ from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
 from pipeline.errors import DatasetError, first
 from pipeline.images import policy_key
-from pipeline.io.digests import canonical_json
 
 if TYPE_CHECKING:
     from pipeline.config import DatasetConfig
 
 MANY_CLASSES, FEW_IMAGES = 20, 5
 """More labels than these are asked about where they are numbers with fewer images each than those."""
+
+IF_CLASSES = "If they are classes, set dataset.target: classification"
 
 MOST_PROBLEMS = 20
 """Lines of one error; more help nobody."""
@@ -40,13 +42,11 @@ EDITED = (
 )
 
 
-def scan(
-    config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False, write: bool = True
-) -> ScanResult:
+def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, write: bool = True) -> ScanResult:
     """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
 
-    `rehash` trusts no file time and reads every file; `resplit` makes the test split anew. A scan that finds everything as
-    it was reads no image and writes nothing; without `write` the index stays as it is, and two scans say the same.
+    `rehash` trusts no file time and reads every file. A scan that finds everything as it was reads no image and writes
+    nothing; without `write` the index stays as it is, and two scans say the same.
 
     Raises
     ------
@@ -58,34 +58,24 @@ def scan(
     listing.sort()
     cache, before = read_cache(folder), WrittenIndex.read(folder)
     require_its_own(listing.root, folder, config)
-    key = _scan_key(listing, config)
-    as_it_was = cache.scan == key and cache.index == before.digest and not cache.racy().any()
-    if as_it_was and before.index is not None and not rehash and not resplit:
-        found, stats, failures, read = before.index, cache.stats, list[Failure](), 0
-        plan = before.plan
-        base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
-    else:
-        found, stats, failures, read = _read_changed(listing, cache, rehash)
-        if cache.is_old and before.index is not None:
-            record_failures(folder, incomplete_jpegs(found, config.max_pixels), policy_key(config.max_pixels))
-        _require_classes(found, listing, failures, config)
-        base, plan = _split(found, before, config, seed, resplit)
-    copies = find_copies(found.with_splits(base))
+    found, stats, failures, read = _read_changed(listing, cache, rehash)
+    if cache.is_old and before.index is not None:
+        record_failures(folder, incomplete_jpegs(found, config.max_pixels), policy_key(config.max_pixels))
+    _require_classes(found, listing, failures, config)
+    base, plan = _split(found, before, config, seed)
+    copies = find_copies(replace(found, splits=base))
     if config.leaks == "error" and copies.leaks:
         raise _leak_error(found, copies)
-    index = found.with_splits(apply_leaks(base, copies.leaking, config.leaks))
+    index = replace(found, splits=apply_leaks(base, copies.leaking, config.leaks))
     entries = sorted([*listing.entries, *failures])
     known = remembered(read_failures(folder), index.paths.tolist(), index.digests)
-    fingerprint_now = before.digest if as_it_was and found is before.index else index.fingerprint()
-    unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.digest
+    unchanged = before.index is not None and index.root == before.index.root and index.fingerprint() == before.digest
     if write:
         write_failures(folder, [*entries, *_remarks(index, copies, config.leaks), *known])
         if not unchanged or plan != before.plan or before.edited:
             index.write(folder, plan, config.source)
-        if read or not (as_it_was and unchanged):
-            # A file that could not be read is tried again next time, so that scan must not be taken for complete.
-            whole = "" if failures else key
-            StatCache(index.paths, stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
+        if read or not unchanged:
+            StatCache(index.paths, stats, index.digests, began, time.time_ns()).write(folder)
     return ScanResult(
         index=index,
         unchanged=unchanged,
@@ -148,19 +138,20 @@ def _read_changed(
     known[pending] = reading.ok
     splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
     groups = texts(listing.groups) if listing.groups is not None else None
-    index = DatasetIndex(listing.root, paths, texts(listing.labels), splits, groups, digests, stats[:, 0]).rows(known)
+    labels = texts(listing.labels) if len(listing.names) == 1 else np.array(listing.labels, dtype=object)
+    index = DatasetIndex(listing.root, paths, labels, splits, groups, digests, stats[:, 0], listing.names).rows(known)
     return index, stats[known], reading.failures, len(pending)
 
 
 def _split(
-    index: DatasetIndex, before: WrittenIndex, config: DatasetConfig, seed: int, resplit: bool
+    index: DatasetIndex, before: WrittenIndex, config: DatasetConfig, seed: int
 ) -> tuple[Texts, SplitPlan | None]:
     """Return the splits before leaks, and the plan they were made by; None for the user's own."""
     if (index.splits == "test").any():
         return index.splits, None
-    sides = index.with_splits(np.where(index.splits == "", "train", index.splits).astype(object))
+    sides = replace(index, splits=np.where(index.splits == "", "train", index.splits).astype(object))
     plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
-    if before.index is not None and not resplit and (before.plan is not None or before.record is None):
+    if before.index is not None and (before.plan is not None or before.record is None):
         plan, prior = before.plan or plan, prior_sides(before.index, index)
     return make_test_split(sides, plan, prior), plan
 
@@ -174,33 +165,50 @@ def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> lis
     ]
 
 
-def _scan_key(listing: Listing, config: DatasetConfig) -> str:
-    """The digest of all that a scan found and of the settings that decide what it makes of it."""
-    digest = hashlib.blake2b(digest_size=16)
-    settings = [config.source, config.leaks, str(listing.root), listing.splits is None, listing.groups is None]
-    digest.update(canonical_json([*settings, [list(entry) for entry in sorted(listing.entries)]]).encode())
-    for column in (listing.paths, listing.labels, listing.splits or [], listing.groups or []):
-        digest.update("\0".join(column).encode())
-        digest.update(b"\0\0")
-    digest.update(listing.stat_array().tobytes())
-    return digest.hexdigest()
-
-
-def _has_test(listing: Listing) -> bool:
-    return listing.splits is not None and "test" in listing.splits
-
-
 def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
     if old is None:
         return Difference(added=len(new))
     return difference(old.paths, old.digests, new.paths, new.digests)
 
 
-def _require_few_classes(index: DatasetIndex, origin: object, config: DatasetConfig) -> None:
-    """Ask before a number to predict, or a column of names, is taken for classes."""
+def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:
+    """Refuse data that nothing can be learned from, with the likely reason."""
+    origin = config.path if config.source == "manifest" else listing.root
+    if len(index) == 0:
+        problems = [f"{entry.path}: {entry.reason}" for entry in sorted([*listing.entries, *failures])]
+        if config.source == "manifest" and not problems:
+            raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
+        raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
+    found = [(name, _class_problem(part, listing, config)) for name, part in index.by_column()]
+    problems = [f"{name}{problem}" for name, problem in found if problem is not None]
+    if problems:
+        several = len(index.names) > 1
+        what = f"{len(problems)} of {len(index.names)} label columns cannot be used" if several else problems[0]
+        raise DatasetError(f"{origin}: {what}", problems if several else ())
+    if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
+        raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
+
+
+def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig) -> str | None:
+    """Say why the labels of a column cannot be classes, or ask whether they are meant as such."""
     classes, images = index.classes, len(index)
-    if config.target == "classification" or len(classes) <= MANY_CLASSES:
-        return
+    if len(classes) < 2:
+        hint = ""
+        if config.source == "folder":
+            depth = 2 if listing.splits is not None else 1
+            below = sorted({parts[depth] for path in index.paths if len(parts := path.split("/")) > depth + 1})
+            if len(below) > 1:
+                hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / classes[0]} as dataset.path"
+        label = "".join(map(repr, classes)) or "that of no image"
+        return f"all {images:,} images are of one class, {label}; expected at least 2 classes{hint}"
+    if config.target == "classification":
+        return None
+    lists = tuple(name for name in classes if sum(map(bool, map(str.strip, name.split(SEPARATOR)))) > 1)
+    if lists and config.source == "manifest":
+        question = f"are these several labels per image? Then set dataset.label_separator: {SEPARATOR!r}"
+        return f"{_such(lists, images)}: {question}. {IF_CLASSES}"
+    if len(classes) <= MANY_CLASSES:
+        return None
     try:
         numbers = np.array(classes, dtype=float)
     except ValueError:
@@ -212,67 +220,41 @@ def _require_few_classes(index: DatasetIndex, origin: object, config: DatasetCon
     elif images < 1.5 * len(classes):
         question = "are these the labels, or names of the images?"
     else:
-        return
-    some = ", ".join(map(repr, classes[:3]))
-    raise DatasetError(
-        f"{origin}: {len(classes):,} classes of {images:,} images, such as {some}: {question}. If they are classes, set "
-        "dataset.target: classification"
-    )
+        return None
+    return f"{_such(classes, images)}: {question}. {IF_CLASSES}"
 
 
-def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:
-    """Refuse data that nothing can be learned from, with the likely reason."""
-    origin = config.path if config.source == "manifest" else listing.root
-    if len(index) == 0:
-        problems = [f"{entry.path}: {entry.reason}" for entry in sorted([*listing.entries, *failures])]
-        if config.source == "manifest" and not problems:
-            raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
-        raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
-    if len(index.classes) < 2:
-        label = index.classes[0]
-        hint = ""
-        if config.source == "folder":
-            depth = 2 if listing.splits is not None else 1
-            below = sorted({parts[depth] for path in index.paths if len(parts := path.split("/")) > depth + 1})
-            if len(below) > 1:
-                hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / label} as dataset.path"
-        raise DatasetError(
-            f"{origin}: all {len(index):,} images are of one class, {label!r}; expected at least 2 classes{hint}"
-        )
-    _require_few_classes(index, origin, config)
-    if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
-        raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
+def _such(classes: Sequence[str], images: int) -> str:
+    return f"{len(classes):,} classes of {images:,} images, such as {', '.join(map(repr, classes[:3]))}"
 
 
-def _label_warnings(index: DatasetIndex) -> list[str]:
+def _label_warnings(index: DatasetIndex) -> Iterator[str]:
     """Labels that a person would take for one: they differ in case or spaces only."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    for name in index.classes:
-        alike[" ".join(name.casefold().split())].append(name)
-    return [
-        f"labels {' and '.join(map(repr, names))} differ only in case or spaces; they are separate classes"
-        for names in alike.values()
-        if len(names) > 1
-    ]
+    for column, part in index.by_column():
+        alike: dict[str, list[str]] = defaultdict(list)
+        for name in part.classes:
+            alike[" ".join(name.casefold().split())].append(name)
+        for names in alike.values():
+            if len(names) > 1:
+                yield f"{column}labels {' and '.join(map(repr, names))} differ only in case or spaces; they are separate classes"
 
 
-def _split_warnings(index: DatasetIndex) -> list[str]:
-    lines = []
-    counts = class_counts(index)
-    without = [name for name, count in counts.items() if not count["train"] + count["validation"]]
-    if without:
-        lines.append(
-            f"no training images in {_some(without)}: no head can learn {'it' if len(without) == 1 else 'them'}"
-        )
-    untested = [name for name, count in counts.items() if not count["test"]]
-    if len(untested) == len(counts):
-        lines.append(missing_side(index) or "no image is left for the test")
-    elif untested:
-        lines.append(f"no test images in {_some(untested)}")
+def _split_warnings(index: DatasetIndex) -> Iterator[str]:
+    for column, part in index.by_column():
+        if empty := len(index) - len(part):
+            yield f"{column}{empty:,} images have no label, and are left out where it is learned"
+        counts = class_counts(part)
+        without = [name for name, count in counts.items() if not count["train"] + count["validation"]]
+        if without:
+            yield f"{column}no training images in {_some(without)}: no head can learn {'it' if len(without) == 1 else 'them'}"
+        untested = [name for name, count in counts.items() if not count["test"]]
+        if len(untested) == len(counts):
+            yield column + (missing_side(part) or "no image is left for the test")
+        elif untested:
+            yield f"{column}no test images in {_some(untested)}"
     both = sorted(_groups(index, "train", "validation") & _groups(index, "test"))
     if both:
-        lines.append(f"{_some(both, 'group', 'groups')} in training and in test: test scores may be too good")
-    return lines
+        yield f"{_some(both, 'group', 'groups')} in training and in test: test scores may be too good"
 
 
 def _groups(index: DatasetIndex, *splits: str) -> set[str]:
@@ -282,7 +264,7 @@ def _groups(index: DatasetIndex, *splits: str) -> set[str]:
 
 def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
     """Leaks and conflicts, so that all of them can be looked up."""
-    paths, labels = index.paths, index.labels
+    paths = index.paths
     outcome = {"drop_train": "the training copy is excluded", "drop_test": "the test copy is excluded"}.get(
         policy, "both are kept"
     )
@@ -294,7 +276,7 @@ def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
         noticed(
             paths[other],
             "conflict",
-            f"labelled {labels[other]!r}; the same content is {shown(paths[one])}, labelled {labels[one]!r}",
+            f"labelled {index.said(other)!r}; the same content is {shown(paths[one])}, labelled {index.said(one)!r}",
         )
         for one, other in copies.conflicts
     ]

@@ -27,9 +27,9 @@ def list_source(config: DatasetConfig, folder: Path) -> Listing:
     if config.source == "folder":
         return list_folder(path, config.follow_symlinks)
     if config.source == "manifest":
-        return list_manifest(path, config.follow_symlinks)
+        return list_manifest(path, config)
     if config.source == "torchvision":
-        return list_manifest(torchvision_manifest(config.name or "", path))
+        return list_manifest(torchvision_manifest(config.name or "", path), config)
     if config.path is not None:
         raise DatasetError(
             "dataset.source 'digits' takes no dataset.path; for your own images say dataset.source: folder (or manifest)"

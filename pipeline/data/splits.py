@@ -7,6 +7,8 @@ were split before keep their side, so adding, renaming or removing images moves 
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,18 +30,16 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
     side = _prior_sides(units, n_units, prior)
-    target = Classification.of(index)
-    codes = target.strata(target.encode(index))
-    n_strata = int(codes.max(initial=-1)) + 1
-    counts = np.bincount(codes[splits == "train"], minlength=n_strata)
+    codes = _strata(index, plan.test_fraction)
+    counts = _images_of(codes, splits == "train")
     in_test = side == 1
     in_test[fixed] = False
-    held = np.bincount(codes[in_test[units]], minlength=n_strata)
-    starved = (held >= counts)[codes] & in_test[units]
+    held = _images_of(codes, in_test[units])
+    starved = ((held >= counts)[codes] & (codes >= 0)).any(axis=1) & in_test[units]
     if starved.any():  # only test images are left of a class: its units are drawn anew
         side[units[starved]] = -1
         in_test[units[starved]] = False
-        held = np.bincount(codes[in_test[units]], minlength=n_strata)
+        held = _images_of(codes, in_test[units])
     fresh = (side == -1) & ~fixed
     order = np.flatnonzero(fresh)
     order = order[np.argsort(_unit_keys(units, n_units, groups, digests, plan.seed)[order], kind="stable")]
@@ -48,6 +48,31 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     result = splits.copy()
     result[in_test[units]] = "test"
     return result
+
+
+def _strata(index: DatasetIndex, fraction: float) -> NDArray[np.int64]:
+    """Return what is kept in proportion: int64 of shape (n, k), the strata that an image is of, -1 for none.
+
+    One for each column of labels, and where there are several one more for their combination, if it has enough images for a
+    share of them to be one.
+    """
+    codes = np.full((len(index), len(index.names)), -1, dtype=np.int64)
+    for place, name in enumerate(index.names):
+        part = index.only(name)
+        known = part.labels != ""
+        target = Classification.of(part.rows(known))
+        codes[known, place] = target.strata(target.encode(part.rows(known))) + codes.max(initial=-1) + 1
+    if len(index.names) == 1:
+        return codes
+    _, together, images = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+    enough = (images * fraction >= 0.5)[together]
+    return np.column_stack([codes, np.where(enough, together + codes.max(initial=-1) + 1, -1)])
+
+
+def _images_of(codes: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return how many of the chosen images, bool of shape (n,), are of each stratum."""
+    found = codes[chosen]
+    return np.bincount(found[found >= 0], minlength=int(codes.max(initial=-1)) + 1)
 
 
 def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
@@ -97,8 +122,9 @@ def _joining(
         if not open_classes:
             break
         gain: dict[int, int] = {}
-        for code in row_codes[starts[unit] : starts[unit + 1]]:
+        for code in chain.from_iterable(row_codes[starts[unit] : starts[unit + 1]]):
             gain[code] = gain.get(code, 0) + 1
+        gain.pop(-1, None)
         if any(test[code] + count >= total[code] for code, count in gain.items()):
             continue
         nearer = sum(

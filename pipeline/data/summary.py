@@ -49,14 +49,14 @@ class ScanResult:
         """Images found, the failed ones included."""
         return len(self.index) + len(self.failures)
 
-    @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Images of each class in each split: class -> split -> number."""
-        return class_counts(self.index)
-
     def summary_lines(self) -> list[str]:
         """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
-        lines = [_headline(self.index), *_class_lines(self.counts)]
+        lines = [_headline(self.index)]
+        for column, part in self.index.by_column():
+            lines += [
+                *([f"  {column}{len(part.classes):,} classes"] if column else []),
+                *_class_lines(class_counts(part)),
+            ]
         if self.unchanged:
             lines.append("nothing changed since the last scan")
         elif str(self.difference) and not self.first:
@@ -73,12 +73,12 @@ class ScanResult:
     def _pair_lines(self, pairs: Sequence[Pair], what: str) -> list[str]:
         if not pairs:
             return []
-        paths, labels = self.index.paths, self.index.labels
+        paths = self.index.paths
         lines = [f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of equal images {what}:"]
         for rows in pairs[:EXAMPLES]:
             names = [shown(paths[row]) for row in rows]
             if pairs is self.copies.conflicts:
-                names = [f"{name} ({shown(labels[row])})" for name, row in zip(names, rows, strict=True)]
+                names = [f"{name} ({shown(self.index.said(row))})" for name, row in zip(names, rows, strict=True)]
             lines.append("  " + " = ".join(names))
         return lines + _more(len(pairs))
 
@@ -109,6 +109,10 @@ def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
 
     One line where the images do not allow so many folds at all: then there are as many as they allow.
     """
+    return [f"{column}{line}" for column, part in index.by_column() for line in _fold_warnings(part, folds)]
+
+
+def _fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
     train = index.select("train", "validation")
     codes, names = encode(train.labels)
     pairs = np.unique(np.stack([codes, train.units()], axis=1), axis=0)
@@ -145,6 +149,10 @@ def missing_side(index: DatasetIndex) -> str | None:
 
     A test set that was to be made may be empty: no class had a group, or a content, to spare.
     """
+    return next((column + lack for column, part in index.by_column() if (lack := _missing_side(part))), None)
+
+
+def _missing_side(index: DatasetIndex) -> str | None:
     train, test = index.select("train", "validation"), index.select("test")
     if len(test) == 0:
         return f"no image is left for the test, and every leaderboard needs some: {_why_no_test(train)}"
@@ -180,6 +188,8 @@ def _headline(index: DatasetIndex) -> str:
     codes, names = encode(index.splits)
     counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
+    if len(index.names) > 1:
+        return f"{len(index):,} images with {len(index.names)} labels each: {parts}"
     return f"{len(index):,} images in {len(index.classes):,} classes: {parts}"
 
 

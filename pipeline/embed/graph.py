@@ -5,8 +5,11 @@ Nodes have the names of `torchvision.models.feature_extraction`: the path of the
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -14,11 +17,17 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
 
 from pipeline.config import guess
+from pipeline.embed.stages import find_stages
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.memory import is_out_of_memory
 from pipeline.io.vision import torchvision
 
+logger = logging.getLogger(__name__)
+
 PENULTIMATE = "penultimate"
+
+FEATURES = "features"
+"""The layer of a timm network with all that its own pooling is given: the tokens behind the last norm, or the last map."""
 
 GRID = 3
 """Cells of `pooling: grid` along each side of the image."""
@@ -51,8 +60,23 @@ def classifier(module: fx.GraphModule) -> fx.Node:
     )
 
 
-def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> list[str]:
+def stage_ends(model: nn.Module, graph: Graph, size: tuple[int, int]) -> dict[str, str]:
+    """Return the node at which each stage of a network ends, by the stage's name, but for its head."""
+    try:
+        head = str(classifier(graph[0]).target)
+    except BackboneError:
+        head = ""
+    stages = find_stages(model, size, head)
+    ends = {stage.name: _last_of(stage.end, graph[1]) for stage in stages if stage.name != "head"}
+    return {name: node for name, node in ends.items() if node is not None}
+
+
+def resolve(
+    graph: Graph, asked: Sequence[str], has_classifier: bool = True, stages: Callable[[], Mapping[str, str]] = dict
+) -> list[str]:
     """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
+
+    `stages` gives `stage_ends`, where a layer is no name of the network's own.
 
     Raises
     ------
@@ -61,12 +85,14 @@ def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> 
     """
     module, names = graph
     ends = {layer: _last_of(layer, names) for layer in asked if layer != PENULTIMATE}
+    by_stage = stages() if None in ends.values() else {}
+    ends = {layer: end or by_stage.get(layer) for layer, end in ends.items()}
     unknown = [layer for layer, end in ends.items() if end is None]
     if unknown:
         raise BackboneError(
             f"{len(unknown)} of the layers asked for {'is' if len(unknown) == 1 else 'are'} not in the network",
             [
-                f"no layer {layer!r}{guess(layer, list(names))}; `manyheads layers MODEL` lists them"
+                f"no layer {layer!r}{guess(layer, [*by_stage, *names])}; `manyheads layers MODEL` lists them"
                 for layer in unknown
             ],
         )
@@ -75,7 +101,11 @@ def resolve(graph: Graph, asked: Sequence[str], has_classifier: bool = True) -> 
     ends[PENULTIMATE] = by_node.get(source)  # type: ignore[arg-type]
     order = list(names)
     if not has_classifier and (
-        late := [layer for layer in asked if order.index(str(ends[layer])) >= order.index(by_node[classifier(module)])]
+        late := [
+            layer
+            for layer in dict.fromkeys(asked)
+            if order.index(str(ends[layer])) >= order.index(by_node[classifier(module)])
+        ]
     ):
         raise BackboneError(
             f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
@@ -134,37 +164,111 @@ def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ..
     return found
 
 
+class Tokens(NamedTuple):
+    """What a transformer has besides the tokens of its patches."""
+
+    prefix: int = 0
+    """Class token and registers, in front of the patches."""
+    class_token: bool = False
+    attention_pool: bool = False
+    """Whether its own feature is pooled by attention, as SigLIP's is."""
+    own: str = ""
+    """How it pools by itself, in timm's words; '' where it is none of timm's transformers."""
+
+
+def tokens_of(model: nn.Module) -> Tokens:
+    """Return what is known of a network's tokens, in timm's and torchvision's words for it."""
+    class_token = getattr(model, "cls_token", getattr(model, "class_token", None)) is not None
+    prefix = getattr(model, "num_prefix_tokens", None)
+    own = "" if prefix is None else str(getattr(model, "global_pool", ""))
+    attention_pool = getattr(model, "attn_pool", None) is not None
+    return Tokens(int(class_token) if prefix is None else prefix, class_token, attention_pool, own)
+
+
+def source(layer: str, pooling: str, tokens: Tokens) -> str:
+    """Return the layer that a pooling is taken of: at `penultimate`, one vector already, the tokens it was made of.
+
+    `own`, and `map` and `cls` where the network pools so by itself, are the network's own vector.
+    """
+    own = pooling in {"own", "map"} or (pooling == "cls" and tokens.own == "token")
+    return FEATURES if layer == PENULTIMATE and tokens.own and not own else layer
+
+
 def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
     """Turn the output of a layer into one vector per image, shape (n, dim).
 
     (n, dim) is one already. (n, channels, height, width) and (n, height, width, channels) are averaged or maximised over
-    the image, (n, tokens, dim) over the tokens; `cls` takes the first token. `grid` averages over the cells of a 3 x 3
-    grid, which keeps roughly where things are; the idea is spatial pyramid matching, Lazebnik et al. 2006.
+    the image, (n, tokens, dim) over the tokens. `cls` takes the first token; `avg[5:]`, `max[5:]` and `cls+avg[5:]` leave the
+    first five, which are no patches, out of the average. `grid` averages over the cells of a 3 x 3 grid, which keeps roughly
+    where things are; the idea is spatial pyramid matching, Lazebnik et al. 2006.
     """
+    pooling, _, prefix = pooling.rstrip(":]").partition("[")
     if output.ndim == 2:
         return output
     if pooling == "flatten":
         return output.flatten(1)
     if pooling == "cls":
         return output[:, 0]
+    patches = output[:, int(prefix or 0) :]
+    if pooling == "cls+avg":
+        return torch.cat([output[:, 0], patches.mean(1)], 1)
     axes = _axes_of_places(output)
     if pooling == "grid":
         maps = output if axes == (2, 3) else output.permute(0, 3, 1, 2)
         return torch.nn.functional.adaptive_avg_pool2d(maps, GRID).flatten(1)
-    return output.mean(axes) if pooling == "avg" else output.amax(axes)
+    return patches.mean(axes) if pooling == "avg" else patches.amax(axes)
 
 
-def effective_poolings(
-    run: Callable[[], Sequence[object]], nodes: Sequence[str], pooling: str, has_class_token: bool, about: str
-) -> list[str]:
-    """Return the pooling of each layer, having run two images through: what does not fit is found before the work starts.
+@dataclass(frozen=True)
+class Row:
+    """One embedding of a network."""
 
-    `run` gives the layers' outputs for the two, with weights or on torch's meta device; `about` names the network and the size.
+    layer: str
+    """As it was asked for."""
+    pooling: str
+    source: str
+    """The layer that the pooling is taken of, by `source`."""
+    node: str
+    output: int
+    """Which of the network's outputs, one for each layer and pooling that were asked for."""
+    stage: bool
+    """Whether the layer is a stage's, and no name of the network's own."""
+
+    @property
+    def words(self) -> list[str]:
+        """What it is called after its network; its pooling is left out where it is an average, or nothing to choose."""
+        usual = {"none", "avg"} if self.source == self.layer else {"none"}
+        shown = self.pooling.partition("[")[0]
+        return [self.layer, *([] if shown in usual else [shown])]
+
+
+def rows(
+    graph: Graph,
+    layers: Sequence[str],
+    poolings: Sequence[str],
+    tokens: Tokens,
+    has_classifier: bool,
+    stages: Callable[[], Mapping[str, str]],
+) -> list[Row]:
+    """Return a row for each layer in each pooling; raises as `resolve` does."""
+    asked = [(layer, pooling, source(layer, pooling, tokens)) for layer in layers for pooling in poolings]
+    nodes = resolve(graph, [found for _, _, found in asked], has_classifier, stages)
+    return [
+        Row(*each, node, output, each[2] != PENULTIMATE and _last_of(each[2], graph[1]) is None)
+        for output, (each, node) in enumerate(zip(asked, nodes, strict=True))
+    ]
+
+
+def effective(run: Callable[[], Sequence[object]], rows: Sequence[Row], tokens: Tokens, about: str) -> list[Row]:
+    """Return the rows with the pooling that applies, having run two images through before the work starts.
+
+    `run` gives the network's outputs for the two, with weights or on torch's meta device; `about` names it and the size. Of
+    several poolings of a layer those that have no meaning there, or make no difference, are left out and told.
 
     Raises
     ------
     BackboneError
-        When the network does not take the images, or a layer gives no vectors in this way.
+        When the network does not take the images, or a layer gives no vectors in any of the ways.
     """
     try:
         with torch.inference_mode():
@@ -174,18 +278,37 @@ def effective_poolings(
             raise
         reason = first_line(error)
         raise BackboneError(f"{about} ({reason}); change preprocessing.crop") from None
-    found = []
-    for node, output in zip(nodes, outputs, strict=True):
-        if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
-            raise BackboneError(
-                f"layer {node!r} does not give a tensor per image; `manyheads layers` lists those that do"
-            )
-        found.append(effective_pooling(output, pooling, has_class_token, node))
-    return found
+    found: dict[tuple[str, str], Row] = {}
+    for layer in dict.fromkeys(row.layer for row in rows):
+        own, problems = [row for row in rows if row.layer == layer], list[BackboneError]()
+        fitting = []
+        for row in own:
+            output = outputs[row.output]
+            if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
+                raise BackboneError(
+                    f"layer {row.node!r} does not give a tensor per image; `manyheads layers` lists those that do"
+                )
+            try:
+                fitting.append(replace(row, pooling=effective_pooling(output, row.pooling, tokens, row.node)))
+            except BackboneError as error:
+                problems.append(error)
+        if not fitting:
+            raise problems[0]
+        if len(own) > 1 and {row.pooling for row in fitting} == {"none"}:
+            logger.info("layer %r gives one vector per image as it is: one embedding, whatever the pooling", layer)
+        else:
+            for problem in problems:
+                logger.warning("left out: %s", problem.message)
+        for row in fitting:
+            found.setdefault((row.node, row.pooling), row)
+    return list(found.values())
 
 
-def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool, layer: str) -> str:
+def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer: str) -> str:
     """Return the pooling that applies to a layer's output, `none` where it is one vector anyway.
+
+    `own` is `avg` where there is something to average. Where tokens stand in front of those of the patches, an average or a
+    maximum says from which on it is taken: `avg[5:]`.
 
     Raises
     ------
@@ -193,27 +316,33 @@ def effective_pooling(output: torch.Tensor, pooling: str, has_class_token: bool,
         When the pooling asked for has no meaning there.
     """
     shape = " x ".join(map(str, output.shape[1:]))
+    instead = "use avg, max or flatten"
+    if pooling in {"cls", "cls+avg"} and not (
+        tokens.class_token and output.ndim in ({2, 3} if pooling == "cls" else {3})
+    ):
+        raise BackboneError(
+            f"layer {layer!r} gives {shape}, which has no class token; pooling {pooling!r} needs one, {instead}"
+        )
+    if pooling == "map" and not (tokens.attention_pool and output.ndim == 2):
+        raise BackboneError(
+            f"layer {layer!r} gives {shape}; pooling 'map' is the network's own attention over its last tokens: use layers: "
+            f"[{PENULTIMATE}] of a network that has one, such as siglip2_base"
+        )
     if output.ndim == 2:
-        if pooling == "cls" and not has_class_token:
-            raise BackboneError(
-                f"layer {layer!r}: pooling 'cls' needs a network with a class token, such as vit_b_16; use avg, max or flatten"
-            )
         return "none"
-    if pooling == "flatten":
+    if pooling in {"flatten", "cls"}:
         return pooling
-    if pooling == "cls":
-        if output.ndim != 3 or not has_class_token:
-            raise BackboneError(
-                f"layer {layer!r} gives {shape}, which has no class token; pooling 'cls' needs one, use avg, max or flatten"
-            )
-        return pooling
+    pooling = "avg" if pooling == "own" else pooling
     axes = _axes_of_places(output) if output.ndim in {3, 4} else ()
     if pooling == "grid" and axes and (len(axes) == 1 or output.shape[axes[0]] < GRID):
         raise BackboneError(
-            f"layer {layer!r} gives {shape}, which is no image of at least {GRID} x {GRID} places; use avg, max or flatten"
+            f"layer {layer!r} gives {shape}, which is no image of at least {GRID} x {GRID} places; {instead}"
         )
     if axes:
-        return pooling
+        patches = output.shape[1] - tokens.prefix
+        # Without them, as behind the first layer, the rest would be no square of patches.
+        square = output.ndim == 3 and patches > 0 and math.isqrt(patches) ** 2 == patches
+        return f"{pooling}[{tokens.prefix}:]" if square and tokens.prefix else pooling
     raise BackboneError(
         f"layer {layer!r} gives {shape}, in which pooling {pooling!r} cannot tell places from channels; use pooling: flatten"
     )

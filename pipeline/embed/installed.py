@@ -31,7 +31,7 @@ STAND_IN = BackboneConfig(
     name="regnet_small",
     weights="bundled",
     layers=("trunk_output",),
-    pooling="grid",
+    pooling=("grid",),
     preprocessing=PreprocessingConfig(resize=64, crop=64, mean=(0.4806, 0.4486, 0.3983), std=(0.2521, 0.2448, 0.2590)),
 )
 """What is embedded in its place: the bundled network in the way that is best on photos, as configs/bundled.yaml has it."""

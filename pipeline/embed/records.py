@@ -16,6 +16,7 @@ from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionCon
 from pipeline.embed import baselines
 from pipeline.embed.engines import engine_at_hand
 from pipeline.embed.installed import about_stand_in
+from pipeline.embed.licenses import require_permitted
 from pipeline.embed.spec import Embedder, EmbeddingSpec
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
@@ -97,6 +98,10 @@ def _leads_out(place: str) -> bool:
     return not place or "\0" in place or "\\" in place or place.startswith("/") or bool({"", ".", ".."} & {*parts})
 
 
+NOT_SHARED = {"max_failures", "target"}
+"""Keys of `dataset` that change no feature and no index."""
+
+
 def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config, index: str) -> None:
     """Write `features.json`; `index` is the fingerprint of the data set's index."""
     document = {
@@ -113,7 +118,7 @@ def shared(config: Config) -> dict[str, Any]:
     """Return what of a config all its embeddings share: which images there are, and how they become vectors."""
     return {
         "seed": config.seed,
-        "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures", "target"}),
+        "dataset": config.dataset.model_dump(mode="json", exclude=NOT_SHARED),
         "extraction": config.extraction.model_dump(mode="json", include={"precision", "engine", "decode"}),
     }
 
@@ -124,7 +129,8 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     Raises
     ------
     PipelineError
-        When stage one has not been run for this config, with every setting that is another and every embedding that is missing.
+        When stage one has not been run for this config, with every setting that is another and every embedding that is missing;
+        or when the config's `licenses` does not allow those of their weights.
     """
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
@@ -151,14 +157,17 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     for section in config.backbones:
         if section in [record.instead_of for record in chosen]:
             logger.warning("%s", about_stand_in(section))
+    require_permitted(config.licenses, ((record.name, record.spec.license) for record in chosen))
     return chosen
 
 
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
     """Return where a config asks for what something was not made of: one line per other setting and missing backbone.
 
-    `made` is the `shared` of its config, and `whose` names it.
+    `made` is the `shared` of its config, and `whose` names it. A key that there was not then had the value that is the default now.
     """
+    then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
+    made = {**made, "dataset": {**then, **made["dataset"]}}
     missing = [
         section.model_dump(mode="json", exclude_defaults=True)
         for section in config.backbones

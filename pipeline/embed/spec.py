@@ -37,7 +37,7 @@ class EmbeddingSpec:
     layer: str
     """The node of the network's graph, resolved: never `penultimate`."""
     pooling: str
-    """`avg`, `max`, `flatten`, `cls`, or `none` where the layer gives one vector anyway."""
+    """`avg`, `max`, `grid`, `flatten`, `cls`, `cls+avg`, with the first token that is averaged as in `avg[5:]`; or `none` where the layer gives one vector anyway."""
     dim: int
     preprocessing: Mapping[str, Any]
     """`Preprocessing.identity()`: the transform and the decoding policy."""
@@ -48,6 +48,8 @@ class EmbeddingSpec:
     untrained: bool = False
     trained_on: str | None = None
     """Digest of the image contents that the weights saw, where this project trained them; changes no vector."""
+    license: str = ""
+    """Of the weights, as `Published.license` has it; '' where an earlier version made the spec. Changes no vector."""
 
     def identity(self) -> dict[str, Any]:
         """Return all that the vectors depend on, and nothing else."""

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from pipeline.embed.family import Family, Fetch, Published
 from pipeline.embed.installed import NO_DOWNLOAD
+from pipeline.embed.licenses import UNKNOWN
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
 from pipeline.io.vision import torchvision
@@ -43,6 +45,10 @@ ALWAYS: Mapping[str, Mapping[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
+LICENSES = {"https://github.com/facebookresearch/SWAG/blob/main/LICENSE": "cc-by-nc-4.0"}
+"""What torchvision says of some weights -> the licence that stands there. Of all others it says that they may have terms of
+their own, which are for the user to find out: their licence is unknown."""
+
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
@@ -103,7 +109,26 @@ def _published(architecture: str, member: Any) -> Published:
         path = checkpoint(member)
         return None if path.exists() else Fetch(member.url, path.parent, float(member.meta.get("_file_size", 0)))
 
-    return Published(load, preprocessing_of(member), to_fetch)
+    return Published(
+        load,
+        preprocessing_of(member),
+        to_fetch,
+        license=LICENSES.get(member.meta.get("license"), UNKNOWN),
+        megabytes=float(member.meta.get("_file_size", 0)),
+        dim=lambda: _dim(architecture),
+    )
+
+
+@cache
+def _dim(architecture: str) -> int:
+    """What goes into the last layer, which scores the classes; found on torch's meta device but for some regnets."""
+    try:
+        with torch.device("meta"):
+            module = _build(architecture, {})
+    except RuntimeError:  # they compute their widths with tensors
+        module = _build(architecture, {})
+    *_, last = (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))
+    return last.in_features if isinstance(last, nn.Linear) else last.in_channels
 
 
 def checkpoint(member: Any) -> Path:

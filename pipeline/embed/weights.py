@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import nn
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
 from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
 from pipeline.embed.family import Fetch
-from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective_poolings, resolve, trace
+from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective, rows, stage_ends, tokens_of, trace
 from pipeline.embed.installed import BUNDLED
+from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.torchvision_models import AUXILIARY
 from pipeline.embed.weights_files import read_weights, tensors_digest
 from pipeline.errors import BackboneError, first
@@ -44,6 +46,7 @@ class Network:
     preprocessing: Preprocessing
     untrained: bool = False
     trained_on: str | None = None
+    license: str = UNKNOWN
     has_classifier: bool = True
     """Whether the weights have the last layer, which those of self-supervised training lack."""
 
@@ -67,8 +70,9 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(config.name, config.arguments)
-        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True)
-    return _network(config, load(config), config.weights, published(config).preprocessing)
+        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True, license=NO_WEIGHTS)
+    found = published(config)
+    return _network(config, load(config), config.weights, found.preprocessing, license=found.license)
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
@@ -92,24 +96,22 @@ def check(config: BackboneConfig) -> None:
         module, preprocessing, has_classifier = network.module, network.preprocessing, network.has_classifier
     else:
         random = config.weights == "random"
+        if not random and (lacking := published(config).to_install()):
+            raise BackboneError(lacking)
         usual = usual_preprocessing(config.name) if random else published(config).preprocessing
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, usual)
         has_classifier = True
-    graph = trace(module)
-    nodes = resolve(graph, config.layers, has_classifier)
-    if (config.layers, config.pooling, config.preprocessing) == ((PENULTIMATE,), "avg", None):
-        return  # fits every network; running one without weights for the first time costs two seconds
     height, width = preprocessing.size
+    graph, tokens = trace(module), tokens_of(module)
+    ends = partial(stage_ends, module, graph, (height, width))
+    asked = rows(graph, config.layers, config.pooling, tokens, has_classifier, ends)
+    if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {("own",), ("avg",)}:
+        return  # fits every network; running one without weights for the first time costs two seconds
     device = next(module.parameters()).device
-    kept = cut(graph, nodes)
-    effective_poolings(
-        lambda: kept(torch.zeros(2, 3, height, width, device=device)),
-        nodes,
-        config.pooling,
-        hasattr(module, "class_token"),
-        f"{config.name} cannot take images of {height} x {width} pixels",
-    )
+    kept = cut(graph, [row.node for row in asked])
+    about = f"{config.name} cannot take images of {height} x {width} pixels"
+    effective(lambda: kept(torch.zeros(2, 3, height, width, device=device)), asked, tokens, about)
 
 
 def to_fetch(config: BackboneConfig) -> Fetch | None:
@@ -117,6 +119,24 @@ def to_fetch(config: BackboneConfig) -> Fetch | None:
     if config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES):
         return None
     return published(config).to_fetch()
+
+
+def license_of(config: BackboneConfig) -> str:
+    """Return the licence of a section's weights; loads and fetches nothing.
+
+    Raises
+    ------
+    BackboneError
+        When the model or the weights are not to be had.
+    """
+    if config.weights == "random":
+        return NO_WEIGHTS
+    if config.weights == "bundled":
+        return str(bundled().get("license", UNKNOWN))
+    if config.weights.endswith(WEIGHTS_FILES):
+        described = read_weights(Path(config.weights))[1] if config.weights.endswith(".safetensors") else {}
+        return str(described.get("license", UNKNOWN))
+    return published(config).license
 
 
 def bundled() -> dict[str, Any]:
@@ -158,6 +178,7 @@ def _from_state(
         readable,
         preprocessing,
         trained_on=description.get("trained_on"),
+        license=description.get("license", UNKNOWN),
     )
     return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
 

@@ -2,7 +2,7 @@
 
 material.py    which embedding, head and images
 handover.py    the network with stage two's head as its last layer
-plan.py        the stages of a network, which of them are trained when, BatchNorm's modes
+plan.py        which stages of a network are trained when, BatchNorm's modes
 objective.py   what is learned, chosen by and judged in: a row for each kind of target
 batches.py     which images a step sees, augmentation
 trainer.py     steps, evaluations, the choice of weights

@@ -1,36 +1,19 @@
-"""Stages of a network from the stem to the head: which are trained when, and which really stay as they are.
-
-The rule for any classification network: modules are opened until what is inside ends in one resolution, and neighbours with
-the same are one stage. What has no resolution (a transformer's layers) is one stage each. The last linear layer is the head.
-"""
+"""Which stages of a network are trained when, and which really stay as they are; the last linear layer is the head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pipeline.embed.stages import Stage, find_stages
 from pipeline.errors import TrainingError
 
 BatchNorm = Literal["frozen", "affine", "train"]
 Plan = tuple[tuple[float, int], ...]
 """From which share of the steps on, which stage is the lowest that is trained."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of a network that is frozen or trained as one.
-
-    name : "stem", "stage1" ... "stageN" or "head"
-    modules : the modules' names in the network, in the order of definition
-    """
-
-    name: str
-    modules: tuple[str, ...]
 
 
 def stages_of(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
@@ -41,18 +24,7 @@ def stages_of(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     TrainingError
         When the network has no linear layer at its end.
     """
-    head = last_linear(network)
-    resolutions = _resolutions(network, size)
-    runs: list[list[str]] = []
-    for name in _pieces(network, "", head, resolutions):
-        same = runs and resolutions.get(name) is not None and resolutions[name] == resolutions.get(runs[-1][-1])
-        opens_body = len(runs) == 1 and _convolutions(network.get_submodule(name)) > 1
-        if same and not opens_body:
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-    names = ["stem", *(f"stage{number}" for number in range(1, len(runs)))]
-    return (*(Stage(name, tuple(run)) for name, run in zip(names, runs, strict=True)), Stage("head", (head,)))
+    return find_stages(network, size, last_linear(network))
 
 
 def last_linear(network: nn.Module) -> str:
@@ -139,50 +111,3 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batc
             norm.eval()
         if batch_norm == "frozen":
             norm.requires_grad_(False)
-
-
-def _pieces(network: nn.Module, name: str, head: str, resolutions: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the modules that lie within one stage each, in the order of definition, without the head.
-
-    A module is opened when the head is in it, when its children end in more than two resolutions (the first block of a stage
-    has two), and, if it holds most of the network, also when they end in two or, as in a transformer, in none.
-    """
-    module = network.get_submodule(name)
-    if name == head or not _count(module):
-        return []
-    inside = [f"{name}.{child}".lstrip(".") for child, part in module.named_children() if _count(part)]
-    ends = {resolutions.get(child) for child in inside}
-    most = 2 * _count(module) > _count(network) - _count(network.get_submodule(head))
-    several = len(ends) > 1 or (ends == {None} and len(inside) > 1)
-    if head.startswith(f"{name}.".lstrip(".")) or len(ends) > 2 or (most and several):
-        return [piece for child in inside for piece in _pieces(network, child, head, resolutions)]
-    return [name]
-
-
-def _resolutions(network: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Return height and width of what comes out of each module that gives maps, for images of `size`, height and width in pixels."""
-    found: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4:
-                found[name] = tuple(output.shape[-2:])
-
-        return hook
-
-    handles = [module.register_forward_hook(note(name)) for name, module in network.named_modules()]
-    try:
-        with torch.inference_mode():
-            network.eval()(torch.zeros(1, 3, *size, device=next(network.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _convolutions(module: nn.Module) -> int:
-    return sum(isinstance(part, nn.Conv2d) for part in module.modules())
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

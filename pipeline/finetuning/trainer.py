@@ -22,11 +22,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import FinetuneConfig
+from pipeline.embed.stages import Stage
 from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
 from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save
 from pipeline.finetuning.objective import CLASSES, Objective, Score
-from pipeline.finetuning.plan import Plan, Stage, set_trainable, stage_of_parameters
+from pipeline.finetuning.plan import Plan, set_trainable, stage_of_parameters
 from pipeline.io import progress
 from pipeline.io.files import make_folder, write_text_atomic
 

@@ -10,7 +10,8 @@ from pipeline import data as dataset
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
 from pipeline.embed.engines import require_arithmetic
-from pipeline.embed.installed import NO_DOWNLOAD, about_stand_in, stand_in
+from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
+from pipeline.embed.licenses import require_permitted
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
@@ -59,13 +60,14 @@ def _backbones(config: Config) -> list[str]:
     problems: list[str] = []
     for section in config.backbones:
         try:
-            weights.check(section)
+            weights.check(section if stand_in(section) is None else STAND_IN)
+            require_permitted(config.licenses, ((each.title, weights.license_of(each)) for each in [section]))
         except PipelineError as error:
             problems += error.problems or [error.message]
     if problems:
         raise PipelineError("backbones", problems)
     return [
-        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(f'{section.name} ({section.weights})' for section in config.backbones)}",
+        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(section.title for section in config.backbones)}",
         *dict.fromkeys(line for section in config.backbones for line in _not_here(section)),
     ]
 
@@ -81,8 +83,7 @@ def _not_here(section: BackboneConfig) -> list[str]:
         return []
     size = f" ({found.megabytes:.0f} MB)" if found.megabytes else ""
     return [
-        f"note: {section.name} ({section.weights}) is not here yet: `features` fetches {found.url}{size} to {found.folder}; "
-        f"{NO_DOWNLOAD}"
+        f"note: {section.title} is not here yet: `features` fetches {found.url}{size} to {found.folder}; {NO_DOWNLOAD}"
     ]
 
 

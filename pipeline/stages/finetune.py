@@ -95,6 +95,7 @@ def run(config: Config) -> FinetuneRun:
         parent={"embedding": choice.record.name, "weights_digest": network.weights_digest},
         training=config.finetune.model_dump(mode="json"),
         seed=config.seed,
+        license=network.license,
     )
     write_weights(weights, path.weights, description, lineage)
     pixels = read_pixels(config, parts.test, network.preprocessing, folder / "test.npy")

@@ -103,6 +103,8 @@ class LeaderboardRow:
     bundle: str | None = None
     simplicity: int = 0
     dim: int | None = None
+    license: str = ""
+    """Of the backbone's weights; '' where an earlier version made the row."""
     search_seconds: float | None = None
     embed_seconds: float | None = None
     unseen_rows: int | None = None

@@ -223,6 +223,12 @@ class Leaderboard:
             )
         if any(row.baseline for row in self.rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
+        licenses = {
+            row.embedding: row.license for row in self.rows if not (row.baseline or row.untrained) and row.license
+        }
+        if licenses:
+            told = "; ".join(f"{name} {license}" for name, license in licenses.items())
+            lines.append(f"Licences of the weights: {told}.")
         if best.baseline or best.untrained:
             lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
         return lines + [str(note) for note in self.provenance.get("notes", ())]

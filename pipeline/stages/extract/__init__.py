@@ -27,7 +27,7 @@ from pipeline.images import policy_key
 from pipeline.io.digests import digests_to_hex
 from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.stages.extract.advice import advise
-from pipeline.stages.extract.sources import resolve
+from pipeline.stages.extract.sources import require_permitted, resolve
 from pipeline.stages.extract.stores import enter, take_over
 from pipeline.stages.extract.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, reasons
 from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Work, embed
@@ -123,6 +123,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         After a signal to stop, with every finished row committed.
     """
     began = time.perf_counter()
+    require_permitted(config)
     files = Artifacts(config.output, config.store)
     before = _index_before(files) if plan else {}
     scanned = dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
@@ -193,9 +194,7 @@ def _about_stand_ins(targets: Sequence[Target], before: Sequence[EmbeddingRecord
     sections = [target.source.section for target in targets]
     for record in before:
         if (asked := record.instead_of) is not None and asked in sections:
-            yield (
-                f"{asked.name} ({asked.weights}) is installed now: its features take the place of {record.name}, which stood in"
-            )
+            yield (f"{asked.title} is installed now: its features take the place of {record.name}, which stood in")
 
 
 def _rates(work: Work) -> dict[str, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import BackboneConfig, Config
-from pipeline.embed import baselines
+from pipeline.embed import baselines, licenses
 from pipeline.embed.installed import BUNDLED, stand_in
 from pipeline.embed.precision import choice_inputs
 from pipeline.embed.records import load
@@ -40,6 +40,23 @@ class Source:
     """The config's section that `section` stands in for."""
 
 
+def require_permitted(config: Config) -> None:
+    """See that the weights of every section have a licence that the config allows, which loads and fetches none of them.
+
+    Raises
+    ------
+    BackboneError
+        With one line for each that has not.
+    """
+    licenses.require_permitted(config.licenses, ((section.title, _license(section)) for section in config.backbones))
+
+
+def _license(section: BackboneConfig) -> str:
+    from pipeline.embed import weights  # loads torch
+
+    return weights.license_of(section)
+
+
 def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
     """Return every source with its embeddings, under names that are unique in the experiment.
 
@@ -62,6 +79,9 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
         if key not in known and (theirs := _specs_of_others(key, files, digests)):
             found[key] = theirs
         if key in found:
+            if not found[key][0].license:  # of an earlier version
+                license = _license(section)
+                found[key] = tuple(replace(spec, license=license) for spec in found[key])
             extraction = config.extraction.model_copy(update={"engine": found[key][0].engine})
             live = partial(load, section, "", extraction, config.seed)
         else:

@@ -103,7 +103,8 @@ def run(config: Config) -> HeadsRun:
             try:
                 row = finished_row(folder, key)
                 reused += row is not None
-                rows.append(row or make_row(head, embedding, vectors, config, files, key))
+                row = row or make_row(head, embedding, vectors, config, files, key)
+                rows.append(replace(row, license=embedding.license))
             except UnfittedError as error:
                 why = ": ".join(filter(None, [error.message, "; ".join(error.problems)]))
                 left_out.append(f"{embedding.name} / {head.name}: left out: {why}")

@@ -13,6 +13,7 @@ from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
 from pipeline.data import DatasetIndex
+from pipeline.embed.licenses import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import UnfittedError
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
@@ -93,6 +94,11 @@ class Embedding:
     def name(self) -> str:
         """The embedding's name."""
         return CONSTANT_GUESS if self.record is None else self.record.name
+
+    @property
+    def license(self) -> str:
+        """That of its network's weights."""
+        return NO_WEIGHTS if self.record is None else self.record.spec.license
 
     @property
     def place(self) -> Place | None:

@@ -1,0 +1,109 @@
+"""Backbones: what a config can embed with, what it costs to have, and under which licence. Nothing is loaded or fetched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from pipeline.config import ExtractionConfig
+from pipeline.embed import baselines
+from pipeline.embed.families import FAMILIES
+from pipeline.embed.installed import BUNDLED
+from pipeline.embed.licenses import NO_WEIGHTS
+from pipeline.embed.weights import bundled
+from pipeline.errors import BackboneError
+
+MOST_BUILT = 40
+"""Networks of a list whose vector's length is found where they have to be built for it, which takes up to seconds each."""
+
+HERE, FETCH, INSTALL = "here", "to fetch", "to install"
+
+HEADERS = ("name", "weights", "family", "dim", "image", "MB", "licence", "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network with one set of weights, as a config names them."""
+
+    name: str
+    weights: str
+    family: str
+    dim: Callable[[], int | None]
+    image: int
+    """Side of the images it is given, in pixels."""
+    megabytes: float
+    license: str
+    where: str
+
+    def cells(self, with_dim: bool) -> tuple[str, ...]:
+        """Return what stands in the columns of `HEADERS`."""
+        size = f"{self.megabytes:.0f}" if self.megabytes >= 10 else f"{self.megabytes:.1f}"
+        dim = self.dim() if with_dim else None
+        return (
+            self.name,
+            self.weights,
+            self.family,
+            f"{dim:,}" if dim else "",
+            str(self.image),
+            size if self.megabytes else "",
+            self.license,
+            self.where,
+        )
+
+
+def run(word: str = "") -> list[str]:
+    """Return a table of all that has the word in its row; without a word of what is here, and how many more there are.
+
+    Raises
+    ------
+    BackboneError
+        When nothing has the word.
+    """
+    rows = [*_published(), *_here()]
+    shown = [row for row in rows if (word.lower() in " ".join(row.cells(False)).lower() if word else row.where == HERE)]
+    if not shown:
+        raise BackboneError(
+            f"no network, weights, family or licence has {word!r} in its name; leave it out to see what is here"
+        )
+    short = len({row.name for row in shown}) <= MOST_BUILT
+    cells = [row.cells(short or row.where == HERE) for row in shown]
+    alignment = ("left", "left", "left", "right", "right", "right", "left", "left")
+    lines = [tabulate(cells, HEADERS, "simple", disable_numparse=True, colalign=alignment), ""]
+    if not word:
+        others = Counter((row.family, row.where) for row in rows if row.where != HERE)
+        lines += [
+            f"{count:,} more of {family} {where}: `manyheads backbones {family}` lists them"
+            for (family, where), count in others.items()
+        ]
+    if not short:
+        lines.append("dim is left out of long lists: name a network to see it")
+    return [
+        *lines,
+        "any network also with `weights: random`, an untrained control, or with a .safetensors or .pth file of yours",
+    ]
+
+
+def _published() -> Iterator[Row]:
+    for family in FAMILIES:
+        for name in family.names():
+            for weights, found in family.weights(name).items():
+                where = INSTALL if found.to_install() else FETCH if found.to_fetch() else HERE
+                size = found.preprocessing.size[0]
+                yield Row(name, weights, family.library, found.dim, size, found.megabytes, found.license, where)
+
+
+def _here() -> Iterator[Row]:
+    """Yield what comes with the package."""
+    if BUNDLED.exists():
+        found = bundled()
+        dim = found["arguments"]["block_params"]["widths"][-1]
+        size = BUNDLED.stat().st_size / 1e6
+        crop = found["preprocessing"]["crop"]
+        yield Row(found["name"], "bundled", "manyheads", lambda: dim, crop, size, found["license"], HERE)
+    for name in baselines.NAMES:
+        (spec,) = baselines.load(name, ExtractionConfig().decode).specs
+        side = spec.preprocessing["crop"][0]
+        yield Row(name, "", "baselines", lambda dim=spec.dim: dim, side, 0, NO_WEIGHTS, HERE)  # type: ignore[misc]
