@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.config.retired import without_retired
 from pipeline.config.sections import WEIGHTS_FILES, Config, Names, Section, guess
 from pipeline.config.yaml12 import parse_yaml, read_yaml
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, number_of
 from pipeline.io.imports import look_in
 
 LONGEST_SHOWN = 200
@@ -64,7 +64,7 @@ def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Co
     except ValidationError as error:
         problems = _problems(error) + problems
     if problems:
-        raise ConfigError(f"{origin}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}", problems)
+        raise ConfigError(f"{origin}: {number_of(len(problems), 'problem')}", problems)
     return config
 
 

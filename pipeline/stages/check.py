@@ -12,7 +12,7 @@ from pipeline.config import BackboneConfig, Config
 from pipeline.embed.engines import require_arithmetic
 from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
 from pipeline.embed.licenses import require_permitted
-from pipeline.errors import DatasetError, PipelineError
+from pipeline.errors import DatasetError, PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
 
@@ -30,8 +30,7 @@ def run(config: Config) -> list[str]:
     for part in (_heads, _backbones, _machine, _finetuning, _data):
         _collect(part, config, lines, problems)
     if problems:
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise PipelineError(f"{len(problems)} {plural}; nothing was embedded or trained", problems)
+        raise PipelineError(f"{number_of(len(problems), 'problem')}; nothing was embedded or trained", problems)
     return [*lines, "the config is valid and the data can be used"]
 
 
@@ -50,8 +49,7 @@ def _heads(config: Config) -> list[str]:
     reasons = [reason for found in problems.values() for reason in found]
     if not able:
         raise PipelineError("heads", reasons)
-    plural = "head" if len(able) == 1 else "heads"
-    return [f"{len(able)} {plural}: {', '.join(able)}", *(f"left out: {reason}" for reason in reasons)]
+    return [f"{number_of(len(able), 'head')}: {', '.join(able)}", *(f"left out: {reason}" for reason in reasons)]
 
 
 def _backbones(config: Config) -> list[str]:
@@ -67,7 +65,7 @@ def _backbones(config: Config) -> list[str]:
     if problems:
         raise PipelineError("backbones", problems)
     return [
-        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(section.title for section in config.backbones)}",
+        f"{number_of(len(config.backbones), 'backbone')}: {', '.join(section.title for section in config.backbones)}",
         *dict.fromkeys(line for section in config.backbones for line in _not_here(section)),
     ]
 

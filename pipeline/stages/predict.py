@@ -24,7 +24,7 @@ from pipeline.data import REMARKS, Failure, Walk, passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, open_record
-from pipeline.errors import BundleError, ConfigError, DatasetError, first
+from pipeline.errors import BundleError, ConfigError, DatasetError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import Artifacts, to_cell
@@ -56,13 +56,13 @@ class PredictRun:
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
         total = sum(self.labels.values())
-        lines = [f"{total:,} images labelled by {self.bundle}"]
+        lines = [f"{number_of(total, 'image')} labelled by {self.bundle}"]
         lines += [
             f"  {label}: {count:,}"
             for label, count in sorted(self.labels.items(), key=lambda item: (-item[1], item[0]))
         ]
         if self.unreadable:
-            lines.append(f"{self.unreadable:,} images could not be read; their `status` says why")
+            lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
         lines += self.passed_over
         if self.untrained:
             lines.append("warning: this head's backbone is untrained (weights: random); it is a control, not for use")
@@ -149,7 +149,7 @@ def run(
     unreadable = done - labels.total()
     if unreadable == done:
         raise DatasetError(
-            f"none of the {done:,} images could be read; {output} says why of each", first(reasons, EXAMPLES)
+            f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
     return PredictRun(output, folder, labels, unreadable, passed_over, record.untrained)
 
