@@ -90,7 +90,7 @@ def _entering_last_layer(network: Network, pixels: NDArray[np.uint8], config: Co
 
 
 def put_head(network: nn.Module, layer: Layer) -> None:
-    """Replace the network's last linear layer by one with these weights and biases, which become float32.
+    """Replace the network's last linear layer by weights (width, dim) and biases (width,), float64; it becomes float32.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def put_head(network: nn.Module, layer: Layer) -> None:
 def starting_layer(
     config: Config, files: Artifacts, choice: Choice, store: FeatureStore, parts: Parts
 ) -> tuple[Layer, str]:
-    """Return the last layer to start from, and what it is in words.
+    """Return the last layer to start from, weights (width, dim) and biases (width,), float64, and what it is in words.
 
     The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
     seen the validation images, on which it would look better than it is.
@@ -152,7 +152,7 @@ def starting_layer(
 
 
 def _random_layer(width: int, dim: int, seed: int) -> Layer:
-    """Return the layer torch would start with: the control that starts from no head."""
+    """Return the layer torch would start with, (width, dim) and (width,), float64: the control that starts from no head."""
     bound, rng = dim**-0.5, np.random.default_rng(seed)
     return rng.uniform(-bound, bound, (width, dim)), rng.uniform(-bound, bound, width)
 
@@ -197,7 +197,8 @@ def _for_all_classes(layer: Layer, seen: NDArray[np.int64], width: int) -> Layer
 def fold(pipeline: Pipeline) -> Layer:
     """Write a fitted pipeline of scalers, PCA and a linear classifier as one layer on the raw features.
 
-    Its rows are in the order of `classes_`; two classes get two rows, -w/2 and w/2, whose softmax is the same probability.
+    Weights (n_classes, dim) and biases (n_classes,), float64, have the order of `classes_`; two classes get two rows, -w/2 and
+    w/2, whose softmax is the same probability.
 
     Raises
     ------

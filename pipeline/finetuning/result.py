@@ -145,7 +145,7 @@ def judge(
 ) -> dict[str, Any]:
     """Compare the fine-tuned network with stage two's best row, and with itself frozen, on the same test images.
 
-    said : what the network says of the test images, as the target encodes it, of shape (n_test,)
+    said : what the network says of the test images, as the target encodes it, int64 of shape (n_test,)
     """
     tuned = Predictions(parts.target.encode(parts.test), said, units=parts.test.fold_groups())
     images, found = counted(len(tuned), tuned.units, "test images"), {}

@@ -1,37 +1,23 @@
 """The report page of an experiment, its charts for papers, and several experiments side by side, all from saved artifacts.
 
-`build(output)` makes `report.html`, `plots/*.png` and `audit/*.csv`; matplotlib is imported only then. `refresh(output)`
-makes them where something they are made of has changed.
+Both functions take the output folder and return the page's path; both raise PipelineError where there is no leaderboard, or
+one of another version. matplotlib is imported only where something is drawn.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["build", "refresh"]
-
 
 def build(output: Path) -> Path:
-    """Build the report page of an experiment and return its path.
-
-    Raises
-    ------
-    PipelineError
-        When there is no leaderboard yet, or it is of another version.
-    """
+    """Make `report.html`, `plots/*.png` and `audit/*.csv`."""
     from pipeline.report.page import build as build_page
 
     return build_page(output)
 
 
 def refresh(output: Path) -> Path:
-    """Return the path of an experiment's report page, built again only where it or what it is made of has changed.
-
-    Raises
-    ------
-    PipelineError
-        When there is no leaderboard yet, or it is of another version.
-    """
+    """Make them where they, or what they are made of, have changed."""
     from pipeline.report.inputs import PAGE, is_current
 
     output = Path(output)
