@@ -290,6 +290,31 @@ def test_the_weights_are_a_backbone_like_any_other(experiment: Path, tuned: fine
     assert accuracy == tuned.result["test"]
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "head"),
+    [("timm:test_vit", {"img_size": 32, "patch_size": 8}, "head"), ("timm:test_efficientnet", {}, "classifier")],
+)
+def test_a_network_of_timm_comes_back_as_a_backbone_too(
+    tmp_path: Path, name: str, arguments: dict[str, int], head: str
+) -> None:
+    """Its features through the layer that was trained say what the fine-tuned network said of the test images."""
+    pytest.importorskip("timm")
+    write_pictures(tmp_path / "pictures", 48)
+    section = BackboneConfig(name=name, weights="random", arguments=arguments, preprocessing={"resize": 32, "crop": 32})
+    config = make_config(tmp_path, steps=4).model_copy(update={"backbones": (section,)})
+    extract(config)
+    train_heads.run(config)
+    made = finetune.run(config)
+    back = BackboneConfig(name=made.network, weights=str(made.weights))
+    live = backbone.load(back, ExtractionConfig(device="cpu", precision="fp32"), 0)
+    _, _, _, parts = opened(config)
+    (X,) = live.embed(read_pixels(config, parts.test, live.preprocessing))
+    weights = load_file(made.weights)
+    said = (X @ weights[f"{head}.weight"].numpy().T + weights[f"{head}.bias"].numpy()).argmax(axis=1)
+    assert (said == parts.target.encode(parts.test)).mean() == made.result["test"]
+    assert live.specs[0].trained_on is not None
+
+
 def test_the_weights_know_what_they_have_learned_from_and_what_chose_them(
     experiment: Path, tuned: finetune.FinetuneRun
 ) -> None:

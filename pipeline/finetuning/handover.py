@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.embed.families import family_of
 from pipeline.embed.precision import resolve_device
 from pipeline.embed.records import open_record
 from pipeline.embed.weights import Network, load_network
@@ -61,6 +62,8 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
     preprocessing = open_record(record, config.extraction.device)[0].preprocessing
     assert record.section is not None  # `choose` takes backbones only
     network = replace(load_network(record.section, record.seed), preprocessing=preprocessing)
+    module = family_of(network.architecture).with_classifier(network.module, parts.target.width)
+    network = replace(network, module=module)
     rows = parts.train.rows(np.arange(min(PROBES, len(parts.train))))
     stored = store.read(rows.digests)
     found = _entering_last_layer(network, read_pixels(config, rows, preprocessing), config)

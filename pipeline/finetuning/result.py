@@ -107,7 +107,7 @@ def describe(
 ) -> dict[str, Any]:
     """Return what a weights file says of itself: how to build its network, and where the weights come from.
 
-    `preprocessing` holds resize, crop, interpolation, mean and std; `lineage` is told where features of the same images may be
+    `preprocessing` has the keys of that section of a config; `lineage` is told where features of the same images may be
     cross-validated.
     """
     return {
