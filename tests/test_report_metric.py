@@ -113,8 +113,7 @@ def test_the_card_has_the_best_rows_test_score_in_the_score_that_was_tuned(pages
     board, page = pages[scoring]
     test = board.best.test
     assert test is not None
-    value = getattr(test, scoring)
-    low, high = test.interval if scoring == "accuracy" else getattr(test, f"{scoring}_interval")
+    value, (low, high) = test[scoring], test.intervals[scoring]
     said = (
         f"{value:.3f} {low:.3f} to {high:.3f}"
         if scoring == "log_loss"
@@ -135,17 +134,15 @@ def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
     p[np.arange(90), np.arange(90) % 3] += 0.5
     p /= p.sum(axis=1, keepdims=True)
     test = scores(Predictions(np.arange(90) % 3, p.argmax(axis=1), p), metric=metric)
-    assert test.tuned == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
-    low, high = test.tuned_interval
-    assert low < test.tuned < high
+    value, (low, high) = test["roc_auc"], test.intervals["roc_auc"]
+    assert value == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
+    assert low < value < high
     card = card_of(row("ridge", 0.9, test=test), "roc_auc")
-    assert card.startswith(
-        f"Its test ROC AUC {100 * test.tuned:.1f} % {100 * low:.1f} to {100 * high:.1f} 95 % interval; "
-    )
+    assert card.startswith(f"Its test ROC AUC {100 * value:.1f} % {100 * low:.1f} to {100 * high:.1f} 95 % interval; ")
 
 
 def test_without_probabilities_the_card_has_the_test_accuracy_and_says_so():
-    assert row("ridge", -0.3).test.log_loss is None
+    assert row("ridge", -0.3).test["log_loss"] is None
     card = card_of(row("ridge", -0.3), "log_loss")
     assert card.startswith("Its test accuracy 90.0 % ")
 
@@ -212,20 +209,22 @@ def test_worse_is_left_and_a_loss_that_is_worse_is_higher(scoring: str, tip: str
 
 @pytest.mark.parametrize("scoring", METRICS)
 def test_the_tuning_curve_is_in_the_unit_of_the_score_and_rises(scoring: str):
-    means = (-0.5, -0.3, -0.4) if scoring == "log_loss" else (0.5, 0.7, 0.6)
+    loss = METRICS[scoring].lower_is_better
+    means = (-0.5, -0.3, -0.4) if loss else (0.5, 0.7, 0.6)
     chart = tuning_chart({"knn": tuple({"mean": mean} for mean in means)}, scoring)
     title = NAMES.get(scoring, "accuracy")
-    best = {"accuracy": "70.0 %", "log_loss": "log loss 0.300"}.get(scoring, f"{title} 70.0 %")
+    numbers = {"log_loss": "0.300", "mae": "0.3", "rmse": "0.3", "r2": "0.700", "spearman": "0.700"}
+    best = "70.0 %" if scoring == "accuracy" else f"{title} {numbers.get(scoring, '70.0 %')}"
     assert f"knn: best {best} after 3 trials" in tips(to_svg(chart, "tuning"))
     drawn = chart(SCREEN)
     FigureCanvasAgg(drawn).draw()
     (axes,) = drawn.axes
-    assert axes.get_ylabel() == f"{title}, cross-validation{'' if scoring == 'log_loss' else ', %'}"
+    assert axes.get_ylabel() == f"{title}, cross-validation{'' if scoring in numbers else ', %'}"
     curve = axes.lines[0].get_ydata()
     assert curve[-1] > curve[0]
-    numbers = [float(tick.get_text().replace("−", "-")) for tick in axes.get_yticklabels()]
-    assert min(numbers) >= 0
-    assert numbers == sorted(numbers, reverse=scoring == "log_loss")
+    ticks = [float(tick.get_text().replace("−", "-")) for tick in axes.get_yticklabels()]
+    assert min(ticks) >= 0
+    assert ticks == sorted(ticks, reverse=loss)
 
 
 def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():

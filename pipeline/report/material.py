@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
-from pipeline.data.targets import Classification
 from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
@@ -83,7 +82,7 @@ class Material:
     @property
     def target(self) -> str:
         """The kind of the experiment's target, which sections serve or not."""
-        return str(self.leaderboard.provenance.get("target", {}).get("kind", Classification.kind))
+        return self.leaderboard.target.kind
 
     @property
     def best(self) -> HeadPredictions | None:
@@ -97,15 +96,15 @@ class Material:
 
     @cached_property
     def curve(self) -> LearningCurve | None:
-        """Accuracy by the number of labelled images; None without features, or where images are too few."""
-        return None if self.view is None else _curve(self.view)
+        """Accuracy by the number of labelled images; None without features, where images are too few or have no class each."""
+        return _curve(self.view) if self.view is not None and self.leaderboard.target.exclusive else None
 
     @cached_property
     def label_issues(self) -> audit.LabelIssues:
         """Labels that the best row with out-of-fold probabilities does not believe."""
         for row in self.leaderboard.rows:
             part = self.predictions[row.key].out_of_fold if row.key in self.predictions else None
-            if part is not None and part.probabilities is not None and part.y_true.ndim == 1:
+            if part is not None and part.probabilities is not None and part.target.exclusive:
                 paths = np.asarray(part.paths).tolist()
                 return audit.label_issues(part.probabilities, part.y_true, part.classes, paths)
         return audit.LabelIssues()

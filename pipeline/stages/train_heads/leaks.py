@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation import Predictions, audit
+from pipeline.evaluation import Metric, Predictions, audit
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.evaluation.leaderboard.judge import read_predictions
 from pipeline.evaluation.leaderboard.rows import Leaks
@@ -51,10 +51,12 @@ def find_leaks(
     ends = np.stack([pairs.first, pairs.second])
     tested, folded = (np.unique(ends[:, part]) for part in (across, parted))
     tested = tested[in_test[tested]]
-    predictions = read_predictions(leaderboard, files.root)
-    without = {key: _accuracies(found.test, paths[tested])[1] for key, found in predictions.items()}
+    predictions, metric = read_predictions(leaderboard, files.root), leaderboard.told_by
+    without = {key: _with_and_without(metric, found.test, paths[tested])[1] for key, found in predictions.items()}
     judged = {
-        key: _accuracies(found.out_of_fold, paths[folded]) for key, found in predictions.items() if found.out_of_fold
+        key: _with_and_without(metric, found.out_of_fold, paths[folded])
+        for key, found in predictions.items()
+        if found.out_of_fold
     }
     leaks = Leaks(
         embedding,
@@ -69,7 +71,7 @@ def find_leaks(
     return leaks, findings
 
 
-def _accuracies(part: Predictions, leaking: NDArray[np.str_]) -> tuple[float, float]:
-    """Return the accuracy on all images and on those that do not leak, paths of shape (m,); NaN where there are none."""
-    clean = part.correct[~np.isin(np.asarray(part.paths).astype(str), leaking)]
-    return float(part.correct.mean()), float(clean.mean()) if len(clean) else float("nan")
+def _with_and_without(metric: Metric, part: Predictions, leaking: NDArray[np.str_]) -> tuple[float, float]:
+    """Return the score on all images and on those that do not leak, paths of shape (m,); NaN where there are none."""
+    clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), leaking))
+    return metric.score(part), metric.score(clean) if len(clean) else float("nan")
