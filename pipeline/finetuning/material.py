@@ -69,6 +69,11 @@ def choose(config: Config, files: Artifacts) -> Choice:
         When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it, or its target
         is of a kind that cannot be fine-tuned.
     """
+    if each := files.each_target():
+        folder = next(iter(each.values()))
+        raise TrainingError(
+            f"finetune: a network is trained for one target, the experiment has {len(each)}; give the config of one, such as {folder / 'config.yaml'}"
+        )
     records = {record.name: record for record in read_asked_records(files.features, config)}
     board = read_leaderboard(files.root)
     objective_for(board.target.kind)
@@ -150,7 +155,7 @@ def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineag
             raise TrainingError(
                 f"there are no {name} images with features; fine-tuning needs some to learn, choose and judge"
             )
-    return Parts(targets.choose(usable, config.dataset.target), learned, validation, test)
+    return Parts(targets.choose(usable, *config.dataset.kinds), learned, validation, test)
 
 
 def read_pixels(

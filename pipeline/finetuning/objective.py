@@ -41,8 +41,13 @@ class Objective:
 def objective_for(kind: str) -> Objective:
     """Return the objective of a kind of target; TrainingError where fine-tuning does not serve it."""
     if kind not in OBJECTIVES:
-        raise TrainingError(f"finetune serves {' and '.join(OBJECTIVES)}, and the target is {kind}")
+        raise TrainingError(refusal(kind))
     return OBJECTIVES[kind]
+
+
+def refusal(kind: str) -> str:
+    """Return what is said of a kind of target that is not served."""
+    return f"finetune serves {' and '.join(OBJECTIVES)}, and the target is {kind}"
 
 
 def _mixed_classes(images: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> tuple[Tensor, Tensor]:
