@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from statistics_cases import interval_coverage, permuted_numbers, regressed
 from test_targets import index_of
 
 from pipeline import config as configuration
+from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex
 from pipeline.data.numbers import Regression
@@ -139,8 +141,9 @@ def test_scores_are_scikit_learns(tmp_path: Path) -> None:
     assert METRICS["spearman"].score(Predictions(y, 0 * y, target=said.target)) == 0
     assert [metric.name for metric in metrics_for(said.target)] == ["r2", "spearman", "mae", "rmse"]
     assert metrics_for(Regression())[0].name == "mae"
-    assert METRICS["mae"].text(-0.00123456) == "0.001235"
-    assert METRICS["mae"].text(-123456.7) == "1.235e+05"
+    assert METRICS["mae"].text(-12.0) == "12.0"
+    assert METRICS["mae"].text(-0.00123456) == "0.00123"
+    assert METRICS["mae"].text(-123456.7) == "123,457"
     assert margin(METRICS["mae"], -200.0, 50) == pytest.approx(10.0)
 
 
@@ -273,3 +276,20 @@ def test_numbers_that_nobody_called_so_are_asked_about(experiment: tuple[Config,
     with pytest.raises(PipelineError) as caught:
         check.run(config)
     assert "is this a number to predict? Then set dataset.target: regression." in " ".join(caught.value.problems)
+
+
+def test_the_report_shows_predicted_beside_true_and_the_furthest_off(experiment: tuple[Config, Leaderboard]) -> None:
+    config, board = experiment
+    output = Path(config.output)
+    page = report.build(output).read_text(encoding="utf-8")
+    said = HeadPredictions.read(output / str(board.best.bundle) / "predictions.npz").test
+    off = np.abs(said.y_pred - said.y_true)
+    assert page.index(f"is {said.y_true[off.argmax()]:.4g}") > page.index("Furthest off")
+    inside = said.target.inside(said.y_true, said.y_pred)
+    assert f"{100 * inside.mean():.1f}" in page[page.index("Half width") :]
+    assert (output / "plots" / "predicted-0.png").is_file()
+    assert (output / "plots" / "residuals-0.png").is_file()
+    text = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", page)
+    assert not re.search(r"accuracy|Confusion|\bclasses\b|F1", text), re.findall(
+        r".{40}(?:accuracy|Confusion|\bclasses\b|F1).{40}", text
+    )
