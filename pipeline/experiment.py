@@ -68,6 +68,8 @@ class Artifacts:
         self.few_shot = self.root / "fewshot.json"
         self.layers = self.root / "layers.json"
         """Which layers of its networks hold the signal, where several are embedded."""
+        self.audit = self.root / "audit.json"
+        """Near-duplicates and outliers that stage two came upon."""
         self.finetuned = self.root / "finetuned"
         """One folder per fine-tuning."""
         self.targets = self.root / "targets.json"
@@ -202,6 +204,7 @@ INDEX = Kind(
     older=(1,),
 )
 LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
+AUDIT = Kind("manyheads audit", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 BUNDLE = Kind(
     "manyheads bundle",
     1,

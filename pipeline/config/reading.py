@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.config.retired import without_retired
 from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess
 from pipeline.config.yaml12 import parse_yaml, read_yaml
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, number_of
 from pipeline.io.imports import look_in
 
 LONGEST_SHOWN = 200
@@ -50,7 +50,9 @@ def load(
             raise ConfigError(
                 f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
             )
-    if any(":" in name for name in [*(head.name for head in config.heads), *(each.name for each in config.backbones)]):
+    if any(
+        ":" in name for name in [*(head.name for head in config.heads or ()), *(each.name for each in config.backbones)]
+    ):
         look_in(path.parent)
     return config
 
@@ -69,7 +71,7 @@ def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Co
     except ValidationError as error:
         problems = _problems(error) + problems
     if problems:
-        raise ConfigError(f"{origin}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}", problems)
+        raise ConfigError(f"{origin}: {number_of(len(problems), 'problem')}", problems)
     return config
 
 

@@ -78,8 +78,10 @@ def serving(configs: Sequence[HeadConfig], kind: str) -> tuple[HeadConfig, ...]:
     return tuple(filter(serves, configs))
 
 
-def resolve_all(configs: Sequence[HeadConfig], kind: str = "classification") -> tuple[Head, ...]:
-    """Resolve every head of a config for a kind of target; a `HeadError` lists the problems of all of them."""
+def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classification") -> tuple[Head, ...]:
+    """Resolve every head of a config for a kind of target, None being all; a `HeadError` lists the problems of all of them."""
+    if configs is None:
+        return tuple(TABLES[kind].heads.values())
     heads: list[Head] = []
     problems: list[str] = []
     for config in configs:
