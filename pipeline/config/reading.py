@@ -45,7 +45,7 @@ def load(path: Path, overrides: Sequence[str] = (), names: Names | None = None) 
             raise ConfigError(
                 f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
             )
-    if any(":" in head.name for head in config.heads):
+    if any(":" in head.name for head in config.heads or ()):
         look_in(path.parent)
     return config
 

@@ -396,7 +396,8 @@ class Config(Section):
     licenses: Literal["any", "permissive"] = "any"
     """Which licences weights may have; of `permissive` ones it must be known that anyone may use, change and sell them."""
     extraction: ExtractionConfig = ExtractionConfig()
-    heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY]
+    heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY] | None = None
+    """The heads to tune; None: all of the table that serve the target."""
     tuning: TuningConfig = TuningConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
@@ -430,7 +431,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Config:
-        names = [head.name for head in self.heads]
+        names = [head.name for head in self.heads or ()]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"heads: named more than once: {', '.join(twice)}")

@@ -103,7 +103,10 @@ class Regression:
         y = target._flat(target.encode(index))
         ends = np.linspace(target.low, target.high, QUARTERS + 1)
         place = (ends[1:-1, None] <= y).sum(axis=0)
-        words = [[f"{low:.4g} to {high:.4g}" for low, high in pairwise(column)] for column in ends.T]
+        words = [
+            [f"quarter {k}: {low:.4g} to {high:.4g}" for k, (low, high) in enumerate(pairwise(column), 1)]
+            for column in ends.T
+        ]
         texts = [" and ".join(words[k][row[k]] for k in range(target.width)) for row in place]
         return replace(index, labels=np.array(texts, dtype=object), names=("label",))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from shlex import quote
+from typing import Any
 
 from pipeline import report
 from pipeline.config import Config, dump_yaml
@@ -26,11 +27,12 @@ from pipeline.io.files import remove, write_text_atomic
 def experiments(config: Config) -> dict[str, Config]:
     """Return the config of each target's experiment by its name; nothing where the data set has one target.
 
-    Of the heads and the score each has those that serve its kind; where the score does not, the usual one.
+    Of the heads and the score each has those that serve its kind; where none does, all heads, and the usual score.
     """
     data, found = config.dataset, {}
     for name, kind in zip(data.label_columns, data.kinds, strict=False) if len(data.kinds) > 1 else ():
-        files, section = Artifacts(config.output, config.store), {"label_columns": (name,), "target": kind}
+        files = Artifacts(config.output, config.store)
+        section: dict[str, Any] = {"label_columns": (name,), "target": kind}
         if kind != "multilabel":
             section["label_separator"] = None
         scoring, kind = config.tuning.scoring, kind_of(kind)
@@ -40,7 +42,7 @@ def experiments(config: Config) -> dict[str, Config]:
             "output": str(files.target(name)),
             "store": str(files.stores),
             "dataset": data.model_copy(update=section),
-            "heads": serving(config.heads, kind) or config.heads,
+            "heads": serving(config.heads, kind),
             "tuning": config.tuning.model_copy(update={"scoring": scoring}),
         }
         found[name] = config.model_copy(update=changed)

@@ -24,6 +24,7 @@ from typing import Any
 from pipeline import heads as head_table
 from pipeline.config import Config, dump_yaml
 from pipeline.data import DatasetIndex
+from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation import metric_of
@@ -131,7 +132,9 @@ def _embeddings(
         for record in records:
             if record.kind == kind:
                 yield Embedding(chosen, unseen_task(task, record, config), tuning, record, stores[record.name])
-    if config.baselines is None or task.target.constant in config.baselines:
+    if config.baselines is None or not CONSTANT_GUESSES.isdisjoint(
+        config.baselines
+    ):  # it has another name for each target
         once = tuning.model_copy(update={"trials": 1, "seconds": None, "pca": None, "whiten": False})
         yield Embedding((table.guess(task.y_train, task.target.width),), task, once)
 
