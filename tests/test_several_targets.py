@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
 from photos import make_photos
@@ -16,11 +18,11 @@ from pipeline.cli import cli
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, scan
 from pipeline.embed import loader
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoreError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.images import open_file
-from pipeline.stages import extract, predict, targets
+from pipeline.stages import extract, maintenance, predict, targets
 
 SPECIES, SIZE = "species", "size/../x"
 """The name of a column may hold what no folder may be called."""
@@ -129,6 +131,27 @@ def test_one_predict_fills_all_columns_and_reads_each_image_once(
         assert result.labels[name] == alone.labels[""]
     assert result.unreadable == 1
     assert [row[2:] for row in rows if row[1] != "ok"] == [[""] * 8]
+
+
+def test_the_stores_commands_know_of_all_targets(several: tuple[Config, str], tmp_path: Path) -> None:
+    config = several[0]
+    files = Artifacts(config.output)
+    assert maintenance.status(config)[0] == "36 images with 2 labels each, 36 distinct contents that decode"
+    maintenance.export(config, tmp_path / "all.parquet", embedding="pixels")
+    table = pyarrow.parquet.read_table(tmp_path / "all.parquet")
+    assert table.column(f"labels_{SIZE}").to_pylist() == DatasetIndex.read(files.dataset).column(SIZE).tolist()
+    with pytest.raises(
+        StoreError, match=r"a packed file has room for one column of labels; give the config\.yaml of one"
+    ):
+        maintenance.pack(config, tmp_path / "all.h5", embedding="pixels")
+    copy = shutil.copytree(files.root, tmp_path / "output")
+    moved = config.model_copy(update={"output": str(copy), "store": str(files.stores)})
+    assert maintenance.verify_files(moved)[0]
+    damaged = Artifacts(copy).target(SPECIES) / "leaderboard.json"
+    damaged.write_text(damaged.read_text(encoding="utf-8").replace("ridge", "rigde"), encoding="utf-8")
+    ok, lines = maintenance.verify_files(moved)
+    assert not ok
+    assert [line for line in lines if str(damaged) in line and "is damaged" in line]
 
 
 def test_one_column_leaves_no_list_of_targets(tmp_path: Path) -> None:
