@@ -187,13 +187,17 @@ def _in_words(index: DatasetIndex, kind: str) -> str:
     return TARGETS[kind_of(kind)].in_words(index.rows(index.has_labels(kind)))
 
 
+def described(index: DatasetIndex, kinds: Sequence[str]) -> str:
+    """Say how many images there are, and what is known of them, such as `1,797 images in 10 classes`."""
+    labels = f"with {len(kinds)} labels each" if len(kinds) > 1 else _in_words(index, kinds[0])
+    return f"{len(index):,} images {labels}"
+
+
 def _headline(index: DatasetIndex, kinds: Sequence[str]) -> str:
     codes, names = encode(index.splits)
     counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
-    if len(kinds) > 1:
-        return f"{len(index):,} images with {len(kinds)} labels each: {parts}"
-    return f"{len(index):,} images {_in_words(index, kinds[0])}: {parts}"
+    return f"{described(index, kinds)}: {parts}"
 
 
 def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -22,7 +22,7 @@ class Features(NamedTuple):
     X: StoredRows
     """Vectors, float32 of shape (n, dim), read and checked where they are indexed; scikit-learn takes it as it is."""
     y: NDArray[np.object_]
-    """Labels, shape (n,), `str`."""
+    """Labels, `str`, shape (n,), or (n, k) of k columns."""
     paths: NDArray[np.object_]
     """Relative to the data set's root, with '/'; shape (n,)."""
     groups: NDArray[np.object_] | None
@@ -49,7 +49,8 @@ def load(path: str | Path, split: str | None = None, embedding: str | None = Non
     columns, splits = images.columns, images.columns.get("splits")
     if splits is None and split is not None:
         raise StoreError(f"{path}: was packed without splits; leave out `split`")
-    if "labels" not in columns:
+    labels = [values for name, values in columns.items() if name.startswith("labels")]
+    if not labels:
         raise StoreError(f"{path}: was packed without labels; pack an experiment with 'manyheads store pack'")
     chosen = np.ones(len(images.digests), bool)
     if splits is not None:
@@ -60,7 +61,8 @@ def load(path: str | Path, split: str | None = None, embedding: str | None = Non
         raise StoreError(f"{path}: has no images of split {split!r}; there are {found}")
     paths = columns.get("paths", np.full(len(chosen), "", dtype=object))
     groups = columns["groups"][rows] if "groups" in columns else None
-    return Features(StoredRows.of(opened, images.digests[rows]), columns["labels"][rows], paths[rows], groups)
+    y = labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
+    return Features(StoredRows.of(opened, images.digests[rows]), y[rows], paths[rows], groups)
 
 
 def open_images(
@@ -80,7 +82,9 @@ def open_images(
     embedders.require_index(source.features, index.fingerprint())
     opened = FeatureStore.open(source.find_store(record.store), record.fingerprint)
     index = index.rows(~opened.missing(index.digests))
-    columns = {"paths": index.paths, "labels": index.labels, "splits": index.splits}
+    several = len(index.names) > 1
+    labels = {f"labels_{name}" if several else "labels": index.column(name) for name in index.names}
+    columns = {"paths": index.paths, **labels, "splits": index.splits}
     if index.groups is not None:
         columns["groups"] = index.groups
     return ImageTable(index.digests, columns), opened

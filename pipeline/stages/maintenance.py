@@ -28,6 +28,7 @@ from pipeline.experiment import (
     FINETUNING,
     REPORT,
     SPECS,
+    TARGETS,
     TRIALS,
     USER,
     Artifacts,
@@ -137,8 +138,7 @@ def status(config: Config) -> list[str]:
     live = here.index.digests[~np.isin(digest_keys(here.index.digests), digest_keys(failed))]
     contents = len(np.unique(live, axis=0))
     lines.insert(
-        0,
-        f"{len(here.index):,} images in {len(here.index.classes)} classes, {contents:,} distinct contents that decode",
+        0, f"{dataset.described(here.index, config.dataset.kinds)}, {contents:,} distinct contents that decode"
     )
     if len(failed):
         lines.append(
@@ -250,7 +250,7 @@ def verify_files(config: Config) -> tuple[bool, list[str]]:
     """Check the digest of every file beside the stores; return whether nothing is wrong, and the outcome in plain lines."""
     files = Artifacts(config.output, config.store)
     problems, count = [], 0
-    for check in _file_checks(files):
+    for check in (check for each in _with_targets(files) for check in _file_checks(each)):
         count += 1
         try:
             check()
@@ -259,6 +259,14 @@ def verify_files(config: Config) -> tuple[bool, list[str]]:
     found = "ok" if not problems else "DAMAGED"
     lines = [f"other files: {found}; {count:,} documents, journals and files of weights"]
     return not problems, lines + [f"  {problem}" for problem in problems]
+
+
+def _with_targets(files: Artifacts) -> list[Artifacts]:
+    """The experiment and, of several targets, that of each."""
+    try:
+        return [files, *(Artifacts(folder, files.stores) for folder in files.each_target().values())]
+    except PipelineError:  # which a check of the file tells
+        return [files]
 
 
 def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
@@ -308,6 +316,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     (f"dataset/{CACHE_FILE}", lambda path: _checked(path, parse_arrays, "delete it, and every image is read again")),
     (f"dataset/{HASH_STORE}", _check_store),
     ("specs.json", lambda path: _whole(path, SPECS)),
+    ("targets.json", lambda path: _whole(path, TARGETS)),
     ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
     ("audit.json", read_findings),
     ("report.json", lambda path: _whole(path, REPORT)),
@@ -415,6 +424,11 @@ def _collect(path: Path, name: str, live: Digests) -> str:
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
     """Write one embedding with its paths, labels, splits and groups into a single HDF5 file."""
     images, opened = open_images(Artifacts(config.output, config.store), embedding, "--embedding")
+    if "labels" not in images.columns:
+        raise StoreError(
+            f"{output}: a packed file has room for one column of labels; give the config.yaml of one target, in the folder "
+            "targets of the output, or export to .parquet"
+        )
     packed = share.pack(opened, output, images.digests, images.columns, anonymous)
     size = _size(maintain.disk_bytes(output))
     return (

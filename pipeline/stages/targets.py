@@ -27,7 +27,7 @@ from pipeline.io.files import remove, write_text_atomic
 def experiments(config: Config) -> dict[str, Config]:
     """Return the config of each target's experiment by its name; nothing where the data set has one target.
 
-    Of the heads and the score each has those that serve its kind; where the score does not, the usual one.
+    Of the heads and the score each has those that serve its kind; where none does, all heads, and the usual score.
     """
     data, found = config.dataset, {}
     for name, kind in zip(data.label_columns, data.kinds, strict=False) if len(data.kinds) > 1 else ():
@@ -42,7 +42,7 @@ def experiments(config: Config) -> dict[str, Config]:
             "output": str(files.target(name)),
             "store": str(files.stores),
             "dataset": data.model_copy(update=section),
-            "heads": serving(config.heads, kind) or config.heads,
+            "heads": serving(config.heads, kind),
             "tuning": config.tuning.model_copy(update={"scoring": scoring}),
         }
         found[name] = config.model_copy(update=changed)
