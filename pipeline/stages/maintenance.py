@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import data as dataset
 from pipeline.config import Config
-from pipeline.data import DatasetIndex, failed_digests
+from pipeline.data import DatasetIndex, failed_digests, read_failures
 from pipeline.data.match import Texts
+from pipeline.data.scan import scan
+from pipeline.data.sources import needs_download
 from pipeline.data.statcache import CACHE_FILE
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
@@ -167,10 +168,10 @@ def status(config: Config) -> list[str]:
 def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
     """The experiment with the images that there are now, and what is different from the last run of stage one."""
     config = before.config
-    if dataset.needs_download(config.dataset):
+    if needs_download(config.dataset):
         return before, ["the images are not looked at, because that means a download"]
     try:
-        found = dataset.scan(config.dataset, config.seed, before.files.dataset, write=False)
+        found = scan(config.dataset, config.seed, before.files.dataset, write=False)
     except PipelineError as error:
         return before, [
             f"warning: the images cannot be used as they are now: {line}" for line in str(error).splitlines()[:1]
@@ -263,7 +264,7 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     """One call for each file: its reader, which raises what is wrong."""
     yield lambda: read_records(files.features)
     yield lambda: require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    yield lambda: dataset.read_failures(files.dataset)
+    yield lambda: read_failures(files.dataset)
     for folder, pattern, check in (
         *((files.stores, *row) for row in _SHARED_FILES),
         *((files.root, *row) for row in _FILES),
