@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.io import files
 from pipeline.io.digests import fingerprint
 from pipeline.store import FeatureStore, StoredRows
-from pipeline.store.compaction import publish
+from pipeline.store.commits import publish
 from pipeline.store.format import StoreType
 from pipeline.store.maintain import verify
 from pipeline.store.reader import newest_snapshot
