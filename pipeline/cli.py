@@ -80,14 +80,14 @@ def check(config: Config) -> Iterable[str]:
     return stage.run(config)
 
 
-def features(config: Config, plan: bool, why: bool, rehash: bool) -> Iterable[str]:
+def features(config: Config, plan: bool, rehash: bool) -> Iterable[str]:
     """Stage one: embed the images that the feature stores do not have yet.
 
     Example: manyheads features configs/folder.yaml --plan
     """
     from pipeline.stages import extract
 
-    return extract.run(config, plan=plan, rehash=rehash).summary_lines(why=why)
+    return extract.run(config, plan=plan, rehash=rehash).summary_lines()
 
 
 def heads(config: Config) -> Iterable[str]:
@@ -325,7 +325,6 @@ COMMANDS = (
         features,
         *EXPERIMENT,
         _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
-        _option("--why", is_flag=True, help="With --plan: say for every missing image why it is missing."),
         _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
     ),
     _command(heads, *EXPERIMENT),

@@ -17,7 +17,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
@@ -55,7 +55,6 @@ class Artifacts:
         self.root = Path(output)
         self.stores = self.root.parent / STORES if store is None else Path(store)
         """The feature stores, which all experiments around share."""
-        self._stores_are_told = store is not None
         self.config = self.root / "config.yaml"
         self.dataset = self.root / "dataset"
         """index.csv, failures.csv and the stat cache."""
@@ -82,10 +81,9 @@ class Artifacts:
 
     def find_stores(self, name: str) -> list[Path]:
         """Every place that has a store of a name, the best first: the experiment may have been moved, or be of release 0.1."""
-        after = [self.stores, *self.stores_before()]
-        folders = after if self._stores_are_told else [*self._stores_of_the_last_run(), *after]
-        places = [self.root / name, *(folder / Path(name).name for folder in folders)]
-        return [place for place in dict.fromkeys(places) if os.path.exists(place)]
+        folders = (*self._stores_of_the_last_run(), self.stores, self.root / STORES, self.dataset)
+        places = dict.fromkeys([self.root / name, *(folder / Path(name).name for folder in folders)])
+        return [place for place in places if os.path.exists(place)]
 
     def stores_before(self) -> list[Path]:
         """Folders elsewhere that may have its stores: those of its last run, and its own of release 0.1."""
@@ -277,9 +275,9 @@ def _is_whole(document: Mapping[str, Any]) -> bool:
     return bool(document.get(DIGEST) == fingerprint(content))
 
 
-def _bytes_of(path: Path, kind: Kind) -> bytes:
+def _bytes_of(path: Path, kind: Kind, most: int | None = MOST_JSON) -> bytes:
     try:
-        return read_file(path, MOST_JSON)
+        return read_file(path, most)
     except (FileNotFoundError, NotADirectoryError):
         raise kind.error(f"{path}: missing; {kind.missing}") from None
     except OSError as error:
@@ -406,20 +404,10 @@ def bundle_file(folder: Path, name: str) -> bytes:
     path = folder / "bundle.json"
     document = read_document(path, BUNDLE) if os.path.lexists(path) else {}
     digests = document.get("digests", {document.get("file"): document.get("file_digest")})
-    return _named_file(folder / name, digests.get(name) if isinstance(digests, dict) else None, BUNDLE)
-
-
-def _named_file(path: Path, digest: str | None, kind: Kind) -> bytes:
-    try:
-        data = read_file(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise kind.error(f"{path}: is missing; {kind.again}") from None
-    except OSError as error:
-        if error.errno not in NOT_ORDINARY:
-            raise
-        raise kind.error(f"{path}: cannot be read ({error.strerror}); {kind.again}") from None
+    digest = digests.get(name) if isinstance(digests, dict) else None
+    data = _bytes_of(folder / name, replace(BUNDLE, missing=BUNDLE.again), None)
     if digest is not None and bytes_digest(data) != digest:
-        raise kind.damaged(path, "its digest is not the one in bundle.json")
+        raise BUNDLE.damaged(folder / name, "its digest is not the one in bundle.json")
     return data
 
 
@@ -447,20 +435,20 @@ def parse_arrays(data: bytes) -> dict[str, NDArray[Any]]:
         raise ValueError(first_line(error)) from None
 
 
-SEAL = b"MHDIGEST"
+DIGEST_MARK = b"MHDIGEST"
 
 
-def sealed(data: bytes) -> bytes:
+def with_digest(data: bytes) -> bytes:
     """Return bytes with their digest behind them, for a file that no document names."""
-    return data + SEAL + bytes.fromhex(bytes_digest(data))
+    return data + DIGEST_MARK + bytes.fromhex(bytes_digest(data))
 
 
-def unsealed(data: bytes) -> bytes:
-    """Return what `sealed` was given; bytes of release 0.1, which have no digest, as they are. ValueError for damage."""
-    body, seal = data[: -32 - len(SEAL)], data[-32 - len(SEAL) :]
-    if seal[: len(SEAL)] != SEAL:
+def without_digest(data: bytes) -> bytes:
+    """Return what `with_digest` was given; bytes of release 0.1, which have no digest, as they are. ValueError for damage."""
+    body = data[:-40]
+    if data[-40:-32] != DIGEST_MARK:
         return data
-    if bytes_digest(body) != seal[len(SEAL) :].hex():
+    if data != with_digest(body):
         raise ValueError("its digest is not that of its content")
     return body
 

@@ -63,7 +63,7 @@ def answers(config: Config) -> Iterator[tuple[str, Callable[[], Any]]]:
     files = Artifacts(config.output)
     yield "heads", lambda: _heads(config, files)
     yield "load", lambda: [bytes_digest(np.asarray(part).tobytes()) for part in _loaded(files)]
-    yield "gc", lambda: sorted(digests_to_hex(maintenance.Experiment.open_as_made(config).index.digests))
+    yield "gc", lambda: _kept(config)
     yield "leaderboard", lambda: read_leaderboard(files.root).to_json()
     yield "judge", lambda: judge(read_leaderboard(files.root), files.root).to_json()
     yield "trials", lambda: read_trials(read_leaderboard(files.root), files.root)
@@ -76,6 +76,13 @@ def answers(config: Config) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield "finetune", lambda path=path: read_document(path, FINETUNING)
         if path.suffix == ".safetensors":
             yield "weights", lambda path=path: _weights(path)
+
+
+def _kept(config: Config) -> list[str]:
+    """What `gc` would keep."""
+    here = maintenance.Experiment.open(config)
+    embedders.require_index(here.files.features, here.index.fingerprint())
+    return sorted(digests_to_hex(here.index.digests))
 
 
 def _heads(config: Config, files: Artifacts) -> Any:

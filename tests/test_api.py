@@ -18,7 +18,9 @@ from pipeline.embed import records as embedders
 from pipeline.errors import StoreError
 from pipeline.experiment import Artifacts
 from pipeline.stages import maintenance, train_heads
-from pipeline.store import FeatureStore, StoreWriter, pack
+from pipeline.store import FeatureStore
+from pipeline.store.share import pack
+from pipeline.store.writer import StoreWriter
 
 BACKBONE = "resnet18-random-penultimate"
 
@@ -72,7 +74,7 @@ def test_rows_are_indexed_as_numpy_does(place: Path, experiment: Config) -> None
 
 def test_in_a_notebook_it_is_one_line(place: Path) -> None:
     loaded = pipeline.load(place)
-    assert repr(loaded) == "Features(X: Vectors of shape (36, 512), float32, on disk, y: 3 classes, paths)"
+    assert repr(loaded) == "Features(X: StoredRows of shape (36, 512), float32, on disk, y: 3 classes, paths)"
     grouped = loaded._replace(groups=np.array(["a", "b"] * 18, dtype=object))
     assert repr(grouped).endswith("y: 3 classes, paths, 2 groups)")
 
@@ -97,7 +99,7 @@ def test_a_pack_of_contents_alone_has_no_labels(tmp_path: Path) -> None:
     digests = np.arange(8, dtype=np.uint64).reshape(4, 2)
     with StoreWriter.open(tmp_path / "s", {"a": 1}, 3) as writer:
         writer.append(digests, np.ones((4, 3), np.float32))
-    pack(tmp_path / "s", tmp_path / "p.h5")
+    pack(FeatureStore.open(tmp_path / "s"), tmp_path / "p.h5")
     with pytest.raises(StoreError, match="was packed without labels"):
         pipeline.load(tmp_path / "p.h5")
     with pytest.raises(StoreError, match="was packed without splits"):
@@ -110,7 +112,7 @@ def test_a_table_of_ten_rows_has_groups(tmp_path: Path) -> None:
     with StoreWriter.open(tmp_path / "s", {"a": 1}, 3) as writer:
         writer.append(digests, features)
     columns = {"labels": list("aabbaabbaa"), "splits": ["train", "test"] * 5, "groups": list("0123456789")}
-    pack(tmp_path / "s", tmp_path / "p.h5", digests, columns)
+    pack(FeatureStore.open(tmp_path / "s"), tmp_path / "p.h5", digests, columns)
     X, y, paths, groups = pipeline.load(tmp_path / "p.h5", "test")
     assert np.array_equal(np.asarray(X), features[1::2])
     assert y.tolist() == ["a", "b", "a", "b", "a"]

@@ -350,12 +350,12 @@ def test_folding_the_batch_norms_changes_next_to_nothing(small: backbone.Backbon
     assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in small._module.modules())
 
 
-def test_the_canary_is_the_vectors_of_the_probe_images(small: backbone.Backbone) -> None:
+def test_probe_is_the_vectors_of_the_probe_images(small: backbone.Backbone) -> None:
     probes = probe_images((32, 32))
     assert probes.shape == (4, 32, 32, 3)
     assert probes.dtype == np.uint8
     assert [int(probe.astype(np.int64).sum()) for probe in probes] == [291904, 113344, 228864, 389618]
-    np.testing.assert_array_equal(small.canary[0], small.embed(probes)[0])
+    np.testing.assert_array_equal(small.probe[0], small.embed(probes)[0])
 
 
 # ---- identity

@@ -53,7 +53,7 @@ def test_a_vector_depends_on_its_image_alone(name: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, height, width, 3), dtype=np.uint8)
     (together,) = made.embed(pixels)
     np.testing.assert_array_equal(np.concatenate([made.embed(pixels[i : i + 1])[0] for i in range(5)]), together)
-    assert made.canary[0].shape == (4, made.specs[0].dim)
+    assert made.probe[0].shape == (4, made.specs[0].dim)
 
 
 def test_the_two_have_identities_of_their_own() -> None:
@@ -64,7 +64,7 @@ def test_the_two_have_identities_of_their_own() -> None:
 
 
 def test_baselines_need_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from pipeline.embed import baselines; baselines.load('hog').canary"
+    code = "import sys; sys.modules['torch'] = None; from pipeline.embed import baselines; baselines.load('hog').probe"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

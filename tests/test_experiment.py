@@ -167,13 +167,13 @@ def test_an_archive_that_inflates_beyond_reason_is_refused() -> None:
         experiment.parse_arrays(sink.getvalue())
 
 
-def test_a_sealed_file_tells_each_flipped_bit_of_its_content() -> None:
-    data = experiment.sealed(b"weights")
-    assert experiment.unsealed(data) == b"weights"
-    assert experiment.unsealed(b"of release 0.1") == b"of release 0.1"
+def test_a_file_with_its_digest_tells_each_flipped_bit_of_its_content() -> None:
+    data = experiment.with_digest(b"weights")
+    assert experiment.without_digest(data) == b"weights"
+    assert experiment.without_digest(b"of release 0.1") == b"of release 0.1"
     for place in range(7):
         with pytest.raises(ValueError, match="its digest is not that of its content"):
-            experiment.unsealed(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            experiment.without_digest(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+a", "-2+3", "@A1", "\tx", "'x", "''", "plain", "-1", "+1.5e-3", "", "5"])

@@ -21,7 +21,8 @@ from sklearn.pipeline import Pipeline
 
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
-from pipeline.data import DatasetIndex, lineage, scan
+from pipeline.data import DatasetIndex, lineage
+from pipeline.data.scan import scan
 from pipeline.embed import backbone
 from pipeline.embed.families import build
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
@@ -38,7 +39,8 @@ from pipeline.finetuning.result import describe, judge, lines, verdict, write_we
 from pipeline.finetuning.trainer import predict_logits
 from pipeline.heads.tuning import Projections
 from pipeline.stages import finetune, train_heads
-from pipeline.store import FeatureStore, StoreWriter
+from pipeline.store import FeatureStore
+from pipeline.store.writer import StoreWriter
 
 ARCHITECTURE = "torchvision.models.regnet.RegNet"
 ARGUMENTS = {

@@ -23,7 +23,8 @@ from pipeline.errors import StoreError
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import fingerprint
 from pipeline.stages import extract as extract_features
-from pipeline.store import FeatureStore, StoreWriter
+from pipeline.store import FeatureStore
+from pipeline.store.writer import StoreWriter
 
 NAME = "squeezenet1_1"
 
@@ -146,7 +147,7 @@ def test_one_flipped_bit_of_one_weight_is_another_network(copied: Config, networ
     with pytest.raises(StoreError, match="made differently than asked for") as caught:
         FeatureStore.open(old, identity=json.loads(json.dumps(target.spec.identity())))
     assert [line.partition(":")[0] for line in caught.value.problems] == ["weights"]
-    with pytest.raises(StoreError, match="made differently than asked for: identity "):
+    with pytest.raises(StoreError, match="identity "):
         FeatureStore.open(old, target.spec.fingerprint())
     result = extract_features.run(flipped)
     assert result.work is not None

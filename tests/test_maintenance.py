@@ -163,7 +163,7 @@ def test_a_vector_that_is_not_the_images_is_found_by_the_sample(copy: Config) ->
     index = DatasetIndex.read(Artifacts(copy.output).dataset)
     swapped = opened.read(index.digests)[::-1].copy()
     shutil.rmtree(store)
-    from pipeline.store import StoreWriter
+    from pipeline.store.writer import StoreWriter
 
     with StoreWriter.open(store, opened.identity, opened.dim) as writer:
         writer.append(index.digests, swapped)
@@ -304,7 +304,7 @@ def test_a_pack_that_status_refuses_does_not_verify(experiment: Config, tmp_path
     arrays = {
         "content": index.digests,
         "identity_json": np.frombuffer(canonical_json(store.identity).encode(), np.uint8),
-        "canary": store.canary,
+        "canary": store.probe,
         "row": np.full(len(index), 10**6, "<u8"),
     }
     features = store.read(index.digests)

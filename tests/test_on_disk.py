@@ -37,7 +37,8 @@ from pipeline.io import memory
 from pipeline.io.digests import content_digest, pack_digests
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads.embedding import Place
-from pipeline.store import FeatureStore, StoredRows, StoreWriter
+from pipeline.store import FeatureStore, StoredRows
+from pipeline.store.writer import StoreWriter
 
 DISK = [name for name, head in HEADS.items() if works_on_disk(head)]
 

@@ -25,8 +25,9 @@ from pipeline.experiment import Artifacts
 from pipeline.images import HASH_STORE
 from pipeline.stages import extract as extract_features
 from pipeline.stages import maintenance
-from pipeline.stages.extract import sources, stores
-from pipeline.store import FeatureStore, StoreWriter, lock
+from pipeline.stages.extract import stores, targets
+from pipeline.store import FeatureStore, lock
+from pipeline.store.writer import StoreWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "experiment-0.1.tar.xz"
 BACKBONE = "resnet18-random-penultimate"
@@ -65,13 +66,13 @@ def all_hashed(config: Config) -> bool:
 
 
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = sources.load
+    real = targets.load
 
     def refuse(section: object, *arguments: object) -> object:
         assert section is None, "a network was loaded"
         return real(section, *arguments)
 
-    monkeypatch.setattr(sources, "load", refuse)
+    monkeypatch.setattr(targets, "load", refuse)
 
 
 def test_a_second_experiment_with_other_labels_heads_and_fewer_images_embeds_nothing(
@@ -289,7 +290,7 @@ def test_the_stores_of_release_0_1_are_moved_to_where_others_find_them(
     old: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, found = vectors(old), names(Path("output/features"))
-    monkeypatch.setattr(sources, "choice_inputs", lambda: {})  # as if it were another machine's list of networks
+    monkeypatch.setattr(targets, "choice_inputs", lambda: {})  # as if it were another machine's list of networks
     assert extract_features.run(old, plan=True).pending == 0
     assert names(Path("output/features")) == found, "a plan changes nothing"
     assert extract_features.run(old).work is None
@@ -318,7 +319,7 @@ def test_what_cannot_be_moved_is_copied(old: Config, why: str, monkeypatch: pyte
         for path in own.glob("*.store"):
             source = FeatureStore.open(path)
             with StoreWriter.open(
-                Path("features") / path.name, source.identity, source.dim, canary=source.canary
+                Path("features") / path.name, source.identity, source.dim, probe=source.probe
             ) as writer:
                 content = source.table.all()[0][:5]
                 writer.append(content, source.read(content))
@@ -347,9 +348,7 @@ def test_what_cannot_be_moved_is_copied(old: Config, why: str, monkeypatch: pyte
 def test_vectors_that_differ_are_not_taken_over(old: Config, caplog: pytest.LogCaptureFixture) -> None:
     (path,) = Path("output/features").glob("pixels-*.store")
     source = FeatureStore.open(path)
-    with StoreWriter.open(
-        Path("features") / path.name, source.identity, source.dim, canary=source.canary + 1
-    ) as writer:
+    with StoreWriter.open(Path("features") / path.name, source.identity, source.dim, probe=source.probe + 1) as writer:
         writer.append(source.table.all()[0][:5], np.ones((5, source.dim), np.float32))
     with pytest.raises(PipelineError, match="does not give the features it gave when this store was made"):
         extract_features.run(old)

@@ -39,7 +39,8 @@ from pipeline.io.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads import repeats
 from pipeline.stages.train_heads.task import unseen_task
-from pipeline.store import FeatureStore, StoreWriter
+from pipeline.store import FeatureStore
+from pipeline.store.writer import StoreWriter
 
 CLASSES = ("boot, left", "凉鞋", "shirt")
 N, DIM = 150, 8

@@ -46,7 +46,7 @@ class Arithmetic:
 class Backbone:
     """A frozen network in eval mode: pixels in, the vectors of each of its layers and poolings out, in one forward pass.
 
-    `canary` holds the vectors of the built-in probe images, per layer and pooling.
+    `probe` holds the vectors of the built-in probe images, per layer and pooling.
     """
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
@@ -70,16 +70,16 @@ class Backbone:
         self._engine: Engine = self._by_torch
         probes = probe_images(self.preprocessing.size)
         self._rows = self._distinct(self.embed(probes))
-        self.canary: Features = self.embed(probes)
+        self.probe: Features = self.embed(probes)
         if arithmetic.engine == "openvino":
             self._engine = compile_openvino(
                 self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads()
             )
-            by_torch, self.canary = self.canary, self.embed(probes)
-            require_close(self.canary, by_torch)
+            by_torch, self.probe = self.probe, self.embed(probes)
+            require_close(self.probe, by_torch)
         self.specs: tuple[EmbeddingSpec, ...] = tuple(
             _spec(network, row, vectors.shape[1], arithmetic)
-            for row, vectors in zip(self._rows, self.canary, strict=True)
+            for row, vectors in zip(self._rows, self.probe, strict=True)
         )
 
     def _check(self, network: Network) -> list[graphs.Row]:

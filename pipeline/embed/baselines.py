@@ -1,6 +1,6 @@
-"""Embeddings without a network: small thumbnails and HOG, the floors that a backbone has to beat. No torch.
+"""Embeddings without a network: small thumbnails and HOG, which a backbone has to beat. No torch.
 
-They have `specs`, `preprocessing`, `canary` and `embed` as a Backbone has, so stage one treats both alike.
+They have `specs`, `preprocessing`, `probe` and `embed` as a Backbone has, so stage one treats both alike.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Baseline:
         return "cpu"
 
     @property
-    def canary(self) -> tuple[NDArray[np.float32]]:
+    def probe(self) -> tuple[NDArray[np.float32]]:
         """The vectors of the built-in probe images."""
         return self.embed(probe_images(self.preprocessing.size))
 

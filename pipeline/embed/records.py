@@ -139,8 +139,8 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
         problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
     except _MALFORMED:
         raise _of_another_version(path) from None
-    floors = set(baselines.NAMES if config.baselines is None else config.baselines) & set(baselines.NAMES)
-    problems += [f"baselines: not {name}" for name in sorted(floors - {record.name for record in records})]
+    named = set(baselines.NAMES if config.baselines is None else config.baselines) & set(baselines.NAMES)
+    problems += [f"baselines: not {name}" for name in sorted(named - {record.name for record in records})]
     if problems:
         raise PipelineError(
             f"{path}: its features are of another config; run `manyheads features` with this config first, which embeds only "
@@ -152,7 +152,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     chosen = tuple(
         record
         for record in records
-        if (record.name in floors if record.kind == "baseline" else not told or record.asked in config.backbones)
+        if (record.name in named if record.kind == "baseline" else not told or record.asked in config.backbones)
     )
     for section in config.backbones:
         if section in [record.instead_of for record in chosen]:

@@ -94,7 +94,7 @@ class Embedder(Protocol):
         """How images are made ready for `embed`."""
 
     @property
-    def canary(self) -> tuple[NDArray[np.float32], ...]:
+    def probe(self) -> tuple[NDArray[np.float32], ...]:
         """The vectors of the built-in probe images, one array per spec."""
 
     def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
-from pipeline.experiment import sealed, to_lines, unsealed
+from pipeline.experiment import to_lines, with_digest, without_digest
 from pipeline.finetuning.objective import Score
 from pipeline.io.files import make_folder, read_file, write_atomic
 
@@ -83,7 +83,7 @@ def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     make_folder(run.folder)
-    write_atomic(run.checkpoint, sealed(buffer.getvalue()))
+    write_atomic(run.checkpoint, with_digest(buffer.getvalue()))
     write_atomic(run.folder / "log.jsonl", to_lines(state.history, "")[0])
 
 
@@ -98,7 +98,7 @@ def load(run: Run, parts: Mapping[str, Any]) -> State:
     if not run.checkpoint.exists():
         return State()
     try:
-        data = unsealed(read_file(run.checkpoint))
+        data = without_digest(read_file(run.checkpoint))
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except PermissionError:
         raise

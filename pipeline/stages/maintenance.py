@@ -5,23 +5,22 @@ The store knows contents, the index knows images; here the two are joined, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pipeline import data as dataset
-from pipeline import store
 from pipeline.config import Config
-from pipeline.data import DatasetIndex, failed_digests
+from pipeline.data import DatasetIndex, failed_digests, read_failures
 from pipeline.data.match import Texts
+from pipeline.data.scan import scan
+from pipeline.data.sources import needs_download
 from pipeline.data.statcache import CACHE_FILE
-from pipeline.embed import records as embedders
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
-from pipeline.embed.records import EmbeddingRecord
+from pipeline.embed.records import EmbeddingRecord, open_record, read_records, require_index
 from pipeline.errors import PipelineError, StoreError, first
 from pipeline.evaluation.audit import read_findings
 from pipeline.evaluation.leaderboard import read_leaderboard
@@ -37,19 +36,21 @@ from pipeline.experiment import (
     parse_arrays,
     read_document,
     read_lines,
-    unsealed,
+    without_digest,
 )
 from pipeline.export import bundle as bundles
 from pipeline.images import HASH_STORE, policy_key
-from pipeline.io.digests import Digests, digests_to_hex
+from pipeline.io.digests import Digests, digest_keys, digests_to_hex
 from pipeline.io.files import read_file
 from pipeline.stages.extract.stores import alone, contents_of_others, others, write_entry
+from pipeline.stages.load import open_images
+from pipeline.store import FeatureStore, maintain, share
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
 
 SAME_COSINE = 0.9999
-"""Two embeddings of one image on one kind of machine differ by rounding only; the canary rows use the same bound."""
+"""Two embeddings of one image on one kind of machine differ by rounding only; the probe vectors use the same bound."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Check:
 
     name: str
     """The embedding's, or the packed file's."""
-    report: store.VerifyReport
+    report: maintain.VerifyReport
     damaged_images: tuple[str, ...]
     sampled: int = 0
     deviating_images: tuple[str, ...] = ()
@@ -73,8 +74,8 @@ class Check:
         """The outcome in plain lines."""
         report = self.report
         depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
-        verdict = "ok" if self.ok else "DAMAGED" if not report.ok else "DEVIATES"
-        yield f"{self.name}: {verdict}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
+        found = "ok" if self.ok else "DAMAGED" if not report.ok else "DEVIATES"
+        yield f"{self.name}: {found}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
         for problem in report.problems:
             yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
         yield from _named("images without a usable vector", self.damaged_images)
@@ -84,7 +85,6 @@ class Check:
             yield from _named("images that give another vector", self.deviating_images)
         if not report.ok and report.generation:  # a packed file has none
             yield "  run `manyheads store repair`: it keeps every good vector and embeds just these images again"
-        yield from (f"  note: {note}" for note in report.notes)
 
 
 @dataclass(frozen=True)
@@ -98,35 +98,16 @@ class Experiment:
 
     @staticmethod
     def open(config: Config) -> Experiment:
-        """Read the records and the index.
-
-        Raises
-        ------
-        PipelineError
-            When stage one has not been run.
-        """
+        """Read the records and the index; PipelineError when stage one has not been run."""
         files = Artifacts(config.output, config.store)
-        return Experiment(config, files, embedders.read_records(files.features), DatasetIndex.read(files.dataset))
-
-    @staticmethod
-    def open_as_made(config: Config) -> Experiment:
-        """Read the records and the index, which must be the one that the features were made of.
-
-        Raises
-        ------
-        PipelineError
-            When stage one has not been run, or its index is another by now.
-        """
-        here = Experiment.open(config)
-        embedders.require_index(here.files.features, here.index.fingerprint())
-        return here
+        return Experiment(config, files, read_records(files.features), DatasetIndex.read(files.dataset))
 
     def path(self, record: EmbeddingRecord) -> Path:
         """The store of an embedding."""
         return self.files.find_store(record.store)
 
     def paths_of(self, digests: Digests) -> tuple[str, ...]:
-        """The images that have one of these contents; `digests` : uint64 of shape (k, 2)."""
+        """The images that have one of k contents, uint64 of shape (k, 2)."""
         return _names_of(self.index.paths, self.index.digests, digests)
 
 
@@ -143,49 +124,44 @@ def _own(path: Path, files: Artifacts) -> Path:
 
 
 def _names_of(names: Texts, contents: Digests, digests: Digests) -> tuple[str, ...]:
-    """The names whose content is one of the digests."""
-    wanted = set(digests_to_hex(digests))
-    pairs = zip(names.tolist(), digests_to_hex(contents), strict=True)
-    return tuple(str(name) for name, digest in pairs if digest in wanted) if wanted else ()
+    """Those of n names whose content, uint64 of shape (n, 2), is one of k digests, uint64 of shape (k, 2)."""
+    return tuple(map(str, names[np.isin(digest_keys(contents), digest_keys(digests))].tolist()))
 
 
 def status(config: Config) -> list[str]:
     """Say what is cached, missing, changed, stale and failed, and where. The images are looked at as they are now."""
     before = Experiment.open(config)
-    here, changes = _as_of_now(before)
+    here, lines = _as_of_now(before)
+    remedy = "`manyheads store gc`" + (" after `manyheads features`" if lines else "")
     failed = failed_digests(here.files.dataset, policy_key(config.dataset.max_pixels))
-    known = set(digests_to_hex(failed))
-    live = here.index.digests[[digest not in known for digest in digests_to_hex(here.index.digests)]]
+    live = here.index.digests[~np.isin(digest_keys(here.index.digests), digest_keys(failed))]
     contents = len(np.unique(live, axis=0))
-    lines = [
+    lines.insert(
+        0,
         f"{len(here.index):,} images in {len(here.index.classes)} classes, {contents:,} distinct contents that decode",
-        *changes,
-    ]
+    )
     if len(failed):
         lines.append(
             f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'failures.csv'} names each"
         )
     sections = [record.asked for record in here.records]
-    for section in config.backbones:
-        if section not in sections:
-            lines.append(
-                f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
-            )
+    lines += [
+        f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
+        for section in config.backbones
+        if section not in sections
+    ]
     asked = [record.instead_of for record in here.records if record.instead_of is not None]
     lines += dict.fromkeys(f"warning: {about_stand_in(section)}" for section in asked)
     used_elsewhere, problems = contents_of_others(here.files)
     for record in here.records:
-        found = store.status(here.path(record), live, used_elsewhere)
+        found = maintain.status(here.path(record), live, used_elsewhere)
         if problems:  # nobody can say what is stale
             found = replace(found, stale_rows=None)
-        name = f"{record.name}{' (untrained)' if record.untrained else ''}"
-        lines += _status_lines(
-            name, found, "`manyheads store gc`" if not changes else "`manyheads store gc` after `manyheads features`"
-        )
+        lines += _status_lines(f"{record.name}{' (untrained)' if record.untrained else ''}", found, remedy)
     lines += [f"warning: {problem}" for problem in problems]
     return lines + [
-        f"{path}: {_size(store.disk_bytes(path))}, used by no embedding of the last `manyheads features`; it serves again when "
-        "the config asks for it again, else delete the folder"
+        f"{path}: {_size(maintain.disk_bytes(path))}, used by no embedding of the last `manyheads features`; it serves again "
+        "when the config asks for it again, else delete the folder"
         for path in _unused_stores(here)
     ]
 
@@ -193,10 +169,10 @@ def status(config: Config) -> list[str]:
 def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
     """The experiment with the images that there are now, and what is different from the last run of stage one."""
     config = before.config
-    if dataset.needs_download(config.dataset):
+    if needs_download(config.dataset):
         return before, ["the images are not looked at, because that means a download"]
     try:
-        found = dataset.scan(config.dataset, config.seed, before.files.dataset, write=False)
+        found = scan(config.dataset, config.seed, before.files.dataset, write=False)
     except PipelineError as error:
         return before, [
             f"warning: the images cannot be used as they are now: {line}" for line in str(error).splitlines()[:1]
@@ -216,16 +192,15 @@ def _unused_stores(here: Experiment) -> list[Path]:
     used = {here.files.stores / HASH_STORE, *map(here.path, here.records)}
     for user in users:
         try:
-            used |= {user.find_store(record.store) for record in embedders.read_records(user.features)}
+            used |= {user.find_store(record.store) for record in read_records(user.features)}
         except (PipelineError, OSError) as error:
             problems.append(str(error))
-    if problems:  # nobody can say what is used
-        return []
-    found = [path for folder in (here.files.stores, here.files.root / "features") for path in folder.glob("*.store*")]
+    folders = () if problems else (here.files.stores, here.files.root / "features")  # nobody can say what is used
+    found = (path for folder in folders for path in folder.glob("*.store*"))
     return [path for path in sorted(found) if path.is_dir() and path not in used]
 
 
-def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads store gc`") -> Iterator[str]:
+def _status_lines(name: str, found: maintain.StoreStatus, remedy: str = "`manyheads store gc`") -> Iterator[str]:
     """One store in plain lines; `remedy` is what removes stale vectors, which goes by the last run's index."""
     missing, its = found.missing_rows or 0, found.store
     yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
@@ -246,8 +221,8 @@ def _status_lines(name: str, found: store.StoreStatus, remedy: str = "`manyheads
 
 def status_of_pack(path: Path) -> list[str]:
     """Describe a packed file."""
-    found = store.status(path)
-    index = store.read_packed_index(path)
+    found = maintain.status(path)
+    index = share.read_packed_index(path)
     has = ", ".join(index.columns) or "no columns"
     return [
         f"{len(index.digests):,} images with {has}",
@@ -257,13 +232,13 @@ def status_of_pack(path: Path) -> list[str]:
 
 def verify_pack(path: Path, *, full: bool = False) -> Check:
     """Check a packed file."""
-    report = store.verify(path, full=full)
+    report = maintain.verify(path, full=full)
     images: tuple[str, ...] = ()
     try:
-        store.status(path)
-        index = store.read_packed_index(path)
+        maintain.status(path)
+        index = share.read_packed_index(path)
     except StoreError as error:
-        problem = store.Problem(path.name, error.message.removeprefix(f"{path}: "), 0)
+        problem = maintain.Problem(path.name, error.message.removeprefix(f"{path}: "), 0)
         report = replace(report, problems=(*report.problems, problem))
     else:
         names = index.columns.get("paths", np.array(digests_to_hex(index.digests), dtype=object))
@@ -281,16 +256,16 @@ def verify_files(config: Config) -> tuple[bool, list[str]]:
             check()
         except PipelineError as error:
             problems += str(error).splitlines()
-    verdict = "ok" if not problems else "DAMAGED"
-    lines = [f"other files: {verdict}; {count:,} documents, journals and files of weights"]
+    found = "ok" if not problems else "DAMAGED"
+    lines = [f"other files: {found}; {count:,} documents, journals and files of weights"]
     return not problems, lines + [f"  {problem}" for problem in problems]
 
 
 def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     """One call for each file: its reader, which raises what is wrong."""
-    yield lambda: embedders.read_records(files.features)
-    yield lambda: embedders.require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    yield lambda: dataset.read_failures(files.dataset)
+    yield lambda: read_records(files.features)
+    yield lambda: require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
+    yield lambda: read_failures(files.dataset)
     for folder, pattern, check in (
         *((files.stores, *row) for row in _SHARED_FILES),
         *((files.root, *row) for row in _FILES),
@@ -300,7 +275,7 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
 
 
 def _check_store(path: Path) -> None:
-    report = store.verify(path, full=True)
+    report = maintain.verify(path, full=True)
     if not report.ok:
         raise StoreError(
             f"{path}: is damaged: {report.problems[0].file}: {report.problems[0].found}; delete it to have it made anew"
@@ -341,7 +316,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     ("heads/*/*/predictions.npz", lambda path: bundle_file(path.parent, path.name)),
     ("trials/**/*.jsonl", lambda path: read_lines(path, TRIALS)),
     ("finetuned/*/result.json", lambda path: _whole(path, FINETUNING)),
-    ("finetuned/*/checkpoint.pt", lambda path: _checked(path, unsealed, "delete it to train from the start")),
+    ("finetuned/*/checkpoint.pt", lambda path: _checked(path, without_digest, "delete it to train from the start")),
     ("finetuned/*/log.jsonl", lambda path: read_lines(path, FINETUNING)),
     ("finetuned/*/*.safetensors", _check_weights),
 )
@@ -353,7 +328,7 @@ def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check
     here = Experiment.open(config)
     checks = []
     for record in here.records:
-        report = store.verify(here.path(record), full=full)
+        report = maintain.verify(here.path(record), full=full)
         check = Check(record.name, report, here.paths_of(report.damaged))
         if sample and report.ok:
             count, deviating = _embed_again(here, record, sample)
@@ -364,10 +339,10 @@ def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check
 
 def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tuple[int, tuple[str, ...]]:
     """Embed random images anew; return how many, and those whose vector differs from the stored one."""
-    stored = store.FeatureStore.open(here.path(record), record.fingerprint)
+    stored = FeatureStore.open(here.path(record), record.fingerprint)
     rows = np.flatnonzero(~stored.missing(here.index.digests))
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
-    embedder, output = embedders.open_record(record, here.config.extraction.device)
+    embedder, output = open_record(record, here.config.extraction.device)
     items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
     deviating = []
     for batch, (part,) in embed([Lane(embedder, 1)], items, here.index.root, here.config.dataset.max_pixels):
@@ -388,16 +363,16 @@ def repair(config: Config) -> list[str]:
     here = Experiment.open(config)
     lines = []
     for record in here.records:
-        report = store.repair(_own(here.path(record), here.files))
-        images = here.paths_of(report.damaged)
-        if not images and not report.quarantined:
+        report = maintain.repair(_own(here.path(record), here.files))
+        if report.ok:
             lines.append(f"{record.name}: nothing to repair")
             continue
+        images = here.paths_of(report.damaged)
         lines.append(
             f"{record.name}: {len(images):,} images lost their vector; the damaged files are set aside in quarantine/"
         )
         lines += _named("to be embedded again", images)
-        if elsewhere := len({*digests_to_hex(report.damaged)} - {*digests_to_hex(here.index.digests)}):
+        if elsewhere := int((~np.isin(digest_keys(report.damaged), digest_keys(here.index.digests))).sum()):
             lines.append(
                 f"  {elsewhere:,} vectors more, of no image here; `manyheads features` of their experiment embeds them"
             )
@@ -412,7 +387,8 @@ def gc(config: Config) -> list[str]:
     StoreError
         When an experiment that uses the stores cannot be read; then nothing was removed.
     """
-    here = Experiment.open_as_made(config)
+    here = Experiment.open(config)
+    require_index(here.files.features, here.index.fingerprint())
     names = {_own(here.path(record), here.files): record.name for record in here.records}
     with alone(here.files):
         write_entry(here.files)
@@ -427,20 +403,21 @@ def gc(config: Config) -> list[str]:
 
 
 def _collect(path: Path, name: str, live: Digests) -> str:
+    """Remove from a store what is not of the contents `live`, uint64 of shape (n, 2)."""
     if path.is_file():
         return f"{name}: is a packed file, which stays as it is; pack the store again instead"
-    report = store.collect(path, live)
-    gone = report.rows_before - report.rows_after
-    freed = report.bytes_before - report.bytes_after
-    return f"{name}: {gone:,} vectors removed, {report.rows_after:,} kept, {_size(max(freed, 0))} freed"
+    gone, kept, freed = maintain.collect(path, live)
+    return f"{name}: {gone:,} vectors removed, {kept:,} kept, {_size(freed)} freed"
 
 
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
     """Write one embedding with its paths, labels, splits and groups into a single HDF5 file."""
-    digests, columns, source = _table(config, embedding)
-    packed = store.pack(source, output, digests, columns, anonymous)
-    size = _size(store.disk_bytes(output))
-    return f"{packed.rows:,} vectors of {len(digests):,} images in {output} ({size}), digest {packed.digest[:16]}"
+    images, opened = open_images(Artifacts(config.output, config.store), embedding, "--embedding")
+    packed = share.pack(opened, output, images.digests, images.columns, anonymous)
+    size = _size(maintain.disk_bytes(output))
+    return (
+        f"{packed.rows:,} vectors of {len(images.digests):,} images in {output} ({size}), digest {packed.digest[:16]}"
+    )
 
 
 def export(source: Config | Path, output: Path, *, embedding: str | None = None) -> str:
@@ -448,38 +425,16 @@ def export(source: Config | Path, output: Path, *, embedding: str | None = None)
 
     `source` : an experiment, or a packed file.
     """
-    digests, columns, opened = _packed(source) if isinstance(source, Path) else _table(source, embedding)
-    store.export(
-        opened, output, digests, {} if output.suffix == ".npy" else columns
-    )  # which has room for vectors alone
-    return f"{len(digests):,} x {opened.dim} float32 in {output} ({_size(store.disk_bytes(output))})"
+    place = source if isinstance(source, Path) else Artifacts(source.output, source.store)
+    images, opened = open_images(place, embedding, "--embedding")
+    share.export(opened, output, images.digests, images.columns)
+    return f"{len(images.digests):,} x {opened.dim} float32 in {output} ({_size(maintain.disk_bytes(output))})"
 
 
 def merge(target: Path, sources: Sequence[Path]) -> list[str]:
     """Add the vectors of other stores of the same identity to a store."""
-    lines = [f"{path}: {count:,} new vectors" for path, count in store.merge(target, sources).items()]
-    return [*lines, f"{target} has {store.FeatureStore.open(target).rows:,} vectors"]
-
-
-_Table = tuple[Digests, Mapping[str, Sequence[str]], store.FeatureStore]
-
-
-def _packed(path: Path) -> _Table:
-    index = store.read_packed_index(path)
-    columns = {name: values.tolist() for name, values in index.columns.items()}
-    return index.digests, columns, store.FeatureStore.open(path)
-
-
-def _table(config: Config, embedding: str | None) -> _Table:
-    """The images that have a vector, what the index says of them, and the store."""
-    here = Experiment.open_as_made(config)
-    record = embedders.choose(here.records, embedding, "--embedding")
-    opened = store.FeatureStore.open(here.path(record), record.fingerprint)
-    index = here.index.rows(~opened.missing(here.index.digests))
-    columns = {"paths": index.paths.tolist(), "labels": index.labels.tolist(), "splits": index.splits.tolist()}
-    if index.groups is not None:
-        columns["groups"] = index.groups.tolist()
-    return index.digests, columns, opened
+    lines = [f"{path}: {count:,} new vectors" for path, count in maintain.merge(target, sources).items()]
+    return [*lines, f"{target} has {FeatureStore.open(target).rows:,} vectors"]
 
 
 def _named(what: str, paths: Sequence[str]) -> Iterator[str]:

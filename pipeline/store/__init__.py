@@ -8,50 +8,11 @@
       tmp/                    the only place where a partial file can be
       quarantine/             damaged files, set aside
 
-`format` has the bytes of every file, `opener` checks them, `reader` reads (and `table` looks up), `writer` writes, `verify` and `maintain` care
-for a whole store, `pack` and `export` make files to share.
+To read: `format` has the bytes of every file, `opener` checks them, `table` looks up, `reader` gives vectors. To write, which nobody
+needs who reads: `writer`, by `commits`, alone by `lock`; `maintain` cares for a whole store, `share` makes files of it.
 """
 
-from pipeline.store.export import export
-from pipeline.store.identity import check_canary, differences
-from pipeline.store.maintain import (
-    CollectReport,
-    RepairReport,
-    StoreStatus,
-    collect,
-    copy_rows,
-    disk_bytes,
-    merge,
-    repair,
-    status,
-)
-from pipeline.store.pack import PackedIndex, pack, read_packed_index
-from pipeline.store.reader import FeatureStore, load
-from pipeline.store.rows import StoredRows
-from pipeline.store.verify import Problem, VerifyReport, verify
-from pipeline.store.writer import StoreWriter
+from pipeline.store.identity import differences
+from pipeline.store.reader import FeatureStore, StoredRows
 
-__all__ = [
-    "CollectReport",
-    "FeatureStore",
-    "PackedIndex",
-    "Problem",
-    "RepairReport",
-    "StoreStatus",
-    "StoreWriter",
-    "StoredRows",
-    "VerifyReport",
-    "check_canary",
-    "collect",
-    "copy_rows",
-    "differences",
-    "disk_bytes",
-    "export",
-    "load",
-    "merge",
-    "pack",
-    "read_packed_index",
-    "repair",
-    "status",
-    "verify",
-]
+__all__ = ["FeatureStore", "StoredRows", "differences"]

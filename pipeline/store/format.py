@@ -1,10 +1,10 @@
-"""The bytes of every file of a feature store: plain HDF5, one large dataset at the end, and a seal.
+"""The bytes of every file of a feature store: plain HDF5, one large dataset at the end, and a trailer.
 
-    [ HDF5 head: superblock, attributes, small datasets ][ the bulk dataset ][ seal, 48 bytes ]
+    [ HDF5 head: superblock, attributes, small datasets ][ the bulk dataset ][ trailer, 48 bytes ]
 
-The head holds `block_digest`, the BLAKE2b-128 of each 64 KiB of the bulk dataset. The seal holds the length of the head
+The head holds `block_digest`, the BLAKE2b-128 of each 64 KiB of the bulk dataset. The trailer holds the length of the head
 and its BLAKE2b-256. So this one digest stands for every byte of the file, a file is opened by checking the head alone,
-and the bulk is checked block by block as it is read. HDF5 readers ignore the seal, which follows their end of file.
+and the bulk is checked block by block as it is read. HDF5 readers ignore the trailer, which follows their end of file.
 
 libhdf5 composes the head in memory and never writes to a disk: a full disk makes it crash, and what it writes in place
 does not survive a power loss. No timestamps, so the same content gives the same bytes.
@@ -16,6 +16,8 @@ does not survive a power loss. No timestamps, so the same content gives the same
 | pack     | `features` (n, d)    | `content`, `identity_json`, `canary`; may have `row`, `path`, `label`, `split`, `group` |
 
 `rows` has four lines: first and second half of a content digest (sorted by these), its segment, its row in the segment.
+`canary` holds the probe vectors, those of the built-in probe images. It and the trailer's `MHSEALv1` keep the names that they
+had when the format was made.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import io
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import h5py
@@ -37,12 +40,15 @@ FORMAT = "manyheads features"
 VERSION_MAJOR = 1
 VERSION_MINOR = 0
 
+SEGMENTS, JOURNAL, TEMPORARY, QUARANTINE = "segments", "journal", "tmp", "quarantine"
+"""Folders of a store."""
+
 BLOCK_BYTES = 1 << 16
 BLOCK_DIGEST_BYTES = 16
 ALIGNMENT = 64
 
-SEAL = struct.Struct("<8sQ32s")
-SEAL_MAGIC = b"MHSEALv1"
+TRAILER = struct.Struct("<8sQ32s")
+TRAILER_MAGIC = b"MHSEALv1"
 
 Chunks = Callable[[], Iterable[NDArray[Any]]]
 """Gives the bulk dataset piece by piece, in C order; called twice: once for the digests, once for the bytes."""
@@ -61,7 +67,7 @@ FEATURES = Field(("<f4", "<f2"), ("n", "d"))
 CONTENT = Field(("<u8",), ("n", 2))
 BLOCKS = Field(("|u1",), ("b", BLOCK_DIGEST_BYTES))
 IDENTITY = Field(("|u1",), ("j",))
-CANARY = Field(("<f4",), ("k", "d"))
+PROBE = Field(("<f4",), ("k", "d"))
 TEXT = Field(("|S*",), ("m",), optional=True)
 
 LAYOUTS: dict[str, dict[str, Field]] = {
@@ -73,14 +79,14 @@ LAYOUTS: dict[str, dict[str, Field]] = {
         "segment_rows": Field(("<u8",), ("s",)),
         "segment_bytes": Field(("<u8",), ("s",)),
         "identity_json": IDENTITY,
-        "canary": CANARY,
+        "canary": PROBE,
     },
     "pack": {
         "features": FEATURES,
         "content": CONTENT,
         "block_digest": BLOCKS,
         "identity_json": IDENTITY,
-        "canary": CANARY,
+        "canary": PROBE,
         "row": Field(("<u8",), ("m",), optional=True),
         "path": TEXT,
         "label": TEXT,
@@ -118,20 +124,11 @@ class StoreType:
 
 @dataclass(frozen=True)
 class Composed:
-    """A file ready to be written: its parts in order, the digest that names it, its size in bytes."""
+    """A file ready to be written: its bytes from first to last, the digest that names it, its size in bytes."""
 
-    head: bytes
-    chunks: Chunks
-    seal: bytes
+    parts: Callable[[], Iterator[bytes | memoryview]]
     digest: str
     size: int
-
-    def parts(self) -> Iterator[bytes | memoryview]:
-        """Yield the file's bytes from first to last."""
-        yield self.head
-        for chunk in self.chunks():
-            yield np.ascontiguousarray(chunk).data.cast("B") if chunk.size else b""
-        yield self.seal
 
 
 def compose(
@@ -143,7 +140,7 @@ def compose(
 ) -> Composed:
     """Lay out one file; `bulk` is the dtype and shape of the large dataset that `chunks` gives."""
     dtype, shape = bulk
-    blocks = block_digests(chunk.reshape(-1).view(np.uint8) for chunk in _contiguous(chunks()))
+    blocks = block_digests(chunk.reshape(-1).view(np.uint8) for chunk in map(np.ascontiguousarray, chunks()))
     common: dict[str, str | int] = {
         "format": FORMAT,
         "kind": kind,
@@ -151,14 +148,20 @@ def compose(
         "version_minor": VERSION_MINOR,
     }
     head = _head(BULK[kind], {**common, **attributes}, {**arrays, "block_digest": blocks}, dtype, shape)
-    seal = make_seal(head)
-    size = len(head) + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize + len(seal)
-    return Composed(head, chunks, seal, seal[-32:].hex(), size)
+    trailer = make_trailer(head)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield head
+        for chunk in chunks():
+            yield np.ascontiguousarray(chunk).data.cast("B") if chunk.size else b""
+        yield trailer
+
+    return Composed(parts, trailer[-32:].hex(), len(head) + prod(shape) * np.dtype(dtype).itemsize + len(trailer))
 
 
-def make_seal(head: bytes) -> bytes:
+def make_trailer(head: bytes) -> bytes:
     """Return the 48 bytes that close a file with this head."""
-    return SEAL.pack(SEAL_MAGIC, len(head), hashlib.blake2b(head, digest_size=32).digest())
+    return TRAILER.pack(TRAILER_MAGIC, len(head), hashlib.blake2b(head, digest_size=32).digest())
 
 
 def block_digest(block: bytes | memoryview) -> bytes:
@@ -187,10 +190,6 @@ def block_digests(pieces: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, BLOCK_DIGEST_BYTES)
 
 
-def _contiguous(chunks: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    return (np.ascontiguousarray(chunk) for chunk in chunks)
-
-
 class _Memory(io.BytesIO):
     """A file in memory for libhdf5 that knows how long it is, but keeps only what was written."""
 
@@ -208,7 +207,7 @@ def _head(
     dtype: str,
     shape: tuple[int, ...],
 ) -> bytes:
-    """Let libhdf5 lay out the whole file in memory and return what comes before the bulk dataset.
+    """Let libhdf5 lay out the whole file in memory and return what comes before the bulk dataset, of this dtype and shape.
 
     The bulk's space is allocated by a first write after all else is there, so that it comes last, and the space is
     never touched again: a segment of a gigabyte costs a few kilobytes here.
@@ -234,7 +233,7 @@ def _head(
             corner.select_elements(np.zeros((1, len(shape)), np.uint64))
             last.write(h5py.h5s.create_simple((1,)), corner, np.zeros(1, dtype))
             offset = last.get_offset()
-    size = memory.size if offset is None else offset + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    size = memory.size if offset is None else offset + prod(shape) * np.dtype(dtype).itemsize
     assert size == memory.size, "libhdf5 put something behind the bulk dataset"
     return memory.getvalue()[:offset].ljust(offset or memory.size, b"\0")
 

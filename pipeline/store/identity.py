@@ -12,7 +12,7 @@ from pipeline.errors import StoreError
 
 MIN_COSINE = 0.9999
 MAX_DEVIATION = 1e-2
-"""Largest difference of a canary feature, relative to the root mean square of the recorded row."""
+"""Largest difference of a probe vector's number, relative to the root mean square of the recorded row."""
 
 
 def differences(
@@ -43,8 +43,8 @@ def _show(fields: Mapping[str, Any], name: str) -> str:
     return text if len(text) <= 80 else f"{text[:76]}...{text[-1]}"
 
 
-def check_canary(stored: NDArray[np.float32], found: NDArray[np.float32], where: str) -> None:
-    """Compare the features of the built-in probe images with those recorded when the store was made.
+def check_probe(stored: NDArray[np.float32], found: NDArray[np.float32], where: str) -> None:
+    """Compare the vectors of the built-in probe images, float32 of shape (k, dim), with those recorded when the store was made.
 
     They catch what no list of fields can: a driver, a patched library, a network left in training mode.
 

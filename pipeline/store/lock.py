@@ -1,13 +1,14 @@
-"""The lock of a store: one writer at a time, and the second is told who the first is."""
+"""One writer at a time, and the second is told who the first is; and what is said where the disk refuses to be written."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import StoreError
 from pipeline.io import files
@@ -52,17 +53,38 @@ def acquire(folder: Path, patience: float = 0.0) -> int:
     return descriptor
 
 
+@contextlib.contextmanager
+def held(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Have the lock of a folder while the block runs."""
+    descriptor = acquire(folder, patience)
+    try:
+        yield
+    finally:
+        files.close_alone(descriptor)
+
+
 def holder(folder: Path) -> str | None:
     """Say who writes to a store now, or None when nobody does."""
     if files.is_held(folder / LOCK):
         return "this process"
-    note = files.locked_elsewhere(folder / LOCK)
-    return None if note is None else _describe(note)
-
-
-def _describe(data: bytes) -> str:
+    data = files.locked_elsewhere(folder / LOCK)
+    if data is None:
+        return None
     try:
-        note: dict[str, Any] = json.loads(data)
+        note = json.loads(data)
         return f"process {int(note['pid'])} on {str(note['host'])!r} since {str(note['since'])!r}"
     except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
+
+
+@contextlib.contextmanager
+def explained(store: Path) -> Iterator[None]:
+    """Turn the file system's errors into one line that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = files.REMEDIES.get(error.errno or 0, "check the disk and its mount")
+        raise StoreError(
+            f"{store}: cannot be written: {reason}; all rows committed before are safe; {advice}, and run again"
+        ) from error

@@ -1,20 +1,197 @@
-"""What is done to a whole store: status, repair, collecting stale rows, merging. Each returns what it did."""
+"""What is done to a whole store: verify, status, repair, removing stale rows, merging. Each returns what it found or did."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io.digests import Digests, digest_keys
-from pipeline.store import journal, lock
-from pipeline.store.reader import FeatureStore, newest_snapshot
-from pipeline.store.segment import damaged_rows, open_segment
-from pipeline.store.verify import verify
+from pipeline.store import lock
+from pipeline.store.commits import groups
+from pipeline.store.format import BLOCK_BYTES, QUARANTINE
+from pipeline.store.opener import StoreFile, open_file
+from pipeline.store.reader import (
+    ATTEMPTS,
+    FeatureStore,
+    generations,
+    newest_snapshot,
+    no_valid_snapshot,
+    open_snapshot,
+    require_generations,
+    snapshot_path,
+)
+from pipeline.store.table import open_entry, open_segment
 from pipeline.store.writer import StoreWriter
+
+# ---- verify: is everything there, and is every byte what was written?
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: the file, what was found, and how many features of the newest snapshot it costs."""
+
+    file: str
+    found: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found."""
+
+    full: bool
+    generation: int
+    rows: int
+    segments: int
+    bytes_read: int
+    problems: tuple[Problem, ...]
+    damaged: Digests
+    """Contents whose features cannot be used, uint64 of shape (n, 2); `repair` drops these, so that they are embedded again."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(path: str | Path, full: bool = False) -> VerifyReport:
+    """Check a store or a packed file: quick checks every file's head, size and structure; full reads every byte.
+
+    Raises
+    ------
+    StoreError
+        When there is no store, or no valid snapshot to start from.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _verify_pack(path, full)
+    for _ in range(ATTEMPTS):
+        numbers = require_generations(path)
+        try:
+            report = _verify_once(path, full, numbers)
+        except FileNotFoundError:
+            continue  # a writer has removed it meanwhile, and published a newer state
+        if report.ok or generations(path) == numbers:
+            return report
+    writer = lock.holder(path) or "its writer"
+    raise StoreError(f"{path}: changes faster than it can be checked; run again when {writer} has ended")
+
+
+def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport:
+    problems: list[Problem] = []
+    snapshots: list[FeatureStore] = []
+    for place in (snapshot_path(path, number) for number in numbers):
+        try:
+            snapshot = open_snapshot(place)
+            if full:
+                _check_table(snapshot)
+            snapshots.append(snapshot)
+        except StoreError as error:
+            problems.append(_problem(path, place, error))
+    if not snapshots:
+        raise no_valid_snapshot(path, [f"{problem.file}: {problem.found}" for problem in problems])
+    newest, *older = snapshots
+    damaged, bytes_read = _check_segments(path, newest, full, problems)
+    _check_what_else(path, newest, older, full, problems)
+    bytes_read += sum(snapshot.file.size for snapshot in snapshots)
+    count = len(newest.segments)
+    return VerifyReport(full, newest.generation, newest.rows, count, bytes_read, tuple(problems), damaged)
+
+
+def _problem(store: Path, path: Path, error: StoreError, rows: int = 0) -> Problem:
+    return Problem(str(path.relative_to(store)), error.message.removeprefix(f"{path}: "), rows)
+
+
+def _check_table(snapshot: FeatureStore) -> None:
+    """Check every block of the table, its order, and that it names only rows that exist."""
+    snapshot.file.require_whole()
+    first, second, segment, row = snapshot.table.lines
+    ordered = (first[:-1] < first[1:]) | ((first[:-1] == first[1:]) & (second[:-1] < second[1:]))
+    if not ordered.all():
+        raise StoreError(f"{snapshot.file.path}: its table is not sorted, or names a content twice")
+    sizes = np.array([entry.rows for entry in snapshot.segments], np.uint64)
+    if (segment >= len(sizes)).any() or (row >= sizes[segment.astype(np.intp)]).any():
+        raise StoreError(f"{snapshot.file.path}: its table names rows that do not exist")
+
+
+def _check_segments(path: Path, snapshot: FeatureStore, full: bool, problems: list[Problem]) -> tuple[Digests, int]:
+    """Check the newest snapshot's segments; return the contents, uint64 of shape (n, 2), that are lost, and the bytes read."""
+    if snapshot.file.bad_blocks():
+        problems.append(Problem(snapshot.file.path.name, "its table is damaged; run again with --full", 0))
+        return np.zeros((0, 2), np.uint64), 0
+    content, segments, rows = snapshot.table.all()
+    bad = np.zeros(len(content), np.bool_)
+    bytes_read = 0
+    for number, entry in enumerate(snapshot.segments):
+        mine = np.flatnonzero(segments == number)
+        try:
+            file = open_entry(path, entry, snapshot.store_type)
+            bytes_read += file.size if full else len(file.arrays["content"]) * 16
+            if not np.array_equal(file.arrays["content"][rows[mine]], content[mine]):
+                raise StoreError(f"{file.path}: does not hold the images that the snapshot says")
+        except StoreError as error:
+            bad[mine] = True
+            problems.append(_problem(path, entry.path(path), error, len(mine)))
+            continue
+        if full and len(wrong := damaged_rows(file)):
+            lost = mine[np.isin(rows[mine], wrong)]
+            bad[lost] = True
+            text = f"{len(wrong)} of its {entry.rows} features are damaged or not finite"
+            problems.append(_problem(path, file.path, StoreError(text), len(lost)))
+    return content[bad], bytes_read
+
+
+def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
+    """Check every block and every number of a segment; return the rows that cannot be used, intp of shape (k,)."""
+    row_bytes = file.bulk.shape[1] * file.bulk.dtype.itemsize
+    bad = np.zeros(len(file.bulk), np.bool_)
+    for block in file.bad_blocks():
+        bad[block * BLOCK_BYTES // row_bytes : -(-(block + 1) * BLOCK_BYTES // row_bytes)] = True
+    step = max(1, (4 << 20) // row_bytes)
+    for start in range(0, len(bad), step):
+        bad[start : start + step] |= ~np.isfinite(file.bulk[start : start + step]).all(axis=1)
+    return np.flatnonzero(bad)
+
+
+def _check_what_else(
+    path: Path, newest: FeatureStore, older: Sequence[FeatureStore], full: bool, problems: list[Problem]
+) -> None:
+    """Check what the newest snapshot does not need: damage costs the way back, or rows of a run that has not ended."""
+    entries = dict.fromkeys(entry for snapshot in older for entry in snapshot.segments if entry not in newest.segments)
+    checks: list[tuple[Path, Callable[[], StoreFile]]] = [
+        *((entry.path(path), partial(open_entry, path, entry, newest.store_type)) for entry in entries),
+        *((group, partial(open_segment, group, newest.store_type)) for group in groups(path)),
+    ]
+    for place, opened in checks:
+        try:
+            file = opened()
+            if full and len(damaged_rows(file)):
+                raise StoreError("is damaged; only the previous snapshot or the next run needs it")
+        except FileNotFoundError:
+            continue  # compacted meanwhile
+        except StoreError as error:
+            problems.append(_problem(path, place, error))
+
+
+def _verify_pack(path: Path, full: bool) -> VerifyReport:
+    file = open_file(path, "pack")
+    content = file.arrays["content"]
+    wrong = damaged_rows(file) if full else np.zeros(0, np.intp)
+    problems = []
+    if len(wrong):
+        problems.append(Problem(path.name, f"{len(wrong)} of its features are damaged or not finite", len(wrong)))
+    if len(np.unique(content, axis=0)) != len(content):
+        problems.append(Problem(path.name, "it names a content twice", 0))
+    return VerifyReport(full, 0, len(content), 1, file.size, tuple(problems), content[wrong])
+
+
+# ---- status, repair, removing, merging
 
 
 @dataclass(frozen=True)
@@ -37,11 +214,11 @@ class StoreStatus:
 def status(path: str | Path, live: Digests | None = None, others: Digests | None = None) -> StoreStatus:
     """Describe a store or a packed file.
 
-    `live`, shape (n, 2), are the contents of the index, and `others` those that other experiments use.
+    `live`, uint64 of shape (n, 2), are the contents of the index, and `others` those that other experiments use.
     """
     path = Path(path)
     store = FeatureStore.open(path)
-    waiting = [open_segment(group, store.store_type).arrays["content"] for group in journal.groups(path)]
+    waiting = [open_segment(group, store.store_type).arrays["content"] for group in groups(path)]
     stale = missing = None
     if live is not None:
         live = np.unique(np.asarray(live, np.uint64).reshape(-1, 2), axis=0)
@@ -49,27 +226,17 @@ def status(path: str | Path, live: Digests | None = None, others: Digests | None
         stale = store.rows - int((~store.missing(used)).sum())
         absent = digest_keys(live[store.missing(live)])
         missing = int((~np.isin(absent, digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *waiting])))).sum())
-    rows = sum(map(len, waiting))
-    return StoreStatus(store, disk_bytes(path), rows, stale, missing, len(_quarantined(path)), lock.holder(path))
+    quarantined = len(list((path / QUARANTINE).glob("*")))
+    return StoreStatus(store, disk_bytes(path), sum(map(len, waiting)), stale, missing, quarantined, lock.holder(path))
 
 
 def disk_bytes(path: Path) -> int:
     """Return the bytes of all files of a store."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
-@dataclass(frozen=True)
-class RepairReport:
-    """What `repair` did; the damaged contents count as missing from now on."""
-
-    damaged: Digests
-    quarantined: tuple[str, ...]
-
-
-def repair(path: str | Path) -> RepairReport:
-    """Drop exactly the damaged rows of a store, keep every good one, and set damaged files aside.
+def repair(path: str | Path) -> VerifyReport:
+    """Drop exactly the damaged rows of a store, keep every good one, and set damaged files aside; return what was wrong.
 
     The next `manyheads features` embeds what was dropped.
     """
@@ -77,44 +244,30 @@ def repair(path: str | Path) -> RepairReport:
     if path.is_file():
         raise StoreError(f"{path}: a packed file cannot be repaired; pack the store again")
     report = verify(path, full=True)
-    before = _quarantined(path)
     if not report.ok:
         with _open_existing(path) as writer:
             writer.rewrite(lambda file: ~np.isin(np.arange(len(file.bulk)), damaged_rows(file)), set_aside=True)
-    return RepairReport(report.damaged, tuple(sorted(_quarantined(path) - before)))
+    return report
 
 
-def _quarantined(path: Path) -> set[str]:
-    folder = path / journal.QUARANTINE
-    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+def collect(path: str | Path, live: Digests) -> tuple[int, int, int]:
+    """Remove the rows of contents that are not in `live`, uint64 of shape (n, 2), and every file not needed then.
 
-
-@dataclass(frozen=True)
-class CollectReport:
-    """What `collect` removed."""
-
-    rows_before: int
-    rows_after: int
-    bytes_before: int
-    bytes_after: int
-
-
-def collect(path: str | Path, live: Digests) -> CollectReport:
-    """Remove the rows of contents that are not in `live`, shape (n, 2), and every file the newest state does not need.
-
-    Readers that have the store open go on reading what they opened.
+    Returns how many rows went, how many stayed, and the bytes that are free. Readers that have the store open go on reading
+    what they opened.
     """
     path = Path(path)
     before, bytes_before = newest_snapshot(path).rows, disk_bytes(path)
     wanted = digest_keys(np.asarray(live, np.uint64).reshape(-1, 2))
     with _open_existing(path) as writer:
         writer.rewrite(lambda file: np.isin(digest_keys(file.arrays["content"]), wanted))
-    return CollectReport(before, newest_snapshot(path).rows, bytes_before, disk_bytes(path))
+    after = newest_snapshot(path).rows
+    return before - after, after, max(0, bytes_before - disk_bytes(path))
 
 
 def _open_existing(path: Path) -> StoreWriter:
     snapshot = newest_snapshot(path)
-    return StoreWriter.open(path, snapshot.identity, snapshot.store_type.dim, snapshot.store_type.dtype)
+    return StoreWriter.open(path, snapshot.identity, snapshot.dim, snapshot.store_type.dtype)
 
 
 def merge(path: str | Path, sources: Sequence[str | Path]) -> dict[Path, int]:
@@ -125,21 +278,15 @@ def merge(path: str | Path, sources: Sequence[str | Path]) -> dict[Path, int]:
     Raises
     ------
     StoreError
-        When an identity, a dim, a dtype or the features of the built-in probe images differ.
+        When an identity, a dim, a dtype or the probe vectors differ.
     """
-    path = Path(path)
     stores = [FeatureStore.open(source) for source in sources]
-    if not stores:
-        raise StoreError(f"{path}: nothing to merge; name at least one other store")
-    added = {}
-    for store in stores:
-        canary = store.canary if len(store.canary) else None
-        with StoreWriter.open(path, store.identity, store.dim, store.store_type.dtype, canary) as writer:
-            added[store.path] = copy_rows(store, writer)
-    return added
+    return {store.path: copy_rows(store, Path(path)) for store in stores}
 
 
-def copy_rows(store: FeatureStore, writer: StoreWriter, content: Digests | None = None) -> int:
-    """Append the rows of some contents, or all in the order they lie there; return how many were new."""
+def copy_rows(store: FeatureStore, target: Path, content: Digests | None = None) -> int:
+    """Append rows of a store to another, of some contents, uint64 of shape (n, 2), or all; return how many were new."""
     content = store.table.in_file_order() if content is None else content
-    return sum(writer.append(content[part], features) for part, features in store.pieces(content))
+    probe = store.probe if len(store.probe) else None
+    with StoreWriter.open(target, store.identity, store.dim, store.store_type.dtype, probe) as writer:
+        return sum(writer.append(content[part], features) for part, features in store.pieces(content))

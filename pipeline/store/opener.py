@@ -16,6 +16,7 @@ import os
 import stat
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from pipeline.store.format import (
     FIRST_ATTRIBUTES,
     FORMAT,
     LAYOUTS,
-    SEAL,
-    SEAL_MAGIC,
+    TRAILER,
+    TRAILER_MAGIC,
     VERSION_MAJOR,
     Field,
     StoreType,
@@ -57,7 +58,6 @@ class StoreFile:
     attributes: dict[str, str | int]
     arrays: dict[str, NDArray[Any]]
     bulk: NDArray[Any]
-    _bulk_bytes: NDArray[np.uint8]
     _checked: NDArray[np.bool_] = field(repr=False)
 
     @property
@@ -70,13 +70,13 @@ class StoreFile:
         return int(self.attributes[name])
 
     def bad_blocks(self, blocks: NDArray[np.intp] | None = None) -> list[int]:
-        """Return those of some or all blocks of the bulk whose digest does not match; good ones are remembered."""
+        """Return the damaged ones of some blocks of the bulk, int64 of shape (k,), or of all; good ones are remembered."""
+        data = self.bulk.reshape(-1).view(np.uint8).data
         bad = []
-        stored = self.arrays["block_digest"]
         blocks = np.arange(len(self._checked)) if blocks is None else blocks
         for block in np.unique(blocks[~self._checked[blocks]]).tolist():
-            start = block * BLOCK_BYTES
-            if block_digest(self._bulk_bytes[start : start + BLOCK_BYTES].data) == stored[block].tobytes():
+            found = block_digest(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES])
+            if found == self.arrays["block_digest"][block].tobytes():
                 self._checked[block] = True
             else:
                 bad.append(block)
@@ -88,7 +88,7 @@ class StoreFile:
             raise StoreError(f"{self.path}: {len(bad)} block(s) are damaged")
 
     def check_items(self, items: NDArray[Any], width: int = 1) -> None:
-        """Check the blocks that hold the given items of `width` elements each, before they are used.
+        """Check the blocks that hold some items, integers of shape (k,), of `width` numbers each, before they are used.
 
         Raises
         ------
@@ -127,7 +127,7 @@ def open_file(
         When it is not what it should be; the message says what was found.
     """
     data = map_file(path) if data is None else data
-    head_bytes = _check_seal(path, data, digest)
+    head_bytes = _check_trailer(path, data, digest)
     try:
         with undisturbed():
             return _parse(path, data, head_bytes, kind)
@@ -168,27 +168,27 @@ def map_file(path: Path) -> mmap.mmap:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise StoreError(f"{path}: is not a regular file")
-        if status.st_size < SEAL.size + len(HDF5_MAGIC):
+        if status.st_size < TRAILER.size + len(HDF5_MAGIC):
             raise StoreError(f"{path}: has {status.st_size} bytes, too few for a feature store file; it is truncated")
         return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
 
 
-def _check_seal(path: Path, data: mmap.mmap, digest: str | None) -> int:
-    """Check the head against the seal and return the head's length."""
-    magic, head_bytes, sealed = SEAL.unpack(data[-SEAL.size :])
+def _check_trailer(path: Path, data: mmap.mmap, digest: str | None) -> int:
+    """Check the head against the trailer and return the head's length."""
+    magic, head_bytes, said = TRAILER.unpack(data[-TRAILER.size :])
     if data[: len(HDF5_MAGIC)] != HDF5_MAGIC:
         raise StoreError(f"{path}: is not an HDF5 file, or its first bytes are damaged")
-    if magic != SEAL_MAGIC or head_bytes > len(data) - SEAL.size:
+    if magic != TRAILER_MAGIC or head_bytes > len(data) - TRAILER.size:
         raise StoreError(
-            f"{path}: is truncated or damaged, or was not written by manyheads (its last 48 bytes are no seal)"
+            f"{path}: is truncated or damaged, or was not written by manyheads (its last 48 bytes are no trailer)"
         )
     with memoryview(data) as view:
         found = hashlib.blake2b(view[:head_bytes], digest_size=32).digest()
-    if found != sealed:
+    if found != said:
         raise StoreError(
-            f"{path}: is damaged: its head has digest {found.hex()[:16]}…, its seal says {sealed.hex()[:16]}…"
+            f"{path}: is damaged: its head has digest {found.hex()[:16]}…, its trailer says {said.hex()[:16]}…"
         )
     if digest is not None and found.hex() != digest:
         raise StoreError(f"{path}: holds {found.hex()[:16]}…, expected {digest[:16]}…; it was swapped or renamed")
@@ -196,7 +196,7 @@ def _check_seal(path: Path, data: mmap.mmap, digest: str | None) -> int:
 
 
 class _Window(io.RawIOBase):
-    """The mapped bytes without the seal, as a file that libhdf5 can read."""
+    """The mapped bytes without the trailer, as a file that libhdf5 can read."""
 
     def __init__(self, data: mmap.mmap, size: int) -> None:
         self.data, self.size, self.position = data, size, 0
@@ -214,41 +214,20 @@ class _Window(io.RawIOBase):
 
 
 def _parse(path: Path, data: mmap.mmap, head_bytes: int, kind: str | None) -> StoreFile:
-    size = len(data) - SEAL.size
+    size = len(data) - TRAILER.size
     with h5py.File(_Window(data, size), "r") as file:
         _require(file.id.get_create_plist().get_userblock() == 0, "it has a user block")
         attributes = _attributes(file.id, kind)
-        found_kind = str(attributes["kind"])
-        places = _places(file.id, found_kind, size)
-    bulk_name = BULK[found_kind]
-    arrays = {name: _array(data, place) for name, place in places.items()}
-    bulk = arrays.pop(bulk_name)
-    start = places[bulk_name].offset if bulk.size else size
-    _require(start == head_bytes, f"{bulk_name!r} is not where the head ends")
-    _require(start + bulk.nbytes == size, f"there are bytes behind {bulk_name!r}")
-    _check_sizes(places, attributes, bulk)
-    _require(len(arrays["block_digest"]) == -(-bulk.nbytes // BLOCK_BYTES), "'block_digest' has a wrong length")
-    raw = np.frombuffer(data, np.uint8, bulk.nbytes, start) if bulk.nbytes else np.zeros(0, np.uint8)
-    checked = np.zeros(len(arrays["block_digest"]), np.bool_)
-    digest = data[-32:].hex()
-    return StoreFile(path, found_kind, digest, len(data), attributes, arrays, bulk, raw, checked)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a dataset lies in the file."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    field: Field
-
-    @property
-    def bytes(self) -> int:
-        count = self.dtype.itemsize
-        for length in self.shape:
-            count *= length
-        return count
+        kind = str(attributes["kind"])
+        offsets, arrays = _datasets(file.id, data, kind, size)
+    _check_sizes(kind, arrays, attributes)
+    bulk = arrays.pop(BULK[kind])
+    start = offsets[BULK[kind]] if bulk.size else size
+    _require(start == head_bytes, f"{BULK[kind]!r} is not where the head ends")
+    _require(start + bulk.nbytes == size, f"there are bytes behind {BULK[kind]!r}")
+    blocks = len(arrays["block_digest"])
+    _require(blocks == -(-bulk.nbytes // BLOCK_BYTES), "'block_digest' has a wrong length")
+    return StoreFile(path, kind, data[-32:].hex(), len(data), attributes, arrays, bulk, np.zeros(blocks, np.bool_))
 
 
 def _attributes(root: Any, kind: str | None) -> dict[str, str | int]:
@@ -291,30 +270,30 @@ def _attribute(root: Any, name: str, of: type) -> str | int:
     return bytes(text[()]).decode("ascii")
 
 
-def _places(root: Any, kind: str, size: int) -> dict[str, _Place]:
-    """Find every dataset of this kind, and nothing else."""
-    layout = LAYOUTS[kind]
-    count = h5py.h5g.GroupID.get_num_objs(h5py.h5g.open(root, b"/"))
-    places = {}
-    for name, wanted in layout.items():
+def _datasets(root: Any, data: mmap.mmap, kind: str, size: int) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
+    """Find every dataset of this kind, and nothing else; return where each begins, and its array, of the layout's dtype and shape."""
+    offsets: dict[str, int] = {}
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, wanted in LAYOUTS[kind].items():
         if not root.links.exists(name.encode()):
             _require(wanted.optional, f"it has no dataset {name!r}")
             continue
         link = root.links.get_info(name.encode())
         _require(link.type == h5py.h5l.TYPE_HARD, f"{name!r} is a link to elsewhere")
-        places[name] = _place(root, name, wanted)
-    _require(count == len(places), f"it has {count} objects, expected {len(places)}")
-    spans = sorted((place.offset, place.offset + place.bytes) for place in places.values() if place.bytes)
+        offsets[name], arrays[name] = _dataset(root, data, name, wanted)
+    count = h5py.h5g.GroupID.get_num_objs(h5py.h5g.open(root, b"/"))
+    _require(count == len(arrays), f"it has {count} objects, expected {len(arrays)}")
+    spans = sorted((offsets[name], offsets[name] + array.nbytes) for name, array in arrays.items() if array.size)
     _require(all(stop <= size for _, stop in spans), "a dataset reaches behind the end of the file")
     _require(all(left[1] <= right[0] for left, right in pairwise(spans)), "two datasets overlap")
-    return places
+    return offsets, arrays
 
 
 FORBIDDEN_MESSAGES = {0x0007: "external storage", 0x000B: "a filter"}
 """Object header messages that betray a dataset whose bytes are not simply there."""
 
 
-def _place(root: Any, name: str, wanted: Field) -> _Place:
+def _dataset(root: Any, data: mmap.mmap, name: str, wanted: Field) -> tuple[int, NDArray[Any]]:
     info = h5py.h5o.get_info(root, name.encode())
     _require(info.type == h5py.h5o.TYPE_DATASET, f"{name!r} is not a dataset")
     for message, what in FORBIDDEN_MESSAGES.items():
@@ -329,12 +308,13 @@ def _place(root: Any, name: str, wanted: Field) -> _Place:
     _require(space.get_simple_extent_type() == h5py.h5s.SIMPLE, f"{name!r} is not an array")
     _require(space.get_simple_extent_ndims() == len(wanted.shape), f"{name!r} has a wrong number of axes")
     shape = tuple(int(length) for length in space.get_simple_extent_dims())
-    place = _Place(0, shape, _dtype(dataset.get_type(), name, wanted), wanted)
-    if not place.bytes:
-        return place
+    dtype, count = _dtype(dataset.get_type(), name, wanted), prod(shape)
+    if not count:
+        return 0, np.zeros(shape, dtype)
     offset = dataset.get_offset()
-    _require(offset is not None and dataset.get_storage_size() == place.bytes, f"{name!r} is not fully stored")
-    return _Place(int(offset), shape, place.dtype, wanted)
+    stored = offset is not None and dataset.get_storage_size() == count * dtype.itemsize
+    _require(stored, f"{name!r} is not fully stored")
+    return int(offset), np.frombuffer(data, dtype, count, offset).reshape(shape)
 
 
 def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
@@ -350,20 +330,14 @@ def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
     raise _Refused(f"{name!r} has an unexpected type, expected {' or '.join(wanted.dtypes)}")
 
 
-def _array(data: mmap.mmap, place: _Place) -> NDArray[Any]:
-    if not place.bytes:
-        return np.zeros(place.shape, place.dtype)
-    count = place.bytes // place.dtype.itemsize
-    return np.frombuffer(data, place.dtype, count, place.offset).reshape(place.shape)
-
-
-def _check_sizes(places: dict[str, _Place], attributes: dict[str, str | int], bulk: NDArray[Any]) -> None:
-    """Check that a letter means the same length in every shape, and that the attributes say so too."""
+def _check_sizes(kind: str, arrays: dict[str, NDArray[Any]], attributes: dict[str, str | int]) -> None:
+    """Check that a letter means the same length in the shapes of all arrays, and that the attributes say so, and the dtype, too."""
     lengths: dict[str, int] = {"n": int(attributes["rows"]), "d": int(attributes["dim"])}
-    for name, place in places.items():
-        for letter, length in zip(place.field.shape, place.shape, strict=True):
+    for name, array in arrays.items():
+        for letter, length in zip(LAYOUTS[kind][name].shape, array.shape, strict=True):
             wanted = letter if isinstance(letter, int) else lengths.setdefault(letter, length)
             _require(length == wanted, f"{name!r} has an axis of {length}, expected {wanted}")
+    bulk = arrays[BULK[kind]]
     _require(0 < int(attributes["dim"]) <= 1 << 24, "'dim' is out of range")
     _require(attributes["dtype"] in ("<f4", "<f2"), f"its dtype is {attributes['dtype']!r}")
     _require(bulk.dtype.kind != "f" or bulk.dtype.str == attributes["dtype"], "its dtype is not that of 'features'")

@@ -25,14 +25,14 @@ from pipeline.io.digests import Digests, digests_to_hex, fingerprint
 from pipeline.store.format import StoreType
 from pipeline.store.identity import differences
 from pipeline.store.opener import StoreFile, map_file, open_file
-from pipeline.store.segment import SegmentEntry, open_entry
-from pipeline.store.table import Table, sorted_table
+from pipeline.store.table import SegmentEntry, Table, open_entry, sorted_table
 
 log = logging.getLogger(__name__)
 
 MAX_IDENTITY_BYTES = 1 << 16
-MAX_CANARY_ROWS = 1024
+MAX_PROBE_ROWS = 1024
 COPY_BYTES = 16 << 20
+GATHER_BYTES = 4 << 20
 ATTEMPTS = 10
 """How often a store is looked at anew that a writer has changed meanwhile."""
 
@@ -51,7 +51,8 @@ class FeatureStore:
     generation: int
     """0 for a packed file."""
     segments: tuple[SegmentEntry, ...]
-    canary: NDArray[np.float32]
+    probe: NDArray[np.float32]
+    """Vectors of the built-in probe images, of shape (k, dim)."""
     table: Table = field(repr=False)
     _files: dict[int, StoreFile] = field(default_factory=dict, repr=False)
     """Segment number -> its file; opened and checked when first read."""
@@ -71,12 +72,12 @@ class FeatureStore:
         """
         path = Path(path)
         store = _open_pack(path) if path.is_file() else _open_folder(path)
-        if identity is not None and (problems := differences(store.identity, identity)):
-            raise StoreError(f"{path}: its features were made differently than asked for", problems)
-        if fingerprint is not None and fingerprint != store.fingerprint:
+        problems = [] if identity is None else differences(store.identity, identity)
+        if fingerprint not in (None, store.fingerprint):
+            problems = [f"identity {store.fingerprint[:16]}…, expected {fingerprint[:16]}…"]
+        if problems:
             raise StoreError(
-                f"{path}: its features were made differently than asked for: "
-                f"identity {store.fingerprint[:16]}…, expected {fingerprint[:16]}…; run 'manyheads features' again"
+                f"{path}: its features were made differently than asked for; run 'manyheads features' again", problems
             )
         return store
 
@@ -101,11 +102,11 @@ class FeatureStore:
         return len(self.table)
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
-        """Say for each of n digests, shape (n, 2), whether the store has no vector for it."""
+        """Say for each of n digests, uint64 of shape (n, 2), whether the store has no vector for it: bool of shape (n,)."""
         return self.table.find(digests) < 0
 
     def read(self, digests: Digests) -> NDArray[np.float32]:
-        """Return the vectors of n digests in the order asked, shape (n, dim); every block read is checked first.
+        """Return the vectors of n digests, uint64 of shape (n, 2), in the order asked, float32 of shape (n, dim), checked.
 
         Raises
         ------
@@ -115,38 +116,36 @@ class FeatureStore:
         return self.read_at(*self.locate(digests), digests)
 
     def read_at(self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests) -> NDArray[np.float32]:
-        """Like `read`, for digests that were located before."""
+        """Like `read`, for n digests that were located before: `segments` and `rows` are int64 of shape (n,)."""
         result = np.empty((len(rows), self.dim), np.float32)
         for number in np.unique(segments).tolist():
             here = np.flatnonzero(segments == number)
-            file = self.segment(number, rows[here], digests[here])
-            file.check_items(rows[here], self.dim)
-            _gather(file.bulk, rows[here], here, result)
+            source = self._segment(number, rows[here], digests[here]).bulk
+            if (np.diff(rows[here]) == 1).all() and (np.diff(here) == 1).all():
+                result[here[0] : here[-1] + 1] = source[rows[here[0]] : rows[here[-1]] + 1]
+                continue
+            step = max(1, GATHER_BYTES // (4 * self.dim))
+            for part in (here[start : start + step] for start in range(0, len(here), step)):
+                result[part] = source[rows[part]]
         return result
 
     def pieces(self, digests: Digests) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Yield the vectors of n digests a few megabytes at a time, each with its place among the n."""
+        """Yield the vectors of n digests, uint64 of shape (n, 2), as float32 of shape (k, dim), each with its place among the n."""
         step = max(1, COPY_BYTES // (self.dim * 4))
         for start in range(0, len(digests), step):
             part = slice(start, start + step)
             yield part, self.read(digests[part])
 
-    def load(self, digests: Digests) -> NDArray[np.float32]:
-        """Like `read`, but without a copy where the rows lie one behind the other in a float32 segment.
-
-        Then the result is a read-only view of the mapped file, whose blocks have been checked.
-        """
-        segments, rows = self.locate(digests)
+    def view_at(self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests) -> NDArray[np.float32]:
+        """Like `read_at`, but where the rows lie one behind the other in a float32 segment a view of the mapped file, read-only."""
         one_run = len(rows) > 0 and (segments == segments[0]).all() and (np.diff(rows) == 1).all()
         if not one_run or self.store_type.dtype != "<f4":
-            return self.read(digests)
-        file = self.segment(int(segments[0]), rows, digests)
-        file.check_items(rows, self.dim)
-        view: NDArray[np.float32] = file.bulk[rows[0] : rows[-1] + 1]
+            return self.read_at(segments, rows, digests)
+        view: NDArray[np.float32] = self._segment(int(segments[0]), rows, digests).bulk[rows[0] : rows[-1] + 1]
         return view
 
     def locate(self, digests: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return segment number and row of each digest; StoreError when some are missing."""
+        """Return segment number and row of each of n digests, int64 of shape (n,); StoreError when some are missing."""
         positions = self.table.find(digests)
         if (positions < 0).any():
             absent = digests_to_hex(np.asarray(digests).reshape(-1, 2)[positions < 0][:1])
@@ -156,43 +155,102 @@ class FeatureStore:
             )
         return self.table.place(positions)
 
-    def segment(self, number: int, rows: NDArray[np.int64], digests: Digests) -> StoreFile:
-        """Return an opened segment after checking that these rows of it are those digests."""
+    def _segment(self, number: int, rows: NDArray[np.int64], digests: Digests) -> StoreFile:
+        """Return a segment in which these k rows, int64, are those digests, uint64 of shape (k, 2), and whole."""
         if number >= len(self.segments):
             raise StoreError(
                 f"{self.path}: not a valid feature store: it names segment {number} of {len(self.segments)}"
             )
         if number not in self._files:
-            self._files[number] = open_entry(
-                self.path, self.segments[number], self.store_type, self._mapped.get(number)
-            )
+            mapped = self._mapped.get(number)
+            self._files[number] = open_entry(self.path, self.segments[number], self.store_type, mapped)
         file = self._files[number]
         content = file.arrays["content"]
         if (rows >= len(content)).any() or not np.array_equal(content[rows], digests):
             raise StoreError(
                 f"{file.path}: does not hold the images that the snapshot says; run 'manyheads store verify --full'"
             )
+        file.check_items(rows, self.dim)
         return file
 
 
-def _gather(source: NDArray[Any], rows: NDArray[np.int64], here: NDArray[np.intp], out: NDArray[np.float32]) -> None:
-    """Copy rows, a few megabytes at a time, as slices where they lie one behind the other."""
-    if (np.diff(rows) == 1).all() and (np.diff(here) == 1).all():
-        out[here[0] : here[-1] + 1] = source[rows[0] : rows[-1] + 1]
-        return
-    step = max(1, (4 << 20) // max(1, source.shape[1] * 4))
-    for start in range(0, len(rows), step):
-        out[here[start : start + step]] = source[rows[start : start + step]]
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """The vectors of n digests, float32 of shape (n, dim), as an array that is read and checked only where it is indexed.
+
+    A number or a slice gives a view of the mapped file where the rows lie one behind the other there; a mask or row numbers give
+    a copy, and so does `numpy.asarray`. So the system may drop what was read from memory at any time. `segments` and `rows`,
+    int64 of shape (n,), say where each vector lies.
+    """
+
+    store: FeatureStore
+    digests: Digests
+    segments: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    @staticmethod
+    def of(store: FeatureStore, digests: Digests) -> StoredRows:
+        """Find n digests, uint64 of shape (n, 2), without reading their vectors; StoreError when some are missing."""
+        digests = np.asarray(digests).reshape(-1, 2)
+        return StoredRows(store, digests, *store.locate(digests))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"StoredRows of shape {self.shape}, float32, on disk"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, dim)."""
+        return len(self.rows), self.store.dim
+
+    @property
+    def ndim(self) -> int:
+        """Always 2."""
+        return 2
+
+    @property
+    def dtype(self) -> np.dtype[np.float32]:
+        """float32, whatever the store holds."""
+        return np.dtype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the array would take in memory."""
+        return 4 * len(self) * self.store.dim
+
+    def __getitem__(self, places: Any) -> NDArray[np.float32]:
+        if isinstance(places, tuple):
+            first, *rest = places
+            return self[first][(..., *rest)] if np.ndim(self.rows[first]) == 0 else self[first][(slice(None), *rest)]
+        if isinstance(places, (int, np.integer)):
+            vector: NDArray[np.float32] = self[[places]][0]
+            return vector
+        read = self.store.view_at if isinstance(places, slice) else self.store.read_at
+        return read(self.segments[places], self.rows[places], self.digests[places])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        vectors = self[:]
+        return np.array(vectors, dtype) if copy else np.asarray(vectors, dtype)
+
+    def part(self, places: NDArray[np.integer]) -> StoredRows:
+        """Return some of the rows, integers of shape (k,), still unread."""
+        return StoredRows(self.store, self.digests[places], self.segments[places], self.rows[places])
+
+    def file_order(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how to sort k places into the order in which their vectors lie on disk: int64 of shape (k,), as `argsort`."""
+        return np.lexsort((self.rows[places], self.segments[places]))
 
 
 def _opened(
     path: Path, file: StoreFile, segments: tuple[SegmentEntry, ...], table: Table, files: dict[int, StoreFile]
 ) -> FeatureStore:
-    if len(file.arrays["canary"]) > MAX_CANARY_ROWS:
-        raise StoreError(f"{file.path}: not a valid feature store file: it has too many canary rows")
+    if len(file.arrays["canary"]) > MAX_PROBE_ROWS:
+        raise StoreError(f"{file.path}: not a valid feature store file: it has too many probe vectors")
     generation = file.number("generation") if file.kind == "snapshot" else 0
-    identity, canary = _identity(file), file.arrays["canary"]
-    return FeatureStore(path, file, identity, file.store_type, file.digest, generation, segments, canary, table, files)
+    identity, probe = _identity(file), file.arrays["canary"]
+    return FeatureStore(path, file, identity, file.store_type, file.digest, generation, segments, probe, table, files)
 
 
 def _open_pack(path: Path) -> FeatureStore:
@@ -269,10 +327,9 @@ def newest_snapshot(store: Path) -> FeatureStore:
     StoreError
         When there is no store, or none of its snapshots is valid.
     """
-    problems: list[str] = []
     for _ in range(ATTEMPTS):
-        problems = []
-        for generation in (found := require_generations(store)):
+        problems: list[str] = []
+        for generation in require_generations(store):
             try:
                 snapshot = open_snapshot(snapshot_path(store, generation))
             except FileNotFoundError:
@@ -283,7 +340,7 @@ def newest_snapshot(store: Path) -> FeatureStore:
             for problem in problems:
                 log.warning("%s; using generation %d instead", problem, generation)
             return snapshot
-        if len(problems) == len(found):
+        else:
             break
     raise no_valid_snapshot(store, problems)
 
@@ -298,8 +355,3 @@ def require_generations(store: Path) -> list[int]:
 def no_valid_snapshot(store: Path, problems: Sequence[str] = ()) -> StoreError:
     """Return the error of a store that is damaged beyond use."""
     return StoreError(f"{store}: no valid snapshot; delete the store and run 'manyheads features' again", problems)
-
-
-def load(store: str | Path | FeatureStore, digests: Digests) -> NDArray[np.float32]:
-    """Return X of shape (n, dim) for n digests, memory-mapped where the layout permits."""
-    return (store if isinstance(store, FeatureStore) else FeatureStore.open(store)).load(digests)

@@ -92,7 +92,7 @@ def thingsvision(folder: Path, model: str) -> float:
 
 
 def ours(folder: Path, model: str, **extraction: Any) -> float:
-    """Images/s of stage one from files to a sealed store."""
+    """Images/s of stage one from files to a finished store."""
     from pipeline import config
     from pipeline.stages import extract as extract_features
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from pipeline.io.digests import pack_digests
-from pipeline.store import StoreWriter
+from pipeline.store.writer import StoreWriter
 
 ROWS, DIM = 7, 6
 IDENTITY = {
@@ -19,10 +19,10 @@ IDENTITY = {
 }
 DIGESTS = pack_digests(hashlib.blake2b(bytes([row]), digest_size=16).digest() for row in range(ROWS))
 FEATURES = (np.arange(ROWS * DIM, dtype=np.float32).reshape(ROWS, DIM) - 20) / 8
-CANARY = np.full((1, DIM), 0.5, np.float32)
+PROBE = np.full((1, DIM), 0.5, np.float32)
 
 if __name__ == "__main__":
-    with StoreWriter.open(sys.argv[1], IDENTITY, DIM, canary=CANARY) as writer:
+    with StoreWriter.open(sys.argv[1], IDENTITY, DIM, probe=PROBE) as writer:
         writer.append(DIGESTS[:4], FEATURES[:4])
-    with StoreWriter.open(sys.argv[1], IDENTITY, DIM, canary=CANARY) as writer:
+    with StoreWriter.open(sys.argv[1], IDENTITY, DIM, probe=PROBE) as writer:
         writer.append(DIGESTS[4:], FEATURES[4:])

@@ -12,7 +12,7 @@ from photos import make_photos, small_config
 
 from pipeline import report
 from pipeline.config import Config
-from pipeline.experiment import FINETUNING, Artifacts, sealed, to_lines, write_document
+from pipeline.experiment import FINETUNING, Artifacts, to_lines, with_digest, write_document
 from pipeline.finetuning.result import describe, write_weights
 from pipeline.io.digests import file_digest
 from pipeline.io.files import write_atomic
@@ -35,7 +35,7 @@ def finished(root: Path) -> Config:
     described = describe(name="x", architecture="resnet18", arguments={}, preprocessing={}, classes=("a", "b"))
     write_weights(weights, tensors, described)
     write_document(folder / "result.json", FINETUNING, {"key": "k", "weights_digest": file_digest(weights)})
-    write_atomic(folder / "checkpoint.pt", sealed(np.arange(99).tobytes()))
+    write_atomic(folder / "checkpoint.pt", with_digest(np.arange(99).tobytes()))
     write_atomic(folder / "log.jsonl", to_lines([{"step": step, "accuracy": 0.5} for step in range(9)], "")[0])
     return config
 

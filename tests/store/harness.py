@@ -14,8 +14,9 @@ import numpy as np
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.store import FeatureStore, StoreWriter, collect, verify
-from pipeline.store import seal as seal_module
+from pipeline.store import FeatureStore, commits
+from pipeline.store.maintain import collect, verify
+from pipeline.store.writer import StoreWriter
 
 DIM = 5
 ROWS = 22
@@ -23,7 +24,7 @@ IDENTITY = {"architecture": "tiny", "preprocessing": {"resize": 8, "crop": 8}, "
 _rng = np.random.default_rng(7)
 DIGESTS = _rng.integers(0, 2**64, (ROWS, 2), dtype=np.uint64)
 FEATURES = _rng.normal(size=(ROWS, DIM)).astype(np.float32)
-CANARY = _rng.normal(size=(2, DIM)).astype(np.float32)
+PROBE = _rng.normal(size=(2, DIM)).astype(np.float32)
 FIRST_RUN = 14
 BATCH = 7
 
@@ -33,18 +34,18 @@ Work = Callable[[Path, set[int]], None]
 @contextmanager
 def small_segments() -> Iterator[None]:
     """Segments of ten rows, merged when three small ones have piled up, so that a tiny run does all there is to do."""
-    old = {name: getattr(seal_module, name) for name in ("SEGMENT_BYTES", "SMALL_BYTES", "MAX_SMALL")}
-    seal_module.SEGMENT_BYTES, seal_module.SMALL_BYTES, seal_module.MAX_SMALL = 10 * DIM * 4, 1 << 20, 3
+    old = {name: getattr(commits, name) for name in ("SEGMENT_BYTES", "SMALL_BYTES", "MAX_SMALL")}
+    commits.SEGMENT_BYTES, commits.SMALL_BYTES, commits.MAX_SMALL = 10 * DIM * 4, 1 << 20, 3
     try:
         yield
     finally:
         for name, value in old.items():
-            setattr(seal_module, name, value)
+            setattr(commits, name, value)
 
 
 def add(path: Path, acked: set[int], rows: int = ROWS) -> None:
-    """One run of stage one: embed what is missing, commit each batch, seal. `acked` gets the rows that are promised."""
-    with StoreWriter.open(path, IDENTITY, DIM, canary=CANARY) as writer:
+    """One run of stage one: embed what is missing, commit each batch, compact. `acked` gets the rows that are promised."""
+    with StoreWriter.open(path, IDENTITY, DIM, probe=PROBE) as writer:
         wanted = np.flatnonzero(writer.missing(DIGESTS[:rows]))
         acked.update(set(range(rows)) - set(wanted.tolist()))
         for start in range(0, len(wanted), BATCH):
@@ -56,12 +57,12 @@ def add(path: Path, acked: set[int], rows: int = ROWS) -> None:
 
 def two_runs(path: Path, acked: set[int]) -> None:
     """A first run, and a second after images were added; the second merges segments."""
-    if not sealed(path, FIRST_RUN):
+    if not compacted(path, FIRST_RUN):
         add(path, acked, FIRST_RUN)
     add(path, acked)
 
 
-def sealed(path: Path, rows: int) -> bool:
+def compacted(path: Path, rows: int) -> bool:
     """Whether a run over so many rows has ended, so that nobody starts it again."""
     try:
         return not FeatureStore.open(path).missing(DIGESTS[:rows]).any()
@@ -160,7 +161,7 @@ def promised(path: Path, acked: set[int]) -> None:
     with system(Faults()):
         writer = StoreWriter.open(path, IDENTITY, DIM)
         lost = writer.missing(DIGESTS[sorted(acked)])
-        writer.close()  # without sealing: the run that follows must find what the death left
+        writer.close()  # without compacting: the run that follows must find what the death left
     assert not lost.any(), "a committed row is gone"
     exact(path)
 

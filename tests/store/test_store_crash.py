@@ -12,7 +12,9 @@ import pytest
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.store import FeatureStore, StoreWriter, verify
+from pipeline.store import FeatureStore
+from pipeline.store.maintain import verify
+from pipeline.store.writer import StoreWriter
 from store.harness import (
     DIGESTS,
     DIM,

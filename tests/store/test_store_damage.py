@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.store import FeatureStore, StoreWriter, repair, verify
+from pipeline.store import FeatureStore
+from pipeline.store.maintain import repair, verify
 from pipeline.store.opener import open_file
+from pipeline.store.writer import StoreWriter
 from store.harness import (
     DIGESTS,
     DIM,
@@ -125,7 +127,7 @@ def test_repair_forgets_exactly_the_damaged_rows(place):
     assert report.problems[0].found == f"{len(expected)} of its 20 features are damaged or not finite"
     fixed = repair(place / "s")
     assert sorted(map(tuple, fixed.damaged)) == sorted(map(tuple, digests[expected]))
-    assert fixed.quarantined == (segment.name,)
+    assert [path.name for path in (place / "s" / "quarantine").iterdir()] == [segment.name]
     store = FeatureStore.open(place / "s")
     assert np.flatnonzero(store.missing(digests)).tolist() == expected
     good = np.setdiff1d(np.arange(20), expected)
@@ -167,6 +169,6 @@ def test_a_damaged_snapshot_falls_back_and_its_rows_come_back_without_embedding(
     with small_segments():
         writer = StoreWriter.open(store, IDENTITY, DIM)
         assert not writer.missing(DIGESTS).any()
-        writer.seal()
+        writer.compact()
         writer.close()
     exact(store, set(range(len(DIGESTS))))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.store import FeatureStore, StoreWriter, verify
+from pipeline.store import FeatureStore
+from pipeline.store.maintain import verify
+from pipeline.store.writer import StoreWriter
 
 
 def test_real_full_file_system(place):

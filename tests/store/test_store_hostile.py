@@ -1,4 +1,4 @@
-"""Strangers' files: nineteen kinds of trap, each with a correct seal, and random mutations in a process with limits."""
+"""Strangers' files: nineteen kinds of trap, each with a correct trailer, and random mutations in a process with limits."""
 
 import os
 import struct
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.store import StoreWriter
-from pipeline.store.format import block_digests, make_seal
+from pipeline.store import FeatureStore
+from pipeline.store.format import block_digests, make_trailer
 from pipeline.store.opener import open_file
+from pipeline.store.writer import StoreWriter
 from store.harness import rounds
 
 ROWS, DIM = 40, 16
@@ -25,7 +26,7 @@ FEATURES = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype("<f4")
 
 
 def craft(path, change=lambda file: None, attributes=None, skip=(), late=None):
-    """Write a segment with plain h5py, as anyone could, break it, and seal it properly."""
+    """Write a segment with plain h5py, as anyone could, break it, and give it a proper trailer."""
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         for name, value in {**ATTRIBUTES, **(attributes or {})}.items():
             file.attrs[name] = np.bytes_(value) if isinstance(value, str) else value
@@ -38,18 +39,18 @@ def craft(path, change=lambda file: None, attributes=None, skip=(), late=None):
             if name not in skip:
                 file.create_dataset(name, data=data)
         change(file)
-    seal(path)
+    close_file(path)
     return path
 
 
-def seal(path):
+def close_file(path):
     data = path.read_bytes()
     try:
         with h5py.File(path) as file:
             head = file["features"].id.get_offset() or len(data)
     except Exception:
         head = len(data)
-    path.write_bytes(data + make_seal(data[:head]))
+    path.write_bytes(data + make_trailer(data[:head]))
 
 
 def replace(name, make):
@@ -139,7 +140,7 @@ def test_the_same_file_without_a_trap_is_refused_only_for_its_order(tmp_path):
     lambda path: path.write_bytes(b"x" * 47),
     lambda path: path.write_bytes(os.urandom(5000)),
     lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(5000)),
-    lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + make_seal(b"\x89HDF\r\n\x1a\n")),
+    lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + make_trailer(b"\x89HDF\r\n\x1a\n")),
     lambda path: path.mkdir(),
     lambda path: os.mkfifo(path),
     lambda path: path.symlink_to("/etc/passwd"),
@@ -153,13 +154,13 @@ def test_what_is_no_store_file_is_refused(tmp_path, make):
 def test_a_user_block_is_refused(tmp_path):
     path = craft(tmp_path / "x.h5")
     data = b"#!/bin/sh\n".ljust(512, b"\0") + path.read_bytes()[:-48]
-    path.write_bytes(data + make_seal(data))
+    path.write_bytes(data + make_trailer(data))
     with pytest.raises(StoreError, match="not an HDF5 file"):
         open_file(path)
 
 
 def test_features_that_are_not_finite_are_found_by_verify(tmp_path):
-    from pipeline.store.segment import damaged_rows
+    from pipeline.store.maintain import damaged_rows
 
     features = FEATURES.copy()
     features[7, 3] = np.nan
@@ -176,8 +177,10 @@ import random, resource, signal, struct, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from pipeline.errors import StoreError
-from pipeline.store import FeatureStore, read_packed_index, verify
-from pipeline.store.format import make_seal
+from pipeline.store import FeatureStore
+from pipeline.store.maintain import verify
+from pipeline.store.share import read_packed_index
+from pipeline.store.format import make_trailer
 folder, count = Path({folder!r}), {count}
 seeds = [Path(name).read_bytes() for name in {seeds!r}]
 random.seed(5)
@@ -193,7 +196,7 @@ for turn in range(count):
     original = next(seed for seed in seeds if len(seed) == len(data) + 48)
     head = head or struct.unpack('<Q', original[-40:-32])[0]
     path = folder / 'fuzz.h5'
-    path.write_bytes(data + make_seal(bytes(data[:min(head, len(data))])))
+    path.write_bytes(data + make_trailer(bytes(data[:min(head, len(data))])))
     signal.alarm(5)
     try:
         if b'pack' in data[:6000]:
@@ -216,13 +219,13 @@ print(count, opened)
 
 
 def test_random_mutations_raise_only_our_errors_in_bounded_time_and_memory(place):
-    from pipeline.store import pack
+    from pipeline.store.share import pack
 
     digests = np.random.default_rng(1).integers(0, 2**64, (ROWS, 2), dtype=np.uint64)
-    with StoreWriter.open(place / "s", {"a": 1}, DIM, canary=FEATURES[:2]) as writer:
+    with StoreWriter.open(place / "s", {"a": 1}, DIM, probe=FEATURES[:2]) as writer:
         writer.append(digests, FEATURES)
     names = [f"class/{number}.png" for number in range(ROWS)]
-    pack(place / "s", place / "p.h5", digests, {"paths": names, "labels": names})
+    pack(FeatureStore.open(place / "s"), place / "p.h5", digests, {"paths": names, "labels": names})
     root = Path(__file__).parents[2]
     seeds = [str(place / "p.h5"), str(place / "s" / "snapshot-00000002.h5")]
     program = FUZZ.format(
@@ -247,7 +250,7 @@ def test_a_table_of_one_repeated_number_is_searched_in_time(place):
     assert table.find(content).tolist() == list(range(size))
 
 
-def test_sealed_garbage_head_length(tmp_path):
+def test_a_garbage_length_of_the_head_is_refused(tmp_path):
     path = craft(tmp_path / "x.h5")
     data = path.read_bytes()
     path.write_bytes(data[:-40] + struct.pack("<Q", 1 << 62) + data[-32:])

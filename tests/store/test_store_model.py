@@ -9,14 +9,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pipeline.store import FeatureStore, StoreWriter, collect, merge, pack, repair, verify
-from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY, ROWS, Faults, rounds, small_segments, system
+from pipeline.store import FeatureStore, StoredRows
+from pipeline.store.maintain import collect, merge, repair, verify
+from pipeline.store.share import pack
+from pipeline.store.writer import StoreWriter
+from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE, ROWS, Faults, rounds, small_segments, system
 
 rows = st.lists(st.integers(0, ROWS - 1), max_size=8)
 
 
 class Model(RuleBasedStateMachine):
-    """`promised` are the committed rows, `sealed` those a reader must see."""
+    """`promised` are the committed rows, `compacted` those a reader must see."""
 
     def __init__(self):
         super().__init__()
@@ -25,11 +28,11 @@ class Model(RuleBasedStateMachine):
             context.__enter__()
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         self.path = self.folder / "s"
-        self.promised, self.sealed, self.waiting = set(), set(), set()
+        self.promised, self.compacted, self.waiting = set(), set(), set()
         self.writer = self._open()
 
     def _open(self):
-        return StoreWriter.open(self.path, IDENTITY, DIM, canary=CANARY)
+        return StoreWriter.open(self.path, IDENTITY, DIM, probe=PROBE)
 
     @rule(rows=rows)
     def append(self, rows):
@@ -44,10 +47,10 @@ class Model(RuleBasedStateMachine):
         self.waiting = set()
 
     @rule()
-    def seal(self):
+    def compact(self):
         self.commit()
-        self.writer.seal()
-        self.sealed = set(self.promised)
+        self.writer.compact()
+        self.compacted = set(self.promised)
 
     @rule()
     def die(self):
@@ -57,17 +60,17 @@ class Model(RuleBasedStateMachine):
 
     @rule(rows=rows)
     def collect(self, rows):
-        self.seal()
+        self.compact()
         self.writer.close()
-        report = collect(self.path, DIGESTS[rows])
-        assert report.rows_before == len(self.sealed)
+        gone, kept, _ = collect(self.path, DIGESTS[rows])
+        assert gone + kept == len(self.compacted)
         self.promised &= set(rows)
-        self.sealed = set(self.promised)
+        self.compacted = set(self.promised)
         self.writer = self._open()
 
     @rule(bit=st.integers(0, 2**30), which=st.integers(0, 2**10))
     def damage_a_segment_and_repair(self, bit, which):
-        self.seal()
+        self.compact()
         self.writer.close()
         segments = sorted((self.path / "segments").iterdir())
         if segments:
@@ -76,41 +79,41 @@ class Model(RuleBasedStateMachine):
             data[bit // 8 % len(data)] ^= 1 << bit % 8
             file.write_bytes(data)
             report = repair(self.path)
-            lost = {row for row in self.sealed if (report.damaged == DIGESTS[row]).all(axis=1).any()}
+            lost = {row for row in self.compacted if (report.damaged == DIGESTS[row]).all(axis=1).any()}
             assert len(lost) == len(report.damaged)
             self.promised -= lost
-            self.sealed -= lost
+            self.compacted -= lost
             assert verify(self.path, full=True).ok
         self.writer = self._open()
 
     @rule(rows=rows)
     def merge_another(self, rows):
-        self.seal()
+        self.compact()
         self.writer.close()
         other = self.folder / "other"
-        with StoreWriter.open(other, IDENTITY, DIM, canary=CANARY) as writer:
+        with StoreWriter.open(other, IDENTITY, DIM, probe=PROBE) as writer:
             writer.append(DIGESTS[rows], FEATURES[rows])
-        assert merge(self.path, [other]) == {other: len(set(rows) - self.sealed)}
+        assert merge(self.path, [other]) == {other: len(set(rows) - self.compacted)}
         shutil.rmtree(other)
         self.promised |= set(rows)
-        self.sealed = set(self.promised)
+        self.compacted = set(self.promised)
         self.writer = self._open()
 
     @rule()
     def pack_and_read(self):
-        packed = pack(self.path, self.folder / "p.h5")
-        assert packed.rows == len(self.sealed)
+        packed = pack(FeatureStore.open(self.path), self.folder / "p.h5")
+        assert packed.rows == len(self.compacted)
         self._equals(FeatureStore.open(self.folder / "p.h5"))
 
     def _equals(self, store):
-        assert np.flatnonzero(~store.missing(DIGESTS)).tolist() == sorted(self.sealed)
-        have = sorted(self.sealed)
+        assert np.flatnonzero(~store.missing(DIGESTS)).tolist() == sorted(self.compacted)
+        have = sorted(self.compacted)
         assert store.rows == len(have)
         assert store.read(DIGESTS[have]).tobytes() == FEATURES[have].tobytes()
-        assert store.load(DIGESTS[have]).tobytes() == FEATURES[have].tobytes()
+        assert StoredRows.of(store, DIGESTS[have])[:].tobytes() == FEATURES[have].tobytes()
 
     @invariant()
-    def the_reader_sees_what_was_sealed(self):
+    def the_reader_sees_what_was_compacted(self):
         self._equals(FeatureStore.open(self.path))
 
     @invariant()

@@ -191,7 +191,7 @@ def with_what_is_there(path, acked):
     """The cheap check: a writer that opens the store knows every promised row, and readers get right bits."""
     exact(path)
     with system(Faults()):
-        from pipeline.store import StoreWriter
+        from pipeline.store.writer import StoreWriter
         from store.harness import DIGESTS, DIM, IDENTITY
 
         writer = StoreWriter.open(path, IDENTITY, DIM)

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.io.digests import digests_to_hex
-from pipeline.store import FeatureStore, StoreWriter, export, load, merge, pack, read_packed_index, status, verify
-from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY
+from pipeline.io.digests import digests_to_hex, fingerprint
+from pipeline.store import FeatureStore, StoredRows
+from pipeline.store.maintain import merge, status, verify
+from pipeline.store.share import export, pack, read_packed_index
+from pipeline.store.writer import StoreWriter
+from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
 def store(place):
-    with StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY) as writer:
+    with StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE) as writer:
         writer.append(DIGESTS, FEATURES)
     return place / "s"
 
@@ -31,9 +34,9 @@ def test_golden_stores_open_for_ever(place, version):
     path = place / version
     shutil.copytree(GOLDEN / version, path)
     assert verify(path, full=True).ok
-    old = FeatureStore.open(path, identity=golden.IDENTITY)
+    old = FeatureStore.open(path, fingerprint(golden.IDENTITY))
     assert np.array_equal(old.read(golden.DIGESTS), golden.FEATURES)
-    assert np.array_equal(old.canary, golden.CANARY)
+    assert np.array_equal(old.probe, golden.PROBE)
 
 
 def test_the_format_has_not_changed_without_a_new_version(place):
@@ -44,7 +47,7 @@ def test_the_format_has_not_changed_without_a_new_version(place):
     import make_store as golden
 
     for rows in (slice(0, 4), slice(4, 7)):
-        with StoreWriter.open(place / "s", golden.IDENTITY, golden.DIM, canary=golden.CANARY) as writer:
+        with StoreWriter.open(place / "s", golden.IDENTITY, golden.DIM, probe=golden.PROBE) as writer:
             writer.append(golden.DIGESTS[rows], golden.FEATURES[rows])
     names = {str(path.relative_to(GOLDEN / "store-v1")) for path in (GOLDEN / "store-v1").rglob("*.h5")}
     assert names == {str(path.relative_to(place / "s")) for path in (place / "s").rglob("*.h5")}
@@ -53,23 +56,29 @@ def test_the_format_has_not_changed_without_a_new_version(place):
 def test_a_packed_file_is_for_h5py_and_for_us(store, place):
     images = np.array([3, 1, 3, 0])  # one content twice
     columns = {"paths": ["a/ä.png", "b.png", "c.png", "d.png"], "labels": ["x", "y", "x", "日本"]}
-    assert pack(store, place / "p.h5", DIGESTS[images], columns).rows == 3
+    assert pack(FeatureStore.open(store), place / "p.h5", DIGESTS[images], columns).rows == 3
     with h5py.File(place / "p.h5") as file:
         X = file["features"][:][file["row"][:]]
         y = [label.decode() for label in file["label"][:]]
     assert np.array_equal(X, FEATURES[images])
     assert y == columns["labels"]
-    packed = FeatureStore.open(place / "p.h5", identity=IDENTITY)
+    packed = FeatureStore.open(place / "p.h5", fingerprint(IDENTITY))
     assert np.array_equal(packed.read(DIGESTS[images]), FEATURES[images])
     index = read_packed_index(place / "p.h5")
     assert np.array_equal(index.digests, DIGESTS[images])
     assert {name: list(values) for name, values in index.columns.items()} == columns
     assert verify(place / "p.h5", full=True).ok
-    assert pack(store, place / "q.h5", DIGESTS[images], columns).digest == packed.digest
+    assert pack(FeatureStore.open(store), place / "q.h5", DIGESTS[images], columns).digest == packed.digest
 
 
 def test_an_anonymous_pack_has_no_paths(store, place):
-    pack(store, place / "p.h5", DIGESTS[:2], {"paths": ["secret.png", "b"], "labels": ["x", "y"]}, anonymous=True)
+    pack(
+        FeatureStore.open(store),
+        place / "p.h5",
+        DIGESTS[:2],
+        {"paths": ["secret.png", "b"], "labels": ["x", "y"]},
+        anonymous=True,
+    )
     assert list(read_packed_index(place / "p.h5").columns) == ["labels"]
     assert b"secret" not in (place / "p.h5").read_bytes()
 
@@ -77,19 +86,19 @@ def test_an_anonymous_pack_has_no_paths(store, place):
 def test_export(store, place):
     import pyarrow.parquet as pq
 
-    export(store, place / "x.npy", DIGESTS[[2, 0, 2]])
+    export(FeatureStore.open(store), place / "x.npy", DIGESTS[[2, 0, 2]])
     assert np.array_equal(np.load(place / "x.npy"), FEATURES[[2, 0, 2]])
-    export(store, place / "x.parquet", DIGESTS[[2, 0]], {"label": ["a", "b"]})
+    export(FeatureStore.open(store), place / "x.parquet", DIGESTS[[2, 0]], {"label": ["a", "b"]})
     table = pq.read_table(place / "x.parquet").to_pydict()
     assert np.array_equal(np.array(table["features"], np.float32), FEATURES[[2, 0]])
     assert (table["label"], table["content"]) == (["a", "b"], digests_to_hex(DIGESTS[[2, 0]]))
     with pytest.raises(StoreError, match=r"cannot export to '\.csv'; use \.npy or \.parquet"):
-        export(store, place / "x.csv")
+        export(FeatureStore.open(store), place / "x.csv")
 
 
 def test_merge_takes_what_is_new_and_refuses_what_is_different(place):
     for name, rows in (("a", slice(0, 10)), ("b", slice(5, 15))):
-        with StoreWriter.open(place / name, IDENTITY, DIM, canary=CANARY) as writer:
+        with StoreWriter.open(place / name, IDENTITY, DIM, probe=PROBE) as writer:
             writer.append(DIGESTS[rows], FEATURES[rows])
     assert merge(place / "all", [place / "a", place / "b"]) == {place / "a": 10, place / "b": 5}
     assert np.array_equal(FeatureStore.open(place / "all").read(DIGESTS[:15]), FEATURES[:15])
@@ -99,11 +108,11 @@ def test_merge_takes_what_is_new_and_refuses_what_is_different(place):
 
 
 def test_load_makes_no_copy_of_rows_that_lie_together(store):
-    X = load(store, DIGESTS[3:9])
+    X = StoredRows.of(FeatureStore.open(store), DIGESTS[3:9])[:]
     assert np.array_equal(X, FEATURES[3:9])
     assert not X.flags.owndata
     assert not X.flags.writeable
-    assert np.array_equal(load(store, DIGESTS[::-1]), FEATURES[::-1])
+    assert np.array_equal(StoredRows.of(FeatureStore.open(store), DIGESTS[::-1])[:], FEATURES[::-1])
 
 
 def test_status_counts(store):

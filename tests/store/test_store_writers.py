@@ -2,19 +2,18 @@
 
 import os
 import signal
-from importlib import import_module
 from itertools import count
 
 import numpy as np
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.store import FeatureStore, StoreWriter, collect, lock, status
+from pipeline.store import FeatureStore, lock, maintain
 from pipeline.store import format as format_module
+from pipeline.store.maintain import collect, status, verify
 from pipeline.store.reader import newest_snapshot
-from store.harness import CANARY, DIGESTS, DIM, FEATURES, IDENTITY, Faults, exact, rounds, small_segments, system
-
-verify_module = import_module("pipeline.store.verify")  # the package has a function of that name
+from pipeline.store.writer import StoreWriter
+from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE, Faults, exact, rounds, small_segments, system
 
 
 def child_of(function):
@@ -114,7 +113,7 @@ def test_the_lock_of_a_dead_writer_is_free_though_its_forked_child_lives(place):
     exact(place / "s", {0, 1})
 
 
-def test_readers_see_whole_states_while_a_writer_appends_seals_and_collects(place):
+def test_readers_see_whole_states_while_a_writer_appends_compacts_and_collects(place):
     path = place / "s"
     with small_segments():
         with StoreWriter.open(path, IDENTITY, DIM) as writer:
@@ -162,13 +161,9 @@ def test_each_field_of_the_identity_is_refused_when_it_changes(place, path):
         section = section[key]
     old, section[path[-1]] = section[path[-1]], "other"
     line = f"{'.'.join(path)}: the store has {old!r}, this run has 'other'"
-    for opened in (
-        lambda: StoreWriter.open(place / "s", other, DIM),
-        lambda: FeatureStore.open(place / "s", identity=other),
-    ):
-        with pytest.raises(StoreError) as caught:
-            opened()
-        assert caught.value.problems == (line,)
+    with pytest.raises(StoreError) as caught:
+        StoreWriter.open(place / "s", other, DIM)
+    assert caught.value.problems == (line,)
 
 
 def test_dim_dtype_and_an_added_field_are_refused_together(place):
@@ -178,17 +173,17 @@ def test_dim_dtype_and_an_added_field_are_refused_together(place):
     assert caught.value.problems == (
         "layer: the store has nothing, this run has 'x'",
         f"dim: the store has {DIM}, this run has {DIM + 1}",
-        "dtype: the store has <f4, this run has <f2",
+        "dtype: the store has '<f4', this run has '<f2'",
     )
 
 
-def test_the_canary_allows_rounding_and_refuses_a_drift(place):
-    StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY).close()
-    StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY * np.float32(1 + 1e-5)).close()
+def test_probe_vectors_allow_rounding_and_no_drift(place):
+    StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE).close()
+    StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE * np.float32(1 + 1e-5)).close()
     with pytest.raises(StoreError, match=r"probe image 0: cosine 1\.000000 .*, largest difference 0\.\d+ of the root"):
-        StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY * np.float32(1.05))
+        StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE * np.float32(1.05))
     with pytest.raises(StoreError, match=r"probe image 1: cosine -0\.2"):
-        StoreWriter.open(place / "s", IDENTITY, DIM, canary=CANARY[[0, 0]])
+        StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE[[0, 0]])
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(place):
@@ -250,7 +245,7 @@ def test_verify_beside_a_writer_finds_no_damage(place, monkeypatch, step):
     with small_segments(), StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
         writer.append(DIGESTS, FEATURES)
     turns = iter(range(3))
-    real = verify_module.open_snapshot
+    real = maintain.open_snapshot
 
     def behind_a_writer(path):
         if (turn := next(turns, None)) is not None:
@@ -259,21 +254,14 @@ def test_verify_beside_a_writer_finds_no_damage(place, monkeypatch, step):
                     writer.rewrite(lambda file: np.arange(len(file.bulk)) % 2 == turn % 2)
                 else:
                     writer.append(DIGESTS[:1] + np.uint64(turn + 1), FEATURES[:1])
-                    writer.seal()
+                    writer.compact()
                     writer.append(DIGESTS[:1] + np.uint64(turn + 100), FEATURES[:1])
         return real(path)
 
-    monkeypatch.setattr(verify_module, "open_snapshot", behind_a_writer)
-    report = verify_module.verify(place / "s", full=True)
+    monkeypatch.setattr(maintain, "open_snapshot", behind_a_writer)
+    report = verify(place / "s", full=True)
     assert report.problems == ()
     assert report.generation == newest_snapshot(place / "s").generation
-
-
-def test_verify_says_that_a_store_is_being_written(place):
-    with StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
-        writer.append(DIGESTS, FEATURES)
-        writer.commit()
-        assert verify_module.verify(place / "s").notes == ("being written by this process",)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,9 +1,7 @@
 """Stage one: embed what the feature stores do not have yet.
 
-    advice.py      what would have made a run faster
     stores.py      the folder of stores that experiments share
-    sources.py     what a config asks to embed, known without loading a network where it was loaded before
-    targets.py     what each store is missing, and why
+    targets.py     what a config asks to embed, and what each store is missing
     work.py        batches through the networks (`pipeline.embed.loader`) and into the stores
 
 The images are read and decoded once for all networks. A run with nothing to do imports no torch.
@@ -16,27 +14,24 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline import data as dataset
-from pipeline.config import Config, ExtractionConfig, dump_yaml
-from pipeline.data import DatasetIndex, ScanResult
+from pipeline.config import Config, dump_yaml
+from pipeline.data import check_failures, failed_digests
+from pipeline.data.scan import scan
+from pipeline.data.summary import ScanResult
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
-from pipeline.errors import DatasetError, PipelineError, first, number_of
+from pipeline.errors import PipelineError, first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
-from pipeline.io.digests import digests_to_hex
 from pipeline.io.files import make_folder, write_text_atomic
-from pipeline.stages.extract.advice import advise
-from pipeline.stages.extract.sources import require_permitted, resolve
 from pipeline.stages.extract.stores import enter, take_over
-from pipeline.stages.extract.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, reasons
+from pipeline.stages.extract.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, require_permitted, resolve
 from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Work, embed
 from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
 
-WHY_SHOWN = 20
 EXAMPLES = 3
 
 
@@ -52,23 +47,18 @@ class FeaturesRun:
     work: Work | None
     """None when nothing was embedded: a plan, or nothing to do."""
     planned: bool
-    reasons: tuple[str, ...]
     stand_ins: tuple[str, ...]
     """Lines on networks that stand in for others, or did until now."""
     total_seconds: float
-    extraction: ExtractionConfig
 
     @property
     def pending(self) -> int:
         """Distinct images that some store is missing."""
         return max((int(target.pending.sum()) for target in self.targets), default=0)
 
-    def summary_lines(self, *, why: bool = False) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What the data are, what was done or would be, and where the time went."""
-        lines = self.scan.summary_lines()
-        lines += list(self._plan_lines()) if self.planned else list(self._work_lines())
-        if why and self.planned:
-            lines += first(self.reasons, WHY_SHOWN)
+        lines = [*self.scan.summary_lines(), *(self._plan_lines() if self.planned else self._work_lines())]
         if any(record.untrained for record in self.records):
             lines.append("note: weights: random is an untrained control, marked `untrained` wherever it shows")
         return [*lines, *self.stand_ins]
@@ -76,17 +66,14 @@ class FeaturesRun:
     def _plan_lines(self) -> Iterator[str]:
         rates = {record.name: record.seconds_per_image for record in self.records}
         for target in self.targets:
-            count = int(target.pending.sum())
+            name, count = target.spec.name, int(target.pending.sum())
             if not count:
-                yield f"{target.spec.name}: complete, {target.rows:,} vectors"
+                yield f"{name}: complete, {target.rows:,} vectors"
                 continue
-            rate = rates.get(target.spec.name)
-            cost = (
-                f"about {_duration(count * rate)} at the last run's rate"
-                if rate
-                else "time unknown until it has run once"
-            )
-            yield f"{target.spec.name}: {count:,} to embed, {cost}; {target.why}"
+            cost = "time unknown until it has run once"
+            if rate := rates.get(name):
+                cost = f"about {_duration(count * rate)} at the last run's rate"
+            yield f"{name}: {count:,} to embed, {cost}; {target.why}"
 
     def _work_lines(self) -> Iterator[str]:
         work = self.work
@@ -102,11 +89,11 @@ class FeaturesRun:
         others = [f"{name} {seconds:.1f}" for name, seconds in work.seconds.items() if name not in SUMMED_OVER_THREADS]
         told = ", ".join(others).replace("network ", "network and baselines ")
         yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
-        yield advise(work, [target.spec for target in self.targets], self.extraction)
         if work.failures:
             yield f"{number_of(len(work.failures), 'image')} could not be used; dataset/failures.csv names each with its reason:"
-            reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
-            yield from (f"  {line}" for line in first(reasons, EXAMPLES))
+            yield from (
+                f"  {line}" for line in first([f"{each.path}: {each.reason}" for each in work.failures], EXAMPLES)
+            )
         if work.unavailable:
             yield f"warning: {number_of(len(work.unavailable), 'image')} could not be read this time; run again:"
             yield from (f"  {line}" for line in first(work.unavailable, EXAMPLES))
@@ -126,10 +113,9 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     began = time.perf_counter()
     require_permitted(config)
     files = Artifacts(config.output, config.store)
-    before = _index_before(files) if plan else {}
-    scanned = dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
+    scanned = scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
     policy = policy_key(config.dataset.max_pixels)
-    contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
+    contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
     if not plan:
         enter(files)
@@ -147,8 +133,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         work = embed(pending, contents, scanned.index, config, files)
         work.seconds["start-up"] += resolving
         rates |= _rates(work)
-        contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
-    why = [line for target in pending for line in reasons(scanned.index, before, contents, target)] if plan else []
+        contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
     records = known if plan else _write(config, files, scanned, targets, rates)
     if work is not None:
         _check_failures(scanned, contents, config, files)
@@ -159,25 +144,14 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         failed=int(contents.failed.sum()),
         work=work,
         planned=plan,
-        reasons=tuple(dict.fromkeys(why)),
         stand_ins=tuple(dict.fromkeys(_about_stand_ins(targets, known))),
         total_seconds=time.perf_counter() - began,
-        extraction=config.extraction,
     )
-
-
-def _index_before(files: Artifacts) -> dict[str, str]:
-    """Path -> hex digest of the index as the last run left it."""
-    try:
-        index = DatasetIndex.read(files.dataset)
-    except DatasetError:
-        return {}
-    return dict(zip(index.paths.tolist(), digests_to_hex(index.digests), strict=True))
 
 
 def _check_failures(scanned: ScanResult, contents: Contents, config: Config, files: Artifacts) -> None:
     failed = len(scanned.failures) + int(contents.failed.sum())
-    dataset.check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
+    check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
 
 
 def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:

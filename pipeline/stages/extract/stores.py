@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from pipeline.experiment import FEATURES, USER, Artifacts, read_document, write_
 from pipeline.images import HASH_STORE
 from pipeline.io import files as system
 from pipeline.io.digests import Digests
-from pipeline.store import FeatureStore, StoreWriter, copy_rows, lock
+from pipeline.store import FeatureStore, lock
+from pipeline.store.maintain import copy_rows
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +40,15 @@ def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -
     Such as of weights in a file that was renamed since.
     """
     path = files.store(spec.name, spec.fingerprint())
-    names = (path.name, f"*{path.name.removeprefix(spec.name)}")
-    found = (match for folder in (files.stores, *folders) for name in names for match in sorted(folder.glob(name)))
+    found = (each for folder in (files.stores, *folders) for each in sorted(folder.glob(_named(spec))))
     return next(found, path)
 
 
-def open_store(path: Path, spec: EmbeddingSpec) -> FeatureStore | None:
+def _named(spec: EmbeddingSpec) -> str:
+    return f"*-{spec.fingerprint()[:12]}.store"
+
+
+def open_store(path: Path, fingerprint: str | None = None) -> FeatureStore | None:
     """Open an embedding's store; None when it was never published.
 
     Raises
@@ -52,21 +56,19 @@ def open_store(path: Path, spec: EmbeddingSpec) -> FeatureStore | None:
     StoreError
         When it is damaged.
     """
-    if not any(path.glob("snapshot-*.h5")):
-        return None
-    return FeatureStore.open(path, spec.fingerprint())
+    return FeatureStore.open(path, fingerprint) if any(path.glob("snapshot-*.h5")) else None
 
 
 # ---- taking over
 
 
 def take_over(specs: Sequence[EmbeddingSpec], files: Artifacts, digests: Digests) -> None:
-    """Bring the vectors of n contents, shape (n, 2), into the shared folder from where this experiment has them elsewhere.
+    """Bring the vectors of n contents, uint64 of shape (n, 2), into the shared folder from where this experiment has them elsewhere.
 
     A store of the experiment alone, as release 0.1 made them, is moved, where that is one step; otherwise the rows are copied
     and the old store stays as it is. Killed at any moment, every vector is in the one place or the other.
     """
-    wanted = [(place(spec, files), f"*-{spec.fingerprint()[:12]}.store") for spec in specs]
+    wanted = [(place(spec, files), _named(spec)) for spec in specs]
     own = {files.root / "features", files.dataset}
     for target, pattern in [*wanted, (files.stores / HASH_STORE, HASH_STORE)]:
         for folder in files.stores_before():
@@ -83,15 +85,10 @@ def _moved(source: Path, target: Path) -> bool:
         return False
     try:
         system.make_folder(target.parent)
-        held = lock.acquire(source)
-    except OSError:  # it cannot be written
-        return False
-    try:
-        system.SYSTEM["rename"](source, target)
+        with lock.held(source):
+            system.SYSTEM["rename"](source, target)
     except OSError:  # another file system, or a folder that cannot be written
         return False
-    finally:
-        system.close_alone(held)
     system.sync_folder(target.parent)
     system.sync_folder(source.parent)
     log.info("%s is now %s, where other experiments find it", source, target)
@@ -100,15 +97,11 @@ def _moved(source: Path, target: Path) -> bool:
 
 def _copy(source: Path, target: Path, digests: Digests) -> None:
     try:
-        if any(target.glob("snapshot-*.h5")):
-            digests = digests[FeatureStore.open(target).missing(digests)]
+        if (there := open_store(target)) is not None:
+            digests = digests[there.missing(digests)]
         found = FeatureStore.open(source) if len(digests) else None
-        if found is None or not len(digests := digests[~found.missing(digests)]):
-            return
-        canary = found.canary if len(found.canary) else None
-        with StoreWriter.open(target, found.identity, found.dim, found.store_type.dtype, canary) as writer:
-            count = copy_rows(found, writer, digests)
-        log.info("%s: %d vectors copied from %s", target, count, source)
+        if found is not None and len(wanted := digests[~found.missing(digests)]):
+            log.info("%s: %d vectors copied from %s", target, copy_rows(found, target, wanted), source)
     except StoreError as error:
         log.warning("%s; its vectors are not taken over", error)
 
@@ -116,15 +109,10 @@ def _copy(source: Path, target: Path, digests: Digests) -> None:
 # ---- the experiments that use the folder
 
 
-@contextlib.contextmanager
-def alone(files: Artifacts, patience: float = 0.0) -> Iterator[None]:
+def alone(files: Artifacts, patience: float = 0.0) -> contextlib.AbstractContextManager[None]:
     """Keep every other experiment from entering the list, and from removing vectors."""
     system.make_folder(files.stores)
-    held = lock.acquire(files.stores, patience)
-    try:
-        yield
-    finally:
-        system.close_alone(held)
+    return lock.held(files.stores, patience)
 
 
 def enter(files: Artifacts) -> None:
@@ -179,7 +167,7 @@ def others(files: Artifacts) -> tuple[list[Artifacts], list[str]]:
 
 
 def contents_of_others(files: Artifacts) -> tuple[Digests, list[str]]:
-    """The contents, shape (n, 2), that the indexes of the other experiments name, and a line for each that cannot be read."""
+    """The contents, uint64 of shape (n, 2), that the indexes of the other experiments name, and a line for each unreadable one."""
     roots, problems = others(files)
     contents = [np.zeros((0, 2), np.uint64)]
     for other in roots:

@@ -1,37 +1,190 @@
-"""What each embedding's store is missing, and why: the decision that comes before any work."""
+"""What a config asks to embed, and what each embedding's store is missing: the decision that comes before any work.
+
+The embeddings of a section are known only once its network has been loaded (the digest of its weights, the length of its
+vectors). They are therefore kept in `specs.json` under all that they depend on, and the next run loads no network to learn
+that there is nothing to do. So `engine: auto` is decided once, by the images that there were then.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import BackboneConfig, Config
 from pipeline.data import DatasetIndex
-from pipeline.embed.spec import EmbeddingSpec
-from pipeline.errors import StoreError, first
-from pipeline.experiment import Artifacts
-from pipeline.io.digests import Digests, digests_to_hex
-from pipeline.stages.extract.sources import Source
-from pipeline.stages.extract.stores import open_store, place
+from pipeline.data.targets import CONSTANT_GUESSES
+from pipeline.embed import baselines, licenses
+from pipeline.embed.installed import BUNDLED, stand_in
+from pipeline.embed.precision import choice_inputs
+from pipeline.embed.records import load
+from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec
+from pipeline.errors import PipelineError, StoreError, first
+from pipeline.experiment import SPECS, Artifacts, read_document, write_document
+from pipeline.images import DECODE_POLICY
+from pipeline.io.digests import Digests, digest_keys, fingerprint
+from pipeline.io.files import make_folder
+from pipeline.stages.extract.stores import open_store, others, place
 from pipeline.store import FeatureStore, differences
 
 MOST_DIFFERENCES = 6
 IDENTITY_DIFFERS = "identity differs"
 
 
+@dataclass(frozen=True)
+class Source:
+    """One backbone section or baseline."""
+
+    section: BackboneConfig | None
+    specs: tuple[EmbeddingSpec, ...]
+    load: Callable[[], Embedder] = field(repr=False)
+    """Return the live embedder: the network is loaded when it is first needed."""
+    instead_of: BackboneConfig | None = None
+    """The config's section that `section` stands in for."""
+
+
+def require_permitted(config: Config) -> None:
+    """See that the weights of every section have a licence that the config allows, which loads and fetches none of them.
+
+    Raises
+    ------
+    BackboneError
+        With one line for each that has not.
+    """
+    licenses.require_permitted(config.licenses, ((section.title, _license(section)) for section in config.backbones))
+
+
+def _license(section: BackboneConfig) -> str:
+    from pipeline.embed import weights  # loads torch
+
+    return weights.license_of(section)
+
+
+def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
+    """Return every source with its embeddings, under names that are unique in the experiment.
+
+    `digests` are the distinct images of the data set, uint64 of shape (n, 2). An engine is chosen for their number, unless another
+    experiment has embedded most of them with one. Where the weights of a section are not installed, and never were when this
+    experiment was embedded, the section that stands in for it is embedded.
+
+    Raises
+    ------
+    BackboneError
+        When a network that has to be loaded for it is not to be had.
+    """
+    known = _read(files.specs)
+    found = dict(known)
+    sources = []
+    for asked in config.backbones:
+        other = None if _key(asked, config) in known else stand_in(asked)
+        section, instead_of = (other, asked) if other else (asked, None)
+        key = _key(section, config)
+        if key not in known and (theirs := _specs_of_others(key, files, digests)):
+            found[key] = theirs
+        if key in found:
+            if not found[key][0].license:  # of an earlier version
+                license = _license(section)
+                found[key] = tuple(replace(spec, license=license) for spec in found[key])
+            extraction = config.extraction.model_copy(update={"engine": found[key][0].engine})
+            live = partial(load, section, "", extraction, config.seed)
+        else:
+            made = load(section, "", config.extraction, config.seed, len(digests))
+            found[key], live = made.specs, partial(_itself, made)
+        sources.append(Source(section, found[key], live, instead_of))
+    for name in baselines.NAMES if config.baselines is None else config.baselines:
+        if name not in CONSTANT_GUESSES:
+            made = load(None, name, config.extraction, config.seed)
+            sources.append(Source(None, made.specs, partial(_itself, made)))
+    if found != known:
+        make_folder(files.root)
+        entries = {key: [spec.to_dict() for spec in specs] for key, specs in found.items()}
+        write_document(files.specs, SPECS, {"entries": entries})
+    return _with_unique_names(sources)
+
+
+def _itself(embedder: Embedder) -> Embedder:
+    return embedder
+
+
+def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[EmbeddingSpec, ...]:
+    """The embeddings that another experiment found out for the same section, where they have most of n images already.
+
+    `digests` : uint64 of shape (n, 2).
+    """
+    for other in others(files)[0]:
+        specs = _read(other.specs).get(key, ())
+        stores = [open_store(place(spec, files), spec.fingerprint()) for spec in specs]
+        if stores and all(store and 2 * int(store.missing(digests).sum()) <= len(digests) for store in stores):
+            return specs
+    return ()
+
+
+def _key(section: BackboneConfig, config: Config) -> str:
+    """The digest of all that the specs of a section depend on, none of which needs torch to be known."""
+    return fingerprint(
+        {
+            "embed_version": EMBED_VERSION,
+            "section": section.model_dump(mode="json"),
+            "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
+            "seed": config.seed if section.weights == "random" else None,
+            "machine": choice_inputs(),
+            "decode": dict(DECODE_POLICY),
+            "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
+        }
+    )
+
+
+def _state_of(path: Path) -> list[Any] | None:
+    """What changes when a file is written, or None where there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return [str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _read(path: Path) -> dict[str, tuple[EmbeddingSpec, ...]]:
+    """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
+    try:
+        entries = read_document(path, SPECS)["entries"]
+        return {key: tuple(map(EmbeddingSpec.from_dict, specs)) for key, specs in entries.items()}
+    except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _with_unique_names(sources: list[Source]) -> list[Source]:
+    """Tell apart embeddings whose readable names agree though their vectors do not, by the start of the fingerprint."""
+    prints: dict[str, set[str]] = {}
+    for source in sources:
+        for spec in source.specs:
+            prints.setdefault(spec.name, set()).add(spec.fingerprint())
+    return [
+        replace(
+            source,
+            specs=tuple(
+                replace(spec, name=f"{spec.name}-{spec.fingerprint()[:6]}") if len(prints[spec.name]) > 1 else spec
+                for spec in source.specs
+            ),
+        )
+        for source in sources
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """The distinct images of a data set in the order of the index; n of them."""
+    """The n distinct images of a data set in the order of the index."""
 
     digests: Digests
     rows: NDArray[np.int64]
-    """The first row of the index with each content."""
+    """The first row of the index with each content, shape (n,)."""
     failed: NDArray[np.bool_]
-    """Known not to decode."""
+    """Known not to decode, shape (n,)."""
 
     @staticmethod
     def of(index: DatasetIndex, failed: Digests) -> Contents:
@@ -39,10 +192,7 @@ class Contents:
         _, first = np.unique(index.digests, axis=0, return_index=True)
         rows = np.sort(first).astype(np.int64)
         digests = index.digests[rows]
-        known = set(digests_to_hex(failed))
-        if not known:  # no name for each of millions
-            return Contents(digests, rows, np.zeros(len(rows), dtype=bool))
-        return Contents(digests, rows, np.array([text in known for text in digests_to_hex(digests)], dtype=bool))
+        return Contents(digests, rows, np.isin(digest_keys(digests), digest_keys(failed)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +231,7 @@ def find_targets(
 def _target(
     source: Source, output: int, spec: EmbeddingSpec, path: Path, contents: Contents, files: Artifacts
 ) -> Target:
-    store = open_store(path, spec)
+    store = open_store(path, spec.fingerprint())
     missing = np.ones(len(contents.rows), dtype=bool) if store is None else store.missing(contents.digests)
     pending = missing & ~contents.failed
     count = int(pending.sum())
@@ -95,39 +245,18 @@ def _target(
 
 def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:
     """Name what is new in this identity against the most similar store there is."""
-    closest: tuple[int, Path, list[str]] | None = None
+    found: list[tuple[int, str, list[str]]] = []
     folders = dict.fromkeys([files.stores, *files.stores_before()])
-    for other in (path for folder in folders for path in sorted(folder.glob("*.store"))):
-        if other == path:
-            continue
+    for other in (each for folder in folders for each in sorted(folder.glob("*.store")) if each != path):
         try:
             store = FeatureStore.open(other)
         except StoreError:
             continue  # whoever uses that store will hear of it
-        if (
-            store.rows
-            and store.identity.get("architecture") == spec.architecture
-            and store.identity.get("layer") == spec.layer
-        ):
+        alike = all(store.identity.get(name) == getattr(spec, name) for name in ("architecture", "layer"))
+        if store.rows and alike:
             changes = differences(store.identity, json.loads(json.dumps(spec.identity())))
-            if closest is None or len(changes) < closest[0]:
-                closest = (len(changes), other, changes)
-    if closest is None:
+            found.append((len(changes), other.name, changes))
+    if not found:
         return "no features of it yet"
-    _, other, changes = closest
-    return f"{IDENTITY_DIFFERS} from that of {other.name} in {'; '.join(first(changes, MOST_DIFFERENCES))}"
-
-
-def reasons(index: DatasetIndex, before: Mapping[str, str], contents: Contents, target: Target) -> list[str]:
-    """Say for every image to be embedded why: `path: new`, `changed`, `identity differs`, or `not embedded yet`.
-
-    `before` : path -> hex digest of the index as it was before this run's scan.
-    """
-    chosen = np.flatnonzero(target.pending)
-    same = IDENTITY_DIFFERS if target.why.startswith(IDENTITY_DIFFERS) else "not embedded yet"
-    lines = []
-    for row, digest in zip(contents.rows[chosen].tolist(), digests_to_hex(contents.digests[chosen]), strict=True):
-        path = str(index.paths[row])
-        earlier = before.get(path)
-        lines.append(f"{path}: {'new' if earlier is None else same if earlier == digest else 'changed'}")
-    return lines
+    _, name, changes = min(found)
+    return f"{IDENTITY_DIFFERS} from that of {name} in {'; '.join(first(changes, MOST_DIFFERENCES))}"
