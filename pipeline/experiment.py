@@ -55,7 +55,6 @@ class Artifacts:
         self.root = Path(output)
         self.stores = self.root.parent / STORES if store is None else Path(store)
         """The feature stores, which all experiments around share."""
-        self._stores_are_told = store is not None
         self.config = self.root / "config.yaml"
         self.dataset = self.root / "dataset"
         """index.csv, failures.csv and the stat cache."""
@@ -85,12 +84,9 @@ class Artifacts:
 
     def find_stores(self, name: str) -> list[Path]:
         """Every place that has a store of a name, the best first: the experiment may have been moved, or be of release 0.1."""
-        before = self.stores_before()
-        folders = (
-            [self.stores, *before] if self._stores_are_told else [*self._stores_of_the_last_run(), self.stores, *before]
-        )
-        places = [self.root / name, *(folder / Path(name).name for folder in folders)]
-        return [place for place in dict.fromkeys(places) if os.path.exists(place)]
+        folders = (*self._stores_of_the_last_run(), self.stores, self.root / STORES, self.dataset)
+        places = dict.fromkeys([self.root / name, *(folder / Path(name).name for folder in folders)])
+        return [place for place in places if os.path.exists(place)]
 
     def stores_before(self) -> list[Path]:
         """Folders elsewhere that may have its stores: those of its last run, and its own of release 0.1."""

@@ -15,17 +15,14 @@ from pipeline.config import DatasetConfig
 from pipeline.data import (
     DatasetIndex,
     Failure,
-    ScanResult,
     check_failures,
     failed_digests,
-    fold_warnings,
-    missing_side,
     read_failures,
     record_failures,
-    scan,
     statcache,
 )
-from pipeline.data.summary import class_counts
+from pipeline.data.scan import scan
+from pipeline.data.summary import ScanResult, class_counts, fold_warnings, missing_side
 from pipeline.errors import DatasetError, HeadError
 from pipeline.heads.tuning import make_folds
 from pipeline.images import policy_key
@@ -212,7 +209,7 @@ class TestIncremental:
     def test_the_scan_needs_no_torch(self, photos: Path) -> None:
         code = (
             "import sys; sys.modules['torch'] = None; from pathlib import Path; from pipeline.config import DatasetConfig;"
-            "from pipeline.data import scan;"
+            "from pipeline.data.scan import scan;"
             f"print(len(scan(DatasetConfig(source='folder', path={str(photos)!r}), 0, Path({str(photos.parent)!r}) / 'd').index))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,7 +21,8 @@ from sklearn.pipeline import Pipeline
 
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
-from pipeline.data import DatasetIndex, lineage, scan
+from pipeline.data import DatasetIndex, lineage
+from pipeline.data.scan import scan
 from pipeline.embed import backbone
 from pipeline.embed.families import build
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records

@@ -1,10 +1,19 @@
-"""The data set: sources of images become one index of path, label, split, group and content digest."""
+"""The data set: sources of images become one index of path, label, split, group and content digest.
+
+Who reads that index needs no more than these; who makes it, or says something of the images, asks `scan`, `summary`, `sources`, `walk`.
+"""
 
 from __future__ import annotations
 
 from pipeline.data.failures import REMARKS, Failure, check_failures, failed_digests, read_failures, record_failures
 from pipeline.data.index import DatasetIndex
-from pipeline.data.scan import require_its_own, scan
-from pipeline.data.sources import needs_download
-from pipeline.data.summary import ScanResult, described, fold_warnings, missing_side, passed_over_lines
-from pipeline.data.walk import Walk
+
+__all__ = [
+    "REMARKS",
+    "DatasetIndex",
+    "Failure",
+    "check_failures",
+    "failed_digests",
+    "read_failures",
+    "record_failures",
+]

@@ -6,9 +6,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline import data as dataset
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
+from pipeline.data import check_failures
+from pipeline.data.scan import require_its_own, scan
+from pipeline.data.sources import needs_download
+from pipeline.data.summary import fold_warnings, missing_side
 from pipeline.data.targets import kind_of
 from pipeline.embed import baselines
 from pipeline.embed.concat import default_name, find_parts
@@ -125,18 +128,18 @@ def _finetuning(config: Config) -> list[str]:
 
 
 def _data(config: Config) -> list[str]:
-    if dataset.needs_download(config.dataset):
+    if needs_download(config.dataset):
         return [f"data set {config.dataset.name}: not looked at, because that means a download"]
     with tempfile.TemporaryDirectory() as folder:
         # Into a folder of its own: a look at the data must not fix their splits.
-        found = dataset.scan(config.dataset, config.seed, Path(folder, "dataset"))
+        found = scan(config.dataset, config.seed, Path(folder, "dataset"))
         if config.dataset.source in {"folder", "manifest"}:
-            dataset.require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
+            require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)
-        dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("failures.csv"))
-        if lack := dataset.missing_side(found.index, config.dataset.kinds):
+        check_failures(failures, found.total, config.dataset.max_failures, Path("failures.csv"))
+        if lack := missing_side(found.index, config.dataset.kinds):
             raise DatasetError(lack)
         warnings = [
-            f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds, config.dataset.kinds)
+            f"warning: {line}" for line in fold_warnings(found.index, config.tuning.folds, config.dataset.kinds)
         ]
     return [line for line in found.summary_lines() if not line.startswith("since the last scan")] + warnings

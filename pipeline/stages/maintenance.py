@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import data as dataset
 from pipeline.config import Config
-from pipeline.data import DatasetIndex, failed_digests
+from pipeline.data import DatasetIndex, failed_digests, read_failures
 from pipeline.data.match import Texts
+from pipeline.data.scan import scan
+from pipeline.data.sources import needs_download
 from pipeline.data.statcache import CACHE_FILE
+from pipeline.data.summary import described
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import EmbeddingRecord, open_record, read_records, require_index
@@ -137,9 +139,7 @@ def status(config: Config) -> list[str]:
     failed = failed_digests(here.files.dataset, policy_key(config.dataset.max_pixels))
     live = here.index.digests[~np.isin(digest_keys(here.index.digests), digest_keys(failed))]
     contents = len(np.unique(live, axis=0))
-    lines.insert(
-        0, f"{dataset.described(here.index, config.dataset.kinds)}, {contents:,} distinct contents that decode"
-    )
+    lines.insert(0, f"{described(here.index, config.dataset.kinds)}, {contents:,} distinct contents that decode")
     if len(failed):
         lines.append(
             f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'failures.csv'} names each"
@@ -169,10 +169,10 @@ def status(config: Config) -> list[str]:
 def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
     """The experiment with the images that there are now, and what is different from the last run of stage one."""
     config = before.config
-    if dataset.needs_download(config.dataset):
+    if needs_download(config.dataset):
         return before, ["the images are not looked at, because that means a download"]
     try:
-        found = dataset.scan(config.dataset, config.seed, before.files.dataset, write=False)
+        found = scan(config.dataset, config.seed, before.files.dataset, write=False)
     except PipelineError as error:
         return before, [
             f"warning: the images cannot be used as they are now: {line}" for line in str(error).splitlines()[:1]
@@ -273,7 +273,7 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     """One call for each file: its reader, which raises what is wrong."""
     yield lambda: read_records(files.features)
     yield lambda: require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
-    yield lambda: dataset.read_failures(files.dataset)
+    yield lambda: read_failures(files.dataset)
     for folder, pattern, check in (
         *((files.stores, *row) for row in _SHARED_FILES),
         *((files.root, *row) for row in _FILES),

@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import checked_device
-from pipeline.data import REMARKS, Failure, Walk, passed_over_lines
+from pipeline.data import REMARKS, Failure
+from pipeline.data.summary import passed_over_lines
 from pipeline.data.targets import Target
+from pipeline.data.walk import Walk
 from pipeline.embed.concat import open_networks
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord

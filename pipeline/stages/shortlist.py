@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from threadpoolctl import threadpool_limits
 
-from pipeline import data as dataset
 from pipeline.config import BackboneConfig, Config, dump_yaml, names_code
-from pipeline.data import DatasetIndex
+from pipeline.data import DatasetIndex, failed_digests
+from pipeline.data.scan import scan
 from pipeline.data.targets import Classification
 from pipeline.embed import baselines
 from pipeline.embed.backbone import Backbone, Cost
@@ -167,9 +167,9 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     """
     alive, left_out = _candidates(config, candidates)
     files = Artifacts(config.output, config.store)
-    scanned = dataset.scan(config.dataset, config.seed, files.dataset)
+    scanned = scan(config.dataset, config.seed, files.dataset)
     policy = policy_key(config.dataset.max_pixels)
-    contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
+    contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
     enter(files)
     places, labels = _training(scanned.index, contents)
     order = places[stratified(labels, min(images, len(places)), config.seed)]

@@ -9,7 +9,7 @@
       quarantine/             damaged files, set aside
 
 To read: `format` has the bytes of every file, `opener` checks them, `table` looks up, `reader` gives vectors. To write, which nobody
-needs who reads: `writer`, by `journal` and `compaction`, alone by `lock`; `maintain` cares for a whole store, `share` makes files of it.
+needs who reads: `writer`, by `commits`, alone by `lock`; `maintain` cares for a whole store, `share` makes files of it.
 """
 
 from pipeline.store.identity import differences

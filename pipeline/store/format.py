@@ -27,6 +27,7 @@ import io
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import h5py
@@ -123,20 +124,11 @@ class StoreType:
 
 @dataclass(frozen=True)
 class Composed:
-    """A file ready to be written: its parts in order, the digest that names it, its size in bytes."""
+    """A file ready to be written: its bytes from first to last, the digest that names it, its size in bytes."""
 
-    head: bytes
-    chunks: Chunks
-    trailer: bytes
+    parts: Callable[[], Iterator[bytes | memoryview]]
     digest: str
     size: int
-
-    def parts(self) -> Iterator[bytes | memoryview]:
-        """Yield the file's bytes from first to last."""
-        yield self.head
-        for chunk in self.chunks():
-            yield np.ascontiguousarray(chunk).data.cast("B") if chunk.size else b""
-        yield self.trailer
 
 
 def compose(
@@ -157,8 +149,14 @@ def compose(
     }
     head = _head(BULK[kind], {**common, **attributes}, {**arrays, "block_digest": blocks}, dtype, shape)
     trailer = make_trailer(head)
-    size = len(head) + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize + len(trailer)
-    return Composed(head, chunks, trailer, trailer[-32:].hex(), size)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield head
+        for chunk in chunks():
+            yield np.ascontiguousarray(chunk).data.cast("B") if chunk.size else b""
+        yield trailer
+
+    return Composed(parts, trailer[-32:].hex(), len(head) + prod(shape) * np.dtype(dtype).itemsize + len(trailer))
 
 
 def make_trailer(head: bytes) -> bytes:
@@ -235,7 +233,7 @@ def _head(
             corner.select_elements(np.zeros((1, len(shape)), np.uint64))
             last.write(h5py.h5s.create_simple((1,)), corner, np.zeros(1, dtype))
             offset = last.get_offset()
-    size = memory.size if offset is None else offset + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    size = memory.size if offset is None else offset + prod(shape) * np.dtype(dtype).itemsize
     assert size == memory.size, "libhdf5 put something behind the bulk dataset"
     return memory.getvalue()[:offset].ljust(offset or memory.size, b"\0")
 

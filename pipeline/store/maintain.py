@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io.digests import Digests, digest_keys
-from pipeline.store import journal, lock
+from pipeline.store import lock
+from pipeline.store.commits import groups
 from pipeline.store.format import BLOCK_BYTES, QUARANTINE
 from pipeline.store.opener import StoreFile, open_file
 from pipeline.store.reader import (
@@ -165,7 +166,7 @@ def _check_what_else(
     entries = dict.fromkeys(entry for snapshot in older for entry in snapshot.segments if entry not in newest.segments)
     checks: list[tuple[Path, Callable[[], StoreFile]]] = [
         *((entry.path(path), partial(open_entry, path, entry, newest.store_type)) for entry in entries),
-        *((group, partial(open_segment, group, newest.store_type)) for group in journal.groups(path)),
+        *((group, partial(open_segment, group, newest.store_type)) for group in groups(path)),
     ]
     for place, opened in checks:
         try:
@@ -217,7 +218,7 @@ def status(path: str | Path, live: Digests | None = None, others: Digests | None
     """
     path = Path(path)
     store = FeatureStore.open(path)
-    waiting = [open_segment(group, store.store_type).arrays["content"] for group in journal.groups(path)]
+    waiting = [open_segment(group, store.store_type).arrays["content"] for group in groups(path)]
     stale = missing = None
     if live is not None:
         live = np.unique(np.asarray(live, np.uint64).reshape(-1, 2), axis=0)

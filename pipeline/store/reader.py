@@ -136,15 +136,8 @@ class FeatureStore:
             part = slice(start, start + step)
             yield part, self.read(digests[part])
 
-    def load(self, digests: Digests) -> NDArray[np.float32]:
-        """Like `read`, but without a copy where the rows lie one behind the other in a float32 segment.
-
-        Then the result is a read-only view of the mapped file, float32 of shape (n, dim), whose blocks have been checked.
-        """
-        return self.view_at(*self.locate(digests), digests)
-
     def view_at(self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests) -> NDArray[np.float32]:
-        """Like `load`, for n digests that were located before: `segments` and `rows` are int64 of shape (n,)."""
+        """Like `read_at`, but where the rows lie one behind the other in a float32 segment a view of the mapped file, read-only."""
         one_run = len(rows) > 0 and (segments == segments[0]).all() and (np.diff(rows) == 1).all()
         if not one_run or self.store_type.dtype != "<f4":
             return self.read_at(segments, rows, digests)
@@ -379,10 +372,9 @@ def newest_snapshot(store: Path) -> FeatureStore:
     StoreError
         When there is no store, or none of its snapshots is valid.
     """
-    problems: list[str] = []
     for _ in range(ATTEMPTS):
-        problems = []
-        for generation in (found := require_generations(store)):
+        problems: list[str] = []
+        for generation in require_generations(store):
             try:
                 snapshot = open_snapshot(snapshot_path(store, generation))
             except FileNotFoundError:
@@ -393,7 +385,7 @@ def newest_snapshot(store: Path) -> FeatureStore:
             for problem in problems:
                 log.warning("%s; using generation %d instead", problem, generation)
             return snapshot
-        if len(problems) == len(found):
+        else:
             break
     raise no_valid_snapshot(store, problems)
 

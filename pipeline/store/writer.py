@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, digest_keys, digests_to_hex, fingerprint
-from pipeline.store import compaction, journal, lock
-from pipeline.store.compaction import Rows, compose_segment, next_table, publish, sweep, write_segments
+from pipeline.store import commits, lock
+from pipeline.store.commits import Rows, compose_segment, next_table, publish, sweep, write_segments
 from pipeline.store.format import JOURNAL, QUARANTINE, SEGMENTS, TEMPORARY, StoreType
 from pipeline.store.identity import check_probe, differences
 from pipeline.store.lock import explained
@@ -105,7 +105,7 @@ class StoreWriter:
             files.remove(leftover)
         if not generations(self.path):
             publish(self.path, None, self.identity, self.store_type, [], probe, np.zeros((4, 0), "<u8"))
-        fell_back = journal.set_aside_damaged_snapshots(self.path)
+        fell_back = commits.set_aside_damaged_snapshots(self.path)
         if not generations(self.path):
             raise no_valid_snapshot(self.path)
         self._snapshot = newest_snapshot(self.path)
@@ -114,16 +114,16 @@ class StoreWriter:
             check_probe(self._snapshot.probe, probe, str(self.path))
         elif probe is not None and len(probe):
             self._probe = probe
-        found = journal.unnamed(self.path, self._snapshot) if fell_back else []
-        opened = journal.whole(self.path, self.store_type, [*found, *journal.groups(self.path)])
+        found = commits.unnamed(self.path, self._snapshot) if fell_back else []
+        opened = commits.whole(self.path, self.store_type, [*found, *commits.groups(self.path)])
         self._open_segments()
         if len(self._entries) < len(self._snapshot.segments):
             self._publish(list(self._entries))
         self._take_over(opened)
         if not self._sources:
             # A kill fell between publishing and clearing: the snapshot has all that the journal has.
-            journal.clear(self.path)
-        self._next_group = max((int(path.stem) for path in journal.groups(self.path)), default=0) + 1
+            commits.clear_journal(self.path)
+        self._next_group = max((int(path.stem) for path in commits.groups(self.path)), default=0) + 1
 
     def _check_identity(self) -> None:
         found, wanted = self._snapshot.store_type, self.store_type
@@ -145,7 +145,7 @@ class StoreWriter:
             except StoreError as error:
                 log.warning("%s; its %d images will be embedded again", error, entry.rows)
                 if entry.path(self.path).exists():
-                    journal.set_aside(self.path, entry.path(self.path))
+                    commits.set_aside(self.path, entry.path(self.path))
 
     def _take_over(self, opened: Sequence[StoreFile]) -> None:
         """Take over the rows of a run before that the snapshot does not have."""
@@ -223,7 +223,7 @@ class StoreWriter:
         vectors = [features for _, features in self._waiting]
         composed = compose_segment(self.store_type, content, lambda: vectors)
         with explained(self.path):
-            path = journal.commit(self.path, self._next_group, composed)
+            path = commits.commit_group(self.path, self._next_group, composed)
         self._next_group += 1
         self._waiting, self._waiting_bytes = [], 0
         self._sources.append(Rows(open_segment(path, self.store_type, composed.digest), np.arange(len(content))))
@@ -240,15 +240,15 @@ class StoreWriter:
         rows = {entry: np.flatnonzero(wanted(file)) for entry, file in self._entries.items()}
         changed = [entry for entry in rows if len(rows[entry]) < entry.rows]
         old = [Rows(self._entries[entry], rows[entry]) if entry in changed else entry for entry in rows]
-        self._finish(old, keep=1, set_aside=changed if set_aside else ())
+        self._finish(old, keep=1, replaced=changed if set_aside else ())
 
-    def _finish(self, old: Sequence[SegmentEntry | Rows], keep: int, set_aside: Sequence[SegmentEntry] = ()) -> None:
+    def _finish(self, old: Sequence[SegmentEntry | Rows], keep: int, replaced: Sequence[SegmentEntry] = ()) -> None:
         self.commit()
         with explained(self.path):
             if old != list(self._entries) or self._sources or self._probe is not None:
                 self._publish(old)
-            for entry in set_aside:
-                journal.set_aside(self.path, entry.path(self.path))
+            for entry in replaced:
+                commits.set_aside(self.path, entry.path(self.path))
             sweep(self.path, keep)
 
     def _publish(self, old: Sequence[SegmentEntry | Rows]) -> None:
@@ -258,8 +258,8 @@ class StoreWriter:
         have piled up.
         """
         kept = [item for item in old if isinstance(item, SegmentEntry)]
-        small = [entry for entry in kept if entry.bytes < compaction.SMALL_BYTES]
-        if not self._sources or len(small) < compaction.MAX_SMALL:
+        small = [entry for entry in kept if entry.bytes < commits.SMALL_BYTES]
+        if not self._sources or len(small) < commits.MAX_SMALL:
             small = []
         merged = [Rows(self._entries[entry], np.arange(entry.rows)) for entry in small]
         merged += [item for item in old if isinstance(item, Rows) and len(item.rows)]
@@ -271,7 +271,7 @@ class StoreWriter:
         publish(self.path, self._snapshot, self.identity, self.store_type, list(opened), probe, lines)
         self._probe = None
         if self._sources:
-            journal.clear(self.path)
+            commits.clear_journal(self.path)
             self._sources, self._new, self._next_group = [], set(), 1
         self._snapshot = newest_snapshot(self.path)
         self._entries = opened

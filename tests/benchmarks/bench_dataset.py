@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DatasetConfig
-from pipeline.data import DatasetIndex, scan, statcache
+from pipeline.data import DatasetIndex, statcache
 from pipeline.data.match import difference, texts
+from pipeline.data.scan import scan
 from pipeline.data.statcache import StatCache
 
 

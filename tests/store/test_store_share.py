@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import StoreError
 from pipeline.io.digests import digests_to_hex, fingerprint
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, StoredRows
 from pipeline.store.maintain import merge, status, verify
 from pipeline.store.share import export, pack, read_packed_index
 from pipeline.store.writer import StoreWriter
@@ -108,11 +108,11 @@ def test_merge_takes_what_is_new_and_refuses_what_is_different(place):
 
 
 def test_load_makes_no_copy_of_rows_that_lie_together(store):
-    X = FeatureStore.open(store).load(DIGESTS[3:9])
+    X = StoredRows.of(FeatureStore.open(store), DIGESTS[3:9])[:]
     assert np.array_equal(X, FEATURES[3:9])
     assert not X.flags.owndata
     assert not X.flags.writeable
-    assert np.array_equal(FeatureStore.open(store).load(DIGESTS[::-1]), FEATURES[::-1])
+    assert np.array_equal(StoredRows.of(FeatureStore.open(store), DIGESTS[::-1])[:], FEATURES[::-1])
 
 
 def test_status_counts(store):

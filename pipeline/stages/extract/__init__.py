@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline import data as dataset
 from pipeline.config import BackboneConfig, Config, dump_yaml
-from pipeline.data import DatasetIndex, ScanResult
+from pipeline.data import DatasetIndex, check_failures, failed_digests
+from pipeline.data.scan import scan
+from pipeline.data.summary import ScanResult
 from pipeline.embed.concat import default_name, find_parts
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
@@ -120,9 +121,9 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     began = time.perf_counter()
     require_permitted(config)
     files = Artifacts(config.output, config.store)
-    scanned = dataset.scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
+    scanned = scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
     policy = policy_key(config.dataset.max_pixels)
-    contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
+    contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
     _check_failures(scanned, contents, config, files)
     if not plan:
         enter(files)
@@ -141,7 +142,7 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         work = embed(pending, contents, scanned.index, config, files)
         work.seconds["start-up"] += resolving
         rates |= _rates(work)
-        contents = Contents.of(scanned.index, dataset.failed_digests(files.dataset, policy))
+        contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
     records = known if plan else _write(config, files, scanned, targets, rates)
     if work is not None:
         _check_failures(scanned, contents, config, files)
@@ -178,7 +179,7 @@ def embed_some(
 
 def _check_failures(scanned: ScanResult, contents: Contents, config: Config, files: Artifacts) -> None:
     failed = len(scanned.failures) + int(contents.failed.sum())
-    dataset.check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
+    check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
 
 
 def _names(sources: Sequence[Source]) -> dict[str, Source]:

@@ -40,12 +40,15 @@ def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -
     Such as of weights in a file that was renamed since.
     """
     path = files.store(spec.name, spec.fingerprint())
-    names = (path.name, f"*{path.name.removeprefix(spec.name)}")
-    found = (match for folder in (files.stores, *folders) for name in names for match in sorted(folder.glob(name)))
+    found = (each for folder in (files.stores, *folders) for each in sorted(folder.glob(_named(spec))))
     return next(found, path)
 
 
-def open_store(path: Path, spec: EmbeddingSpec) -> FeatureStore | None:
+def _named(spec: EmbeddingSpec) -> str:
+    return f"*-{spec.fingerprint()[:12]}.store"
+
+
+def open_store(path: Path, fingerprint: str | None = None) -> FeatureStore | None:
     """Open an embedding's store; None when it was never published.
 
     Raises
@@ -53,21 +56,19 @@ def open_store(path: Path, spec: EmbeddingSpec) -> FeatureStore | None:
     StoreError
         When it is damaged.
     """
-    if not any(path.glob("snapshot-*.h5")):
-        return None
-    return FeatureStore.open(path, spec.fingerprint())
+    return FeatureStore.open(path, fingerprint) if any(path.glob("snapshot-*.h5")) else None
 
 
 # ---- taking over
 
 
 def take_over(specs: Sequence[EmbeddingSpec], files: Artifacts, digests: Digests) -> None:
-    """Bring the vectors of n contents, shape (n, 2), into the shared folder from where this experiment has them elsewhere.
+    """Bring the vectors of n contents, uint64 of shape (n, 2), into the shared folder from where this experiment has them elsewhere.
 
     A store of the experiment alone, as release 0.1 made them, is moved, where that is one step; otherwise the rows are copied
     and the old store stays as it is. Killed at any moment, every vector is in the one place or the other.
     """
-    wanted = [(place(spec, files), f"*-{spec.fingerprint()[:12]}.store") for spec in specs]
+    wanted = [(place(spec, files), _named(spec)) for spec in specs]
     own = {files.root / "features", files.dataset}
     for target, pattern in [*wanted, (files.stores / HASH_STORE, HASH_STORE)]:
         for folder in files.stores_before():
@@ -96,8 +97,8 @@ def _moved(source: Path, target: Path) -> bool:
 
 def _copy(source: Path, target: Path, digests: Digests) -> None:
     try:
-        if any(target.glob("snapshot-*.h5")):
-            digests = digests[FeatureStore.open(target).missing(digests)]
+        if (there := open_store(target)) is not None:
+            digests = digests[there.missing(digests)]
         found = FeatureStore.open(source) if len(digests) else None
         if found is not None and len(wanted := digests[~found.missing(digests)]):
             log.info("%s: %d vectors copied from %s", target, copy_rows(found, target, wanted), source)

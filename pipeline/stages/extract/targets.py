@@ -122,7 +122,7 @@ def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[Embe
     """
     for other in others(files)[0]:
         specs = _read(other.specs).get(key, ())
-        stores = [open_store(place(spec, files), spec) for spec in specs]
+        stores = [open_store(place(spec, files), spec.fingerprint()) for spec in specs]
         if stores and all(store and 2 * int(store.missing(digests).sum()) <= len(digests) for store in stores):
             return specs
     return ()
@@ -242,7 +242,7 @@ def find_targets(
 def _target(
     source: Source, output: int, spec: EmbeddingSpec, path: Path, contents: Contents, files: Artifacts
 ) -> Target:
-    store = open_store(path, spec)
+    store = open_store(path, spec.fingerprint())
     missing = np.ones(len(contents.rows), dtype=bool) if store is None else store.missing(contents.digests)
     pending = missing & ~contents.failed
     count = int(pending.sum())
@@ -256,24 +256,18 @@ def _target(
 
 def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:
     """Name what is new in this identity against the most similar store there is."""
-    closest: tuple[int, Path, list[str]] | None = None
+    found: list[tuple[int, str, list[str]]] = []
     folders = dict.fromkeys([files.stores, *files.stores_before()])
-    for other in (path for folder in folders for path in sorted(folder.glob("*.store"))):
-        if other == path:
-            continue
+    for other in (each for folder in folders for each in sorted(folder.glob("*.store")) if each != path):
         try:
             store = FeatureStore.open(other)
         except StoreError:
             continue  # whoever uses that store will hear of it
-        if (
-            store.rows
-            and store.identity.get("architecture") == spec.architecture
-            and store.identity.get("layer") == spec.layer
-        ):
+        alike = all(store.identity.get(name) == getattr(spec, name) for name in ("architecture", "layer"))
+        if store.rows and alike:
             changes = differences(store.identity, json.loads(json.dumps(spec.identity())))
-            if closest is None or len(changes) < closest[0]:
-                closest = (len(changes), other, changes)
-    if closest is None:
+            found.append((len(changes), other.name, changes))
+    if not found:
         return "no features of it yet"
-    _, other, changes = closest
-    return f"{IDENTITY_DIFFERS} from that of {other.name} in {'; '.join(first(changes, MOST_DIFFERENCES))}"
+    _, name, changes = min(found)
+    return f"{IDENTITY_DIFFERS} from that of {name} in {'; '.join(first(changes, MOST_DIFFERENCES))}"

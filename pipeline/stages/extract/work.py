@@ -16,18 +16,19 @@ from types import FrameType
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config, ExtractionConfig
+from pipeline.config import Config
 from pipeline.data import DatasetIndex, Failure, record_failures
 from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
+from pipeline.embed.spec import Embedder
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.files import STOPS
 from pipeline.io.memory import keep_freed_memory
 from pipeline.io.progress import bar
-from pipeline.stages.extract.targets import Contents, Source, Target
+from pipeline.stages.extract.targets import Contents, Target
 from pipeline.store import lock
 from pipeline.store.writer import StoreWriter
 
@@ -93,11 +94,10 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
         by_source: dict[int, list[Target]] = {}
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
-        lanes = [_lane(own[0].source, config.extraction) for own in by_source.values()]
-        outputs = [
-            [stack.enter_context(_opened(target, lane, contents)) for target in own]
-            for own, lane in zip(by_source.values(), lanes, strict=True)
-        ]
+        loaded = [(own, own[0].source.load()) for own in by_source.values()]
+        size = config.extraction.batch_size
+        lanes = [Lane(embedder, choose_batch_size(size, str(embedder.device))) for _, embedder in loaded]
+        outputs = [[stack.enter_context(_opened(each, embedder, contents)) for each in own] for own, embedder in loaded]
         # A byte is exact in float16.
         hashes = stack.enter_context(StoreWriter.open(_hash_store(files), HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, contents, index)
@@ -135,16 +135,10 @@ def _hash_store(files: Artifacts) -> Path:
     return files.dataset / HASH_STORE if lock.holder(shared) else shared
 
 
-def _lane(source: Source, extraction: ExtractionConfig) -> Lane:
-    """Load the network of a source."""
-    embedder = source.load()
-    return Lane(embedder, choose_batch_size(extraction.batch_size, str(embedder.device)))
-
-
 @contextmanager
-def _opened(target: Target, lane: Lane, contents: Contents) -> Iterator[Output]:
+def _opened(target: Target, embedder: Embedder, contents: Contents) -> Iterator[Output]:
     """Open a target's store for writing; it is compacted in the end."""
-    probe = lane.embedder.probe[target.output]
+    probe = embedder.probe[target.output]
     with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, probe=probe) as writer:
         # The writer also knows the rows of a run that was killed before it could compact them.
         yield Output(target, writer, writer.missing(contents.digests) & ~contents.failed)
@@ -154,15 +148,16 @@ def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[i
     """The images to read, each once, with the sources that want it: their number, and one at a time."""
     # Of shape (sources, contents).
     wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])
-    needed = wanting.any(axis=0)
-
-    def items() -> Iterator[Item]:
-        for content in map(int, np.flatnonzero(needed)):
-            wanted = tuple(np.flatnonzero(wanting[:, content]).tolist())
-            digest = contents.digests[content].tobytes()
-            yield Item(content, str(index.paths[contents.rows[content]]), digest, wanted)
-
-    return int(needed.sum()), items()
+    needed = np.flatnonzero(wanting.any(axis=0))
+    return len(needed), (
+        Item(
+            content,
+            str(index.paths[contents.rows[content]]),
+            contents.digests[content].tobytes(),
+            tuple(np.flatnonzero(wanting[:, content]).tolist()),
+        )
+        for content in map(int, needed)
+    )
 
 
 def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, contents: Contents, work: Work) -> None:

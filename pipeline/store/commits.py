@@ -1,8 +1,15 @@
-"""Compaction: rows become segments, their places the table of the next snapshot, and what nobody needs any more goes."""
+"""What a writer puts on disk, and what it finds there: groups of the journal, segments, snapshots.
+
+A run commits rows as groups of the journal, one file each, in order; a group is there for good once its name is there. Compaction
+makes segments of them, and of their places the table of the next snapshot; then what nobody needs any more goes. A run that was
+killed leaves its journal to the next one. Damaged files are set aside: nothing that could be of use is destroyed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +20,12 @@ from numpy.typing import NDArray
 from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, canonical_json
-from pipeline.store.format import SEGMENTS, TEMPORARY, Chunks, Composed, StoreType, compose
+from pipeline.store.format import JOURNAL, QUARANTINE, SEGMENTS, TEMPORARY, Chunks, Composed, StoreType, compose
 from pipeline.store.opener import StoreFile, open_file
 from pipeline.store.reader import FeatureStore, generations, snapshot_path
-from pipeline.store.table import SegmentEntry, sorted_table
+from pipeline.store.table import SegmentEntry, open_segment, sorted_table
+
+log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 1 << 30
 """Most bytes of features in one segment."""
@@ -24,6 +33,90 @@ SMALL_BYTES = SEGMENT_BYTES // 16
 MAX_SMALL = 16
 """As many segments below `SMALL_BYTES` may pile up before a run merges them."""
 COPY_BYTES = 4 << 20
+
+
+# ---- the journal
+
+
+def compose_segment(store_type: StoreType, content: Digests, chunks: Chunks) -> Composed:
+    """Lay out a segment, or a group of the journal: n contents, uint64 of shape (n, 2), and in their order the features."""
+    rows = len(content)
+    arrays = {"content": np.ascontiguousarray(content, "<u8").reshape(rows, 2)}
+    bulk = (store_type.dtype, (rows, store_type.dim))
+    return compose("segment", store_type.attributes(rows), arrays, bulk, chunks)
+
+
+def groups(store: Path) -> list[Path]:
+    """Return the files of the journal in the order they were committed."""
+    try:
+        return sorted(path for path in (store / JOURNAL).iterdir() if re.fullmatch(r"[0-9]{8}\.h5", path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def commit_group(store: Path, number: int, composed: Composed) -> Path:
+    """Write one group; when this returns, a power loss cannot take it away."""
+    path = store / JOURNAL / f"{number:08d}.h5"
+    files.rename(files.write_temporary(store / TEMPORARY, composed.parts()), path)
+    return path
+
+
+def clear_journal(store: Path) -> None:
+    """Remove all groups; call it when a snapshot has their rows."""
+    for path in groups(store):
+        files.remove(path)
+
+
+def whole(store: Path, store_type: StoreType, paths: Iterable[Path]) -> list[StoreFile]:
+    """Open groups or segments of a store, in order; one that is damaged in any place is set aside with a warning."""
+    found = []
+    for path in paths:
+        try:
+            file = open_segment(path, store_type)
+            file.require_whole()
+            found.append(file)
+        except StoreError as error:
+            log.warning("%s; set aside, its images will be embedded again", error)
+            set_aside(store, path)
+    return found
+
+
+def unnamed(store: Path, snapshot: FeatureStore) -> list[Path]:
+    """Return the segments that a snapshot does not name: where a newer one was damaged, those of that."""
+    named = {entry.path(store) for entry in snapshot.segments}
+    return sorted({*(store / SEGMENTS).glob("*.h5")} - named)
+
+
+def set_aside_damaged_snapshots(store: Path) -> bool:
+    """Move snapshots newer than the newest valid one away, so that the next number is free; True when there were any."""
+    damaged = False
+    for generation in generations(store):
+        path = snapshot_path(store, generation)
+        try:
+            open_file(path, "snapshot").require_whole()
+            break
+        except StoreError as error:
+            log.warning("%s; set aside", error)
+            set_aside(store, path)
+            damaged = True
+    return damaged
+
+
+def set_aside(store: Path, path: Path) -> None:
+    """Move a damaged file into `quarantine`."""
+    folder = store / QUARANTINE
+    files.make_folder(folder)
+    target = folder / path.name
+    for attempt in range(1, 1000):
+        if not target.exists():
+            break
+        target = folder / f"{path.name}.{attempt}"
+    files.SYSTEM["rename"](path, target)
+    files.sync_folder(folder)
+    files.sync_folder(path.parent)
+
+
+# ---- compaction
 
 
 @dataclass(frozen=True)
@@ -38,14 +131,6 @@ class Rows:
         """Their digests, uint64 of shape (n, 2)."""
         content: Digests = self.file.arrays["content"][self.rows]
         return content
-
-
-def compose_segment(store_type: StoreType, content: Digests, chunks: Chunks) -> Composed:
-    """Lay out a segment, or a group of the journal: n contents, uint64 of shape (n, 2), and in their order the features."""
-    rows = len(content)
-    arrays = {"content": np.ascontiguousarray(content, "<u8").reshape(rows, 2)}
-    bulk = (store_type.dtype, (rows, store_type.dim))
-    return compose("segment", store_type.attributes(rows), arrays, bulk, chunks)
 
 
 def write_segments(store: Path, store_type: StoreType, sources: Sequence[Rows]) -> list[SegmentEntry]:
