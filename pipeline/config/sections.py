@@ -374,7 +374,7 @@ class FinetuneConfig(Section):
     """Stage three: which backbone is trained end to end, from which linear head, and how."""
 
     start: str = "best"
-    """`best` is the best linear head on the embedding of the best backbone, `EMBEDDING` the best one on that, or
+    """`best` is the best linear head on the penultimate layer of the best backbone, `EMBEDDING` the best one on that, or
     `EMBEDDING/HEAD`; `random` in place of a head is a control that starts from none."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
     """Share of the training images that chooses weights, where the data have no validation split."""

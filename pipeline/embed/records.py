@@ -17,7 +17,7 @@ from pipeline.embed import baselines
 from pipeline.embed.engines import engine_at_hand
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.licenses import require_permitted
-from pipeline.embed.spec import Embedder, EmbeddingSpec
+from pipeline.embed.spec import Embedder, EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
 from pipeline.images import DECODE_MODES
@@ -57,6 +57,16 @@ class EmbeddingRecord:
     def kind(self) -> str:
         """`backbone`, `baseline` or `concat`."""
         return self.spec.kind
+
+    @property
+    def network(self) -> str:
+        """What its name begins with: its network and weights."""
+        return self.name if self.section is None else embedding_name(self.section.name, self.spec.weights)
+
+    @property
+    def layer(self) -> str:
+        """What tells it from the other embeddings of its network: its layer as it was asked for, and its pooling."""
+        return self.name.removeprefix(f"{self.network}-")
 
     @property
     def fingerprint(self) -> str:

@@ -86,6 +86,8 @@ def choose(config: Config, files: Artifacts) -> Choice:
     names = sorted({row.embedding for row in able})
     if wanted != "best":
         able = [row for row in able if row.embedding == wanted]
+    elif last := [row for row in able if records[row.embedding].layer.startswith("penultimate")]:
+        able = last  # heads on what enters the last layer alone can be handed over
     if not able:
         raise TrainingError(
             f"finetune.start: {wanted!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,6 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.embed.concat import open_features
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
-from pipeline.embed.spec import embedding_name
 from pipeline.errors import PipelineError
 from pipeline.evaluation import Predictions, metric_of, metrics_for
 from pipeline.evaluation.learning_curve import stratified_order
@@ -24,6 +24,8 @@ from pipeline.heads.layer_profile import LayerProfile, profile, read_profiles, t
 from pipeline.io.digests import fingerprint
 from pipeline.stages.train_heads.task import Task, make_task, unseen_task
 from pipeline.store import FeatureStore, JoinedStores
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 """Goes up when a profile changes its meaning, so that it is made again."""
@@ -83,8 +85,11 @@ def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, t
     folds = tuple((place[train[place[train] >= 0]], place[out[place[out] >= 0]]) for train, out in task.folds)
     y, digests = task.y_train[kept], task.train.digests[kept]
     units = None if task.groups is None else task.groups[kept]
-    named = dict(sorted(((_layer(record), record) for record in group), key=lambda item: _depth(item[0])))
+    named = dict(sorted(((record.layer, record) for record in group), key=lambda item: _depth(item[0])))
     metric = metric_of(config.tuning.scoring, task.target)
+    log.info(
+        "%s: which of its %d layers hold the signal, by ridge on %d images", group[0].network, len(named), len(kept)
+    )
     return profile(
         {layer: stores[record.name].read(digests) for layer, record in named.items()},
         {layer: record.name for layer, record in named.items()},
@@ -92,19 +97,9 @@ def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, t
         Predictions(y, y, units=units, target=task.target),
         tuple((train, out) for train, out in folds if len(out)),
         config.seed,
-        {"network": _network(group[0]), "task": task.key, "labelled": len(task.train)},
+        {"network": group[0].network, "task": task.key, "labelled": len(task.train)},
         metric if metric.needs == "labels" else metrics_for(task.target)[0],
     )
-
-
-def _network(record: EmbeddingRecord) -> str:
-    assert record.section is not None
-    return embedding_name(record.section.name, record.spec.weights)
-
-
-def _layer(record: EmbeddingRecord) -> str:
-    """Return what tells an embedding from the others of its network: its layer as it was asked for, and pooling."""
-    return record.name.removeprefix(f"{_network(record)}-")
 
 
 def _depth(layer: str) -> tuple[int, int]:
