@@ -56,7 +56,6 @@ class StoreWriter:
         self._waiting_bytes = 0
         self._last_commit = time.monotonic()
         self._next_group = 1
-        self._probe: NDArray[np.float32] | None = None
 
     @staticmethod
     def open(
@@ -69,7 +68,7 @@ class StoreWriter:
         """Create a store or open one for writing; takes over the journal of a killed run.
 
         `dtype` : float32 or float16.
-        `probe` : vectors of the built-in probe images, float32 of shape (k, dim), compared with those recorded at first.
+        `probe` : vectors of the built-in probe images, float32 of shape (k, dim), recorded in a new store and compared with an old one's.
 
         Raises
         ------
@@ -112,8 +111,6 @@ class StoreWriter:
         self._check_identity()
         if probe is not None and len(self._snapshot.probe):
             check_probe(self._snapshot.probe, probe, str(self.path))
-        elif probe is not None and len(probe):
-            self._probe = probe
         found = commits.unnamed(self.path, self._snapshot) if fell_back else []
         opened = commits.whole(self.path, self.store_type, [*found, *commits.groups(self.path)])
         self._open_segments()
@@ -245,7 +242,7 @@ class StoreWriter:
     def _finish(self, old: Sequence[SegmentEntry | Rows], keep: int, replaced: Sequence[SegmentEntry] = ()) -> None:
         self.commit()
         with explained(self.path):
-            if old != list(self._entries) or self._sources or self._probe is not None:
+            if old != list(self._entries) or self._sources:
                 self._publish(old)
             for entry in replaced:
                 commits.set_aside(self.path, entry.path(self.path))
@@ -267,9 +264,7 @@ class StoreWriter:
         for entry in write_segments(self.path, self.store_type, merged + self._sources):
             opened[entry] = self._entries.get(entry) or open_entry(self.path, entry, self.store_type)
         lines = next_table(self._snapshot, opened)
-        probe = self._snapshot.probe if self._probe is None else self._probe
-        publish(self.path, self._snapshot, self.identity, self.store_type, list(opened), probe, lines)
-        self._probe = None
+        publish(self.path, self._snapshot, self.identity, self.store_type, list(opened), self._snapshot.probe, lines)
         if self._sources:
             commits.clear_journal(self.path)
             self._sources, self._new, self._next_group = [], set(), 1
