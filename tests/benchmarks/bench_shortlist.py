@@ -118,8 +118,8 @@ def measured(photos: Path, images: int, output: Path) -> dict[str, object]:
         update={"heads": tuple(HeadConfig(name=name) for name in ("logistic_regression", "ridge", "knn"))}
     )
     found = shortlist.run(config, images)
-    sections = tuple(shortlist.distinct(entry.section for entry in found.entries))
-    whole = config.model_copy(update={"backbones": sections})
+    sections = [entry.section for entry in found.entries if entry.section is not None]
+    whole = config.model_copy(update={"backbones": tuple(sections)})
     run = extract.run(whole)
     best: dict[str, float] = {}
     for row in train_heads.run(whole).leaderboard.rows:
