@@ -51,8 +51,8 @@ JUDGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "knn": [{}, {"n_neighbors": 15}],
 }
 """Heads that are fitted in no time, and the parameters that are tried; the best of them judges a candidate."""
-TIMED = 8
-"""Images of the batch whose time is taken."""
+TIMED, REPEATS = 8, 5
+"""Images of the batch whose time is taken, and how often."""
 
 
 def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> Shortlist:
@@ -169,14 +169,14 @@ def _judged(
 
 
 def _seconds(embedder: Embedder) -> float:
-    """What an image takes, the better of two times; what runs first warms up."""
+    """What an image takes, the best of some times, as whatever else runs here can only add to it."""
     size, spent = embedder.preprocessing.size, []
     batch = np.resize(probe_images(size), (TIMED, *size, 3))
-    for _ in range(3):
+    for _ in range(REPEATS):
         began = time.perf_counter()
         embedder.embed(batch)
         spent.append((time.perf_counter() - began) / TIMED)
-    return min(spent[1:])
+    return min(spent)
 
 
 def _comparable(judged: Sequence[Entry]) -> tuple[dict[str, Entry], list[str]]:
