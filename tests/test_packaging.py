@@ -44,7 +44,7 @@ def test_every_dependency_is_pinned_once_within_its_range(python: str) -> None:
             name = re.sub(r"[-_.]+", "-", pin.name).lower()
             assert name not in pinned, f"{name} is pinned twice for Python {python}"
             pinned[name] = next(iter(pin.specifier)).version
-    for extra in ("", "openvino", "imagenet", "test", "lint"):
+    for extra in ("", "openvino", "imagenet", "timm", "test", "lint"):
         for requirement in requirements(extra):
             if requirement.marker is None or requirement.marker.evaluate(environment):
                 name = re.sub(r"[-_.]+", "-", requirement.name).lower()

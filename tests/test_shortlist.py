@@ -20,6 +20,7 @@ from pipeline.evaluation import Predictions
 from pipeline.evaluation.logme import logme
 from pipeline.heads.tuning import make_folds
 from pipeline.stages import extract, settings, shortlist
+from pipeline.stages.shortlist.found import Entry, Shortlist, chosen
 
 # ---- LogME
 
@@ -88,18 +89,18 @@ def test_the_judge_is_the_one_that_is_right_most_often() -> None:
 # ---- what is dropped and said
 
 
-def entry(name: str, right: int, parameters: int, seconds: float, evidence: float = 0.0) -> shortlist.Entry:
+def entry(name: str, right: int, parameters: int, seconds: float, evidence: float = 0.0) -> Entry:
     """A network that is right about the first so many of 200 images; a baseline where it has no parameters."""
     y = np.arange(200) % 2
     guesses = np.where(np.arange(200) < right, y, 1 - y)
     (spec,) = load("pixels").specs
-    section = BackboneConfig(name=name) if parameters else None
-    return shortlist.Entry(
-        section, replace(spec, name=name), "ridge", Predictions(y, guesses), evidence, Cost(parameters), seconds
+    candidate = BackboneConfig(name=name) if parameters else name
+    return Entry(
+        candidate, replace(spec, name=name), "ridge", Predictions(y, guesses), evidence, Cost(parameters), seconds
     )
 
 
-def judged(*entries: shortlist.Entry, final: bool = True) -> dict[str, shortlist.Entry]:
+def judged(*entries: Entry, final: bool = True) -> dict[str, Entry]:
     return shortlist._compared({each.spec.name: each for each in entries}, 0, final)
 
 
@@ -113,9 +114,9 @@ def test_of_the_worse_half_those_that_are_shown_to_be_worse_are_dropped() -> Non
     assert not any(each.dropped for each in done.values())
 
 
-def lines(*entries: shortlist.Entry) -> str:
+def lines(*entries: Entry) -> str:
     done = sorted(judged(*entries).values(), key=lambda each: -each.accuracy)
-    return "\n".join(shortlist.Shortlist(tuple(done), 200, 900, (), Path("s.yaml"), Path("s.svg")).summary_lines())
+    return "\n".join(Shortlist(tuple(done), 200, 900, (), Path("s.yaml"), Path("s.svg")).summary_lines())
 
 
 def test_size_is_said_to_have_told_it_only_where_it_did() -> None:
@@ -142,9 +143,9 @@ def test_a_quicker_network_is_recommended_where_it_is_shown_to_be_nearly_as_good
     near = entry("near", 100, 10, 0.01)
     worse = replace(near, tied=True, behind=0.03), replace(near, tied=True, behind=0.2)
     first = replace(entry("best", 170, 90, 0.05), tied=True)
-    assert shortlist.chosen([first, worse[0]]).spec.name == "near"
-    assert shortlist.chosen([first, worse[1]]).spec.name == "best"
-    assert shortlist.chosen([first, replace(worse[0], tied=False)]).spec.name == "best"
+    assert chosen([first, worse[0]]).spec.name == "near"
+    assert chosen([first, worse[1]]).spec.name == "best"
+    assert chosen([first, replace(worse[0], tied=False)]).spec.name == "best"
 
 
 # ---- the whole
@@ -217,12 +218,12 @@ def test_all_that_is_here_and_allowed_is_a_candidate(
     (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"")
     asked = small_config(photos, tmp_path / "out")
     found, left_out = shortlist._candidates(asked, [])
-    sections = [section for section, _ in found if section]
+    sections = [each for each in found if not isinstance(each, str)]
     assert sections[0] == asked.backbones[0]
     assert BackboneConfig(name="squeezenet1_1", weights="IMAGENET1K_V1") in sections
     assert sum(section.name == "regnet_small" for section in sections) == 2
-    assert [name for section, name in found if section is None] == ["pixels", "hog"]
+    assert [each for each in found if isinstance(each, str)] == ["pixels", "hog"]
     assert not left_out
     found, left_out = shortlist._candidates(asked.model_copy(update={"licenses": "permissive"}), [])
-    assert not any(section and section.name == "squeezenet1_1" for section, _ in found)
+    assert not any(getattr(each, "name", "") == "squeezenet1_1" for each in found)
     assert left_out[0].startswith("left out: squeezenet1_1 (IMAGENET1K_V1): the licence of its weights is unknown")

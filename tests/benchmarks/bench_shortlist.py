@@ -8,14 +8,14 @@ them by every candidate that is here and tunes logistic regression, ridge and kN
 accuracy that an embedding reaches. Regret is what the best embedding has more than the one that was chosen, in points; `cheap` is
 the choice that the shortlist recommends, which may be worse than the best by what the sample cannot show. The others choose the
 network with the most parameters, that of the highest LogME on the same sample, or any (the mean regret over all networks). Writes
-build/benchmarks/shortlist.json and a Markdown table.
+build/benchmarks/shortlist.json, whose data sets are not run again, and a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +40,15 @@ Picture = tuple[str, Callable[[Path], None]]
 """A class, and what writes the image to a path."""
 
 
+def writer(data: bytes, suffix: str) -> Callable[[Path], None]:
+    """Return what writes a file to a path without its ending."""
+
+    def write(place: Path) -> None:
+        place.with_suffix(suffix).write_bytes(data)
+
+    return write
+
+
 def clothing(folder: Path, per_class: int | None = None, coarse: bool = False) -> list[Picture]:
     """Return the photos of all splits; a few of each class, or under coarse classes."""
     names = {name: kind for kind, members in COARSE.items() for name in members}
@@ -47,10 +56,7 @@ def clothing(folder: Path, per_class: int | None = None, coarse: bool = False) -
     for path in sorted(folder.glob("*/*/*")):
         label = names.get(path.parent.name, path.parent.name) if coarse else path.parent.name
 
-        def link(place: Path, path: Path = path) -> None:
-            os.symlink(path.resolve(), place.with_suffix(path.suffix))
-
-        by_class[label].append((label, link))
+        by_class[label].append((label, writer(path.read_bytes(), path.suffix)))
     rng = np.random.default_rng(0)
     chosen = [rng.permutation(len(photos))[:per_class] for photos in by_class.values()]
     return [photos[row] for photos, rows in zip(by_class.values(), chosen, strict=True) for row in rows]
@@ -60,10 +66,12 @@ def digits() -> list[Picture]:
     """Return scikit-learn's handwritten digits."""
     found = load_digits()
 
-    def writer(pixels: np.ndarray) -> Callable[[Path], None]:
-        return lambda place: Image.fromarray((pixels * 15.9).astype(np.uint8)).save(place.with_suffix(".png"))
+    def png(pixels: np.ndarray) -> bytes:
+        data = io.BytesIO()
+        Image.fromarray((pixels * 15.9).astype(np.uint8)).save(data, "png")
+        return data.getvalue()
 
-    return [(str(label), writer(image)) for label, image in zip(found.target, found.images, strict=True)]
+    return [(str(label), writer(png(image), ".png")) for label, image in zip(found.target, found.images, strict=True)]
 
 
 def tiny(archive: Path, first: int, classes: int, coarse: int = 1) -> list[Picture]:
@@ -78,13 +86,9 @@ def tiny(archive: Path, first: int, classes: int, coarse: int = 1) -> list[Pictu
                     images[label].append(file.extractfile(member).read())  # type: ignore[union-attr]
     wanted = sorted(images)[first : first + classes]
 
-    def writer(data: bytes) -> Callable[[Path], None]:
-        def write(place: Path) -> None:
-            place.with_suffix(".png").write_bytes(data)
-
-        return write
-
-    return [(f"{place // coarse:02d}", writer(data)) for place, label in enumerate(wanted) for data in images[label]]
+    return [
+        (f"{place // coarse:02d}", writer(data, ".jpg")) for place, label in enumerate(wanted) for data in images[label]
+    ]
 
 
 def sets(photos: Path, archive: Path) -> dict[str, Callable[[], list[Picture]]]:
@@ -118,8 +122,8 @@ def measured(photos: Path, images: int, output: Path) -> dict[str, object]:
         update={"heads": tuple(HeadConfig(name=name) for name in ("logistic_regression", "ridge", "knn"))}
     )
     found = shortlist.run(config, images)
-    sections = tuple(shortlist.distinct(entry.section for entry in found.entries))
-    whole = config.model_copy(update={"backbones": sections})
+    sections = [entry.section for entry in found.entries if entry.section is not None]
+    whole = config.model_copy(update={"backbones": tuple(sections)})
     run = extract.run(whole)
     best: dict[str, float] = {}
     for row in train_heads.run(whole).leaderboard.rows:
@@ -168,9 +172,9 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks/shortlist"))
     given = parser.parse_args()
-    results = {}
+    results = json.loads(OUTPUT.read_text("utf-8")) if OUTPUT.exists() else {}
     for number, (name, make) in enumerate(sets(given.clothing, given.tiny).items()):
-        if given.sets and name not in given.sets:
+        if name in results or (given.sets and name not in given.sets):
             continue
         photos = given.work / "photos" / str(number)
         photos = photos if photos.is_dir() else written(make(), photos, given.most)

@@ -159,14 +159,14 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
 
 
 def embed_some(
-    config: Config, section: BackboneConfig | None, name: str, index: DatasetIndex, contents: Contents, some: Contents
+    config: Config, by: BackboneConfig | str, index: DatasetIndex, contents: Contents, some: Contents
 ) -> list[tuple[Target, FeatureStore]]:
-    """Embed a part of a data set by one section of a config, or else the baseline of a name, where the stores do not have it yet.
+    """Embed a part of a data set by one section of a config, or a baseline, where the stores do not have it yet.
 
     The embeddings are those that `run` makes of all `contents`, which finds them in the stores; no experiment is written.
     """
     files = Artifacts(config.output, config.store)
-    sections, floors = ((section,), ()) if section else ((), (name,))
+    sections, floors = ((), (by,)) if isinstance(by, str) else ((by,), ())
     asked = config.model_copy(update={"backbones": sections, "baselines": floors})
     sources = resolve(asked, files, contents.digests)
     take_over([spec for source in sources for spec in source.specs], files, contents.digests)

@@ -7,16 +7,13 @@ Talwalkar, AISTATS 2016), though none that is not shown to be worse than the bes
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tabulate import tabulate
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import BackboneConfig, Config, dump_yaml, names_code
@@ -27,12 +24,10 @@ from pipeline.embed import baselines
 from pipeline.embed.backbone import Backbone, Cost
 from pipeline.embed.installed import STAND_IN
 from pipeline.embed.licenses import require_permitted
-from pipeline.embed.spec import EmbeddingSpec, probe_images
+from pipeline.embed.spec import Embedder, probe_images
 from pipeline.embed.weights import license_of
 from pipeline.errors import BackboneError, DatasetError, PipelineError
-from pipeline.evaluation import ACCURACY, Interval, Predictions, compare
-from pipeline.evaluation.intervals import share_interval
-from pipeline.evaluation.leaderboard.judge import margin
+from pipeline.evaluation import ACCURACY, Predictions, compare
 from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, configure
@@ -44,8 +39,7 @@ from pipeline.report.drawing import to_paper_svg
 from pipeline.stages.backbones import HERE, Row, rows
 from pipeline.stages.extract import Contents, embed_some
 from pipeline.stages.extract.stores import enter
-
-log = logging.getLogger(__name__)
+from pipeline.stages.shortlist.found import Candidate, Entry, Shortlist
 
 FOLDS = 5
 RUNGS = (4, 2, 1)
@@ -57,102 +51,8 @@ JUDGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "knn": [{}, {"n_neighbors": 15}],
 }
 """Heads that are fitted in no time, and the parameters that are tried; the best of them judges a candidate."""
-TIMED = 8
-"""Images of the batch whose time is taken."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One candidate's embedding, as it was last judged."""
-
-    section: BackboneConfig | None
-    spec: EmbeddingSpec
-    head: str
-    out_of_fold: Predictions
-    evidence: float
-    """LogME on the sample."""
-    cost: Cost
-    seconds: float
-    """What its network takes for an image here; decoding is the same for all."""
-    dropped: bool = False
-    tied: bool = False
-    """Nothing shows that it is worse than the best."""
-    behind: float = 0.0
-    """How much less accurate than the best it may be: the end of the interval of the difference."""
-
-    @property
-    def accuracy(self) -> float:
-        """Out of fold."""
-        return float(self.out_of_fold.correct.mean())
-
-    @property
-    def interval(self) -> Interval:
-        """The 95 % interval of the accuracy."""
-        return share_interval(self.out_of_fold.correct, self.out_of_fold.units)
-
-
-@dataclass(frozen=True)
-class Shortlist:
-    """What was found: `entries` best first, those that were dropped last."""
-
-    entries: tuple[Entry, ...]
-    images: int
-    of: int
-    """Training images that there are."""
-    left_out: tuple[str, ...]
-    config: Path
-    picture: Path
-
-    @property
-    def last(self) -> list[Entry]:
-        """The entries that were judged on the whole sample."""
-        return [entry for entry in self.entries if not entry.dropped]
-
-    @property
-    def chosen(self) -> Entry:
-        """What is recommended."""
-        return chosen(self.last)
-
-    def summary_lines(self) -> Iterator[str]:
-        """The table, and what follows from it."""
-        yield (
-            f"{len(self.entries)} embeddings on {self.images:,} of {self.of:,} training images, out of {FOLDS} folds; test images are "
-            "not looked at"
-        )
-        yield from ("", self._table(), "")
-        best, tied = self.entries[0], [entry for entry in self.last if entry.tied]
-        if len(tied) > 1:
-            yield f"~ these cannot be told apart from {best.spec.name} on {self.images:,} images."
-        for entry in self.entries:
-            if entry.dropped:
-                yield (
-                    f"dropped after {len(entry.out_of_fold):,} images, shown to be worse than the best: {entry.spec.name}"
-                )
-        yield from self.left_out
-        yield from _by_size(self.last + [entry for entry in self.entries if entry.dropped])
-        found = self.chosen
-        yield f"use {found.spec.name}: {_why(found, self.last)}"
-        yield f"config    {self.config}: `manyheads features` and `manyheads heads` run it as it is"
-        yield f"picture   {self.picture}"
-
-    def _table(self) -> str:
-        head = ("", "embedding", "accuracy [95 %]", "judge", "images", "LogME", "parameters", "GFLOP", "ms/image", "MB")
-        cells = [
-            (
-                "*" if entry is self.entries[0] else "~" if entry.tied else "",
-                entry.spec.name,
-                f"{100 * entry.accuracy:.1f} [{100 * entry.interval[0]:.1f}, {100 * entry.interval[1]:.1f}]",
-                entry.head,
-                f"{len(entry.out_of_fold):,}",
-                f"{entry.evidence:.3f}",
-                f"{entry.cost.parameters / 1e6:.1f} M" if entry.cost.parameters else "",
-                f"{entry.cost.operations / 1e9:.2f}" if entry.cost.operations else "",
-                f"{1000 * entry.seconds:.1f}",
-                f"{entry.cost.megabytes:.0f}" if entry.cost.parameters else "",
-            )
-            for entry in self.entries
-        ]
-        return tabulate(cells, head, "simple", disable_numparse=True, colalign=("left", "left", *["right"] * 8))
+TIMED, REPEATS = 8, 5
+"""Images of the batch whose time is taken, and how often."""
 
 
 def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> Shortlist:
@@ -178,16 +78,11 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     for size in sizes:
         taken = np.sort(order[:size])
         some = Contents(contents.digests[taken], contents.rows[taken], contents.failed[taken])
-        found = {
-            entry.spec.name: entry
-            for section, name in alive
-            for entry in _judged(section, name, config, scanned.index, contents, some, left_out)
-        }
-        if not found:
-            raise BackboneError("no candidate can be judged", left_out)
+        judged = [entry for one in alive for entry in _judged(one, config, scanned.index, contents, some)]
+        found, others = _comparable(judged)
+        left_out += others
         entries |= _compared(found, config.seed, final=size == sizes[-1])
-        kept = [entry for entry in entries.values() if not entry.dropped]
-        alive = [(section, name) for section, name in alive if any(_is_of(entry, section, name) for entry in kept)]
+        alive = [one for one in alive if any(each.candidate == one and not each.dropped for each in entries.values())]
     ordered = sorted(entries.values(), key=lambda entry: (entry.dropped, -entry.accuracy, entry.seconds))
     return _written(config, files, ordered, len(order), len(places), left_out)
 
@@ -195,8 +90,8 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
 # ---- what is compared
 
 
-def _candidates(config: Config, words: Sequence[str]) -> tuple[list[tuple[BackboneConfig | None, str]], list[str]]:
-    """The sections and baselines to judge; and lines on those that the config's `licenses` leaves out."""
+def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], list[str]]:
+    """What to judge; and lines on the networks that the config's `licenses` leaves out."""
     table = [row for row in rows() if row.weights]
     sections = list(config.backbones)
     if words:
@@ -204,24 +99,14 @@ def _candidates(config: Config, words: Sequence[str]) -> tuple[list[tuple[Backbo
     else:
         sections += [BackboneConfig(name=row.name, weights=row.weights) for row in table if row.where == HERE]
         sections += [STAND_IN] if any(row.weights == "bundled" for row in table) else []
-    floors = [name for name in baselines.NAMES if name in words or not words]
-    allowed, left_out = list[BackboneConfig](), list[str]()
-    for section in distinct(sections):
+    allowed, left_out = list[Candidate](), list[str]()
+    for section in sections:
         try:
             require_permitted(config.licenses, [(section.title, license_of(section))])
-            allowed.append(section)
+            allowed += [section] if section not in allowed else []
         except PipelineError as error:
             left_out += [f"left out: {line}" for line in error.problems or [error.message]]
-    return [*((section, "") for section in allowed), *((None, name) for name in floors)], left_out
-
-
-def distinct(sections: Iterable[BackboneConfig | None]) -> list[BackboneConfig]:
-    """Return each section once, in order."""
-    found = list[BackboneConfig]()  # they have no hash
-    for section in sections:
-        if section is not None and section not in found:
-            found.append(section)
-    return found
+    return [*allowed, *(name for name in baselines.NAMES if name in words or not words)], left_out
 
 
 def _named(word: str, table: Sequence[Row]) -> list[BackboneConfig]:
@@ -269,35 +154,46 @@ def stratified(labels: NDArray[np.object_], n: int, seed: int) -> NDArray[np.int
 
 
 def _judged(
-    section: BackboneConfig | None,
-    name: str,
-    config: Config,
-    index: DatasetIndex,
-    contents: Contents,
-    some: Contents,
-    left_out: list[str],
+    candidate: Candidate, config: Config, index: DatasetIndex, contents: Contents, some: Contents
 ) -> Iterator[Entry]:
     """Embed a part of the sample by one candidate, and judge its embeddings."""
-    for target, store in embed_some(config, section, name, index, contents, some):
-        spec, there = target.spec, ~store.missing(some.digests)
-        if spec.trained_on is not None:
-            line = f"left out: {spec.name} has learned from images like these; compare it by the test of a full run"
-            left_out += [line] if line not in left_out else []
-            continue
+    for target, store in embed_some(config, candidate, index, contents, some):
+        there = ~store.missing(some.digests)
         part = index.rows(some.rows[there])
-        X, y = store.read(some.digests[there]), Classification.of(part).encode(part)
-        groups = part.fold_groups()
-        folds = make_folds(y, FOLDS, config.seed, groups)
-        head, guesses = best_guesses(X, y, folds, config.seed)
+        X, y, groups = store.read(some.digests[there]), Classification.of(part).encode(part), part.fold_groups()
+        head, guesses = best_guesses(X, y, make_folds(y, FOLDS, config.seed, groups), config.seed)
         embedder = target.source.load()
         cost = embedder.cost() if isinstance(embedder, Backbone) else Cost()
-        batch = np.resize(probe_images(embedder.preprocessing.size), (TIMED, *embedder.preprocessing.size, 3))
-        spent = []
-        for _ in range(3):  # the first one warms up
-            began = time.perf_counter()
-            embedder.embed(batch)
-            spent.append((time.perf_counter() - began) / TIMED)
-        yield Entry(section, spec, head, Predictions(y, guesses, units=groups), logme(X, y), cost, min(spent[1:]))
+        said = Predictions(y, guesses, units=groups)
+        yield Entry(candidate, target.spec, head, said, logme(X, y), cost, _seconds(embedder))
+
+
+def _seconds(embedder: Embedder) -> float:
+    """What an image takes, the best of some times, as whatever else runs here can only add to it."""
+    size, spent = embedder.preprocessing.size, []
+    batch = np.resize(probe_images(size), (TIMED, *size, 3))
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        embedder.embed(batch)
+        spent.append((time.perf_counter() - began) / TIMED)
+    return min(spent)
+
+
+def _comparable(judged: Sequence[Entry]) -> tuple[dict[str, Entry], list[str]]:
+    """Return the entries that can be compared by their names, and lines on the others."""
+    most = max((len(entry.out_of_fold) for entry in judged), default=0)
+    left_out = {
+        entry.spec.name: "its network has learned from images like these; compare it by the test of a full run"
+        if entry.spec.trained_on is not None
+        else f"it has a vector of {len(entry.out_of_fold):,} images only, others of {most:,}"
+        for entry in judged
+        if entry.spec.trained_on is not None or len(entry.out_of_fold) < most
+    }
+    lines = [f"left out: {name}: {why}" for name, why in left_out.items()]
+    found = {entry.spec.name: entry for entry in judged if entry.spec.name not in left_out}
+    if not found:
+        raise BackboneError("no candidate can be judged", lines)
+    return found, lines
 
 
 def best_guesses(
@@ -341,52 +237,7 @@ def _compared(found: dict[str, Entry], seed: int, final: bool) -> dict[str, Entr
     }
 
 
-def _is_of(entry: Entry, section: BackboneConfig | None, name: str) -> bool:
-    return entry.section == section if section else entry.section is None and entry.spec.name == name
-
-
 # ---- what follows
-
-
-def chosen(entries: Sequence[Entry]) -> Entry:
-    """Return the quickest of those that are shown to be worse than the best by little at most, else the best; best first."""
-    best = entries[0]
-    allowed = margin(ACCURACY, best.accuracy, len(best.out_of_fold))
-    near = [entry for entry in entries if entry is best or (entry.tied and entry.behind <= allowed)]
-    return min(near, key=lambda entry: entry.seconds)
-
-
-def _why(found: Entry, last: Sequence[Entry]) -> str:
-    best, tied = last[0], [entry for entry in last if entry.tied]
-    if found is not best:
-        why = (
-            f"the quickest that is shown to be at most {100 * found.behind:.1f} points worse than the best, {best.spec.name}, "
-            f"with {1000 * found.seconds:.1f} ms an image"
-        )
-    elif len(tied) == 1:
-        why = "all others are shown to be worse"
-    else:
-        why = "the best; that a quicker one is nearly as good is not shown on these images"
-    floors = [entry.spec.name for entry in tied if entry.section is None]
-    return f"{why}. That a network helps is not shown: see {' and '.join(floors)}" if floors else why
-
-
-def _by_size(entries: Sequence[Entry]) -> Iterator[str]:
-    """Say what the size of the networks, and LogME, would have told without any of this."""
-    networks = [entry for entry in entries if entry.section is not None and not entry.spec.untrained]
-    if len(networks) < 2:
-        return
-    best = max(entries, key=lambda entry: (not entry.dropped, entry.accuracy))
-    whole = [entry for entry in networks if not entry.dropped] or networks
-    largest = max(networks, key=lambda entry: (entry.cost.parameters, entry.cost.operations))
-    likeliest = max(whole, key=lambda entry: entry.evidence)
-    for means, entry in (("size", largest), ("LogME", likeliest)):
-        if entry is best:
-            yield f"{means} alone would have told you this: {entry.spec.name} is the {'largest' if means == 'size' else 'likeliest'}."
-        elif entry.tied:
-            yield f"{means} alone would have told you as much: it names {entry.spec.name}, which cannot be told apart from the best."
-        else:
-            yield f"{means} alone would have named {entry.spec.name}, which is shown to be worse than the best."
 
 
 def _written(
@@ -397,7 +248,9 @@ def _written(
     if not networks:
         raise BackboneError("no network is left to write a config of; name some with --candidates")
     kept = [entry.section for entry in networks if entry.tied] or [networks[0].section]
-    survivors = config.model_copy(update={"backbones": tuple(distinct(kept))})
+    survivors = config.model_copy(
+        update={"backbones": tuple(each for place, each in enumerate(kept) if each not in kept[:place])}
+    )
     make_folder(files.root)
     made = files.root / "shortlist.yaml", files.root / "shortlist.svg"
     header = f"# The networks that cannot be told apart from the best on {images:,} of {of:,} training images: manyheads shortlist\n"
