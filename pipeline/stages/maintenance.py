@@ -22,7 +22,7 @@ from pipeline.data.summary import described
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import EmbeddingRecord, open_record, read_records, require_index
-from pipeline.errors import PipelineError, StoreError, first
+from pipeline.errors import PipelineError, StoreError, first, number_of
 from pipeline.evaluation.audit import read_findings
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import (
@@ -78,9 +78,11 @@ class Check:
         report = self.report
         depth = f"every byte of {_size(report.bytes_read)}" if report.full else "file heads, sizes and structure"
         found = "ok" if self.ok else "DAMAGED" if not report.ok else "DEVIATES"
-        yield f"{self.name}: {found}; {report.rows:,} vectors in {_segments(report.segments)}; checked {depth}"
+        yield f"{self.name}: {found}; {number_of(report.rows, 'vector')} in {number_of(report.segments, 'segment')}; checked {depth}"
         for problem in report.problems:
-            yield f"  {problem.file}: {problem.found}" + (f" ({problem.rows:,} vectors)" if problem.rows else "")
+            yield f"  {problem.file}: {problem.found}" + (
+                f" ({number_of(problem.rows, 'vector')})" if problem.rows else ""
+            )
         yield from _named("images without a usable vector", self.damaged_images)
         if self.sampled:
             same = self.sampled - len(self.deviating_images)
@@ -142,7 +144,7 @@ def status(config: Config) -> list[str]:
     lines.insert(0, f"{described(here.index, config.dataset.kinds)}, {contents:,} distinct contents that decode")
     if len(failed):
         lines.append(
-            f"{len(here.paths_of(failed)):,} images could not be read; {here.files.dataset / 'failures.csv'} names each"
+            f"{number_of(len(here.paths_of(failed)), 'image')} could not be read; {here.files.dataset / 'failures.csv'} names each"
         )
     sections = [record.asked for record in here.records]
     lines += [
@@ -205,14 +207,14 @@ def _status_lines(name: str, found: maintain.StoreStatus, remedy: str = "`manyhe
     missing, its = found.missing_rows or 0, found.store
     yield f"{name}: " + ("complete" if not missing else f"{missing:,} missing: run `manyheads features`")
     yield (
-        f"  {its.rows:,} vectors of {its.dim} {its.dtype.name} in {_segments(len(its.segments))}, {_size(found.disk_bytes)}, "
+        f"  {number_of(its.rows, 'vector')} of {its.dim} {its.dtype.name} in {number_of(len(its.segments), 'segment')}, {_size(found.disk_bytes)}, "
         + (f"generation {its.generation}" if its.generation else "a packed file")
     )
     yield f"  {its.path}  digest {its.digest[:16]}"
     if found.stale_rows:
-        yield f"  {found.stale_rows:,} vectors belong to no image any more; {remedy} removes them"
+        yield f"  {number_of(found.stale_rows, 'vector')} of no image any more; {remedy} removes them"
     if found.journal_rows:
-        yield f"  {found.journal_rows:,} vectors of a run that was stopped wait for the next `manyheads features`"
+        yield f"  {number_of(found.journal_rows, 'vector')} of a run that was stopped, for the next `manyheads features`"
     if found.quarantined:
         yield f"  {found.quarantined} damaged files are set aside in {its.path / 'quarantine'}; delete them when you like"
     if found.writer:
@@ -225,7 +227,7 @@ def status_of_pack(path: Path) -> list[str]:
     index = share.read_packed_index(path)
     has = ", ".join(index.columns) or "no columns"
     return [
-        f"{len(index.digests):,} images with {has}",
+        f"{number_of(len(index.digests), 'image')} with {has}",
         *_status_lines(str(found.store.identity.get("architecture", "")), found),
     ]
 
@@ -380,7 +382,7 @@ def repair(config: Config) -> list[str]:
             continue
         images = here.paths_of(report.damaged)
         lines.append(
-            f"{record.name}: {len(images):,} images lost their vector; the damaged files are set aside in quarantine/"
+            f"{record.name}: {number_of(len(images), 'image')} without a vector now; the damaged files are set aside in quarantine/"
         )
         lines += _named("to be embedded again", images)
         if elsewhere := int((~np.isin(digest_keys(report.damaged), digest_keys(here.index.digests))).sum()):
@@ -418,7 +420,7 @@ def _collect(path: Path, name: str, live: Digests) -> str:
     if path.is_file():
         return f"{name}: is a packed file, which stays as it is; pack the store again instead"
     gone, kept, freed = maintain.collect(path, live)
-    return f"{name}: {gone:,} vectors removed, {kept:,} kept, {_size(freed)} freed"
+    return f"{name}: {number_of(gone, 'vector')} removed, {kept:,} kept, {_size(freed)} freed"
 
 
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
@@ -431,9 +433,7 @@ def pack(config: Config, output: Path, *, embedding: str | None = None, anonymou
         )
     packed = share.pack(opened, output, images.digests, images.columns, anonymous)
     size = _size(maintain.disk_bytes(output))
-    return (
-        f"{packed.rows:,} vectors of {len(images.digests):,} images in {output} ({size}), digest {packed.digest[:16]}"
-    )
+    return f"{number_of(packed.rows, 'vector')} of {number_of(len(images.digests), 'image')} in {output} ({size}), digest {packed.digest[:16]}"
 
 
 def export(source: Config | Path, output: Path, *, embedding: str | None = None) -> str:
@@ -450,7 +450,7 @@ def export(source: Config | Path, output: Path, *, embedding: str | None = None)
 def merge(target: Path, sources: Sequence[Path]) -> list[str]:
     """Add the vectors of other stores of the same identity to a store."""
     lines = [f"{path}: {count:,} new vectors" for path, count in maintain.merge(target, sources).items()]
-    return [*lines, f"{target} has {FeatureStore.open(target).rows:,} vectors"]
+    return [*lines, f"{target} has {number_of(FeatureStore.open(target).rows, 'vector')}"]
 
 
 def _named(what: str, paths: Sequence[str]) -> Iterator[str]:
@@ -467,7 +467,3 @@ def _size(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
-
-
-def _segments(count: int) -> str:
-    return f"{count} segment" if count == 1 else f"{count} segments"
