@@ -135,7 +135,7 @@ def test_status_names_stores_that_nothing_uses_and_backbones_not_embedded_yet(ti
     store = store_of(tiny)
     (section,) = tiny.backbones
     other = tiny.model_copy(
-        update={"backbones": (section.model_copy(update={"pooling": "max", "layers": ("layer1",)}),)}
+        update={"backbones": (section.model_copy(update={"pooling": ("max",), "layers": ("layer1",)}),)}
     )
     assert "resnet18 (random): not embedded as the config says now: run `manyheads features`" in maintenance.status(
         other

@@ -26,6 +26,7 @@ from pipeline.errors import PipelineError, StoreError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import (
     FINETUNING,
+    LAYERS,
     REPORT,
     SPECS,
     TRIALS,
@@ -332,6 +333,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     (f"dataset/{CACHE_FILE}", lambda path: _checked(path, parse_arrays, "delete it, and every image is read again")),
     (f"dataset/{HASH_STORE}", _check_store),
     ("specs.json", lambda path: _whole(path, SPECS)),
+    ("layers.json", lambda path: _whole(path, LAYERS)),
     ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
     ("report.json", lambda path: _whole(path, REPORT)),
     ("heads/*/*/bundle.json", lambda path: bundles.describe(path.parent)),
