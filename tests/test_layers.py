@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import rewrite
 from photos import make_photos, small_config
 
 from pipeline import config as configuration
@@ -28,7 +30,7 @@ from pipeline.heads.tuning import make_folds
 from pipeline.heads.tuning.features import Standardised
 from pipeline.report.material import gather
 from pipeline.report.page import section
-from pipeline.stages import check, extract, predict, train_heads
+from pipeline.stages import check, extract, maintenance, predict, train_heads
 from pipeline.stages.train_heads import layers
 from pipeline.store import FeatureStore, StoredRows
 
@@ -243,6 +245,31 @@ def test_a_layer_alone_may_be_better() -> None:
     )
 
 
+def test_what_does_not_fit_into_memory_takes_no_part(finished: Config, caplog: pytest.LogCaptureFixture) -> None:
+    files = Artifacts(finished.output)
+    small = finished.model_copy(update={"tuning": finished.tuning.model_copy(update={"memory": "0.1MB"})})
+    profiles = read_profiles(files.layers)
+    files.layers.unlink()
+    with pytest.raises(PipelineError, match="no network of this config has several layers"):
+        layers.run(small)
+    told = f"{NETWORK} takes no part in the profile of layers: tuning.memory is too small for it"
+    assert told in [record.getMessage() for record in caplog.records]
+    files.layers.unlink()
+    assert layers.run(finished)
+    assert read_profiles(files.layers) == profiles
+
+
+def test_a_fold_of_one_class_says_that_class() -> None:
+    y = np.array([0, 0, 0, 0, 1, 1])
+    X = {layer: np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32) for layer in ("stage1", "penultimate")}
+    rows = [np.array([4, 5]), np.array([0, 1]), np.array([2, 3])]
+    folds = tuple((np.setdiff1d(np.arange(6), out), out) for out in rows)
+    about = {"network": "net", "task": "t", "labelled": 6}
+    found = profile(X, {"stage1": "a", "penultimate": "b"}, "penultimate", Predictions(y, y), folds, 0, about)
+    assert found.chosen == "penultimate"
+    assert all(row.score <= 4 / 6 for row in found.rows)
+
+
 def test_no_image_is_labelled_by_a_fit_that_saw_it_or_its_outer_fold() -> None:
     held_out = [rows for _, rows in make_folds(Y, 5, 0)]
     fits = []
@@ -272,7 +299,14 @@ def test_heads_writes_it_the_report_draws_it_and_the_command_prints_it(finished:
     shown = section("layers", gather(files.root))
     assert "Which layers hold the signal?" in shown
     assert 'data-chart="layers"' in shown
+    assert maintenance.verify_files(finished)[0]
+    document = json.loads(files.layers.read_text(encoding="utf-8"))
+    document["profiles"][0]["chosen"] = "stage9"
+    rewrite(files.layers, document)
+    assert read_profiles(files.layers) is None
+    assert section("layers", gather(files.root)) == ""
     files.layers.write_text("damaged", encoding="utf-8")
+    assert not maintenance.verify_files(finished)[0]
     lines = layers.run(finished)
     assert lines[0] == ("resnet18-random: ridge on each layer, 30 training images, 3 folds, accuracy out of fold")
     assert read_profiles(files.layers) == (found,)

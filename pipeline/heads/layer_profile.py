@@ -79,19 +79,20 @@ class LayerProfile:
     """Of that over the usual layer."""
 
     def row(self, name: str) -> LayerRow:
-        """Return a row by name."""
-        return next(row for row in self.rows if row.name == name)
+        """Return a row by name; KeyError where there is none."""
+        return {row.name: row for row in self.rows}[name]
 
 
 def read_profiles(path: Path, key: str | None = None) -> tuple[LayerProfile, ...] | None:
     """Read the profiles of `layers.json`; None where there are none, they are damaged, or of another `key`."""
     try:
         document = read_document(path, LAYERS)
-        if key in (None, document["key"]):
-            return tuple(from_plain(LayerProfile, one) for one in document["profiles"])
+        found = tuple(from_plain(LayerProfile, one) for one in document["profiles"])
+        for one in found:
+            _ = METRICS[one.metric], one.row(one.usual), one.row(one.chosen)
+        return found if key in (None, document["key"]) else None
     except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
-        pass
-    return None
+        return None
 
 
 Candidates = Mapping[str, tuple[str, ...]]
@@ -196,6 +197,8 @@ def profile(
     """
 
     def fit(layers: tuple[str, ...], train: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        if (truth.y_true[train] == truth.y_true[train[0]]).all():  # a rare class is in no fold but one
+            return np.full(len(rows), truth.y_true[train[0]])
         X = np.concatenate([blocks[layer] for layer in layers], axis=1)
         ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(PENALTIES))
         found: NDArray[np.int64] = ridge.fit(X[train], truth.y_true[train]).predict(X[rows])

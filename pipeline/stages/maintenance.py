@@ -28,6 +28,7 @@ from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import (
     FEWSHOT,
     FINETUNING,
+    LAYERS,
     REPORT,
     SPECS,
     TARGETS,
@@ -319,6 +320,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     (f"dataset/{HASH_STORE}", _check_store),
     ("specs.json", lambda path: _whole(path, SPECS)),
     ("targets.json", lambda path: _whole(path, TARGETS)),
+    ("layers.json", lambda path: _whole(path, LAYERS)),
     ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
     ("audit.json", read_findings),
     ("report.json", lambda path: _whole(path, REPORT)),

@@ -21,6 +21,7 @@ from pipeline.evaluation import Predictions, metric_of, metrics_for
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import LAYERS, Artifacts, write_document
 from pipeline.heads.layer_profile import LayerProfile, profile, read_profiles, table
+from pipeline.heads.tuning import limited, memory_needed
 from pipeline.io.digests import fingerprint
 from pipeline.stages.train_heads.task import Task, make_task, unseen_task
 from pipeline.store import FeatureStore, JoinedStores
@@ -72,13 +73,17 @@ def profiles(
     key = fingerprint({"version": VERSION, "task": task.key, "prints": prints, "scoring": config.tuning.scoring})
     known = read_profiles(files.layers, key)
     if known is None:
-        known = tuple(_profile(config, group, stores, unseen_task(task, group[0], config)) for group in several)
+        judged = (_profile(config, group, stores, unseen_task(task, group[0], config)) for group in several)
+        known = tuple(one for one in judged if one is not None)
         write_document(files.layers, LAYERS, {"key": key, "profiles": [asdict(one) for one in known]})
     return known
 
 
-def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, task: Task) -> LayerProfile:
-    """Judge the layers of one network on a stratified part of its training images, divided as for all heads."""
+def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, task: Task) -> LayerProfile | None:
+    """Judge the layers of one network on a stratified part of its training images, divided as for all heads.
+
+    The longest are left out until all together fit into `tuning.memory`; None where there are no two then.
+    """
     kept = np.sort(stratified_order(task.y_train, config.seed)[:MOST_IMAGES])
     place = np.full(len(task.train), -1)
     place[kept] = np.arange(len(kept))
@@ -86,6 +91,14 @@ def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, t
     y, digests = task.y_train[kept], task.train.digests[kept]
     units = None if task.groups is None else task.groups[kept]
     named = dict(sorted(((record.layer, record) for record in group), key=lambda item: _depth(item[0])))
+    limit = limited(config.tuning).memory_bytes
+    while limit is not None and memory_needed((len(kept), sum(each.spec.dim for each in named.values()))) > limit:
+        longest = max(named, key=lambda layer: named[layer].spec.dim)
+        log.warning(
+            "%s takes no part in the profile of layers: tuning.memory is too small for it", named.pop(longest).name
+        )
+    if len(named) < 2:
+        return None
     metric = metric_of(config.tuning.scoring, task.target)
     log.info(
         "%s: which of its %d layers hold the signal, by ridge on %d images", group[0].network, len(named), len(kept)
