@@ -20,7 +20,7 @@ from pipeline.data.failures import shown
 from pipeline.data.folder import list_folder
 from pipeline.data.listing import Listing
 from pipeline.data.written import torchvision_manifest, written_once
-from pipeline.errors import DatasetError
+from pipeline.errors import ConfigError, DatasetError
 from pipeline.images import NO_IMAGE
 
 
@@ -498,6 +498,8 @@ class TestManifest:
             f"row 2: path '../x' leaves {tmp_path} by '..'",
         )
         assert path.read_bytes() == before
+        with pytest.raises(ConfigError, match=r"dataset\.label_colums: unknown key, did you mean 'label_columns'\?"):
+            manifest.manifest(columns, path, label_colums=["tags"])
         with pytest.raises(DatasetError, match=r"a table is written as Parquet; give a name that ends in \.parquet"):
             manifest.manifest(columns, tmp_path / "table.csv")
 

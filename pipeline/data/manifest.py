@@ -17,7 +17,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DatasetConfig, guess
+from pipeline.config import DatasetConfig, guess, parse
 from pipeline.data.failures import noticed, shown
 from pipeline.data.index import LABEL, SEPARATOR
 from pipeline.data.listing import SPLIT_NAMES, Listing
@@ -65,8 +65,8 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
 
     Raises
     ------
-    DatasetError
-        With every row that cannot be meant.
+    ConfigError, DatasetError
+        With every key, or every row, that cannot be meant.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -74,11 +74,10 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
     path = Path(path)
     if path.suffix.lower() != ".parquet":
         raise DatasetError(f"{path}: a table is written as Parquet; give a name that ends in .parquet")
-    arrow = (
-        table.to_arrow() if hasattr(table, "to_arrow") else pa.table(table)
-    )  # Polars' own has types that can be cast
+    # Polars writes types that can be cast, where pyarrow would take over its own.
+    arrow = table.to_arrow() if hasattr(table, "to_arrow") else pa.table(table)
     section = {"source": "manifest", "path": str(path), **keys}
-    config = DatasetConfig(**section)
+    config = parse({"dataset": section, "backbones": [{"name": "any"}]}, str(path)).dataset
     _listing(path, partial(_table_rows, arrow, config), config)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(arrow, sink)
@@ -96,6 +95,7 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
     problems: list[str] = []
     inside = "the manifest's folder" if config.root is None else str(root)
     roots = {f"{os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
+    separator, several = config.label_separator, [kind == "multilabel" for kind in config.kinds]
     splits: list[str] = []
     groups: list[str] = []
     seen: dict[str, str] = {}
@@ -103,15 +103,14 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
     for where, (name, split, group, *labels) in read(partial(_places, origin, config, listing), problems):
         split = split.strip()
         name = next((name.removeprefix(start) for start in roots if name.startswith(start)), name)
-        if (separator := config.label_separator) is not None:
-            several = [kind == "multilabel" for kind in config.kinds]
+        if separator is not None:
             taken = separator != SEPARATOR and any(SEPARATOR in label for label in compress(labels, several))
             problems += [f"{where}: a label holds {SEPARATOR!r}, which stands between labels in the index"] * taken
             labels = [
                 _joined(label.split(separator)) if split else label
                 for label, split in zip(labels, several, strict=True)
             ]
-        found = [*_path_problems(name, inside), *_label_problems(labels, config)]
+        found = [*_path_problems(name, inside), *_label_problems(labels, any(several))]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")
@@ -186,9 +185,9 @@ def _path_problems(name: str, inside: str) -> list[str]:
     return []
 
 
-def _label_problems(labels: Sequence[str], config: DatasetConfig) -> list[str]:
-    """What is wrong with an image's labels; of several columns some may be empty, and of an image with several labels all."""
-    if "multilabel" not in config.kinds and not any(label.strip() for label in labels):
+def _label_problems(labels: Sequence[str], may_be_none: bool) -> list[str]:
+    """What is wrong with an image's labels; of several columns some may be empty, and where an image may have no label all."""
+    if not may_be_none and not any(label.strip() for label in labels):
         return ["the label is empty" if len(labels) == 1 else "all its labels are empty"]
     return ["a label holds a NUL character"] if any("\0" in label for label in labels) else []
 
