@@ -789,10 +789,10 @@ class TestSeveralColumns:
         result = self.scan(tmp_path, ["cat", "dog"] * 10, ["old", "young", "", "Old"] * 5)
         assert result.summary_lines()[:6] == [
             "20 images with 2 labels each: 16 train, 4 test",
-            "  species: 2 classes",
+            "  species: in 2 classes",
             "  cat: 8 train, 2 test",
             "  dog: 8 train, 2 test",
-            "  age: 3 classes",
+            "  age: in 3 classes",
             "  Old: 4 train, 1 test",
         ]
         assert result.warnings == (

@@ -57,7 +57,7 @@ class ScanResult:
         lines = [_headline(self.index, self.kinds)]
         for column, kind, part in countable(self.index, self.kinds):
             lines += [
-                *([f"  {column}{_in_words(self.index.only(column[:-2]), kind)}"] if column else []),
+                *([f"  {column}{in_words(self.index.only(column[:-2]), [kind])}"] if column else []),
                 *_class_lines(class_counts(part)),
             ]
         if self.unchanged:
@@ -187,17 +187,18 @@ def _why_no_test(train: DatasetIndex) -> str:
     return f"no class has more than {most} distinct images; add images, or set dataset.test_fraction above {0.5 / most:.2f}"
 
 
-def _in_words(index: DatasetIndex, kind: str) -> str:
-    return TARGETS[kind_of(kind)].in_words(index.rows(index.has_labels(kind)))
+def in_words(index: DatasetIndex, kinds: Sequence[str]) -> str:
+    """Return what images are told apart by, such as `in 3 classes`; kinds : those of the targets, see `DatasetConfig.kinds`."""
+    if len(kinds) > 1:
+        return f"with {len(kinds)} labels each"
+    return TARGETS[kind_of(kinds[0])].in_words(index.rows(index.has_labels(kinds[0])))
 
 
 def _headline(index: DatasetIndex, kinds: Sequence[str]) -> str:
     codes, names = encode(index.splits)
     counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
-    if len(kinds) > 1:
-        return f"{len(index):,} images with {len(kinds)} labels each: {parts}"
-    return f"{len(index):,} images {_in_words(index, kinds[0])}: {parts}"
+    return f"{len(index):,} images {in_words(index, kinds)}: {parts}"
 
 
 def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

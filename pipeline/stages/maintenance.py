@@ -18,6 +18,7 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests
 from pipeline.data.match import Texts
 from pipeline.data.statcache import CACHE_FILE
+from pipeline.data.summary import in_words
 from pipeline.embed import records as embedders
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
@@ -158,7 +159,7 @@ def status(config: Config) -> list[str]:
     live = here.index.digests[[digest not in known for digest in digests_to_hex(here.index.digests)]]
     contents = len(np.unique(live, axis=0))
     lines = [
-        f"{len(here.index):,} images in {len(here.index.classes)} classes, {contents:,} distinct contents that decode",
+        f"{len(here.index):,} images {in_words(here.index, config.dataset.kinds)}, {contents:,} distinct contents that decode",
         *changes,
     ]
     if len(failed):
