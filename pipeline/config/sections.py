@@ -181,9 +181,6 @@ class DatasetConfig(Section):
     @field_validator("label_columns")
     @classmethod
     def _can_stand_side_by_side(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        taken = sorted({*value} & {"path", "split", "group", "digest", "size"})
-        if len(value) > 1 and taken:
-            raise ValueError(f"the index has a {' and a '.join(taken)} of its own; rename that column")
         if len({*value}) < len(value):
             raise ValueError(f"a column is given twice: {', '.join(value)}")
         return value

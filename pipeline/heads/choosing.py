@@ -67,6 +67,18 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     return replace(head, build=build, space=space, defaults=defaults, fixed=fixed)
 
 
+def serving(configs: Sequence[HeadConfig] | None, kind: str) -> tuple[HeadConfig, ...] | None:
+    """Return those of a config's heads that serve a kind of target, None where none does, and those that nobody knows, which
+    `resolve` tells."""
+
+    def serves(config: HeadConfig) -> bool:
+        if ":" in config.name:
+            return kind in load_own(config.name).targets
+        return config.name in TABLES[kind].heads or not any(config.name in table.heads for table in TABLES.values())
+
+    return tuple(filter(serves, configs or ())) or None
+
+
 def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classification") -> tuple[Head, ...]:
     """Resolve every head of a config for a kind of target, None being all; a `HeadError` lists the problems of all of them."""
     if configs is None:
