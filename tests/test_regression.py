@@ -35,6 +35,7 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_NUMBERS
 from pipeline.heads.tuning import TuningRun, make_folds, tune
+from pipeline.heads.tuning.records import Problem
 from pipeline.stages import check, extract, predict, train_heads
 from pipeline.stages.train_heads.task import make_task
 
@@ -128,6 +129,20 @@ def test_shared_work_finds_what_scikit_learn_does(columns: int, tmp_path: Path) 
             held = run.out_of_fold.folds == fold
             expected = run.out_of_fold.target.told(pipeline.fit(X[~held], learned[~held]).predict(X[held]))
             np.testing.assert_allclose(run.out_of_fold.y_pred[held], expected, rtol=0, atol=close * y.std(axis=0).max())
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_ridge_is_fitted_from_blocks_of_rows_too(columns: int) -> None:
+    X, y = data(columns=columns)
+    target = Regression(("a", "b")[:columns]).fitted(y)
+    evaluator = OF_NUMBERS["ridge"].evaluator
+    assert evaluator is not None
+    assert evaluator.fit_in_blocks is not None
+    problem = Problem(OF_NUMBERS["ridge"], X, y, target, (), 0)
+    found = evaluator.fit_in_blocks(problem, {"alpha": 3.0}, target.learned(y))
+    expected = make_pipeline(StandardScaler(), Ridge(3.0)).fit(X, target.learned(y))
+    assert found[-1].coef_.shape == expected[-1].coef_.shape
+    np.testing.assert_allclose(found.predict(X), expected.predict(X), atol=1e-4)
 
 
 def test_scores_are_scikit_learns(tmp_path: Path) -> None:
@@ -252,13 +267,17 @@ def test_predict_writes_numbers_with_intervals_and_tells_what_is_out_of_range(
     assert all(f"  {note}: 1" in run.summary_lines() for note in marked)
 
 
-def test_several_columns_are_one_target(experiment: tuple[Config, Leaderboard], tmp_path: Path) -> None:
+def test_several_columns_are_one_target_repeats_included(
+    experiment: tuple[Config, Leaderboard], tmp_path: Path
+) -> None:
     config = experiment[0]
     dataset = config.dataset.model_copy(update={"label_columns": ("grey", "other")})
     assert dataset.kinds == ("regression",)
     config = config.model_copy(
         update={
             "dataset": dataset,
+            "heads": (HeadConfig(name="ridge"),),
+            "tuning": config.tuning.model_copy(update={"nested": True, "seeds": 2}),
             "output": str(tmp_path / "two"),
             "store": str(Path(config.output).parent / "features"),
         }
@@ -268,6 +287,13 @@ def test_several_columns_are_one_target(experiment: tuple[Config, Leaderboard], 
     assert board.target.columns == ("grey", "other")
     assert board.scoring == "r2"
     assert board.best.cv_mean > 0.5
+    nested, seeds, test = board.best.nested, board.best.seeds, board.best.test
+    assert nested is not None
+    assert seeds is not None
+    assert test is not None
+    assert nested.mean > 0.5
+    assert seeds.test_scores[0] == test.values["r2"]
+    assert seeds.test_scores[1] == pytest.approx(test.values["r2"], abs=0.05)
 
 
 def test_numbers_that_nobody_called_so_are_asked_about(experiment: tuple[Config, Leaderboard]) -> None:

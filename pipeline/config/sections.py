@@ -199,8 +199,8 @@ class DatasetConfig(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         """What each column of labels is said to be; one word where there is one target, also where several columns are its labels."""
-        if self.target in ("multilabel", "regression") and self.label_separator is None:
-            return (str(self.target),)
+        if isinstance(self.target, str) and self.target not in ("auto", "classification") and not self.label_separator:
+            return (self.target,)
         if self.target == "auto" and self.label_separator is not None and len(self.label_columns) == 1:
             return ("multilabel",)
         words = self.target if isinstance(self.target, dict) else dict.fromkeys(self.label_columns, self.target)

@@ -57,7 +57,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
         if head.takes_class_weight:
             build = partial(_weighted, head.build, config.class_weight)
         else:
-            able = ", ".join(name for name, row in heads.items() if row.takes_class_weight)
+            able = ", ".join(name for name, row in heads.items() if row.takes_class_weight) or "none"
             problems.append(
                 f"class_weight: {config.class_weight!r} is not possible with this head; heads that take it: {able}"
             )
