@@ -48,6 +48,7 @@ def test_an_unknown_head_is_told_with_a_guess():
 
 def test_a_name_of_a_built_in_head_stands_in_its_row_and_nowhere_else():
     sources = [path for path in Path(package.__file__).parent.rglob("*.py") if path.name != "table.py"]
+    sources = [path for path in sources if path.parent.name != "fewshot"]  # whose methods are its own
     words = {
         word for path in sources for word in re.findall(r"""["']([a-z_]+)["']""", path.read_text(encoding="utf-8"))
     }

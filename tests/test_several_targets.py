@@ -16,7 +16,8 @@ import pipeline
 from pipeline import config as configuration
 from pipeline.cli import cli
 from pipeline.config import Config
-from pipeline.data import DatasetIndex, scan
+from pipeline.data import DatasetIndex
+from pipeline.data.scan import scan
 from pipeline.embed import loader
 from pipeline.errors import PipelineError, StoreError
 from pipeline.evaluation.leaderboard import read_leaderboard

@@ -9,10 +9,12 @@ from pipeline.heads.choosing import resolve, resolve_all
 from pipeline.heads.head import Head, Params, configure, identity
 from pipeline.heads.linear import linear_parts
 from pipeline.heads.space import Categorical, Dimension, Integer, Real
-from pipeline.heads.table import HEADS, LOGISTIC_REGRESSION, RIDGE, TABLES
+from pipeline.heads.table import FOR_PHOTOS, HEADS, KNN, LOGISTIC_REGRESSION, RIDGE, TABLES
 
 __all__ = [
+    "FOR_PHOTOS",
     "HEADS",
+    "KNN",
     "LOGISTIC_REGRESSION",
     "RIDGE",
     "TABLES",

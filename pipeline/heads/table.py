@@ -63,6 +63,19 @@ LOGISTIC_REGRESSION = Head(
     evaluator=linear.LOGISTIC_REGRESSION,
 )
 
+KNN = Head(
+    name="knn",
+    build=partial(_scaled, KNeighborsClassifier()),
+    space={
+        "n_neighbors": Integer(1, 64, prior="log-uniform"),
+        "weights": Categorical(("uniform", "distance")),
+        "metric": Categorical(("euclidean", "cosine")),
+    },
+    defaults={"n_neighbors": 5, "weights": "distance", "metric": "cosine"},
+    simplicity=5,
+    probabilities=True,
+)
+
 _ROWS = (
     Head(
         name="nearest_centroid",
@@ -98,18 +111,7 @@ _ROWS = (
         probabilities=True,
         takes_class_weight=True,
     ),
-    Head(
-        name="knn",
-        build=partial(_scaled, KNeighborsClassifier()),
-        space={
-            "n_neighbors": Integer(1, 64, prior="log-uniform"),
-            "weights": Categorical(("uniform", "distance")),
-            "metric": Categorical(("euclidean", "cosine")),
-        },
-        defaults={"n_neighbors": 5, "weights": "distance", "metric": "cosine"},
-        simplicity=5,
-        probabilities=True,
-    ),
+    KNN,
     Head(
         name="random_forest",
         # Trees compare one feature with a threshold, so a scaler would change nothing. More trees are never worse on
@@ -152,6 +154,8 @@ _ROWS = (
 
 HEADS: Mapping[str, Head] = {row.name: row for row in _ROWS}
 """The built-in heads for classes by name."""
+FOR_PHOTOS = ("logistic_regression", "linear_svm", "rbf_svm", "random_forest", "ridge", "knn")
+"""Those that a folder of photos without a config is tuned on."""
 
 
 def most_frequent(y: NDArray[np.int64], width: int) -> Head:

@@ -11,11 +11,11 @@ from pipeline.data.targets import TARGETS
 from pipeline.embed import baselines
 from pipeline.embed.installed import DEFAULT
 from pipeline.evaluation import METRICS
-from pipeline.heads import TABLES
+from pipeline.heads import FOR_PHOTOS, TABLES
 
 OF_PHOTOS = {
     "backbones": [DEFAULT.model_dump(mode="json", exclude_defaults=True)],
-    "heads": ["logistic_regression", "linear_svm", "rbf_svm", "random_forest", "ridge", "knn"],
+    "heads": list(FOR_PHOTOS),
 }
 """What the config of a folder of photos has besides their path."""
 

@@ -220,9 +220,9 @@ class JoinedStores:
 class StoredRows:
     """The vectors of n digests, float32 of shape (n, dim), as an array that is read and checked only where it is indexed.
 
-    A number or a slice gives a view of the mapped file where the rows lie one behind the other there; a mask or row numbers give
-    a copy, and so does `numpy.asarray`. So the system may drop what was read from memory at any time. `segments` and `rows`,
-    int64 of shape (n,), or (n, k) of k joined stores, say where each vector lies.
+    A slice gives a view of the mapped file, read-only, where the rows lie one behind the other there, and so does `numpy.asarray`
+    of all; a mask or row numbers give a copy. `segments` and `rows`, int64 of shape (n,), or (n, k) of k joined stores, say where each
+    vector lies.
     """
 
     store: FeatureStore | JoinedStores

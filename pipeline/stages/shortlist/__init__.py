@@ -30,7 +30,7 @@ from pipeline.errors import BackboneError, DatasetError, PipelineError
 from pipeline.evaluation import ACCURACY, Predictions, compare
 from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
-from pipeline.heads import HEADS, configure
+from pipeline.heads import HEADS, KNN, RIDGE, configure
 from pipeline.heads.tuning import Folds, make_folds
 from pipeline.images import policy_key
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
@@ -47,8 +47,8 @@ RUNGS = (4, 2, 1)
 LEAST = 100
 """Images of a rung at least: of fewer no candidate is shown to be worse."""
 JUDGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "ridge": [{"alpha": 10.0**power} for power in (0, 1, 2, 3, 4)],
-    "knn": [{}, {"n_neighbors": 15}],
+    RIDGE.name: [{"alpha": 10.0**power} for power in (0, 1, 2, 3, 4)],
+    KNN.name: [{}, {"n_neighbors": 15}],
 }
 """Heads that are fitted in no time, and the parameters that are tried; the best of them judges a candidate."""
 TIMED, REPEATS = 8, 5
