@@ -209,6 +209,32 @@ def test_candidates_that_are_not_to_be_had_are_one_line(
         shortlist.run(config(photos), 30, ["hog"])
 
 
+def test_what_cannot_be_loaded_is_left_out_and_two_ways_of_one_network_are_told_apart(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    hub = tmp_path / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"not it")
+    small = BackboneConfig.model_validate(
+        {"name": "regnet_small", "weights": "bundled", "preprocessing": {"resize": 40, "crop": 40}}
+    )
+    words = ["regnet_small", "squeezenet1_1"]
+    monkeypatch.setattr(shortlist, "_named", lambda word, table, named=shortlist._named: [*named(word, table), small])
+    result = shortlist.run(config(photos), 24, words)
+    names = [each.spec.name for each in result.entries]
+    assert len(set(names)) == 2
+    assert all(name.startswith("regnet_small-bundled-penultimate-") for name in names)
+    (line,) = result.left_out
+    assert "squeezenet1_1-b8a52dc0.pth is damaged" in line
+    fetched = config(photos).model_copy(
+        update={"backbones": (BackboneConfig(name="resnet50", weights="IMAGENET1K_V2"),)}
+    )
+    assert shortlist._candidates(fetched, [])[1] == [
+        "left out: resnet50 (IMAGENET1K_V2) is not here, and a shortlist fetches nothing"
+    ]
+
+
 def test_all_that_is_here_and_allowed_is_a_candidate(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

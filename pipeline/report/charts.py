@@ -277,21 +277,25 @@ def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, In
     """
     made = figure(palette, "Accuracy against time per image", width=7.6, height=4.2)
     axes = made.subplots()
-    places = [
-        max(spent, 0.1) for _, spent, *_ in dots
-    ]  # a thumbnail costs next to nothing, and would squeeze all others
-    middle = np.sqrt(min(places) * max(places))
-    for spent, (name, _, accuracy, (low, high), tied, baseline) in zip(places, dots, strict=True):
+    places = [max(spent, 0.1) for _, spent, *_ in dots]  # a thumbnail costs nothing, and would squeeze all others
+    ends = [end for _, _, _, interval, *_ in dots for end in interval]
+    gap, beside = 6 * (max(ends) - min(ends)), np.inf
+    for spent, (name, _, accuracy, (low, high), tied, baseline) in sorted(
+        zip(places, dots, strict=True), key=lambda each: -each[1][2]
+    ):
         colour = palette.accent if tied else palette.muted
         axes.plot([spent, spent], [100 * low, 100 * high], color=colour, lw=1.2)
         face = colour if tied else palette.surface
         axes.plot(spent, 100 * accuracy, "s" if baseline else "o", color=colour, mfc=face, ms=7)
+        # Names stand in a column: those of networks that are alike would lie upon each other.
+        beside = min(100 * accuracy, beside - gap)
         axes.annotate(
             plain_text(name.replace("-penultimate", "")),
             (spent, 100 * accuracy),
-            xytext=(7 if spent <= middle else -7, 4),
-            ha="left" if spent <= middle else "right",
-            textcoords="offset points",
+            xytext=(1.02, beside),
+            textcoords=("axes fraction", "data"),
+            arrowprops={"arrowstyle": "-", "color": palette.muted, "lw": 0.5, "ls": DASHED, "relpos": (0, 0.5)},
+            va="center",
             fontsize=8.5,
             color=palette.ink if tied else palette.muted,
         )

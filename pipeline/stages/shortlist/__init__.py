@@ -8,6 +8,7 @@ Talwalkar, AISTATS 2016), though none that is not shown to be worse than the bes
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from pipeline.embed.backbone import Backbone, Cost
 from pipeline.embed.installed import STAND_IN
 from pipeline.embed.licenses import require_permitted
 from pipeline.embed.spec import Embedder, probe_images
-from pipeline.embed.weights import license_of
+from pipeline.embed.weights import license_of, to_fetch
 from pipeline.errors import BackboneError, DatasetError, PipelineError
 from pipeline.evaluation import ACCURACY, Predictions, compare
 from pipeline.evaluation.logme import logme
@@ -51,7 +52,7 @@ JUDGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     KNN.name: [{}, {"n_neighbors": 15}],
 }
 """Heads that are fitted in no time, and the parameters that are tried; the best of them judges a candidate."""
-TIMED, REPEATS = 8, 5
+TIMED, REPEATS = 4, 3
 """Images of the batch whose time is taken, and how often."""
 
 
@@ -78,20 +79,25 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     for size in sizes:
         taken = np.sort(order[:size])
         some = Contents(contents.digests[taken], contents.rows[taken], contents.failed[taken])
-        judged = [entry for one in alive for entry in _judged(one, config, scanned.index, contents, some)]
+        judged = list[Entry]()
+        for one in alive:
+            try:
+                judged += _judged(one, config, scanned.index, contents, some)
+            except BackboneError as error:  # weights on disk may be damaged, or of another version
+                left_out.append(f"left out: {error}")
         found, others = _comparable(judged)
         left_out += others
         entries |= _compared(found, config.seed, final=size == sizes[-1])
         alive = [one for one in alive if any(each.candidate == one and not each.dropped for each in entries.values())]
     ordered = sorted(entries.values(), key=lambda entry: (entry.dropped, -entry.accuracy, entry.seconds))
-    return _written(config, files, ordered, len(order), len(places), left_out)
+    return _written(config, files, _with_unique_names(ordered), len(order), len(places), left_out)
 
 
 # ---- what is compared
 
 
 def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], list[str]]:
-    """What to judge; and lines on the networks that the config's `licenses` leaves out."""
+    """What to judge; and lines on the networks that are not here, or that the config's `licenses` does not allow."""
     table = [row for row in rows() if row.weights]
     sections = list(config.backbones)
     if words:
@@ -103,6 +109,8 @@ def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], 
     for section in sections:
         try:
             require_permitted(config.licenses, [(section.title, license_of(section))])
+            if to_fetch(section) is not None:
+                raise BackboneError(f"{section.title} is not here, and a shortlist fetches nothing")
             allowed += [section] if section not in allowed else []
         except PipelineError as error:
             left_out += [f"left out: {line}" for line in error.problems or [error.message]]
@@ -168,6 +176,17 @@ def _judged(
         yield Entry(candidate, target.spec, head, said, logme(X, y), cost, _seconds(embedder))
 
 
+def _with_unique_names(entries: Sequence[Entry]) -> list[Entry]:
+    """Tell apart embeddings whose readable names agree, as those of `features`: by the start of the fingerprint."""
+    names = Counter(entry.spec.name for entry in entries)
+    return [
+        replace(entry, spec=replace(entry.spec, name=f"{entry.spec.name}-{entry.spec.fingerprint()[:6]}"))
+        if names[entry.spec.name] > 1
+        else entry
+        for entry in entries
+    ]
+
+
 def _seconds(embedder: Embedder) -> float:
     """What an image takes, the best of some times, as whatever else runs here can only add to it."""
     size, spent = embedder.preprocessing.size, []
@@ -180,7 +199,7 @@ def _seconds(embedder: Embedder) -> float:
 
 
 def _comparable(judged: Sequence[Entry]) -> tuple[dict[str, Entry], list[str]]:
-    """Return the entries that can be compared by their names, and lines on the others."""
+    """Return the entries that can be compared, by their fingerprints, and lines on the others."""
     most = max((len(entry.out_of_fold) for entry in judged), default=0)
     left_out = {
         entry.spec.name: "its network has learned from images like these; compare it by the test of a full run"
@@ -190,7 +209,7 @@ def _comparable(judged: Sequence[Entry]) -> tuple[dict[str, Entry], list[str]]:
         if entry.spec.trained_on is not None or len(entry.out_of_fold) < most
     }
     lines = [f"left out: {name}: {why}" for name, why in left_out.items()]
-    found = {entry.spec.name: entry for entry in judged if entry.spec.name not in left_out}
+    found = {entry.spec.fingerprint(): entry for entry in judged if entry.spec.name not in left_out}
     if not found:
         raise BackboneError("no candidate can be judged", lines)
     return found, lines
