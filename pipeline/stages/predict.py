@@ -84,14 +84,8 @@ class Row:
     said: tuple[Said, ...] = ()
 
 
-@dataclass(frozen=True)
-class Model:
-    """A head of one target, and where its vectors come from: which lane and which of its outputs."""
-
-    target: str
-    bundle: ModelBundle
-    lane: int
-    output: int
+Model = tuple[ModelBundle, int, int]
+"""A head, and where its vectors come from: which lane, and which of its outputs."""
 
 
 def run(
@@ -107,8 +101,7 @@ def run(
     """Label image files and folders of them with a saved head.
 
     `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
-    of each, on images that are read once. `max_pixels` is the
-    experiment's where it is not given. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
+    of each, on images that are read once. `max_pixels` is the experiment's where it is not given. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
 
     Raises
     ------
@@ -186,16 +179,13 @@ def _open(
     heads: Mapping[str, ModelBundle], records: Mapping[str, EmbeddingRecord], device: str
 ) -> tuple[list[Lane], list[Model]]:
     """Open the embedders of some heads, one for those that are on the same embedding."""
-    opened: dict[str, int] = {}
-    lanes, models = list[tuple[Lane, int]](), []
-    for target, record in records.items():
+    lanes, opened = list[Lane](), dict[str, tuple[int, int]]()
+    for record in records.values():
         if record.fingerprint not in opened:
             embedder, output = open_record(record, device)
-            opened[record.fingerprint] = len(lanes)
-            lanes.append((Lane(embedder, BATCH_SIZE), output))
-        lane = opened[record.fingerprint]
-        models.append(Model(target, heads[target], lane, lanes[lane][1]))
-    return [lane for lane, _ in lanes], models
+            opened[record.fingerprint] = len(lanes), output
+            lanes.append(Lane(embedder, BATCH_SIZE))
+    return lanes, [(heads[target], *opened[record.fingerprint]) for target, record in records.items()]
 
 
 def find_bundle(path: Path) -> Path:
@@ -304,11 +294,11 @@ def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:
     """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
     said: dict[int, list[Said]] = {}
-    for model in models:
-        part = parts[model.lane]
+    for head, lane, output in models:
+        part = parts[lane]
         if part is None:
             continue
-        labels, probabilities = model.bundle.predict(part.vectors[model.output])
+        labels, probabilities = head.predict(part.vectors[output])
         for place, row in enumerate(part.rows.tolist()):
             of_all = None if probabilities is None else probabilities[place]
             said.setdefault(row, []).append((labels[place], of_all))
