@@ -7,12 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import unknown
+from pipeline.config import DatasetConfig, unknown
 from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
 from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
@@ -26,9 +25,6 @@ from pipeline.data.summary import ScanResult, class_counts, missing_side
 from pipeline.data.targets import TARGETS, countable
 from pipeline.errors import DatasetError, first
 from pipeline.images import policy_key
-
-if TYPE_CHECKING:
-    from pipeline.config import DatasetConfig
 
 MANY_CLASSES, FEW_IMAGES = 20, 5
 """More labels than these are asked about where they are numbers with fewer images each than those."""

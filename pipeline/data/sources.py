@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pipeline.config import DatasetConfig
 from pipeline.data.folder import list_folder
 from pipeline.data.listing import Listing
 from pipeline.data.manifest import list_manifest
 from pipeline.data.written import digit_images, images_folder, torchvision_manifest
 from pipeline.errors import DatasetError
-
-if TYPE_CHECKING:
-    from pipeline.config import DatasetConfig
 
 
 def list_source(config: DatasetConfig, folder: Path) -> Listing:

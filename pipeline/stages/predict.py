@@ -87,13 +87,8 @@ class Row:
     said: tuple[Said, ...] = ()
 
 
-@dataclass(frozen=True)
-class Model:
-    """A head of one target, and the lane and output of each block of its vectors."""
-
-    target: str
-    bundle: ModelBundle
-    places: tuple[tuple[int, int], ...]
+Model = tuple[ModelBundle, tuple[tuple[int, int], ...]]
+"""A head, and the lane and output of each block of its vectors."""
 
 
 def run(
@@ -109,8 +104,7 @@ def run(
     """Label image files and folders of them with a saved head.
 
     `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
-    of each, on images that are read once. `max_pixels` is the
-    experiment's where it is not given. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
+    of each, on images that are read once. `max_pixels` is the experiment's where it is not given. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
 
     Raises
     ------
@@ -191,7 +185,7 @@ def _open(
     parts = {target: record.parts or (record,) for target, record in records.items()}
     embedders, places = open_networks([part for own in parts.values() for part in own], device, trust_code=trust_code)
     left = iter(places)
-    models = [Model(target, heads[target], tuple(islice(left, len(own)))) for target, own in parts.items()]
+    models = [(heads[target], tuple(islice(left, len(own)))) for target, own in parts.items()]
     return [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
 
 
@@ -301,12 +295,12 @@ def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:
     """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
     said: dict[int, list[Said]] = {}
-    for model in models:
-        blocks = [part.vectors[output] for lane, output in model.places if (part := parts[lane]) is not None]
-        if not blocks:
-            continue
-        labels, probabilities = model.bundle.predict(np.concatenate(blocks, axis=1))
-        for place, row in enumerate(next(part for part in parts if part is not None).rows.tolist()):
+    made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
+    for head, places in models if made else ():
+        labels, probabilities = head.predict(
+            np.concatenate([made[lane].vectors[output] for lane, output in places], axis=1)
+        )
+        for place, row in enumerate(made[0].rows.tolist()):
             of_all = None if probabilities is None else probabilities[place]
             said.setdefault(row, []).append((labels[place], of_all))
     for row in range(len(batch.items)):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tabulate import tabulate
 
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
-from pipeline.evaluation.leaderboard.table import Leaderboard, cross_validated
+from pipeline.evaluation.leaderboard.table import Leaderboard, cross_validated, test_text
 
 HEADERS = (
     "target",
@@ -45,13 +45,8 @@ def _cells(name: str, board: Leaderboard) -> tuple[str, ...]:
 
 
 def _tested(board: Leaderboard, row: LeaderboardRow | None) -> str:
-    """Return a row's test score in what it was tuned for, else in what the test is told by."""
+    """Return what the leaderboard's column on the test says of a row."""
     if row is None or row.test is None:
         return "–"
-    metric = board.metric if None not in row.test.of(board.metric) else board.told_by
-    value, interval = row.test.of(metric)
-    if value is None or interval is None:
-        return "–"
-    sign = -1 if metric.lower_is_better else 1
-    named = "" if metric is board.metric else f"{metric.title} "
-    return f"{named}{metric.text(sign * value)} {metric.interval_text((sign * interval[0], sign * interval[1]))}"
+    named = "" if board.told_by is board.metric else f"{board.told_by.title} "
+    return named + test_text(row.test, board.told_by)
