@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pipeline.finetuning.weights import copy_weights
 from safetensors.torch import load_file, save_file
 from timm_families import FAMILIES, FEW, compared
 
@@ -20,9 +21,8 @@ from pipeline.config import TIMM_NAMES, BackboneConfig, ExtractionConfig
 from pipeline.embed import backbone, efficientnet_lite, engines, families, graph, timm_models, weights
 from pipeline.embed.spec import probe_images
 from pipeline.errors import BackboneError, TrainingError
-from pipeline.finetuning import describe, write_weights
 from pipeline.finetuning.plan import last_linear
-from pipeline.finetuning.weights import copy_weights
+from pipeline.finetuning.result import describe, write_weights
 from pipeline.images import Preprocessing, prepare
 from pipeline.stages import backbones
 
