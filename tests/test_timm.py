@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from pipeline.finetuning.weights import copy_weights
 from safetensors.torch import load_file, save_file
 from timm_families import FAMILIES, FEW, compared
 
@@ -21,6 +20,7 @@ from pipeline.config import TIMM_NAMES, BackboneConfig, ExtractionConfig
 from pipeline.embed import backbone, efficientnet_lite, engines, families, graph, timm_models, weights
 from pipeline.embed.spec import probe_images
 from pipeline.errors import BackboneError, TrainingError
+from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.plan import last_linear
 from pipeline.finetuning.result import describe, write_weights
 from pipeline.images import Preprocessing, prepare
@@ -145,7 +145,7 @@ def test_bf16_is_close() -> None:
         ExtractionConfig(device="cpu", precision="bf16", engine="torch", decode="exact"),
         0,
     )
-    engines.require_close(half.canary, small().canary)
+    engines.require_close(half.probe, small().probe)
     assert half.specs[0].precision == "bf16"
 
 
