@@ -73,9 +73,9 @@ def test_a_page_has_the_sections_that_serve_its_target():
         "reproduce",
     ]
     text = words(render(of_numbers))
-    assert "Its test MAE, lower is better 0.95 0.8 to 1.1 95 % interval" in text
+    assert "Its test MAE, lower is better 0.950 0.800 to 1.10 95 % interval" in text
     assert "Head and embedding Cross-validation, MAE Test MAE [95 %] RMSE R2 Spearman's rho Fit, s Trials" in text
-    assert "ridge best resnet18-penultimate 0.9 ± 0.01 0.95 [0.8, 1.1] – 0.500 – 1.25 16" in text
+    assert "ridge best resnet18-penultimate 0.900 ± 0.0100 0.950 [0.800, 1.10] – 0.500 – 1.25 16" in text
     assert "MAE: ● test — its 95 % interval | cross-validation" in text
     assert "What does MAE cost?" in text
     assert " classes" not in text
