@@ -44,6 +44,7 @@ SMALLEST_PROBABILITY = 1e-6
 """Forests and neighbours say 0, whose logarithm no temperature can mend."""
 
 TRUSTED_TYPES = (
+    "pipeline.heads.cosine.CosineVote",
     # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing a file can choose.
     "sklearn.calibration._CalibratedClassifier",
     "sklearn.calibration._SigmoidCalibration",

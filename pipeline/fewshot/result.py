@@ -13,7 +13,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from pipeline.experiment import FEWSHOT, from_plain, read_document, write_document
-from pipeline.fewshot.methods import PLAIN
+from pipeline.fewshot.methods import PLAIN, knn
 
 Interval = tuple[float, float]
 
@@ -109,7 +109,7 @@ class FewShot:
 
 def words(method: str) -> str:
     """Write a method for people."""
-    return {"maml": "MAML (ANIL)", "knn": "kNN"}.get(method, method.replace("_", " "))
+    return {"maml": "MAML (ANIL)", knn.__name__: "kNN"}.get(method, method.replace("_", " "))
 
 
 def points_of(shots: int, found: Mapping[str, NDArray[np.float64]]) -> list[Point]:

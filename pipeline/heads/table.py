@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from sklearn.base import clone
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
@@ -16,7 +17,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
+from pipeline.heads.cosine import CosineVote
 from pipeline.heads.fast import linear
+from pipeline.heads.fast.discriminant import LDA
 from pipeline.heads.fast.forests import FOREST
 from pipeline.heads.fast.kernel import RBF_SVM
 from pipeline.heads.head import Head
@@ -62,6 +65,14 @@ LOGISTIC_REGRESSION = Head(
 
 _ROWS = (
     Head(
+        name="prototypes",
+        build=partial(_alone, CosineVote(n_neighbors=None, prototypes=True)),
+        space={"temperature": _log(1e-2, 1e0), "centre": Categorical((True, False))},
+        defaults={"temperature": 0.07, "centre": True},
+        simplicity=0.5,
+        probabilities=True,
+    ),
+    Head(
         name="nearest_centroid",
         build=partial(_scaled, NearestCentroid()),
         space={"shrink_threshold": Categorical((None, 0.1, 0.3, 1.0, 3.0))},
@@ -71,6 +82,17 @@ _ROWS = (
     ),
     RIDGE,
     LOGISTIC_REGRESSION,
+    Head(
+        name="lda",
+        # "auto" is Ledoit and Wolf's; all other shrinkages of a fold follow from one decomposition.
+        build=partial(_scaled, LinearDiscriminantAnalysis(solver="lsqr")),
+        space={"shrinkage": Categorical(("auto", 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0))},
+        defaults={"shrinkage": "auto"},
+        simplicity=2.5,
+        probabilities=True,
+        linear=True,
+        evaluator=LDA,
+    ),
     Head(
         name="linear_svm",
         # The dual's coordinate descent needs far more than the default 1,000 passes at large C.
@@ -105,6 +127,19 @@ _ROWS = (
         },
         defaults={"n_neighbors": 5, "weights": "distance", "metric": "cosine"},
         simplicity=5,
+        probabilities=True,
+    ),
+    Head(
+        name="cosine_knn",
+        # The first trial is DINO's protocol: features as they are, 20 neighbours, a temperature of 0.07.
+        build=partial(_alone, CosineVote()),
+        space={
+            "n_neighbors": Integer(1, 200, prior="log-uniform"),
+            "temperature": _log(1e-2, 1e0),
+            "centre": Categorical((False, True)),
+        },
+        defaults={"n_neighbors": 20, "temperature": 0.07, "centre": False},
+        simplicity=5.5,
         probabilities=True,
     ),
     Head(
