@@ -59,9 +59,9 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statcache, "RACY_NS", 0)
 
 
-def run(root: Path, seed: int = 0, rehash: bool = False, resplit: bool = False, **settings: object) -> ScanResult:
+def run(root: Path, seed: int = 0, rehash: bool = False, **settings: object) -> ScanResult:
     config = DatasetConfig(source="folder", path=str(root), **settings)  # type: ignore[arg-type]
-    return scan(config, seed, root.parent / "dataset", rehash=rehash, resplit=resplit)
+    return scan(config, seed, root.parent / "dataset", rehash=rehash)
 
 
 def sides(result: ScanResult) -> dict[str, str]:
@@ -259,7 +259,8 @@ class TestSplitsOfAScan:
             "the test split made with seed 0 and test_fraction 0.2 is kept, though the config now says seed 1 and "
             "test_fraction 0.4; delete index.csv to have it made anew",
         )
-        anew = run(photos, seed=1, test_fraction=0.4, resplit=True)
+        (photos.parent / "dataset" / "index.csv").unlink()
+        anew = run(photos, seed=1, test_fraction=0.4)
         assert class_counts(anew.index)["cat"]["test"] == 4
         assert anew.warnings == ()
         assert sides(run(photos, seed=1, test_fraction=0.4)) == sides(anew)
@@ -664,8 +665,9 @@ class TestMissingSide:
         assert found.endswith(
             "no class has more than 5 distinct images; add images, or set dataset.test_fraction above 0.10"
         )
-        assert missing_side(run(tmp_path / "photos", test_fraction=0.10, resplit=True).index) is not None
-        assert missing_side(run(tmp_path / "photos", test_fraction=0.11, resplit=True).index) is None
+        for fraction, is_enough in ((0.10, False), (0.11, True)):
+            (tmp_path / "dataset" / "index.csv").unlink()
+            assert (missing_side(run(tmp_path / "photos", test_fraction=fraction).index) is None) == is_enough
 
     def test_groups_that_are_the_classes(self, tmp_path: Path) -> None:
         found = self.of_manifest(

@@ -240,7 +240,7 @@ def test_the_datas_own_validation_split_chooses(experiment: Path) -> None:
     chosen = np.flatnonzero(splits == "train")[::4]
     splits[chosen] = "validation"
     moved = experiment / "moved"
-    index.with_splits(splits).write(moved)
+    replace(index, splits=splits).write(moved)
     parts = divide(config, replace_dataset(files, moved), store)
     assert set(parts.validation.paths) == set(index.paths[chosen])
 

@@ -250,9 +250,7 @@ def test_the_judge_can_say_no(monkeypatch: pytest.MonkeyPatch) -> None:
     known: Callable[..., object] = statcache.StatCache.known
 
     def by_size_alone(self: statcache.StatCache, paths: object, stats: NDArray[np.int64]) -> object:
-        blind = statcache.StatCache(
-            self.paths, self.stats * [1, 0, 0], self.digests, 2**60, 2**60, self.scan, self.index
-        )
+        blind = statcache.StatCache(self.paths, self.stats * [1, 0, 0], self.digests, 2**60, 2**60)
         return known(blind, paths, stats * [1, 0, 0])
 
     monkeypatch.setattr(statcache.StatCache, "known", by_size_alone)

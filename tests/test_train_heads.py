@@ -29,7 +29,7 @@ from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
 from pipeline.evaluation import METRICS, HeadPredictions
 from pipeline.evaluation.leaderboard.imbalance import advice
 from pipeline.evaluation.leaderboard.table import cross_validated
-from pipeline.experiment import Artifacts
+from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS
 from pipeline.heads.tuning import make_folds, tune
@@ -345,6 +345,19 @@ def test_features_of_another_config_are_refused(tmp_path: Path) -> None:
         "  baselines: not hog",
     ]
     assert not Artifacts(tmp_path).config.exists(), "nor is the other config kept as the recipe"
+
+
+def test_features_made_before_a_key_was_there_are_of_its_default(tmp_path: Path) -> None:
+    stage_one(tmp_path)
+    config, path = make_config(tmp_path), Artifacts(tmp_path).features
+    document = read_document(path, FEATURES)
+    for key in ("digest", "root", "label_columns"):
+        (document if key == "digest" else document["shared"]["dataset"]).pop(key)
+    write_document(path, FEATURES, document)
+    assert read_asked_records(path, config)
+    other = config.model_copy(update={"dataset": config.dataset.model_copy(update={"label_columns": ("age",)})})
+    with pytest.raises(PipelineError, match=r"dataset\.label_columns: the run of `manyheads features` has \['label'\]"):
+        read_asked_records(path, other)
 
 
 @pytest.mark.parametrize(

@@ -24,24 +24,3 @@ from pipeline.config.sections import (
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml
-
-__all__ = [
-    "WEIGHTS_FILES",
-    "BackboneConfig",
-    "Config",
-    "DatasetConfig",
-    "ExtractionConfig",
-    "FinetuneConfig",
-    "HeadConfig",
-    "Names",
-    "PreprocessingConfig",
-    "Scalar",
-    "TuningConfig",
-    "checked_device",
-    "dump_yaml",
-    "guess",
-    "load",
-    "parse",
-    "read_yaml",
-    "unknown",
-]

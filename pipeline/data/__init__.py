@@ -8,21 +8,3 @@ from pipeline.data.scan import require_its_own, scan
 from pipeline.data.sources import needs_download
 from pipeline.data.summary import ScanResult, fold_warnings, missing_side, passed_over_lines
 from pipeline.data.walk import Walk
-
-__all__ = [
-    "REMARKS",
-    "DatasetIndex",
-    "Failure",
-    "ScanResult",
-    "Walk",
-    "check_failures",
-    "failed_digests",
-    "fold_warnings",
-    "missing_side",
-    "needs_download",
-    "passed_over_lines",
-    "read_failures",
-    "record_failures",
-    "require_its_own",
-    "scan",
-]

@@ -123,10 +123,6 @@ class DatasetIndex:
         columns = {name: column[rows] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
         return replace(self, **columns)
 
-    def with_splits(self, splits: Texts) -> DatasetIndex:
-        """Return the same images, split otherwise: `splits` is an object array of shape (n,)."""
-        return replace(self, splits=splits)
-
     def units(self) -> NDArray[np.int64]:
         """Return which images may not be parted: int64 of shape (n,), one number for a group, or a content, and all it is joined to."""
         return leakage_units(self.digests, self.groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,6 @@ Texts = NDArray[np.object_]
 
 Rows = NDArray[np.int64]
 """Row numbers: int64 of shape (n,), -1 for none."""
-
-BLOCK = 1 << 16
 
 
 def texts(values: list[str]) -> Texts:
@@ -65,25 +62,11 @@ def leakage_units(digests: Digests, groups: Texts | None) -> NDArray[np.int64]:
 
 
 def match_texts(old: Texts, new: Texts) -> Rows:
-    """Return for each new text the row of the equal old text, int64 of shape (n_new,), or -1; both are sorted and distinct.
-
-    Taken in blocks that end at the same text: most blocks are equal as they are, and a table of one block's hashes
-    stays in the processor's cache.
-    """
-    rows = np.full(len(new), -1, dtype=np.int64)
-    start = 0
-    for begin in range(0, len(new), BLOCK):
-        end = min(begin + BLOCK, len(new))
-        stop = len(old) if end == len(new) else bisect_left(old, new[end], lo=start)
-        ours, theirs = old[start:stop], new[begin:end]
-        if len(ours) == len(theirs) and np.array_equal(ours, theirs):
-            rows[begin:end] = np.arange(start, stop)
-        else:
-            found = pc.index_in(pa.array(theirs, pa.large_string()), value_set=pa.array(ours, pa.large_string()))
-            places = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-            rows[begin:end] = np.where(places >= 0, places + start, -1)
-        start = stop
-    return rows
+    """Return for each new text the row of the equal old text, int64 of shape (n_new,), or -1; both are sorted and distinct."""
+    if np.array_equal(old, new):
+        return np.arange(len(new))
+    found = pc.index_in(pa.array(new, pa.large_string()), value_set=pa.array(old, pa.large_string()))
+    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[no-any-return]
 
 
 def match_digests(old: Digests, new: Digests) -> Rows:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,6 @@ from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
 from pipeline.errors import DatasetError, first
 from pipeline.images import policy_key
-from pipeline.io.digests import canonical_json
 
 if TYPE_CHECKING:
     from pipeline.config import DatasetConfig
@@ -44,13 +42,11 @@ EDITED = (
 )
 
 
-def scan(
-    config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, resplit: bool = False, write: bool = True
-) -> ScanResult:
+def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, write: bool = True) -> ScanResult:
     """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
 
-    `rehash` trusts no file time and reads every file; `resplit` makes the test split anew. A scan that finds everything as
-    it was reads no image and writes nothing; without `write` the index stays as it is, and two scans say the same.
+    `rehash` trusts no file time and reads every file. A scan that finds everything as it was reads no image and writes
+    nothing; without `write` the index stays as it is, and two scans say the same.
 
     Raises
     ------
@@ -62,34 +58,24 @@ def scan(
     listing.sort()
     cache, before = read_cache(folder), WrittenIndex.read(folder)
     require_its_own(listing.root, folder, config)
-    key = _scan_key(listing, config)
-    as_it_was = cache.scan == key and cache.index == before.digest and not cache.racy().any()
-    if as_it_was and before.index is not None and not rehash and not resplit:
-        found, stats, failures, read = before.index, cache.stats, list[Failure](), 0
-        plan = before.plan
-        base = texts(listing.splits) if _has_test(listing) and listing.splits else before.index.splits
-    else:
-        found, stats, failures, read = _read_changed(listing, cache, rehash)
-        if cache.is_old and before.index is not None:
-            record_failures(folder, incomplete_jpegs(found, config.max_pixels), policy_key(config.max_pixels))
-        _require_classes(found, listing, failures, config)
-        base, plan = _split(found, before, config, seed, resplit)
-    copies = find_copies(found.with_splits(base))
+    found, stats, failures, read = _read_changed(listing, cache, rehash)
+    if cache.is_old and before.index is not None:
+        record_failures(folder, incomplete_jpegs(found, config.max_pixels), policy_key(config.max_pixels))
+    _require_classes(found, listing, failures, config)
+    base, plan = _split(found, before, config, seed)
+    copies = find_copies(replace(found, splits=base))
     if config.leaks == "error" and copies.leaks:
         raise _leak_error(found, copies)
-    index = found.with_splits(apply_leaks(base, copies.leaking, config.leaks))
+    index = replace(found, splits=apply_leaks(base, copies.leaking, config.leaks))
     entries = sorted([*listing.entries, *failures])
     known = remembered(read_failures(folder), index.paths.tolist(), index.digests)
-    fingerprint_now = before.digest if as_it_was and found is before.index else index.fingerprint()
-    unchanged = before.index is not None and index.root == before.index.root and fingerprint_now == before.digest
+    unchanged = before.index is not None and index.root == before.index.root and index.fingerprint() == before.digest
     if write:
         write_failures(folder, [*entries, *_remarks(index, copies, config.leaks), *known])
         if not unchanged or plan != before.plan or before.edited:
             index.write(folder, plan, config.source)
-        if read or not (as_it_was and unchanged):
-            # A file that could not be read is tried again next time, so that scan must not be taken for complete.
-            whole = "" if failures else key
-            StatCache(index.paths, stats, index.digests, began, time.time_ns(), whole, fingerprint_now).write(folder)
+        if read or not unchanged:
+            StatCache(index.paths, stats, index.digests, began, time.time_ns()).write(folder)
     return ScanResult(
         index=index,
         unchanged=unchanged,
@@ -158,14 +144,14 @@ def _read_changed(
 
 
 def _split(
-    index: DatasetIndex, before: WrittenIndex, config: DatasetConfig, seed: int, resplit: bool
+    index: DatasetIndex, before: WrittenIndex, config: DatasetConfig, seed: int
 ) -> tuple[Texts, SplitPlan | None]:
     """Return the splits before leaks, and the plan they were made by; None for the user's own."""
     if (index.splits == "test").any():
         return index.splits, None
-    sides = index.with_splits(np.where(index.splits == "", "train", index.splits).astype(object))
+    sides = replace(index, splits=np.where(index.splits == "", "train", index.splits).astype(object))
     plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
-    if before.index is not None and not resplit and (before.plan is not None or before.record is None):
+    if before.index is not None and (before.plan is not None or before.record is None):
         plan, prior = before.plan or plan, prior_sides(before.index, index)
     return make_test_split(sides, plan, prior), plan
 
@@ -177,23 +163,6 @@ def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> lis
         f"the test split made with seed {plan.seed} and test_fraction {plan.test_fraction:g} is kept, though the config now says seed "
         f"{seed} and test_fraction {config.test_fraction:g}; delete {INDEX_FILE} to have it made anew"
     ]
-
-
-def _scan_key(listing: Listing, config: DatasetConfig) -> str:
-    """The digest of all that a scan found and of the settings that decide what it makes of it."""
-    digest = hashlib.blake2b(digest_size=16)
-    settings = [config.source, config.leaks, str(listing.root), listing.splits is None, listing.groups is None]
-    digest.update(canonical_json([*settings, [list(entry) for entry in sorted(listing.entries)]]).encode())
-    labels = listing.labels if len(listing.names) == 1 else [*listing.names, *chain(*listing.labels)]
-    for column in (listing.paths, labels, listing.splits or [], listing.groups or []):
-        digest.update("\0".join(column).encode())
-        digest.update(b"\0\0")
-    digest.update(listing.stat_array().tobytes())
-    return digest.hexdigest()
-
-
-def _has_test(listing: Listing) -> bool:
-    return listing.splits is not None and "test" in listing.splits
 
 
 def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:

@@ -31,19 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class StatCache:
-    """n files: `stats` is int64 of shape (n, 3) (size, mtime_ns, ctime_ns), `began` and `ended` bound the scan, in ns.
-
-    `scan` is the digest of everything that scan found, '' when it must not be taken for complete.
-    """
+    """n files: `stats` is int64 of shape (n, 3) (size, mtime_ns, ctime_ns), `began` and `ended` bound the scan, in ns."""
 
     paths: Texts
     stats: NDArray[np.int64]
     digests: Digests
     began: int
     ended: int
-    scan: str
-    index: str = ""
-    """The fingerprint of the index that scan wrote."""
     is_old: bool = False
     """An earlier version of this package wrote it, of which nothing else is taken over."""
 
@@ -75,7 +69,6 @@ class StatCache:
             stats=self.stats,
             digests=self.digests,
             scan_times=np.array([self.began, self.ended]),
-            scan=np.array([self.scan, self.index]),
         )
         write_atomic(folder / CACHE_FILE, sink.getvalue())
 
@@ -92,13 +85,12 @@ def read_cache(folder: Path) -> StatCache:
         paths = texts(blob.split("\0") if blob else [])
         stats, digests = file["stats"], file["digests"]
         began, ended = (int(value) for value in file["scan_times"])
-        scan, index = (str(value) for value in file["scan"])
         if stats.shape != (len(paths), 3) or digests.shape != (len(paths), 2):
             raise ValueError("its columns differ in length")
-        return StatCache(paths, stats.astype(np.int64), digests.astype(np.uint64), began, ended, scan, index)
+        return StatCache(paths, stats.astype(np.int64), digests.astype(np.uint64), began, ended)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.debug("%s is not used (%s); every image is read again", folder / CACHE_FILE, error)
     empty = np.zeros((0, 3), dtype=np.int64)
-    return StatCache(texts([]), empty, np.zeros((0, 2), dtype=np.uint64), 0, 0, "", is_old=is_old)
+    return StatCache(texts([]), empty, np.zeros((0, 2), dtype=np.uint64), 0, 0, is_old=is_old)

@@ -6,7 +6,6 @@ import csv
 import inspect
 import io
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,7 +132,7 @@ def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> Non
                         f"dataset.name {name!r}: its samples are not an image with one label each; expected a classification data set"
                     )
                 label = labels.get(target, str(target))
-                path = "/".join(part for part in (split, _folder_name(target, label), f"{number:06d}.png") if part)
+                path = f"{split}/{number:06d}.png".lstrip("/")
                 _write_png(folder / path, image)
                 writer.writerow([path, label, split])
                 progress.update()
@@ -188,9 +187,3 @@ def _labels(samples: Any) -> dict[int, str]:
     if not isinstance(classes, (list, tuple)):
         return {}
     return {number: name if isinstance(name, str) else ", ".join(map(str, name)) for number, name in enumerate(classes)}
-
-
-def _folder_name(target: int, label: str) -> str:
-    """A folder name that every file system takes; the number keeps two labels apart that look alike without their signs."""
-    plain = re.sub(r"[^A-Za-z0-9+-]+", "_", label).strip("_")[:80]
-    return f"{target:03d}_{plain}".rstrip("_")

@@ -98,6 +98,10 @@ def _leads_out(place: str) -> bool:
     return not place or "\0" in place or "\\" in place or place.startswith("/") or bool({"", ".", ".."} & {*parts})
 
 
+NOT_SHARED = {"max_failures", "target"}
+"""Keys of `dataset` that change no feature and no index."""
+
+
 def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config, index: str) -> None:
     """Write `features.json`; `index` is the fingerprint of the data set's index."""
     document = {
@@ -114,7 +118,7 @@ def shared(config: Config) -> dict[str, Any]:
     """Return what of a config all its embeddings share: which images there are, and how they become vectors."""
     return {
         "seed": config.seed,
-        "dataset": config.dataset.model_dump(mode="json", exclude={"max_failures", "target"}),
+        "dataset": config.dataset.model_dump(mode="json", exclude=NOT_SHARED),
         "extraction": config.extraction.model_dump(mode="json", include={"precision", "engine", "decode"}),
     }
 
@@ -160,8 +164,10 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
     """Return where a config asks for what something was not made of: one line per other setting and missing backbone.
 
-    `made` is the `shared` of its config, and `whose` names it.
+    `made` is the `shared` of its config, and `whose` names it. A key that there was not then had the value that is the default now.
     """
+    then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
+    made = {**made, "dataset": {**then, **made["dataset"]}}
     missing = [
         section.model_dump(mode="json", exclude_defaults=True)
         for section in config.backbones

@@ -14,28 +14,3 @@ from pipeline.images.hashing import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_
 from pipeline.images.kinds import START_BYTES, Kind, kind_of
 from pipeline.images.preparing import DECODE_MODES, MAX_RESIZED_PIXELS, Preprocessing, prepare
 from pipeline.images.reading import ImageProblem, Stat, open_file, read_steadily, stat_of
-
-__all__ = [
-    "DECODE_MODES",
-    "DECODE_POLICY",
-    "HASH_BYTES",
-    "HASH_IDENTITY",
-    "HASH_STORE",
-    "MAX_RESIZED_PIXELS",
-    "NO_IMAGE",
-    "START_BYTES",
-    "ImageProblem",
-    "Kind",
-    "Preprocessing",
-    "Stat",
-    "content_key",
-    "decode",
-    "hash_distances",
-    "kind_of",
-    "open_file",
-    "perceptual_hash",
-    "policy_key",
-    "prepare",
-    "read_steadily",
-    "stat_of",
-]

@@ -96,7 +96,7 @@ def _resize_the_kept(
     pixels: NDArray[np.uint8], height: int, width: int, preprocessing: Preprocessing
 ) -> NDArray[np.uint8]:
     """Make only the part of the resized image that the crop keeps: a strip of 1 x 60,000 pixels would become 256 x 15,360,000."""
-    rows, columns = _window(height, preprocessing.size[0])[0], _window(width, preprocessing.size[1])[0]
+    rows, columns = map(_kept, (height, width), preprocessing.size)
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
     box = (columns.start * across, rows.start * down, columns.stop * across, rows.stop * down)
     size = columns.stop - columns.start, rows.stop - rows.start
@@ -119,26 +119,16 @@ def _resize_by_torch(pixels: NDArray[np.uint8], height: int, width: int, interpo
 
 def _crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Cut out the centre; a side that is too short is padded with black."""
-    kept_y, put_y = _window(pixels.shape[0], size[0])
-    kept_x, put_x = _window(pixels.shape[1], size[1])
-    kept = pixels[kept_y, kept_x]
-    if kept.shape[:2] == size:
-        return np.array(kept)
-    padded = np.zeros((*size, 3), np.uint8)
-    padded[put_y, put_x] = kept
-    return padded
+    rows, columns = map(_kept, pixels.shape, size)
+    kept = pixels[rows, columns]
+    lacking = [crop - side for crop, side in zip(size, kept.shape, strict=False)]
+    return np.pad(kept, [*((lack // 2, lack - lack // 2) for lack in lacking), (0, 0)])
 
 
-def _window(length: int, crop: int) -> tuple[slice, slice]:
-    """Which part of a side is kept, and where in the crop it goes."""
-    start = _crop_start(length, crop)
-    kept = min(length, crop)
-    return slice(max(start, 0), max(start, 0) + kept), slice(max(-start, 0), max(-start, 0) + kept)
-
-
-def _crop_start(length: int, crop: int) -> int:
-    """Where the crop starts; below 0 where it is longer and is padded. Python's round, half to even, is torchvision's."""
-    return round((length - crop) / 2.0) if crop <= length else -((crop - length) // 2)
+def _kept(length: int, crop: int) -> slice:
+    """Which part of a side is kept; Python's round, half to even, is torchvision's."""
+    start = max(round((length - crop) / 2.0), 0)
+    return slice(start, start + min(length, crop))
 
 
 def _resized(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:

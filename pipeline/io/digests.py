@@ -28,11 +28,8 @@ def content_digest(data: bytes | memoryview, revision: bytes = b"") -> bytes:
 
 def file_digest(path: Path) -> str:
     """Return the hex BLAKE2b-256 of every byte of a file."""
-    digest = hashlib.blake2b(digest_size=32)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def bytes_digest(data: bytes | memoryview) -> str:

@@ -61,7 +61,7 @@ def bench_difference(rows: int) -> None:
         found = difference(old_paths, old_digests, new_paths, new_digests)
     assert (found.added, found.changed, found.removed, found.renamed) == (0, part, part, part)
     stats = generator.integers(0, 2**60, (rows, 3))
-    cache = StatCache(old_paths, stats, old_digests, 0, 0, "")
+    cache = StatCache(old_paths, stats, old_digests, 0, 0)
     with timed(f"digests of {rows:,} files from the stat cache"):
         known, _ = cache.known(new_paths, stats[: rows - part])
     assert known.sum() == rows - 2 * part
