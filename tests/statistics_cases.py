@@ -121,7 +121,7 @@ def coverage(runs: int, n: int, groups: int | None, effect: float) -> dict[str, 
     for run in range(runs):
         first, second = in_groups(np.random.default_rng(run), n, groups, effect, 2)
         found = scores(first)
-        ends = (found.interval, found.balanced_accuracy_interval, found.macro_f1_interval)
+        ends = (found.intervals[name] for name in ("accuracy", "balanced_accuracy", "macro_f1"))
         for name, (low, high) in zip(truth, ends, strict=True):
             held.setdefault(name, []).append(low <= truth[name] <= high)
         low, high = paired_interval(first, second, critical(first.units))

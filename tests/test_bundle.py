@@ -19,6 +19,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassif
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 
+from pipeline.data.classes import Classification
 from pipeline.errors import BundleError
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
@@ -50,7 +51,7 @@ def data() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def make(estimator: Any) -> ModelBundle:
-    return ModelBundle("any", {"C": 1.0}, CLASSES, {"name": "embedding"}, estimator, {"seed": 0})
+    return ModelBundle("any", {"C": 1.0}, Classification(CLASSES), {"name": "embedding"}, estimator, {"seed": 0})
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

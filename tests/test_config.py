@@ -71,7 +71,7 @@ tuning: {trials: ten, scoring: acuracy}
         + ", ".join(HEADS)
         + ", or package.module:ATTRIBUTE",
         "tuning.trials: input should be a valid integer, got 'ten'",
-        "tuning.scoring: unknown score 'acuracy', did you mean 'accuracy'?; allowed: " + ", ".join(METRICS),
+        "tuning.scoring: unknown score 'acuracy', did you mean 'accuracy'?; allowed: " + ", ".join(["auto", *METRICS]),
         "seeds: unknown key, did you mean 'seed'?; allowed: " + ", ".join(configuration.Config.model_fields),
     ]
 

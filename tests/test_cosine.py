@@ -7,6 +7,7 @@ import pytest
 from sklearn.datasets import make_classification
 from sklearn.neighbors import KNeighborsClassifier
 
+from pipeline.data.targets import Classification
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS, configure
@@ -50,7 +51,7 @@ def test_fewer_rows_than_neighbours_and_a_row_of_zeros_are_no_error(data):
 def test_a_saved_head_runs_no_code_and_says_the_same(name, data, tmp_path):
     X, y, X_test = data
     pipeline = configure(HEADS[name], HEADS[name].defaults, 0).fit(X, y)
-    made = ModelBundle(name, {}, ("a", "b", "c"), {}, pipeline, {})
+    made = ModelBundle(name, {}, Classification(("a", "b", "c")), {}, pipeline, {})
     bundles.save(made, tmp_path)
     assert (tmp_path / "head.skops").exists()
     labels, probabilities = bundles.load(tmp_path).predict(X_test)

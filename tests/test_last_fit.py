@@ -16,12 +16,12 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
+from pipeline.data.classes import Classification, said
 from pipeline.errors import UnfittedError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, Scores
 from pipeline.evaluation.expected import expected_accuracy
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.evaluation.leaderboard.rows import LastFit
-from pipeline.evaluation.said import said
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import make_folds, tune
@@ -89,7 +89,7 @@ def test_every_head_labels_with_the_likeliest_class(name, classes):
     assert columns.shape == (300, classes)
     assert np.array_equal(places, columns.argmax(axis=1))
     names = tuple(f"class {label}" for label in range(classes))
-    labels, probabilities = ModelBundle(name, {}, names, {}, fitted, {}).predict(others)
+    labels, probabilities = ModelBundle(name, {}, Classification(tuple(names)), {}, fitted, {}).predict(others)
     assert labels.tolist() == [names[place] for place in places]
     if probabilities is not None:
         assert labels.tolist() == [names[place] for place in probabilities.argmax(axis=1)]
@@ -299,7 +299,7 @@ def test_fewer_groups_let_expect_less():
 
 def row(head: str, mean: float, fit: LastFit | None = None, tested: int = 360, expected=None) -> LeaderboardRow:
     share = tested / 400
-    test = Scores(400, tested, share, (share - 0.03, share + 0.03), share, (0.8, 1.0), share, (0.8, 1.0), None, None)
+    test = Scores(400, {"accuracy": share}, {"accuracy": (share - 0.03, share + 0.03)})
     return LeaderboardRow(
         "net",
         "net",
@@ -395,7 +395,7 @@ def test_the_page_shows_marks_beside_the_rows_and_their_sentences_above_the_tabl
 def test_the_last_fit_gives_no_head_what_scikit_learn_has_retired(name):
     """Threads are asked for where the head has them to ask for, and are not kept."""
     X, y = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32), np.arange(60) % 3
-    problem = Problem(HEADS[name], X, y, 3, (), 0)
+    problem = Problem(HEADS[name], X, y, Classification(tuple("abc")), (), 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         fitted = fit_on_all(problem, HEADS[name].defaults, y, jobs=2)

@@ -142,10 +142,10 @@ def test_inner_folds_of_nested_cross_validation_keep_groups_too(
     trained = units[index.splits.astype(str) == "train"]
     asked: list[int] = []
 
-    def watching(head, X, y, folds, *rest):
+    def watching(head, X, y, folds, *rest, **more):
         rows = X[:, 0].astype(int)
         asked.append(sum(bool(set(trained[rows[a]]) & set(trained[rows[b]])) for a, b in folds))
-        return tune(head, X, y, folds, *rest)
+        return tune(head, X, y, folds, *rest, **more)
 
     monkeypatch.setattr(repeats, "tune", watching)
     X = np.stack([np.arange(len(trained)), np.zeros(len(trained))], axis=1).astype(np.float32)

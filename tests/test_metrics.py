@@ -36,6 +36,7 @@ from statistics_cases import (
 )
 
 from pipeline import evaluation as metrics
+from pipeline.data import classes
 from pipeline.errors import BundleError
 from pipeline.evaluation import (
     METRICS,
@@ -70,9 +71,9 @@ def test_scores_equal_scikit_learn():
     found = metrics.scores(Predictions.of(y, guess, CLASSES, probabilities=probabilities))
     assert found.accuracy == np.mean(y == guess)
     assert found.correct == np.sum(y == guess)
-    assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(y, guess))
-    assert found.macro_f1 == pytest.approx(f1_score(y, guess, average="macro"))
-    assert found.log_loss == pytest.approx(log_loss(y, probabilities, labels=list(CLASSES)))
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, guess))
+    assert found["macro_f1"] == pytest.approx(f1_score(y, guess, average="macro"))
+    assert found["log_loss"] == pytest.approx(log_loss(y, probabilities, labels=list(CLASSES)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -83,9 +84,9 @@ def test_macro_scores_equal_scikit_learn_when_classes_are_missing(data):
     y, guess = np.array(data.draw(labels)), np.array(data.draw(labels))
     found = metrics.scores(Predictions.of(y, guess, ["a", "b", "c", "d"]))
     recalls = [np.mean(guess[y == label] == label) for label in np.unique(y)]
-    assert found.balanced_accuracy == pytest.approx(np.mean(recalls))
-    assert found.macro_f1 == pytest.approx(f1_score(y, guess, average="macro", zero_division=0))
-    assert found.balanced_accuracy_interval[0] <= found.balanced_accuracy_interval[1]
+    assert found["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+    assert found["macro_f1"] == pytest.approx(f1_score(y, guess, average="macro", zero_division=0))
+    assert found.intervals["balanced_accuracy"][0] <= found.intervals["balanced_accuracy"][1]
 
 
 def test_scores_do_not_depend_on_the_order_of_images():
@@ -94,14 +95,14 @@ def test_scores_do_not_depend_on_the_order_of_images():
     first = metrics.scores(Predictions.of(y, guess, CLASSES))
     assert metrics.scores(Predictions.of(y[order], guess[order], CLASSES)) == first
     shuffled = metrics.scores(Predictions.of(y[order], guess[order], CLASSES, probabilities=probabilities[order]))
-    assert shuffled.log_loss == pytest.approx(
-        metrics.scores(Predictions.of(y, guess, CLASSES, probabilities=probabilities)).log_loss
+    assert shuffled["log_loss"] == pytest.approx(
+        metrics.scores(Predictions.of(y, guess, CLASSES, probabilities=probabilities))["log_loss"]
     )
 
 
 def test_a_sure_mistake_has_a_finite_log_loss():
     found = metrics.scores(Predictions(np.array([0, 1]), np.array([0, 0]), np.array([[1.0, 0.0], [1.0, 0.0]])))
-    assert found.log_loss == pytest.approx(-np.log(1e-15) / 2)
+    assert found["log_loss"] == pytest.approx(-np.log(1e-15) / 2)
 
 
 def test_scores_need_a_guess_for_every_truth():
@@ -162,8 +163,8 @@ def test_intervals_of_every_score_cover_the_truth():
         drawn = rng.choice(9, 400, p=cells)
         found.append(metrics.scores(Predictions(drawn // 3, drawn % 3), seed=run))
     assert 0.93 <= covered([s.interval for s in found], float(np.trace(joint))) <= 0.97
-    assert 0.93 <= covered([s.balanced_accuracy_interval for s in found], 0.8) <= 0.97
-    assert 0.92 <= covered([s.macro_f1_interval for s in found], float(true_f1)) <= 0.97
+    assert 0.93 <= covered([s.intervals["balanced_accuracy"] for s in found], 0.8) <= 0.97
+    assert 0.92 <= covered([s.intervals["macro_f1"] for s in found], float(true_f1)) <= 0.97
 
 
 @pytest.mark.parametrize(
@@ -798,8 +799,8 @@ def test_prior_correction_recovers_a_changed_class_balance():
 
 
 def test_a_binary_score_becomes_two_columns():
-    assert calibration.scores_as_columns(np.array([1.5, -2.0])).tolist() == [[-1.5, 1.5], [2.0, -2.0]]
-    assert calibration.scores_as_columns(np.ones((2, 3))).shape == (2, 3)
+    assert classes.scores_as_columns(np.array([1.5, -2.0])).tolist() == [[-1.5, 1.5], [2.0, -2.0]]
+    assert classes.scores_as_columns(np.ones((2, 3))).shape == (2, 3)
 
 
 # Learning curve and cost

@@ -21,6 +21,7 @@ from pipeline import config as configuration
 from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex
+from pipeline.data.classes import Classification
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import ConfigError, HeadError
@@ -268,7 +269,7 @@ def test_stage_two_ends_with_the_same_table_and_bundles_less_what_cannot_work_on
         assert same.test is not None
         assert row.test.accuracy == pytest.approx(same.test.accuracy, abs=0.004)
         if row.head != "most_frequent":
-            assert row.test.log_loss == pytest.approx(same.test.log_loss, abs=0.01)
+            assert row.test["log_loss"] == pytest.approx(same.test["log_loss"], abs=0.01)
         assert row.nested is not None
         assert same.nested is not None
         assert row.nested.mean == pytest.approx(same.nested.mean, abs=0.004)
@@ -341,7 +342,7 @@ def test_where_features_are_follows_from_their_size() -> None:
 
 def test_a_limit_bounds_what_runs_at_once_and_what_is_kept(tmp_path: Path) -> None:
     X, y = network(400, 50, 2)
-    problem = Problem(HEADS["ridge"], X, y, 2, (), 0)
+    problem = Problem(HEADS["ridge"], X, y, Classification(("a", "b")), (), 0)
     assert room.room_for(problem, TuningConfig(jobs=4)).jobs == 4
     tight = room.room_for(problem, TuningConfig(jobs=4, memory=f"{memory_needed(X.shape) / 1e6}MB"))
     assert (tight.jobs, tight.shared_bytes) == (1, 0)

@@ -21,6 +21,7 @@ from test_tuning_solvers import network
 from pipeline import config as configuration
 from pipeline import report
 from pipeline.config import TuningConfig
+from pipeline.data.classes import Classification
 from pipeline.errors import ConfigError
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.export import bundle as bundles
@@ -167,7 +168,9 @@ def test_bundles_and_the_hand_over_take_the_components_along(on_disk: bool, tmp_
     features = stored(tmp_path / "store", X) if on_disk else X
     tuning = REDUCED.model_copy(update={"whiten": True})
     run = tune(HEADS["logistic_regression"], features, y, make_folds(y, 3, 0), tuning, 0, tmp_path / "j")
-    bundles.save(bundles.ModelBundle("lr", {}, ("a", "b", "c"), {}, run.pipeline, {}), tmp_path / "bundle")
+    bundles.save(
+        bundles.ModelBundle("lr", {}, Classification(("a", "b", "c")), {}, run.pipeline, {}), tmp_path / "bundle"
+    )
     assert (tmp_path / "bundle" / "head.skops").is_file()
     loaded = bundles.load(tmp_path / "bundle")
     np.testing.assert_array_equal(loaded.predict(X)[1], run.pipeline.predict_proba(X))

@@ -20,6 +20,7 @@ from report_experiment import CLASSES, COPY, EMBEDDING, FLIPPED, ORIGINAL, OUTLI
 from pipeline import evaluation as metrics
 from pipeline import report
 from pipeline.data import DatasetIndex
+from pipeline.data.classes import Classification
 from pipeline.errors import PipelineError
 from pipeline.evaluation import HeadPredictions, Predictions, audit
 from pipeline.evaluation.leaderboard import Leaderboard, Nested, Seeds, judge
@@ -236,7 +237,7 @@ def judged(
         answers = Predictions(y, guess, own)
         fold_scores = tuple(metric.score(answers.rows(np.flatnonzero(folds == fold))) for fold in range(5))
         told = np.full((len(y), 3), 0.1) + 0.7 * np.eye(3)[guess]
-        part = Predictions(y, guess, told, units, np.arange(len(y)).astype(str), classes=names)
+        part = Predictions(y, guess, told, units, np.arange(len(y)).astype(str), target=Classification(names))
         folder = output / "heads" / head
         folder.mkdir(parents=True, exist_ok=True)
         held_out = dataclasses.replace(part, folds=folds, scores=own)
@@ -340,7 +341,7 @@ def test_the_verdict_speaks_of_the_score_that_was_tuned(tmp_path: Path):
     assert by_f1.verdict is not None
     assert by_accuracy.verdict.recommended.endswith("/blunt")
     assert by_f1.verdict.recommended.endswith("/careful")
-    f1 = [metrics.scores(Predictions(y, heads[head])).macro_f1 for head in heads]
+    f1 = [metrics.scores(Predictions(y, heads[head]))["macro_f1"] for head in heads]
     gap = next(item for item in by_f1.verdict.differences if item.key.endswith("/blunt"))
     assert gap.difference == pytest.approx(f1[1] - f1[0])
     assert gap.test is not None
@@ -581,13 +582,13 @@ def test_uneven_classes_are_shown_with_and_without_prior_correction(gathered: Ma
     p = np.zeros((100, 3))
     p[:80] = [0.95, 0.05, 0]
     p[80:] = [0.6, 0.4, 0]
-    part = Predictions(y, 0 * y, p, None, np.arange(100).astype(str), np.arange(100) % 4, classes=found.classes)
+    part = Predictions(y, 0 * y, p, None, np.arange(100).astype(str), np.arange(100) % 4, target=found.test.target)
     uneven = dataclasses.replace(found, out_of_fold=part, test=dataclasses.replace(part, folds=None))
     before, after = effects(board, uneven)
-    assert before.out_of_fold.balanced_accuracy == 0.5
-    assert after.out_of_fold.balanced_accuracy == 1.0
+    assert before.out_of_fold["balanced_accuracy"] == 0.5
+    assert after.out_of_fold["balanced_accuracy"] == 1.0
     assert after.test is not None
-    assert after.test.macro_f1 == 1.0
+    assert after.test["macro_f1"] == 1.0
     assert effects(board, found) == ()
     text = section("classes", dataclasses.replace(gathered, predictions={board.best.key: uneven}))
     assert "Uneven classes" in text

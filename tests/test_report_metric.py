@@ -113,8 +113,7 @@ def test_the_card_has_the_best_rows_test_score_in_the_score_that_was_tuned(pages
     board, page = pages[scoring]
     test = board.best.test
     assert test is not None
-    value = getattr(test, scoring)
-    low, high = test.interval if scoring == "accuracy" else getattr(test, f"{scoring}_interval")
+    value, (low, high) = test[scoring], test.intervals[scoring]
     said = (
         f"{value:.3f} {low:.3f} to {high:.3f}"
         if scoring == "log_loss"
@@ -135,17 +134,15 @@ def test_a_score_without_a_column_of_its_own_is_on_the_card_too():
     p[np.arange(90), np.arange(90) % 3] += 0.5
     p /= p.sum(axis=1, keepdims=True)
     test = scores(Predictions(np.arange(90) % 3, p.argmax(axis=1), p), metric=metric)
-    assert test.tuned == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
-    low, high = test.tuned_interval
-    assert low < test.tuned < high
+    value, (low, high) = test["roc_auc"], test.intervals["roc_auc"]
+    assert value == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
+    assert low < value < high
     card = card_of(row("ridge", 0.9, test=test), "roc_auc")
-    assert card.startswith(
-        f"Its test ROC AUC {100 * test.tuned:.1f} % {100 * low:.1f} to {100 * high:.1f} 95 % interval; "
-    )
+    assert card.startswith(f"Its test ROC AUC {100 * value:.1f} % {100 * low:.1f} to {100 * high:.1f} 95 % interval; ")
 
 
 def test_without_probabilities_the_card_has_the_test_accuracy_and_says_so():
-    assert row("ridge", -0.3).test.log_loss is None
+    assert row("ridge", -0.3).test["log_loss"] is None
     card = card_of(row("ridge", -0.3), "log_loss")
     assert card.startswith("Its test accuracy 90.0 % ")
 

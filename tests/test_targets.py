@@ -14,9 +14,9 @@ from pipeline.data import DatasetIndex
 from pipeline.data.targets import TARGETS, Classification
 from pipeline.errors import UnfittedError
 from pipeline.evaluation import METRICS
-from pipeline.heads import HEADS
+from pipeline.heads import HEADS, TABLES
 from pipeline.io.digests import content_digest, pack_digests
-from pipeline.stages.train_heads.embedding import Embedding, constant_guess
+from pipeline.stages.train_heads.embedding import Embedding
 from pipeline.stages.train_heads.task import Task
 
 
@@ -62,7 +62,9 @@ def test_metrics_and_heads_serve_kinds_that_there_are() -> None:
 def test_a_head_for_another_kind_of_target_is_left_out_and_told_why() -> None:
     y, index = np.array([0, 1]), index_of(["a", "b"])
     task = Task(Classification(("a", "b")), index, index, y, y, (), None, "key")
-    embedding = Embedding((constant_guess(y, 2),), task, TuningConfig())
+    embedding = Embedding((TABLES["classification"].guess(y, 2),), task, TuningConfig())
     embedding.require(HEADS["ridge"])
-    with pytest.raises(UnfittedError, match=r"^it serves regression and ranking, and the target is classification$"):
+    with pytest.raises(
+        UnfittedError, match=r"^head ridge: serves regression and ranking, and the target is classification$"
+    ):
         embedding.require(replace(HEADS["ridge"], targets=("regression", "ranking")))

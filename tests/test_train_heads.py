@@ -32,12 +32,12 @@ from pipeline.evaluation.leaderboard.table import cross_validated
 from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS
+from pipeline.heads.table import most_frequent
 from pipeline.heads.tuning import make_folds, tune
 from pipeline.images import policy_key
 from pipeline.io.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads import repeats
-from pipeline.stages.train_heads.embedding import constant_guess
 from pipeline.stages.train_heads.task import unseen_task
 from pipeline.store import FeatureStore, StoreWriter
 
@@ -215,20 +215,20 @@ def test_a_constant_guess_has_a_balanced_accuracy_of_one_in_so_many_classes(
     y, groups = np.repeat(np.arange(3), counts), None
     folds = make_folds(y, 5, 0, groups)
     tuning = TuningConfig(trials=1, scoring="balanced_accuracy")
-    guess = constant_guess(y, len(CLASSES))
+    guess = most_frequent(y, len(CLASSES))
     run = tune(guess, np.zeros((len(y), 1), dtype=np.float32), y, folds, tuning, 0, tmp_path / "trials.jsonl")
     assert run.best.mean == pytest.approx(1 / 3, abs=1e-12)
     assert run.pipeline.predict(np.zeros((1, 1)))[0] == np.argmax(counts)
 
 
 def test_very_uneven_classes_and_accuracy_say_what_to_set() -> None:
-    (said,) = advice([320, 3, 0], ("cat", "dog", "bee"), "accuracy")
+    (said,) = advice(np.repeat([0, 1], [320, 3]), Classification(("cat", "dog", "bee")), "accuracy")
     assert said == (
         "Classes are uneven: 320 training images of cat, 3 of dog, and accuracy hardly sees the small ones; where they matter, set "
         "tuning.scoring: balanced_accuracy (or macro_f1), and class_weight: balanced for the heads that take it."
     )
-    assert advice([320, 3, 0], ("cat", "dog", "bee"), "macro_f1") == []
-    assert advice([320, 32], ("cat", "dog"), "accuracy") == []
+    assert advice(np.repeat([0, 1], [320, 3]), Classification(("cat", "dog", "bee")), "macro_f1") == []
+    assert advice(np.repeat([0, 1], [320, 32]), Classification(("cat", "dog")), "accuracy") == []
 
 
 def test_test_labels_choose_nothing(finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path) -> None:
@@ -553,7 +553,7 @@ def test_nested_scores_and_seeds_on_request_are_resumed_and_unbiased(tmp_path: P
         assert len(item.nested.outer) == len(item.nested.inner) == 3
         assert item.seeds.seeds == (0, 1)
         assert item.test is not None
-        assert (item.seeds.cv_means[0], item.seeds.test_accuracies[0]) == (item.cv_mean, item.test.accuracy)
+        assert (item.seeds.cv_means[0], item.seeds.test_scores[0]) == (item.cv_mean, item.test.accuracy)
         assert item.seeds.cv_means[1] != item.cv_mean
     assert row.nested is not None
     assert blind.nested is not None
@@ -584,7 +584,7 @@ def test_class_weights_are_switched_where_classes_are_uneven(tmp_path: Path) -> 
     plain = np.mean([np.mean(tuned.out_of_fold.y_pred[y == label] == label) for label in (0, 1)])
     found = repeats.reweighted(head, X, task, tuning, 0, tuned, tmp_path / "head.jsonl")
     assert found is not None
-    assert found.balanced_accuracy > plain + 0.02
+    assert found["balanced_accuracy"] > plain + 0.02
     assert (tmp_path / "head" / "class-weights.jsonl").exists()
     even = dataclasses.replace(task, y_train=np.arange(200) % 2)
     assert repeats.reweighted(head, X, even, tuning, 0, tuned, tmp_path / "head.jsonl") is None

@@ -14,6 +14,7 @@ from test_tuning import summary
 from test_tuning_solvers import network
 
 from pipeline.config import HeadConfig, TuningConfig
+from pipeline.data.classes import Classification
 from pipeline.heads import HEADS, Integer, configure, resolve
 from pipeline.heads.fast import forests as module
 from pipeline.heads.fast.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forest, grow
@@ -27,7 +28,7 @@ FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 100})
 
 def problem_of(head=FOREST, rows=150, dim=12, classes=3):
     X, y = network(rows, dim, classes)
-    return Problem(head, X, y.astype(np.int64), classes, make_folds(y, 3, 0), 7)
+    return Problem(head, X, y.astype(np.int64), Classification(tuple("abcdefghij"[:classes])), make_folds(y, 3, 0), 7)
 
 
 def build_scaled(seed: int) -> Pipeline:
@@ -127,7 +128,7 @@ def test_a_class_that_no_tree_has_seen_stays_wrong():
     X, y = network(90, 12, 3)
     y[:] = np.where(y == 2, 1, y)
     y[0] = 2
-    problem = Problem(FOREST, X, y.astype(np.int64), 3, make_folds(y, 3, 0), 0)
+    problem = Problem(FOREST, X, y.astype(np.int64), Classification(tuple("abc")), make_folds(y, 3, 0), 0)
     fold = next(fold for fold, (_, held_out) in enumerate(problem.folds) if 0 in held_out)
     outcome = forest(problem, fold, Grown(), [{"n_estimators": 12}])[0]
     assert set(outcome.predictions) <= {0, 1}
@@ -189,7 +190,7 @@ def test_a_first_look_gives_the_first_trees_of_the_whole_forest(tmp_path):
     folds = make_folds(y, 2, 0)
     tune(FOREST, X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
     events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
-    problem = Problem(FOREST, X, y.astype(np.int64), 3, folds, 0)
+    problem = Problem(FOREST, X, y.astype(np.int64), Classification(tuple("abc")), folds, 0)
     for event in events:
         if event.get("event") == "fit" and event["rung"] == 0:
             params = {**event["params"], **few(problem, event["params"])}
@@ -337,7 +338,7 @@ def test_the_number_of_jobs_does_not_change_forests(whole_search, tmp_path):
 def test_a_forest_that_fails_is_a_failed_trial(tmp_path):
     X, y = network(90, 12, 3)
     head = replace(FOREST, fixed={"n_estimators": 100, "criterion": "none such"})
-    problem = Problem(head, X, y.astype(np.int64), 3, make_folds(y, 3, 0), 0)
+    problem = Problem(head, X, y.astype(np.int64), Classification(tuple("abc")), make_folds(y, 3, 0), 0)
     outcome = forest(problem, 0, Grown(), [{**head.fixed, "n_estimators": 12}])[0]
     assert outcome.error.startswith("InvalidParameterError: The 'criterion' parameter")
 

@@ -13,6 +13,7 @@ import sklearn
 from test_tuning_solvers import network
 
 from pipeline.config import TuningConfig
+from pipeline.data.classes import Classification
 from pipeline.heads import HEADS
 from pipeline.heads.fast import kernel
 from pipeline.heads.tuning import make_folds, tune
@@ -115,7 +116,7 @@ def test_without_room_for_kernels_each_trial_is_fitted_by_itself(
 
 def test_kernels_count_when_fits_are_run_at_once() -> None:
     X, y = network(900, 10, 3)
-    problem = Problem(HEADS["rbf_svm"], X, y.astype(np.int64), 3, make_folds(y, 3, 0), 0)
+    problem = Problem(HEADS["rbf_svm"], X, y.astype(np.int64), Classification(tuple("abc")), make_folds(y, 3, 0), 0)
     needed = kernel.RBF_SVM.work_bytes(problem)
     pair = np.sort(np.bincount(y))[-2:].sum()
     assert needed == 12 * 600 * 900 + 4 * pair**2

@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from pipeline.config import HeadConfig, TuningConfig
+from pipeline.data.classes import Classification
 from pipeline.heads import HEADS, configure, resolve
 from pipeline.heads.fast.kernel import prepare_distances, rbf_svm
 from pipeline.heads.fast.solvers import Family, Path, softmax_loss, squared_hinge_loss, standardise, turn
@@ -47,7 +48,7 @@ def problem_of(name: str, rows: int, dim: int, classes: int, class_weight: str |
     head = resolve(HeadConfig(name=name, class_weight=class_weight))
     if exact:
         head = replace(head, fixed=EXACT.get(name, {}))
-    return Problem(head, X, y.astype(np.int64), classes, make_folds(y, 3, 0), 0)
+    return Problem(head, X, y.astype(np.int64), Classification(tuple(map(str, range(classes)))), make_folds(y, 3, 0), 0)
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(210, 40), (90, 120)], ids=["tall", "wide"])

@@ -30,8 +30,9 @@ WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
 
-Names = Mapping[Literal["head", "baseline", "score"], Sequence[str]]
-"""What the tables offer: the words that `heads`, `baselines` and `tuning.scoring` may hold."""
+What = Literal["head", "baseline", "score", "target"]
+Names = Mapping[What, Sequence[str]]
+"""What the tables offer: the words that `heads`, `baselines`, `tuning.scoring` and `dataset.target` may hold."""
 
 Scalar = bool | int | float | str | None
 Item = TypeVar("Item")
@@ -80,7 +81,7 @@ def checked_device(value: str) -> str:
     return value
 
 
-def _in_table(what: Literal["head", "baseline", "score"], word: str, info: ValidationInfo, besides: str = "") -> str:
+def _in_table(what: What, word: str, info: ValidationInfo, besides: str = "") -> str:
     """Return a word that the table has; any word where the caller handed no tables."""
     allowed = (info.context or {}).get(what)
     if allowed is not None and word not in allowed:
@@ -136,8 +137,14 @@ class DatasetConfig(Section):
     split_column: str | None = None
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
-    target: Literal["auto", "classification"] = "auto"
-    """`auto` stops where labels look like a number to predict, or like a name for every image."""
+    target: str = "auto"
+    """What is said of an image: `classification` is one class; `auto` is that too, but stops where labels look like a number to
+    predict, or like a name for every image."""
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        return _in_table("target", value, info)
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> DatasetConfig:
@@ -252,8 +259,8 @@ class TuningConfig(Section):
     seconds: float | None = Field(None, gt=0)
     """Time per head instead of a number of trials."""
     folds: int = Field(5, ge=2)
-    scoring: str = "accuracy"
-    """What is searched, ranked and compared by: a row of the table of metrics."""
+    scoring: str = "auto"
+    """What is searched, ranked and compared by: a row of the table of metrics; `auto` is the first that suits the target."""
     nested: bool = False
     """Also repeat every search within each fold's training images, for a score that nothing was chosen by: folds times
     the work."""

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from pipeline.data.index import DatasetIndex, SplitPlan
 from pipeline.data.match import Texts, encode, match_digests, match_texts
-from pipeline.data.targets import Classification
+from pipeline.data.targets import choose
 from pipeline.io.digests import Digests, content_digest
 
 
-def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8]) -> Texts:
+def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8], kind: str = "auto") -> Texts:
     """Move whole units from 'train' to 'test' and return the splits, object array of shape (n,).
 
-    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so do
+    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. `kind` is `dataset.target`. Images of split 'validation' stay, and so do
     the units they belong to. No class loses all its training images.
     """
     splits, groups, digests = index.splits, index.groups, index.digests
@@ -30,7 +30,7 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
     side = _prior_sides(units, n_units, prior)
-    codes = _strata(index, plan.test_fraction)
+    codes = _strata(index, plan.test_fraction, kind)
     counts = _images_of(codes, splits == "train")
     in_test = side == 1
     in_test[fixed] = False
@@ -50,7 +50,7 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     return result
 
 
-def _strata(index: DatasetIndex, fraction: float) -> NDArray[np.int64]:
+def _strata(index: DatasetIndex, fraction: float, kind: str) -> NDArray[np.int64]:
     """Return what is kept in proportion: int64 of shape (n, k), the strata that an image is of, -1 for none.
 
     One for each column of labels, and where there are several one more for their combination, if it has enough images for a
@@ -60,7 +60,7 @@ def _strata(index: DatasetIndex, fraction: float) -> NDArray[np.int64]:
     for place, name in enumerate(index.names):
         part = index.only(name)
         known = part.labels != ""
-        target = Classification.of(part.rows(known))
+        target = choose(part.rows(known), kind)
         codes[known, place] = target.strata(target.encode(part.rows(known))) + codes.max(initial=-1) + 1
     if len(index.names) == 1:
         return codes

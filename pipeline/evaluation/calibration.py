@@ -56,15 +56,6 @@ class Calibration:
     bins: tuple[ReliabilityBin, ...]
 
 
-def scores_as_columns(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return decision scores with one column per class: a binary head's single score s becomes (-s, s)."""
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim == 1 or values.shape[1] == 1:
-        values = values.reshape(-1)
-        return np.stack([-values, values], axis=1)
-    return values
-
-
 def fit_calibrator(scores: NDArray[np.floating], y: NDArray[np.integer], method: str = "temperature") -> Calibrator:
     """Fit a calibrator on out-of-fold scores: one number, which never changes the likeliest class.
 

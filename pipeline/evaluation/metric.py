@@ -15,7 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
+from sklearn.metrics import r2_score, root_mean_squared_error
 
+from pipeline.data.targets import Target
 from pipeline.evaluation.intervals import Interval, numbered
 from pipeline.evaluation.predictions import Predictions
 
@@ -62,7 +64,7 @@ class Metric:
     function: Callable[[NDArray[Any], NDArray[Any]], float] | None = None
     """(y, predictions) -> the score as users know it; None where `shares` tells it."""
     shares: Callable[[Predictions], sparse.csr_array] | None = None
-    """What each image adds, of shape (n, 2 n_classes), where the score is a `mean_share` of sums, better when higher, which is
+    """What each image adds, of shape (n, 2 n_classes) or (n, 2), where the score is a `mean_share` of sums, better when higher, which is
     quickly resampled."""
     higher_is_better: bool = True
     per_class: bool = False
@@ -75,6 +77,10 @@ class Metric:
     """Of a difference: points are hundredths."""
     targets: tuple[str, ...] = ("classification",)
     """The kinds of target it serves."""
+    column: tuple[str, str] | None = None
+    """How its column in a leaderboard is called, and where it is narrow; None where only those who tune it see it."""
+    in_units: bool = False
+    """Whether it is in the units of the number that is predicted, so that numbers of other units cannot be averaged."""
 
     @property
     def needs_probabilities(self) -> bool:
@@ -151,22 +157,26 @@ class Metric:
         span = self.high - self.low
         return (float(np.clip(interval[0], -span, span)), float(np.clip(interval[1], -span, span)))
 
+    def _written(self, number: float, sign: str = "") -> str:
+        """Write a number, of whatever size where it is in the units of what is predicted."""
+        return f"{number + 0.0:{sign}.{self.digits}{'g' if self.in_units else 'f'}}"
+
     def text(self, score: float) -> str:
         """Write a score: a percentage without its sign, or a loss."""
-        return f"{self.scale * score + 0.0:.{self.digits}f}"
+        return self._written(self.scale * score)
 
-    def spread_text(self, spread: float) -> str:
-        """Write a standard deviation."""
-        return f"{abs(self.scale) * spread:.{self.digits}f}"
+    def user_text(self, value: float) -> str:
+        """Write a score that is as users know it, such as a loss without minus; or a standard deviation."""
+        return self._written(abs(self.scale) * value)
 
     def interval_text(self, interval: Interval) -> str:
         """Write a score's interval, the lower number first."""
         low, high = sorted(self.scale * end for end in self.clipped(interval))
-        return f"[{low + 0.0:.{self.digits}f}, {high + 0.0:.{self.digits}f}]"
+        return f"[{self._written(low)}, {self._written(high)}]"
 
     def gap_text(self, difference: float) -> str:
         """Write by how much a score is better than another, with its sign: positive is better, also of a loss."""
-        return f"{abs(self.scale) * difference + 0.0:+.{self.digits}f}"
+        return self._written(abs(self.scale) * difference, "+")
 
 
 def _log_probability(y: NDArray[np.int64], probabilities: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -223,14 +233,54 @@ def _by_class(predictions: Predictions, *below: NDArray[np.int64]) -> sparse.csr
     return sparse.csr_array((values, (np.tile(np.arange(n), k + 1), columns)), shape=(n, 2 * width))
 
 
-ACCURACY = Metric("accuracy", "accuracy", "labels", shares=lambda predictions: _mean_of(predictions.correct))
+def _errors(predictions: Predictions) -> NDArray[np.float64]:
+    """Return how far each image's numbers are off, on average: shape (n,)."""
+    off = np.abs(predictions.y_true - predictions.y_pred)
+    return np.asarray(off if off.ndim == 1 else off.mean(axis=1))
+
+
+def _spearman(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
+    """Return the correlation of ranks, the mean over columns; 0 where all are the same and nothing can be ordered."""
+    columns = zip(np.atleast_2d(y.T), np.atleast_2d(guess.T), strict=True)
+    ranks = [[stats.rankdata(part) - (len(y) + 1) / 2 for part in pair] for pair in columns]
+    return float(np.mean([a @ b / max(np.sqrt((a @ a) * (b @ b)), 1e-12) for a, b in ranks]))
+
+
+def _of_numbers(name: str, title: str, function: Any = None, shares: Any = None, **more: Any) -> Metric:
+    """Return a score of numbers: an error in their units, lower being better, or a share that 1 is the best of."""
+    error = more.get("in_units", False)
+    ends = {"low": -np.inf, "high": 0.0 if error else 1.0, "digits": 4 if error else 3, "unit": title}
+    made = {
+        "higher_is_better": not error,
+        "targets": ("regression",),
+        "column": (title, title.split("'")[0]),
+        **ends,
+        **more,
+    }
+    return Metric(name, title, "values", function, shares, **made)
+
+
+ACCURACY = Metric(
+    "accuracy",
+    "accuracy",
+    "labels",
+    shares=lambda predictions: _mean_of(predictions.correct),
+    column=("accuracy", ""),
+)
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         ACCURACY,
-        Metric("balanced_accuracy", "balanced accuracy", "labels", shares=_recalls, per_class=True),
-        Metric("macro_f1", "macro F1", "labels", shares=_f1, per_class=True),
+        Metric(
+            "balanced_accuracy",
+            "balanced accuracy",
+            "labels",
+            shares=_recalls,
+            per_class=True,
+            column=("balanced", "bal."),
+        ),
+        Metric("macro_f1", "macro F1", "labels", shares=_f1, per_class=True, column=("macro F1", "F1")),
         Metric(
             "log_loss",
             "log loss",
@@ -241,6 +291,7 @@ METRICS: Mapping[str, Metric] = {
             high=0.0,
             digits=3,
             unit="nats",
+            column=("log loss", "loss"),
         ),
         Metric("roc_auc", "ROC AUC", "probabilities", _roc_auc, per_class=True),
         Metric(
@@ -249,9 +300,25 @@ METRICS: Mapping[str, Metric] = {
             "probabilities",
             shares=lambda predictions: _mean_of(_among_top_k(predictions)),
         ),
+        _of_numbers("mae", "MAE", shares=lambda predictions: _mean_of(-_errors(predictions)), in_units=True),
+        _of_numbers("rmse", "RMSE", root_mean_squared_error, in_units=True),
+        _of_numbers("r2", "R2", r2_score),
+        _of_numbers("spearman", "Spearman's rho", _spearman, low=-1.0),
     )
 }
 """By the name that `tuning.scoring` has for it."""
+
+
+def metrics_for(target: Target) -> tuple[Metric, ...]:
+    """Return the scores of a target, the one first that tests are told by and that is tuned unless another is asked for."""
+    serving = [metric for metric in METRICS.values() if target.kind in metric.targets]
+    several = target.width > 1
+    return tuple(sorted(serving, key=lambda metric: metric.in_units and several))
+
+
+def metric_of(scoring: str, target: Target) -> Metric:
+    """Return the score that `tuning.scoring` names; `auto` is the first of the target."""
+    return metrics_for(target)[0] if scoring == "auto" else METRICS[scoring]
 
 
 _CELLS = 1 << 21

@@ -10,16 +10,16 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pipeline.data.classes import ANY_CLASSES, Classification, ScoreKind
+from pipeline.data.targets import Target, target_of
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.intervals import numbered
 from pipeline.experiment import PREDICTIONS, bundle_file, parse_arrays
-
-ScoreKind = Literal["probability", "decision"]
 
 READABLE = (1, PREDICTIONS.version)
 """Version 1 has no units, and of the searched probabilities those of the true classes only, which are left out."""
@@ -30,26 +30,27 @@ FILE_NAME = "predictions.npz"
 class Predictions:
     """What one head said of n images; columns that nothing asks for are None.
 
-    y_true, y_pred : ndarray of shape (n,), int64: places in `classes`, the same for all heads that are compared
-    probabilities : ndarray of shape (n, n_classes), columns in the order of the classes; None where a head gives none
+    y_true, y_pred : what the target makes of labels: ndarray of shape (n,), int64, places in its classes; (n,) or (n, k), float64,
+        numbers; (n, k), bool, which labels there are. `y_true` is the same for all heads that are compared
+    probabilities : ndarray of shape (n, width), columns in the order of the classes; None where a head gives none
     units : ndarray of shape (n,), int64: images that are not independent, of one group or copies, share a number; None
         when all are
     paths : ndarray of shape (n,), str
     folds : ndarray of shape (n,), int64: the fold in which a row was held out; None for the test images
-    scores, kind : ndarray of shape (n, n_classes): the head's own probabilities or decision values before calibration, as a
+    scores, kind : ndarray of shape (n, width): the head's own probabilities or decision values before calibration, as a
         search judges them, and which of the two; a file has them only where probabilities were tuned
-    classes : the names of the classes, () where nobody needs names
+    target : what y is; its classes have no names where nobody needs them
     """
 
-    y_true: NDArray[np.int64]
-    y_pred: NDArray[np.int64]
+    y_true: NDArray[Any]
+    y_pred: NDArray[Any]
     probabilities: NDArray[np.floating] | None = None
     units: NDArray[np.int64] | None = None
     paths: NDArray[Any] | None = None
     folds: NDArray[np.int64] | None = None
     scores: NDArray[np.floating] | None = None
     kind: ScoreKind | None = None
-    classes: tuple[str, ...] = ()
+    target: Target = ANY_CLASSES
 
     def __post_init__(self) -> None:
         lengths = {name: len(part) for name, part in self.columns().items()}
@@ -59,17 +60,15 @@ class Predictions:
     @staticmethod
     def of(y_true: ArrayLike, y_pred: ArrayLike, classes: Sequence[str], **more: Any) -> Predictions:
         """Return predictions given as names of classes, each of shape (n,); ValueError for a name that is no class."""
-        truth, guess = (class_columns(labels, classes) for labels in (y_true, y_pred))
-        if min(truth.min(initial=0), guess.min(initial=0)) < 0:
-            raise ValueError(f"a label is none of the classes {', '.join(classes)}")
-        return Predictions(truth, guess, classes=tuple(classes), **more)
+        target = Classification(tuple(classes))
+        return Predictions(target.restored(y_true), target.restored(y_pred), target=target, **more)
 
     def __len__(self) -> int:
         return len(self.y_true)
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns that there are, by name, each with n rows."""
-        return {name: part for name, part in vars(self).items() if part is not None and name not in ("kind", "classes")}
+        return {name: part for name, part in vars(self).items() if isinstance(part, np.ndarray)}
 
     def rows(self, which: NDArray[Any]) -> Predictions:
         """Return those of some of the images, given by number or by a mask."""
@@ -77,8 +76,9 @@ class Predictions:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Which images were labelled right: shape (n,)."""
-        return np.equal(self.y_true, self.y_pred)
+        """Which images were labelled right, where an image has several labels in all of them: shape (n,)."""
+        equal = np.equal(self.y_true, self.y_pred)
+        return np.asarray(equal if equal.ndim == 1 else equal.all(axis=1))
 
     @property
     def unit_numbers(self) -> NDArray[np.int64]:
@@ -86,14 +86,19 @@ class Predictions:
         return numbered(self.units, len(self))
 
     @property
-    def labels(self) -> NDArray[np.str_]:
-        """The names of the true classes: shape (n,)."""
-        return np.asarray(self.classes)[self.y_true]
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.target.classes
 
     @property
-    def predicted(self) -> NDArray[np.str_]:
-        """The names of the predicted classes: shape (n,)."""
-        return np.asarray(self.classes)[self.y_pred]
+    def labels(self) -> NDArray[Any]:
+        """What is true in the words of users, the names of classes for instance: shape (n,) or (n, k)."""
+        return self.target.decode(self.y_true)
+
+    @property
+    def predicted(self) -> NDArray[Any]:
+        """What is predicted, likewise."""
+        return self.target.decode(self.y_pred)
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:
@@ -103,12 +108,6 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
         name: None if any(part is None for part in found) else np.concatenate(found) for name, found in columns.items()
     }
     return replace(parts[0], **whole)  # type: ignore[arg-type]
-
-
-def class_columns(labels: ArrayLike, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return each label's place in `classes`, -1 where it is not there: shape (n,)."""
-    place = {label: column for column, label in enumerate(classes)}
-    return np.array([place.get(label, -1) for label in np.asarray(labels).astype(str).tolist()], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,17 @@ class HeadPredictions:
         arrays: dict[str, NDArray[np.generic]] = {
             "format": np.array(PREDICTIONS.format),
             "version": np.array(PREDICTIONS.version),
-            "classes": np.array(self.classes, dtype=str),
+            **{key: _as_array(value) for key, value in self.test.target.to_record().items()},
         }
         for part, rows in (("test", self.test), ("out_of_fold", self.out_of_fold)):
             if rows is not None:
                 found = {**rows.columns(), "y_true": rows.labels, "y_pred": rows.predicted}
                 found |= {} if rows.scores is None else {"searched": rows.scores}
-                arrays |= {f"{part}_{name}": found[name].astype(kind) for name, kind in STORED.items() if name in found}
+                arrays |= {
+                    f"{part}_{name}": found[name].astype(kind or rows.target.stored_as)
+                    for name, kind in STORED.items()
+                    if name in found
+                }
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
@@ -159,28 +162,36 @@ class HeadPredictions:
                 f"{PREDICTIONS.again}"
             )
         try:
-            test = _part(arrays, "test")
+            target = target_of({key: array.tolist() for key, array in arrays.items()})
+            test = _part(arrays, "test", target)
             if test is not None:
-                return HeadPredictions(test, _part(arrays, "out_of_fold"))
+                return HeadPredictions(test, _part(arrays, "out_of_fold", target))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PREDICTIONS.damaged(path, first_line(error)) from None
         raise BundleError(f"{path}: holds no test predictions; {PREDICTIONS.again}")
 
 
 STORED = {
-    "paths": str, "y_true": str, "y_pred": str, "probabilities": np.float32, "folds": np.int64, "searched": np.float32,
+    "paths": str, "y_true": None, "y_pred": None, "probabilities": np.float32, "folds": np.int64, "searched": np.float32,
     "units": np.int64,
 }  # fmt: skip
-"""The columns of a file, in its order, and their types; classes by name."""
+"""The columns of a file, in its order, and their types; None where it is the target's, which has classes by name."""
 
 
-def _part(arrays: Mapping[str, NDArray[Any]], name: str) -> Predictions | None:
+def _as_array(value: Any) -> NDArray[Any]:
+    # An empty list alone does not say what would be in it.
+    return np.asarray(value, dtype=str) if value == [] else np.asarray(value)
+
+
+def _part(arrays: Mapping[str, NDArray[Any]], name: str, target: Target) -> Predictions | None:
     own: dict[str, Any] = {
-        key: arrays[f"{name}_{key}"].astype(kind) for key, kind in STORED.items() if f"{name}_{key}" in arrays
+        key: arrays[f"{name}_{key}"].astype(kind or target.stored_as)
+        for key, kind in STORED.items()
+        if f"{name}_{key}" in arrays
     }
     if not own:
         return None
-    truth, guess, paths = (own.pop(key) for key in ("y_true", "y_pred", "paths"))
+    truth, guess = (target.restored(own.pop(key)) for key in ("y_true", "y_pred"))
     if "searched" in own:
         own |= {"scores": own.pop("searched"), "kind": "probability"}
-    return Predictions.of(truth, guess, arrays["classes"].astype(str).tolist(), paths=paths, **own)
+    return Predictions(truth, guess, target=target, **own)

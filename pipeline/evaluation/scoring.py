@@ -7,6 +7,7 @@ independent count for as many as they are worth. `per_class` and `confusion_matr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.metrics import precision_recall_fscore_support
 
 from pipeline.evaluation.intervals import Interval, critical, effective_size, share_interval, wilson
-from pipeline.evaluation.metric import ACCURACY, METRICS, Metric, drawn, rescored, unit_sums
+from pipeline.evaluation.metric import ACCURACY, Metric, drawn, metrics_for, rescored, unit_sums
 from pipeline.evaluation.predictions import Predictions
 
 RESAMPLES = 1000
@@ -25,33 +26,62 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Scores:
-    """How well `n` images were labelled; an interval is the 95 % interval of the number before it.
+    """How good is what was said of `n` images: by the names of metrics their scores as users know them, and 95 % intervals.
 
-    `tuned` is the score in the metric of the search where that is none of the others, as users know it. `units` is how many
-    of the images, groups or sets of copies are independent; None when all images are.
+    `units` is how many of the images, groups or sets of copies are independent; None when all images are.
     """
 
     n: int
-    correct: int
-    accuracy: float
-    interval: Interval
-    balanced_accuracy: float
-    balanced_accuracy_interval: Interval
-    macro_f1: float
-    macro_f1_interval: Interval
-    log_loss: float | None
-    log_loss_interval: Interval | None
-    tuned: float | None = None
-    tuned_interval: Interval | None = None
+    values: Mapping[str, float]
+    intervals: Mapping[str, Interval]
     units: int | None = None
+
+    def __getitem__(self, name: str) -> float | None:
+        return self.values.get(name)
 
     def of(self, metric: Metric) -> tuple[float | None, Interval | None]:
         """Return the score in a metric with its interval; None and None where it is not known."""
-        if metric is ACCURACY:
-            return self.accuracy, self.interval
-        if hasattr(self, metric.name):
-            return getattr(self, metric.name), getattr(self, f"{metric.name}_interval")
-        return self.tuned, self.tuned_interval
+        name = metric.name if metric.name in self.values else "tuned"
+        return self.values.get(name), self.intervals.get(name)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images that were labelled right."""
+        return self.values["accuracy"]
+
+    @property
+    def interval(self) -> Interval:
+        """The interval of the accuracy."""
+        return self.intervals["accuracy"]
+
+    @property
+    def correct(self) -> int:
+        """How many images were labelled right."""
+        return round(self.n * self.accuracy)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return one plain mapping for JSON."""
+        return {
+            "n": self.n,
+            **self.values,
+            **{_named(k): span for k, span in self.intervals.items()},
+            "units": self.units,
+        }
+
+    @staticmethod
+    def from_record(raw: Mapping[str, Any]) -> Scores:
+        """Return what `to_record` wrote; version 0.1 had null for what was not known, and `tuned` for the score of the search."""
+        found = {name: float(value) for name, value in raw.items() if isinstance(value, float)}
+        return Scores(
+            raw["n"],
+            found,
+            {name: tuple(raw[_named(name)]) for name in found if raw.get(_named(name))},
+            raw.get("units"),
+        )
+
+
+def _named(metric: str) -> str:
+    return "interval" if metric == "accuracy" else f"{metric}_interval"
 
 
 @dataclass(frozen=True)
@@ -67,34 +97,37 @@ class ClassScores:
     f1: float
 
 
-def scores(predictions: Predictions, seed: int = 0, metric: Metric = ACCURACY) -> Scores:
-    """Score predictions of n images, at least 1; metric : the score of the search.
+def scores(predictions: Predictions, seed: int = 0, metric: Metric | None = None) -> Scores:
+    """Score predictions of n images, at least 1, in every metric of their target that has a column, and in that of the search.
 
     Balanced accuracy is the mean recall of the classes that occur in the truth; macro F1 the mean over classes that occur in
     either.
     """
-    macro: dict[str, Any] = {}
-    for name in ("balanced_accuracy", "macro_f1"):
-        row = METRICS[name]
-        macro |= {name: row.score(predictions), f"{name}_interval": _class_mean_interval(row, predictions)}
-    loss, loss_interval, tuned, tuned_interval = None, None, None, None
-    if predictions.probabilities is not None:
-        loss, loss_interval = _mean_interval(METRICS["log_loss"], predictions)
-        if metric.name not in Scores.__dataclass_fields__:
-            tuned, tuned_interval = _resampled(metric, predictions, seed)
+    found = {}
+    for row in metrics_for(predictions.target):
+        known = predictions.probabilities is not None or not row.needs_probabilities
+        if known and (row.column is not None or row is metric):
+            found[row.name] = _scored(row, predictions, seed)
     units = predictions.units
     return Scores(
-        n=len(predictions),
-        correct=int(predictions.correct.sum()),
-        accuracy=float(predictions.correct.mean()),
-        interval=share_interval(predictions.correct, units),
-        **macro,
-        log_loss=loss,
-        log_loss_interval=loss_interval,
-        tuned=tuned,
-        tuned_interval=tuned_interval,
-        units=None if units is None else len(np.unique(units)),
+        len(predictions),
+        {name: value for name, (value, _) in found.items()},
+        {name: interval for name, (_, interval) in found.items()},
+        None if units is None else len(np.unique(units)),
     )
+
+
+def _scored(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
+    """Return a score as users know it, and its interval in the way that suits it."""
+    if metric is ACCURACY:
+        return float(predictions.correct.mean()), share_interval(predictions.correct, predictions.units)
+    if metric.shares is not None and metric.per_class:
+        return metric.score(predictions), _class_mean_interval(metric, predictions)
+    if metric.mean_of_images and not metric.bounded:
+        return _mean_interval(metric, predictions)
+    if metric.function is not None and not metric.per_class:
+        return _distance_interval(metric, predictions)
+    return _resampled(metric, predictions, seed)
 
 
 def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
@@ -103,6 +136,19 @@ def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Int
     mean = float(losses.mean())
     half = critical(predictions.units) * float(losses.std(ddof=1)) / np.sqrt(len(losses)) if len(losses) > 1 else np.inf
     return mean, (max(0.0, mean - half), mean + half)
+
+
+def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
+    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0.
+
+    The standard error is the jackknife's, of what leaving out units changes.
+    """
+    added, sign = metric.contributions(predictions), 1 if metric.higher_is_better else -1
+    score = metric.score(predictions)
+    distance = max(metric.high - score, 1e-12)
+    factor = np.exp(critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added)) / distance)
+    low, high = sorted(sign * (metric.high - distance * end) for end in (factor, 1 / factor))
+    return sign * score, (low, high)
 
 
 def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:

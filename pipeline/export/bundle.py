@@ -23,10 +23,10 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.targets import Classification, Target
+from pipeline.data.classes import scores_as_columns
+from pipeline.data.targets import Target, target_of
 from pipeline.errors import BundleError, first_line
-from pipeline.evaluation.calibration import Calibrator, scores_as_columns
-from pipeline.evaluation.said import said
+from pipeline.evaluation.calibration import Calibrator
 from pipeline.experiment import BUNDLE, bundle_file, read_document, require_modest, write_document
 from pipeline.export.fitted import check_fitted
 from pipeline.io.digests import bytes_digest
@@ -59,33 +59,40 @@ TRUSTED_TYPES = (
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """A fitted head, the classes it tells apart, and the embedding it expects.
+    """A fitted head, what it says of an image, and the embedding it expects.
 
-    `estimator` was fitted on integer labels; `classes[i]` is the name of label i. `embedding` is stage one's record of
+    `estimator` was fitted on what the target's `learned` makes of labels, places in its classes for instance. `embedding` is stage one's record of
     the embedding, with the config section that makes its backbone again. `calibrator` turns the estimator's scores into
     probabilities, its columns in the order of `estimator.classes_`; it never changes which class is the likeliest.
     """
 
     head: str
     params: Mapping[str, Any]
-    classes: tuple[str, ...]
+    target: Target
     embedding: Mapping[str, Any]
     estimator: Any
     provenance: Mapping[str, Any]
     calibrator: Calibrator | None = None
 
     @property
-    def target(self) -> Target:
-        """What is said of an image."""
-        return Classification(self.classes)
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.target.classes
 
-    def predict(self, X: NDArray[np.float32]) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
-        """Label n vectors.
+    def predict(self, X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+        """Label n vectors, in the words of users.
 
         Returns
         -------
-        labels : ndarray of shape (n,), object (str)
+        labels : names of classes, ndarray of shape (n,), object (str); or what else the target's `decode` returns
         probabilities : ndarray of shape (n, len(classes)), or None for a head that has none
+        """
+        y_pred, probabilities = self.said(X)
+        labels = self.target.decode(y_pred)
+        return labels.astype(object) if labels.dtype.kind == "U" else labels, probabilities
+
+    def said(self, X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+        """Return the same as `Predictions` has it, such as places in the classes.
 
         Raises
         ------
@@ -95,18 +102,11 @@ class ModelBundle:
         dim = getattr(self.estimator, "n_features_in_", X.shape[1])
         if X.shape[1] != dim:
             raise BundleError(f"head {self.head!r} takes vectors of {dim} numbers, got {X.shape[1]}")
-        places, raw, kind = said(self.estimator, X)
-        labels = np.asarray(self.classes, dtype=object)[self.estimator.classes_[places]]
-        return labels, self._probabilities(raw, kind)
+        return self.target.predict(self.estimator, X, self.calibrated)
 
-    def _probabilities(self, raw: NDArray[np.floating] | None, kind: str | None) -> NDArray[np.float64] | None:
-        """Zero for a class the head never saw."""
-        if raw is None or (kind == "decision" and self.calibrator is None):
-            return None
-        seen = raw if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
-        probabilities = np.zeros((len(raw), len(self.classes)))
-        probabilities[:, self.estimator.classes_] = seen
-        return probabilities
+    def calibrated(self, raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64] | None:
+        """Return probabilities for an estimator's scores, both of shape (n, columns); None without a calibrator."""
+        return None if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
 
 
 def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
@@ -147,7 +147,7 @@ def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None =
     document = {
         "head": bundle.head,
         "params": dict(bundle.params),
-        "classes": list(bundle.classes),
+        **bundle.target.to_record(),
         "embedding": dict(bundle.embedding),
         "calibrator": asdict(bundle.calibrator) if bundle.calibrator else None,
         "file": name,
@@ -201,7 +201,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     bundle = ModelBundle(
         head=document["head"],
         params=document["params"],
-        classes=tuple(map(str, document["classes"])),
+        target=_target(folder, document),
         embedding=document["embedding"],
         estimator=estimator,
         provenance=document.get("provenance", {}),
@@ -222,7 +222,7 @@ def _load_joblib(path: Path, data: bytes) -> Any:
         ) from None
 
 
-CONTENT = {"head": str, "params": dict, "classes": list, "embedding": dict, "file": str, "versions": dict}
+CONTENT = {"head": str, "params": dict, "embedding": dict, "file": str, "versions": dict}
 """What a bundle's document holds at least, and of which type."""
 
 
@@ -246,6 +246,13 @@ def _require_predicts(bundle: ModelBundle, path: Path) -> None:
     except Exception as error:  # a crafted head can fail in any way
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise BundleError(f"{path}: cannot label a vector ({reason}); {BUNDLE.again}") from None
+
+
+def _target(folder: Path, document: Mapping[str, Any]) -> Target:
+    try:
+        return target_of(document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {error.args[0]}); {BUNDLE.again}") from None
 
 
 def _calibrator(folder: Path, record: Any) -> Calibrator | None:

@@ -9,12 +9,13 @@ from pipeline.heads.choosing import resolve, resolve_all
 from pipeline.heads.head import Head, Params, configure, identity
 from pipeline.heads.linear import linear_parts
 from pipeline.heads.space import Categorical, Dimension, Integer, Real
-from pipeline.heads.table import HEADS, LOGISTIC_REGRESSION, RIDGE
+from pipeline.heads.table import HEADS, LOGISTIC_REGRESSION, RIDGE, TABLES
 
 __all__ = [
     "HEADS",
     "LOGISTIC_REGRESSION",
     "RIDGE",
+    "TABLES",
     "Categorical",
     "Dimension",
     "Head",

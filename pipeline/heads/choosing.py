@@ -16,11 +16,11 @@ from pipeline.errors import HeadError
 from pipeline.heads.head import Head
 from pipeline.heads.own import load_own
 from pipeline.heads.space import Categorical, Dimension, Integer
-from pipeline.heads.table import HEADS
+from pipeline.heads.table import TABLES
 
 
-def resolve(config: HeadConfig) -> Head:
-    """Return the head a config names, with its space narrowed or widened and its class weights set.
+def resolve(config: HeadConfig, kind: str = "classification") -> Head:
+    """Return the head a config names for a kind of target, with its space narrowed or widened and its class weights set.
 
     A range is `[low, high]` and keeps its prior, a categorical parameter takes the list of its choices, and a list of
     one value fixes the parameter. Defaults outside a new range move to its nearest end.
@@ -30,9 +30,14 @@ def resolve(config: HeadConfig) -> Head:
     HeadError
         With one line for every problem of this head.
     """
-    if ":" not in config.name and config.name not in HEADS:
-        raise HeadError(unknown("head", config.name, tuple(HEADS), ", or package.module:ATTRIBUTE"))
-    head = load_own(config.name) if ":" in config.name else HEADS[config.name]
+    heads = TABLES[kind].heads
+    if ":" not in config.name and config.name not in heads:
+        known = any(config.name in table.heads for table in TABLES.values())
+        what = f"head for {kind}" if known else "head"
+        raise HeadError(unknown(what, config.name, tuple(heads), ", or package.module:ATTRIBUTE"))
+    head = load_own(config.name) if ":" in config.name else heads[config.name]
+    if kind not in head.targets:
+        raise HeadError(f"head {head.name}: serves {' and '.join(head.targets)}, and dataset.target is {kind}")
     problems: list[str] = []
     space, defaults, fixed = dict(head.space), dict(head.defaults), dict(head.fixed)
     for key, values in config.space.items():
@@ -52,7 +57,7 @@ def resolve(config: HeadConfig) -> Head:
         if head.takes_class_weight:
             build = partial(_weighted, head.build, config.class_weight)
         else:
-            able = ", ".join(name for name, row in HEADS.items() if row.takes_class_weight)
+            able = ", ".join(name for name, row in heads.items() if row.takes_class_weight)
             problems.append(
                 f"class_weight: {config.class_weight!r} is not possible with this head; heads that take it: {able}"
             )
@@ -62,13 +67,13 @@ def resolve(config: HeadConfig) -> Head:
     return replace(head, build=build, space=space, defaults=defaults, fixed=fixed)
 
 
-def resolve_all(configs: Sequence[HeadConfig]) -> tuple[Head, ...]:
-    """Resolve every head of a config; a `HeadError` lists the problems of all of them."""
+def resolve_all(configs: Sequence[HeadConfig], kind: str = "classification") -> tuple[Head, ...]:
+    """Resolve every head of a config for a kind of target; a `HeadError` lists the problems of all of them."""
     heads: list[Head] = []
     problems: list[str] = []
     for config in configs:
         try:
-            heads.append(resolve(config))
+            heads.append(resolve(config, kind))
         except HeadError as error:
             problems += [f"{config.name}: {problem}" for problem in error.problems] or [error.message]
     names = [head.name for head in heads]

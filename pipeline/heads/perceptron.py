@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.base import is_classifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 
@@ -20,7 +21,7 @@ FIRST_EPOCHS = 12
 
 
 def fit_keeping_best(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[Any]) -> Pipeline:
-    """Fit a pipeline that ends in an `MLPClassifier`, and keep the best weights and not the last.
+    """Fit a pipeline that ends in an `MLPClassifier` or an `MLPRegressor`, and keep the best weights and not the last.
 
     scikit-learn keeps the last, and counts a loss that jumps up as one that no longer falls: a fit may end in the jump.
     An epoch's loss is summed up while its weights move, so it judges those it began with and never those it ended with.
@@ -28,14 +29,15 @@ def fit_keeping_best(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[Any]
     """
     for _, step in pipeline.steps[:-1]:
         X = step.fit_transform(X, y)
-    model, classes = pipeline[-1], np.unique(y)
+    model = pipeline[-1]
+    classes = {"classes": np.unique(y)} if is_classifier(model) else {}
     seed = model.random_state
     # A number would shuffle the rows alike in every epoch.
     model.set_params(random_state=np.random.RandomState(seed))
     best, kept, waited = np.inf, None, 0
     for epoch in range(model.max_iter):
         began = [weights.copy() for weights in model.coefs_ + model.intercepts_] if epoch else None
-        model.partial_fit(X, y, classes=classes)
+        model.partial_fit(X, y, **classes)
         waited = 0 if model.loss_ < best - model.tol else waited + 1
         if began is not None and model.loss_ < best:
             best, kept = model.loss_, began

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
-from sklearn.neural_network import MLPClassifier
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor, NearestCentroid
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, LinearSVC
+from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
 from pipeline.heads.cosine import CosineVote
-from pipeline.heads.fast import linear
-from pipeline.heads.fast.discriminant import LDA
-from pipeline.heads.fast.forests import FOREST
-from pipeline.heads.fast.kernel import RBF_SVM
+from pipeline.heads.fast import discriminant, forests, kernel, linear
 from pipeline.heads.head import Head
 from pipeline.heads.perceptron import MLP, fit_keeping_best
 from pipeline.heads.space import Categorical, Integer, Real
@@ -91,7 +93,7 @@ _ROWS = (
         simplicity=2.5,
         probabilities=True,
         linear=True,
-        evaluator=LDA,
+        evaluator=discriminant.LDA,
     ),
     Head(
         name="linear_svm",
@@ -152,7 +154,7 @@ _ROWS = (
         simplicity=6,
         probabilities=True,
         takes_class_weight=True,
-        evaluator=FOREST,
+        evaluator=forests.FOREST,
     ),
     Head(
         name="rbf_svm",
@@ -163,7 +165,7 @@ _ROWS = (
         defaults={"C": 10.0, "gamma": 0.002},
         simplicity=7,
         takes_class_weight=True,
-        evaluator=RBF_SVM,
+        evaluator=kernel.RBF_SVM,
     ),
     Head(
         name="mlp",
@@ -183,4 +185,72 @@ _ROWS = (
 )
 
 HEADS: Mapping[str, Head] = {row.name: row for row in _ROWS}
-"""The built-in heads by name."""
+"""The built-in heads for classes by name."""
+
+
+def most_frequent(y: NDArray[np.int64], width: int) -> Head:
+    """The guess that needs no image: always the most frequent class of all training images, in every fold the same.
+
+    Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
+    """
+    present, codes = np.unique(y, return_inverse=True)
+
+    def build(seed: int) -> Pipeline:
+        guess = DummyClassifier(strategy="prior", random_state=seed)
+        if len(present) == width:  # else folds and the last fit number the classes differently
+            guess = FrozenEstimator(guess.fit(np.zeros((len(codes), 1)), codes))
+        return Pipeline([("head", guess)])
+
+    return Head(name="most_frequent", build=build, space={}, defaults={}, simplicity=-1, probabilities=True)
+
+
+def _of_numbers(name: str, model: Any, build: Callable[..., Pipeline] = _scaled, **more: Any) -> Head:
+    """Return the head of numbers that goes by the name of one of classes, with its space but for what is given."""
+    like = HEADS[name]
+    taken = {"space": like.space, "defaults": like.defaults, "simplicity": like.simplicity, **more}
+    return Head(name=name, build=partial(build, model), targets=("regression",), **taken)
+
+
+OF_NUMBERS: Mapping[str, Head] = {
+    row.name: row
+    for row in (
+        _of_numbers("ridge", Ridge(), evaluator=linear.RIDGE_OF_NUMBERS),
+        _of_numbers("knn", KNeighborsRegressor()),
+        _of_numbers(
+            "random_forest", RandomForestRegressor(n_estimators=200), _alone, evaluator=forests.FOREST_OF_NUMBERS
+        ),
+        # Numbers are learned in standard deviations, so that C and epsilon mean the same whatever the unit is.
+        _of_numbers(
+            "rbf_svm",
+            SVR(cache_size=500),
+            space={**HEADS["rbf_svm"].space, "epsilon": _log(1e-3, 1.0)},
+            defaults={"C": 1.0, "gamma": 0.002, "epsilon": 0.1},
+            evaluator=kernel.RBF_SVR,
+            fit=kernel.fit_each,
+        ),
+        _of_numbers("mlp", MLPRegressor(max_iter=100, tol=1e-4), evaluator=MLP, fit=fit_keeping_best),
+    )
+}
+"""The built-in heads for numbers by name."""
+
+
+def mean_of_training(y: NDArray[np.float64], width: int) -> Head:
+    """The guess that needs no image: the mean of the training images, fold by fold."""
+    return Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """The heads of one kind of target, by name; the one that baselines are judged by; and the guess that looks at no image."""
+
+    heads: Mapping[str, Head]
+    baseline: Head
+    guess: Callable[[NDArray[Any], int], Head]
+    """(y of all training images, the target's width) -> the guess."""
+
+
+TABLES: Mapping[str, HeadTable] = {
+    "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent),
+    "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], mean_of_training),
+}
+"""By the kind of target, as `pipeline.data.targets` names them."""

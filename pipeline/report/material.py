@@ -73,7 +73,7 @@ class Material:
     @property
     def target(self) -> str:
         """The kind of the experiment's target, which sections serve or not."""
-        return str(self.leaderboard.provenance.get("target", Classification.kind))
+        return str(self.leaderboard.provenance.get("target", {}).get("kind", Classification.kind))
 
     @property
     def best(self) -> HeadPredictions | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline import data as dataset
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config
+from pipeline.data.targets import kind_of
 from pipeline.embed.engines import require_arithmetic
 from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
 from pipeline.embed.licenses import require_permitted
@@ -43,9 +44,10 @@ def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[st
 
 
 def _heads(config: Config) -> list[str]:
-    heads = head_table.resolve_all(config.heads)
+    kind = kind_of(config.dataset.target)
+    heads = head_table.resolve_all(config.heads, kind)
     tuning.require(config.tuning.strategy)
-    problems = {head.name: tuning.check(head, config.tuning) for head in heads}
+    problems = {head.name: tuning.check(head, config.tuning, kind) for head in heads}
     able = [name for name, found in problems.items() if not found]
     reasons = [reason for found in problems.values() for reason in found]
     if not able:

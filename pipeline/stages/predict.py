@@ -26,7 +26,6 @@ from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import Artifacts, to_cell
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
@@ -160,10 +159,10 @@ def find_bundle(path: Path) -> Path:
     if (path / "bundle.json").exists() or not leaderboard.exists():
         return path
     board = read_leaderboard(path)
-    best = next((row for row in board.rows if row.bundle is not None and row.embedding != CONSTANT_GUESS), None)
+    best = next((row for row in board.rows if row.bundle is not None and not row.constant), None)
     if best is None or best.bundle is None:
         raise BundleError(f"{path}: its leaderboard has no head that looks at images; name a bundle's folder")
-    if board.best.embedding == CONSTANT_GUESS:
+    if board.best.constant:
         log.warning(
             "the best row is the constant guess, which looks at no image; labelling with the best head, %s", best.key
         )

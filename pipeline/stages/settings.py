@@ -7,15 +7,21 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.config import Config, Names
+from pipeline.data.targets import TARGETS
 from pipeline.embed import baselines
 from pipeline.evaluation import METRICS
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
-from pipeline.heads import HEADS
+from pipeline.heads import TABLES
 
 
 def names() -> Names:
     """Return the words that the tables offer to a config."""
-    return {"head": tuple(HEADS), "baseline": (CONSTANT_GUESS, *baselines.NAMES), "score": tuple(METRICS)}
+    guesses = tuple(target.constant for target in TARGETS.values())
+    return {
+        "head": tuple(dict.fromkeys(name for table in TABLES.values() for name in table.heads)),
+        "baseline": (*dict.fromkeys(guesses), *baselines.NAMES),
+        "score": ("auto", *METRICS),
+        "target": ("auto", *TARGETS),
+    }
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.targets import Target
 from pipeline.evaluation import HeadPredictions, Predictions, Scores, scores
 from pipeline.evaluation.calibration import correct_priors
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
@@ -21,11 +23,14 @@ MOST_UNEVEN = 10
 """Beyond it accuracy hardly sees the smallest class."""
 
 
-def advice(counts: Sequence[int], classes: Sequence[str], scoring: str) -> list[str]:
-    """Return what to set where classes are very uneven and accuracy is tuned; counts : training images of each class."""
-    if scoring != "accuracy" or unevenness(counts) <= MOST_UNEVEN:
+def advice(y: NDArray[Any], target: Target, scoring: str) -> list[str]:
+    """Return what to set where classes are very uneven and accuracy is tuned; y : of the training images, shape (n,)."""
+    if scoring != "accuracy":
         return []
-    present = [(count, name) for count, name in zip(counts, classes, strict=True) if count > 0]
+    counts = np.bincount(y, minlength=target.width).tolist()
+    if unevenness(counts) <= MOST_UNEVEN:
+        return []
+    present = [(count, name) for count, name in zip(counts, target.classes, strict=True) if count > 0]
     (least, rare), (most, common) = min(present), max(present)
     return [
         f"Classes are uneven: {most:,} training images of {common}, {least:,} of {rare}, and accuracy hardly sees the small ones; where "

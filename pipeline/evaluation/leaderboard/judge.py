@@ -23,7 +23,7 @@ from pipeline.evaluation import (
     compare,
     counted,
 )
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Verdict
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Verdict
 from pipeline.evaluation.leaderboard.table import Leaderboard
 from pipeline.evaluation.optimism import selection_optimism, trial_optimism
 from pipeline.evaluation.predictions import FILE_NAME
@@ -132,7 +132,7 @@ def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
     return None if lonely else trial_optimism(np.array(complete, dtype=np.float64)), len(complete)
 
 
-def _cost(row: LeaderboardRow) -> tuple[bool, int, int, str]:
+def _cost(row: LeaderboardRow) -> tuple[bool, float, int, str]:
     """What a user pays for a row, in what no busy machine changes.
 
     A network or none, then how simple the head is, then how many numbers an image becomes.
@@ -150,8 +150,11 @@ def margin(metric: Metric, best: float, images: int) -> float:
     """Return what a row of the no-evidence group may at most be behind the best to be recommended for being simpler.
 
     Half of the best row's error, as 5 points at 99.5 % are ten times the errors, and never more than `LARGEST_MARGIN`. An error
-    that no image shows counts as one image. best : its score out of fold, higher being better
+    that no image shows counts as one image. Of an error in the units of a number it is that share of the error.
+    best : its score out of fold, higher being better
     """
+    if metric.in_units:
+        return LARGEST_MARGIN * (metric.high - best)
     return min(LARGEST_MARGIN, SHARE_OF_THE_ERROR * max(metric.high - best, 1 / images))
 
 
@@ -172,7 +175,7 @@ def _recommend(
     if len(alike) == 1:
         where = "" if len(differences) == len(leaderboard.rows) else " on the same images"
         return best, f"Use {best.key}; every other row{where} is worse by more than chance explains."
-    if any(row.embedding == CONSTANT_GUESS for row in alike):
+    if any(row.constant for row in alike):
         return best, (
             f"Use {best.key} for want of evidence: {images} do not show that any row is better than a constant guess."
         )

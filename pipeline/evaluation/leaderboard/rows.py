@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from pipeline.evaluation import Difference, Optimism, Scores
+from pipeline.data.targets import CONSTANT_GUESSES
+from pipeline.evaluation import ACCURACY, Difference, Metric, Optimism, Scores
 from pipeline.evaluation.intervals import Interval, repeated_interval
 from pipeline.experiment import from_plain, plain
-
-CONSTANT_GUESS = "majority"
-"""The embedding's name in the row of the guess that looks at no image."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Seeds:
 
     seeds: tuple[int, ...]
     cv_means: tuple[float, ...]
-    test_accuracies: tuple[float, ...]
+    test_scores: tuple[float, ...]
 
     @property
     def cv(self) -> tuple[float, float]:
@@ -54,8 +52,8 @@ class Seeds:
 
     @property
     def test(self) -> tuple[float, float]:
-        """Mean and standard deviation of the test accuracies."""
-        return float(np.mean(self.test_accuracies)), float(np.std(self.test_accuracies, ddof=1))
+        """Mean and standard deviation of the scores that the test is told by."""
+        return float(np.mean(self.test_scores)), float(np.std(self.test_scores, ddof=1))
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class LeaderboardRow:
     """Out of fold with the head's class weights switched, where classes are uneven and the head takes them."""
     last_fit: LastFit | None = None
     expected_test: Interval | None = None
-    """The 99.9 % prediction interval of the test accuracy, given the answers out of fold."""
+    """The 99.9 % prediction interval of the test accuracy, given the answers out of fold; None of targets without an accuracy."""
 
     @property
     def key(self) -> str:
@@ -135,14 +133,27 @@ class LeaderboardRow:
 
     def to_record(self) -> dict[str, Any]:
         """Return the row as plain values for JSON."""
-        return dict(plain(dataclasses.asdict(self)))
+        kept = {name: getattr(self, name) and getattr(self, name).to_record() for name in ("test", "reweighted")}
+        return dict(plain({**dataclasses.asdict(replace(self, test=None, reweighted=None)), **kept}))
 
     @staticmethod
     def from_record(raw: Mapping[str, Any]) -> LeaderboardRow:
         """Return the row that `to_record` wrote; ValueError where its bundle lies outside of the experiment."""
         if raw.get("bundle") is not None and not {"..", ""}.isdisjoint(str(raw["bundle"]).split("/")):
             raise ValueError(f"the bundle {raw['bundle']!r} lies outside of the experiment")
-        return cast(LeaderboardRow, from_plain(LeaderboardRow, raw))
+        kept: dict[str, Any] = {
+            name: raw[name] and Scores.from_record(raw[name]) for name in ("test", "reweighted") if name in raw
+        }
+        raw = {key: value for key, value in raw.items() if key not in kept}
+        if (raw.get("seeds") or {}).get("test_accuracies"):  # written by release 0.1
+            numbers = raw["seeds"]
+            raw["seeds"] = {key.replace("test_accuracies", "test_scores"): numbers[key] for key in numbers}
+        return replace(cast(LeaderboardRow, from_plain(LeaderboardRow, {"test": None, **raw})), **kept)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is the guess that looks at no image."""
+        return self.embedding in CONSTANT_GUESSES
 
     @property
     def kind(self) -> str:
@@ -186,8 +197,8 @@ class Leaks:
     """Near-duplicates that stand on both sides of a score, as the data audit finds them in one embedding.
 
     Of `images` as many as `test_images` and `train_images` together were looked at. `test` of the `test_images` are nearly the same as a training image, `folds` of the `train_images` as one of another
-    fold. `without` is each row's test accuracy on the other test images, `held_out` its accuracy on all out-of-fold
-    answers and on those of the other training images; a row is named where these can be told.
+    fold. `without` is each row's test score on the other test images, `held_out` its score on all out-of-fold answers and on those
+    of the other training images, higher being better; a row is named where these can be told.
     """
 
     embedding: str
@@ -199,14 +210,22 @@ class Leaks:
     without: Mapping[str, float]
     held_out: Mapping[str, tuple[float, float]]
 
-    def lines(self, rows: Sequence[LeaderboardRow]) -> list[str]:
-        """Return what must be said above the table; rows : the best row and, if it is another, the recommended one."""
+    def lines(self, rows: Sequence[LeaderboardRow], metric: Metric = ACCURACY) -> list[str]:
+        """Return what must be said above the table.
+
+        rows : the best row and, if it is another, the recommended one; metric : what the test is told by
+        """
+
+        def told(score: float) -> str:
+            return f"{metric.text(score)} %" if metric is ACCURACY else f"{metric.title} {metric.text(score)}"
+
         found = []
         if self.test:
             scores = [
-                f"{row.key} has {100 * self.without[row.key]:.1f} % in place of {100 * row.test.accuracy:.1f} %"
+                f"{row.key} has {told(self.without[row.key])} in place of {told((1 - 2 * metric.lower_is_better) * with_all)}"
                 for row in rows
-                if row.test and row.key in self.without
+                for with_all in [None if row.test is None else row.test.of(metric)[0]]
+                if with_all is not None and row.key in self.without
             ]
             scored = f"; on the other test images {' and '.join(scores)}" if scores else ""
             found.append(
@@ -214,7 +233,7 @@ class Leaks:
             )
         if self.folds:
             scores = [
-                f"{row.key} is right in {100 * without:.1f} % in place of {100 * with_all:.1f} %"
+                f"{row.key} {'is right in' if metric is ACCURACY else 'has'} {told(without)} in place of {told(with_all)}"
                 for row in rows
                 for with_all, without in [self.held_out.get(row.key, (np.nan, np.nan))]
                 if np.isfinite(without)

@@ -14,9 +14,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from pipeline.data.targets import Target, target_of
 from pipeline.errors import PipelineError
-from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS, LeaderboardRow, Leaks, Nested, Verdict, nested_choice
+from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores, metrics_for
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Leaks, Nested, Verdict, nested_choice
 from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, parse_document, read_document, to_document
 
 APART = "Ranked apart, on other images"
@@ -112,20 +113,16 @@ class Leaderboard:
 
     def _table(self, rows: Sequence[LeaderboardRow], wide: bool = False) -> str:
         """Draw rows for Markdown (`wide`) or for a terminal; what nobody asked for has no column."""
-        found = [(column, [column[3](self, row) for row in rows]) for column in COLUMNS]
+        found = [(column, [column[3](self, row) for row in rows]) for column in columns(self)]
         asked = {name for name, _ in REPEATS}
         shown = [(column, cells) for column, cells in found if column[0] not in asked or any(cells)]
         if wide:
             shown[0] = (shown[0][0], [mark.replace("*", "\\*") for mark in shown[0][1]])
             heads = [f"**{row.head}**" if row.key == self.best.key else row.head for row in rows]
             shown[2] = (shown[2][0], heads)
-        # Where everything else is accuracy too, the narrow table need not say so.
-        plain = "" if self.metric is ACCURACY else " acc."
         return tabulate(
             list(zip(*(cells for _, cells in shown), strict=True)),
-            headers=[
-                (long if wide else short).format(metric=self.metric.title, test=plain) for (long, short, *_), _ in shown
-            ],
+            headers=[long if wide else short for (long, short, *_), _ in shown],
             tablefmt="github" if wide else "simple",
             disable_numparse=True,
             colalign=[column[2] for column, _ in shown],
@@ -141,7 +138,7 @@ class Leaderboard:
         recommended = self.verdict.recommended if self.verdict else self.best.key
         looked_at = [row for row in self.rows if row.key in (self.best.key, recommended)]
         lines = [
-            *(self.leaks.lines(looked_at) if self.leaks else []),
+            *(self.leaks.lines(looked_at, self.told_by) if self.leaks else []),
             *filter(None, map(self._unlike_folds, self.rows)),
         ]
         for side, meaning in SURPRISES.items():
@@ -243,11 +240,7 @@ class Leaderboard:
             )
         lines.append(verdict.advice)
         recommended = self.row(verdict.recommended)
-        if (
-            recommended.key != self.best.key
-            and recommended.bundle is not None
-            and recommended.embedding != CONSTANT_GUESS
-        ):
+        if recommended.key != self.best.key and recommended.bundle is not None and not recommended.constant:
             lines.append(
                 f"`manyheads predict` takes the best row when it is given the output folder; for the recommended one give it {recommended.bundle} in there."
             )
@@ -291,6 +284,16 @@ class Leaderboard:
                 "folds and search; the test images stay the same."
             )
         return lines
+
+    @property
+    def target(self) -> Target:
+        """What is said of an image."""
+        return target_of(self.provenance.get("target", {"classes": ()}))
+
+    @property
+    def told_by(self) -> Metric:
+        """The score that the test is told by first."""
+        return metrics_for(self.target)[0]
 
     @property
     def metric(self) -> Metric:
@@ -344,7 +347,7 @@ def cross_validated(row: LeaderboardRow, scoring: str) -> str:
     if row.chose_rows:
         return "–"
     metric = METRICS[scoring]
-    return f"{metric.text(row.cv_mean)} ± {metric.spread_text(row.cv_std)}"
+    return f"{metric.text(row.cv_mean)} ± {metric.user_text(row.cv_std)}"
 
 
 def seeds_text(row: LeaderboardRow, scoring: str) -> str:
@@ -352,7 +355,7 @@ def seeds_text(row: LeaderboardRow, scoring: str) -> str:
     if row.seeds is None:
         return ""
     (mean, spread), metric = row.seeds.cv, METRICS[scoring]
-    return f"{metric.text(mean)} ± {metric.spread_text(spread)}"
+    return f"{metric.text(mean)} ± {metric.user_text(spread)}"
 
 
 REPEATS: tuple[tuple[str, Callable[[LeaderboardRow, str], str]], ...] = (
@@ -362,34 +365,58 @@ REPEATS: tuple[tuple[str, Callable[[LeaderboardRow, str], str]], ...] = (
 """Columns that are there on request: the field of the row, and its text."""
 
 
-def _of_test(text: Callable[[Scores], str]) -> Callable[[Leaderboard, LeaderboardRow], str]:
-    return lambda board, row: "" if row.test is None else text(row.test)
-
-
-COLUMNS: tuple[tuple[str, str, str, Callable[[Leaderboard, LeaderboardRow], str]], ...] = (
-    ("", "", "left", Leaderboard.mark),
-    ("embedding", "embedding", "left", lambda board, row: row.embedding),
-    ("head", "head", "left", lambda board, row: row.head),
-    ("cross-validation ({metric})", "CV {metric}", "right", lambda board, row: cross_validated(row, board.scoring)),
-    ("nested", "nested", "right", lambda board, row: nested_text(row.nested, board.scoring)),
-    ("seeds", "seeds", "right", lambda board, row: seeds_text(row, board.scoring)),
-    (
-        "test accuracy [95 %]",
-        "test{test} [95 %]",
-        "right",
-        _of_test(
-            lambda test: f"{100 * test.accuracy:.1f} [{100 * test.interval[0]:.1f}, {100 * test.interval[1]:.1f}]"
-        ),
-    ),
-    ("balanced", "bal.", "right", _of_test(lambda test: f"{100 * test.balanced_accuracy:.1f}")),
-    ("macro F1", "F1", "right", _of_test(lambda test: f"{100 * test.macro_f1:.1f}")),
-    ("log loss", "loss", "right", _of_test(lambda test: "" if test.log_loss is None else f"{test.log_loss:.3f}")),
-    ("fit s", "fit s", "right", lambda board, row: seconds(row.fit_seconds)),
-    ("predict s", "pred. s", "right", lambda board, row: seconds(row.predict_seconds)),
-    ("trials", "trials", "right", lambda board, row: str(row.trials)),
-    ("note", "note", "left", lambda board, row: row.note),
-)
+Column = tuple[str, str, str, Callable[[Leaderboard, LeaderboardRow], str]]
 """Header in Markdown and in a terminal, which is narrow; alignment; text."""
+
+
+def columns(board: Leaderboard) -> list[Column]:
+    """Return the columns of a leaderboard; of the test those of the scores that serve its target."""
+    title, told_by = board.metric.title, board.told_by
+    # Where everything else is accuracy too, the narrow table need not say so.
+    short = "" if board.metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
+    tested = [_of_test(metric) for metric in metrics_for(board.target) if metric.column and metric is not told_by]
+    return [
+        ("", "", "left", Leaderboard.mark),
+        ("embedding", "embedding", "left", lambda board, row: row.embedding),
+        ("head", "head", "left", lambda board, row: row.head),
+        (
+            f"cross-validation ({title})",
+            f"CV {title}",
+            "right",
+            lambda board, row: cross_validated(row, board.scoring),
+        ),
+        ("nested", "nested", "right", lambda board, row: nested_text(row.nested, board.scoring)),
+        ("seeds", "seeds", "right", lambda board, row: seeds_text(row, board.scoring)),
+        (
+            f"test {told_by.title} [95 %]",
+            f"test{short} [95 %]",
+            "right",
+            lambda board, row: "" if row.test is None else test_text(row.test, told_by),
+        ),
+        *tested,
+        ("fit s", "fit s", "right", lambda board, row: seconds(row.fit_seconds)),
+        ("predict s", "pred. s", "right", lambda board, row: seconds(row.predict_seconds)),
+        ("trials", "trials", "right", lambda board, row: str(row.trials)),
+        ("note", "note", "left", lambda board, row: row.note),
+    ]
+
+
+def _of_test(metric: Metric) -> Column:
+    assert metric.column is not None
+    return (*metric.column, "right", lambda board, row: _score_text(row.test, metric))
+
+
+def _score_text(test: Scores | None, metric: Metric) -> str:
+    value = None if test is None else test[metric.name]
+    return "" if value is None else metric.user_text(value)
+
+
+def test_text(test: Scores, metric: Metric) -> str:
+    """Return a test score with its interval."""
+    value, interval = test.of(metric)
+    if value is None or interval is None:
+        return ""
+    return f"{metric.user_text(value)} [{metric.user_text(interval[0])}, {metric.user_text(interval[1])}]"
 
 
 def read_leaderboard(output: Path) -> Leaderboard:

@@ -12,9 +12,10 @@ from scipy.special import softmax
 from sklearn.covariance import ledoit_wolf
 from sklearn.preprocessing import StandardScaler
 
+from pipeline.data.classes import expand_scores
 from pipeline.heads.fast.solvers import Array, decompose
 from pipeline.heads.head import Params
-from pipeline.heads.tuning.evaluation import Evaluator, expand_scores, scaled, standardised
+from pipeline.heads.tuning.evaluation import Evaluator, scaled, standardised
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 
 
@@ -62,7 +63,7 @@ def discriminant(problem: Problem, fold: int, spread: Spread, candidates: Sequen
             weights = spread.vectors @ (turned / shrunk).T
         offsets = np.log(counts / counts.sum()) - 0.5 * np.einsum("kd,dk->k", spread.means, weights)
         probabilities = softmax((rows @ weights + offsets).astype(np.float64), axis=1)
-        full = expand_scores(probabilities, present, problem.n_classes, "probability")
+        full = expand_scores(probabilities, present, problem.target.width, "probability")
         outcomes.append(FoldOutcome(present[probabilities.argmax(axis=1)], full, "probability"))
     return outcomes
 
@@ -79,7 +80,7 @@ def _ledoit_wolf(spread: Spread) -> Array:
 
 
 def _work_bytes(problem: Problem) -> int:
-    return 16 * problem.X.shape[1] ** 2
+    return int(16 * problem.X.shape[1] ** 2)
 
 
 LDA = Evaluator(discriminant, prepare, together=True, usable=scaled, work_bytes=_work_bytes)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
 
+from pipeline.data.classes import expand_scores
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, Screening, expand_scores, one_by_one
+from pipeline.heads.tuning.evaluation import Evaluator, Screening, generic, one_by_one
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 
 FEW = 16
@@ -95,7 +97,7 @@ def forest(problem: Problem, fold: int, grown: Grown, params: Params) -> FoldOut
         shares[:n] = extrapolated(first, problem.y[held_out], whole)
     return FoldOutcome(
         predictions=votes.present[shares.argmax(axis=1)],
-        scores=expand_scores(shares, votes.present, problem.n_classes, "probability"),
+        scores=expand_scores(shares, votes.present, problem.width, "probability"),
         kind="probability",
         fit_seconds=votes.fit_seconds,
         score_seconds=votes.score_seconds,
@@ -192,4 +194,10 @@ def extrapolated(votes: Votes, y: NDArray[np.int64], trees: int) -> NDArray[np.f
     return np.asarray(shares - (1 - keep) * away)
 
 
+def forest_of_numbers(problem: Problem, fold: int, prepared: None, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Grow each candidate's forest from its first tree; few trees of it are judged as they are."""
+    return generic(problem, fold, prepared, candidates)
+
+
+FOREST_OF_NUMBERS = Evaluator(forest_of_numbers, screening=Screening(few, BUDGET, cost))
 FOREST = Evaluator(forest, prepare=_no_votes, usable=usable, screening=Screening(few, BUDGET, cost))

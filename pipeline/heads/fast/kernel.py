@@ -1,18 +1,23 @@
-"""Evaluator of the RBF SVM: one matrix of squared distances per fold, from which every kernel follows."""
+"""Evaluators of the RBF SVM, of classes and of numbers: one matrix of squared distances per fold, from which every kernel follows."""
 
 from __future__ import annotations
 
 import logging
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.svm import SVC
+from sklearn.base import clone
+from sklearn.multioutput import MultiOutputRegressor
+from sklearn.pipeline import Pipeline
+from sklearn.svm import SVC, SVR
 
+from pipeline.data.classes import expand_scores
 from pipeline.heads.fast.solvers import Array
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, expand_scores, one_by_one, scaled, standardised
+from pipeline.heads.tuning.evaluation import Evaluator, one_by_one, scaled, standardised
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 
 log = logging.getLogger(__name__)
@@ -33,13 +38,13 @@ class Distances:
 
     within : ndarray of shape (n, n), float32
     across : ndarray of shape (n_held_out, n), float32: held-out rows to training rows
-    y : ndarray of shape (n,), int64
+    y : ndarray of shape (n,), int64, or numbers, float64, of shape (n,) or (n, k)
     order : ndarray of shape (n,), int64: their places in the fold's training rows
     """
 
     within: Array
     across: Array
-    y: NDArray[np.int64]
+    y: NDArray[Any]
     order: NDArray[np.int64]
 
     @property
@@ -50,8 +55,8 @@ class Distances:
 
 def prepare_distances(problem: Problem, fold: int) -> Distances:
     """Scale a fold once and measure all its distances."""
-    y = problem.y[problem.folds[fold][0]]
-    order = np.argsort(y, kind="stable")
+    y = problem.learned(problem.folds[fold][0])
+    order = np.argsort(y.reshape(len(y), -1)[:, 0], kind="stable")
     train, held_out = standardised(problem, fold)
     train = train[order]
     within = _squared_distances(train, train)
@@ -75,9 +80,33 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
         scores = np.concatenate([scores, own[np.argsort(distances.order)]])
     present = np.asarray(classifier.classes_, dtype=np.int64)
     likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
-    full = expand_scores(scores, present, problem.n_classes, "decision")
+    full = expand_scores(scores, present, problem.width, "decision")
     seconds = time.perf_counter() - fitted
     return FoldOutcome(present[likeliest], full, "decision", fitted - start, seconds)
+
+
+@one_by_one
+def rbf_svr(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
+    """Fit support vector regression on the kernel exp(-gamma * squared distance), a machine for each number."""
+    start = time.perf_counter()
+    head: SVR = configure(problem.head, params, problem.seed)[-1]
+    gamma = np.float32(head.gamma)
+    within, columns = _kernel(distances.within, gamma), distances.y.reshape(len(distances.y), -1).T
+    machines = [clone(head).set_params(kernel="precomputed").fit(within, column) for column in columns]
+    fitted = time.perf_counter()
+    judged = [_kernel(distances.across, gamma)]
+    if problem.judge_training:
+        judged.append(within[np.argsort(distances.order)])
+    said = np.stack([np.concatenate([machine.predict(rows) for rows in judged]) for machine in machines], axis=1)
+    seconds = time.perf_counter() - fitted
+    return FoldOutcome(problem.target.told(said), fit_seconds=fitted - start, score_seconds=seconds)
+
+
+def fit_each(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.float64]) -> Pipeline:
+    """Fit a pipeline whose last step takes one number; a copy of that for each where y is of shape (n, k)."""
+    if y.ndim > 1:
+        pipeline.steps[-1] = (pipeline.steps[-1][0], MultiOutputRegressor(pipeline[-1]))
+    return pipeline.fit(X, y)
 
 
 def _kernel(distances: Array, gamma: np.float32) -> NDArray[np.float64]:
@@ -116,9 +145,12 @@ def _fits_in_memory(problem: Problem) -> bool:
 def _work_bytes(problem: Problem) -> int:
     """Return what a fold takes: distances in float32 and kernels in float64, and what libsvm keeps of two classes."""
     cache = configure(problem.head, problem.head.defaults, problem.seed)[-1].cache_size
-    pair = int(np.sort(np.bincount(problem.y))[-2:].sum())
+    classes = problem.target.classes
+    pair = int(np.sort(np.bincount(problem.y))[-2:].sum()) if classes else len(problem.y)
     kernels = max(12 * len(train) * (len(train) + len(held_out)) for train, held_out in problem.folds)
     return kernels + min(int(cache * 1e6), 4 * pair**2)
 
 
-RBF_SVM = Evaluator(rbf_svm, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)
+RBF_SVM, RBF_SVR = (
+    Evaluator(fit, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes) for fit in (rbf_svm, rbf_svr)
+)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from sklearn.utils.class_weight import compute_sample_weight
 
+from pipeline.data.classes import expand_scores
 from pipeline.heads.fast.blocked import turn_blocks
 from pipeline.heads.fast.solvers import (
     Array,
@@ -30,7 +31,7 @@ from pipeline.heads.fast.solvers import (
     turn,
 )
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, expand_scores, scaled, standardised
+from pipeline.heads.tuning.evaluation import Evaluator, scaled, standardised
 from pipeline.heads.tuning.records import FoldOutcome, Problem
 from pipeline.heads.tuning.room import problem_bytes
 
@@ -47,8 +48,8 @@ BATCH_BYTES = 64 << 20
 class Prepared:
     """Training rows for one linear head: their features on their axes, their classes, the solutions so far.
 
-    present : ndarray of int64, or of labels: the classes of the rows
-    products : ndarray of shape (rank + 1, columns): the features' products with targets of -1 and 1
+    present : ndarray of int64, or of labels: the classes of the rows; of numbers one row's
+    products : ndarray of shape (rank + 1, columns): the features' products with targets of -1 and 1, or with numbers
     """
 
     axes: Axes
@@ -86,14 +87,25 @@ def hinge_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family
     return Family(loss, width, 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
 
 
-def prepare(make: Make | None, problem: Problem, fold: int) -> Prepared:
+def prepare(share: Share, problem: Problem, fold: int) -> Prepared:
     """Share the axes of a fold, and the path of solutions along the penalty or the products it follows from."""
     train, held_out = problem.folds[fold]
     axes = turn_blocks(problem.X, train, held_out) if problem.on_disk else turn(*standardised(problem, fold))
-    return _prepared(make, problem, axes, problem.y[train])
+    return share(problem, axes, problem.learned(train))
 
 
-def _prepared(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) -> Prepared:
+Share = Callable[[Problem, Axes, NDArray[Any]], Prepared]
+"""(a problem, the axes of its rows, what is learned of them) -> what all candidates share."""
+
+
+def _numbers(problem: Problem, axes: Axes, y: NDArray[np.float64]) -> Prepared:
+    columns = y.reshape(len(y), -1).astype(np.float32)
+    held = problem_bytes(len(problem.X), problem.X.shape[1], columns.shape[1]) if problem.on_disk else columns.nbytes
+    held += axes.train.nbytes + axes.held_out.nbytes
+    return Prepared(axes, y[:1], columns.shape[1], held, products=axes.train.T @ columns)
+
+
+def _classes(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) -> Prepared:
     present, places = np.unique(y, return_inverse=True)
     targets = targets_of(places, len(present))
     columns = targets.shape[1]
@@ -134,7 +146,7 @@ def logistic_regression(
         else:
             shares = np.exp((scores - scores.max(axis=1, keepdims=True)).astype(np.float64))
             probabilities = shares / shares.sum(axis=1, keepdims=True)
-        full = expand_scores(probabilities, present, problem.n_classes, "probability")
+        full = expand_scores(probabilities, present, problem.width, "probability")
         outcomes.append(FoldOutcome(present[probabilities.argmax(axis=1)], full, "probability", seconds))
     return outcomes
 
@@ -149,11 +161,19 @@ def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[
     return _decided(problem, prepared, candidates)
 
 
+def ridge_of_numbers(
+    problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]
+) -> list[FoldOutcome]:
+    """Fit ridge regression onto one or several numbers at every alpha, from the fold's one decomposition."""
+    solved = _scores(problem, prepared, candidates)
+    return [FoldOutcome(problem.target.told(scores), fit_seconds=seconds) for scores, seconds in solved]
+
+
 def _decided(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
     present, outcomes = prepared.present, []
     for scores, seconds in _scores(problem, prepared, candidates):
         values = scores[:, 0] if len(present) == 2 else scores
-        full = expand_scores(values, present, problem.n_classes, "decision")
+        full = expand_scores(values, present, problem.width, "decision")
         predictions = present[(values > 0).astype(np.int64) if len(present) == 2 else values.argmax(axis=1)]
         outcomes.append(FoldOutcome(predictions, full, "decision", seconds))
     return outcomes
@@ -179,20 +199,21 @@ def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) 
     return solved
 
 
-def fit_in_blocks(make: Make | None, problem: Problem, params: Params, y: NDArray[Any]) -> Pipeline:
-    """Fit the head's pipeline on all rows from passes over blocks of them; its classes are those of y, shape (n,).
+def fit_in_blocks(share: Share, problem: Problem, params: Params, y: NDArray[Any]) -> Pipeline:
+    """Fit the head's pipeline on all rows from passes over blocks of them; its classes are those of y, shape (n,) or (n, k).
 
     All that scikit-learn keeps besides the solution is what it keeps of a fit to one made-up row per class.
     """
     rows = np.arange(len(y))
     axes = turn_blocks(problem.X, rows, rows[:0])
-    prepared = _prepared(make, problem, axes, y)
+    prepared = share(problem, axes, y)
     weights = _solve(problem, prepared, [params])[:, 0]
     pipeline = configure(problem.head, params, problem.seed)
     pipeline.steps[0] = (pipeline.steps[0][0], axes.train.data.scaler)
     model = pipeline[-1].fit(np.zeros((len(prepared.present), 1), np.float32), prepared.present)
-    model.coef_ = (axes.train.vectors @ weights[:-1]).T.astype(np.float64)
-    model.intercept_ = weights[-1].astype(np.float64)
+    coefficients = (axes.train.vectors @ weights[:-1]).T.astype(np.float64)
+    model.coef_ = coefficients.reshape(*model.coef_.shape[:-1], -1)
+    model.intercept_ = weights[-1].astype(np.float64).reshape(np.shape(model.intercept_))
     model.n_features_in_ = problem.X.shape[1]
     if hasattr(model, "n_iter_"):
         del model.n_iter_
@@ -214,15 +235,16 @@ def targets_of(y: NDArray[np.integer], n_classes: int) -> Array:
 
 def _unweighted(problem: Problem) -> bool:
     """Class weights would shift the centre the decomposition is taken around."""
-    return scaled(problem) and configure(problem.head, {}, problem.seed)[-1].class_weight is None
+    return scaled(problem) and getattr(configure(problem.head, {}, problem.seed)[-1], "class_weight", None) is None
 
 
-def _evaluator(evaluate: Any, make: Make | None, usable: Callable[[Problem], bool], quicker: bool = False) -> Evaluator:
-    fit = partial(fit_in_blocks, make)
-    return Evaluator(evaluate, partial(prepare, make), True, usable, fit_in_blocks=fit, quicker=quicker)
+def _evaluator(evaluate: Any, share: Share, usable: Callable[[Problem], bool], quicker: bool = False) -> Evaluator:
+    fit = partial(fit_in_blocks, share)
+    return Evaluator(evaluate, partial(prepare, share), True, usable, fit_in_blocks=fit, quicker=quicker)
 
 
-LOGISTIC_REGRESSION = _evaluator(logistic_regression, logistic_family, scaled)
+LOGISTIC_REGRESSION = _evaluator(logistic_regression, partial(_classes, logistic_family), scaled)
 # At 2,500 x 512 and 20 classes LIBLINEAR takes twenty times as long to the same optimum.
-LINEAR_SVM = _evaluator(linear_svm, hinge_family, scaled, quicker=True)
-RIDGE = _evaluator(ridge, None, _unweighted)
+LINEAR_SVM = _evaluator(linear_svm, partial(_classes, hinge_family), scaled, quicker=True)
+RIDGE = _evaluator(ridge, partial(_classes, None), _unweighted)
+RIDGE_OF_NUMBERS = _evaluator(ridge_of_numbers, _numbers, _unweighted)

@@ -4,7 +4,8 @@ A search asks for a round of points, fits them on the folds, tells the scores, a
 journal as it ends, so a killed search goes on where it was and ends with the same result.
 """
 
-from pipeline.heads.tuning.evaluation import answers, expand_scores, working_memory, works_on_disk
+from pipeline.data.classes import expand_scores
+from pipeline.heads.tuning.evaluation import working_memory, works_on_disk
 from pipeline.heads.tuning.features import Features, blocks, on_disk, part
 from pipeline.heads.tuning.folds import Folds, make_folds
 from pipeline.heads.tuning.last_fit import refit
@@ -20,7 +21,6 @@ __all__ = [
     "Projections",
     "Trial",
     "TuningRun",
-    "answers",
     "blocks",
     "check",
     "expand_scores",

@@ -24,9 +24,8 @@ from sklearn import config_context
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from pipeline.data.classes import ANY_CLASSES
 from pipeline.errors import HeadError
-from pipeline.evaluation.predictions import ScoreKind
-from pipeline.evaluation.said import said
 from pipeline.heads.fast.solvers import standardise
 from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.records import FoldOutcome, Problem
@@ -107,18 +106,18 @@ def one_by_one(fit: Fit) -> Callable[[Problem, int, Any, Sequence[Params]], list
 @one_by_one
 def generic(problem: Problem, fold: int, prepared: Any, params: Params) -> FoldOutcome:
     """Fit the head's pipeline on a fold's training rows, and predict the held-out rows."""
-    y = problem.y[problem.folds[fold][0]]
-    if (y == y[0]).all():
-        return _constant(int(y[0]), len(problem.judged(fold)), problem.n_classes)
+    train, target = problem.folds[fold][0], problem.target
+    only = target.only(problem.y[train], len(problem.judged(fold)))
+    if only is not None:
+        return FoldOutcome(*only)
     X_train, X = problem.matrices(fold)
     start = time.perf_counter()
     pipeline = configure(problem.head, params, problem.fold_seed(fold))
     pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes))
-    pipeline = problem.head.fit(pipeline, X_train, y)
+    pipeline = problem.head.fit(pipeline, X_train, problem.learned(train))
     fitted = time.perf_counter()
-    return FoldOutcome(
-        *answers(pipeline, X, problem.n_classes), fitted - start, score_seconds=time.perf_counter() - fitted
-    )
+    predictions, scores, kind = target.answers(pipeline, X)
+    return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted)
 
 
 GENERIC = Evaluator(generic)
@@ -145,7 +144,7 @@ def works_on_disk(head: Head) -> bool:
     """Whether a head can be fitted on features that stay on disk."""
     if head.evaluator is None or head.evaluator.fit_in_blocks is None:
         return False
-    nothing = Problem(head, np.empty((0, 0), np.float32), np.empty(0, np.int64), 0, (), 0)
+    nothing = Problem(head, np.empty((0, 0), np.float32), np.empty(0, np.int64), ANY_CLASSES, (), 0)
     return head.evaluator.usable(nothing)
 
 
@@ -176,44 +175,6 @@ def standardised(problem: Problem, fold: int) -> tuple[NDArray[np.float32], NDAr
     """Return a fold's training and held-out rows as a head gets them behind its StandardScaler."""
     train, held_out = problem.matrices(fold)
     return standardise(train, held_out) if problem.projections is None else (train, held_out)
-
-
-def answers(
-    estimator: Any, X: NDArray[np.float32], n_classes: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32] | None, ScoreKind | None]:
-    """Return what `said` does of a classifier of codes, as codes and with a column for every class."""
-    places, columns, kind = said(estimator, X)
-    present = np.asarray(estimator.classes_, dtype=np.int64)
-    if columns is None or kind is None:
-        return present[places], None, None
-    return present[places], expand_scores(columns, present, n_classes, kind), kind
-
-
-def expand_scores(
-    scores: NDArray[np.floating], present: NDArray[np.int64], n_classes: int, kind: str
-) -> NDArray[np.float32]:
-    """Give an estimator's scores one column per class of the whole problem.
-
-    scores : ndarray of shape (n,) for two classes, or (n, len(present))
-    present : ndarray of shape (len(present),), int64: the classes the estimator was fitted on
-    Returns an ndarray of shape (n, n_classes). One decision value z of two classes becomes -z and z. An absent class gets
-    probability 0, or 1 less than the row's lowest decision value.
-    """
-    if scores.ndim == 1:
-        scores = np.stack([-scores, scores], axis=1)
-    if len(present) == n_classes:
-        return scores.astype(np.float32)
-    absent = 0.0 if kind == "probability" else scores.min(axis=1, keepdims=True) - 1
-    full = np.zeros((len(scores), n_classes), dtype=np.float32) + np.float32(absent)
-    full[:, present] = scores
-    return full
-
-
-def _constant(label: int, rows: int, n_classes: int) -> FoldOutcome:
-    """Return what can be said of a fold whose training rows have one class: always that class."""
-    probabilities = np.zeros((rows, n_classes), dtype=np.float32)
-    probabilities[:, label] = 1
-    return FoldOutcome(np.full(rows, label, dtype=np.int64), probabilities, "probability")
 
 
 def failed(error: Exception, counts: Mapping[str, int]) -> FoldOutcome:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import scipy
 import sklearn
-from numpy.typing import NDArray
 
 from pipeline.config import TuningConfig
 from pipeline.heads.head import Params, identity
@@ -22,7 +21,7 @@ SOLVERS_VERSION, ON_DISK_VERSION = 8, 2
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
 
 
-def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfig) -> dict[str, Any]:
+def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
     """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
     folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
     budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
@@ -32,7 +31,7 @@ def search_identity(problem: Problem, classes: NDArray[Any], tuning: TuningConfi
     return {
         **place,
         "features": [list(problem.X.shape), str(problem.X.dtype), _digest(problem.X)],
-        "labels": [[str(label) for label in classes], bytes_digest(problem.y.tobytes())],
+        "labels": [*problem.target.to_record().values(), bytes_digest(problem.y.tobytes())],
         "folds": bytes_digest(folds),
         "head": identity(problem.head, problem.seed),
         "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **reduced, **budget},

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
+from typing import Any
 
 import joblib
 import numpy as np
@@ -114,9 +115,10 @@ class FoldFits:
             points = [{**params, **cheaper(self.problem, params)} for params in points]
         return fold, group, self._scored(self.problem, fold, points)
 
-    def _answers(self, y: NDArray[np.int64], outcome: FoldOutcome) -> Predictions:
+    def _answers(self, y: NDArray[Any], outcome: FoldOutcome) -> Predictions:
         assert outcome.predictions is not None, "a fit that failed is not judged"
-        return Predictions(y, outcome.predictions, outcome.scores if self.metric.needs_probabilities else None)
+        scores = outcome.scores if self.metric.needs_probabilities else None
+        return Predictions(y, outcome.predictions, scores, target=self.problem.target)
 
     def score(self, one: Candidate, rung: int) -> float:
         """Return the score of all held-out answers together, of a candidate that was fitted on every fold.
@@ -152,7 +154,7 @@ class FoldFits:
         # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
         with self._threads.limit(limits=1, user_api="openmp"), working_memory(problem.work_bytes):
             points = [{**problem.head.fixed, **candidate} for candidate in candidates]
-            if len(np.unique(problem.y[problem.folds[fold][0]])) < 2:
+            if problem.target.only(problem.y[problem.folds[fold][0]], 0) is not None:
                 return GENERIC.evaluate(problem, fold, None, points)
             try:
                 return self.evaluator.evaluate(problem, fold, self.shared.get(fold), points)

@@ -19,10 +19,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
+from pipeline.data.classes import ANY_CLASSES
 from pipeline.errors import UnfittedError
 from pipeline.evaluation import Metric, Predictions
 from pipeline.evaluation.leaderboard.rows import LastFit
-from pipeline.evaluation.said import said
 from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.evaluation import (
     counted,
@@ -74,7 +74,7 @@ class Fitted:
     """A fit on all rows, the best of so many tries; `labels` and `measured` are of the rows it was fitted on."""
 
     pipeline: Pipeline
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     measured: Measured
     seconds: float
     warnings: Mapping[str, int]
@@ -130,10 +130,10 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
         pipeline = fit_on_all(problem, params, y, jobs)
         seconds = time.perf_counter() - start
         with working_memory(problem.work_bytes):
-            parts = [said(pipeline, block) for _, block in blocks(problem.X)]
-    labels = np.concatenate([part[0] for part in parts]).astype(np.int64)
-    columns = np.concatenate([part[1] for part in parts]) if metric.needs_probabilities else None
-    measured = Measured.of(metric, Predictions(problem.y, labels, columns))
+            parts = [problem.target.recalled(pipeline, block) for _, block in blocks(problem.X)]
+    labels = np.concatenate([labels for labels, _ in parts])
+    columns = np.concatenate([columns for _, columns in parts]) if metric.needs_probabilities else None
+    measured = Measured.of(metric, Predictions(problem.y, labels, columns, target=problem.target))
     return Fitted(pipeline, labels, measured, seconds, dict(counts))
 
 
@@ -150,8 +150,8 @@ def refit(
 
     X : as for `tune`, and as there on disk only for heads that can be fitted so, or with `pca`
     """
-    classes, codes = np.unique(y, return_inverse=True)
-    problem = Problem(head, X, codes.astype(np.int64), len(classes), (), seed)
+    target, codes, _ = ANY_CLASSES.narrowed(y)
+    problem = Problem(head, X, codes, target, (), seed)
     if pca is not None:
         problem = changed(problem, head=without_scaler(head), projections=Projections(X, pca, whiten))
     with counting_warnings(), threadpool_limits(limits=1, user_api="openmp"):
@@ -179,5 +179,6 @@ def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> 
         }
         used |= smaller_caches(pipeline, problem.work_bytes)
         kept = {key: params[key] for key in used}
-        fitted = problem.head.fit(pipeline.set_params(**used), X, y).set_params(**kept)
+        fitted = problem.head.fit(pipeline.set_params(**used), X, y)
+        fitted.set_params(**{key: kept[key] for key in kept.keys() & fitted.get_params()})
         return fitted if projection is None else projection.before(fitted)

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
+from pipeline.data.classes import ScoreKind
+from pipeline.data.targets import Target
 from pipeline.evaluation import Metric, Predictions
 from pipeline.evaluation.leaderboard.rows import LastFit
-from pipeline.evaluation.predictions import ScoreKind
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning.features import Features, on_disk
 from pipeline.heads.tuning.projection import Projections
@@ -28,13 +29,13 @@ class Problem:
     """What every trial of a search is fitted on.
 
     X : ndarray of shape (n, dim), float32, or a memory map of one, or rows of a store that stay on disk
-    y : ndarray of shape (n,), int64: places in `classes`
+    y : what the target makes of labels: ndarray of shape (n,), int64, places in its classes; or as `Predictions` has it
     """
 
     head: Head
     X: Features
-    y: NDArray[np.int64]
-    n_classes: int
+    y: NDArray[Any]
+    target: Target
     folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
     seed: int
     spare_bytes: int = 0
@@ -45,6 +46,15 @@ class Problem:
     """The principal components that the head works on instead of X."""
     judge_training: bool = False
     """Whether the rows a fold is fitted on are judged too, after those it holds out."""
+
+    @property
+    def width(self) -> int:
+        """How many numbers a head says of an image."""
+        return self.target.width
+
+    def learned(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return what an estimator is fitted on in some rows, as the target says."""
+        return self.target.learned(self.y[rows])
 
     @property
     def on_disk(self) -> bool:
@@ -93,12 +103,12 @@ class Measured:
 class FoldOutcome:
     """One set of parameters on one fold.
 
-    predictions : ndarray of shape (n_validation,), int64, places in `classes`; None after an error
-    scores : ndarray of shape (n_validation, n_classes), float32: probabilities or decision values; None without any
+    predictions : of n_validation rows what `Predictions.y_pred` is; None after an error
+    scores : ndarray of shape (n_validation, width), float32: probabilities or decision values; None without any
     training : the score on the rows it was fitted on, where they were judged
     """
 
-    predictions: NDArray[np.int64] | None
+    predictions: NDArray[Any] | None
     scores: NDArray[np.float32] | None = None
     kind: ScoreKind | None = None
     fit_seconds: float = 0.0
@@ -173,7 +183,7 @@ class TuningRun:
     """A finished search. `pipeline` is the best head, fitted on all training rows."""
 
     classes: NDArray[Any]
-    """Labels in the order of the codes and of the score columns."""
+    """Of a target with classes the values of y that occur, in the order of the codes and of the score columns."""
     trials: tuple[Trial, ...]
     best: Trial
     strategy: str

@@ -55,16 +55,16 @@ def memory_needed(shape: tuple[int, int]) -> int:
 
 
 def memory_needed_on_disk(
-    head: Head, shape: tuple[int, int], n_classes: int, pca: int | float | None = None, folds: int = 1
+    head: Head, shape: tuple[int, int], width: int, pca: int | float | None = None, folds: int = 1
 ) -> int | None:
-    """Return the same for features that stay on disk, worked on there or as principal components; None for a head that cannot."""
+    """Return the same for features that stay on disk and a target of so many numbers, worked on there or as principal components; None for a head that cannot."""
     n, dim = shape
     if pca is not None:
         return 4 * features.BLOCK_BYTES + 40 * dim**2 + (folds + 1 + COPIES) * _components_bytes(shape, pca)
     if not works_on_disk(head):
         return None
-    held = problem_bytes(n, dim, 1 if n_classes == 2 else n_classes)
-    return n * (32 + 12 * n_classes) + 6 * features.BLOCK_BYTES + PER_PRODUCT * dim**2 + 2 * held
+    held = problem_bytes(n, dim, 1 if width == 2 else width)
+    return n * (32 + 12 * width) + 6 * features.BLOCK_BYTES + PER_PRODUCT * dim**2 + 2 * held
 
 
 def problem_bytes(n: int, dim: int, columns: int) -> int:
@@ -89,7 +89,7 @@ def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Roo
         return Room(wanted, SPARE_BYTES, shared, None)
     shape, left = problem.X.shape, limit
     if problem.on_disk:
-        each = memory_needed_on_disk(problem.head, shape, problem.n_classes) or 0
+        each = memory_needed_on_disk(problem.head, shape, problem.width) or 0
     elif tuning.pca is not None and features.on_disk(problem.X):
         each = 40 * shape[1] ** 2 + COPIES * _components_bytes(shape, tuning.pca)
     else:

@@ -14,9 +14,10 @@ from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import TuningConfig, unknown
+from pipeline.data.classes import ANY_CLASSES, ScoreKind
+from pipeline.data.targets import Target
 from pipeline.errors import HeadError, UnfittedError
-from pipeline.evaluation import METRICS, Predictions
-from pipeline.evaluation.predictions import ScoreKind
+from pipeline.evaluation import METRICS, Predictions, metric_of
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
 from pipeline.heads.tuning.evaluation import Screening, counting_warnings
@@ -34,12 +35,18 @@ MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
 
 
-def check(head: Head, tuning: TuningConfig) -> list[str]:
-    """Return the reasons why a head cannot be tuned as configured, before anything is spent."""
-    if tuning.scoring not in METRICS:
-        return [f"tuning.scoring: {unknown('score', tuning.scoring, tuple(METRICS))}"]
-    if METRICS[tuning.scoring].needs_probabilities and not head.probabilities:
-        *some, last = (name for name, metric in METRICS.items() if not metric.needs_probabilities)
+def check(head: Head, tuning: TuningConfig, kind: str = "classification") -> list[str]:
+    """Return the reasons why a head cannot be tuned as configured for a kind of target, before anything is spent."""
+    if kind not in head.targets:
+        return [f"head {head.name}: serves {' and '.join(head.targets)}, and the target is {kind}"]
+    if tuning.scoring == "auto":
+        return []
+    serving = {name: metric for name, metric in METRICS.items() if kind in metric.targets}
+    if tuning.scoring not in serving:
+        what = f"score of {kind}" if tuning.scoring in METRICS else "score"
+        return [f"tuning.scoring: {unknown(what, tuning.scoring, ('auto', *serving))}"]
+    if serving[tuning.scoring].needs_probabilities and not head.probabilities:
+        *some, last = (name for name, metric in serving.items() if not metric.needs_probabilities)
         return [
             f"head {head.name}: tuning.scoring {tuning.scoring!r} needs probabilities, which it does not give; the others are {', '.join(some)} and {last}"
         ]
@@ -55,6 +62,7 @@ def tune(
     seed: int,
     journal: Path,
     projections: Projections | None = None,
+    target: Target = ANY_CLASSES,
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
@@ -66,7 +74,8 @@ def tune(
     ----------
     X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, see
         `memory_needed`. `StoredRows` stay on disk and are read in blocks, by the heads that can be fitted so.
-    y : array of shape (n,): labels or codes; the fitted pipeline predicts values of the same kind
+    y : what the target makes of labels, classes also by name: array of shape (n,), or (n, k); the fitted pipeline predicts what
+        the target's `learned` makes of it
     journal : the JSON-lines file of this search's fits; what it holds of the same search is not fitted again
     projections : of this X, to share what is found for `tuning.pca` with searches of other heads
 
@@ -75,7 +84,7 @@ def tune(
     HeadError
         When the head cannot be tuned as configured, no trial could be fitted, or the journal cannot be written.
     """
-    problems = check(head, tuning)
+    problems = check(head, tuning, target.kind)
     if problems:
         raise HeadError(problems[0])
     wrong = next((place for place, block in blocks(X) if not np.isfinite(block).all()), None)
@@ -83,12 +92,14 @@ def tune(
         raise HeadError(
             f"the features hold NaN or infinity, first within rows {wrong.start} to {min(wrong.stop, len(X)) - 1}; extract them again in fp32"
         )
-    classes, codes = np.unique(np.asarray(y), return_inverse=True)
-    problem = Problem(head, X, codes.astype(np.int64), len(classes), tuple(folds), seed)
+    given = np.asarray(y)
+    narrowed, codes, classes = target.narrowed(given)
+    tuning = tuning.model_copy(update={"scoring": metric_of(tuning.scoring, narrowed).name})
+    problem = Problem(head, X, codes, narrowed, tuple(folds), seed)
     if tuning.pca is not None:
         shared = projections or Projections(X, tuning.pca, tuning.whiten)
         problem = changed(problem, head=without_scaler(head), projections=shared)
-    book = Journal.open(journal, search_identity(problem, classes, tuning))
+    book = Journal.open(journal, search_identity(problem, tuning))
     try:
         fits = FoldFits(problem, tuning, book)
         search = _Search(fits)
@@ -98,7 +109,9 @@ def tune(
     finally:
         book.close()
     promised = Promise.of(best, training)
-    fitted = fit_as_promised(fits.problem, best.params, np.asarray(y), fits.jobs, METRICS[tuning.scoring], promised)
+    fitted = fit_as_promised(
+        fits.problem, best.params, narrowed.learned(given), fits.jobs, METRICS[tuning.scoring], promised
+    )
     return TuningRun(
         classes=classes,
         trials=tuple(search.trials),
@@ -242,10 +255,10 @@ def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> tuple[P
     # solved again alone, so that a resumed search and an uninterrupted one give the same to the last digit.
     if fits.evaluator.together or not outcomes or any(outcome.training is None for outcome in outcomes):
         outcomes = fits.on_every_fold(best.params)
-    predictions = np.full(len(problem.y), -1, dtype=np.int64)
+    predictions = np.zeros_like(problem.y)
     place = np.full(len(problem.y), -1, dtype=np.int64)
     kinds = {outcome.kind for outcome in outcomes}
-    scores = np.zeros((len(problem.y), problem.n_classes), dtype=np.float32) if None not in kinds else None
+    scores = np.zeros((len(problem.y), problem.width), dtype=np.float32) if None not in kinds else None
     for fold, outcome in enumerate(outcomes):
         held_out = problem.folds[fold][1]
         assert outcome.predictions is not None, "the best trial was fitted on every fold"
@@ -254,4 +267,4 @@ def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> tuple[P
             scores[held_out] = outcome.scores
     kind: ScoreKind | None = None if scores is None else "decision" if "decision" in kinds else "probability"
     training = tuple(outcome.training for outcome in outcomes if outcome.training is not None)
-    return Predictions(problem.y, predictions, folds=place, scores=scores, kind=kind), training
+    return Predictions(problem.y, predictions, None, None, None, place, scores, kind, problem.target), training

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import BackboneConfig, Config
+from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed import baselines, licenses
 from pipeline.embed.installed import BUNDLED, stand_in
 from pipeline.embed.precision import choice_inputs
 from pipeline.embed.records import load
 from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec
 from pipeline.errors import PipelineError
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import SPECS, Artifacts, read_document, write_document
 from pipeline.images import DECODE_POLICY
 from pipeline.io.digests import Digests, fingerprint
@@ -89,7 +89,7 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
             found[key], live = made.specs, partial(_itself, made)
         sources.append(Source(section, found[key], live, instead_of))
     for name in baselines.NAMES if config.baselines is None else config.baselines:
-        if name != CONSTANT_GUESS:
+        if name not in CONSTANT_GUESSES:
             made = load(None, name, config.extraction, config.seed)
             sources.append(Source(None, made.specs, partial(_itself, made)))
     if found != known:

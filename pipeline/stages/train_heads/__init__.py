@@ -21,22 +21,20 @@ from importlib.metadata import PackageNotFoundError, version
 from shlex import quote
 from typing import Any
 
-import numpy as np
-
 from pipeline import heads as head_table
 from pipeline.config import Config, dump_yaml
 from pipeline.data import DatasetIndex
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
 from pipeline.errors import HeadError, UnfittedError
+from pipeline.evaluation import metric_of
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.evaluation.leaderboard.imbalance import advice
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.heads import LOGISTIC_REGRESSION, Head
+from pipeline.heads import TABLES, Head
 from pipeline.heads.tuning import limited, require
 from pipeline.io.files import write_text_atomic
-from pipeline.stages.train_heads.embedding import Embedding, Vectors, constant_guess
+from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.task import Task, make_task, unseen_task
@@ -45,9 +43,6 @@ from pipeline.store import FeatureStore
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
 
 log = logging.getLogger(__name__)
-
-BASELINE_HEAD = LOGISTIC_REGRESSION
-"""What the pixels and HOG baselines are classified with."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class HeadsRun:
             f"to predict   manyheads predict {quote(str(root))} IMAGES --output labels.csv{' --trust' * bool(runs_code)}",
         ]
         chosen = self.leaderboard.row(verdict.recommended) if verdict else best
-        if chosen.key != best.key and chosen.bundle and chosen.embedding != CONSTANT_GUESS:
+        if chosen.key != best.key and chosen.bundle and not chosen.constant:
             lines.append(f"recommended  {root / chosen.bundle}")
         return lines
 
@@ -85,7 +80,7 @@ def run(config: Config) -> HeadsRun:
     PipelineError
         When stage one has not been run for this config, the data cannot be cross-validated, or a head is wrong.
     """
-    files, heads = Artifacts(config.output), head_table.resolve_all(config.heads)
+    files = Artifacts(config.output)
     require(config.tuning.strategy)
     records = read_asked_records(files.features, config)
     index = DatasetIndex.read(files.dataset)
@@ -93,6 +88,11 @@ def run(config: Config) -> HeadsRun:
     require_index(files.features, made_of)
     stores = {record.name: FeatureStore.open(files.find_store(record.store), record.fingerprint) for record in records}
     task = make_task(config, files, index, list(stores.values()))
+    heads, scoring = (
+        head_table.resolve_all(config.heads, task.target.kind),
+        metric_of(config.tuning.scoring, task.target),
+    )
+    config = config.model_copy(update={"tuning": config.tuning.model_copy(update={"scoring": scoring.name})})
     embeddings = list(_embeddings(config, records, stores, heads, task))
     rows, left_out, reused = list[LeaderboardRow](), list[str](), 0
     for embedding in embeddings:
@@ -107,7 +107,7 @@ def run(config: Config) -> HeadsRun:
             except UnfittedError as error:
                 why = ": ".join(filter(None, [error.message, "; ".join(error.problems)]))
                 left_out.append(f"{embedding.name} / {head.name}: left out: {why}")
-    if left_out and all(row.embedding == CONSTANT_GUESS for row in rows):
+    if left_out and all(row.constant for row in rows):
         raise HeadError("no head on images can be tuned", left_out)
     write_text_atomic(files.config, dump_yaml(config, files.root))
     notes = [*_notes(embeddings, task, config), *left_out]
@@ -126,23 +126,22 @@ def _embeddings(
     task: Task,
 ) -> Iterator[Embedding]:
     """Yield what heads are tuned on: the backbones' embeddings, the baselines, and the guess that looks at no image."""
-    tuning = limited(config.tuning)
-    for kind, chosen in (("backbone", tuple(heads)), ("baseline", (BASELINE_HEAD,))):
+    tuning, table = limited(config.tuning), TABLES[task.target.kind]
+    for kind, chosen in (("backbone", tuple(heads)), ("baseline", (table.baseline,))):
         for record in records:
             if record.kind == kind:
                 yield Embedding(chosen, unseen_task(task, record, config), tuning, record, stores[record.name])
-    if config.baselines is None or CONSTANT_GUESS in config.baselines:
+    if config.baselines is None or task.target.constant in config.baselines:
         once = tuning.model_copy(update={"trials": 1, "seconds": None, "pca": None, "whiten": False})
-        yield Embedding((constant_guess(task.y_train, task.target.width),), task, once)
+        yield Embedding((table.guess(task.y_train, task.target.width),), task, once)
 
 
 def _notes(embeddings: Sequence[Embedding], task: Task, config: Config) -> list[str]:
     """Say what is to be known of the data."""
     places = [embedding.place for embedding in embeddings]
-    counts = np.bincount(task.y_train, minlength=task.target.width).tolist()
     return [
         *(place.sentence() for place in places if place is not None and place.on_disk),
-        *advice(counts, task.target.classes, config.tuning.scoring),
+        *advice(task.y_train, task.target, config.tuning.scoring),
     ]
 
 
@@ -159,6 +158,7 @@ def _provenance(
         "task": task.key,
         "index": index,
         "images": {"train": len(task.train), "test": len(task.test), "classes": task.target.width},
+        "target": task.target.to_record(),
         "folds": len(task.folds),
         "notes": list(notes),
         "stores": {name: store.digest for name, store in stores.items()},

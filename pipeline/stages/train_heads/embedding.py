@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.dummy import DummyClassifier
-from sklearn.frozen import FrozenEstimator
-from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
 from pipeline.data import DatasetIndex
 from pipeline.embed.licenses import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import UnfittedError
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.export.bundle import ModelBundle
-from pipeline.heads import HEADS, Head
+from pipeline.heads import TABLES, Head
 from pipeline.heads.tuning import (
     Features,
     Projections,
@@ -41,7 +38,7 @@ class Place:
     embedding: str
     shape: tuple[int, int]
     """Rows and columns of the training features."""
-    classes: int
+    width: int
     needed: int
     """Bytes that tuning in memory takes."""
     limit: int
@@ -64,9 +61,9 @@ class Place:
         """Say in one line why a head is left out, with what to do; None when it can be tuned."""
         if not self.on_disk:
             return None
-        found = memory_needed_on_disk(head, self.shape, self.classes, self.pca, self.folds)
+        found = memory_needed_on_disk(head, self.shape, self.width, self.pca, self.folds)
         if found is None:
-            able = ", ".join(name for name, row in HEADS.items() if works_on_disk(row))
+            able = ", ".join(name for name, row in TABLES[head.targets[0]].heads.items() if works_on_disk(row))
             return (
                 f"it needs the features in memory, about {size(self.needed)}, and {size(self.limit)} are allowed; "
                 f"raise tuning.memory, set tuning.pca to a number of components, or use heads that work from disk: {able}"
@@ -93,7 +90,7 @@ class Embedding:
     @property
     def name(self) -> str:
         """The embedding's name."""
-        return CONSTANT_GUESS if self.record is None else self.record.name
+        return self.task.target.constant if self.record is None else self.record.name
 
     @property
     def license(self) -> str:
@@ -113,9 +110,7 @@ class Embedding:
 
     def require(self, head: Head) -> None:
         """See that a head can be tuned here; UnfittedError with the reasons why it is left out."""
-        problems = check(head, self.tuning)
-        if self.task.target.kind not in head.targets:
-            problems.append(f"it serves {' and '.join(head.targets)}, and the target is {self.task.target.kind}")
+        problems = check(head, self.tuning, self.task.target.kind)
         objection = self.place.objection(head) if self.place is not None and not problems else None
         if problems or objection:
             raise UnfittedError("; ".join(problems) or str(objection))
@@ -154,31 +149,13 @@ class Vectors:
         return StoredRows.of(store, part.digests) if place.on_disk else store.read(part.digests)
 
 
-def constant_guess(y: NDArray[np.int64], n_classes: int) -> Head:
-    """The guess that needs no image: always the most frequent class of all training images, in every fold the same.
-
-    Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
-    """
-    present, codes = np.unique(y, return_inverse=True)
-
-    def build(seed: int) -> Pipeline:
-        guess = DummyClassifier(strategy="prior", random_state=seed)
-        if len(present) == n_classes:  # else folds and the last fit number the classes differently
-            guess = FrozenEstimator(guess.fit(np.zeros((len(codes), 1)), codes))
-        return Pipeline([("head", guess)])
-
-    return Head(name="most_frequent", build=build, space={}, defaults={}, simplicity=-1, probabilities=True)
-
-
-def predict(
-    bundle: ModelBundle, X: Features, tuning: TuningConfig
-) -> tuple[NDArray[np.object_], NDArray[np.float64] | None]:
-    """Label vectors as `ModelBundle.predict` does, within `tuning.memory`: block by block where they are on disk."""
+def predict(bundle: ModelBundle, X: Features, tuning: TuningConfig) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+    """Say of vectors what `ModelBundle.said` does, within `tuning.memory`: block by block where they are on disk."""
     if not on_disk(X):
         left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))
         with working_memory(left):
-            return bundle.predict(np.asarray(X))
-    labels, probabilities = zip(*(bundle.predict(block) for _, block in blocks(X)), strict=True)
+            return bundle.said(np.asarray(X))
+    labels, probabilities = zip(*(bundle.said(block) for _, block in blocks(X)), strict=True)
     return np.concatenate(labels), None if probabilities[0] is None else np.concatenate(probabilities)
 
 

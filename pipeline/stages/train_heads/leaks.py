@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation import Predictions, audit
+from pipeline.evaluation import Metric, Predictions, audit
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.evaluation.leaderboard.judge import read_predictions
 from pipeline.evaluation.leaderboard.rows import Leaks
@@ -44,11 +44,13 @@ def find_leaks(
     ends = np.stack([pairs.first, pairs.second])
     tested, folded = (np.unique(ends[:, part]) for part in (across, parted))
     tested = tested[in_test[tested]]
-    predictions = read_predictions(leaderboard, files.root)
+    predictions, metric = read_predictions(leaderboard, files.root), leaderboard.told_by
     tested_paths, folded_paths = task.test.paths[test[tested - n_train]], task.train.paths[train[folded]]
-    without = {key: _accuracies(found.test, tested_paths)[1] for key, found in predictions.items()}
+    without = {key: _with_and_without(metric, found.test, tested_paths)[1] for key, found in predictions.items()}
     judged = {
-        key: _accuracies(found.out_of_fold, folded_paths) for key, found in predictions.items() if found.out_of_fold
+        key: _with_and_without(metric, found.out_of_fold, folded_paths)
+        for key, found in predictions.items()
+        if found.out_of_fold
     }
     return Leaks(
         embedding,
@@ -62,7 +64,7 @@ def find_leaks(
     )
 
 
-def _accuracies(part: Predictions, leaking: NDArray[np.object_]) -> tuple[float, float]:
-    """Return the accuracy on all images and on those that do not leak, NaN where there are none."""
-    clean = part.correct[~np.isin(np.asarray(part.paths).astype(str), leaking.astype(str))]
-    return float(part.correct.mean()), float(clean.mean()) if len(clean) else float("nan")
+def _with_and_without(metric: Metric, part: Predictions, leaking: NDArray[np.object_]) -> tuple[float, float]:
+    """Return the score on all images and on those that do not leak, NaN where there are none."""
+    clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), leaking.astype(str)))
+    return metric.score(part), metric.score(clean) if len(clean) else float("nan")

@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from pipeline.config import TuningConfig
-from pipeline.evaluation import METRICS, Predictions, Scores, scores
+from pipeline.evaluation import METRICS, Metric, Predictions, Scores, metrics_for, scores
 from pipeline.evaluation.leaderboard import LeaderboardRow, Nested, Seeds
 from pipeline.evaluation.leaderboard.imbalance import UNEVEN, unevenness
 from pipeline.heads import Head
-from pipeline.heads.tuning import Features, Projections, TuningRun, answers, blocks, make_folds, part, tune
+from pipeline.heads.tuning import Features, Projections, TuningRun, blocks, make_folds, part, tune
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.task import Task
 
@@ -33,7 +34,7 @@ def repeated(
     """Return the row with what its repeats found."""
     task, tuning, X = embedding.task, embedding.tuning, vectors.train
     assert row.test is not None
-    first = row.cv_mean, row.test.accuracy
+    first = row.cv_mean, float(row.test.of(metrics_for(task.target)[0])[0] or 0.0)
     return replace(
         row,
         nested=nested(head, X, task, tuning, seed, journal),
@@ -53,12 +54,11 @@ def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int,
     for number, (train, held_out) in enumerate(task.folds):
         log.info("%s, nested: outer fold %d of %d", head.name, number + 1, len(task.folds))
         y, groups = task.y_train[train], None if task.groups is None else task.groups[train]
-        folds = make_folds(y, tuning.folds, seed, groups)
-        found = tune(head, part(X, train), y, folds, tuning, seed, _beside(journal, f"nested-{number}"))
+        folds = make_folds(task.target.strata(y), tuning.folds, seed, groups)
+        beside = _beside(journal, f"nested-{number}")
+        found = tune(head, part(X, train), y, folds, tuning, seed, beside, target=task.target)
         inner.append(float(found.best.mean if found.best.mean is not None else -np.inf))
-        outer.append(
-            _score(found.pipeline, part(X, held_out), task.y_train[held_out], task.target.width, tuning.scoring)
-        )
+        outer.append(_score(found.pipeline, part(X, held_out), task.y_train[held_out], task, METRICS[found.scoring]))
     return Nested(tuple(inner), tuple(outer))
 
 
@@ -73,20 +73,22 @@ def seeds(
 ) -> Seeds | None:
     """Search again with the next seeds, each with its own folds; None unless it is asked for.
 
-    features : of the training and of the test images, shapes (n, dim). first : cross-validation mean and test accuracy
-    of the experiment's own seed.
+    features : of the training and of the test images, shapes (n, dim). first : cross-validation mean, and the score that the
+    test is told by, of the experiment's own seed.
     """
     if tuning.seeds < 2:
         return None
-    X_train, X_test = features
+    (X_train, X_test), told_by = features, metrics_for(task.target)[0]
     numbers = tuple(range(seed, seed + tuning.seeds))
     found = [first]
     for number in numbers[1:]:
         log.info("%s, seed %d", head.name, number)
-        folds = make_folds(task.y_train, tuning.folds, number, task.groups)
-        run = tune(head, X_train, task.y_train, folds, tuning, number, _beside(journal, f"seed-{number}"))
+        folds = make_folds(task.target.strata(task.y_train), tuning.folds, number, task.groups)
+        beside = _beside(journal, f"seed-{number}")
+        run = tune(head, X_train, task.y_train, folds, tuning, number, beside, target=task.target)
         mean = float(run.best.mean if run.best.mean is not None else np.nan)
-        found.append((mean, _score(run.pipeline, X_test, task.y_test, task.target.width, "accuracy")))
+        sign = 1 if told_by.higher_is_better else -1
+        found.append((mean, sign * _score(run.pipeline, X_test, task.y_test, task, told_by)))
     return Seeds(numbers, tuple(mean for mean, _ in found), tuple(test for _, test in found))
 
 
@@ -118,16 +120,16 @@ def reweighted(
     once = tuning.model_copy(update={"trials": 1, "seconds": None})
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     guess = found.classes[found.out_of_fold.y_pred]
-    return scores(Predictions(task.y_train, guess, units=task.groups, classes=task.target.classes), seed)
+    return scores(Predictions(task.y_train, guess, units=task.groups, target=task.target), seed)
 
 
 def _beside(journal: Path, name: str) -> Path:
     return journal.with_suffix("") / f"{name}.jsonl"
 
 
-def _score(pipeline: Pipeline, X: Features, y: NDArray[np.int64], n_classes: int, scoring: str) -> float:
+def _score(pipeline: Pipeline, X: Features, y: NDArray[Any], task: Task, metric: Metric) -> float:
     """Score a fitted pipeline as the search would have."""
-    said = [answers(pipeline, block, n_classes) for _, block in blocks(X)]
-    labels, metric = np.concatenate([labels for labels, _, _ in said]), METRICS[scoring]
+    said = [task.target.answers(pipeline, block) for _, block in blocks(X)]
+    labels = np.concatenate([labels for labels, _, _ in said])
     columns = [scores for _, scores, _ in said if scores is not None and metric.needs_probabilities]
-    return metric.score(Predictions(y, labels, np.concatenate(columns) if columns else None))
+    return metric.score(Predictions(y, labels, np.concatenate(columns) if columns else None, target=task.target))

@@ -6,20 +6,17 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.svm import SVC, NuSVC
 
 from pipeline.config import Config
 from pipeline.errors import BundleError
-from pipeline.evaluation import METRICS, HeadPredictions, Predictions, class_columns, scores
+from pipeline.evaluation import METRICS, HeadPredictions, Predictions, scores
 from pipeline.evaluation.calibration import Calibrator, fit_calibrator
 from pipeline.evaluation.expected import expected_accuracy
 from pipeline.evaluation.intervals import Interval
 from pipeline.evaluation.leaderboard import LeaderboardRow
-from pipeline.evaluation.leaderboard.rows import CONSTANT_GUESS
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import Artifacts, bundle_file
 from pipeline.export import bundle as bundles
@@ -42,7 +39,7 @@ def row_key(head: Head, embedding: Embedding, seed: int) -> str:
     return fingerprint(
         {
             "row": ROW_VERSION,
-            "embedding": embedding.record.fingerprint if embedding.record else CONSTANT_GUESS,
+            "embedding": embedding.record.fingerprint if embedding.record else embedding.name,
             "task": embedding.task.key,
             "head": identity(head, seed),
             "tuning": embedding.tuning.model_dump(mode="json", exclude={"jobs", "memory"}),
@@ -79,20 +76,22 @@ def make_row(
     log.info("%s / %s", embedding.name, head.name)
     record, task, tuning, seed = embedding.record, embedding.task, embedding.tuning, config.seed
     journal, folder = files.trials(embedding.name, head.name), files.bundle(embedding.name, head.name)
-    tuned = tune(head, vectors.train, task.y_train, task.folds, tuning, seed, journal, vectors.projections)
+    tuned = tune(head, vectors.train, task.y_train, task.folds, tuning, seed, journal, vectors.projections, task.target)
     bundle = ModelBundle(
         head.name,
         tuned.best.params,
-        task.target.classes,
+        task.target.settled(task.y_train, tuned.out_of_fold.y_pred),
         record.to_dict() if record else {},
         tuned.pipeline,
         {},
         calibrator_of(tuned, task),
     )
     start = time.perf_counter()
-    labels, probabilities = predict(bundle, vectors.test, tuning)
+    y_pred, probabilities = predict(bundle, vectors.test, tuning)
     seconds = time.perf_counter() - start
-    said = HeadPredictions(_on_test(task, labels, probabilities), _out_of_fold(tuned, task, bundle.calibrator))
+    units, paths = task.test.fold_groups(), task.test.paths
+    on_test = Predictions(task.y_test, y_pred, probabilities, units, paths, target=bundle.target)
+    said = HeadPredictions(on_test, _out_of_fold(tuned, task, bundle))
     row = _row(head, embedding, tuned, said, seed)
     row = replace(row, predict_seconds=seconds, bundle=folder.relative_to(files.root).as_posix())
     row = repeats.repeated(row, head, embedding, vectors, tuned, seed, journal)
@@ -107,7 +106,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
     spec = record.spec if record else None
     return LeaderboardRow(
         embedding=embedding.name,
-        backbone=spec.architecture if spec else CONSTANT_GUESS,
+        backbone=spec.architecture if spec else embedding.name,
         layer=spec.layer if spec else "",
         head=head.name,
         untrained=spec is not None and spec.untrained,
@@ -136,7 +135,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
 def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
     """Fit what turns the head's scores into probabilities, on rows it had not seen."""
     out_of_fold = tuned.out_of_fold
-    if out_of_fold.scores is None or len(tuned.classes) < 2:
+    if out_of_fold.scores is None or not task.target.exclusive or len(tuned.classes) < 2:
         return None
     model = tuned.pipeline[-1]
     # The scores of scikit-learn's SVC are counts of the pairs that a class wins.
@@ -146,46 +145,29 @@ def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
     return fit_calibrator(logits, out_of_fold.y_true, "margins" if votes else "temperature")
 
 
-def _on_test(task: Task, labels: NDArray[np.object_], probabilities: NDArray[np.float64] | None) -> Predictions:
-    """Say what the saved head says of the test images."""
-    return Predictions(
-        task.y_test,
-        class_columns(labels, task.target.classes),
-        probabilities,
-        task.test.fold_groups(),
-        task.test.paths,
-        classes=task.target.classes,
-    )
-
-
-def _out_of_fold(tuned: TuningRun, task: Task, calibrator: Calibrator | None) -> Predictions:
-    """Return what the chosen parameters said of each training image, with names and a place for every class of the task."""
-    found, calibrated = tuned.out_of_fold, None
-    if found.scores is not None and calibrator is not None:
-        calibrated = calibrator.probabilities(bundles.logits(found.scores, found.kind))
-
-    def of_all(columns: NDArray[Any] | None) -> NDArray[np.float32] | None:
-        if columns is None:
-            return None
-        whole = np.zeros((len(columns), task.target.width), dtype=np.float32)
-        whole[:, tuned.classes] = columns
-        return whole
-
+def _out_of_fold(tuned: TuningRun, task: Task, bundle: ModelBundle) -> Predictions:
+    """Return what the chosen parameters said of each training image, with a place for every class of the task."""
+    found, target, calibrated = tuned.out_of_fold, bundle.target, None
+    if found.scores is not None:
+        calibrated = bundle.calibrated(found.scores, found.kind)
+    searched = found.scores if METRICS[tuned.scoring].needs_probabilities else None
     return replace(
         found,
         y_true=task.y_train,
-        y_pred=tuned.classes[found.y_pred],
-        probabilities=of_all(calibrated),
+        y_pred=target.unnarrowed(found.y_pred, tuned.classes),
+        probabilities=None if calibrated is None else target.widened(calibrated, tuned.classes),
         units=task.groups,
         paths=task.train.paths,
-        scores=of_all(found.scores) if METRICS[tuned.scoring].needs_probabilities else None,
-        classes=task.target.classes,
+        scores=None if searched is None else target.widened(searched, tuned.classes),
+        target=target,
     )
 
 
-def _expected(tuned: TuningRun, said: HeadPredictions, task: Task) -> Interval:
+def _expected(tuned: TuningRun, said: HeadPredictions, task: Task) -> Interval | None:
     """Return where cross-validation lets expect the test accuracy."""
     assert said.out_of_fold is not None
+    if not task.target.exclusive:
+        return None
     correct = said.out_of_fold.correct
     # All training images may add a share of what the folds' fits score better on their own images, as in `Promise.of`.
     own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests, lineage
-from pipeline.data.targets import Classification, Target
+from pipeline.data.targets import Target, choose
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import DatasetError, StoreError
 from pipeline.experiment import Artifacts
@@ -28,14 +29,14 @@ log = logging.getLogger(__name__)
 class Task:
     """What every head is asked: the same rows, folds and test images for all of them.
 
-    `y_train` and `y_test` are what the target makes of the labels, of shape (n,).
+    `y_train` and `y_test` are what the target makes of the labels, of shape (n,) or (n, k).
     """
 
     target: Target
     train: DatasetIndex
     test: DatasetIndex
-    y_train: NDArray[np.int64]
-    y_test: NDArray[np.int64]
+    y_train: NDArray[Any]
+    y_test: NDArray[Any]
     folds: Folds
     groups: NDArray[np.int64] | None
     """Training images that must share a fold, int64 of shape (n,); None when each may go anywhere."""
@@ -60,7 +61,7 @@ def make_task(config: Config, files: Artifacts, index: DatasetIndex, stores: Seq
         _usable(used.digests, stores, failed_digests(files.dataset, policy_key(config.dataset.max_pixels)))
     )
     train, test = usable.select("train", "validation"), usable.select("test")
-    target = Classification.of(usable)
+    target = choose(usable, config.dataset.target)
     y_train, y_test = target.encode(train), target.encode(test)
     problem = target.problem(y_train)
     if problem is not None:
@@ -116,8 +117,8 @@ def _with_folds(
     target: Target,
     train: DatasetIndex,
     test: DatasetIndex,
-    y_train: NDArray[np.int64],
-    y_test: NDArray[np.int64],
+    y_train: NDArray[Any],
+    y_test: NDArray[Any],
     config: Config,
     chose: int | None = None,
 ) -> Task:
@@ -126,7 +127,7 @@ def _with_folds(
     folds = make_folds(target.strata(y_train), config.tuning.folds, config.seed, groups)
     key = fingerprint(
         {
-            "classes": list(target.classes),
+            **target.to_record(),
             "train": [digests_to_hex(train.digests), y_train.tolist()],
             "test": [digests_to_hex(test.digests), y_test.tolist()],
             "folds": [held_out.tolist() for _, held_out in folds],
