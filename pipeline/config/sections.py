@@ -380,6 +380,8 @@ class Config(Section):
     """Which licences weights may have; of `permissive` ones it must be known that anyone may use, change and sell them."""
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY]
+    vote: bool = False
+    """Whether the mean of the best rows of different embeddings is one more row, chosen by cross-validation."""
     tuning: TuningConfig = TuningConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 

@@ -252,6 +252,27 @@ def load(
     return backbone.load(section, extraction, seed, images)
 
 
+def open_records(records: Sequence[EmbeddingRecord], device: str) -> tuple[list[Embedder], list[tuple[int, int]]]:
+    """Make the embedders of several embeddings again, and say of each embedding which of these it is, and which of its outputs.
+
+    Embeddings of one network share an embedder. Errors are those of `open_record`.
+    """
+    embedders, places = list[Embedder](), list[tuple[int, int]]()
+    for record in records:
+        made = [
+            (number, output)
+            for number, embedder in enumerate(embedders)
+            for output, spec in enumerate(embedder.specs)
+            if spec.fingerprint() == record.fingerprint
+        ]
+        if not made:
+            embedder, output = open_record(record, device)
+            made = [(len(embedders), output)]
+            embedders.append(embedder)
+        places.append(made[0])
+    return embedders, places
+
+
 def open_record(record: EmbeddingRecord, device: str) -> tuple[Embedder, int]:
     """Make an embedding's embedder again; return it and which of its outputs the embedding is.
 

@@ -12,9 +12,9 @@ import numpy as np
 from pipeline import fewshot
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage
-from pipeline.data.targets import Classification
+from pipeline.data.targets import Classification, kind_of
 from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
-from pipeline.errors import DatasetError, PipelineError
+from pipeline.errors import ConfigError, DatasetError, PipelineError
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.fewshot import FewShot, Images, Plan
@@ -65,7 +65,9 @@ def run(
     index = DatasetIndex.read(files.dataset)
     require_index(files.features, index.fingerprint())
     store = FeatureStore.open(files.find_store(record.store), record.fingerprint)
-    used = _usable(index, record, store, config.seed)
+    if kind_of(config.dataset.target) != Classification.kind:
+        raise ConfigError(f"episodes are of classes, and dataset.target is {config.dataset.target}")
+    used = _usable(index.only(index.names[0]).labelled(), record, store, config.seed)
     target = Classification.of(used)
     plan = Plan(ways or min(WAYS, target.width), queries, episodes, config.seed)
     if plan.ways > target.width or target.width < 2:
@@ -81,6 +83,8 @@ def run(
         return FewShotRun(known, files)
     images = Images(store.read(used.digests), target.encode(used), used.fold_groups())
     points, notes = list[fewshot.Point](), [*_fine_tuned(record)]
+    if len(index.names) > 1:
+        notes.append(f"Classes are those of {index.names[0]}, the first of {len(index.names)} columns of labels.")
     with bar(len(shots), "numbers of shots", "few-shot") as progress:
         for count in shots:
             found, said = fewshot.measure(images, plan, count)

@@ -23,7 +23,7 @@ from pipeline.config import checked_device
 from pipeline.data import REMARKS, Failure, Walk, passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
-from pipeline.embed.records import EmbeddingRecord, open_record
+from pipeline.embed.records import EmbeddingRecord, open_records
 from pipeline.errors import BundleError, ConfigError, DatasetError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts, to_cell
@@ -109,10 +109,10 @@ def run(
     model = bundles.load(folder, trust_code=trust_code)
     require_all(images)
     require_place(output)
-    if not model.embedding:
+    if not all(part.embedding for part in model.parts):
         raise BundleError(f"{folder}: is the constant guess, which looks at no image; name another bundle's folder")
-    record = EmbeddingRecord.from_dict(model.embedding)
-    embedder, output_number = open_record(record, device)
+    records = [EmbeddingRecord.from_dict(part.embedding) for part in model.parts]
+    embedders, places = open_records(records, device)
     walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
     total = sum(1 for _ in images_in(images, walks))
     unread, passed_over = _passed_over(walks)
@@ -121,9 +121,10 @@ def run(
     given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
 
     def outcomes() -> Iterator[list[Row]]:
-        lane, limit = Lane(embedder, BATCH_SIZE), max_pixels or record.max_pixels
-        for batch, (part,) in embed([lane], _items(ahead), Path("/"), limit):
-            yield list(_rows(batch, part, given, model, output_number))
+        lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
+        limit = max_pixels or records[0].max_pixels
+        for batch, parts in embed(lanes, _items(ahead, len(lanes)), Path("/"), limit):
+            yield list(_rows(batch, parts, given, model, places))
         if unread:
             yield unread
 
@@ -150,7 +151,7 @@ def run(
         raise DatasetError(
             f"none of the {done:,} images could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
-    return PredictRun(output, folder, labels, unreadable, passed_over, record.untrained)
+    return PredictRun(output, folder, labels, unreadable, passed_over, any(record.untrained for record in records))
 
 
 def find_bundle(path: Path) -> Path:
@@ -232,21 +233,29 @@ def to_csv(rows: Sequence[Row], target: Target, top: int) -> str:
     return text.getvalue()
 
 
-def _items(paths: Iterable[str]) -> Iterator[Item]:
-    here = os.getcwd()
-    return (Item(number, os.path.join(here, path), None, (0,)) for number, path in enumerate(paths))
+def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
+    here, wanted = os.getcwd(), tuple(range(lanes))
+    return (Item(number, os.path.join(here, path), None, wanted) for number, path in enumerate(paths))
 
 
 def _rows(
-    batch: Batch, part: Part | None, given: Iterator[str], model: ModelBundle, output_number: int
+    batch: Batch,
+    parts: Sequence[Part | None],
+    given: Iterator[str],
+    model: ModelBundle,
+    places: Sequence[tuple[int, int]],
 ) -> Iterator[Row]:
-    """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
+    """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them.
+
+    `places` has for each part of the model its lane, and which of the lane's outputs it takes.
+    """
     labelled: dict[int, tuple[str, NDArray[np.float64] | None]] = {}
-    if part is not None:
-        labels, probabilities = model.predict(part.vectors[output_number])
+    made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
+    if made:
+        labels, probabilities = model.predict(*(made[lane].vectors[output] for lane, output in places))
         labelled = {
             row: (str(labels[place]), None if probabilities is None else probabilities[place])
-            for place, row in enumerate(part.rows.tolist())
+            for place, row in enumerate(made[0].rows.tolist())
         }
     for row in range(len(batch.items)):
         path = shown(next(given))
