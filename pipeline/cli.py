@@ -96,11 +96,16 @@ def heads(config: Config) -> Iterable[str]:
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
     from pipeline import report
-    from pipeline.stages import train_heads
+    from pipeline.stages import targets, train_heads
 
-    result = train_heads.run(config)
-    page = report.refresh(result.files.root)
-    return [*result.summary_lines(), f"report       {page}"]
+    each = targets.experiments(config)
+    for name, alone in (each or {"": config}).items():
+        result = train_heads.run(alone)
+        if each:
+            yield f"== {name} =="
+        yield from [*result.summary_lines(), f"report       {report.refresh(result.files.root)}"]
+    if each:
+        yield from targets.overview(config)
 
 
 def finetune(config: Config, output: Path | None) -> Iterable[str]:
@@ -128,16 +133,18 @@ def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[
     from pipeline import report
     from pipeline.stages import fewshot as stage
 
-    result = stage.run(config, shots=shots or stage.SHOTS, **options)
-    page = [f"report   {report.refresh(result.files.root)}"] if result.files.leaderboard.exists() else []
-    return [*result.summary_lines(), *page]
+    for name, alone in stage.experiments(config).items():
+        result = stage.run(alone, shots=shots or stage.SHOTS, **options)
+        yield from [*([f"== {name} =="] if name else []), *result.summary_lines()]
+        if result.files.leaderboard.exists():
+            yield f"report   {report.refresh(result.files.root)}"
 
 
 def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any) -> Iterable[str]:
     """Label new images with a saved head.
 
-    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used. IMAGES are image files
-    and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
+    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used, of several targets the best of
+    each. IMAGES are image files and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
 
     Example: manyheads predict artifacts/digits photos/ --output labels.csv
     """

@@ -68,6 +68,8 @@ class Artifacts:
         self.few_shot = self.root / "fewshot.json"
         self.finetuned = self.root / "finetuned"
         """One folder per fine-tuning."""
+        self.targets = self.root / "targets.json"
+        """The names of the targets, where the data set has several; each is an experiment in a folder of its own."""
 
     def store(self, embedding: str, fingerprint: str) -> Path:
         """The feature store of one embedding."""
@@ -115,6 +117,25 @@ class Artifacts:
         """What `features.json` says of the feature stores: where they are, and the experiment's entry there."""
         place = os.path.realpath(self.stores)
         return {"stores": [_seen_from(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
+
+    def target(self, name: str) -> Path:
+        """The output folder of one of several targets."""
+        return self.root / "targets" / re.sub(r"[^\w -]", lambda found: f"%{ord(found[0]):02X}", name)
+
+    def each_target(self) -> dict[str, Path]:
+        """The output folder of each target by its name; nothing where the data set has one, whose folder is this.
+
+        Raises
+        ------
+        PipelineError
+            When the list of them is damaged.
+        """
+        if not os.path.lexists(self.targets):
+            return {}
+        names = read_document(self.targets, TARGETS).get("targets")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TARGETS.damaged(self.targets, "it does not name the targets")
+        return {name: self.target(name) for name in names}
 
     def trials(self, embedding: str, head: str) -> Path:
         """The journal of one search."""
@@ -167,6 +188,7 @@ USER = Kind(
 )
 """In the folder of the feature stores: one experiment that uses them."""
 SPECS = Kind("manyheads specs", 2, PipelineError, FEATURES.missing, FEATURES.again)
+TARGETS = Kind("manyheads targets", 1, PipelineError, FEATURES.missing, FEATURES.again)
 INDEX = Kind(
     "manyheads index",
     2,

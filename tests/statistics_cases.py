@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from pipeline.data.numbers import Regression
 from pipeline.evaluation import METRICS, Predictions, compare, scores
 from pipeline.evaluation.comparison import exchange_test, holm, paired_interval
 from pipeline.evaluation.intervals import critical
@@ -167,3 +168,51 @@ def false_winners_of_permuted_groups(runs: int, groups: int = 40, size: int = 6)
         heads = {name: Predictions(y * 0, np.where(right, 0, 1), units=units) for name, right in correct.items()}
         wrong += any(not row.no_evidence for row in compare(heads, best, folds=fold_scores, seed=run))
     return wrong / runs
+
+
+def regressed(rng: np.random.Generator, n: int, correlation: float) -> tuple[Features, Features]:
+    """Numbers of variance 1 and what the best head that there is says of them, which goes together with them so far."""
+    said = correlation * rng.normal(size=n)
+    return said + np.sqrt(1 - correlation**2) * rng.normal(size=n), said
+
+
+def interval_coverage(runs: int, n: int, correlation: float = 0.8) -> dict[str, float]:
+    """In which share of simulated data sets of numbers each score's interval has the true score."""
+    error = np.sqrt(1 - correlation**2)
+    true = {
+        "mae": error * np.sqrt(2 / np.pi),
+        "rmse": error,
+        "r2": correlation**2,
+        "spearman": 6 / np.pi * np.arcsin(correlation / 2),
+    }
+    rng, hits = np.random.default_rng(0), dict.fromkeys(true, 0)
+    for _ in range(runs):
+        found = scores(Predictions(*regressed(rng, n, correlation), target=Regression())).intervals
+        for name, value in true.items():
+            hits[name] += found[name][0] <= value <= found[name][1]
+    return {name: count / runs for name, count in hits.items()}
+
+
+def permuted_numbers(runs: int, n: int = 150, dim: int = 10, metric: str = "mae") -> int:
+    """Of so many data sets with permuted numbers, in how many a head is said to be better out of fold than it can be.
+
+    Four ridges on features of their own, none of which tells anything, are equally good, and none is better than the mean.
+    """
+    rng, false = np.random.default_rng(0), 0
+    for _ in range(runs):
+        y, folds = rng.permutation(rng.exponential(size=n)), rng.permutation(np.arange(n) % 5)
+        heads = {name: np.empty(n) for name in ("a", "b", "c", "d", "mean")}
+        for name, guess in heads.items():
+            X = rng.normal(size=(n, dim)) * (name != "mean")
+            for fold in range(5):
+                held = folds == fold
+                A, middle = X[~held] - X[~held].mean(axis=0), y[~held].mean()
+                weights = np.linalg.solve(A.T @ A + 30 * np.eye(dim), A.T @ (y[~held] - middle))
+                guess[held] = (X[held] - X[~held].mean(axis=0)) @ weights + middle
+        said = {name: Predictions(y, guess, target=Regression()) for name, guess in heads.items()}
+        best = max(said, key=lambda name: METRICS[metric].score(said[name]))
+        if best == "mean":  # it may well be better than heads that learn noise; among these none is
+            del said["mean"]
+            best = max(said, key=lambda name: METRICS[metric].score(said[name]))
+        false += not all(row.no_evidence for row in compare(said, best, seed=0, metric=METRICS[metric]))
+    return false

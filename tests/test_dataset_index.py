@@ -95,7 +95,12 @@ def test_several_label_columns_stand_where_the_one_would(tmp_path: Path) -> None
     assert back.labels.tolist() == [["cat", "007"], ["dog", ""], ["cat", "=1.50"]]
     assert back.fingerprint() == index.fingerprint()
     assert back.select("train").column("age, years").tolist() == ["007", "=1.50"]
-    assert back.labelled().paths.tolist() == ["1.png", "3.png"]
+    assert back.has_labels().tolist() == [True, False, True]
+    assert back.has_labels("multilabel").all()
+    assert [(name, kind, len(part)) for name, kind, part in back.by_target(("auto", "regression"))] == [
+        ("species: ", "auto", 3),
+        ("age, years: ", "regression", 2),
+    ]
     with pytest.raises(KeyError, match="speices"):
         back.column("speices")
 

@@ -799,7 +799,7 @@ class TestSeveralColumns:
             "age: labels 'Old' and 'old' differ only in case or spaces; they are separate classes",
             "age: 5 images have no label, and are left out where it is learned",
         )
-        assert fold_warnings(result.index, 5) == [
+        assert fold_warnings(result.index, 5, result.kinds) == [
             "age: tuning.folds is 5, and the training images allow 4: heads are tuned on as many, some of them without the smallest classes"
         ]
 

@@ -454,6 +454,15 @@ class TestManifest:
         path.write_text("path,label\na/1.png,cat; a|b\n")
         with pytest.raises(DatasetError, match=r"line 2: a label holds '\|', which stands between labels in the index"):
             list_manifest(path, label_separator=";")
+        path.write_text("path,tags,note\na/1.png,cat;dog,a;b\nb/3.jpg,,\n")
+        listing = list_manifest(
+            path, label_separator=";", label_columns=("tags", "note"), target={"tags": "multilabel"}
+        )
+        assert listing.labels == [("cat|dog", "a;b"), ("", "")]
+        with pytest.raises(
+            ValueError, match=r"label_separator: for labels of kind multilabel; say which are, with target"
+        ):
+            list_manifest(path, label_separator=";", label_columns=("tags", "note"))
         path.write_text("path,a,b\na/1.png,,x\nb/3.jpg,,\n")
         with pytest.raises(DatasetError, match="line 3: all its labels are empty"):
             list_manifest(path, label_columns=("a", "b"))
@@ -466,7 +475,13 @@ class TestManifest:
             "Age": [3, 3.5],
             "photo": [{"bytes": b""}, None],
         }
-        keys = {"path_column": "file", "label_columns": ["tags", "age"], "label_separator": ";", "root": str(tmp_path)}
+        keys = {
+            "path_column": "file",
+            "label_columns": ["tags", "age"],
+            "label_separator": ";",
+            "target": {"tags": "multilabel"},
+            "root": str(tmp_path),
+        }
         path = tmp_path / "new" / "table.parquet"
         section = manifest.manifest(columns, path, **keys)
         assert section == {"source": "manifest", "path": str(path), **keys}

@@ -48,7 +48,7 @@ def test_the_best_head_labels_new_photos(experiment: Config, tmp_path: Path) -> 
         assert 1 / 3 <= float(row["probability"]) <= 1
         assert float(row["probability_2"]) <= float(row["probability"])
     assert result.unreadable == 1
-    assert sum(result.labels.values()) == 12
+    assert sum(result.labels[""].values()) == 12
 
 
 def test_training_images_get_the_label_the_saved_predictions_say(experiment: Config, tmp_path: Path) -> None:
@@ -115,18 +115,17 @@ def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config
 
 
 def test_the_heads_own_label_comes_first_when_two_are_as_likely() -> None:
-    row = predict.Row("a.jpg", "b", np.array([0.4, 0.4, 0.2]), "ok")
-    assert (
-        predict.to_csv([row], Classification(("a", "b", "c")), top=3) == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000\n"
-    )
+    row = predict.Row("a.jpg", "ok", (("b", np.array([0.4, 0.4, 0.2])),))
+    text = predict.to_csv([row], {"": Classification(("a", "b", "c"))}, top=3)
+    assert text == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000\n"
 
 
 def test_a_cell_that_a_spreadsheet_would_run_is_text_and_reads_back() -> None:
-    row = predict.Row("=HYPERLINK(1)/@a.jpg", "+1-1", np.array([0.6, 0.4]), "ok")
-    text = predict.to_csv([row], Classification(("+1-1", "-1")), top=2)
+    row = predict.Row("=HYPERLINK(1)/@a.jpg", "ok", (("+1-1", np.array([0.6, 0.4])),))
+    text = predict.to_csv([row], {"": Classification(("+1-1", "-1"))}, top=2)
     assert text == "'=HYPERLINK(1)/@a.jpg,ok,'+1-1,0.600000,-1,0.400000\n"
     cells = next(csv.reader([text]))
-    assert [from_cell(cell) for cell in cells[:3]] == [row.path, "ok", row.label]
+    assert [from_cell(cell) for cell in cells[:3]] == [row.path, "ok", "+1-1"]
 
 
 def pixels_bundle(experiment: Config) -> Path:

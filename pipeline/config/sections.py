@@ -137,14 +137,17 @@ class DatasetConfig(Section):
     split_column: str | None = None
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
-    target: str = "auto"
-    """What is said of an image: `classification` is one class; `auto` is that too, but stops where labels look like a number to
-    predict, or like a name for every image."""
+    target: str | dict[str, str] = "auto"
+    """What is said of an image, for all columns of labels or by their names: `classification` is one class, `regression` a number,
+    several where there are several columns; `auto` is one class too, but stops where labels look like a number to predict, like
+    several labels, or like a name for every image."""
 
     @field_validator("target")
     @classmethod
-    def _known(cls, value: str, info: ValidationInfo) -> str:
-        return _in_table("target", value, info)
+    def _known(cls, value: str | dict[str, str], info: ValidationInfo) -> str | dict[str, str]:
+        for word in [value] if isinstance(value, str) else value.values():
+            _in_table("target", word, info)
+        return value
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> DatasetConfig:
@@ -156,7 +159,24 @@ class DatasetConfig(Section):
         idle = [key for key in _OF_A_MANIFEST if getattr(self, key) != fields[key].default]
         if idle and self.source != "manifest":
             raise ValueError(f"{' and '.join(idle)}: for source 'manifest' alone, and the source is '{self.source}'")
+        for name in {} if isinstance(self.target, str) else self.target:
+            if name not in self.label_columns:
+                raise ValueError(f"target: {unknown('column', name, self.label_columns)}")
+        if self.label_separator is not None and "multilabel" not in self.kinds:
+            raise ValueError(
+                "label_separator: for labels of kind multilabel; say which are, with target: {COLUMN: multilabel}"
+            )
         return self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each column of labels is said to be; one word where there is one target, also where several columns are its labels."""
+        if self.target in ("multilabel", "regression") and self.label_separator is None:
+            return (str(self.target),)
+        if self.target == "auto" and self.label_separator is not None and len(self.label_columns) == 1:
+            return ("multilabel",)
+        words = self.target if isinstance(self.target, dict) else dict.fromkeys(self.label_columns, self.target)
+        return tuple(words.get(name, "auto") for name in self.label_columns)
 
     @field_validator("label_columns")
     @classmethod

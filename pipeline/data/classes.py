@@ -55,6 +55,16 @@ class Classification:
         """How many numbers a head says of an image at most: one for each class."""
         return len(self.classes)
 
+    @staticmethod
+    def as_classes(index: DatasetIndex) -> DatasetIndex:
+        """Return the images under texts that a person would count them by: their labels."""
+        return index
+
+    @staticmethod
+    def in_words(index: DatasetIndex) -> str:
+        """Return what the images are told apart by, such as `in 3 classes`."""
+        return f"in {len(index.classes):,} classes"
+
     def encode(self, index: DatasetIndex) -> NDArray[Any]:
         """Return y, shape (n,), int64: each image's place in `classes`; KeyError for a label that is none of them."""
         codes, names = encode(index.labels)
@@ -143,6 +153,10 @@ class Classification:
         probabilities = np.zeros((len(raw), self.width))
         probabilities[:, estimator.classes_] = raw if calibrated is None else calibrated
         return codes, probabilities
+
+    def counted_as(self, label: str) -> str:
+        """Return what predictions are counted by: the label."""
+        return str(label)
 
     def csv_columns(self, top: int) -> list[str]:
         """Return the names of a prediction's cells: its label and probability, then those of the next likely ones."""

@@ -92,14 +92,25 @@ class DatasetIndex:
             return replace(self, labels=self.column(*names), names=(LABEL,))
         return replace(self, labels=np.column_stack([self.column(name) for name in names]), names=names)
 
-    def labelled(self) -> DatasetIndex:
-        """Return the images whose labels are all there."""
-        return self.rows((self.labels.reshape(len(self), len(self.names)) != "").all(axis=1))
+    def has_labels(self, kind: str = "auto") -> NDArray[np.bool_]:
+        """Return which images have labels that a target of some kind can be learned from: bool of shape (n,).
 
-    def by_column(self) -> Iterator[tuple[str, DatasetIndex]]:
-        """Yield the images that have a label, for each column of labels: with '' where there is one, and 'NAME: ' for each of several."""
-        for name in self.names:
-            yield ("" if len(self.names) == 1 else f"{name}: "), self.only(name).labelled()
+        Those without an empty cell; an image of no label at all is one of several labels, none of which it has.
+        """
+        cells = self.labels.reshape(len(self), len(self.names))
+        return np.asarray((cells != "").all(axis=1) | (kind == "multilabel"))
+
+    def by_target(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, DatasetIndex]]:
+        """Yield for each target '', or of several 'NAME: ', its kind, and the images that have labels of it.
+
+        kinds : for each column of labels, or one that is of all of them
+        """
+        if len(kinds) == 1:
+            yield "", kinds[0], self.rows(self.has_labels(kinds[0]))
+            return
+        for name, kind in zip(self.names, kinds, strict=True):
+            part = self.only(name)
+            yield f"{name}: ", kind, part.rows(part.has_labels(kind))
 
     def said(self, row: int) -> str:
         """Return the labels of an image for people."""

@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,13 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
         split = split.strip()
         name = next((name.removeprefix(start) for start in roots if name.startswith(start)), name)
         if (separator := config.label_separator) is not None:
-            taken = separator != SEPARATOR and any(SEPARATOR in label for label in labels)
+            several = [kind == "multilabel" for kind in config.kinds]
+            taken = separator != SEPARATOR and any(SEPARATOR in label for label in compress(labels, several))
             problems += [f"{where}: a label holds {SEPARATOR!r}, which stands between labels in the index"] * taken
-            labels = [_joined(label.split(separator)) for label in labels]
+            labels = [
+                _joined(label.split(separator)) if split else label
+                for label, split in zip(labels, several, strict=True)
+            ]
         found = [*_path_problems(name, inside), *_label_problems(labels, config)]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
@@ -183,7 +188,7 @@ def _path_problems(name: str, inside: str) -> list[str]:
 
 def _label_problems(labels: Sequence[str], config: DatasetConfig) -> list[str]:
     """What is wrong with an image's labels; of several columns some may be empty, and of an image with several labels all."""
-    if config.label_separator is None and not any(label.strip() for label in labels):
+    if "multilabel" not in config.kinds and not any(label.strip() for label in labels):
         return ["the label is empty" if len(labels) == 1 else "all its labels are empty"]
     return ["a label holds a NUL character"] if any("\0" in label for label in labels) else []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +26,8 @@ LEVEL = 0.9
 MOST_STRATA, IMAGES_PER_STRATUM = 10, 20
 
 EXAMPLES = 5
+
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,29 @@ class Regression:
     def width(self) -> int:
         """How many numbers are said of an image."""
         return len(self.columns)
+
+    @staticmethod
+    def as_classes(index: DatasetIndex) -> DatasetIndex:
+        """Return the images under texts that a person would count them by: the quarter of the range of numbers they lie in."""
+        target = Regression.of(index)
+        y = target._flat(target.encode(index))
+        ends = np.linspace(target.low, target.high, QUARTERS + 1)
+        place = (ends[1:-1, None] <= y).sum(axis=0)
+        words = [
+            [f"quarter {k}: {low:.4g} to {high:.4g}" for k, (low, high) in enumerate(pairwise(column), 1)]
+            for column in ends.T
+        ]
+        texts = [" and ".join(words[k][row[k]] for k in range(target.width)) for row in place]
+        return replace(index, labels=np.array(texts, dtype=object), names=("label",))
+
+    @staticmethod
+    def in_words(index: DatasetIndex) -> str:
+        """Return what the images are told apart by, such as `with a number from 0 to 9`."""
+        target = Regression.of(index)
+        ranges = [f"{low:.4g} to {high:.4g}" for low, high in zip(target.low, target.high, strict=True)]
+        if target.width == 1:
+            return f"with a number from {ranges[0]}"
+        return "with " + ", ".join(f"{name} from {told}" for name, told in zip(target.columns, ranges, strict=True))
 
     def encode(self, index: DatasetIndex) -> NDArray[Any]:
         """Return y, float64, shape (n,), of several columns (n, k); DatasetError for labels that are no finite numbers."""
@@ -185,6 +211,11 @@ class Regression:
     def inside(self, y: Numbers, y_pred: Numbers) -> NDArray[np.bool_]:
         """Return which numbers lie within the interval around their prediction, shape (n, k)."""
         return np.asarray(np.abs(self._flat(y) - self._flat(y_pred)) <= self.half)
+
+    def counted_as(self, label: Any) -> str:
+        """Return what predictions are counted by: whether they are outside of the training images' range; '' within."""
+        notes = {self.note(place, number) for place, number in enumerate(np.atleast_1d(label).tolist())}
+        return " and ".join(sorted(notes - {""}))
 
     def csv_columns(self, top: int) -> list[str]:
         """Return the names of a prediction's cells: of each number itself, the ends of its interval, and a remark."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import unknown
 from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
 from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
@@ -22,6 +23,7 @@ from pipeline.data.sources import list_source
 from pipeline.data.splits import make_test_split, prior_sides
 from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
+from pipeline.data.targets import TARGETS, countable
 from pipeline.errors import DatasetError, first
 from pipeline.images import policy_key
 
@@ -84,13 +86,14 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         read=read,
         copies=copies,
         leak_policy=config.leaks,
+        kinds=config.kinds,
         ignored=dict(listing.ignored),
         entries=tuple(entries),
         remembered=len(known),
         warnings=(
             *listing.warnings,
-            *_label_warnings(index),
-            *_split_warnings(index),
+            *_label_warnings(index, config.kinds),
+            *_split_warnings(index, config.kinds),
             *_kept_split(plan, config, seed),
             *([EDITED] if before.edited else []),
         ),
@@ -153,7 +156,7 @@ def _split(
     plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
     if before.index is not None and (before.plan is not None or before.record is None):
         plan, prior = before.plan or plan, prior_sides(before.index, index)
-    return make_test_split(sides, plan, prior), plan
+    return make_test_split(sides, plan, prior, config.kinds), plan
 
 
 def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
@@ -179,18 +182,27 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
         if config.source == "manifest" and not problems:
             raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
         raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
-    found = [(name, _class_problem(part, listing, config)) for name, part in index.by_column()]
+    parts = index.by_target(config.kinds)
+    found = [(name, _class_problem(part, listing, config, kind)) for name, kind, part in parts]
     problems = [f"{name}{problem}" for name, problem in found if problem is not None]
     if problems:
-        several = len(index.names) > 1
-        what = f"{len(problems)} of {len(index.names)} label columns cannot be used" if several else problems[0]
+        several = len(config.kinds) > 1
+        what = f"{len(problems)} of {len(config.kinds)} label columns cannot be used" if several else problems[0]
         raise DatasetError(f"{origin}: {what}", problems if several else ())
     if not np.isin(index.splits.astype(str), ("", "train", "validation")).any():
         raise DatasetError(f"{origin}: every image is in the test split; expected training images as well")
 
 
-def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig) -> str | None:
+def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig, kind: str) -> str | None:
     """Say why the labels of a column cannot be classes, or ask whether they are meant as such."""
+    if kind not in ("auto", "classification"):
+        if kind not in TARGETS:
+            return unknown("target", kind, ["auto", *TARGETS])
+        try:
+            target = TARGETS[kind].of(index)
+            return target.problem(target.encode(index))
+        except DatasetError as error:
+            return "; ".join([error.message, *error.problems])
     classes, images = index.classes, len(index)
     if len(classes) < 2:
         hint = ""
@@ -201,7 +213,7 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig)
                 hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / classes[0]} as dataset.path"
         label = "".join(map(repr, classes)) or "that of no image"
         return f"all {images:,} images are of one class, {label}; expected at least 2 classes{hint}"
-    if config.target == "classification":
+    if kind == "classification":
         return None
     lists = tuple(name for name in classes if sum(map(bool, map(str.strip, name.split(SEPARATOR)))) > 1)
     if lists and config.source == "manifest":
@@ -214,9 +226,7 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig)
     except ValueError:
         numbers = np.array([])
     if len(numbers) and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
-        question = (
-            "is this a number to predict? Heads tell classes apart; cut it into a few ranges and give those as labels"
-        )
+        question = "is this a number to predict? Then set dataset.target: regression"
     elif images < 1.5 * len(classes):
         question = "are these the labels, or names of the images?"
     else:
@@ -228,9 +238,9 @@ def _such(classes: Sequence[str], images: int) -> str:
     return f"{len(classes):,} classes of {images:,} images, such as {', '.join(map(repr, classes[:3]))}"
 
 
-def _label_warnings(index: DatasetIndex) -> Iterator[str]:
+def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
     """Labels that a person would take for one: they differ in case or spaces only."""
-    for column, part in index.by_column():
+    for column, _, part in countable(index, kinds):
         alike: dict[str, list[str]] = defaultdict(list)
         for name in part.classes:
             alike[" ".join(name.casefold().split())].append(name)
@@ -239,8 +249,8 @@ def _label_warnings(index: DatasetIndex) -> Iterator[str]:
                 yield f"{column}labels {' and '.join(map(repr, names))} differ only in case or spaces; they are separate classes"
 
 
-def _split_warnings(index: DatasetIndex) -> Iterator[str]:
-    for column, part in index.by_column():
+def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
+    for column, _, part in countable(index, kinds):
         if empty := len(index) - len(part):
             yield f"{column}{empty:,} images have no label, and are left out where it is learned"
         counts = class_counts(part)

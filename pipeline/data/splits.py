@@ -7,6 +7,7 @@ were split before keep their side, so adding, renaming or removing images moves 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -18,11 +19,13 @@ from pipeline.data.targets import choose
 from pipeline.io.digests import Digests, content_digest
 
 
-def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8], kind: str = "auto") -> Texts:
+def make_test_split(
+    index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8], kinds: Sequence[str] = ("auto",)
+) -> Texts:
     """Move whole units from 'train' to 'test' and return the splits, object array of shape (n,).
 
-    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. `kind` is `dataset.target`. Images of split 'validation' stay, and so do
-    the units they belong to. No class loses all its training images.
+    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so
+    do the units they belong to. `kinds` say what the columns of labels are, as `DatasetConfig.kinds` does. No class loses all its training images.
     """
     splits, groups, digests = index.splits, index.groups, index.digests
     units = index.units()
@@ -30,7 +33,7 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
     side = _prior_sides(units, n_units, prior)
-    codes = _strata(index, plan.test_fraction, kind)
+    codes = _strata(index, kinds, plan.test_fraction)
     counts = _images_of(codes, splits == "train")
     in_test = side == 1
     in_test[fixed] = False
@@ -50,19 +53,21 @@ def make_test_split(index: DatasetIndex, plan: SplitPlan, prior: NDArray[np.int8
     return result
 
 
-def _strata(index: DatasetIndex, fraction: float, kind: str) -> NDArray[np.int64]:
+def _strata(index: DatasetIndex, kinds: Sequence[str], fraction: float) -> NDArray[np.int64]:
     """Return what is kept in proportion: int64 of shape (n, k), the strata that an image is of, -1 for none.
 
-    One for each column of labels, and where there are several one more for their combination, if it has enough images for a
-    share of them to be one.
+    Those of each target, and where there are several one more for their combination, if it has enough images for a share of
+    them to be one.
     """
-    codes = np.full((len(index), len(index.names)), -1, dtype=np.int64)
-    for place, name in enumerate(index.names):
-        part = index.only(name)
-        known = part.labels != ""
+    parts = [index] if len(kinds) == 1 else [index.only(name) for name in index.names]
+    codes = np.zeros((len(index), 0), dtype=np.int64)
+    for part, kind in zip(parts, kinds, strict=True):
+        known = part.has_labels(kind)
         target = choose(part.rows(known), kind)
-        codes[known, place] = target.strata(target.encode(part.rows(known))) + codes.max(initial=-1) + 1
-    if len(index.names) == 1:
+        found = np.full(len(index), -1, dtype=np.int64)
+        found[known] = target.strata(target.encode(part.rows(known))) + codes.max(initial=-1) + 1
+        codes = np.column_stack([codes, found])
+    if len(kinds) == 1:
         return codes
     _, together, images = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
     enough = (images * fraction >= 0.5)[together]

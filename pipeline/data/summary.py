@@ -12,6 +12,7 @@ from pipeline.data.failures import REMARKS, Failure, shown
 from pipeline.data.index import SPLITS, DatasetIndex
 from pipeline.data.leaks import Copies, Pair
 from pipeline.data.match import Difference, encode
+from pipeline.data.targets import TARGETS, countable, kind_of
 
 EXAMPLES = 3
 CLASSES_SHOWN = 12
@@ -32,6 +33,8 @@ class ScanResult:
     """Files whose bytes were read."""
     copies: Copies
     leak_policy: str
+    kinds: tuple[str, ...]
+    """What the columns of labels are, see `DatasetConfig.kinds`."""
     ignored: Mapping[str, int]
     entries: tuple[Failure, ...]
     """Files not used, as the scan found them."""
@@ -51,10 +54,10 @@ class ScanResult:
 
     def summary_lines(self) -> list[str]:
         """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
-        lines = [_headline(self.index)]
-        for column, part in self.index.by_column():
+        lines = [_headline(self.index, self.kinds)]
+        for column, kind, part in countable(self.index, self.kinds):
             lines += [
-                *([f"  {column}{len(part.classes):,} classes"] if column else []),
+                *([f"  {column}{_in_words(self.index.only(column[:-2]), kind)}"] if column else []),
                 *_class_lines(class_counts(part)),
             ]
         if self.unchanged:
@@ -104,12 +107,12 @@ def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
     }
 
 
-def fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
+def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto",)) -> list[str]:
     """Name the classes that have too few images, or groups of images, on the training side for so many folds.
 
     One line where the images do not allow so many folds at all: then there are as many as they allow.
     """
-    return [f"{column}{line}" for column, part in index.by_column() for line in _fold_warnings(part, folds)]
+    return [f"{column}{line}" for column, _, part in countable(index, kinds) for line in _fold_warnings(part, folds)]
 
 
 def _fold_warnings(index: DatasetIndex, folds: int) -> list[str]:
@@ -144,12 +147,12 @@ def _possible_folds(train: DatasetIndex, images: NDArray[np.int64]) -> int:
     return largest if groups is None else min(largest, len(np.unique(groups)))
 
 
-def missing_side(index: DatasetIndex) -> str | None:
+def missing_side(index: DatasetIndex, kinds: Sequence[str] = ("auto",)) -> str | None:
     """Say what the data lack so that no head can be tuned, or none can be tested; None when they have both sides.
 
     A test set that was to be made may be empty: no class had a group, or a content, to spare.
     """
-    return next((column + lack for column, part in index.by_column() if (lack := _missing_side(part))), None)
+    return next((column + lack for column, _, part in countable(index, kinds) if (lack := _missing_side(part))), None)
 
 
 def _missing_side(index: DatasetIndex) -> str | None:
@@ -184,13 +187,17 @@ def _why_no_test(train: DatasetIndex) -> str:
     return f"no class has more than {most} distinct images; add images, or set dataset.test_fraction above {0.5 / most:.2f}"
 
 
-def _headline(index: DatasetIndex) -> str:
+def _in_words(index: DatasetIndex, kind: str) -> str:
+    return TARGETS[kind_of(kind)].in_words(index.rows(index.has_labels(kind)))
+
+
+def _headline(index: DatasetIndex, kinds: Sequence[str]) -> str:
     codes, names = encode(index.splits)
     counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
-    if len(index.names) > 1:
-        return f"{len(index):,} images with {len(index.names)} labels each: {parts}"
-    return f"{len(index):,} images in {len(index.classes):,} classes: {parts}"
+    if len(kinds) > 1:
+        return f"{len(index):,} images with {len(kinds)} labels each: {parts}"
+    return f"{len(index):,} images {_in_words(index, kinds[0])}: {parts}"
 
 
 def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

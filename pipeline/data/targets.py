@@ -8,7 +8,7 @@ it and never looks which kind it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.data.classes import Classification
@@ -28,6 +28,12 @@ CONSTANT_GUESSES = frozenset(target.constant for target in TARGETS.values())
 def target_of(record: Mapping[str, Any]) -> Target:
     """Return the target that `to_record` wrote down; KeyError, TypeError or ValueError for what is none."""
     return TARGETS[record.get("kind", Classification.kind)].from_record(record)
+
+
+def countable(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[tuple[str, str, DatasetIndex]]:
+    """Yield what `DatasetIndex.by_target` does, the images under texts that a person would count them by."""
+    for column, kind, part in index.by_target(kinds):
+        yield column, kind, TARGETS[kind_of(kind)].as_classes(part)
 
 
 def kind_of(asked: str) -> str:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
-from sklearn.metrics import r2_score, root_mean_squared_error
 
 from pipeline.data.targets import Target
 from pipeline.evaluation.intervals import Interval, numbered
@@ -239,6 +238,18 @@ def _errors(predictions: Predictions) -> NDArray[np.float64]:
     return np.asarray(off if off.ndim == 1 else off.mean(axis=1))
 
 
+def _rmse(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
+    """Return what `root_mean_squared_error` of scikit-learn does, which takes fifty times as long to look at its arguments."""
+    return float(np.mean(np.sqrt(np.mean((y - guess) ** 2, axis=0))))
+
+
+def _r2(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
+    """Return what `r2_score` does: the mean over columns; 0 for a column that is the same everywhere and is not told so."""
+    left, there_is = np.sum((y - guess) ** 2, axis=0), np.sum((y - y.mean(axis=0)) ** 2, axis=0)
+    known = there_is > 0
+    return float(np.mean(np.where(known, 1 - left / np.where(known, there_is, 1.0), left == 0)))
+
+
 def _spearman(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
     """Return the correlation of ranks, the mean over columns; 0 where all are the same and nothing can be ordered."""
     columns = zip(np.atleast_2d(y.T), np.atleast_2d(guess.T), strict=True)
@@ -301,8 +312,8 @@ METRICS: Mapping[str, Metric] = {
             shares=lambda predictions: _mean_of(_among_top_k(predictions)),
         ),
         _of_numbers("mae", "MAE", shares=lambda predictions: _mean_of(-_errors(predictions)), in_units=True),
-        _of_numbers("rmse", "RMSE", root_mean_squared_error, in_units=True),
-        _of_numbers("r2", "R2", r2_score),
+        _of_numbers("rmse", "RMSE", _rmse, in_units=True),
+        _of_numbers("r2", "R2", _r2),
         _of_numbers("spearman", "Spearman's rho", _spearman, low=-1.0),
     )
 }

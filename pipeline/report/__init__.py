@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.experiment import Artifacts
+
 __all__ = ["build", "refresh"]
 
 
@@ -20,7 +22,10 @@ def build(output: Path) -> Path:
         When there is no leaderboard yet, or it is of another version.
     """
     from pipeline.report.page import build as build_page
+    from pipeline.report.page import build_overview
 
+    if each := Artifacts(output).each_target():
+        return build_overview(output, {name: build_page(folder) for name, folder in each.items()})
     return build_page(output)
 
 
@@ -34,5 +39,8 @@ def refresh(output: Path) -> Path:
     """
     from pipeline.report.inputs import PAGE, is_current
 
-    output = Path(output)
+    if each := Artifacts(output).each_target():
+        from pipeline.report.page import build_overview
+
+        return build_overview(output, {name: refresh(folder) for name, folder in each.items()})
     return output / PAGE if is_current(output) else build(output)

@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.evaluation import ACCURACY, Interval, Metric
-from pipeline.evaluation.leaderboard.table import APART, apart_text, cross_validated, seconds
+from pipeline.evaluation.leaderboard.overview import HEADERS, overview
+from pipeline.evaluation.leaderboard.table import APART, apart_text, cross_validated, read_leaderboard, seconds
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report import sections
 from pipeline.report.charts import MOST_ROWS
@@ -43,12 +45,27 @@ def build(output: Path) -> Path:
     return output / PAGE
 
 
+def build_overview(output: Path, pages: Mapping[str, Path]) -> Path:
+    """Write the page of several targets, a table with a link to the page of each, and return its path."""
+    boards = {name: read_leaderboard(page.parent) for name, page in pages.items()}
+    links = {name: quote(page.relative_to(output).as_posix()) for name, page in pages.items()}
+    title = sections.name_of_data(next(iter(boards.values())), output)
+    given = {"title": title, "headers": HEADERS, "rows": overview(boards), "links": links, "parts": (), **_look()}
+    write_text_atomic(output / PAGE, _environment().get_template("targets.html").render(given))
+    return output / PAGE
+
+
 def render(material: Material, shown: Mapping[Section, Shown] | None = None) -> str:
     """Return the page as HTML text; the same material gives the same text. `shown` spares looking what its sections show."""
     found = sections.shown(material) if shown is None else shown
     parts = [(section, _filled(section, material, part)) for section, part in found.items()]
-    style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("style.css", "script.js"))
-    return _fill("page", material, {"parts": parts, "style": style, "script": script})
+    return _fill("page", material, {"parts": parts, **_look()})
+
+
+def _look() -> dict[str, Markup]:
+    """Return the look and the behaviour of a page."""
+    files = {"style": "style.css", "script": "script.js"}
+    return {name: Markup((TEMPLATES / file).read_text(encoding="utf-8")) for name, file in files.items()}
 
 
 def section(name: str, material: Material) -> Markup:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.index import LABEL
 from pipeline.data.targets import TARGETS, Classification
 from pipeline.evaluation import (
     Calibration,
@@ -59,10 +60,17 @@ class Section:
 
 
 def title(material: Material) -> str:
-    """Return what the page is about: the data set's name, as far as the config tells it."""
+    """Return what the page is about: the data set's name, and the column's where the manifest names one."""
     dataset = material.leaderboard.provenance.get("config", {}).get("dataset", {})
+    columns = [name for name in dataset.get("label_columns", ()) if name != LABEL]
+    return ": ".join([name_of_data(material.leaderboard, material.output), *columns[:1]])
+
+
+def name_of_data(board: Leaderboard, output: Path) -> str:
+    """Return the data set's name, as far as the config tells it."""
+    dataset = board.provenance.get("config", {}).get("dataset", {})
     name = dataset.get("name") or (Path(dataset["path"]).name if dataset.get("path") else dataset.get("source"))
-    return str(name or material.output.resolve().name)
+    return str(name or output.resolve().name)
 
 
 def shown(material: Material) -> dict[Section, Shown]:

@@ -44,9 +44,13 @@ def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[st
 
 
 def _heads(config: Config) -> list[str]:
-    kind = kind_of(config.dataset.target)
-    heads = head_table.resolve_all(config.heads, kind)
     tuning.require(config.tuning.strategy)
+    kinds = dict.fromkeys(map(kind_of, config.dataset.kinds))
+    return list(dict.fromkeys(line for kind in kinds for line in _heads_for(kind, config)))
+
+
+def _heads_for(kind: str, config: Config) -> list[str]:
+    heads = head_table.resolve_all(config.heads, kind)
     problems = {head.name: tuning.check(head, config.tuning, kind) for head in heads}
     able = [name for name, found in problems.items() if not found]
     reasons = [reason for found in problems.values() for reason in found]
@@ -109,7 +113,9 @@ def _data(config: Config) -> list[str]:
             dataset.require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)
         dataset.check_failures(failures, found.total, config.dataset.max_failures, Path("failures.csv"))
-        if lack := dataset.missing_side(found.index):
+        if lack := dataset.missing_side(found.index, config.dataset.kinds):
             raise DatasetError(lack)
-        warnings = [f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds)]
+        warnings = [
+            f"warning: {line}" for line in dataset.fold_warnings(found.index, config.tuning.folds, config.dataset.kinds)
+        ]
     return [line for line in found.summary_lines() if not line.startswith("since the last scan")] + warnings

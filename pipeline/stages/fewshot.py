@@ -20,6 +20,7 @@ from pipeline.experiment import Artifacts
 from pipeline.fewshot import FewShot, Images, Plan
 from pipeline.io.digests import fingerprint
 from pipeline.io.progress import bar
+from pipeline.stages import targets
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,21 @@ class FewShotRun:
         return [self.result.to_text(), "", f"results  {self.files.few_shot}"]
 
 
+def experiments(config: Config) -> dict[str, Config]:
+    """Return the experiments whose labels are classes, by the name of the target; '' for the one of a single target.
+
+    Raises
+    ------
+    ConfigError
+        When there is none.
+    """
+    found = targets.experiments(config) or {"": config}
+    found = {name: alone for name, alone in found.items() if kind_of(alone.dataset.kinds[0]) == Classification.kind}
+    if not found:
+        raise ConfigError(f"episodes are of classes, and dataset.target is {config.dataset.target}")
+    return found
+
+
 def run(
     config: Config,
     *,
@@ -65,9 +81,7 @@ def run(
     index = DatasetIndex.read(files.dataset)
     require_index(files.features, index.fingerprint())
     store = FeatureStore.open(files.find_store(record.store), record.fingerprint)
-    if kind_of(config.dataset.target) != Classification.kind:
-        raise ConfigError(f"episodes are of classes, and dataset.target is {config.dataset.target}")
-    used = _usable(index.only(index.names[0]).labelled(), record, store, config.seed)
+    used = _usable(index, record, store, config.seed)
     target = Classification.of(used)
     plan = Plan(ways or min(WAYS, target.width), queries, episodes, config.seed)
     if plan.ways > target.width or target.width < 2:
@@ -83,8 +97,6 @@ def run(
         return FewShotRun(known, files)
     images = Images(store.read(used.digests), target.encode(used), used.fold_groups())
     points, notes = list[fewshot.Point](), [*_fine_tuned(record)]
-    if len(index.names) > 1:
-        notes.append(f"Classes are those of {index.names[0]}, the first of {len(index.names)} columns of labels.")
     with bar(len(shots), "numbers of shots", "few-shot") as progress:
         for count in shots:
             found, said = fewshot.measure(images, plan, count)

@@ -1,4 +1,4 @@
-"""Predict: a bundle and new images become labels and probabilities, one row of a CSV file per image.
+"""Predict: a bundle, or one of each target, and new images become labels and probabilities, one row of a CSV file per image.
 
 An image that cannot be read has a row too, with the reason in its `status`; what else is passed over in a folder is counted.
 Rows are written as batches come: what grows in memory with the number of images is the names of one folder.
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +45,10 @@ class PredictRun:
     """What was written."""
 
     output: Path
-    bundle: Path
-    labels: Mapping[str, int]
-    """Label -> images."""
+    bundles: Mapping[str, Path]
+    """The folder of each target's head; '' is the name of a target alone."""
+    labels: Mapping[str, Mapping[str, int]]
+    """Target -> label -> images."""
     unreadable: int
     passed_over: Sequence[str]
     """Lines on the files in the folders that are no images, and on what else is not looked at."""
@@ -54,28 +56,41 @@ class PredictRun:
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
-        total = sum(self.labels.values())
-        lines = [f"{total:,} images labelled by {self.bundle}"]
-        lines += [
-            f"  {label}: {count:,}"
-            for label, count in sorted(self.labels.items(), key=lambda item: (-item[1], item[0]))
-        ]
+        lines = []
+        for target, labels in self.labels.items():
+            name = f"{target}: " if target else ""
+            lines.append(f"{name}{sum(labels.values()):,} images labelled by {self.bundles[target]}")
+            counts = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
+            lines += [f"  {label}: {count:,}" for label, count in counts if label]
         if self.unreadable:
             lines.append(f"{self.unreadable:,} images could not be read; their `status` says why")
         lines += self.passed_over
         if self.untrained:
-            lines.append("warning: this head's backbone is untrained (weights: random); it is a control, not for use")
+            lines.append("warning: a head's backbone is untrained (weights: random); it is a control, not for use")
         return [*lines, f"written to {self.output}"]
+
+
+Said = tuple[Any, NDArray[np.float64] | None]
+"""A label, a number or several, and the probabilities of all labels, of shape (width,); None where the image could not be read, or
+the head has none."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image's outcome: `label` is None where `status` says why it could not be read."""
+    """One image's outcome: what was said of each target, nothing where `status` says why the image could not be read."""
 
     path: str
-    label: str | None
-    probabilities: NDArray[np.float64] | None
     status: str
+    said: tuple[Said, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A head of one target, and where the vectors of each of its parts come from: which lane and which of its outputs."""
+
+    target: str
+    bundle: ModelBundle
+    places: Sequence[tuple[int, int]]
 
 
 def run(
@@ -90,7 +105,8 @@ def run(
 ) -> PredictRun:
     """Label image files and folders of them with a saved head.
 
-    `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used. `max_pixels` is the
+    `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
+    of each, on images that are read once. `max_pixels` is the
     experiment's where it is not given. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
 
     Raises
@@ -105,14 +121,16 @@ def run(
         checked_device(device)
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from None
-    folder = find_bundle(bundle)
-    model = bundles.load(folder, trust_code=trust_code)
+    folders = find_bundles(bundle)
+    heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
     require_all(images)
     require_place(output)
-    if not all(part.embedding for part in model.parts):
-        raise BundleError(f"{folder}: is the constant guess, which looks at no image; name another bundle's folder")
-    records = [EmbeddingRecord.from_dict(part.embedding) for part in model.parts]
-    embedders, places = open_records(records, device)
+    for target, head in heads.items():
+        if not all(part.embedding for part in head.parts):
+            raise BundleError(
+                f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
+            )
+    records, lanes, models = _open(heads, device)
     walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
     total = sum(1 for _ in images_in(images, walks))
     unread, passed_over = _passed_over(walks)
@@ -121,37 +139,57 @@ def run(
     given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
 
     def outcomes() -> Iterator[list[Row]]:
-        lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
-        limit = max_pixels or records[0].max_pixels
+        limit = max_pixels or max(record.max_pixels for record in records)
         for batch, parts in embed(lanes, _items(ahead, len(lanes)), Path("/"), limit):
-            yield list(_rows(batch, parts, given, model, places))
+            yield list(_rows(batch, parts, given, models))
         if unread:
             yield unread
 
-    labels: Counter[str] = Counter()
+    labels = {target: Counter[str]() for target in heads}
     total += len(unread)
-    done, reasons = 0, list[str]()
+    targets = {target: head.target for target, head in heads.items()}
+    done, unreadable, reasons = 0, 0, list[str]()
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
             for rows in outcomes():
-                header = "" if done else csv_header(model.target, top)
-                file.add((header + to_csv(rows, model.target, top)).encode())
-                labels.update(row.label for row in rows if row.label is not None)
+                header = "" if done else csv_header(targets, top)
+                file.add((header + to_csv(rows, targets, top)).encode())
+                for row in rows:
+                    for (name, kind), (label, _) in zip(targets.items(), row.said, strict=False):
+                        labels[name][kind.counted_as(label)] += 1
                 done += len(rows)
-                if len(reasons) <= EXAMPLES:
-                    reasons += [f"{row.path}: {row.status}" for row in rows if row.label is None]
+                unread_rows = [f"{row.path}: {row.status}" for row in rows if not row.said]
+                unreadable += len(unread_rows)
+                reasons += unread_rows[: EXAMPLES + 1 - len(reasons)]
                 progress.update(len(rows))
         except BaseException:
             if done:
                 kept = "stopped after %d of %d images: their rows are in %s, and a new run begins with the first image"
                 log.warning(kept, done, total, file.path)
             raise
-    unreadable = done - labels.total()
     if unreadable == done:
         raise DatasetError(
             f"none of the {done:,} images could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
-    return PredictRun(output, folder, labels, unreadable, passed_over, any(record.untrained for record in records))
+    untrained = any(record.untrained for record in records)
+    return PredictRun(output, folders, labels, unreadable, passed_over, untrained)
+
+
+def find_bundles(path: Path) -> dict[str, Path]:
+    """Return the bundle of each target of an experiment's output folder by its name; '' for one alone."""
+    return {name: find_bundle(folder) for name, folder in (Artifacts(path).each_target() or {"": path}).items()}
+
+
+def _open(heads: Mapping[str, ModelBundle], device: str) -> tuple[list[EmbeddingRecord], list[Lane], list[Model]]:
+    """Open the embedders that some heads need, one for those of one network."""
+    parts = {
+        target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
+    }
+    records = [record for own in parts.values() for record in own]
+    embedders, places = open_records(records, device)
+    ahead = iter(places)
+    models = [Model(target, heads[target], [next(ahead) for _ in own]) for target, own in parts.items()]
+    return records, [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
 
 
 def find_bundle(path: Path) -> Path:
@@ -209,7 +247,7 @@ def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
                 others.add(entry._replace(path=path))
             else:
                 unread.add((path, f"{entry.status}: {entry.reason}"))
-    rows = [Row(path, None, None, status) for path, status in sorted(unread)]
+    rows = [Row(path, status) for path, status in sorted(unread)]
     return rows, passed_over_lines(sorted(others), ignored, "")
 
 
@@ -218,49 +256,56 @@ def shown(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def csv_header(target: Target, top: int) -> str:
-    """Return the first line: path, status, and what the target's predictions look like."""
-    return ",".join(["path", "status", *target.csv_columns(top)]) + "\n"
+def csv_header(targets: Mapping[str, Target], top: int) -> str:
+    """Return the first line: path, status, and what predictions look like, where there are several targets after their names."""
+    cells = ["path", "status"]
+    for name, target in targets.items():
+        first, *others = target.csv_columns(top)
+        cells += [name, *(f"{name}_{other}" for other in others)] if name else [first, *others]
+    return _lines([cells])
 
 
-def to_csv(rows: Sequence[Row], target: Target, top: int) -> str:
+def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int) -> str:
     """Return the lines of some rows, without the first; a cell that a spreadsheet would run begins with `'`."""
+    nothing: Said = (None, None)
+    return _lines(
+        [
+            row.path,
+            row.status,
+            *(
+                cell
+                for target, said in zip(targets.values(), row.said or [nothing] * len(targets), strict=True)
+                for cell in target.csv_cells(*said, top)
+            ),
+        ]
+        for row in rows
+    )
+
+
+def _lines(rows: Iterable[Iterable[str]]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    for row in rows:
-        cells = [row.path, row.status, *target.csv_cells(row.label, row.probabilities, top)]
-        writer.writerow(map(to_cell, cells))
+    csv.writer(text, lineterminator="\n").writerows(map(to_cell, row) for row in rows)
     return text.getvalue()
 
 
 def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
-    here, wanted = os.getcwd(), tuple(range(lanes))
-    return (Item(number, os.path.join(here, path), None, wanted) for number, path in enumerate(paths))
+    here, all_of_them = os.getcwd(), tuple(range(lanes))
+    return (Item(number, os.path.join(here, path), None, all_of_them) for number, path in enumerate(paths))
 
 
-def _rows(
-    batch: Batch,
-    parts: Sequence[Part | None],
-    given: Iterator[str],
-    model: ModelBundle,
-    places: Sequence[tuple[int, int]],
-) -> Iterator[Row]:
-    """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them.
-
-    `places` has for each part of the model its lane, and which of the lane's outputs it takes.
-    """
-    labelled: dict[int, tuple[str, NDArray[np.float64] | None]] = {}
+def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:
+    """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
+    said: dict[int, list[Said]] = {}
     made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
-    if made:
-        labels, probabilities = model.predict(*(made[lane].vectors[output] for lane, output in places))
-        labelled = {
-            row: (str(labels[place]), None if probabilities is None else probabilities[place])
-            for place, row in enumerate(made[0].rows.tolist())
-        }
+    for model in models if made else ():
+        labels, probabilities = model.bundle.predict(*(made[lane].vectors[output] for lane, output in model.places))
+        for place, row in enumerate(made[0].rows.tolist()):
+            of_all = None if probabilities is None else probabilities[place]
+            said.setdefault(row, []).append((labels[place], of_all))
     for row in range(len(batch.items)):
         path = shown(next(given))
-        if row in labelled:
-            yield Row(path, *labelled[row], "ok")
+        if row in said:
+            yield Row(path, "ok", tuple(said[row]))
         else:
             problem = batch.problems[row]
-            yield Row(path, None, None, f"{problem.status}: {problem.reason}")
+            yield Row(path, f"{problem.status}: {problem.reason}")

@@ -3,6 +3,7 @@
     rows.py       what is known of a row, and of the verdict
     table.py      Leaderboard: the rows in order, as JSON, Markdown and text
     judge.py      who is no worse than the best, what to use, and how flattering the best score is
+    overview.py   several targets side by side
     imbalance.py  what class weights and prior correction do where classes are uneven
 
 Stage two builds `judge(Leaderboard(rows, provenance), output)` and writes it; the report page shows it.

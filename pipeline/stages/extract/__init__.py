@@ -31,6 +31,7 @@ from pipeline.stages.extract.sources import require_permitted, resolve
 from pipeline.stages.extract.stores import enter, take_over
 from pipeline.stages.extract.targets import IDENTITY_DIFFERS, Contents, Target, find_targets, reasons
 from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Work, embed
+from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -224,6 +225,7 @@ def _write(
     make_folder(files.root)
     write_records(files.features, records, config, scanned.index.fingerprint())
     write_text_atomic(files.config, dump_yaml(config, files.root))
+    write_experiments(config, scanned.index, records)
     return records
 
 

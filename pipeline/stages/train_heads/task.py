@@ -61,7 +61,7 @@ def make_task(config: Config, files: Artifacts, index: DatasetIndex, stores: Seq
         _usable(used.digests, stores, failed_digests(files.dataset, policy_key(config.dataset.max_pixels)))
     )
     train, test = usable.select("train", "validation"), usable.select("test")
-    target = choose(usable, config.dataset.target)
+    target = choose(usable, *config.dataset.kinds)
     y_train, y_test = target.encode(train), target.encode(test)
     problem = target.problem(y_train)
     if problem is not None:

@@ -1,0 +1,75 @@
+"""Several targets: where the data set has several columns of labels, each is an experiment of its own on the same vectors and split.
+
+`features` writes the experiments' folders, `targets/NAME`, each with the index of its column; what comes after knows nothing of the
+others and takes such a folder, or the config in it, as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from shlex import quote
+
+from pipeline import report
+from pipeline.config import Config, dump_yaml
+from pipeline.data.failures import read_failures, write_failures
+from pipeline.data.index import DatasetIndex, WrittenIndex
+from pipeline.embed.records import EmbeddingRecord, write_records
+from pipeline.evaluation.leaderboard import read_leaderboard
+from pipeline.evaluation.leaderboard.overview import overview_text
+from pipeline.experiment import TARGETS, Artifacts, write_document
+from pipeline.io.files import remove, write_text_atomic
+
+
+def experiments(config: Config) -> dict[str, Config]:
+    """Return the config of each target's experiment by its name; nothing where the data set has one target."""
+    data = config.dataset
+    if len(data.kinds) == 1:
+        return {}
+    files = Artifacts(config.output, config.store)
+    return {
+        name: config.model_copy(
+            update={
+                "output": str(files.target(name)),
+                "store": str(files.stores),
+                "dataset": data.model_copy(
+                    update={
+                        "label_columns": (name,),
+                        "target": kind,
+                        **({} if kind == "multilabel" else {"label_separator": None}),
+                    }
+                ),
+            }
+        )
+        for name, kind in zip(data.label_columns, data.kinds, strict=True)
+    }
+
+
+def write_experiments(config: Config, index: DatasetIndex, records: Sequence[EmbeddingRecord]) -> None:
+    """Write what stage one writes once more for each of several targets, with the images that have a label of it."""
+    files, found = Artifacts(config.output, config.store), experiments(config)
+    if not found:
+        remove(files.targets)
+        return
+    plan = WrittenIndex.read(files.dataset).plan
+    for name, alone in found.items():
+        own, part = Artifacts(alone.output, alone.store), index.only(name)
+        part = part.rows(part.has_labels(*alone.dataset.kinds))
+        if WrittenIndex.read(own.dataset).digest != part.fingerprint():
+            part.write(own.dataset, plan, config.dataset.source)
+        write_failures(own.dataset, read_failures(files.dataset))
+        write_records(own.features, records, alone, part.fingerprint())
+        write_text_atomic(own.config, dump_yaml(alone, own.root))
+    write_document(files.targets, TARGETS, {"targets": list(found)})
+
+
+def overview(config: Config) -> list[str]:
+    """Return the table over all targets, and where the page with it is."""
+    files = Artifacts(config.output, config.store)
+    boards = {name: read_leaderboard(folder) for name, folder in files.each_target().items()}
+    return [
+        "== all targets ==",
+        overview_text(boards),
+        "",
+        f"to predict   manyheads predict {quote(str(files.root))} IMAGES --output labels.csv",
+        f"report       {report.refresh(files.root)}",
+    ]
