@@ -1,4 +1,4 @@
-"""The errors a user can cause, and nothing else.
+"""The errors a user can cause, and the words that messages share.
 
     PipelineError            printed on one line per problem, exit code 2, no traceback
     ├── ConfigError          the config file or a --set override
@@ -22,6 +22,11 @@ def first(lines: Sequence[str], most: int) -> list[str]:
     """Return so many of some lines, and one that says how many more there are."""
     left = len(lines) - most
     return [*lines[:most], f"… and {left:,} more"] if left > 0 else list(lines)
+
+
+def number_of(count: int, noun: str) -> str:
+    """Return a number with what is counted: `1 image`, `1,200 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:

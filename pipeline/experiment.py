@@ -65,6 +65,8 @@ class Artifacts:
         """What stage one made: one record per embedding, with its store and identity."""
         self.leaderboard = self.root / "leaderboard.json"
         self.leaderboard_md = self.root / "leaderboard.md"
+        self.audit = self.root / "audit.json"
+        """Near-duplicates and outliers that stage two came upon."""
         self.few_shot = self.root / "fewshot.json"
         self.finetuned = self.root / "finetuned"
         """One folder per fine-tuning."""
@@ -198,6 +200,7 @@ INDEX = Kind(
     older=(1,),
 )
 LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
+AUDIT = Kind("manyheads audit", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 BUNDLE = Kind(
     "manyheads bundle",
     1,

@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline import config as configuration
 from pipeline import report
 from pipeline.config import Config
-from pipeline.evaluation import Predictions, audit, scores
+from pipeline.evaluation import Predictions, scores
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.report.material import Material
 from pipeline.stages import extract, train_heads
@@ -54,7 +54,7 @@ def material(rows, trials=None, provenance=None, predictions=None, verdict=None)
     """Return what a page is made of where there are rows and nothing on disk; `predictions` are those of the best row."""
     board = Leaderboard(tuple(rows), provenance or {}, verdict)
     said = {} if predictions is None else {board.best.key: predictions}
-    return Material(Path("out"), board, said, trials or {}, None, None, None, None, audit.Findings(), ())
+    return Material(Path("out"), board, said, trials or {})
 
 
 def words(page: str) -> str:

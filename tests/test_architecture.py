@@ -57,6 +57,7 @@ DOORS = {
     "skimage": {"embed"},
     "simplejpeg": {"images"},
     "openvino": {"embed"},
+    "timm": {"embed"},
 }
 
 NO_TORCH = """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import rewrite
 from photos import crop, draw_photo, frame
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -15,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
 from pipeline.embed import baselines
+from pipeline.errors import PipelineError
 from pipeline.evaluation import audit
 from pipeline.images import decode, hash_distances, perceptual_hash, prepare
 
@@ -73,7 +76,7 @@ def test_planted_copies_are_found_within_and_across_splits(digits):
     paths = names(600) + [f"copy/{row:04d}.png" for row in originals]
     splits = ["train"] * 600 + ["test"] * 20 + ["train"] * 20
     labels = [str(digit) for digit in np.concatenate([y, y[originals]])]
-    found = audit.examine(np.concatenate([X, copies]), paths, labels, splits).near_duplicates
+    found = audit.examine(np.concatenate([X, copies]), paths, labels, splits)[1].near_duplicates
     pairs = {tuple(sorted((pair.path, pair.other))) for pair in found}
     planted = {tuple(sorted((f"image/{row:04d}.png", f"copy/{row:04d}.png"))) for row in originals}
     precision, recall = precision_and_recall(pairs, planted)
@@ -88,7 +91,7 @@ def test_a_burst_of_equal_frames_is_told_once_per_frame():
     rng = np.random.default_rng(0)
     X = rng.normal(size=(100, 16)).astype(np.float32)
     X[:12] = X[0] + rng.normal(0, 1e-3, (12, 16))
-    found = audit.examine(X, names(100), ["a"] * 100, ["train"] * 100).near_duplicates
+    found = audit.examine(X, names(100), ["a"] * 100, ["train"] * 100)[1].near_duplicates
     assert len(found) == 11
     assert {path for pair in found for path in (pair.path, pair.other)} == set(names(12))
 
@@ -98,7 +101,7 @@ def test_planted_outliers_are_found(digits):
     X, _ = digits
     noise = np.random.default_rng(0).uniform(0, 1, (10, X.shape[1])).astype(np.float32) * 1.5
     paths = names(len(X)) + names(10, "noise")
-    found = audit.examine(np.concatenate([X, noise]), paths, ["a"] * len(paths), ["train"] * len(paths)).outliers
+    found = audit.examine(np.concatenate([X, noise]), paths, ["a"] * len(paths), ["train"] * len(paths))[1].outliers
     precision, recall = precision_and_recall({item.path for item in found}, set(names(10, "noise")))
     assert recall == 1.0
     assert precision >= 0.8
@@ -106,7 +109,7 @@ def test_planted_outliers_are_found(digits):
 
 def test_ordinary_data_have_next_to_nothing_wrong():
     X = np.random.default_rng(0).normal(size=(800, 32)).astype(np.float32)
-    findings = audit.examine(X, names(800), ["a"] * 800, ["train"] * 800)
+    _, findings = audit.examine(X, names(800), ["a"] * 800, ["train"] * 800)
     assert findings.near_duplicates == ()
     assert len(findings.outliers) <= 4
 
@@ -133,16 +136,30 @@ def test_projection_keeps_distances_when_nothing_is_cut(shape):
 
 def test_two_images_and_one_image_are_no_trouble():
     for n in (1, 2):
-        findings = audit.examine(np.arange(n * 3, dtype=np.float32).reshape(n, 3), names(n), ["a"] * n, ["train"] * n)
+        _, findings = audit.examine(
+            np.arange(n * 3, dtype=np.float32).reshape(n, 3), names(n), ["a"] * n, ["train"] * n
+        )
         assert findings.outliers == ()
 
 
+FOUND = audit.Findings((audit.NearDuplicate("x.png", "y.png", 0.1, "train", "test", "a", "a"),))
+
+
+def test_what_was_found_is_read_as_it_was_written(tmp_path):
+    outlier = audit.Outlier("été \udcff.png", "a", 4.25, 7)
+    for findings in (audit.Findings(), FOUND, audit.Findings(FOUND.near_duplicates * 2, (outlier,))):
+        audit.write_findings(tmp_path / "audit.json", findings)
+        assert audit.read_findings(tmp_path / "audit.json") == findings
+    document = json.loads((tmp_path / "audit.json").read_text())
+    del document["outliers"][0]["path"]
+    rewrite(tmp_path / "audit.json", document)
+    with pytest.raises(PipelineError, match=r"audit\.json: is damaged: .* run `manyheads heads` again"):
+        audit.read_findings(tmp_path / "audit.json")
+
+
 def test_tables_have_paths_and_survive_commas():
-    findings = audit.Findings(
-        audit.LabelIssues((audit.LabelIssue("a,b/1.png", "a,b", "été", 0.0625, 3),)),
-        (audit.NearDuplicate("x.png", "y.png", 0.1, "train", "test", "a", "a"),),
-    )
-    tables = findings.to_csv()
+    issues = audit.LabelIssues((audit.LabelIssue("a,b/1.png", "a,b", "été", 0.0625, 3),))
+    tables = audit.to_csv(issues, FOUND)
     assert list(csv.DictReader(io.StringIO(tables["label_issues.csv"]))) == [
         {"path": "a,b/1.png", "label": "a,b", "suggested": "été", "probability": "0.0625"}
     ]
@@ -181,7 +198,7 @@ def joined(photos: list[Image.Image], hashed: bool = True) -> set[tuple[int, int
     """Return the pairs that the audit names, as places in the list."""
     X, hashes = embedded(photos)
     n = len(photos)
-    found = audit.examine(X, names(n), ["a"] * n, ["train"] * n, hashes if hashed else None).near_duplicates
+    found = audit.examine(X, names(n), ["a"] * n, ["train"] * n, hashes if hashed else None)[1].near_duplicates
     return {(int(pair.path[6:10]), int(pair.other[6:10])) for pair in found}
 
 

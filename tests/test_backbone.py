@@ -173,9 +173,9 @@ def test_an_average_of_tokens_is_one_of_patches(shape: tuple[int, ...], asked: s
     [
         (REGISTERS, "own", "penultimate"),
         (REGISTERS, "cls", "penultimate"),
-        (REGISTERS, "cls+avg", "features"),
-        (REGISTERS, "avg", "features"),
-        (REGISTERS._replace(own="avg"), "cls", "features"),
+        (REGISTERS, "cls+avg", "unpooled"),
+        (REGISTERS, "avg", "unpooled"),
+        (REGISTERS._replace(own="avg"), "cls", "unpooled"),
         (graph.Tokens(attention_pool=True, own="map"), "map", "penultimate"),
         (graph.Tokens(prefix=1, class_token=True), "cls", "penultimate"),
         (graph.Tokens(), "max", "penultimate"),
@@ -620,7 +620,7 @@ def test_other_weights_have_other_transforms() -> None:
 def test_unknown_names_get_a_guess() -> None:
     with pytest.raises(
         BackboneError,
-        match=r"no network 'resnet81', did you mean 'resnet18'\?; there are efficientnet_lite0, 1 and 2 and torchvision's classification models",
+        match=r"no network 'resnet81', did you mean 'resnet18'\?; there are efficientnet_lite0, 1 and 2; torchvision's classification models; timm's, as timm:TAG",
     ):
         load("resnet81")
     with pytest.raises(

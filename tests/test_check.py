@@ -12,7 +12,8 @@ from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.embed import backbone, engines
 from pipeline.embed.precision import choice_inputs
-from pipeline.errors import BackboneError, PipelineError
+from pipeline.errors import BackboneError, PipelineError, TrainingError
+from pipeline.finetuning.objective import objective_for
 from pipeline.stages import check
 
 
@@ -42,6 +43,19 @@ def test_a_good_config_is_described_and_nothing_is_written(tmp_path: Path) -> No
     assert "12 images in 2 classes: 10 train, 2 test" in lines
     assert lines[-1] == "the config is valid and the data can be used"
     assert not (tmp_path / "output").exists()
+
+
+def test_a_target_that_finetune_does_not_serve_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    make_photos(tmp_path)
+    for label, number in (("day", "1.5"), ("night", "2.5")):
+        (tmp_path / "photos" / label).rename(tmp_path / "photos" / number)
+    config = make_config(tmp_path, heads=["ridge"])
+    numbers = config.model_copy(update={"dataset": config.dataset.model_copy(update={"target": "regression"})})
+    note = "finetune serves classification, and the target is regression"
+    assert f"note: {note}" in check.run(numbers)
+    assert not any("finetune" in line for line in check.run(config))
+    with pytest.raises(TrainingError, match=note):
+        objective_for("regression")
 
 
 def test_problems_of_every_part_are_told_together(tmp_path: Path) -> None:

@@ -27,14 +27,15 @@ from pipeline.embed.families import build
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.embed.weights import load_network
 from pipeline.errors import PipelineError, TrainingError
-from pipeline.evaluation import Paired
+from pipeline.evaluation import ACCURACY, Paired, Predictions, paired_answers
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.finetuning import describe, fold, loop, predict_logits, put_head, write_weights
-from pipeline.finetuning.judgement import compared, judge, lines, verdict
+from pipeline.finetuning import trainer
+from pipeline.finetuning.handover import fold, put_head, starting_layer
 from pipeline.finetuning.material import LINEAR, choose, divide, lineage_of, read_pixels
-from pipeline.finetuning.start import starting_layer
+from pipeline.finetuning.result import describe, judge, lines, verdict, write_weights
+from pipeline.finetuning.trainer import predict_logits
 from pipeline.heads.tuning import Projections
 from pipeline.stages import finetune, train_heads
 from pipeline.store import FeatureStore, StoreWriter
@@ -197,7 +198,7 @@ def test_heads_on_components_are_handed_over_too(reduced: Config, head: str) -> 
     if head == "logistic_regression":
         first = Projections(store.read(parts.train.digests), config.tuning.pca, config.tuning.whiten).whole()
         refitted = first[0].before(Pipeline([("head", clone(bundle.estimator[-1]))]))
-        refitted[-1].fit(first[1], parts.codes(parts.train))
+        refitted[-1].fit(first[1], parts.target.encode(parts.train))
         np.testing.assert_allclose(softmax(found, axis=1), refitted.predict_proba(X), atol=2e-3)
 
 
@@ -285,8 +286,33 @@ def test_the_weights_are_a_backbone_like_any_other(experiment: Path, tuned: fine
     pixels = read_pixels(config, parts.test, network.preprocessing)
     prepared = network.preprocessing
     logits = predict_logits(network.module, pixels, prepared.mean, prepared.std, torch.device("cpu"))
-    accuracy = float((logits.argmax(1).numpy() == parts.codes(parts.test)).mean())
+    accuracy = float((logits.argmax(1).numpy() == parts.target.encode(parts.test)).mean())
     assert accuracy == tuned.result["test"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "head"),
+    [("timm:test_vit", {"img_size": 32, "patch_size": 8}, "head"), ("timm:test_efficientnet", {}, "classifier")],
+)
+def test_a_network_of_timm_comes_back_as_a_backbone_too(
+    tmp_path: Path, name: str, arguments: dict[str, int], head: str
+) -> None:
+    """Its features through the layer that was trained say what the fine-tuned network said of the test images."""
+    pytest.importorskip("timm")
+    write_pictures(tmp_path / "pictures", 48)
+    section = BackboneConfig(name=name, weights="random", arguments=arguments, preprocessing={"resize": 32, "crop": 32})
+    config = make_config(tmp_path, steps=4).model_copy(update={"backbones": (section,)})
+    extract(config)
+    train_heads.run(config)
+    made = finetune.run(config)
+    back = BackboneConfig(name=made.network, weights=str(made.weights))
+    live = backbone.load(back, ExtractionConfig(device="cpu", precision="fp32"), 0)
+    _, _, _, parts = opened(config)
+    (X,) = live.embed(read_pixels(config, parts.test, live.preprocessing))
+    weights = load_file(made.weights)
+    said = (X @ weights[f"{head}.weight"].numpy().T + weights[f"{head}.bias"].numpy()).argmax(axis=1)
+    assert (said == parts.target.encode(parts.test)).mean() == made.result["test"]
+    assert live.specs[0].trained_on is not None
 
 
 def test_the_weights_know_what_they_have_learned_from_and_what_chose_them(
@@ -377,7 +403,7 @@ def test_a_stopped_run_gives_the_same_weights(
     weights = load_file(whole.weights)
     for name in ("result.json", "checkpoint.pt", whole.weights.name):
         (whole.weights.parent / name).unlink()
-    real, done = loop.train_step, []
+    real, done = trainer.train_step, []
 
     def stop(task: Any, data: Any, optimizer: Any, scaler: Any, step: int) -> float:
         if step == 3 and not done.count(3):
@@ -386,8 +412,8 @@ def test_a_stopped_run_gives_the_same_weights(
         done.append(step)
         return real(task, data, optimizer, scaler, step)
 
-    monkeypatch.setattr(loop, "train_step", stop)
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "train_step", stop)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         finetune.run(config)
     resumed = finetune.run(config)
@@ -408,6 +434,12 @@ def test_the_verdict_is_one_plain_sentence(low: float, high: float, start: str) 
     assert re.search(
         r"on 372 test images \(95 % interval \S+ to \S+, p = 0\.\S+\) for 2\.3 minutes of training$", sentence
     )
+
+
+def compared(tuned: np.ndarray, other: np.ndarray, units: np.ndarray | None, seed: int) -> Paired:
+    """Compare which test images two networks label right."""
+    a, b = (Predictions(np.ones(len(right), int), right.astype(int), units=units) for right in (tuned, other))
+    return paired_answers(ACCURACY, a, b, seed)
 
 
 @pytest.mark.parametrize(
@@ -444,8 +476,8 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
     others = [row for row in board_of(files).rows if row.key not in (choice.frozen.key, "majority/most_frequent")]
     assert (choice.linear, choice.frozen.key) == (choice.frozen, "toy-toy-penultimate/ridge")
     choice = replace(choice, winner=others[0])
-    right = parts.codes(parts.test)
-    found = judge(files, choice, parts, right, 1.5, 0)
+    right = parts.target.encode(parts.test)
+    found = judge(files, choice, parts, right, ACCURACY, 1.5, 0)
     assert found["test"] == 1.0
     assert {name: one["row"] for name, one in found["comparisons"].items()} == {
         "best": others[0].key,
@@ -458,7 +490,7 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
     verdicts = [line for line in lines(result) if " against " in line]
     assert verdicts[0].startswith(f"verdict    against the best row, {others[0].key} ({others[0].test.accuracy:.2%}): ")
     assert verdicts[1].startswith("           against the same network frozen, toy-toy-penultimate/ridge (")
-    same = judge(files, replace(choice, winner=choice.frozen), parts, right, 1.5, 0)
+    same = judge(files, replace(choice, winner=choice.frozen), parts, right, ACCURACY, 1.5, 0)
     verdicts = [line for line in lines({**result, **same}) if " against " in line]
     assert len(verdicts) == 1
     assert "against the best row, which is the same network frozen, toy-toy-penultimate/ridge (" in verdicts[0]

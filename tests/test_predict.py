@@ -226,7 +226,7 @@ def test_a_folder_is_walked_as_a_data_set_is_and_nothing_goes_without_a_row_or_a
 def test_a_folder_of_photos_that_cannot_be_read_has_a_row_for_each(experiment: Config, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "a.cr3").write_bytes(b"\0\0\0\x18ftypcrx ")
-    with pytest.raises(DatasetError, match="none of the 1 images could be read"):
+    with pytest.raises(DatasetError, match="none of the 1 image could be read"):
         predict.run(pixels_bundle(experiment), [tmp_path / "new"], output=tmp_path / "out.csv")
     assert [row["status"] for row in read(tmp_path / "out.csv")] == [
         "unsupported_format: it is a camera's raw file; save it as JPEG or PNG"

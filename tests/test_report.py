@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -19,15 +20,13 @@ from report_experiment import CLASSES, COPY, EMBEDDING, FLIPPED, ORIGINAL, OUTLI
 
 from pipeline import evaluation as metrics
 from pipeline import report
-from pipeline.data import DatasetIndex
 from pipeline.data.classes import Classification
 from pipeline.errors import PipelineError
-from pipeline.evaluation import HeadPredictions, Predictions, audit
+from pipeline.evaluation import HeadPredictions, Predictions
 from pipeline.evaluation.leaderboard import Leaderboard, Nested, Seeds, judge
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.rows import Leaks, nested_choice
 from pipeline.experiment import Artifacts
-from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE
 from pipeline.report import inputs
 from pipeline.report import material as materials
 from pipeline.report.charts import ranking_chart, tuning_chart
@@ -35,7 +34,6 @@ from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.material import Material, gather
 from pipeline.report.page import render, section
 from pipeline.report.several import compare
-from pipeline.store import StoreWriter
 
 ROOT = Path(__file__).parents[1]
 
@@ -409,14 +407,18 @@ def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: P
     text = render(gather(copy))
     assert "the features cannot be read" in text
     assert 'id="map"' not in text
+    assert 'id="near-duplicates"' in text
     shutil.rmtree(copy / "dataset")
+    (copy / "audit.json").unlink()
     text = render(gather(copy))
     assert "the index cannot be read" in text
+    assert "No near-duplicates and outliers are shown:" in text
+    assert "audit.json: missing; run `manyheads heads` again" in html.unescape(text)
     assert "Worst mistakes" in text
 
 
 def test_of_many_images_a_stratified_part_is_looked_at(experiment: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(audit, "MOST_IMAGES", 90)
+    monkeypatch.setattr(materials, "MOST_IMAGES", 90)
     found = gather(experiment)
     assert "look at 90 of 180 images" in " ".join(found.missing)
     assert found.map is not None
@@ -656,7 +658,9 @@ def test_several_experiments_are_ranked_by_the_score_that_was_tuned(tmp_path: Pa
         board = board_of(output)
         rows = tuple(
             dataclasses.replace(
-                item, cv_mean=-losses[item.head], test=dataclasses.replace(item.test, log_loss=losses[item.head])
+                item,
+                cv_mean=-losses[item.head],
+                test=dataclasses.replace(item.test, values={**item.test.values, "log_loss": losses[item.head]}),
             )
             for item in board.rows
         )
@@ -763,7 +767,7 @@ def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
         f"trials/{EMBEDDING}/logistic_regression.jsonl",
         "dataset/index.csv",
         "features.json",
-        HASH_STORE,
+        "audit.json",
         "report.html",
         "plots/confusion.png",
         "audit/outliers.csv",
@@ -773,12 +777,7 @@ def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
 def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(copy: Path, name: str):
     assert inputs.is_current(copy)
     before = stamps(copy)
-    if name == HASH_STORE:
-        shutil.rmtree(Artifacts(copy).stores / name)
-        digests = DatasetIndex.read(copy / "dataset").digests
-        with StoreWriter.open(Artifacts(copy).stores / name, HASH_IDENTITY, HASH_BYTES, "float16") as writer:
-            writer.append(digests, np.ones((len(digests), HASH_BYTES)))
-    elif name == "leaderboard.json":
+    if name == "leaderboard.json":
         record = json.loads((copy / name).read_text())
         record["provenance"]["notes"] = ["a head was left out"]
         rewrite(copy / name, record)

@@ -209,20 +209,22 @@ def test_worse_is_left_and_a_loss_that_is_worse_is_higher(scoring: str, tip: str
 
 @pytest.mark.parametrize("scoring", METRICS)
 def test_the_tuning_curve_is_in_the_unit_of_the_score_and_rises(scoring: str):
-    means = (-0.5, -0.3, -0.4) if scoring == "log_loss" else (0.5, 0.7, 0.6)
+    loss = METRICS[scoring].lower_is_better
+    means = (-0.5, -0.3, -0.4) if loss else (0.5, 0.7, 0.6)
     chart = tuning_chart({"knn": tuple({"mean": mean} for mean in means)}, scoring)
     title = NAMES.get(scoring, "accuracy")
-    best = {"accuracy": "70.0 %", "log_loss": "log loss 0.300"}.get(scoring, f"{title} 70.0 %")
+    numbers = {"log_loss": "0.300", "mae": "0.3", "rmse": "0.3", "r2": "0.700", "spearman": "0.700"}
+    best = "70.0 %" if scoring == "accuracy" else f"{title} {numbers.get(scoring, '70.0 %')}"
     assert f"knn: best {best} after 3 trials" in tips(to_svg(chart, "tuning"))
     drawn = chart(SCREEN)
     FigureCanvasAgg(drawn).draw()
     (axes,) = drawn.axes
-    assert axes.get_ylabel() == f"{title}, cross-validation{'' if scoring == 'log_loss' else ', %'}"
+    assert axes.get_ylabel() == f"{title}, cross-validation{'' if scoring in numbers else ', %'}"
     curve = axes.lines[0].get_ydata()
     assert curve[-1] > curve[0]
-    numbers = [float(tick.get_text().replace("−", "-")) for tick in axes.get_yticklabels()]
-    assert min(numbers) >= 0
-    assert numbers == sorted(numbers, reverse=scoring == "log_loss")
+    ticks = [float(tick.get_text().replace("−", "-")) for tick in axes.get_yticklabels()]
+    assert min(ticks) >= 0
+    assert ticks == sorted(ticks, reverse=loss)
 
 
 def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():

@@ -14,14 +14,14 @@ from report_experiment import material, row, words
 
 from pipeline import evaluation as metrics
 from pipeline.data.targets import TARGETS
-from pipeline.evaluation import HeadPredictions, Predictions
+from pipeline.evaluation import HeadPredictions, Predictions, Scores
 from pipeline.evaluation.leaderboard import Nested
 from pipeline.report import sections
-from pipeline.report.charts import accuracy_chart, priced
+from pipeline.report.charts import priced, score_chart
 from pipeline.report.confusion import confusion_chart, left_out, most_confused
 from pipeline.report.drawing import figure, to_svg
 from pipeline.report.names import shorten_all
-from pipeline.report.page import section
+from pipeline.report.page import render, section
 
 LONG = tuple(f"a rather long class name number {number:02d}" for number in range(60))
 
@@ -56,7 +56,29 @@ def test_a_page_has_the_sections_that_serve_its_target():
     assert {target for part in sections.SECTIONS for target in part.targets} == set(TARGETS)
     found = material([row("ridge", 0.9)])
     assert [part.name for part in sections.shown(found)] == ["header", "leaderboard", "difference", "cost", "reproduce"]
-    assert sections.shown(material([row("ridge", 0.9)], provenance={"target": "sound"})) == {}
+    numbers = {
+        "target": {
+            "kind": "regression",
+            "columns": ["age"],
+            **dict.fromkeys(("centre", "scale", "low", "high", "half"), ()),
+        }
+    }
+    rows = [row("ridge", -0.9, test=Scores(90, {"mae": 0.95, "r2": 0.5}, {"mae": (0.8, 1.1), "r2": (0.4, 0.6)}))]
+    of_numbers = material(rows, provenance={**numbers, "scoring": "mae"})
+    assert [part.name for part in sections.shown(of_numbers)] == [
+        "header",
+        "leaderboard",
+        "difference",
+        "cost",
+        "reproduce",
+    ]
+    text = words(render(of_numbers))
+    assert "Its test MAE, lower is better 0.95 0.8 to 1.1 95 % interval" in text
+    assert "Head and embedding Cross-validation, MAE Test MAE [95 %] RMSE R2 Spearman's rho Fit, s Trials" in text
+    assert "ridge best resnet18-penultimate 0.9 ± 0.01 0.95 [0.8, 1.1] – 0.500 – 1.25 16" in text
+    assert "MAE: ● test — its 95 % interval | cross-validation" in text
+    assert "What does MAE cost?" in text
+    assert " classes" not in text
 
 
 # Names
@@ -87,7 +109,7 @@ def test_different_names_stay_different(names, length):
 
 def test_rows_on_different_embeddings_have_different_labels():
     rows = [row("ridge", 0.9, embedding=f"regnet_small-bundled-{layer}") for layer in ("block_1-grid", "block_2-grid")]
-    svg = to_svg(accuracy_chart(rows, (), "accuracy"), "leaderboard")
+    svg = to_svg(score_chart(rows, (), "accuracy"), "leaderboard")
     assert ">…1…</text>" in svg
     assert ">…2…</text>" in svg
 
@@ -234,7 +256,7 @@ def test_a_screen_reader_is_told_what_a_cell_belongs_to():
 
 
 def test_a_drawing_is_rounded_and_its_tooltips_are_not():
-    svg = to_svg(accuracy_chart([row("ridge", -0.12345)], (), "log_loss"), "leaderboard")
+    svg = to_svg(score_chart([row("ridge", -0.12345)], (), "log_loss"), "leaderboard")
     assert "cross-validation log loss 0.123" in svg
     numbers = " ".join(re.findall(r'\b(?:d|x|y|transform)="([^"]*)"', svg))
     assert re.search(r"\.\d\d\b", numbers)

@@ -22,27 +22,23 @@ from torch import nn
 
 from pipeline.config import FinetuneConfig
 from pipeline.errors import TrainingError
-from pipeline.finetuning import (
-    Data,
-    Labelled,
-    Run,
+from pipeline.finetuning import trainer
+from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
+from pipeline.finetuning.checkpoint import Run, copy_weights
+from pipeline.finetuning.handover import fold, put_head
+from pipeline.finetuning.objective import CLASSES
+from pipeline.finetuning.plan import check_plan, describe_plan, last_linear, stages_of
+from pipeline.finetuning.result import interpolate, recompute_statistics, return_path
+from pipeline.finetuning.trainer import (
     Task,
-    check_plan,
-    copy_weights,
-    describe_plan,
     evaluate,
-    fold,
-    loop,
+    make_optimizer,
+    make_schedule,
     predict_logits,
-    put_head,
-    return_path,
-    stages_of,
+    stage_rates,
     steps_for,
     train,
 )
-from pipeline.finetuning.batches import augmented, mixed, rows_at, to_float
-from pipeline.finetuning.return_path import interpolate, recompute_statistics
-from pipeline.finetuning.steps import _class_weights, make_optimizer, make_schedule, stage_rates
 
 CPU = torch.device("cpu")
 BASE = FinetuneConfig(steps=6, batch_size=8, augment="flip", rate=0.01, rate_decay=1.0, warmup=0.0)
@@ -98,7 +94,7 @@ def make_task(
     network = Toy()
     with torch.no_grad():  # statistics that are not those of a fresh network
         network.train()(torch.randn(32, 3, 16, 16))
-    stages = stages_of(network, 16)
+    stages = stages_of(network, (16, 16))
     plan = check_plan([(0, scope)], stages)
     return Task(network, stages, plan, settings, settings.steps, precision, seed, CPU, evaluations)
 
@@ -192,9 +188,9 @@ def test_augmented_images_keep_their_size(data: Data, augment: str) -> None:
     assert torch.isfinite(out).all()
 
 
-def test_mixed_labels_are_probabilities_of_the_two_images() -> None:
+def test_mixed_labels_are_probabilities_of_the_two_images(data: Data) -> None:
     torch.manual_seed(0)
-    _, target = mixed(torch.randn(6, 3, 8, 8), torch.arange(6) % 3, but(BASE, mixup=1.0), 3)
+    _, target = CLASSES.mixed(torch.randn(6, 3, 8, 8), torch.arange(6) % 3, but(BASE, mixup=1.0), data)
     assert target.sum(1).tolist() == pytest.approx([1.0] * 6)
     assert ((target > 0).sum(1) <= 2).all()
     assert (target.argmax(1) != torch.arange(6) % 3).any() or (target.max(1).values < 1).any()
@@ -207,7 +203,7 @@ def test_stages_of_the_toy_and_of_torchvisions_networks() -> None:
     from pipeline.io.vision import torchvision
 
     def names(network: nn.Module, size: int) -> list[tuple[str, tuple[str, ...]]]:
-        return [(stage.name, stage.modules) for stage in stages_of(network, size)]
+        return [(stage.name, stage.modules) for stage in stages_of(network, (size, size))]
 
     assert [name for name, _ in names(Toy(), 16)] == ["stem", "stage1", "stage2", "stage3", "head"]
     assert names(torchvision.models.resnet18(), 64) == [
@@ -232,6 +228,35 @@ def test_stages_of_the_toy_and_of_torchvisions_networks() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "head"),
+    [
+        ("mobilenetv3_small_050", {}, "classifier"),  # a linear layer of timm's own
+        ("regnety_002", {}, "head.fc"),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2, "num_classes": 5}, "head"),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2, "num_classes": 0}, None),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 2}, None),  # the mean of two layers
+    ],
+)
+def test_a_network_that_names_its_last_layer_is_believed(name: str, arguments: dict, head: str | None) -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(name, **arguments).eval()
+    if head is None:  # the last linear layer is one within its blocks
+        with pytest.raises(TrainingError, match="no linear layer to give one score per class"):
+            last_linear(network)
+        return
+    assert last_linear(network) == head
+    assert stages_of(network, (56, 56))[-1].modules == (head,)
+    rng = np.random.default_rng(0)
+    layer = rng.normal(size=(3, network.get_submodule(head).in_features)), rng.normal(size=3)
+    pixels = rng.integers(0, 256, (2, 56, 56, 3)).astype(np.uint8)
+    entering: list[torch.Tensor] = []
+    put_head(network, layer)
+    network.get_submodule(head).register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))
+    logits = predict_logits(network, pixels, (0.5,) * 3, (0.25,) * 3, CPU)
+    np.testing.assert_allclose(logits, entering[0].numpy() @ layer[0].T + layer[1], rtol=1e-4, atol=1e-4)
+
+
 def test_every_parameter_is_in_one_group_and_norms_and_biases_do_not_decay() -> None:
     task = make_task(but(BASE, weight_decay=0.3, rate_decay=0.5, rate=1.0))
     groups = make_optimizer(task).param_groups
@@ -245,12 +270,12 @@ def test_every_parameter_is_in_one_group_and_norms_and_biases_do_not_decay() -> 
 
 def test_a_network_without_a_last_layer_is_refused() -> None:
     with pytest.raises(TrainingError, match="no linear layer to give one score per class"):
-        stages_of(nn.Sequential(nn.Conv2d(3, 4, 3)), 8)
+        stages_of(nn.Sequential(nn.Conv2d(3, 4, 3)), (8, 8))
 
 
 def test_a_plan_is_read_and_told_with_its_parameters() -> None:
     network = Toy()
-    stages = stages_of(network, 16)
+    stages = stages_of(network, (16, 16))
     plan = check_plan(
         [
             (0, "head"),
@@ -268,9 +293,9 @@ def test_a_plan_is_read_and_told_with_its_parameters() -> None:
 def test_a_plan_that_closes_a_stage_or_names_none_is_refused_with_all_its_problems() -> None:
     plan = [(0.0, "all"), (0.1, "head"), (0.5, "layer4")]
     with pytest.raises(TrainingError, match="the plan cannot be followed") as error:
-        check_plan(plan, stages_of(Toy(), 16))
+        check_plan(plan, stages_of(Toy(), (16, 16)))
     assert error.value.problems == (
-        "step 3: unfreeze: the network has no stage 'layer4'; allowed: head, last_stage, all, stem, stage1, stage2, stage3",
+        "step 3: the network has no stage 'layer4'; allowed: head, last_stage, all, stem, stage1, stage2, stage3",
         "freezes stem again at 0.1; expected each step to open the same stages or more",
     )
 
@@ -365,7 +390,7 @@ def test_the_network_starts_with_the_heads_scores(data: Data, vectors: tuple[np.
     predict_logits(network, data.train.pixels, data.mean, data.std, CPU)
     hook.remove()
     X = torch.cat(features).numpy()
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(X, data.train.labels)
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(X, data.train.y)
     put_head(network, fold(pipeline))
     logits = predict_logits(network, data.train.pixels, data.mean, data.std, CPU)
     np.testing.assert_allclose(logits, pipeline.decision_function(X), atol=1e-4)
@@ -422,7 +447,7 @@ def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
 ) -> None:
     """Evaluations are after steps 3, 6 and 7: the first stop is before any of them."""
     whole = train(make_task(settings, precision=precision), data, Run(tmp_path / "whole", "x"))
-    real, done = loop.train_step, []
+    real, done = trainer.train_step, []
 
     def stop(task: Task, data: Data, optimizer: object, scaler: object, step: int) -> float:
         if step == last and last not in done:
@@ -430,11 +455,11 @@ def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
         done.append(step)
         return real(task, data, optimizer, scaler, step)
 
-    monkeypatch.setattr(loop, "train_step", stop)
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "train_step", stop)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     with pytest.raises(Stop):
         train(make_task(settings, precision=precision), data, Run(tmp_path / "cut", "x"))
-    monkeypatch.setattr(loop, "train_step", real)
+    monkeypatch.setattr(trainer, "train_step", real)
     resumed = train(make_task(settings, precision=precision), data, Run(tmp_path / "cut", "x"))
     assert done == list(range(last))
     assert resumed.history[0]["step"] == 3
@@ -492,13 +517,15 @@ def test_accumulated_batches_are_one_large_batch(data: Data, tmp_path: Path) -> 
         torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_balanced_weights_make_a_rare_class_count(data: Data, tmp_path: Path) -> None:
-    labels = np.array([0] * 6 + [1] * 2, dtype=np.int64)
-    rare = replace(data, train=Labelled(data.train.pixels[:8], labels), classes=2)
-    weights = _class_weights(rare, but(BASE, class_weight="balanced"), CPU)
-    assert weights is not None
-    assert weights.tolist() == pytest.approx([8 / 12, 8 / 4])
-    assert _class_weights(rare, BASE, CPU) is None
+def test_balanced_weights_make_a_rare_class_count(data: Data) -> None:
+    y = np.array([0] * 6 + [1] * 2, dtype=np.int64)
+    rare = replace(data, train=Labelled(data.train.pixels[:8], y), width=2)
+    logits, seen = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
+    losses = torch.logsumexp(logits, 1) - logits[[0, 1], seen]
+    weights = torch.tensor([8 / 12, 8 / 4])
+    balanced = CLASSES.loss(logits, seen, but(BASE, class_weight="balanced"), rare)
+    assert balanced.item() == pytest.approx(((weights * losses).sum() / weights.sum()).item())
+    assert CLASSES.loss(logits, seen, BASE, rare).item() == pytest.approx(losses.mean().item())
 
 
 def test_it_stops_early_when_nothing_improves(data: Data, tmp_path: Path) -> None:
@@ -564,7 +591,7 @@ def test_interpolation_has_its_ends_and_its_middle() -> None:
 
 def test_the_moving_average_begins_with_the_first_step_and_has_buffers(data: Data) -> None:
     task = make_task(but(BASE, ema=0.9))
-    average = loop._parts(task)["average"]
+    average = trainer._parts(task)["average"]
     bias, statistics = task.network.fc.bias, task.network.stem[1].running_mean
     with torch.no_grad():
         for value in (0.0, 1.0):

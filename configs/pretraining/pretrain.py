@@ -32,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline import config, images
 from pipeline.embed.families import build
-from pipeline.finetuning import Data, Labelled, copy_weights, describe, evaluate, write_weights
-from pipeline.finetuning.batches import rows_at, to_float
+from pipeline.finetuning.batches import Data, Labelled, rows_at, to_float
+from pipeline.finetuning.checkpoint import copy_weights
+from pipeline.finetuning.result import describe, write_weights
+from pipeline.finetuning.trainer import evaluate
 from pipeline.io.digests import bytes_digest, fingerprint
 
 CPU = torch.device("cpu")
@@ -170,7 +172,7 @@ def gradients(network: nn.Module, data: Data, recipe: Recipe, step: int) -> floa
         batch = crop_and_flip(pixels, size, recipe.smallest_crop).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits = network(batch).float()
-        target = torch.from_numpy(data.train.labels[part])
+        target = torch.from_numpy(data.train.y[part])
         loss = functional.cross_entropy(logits, target, label_smoothing=recipe.label_smoothing) / recipe.accumulate
         loss.backward()
         total += loss.item()
@@ -182,7 +184,7 @@ def train(recipe: Recipe, source: Source) -> dict[str, Any]:
     data, folder = source.data, Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    network = build(recipe.architecture, {**recipe.arguments, "num_classes": data.classes})
+    network = build(recipe.architecture, {**recipe.arguments, "num_classes": data.width})
     network.to(memory_format=torch.channels_last)
     optimizer = optimizer_of(network, recipe)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)

@@ -8,6 +8,9 @@ retired.py    keys of earlier versions
 
 from pipeline.config.reading import dump_yaml, load, parse
 from pipeline.config.sections import (
+    LOCAL_DIR,
+    TIMM_NAMES,
+    TIMM_PREFIX,
     WEIGHTS_FILES,
     BackboneConfig,
     Config,

@@ -13,9 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.retired import without_retired
-from pipeline.config.sections import WEIGHTS_FILES, Config, Names, Section, guess
+from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess
 from pipeline.config.yaml12 import parse_yaml, read_yaml
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, number_of
 from pipeline.io.imports import look_in
 
 LONGEST_SHOWN = 200
@@ -45,7 +45,7 @@ def load(path: Path, overrides: Sequence[str] = (), names: Names | None = None) 
             raise ConfigError(
                 f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
             )
-    if any(":" in head.name for head in config.heads):
+    if any(":" in head.name for head in config.heads or ()):
         look_in(path.parent)
     return config
 
@@ -64,15 +64,15 @@ def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Co
     except ValidationError as error:
         problems = _problems(error) + problems
     if problems:
-        raise ConfigError(f"{origin}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}", problems)
+        raise ConfigError(f"{origin}: {number_of(len(problems), 'problem')}", problems)
     return config
 
 
 def dump_yaml(config: Config, folder: Path) -> str:
     """Return a config as the YAML text of a file in a folder, which reads back as the same config."""
     raw = config.model_dump(mode="json")
-    for section, key, _ in _paths(raw):
-        section[key] = os.path.relpath(section[key], folder)
+    for section, key, prefix, _ in _paths(raw):
+        section[key] = prefix + os.path.relpath(section[key].removeprefix(prefix), folder)
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
@@ -82,19 +82,22 @@ def _seen_from_here(raw: dict[str, Any], file: Path) -> None:
     A path that leads nowhere from the file's folder, but somewhere from the working folder, is refused: so it was up to 0.1.
     """
     problems = []
-    for section, key, where in _paths(raw):
-        given = section[key]
+    for section, key, prefix, where in _paths(raw):
+        given = section[key].removeprefix(prefix)
         place = Path(os.path.abspath(file.parent / given))
-        section[key] = str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
-        if not os.path.exists(section[key]) and os.path.exists(given):
+        seen = str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
+        section[key] = prefix + seen
+        if not os.path.exists(seen) and os.path.exists(given):
             right = os.path.relpath(given, file.parent)
             problems.append(f"{where}: {given!r} is relative to the working folder, expected {right!r}")
     if problems:
         raise ConfigError(f"{file}: paths in a config are relative to the folder the config is in", problems)
 
 
-def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Yield every relative path in a config that may hold anything: its section, its key, and both for a message."""
+def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]]:
+    """Yield every relative path in a config that may hold anything: its section, its key, what stands before it, and the first
+    two for a message.
+    """
     dataset, backbones = raw.get("dataset"), raw.get("backbones")
     places: list[tuple[Any, str, str]] = [
         (raw, "output", "output"),
@@ -105,10 +108,13 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
     for number, section in enumerate(backbones if isinstance(backbones, list) else []):
         if isinstance(section, dict) and str(section.get("weights")).endswith(WEIGHTS_FILES):
             places.append((section, "weights", f"backbones.{number}.weights"))
+        if isinstance(section, dict) and str(section.get("name")).startswith(LOCAL_DIR):
+            places.append((section, "name", f"backbones.{number}.name"))
     for section, key, where in places:
         path = section.get(key) if isinstance(section, dict) else None
-        if isinstance(path, str) and path and not os.path.isabs(os.path.expanduser(path)):
-            yield section, key, where
+        prefix = LOCAL_DIR if key == "name" else ""
+        if isinstance(path, str) and path and not os.path.isabs(os.path.expanduser(path.removeprefix(prefix))):
+            yield section, key, prefix, where
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -197,15 +197,33 @@ class PreprocessingConfig(Section):
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    fit: Literal["crop", "squash", "border"] = "crop"
+    """How an image becomes a square: cut out of its centre, made square whatever its proportions, or filled up."""
+
+
+TIMM_PREFIX = "timm:"
+LOCAL_DIR = f"{TIMM_PREFIX}local-dir:"
+"""Before the path of a folder with weights of timm and their `config.json`."""
+
+TIMM_NAMES: Mapping[str, str] = {
+    "dinov2_base": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov3_base": "vit_base_patch16_dinov3.lvd1689m",
+    "siglip2_base": "vit_base_patch16_siglip_224.v2_webli",
+    "clip_base": "vit_base_patch16_clip_quickgelu_224.openai",
+    "convnextv2_tiny": "convnextv2_tiny.fcmae_ft_in22k_in1k",
+}
+"""Short names for networks of timm, and what timm calls them: network and weights."""
 
 
 class BackboneConfig(Section):
     """One frozen network and the layers whose output is kept."""
 
     name: str
-    """A network of one of the families, such as `efficientnet_lite0` or torchvision's `resnet50`."""
+    """A network of one of the families: `efficientnet_lite0`, torchvision's `resnet50`, or timm's as `dinov2_base`,
+    `timm:resnet50.a1_in1k`, `timm:local-dir:FOLDER`."""
     weights: str = "random"
-    """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` / `.pth` file."""
+    """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` /
+    `.pth` file. Names of timm's networks say which weights, which are `pretrained` by default."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
     """`penultimate` is the input of the last linear layer, `stage3` the end of a stage; any node listed by `manyheads layers`
     will do. Several come of one pass."""
@@ -215,6 +233,13 @@ class BackboneConfig(Section):
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_timm_say_more(cls, values: Any) -> Any:
+        name = values.get("name") if isinstance(values, dict) else None
+        timms = isinstance(name, str) and (name in TIMM_NAMES or name.startswith(TIMM_PREFIX))
+        return {"weights": "pretrained", "pooling": "own", **values} if timms else values
 
     @property
     def title(self) -> str:
@@ -399,7 +424,8 @@ class Config(Section):
     licenses: Literal["any", "permissive"] = "any"
     """Which licences weights may have; of `permissive` ones it must be known that anyone may use, change and sell them."""
     extraction: ExtractionConfig = ExtractionConfig()
-    heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY]
+    heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY] | None = None
+    """The heads to tune; None: all of the table that serve the target."""
     vote: bool = False
     """Whether the mean of the best rows of different embeddings is one more row, chosen by cross-validation."""
     tuning: TuningConfig = TuningConfig()
@@ -435,7 +461,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Config:
-        names = [head.name for head in self.heads]
+        names = [head.name for head in self.heads or ()]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"heads: named more than once: {', '.join(twice)}")

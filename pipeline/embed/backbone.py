@@ -50,7 +50,8 @@ class Backbone:
     """
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
-        graph = graphs.trace(network.module)
+        probe = torch.from_numpy(probe_images(network.preprocessing.size)[-1:]).permute(0, 3, 1, 2) / 255
+        graph = graphs.trace(network.module, probe)
         self._tokens = graphs.tokens_of(network.module)
         ends = partial(graphs.stage_ends, network.module, graph, network.preprocessing.size)
         self._rows = graphs.rows(graph, config.layers, config.pooling, self._tokens, network.has_classifier, ends)
@@ -202,7 +203,7 @@ def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
     BackboneError
         When there is no such model.
     """
-    config = BackboneConfig(name=name)
+    config = BackboneConfig(name=name, weights="random")  # nothing is fetched for it
     if name.endswith(WEIGHTS_FILES):
         config = BackboneConfig(name=Path(name).stem, weights=name)
     elif name not in network_names() and name == bundled()["name"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.config import BackboneConfig, guess
-from pipeline.embed import efficientnet_lite, torchvision_models
+from pipeline.embed import efficientnet_lite, timm_models, torchvision_models
 from pipeline.embed.family import Arguments, Family, Published
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 from pipeline.io.memory import is_out_of_memory
 
-FAMILIES: tuple[Family, ...] = (efficientnet_lite.FAMILY, torchvision_models.FAMILY)
+FAMILIES: tuple[Family, ...] = (efficientnet_lite.FAMILY, torchvision_models.FAMILY, timm_models.FAMILY)
 
 
 def family_of(architecture: str) -> Family:
@@ -34,7 +35,7 @@ def family_of(architecture: str) -> Family:
             return family
     raise BackboneError(
         f"no network {architecture!r}{guess(architecture, network_names())}; there are "
-        + " and ".join(family.title for family in FAMILIES)
+        + "; ".join(family.title for family in FAMILIES)
     )
 
 
@@ -86,6 +87,12 @@ def load(config: BackboneConfig) -> nn.Module:
         When there are no such weights, they are not to be had, or the network does not take the arguments.
     """
     return _in_eval_mode(published(config).load, config.name, config.arguments)
+
+
+def load_file(config: BackboneConfig, path: Path) -> nn.Module | None:
+    """Construct a section's network in eval mode with the weights of a file, where its family reads such files itself."""
+    make = family_of(config.name).load_file
+    return make and _in_eval_mode(lambda arguments: make(config.name, arguments, path), config.name, config.arguments)
 
 
 def _in_eval_mode(make: Callable[[Arguments], nn.Module], name: str, arguments: Arguments) -> nn.Module:

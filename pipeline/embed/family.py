@@ -63,5 +63,11 @@ class Family:
     """A network's published weights by name; the first one's transform serves weights that come without one."""
     sized: bool = False
     """Whether networks are built for one image size, `image_size` of their arguments, and the same weights fit any."""
+    resolve: Callable[[str, Arguments], tuple[str, Arguments]] = lambda name, arguments: (name, arguments)
+    """The architecture and arguments that a config's name and arguments stand for, as identities and weights files have them."""
+    load_file: Callable[[str, Arguments, Path], nn.Module] | None = None
+    """Build a network with the weights of a file that describes nothing; None where its tensors need no other names."""
+    with_classifier: Callable[[nn.Module, int], nn.Module] = lambda module, classes: module
+    """Return a network with a last layer that fine-tuning can start from, for so many classes."""
     auto_precision: str = ""
     """What `precision: auto` is for these networks; '' where it goes by the machine."""

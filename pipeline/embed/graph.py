@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -26,44 +29,148 @@ logger = logging.getLogger(__name__)
 
 PENULTIMATE = "penultimate"
 
-FEATURES = "features"
+UNPOOLED = "unpooled"
 """The layer of a timm network with all that its own pooling is given: the tokens behind the last norm, or the last map."""
 
 GRID = 3
 """Cells of `pooling: grid` along each side of the image."""
 
-Graph = tuple[fx.GraphModule, dict[str, fx.Node]]
+POOLED = "pooled"
+"""The layer of a network with its own feature, where it says so itself; of others it is the input of the classifier."""
 
 
-def trace(model: nn.Module) -> Graph:
-    """Return the network as a graph in eval mode, and its nodes by name in the order they run."""
+class Taps(nn.Module):
+    """A network that cannot be traced, run as it is: gives what comes out of some of its modules."""
+
+    def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.network = network
+        self._layers = layers
+        self._outputs: dict[str, Any] = {}
+        for layer in layers:
+            network.get_submodule(layer).register_forward_hook(partial(self._keep, layer))
+
+    def _keep(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._outputs[layer] = output
+
+    def forward(self, images: torch.Tensor) -> tuple[Any, ...]:
+        """Return one output per layer, None of a module that does not run."""
+        self.network(images)
+        found, self._outputs = self._outputs, {}
+        return tuple(map(found.get, self._layers))
+
+
+Graph = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
+"""A network and its layers by name, in the order in which they run; where it could not be traced, in that of definition."""
+
+
+def trace(model: nn.Module, probe: torch.Tensor | None = None) -> Graph:
+    """Return the network as a graph in eval mode, and its nodes by name in the order they run.
+
+    Where it cannot be traced, or its graph gives another result for the images `probe`, (n, 3, height, width), it is run as it
+    is, and its layers are its modules.
+    """
+    try:
+        module, names = _traced(model.eval())
+        with torch.inference_mode():
+            same = probe is None or _same(module.forward(probe), model(probe))
+        if same:
+            return module, names
+        reason = "its graph computes something else"
+    except Exception as error:  # a forward pass is any Python code
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    if probe is not None:
+        logger.info("%s runs as it is, as it cannot be traced: %s", type(model).__name__, reason)
+    return Taps(model, ()), dict.fromkeys(name for name, _ in model.named_modules() if name)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor) or found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def _traced(model: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node | None]]:
     from torchvision.models.feature_extraction import NodePathTracer
 
     # As create_feature_extractor traces, except that torchvision's own blocks are looked into: the convolutions and batch
     # norms in them could not be folded otherwise.
-    tracer = NodePathTracer(autowrap_modules=(math, torchvision.ops))
-    graph = tracer.trace(model.eval())
+    timm = sys.modules.get("timm.layers")  # its parts are met only where it was imported
+    tracer = NodePathTracer(
+        autowrap_modules=(math, torchvision.ops),
+        autowrap_functions=tuple(timm.get_notrace_functions()) if timm else (),
+        leaf_modules=[nn.Linear, *timm.get_notrace_modules()] if timm else [],
+    )
+    graph = tracer.trace(model)
     names = {name: node for node, name in tracer.node_to_qualname.items() if node.op != "output"}
-    return fx.GraphModule(tracer.root, graph), names
+    module = fx.GraphModule(tracer.root, graph)
+    if timm:
+        calls = [(name, node) for name, node in names.items() if node.op == "call_module"]
+        parts = [(name, node, module.get_submodule(str(node.target))) for name, node in calls]
+        names |= {name: _taken_apart(module, node, part, timm) for name, node, part in parts}
+        module.recompile()
+    return module, names
 
 
-def classifier(module: fx.GraphModule) -> fx.Node:
+def _taken_apart(module: fx.GraphModule, node: fx.Node, part: Any, timm: ModuleType) -> fx.Node:
+    """Write a module of timm that does several things as torch's own, so that it can be folded; return where it ends.
+
+    Its norms have an activation inside, its convolutions pad as TensorFlow's SAME does, by the size of what they are given.
+    """
+    plain: nn.Module
+    if type(part) is timm.BatchNormAct2d and part.track_running_stats:
+        plain = nn.BatchNorm2d(part.num_features, part.eps, device="meta")
+        after = nn.Sequential(part.drop, part.act).eval()
+        name = f"{node.target}_act"
+        module.add_submodule(name, after)
+        with module.graph.inserting_after(node):
+            end = module.graph.call_module(name, (node,))
+        node.replace_all_uses_with(end, delete_user_cb=lambda user: user is not end)
+    elif type(part) is timm.Conv2dSame:
+        sizes = part.kernel_size, part.stride, 0, part.dilation, part.groups
+        plain = nn.Conv2d(part.in_channels, part.out_channels, *sizes, device="meta")
+        with module.graph.inserting_before(node):
+            padded = module.graph.call_function(
+                timm.pad_same, (node.args[0], part.kernel_size, part.stride, part.dilation)
+            )
+        node.args = (padded,)
+        end = node
+    else:
+        return node
+    for kind in ("_parameters", "_buffers"):
+        getattr(plain, kind).update(getattr(part, kind))
+    module.add_submodule(str(node.target), plain.eval())
+    return end
+
+
+def classifier(module: nn.Module) -> fx.Node:
     """Return the node that turns features into class scores: the last Linear, or without any the last Conv2d (squeezenet)."""
+    nodes: Iterable[fx.Node] = reversed(module.graph.nodes) if isinstance(module, fx.GraphModule) else ()
     modules = dict(module.named_modules())
+    calls = [node for node in nodes if node.op == "call_module"]
     for kind in (nn.Linear, nn.Conv2d):
-        for node in reversed(module.graph.nodes):
-            if node.op == "call_module" and isinstance(modules[str(node.target)], kind):
-                found: fx.Node = node
-                return found
+        for node in calls:
+            if isinstance(modules[str(node.target)], kind):
+                return node
     raise BackboneError(
         "the network has neither a linear nor a convolutional layer, so it has no penultimate layer; name one under layers"
     )
 
 
+def classifier_name(model: nn.Module, graph: Graph) -> str:
+    """Return the name of the module that turns features into class scores."""
+    if not hasattr(model, "get_classifier"):
+        return str(classifier(graph[0]).target)
+    own = model.get_classifier()  # type: ignore[operator]  # of timm
+    return next((name for name, part in model.named_modules() if part is own), "")
+
+
 def stage_ends(model: nn.Module, graph: Graph, size: tuple[int, int]) -> dict[str, str]:
     """Return the node at which each stage of a network ends, by the stage's name, but for its head."""
     try:
-        head = str(classifier(graph[0]).target)
+        head = classifier_name(model, graph)
     except BackboneError:
         head = ""
     stages = find_stages(model, size, head)
@@ -92,10 +199,12 @@ def resolve(
         raise BackboneError(
             f"{len(unknown)} of the layers asked for {'is' if len(unknown) == 1 else 'are'} not in the network",
             [
-                f"no layer {layer!r}{guess(layer, [*by_stage, *names])}; `manyheads layers MODEL` lists them"
+                f"no layer {layer!r}{guess(layer, [PENULTIMATE, *by_stage, *names])}; `manyheads layers MODEL` lists them"
                 for layer in unknown
             ],
         )
+    if POOLED in names:
+        return [str(ends.get(layer, POOLED)) for layer in asked]
     by_node = {node: name for name, node in names.items()}
     source = classifier(module).args[0] if PENULTIMATE in asked else None
     ends[PENULTIMATE] = by_node.get(source)  # type: ignore[arg-type]
@@ -120,14 +229,16 @@ def _last_of(layer: str, names: Iterable[str]) -> str | None:
     return next((name for name in reversed(list(names)) if name.startswith(f"{layer}.")), None)
 
 
-def cut(graph: Graph, layers: Sequence[str]) -> fx.GraphModule:
+def cut(graph: Graph, layers: Sequence[str]) -> nn.Module:
     """Return the network that runs up to the layers and gives their outputs as a tuple, with batch norms folded.
 
     Folding a batch norm into the convolution before it changes features by about 1e-9 of their length (cosine, ResNet-50)
     and saves a pass over the activations. A convolution whose own output is kept, or used twice, is left as it is.
     """
     module, names = graph
-    kept = [names[layer] for layer in layers]
+    if isinstance(module, Taps):
+        return Taps(module.network, layers)
+    kept = [node for layer in layers if (node := names[layer]) is not None]
     for node in list(module.graph.nodes):
         if node.op == "output":
             module.graph.erase_node(node)
@@ -137,7 +248,7 @@ def cut(graph: Graph, layers: Sequence[str]) -> fx.GraphModule:
         _work_out_of_place(module)
     module.delete_all_unused_submodules()
     module.recompile()
-    return fuse(module, inplace=True, no_trace=True)  # type: ignore[return-value]
+    return fuse(module, inplace=True, no_trace=True)
 
 
 def _work_out_of_place(module: fx.GraphModule) -> None:
@@ -154,11 +265,16 @@ def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ..
     """Return the nodes that give something for each image, with the shape of it for one image of `size`."""
     module, names = graph
     n_images = 2  # with one image, its windows or heads could not be told from it
+    images = torch.zeros(n_images, 3, *size)
     with torch.inference_mode():
-        ShapeProp(module).propagate(torch.zeros(n_images, 3, *size))
+        if isinstance(module, Taps):
+            outputs: list[Any] = list(Taps(module.network, list(names))(images))
+        else:
+            ShapeProp(module).propagate(images)
+            outputs = [node and node.meta.get("tensor_meta") for node in names.values()]
     found = []
-    for name, node in names.items():
-        shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    for name, output in zip(names, outputs, strict=True):
+        shape = getattr(output, "shape", None)
         if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images:
             found.append((name, tuple(shape[1:])))
     return found
@@ -191,7 +307,7 @@ def source(layer: str, pooling: str, tokens: Tokens) -> str:
     `own`, and `map` and `cls` where the network pools so by itself, are the network's own vector.
     """
     own = pooling in {"own", "map"} or (pooling == "cls" and tokens.own == "token")
-    return FEATURES if layer == PENULTIMATE and tokens.own and not own else layer
+    return UNPOOLED if layer == PENULTIMATE and tokens.own and not own else layer
 
 
 def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -18,9 +18,19 @@ import torch
 from torch import nn
 
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, PreprocessingConfig
-from pipeline.embed.families import FAMILIES, build, build_empty, load, network_names, published, usual_preprocessing
-from pipeline.embed.family import Fetch
-from pipeline.embed.graph import PENULTIMATE, classifier, cut, effective, rows, stage_ends, tokens_of, trace
+from pipeline.embed.families import (
+    FAMILIES,
+    build,
+    build_empty,
+    family_of,
+    load,
+    load_file,
+    network_names,
+    published,
+    usual_preprocessing,
+)
+from pipeline.embed.family import Arguments, Fetch
+from pipeline.embed.graph import PENULTIMATE, classifier_name, cut, effective, rows, stage_ends, tokens_of, trace
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.torchvision_models import AUXILIARY
@@ -65,12 +75,16 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
         return _from_state(config, read_weights(BUNDLED)[0], description, BUNDLED, "bundled")
     if config.weights.endswith(WEIGHTS_FILES):
         path = Path(config.weights)
-        return _from_state(config, *read_weights(path), path, path.stem)
+        state, description = read_weights(path)
+        module = None if description else load_file(config, path)
+        return (
+            _network(config, module, path.stem) if module else _from_state(config, state, description, path, path.stem)
+        )
     if config.weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(config.name, config.arguments)
-        return _network(config, module, "random", usual_preprocessing(config.name), untrained=True, license=NO_WEIGHTS)
+        return _network(config, module, "random", untrained=True, license=NO_WEIGHTS)
     found = published(config)
     return _network(config, load(config), config.weights, found.preprocessing, license=found.license)
 
@@ -98,7 +112,7 @@ def check(config: BackboneConfig) -> None:
         random = config.weights == "random"
         if not random and (lacking := published(config).to_install()):
             raise BackboneError(lacking)
-        usual = usual_preprocessing(config.name) if random else published(config).preprocessing
+        usual = None if random else published(config).preprocessing
         module = build_empty(config.name, config.arguments)
         preprocessing = fitting_preprocessing(config, module, usual)
         has_classifier = True
@@ -167,30 +181,26 @@ def _from_state(
     module, has_classifier = fill(architecture, arguments, state, origin)
     if not has_classifier:
         logger.info("%s has no classifier: all that comes before one can be embedded", origin)
-    preprocessing = (
-        _described(description["preprocessing"])
-        if "preprocessing" in description
-        else usual_preprocessing(architecture)
-    )
+    described = _described(description["preprocessing"]) if "preprocessing" in description else None
+    module.preprocessing = described or getattr(module, "preprocessing", usual_preprocessing(architecture))  # type: ignore[assignment]
     network = _network(
-        config,
-        module,
-        readable,
-        preprocessing,
-        trained_on=description.get("trained_on"),
-        license=description.get("license", UNKNOWN),
+        config, module, readable, trained_on=description.get("trained_on"), license=description.get("license", UNKNOWN)
     )
     return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
 
 
 def _network(
-    config: BackboneConfig, module: nn.Module, weights: str, preprocessing: Preprocessing, **rest: Any
+    config: BackboneConfig, module: nn.Module, weights: str, preprocessing: Preprocessing | None = None, **rest: Any
 ) -> Network:
+    architecture: str = config.name
+    arguments: Arguments = config.arguments
+    if any(family.has(config.name) for family in FAMILIES):  # a file that describes itself may be called anything
+        architecture, arguments = family_of(config.name).resolve(config.name, config.arguments)
     return Network(
         module=module,
         name=config.name,
-        architecture=config.name,
-        arguments=dict(config.arguments),
+        architecture=architecture,
+        arguments=dict(arguments),
         weights=weights,
         weights_digest=tensors_digest(module.state_dict()),
         preprocessing=fitting_preprocessing(config, module, preprocessing),
@@ -200,13 +210,13 @@ def _network(
 
 def _described(values: Mapping[str, Any]) -> Preprocessing:
     """The transform that a weights file of this project describes."""
-    given = {key: values[key] for key in PreprocessingConfig.model_fields}
+    given = {key: values[key] for key in PreprocessingConfig.model_fields if key in values}
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     return Preprocessing(**plain)
 
 
-def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Preprocessing) -> Preprocessing:
-    """The config's transform before the weights' own; a network of one fixed image size gets that size."""
+def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Preprocessing | None) -> Preprocessing:
+    """The config's transform before the network's or the weights' own; a network of one fixed image size gets that size."""
     size = getattr(module, "image_size", None)  # vision transformers
     asked = config.preprocessing
     if asked is not None:
@@ -215,6 +225,7 @@ def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Pr
                 f"{config.name} takes images of {size} x {size} pixels only, the config says preprocessing.crop: {asked.crop}"
             )
         return Preprocessing(**asked.model_dump())
+    default = getattr(module, "preprocessing", None) or default or usual_preprocessing(config.name)
     if size is not None and default.size != (size, size):
         return replace(default, resize=size, crop=size)
     return default
@@ -233,7 +244,8 @@ def fill(
         With one line for every tensor that is missing, left over or of another shape.
     """
     state = {name: value for name, value in state.items() if not name.startswith(AUXILIARY)}
-    head = f"{classifier(trace(build_empty(architecture, arguments))[0]).target}."
+    empty = build_empty(architecture, arguments)
+    head = f"{classifier_name(empty, trace(empty))}."
     has_classifier = f"{head}weight" in state
     if "num_classes" not in arguments and has_classifier:
         arguments = {**arguments, "num_classes": state[f"{head}weight"].shape[0]}

@@ -12,6 +12,7 @@ import io
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from scipy.special import expit
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from pipeline.errors import StoreError
-from pipeline.experiment import Artifacts, to_cell
+from pipeline.errors import StoreError, first_line
+from pipeline.experiment import AUDIT, Artifacts, from_plain, read_document, to_cell, write_document
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances
 from pipeline.io.digests import Digests
 from pipeline.store import FeatureStore
@@ -99,19 +100,40 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the audit found, worst first."""
+    """What stands out among the features of all images, worst first; stage two writes it down as it looks for leaks."""
 
-    label_issues: LabelIssues = LabelIssues()
     near_duplicates: tuple[NearDuplicate, ...] = ()
     outliers: tuple[Outlier, ...] = ()
 
-    def to_csv(self) -> dict[str, str]:
-        """Return one CSV text per kind of finding, by file name."""
-        return {
-            "label_issues.csv": _csv(LabelIssue, self.label_issues.found),
-            "near_duplicates.csv": _csv(NearDuplicate, self.near_duplicates),
-            "outliers.csv": _csv(Outlier, self.outliers),
-        }
+
+def to_csv(issues: LabelIssues, findings: Findings) -> dict[str, str]:
+    """Return one CSV text per kind of finding, by file name."""
+    return {
+        "label_issues.csv": _csv(LabelIssue, issues.found),
+        "near_duplicates.csv": _csv(NearDuplicate, findings.near_duplicates),
+        "outliers.csv": _csv(Outlier, findings.outliers),
+    }
+
+
+def write_findings(path: Path, findings: Findings) -> None:
+    """Write down what was found."""
+    write_document(path, AUDIT, asdict(findings))
+
+
+def read_findings(path: Path) -> Findings:
+    """Read what was found.
+
+    Raises
+    ------
+    PipelineError
+        When it is missing, damaged, or of another format or version.
+    """
+    document = read_document(path, AUDIT)
+    try:
+        found: Findings = from_plain(Findings, {field.name: document[field.name] for field in fields(Findings)})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AUDIT.damaged(path, first_line(error)) from None
+    return found
 
 
 def label_issues(
@@ -197,6 +219,9 @@ class Pairs:
     ratio: NDArray[np.float64]
 
 
+_NO_PAIRS = Pairs(np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp), np.zeros(0))
+
+
 def close_pairs(near: Neighbours, hashes: NDArray[np.uint8] | None = None) -> Pairs:
     """Find the pairs of images that are nearly the same; each is named once.
 
@@ -206,7 +231,7 @@ def close_pairs(near: Neighbours, hashes: NDArray[np.uint8] | None = None) -> Pa
     """
     n, k = near.distances.shape
     if k == 0:
-        return Pairs(np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp), np.zeros(0))
+        return _NO_PAIRS
     tenth, fortieth = (near.distances[:, min(place, k) - 1] for place in (NEAR, FAR))
     usual = np.where(tenth <= CLOSE * fortieth, fortieth, tenth).astype(np.float64)
     yardstick = np.minimum(usual[:, None], usual[near.rows])
@@ -261,13 +286,16 @@ def examine(
     labels: Sequence[str],
     splits: Sequence[str],
     hashes: NDArray[np.uint8] | None = None,
-) -> Findings:
-    """Look for near-duplicates and outliers among all images; features : shape (n, dim), a row per path."""
+) -> tuple[Pairs, Findings]:
+    """Look for near-duplicates, which are returned as pairs of rows too, and outliers among images.
+
+    features : ndarray of shape (n, dim), a row per path; hashes : as in `close_pairs`
+    """
     if len(paths) < 2:
-        return Findings()
+        return _NO_PAIRS, Findings()
     near = neighbours(project(features))
-    found = near_duplicates(close_pairs(near, hashes), paths, labels, splits)
-    return Findings(near_duplicates=found, outliers=outliers(near, paths, labels))
+    pairs = close_pairs(near, hashes)
+    return pairs, Findings(near_duplicates(pairs, paths, labels, splits), outliers(near, paths, labels))
 
 
 def read_hashes(files: Artifacts, digests: Digests) -> NDArray[np.uint8]:

@@ -102,6 +102,11 @@ class Metric:
         return (100.0 if self.unit == "points" else 1.0) * (1 if self.higher_is_better else -1)
 
     @property
+    def percent(self) -> str:
+        """What stands behind a score that is written: a space and the sign, or nothing."""
+        return " %" if self.unit == "points" else ""
+
+    @property
     def bounded(self) -> bool:
         """Whether it has a worst value."""
         return bool(np.isfinite(self.low))

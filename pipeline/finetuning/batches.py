@@ -20,26 +20,26 @@ SMALLEST_CROP = 0.5
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images with their classes, in memory or mapped from a file.
+    """Images with what is to be said of them, in memory or mapped from a file.
 
     pixels : ndarray of shape (n, height, width, 3), uint8
-    labels : ndarray of shape (n,), int64, positions in the sorted classes
+    y : ndarray of shape (n,), as the target encodes it: int64 places in the classes
     """
 
     pixels: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    y: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.y)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from, what weights are chosen on, and how pixels become numbers."""
+    """What is learned from, what weights are chosen on, and how pixels become numbers; `width` is how many numbers the network gives."""
 
     train: Labelled
     validation: Labelled
-    classes: int
+    width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -49,15 +49,9 @@ def rows_at(position: int, count: int, images: int, seed: int) -> NDArray[np.int
 
     Every epoch holds every image once, and no image waits for a batch that would be short.
     """
-    rows: list[NDArray[np.int64]] = []
-    while count > 0:
-        epoch, start = divmod(position, images)
-        order = np.random.default_rng([seed, epoch]).permutation(images)
-        taken = order[start : start + count]
-        rows.append(taken)
-        position += len(taken)
-        count -= len(taken)
-    return np.concatenate(rows)
+    first, last = position // images, (position + count - 1) // images
+    epochs = [np.random.default_rng([seed, epoch]).permutation(images) for epoch in range(first, last + 1)]
+    return np.concatenate(epochs)[position - first * images :][:count]
 
 
 def to_float(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -71,7 +65,7 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
     """Return the training view of images, uint8 (n, h, w, 3): float32 (n, 3, h, w), from torch's global random state."""
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
     if settings.augment != "none":
-        v2 = _transforms()
+        v2 = transforms()
         flip = v2.RandomHorizontalFlip()
         crop = v2.RandomResizedCrop(pixels.shape[1:3], scale=(SMALLEST_CROP, 1.0))
         change = v2.Compose(
@@ -81,14 +75,6 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
     return to_float(images.permute(0, 2, 3, 1), data.mean, data.std).contiguous(memory_format=torch.channels_last)
 
 
-def mixed(images: Tensor, labels: Tensor, settings: FinetuneConfig, classes: int) -> tuple[Tensor, Tensor]:
-    """Apply mixup to a batch, float32 (n, 3, h, w), with labels, int64 (n,), which become probabilities, float32 (n, classes)."""
-    if settings.mixup == 0:
-        return images, labels
-    images, labels = _transforms().MixUp(alpha=settings.mixup, num_classes=classes)(images, labels)
-    return images.contiguous(memory_format=torch.channels_last), labels
-
-
-def _transforms() -> Any:
-    """torchvision's v2 transforms, which its own import leaves out."""
+def transforms() -> Any:
+    """Return torchvision's v2 transforms, which its own import leaves out."""
     return importlib.import_module(f"{torchvision.__name__}.transforms.v2")

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
 from pipeline.experiment import sealed, to_lines, unsealed
-from pipeline.finetuning.weights import Score, Weights
+from pipeline.finetuning.objective import Score
 from pipeline.io.files import make_folder, read_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "manyheads checkpoint"
 CHECKPOINT_VERSION = 3
+
+Weights = dict[str, Tensor]
+"""A network's state by name, detached copies on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,6 @@ class Run:
         """The latest state; removed by nobody, so a finished run is not trained again."""
         return self.folder / "checkpoint.pt"
 
-    @property
-    def log(self) -> Path:
-        """One JSON record per evaluation."""
-        return self.folder / "log.jsonl"
-
 
 @dataclass
 class State:
@@ -47,7 +46,7 @@ class State:
     step : steps done, at the end fewer than planned after an early stop
     seconds : time spent in training, over all its pieces
     losses : of every step since the last evaluation
-    score : the best so far on the validation images: accuracy and minus the log-loss
+    score : the best so far on the validation images
     weights : the state of the network that had it
     source : "weights", or "ema" for their moving average
     stale : evaluations since
@@ -62,6 +61,11 @@ class State:
     source: str = ""
     stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def copy_weights(network: nn.Module) -> Weights:
+    """Return a copy of a network's whole state, buffers included; shapes and dtypes are the network's."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
 
 
 def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
@@ -80,11 +84,11 @@ def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
     torch.save(content, buffer)
     make_folder(run.folder)
     write_atomic(run.checkpoint, sealed(buffer.getvalue()))
-    write_atomic(run.log, to_lines(state.history, "")[0])
+    write_atomic(run.folder / "log.jsonl", to_lines(state.history, "")[0])
 
 
-def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
-    """Return the state of a run and the state dict of each of its parts, or None when there is no checkpoint.
+def load(run: Run, parts: Mapping[str, Any]) -> State:
+    """Return the state of a run, having put its parts into theirs; the beginning when there is no checkpoint.
 
     Raises
     ------
@@ -92,7 +96,7 @@ def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
         When it cannot be read or belongs to another run.
     """
     if not run.checkpoint.exists():
-        return None
+        return State()
     try:
         data = unsealed(read_file(run.checkpoint))
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -100,7 +104,7 @@ def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
         raise
     except Exception as error:  # torch raises many types for damaged files
         raise TrainingError(f"{run.checkpoint}: cannot be read ({error}); delete it to train from the start") from None
-    if content.get("format") != CHECKPOINT_FORMAT or content.get("version") != CHECKPOINT_VERSION:
+    if (content.get("format"), content.get("version")) != (CHECKPOINT_FORMAT, CHECKPOINT_VERSION):
         raise TrainingError(
             f"{run.checkpoint}: is no checkpoint of version {CHECKPOINT_VERSION}; delete it to train from the start"
         )
@@ -108,6 +112,8 @@ def load(run: Run) -> tuple[State, Mapping[str, Any]] | None:
         raise TrainingError(
             f"{run.checkpoint}: belongs to a run with other settings, data or seed; delete it or give another folder"
         )
+    for name, part in parts.items():
+        part.load_state_dict(content["parts"][name])
     state = State(**content["state"])
     logger.info("continuing after step %d", state.step)
-    return state, content["parts"]
+    return state

@@ -1,4 +1,4 @@
-"""Hand-over: a fitted scikit-learn head becomes the last layer of a network, exactly.
+"""Hand-over: a fitted scikit-learn head becomes the last layer of the network that made its features, exactly.
 
 Fine-tuning then starts where stage two ended, and not from a random layer whose first gradients would tear at the
 pretrained weights (Kumar et al. 2022, "Fine-tuning can distort pretrained features": LP-FT).
@@ -7,32 +7,201 @@ pretrained weights (Kumar et al. 2022, "Fine-tuning can distort pretrained featu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from pipeline.config import Config
+from pipeline.embed.families import family_of
+from pipeline.embed.precision import resolve_device
+from pipeline.embed.records import open_record
+from pipeline.embed.weights import Network, load_network
 from pipeline.errors import TrainingError
+from pipeline.evaluation import fit_calibrator
+from pipeline.experiment import Artifacts
+from pipeline.export import bundle as bundles
+from pipeline.finetuning.material import Choice, Parts, read_pixels
 from pipeline.finetuning.plan import last_linear
+from pipeline.finetuning.trainer import predict_logits
+from pipeline.heads import HEADS, Head
+from pipeline.heads.tuning import Features, blocks, expand_scores, limited, make_folds, memory_needed, part, refit
+from pipeline.store import FeatureStore, StoredRows
+
+PROBES = 32
+"""Stored vectors that are computed again, to see that they are what enters the last layer."""
+TOLERANCE = 0.05
+"""Their largest distance relative to their length; bf16 against fp32 stays below 0.016, another layer or pooling is far above."""
+TEMPERATURE_FOLDS = 3
+UNSEEN_MARGIN = 10.0
+"""By how much a class that the head never saw is less likely than the least likely other."""
 
 Vectors = NDArray[np.float64]
 Layer = tuple[Vectors, Vectors]
-"""Weights of shape (classes, dim) and biases of shape (classes,): scores = x @ weights.T + bias."""
+"""Weights of shape (n_classes, dim) and biases of shape (n_classes,), float64: scores = x @ weights.T + bias."""
+
+
+def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> Network:
+    """Load the network behind an embedding, having seen that the stored vectors are what enters its last layer.
+
+    Raises
+    ------
+    TrainingError
+        When they are not.
+    BackboneError
+        When the weights or a library have changed since.
+    """
+    record = choice.record
+    preprocessing = open_record(record, config.extraction.device)[0].preprocessing
+    assert record.section is not None  # `choose` takes backbones only
+    network = replace(load_network(record.section, record.seed), preprocessing=preprocessing)
+    module = family_of(network.architecture).with_classifier(network.module, parts.target.width)
+    network = replace(network, module=module)
+    rows = parts.train.rows(np.arange(min(PROBES, len(parts.train))))
+    stored = store.read(rows.digests)
+    found = _entering_last_layer(network, read_pixels(config, rows, preprocessing), config)
+    off = np.full(len(rows), np.inf)
+    if found.shape == stored.shape:
+        off = np.linalg.norm(found - stored, axis=1) / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
+    if off.max() > TOLERANCE:
+        raise TrainingError(
+            f"{record.name}: {int((off > TOLERANCE).sum())} of {len(rows)} stored vectors are not what enters the network's last layer; "
+            "heads on that layer alone can be handed over: set finetune.start to an embedding of the penultimate layer, or, if "
+            "this is one, run `manyheads features` again"
+        )
+    return network
+
+
+def _entering_last_layer(network: Network, pixels: NDArray[np.uint8], config: Config) -> NDArray[np.float32]:
+    """Return what a network's last linear layer is given for images, uint8 (n, height, width, 3): float32 (n, dim)."""
+    device, prepared = resolve_device(config.extraction.device), network.preprocessing
+    given: list[NDArray[np.float32]] = []
+    layer = network.module.to(device).get_submodule(last_linear(network.module))
+    hook = layer.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].float().cpu().numpy()))
+    try:
+        predict_logits(network.module, pixels, prepared.mean, prepared.std, device)
+    finally:
+        hook.remove()
+    return np.concatenate(given)
+
+
+def put_head(network: nn.Module, layer: Layer) -> None:
+    """Replace the network's last linear layer by weights (width, dim) and biases (width,), float64; it becomes float32.
+
+    Raises
+    ------
+    TrainingError
+        When the layer takes vectors of another length than the network has.
+    """
+    name = last_linear(network)
+    old = network.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    weights, bias = layer
+    if weights.shape[1] != old.in_features:
+        raise TrainingError(
+            f"the head takes vectors of {weights.shape[1]} numbers, the network's last layer {name!r} gets {old.in_features}; "
+            "use a head trained on the penultimate layer"
+        )
+    new = nn.Linear(weights.shape[1], len(weights), device=old.weight.device)
+    with torch.no_grad():
+        new.weight.copy_(torch.from_numpy(weights))
+        new.bias.copy_(torch.from_numpy(bias))
+    network.set_submodule(name, new)
+
+
+# ---- the layer to start from
+
+
+def starting_layer(
+    config: Config, files: Artifacts, choice: Choice, store: FeatureStore, parts: Parts
+) -> tuple[Layer, str]:
+    """Return the last layer to start from, weights (width, dim) and biases (width,), float64, and what it is in words.
+
+    The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
+    seen the validation images, on which it would look better than it is.
+
+    Raises
+    ------
+    TrainingError
+        When the head was fitted for another target than the data have.
+    """
+    linear, width = choice.linear, parts.target.width
+    if linear is None:
+        return _random_layer(width, choice.record.spec.dim, config.seed), "a random last layer"
+    bundle = bundles.load(files.root / str(linear.bundle))
+    if bundle.target != parts.target:
+        raise TrainingError(
+            f"{linear.bundle}: tells {bundle.target.width} classes apart, the data have {width} others; run `manyheads heads` again"
+        )
+    limit, needed = limited(config.tuning).memory_bytes, memory_needed((len(parts.train), store.dim))
+    stays = limit is not None and needed > limit
+    X: Features = StoredRows.of(store, parts.train.digests) if stays else store.read(parts.train.digests)
+    y = parts.target.encode(parts.train)
+    pipeline = _fitted(bundle.estimator, linear.head, X, y, config.seed)
+    layer = fold(pipeline)
+    if not hasattr(pipeline, "predict_proba"):
+        layer = _tempered(layer, bundle.estimator, linear.head, X, y, config.seed)
+    gap = choice.winner.cv_mean - linear.cv_mean
+    behind = f"; {choice.winner.key}, which is no layer, is {gap:.2%} better in cross-validation" if gap > 0 else ""
+    words = f"{linear.head} of stage two ({linear.cv_mean:.2%} in cross-validation{behind})"
+    return _for_all_classes(layer, pipeline.classes_, width), words
+
+
+def _random_layer(width: int, dim: int, seed: int) -> Layer:
+    """Return the layer torch would start with, (width, dim) and (width,), float64: the control that starts from no head."""
+    bound, rng = dim**-0.5, np.random.default_rng(seed)
+    return rng.uniform(-bound, bound, (width, dim)), rng.uniform(-bound, bound, width)
+
+
+def _fitted(estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: int) -> Pipeline:
+    """Fit stage two's head anew as stage two would: on fewer rows there may be fewer components, and X may be on disk."""
+    pca = dict(estimator.steps).get("pca")
+    if not isinstance(pca, PCA):
+        head = Head(name, lambda seed: clone(estimator), {}, {}, evaluator=HEADS[name].evaluator)
+        return refit(head, {}, X, y, seed)
+    head = Head(name, lambda seed: clone(estimator[2:]), {}, {})  # behind the scaler and the PCA
+    return refit(head, {}, X, y, seed, pca.n_components, pca.whiten)
+
+
+def _tempered(layer: Layer, estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: int) -> Layer:
+    """Scale margins to logits by one temperature fitted on out-of-fold scores; no predicted label changes.
+
+    Cross-entropy on raw margins of a ridge (which lie around +-1) would start far too unsure.
+    """
+    classes, codes = np.unique(y, return_inverse=True)
+    columns = np.empty((len(y), len(classes)), dtype=np.float32)
+    for learned, held_out in make_folds(y, TEMPERATURE_FOLDS, seed):
+        pipeline = _fitted(estimator, name, part(X, learned), codes[learned], seed)
+        for place, block in blocks(X, held_out):
+            scores = expand_scores(pipeline.decision_function(block), pipeline.classes_, len(classes), "decision")
+            columns[held_out[place]] = scores / 2 if len(classes) == 2 else scores
+    slope = fit_calibrator(columns, codes).slopes[0]
+    return layer[0] * slope, layer[1] * slope
+
+
+def _for_all_classes(layer: Layer, seen: NDArray[np.int64], width: int) -> Layer:
+    """Give a class that the head never saw a row too, far below the others; `seen`, int64, are the classes of the layer's rows."""
+    weights = np.zeros((width, layer[0].shape[1]))
+    bias = np.full(width, layer[1].min() - UNSEEN_MARGIN)
+    weights[seen], bias[seen] = layer
+    return weights, bias
+
+
+# ---- a pipeline as one layer
 
 
 def fold(pipeline: Pipeline) -> Layer:
     """Write a fitted pipeline of scalers, PCA and a linear classifier as one layer on the raw features.
 
-    Returns
-    -------
-    weights : ndarray of shape (n_classes, dim), float64, rows in the order of `classes_`
-    bias : ndarray of shape (n_classes,), float64
-        Two classes get two rows, -w/2 and w/2, whose softmax is the same probability.
+    Weights (n_classes, dim) and biases (n_classes,), float64, have the order of `classes_`; two classes get two rows, -w/2 and
+    w/2, whose softmax is the same probability.
 
     Raises
     ------
@@ -57,38 +226,6 @@ def fold(pipeline: Pipeline) -> Layer:
     if len(weights) == 1:
         weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
     return weights, bias
-
-
-def put_head(network: nn.Module, layer: Layer) -> None:
-    """Replace the network's last linear layer by weights (n_classes, dim) and biases (n_classes,), float64; it becomes float32.
-
-    Raises
-    ------
-    TrainingError
-        When the layer takes vectors of another length than the network has.
-    """
-    name = last_linear(network)
-    old = network.get_submodule(name)
-    assert isinstance(old, nn.Linear)
-    weights, bias = layer
-    if weights.shape[1] != old.in_features:
-        raise TrainingError(
-            f"the head takes vectors of {weights.shape[1]} numbers, the network's last layer {name!r} gets {old.in_features}; "
-            "use a head trained on the penultimate layer"
-        )
-    new = nn.Linear(weights.shape[1], len(weights), device=old.weight.device)
-    with torch.no_grad():
-        new.weight.copy_(torch.from_numpy(weights))
-        new.bias.copy_(torch.from_numpy(bias))
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, new)
-
-
-def random_layer(classes: int, dim: int, seed: int) -> Layer:
-    """Return the layer torch would start with: weights (classes, dim) and biases (classes,), float64; the control that starts from no head."""
-    bound = dim**-0.5
-    rng = np.random.default_rng(seed)
-    return rng.uniform(-bound, bound, (classes, dim)), rng.uniform(-bound, bound, classes)
 
 
 def _fold_scaler(step: StandardScaler, weights: Vectors, bias: Vectors) -> Layer:

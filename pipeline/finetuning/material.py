@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from pipeline import config as configuration
 from pipeline import images
 from pipeline.config import Config
-from pipeline.data import DatasetIndex, lineage
+from pipeline.data import DatasetIndex, lineage, targets
 from pipeline.data.lineage import Lineage
+from pipeline.data.targets import Target
 from pipeline.embed.loader import Item, Loader
 from pipeline.embed.records import EmbeddingRecord, departures, read_asked_records, require_index, shared
 from pipeline.errors import ConfigError, PipelineError, TrainingError, first
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
 from pipeline.experiment import Artifacts
+from pipeline.finetuning.objective import objective_for
 from pipeline.heads import HEADS
 from pipeline.heads.tuning import make_folds
 from pipeline.io import progress
@@ -52,15 +54,10 @@ class Choice:
 class Parts:
     """The images of stage two, divided for stage three."""
 
-    classes: tuple[str, ...]
+    target: Target
     train: DatasetIndex
     validation: DatasetIndex
     test: DatasetIndex
-
-    def codes(self, part: DatasetIndex) -> NDArray[np.int64]:
-        """Return the place of each image's label in `classes`: int64 of shape (n,)."""
-        place = {label: code for code, label in enumerate(self.classes)}
-        return np.array([place[label] for label in part.labels], dtype=np.int64)
 
 
 def choose(config: Config, files: Artifacts) -> Choice:
@@ -69,10 +66,17 @@ def choose(config: Config, files: Artifacts) -> Choice:
     Raises
     ------
     PipelineError
-        When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it.
+        When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it, or its target
+        is of a kind that cannot be fine-tuned.
     """
+    if each := files.each_target():
+        folder = next(iter(each.values()))
+        raise TrainingError(
+            f"finetune: a network is trained for one target, the experiment has {len(each)}; give the config of one, such as {folder / 'config.yaml'}"
+        )
     records = {record.name: record for record in read_asked_records(files.features, config)}
     board = read_leaderboard(files.root)
+    objective_for(board.target.kind)
     _require_of(board, config, files)
     require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     start = config.finetune.start
@@ -151,7 +155,7 @@ def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineag
             raise TrainingError(
                 f"there are no {name} images with features; fine-tuning needs some to learn, choose and judge"
             )
-    return Parts(usable.classes, learned, validation, test)
+    return Parts(targets.choose(usable, *config.dataset.kinds), learned, validation, test)
 
 
 def read_pixels(

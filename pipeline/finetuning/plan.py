@@ -12,28 +12,35 @@ from pipeline.embed.stages import Stage, find_stages
 from pipeline.errors import TrainingError
 
 BatchNorm = Literal["frozen", "affine", "train"]
-SCOPE_WORDS = ("head", "last_stage", "all")
+Plan = tuple[tuple[float, int], ...]
+"""From which share of the steps on, which stage is the lowest that is trained."""
 
 
-def stages_of(network: nn.Module, size: int) -> tuple[Stage, ...]:
-    """Return the stages of a classification network for square images of `size` pixels, the stem first.
+def stages_of(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
+    """Return the stages of a classification network for images of `size`, height and width in pixels, the stem first.
 
     Raises
     ------
     TrainingError
         When the network has no linear layer at its end.
     """
-    return find_stages(network, (size, size), last_linear(network))
+    return find_stages(network, size, last_linear(network))
 
 
 def last_linear(network: nn.Module) -> str:
-    """Return the name of the last linear layer, the one that gives a score per class."""
-    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
+    """Return the name of the linear layer that gives what a network says: the one it names itself, as timm's do, or the last."""
+    named = getattr(network, "get_classifier", None)
+    own = None if named is None else named()
+    found: list[str] = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and (named is None or module is own)
+    ]
+    if not found:
         raise TrainingError(
             "the network has no linear layer to give one score per class; expected a classification network"
         )
-    return names[-1]
+    return found[-1]
 
 
 def stage_of_parameters(network: nn.Module, stages: Sequence[Stage]) -> dict[str, str]:
@@ -41,69 +48,46 @@ def stage_of_parameters(network: nn.Module, stages: Sequence[Stage]) -> dict[str
     owners = {name: stages[0].name for name, _ in network.named_parameters()}
     for stage in stages:
         for module in stage.modules:
-            for name in owners:
-                if name.startswith(f"{module}."):
-                    owners[name] = stage.name
+            owners |= {name: stage.name for name in owners if name.startswith(f"{module}.")}
     return owners
 
 
-def resolve_scope(scope: str, stages: Sequence[Stage]) -> int:
-    """Return the position of the lowest stage a scope trains.
-
-    Raises
-    ------
-    TrainingError
-        When the network has no stage of that name.
-    """
-    names = [stage.name for stage in stages]
-    if scope == "all":
-        return 0
-    if scope == "last_stage":
-        return len(stages) - 2
-    if scope in names:
-        return names.index(scope)
-    raise TrainingError(
-        f"unfreeze: the network has no stage {scope!r}; allowed: {', '.join([*SCOPE_WORDS, *names[:-1]])}"
-    )
-
-
-def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> tuple[tuple[float, int], ...]:
-    """Return a plan of (share of the steps, scope) as (share of the steps, lowest trained stage).
+def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> Plan:
+    """Return a plan of (share of the steps, scope) with the lowest stage that each scope trains.
 
     Raises
     ------
     TrainingError
         When a step closes a stage that one before opened, or names one the network does not have.
     """
-    problems: list[str] = []
-    resolved: list[tuple[float, int]] = []
-    for number, (start, scope) in enumerate(plan):
-        try:
-            resolved.append((start, resolve_scope(scope, stages)))
-        except TrainingError as error:
-            problems.append(f"step {number + 1}: {error.message}")
-    for (_, lowest), (start, below) in pairwise(resolved):
-        if below > lowest:
-            problems.append(
-                f"freezes {stages[lowest].name} again at {start:g}; expected each step to open the same stages or more"
-            )
+    top = len(stages) - 1
+    known = {"head": top, "last_stage": top - 1, "all": 0, **{stage.name: place for place, stage in enumerate(stages)}}
+    problems = [
+        f"step {number}: the network has no stage {scope!r}; allowed: {', '.join(known)}"
+        for number, (_, scope) in enumerate(plan, 1)
+        if scope not in known
+    ]
+    resolved = tuple((start, known[scope]) for start, scope in plan if scope in known)
+    problems += [
+        f"freezes {stages[lowest].name} again at {start:g}; expected each step to open the same stages or more"
+        for (_, lowest), (start, below) in pairwise(resolved)
+        if below > lowest
+    ]
     if problems:
         raise TrainingError("unfreeze: the plan cannot be followed", problems)
-    return tuple(resolved)
+    return resolved
 
 
-def describe_plan(
-    plan: Sequence[tuple[float, int]], stages: Sequence[Stage], network: nn.Module, steps: int
-) -> list[str]:
+def describe_plan(plan: Plan, stages: Sequence[Stage], network: nn.Module, steps: int) -> list[str]:
     """Return one line for each step of a plan: when, what is trained, how many parameters."""
     owners = stage_of_parameters(network, stages)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     lines = []
     for start, lowest in plan:
-        open_stages = [stage.name for stage in stages[lowest:]]
-        count = sum(size for name, size in sizes.items() if owners[name] in open_stages)
+        trained = [stage.name for stage in stages[lowest:]]
+        count = sum(size for name, size in sizes.items() if owners[name] in trained)
         lines.append(
-            f"from step {round(start * steps)}: {', '.join(open_stages)} ({count:,} of {sum(sizes.values()):,} parameters)"
+            f"from step {round(start * steps)}: {', '.join(trained)} ({count:,} of {sum(sizes.values()):,} parameters)"
         )
     return lines
 
@@ -115,9 +99,9 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batc
     statistics move only with `batch_norm="train"`, and its scale and shift stay with `"frozen"`.
     """
     owners = stage_of_parameters(network, stages)
-    open_names = {stage.name for stage in stages[lowest:]}
+    trained = {stage.name for stage in stages[lowest:]}
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(owners[name] in open_names)
+        parameter.requires_grad_(owners[name] in trained)
     network.train()
     for stage in stages[:lowest]:
         for module in stage.modules:

@@ -67,8 +67,10 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     return replace(head, build=build, space=space, defaults=defaults, fixed=fixed)
 
 
-def resolve_all(configs: Sequence[HeadConfig], kind: str = "classification") -> tuple[Head, ...]:
-    """Resolve every head of a config for a kind of target; a `HeadError` lists the problems of all of them."""
+def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classification") -> tuple[Head, ...]:
+    """Resolve every head of a config for a kind of target, None being all; a `HeadError` lists the problems of all of them."""
+    if configs is None:
+        return tuple(TABLES[kind].heads.values())
     heads: list[Head] = []
     problems: list[str] = []
     for config in configs:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from pipeline.config import guess
-from pipeline.errors import HeadError
+from pipeline.errors import HeadError, number_of
 from pipeline.heads.head import Head, configure
 from pipeline.heads.tuning.evaluation import Evaluator
 from pipeline.io.imports import look_in
@@ -35,8 +35,7 @@ def load_own(path: str) -> Head:
         raise HeadError(f"head {path!r}: is a {type(head).__name__}, expected a pipeline.heads.Head")
     problems = _flaws(head)
     if problems:
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise HeadError(f"head {path!r}: {len(problems)} {plural}", problems)
+        raise HeadError(f"head {path!r}: {number_of(len(problems), 'problem')}", problems)
     return head
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -26,6 +26,13 @@ _INTERPOLATIONS = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
+FITS: Final[Mapping[str, str]] = {
+    "crop": "the shorter side gets the length of resize, and the centre is cut out",
+    "squash": "both sides get it, whatever that does to the proportions",
+    "border": "the longer side gets it, and the rest is filled with the mean colour",
+}
+"""How an image that is no square becomes one."""
+
 MAX_RESIZED_PIXELS = 1 << 24
 """Above this, a resized image is not made in full before it is cropped; 50 MB of RGB."""
 
@@ -48,8 +55,12 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     decode: str = "exact"
+    fit: str = "crop"
+    """A word of `FITS`; the last two are timm's crop modes of these names."""
 
     def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise ValueError(f"unknown fit {self.fit!r}; there are {', '.join(FITS)}")
         if self.interpolation not in _INTERPOLATIONS:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; there are {', '.join(_INTERPOLATIONS)}")
         if self.decode not in DECODE_MODES:
@@ -69,7 +80,10 @@ class Preprocessing:
 
     def identity(self) -> dict[str, Any]:
         """Return what of decoding and preprocessing changes the vectors."""
-        return {**asdict(self), "decode": {**DECODE_POLICY, "mode": self.decode}}
+        values = {**asdict(self), "decode": {**DECODE_POLICY, "mode": self.decode}}
+        if self.fit == "crop":
+            del values["fit"]  # as in identities of before there were others
+        return values
 
 
 def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -77,11 +91,11 @@ def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[
 
     In mode `exact` the pixels are bit for bit those of torchvision's transforms (Resize, CenterCrop) on a PIL image, before
     they are scaled and normalised; in the other modes a resized value may be one grey level away. A side shorter than the
-    crop is padded with black, as there. Only for extremely long images, whose resized form would pass `MAX_RESIZED_PIXELS`,
+    crop is padded with black, as there, with `fit: border` with the mean colour, as timm does. Only for extremely long images, whose resized form would pass `MAX_RESIZED_PIXELS`,
     the pixels may differ a little.
     """
     height, width = pixels.shape[:2]
-    wide, high = _resized((width, height), preprocessing.resize)
+    wide, high = _resized((width, height), preprocessing)
     name = preprocessing.interpolation
     if wide * high > MAX_RESIZED_PIXELS:
         pixels = _resize_the_kept(pixels, high, wide, preprocessing)
@@ -89,7 +103,8 @@ def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[
         pixels = _resize_by_torch(pixels, high, wide, name)
     elif (height, width) != (high, wide):
         pixels = np.asarray(Image.fromarray(pixels).resize((wide, high), _INTERPOLATIONS[name]))
-    return _crop(pixels, preprocessing.size)
+    fill = [round(255 * value) for value in preprocessing.mean] if preprocessing.fit == "border" else [0, 0, 0]
+    return _crop(pixels, preprocessing.size, fill)
 
 
 def _resize_the_kept(
@@ -117,12 +132,16 @@ def _resize_by_torch(pixels: NDArray[np.uint8], height: int, width: int, interpo
     return made
 
 
-def _crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Cut out the centre; a side that is too short is padded with black."""
+def _crop(pixels: NDArray[np.uint8], size: tuple[int, int], fill: Sequence[int]) -> NDArray[np.uint8]:
+    """Cut out the centre; a side that is too short is padded with a colour."""
     rows, columns = map(_kept, pixels.shape, size)
     kept = pixels[rows, columns]
-    lacking = [crop - side for crop, side in zip(size, kept.shape, strict=False)]
-    return np.pad(kept, [*((lack // 2, lack - lack // 2) for lack in lacking), (0, 0)])
+    if kept.shape[:2] == size:
+        return np.array(kept)
+    padded = np.full((*size, 3), fill, np.uint8)
+    top, left = ((crop - side) // 2 for crop, side in zip(size, kept.shape, strict=False))
+    padded[top : top + kept.shape[0], left : left + kept.shape[1]] = kept
+    return padded
 
 
 def _kept(length: int, crop: int) -> slice:
@@ -131,11 +150,16 @@ def _kept(length: int, crop: int) -> slice:
     return slice(start, start + min(length, crop))
 
 
-def _resized(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:
-    """Width and height after the resize; the longer side is rounded down, as in torchvision."""
-    if not isinstance(resize, int):
-        return resize[1], resize[0]
+def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height after the resize; the longer side is rounded down, as in torchvision, with `border` as in timm."""
     width, height = size
+    resize, fit = preprocessing.resize, preprocessing.fit
+    if not isinstance(resize, int) or fit == "squash":
+        high, wide = _pair(resize)
+        return wide, high
+    if fit == "border":
+        ratio = max(width / resize, height / resize)
+        return max(round(width / ratio), 1), max(round(height / ratio), 1)
     if width <= height:
         return resize, int(resize * height / width)
     return int(resize * width / height), resize

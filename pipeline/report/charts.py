@@ -39,30 +39,32 @@ DASHED = (0, (4, 3))
 
 
 @chart
-def accuracy_chart(palette: Palette, rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str) -> Figure:
-    """Draw each row's test accuracy with its interval; the no-evidence group is filled.
+def score_chart(
+    palette: Palette, rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str, told: Metric = ACCURACY
+) -> Figure:
+    """Draw each row's test score, the one that tests are `told` by, with its interval; the no-evidence group is filled.
 
-    The cross-validation mean is drawn beside it where it is an accuracy too; another score is in the tooltip only.
+    The cross-validation mean is drawn beside it where it is the same score; another one is in the tooltip only.
     """
-    metric, shown = METRICS[scoring], rows[:MOST_ROWS]
-    made = figure(
-        palette, f"Test accuracy {'and cross-validation ' * (metric is ACCURACY)}of every row", height=_height(shown)
-    )
+    metric, shown, scale = METRICS[scoring], rows[:MOST_ROWS], abs(told.scale)
+    beside = "and cross-validation " if metric is told else ""
+    made = figure(palette, f"Test {told.title} {beside}of every row", height=_height(shown))
     axes = made.subplots()
-    floor = 100 * _floor([row.test.interval[0] for row in shown if row.test])
-    for place, row in enumerate(shown):
+    tested = [_tested(row, told) for row in shown]
+    floor = scale * _floor([found[1] for found in tested if found], told)
+    for place, (row, found) in enumerate(zip(shown, tested, strict=True)):
         seen = True
-        if row.test is not None:
-            low, high = row.test.interval
-            tested, tuned = _within(row.test.accuracy, row.test.interval), _tuned(row.cv_mean, metric)
-            text = f"{row.key}: test {tested}, cross-validation {tuned}"
+        if found is not None:
+            value, low, high = (scale * score for score in found)
+            text = f"{row.key}: test {_with_interval(row, told)}, cross-validation {_tuned(row.cv_mean, metric)}"
             colour = palette.accent if row.key in group else palette.muted
-            seen = _dot(axes, place, 100 * row.test.accuracy, (100 * low, 100 * high), floor, colour, text)
-        if seen and metric is ACCURACY and 100 * row.cv_mean >= floor:
-            axes.plot(100 * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
+            seen = _dot(axes, place, value, (low, high), floor, colour, text)
+        if seen and metric is told and scale * row.cv_mean >= floor:
+            axes.plot(scale * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
     _row_names(axes, shown)
-    label = "accuracy, %:  ● test  — its 95 % interval"
-    axes.set_xlabel(label + ("  | cross-validation" if metric is ACCURACY else ""), loc="right")
+    _as_a_loss_is_known(axes.xaxis, told)
+    label = f"{_titled(told)}:  ● test  — its 95 % interval"
+    axes.set_xlabel(label + ("  | cross-validation" if metric is told else ""), loc="right")
     return made
 
 
@@ -80,7 +82,7 @@ def difference_chart(
     made = figure(palette, "How far every row lies behind the best", height=_height([rows[item.key] for item in shown]))
     axes = made.subplots()
     axes.axvline(0, color=palette.ink, lw=1)
-    floor = scale * _floor([-item.interval[1] for item in shown])
+    floor = scale * _floor([-item.interval[1] for item in shown], metric)
     for place, item in enumerate(shown):
         low, high = (scale * end for end in item.interval)
         verdict = "no evidence of a difference" if item.no_evidence else "worse than the best"
@@ -90,8 +92,9 @@ def difference_chart(
     _row_names(axes, [rows[item.key] for item in shown])
     axes.xaxis.set_major_locator(MaxNLocator(6))
     _as_a_loss_is_known(axes.xaxis, metric)
-    behind = f"{metric.title}, {metric.unit} above the best row's"
-    if not metric.lower_is_better:
+    named = metric.title if metric.unit == metric.title else f"{metric.title}, {metric.unit}"
+    behind = f"{named} above the best row's" if metric.lower_is_better else f"{named} from the best row"
+    if metric.percent:
         behind = f"{_named(metric, ', ')}percentage points from the best row"
     axes.set_xlabel(f"{behind}, out of fold", loc="right")
     return made
@@ -119,12 +122,12 @@ def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str)
         lowest.append(float(np.nanmin(best)))
     if lowest:
         # Failed, hopeless trials and searches would flatten the part that matters.
-        floor, top = scale * _floor(lowest), axes.get_ylim()[1]
+        floor, top = scale * _floor(lowest, metric), axes.get_ylim()[1]
         axes.set_ylim(floor - 0.1 * (top - floor) - 1e-3, top)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial")
     _as_a_loss_is_known(axes.yaxis, metric)
-    axes.set_ylabel(f"{metric.title}, cross-validation{'' if metric.lower_is_better else ', %'}")
+    axes.set_ylabel(f"{metric.title}, cross-validation{metric.percent and ', %'}")
     if len(searches) > 1:
         made.legend(loc="outside lower center", ncols=columns)
     return made
@@ -212,39 +215,43 @@ def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
     return made
 
 
-def priced(rows: Sequence[LeaderboardRow]) -> tuple[list[LeaderboardRow], list[tuple[list[LeaderboardRow], str]]]:
+def priced(
+    rows: Sequence[LeaderboardRow], told: Metric = ACCURACY
+) -> tuple[list[LeaderboardRow], list[tuple[list[LeaderboardRow], str]]]:
     """Return the rows that the cost chart shows; and those that it cannot, or only by squeezing all others, and why."""
-    floor, timed = _floor([row.test.interval[0] for row in rows if row.test]), any(row.embed_seconds for row in rows)
-    low = f"below {100 * floor:.0f} %, where they would squeeze all others"
+    tested = {row.key: scores for row in rows if (scores := _tested(row, told))}
+    floor, timed = _floor([low for _, low, _ in tested.values()], told), any(row.embed_seconds for row in rows)
+    end = f"below {100 * floor:.0f} %" if told.percent else f"beyond {told.text(floor)}"
+    low = f"{end}, where they would squeeze all others"
     untimed, untested = "without a measured time per image", "without a test score"
     found: dict[str, list[LeaderboardRow]] = {"": [], low: [], untimed: [], untested: []}
     for row in rows:
-        if row.test is None:
+        if row.key not in tested:
             found[untested].append(row)
         elif timed and not row.embed_seconds:
             found[untimed].append(row)
         else:
-            found[low if row.test.accuracy < floor else ""].append(row)
+            found[low if tested[row.key][0] < floor else ""].append(row)
     return found.pop(""), [(left, reason) for reason, left in found.items() if left]
 
 
 @chart
-def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int) -> Figure:
-    """Draw accuracy against time per image (embedding and head); rows that none beats in both are joined."""
-    shown, _ = priced(rows)
+def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, told: Metric = ACCURACY) -> Figure:
+    """Draw the test's score against time per image (embedding and head); rows that none beats in both are joined."""
+    shown, _ = priced(rows, told)
     names = list(dict.fromkeys(row.head for row in shown))
-    made = figure(palette, "Test accuracy against time per image", height=3.3 + 0.21 * -(-len(names) // 2))
+    made = figure(palette, f"Test {told.title} against time per image", height=3.3 + 0.21 * -(-len(names) // 2))
     axes = made.subplots()
     cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
-    value = [row.test.accuracy for row in shown if row.test is not None]
-    best = pareto(cost, value)
-    edge = sorted((c, 100 * v) for c, v, kept in zip(cost, value, best, strict=True) if kept)
+    value = [scores[0] for row in shown if (scores := _tested(row, told))]
+    best, scale = pareto(cost, value), abs(told.scale)
+    edge = sorted((c, scale * v) for c, v, kept in zip(cost, value, best, strict=True) if kept)
     axes.step([c for c, _ in edge], [v for _, v in edge], where="post", color=palette.muted, lw=1, ls=DASHED)
     for row, c, v, kept in zip(shown, cost, value, best, strict=True):
-        text = f"{row.key}: {_points(v)} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' if kept else ''}"
+        text = f"{row.key}: {told.text(v)}{told.percent} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' if kept else ''}"
         sign, size, alpha = "s" if row.baseline else "o", 8 if kept else 6, 1.0 if kept else 0.75
         colour = palette.category(names.index(row.head))
-        axes.plot(c, 100 * v, sign, color=colour, ms=size, alpha=alpha, gid=tip(text))
+        axes.plot(c, scale * v, sign, color=colour, ms=size, alpha=alpha, gid=tip(text))
     for number, name in enumerate(names):
         axes.plot([], [], "o", color=palette.category(number), label=plain_text(name.replace("_", " ")))
     axes.set_xscale("log")
@@ -255,7 +262,8 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int) ->
         "time per image, milliseconds: "
         + ("embedding and head" if any(row.embed_seconds for row in rows) else "head alone")
     )
-    axes.set_ylabel("test accuracy, %")
+    _as_a_loss_is_known(axes.yaxis, told)
+    axes.set_ylabel(f"test {_titled(told)}")
     made.legend(loc="outside lower center", ncols=2)
     return made
 
@@ -317,12 +325,22 @@ def _dot(axes: Axes, place: float, value: float, interval: Interval, floor: floa
     return True
 
 
-def _floor(values: Sequence[float]) -> float:
+def _tested(row: LeaderboardRow, told: Metric) -> tuple[float, float, float] | None:
+    """Return a row's test score and the ends of its interval, higher is better; None where it has none."""
+    value, span = (None, None) if row.test is None else row.test.of(told)
+    if value is None or span is None:
+        return None
+    sign = -1 if told.lower_is_better else 1
+    low, high = sorted(sign * end for end in span)
+    return sign * value, low, high
+
+
+def _floor(values: Sequence[float], metric: Metric) -> float:
     """Return where an axis may begin: below the bulk of the values, so that a hopeless few do not squeeze the rest."""
     if not values:
         return 0.0
     middle, top = float(np.median(values)), max(values)
-    return max(min(values), middle - 3 * (top - middle) - 0.02)
+    return max(min(values), middle - 3 * (top - middle) - (0.0 if metric.in_units else 0.02))
 
 
 def _height(rows: Sequence[LeaderboardRow]) -> float:
@@ -349,8 +367,17 @@ def _within(share: float, interval: Interval) -> str:
     return f"{_points(share)} [{_points(interval[0])}, {_points(interval[1])}]"
 
 
+def _with_interval(row: LeaderboardRow, told: Metric) -> str:
+    value, low, high = (f"{told.text(score)}{told.percent}" for score in _tested(row, told) or ())
+    return f"{_named(told)}{value} [{', '.join((high, low) if told.lower_is_better else (low, high))}]"
+
+
 def _tuned(score: float, metric: Metric) -> str:
-    return f"{_named(metric)}{metric.text(score)}{'' if metric.lower_is_better else ' %'}"
+    return f"{_named(metric)}{metric.text(score)}{metric.percent}"
+
+
+def _titled(metric: Metric) -> str:
+    return f"{metric.title}{metric.percent and ', %'}"
 
 
 def _named(metric: Metric, after: str = " ") -> str:
@@ -362,7 +389,8 @@ def _behind(item: Difference, metric: Metric) -> str:
     """Say how far a row lies from the best: below 0 where it is worse, but a loss is worse above 0."""
     sign = 1 if metric.lower_is_better else -1
     gap, low, high = map(metric.gap_text, (sign * item.difference, *sorted(sign * end for end in item.interval)))
-    return f"{_named(metric)}{gap} {metric.unit} [{low}, {high}]"
+    unit = "" if metric.unit == metric.title else f" {metric.unit}"
+    return f"{_named(metric)}{gap}{unit} [{low}, {high}]"
 
 
 def _as_a_loss_is_known(axis: Axis, metric: Metric) -> None:

@@ -8,12 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pipeline
-from pipeline.data import DatasetIndex
 from pipeline.errors import PipelineError
-from pipeline.evaluation.audit import read_hashes
 from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.experiment import REPORT, Artifacts, read_document, write_document
-from pipeline.io.digests import bytes_digest, file_digest, fingerprint
+from pipeline.io.digests import file_digest, fingerprint
 
 PAGE = "report.html"
 RECORD = "report.json"
@@ -51,16 +49,7 @@ def digest_inputs(output: Path) -> str:
     sources, root = [path for path in _sources(output, board) if path.is_file()], Path(pipeline.__file__).parent
     code = [path for kind in CODE for path in sorted(root.rglob(kind))]
     libraries = {name: version(name) for name in LIBRARIES}
-    return fingerprint([record, _digests(output, sources), _digests(root, code), _hashes(output), libraries])
-
-
-def _hashes(output: Path) -> str | None:
-    """The digest of the perceptual hashes of this experiment's images; the store has others' as well."""
-    files = Artifacts(output)
-    try:
-        return bytes_digest(read_hashes(files, DatasetIndex.read(files.dataset).digests).tobytes())
-    except PipelineError:
-        return None
+    return fingerprint([record, _digests(output, sources), _digests(root, code), libraries])
 
 
 def _digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -70,7 +59,7 @@ def _digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def _sources(output: Path, board: Leaderboard) -> Iterator[Path]:
     """The files beside the leaderboard that the page is made of; the features are named by their digest in features.json."""
     files = Artifacts(output)
-    yield from (files.features, files.few_shot, *sorted(files.dataset.glob("*.csv")))
+    yield from (files.features, files.audit, files.few_shot, *sorted(files.dataset.glob("*.csv")))
     for row in board.rows:
         yield files.trials(row.embedding, row.head)
         if row.bundle is not None:

@@ -6,7 +6,8 @@ A part whose files are missing is None, with the reason in `missing`; the page s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 
 from pipeline import fewshot
 from pipeline.data import DatasetIndex
-from pipeline.data.targets import Classification
 from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
@@ -34,6 +34,8 @@ from pipeline.fewshot import FewShot
 from pipeline.heads import RIDGE, configure
 from pipeline.store import FeatureStore
 
+MOST_IMAGES = 20_000
+"""Images whose features are read."""
 MOST_DOTS = 900
 """Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
 MOST_CURVE_ROWS = 6_000
@@ -42,6 +44,19 @@ CURVE_HEAD = RIDGE
 """The learning curve is measured with a cheap head: one factorisation per fit. Its penalty is the number of features: with
 little of it, ridge gets worse where images are about as many as features (double descent), and no law fits that."""
 CURVE_DRAWS = 5
+
+
+@dataclass(frozen=True)
+class View:
+    """One embedding of images that are in use: `rows` of the index, shape (n,), `features` of shape (n, dim)."""
+
+    embedding: str
+    rows: NDArray[np.intp]
+    images: DatasetIndex
+    features: NDArray[np.float32]
+    labelled: int
+    """Training images there are, also where `images` are a part."""
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -54,35 +69,53 @@ class Map:
 
 @dataclass(frozen=True)
 class Material:
-    """What the page is made of; `predictions` and `trials` are by row key."""
+    """What the page is made of; `predictions` and `trials` are by row key. What costs time is worked out when first asked for."""
 
     output: Path
     leaderboard: Leaderboard
     predictions: Mapping[str, HeadPredictions]
     trials: Mapping[str, Trials]
-    index: DatasetIndex | None
-    embedding: str | None
-    """The embedding the map, the learning curve and the data audit look at: the best row's, or the best with features."""
-    map: Map | None
-    curve: LearningCurve | None
-    findings: audit.Findings
-    missing: tuple[str, ...]
+    index: DatasetIndex | None = None
+    view: View | None = None
+    """Of the best row's embedding, or the best with features."""
+    findings: audit.Findings = field(default_factory=audit.Findings)
+    missing: tuple[str, ...] = ()
     few_shot: FewShot | None = None
     """What `manyheads fewshot` found, where it was run."""
 
     @property
     def target(self) -> str:
         """The kind of the experiment's target, which sections serve or not."""
-        return str(self.leaderboard.provenance.get("target", {}).get("kind", Classification.kind))
+        return self.leaderboard.target.kind
 
     @property
     def best(self) -> HeadPredictions | None:
         """The best row's predictions."""
         return self.predictions.get(self.leaderboard.best.key)
 
+    @cached_property
+    def map(self) -> Map | None:
+        """The embedding space; None without features."""
+        return None if self.view is None or len(self.view.rows) < 3 else _map(self.view)
+
+    @cached_property
+    def curve(self) -> LearningCurve | None:
+        """Accuracy by the number of labelled images; None without features, where images are too few or have no class each."""
+        return _curve(self.view) if self.view is not None and self.leaderboard.target.exclusive else None
+
+    @cached_property
+    def label_issues(self) -> audit.LabelIssues:
+        """Labels that the best row with out-of-fold probabilities does not believe."""
+        for row in self.leaderboard.rows:
+            part = self.predictions[row.key].out_of_fold if row.key in self.predictions else None
+            if part is not None and part.probabilities is not None and part.target.exclusive:
+                paths = np.asarray(part.paths).tolist()
+                return audit.label_issues(part.probabilities, part.y_true, part.classes, paths)
+        return audit.LabelIssues()
+
 
 def gather(output: Path) -> Material:
-    """Read an experiment's artifacts and work out what the page shows of them.
+    """Read an experiment's artifacts.
 
     Raises
     ------
@@ -90,71 +123,47 @@ def gather(output: Path) -> Material:
         When there is no leaderboard.
     """
     files = Artifacts(output)
-    leaderboard = read_leaderboard(output)
-    if not leaderboard.rows:
+    board = read_leaderboard(output)
+    if not board.rows:
         raise PipelineError(f"{files.leaderboard}: has no rows; run `manyheads heads` again")
-    missing: list[str] = []
-    leaderboard = leaderboard if leaderboard.verdict else judge(leaderboard, output)
-    predictions, trials = read_predictions(leaderboard, output), read_trials(leaderboard, output)
-    if leaderboard.best.key not in predictions:
+    board = board if board.verdict else judge(board, output)
+    predictions, missing = read_predictions(board, output), list[str]()
+    if board.best.key not in predictions:
         missing.append("The best row left no predictions, so its mistakes cannot be shown.")
-    seed = int(leaderboard.provenance.get("seed", 0))
-    index, view, space, curve, findings = None, None, None, None, audit.Findings()
+    index, view, findings = None, None, audit.Findings()
     try:
         index = DatasetIndex.read(files.dataset)
     except (PipelineError, OSError) as error:
         missing.append(f"No images are shown, because the index cannot be read: {error}")
     else:
-        view = _view(files, leaderboard, index, seed, missing)
-    if view is not None:
-        part, space, curve = view.images, _map(view, seed), _curve(view, seed)
-        hashes = audit.read_hashes(files, part.digests)
-        paths, labels, splits = (column.tolist() for column in (part.paths, part.labels, part.splits))
-        findings = audit.examine(view.features, paths, labels, splits, hashes)
-    findings = replace(findings, label_issues=_label_issues(leaderboard, predictions))
-    embedding = None if view is None else view.embedding
-    few_shot = _few_shot(files, missing)
-    told = tuple(missing)
-    return Material(output, leaderboard, predictions, trials, index, embedding, space, curve, findings, told, few_shot)
+        view = _view(files, board, index, missing)
+    try:
+        findings = audit.read_findings(files.audit)
+    except (PipelineError, OSError) as error:
+        missing.append(f"No near-duplicates and outliers are shown: {error}")
+    few_shot, trials = _few_shot(files, missing), read_trials(board, output)
+    return Material(output, board, predictions, trials, index, view, findings, tuple(missing), few_shot)
 
 
-@dataclass(frozen=True)
-class _View:
-    """One embedding of images that are in use: `rows` of the index, shape (n,), `features` of shape (n, dim)."""
-
-    embedding: str
-    rows: NDArray[np.intp]
-    images: DatasetIndex
-    features: NDArray[np.float32]
-    labelled: int
-    """Training images there are, also where `images` are a part."""
-
-
-def _view(
-    files: Artifacts, leaderboard: Leaderboard, index: DatasetIndex, seed: int, missing: list[str]
-) -> _View | None:
+def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: list[str]) -> View | None:
     """Read the features of the best embedding that has some; of very many images a stratified part."""
+    seed = int(board.provenance.get("seed", 0))
     try:
         require_index(files.features, index.fingerprint())
         by_name = {record.name: record for record in read_records(files.features)}
-        record = next((by_name[row.embedding] for row in leaderboard.rows if row.embedding in by_name), None)
+        record = next((by_name[row.embedding] for row in board.rows if row.embedding in by_name), None)
         if record is None:
             missing.append("No embedding of the leaderboard has stored features, so there is no map.")
             return None
         store, splits = FeatureStore.open(files.find_store(record.store), record.fingerprint), index.splits.astype(str)
-        # Copies that were excluded for a leak are known; they would be found again as duplicates.
         rows = known = np.flatnonzero(~store.missing(index.digests) & (splits != "excluded"))
-        if len(known) > audit.MOST_IMAGES:
-            rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[: audit.MOST_IMAGES]])
-            missing.append(
-                f"The map and the search for near-duplicates look at {len(rows):,} of {len(known):,} images."
-            )
+        if len(known) > MOST_IMAGES:
+            rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[:MOST_IMAGES]])
+            missing.append(f"The map and the learning curve look at {len(rows):,} of {len(known):,} images.")
         labelled = int(np.isin(splits[known], TRAINING).sum())
-        return _View(record.name, rows, index.rows(rows), store.read(index.digests[rows]), labelled)
+        return View(record.name, rows, index.rows(rows), store.read(index.digests[rows]), labelled, seed)
     except (OSError, PipelineError) as error:
-        missing.append(
-            f"There is no map, no learning curve and no search for near-duplicates: the features cannot be read ({error})."
-        )
+        missing.append(f"There is no map and no learning curve: the features cannot be read ({error}).")
     return None
 
 
@@ -168,57 +177,43 @@ def _few_shot(files: Artifacts, missing: list[str]) -> FewShot | None:
     return None
 
 
-def _label_issues(leaderboard: Leaderboard, predictions: Mapping[str, HeadPredictions]) -> audit.LabelIssues:
-    """Ask the best row that has out-of-fold probabilities which labels it does not believe."""
-    for found in (predictions[row.key] for row in leaderboard.rows if row.key in predictions):
-        part = found.out_of_fold
-        if part is not None and part.probabilities is not None:
-            paths = np.asarray(part.paths).tolist()
-            return audit.label_issues(part.probabilities, part.y_true, part.classes, paths)
-    return audit.LabelIssues()
-
-
-def _map(view: _View, seed: int) -> Map | None:
-    if len(view.rows) < 3:
-        return None
-    shown = np.sort(stratified_order(view.images.labels.astype(str), seed)[:MOST_DOTS])
+def _map(view: View) -> Map:
+    shown = np.sort(stratified_order(view.images.labels.astype(str), view.seed)[:MOST_DOTS])
     points = audit.project(view.features[shown], 50)[:, :2]
     return Map(view.rows[shown], np.pad(points, ((0, 0), (0, 2 - points.shape[1]))))
 
 
-def _curve(view: _View, seed: int) -> LearningCurve | None:
+def _curve(view: View) -> LearningCurve | None:
     """Measure the curve within the training images, each draw with another fifth held out; test images stay untouched."""
     labels = view.images.labels.astype(str)
     rows = np.flatnonzero(np.isin(view.images.splits.astype(str), TRAINING))
     if len(rows) < 50:
         return None
-    rows = rows[stratified_order(labels[rows], seed)][:MOST_CURVE_ROWS]
+    rows = rows[stratified_order(labels[rows], view.seed)][:MOST_CURVE_ROWS]
     X, y = view.features[rows], class_columns(labels[rows], view.images.classes)
-    draws = range(seed, seed + CURVE_DRAWS)
+    draws = range(view.seed, view.seed + CURVE_DRAWS)
     parts = [_held_apart(view.images.rows(rows), draw) for draw in draws]
     smallest = min(len(rest) for rest, _ in parts)
     if smallest < 40:  # one group holds nearly all images
         return None
     sizes, penalty = curve_sizes(smallest, len(view.images.classes)), float(X.shape[1])
-    scores = np.stack(
-        [
-            curve_scores(
-                lambda seed: configure(CURVE_HEAD, {"alpha": penalty}, seed),
-                (X[rest], y[rest]),
-                (X[held], y[held]),
-                sizes,
-                draw,
-            )
-            for (rest, held), draw in zip(parts, draws, strict=True)
-        ],
-        axis=1,
-    )
+    build = partial(configure, CURVE_HEAD, {"alpha": penalty})
+    found = [
+        curve_scores(build, (X[rest], y[rest]), (X[held], y[held]), sizes, draw)
+        for (rest, held), draw in zip(parts, draws, strict=True)
+    ]
+    scores = np.stack(found, axis=1)
     shared = np.flatnonzero(np.isfinite(scores).all(axis=1)).tolist()
-    return curve_from_scores([sizes[size] for size in shared], [scores[size] for size in shared], seed, view.labelled)
+    return curve_from_scores(
+        [sizes[size] for size in shared], [scores[size] for size in shared], view.seed, view.labelled
+    )
 
 
 def _held_apart(images: DatasetIndex, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Divide images, whole groups and all copies of a content together, into those to learn from and a fifth to judge by."""
+    """Divide images, whole groups and all copies of a content together, into those to learn from and a fifth to judge by.
+
+    Returns the places of both in `images`, intp of shape (k,) and (m,).
+    """
     groups, order = images.fold_groups(), stratified_order(images.labels.astype(str), seed)
     part = len(order) // 5
     if groups is None:

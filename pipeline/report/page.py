@@ -15,7 +15,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.evaluation import ACCURACY, Interval, Metric
+from pipeline.evaluation import ACCURACY, Interval, Metric, audit
 from pipeline.evaluation.leaderboard.overview import HEADERS, overview
 from pipeline.evaluation.leaderboard.table import APART, apart_text, cross_validated, read_leaderboard, seconds
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
@@ -34,10 +34,10 @@ def build(output: Path) -> Path:
     output = Path(output)
     inputs = digest_inputs(output)  # first, so that what changes meanwhile makes the page old
     material = gather(output)
-    shown = sections.shown(material)
+    shown, tables = sections.shown(material), audit.to_csv(material.label_issues, material.findings)
     write_text_atomic(output / PAGE, render(material, shown))
     made = {f"plots/{name}.png": to_png(chart) for charts, _ in shown.values() for name, chart in charts.items()}
-    made |= {f"audit/{name}": text.encode("utf-8") for name, text in material.findings.to_csv().items()}
+    made |= {f"audit/{name}": text.encode("utf-8") for name, text in tables.items()}
     for name, data in made.items():
         make_folder((output / name).parent)
         write_atomic(output / name, data)
@@ -84,8 +84,9 @@ def _filled(section: Section, material: Material, part: Shown) -> Markup:
 def _fill(name: str, material: Material, given: Mapping[str, object]) -> str:
     board, title = material.leaderboard, sections.title(material)
     metric, best = board.metric, board.best
-    unit = metric.title if metric.lower_is_better else "%" if metric is ACCURACY else f"{metric.title}, %"
-    known = {"material": material, "board": board, "best": best, "metric": metric, "unit": unit, "title": title}
+    unit = "%" if metric is ACCURACY else f"{metric.title}{metric.percent and ', %'}"
+    known = {"material": material, "board": board, "best": best, "title": title}
+    known |= {"metric": metric, "told": board.told_by, "unit": unit}
     return _environment().get_template(f"{name}.html").render(**known, **given)
 
 
@@ -96,7 +97,7 @@ def _environment() -> Environment:
     made.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     indented = partial(json.dumps, indent=2, ensure_ascii=False)
     made.filters.update(seconds=seconds, thousands="{:,}".format, percent=_percent, within=_within)
-    made.filters.update(short=_short, indented=indented)
+    made.filters.update(short=_short, indented=indented, titled=_titled)
     made.globals.update(accuracy=ACCURACY, apart=APART, most_rows=MOST_ROWS, curve_head=CURVE_HEAD.name)
     made.globals.update(apart_text=apart_text, cross_validated=cross_validated, span=_span, gap_end=_gap_end)
     return made
@@ -104,6 +105,12 @@ def _environment() -> Environment:
 
 def _percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}"
+
+
+def _titled(metric: Metric, alone: bool = True) -> str:
+    """Return the header of a metric's column, with a capital where it stands alone."""
+    title = metric.title[0].upper() + metric.title[1:] if alone else metric.title
+    return f"{title}{metric.percent and ', %'}"
 
 
 def _span(metric: Metric, interval: Interval) -> str:

@@ -20,6 +20,7 @@ from pipeline.evaluation import (
     class_columns,
     confusion_matrix,
     measure_calibration,
+    metrics_for,
     per_class,
 )
 from pipeline.evaluation.leaderboard.imbalance import effects
@@ -85,23 +86,27 @@ def _leaderboard(material: Material) -> Shown:
     above = ("Use ", "~", "±")
     asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in board.rows)]
     notes = [note for note in board.notes() if not note.startswith(above)]
-    return {}, {"notes": notes, "asked": asked, "ends": _ends(board)}
+    columns = [metric for metric in metrics_for(board.target) if metric.column and metric is not board.told_by]
+    return {}, {"notes": notes, "asked": asked, "ends": _ends(board), "columns": columns}
 
 
 def _ends(board: Leaderboard) -> Interval:
-    """Return the accuracies at the ends of the bars in the leaderboard."""
-    tests = [row.test.interval for row in board.rows if row.test]
-    if not tests:
+    """Return the scores at the ends of the bars in the leaderboard."""
+    spans = [row.test.of(board.told_by)[1] for row in board.rows if row.test]
+    lows, highs = [span[0] for span in spans if span], [span[1] for span in spans if span]
+    if not lows:
         return (0.0, 1.0)
+    low, high = min(lows), max(highs)
     # A hopeless row's interval would squeeze all others into a corner.
-    lows, high = [low for low, _ in tests], max(high for _, high in tests)
-    return (max(min(lows), 4 * median(lows) - 3 * high), high)
+    if board.told_by.lower_is_better:
+        return (low, min(high, 4 * median(highs) - 3 * low))
+    return (max(low, 4 * median(lows) - 3 * high), high)
 
 
 def _difference(material: Material) -> Shown:
     board, verdict = material.leaderboard, material.leaderboard.verdict
     group = verdict.no_evidence if verdict else (board.best.key,)
-    found = {"leaderboard": charts.accuracy_chart(board.ranked, group, board.scoring)}
+    found = {"leaderboard": charts.score_chart(board.ranked, group, board.scoring, board.told_by)}
     if verdict and len(verdict.differences) > 1:
         rows = {row.key: row for row in board.rows}
         found["differences"] = charts.difference_chart(verdict.differences, rows, board.scoring)
@@ -160,13 +165,12 @@ def _reliability(material: Material) -> Shown | None:
 
 
 def _growth(material: Material) -> Shown | None:
-    rows, found = material.leaderboard.rows, dict[str, Chart]()
+    rows, told, found = material.leaderboard.rows, material.leaderboard.told_by, dict[str, Chart]()
     if material.curve is not None and len(material.curve.points) > 1:
         found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD.name)
-    tested = [row.test.n for row in rows if row.test]
-    if tested:
-        found["cost"] = charts.cost_chart(rows, max(tested))
-    _, unpriced = charts.priced(rows)
+    shown, unpriced = charts.priced(rows, told)
+    if shown:
+        found["cost"] = charts.cost_chart(rows, max(row.test.n for row in shown if row.test), told)
     return (found, {"curve": material.curve, "unpriced": unpriced}) if found else None
 
 
@@ -219,7 +223,7 @@ def _mistakes(material: Material) -> Shown | None:
 
 def _label_issues(material: Material) -> Shown | None:
     """Give training images whose label the head does not believe, and on how many of all it is right."""
-    issues, best = material.findings.label_issues, material.best
+    issues, best = material.label_issues, material.best
     shown = issues.found[:MOST_PICTURES]
     right = None if best is None or best.out_of_fold is None else float(best.out_of_fold.correct.mean())
     pictures = gallery(material.index, [item.path for item in shown])
@@ -258,13 +262,13 @@ EVERY = tuple(TARGETS)
 CLASSES = (Classification.kind,)
 
 SECTIONS = (
-    Section("header", "", CLASSES, _nothing_more),
-    Section("leaderboard", "Leaderboard", CLASSES, _leaderboard),
-    Section("difference", "Difference", CLASSES, _difference),
+    Section("header", "", EVERY, _nothing_more),
+    Section("leaderboard", "Leaderboard", EVERY, _leaderboard),
+    Section("difference", "Difference", EVERY, _difference),
     Section("tuning", "Tuning", EVERY, _tuning),
     Section("classes", "Classes", CLASSES, _classes),
     Section("calibration", "Calibration", CLASSES, _reliability),
-    Section("cost", "Labels and cost", CLASSES, _growth),
+    Section("cost", "Labels and cost", EVERY, _growth),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
     Section("map", "Map", CLASSES, _map),
     Section("mistakes", "Mistakes", CLASSES, _mistakes),

@@ -13,7 +13,7 @@ from pipeline.data.targets import kind_of
 from pipeline.embed.engines import require_arithmetic
 from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
 from pipeline.embed.licenses import require_permitted
-from pipeline.errors import DatasetError, PipelineError
+from pipeline.errors import DatasetError, PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
 
@@ -28,11 +28,10 @@ def run(config: Config) -> list[str]:
     """
     lines: list[str] = []
     problems: list[str] = []
-    for part in (_heads, _backbones, _machine, _data):
+    for part in (_heads, _backbones, _machine, _finetuning, _data):
         _collect(part, config, lines, problems)
     if problems:
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise PipelineError(f"{len(problems)} {plural}; nothing was embedded or trained", problems)
+        raise PipelineError(f"{number_of(len(problems), 'problem')}; nothing was embedded or trained", problems)
     return [*lines, "the config is valid and the data can be used"]
 
 
@@ -56,8 +55,7 @@ def _heads_for(kind: str, config: Config) -> list[str]:
     reasons = [reason for found in problems.values() for reason in found]
     if not able:
         raise PipelineError("heads", reasons)
-    plural = "head" if len(able) == 1 else "heads"
-    return [f"{len(able)} {plural}: {', '.join(able)}", *(f"left out: {reason}" for reason in reasons)]
+    return [f"{number_of(len(able), 'head')}: {', '.join(able)}", *(f"left out: {reason}" for reason in reasons)]
 
 
 def _backbones(config: Config) -> list[str]:
@@ -73,7 +71,7 @@ def _backbones(config: Config) -> list[str]:
     if problems:
         raise PipelineError("backbones", problems)
     return [
-        f"{len(config.backbones)} {'backbone' if len(config.backbones) == 1 else 'backbones'}: {', '.join(section.title for section in config.backbones)}",
+        f"{number_of(len(config.backbones), 'backbone')}: {', '.join(section.title for section in config.backbones)}",
         *dict.fromkeys(line for section in config.backbones for line in _not_here(section)),
     ]
 
@@ -101,6 +99,14 @@ def _machine(config: Config) -> list[str]:
         problems = [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
         raise PipelineError("machine", problems) from None
     return []
+
+
+def _finetuning(config: Config) -> list[str]:
+    """Say which kinds of target cannot be fine-tuned for; features and heads do without."""
+    from pipeline.finetuning.objective import OBJECTIVES, refusal  # loads torch
+
+    kinds = dict.fromkeys(map(kind_of, config.dataset.kinds))
+    return [f"note: {refusal(kind)}" for kind in kinds if kind not in OBJECTIVES]
 
 
 def _data(config: Config) -> list[str]:

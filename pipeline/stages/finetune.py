@@ -2,10 +2,6 @@
 
 Reads what stages one and two wrote, and the images. The training images are divided once more: one part is learned from,
 the other chooses weights. Test images are used at the very end, for one paired comparison with stage two.
-
-    material.py    which embedding, head and images
-    start.py       the network with stage two's head as its last layer
-    judgement.py   the comparison and the verdict
 """
 
 from __future__ import annotations
@@ -17,17 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.config import Config
-from pipeline.data.lineage import Lineage
+from pipeline.config import Config, PreprocessingConfig
+from pipeline.embed.precision import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
 from pipeline.errors import PipelineError
 from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
-from pipeline.finetuning import Run, copy_weights, describe, predict_logits, return_path, train, write_weights
-from pipeline.finetuning.judgement import judge, lines, progress_report
+from pipeline.finetuning.batches import Data, Labelled
+from pipeline.finetuning.checkpoint import Run, copy_weights
+from pipeline.finetuning.handover import Layer, open_network, put_head, starting_layer
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of, read_pixels
-from pipeline.finetuning.start import make_task, open_network, starting_layer
+from pipeline.finetuning.objective import objective_for
+from pipeline.finetuning.plan import check_plan, describe_plan, stages_of
+from pipeline.finetuning.result import describe, judge, lines, return_path, write_weights
+from pipeline.finetuning.trainer import Task, predict_logits, steps_for, train
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
 from pipeline.store import FeatureStore
@@ -48,19 +46,11 @@ class FinetuneRun:
 
     def summary_lines(self) -> list[str]:
         """The verdict, what it rests on, and how to go on with the weights."""
-        backbone = {"name": self.network, "weights": str(self.weights)}
-        return [
-            *(["finished before and kept"] if self.reused else []),
-            *lines(self.result),
-            f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)",
-            *(
-                [
-                    f"to go on   put {json.dumps(backbone, ensure_ascii=False)} under backbones: and run features and heads"
-                ]
-                if self.result["alpha"]
-                else []
-            ),
-        ]
+        said = [*lines(self.result), f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)"]
+        if self.result["alpha"]:
+            backbone = json.dumps({"name": self.network, "weights": str(self.weights)}, ensure_ascii=False)
+            said.append(f"to go on   put {backbone} under backbones: and run features and heads")
+        return ["finished before and kept", *said] if self.reused else said
 
 
 def run(config: Config) -> FinetuneRun:
@@ -71,14 +61,14 @@ def run(config: Config) -> FinetuneRun:
     Raises
     ------
     PipelineError
-        When stages one and two have not been run, the embedding or head cannot be fine-tuned, or the plan is wrong.
+        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
     """
     files = Artifacts(config.output)
     choice = choose(config, files)
     store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
     parent = lineage_of(choice.record)
     parts = divide(config, files, store, parent)
-    lineage = parent.joined(parts.train.digests, parts.validation.digests)
+    objective = objective_for(parts.target.kind)
     key = _key(config, choice, store, parts)
     folder = files.finetuned / f"{choice.record.name}-{key[:8]}"
     weights = folder / f"finetuned-{key[:8]}.safetensors"
@@ -90,21 +80,41 @@ def run(config: Config) -> FinetuneRun:
     layer, start = starting_layer(config, files, choice, store, parts)
     log.info("%s, starting from %s", choice.record.name, start)
     make_folder(folder)
-    task, data = make_task(config, network, layer, parts, folder)
+    task, data = _make_task(config, network, layer, parts, folder)
     handed_over = copy_weights(task.network)
     trained = train(task, data, Run(folder, key))
     path = return_path(task, data, handed_over, trained.weights)
-    write_weights(weights, path.weights, _description(config, network, choice, parts, lineage), lineage)
+    lineage = parent.joined(parts.train.digests, parts.validation.digests)
+    description = describe(
+        name=network.name,
+        architecture=network.architecture,
+        arguments=network.arguments,
+        preprocessing={key: getattr(network.preprocessing, key) for key in PreprocessingConfig.model_fields},
+        classes=parts.target.classes,
+        lineage=lineage,
+        parent={"embedding": choice.record.name, "weights_digest": network.weights_digest},
+        training=config.finetune.model_dump(mode="json"),
+        seed=config.seed,
+        license=network.license,
+    )
+    write_weights(weights, path.weights, description, lineage)
     pixels = read_pixels(config, parts.test, network.preprocessing, folder / "test.npy")
-    predicted = predict_logits(task.network, pixels, data.mean, data.std, task.device).argmax(1).numpy()
-    done = progress_report(task, trained, path)
+    said = objective.decide(predict_logits(task.network, pixels, data.mean, data.std, task.device))
+    minutes = trained.seconds / 60
     result = {
         "key": key,
         "start": start,
         "bytes": weights.stat().st_size,
         "weights_digest": file_digest(weights),
-        **done,
-        **judge(files, choice, parts, predicted.astype(np.int64), done["minutes"], config.seed),
+        "steps": trained.step,
+        "minutes": minutes,
+        "rate": config.finetune.rate,
+        "precision": task.precision,
+        "source": trained.source if path.alpha > 0 else "hand-over",
+        "alpha": path.alpha,
+        "curve": [[alpha, *score] for alpha, score in zip(path.alphas, path.scores, strict=True)],
+        "validation": {"start": path.scores[0][0], "end": path.scores[-1][0], "chosen": max(path.scores)[0]},
+        **judge(files, choice, parts, said, objective.metric, minutes, config.seed),
     }
     write_document(folder / "result.json", FINETUNING, result)
     for scratch in ("train.npy", "validation.npy", "test.npy"):
@@ -115,18 +125,15 @@ def run(config: Config) -> FinetuneRun:
 def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> str:
     """Name everything that determines the result."""
     linear = choice.linear
+    divided = (parts.train, parts.validation, parts.test)
+    parameters = [] if linear is None else sorted((key, str(value)) for key, value in linear.params.items())
     return fingerprint(
         {
             "version": FINETUNING.version,
             "embedding": choice.record.fingerprint,
             "store": store.digest,
-            "images": [
-                [digests_to_hex(part.digests), part.labels.tolist()]
-                for part in (parts.train, parts.validation, parts.test)
-            ],
-            "head": None
-            if linear is None
-            else [linear.head, sorted((key, str(value)) for key, value in linear.params.items())],
+            "images": [[digests_to_hex(part.digests), part.labels.tolist()] for part in divided],
+            "head": None if linear is None else [linear.head, parameters],
             "compared": [choice.winner.key, choice.frozen.key if choice.frozen else None],
             "finetune": config.finetune.model_dump(mode="json"),
             "device": config.extraction.device,
@@ -147,18 +154,31 @@ def _finished(folder: Path, key: str, weights: Path) -> dict[str, Any] | None:
     return found if found.get("weights_digest", digest := file_digest(weights)) == digest else None
 
 
-def _description(config: Config, network: Network, choice: Choice, parts: Parts, lineage: Lineage) -> dict[str, Any]:
-    """What the weights file says of itself: how to build the network, and where the weights come from."""
-    prepared = network.preprocessing
-    return describe(
-        name=network.name,
-        architecture=network.architecture,
-        arguments=network.arguments,
-        preprocessing={key: getattr(prepared, key) for key in ("resize", "crop", "interpolation", "mean", "std")},
-        classes=parts.classes,
-        lineage=lineage,
-        parent={"embedding": choice.record.name, "weights_digest": network.weights_digest},
-        training=config.finetune.model_dump(mode="json"),
-        seed=config.seed,
-        license=network.license,
+def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, folder: Path) -> tuple[Task, Data]:
+    """Bring network, plan and pixels together, and say what will be trained, while a mistake still costs nothing.
+
+    Raises
+    ------
+    TrainingError
+        When the plan cannot be followed or an image cannot be read.
+    """
+    device, settings, prepared = resolve_device(config.extraction.device), config.finetune, network.preprocessing
+    _, precision, reason = resolve_precision(config.extraction.precision, device)
+    steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
+    put_head(network.module, layer)
+    stages = stages_of(network.module, prepared.size)
+    plan = check_plan(settings.unfreeze, stages)
+    log.info("training on %s in %s: %s", device, precision, reason)
+    for stage in stages:
+        log.info("  %-7s %s", stage.name, ", ".join(stage.modules))
+    for line in describe_plan(plan, stages, network.module, steps):
+        log.info("%s", line)
+    learned, chosen_on = (
+        Labelled(read_pixels(config, part, prepared, folder / f"{name}.npy"), parts.target.encode(part))
+        for name, part in (("train", parts.train), ("validation", parts.validation))
     )
+    data = Data(learned, chosen_on, parts.target.width, prepared.mean, prepared.std)
+    objective = objective_for(parts.target.kind)
+    return Task(
+        network.module, stages, plan, settings, steps, precision, config.seed, device, objective=objective
+    ), data

@@ -23,6 +23,7 @@ from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import PipelineError, StoreError, first
+from pipeline.evaluation.audit import read_findings
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import (
     FEWSHOT,
@@ -334,6 +335,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     (f"dataset/{HASH_STORE}", _check_store),
     ("specs.json", lambda path: _whole(path, SPECS)),
     ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
+    ("audit.json", read_findings),
     ("report.json", lambda path: _whole(path, REPORT)),
     ("fewshot.json", lambda path: _whole(path, FEWSHOT)),
     ("heads/*/*/bundle.json", lambda path: bundles.describe(path.parent)),

@@ -25,7 +25,7 @@ from pipeline.data import REMARKS, Failure, Walk, passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, open_records
-from pipeline.errors import BundleError, ConfigError, DatasetError, first
+from pipeline.errors import BundleError, ConfigError, DatasetError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts, to_cell
 from pipeline.export import bundle as bundles
@@ -59,11 +59,11 @@ class PredictRun:
         lines = []
         for target, labels in self.labels.items():
             name = f"{target}: " if target else ""
-            lines.append(f"{name}{sum(labels.values()):,} images labelled by {self.bundles[target]}")
+            lines.append(f"{name}{number_of(sum(labels.values()), 'image')} labelled by {self.bundles[target]}")
             counts = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
             lines += [f"  {label}: {count:,}" for label, count in counts if label]
         if self.unreadable:
-            lines.append(f"{self.unreadable:,} images could not be read; their `status` says why")
+            lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
         lines += self.passed_over
         if self.untrained:
             lines.append("warning: a head's backbone is untrained (weights: random); it is a control, not for use")
@@ -169,7 +169,7 @@ def run(
             raise
     if unreadable == done:
         raise DatasetError(
-            f"none of the {done:,} images could be read; {output} says why of each", first(reasons, EXAMPLES)
+            f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
     untrained = any(record.untrained for record in records)
     return PredictRun(output, folders, labels, unreadable, passed_over, untrained)

@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 
 import pipeline
 from pipeline import config
-from pipeline.finetuning.judgement import compared
+from pipeline.evaluation import ACCURACY, Predictions, paired_answers
 from pipeline.images import Preprocessing, decode, prepare
 from pipeline.stages import extract as extract_features
 
@@ -144,7 +144,8 @@ def main() -> None:
         ]
         for name, (other, _) in made.items():
             right = out_of_fold(other, y, penalty)
-            test = compared(right, exact, None, seed=0)
+            answers = (Predictions(np.ones(len(y), int), correct.astype(int)) for correct in (right, exact))
+            test = paired_answers(ACCURACY, *answers, seed=0)
             kept = float((neighbours(other) == nearest).mean())
             low, high = (100 * end for end in test.interval)
             results[f"{network}: {name}"] = {"accuracy": float(right.mean()), "change": test.difference, "kept": kept}

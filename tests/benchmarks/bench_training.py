@@ -22,7 +22,10 @@ import torch
 
 from pipeline.config import FinetuneConfig, read_yaml
 from pipeline.embed.families import build
-from pipeline.finetuning import Data, Labelled, Run, Task, check_plan, predict_logits, stages_of, train
+from pipeline.finetuning.batches import Data, Labelled
+from pipeline.finetuning.checkpoint import Run
+from pipeline.finetuning.plan import check_plan, stages_of
+from pipeline.finetuning.trainer import Task, predict_logits, train
 
 RECIPE = Path(__file__).parents[2] / "configs" / "pretraining" / "bundled.yaml"
 CPU = torch.device("cpu")
@@ -39,7 +42,7 @@ def make_data(size: int, count: int = 2048) -> Data:
 def make_task(size: int, precision: str, steps: int) -> Task:
     recipe = read_yaml(RECIPE)
     network = build(recipe["architecture"], {**recipe["arguments"], "num_classes": 200})
-    stages = stages_of(network, size)
+    stages = stages_of(network, (size, size))
     settings = FinetuneConfig(rate=0.01, batch_norm="train", batch_size=BATCH)
     return Task(network, stages, check_plan([(0.0, "all")], stages), settings, steps, precision, 0, CPU, evaluations=1)
 

@@ -13,7 +13,7 @@ from photos import make_photos, small_config
 from pipeline import report
 from pipeline.config import Config
 from pipeline.experiment import FINETUNING, Artifacts, sealed, to_lines, write_document
-from pipeline.finetuning import describe, write_weights
+from pipeline.finetuning.result import describe, write_weights
 from pipeline.io.digests import file_digest
 from pipeline.io.files import write_atomic
 from pipeline.stages import extract as extract_features

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from statistics_cases import coverage, false_winners, false_winners_of_exchange, false_winners_of_permuted_groups
+from statistics_cases import (
+    coverage,
+    false_winners,
+    false_winners_of_exchange,
+    false_winners_of_permuted_groups,
+    interval_coverage,
+    permuted_numbers,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +53,17 @@ def test_statistics_of_permuted_groups_have_few_false_winners(groups: int, size:
     found = false_winners_of_permuted_groups(600, groups, size)
     print(f"\nfalse winners in 600 runs with permuted labels of {groups} groups of {size}: {found}")
     assert found <= 0.05
+
+
+@pytest.mark.parametrize(("n", "correlation"), [(100, 0.9), (300, 0.5), (200, 0.8)])
+def test_statistics_intervals_of_numbers_cover_the_truth(n: int, correlation: float) -> None:
+    found = interval_coverage(1000, n, correlation)
+    print(f"\ncoverage, numbers of {n} images, correlation {correlation}: {found}")
+    assert all(0.93 <= share <= 0.97 for share in found.values())
+
+
+@pytest.mark.parametrize("metric", ["mae", "rmse", "r2", "spearman"])
+def test_statistics_of_permuted_numbers_have_few_false_winners(metric: str) -> None:
+    found = permuted_numbers(200, metric=metric)
+    print(f"\nfalse winners in 200 runs with permuted numbers, {metric}: {found}")
+    assert found <= 10

@@ -83,5 +83,5 @@ def _scores(images: Predictions, guess: NDArray[np.int64]) -> Scores:
 
 
 def _is_weighted(board: Leaderboard, row: LeaderboardRow) -> bool:
-    heads = board.provenance.get("config", {}).get("heads", [])
+    heads = board.provenance.get("config", {}).get("heads") or []
     return any(head.get("name") == row.head and head.get("class_weight") for head in heads)

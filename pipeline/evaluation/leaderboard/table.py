@@ -15,7 +15,7 @@ from typing import Any
 from tabulate import tabulate
 
 from pipeline.data.targets import Target, target_of
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, number_of
 from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores, metrics_for
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Leaks, Nested, Verdict, nested_choice
 from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, parse_document, read_document, to_document
@@ -235,7 +235,7 @@ class Leaderboard:
         others = [key for key in verdict.no_evidence if key != self.best.key]
         if others:
             lines.append(
-                f"~ marks {len(others)} more {_plural('row', len(others))} with no evidence of a difference from the best "
+                f"~ marks {number_of(len(others), 'more row')} with no evidence of a difference from the best "
                 "(paired, out of fold, corrected for all pairs of rows)."
             )
         lines.append(verdict.advice)
@@ -458,7 +458,3 @@ def seconds(value: float) -> str:
 
 def _luck(metric: Metric, bias: float) -> str:
     return metric.gap_text(max(bias, 0.0)).lstrip("+")
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"

@@ -21,7 +21,7 @@ from pipeline.config import Config, ExtractionConfig, dump_yaml
 from pipeline.data import DatasetIndex, ScanResult
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
-from pipeline.errors import DatasetError, PipelineError, first
+from pipeline.errors import DatasetError, PipelineError, first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
 from pipeline.io.digests import digests_to_hex
@@ -94,7 +94,7 @@ class FeaturesRun:
             yield f"nothing to embed: every image has its features ({self.total_seconds:.1f} s)"
             return
         rate = work.images / work.loop_seconds if work.loop_seconds else 0.0
-        yield f"{work.images:,} images embedded in {_duration(work.loop_seconds)} ({rate:,.0f} images/s)"
+        yield f"{number_of(work.images, 'image')} embedded in {_duration(work.loop_seconds)} ({rate:,.0f} images/s)"
         anew = {target.spec.name: target.why for target in self.targets if IDENTITY_DIFFERS in target.why}
         for name, count in work.vectors.items():
             yield f"  {name}: {count:,} new vectors" + (f"; {anew[name]}" if name in anew else "")
@@ -104,11 +104,11 @@ class FeaturesRun:
         yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
         yield advise(work, [target.spec for target in self.targets], self.extraction)
         if work.failures:
-            yield f"{len(work.failures):,} images could not be used; dataset/failures.csv names each with its reason:"
+            yield f"{number_of(len(work.failures), 'image')} could not be used; dataset/failures.csv names each with its reason:"
             reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
             yield from (f"  {line}" for line in first(reasons, EXAMPLES))
         if work.unavailable:
-            yield f"warning: {len(work.unavailable):,} images could not be read this time; run again:"
+            yield f"warning: {number_of(len(work.unavailable), 'image')} could not be read this time; run again:"
             yield from (f"  {line}" for line in first(work.unavailable, EXAMPLES))
 
 

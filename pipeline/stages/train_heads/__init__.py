@@ -25,9 +25,11 @@ from typing import Any
 from pipeline import heads as head_table
 from pipeline.config import Config, dump_yaml
 from pipeline.data import DatasetIndex
+from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation import metric_of
+from pipeline.evaluation.audit import write_findings
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.evaluation.leaderboard.imbalance import advice
 from pipeline.experiment import Artifacts
@@ -117,7 +119,9 @@ def run(config: Config) -> HeadsRun:
     write_text_atomic(files.config, dump_yaml(config, files.root))
     notes = [*_notes(embeddings, task, config), *left_out]
     leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, made_of, task, stores, notes)), files.root)
-    leaderboard = replace(leaderboard, leaks=find_leaks(leaderboard, task, stores, files))
+    leaks, findings = find_leaks(leaderboard, task, stores, files)
+    leaderboard = replace(leaderboard, leaks=leaks)
+    write_findings(files.audit, findings)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, reused)
@@ -136,7 +140,9 @@ def _embeddings(
         for record in records:
             if record.kind == kind:
                 yield Embedding(chosen, unseen_task(task, record, config), tuning, record, stores[record.name])
-    if config.baselines is None or task.target.constant in config.baselines:
+    if config.baselines is None or not CONSTANT_GUESSES.isdisjoint(
+        config.baselines
+    ):  # it has another name for each target
         once = tuning.model_copy(update={"trials": 1, "seconds": None, "pca": None, "whiten": False})
         yield Embedding((table.guess(task.y_train, task.target.width),), task, once)
 

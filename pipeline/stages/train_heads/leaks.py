@@ -18,41 +18,47 @@ from pipeline.store import FeatureStore
 
 def find_leaks(
     leaderboard: Leaderboard, task: Task, stores: Mapping[str, FeatureStore], files: Artifacts
-) -> Leaks | None:
-    """Look for near-duplicates among all images of a task, in the embedding of the best row that has one.
+) -> tuple[Leaks | None, audit.Findings]:
+    """Look at all images of a task, in the embedding of the best row that has one: near-duplicates, what they do, outliers.
 
-    Of more than `audit.MOST_IMAGES` images only a part is looked at, half of them test images at most. None where no row has an
-    embedding.
+    Of more than `audit.MOST_IMAGES` images only a part is looked at, half of them test images at most. There are no leaks to
+    tell of where no row has an embedding.
     """
     embedding = next((row.embedding for row in leaderboard.rows if row.embedding in stores), None)
     if embedding is None:
-        return None
+        return None, audit.Findings()
     n_test = min(len(task.test), audit.MOST_IMAGES // 2)
     n_train = min(len(task.train), audit.MOST_IMAGES - n_test)
     train, test = (
         np.linspace(0, n - 1, m).astype(int) for n, m in ((len(task.train), n_train), (len(task.test), n_test))
     )
-    digests = np.concatenate([task.train.digests[train], task.test.digests[test]])
-    near = audit.neighbours(audit.project(stores[embedding].read(digests)))
-    pairs = audit.close_pairs(near, audit.read_hashes(files, digests))
-    fold = np.full(len(digests), -1)
+    parts = task.train.rows(train), task.test.rows(test)
+    fold = np.full(n_train + n_test, -1)
     for number, (_, held_out) in enumerate(task.folds):
         fold[:n_train][np.isin(train, held_out)] = number
-    in_test = np.arange(len(digests)) >= n_train
+    paths = np.concatenate([part.paths.astype(str) for part in parts])
+    order = np.argsort(paths)  # as the index has them
+    paths, fold, in_test = paths[order], fold[order], order >= n_train
+    digests, labels, splits = (
+        np.concatenate([getattr(part, column) for part in parts])[order] for column in ("digests", "labels", "splits")
+    )
+    hashes = audit.read_hashes(files, digests)
+    pairs, findings = audit.examine(
+        stores[embedding].read(digests), paths.tolist(), labels.tolist(), splits.tolist(), hashes
+    )
     across = in_test[pairs.first] != in_test[pairs.second]
     parted = ~across & (fold[pairs.first] != fold[pairs.second])
     ends = np.stack([pairs.first, pairs.second])
     tested, folded = (np.unique(ends[:, part]) for part in (across, parted))
     tested = tested[in_test[tested]]
     predictions, metric = read_predictions(leaderboard, files.root), leaderboard.told_by
-    tested_paths, folded_paths = task.test.paths[test[tested - n_train]], task.train.paths[train[folded]]
-    without = {key: _with_and_without(metric, found.test, tested_paths)[1] for key, found in predictions.items()}
+    without = {key: _with_and_without(metric, found.test, paths[tested])[1] for key, found in predictions.items()}
     judged = {
-        key: _with_and_without(metric, found.out_of_fold, folded_paths)
+        key: _with_and_without(metric, found.out_of_fold, paths[folded])
         for key, found in predictions.items()
         if found.out_of_fold
     }
-    return Leaks(
+    leaks = Leaks(
         embedding,
         len(task.train) + len(task.test),
         len(tested),
@@ -62,9 +68,10 @@ def find_leaks(
         {key: value for key, value in without.items() if np.isfinite(value)},
         {key: value for key, value in judged.items() if np.isfinite(value[1])},
     )
+    return leaks, findings
 
 
-def _with_and_without(metric: Metric, part: Predictions, leaking: NDArray[np.object_]) -> tuple[float, float]:
-    """Return the score on all images and on those that do not leak, NaN where there are none."""
-    clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), leaking.astype(str)))
+def _with_and_without(metric: Metric, part: Predictions, leaking: NDArray[np.str_]) -> tuple[float, float]:
+    """Return the score on all images and on those that do not leak, paths of shape (m,); NaN where there are none."""
+    clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), leaking))
     return metric.score(part), metric.score(clean) if len(clean) else float("nan")

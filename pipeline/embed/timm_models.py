@@ -1,0 +1,392 @@
+"""The networks of timm: any of its tags, the few that matter by short names, a folder, or a file that timm itself can read.
+
+A network gives what timm calls `pre_logits`: its own feature, without the last layer. timm is imported only where one is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import logging
+import math
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pipeline.config import LOCAL_DIR, TIMM_NAMES, TIMM_PREFIX
+from pipeline.embed.family import Arguments, Family, Fetch, Published
+from pipeline.embed.graph import POOLED, UNPOOLED
+from pipeline.embed.installed import NO_DOWNLOAD
+from pipeline.embed.licenses import UNKNOWN
+from pipeline.embed.weights_files import tensors_digest
+from pipeline.errors import BackboneError, first_line
+from pipeline.images import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+OLDEST = (1, 0, 31)
+"""The version that all this was tested with; before 1.0.26 some networks had a random layer behind their features."""
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of weights on the Hugging Face Hub, in the order in which timm looks for them."""
+
+
+class Known(NamedTuple):
+    """What a table of networks says of one, also where timm is not installed."""
+
+    megabytes: float
+    dim: int
+    image: int
+    license: str
+
+
+KNOWN: Mapping[str, Known] = {
+    "dinov2_base": Known(346, 768, 518, "apache-2.0"),
+    "dinov3_base": Known(343, 768, 256, "dinov3-license"),
+    "siglip2_base": Known(372, 768, 224, "apache-2.0"),
+    "clip_base": Known(345, 768, 224, "apache-2.0"),
+    "convnextv2_tiny": Known(115, 768, 224, "cc-by-nc-4.0"),
+}
+"""By the short names; timm says the same."""
+
+
+class Found(NamedTuple):
+    """What a name stands for."""
+
+    tag: str
+    """Network and weights, as timm writes them, such as `resnet50.a1_in1k`; without a dot where no weights are named."""
+    cfg: Mapping[str, Any]
+    """timm's description of the weights."""
+    arguments: Mapping[str, Any]
+    """The constructor's."""
+
+    @property
+    def network(self) -> str:
+        """timm's name of the constructor."""
+        return self.tag.partition(".")[0]
+
+
+def library() -> ModuleType:
+    """Import timm.
+
+    Raises
+    ------
+    BackboneError
+        When it is not installed or too old.
+    """
+    try:
+        version = importlib.metadata.version("timm")
+    except importlib.metadata.PackageNotFoundError:
+        raise BackboneError("networks of timm need the package timm; run `pip install 'manyheads[timm]'`") from None
+    if tuple(int(part) for part in version.split(".")[:3] if part.isdecimal()) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise BackboneError(f"timm {version} is installed, {wanted} is needed; run `pip install 'manyheads[timm]'`")
+    from pipeline.io.vision import torchvision  # noqa: F401 - without its operators, which this declares, timm's import fails
+
+    return importlib.import_module("timm")
+
+
+def find(name: str, arguments: Arguments) -> Found:
+    """Return what a name in a config, or an architecture in a record, stands for.
+
+    Raises
+    ------
+    BackboneError
+        When timm has no such network or weights, with the nearest that it has.
+    """
+    models = library().models
+    if name.startswith(LOCAL_DIR):
+        return _in_folder(Path(name.removeprefix(LOCAL_DIR)), arguments)
+    tag = TIMM_NAMES.get(name, name.removeprefix(TIMM_PREFIX))
+    if ":" in tag or "/" in tag:
+        raise BackboneError(
+            f"{name}: expected one of timm's tags; of another repository fetch the folder, such as with `hf download`, and write "
+            f"name: {LOCAL_DIR}FOLDER"
+        )
+    network, _, weights = tag.partition(".")
+    cfg = None
+    if models.is_model(network):
+        with contextlib.suppress(RuntimeError):  # of a tag that the network does not have
+            cfg = models.get_pretrained_cfg(tag)
+    if cfg is None:
+        known = models.list_pretrained() if weights else models.list_models()
+        near = difflib.get_close_matches(tag, known, n=3, cutoff=0.4) or known[:3]
+        raise BackboneError(f"timm has no {tag!r}; the nearest are {', '.join(TIMM_PREFIX + each for each in near)}")
+    return Found(tag, cfg.to_dict(), _own(network, arguments))
+
+
+def _own(network: str, arguments: Arguments) -> dict[str, Any]:
+    # DINOv3's transformers were trained for their class token, timm averages by default.
+    token = {"global_pool": "token"} if network.startswith("vit_") and "_dinov3" in network else {}
+    return {**token, **arguments}
+
+
+def _in_folder(folder: Path, arguments: Arguments) -> Found:
+    try:
+        cfg, network, given = library().models._hub.load_model_config_from_path(folder)
+        tag = f"{network}.{cfg['tag']}" if cfg.get("tag") else network
+        return Found(tag, cfg, {**_own(network, given), **arguments})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = first_line(error)
+    raise BackboneError(f"{folder} holds no network of timm ({reason}); expected its config.json and its weights")
+
+
+def create(found: Found, weights: Mapping[str, Any] | None = None) -> nn.Module:
+    """Construct a network that gives its own feature, with random weights or with those that `weights` tells timm to take.
+
+    Its layers `unpooled` and `pooled` are what timm's `forward_features` and `forward_head(pre_logits=True)` give.
+    """
+    arguments = dict(found.arguments)
+    size = arguments.pop("image_size", None)
+    if size is not None and found.cfg.get("fixed_input_size"):
+        arguments["img_size"] = size
+    module: nn.Module = library().create_model(
+        found.network,
+        pretrained=weights is not None,
+        pretrained_cfg=dict(found.cfg),
+        pretrained_cfg_overlay=dict(weights or {}),
+        **arguments,
+    )
+    for layer in (UNPOOLED, POOLED):
+        assert not hasattr(module, layer), f"timm has a part {layer!r} of its own"
+        module.add_module(layer, nn.Identity())
+    module.__class__ = type(type(module).__name__, (type(module),), {"forward": _pre_logits})
+    module.preprocessing = preprocessing(found)  # type: ignore[assignment]
+    return module
+
+
+def _pre_logits(self: Any, images: torch.Tensor) -> Any:
+    """The forward pass of a network that gives its own feature."""
+    return self.pooled(self.forward_head(self.unpooled(self.forward_features(images)), pre_logits=True))
+
+
+def preprocessing(found: Found) -> Preprocessing:
+    """Return the transform that timm resolves for the weights, at the image size that is asked for."""
+    size = found.arguments.get("image_size")
+    data = library().data.resolve_data_config({"img_size": size} if size else {}, pretrained_cfg=found.cfg)
+    channels, height, width = data["input_size"]
+    if channels != 3 or height != width:
+        raise BackboneError(
+            f"{found.tag} takes images of {height} x {width} pixels and {channels} channels, expected squares in RGB"
+        )
+    return Preprocessing(
+        resize=math.floor(height / data["crop_pct"]),
+        crop=height,
+        interpolation=data["interpolation"],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        fit={"center": "crop"}.get(data["crop_mode"], data["crop_mode"]),
+    )
+
+
+def with_classifier(module: nn.Module, classes: int) -> nn.Module:
+    """Return the network as timm made it, with a last layer for so many classes."""
+    module.__class__ = type(module).__mro__[1]
+    del module.unpooled, module.pooled
+    module.reset_classifier(classes)  # type: ignore[operator]
+    return module
+
+
+# ---- weights
+
+
+def load(found: Found, name: str, weights: Mapping[str, Any]) -> nn.Module:
+    """Construct a network with weights that timm loads, twice with other seeds: a tensor that differs is in no file.
+
+    Raises
+    ------
+    BackboneError
+        When the weights do not fit, or leave a part of the network random.
+    """
+    prints: list[dict[str, str]] = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                module = create(found, weights)
+            except (RuntimeError, KeyError, ValueError, OSError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise BackboneError(f"{name}: the weights {weights.get('file', '')} do not fit: {reason}") from None
+        prints.append({key: tensors_digest({key: value}) for key, value in module.state_dict().items()})
+    random = [key for key, digest in prints[0].items() if prints[1][key] != digest]
+    if random:
+        raise BackboneError(
+            f"{name}: {len(random)} of {len(prints[0])} tensors are not in the weights and would be random, such as {random[0]}"
+        )
+    return module
+
+
+def _load_published(name: str, arguments: Arguments) -> nn.Module:
+    found = find(name, arguments)
+    if found.cfg.get("source") == "local-dir":
+        return load(found, name, {})
+    if missing := _to_install(found, name):
+        raise BackboneError(missing)
+    path = _here(found) or _fetch(found, name)
+    # A file of the Hub is in timm's own format; others may be the authors'.
+    foreign = bool(found.cfg.get("custom_load")) and not found.cfg.get("hf_hub_id")
+    return load(found, name, {"file": str(path), "custom_load": foreign})
+
+
+def load_file(name: str, arguments: Arguments, path: Path) -> nn.Module:
+    """Construct a network with the weights of a file, renamed as timm does it for files of the network's authors."""
+    return load(find(name, arguments), name, {"file": str(path)})
+
+
+def _weights(name: str) -> dict[str, Published]:
+    if name in KNOWN and _lacking():
+        return {"pretrained": _not_installed(name)}
+    found = find(name, {})
+    if found.cfg.get("source") == "local-dir" or "." in found.tag:
+        return {"pretrained": _published(name)} if _has_weights(found) else {}
+    prefix = f"{found.network}."
+    tags = library().list_pretrained(f"{prefix}*")
+    return {tag.removeprefix(prefix): _published(TIMM_PREFIX + tag) for tag in tags}
+
+
+def _has_weights(found: Found) -> bool:
+    return any(found.cfg.get(key) for key in ("source", "hf_hub_id", "url"))
+
+
+def _published(name: str) -> Published:
+    found = find(name, {})
+    return Published(
+        load=partial(_load_published, name),
+        preprocessing=preprocessing(found),
+        to_fetch=partial(_to_fetch, found),
+        to_install=partial(_to_install, found, name),
+        license=str(found.cfg.get("license") or UNKNOWN).lower(),
+        megabytes=KNOWN[name].megabytes if name in KNOWN else 0.0,
+        dim=lambda: _empty(found).head_hidden_size,
+    )
+
+
+def _lacking() -> str:
+    """Return why timm cannot be used, '' where it can."""
+    try:
+        library()
+    except BackboneError as error:
+        return error.message
+    return ""
+
+
+def _not_installed(name: str) -> Published:
+    """Return what is known of weights without timm, which the rest is asked of."""
+    known = KNOWN[name]
+    return Published(
+        load=partial(_load_published, name),
+        preprocessing=Preprocessing(resize=known.image, crop=known.image),
+        to_install=_lacking,
+        license=known.license,
+        megabytes=known.megabytes,
+        dim=lambda: known.dim,
+    )
+
+
+def _to_install(found: Found, name: str) -> str:
+    if not found.cfg.get("hf_hub_id") or found.cfg.get("source") or _hub():
+        return ""
+    return f"{name}: {_origin(found)} is fetched with huggingface_hub; run `pip install 'manyheads[timm]'`"
+
+
+def _to_fetch(found: Found) -> Fetch | None:
+    if found.cfg.get("source") == "local-dir" or _here(found):
+        return None
+    numbers = 0
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        numbers = sum(value.numel() for value in _empty(found).state_dict().values())
+    return Fetch(_origin(found), _cache(found), numbers * 4 / 1e6)
+
+
+def _empty(found: Found) -> Any:
+    with torch.device("meta"):
+        return create(found)
+
+
+def _origin(found: Found) -> str:
+    repository = found.cfg.get("hf_hub_id")
+    return f"{repository} of the Hugging Face Hub" if repository else str(found.cfg["url"])
+
+
+def _cache(found: Found) -> Path:
+    hub = _hub() if found.cfg.get("hf_hub_id") else None
+    return Path(hub.constants.HF_HUB_CACHE if hub else Path(torch.hub.get_dir()) / "checkpoints")
+
+
+def _hub() -> ModuleType | None:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError:
+        return None
+
+
+def _here(found: Found) -> Path | None:
+    """Return the file of weights that was fetched before, found without asking anybody."""
+    if not found.cfg.get("hf_hub_id"):
+        path = _cache(found) / str(found.cfg["url"]).rpartition("/")[2]
+        return path if path.exists() else None
+    hub = _hub()
+    paths = [hub.try_to_load_from_cache(found.cfg["hf_hub_id"], file) for file in FILES] if hub else []
+    return next((Path(path) for path in paths if isinstance(path, str)), None)
+
+
+def _fetch(found: Found, name: str) -> Path:
+    origin, hub = _origin(found), _hub() if found.cfg.get("hf_hub_id") else None
+    logger.info("fetching %s to %s", origin, _cache(found))
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {
+            "1",
+            "ON",
+            "YES",
+            "TRUE",
+        }:  # as the library of the Hub reads it
+            raise OSError("HF_HUB_OFFLINE is set")
+        if hub is None:
+            return Path(library().models._hub.download_cached_file(found.cfg["url"], progress=False))
+        return _from_hub(found, hub)
+    except Exception as error:  # of the network, of three libraries
+        if hub is not None and isinstance(error, hub.errors.GatedRepoError):
+            raise BackboneError(
+                f"{name}: {origin} is given only to who accepts its terms: do so on its page, run `hf auth login`, and try again"
+            ) from None
+        reason = first_line(error)
+    elsewhere = f"put it in {_cache(found)}" if hub is None else f"write name: {LOCAL_DIR}FOLDER"
+    raise BackboneError(
+        f"{name}: {origin} cannot be fetched ({reason}); fetch it elsewhere and {elsewhere}; {NO_DOWNLOAD}"
+    )
+
+
+def _from_hub(found: Found, hub: ModuleType) -> Path:
+    for file in FILES:
+        try:
+            return Path(hub.hf_hub_download(found.cfg["hf_hub_id"], file))
+        except hub.errors.EntryNotFoundError as error:
+            if isinstance(error, hub.errors.LocalEntryNotFoundError):  # there is no network
+                raise
+    raise OSError(f"it has none of {', '.join(FILES)}")
+
+
+def _resolve(name: str, arguments: Arguments) -> tuple[str, Arguments]:
+    found = find(name, arguments)
+    return TIMM_PREFIX + found.tag, found.arguments
+
+
+FAMILY = Family(
+    title=f"timm's, as {TIMM_PREFIX}TAG or {', '.join(TIMM_NAMES)}",
+    library="timm",
+    names=lambda: list(TIMM_NAMES),
+    has=lambda architecture: architecture in TIMM_NAMES or architecture.startswith(TIMM_PREFIX),
+    sized=True,
+    build=lambda name, arguments: create(find(name, arguments)),
+    weights=_weights,
+    resolve=_resolve,
+    load_file=load_file,
+    with_classifier=with_classifier,
+)

@@ -1,0 +1,208 @@
+"""What a run gives: the weights that validation chose on the way back, their file, and the comparison with stage two."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+
+from pipeline.data.lineage import Lineage
+from pipeline.embed.weights_files import DIGEST_KEY, METADATA_KEY, weights_digest
+from pipeline.evaluation import HeadPredictions, Metric, Paired, Predictions, counted, paired_answers
+from pipeline.evaluation.leaderboard import LeaderboardRow
+from pipeline.evaluation.predictions import FILE_NAME
+from pipeline.experiment import MADE_BY, Artifacts, made_by
+from pipeline.finetuning.batches import Data, augmented, rows_at
+from pipeline.finetuning.checkpoint import Weights, copy_weights
+from pipeline.finetuning.material import Choice, Parts
+from pipeline.finetuning.objective import Score
+from pipeline.finetuning.trainer import Task, evaluate
+from pipeline.io.files import make_folder, write_atomic
+
+FORMAT = "manyheads weights"
+VERSION = 1
+
+ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
+STATISTICS_BATCHES = 20
+
+
+# ---- the way back: the line from hand-over to result, of which the validation images choose a point
+
+
+@dataclass(frozen=True)
+class ReturnPath:
+    """Validation scores between hand-over (alpha 0) and result (alpha 1), and the alpha that was chosen."""
+
+    alphas: tuple[float, ...]
+    scores: tuple[Score, ...]
+    alpha: float
+    weights: Weights
+
+
+def return_path(task: Task, data: Data, start: Weights, end: Weights, alphas: Sequence[float] = ALPHAS) -> ReturnPath:
+    """Score the weights between two states of a network on the validation images and put the best into it.
+
+    The smallest alpha wins a tie, so training has to earn every step away from the hand-over, and what is chosen is never
+    below the hand-over on these images. Wortsman et al. 2022, "Robust fine-tuning" (WiSE-FT), there for CLIP.
+    """
+    scores: list[Score] = []
+    for alpha in alphas:
+        _go_to(task, data, start, end, alpha)
+        scores.append(evaluate(task.network, data.validation, data, task.device, task.precision, task.objective))
+    best = max(range(len(alphas)), key=lambda place: (scores[place], -alphas[place]))
+    _go_to(task, data, start, end, alphas[best])
+    return ReturnPath(tuple(alphas), tuple(scores), alphas[best], copy_weights(task.network))
+
+
+def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> Weights:
+    """Return `(1 - alpha) * start + alpha * end` of each tensor, in its shape and dtype; counters are the end's unless alpha is 0."""
+    return {
+        name: torch.lerp(tensor, end[name], alpha)
+        if tensor.is_floating_point()
+        else (end[name] if alpha > 0 else tensor).clone()
+        for name, tensor in start.items()
+    }
+
+
+def _go_to(task: Task, data: Data, start: Weights, end: Weights, alpha: float) -> None:
+    task.network.load_state_dict(interpolate(start, end, alpha))
+    if task.settings.batch_norm == "train" and 0 < alpha < 1:
+        recompute_statistics(task, data)
+
+
+def recompute_statistics(task: Task, data: Data) -> None:
+    """Measure BatchNorm's statistics anew: those of weights between two others are not between their statistics."""
+    size = task.settings.batch_size
+    torch.manual_seed(task.seed)
+    rows = (
+        rows_at(batch * size, size, len(data.train), task.seed)
+        for batch in range(min(STATISTICS_BATCHES, math.ceil(len(data.train) / size)))
+    )
+    update_bn((augmented(data.train.pixels[part], task.settings, task.device, data) for part in rows), task.network)
+    task.network.eval()
+
+
+# ---- the weights file, which `embed` loads by itself
+
+
+def describe(
+    *,
+    name: str,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    classes: Sequence[str],
+    lineage: Lineage | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return what a weights file says of itself: how to build its network, and where the weights come from.
+
+    `preprocessing` has the keys of that section of a config; `lineage` is told where features of the same images may be
+    cross-validated.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "architecture": architecture,
+        "arguments": {**arguments, "num_classes": len(classes)},
+        "preprocessing": dict(preprocessing),
+        "classes": list(classes),
+        "trained_on": None if lineage is None else lineage.digest,
+        **more,
+    }
+
+
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    lineage: Lineage | None = None,
+) -> None:
+    """Write a weights file in one move; shapes and dtypes stay as they are."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    described = json.dumps({**description, MADE_BY: made_by()}, ensure_ascii=False)
+    header = {METADATA_KEY: described, **({} if lineage is None else lineage.header())}
+    make_folder(path.parent)
+    write_atomic(path, save(tensors, {**header, DIGEST_KEY: weights_digest(tensors, header)}))
+
+
+# ---- the verdict: one comparison with stage two on the untouched test images
+
+
+def judge(
+    files: Artifacts, choice: Choice, parts: Parts, said: NDArray[np.int64], metric: Metric, minutes: float, seed: int
+) -> dict[str, Any]:
+    """Compare the fine-tuned network with stage two's best row, and with itself frozen, on the same test images.
+
+    said : what the network says of the test images, as the target encodes it, int64 of shape (n_test,)
+    """
+    tuned = Predictions(parts.target.encode(parts.test), said, units=parts.test.fold_groups())
+    images, found = counted(len(tuned), tuned.units, "test images"), {}
+    for name, row in {"best": choice.winner, "frozen": choice.frozen}.items():
+        if row is not None:
+            other = _said_by(row, files, parts, tuned.units)
+            paired = paired_answers(metric, tuned, other, seed)
+            found[name] = {
+                "row": row.key,
+                "test": metric.score(other),
+                "gain": {"difference": paired.difference, "interval": list(paired.interval), "p_value": paired.p_value},
+                "verdict": verdict(paired, minutes, images),
+            }
+    return {
+        "embedding": choice.record.name,
+        "images": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
+        "test": metric.score(tuned),
+        "comparisons": found,
+    }
+
+
+def _said_by(row: LeaderboardRow, files: Artifacts, parts: Parts, units: NDArray[np.int64] | None) -> Predictions:
+    """Return what a row of stage two said of the test images, in the order of `parts.test`; units : int64 of shape (n_test,)."""
+    test = HeadPredictions.read(files.root / str(row.bundle) / FILE_NAME).test
+    place = {path: number for number, path in enumerate(np.asarray(test.paths).tolist())}
+    said = test.predicted[[place[str(path)] for path in parts.test.paths]]
+    return Predictions.of(parts.test.labels, said, parts.target.classes, units=units)
+
+
+def verdict(paired: Paired, minutes: float, images: str) -> str:
+    """Say in one sentence whether fine-tuning was worth it: worth it, not worth it, or no evidence.
+
+    As in the leaderboard, the interval and the exact test must both show it. images : how many, such as `360 test images`
+    """
+    low, high = paired.interval
+    words = {1: "worth it", -1: "not worth it", 0: "no evidence that it helps"}[paired.shown]
+    return (
+        f"{words}: {paired.difference:+.2%} on {images} (95 % interval {low:+.2%} to {high:+.2%}, p = {paired.p_value:.2g}) "
+        f"for {minutes:.1f} minutes of training"
+    )
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the result in the words a user needs: a line for each comparison, one where both are with the same row."""
+    validation, comparisons = result["validation"], result["comparisons"]
+    named = {"best": "the best row", "frozen": "the same network frozen"}
+    if "frozen" in comparisons and comparisons["frozen"]["row"] == comparisons["best"]["row"]:
+        comparisons, named = {"both": comparisons["best"]}, {"both": "the best row, which is the same network frozen"}
+    against = [
+        f"{named[name]}, {one['row']} ({one['test']:.2%}): {one['verdict']}" for name, one in comparisons.items()
+    ]
+    found = [
+        f"start      {result['start']}",
+        f"chosen     {result['source']}, alpha {result['alpha']:g}: {validation['chosen']:.2%} on validation, {validation['start']:.2%} at the start",
+        f"test       {result['test']:.2%} fine-tuned",
+        *(f"{'' if place else 'verdict':<10} against {line}" for place, line in enumerate(against)),
+    ]
+    if not result["alpha"]:
+        found.append("           nothing that was learned helped on the validation images: the network is the start")
+    return found
