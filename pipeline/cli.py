@@ -362,6 +362,18 @@ COMMANDS = (
         _argument("images", nargs=-1, required=True, type=PATH),
         _option("--output", "-o", default="predictions.csv", type=PATH, help="The CSV file to write."),
         _option("--top", default=3, type=COUNT, help="Labels with probabilities per image."),
+        _option(
+            "--unknown",
+            type=float,
+            metavar="SHARE",
+            help="Mark images of no known class, with this share of false alarms.",
+        ),
+        _option(
+            "--sets",
+            type=float,
+            metavar="SHARE",
+            help="Also the labels of which one is right for this share of images.",
+        ),
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, which can run any code."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),

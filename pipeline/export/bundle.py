@@ -4,6 +4,7 @@
     head.skops       the fitted scikit-learn pipeline in skops' format, which cannot run code when it is loaded
     predictions.npz  what it said of every image, where stage two made it
     head.joblib      instead, for a head with types outside `TRUSTED_TYPES`: a pickle, which can
+    known.npz        what it keeps of the training images, where it was tested on classes that were left out
     members/0, ...   instead, for a soft vote: the bundles that vote
 
 A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a backbone.
@@ -28,7 +29,7 @@ from pipeline.data.classes import scores_as_columns
 from pipeline.data.targets import Target, target_of
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import Calibrator
-from pipeline.experiment import BUNDLE, DIGEST, bundle_file, read_document, require_modest, write_document
+from pipeline.experiment import BUNDLE, DIGEST, MADE_BY, bundle_file, read_document, require_modest, write_document
 from pipeline.export.fitted import check_fitted
 from pipeline.io.digests import bytes_digest
 from pipeline.io.files import write_atomic
@@ -41,6 +42,8 @@ with instead({"sklearn.externals.array_api_compat.torch": None}):
 MOST_NUMBERS = 1 << 24
 """The longest vector that a stranger's head is tried with."""
 
+KNOWN = "known.npz"
+"""What is kept of the training images, to tell strangers by."""
 SKOPS, JOBLIB, MEMBERS = "head.skops", "head.joblib", "members"
 """Where a head is: a file of one of two formats, or the folder of a soft vote's members."""
 
@@ -194,6 +197,16 @@ def _head_file(estimator: Any) -> tuple[str, dict[str, bytes]]:
 
 def _members(folder: Path, count: int) -> list[Path]:
     return [folder / MEMBERS / str(number) for number in range(count)]
+
+
+def add(folder: Path, files: Mapping[str, bytes], more: Mapping[str, Any]) -> None:
+    """Add files, by name, and entries of the document to a bundle."""
+    document = describe(folder)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    digests = {**document["digests"], **{name: bytes_digest(content) for name, content in files.items()}}
+    kept = {key: value for key, value in document.items() if key not in ("format", "version", MADE_BY, DIGEST)}
+    write_document(folder / "bundle.json", BUNDLE, {**kept, **more, "digests": digests})
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, s
 from pipeline.evaluation.calibration import fit_calibrator
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.experiment import DIGEST, Artifacts
+from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.io.digests import fingerprint
@@ -54,8 +54,8 @@ def vote_row(
     able = _able(rows, task, files)
     if not task.target.exclusive or len({voter.row.embedding for voter in able.values()}) < 2:
         return "No soft vote: it takes rows with probabilities on two embeddings at least, on the same images."
-    digests = [bundles.describe(files.root / str(voter.row.bundle))[DIGEST] for voter in able.values()]
-    key = fingerprint({"row": ROW_VERSION, "rows": digests, "task": task.key, "scoring": scoring, "seed": seed})
+    made = [bundles.describe(files.root / str(voter.row.bundle))["provenance"]["key"] for voter in able.values()]
+    key = fingerprint({"row": ROW_VERSION, "rows": made, "task": task.key, "scoring": scoring, "seed": seed})
     folder, metric = files.bundle(VOTE, HEAD), METRICS[scoring]
     found = finished_row(folder, key)
     if found is not None:
