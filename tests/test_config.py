@@ -278,7 +278,6 @@ def test_the_columns_of_a_manifest_are_named_with_it_alone(tmp_path: Path) -> No
     (_, problem) = problems_of(tmp_path, GOOD, "dataset.root=x", "dataset.label_columns=[a]")
     assert problem == "dataset: root and label_columns: for source 'manifest' alone, and the source is 'digits'"
     for columns, told in {
-        "[a, split]": "the index has a split of its own; rename that column",
         "[a, a]": "a column is given twice: a, a",
         "[]": "expected at least one, got an empty list",
     }.items():

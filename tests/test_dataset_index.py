@@ -105,15 +105,17 @@ def test_several_label_columns_stand_where_the_one_would(tmp_path: Path) -> None
         back.column("speices")
 
 
-def test_one_of_several_label_columns_is_as_if_there_were_no_other() -> None:
+def test_one_of_several_label_columns_is_as_if_there_were_no_other(tmp_path: Path) -> None:
     rows = [("1.png", "cat", "train"), ("2.png", "dog", "test")]
     alone = make_index(rows)
-    index = with_columns(alone, age=["7", "8"], species=["cat", "dog"], sex=["f", "m"])
+    index = with_columns(alone, size=["7", "8"], species=["cat", "dog"], path=["f", "m"])
+    index.write(tmp_path)
+    assert DatasetIndex.read(tmp_path).column("size").tolist() == ["7", "8"]
     assert index.only("species").names == ("label",)
     assert index.only("species").fingerprint() == alone.fingerprint() != index.fingerprint()
     assert index.only("species").classes == ("cat", "dog")
-    both = index.only("sex", "age")
-    assert (both.names, both.labels.tolist()) == (("sex", "age"), [["f", "7"], ["m", "8"]])
+    both = index.only("path", "size")
+    assert (both.names, both.labels.tolist()) == (("path", "size"), [["f", "7"], ["m", "8"]])
 
 
 def test_empty_index_returns(tmp_path: Path) -> None:

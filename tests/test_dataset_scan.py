@@ -71,14 +71,14 @@ def sides(result: ScanResult) -> dict[str, str]:
 class TestIncremental:
     def test_a_first_scan_reads_everything_and_a_second_nothing(self, photos: Path, calm: None) -> None:
         first = run(photos)
-        assert (first.read, first.unchanged, first.first, len(first.index)) == (20, False, True, 20)
+        assert (first.read, first.unchanged, first.difference, len(first.index)) == (20, False, None, 20)
         assert not any("since the last scan" in line for line in first.summary_lines())
         assert first.index.digests.tobytes()[:16] == content_digest(b"cat 0")
         assert first.index.sizes.tolist() == [5] * 20
         folder = photos.parent / "dataset"
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         second = run(photos)
-        assert (second.read, second.unchanged, second.first) == (0, True, False)
+        assert (second.read, second.unchanged, str(second.difference)) == (0, True, "")
         assert "nothing changed since the last scan" in second.summary_lines()
         assert second.index.fingerprint() == first.index.fingerprint()
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -789,11 +789,11 @@ class TestSeveralColumns:
         result = self.scan(tmp_path, ["cat", "dog"] * 10, ["old", "young", "", "Old"] * 5)
         assert result.summary_lines()[:6] == [
             "20 images with 2 labels each: 16 train, 4 test",
-            "  species: 2 classes",
-            "  cat: 8 train, 2 test",
-            "  dog: 8 train, 2 test",
-            "  age: 3 classes",
-            "  Old: 4 train, 1 test",
+            "  species: in 2 classes",
+            "    cat: 8 train, 2 test",
+            "    dog: 8 train, 2 test",
+            "  age: in 3 classes",
+            "    Old: 4 train, 1 test",
         ]
         assert result.warnings == (
             "age: labels 'Old' and 'old' differ only in case or spaces; they are separate classes",

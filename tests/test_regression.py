@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from statistics_cases import interval_coverage, permuted_numbers, regressed
 from test_targets import index_of
 
 from pipeline import config as configuration
+from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex
 from pipeline.data.numbers import Regression
@@ -33,6 +35,7 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_NUMBERS
 from pipeline.heads.tuning import TuningRun, make_folds, tune
+from pipeline.heads.tuning.records import Problem
 from pipeline.stages import check, extract, predict, train_heads
 from pipeline.stages.train_heads.task import make_task
 
@@ -128,6 +131,20 @@ def test_shared_work_finds_what_scikit_learn_does(columns: int, tmp_path: Path) 
             np.testing.assert_allclose(run.out_of_fold.y_pred[held], expected, rtol=0, atol=close * y.std(axis=0).max())
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_ridge_is_fitted_from_blocks_of_rows_too(columns: int) -> None:
+    X, y = data(columns=columns)
+    target = Regression(("a", "b")[:columns]).fitted(y)
+    evaluator = OF_NUMBERS["ridge"].evaluator
+    assert evaluator is not None
+    assert evaluator.fit_in_blocks is not None
+    problem = Problem(OF_NUMBERS["ridge"], X, y, target, (), 0)
+    found = evaluator.fit_in_blocks(problem, {"alpha": 3.0}, target.learned(y))
+    expected = make_pipeline(StandardScaler(), Ridge(3.0)).fit(X, target.learned(y))
+    assert found[-1].coef_.shape == expected[-1].coef_.shape
+    np.testing.assert_allclose(found.predict(X), expected.predict(X), atol=1e-4)
+
+
 def test_scores_are_scikit_learns(tmp_path: Path) -> None:
     _, y = data(columns=2)
     said = Predictions(y, y[::-1], target=Regression(("a", "b")))
@@ -139,8 +156,9 @@ def test_scores_are_scikit_learns(tmp_path: Path) -> None:
     assert METRICS["spearman"].score(Predictions(y, 0 * y, target=said.target)) == 0
     assert [metric.name for metric in metrics_for(said.target)] == ["r2", "spearman", "mae", "rmse"]
     assert metrics_for(Regression())[0].name == "mae"
-    assert METRICS["mae"].text(-0.00123456) == "0.001235"
-    assert METRICS["mae"].text(-123456.7) == "1.235e+05"
+    assert METRICS["mae"].text(-12.0) == "12.0"
+    assert METRICS["mae"].text(-0.00123456) == "0.00123"
+    assert METRICS["mae"].text(-123456.7) == "123,457"
     assert margin(METRICS["mae"], -200.0, 50) == pytest.approx(10.0)
 
 
@@ -249,13 +267,17 @@ def test_predict_writes_numbers_with_intervals_and_tells_what_is_out_of_range(
     assert all(f"  {note}: 1" in run.summary_lines() for note in marked)
 
 
-def test_several_columns_are_one_target(experiment: tuple[Config, Leaderboard], tmp_path: Path) -> None:
+def test_several_columns_are_one_target_repeats_included(
+    experiment: tuple[Config, Leaderboard], tmp_path: Path
+) -> None:
     config = experiment[0]
     dataset = config.dataset.model_copy(update={"label_columns": ("grey", "other")})
     assert dataset.kinds == ("regression",)
     config = config.model_copy(
         update={
             "dataset": dataset,
+            "heads": (HeadConfig(name="ridge"),),
+            "tuning": config.tuning.model_copy(update={"nested": True, "seeds": 2}),
             "output": str(tmp_path / "two"),
             "store": str(Path(config.output).parent / "features"),
         }
@@ -265,6 +287,13 @@ def test_several_columns_are_one_target(experiment: tuple[Config, Leaderboard], 
     assert board.target.columns == ("grey", "other")
     assert board.scoring == "r2"
     assert board.best.cv_mean > 0.5
+    nested, seeds, test = board.best.nested, board.best.seeds, board.best.test
+    assert nested is not None
+    assert seeds is not None
+    assert test is not None
+    assert nested.mean > 0.5
+    assert seeds.test_scores[0] == test.values["r2"]
+    assert seeds.test_scores[1] == pytest.approx(test.values["r2"], abs=0.05)
 
 
 def test_numbers_that_nobody_called_so_are_asked_about(experiment: tuple[Config, Leaderboard]) -> None:
@@ -273,3 +302,20 @@ def test_numbers_that_nobody_called_so_are_asked_about(experiment: tuple[Config,
     with pytest.raises(PipelineError) as caught:
         check.run(config)
     assert "is this a number to predict? Then set dataset.target: regression." in " ".join(caught.value.problems)
+
+
+def test_the_report_shows_predicted_beside_true_and_the_furthest_off(experiment: tuple[Config, Leaderboard]) -> None:
+    config, board = experiment
+    output = Path(config.output)
+    page = report.build(output).read_text(encoding="utf-8")
+    said = HeadPredictions.read(output / str(board.best.bundle) / "predictions.npz").test
+    off = np.abs(said.y_pred - said.y_true)
+    assert page.index(f"is {said.y_true[off.argmax()]:.4g}") > page.index("Furthest off")
+    inside = said.target.inside(said.y_true, said.y_pred)
+    assert f"{100 * inside.mean():.1f}" in page[page.index("Half width") :]
+    assert (output / "plots" / "predicted-0.png").is_file()
+    assert (output / "plots" / "residuals-0.png").is_file()
+    text = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", page)
+    assert not re.search(r"accuracy|Confusion|\bclasses\b|F1", text), re.findall(
+        r".{40}(?:accuracy|Confusion|\bclasses\b|F1).{40}", text
+    )

@@ -171,8 +171,8 @@ class DatasetConfig(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         """What each column of labels is said to be; one word where there is one target, also where several columns are its labels."""
-        if self.target in ("multilabel", "regression") and self.label_separator is None:
-            return (str(self.target),)
+        if isinstance(self.target, str) and self.target not in ("auto", "classification") and not self.label_separator:
+            return (self.target,)
         if self.target == "auto" and self.label_separator is not None and len(self.label_columns) == 1:
             return ("multilabel",)
         words = self.target if isinstance(self.target, dict) else dict.fromkeys(self.label_columns, self.target)
@@ -181,9 +181,6 @@ class DatasetConfig(Section):
     @field_validator("label_columns")
     @classmethod
     def _can_stand_side_by_side(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        taken = sorted({*value} & {"path", "split", "group", "digest", "size"})
-        if len(value) > 1 and taken:
-            raise ValueError(f"the index has a {' and a '.join(taken)} of its own; rename that column")
         if len({*value}) < len(value):
             raise ValueError(f"a column is given twice: {', '.join(value)}")
         return value

@@ -6,5 +6,5 @@ from pipeline.data.failures import REMARKS, Failure, check_failures, failed_dige
 from pipeline.data.index import DatasetIndex
 from pipeline.data.scan import require_its_own, scan
 from pipeline.data.sources import needs_download
-from pipeline.data.summary import ScanResult, fold_warnings, missing_side, passed_over_lines
+from pipeline.data.summary import ScanResult, described, fold_warnings, missing_side, passed_over_lines
 from pipeline.data.walk import Walk

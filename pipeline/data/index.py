@@ -287,28 +287,28 @@ def _to_cells(column: pa.Array) -> pa.Array:
 
 def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetIndex:
     header = next(csv.reader(data[: 1 << 16].decode("utf-8-sig", "replace").splitlines()[:1]), [])
-    words = header[len(BEFORE) : 2 - len(AFTER)]  # labels, split and group
-    types: dict[str, pa.DataType] = dict.fromkeys(words, pa.dictionary(pa.int32(), pa.string()))
+    names = header[len(BEFORE) : -len(AFTER)]
+    if header and (header != [*BEFORE, *names, *AFTER] or not names or len(set(names)) < len(names)):
+        expected = ", ".join([*BEFORE, LABEL, *AFTER])
+        raise DatasetError(
+            f"{path}: has columns {', '.join(header)}, expected {expected}; delete it to have it made anew"
+        )
+    columns = [*BEFORE, *map(str, range(len(names))), *AFTER]  # labels may be called as our own columns are
+    types: dict[str, pa.DataType] = dict.fromkeys(columns, pa.dictionary(pa.int32(), pa.string()))
     types |= {"path": pa.string(), "digest": pa.string(), "size": pa.int64()}
     try:
         table = pyarrow.csv.read_csv(
-            pa.BufferReader(data),
+            pa.BufferReader(",".join(columns).encode() + b"\n" + data[data.find(b"\n") + 1 :] if header else b""),
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=b'"' in data),
             convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         )
     except pa.ArrowException as error:
         raise _unreadable(path, error) from None
-    names = header[len(BEFORE) : -len(AFTER)]
-    if tuple(header) != (*BEFORE, *names, *AFTER) or not names or len(set(header)) < len(header):
-        expected = ", ".join([*BEFORE, LABEL, *AFTER])
-        raise DatasetError(
-            f"{path}: has columns {', '.join(header)}, expected {expected}; delete it to have it made anew"
-        )
     if in_cells:
         table = table.set_column(0, "path", _from_cells(table["path"]))
-        for name in (*names, "group"):
-            place = header.index(name)
-            table = table.set_column(place, name, _dictionary_from_cells(table[name]))
+        for place, name in enumerate(columns):
+            if name.isdecimal() or name == "group":
+                table = table.set_column(place, name, _dictionary_from_cells(table[name]))
     return _checked(table, path, root, names)
 
 
@@ -330,7 +330,7 @@ def _dictionary_from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str]) -> DatasetIndex:
     """Turn the table into an index after checking what the rest of the program relies on."""
     paths = table["path"].to_numpy()
-    *labels, splits, groups = (_texts_of(table[name]) for name in (*names, "split", "group"))
+    *labels, splits, groups = (_texts_of(table[name]) for name in (*map(str, range(len(names))), "split", "group"))
     problems = [
         f"unknown split {split!r}, expected one of {', '.join(SPLITS)}"
         for split in encode(splits)[1]

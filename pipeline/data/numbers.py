@@ -228,8 +228,8 @@ class Regression:
             return [""] * (4 * self.width)
         cells = []
         for place, number in enumerate(np.atleast_1d(label).tolist()):
-            ends = [f"{number + sign * self.half[place]:.6g}" for sign in (-1, 1)] if self.half else ["", ""]
-            cells += [f"{number:.6g}", *ends, self.note(place, number)]
+            ends = [f"{number + sign * self.half[place]:.8g}" for sign in (-1, 1)] if self.half else ["", ""]
+            cells += [f"{number:.8g}", *ends, self.note(place, number)]
         return cells
 
     def note(self, place: int, number: float) -> str:

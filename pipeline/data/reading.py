@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,18 +28,15 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """What was read of n files: `ok` of shape (n,), `digests` uint64 (n, 2) and `stats` int64 (n, 3), valid where ok."""
+def read_digests(
+    root: Path, paths: Sequence[str]
+) -> tuple[NDArray[np.bool_], Digests, NDArray[np.int64], list[Failure]]:
+    """Digest the contents of n files below a root.
 
-    ok: NDArray[np.bool_]
-    digests: Digests
-    stats: NDArray[np.int64]
-    failures: list[Failure]
-
-
-def read_digests(root: Path, paths: Sequence[str]) -> Reading:
-    """Digest the contents of files below a root; a file that cannot be read becomes a failure."""
+    Returns
+    -------
+    which could be read, bool (n,); their digests, uint64 (n, 2), and size and times, int64 (n, 3); a failure for each of the others
+    """
 
     def read(path: str) -> tuple[bytes, Stat] | Failure:
         try:
@@ -58,7 +54,7 @@ def read_digests(root: Path, paths: Sequence[str]) -> Reading:
             failures.append(result)
         else:
             ok[row], digests[row], stats[row] = True, np.frombuffer(result[0], dtype="<u8"), result[1]
-    return Reading(ok, digests, stats, failures)
+    return ok, digests, stats, failures
 
 
 def incomplete_jpegs(index: DatasetIndex, max_pixels: int) -> list[Failure]:

@@ -17,7 +17,7 @@ from pipeline.data.failures import Failure, noticed, read_failures, record_failu
 from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
 from pipeline.data.listing import Listing
-from pipeline.data.match import Difference, Texts, difference, texts
+from pipeline.data.match import Texts, difference, texts
 from pipeline.data.reading import incomplete_jpegs, read_digests
 from pipeline.data.sources import list_source
 from pipeline.data.splits import make_test_split, prior_sides
@@ -81,8 +81,9 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     return ScanResult(
         index=index,
         unchanged=unchanged,
-        difference=_since(before.index, index),
-        first=before.index is None,
+        difference=None
+        if (old := before.index) is None
+        else difference(old.paths, old.digests, index.paths, index.digests),
         read=read,
         copies=copies,
         leak_policy=config.leaks,
@@ -136,14 +137,12 @@ def _read_changed(
     if rehash:
         known[:] = False
     pending = np.flatnonzero(~known)
-    reading = read_digests(listing.root, paths[pending].tolist())
-    digests[pending], stats[pending] = reading.digests, reading.stats
-    known[pending] = reading.ok
+    known[pending], digests[pending], stats[pending], failures = read_digests(listing.root, paths[pending].tolist())
     splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
     groups = texts(listing.groups) if listing.groups is not None else None
     labels = texts(listing.labels) if len(listing.names) == 1 else np.array(listing.labels, dtype=object)
     index = DatasetIndex(listing.root, paths, labels, splits, groups, digests, stats[:, 0], listing.names).rows(known)
-    return index, stats[known], reading.failures, len(pending)
+    return index, stats[known], failures, len(pending)
 
 
 def _split(
@@ -166,12 +165,6 @@ def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> lis
         f"the test split made with seed {plan.seed} and test_fraction {plan.test_fraction:g} is kept, though the config now says seed "
         f"{seed} and test_fraction {config.test_fraction:g}; delete {INDEX_FILE} to have it made anew"
     ]
-
-
-def _since(old: DatasetIndex | None, new: DatasetIndex) -> Difference:
-    if old is None:
-        return Difference(added=len(new))
-    return difference(old.paths, old.digests, new.paths, new.digests)
 
 
 def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:

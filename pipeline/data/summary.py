@@ -25,10 +25,8 @@ class ScanResult:
     index: DatasetIndex
     unchanged: bool
     """The index is the one that was there before, row for row."""
-    difference: Difference
-    """Images added, changed, removed and renamed since the last scan; all added at the first one."""
-    first: bool
-    """There was no index before."""
+    difference: Difference | None
+    """Images added, changed, removed and renamed since the last scan; None where there was no index before."""
     read: int
     """Files whose bytes were read."""
     copies: Copies
@@ -56,13 +54,11 @@ class ScanResult:
         """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
         lines = [_headline(self.index, self.kinds)]
         for column, kind, part in countable(self.index, self.kinds):
-            lines += [
-                *([f"  {column}{_in_words(self.index.only(column[:-2]), kind)}"] if column else []),
-                *_class_lines(class_counts(part)),
-            ]
+            lines += [f"  {column}{_in_words(self.index.only(column[:-2]), kind)}"] if column else []
+            lines += [f"{'  ' * bool(column)}{line}" for line in _class_lines(class_counts(part))]
         if self.unchanged:
             lines.append("nothing changed since the last scan")
-        elif str(self.difference) and not self.first:
+        elif self.difference and str(self.difference):
             lines.append(f"since the last scan: {self.difference}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += self._pair_lines(self.copies.leaks, f"in training and in test ({_LEAK_TEXT[self.leak_policy]})")
@@ -191,13 +187,17 @@ def _in_words(index: DatasetIndex, kind: str) -> str:
     return TARGETS[kind_of(kind)].in_words(index.rows(index.has_labels(kind)))
 
 
+def described(index: DatasetIndex, kinds: Sequence[str]) -> str:
+    """Say how many images there are, and what is known of them, such as `1,797 images in 10 classes`."""
+    labels = f"with {len(kinds)} labels each" if len(kinds) > 1 else _in_words(index, kinds[0])
+    return f"{len(index):,} images {labels}"
+
+
 def _headline(index: DatasetIndex, kinds: Sequence[str]) -> str:
     codes, names = encode(index.splits)
     counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
-    if len(kinds) > 1:
-        return f"{len(index):,} images with {len(kinds)} labels each: {parts}"
-    return f"{len(index):,} images {_in_words(index, kinds[0])}: {parts}"
+    return f"{described(index, kinds)}: {parts}"
 
 
 def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

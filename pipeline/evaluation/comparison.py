@@ -109,14 +109,19 @@ def least_half_width(metric: Metric, a: Predictions, b: Predictions, z: float) -
     """Return how far apart two heads may be although they agree on every image: z^2 / (m + z^2) of m units may be otherwise.
 
     That is what the score interval of a paired difference says of full agreement. A mean over classes has it of every class;
-    a loss without a bound counts such a unit as far off as the images that there are lie apart.
+    a loss without a bound counts such a unit as far off as the images that there are lie apart, and one of numbers, of which
+    heads hardly ever say the same, as their differences do.
     """
     truth, units = a.y_true, a.unit_numbers
     if metric.per_class:
         sizes = np.array([len(np.unique(units[truth == code])) for code in np.unique(truth)])
         return float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
     m = int(units.max()) + 1
-    span = metric.high - metric.low if metric.bounded else float(np.ptp(metric.contributions(a)))
+    if metric.bounded:
+        span = metric.high - metric.low
+    else:
+        other = metric.contributions(b) if metric.needs == "values" else 0.0
+        span = float(np.ptp(metric.contributions(a) - other))
     return span * z * z / (m + z * z)
 
 

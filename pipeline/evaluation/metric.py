@@ -162,8 +162,11 @@ class Metric:
         return (float(np.clip(interval[0], -span, span)), float(np.clip(interval[1], -span, span)))
 
     def _written(self, number: float, sign: str = "") -> str:
-        """Write a number, of whatever size where it is in the units of what is predicted."""
-        return f"{number + 0.0:{sign}.{self.digits}{'g' if self.in_units else 'f'}}"
+        """Write a number; where it is in the units of what is predicted, which may be of any size, so many digits of it."""
+        after = self.digits
+        if self.in_units and number:
+            after = min(max(self.digits - 1 - int(np.floor(np.log10(abs(number)))), 0), 12)
+        return f"{number + 0.0:{sign},.{after}f}"
 
     def text(self, score: float) -> str:
         """Write a score: a percentage without its sign, or a loss."""
@@ -265,7 +268,7 @@ def _spearman(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
 def _of_numbers(name: str, title: str, function: Any = None, shares: Any = None, **more: Any) -> Metric:
     """Return a score of numbers: an error in their units, lower being better, or a share that 1 is the best of."""
     error = more.get("in_units", False)
-    ends = {"low": -np.inf, "high": 0.0 if error else 1.0, "digits": 4 if error else 3, "unit": title}
+    ends = {"low": -np.inf, "high": 0.0 if error else 1.0, "digits": 3, "unit": title}
     made = {
         "higher_is_better": not error,
         "targets": ("regression",),

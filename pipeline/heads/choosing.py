@@ -57,7 +57,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
         if head.takes_class_weight:
             build = partial(_weighted, head.build, config.class_weight)
         else:
-            able = ", ".join(name for name, row in heads.items() if row.takes_class_weight)
+            able = ", ".join(name for name, row in heads.items() if row.takes_class_weight) or "none"
             problems.append(
                 f"class_weight: {config.class_weight!r} is not possible with this head; heads that take it: {able}"
             )
@@ -65,6 +65,18 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
         plural = "problem" if len(problems) == 1 else "problems"
         raise HeadError(f"head {config.name}: {len(problems)} {plural}", problems)
     return replace(head, build=build, space=space, defaults=defaults, fixed=fixed)
+
+
+def serving(configs: Sequence[HeadConfig] | None, kind: str) -> tuple[HeadConfig, ...] | None:
+    """Return those of a config's heads that serve a kind of target, None where none does, and those that nobody knows, which
+    `resolve` tells."""
+
+    def serves(config: HeadConfig) -> bool:
+        if ":" in config.name:
+            return kind in load_own(config.name).targets
+        return config.name in TABLES[kind].heads or not any(config.name in table.heads for table in TABLES.values())
+
+    return tuple(filter(serves, configs or ())) or None
 
 
 def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classification") -> tuple[Head, ...]:

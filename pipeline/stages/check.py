@@ -16,6 +16,7 @@ from pipeline.embed.licenses import require_permitted
 from pipeline.errors import DatasetError, PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
+from pipeline.stages import targets
 
 
 def run(config: Config) -> list[str]:
@@ -44,11 +45,12 @@ def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[st
 
 def _heads(config: Config) -> list[str]:
     tuning.require(config.tuning.strategy)
-    kinds = dict.fromkeys(map(kind_of, config.dataset.kinds))
-    return list(dict.fromkeys(line for kind in kinds for line in _heads_for(kind, config)))
+    each = targets.experiments(config) or {"": config}
+    return [f"{name}{': ' * bool(name)}{line}" for name, alone in each.items() for line in _heads_of(alone)]
 
 
-def _heads_for(kind: str, config: Config) -> list[str]:
+def _heads_of(config: Config) -> list[str]:
+    kind = kind_of(config.dataset.kinds[0])
     heads = head_table.resolve_all(config.heads, kind)
     problems = {head.name: tuning.check(head, config.tuning, kind) for head in heads}
     able = [name for name, found in problems.items() if not found]

@@ -30,6 +30,7 @@ from pipeline.experiment import (
     FINETUNING,
     REPORT,
     SPECS,
+    TARGETS,
     TRIALS,
     USER,
     Artifacts,
@@ -159,7 +160,7 @@ def status(config: Config) -> list[str]:
     live = here.index.digests[[digest not in known for digest in digests_to_hex(here.index.digests)]]
     contents = len(np.unique(live, axis=0))
     lines = [
-        f"{len(here.index):,} images in {len(here.index.classes)} classes, {contents:,} distinct contents that decode",
+        f"{dataset.described(here.index, config.dataset.kinds)}, {contents:,} distinct contents that decode",
         *changes,
     ]
     if len(failed):
@@ -204,7 +205,7 @@ def _as_of_now(before: Experiment) -> tuple[Experiment, list[str]]:
         ]
     changes = []
     if not found.unchanged:
-        what = str(found.difference) or "labels, splits, groups or the folder changed"
+        what = str(found.difference or "") or "labels, splits, groups or the folder changed"
         changes.append(f"since the last `manyheads features`: {what}; run it again")
     if found.failures:
         changes.append(f"{len(found.failures):,} files cannot be used; `manyheads check` says why")
@@ -276,7 +277,7 @@ def verify_files(config: Config) -> tuple[bool, list[str]]:
     """Check the digest of every file beside the stores; return whether nothing is wrong, and the outcome in plain lines."""
     files = Artifacts(config.output, config.store)
     problems, count = [], 0
-    for check in _file_checks(files):
+    for check in (check for each in _with_targets(files) for check in _file_checks(each)):
         count += 1
         try:
             check()
@@ -285,6 +286,14 @@ def verify_files(config: Config) -> tuple[bool, list[str]]:
     verdict = "ok" if not problems else "DAMAGED"
     lines = [f"other files: {verdict}; {count:,} documents, journals and files of weights"]
     return not problems, lines + [f"  {problem}" for problem in problems]
+
+
+def _with_targets(files: Artifacts) -> list[Artifacts]:
+    """The experiment and, of several targets, that of each."""
+    try:
+        return [files, *(Artifacts(folder, files.stores) for folder in files.each_target().values())]
+    except PipelineError:  # which a check of the file tells
+        return [files]
 
 
 def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
@@ -334,6 +343,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     (f"dataset/{CACHE_FILE}", lambda path: _checked(path, parse_arrays, "delete it, and every image is read again")),
     (f"dataset/{HASH_STORE}", _check_store),
     ("specs.json", lambda path: _whole(path, SPECS)),
+    ("targets.json", lambda path: _whole(path, TARGETS)),
     ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
     ("audit.json", read_findings),
     ("report.json", lambda path: _whole(path, REPORT)),
@@ -442,6 +452,11 @@ def _collect(path: Path, name: str, live: Digests) -> str:
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
     """Write one embedding with its paths, labels, splits and groups into a single HDF5 file."""
     digests, columns, source = _table(config, embedding)
+    if "labels" not in columns:
+        raise StoreError(
+            f"{output}: a packed file has room for one column of labels; give the config.yaml of one target, in the folder "
+            "targets of the output, or export to .parquet"
+        )
     packed = store.pack(source, output, digests, columns, anonymous)
     size = _size(store.disk_bytes(output))
     return f"{packed.rows:,} vectors of {len(digests):,} images in {output} ({size}), digest {packed.digest[:16]}"
@@ -480,7 +495,9 @@ def _table(config: Config, embedding: str | None) -> _Table:
     record = embedders.choose(here.records, embedding, "--embedding")
     opened = store.FeatureStore.open(here.path(record), record.fingerprint)
     index = here.index.rows(~opened.missing(here.index.digests))
-    columns = {"paths": index.paths.tolist(), "labels": index.labels.tolist(), "splits": index.splits.tolist()}
+    several = len(index.names) > 1
+    labels = {f"labels_{name}" if several else "labels": index.column(name).tolist() for name in index.names}
+    columns = {"paths": index.paths.tolist(), **labels, "splits": index.splits.tolist()}
     if index.groups is not None:
         columns["groups"] = index.groups.tolist()
     return index.digests, columns, opened

@@ -276,7 +276,9 @@ def csv_header(targets: Mapping[str, Target], top: int, more: Sequence[str] = ()
     cells = ["path", "status"]
     for name, target in targets.items():
         first, *others = target.csv_columns(top)
-        cells += [name, *(f"{name}_{other}" for other in others)] if name else [first, *others]
+        cells += (
+            [name, *(f"{name}_{other.removeprefix(f'{first}_')}" for other in others)] if name else [first, *others]
+        )
     return _lines([[*cells, *more]])
 
 

@@ -8,40 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from shlex import quote
+from typing import Any
 
 from pipeline import report
 from pipeline.config import Config, dump_yaml
 from pipeline.data.failures import read_failures, write_failures
 from pipeline.data.index import DatasetIndex, WrittenIndex
+from pipeline.data.targets import kind_of
 from pipeline.embed.records import EmbeddingRecord, write_records
+from pipeline.evaluation import METRICS
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.leaderboard.overview import overview_text
 from pipeline.experiment import TARGETS, Artifacts, write_document
+from pipeline.heads.choosing import serving
 from pipeline.io.files import remove, write_text_atomic
 
 
 def experiments(config: Config) -> dict[str, Config]:
-    """Return the config of each target's experiment by its name; nothing where the data set has one target."""
-    data = config.dataset
-    if len(data.kinds) == 1:
-        return {}
-    files = Artifacts(config.output, config.store)
-    return {
-        name: config.model_copy(
-            update={
-                "output": str(files.target(name)),
-                "store": str(files.stores),
-                "dataset": data.model_copy(
-                    update={
-                        "label_columns": (name,),
-                        "target": kind,
-                        **({} if kind == "multilabel" else {"label_separator": None}),
-                    }
-                ),
-            }
-        )
-        for name, kind in zip(data.label_columns, data.kinds, strict=True)
-    }
+    """Return the config of each target's experiment by its name; nothing where the data set has one target.
+
+    Of the heads and the score each has those that serve its kind; where none does, all heads, and the usual score.
+    """
+    data, found = config.dataset, {}
+    for name, kind in zip(data.label_columns, data.kinds, strict=False) if len(data.kinds) > 1 else ():
+        files = Artifacts(config.output, config.store)
+        section: dict[str, Any] = {"label_columns": (name,), "target": kind}
+        if kind != "multilabel":
+            section["label_separator"] = None
+        scoring, kind = config.tuning.scoring, kind_of(kind)
+        if scoring != "auto" and kind not in METRICS[scoring].targets:
+            scoring = "auto"
+        changed = {
+            "output": str(files.target(name)),
+            "store": str(files.stores),
+            "dataset": data.model_copy(update=section),
+            "heads": serving(config.heads, kind),
+            "tuning": config.tuning.model_copy(update={"scoring": scoring}),
+        }
+        found[name] = config.model_copy(update=changed)
+    return found
 
 
 def write_experiments(config: Config, index: DatasetIndex, records: Sequence[EmbeddingRecord]) -> None:

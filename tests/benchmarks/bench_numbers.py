@@ -5,7 +5,8 @@
 FOLDER is a folder of photos in any subfolders. Each of a seeded choice is turned by a seeded angle from -45 to 45 degrees, of which
 only the disc is kept that shows no corner at any angle, on grey, and made smaller, so that neither corners nor the blur of turning
 tell the angle. Then an experiment with `dataset.target: regression` is run on them as users would, EfficientNet-Lite0 against pixels,
-HOG and the mean, and what its intervals hold of the test images is told.
+HOG and the mean, and what its intervals hold of the test images is told. A network that was trained to know things however they
+are turned keeps the angle in earlier layers only, where it is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MOST = 45.0
 SIDE = 224
 CONFIG = """
 dataset: {source: manifest, path: angles.csv, label_columns: angle, target: regression}
-backbones: [{name: efficientnet_lite0, weights: imagenet}]
+backbones: [{name: efficientnet_lite0, weights: imagenet, layers: [penultimate, stage4], pooling: [avg, grid]}]
 heads: [ridge, knn, rbf_svm, random_forest, mlp]
 tuning: {trials: 8}
 """
@@ -40,7 +41,7 @@ def turned(photo: Image.Image, angle: float) -> Image.Image:
     return kept.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def make(source: Path, folder: Path, images: int, seed: int) -> Path:
+def make(source: Path, folder: Path, images: int, seed: int) -> None:
     """Write the turned photos and the manifest of their angles."""
     rng = np.random.default_rng(seed)
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
@@ -51,8 +52,6 @@ def make(source: Path, folder: Path, images: int, seed: int) -> Path:
         turned(Image.open(path).convert("RGB"), angle).save(folder / name)
         lines.append(f"{name},{angle:.3f}")
     (folder / "angles.csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    (folder / "angles.yaml").write_text(CONFIG, encoding="utf-8")
-    return folder / "angles.yaml"
 
 
 def main() -> None:
@@ -64,8 +63,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     made = arguments.output / "angles.yaml"
-    if not made.exists():
-        made = make(arguments.folder, arguments.output, arguments.images, arguments.seed)
+    if not made.with_suffix(".csv").exists():
+        make(arguments.folder, arguments.output, arguments.images, arguments.seed)
+    made.write_text(CONFIG, encoding="utf-8")
     config = settings.load(made, arguments.set)
     extract.run(config)
     run = train_heads.run(config)

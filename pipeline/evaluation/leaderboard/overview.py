@@ -12,11 +12,11 @@ from pipeline.evaluation.leaderboard.table import Leaderboard, cross_validated
 HEADERS = (
     "target",
     "training images",
-    "best row",
     "cross-validation",
     "test [95 %]",
     "a constant guess",
-    "recommended",
+    "best row",
+    "recommended instead",
 )
 
 
@@ -32,14 +32,15 @@ def overview_text(boards: Mapping[str, Leaderboard]) -> str:
 
 def _cells(name: str, board: Leaderboard) -> tuple[str, ...]:
     best, guess = board.best, next((row for row in board.rows if row.constant), None)
+    recommended = board.verdict.recommended if board.verdict else best.key
     return (
         name,
         f"{board.provenance.get('images', {}).get('train', 0):,}",
-        best.key,
         f"{board.metric.title} {cross_validated(best, board.scoring)}",
         _tested(board, best),
         _tested(board, guess),
-        board.verdict.recommended if board.verdict else best.key,
+        best.key,
+        "" if recommended == best.key else recommended,
     )
 
 

@@ -200,7 +200,9 @@ class Leaderboard:
         if any(row.test for row in self.rows):
             test = max((row.test for row in self.rows if row.test), key=lambda test: test.n)
             of = "" if test.units in (None, test.n) else f" of {test.units:,} groups, which the interval counts"
-            lines.append(f"Test: {test.n:,} images{of}, in brackets the 95 % interval (Wilson).")
+            lines.append(
+                f"Test: {test.n:,} images{of}, in brackets the 95 % interval{' (Wilson)' * (self.told_by is ACCURACY)}."
+            )
         if any(row.untrained for row in self.rows):
             lines.append(
                 "untrained: the backbone has random weights and saw no image before; a control, not a contender."
