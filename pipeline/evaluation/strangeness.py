@@ -57,8 +57,8 @@ class Known:
         return Known(arrays["mean"], arrays["references"].astype(np.float32), arrays["distances"])
 
 
-def directions(X: NDArray[np.float32], mean: Floats) -> NDArray[np.float32]:
-    """Centre vectors, shape (n, dim), and bring them to length 1."""
+def directions(X: NDArray[np.float32], mean: Floats | float) -> NDArray[np.float32]:
+    """Centre vectors, shape (n, dim), and bring them to length 1; one of zeros stays."""
     centred = X - mean
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.asarray(centred / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 
+from pipeline.evaluation.strangeness import directions
+
 BLOCK_NUMBERS = 1 << 22
 """Cosines that are held at once."""
 
@@ -37,16 +39,16 @@ class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         self.classes_, self.codes_ = np.unique(np.asarray(y), return_inverse=True)
         self.n_features_in_ = rows.shape[1]
         self.mean_ = rows.mean(axis=0) if self.centre else np.zeros(rows.shape[1], np.float32)
-        self.references_ = self._directions(rows)
+        self.references_ = directions(rows, self.mean_)
         if self.prototypes:
             places = np.arange(len(self.classes_))
             means = [self.references_[self.codes_ == place].mean(axis=0) for place in places]
-            self.references_, self.codes_ = _unit(np.stack(means)), places
+            self.references_, self.codes_ = directions(np.stack(means), 0), places
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return each class's share of the vote, shape (n, n_classes)."""
-        rows = self._directions(np.asarray(X, dtype=np.float32))
+        rows = directions(np.asarray(X, dtype=np.float32), self.mean_)
         block = max(1, BLOCK_NUMBERS // len(self.references_))
         return np.concatenate(
             [self._votes(rows[start : start + block]) for start in range(0, max(len(rows), 1), block)]
@@ -55,9 +57,6 @@ class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sciki
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Return the class with most votes for each row, shape (n,)."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
-
-    def _directions(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        return _unit(rows - self.mean_)
 
     def _votes(self, rows: NDArray[np.float32]) -> NDArray[np.float64]:
         cosines = (rows @ self.references_.T).astype(np.float64)
@@ -68,9 +67,3 @@ class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         weights[cosines < least] = 0
         votes = weights @ np.eye(len(self.classes_))[self.codes_]
         return np.asarray(votes / votes.sum(axis=1, keepdims=True))
-
-
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Bring rows to length 1; those of zeros stay."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
