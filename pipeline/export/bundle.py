@@ -51,7 +51,7 @@ SMALLEST_PROBABILITY = 1e-6
 """Forests and neighbours say 0, whose logarithm no temperature can mend."""
 
 TRUSTED_TYPES = (
-    "pipeline.heads.cosine.CosineVote",
+    "pipeline.heads.cosine.CosineVote",  # arrays and numbers, used by numpy alone
     # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing a file can choose.
     "sklearn.calibration._CalibratedClassifier",
     "sklearn.calibration._SigmoidCalibration",
@@ -303,13 +303,13 @@ def _require_predicts(bundle: ModelBundle, path: Path) -> None:
     BundleError
         With what keeps it from that.
     """
-    dim = getattr(bundle.estimator, "n_features_in_", None)
-    if not isinstance(dim, int):  # a user's own head need not say what it takes
+    dims: list[Any] = [getattr(part.estimator, "n_features_in_", None) for part in bundle.parts]
+    if not all(isinstance(dim, int) for dim in dims):  # a user's own head need not say what it takes
         return
     try:
-        if not 0 < dim <= MOST_NUMBERS:
-            raise ValueError(f"it takes vectors of {dim:,} numbers")
-        labels, probabilities = bundle.predict(np.zeros((1, dim), np.float32))
+        if not all(0 < dim <= MOST_NUMBERS for dim in dims):
+            raise ValueError(f"it takes vectors of {', '.join(f'{dim:,}' for dim in dims)} numbers")
+        labels, probabilities = bundle.predict(*(np.zeros((1, dim), np.float32) for dim in dims))
         if len(labels) != 1 or (probabilities is not None and not np.isfinite(probabilities).all()):
             raise ValueError("it gives no label, or no probability")
     except Exception as error:  # a crafted head can fail in any way

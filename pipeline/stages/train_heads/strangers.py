@@ -52,7 +52,7 @@ DISTANCES = {"distance": False, "centred distance": True}
 """Whether the mean of the training images is taken off first; which is better depends on the network."""
 
 Scores = Mapping[str, NDArray[np.floating]]
-"""Strangeness of n images, shape (n,), by the way it is measured: a distance, or `probability` where the head has some."""
+"""Strangeness of n images, shape (n,), by how it is measured: the distances, and `probability` where the head has some."""
 
 
 def with_strangers(
@@ -161,40 +161,33 @@ def _left_out(
         if not held_out.any() or not train.any():
             continue
         group: dict[str, Any] = {"classes": [bundle.classes[place] for place in left]}
-        known, strange = (_scores(bundle, vectors, y, train, rows) for rows in (held_out, unknown))
-        for name in known:
-            line = np.quantile(known[name], 1 - FALSE_ALARMS)
-            group[name] = {"auroc": auroc(known[name], strange[name]), "found": float(np.mean(strange[name] > line))}
+        for name, scores in _scores(bundle, vectors, y, train).items():
+            known, strange = scores[held_out], scores[unknown]
+            line = np.quantile(known, 1 - FALSE_ALARMS)
+            group[name] = {"auroc": auroc(known, strange), "found": float(np.mean(strange > line))}
         found.append(group)
     return found
 
 
 def _scores(
-    bundle: ModelBundle,
-    vectors: Sequence[NDArray[np.float32]],
-    y: NDArray[np.int64],
-    train: NDArray[np.bool_],
-    rows: NDArray[np.bool_],
+    bundle: ModelBundle, vectors: Sequence[NDArray[np.float32]], y: NDArray[np.int64], train: NDArray[np.bool_]
 ) -> Scores:
+    """Return how strange all images are to what was learned from some of them."""
     X, fitted_on, found = vectors[0], np.flatnonzero(train), dict[str, NDArray[np.floating]]()
     some = fitted_on[np.linspace(0, len(fitted_on) - 1, min(len(fitted_on), MOST_REFERENCES)).astype(int)]
     for name, centred in DISTANCES.items():
         mean = X[train].mean(axis=0) if centred else np.zeros(X.shape[1], np.float32)
-        found[name] = distance(directions(X[rows], mean), directions(X[some], mean))
-    probabilities = _probabilities(bundle, vectors, y, train, rows) if len(np.unique(y[train])) > 1 else None
+        found[name] = distance(directions(X, mean), directions(X[some], mean))
+    probabilities = _probabilities(bundle, vectors, y, train) if len(np.unique(y[train])) > 1 else None
     if probabilities is not None:
         found[PROBABILITY] = unsureness(probabilities)
     return found
 
 
 def _probabilities(
-    bundle: ModelBundle,
-    vectors: Sequence[NDArray[np.float32]],
-    y: NDArray[np.int64],
-    train: NDArray[np.bool_],
-    rows: NDArray[np.bool_],
+    bundle: ModelBundle, vectors: Sequence[NDArray[np.float32]], y: NDArray[np.int64], train: NDArray[np.bool_]
 ) -> NDArray[np.floating] | None:
-    """Fit the head on some rows, and return the probabilities that it gives to others; None where it cannot or has none."""
+    """Fit the head on some images, and return the probabilities that it gives to all; None where it cannot or has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of convergence: what the search was told of
@@ -203,7 +196,7 @@ def _probabilities(
                 for part, own in zip(bundle.parts, vectors, strict=True)
             ]
             whole = replace(bundle, members=tuple(fitted)) if bundle.members else fitted[0]
-            return whole.said(*(own[rows] for own in vectors))[1]
+            return whole.said(*vectors)[1]
     except Exception as error:  # as in a search: such as more neighbours than there are rows now
         log.info("%s: cannot be fitted without some of the classes: %s", bundle.head, first_line(error))
         return None
