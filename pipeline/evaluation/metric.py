@@ -78,6 +78,8 @@ class Metric:
     """The kinds of target it serves."""
     column: tuple[str, str] | None = None
     """How its column in a leaderboard is called, and where it is narrow; None where only those who tune it see it."""
+    ranks: bool = False
+    """Whether it looks at the order of numbers alone, not class by class."""
     in_units: bool = False
     """Whether it is in the units of the number that is predicted, so that numbers of other units cannot be averaged."""
 
@@ -322,7 +324,7 @@ METRICS: Mapping[str, Metric] = {
         _of_numbers("mae", "MAE", shares=lambda predictions: _mean_of(-_errors(predictions)), in_units=True),
         _of_numbers("rmse", "RMSE", _rmse, in_units=True),
         _of_numbers("r2", "R2", _r2),
-        _of_numbers("spearman", "Spearman's rho", _spearman, low=-1.0),
+        _of_numbers("spearman", "Spearman's rho", _spearman, low=-1.0, ranks=True),
     )
 }
 """By the name that `tuning.scoring` has for it."""
