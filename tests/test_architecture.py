@@ -31,7 +31,7 @@ EDGES = {
     "embed": {"images", "store", "experiment"},
     "evaluation": {"data", "images", "store", "experiment"},
     "heads": {"evaluation", "data", "store", "experiment"},
-    "fewshot": {"experiment"},
+    "fewshot": {"evaluation", "experiment"},
     "export": {"evaluation", "data", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
     "report": {"fewshot", "heads", "evaluation", "embed", "data", "images", "experiment"},

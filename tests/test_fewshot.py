@@ -167,6 +167,11 @@ def test_what_the_images_do_not_allow_is_said():
     assert notes == [
         "No MAML: it learns on 4 classes at least beside the 5 of an episode, and 6 have enough images; --ways 2 leaves it that many."
     ]
+    units = np.where(few.y == 2, 0, np.arange(1, 241))  # all images of one class are of one group
+    assert fewshot.measure(Images(few.X, few.y, units), Plan(5, 10, 20, 0), 1) == (
+        {},
+        ["K = 1 is left out: the images of a class are in too few groups to part 1 from the rest."],
+    )
     assert fewshot.measure(few, Plan(5, 10, 20, 0), 31) == (
         {},
         ["K = 31 is left out: 0 classes have 31 + 10 images, and 5 are needed."],

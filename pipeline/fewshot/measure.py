@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
+from pipeline.evaluation.strangeness import directions
 from pipeline.fewshot import maml
-from pipeline.fewshot.episodes import LEAST_BASE, Division, Episodes, Images, Plan, divide, draw
+from pipeline.fewshot.episodes import LEAST_BASE, Episodes, Images, Plan, divide, draw
 from pipeline.fewshot.methods import METHODS, Array, products, share_right
 
 MAML = "maml"
@@ -35,7 +37,8 @@ def measure(images: Images, plan: Plan, shots: int) -> tuple[Mapping[str, Array]
     if not len(divisions[0].base):
         notes.append(_no_maml(len(classes), plan.ways))
     for part, division in zip(np.array_split(np.arange(plan.episodes), len(divisions)), divisions, strict=True):
-        normal = _normalised(images, division)
+        base = np.isin(images.y, division.base)
+        normal = replace(images, X=directions(images.X, images.X[base].mean(axis=0) if base.any() else 0.0))
         episodes = draw(normal, division.novel, plan.ways, shots, plan.queries, len(part), rng)
         if episodes is None:
             return {}, [
@@ -44,6 +47,9 @@ def measure(images: Images, plan: Plan, shots: int) -> tuple[Mapping[str, Array]
         learned = maml.learn(normal, division, plan.ways, shots, rng) if len(division.base) else None
         for name, right in _answers(normal, episodes, learned).items():
             found[name].append(right)
+    if len(found.get(MAML, divisions)) < len(divisions):
+        del found[MAML]
+        notes.append(f"K = {shots}: no MAML, as the images of a class are in too few groups to learn on.")
     return {name: np.concatenate(parts) for name, parts in found.items()}, notes
 
 
@@ -53,14 +59,6 @@ def _no_maml(classes: int, ways: int) -> str:
         f"No MAML: it learns on {LEAST_BASE} classes at least beside the {ways} of an episode, and {classes} have enough images"
         + (f"; --ways {fewer} leaves it that many." if fewer > 1 else ".")
     )
-
-
-def _normalised(images: Images, division: Division) -> Images:
-    """Centre features on the mean of the base classes, where there are some, and bring them to length 1."""
-    base = np.isin(images.y, division.base)
-    centred = images.X - images.X[base].mean(axis=0) if base.any() else images.X
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    return Images(centred / np.maximum(lengths, np.finfo(np.float32).tiny), images.y, images.units)
 
 
 def _answers(images: Images, episodes: Episodes, learned: maml.Learned | None) -> dict[str, Array]:

@@ -101,11 +101,8 @@ def _means(given: Products) -> Array:
 
 
 METHODS: Mapping[str, Callable[[Products], Array]] = {
-    "logistic_regression": logistic_regression,
-    "cosine_prototypes": cosine_prototypes,
-    "nearest_centroid": nearest_centroid,
-    "knn": knn,
+    method.__name__: method for method in (logistic_regression, cosine_prototypes, nearest_centroid, knn)
 }
 """By name: inner products -> scores of the queries, shape (e, n_queries, ways), the highest is the answer."""
-PLAIN = "logistic_regression"
+PLAIN = logistic_regression.__name__
 """What every other is compared with."""

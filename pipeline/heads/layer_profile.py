@@ -140,7 +140,7 @@ def gains(said: Mapping[str, Predictions], usual: str, folds: int, seed: int, me
     others = [name for name in said if name != usual]
     units = said[usual].units
     spare = len(said[usual]) - 1 if units is None else freedom(units)
-    z = stats.t.ppf(1 - LEVEL / 2 / len(others), spare) * np.sqrt(shared_training(folds, metric.per_class))
+    z = stats.t.ppf(1 - LEVEL / 2 / len(others), spare) * np.sqrt(shared_training(folds, metric))
     found = {}
     for name in others:
         a, b = said[name], said[usual]

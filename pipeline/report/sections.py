@@ -254,6 +254,13 @@ def _few_shot(material: Material) -> Shown | None:
     return {"few_shot": charts.few_shot_chart(result)}, {"result": result, "words": words}
 
 
+def _unknown(material: Material) -> Shown | None:
+    """Give how well images of classes that were left out are told from others, by the best row."""
+    board = material.leaderboard
+    record = board.provenance.get("unknown", {}).get(board.best.key)
+    return None if record is None else ({}, {"record": {"sets": None, **record}, "names": list(record["auroc"])})
+
+
 def _nothing_more(material: Material) -> Shown:
     return {}, {}
 
@@ -272,6 +279,7 @@ SECTIONS = (
     Section("numbers", "Predicted and true", (Regression.kind,), numbers.show),
     Section("cost", "Labels and cost", EVERY, _growth),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
+    Section("unknown", "Unknown", CLASSES, _unknown),
     Section("map", "Map", CLASSES, _map),
     Section("mistakes", "Mistakes", CLASSES, _mistakes),
     Section("labels", "Labels", CLASSES, _label_issues),
