@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tabulate import tabulate
 
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
-from pipeline.evaluation.leaderboard.table import Leaderboard, cross_validated, score_text
+from pipeline.evaluation.leaderboard.table import Leaderboard, cross_validated
 
 HEADERS = (
     "target",
@@ -49,5 +49,9 @@ def _tested(board: Leaderboard, row: LeaderboardRow | None) -> str:
     if row is None or row.test is None:
         return "–"
     metric = board.metric if None not in row.test.of(board.metric) else board.told_by
+    value, interval = row.test.of(metric)
+    if value is None or interval is None:
+        return "–"
+    sign = -1 if metric.lower_is_better else 1
     named = "" if metric is board.metric else f"{metric.title} "
-    return f"{named}{score_text(row, metric)}"
+    return f"{named}{metric.text(sign * value)} {metric.interval_text((sign * interval[0], sign * interval[1]))}"
