@@ -389,7 +389,12 @@ def columns(board: Leaderboard) -> list[Column]:
         (f"cross-validation ({title})", f"CV {title}", "right", lambda _, row: cross_validated(row, board.scoring)),
         ("nested", "nested", "right", lambda board, row: nested_text(row.nested, board.scoring)),
         ("seeds", "seeds", "right", lambda board, row: seeds_text(row, board.scoring)),
-        (f"test {told_by.title} [95 %]", f"test{short} [95 %]", "right", lambda board, row: score_text(row, told_by)),
+        (
+            f"test {told_by.title} [95 %]",
+            f"test{short} [95 %]",
+            "right",
+            lambda board, row: test_text(row.test, told_by),
+        ),
         *tested,
         ("fit s", "fit s", "right", lambda board, row: seconds(row.fit_seconds)),
         ("predict s", "pred. s", "right", lambda board, row: seconds(row.predict_seconds)),
@@ -399,16 +404,16 @@ def columns(board: Leaderboard) -> list[Column]:
 
 
 def _one_score(metric: Metric, board: Leaderboard, row: LeaderboardRow) -> str:
-    return score_text(row, metric, interval=False)
+    value = None if row.test is None else row.test[metric.name]
+    return "" if value is None else metric.user_text(value)
 
 
-def score_text(row: LeaderboardRow, metric: Metric, interval: bool = True) -> str:
-    """Return a row's test score, with its interval; nothing where there is none."""
-    value, span = (None, None) if row.test is None else row.test.of(metric)
-    if value is None or span is None:
+def test_text(test: Scores | None, metric: Metric) -> str:
+    """Return a test score with its interval; nothing where there is none."""
+    value, interval = (None, None) if test is None else test.of(metric)
+    if value is None or interval is None:
         return ""
-    low, high = map(metric.user_text, span)
-    return f"{metric.user_text(value)} [{low}, {high}]" if interval else metric.user_text(value)
+    return f"{metric.user_text(value)} [{metric.user_text(interval[0])}, {metric.user_text(interval[1])}]"
 
 
 def read_leaderboard(output: Path) -> Leaderboard:
