@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from pipeline.data.targets import Target, target_of
 from pipeline.errors import PipelineError, number_of
-from pipeline.evaluation import ACCURACY, METRICS, Metric, metrics_for
+from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores, metrics_for
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Leaks, Nested, Verdict, nested_choice
 from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, parse_document, read_document, to_document
 
