@@ -139,7 +139,7 @@ class Metric:
         return (1 if self.higher_is_better else -1) * float(self.function(predictions.y_true, said))
 
     def contributions(self, predictions: Predictions) -> NDArray[np.float64]:
-        """Return what each unit adds, with the score as mean and m times its variance as variance: float64 of shape (m,).
+        """Return what each unit adds, the score as mean and m times its variance as variance: float64 of shape (m,).
 
         A unit is an image, a group or a set of copies. Of a mean of shares it is the score plus its influence function (the
         infinitesimal jackknife, Efron 1982; of ratios of sums over units, Cochran 1977, chapter 11). For another score it is a
