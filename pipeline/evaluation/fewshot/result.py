@@ -13,8 +13,8 @@ from scipy import stats
 from tabulate import tabulate
 
 from pipeline.evaluation import Interval
+from pipeline.evaluation.fewshot.methods import PLAIN, knn
 from pipeline.experiment import FEWSHOT, from_plain, read_document, write_document
-from pipeline.fewshot.methods import PLAIN, knn
 
 MARGIN = 0.01
 """How far logistic regression may lie behind and still be called as good."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.fewshot.episodes import Division, Images, draw
-from pipeline.fewshot.methods import Array, products, share_right
+from pipeline.evaluation.fewshot.episodes import Division, Images, draw
+from pipeline.evaluation.fewshot.methods import Array, products, share_right
 
 if TYPE_CHECKING:
     import torch

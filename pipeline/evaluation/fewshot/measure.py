@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.evaluation.fewshot import maml
+from pipeline.evaluation.fewshot.episodes import LEAST_BASE, Episodes, Images, Plan, divide, draw
+from pipeline.evaluation.fewshot.methods import METHODS, Array, products, share_right
 from pipeline.evaluation.strangeness import directions
-from pipeline.fewshot import maml
-from pipeline.fewshot.episodes import LEAST_BASE, Episodes, Images, Plan, divide, draw
-from pipeline.fewshot.methods import METHODS, Array, products, share_right
 
 MAML = "maml"
 MOST_NUMBERS = 1 << 24
