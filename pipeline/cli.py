@@ -140,6 +140,21 @@ def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[
             yield f"report   {report.refresh(result.files.root)}"
 
 
+def refit(config: Config, row: str | None) -> Iterable[str]:
+    """Fit a saved head again with new images or a new class, at its stored parameters, and say whether a new search is worth it.
+
+    Only new images are embedded. The leaderboard stays what it was; what is made lies in the folder `refit` of the experiment, which
+    `predict` takes.
+
+    Example: manyheads refit configs/folder.yaml
+    """
+    from pipeline.stages import extract
+    from pipeline.stages import refit as stage
+
+    yield from extract.run(config).summary_lines()
+    yield from ["", *stage.run(config, row).summary_lines()]
+
+
 def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any) -> Iterable[str]:
     """Label new images with a saved head.
 
@@ -382,6 +397,11 @@ COMMANDS = (
         _option("--queries", default=15, type=COUNT, help="Images per class to be judged by."),
         _option("--episodes", default=600, type=click.IntRange(min=20), help="Episodes for each number of shots."),
         _option("--embedding", metavar="NAME", help="Which, where there are several backbones."),
+    ),
+    _command(
+        refit,
+        *EXPERIMENT,
+        _option("--row", metavar="EMBEDDING/HEAD", help="Which head, or all; the recommended one otherwise."),
     ),
     _command(
         predict,

@@ -71,6 +71,10 @@ class Artifacts:
         """Near-duplicates and outliers that stage two came upon."""
         self.finetuned = self.root / "finetuned"
         """One folder per fine-tuning."""
+        self.refit = self.root / "refit"
+        """Heads fitted again on more images: an output folder of its own, without a leaderboard."""
+        self.refitted = self.root / "refit.json"
+        """In that folder: which heads were fitted again, and what speaks for a new search."""
         self.targets = self.root / "targets.json"
         """The names of the targets, where the data set has several; each is an experiment in a folder of its own."""
 
@@ -213,6 +217,7 @@ TRIALS = Kind("manyheads trials", 1, HeadError, _HEADS_AGAIN, "delete it, and `m
 FINETUNING = Kind(
     "manyheads fine-tuning", 2, PipelineError, "run `manyheads finetune` first", "run `manyheads finetune` again"
 )
+REFIT = Kind("manyheads refit", 1, PipelineError, "run `manyheads refit` first", "run `manyheads refit` again")
 FEWSHOT = Kind("manyheads few-shot", 1, PipelineError, "run `manyheads fewshot` first", "run `manyheads fewshot` again")
 
 LAYERS = Kind("manyheads layers", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)

@@ -30,7 +30,7 @@ from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import BundleError, ConfigError, DatasetError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.experiment import Artifacts, to_cell
+from pipeline.experiment import REFIT, Artifacts, read_document, to_cell
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.export.strangers import Strangers, names, open_strangers
@@ -211,8 +211,12 @@ def _open(
 
 def find_bundle(path: Path) -> Path:
     """Return a bundle's folder: the path itself, or the best one of an experiment's output folder."""
-    leaderboard = Artifacts(path).leaderboard
-    if (path / "bundle.json").exists() or not leaderboard.exists():
+    files = Artifacts(path)
+    if (path / "bundle.json").exists():
+        return path
+    if files.refitted.exists():
+        return path / first_refitted(files.refitted)
+    if not files.leaderboard.exists():
         return path
     board = read_leaderboard(path)
     best = next((row for row in board.rows if row.bundle is not None and not row.constant), None)
@@ -223,6 +227,17 @@ def find_bundle(path: Path) -> Path:
             "the best row is the constant guess, which looks at no image; labelling with the best head, %s", best.key
         )
     return path / best.bundle
+
+
+def first_refitted(path: Path) -> str:
+    """Return the folder of the head that a `refit.json` says to use; the error of its kind where it names none inside."""
+    try:
+        bundle = str(read_document(path, REFIT)["heads"][0]["bundle"])
+    except (KeyError, IndexError, TypeError):
+        raise REFIT.damaged(path, "it names no head") from None
+    if not {"..", ""}.isdisjoint(bundle.split("/")):
+        raise REFIT.damaged(path, f"the bundle {bundle!r} lies outside of its folder")
+    return bundle
 
 
 def require_all(paths: Sequence[Path]) -> None:

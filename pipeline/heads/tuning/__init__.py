@@ -13,6 +13,7 @@ from pipeline.heads.tuning.projection import Projections
 from pipeline.heads.tuning.records import Trial, TuningRun
 from pipeline.heads.tuning.room import limited, memory_needed, memory_needed_on_disk
 from pipeline.heads.tuning.search import check, tune
+from pipeline.heads.tuning.stored import fit_folds, growing, held_at, neighbours
 from pipeline.heads.tuning.strategies import require
 
 __all__ = [
@@ -24,10 +25,14 @@ __all__ = [
     "blocks",
     "check",
     "expand_scores",
+    "fit_folds",
+    "growing",
+    "held_at",
     "limited",
     "make_folds",
     "memory_needed",
     "memory_needed_on_disk",
+    "neighbours",
     "on_disk",
     "part",
     "refit",

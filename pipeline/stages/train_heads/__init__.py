@@ -31,7 +31,7 @@ from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed.concat import KIND, concatenated, open_features
 from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
 from pipeline.errors import HeadError, UnfittedError
-from pipeline.evaluation import metric_of
+from pipeline.evaluation import METRICS, metric_of
 from pipeline.evaluation.audit import write_findings
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.evaluation.leaderboard.imbalance import advice
@@ -85,6 +85,42 @@ class HeadsRun:
         return lines
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a config asks of what stage one wrote."""
+
+    config: Config
+    """With the name of the score in place of `auto`."""
+    records: Sequence[EmbeddingRecord]
+    index: str
+    """The index's fingerprint."""
+    stores: Mapping[str, FeatureStore | JoinedStores]
+    task: Task
+    embeddings: Sequence[Embedding]
+
+
+def ask(config: Config) -> Asked:
+    """Open the features of a config, and say which heads are asked for on which of them.
+
+    Raises
+    ------
+    PipelineError
+        As `run` does.
+    """
+    files = Artifacts(config.output)
+    records = read_asked_records(files.features, config)
+    index = DatasetIndex.read(files.dataset)
+    made_of = index.fingerprint()
+    require_index(files.features, made_of)
+    records += concatenated(config.concat, records)
+    stores = {record.name: open_features(record, files) for record in records}
+    task = make_task(config, files, index, list(stores.values()))
+    heads = head_table.resolve_all(config.heads, task.target.kind)
+    scoring = metric_of(config.tuning.scoring, task.target).name
+    config = config.model_copy(update={"tuning": config.tuning.model_copy(update={"scoring": scoring})})
+    return Asked(config, records, made_of, stores, task, list(_embeddings(config, records, stores, heads, task)))
+
+
 def run(config: Config) -> HeadsRun:
     """Tune every head on every embedding and rank them.
 
@@ -95,19 +131,10 @@ def run(config: Config) -> HeadsRun:
     """
     files = Artifacts(config.output)
     require(config.tuning.strategy)
-    records = read_asked_records(files.features, config)
-    index = DatasetIndex.read(files.dataset)
-    made_of = index.fingerprint()
-    require_index(files.features, made_of)
-    records += concatenated(config.concat, records)
-    stores = {record.name: open_features(record, files) for record in records}
-    task = make_task(config, files, index, list(stores.values()))
-    heads, scoring = (
-        head_table.resolve_all(config.heads, task.target.kind),
-        metric_of(config.tuning.scoring, task.target),
-    )
-    config = config.model_copy(update={"tuning": config.tuning.model_copy(update={"scoring": scoring.name})})
-    embeddings = list(_embeddings(config, records, stores, heads, task))
+    asked = ask(config)
+    config, records, made_of = asked.config, asked.records, asked.index
+    stores, task, embeddings = asked.stores, asked.task, asked.embeddings
+    scoring = METRICS[config.tuning.scoring]
     rows, left_out, reused = list[LeaderboardRow](), list[str](), 0
     for embedding in embeddings:
         vectors = Vectors(embedding)  # read when a head first needs them, and let go before the next embedding's

@@ -1,0 +1,420 @@
+"""Refit: new images, or a new class, into a head at the parameters that its search chose, and whether a new search is worth it.
+
+The leaderboard and its bundles stay what they are. What is made lies in the folder `refit` of the experiment, of several targets in
+a folder for each, and `predict` takes it in place of the experiment's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Config, unknown
+from pipeline.data.targets import Target
+from pipeline.errors import BundleError, HeadError, PipelineError, number_of
+from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, compare, joined, metrics_for
+from pipeline.evaluation.comparison import Paired, paired_answers
+from pipeline.evaluation.intervals import Interval
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
+from pipeline.evaluation.learning_curve import curve_from_scores, curve_sizes
+from pipeline.evaluation.predictions import FILE_NAME
+from pipeline.experiment import REFIT, TARGETS, Artifacts, write_document
+from pipeline.heads import TABLES, Head, Params
+from pipeline.heads.tuning import fit_folds, growing, held_at, neighbours
+from pipeline.io.files import make_folder
+from pipeline.stages import targets
+from pipeline.stages.train_heads import Asked, ask
+from pipeline.stages.train_heads.embedding import Embedding, Vectors
+from pipeline.stages.train_heads.row import finished_row, make_row, row_key
+from pipeline.stages.train_heads.strangers import with_strangers
+from pipeline.stages.train_heads.vote import VOTE
+
+log = logging.getLogger(__name__)
+
+ALL = "all"
+MOST_NEIGHBOURS = 8
+CURVE_HEAD = "ridge"
+STORED = "0"
+"""The place of the stored parameters among those that are judged."""
+MOST_CURVE_IMAGES = 5_000
+"""Training images of the learning curve's largest fit."""
+
+
+@dataclass(frozen=True)
+class NewClass:
+    """A class that the stored head does not know: its images, those among them that are test images, and how many of these are
+    labelled right."""
+
+    name: str
+    images: int
+    test: int
+    right: int
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """One head fitted again, and the evidence for and against a new search; scores are higher where they are better."""
+
+    key: str
+    """The row's name: `embedding/head`."""
+    bundle: str
+    """Its folder, as seen from that of refits."""
+    params: Mapping[str, Any]
+    scoring: str
+    train: tuple[int, int]
+    """Training images before and now."""
+    test: int
+    same: int
+    """Test images that were test images before, with the same label."""
+    before: float
+    """The stored head's score on the same test images."""
+    now: float
+    change: Paired
+    of_all: float
+    """The refitted head's score on all test images."""
+    new_classes: tuple[NewClass, ...]
+    curve: str
+    """The score of the learning curve, which is of ridge."""
+    expected: float | None
+    """What the curve lets expect of the added images; None without a curve, or of another set of classes."""
+    on_curve: Paired
+    """`change` in the curve's score."""
+    ahead: float | None
+    """What the curve lets expect of twice the training images there are now."""
+    ahead_interval: Interval | None
+    held_out: float
+    """The stored parameters' score in cross-validation on all training images there are now."""
+    tried: int
+    """Neighbours of the stored parameters, judged in the same way."""
+    best: Mapping[str, Any]
+    """What the best of them has for another value."""
+    gain: float
+    gain_interval: Interval
+    """By how much it is better, and the interval, which allows for having picked it."""
+    shown: bool
+    """Whether that is beyond chance."""
+    sound: bool
+    seconds: tuple[float, float]
+    """Of the fit, with its cross-validation and with what is strange to it; and of gathering the evidence."""
+
+    @property
+    def reasons(self) -> list[str]:
+        """Say what speaks for a new search; nothing where nothing does."""
+        found = []
+        if self.shown:
+            found.append("other parameters are better than the stored ones, beyond chance")
+        if not self.sound:
+            found.append("with the stored parameters the last fit is worse than those of cross-validation")
+        if self.new_classes:  # the same images are a harder question now: a fall tells nothing of the parameters
+            return found
+        if self.change.shown < 0:
+            found.append("the refitted head is worse than the old one on the same test images, beyond chance")
+        if self.expected is not None and self.expected > self.on_curve.interval[1]:
+            found.append("the new images brought less than the learning curve lets expect")
+        return found
+
+    def lines(self) -> list[str]:
+        """Say what was made and found, in plain words."""
+        metric, curve = METRICS[self.scoring], METRICS[self.curve]
+        words = {-1: "worse, beyond chance", 0: "no difference is shown", 1: "better, beyond chance"}
+        lines = [
+            f"{self.key} fitted again with {_params(self.params)} in {self.seconds[0]:.1f} s, and judged in {self.seconds[1]:.1f} s",
+            f"  training images   {self.train[0]:,} before, {self.train[1]:,} now",
+            *(f"  new class         {each.name}: {_told(each)}" for each in self.new_classes),
+            f"  same test images  {self.same:,} that were test images before: {metric.title} "
+            f"{metric.text(self.before)}{metric.percent} before, {metric.text(self.now)}{metric.percent} now: "
+            f"{_gap(metric, self.change.difference, self.change.interval)}, {words[self.change.shown]}",
+            f"  all test images   {self.test:,}: {metric.title} {metric.text(self.of_all)}{metric.percent}",
+        ]
+        if self.ahead is not None and self.ahead_interval is not None:
+            of_added = "" if self.expected is None else f"{_gap(curve, self.expected)} by the images added since; "
+            lines.append(
+                f"  learning curve    of {CURVE_HEAD}, lets expect {of_added}{_gap(curve, self.ahead, self.ahead_interval)} of {curve.title} by "
+                "twice as many images"
+            )
+        if self.tried:
+            beyond = "better, beyond chance" if self.shown else "no evidence that it is better"
+            of = "the only neighbour" if self.tried == 1 else f"the best of {self.tried} neighbours"
+            other = f"{of}, {_params(self.best)}, {_gap(metric, self.gain, self.gain_interval)}: {beyond}"
+            lines.append(
+                f"  parameters        held out, the stored ones have {metric.text(self.held_out)}{metric.percent}; {other}"
+            )
+        why = "; ".join(self.reasons)
+        verdict = (
+            f"is worth it (`manyheads heads`): {why}" if why else "is not worth it yet: nothing above speaks for it"
+        )
+        return [*lines, f"  a new search      {verdict}"]
+
+
+def _params(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()) or "no parameters"  # fmt: skip
+
+
+def _told(each: NewClass) -> str:
+    placed = f"{each.test:,} of its {number_of(each.images, 'image')} are test images, by the rule of the split"
+    return f"{placed}; {each.right:,} of these are labelled right" if each.test else placed
+
+
+def _gap(metric: Metric, difference: float, interval: Interval | None = None) -> str:
+    ends = "" if interval is None else f" [{metric.gap_text(interval[0])}, {metric.gap_text(interval[1])}]"
+    return f"{metric.gap_text(difference)}{ends} {metric.unit if metric.unit == 'points' else ''}".rstrip()
+
+
+@dataclass(frozen=True)
+class RefitRun:
+    """What was written; by the name of each target, '' for one alone."""
+
+    folder: Path
+    heads: Mapping[str, Sequence[Refitted]]
+
+    def summary_lines(self) -> list[str]:
+        """What was made and found, and how to use it."""
+        lines = []
+        for name, heads in self.heads.items():
+            lines += [*([f"== {name} =="] if name else []), *(line for head in heads for line in head.lines())]
+        return [
+            *lines,
+            "",
+            "the leaderboard and its heads stay what they were",
+            f"to predict   manyheads predict {quote(str(self.folder))} IMAGES --output labels.csv",
+        ]
+
+
+def run(config: Config, row: str | None = None) -> RefitRun:
+    """Fit saved heads again on all training images that have features; a head that was fitted on the same is kept.
+
+    `row` is `embedding/head`, or `all`; the recommended one where it is not given.
+
+    Raises
+    ------
+    PipelineError
+        When there is no leaderboard, no such row, or what the row was made with is not asked for by the config any more.
+    """
+    folder, each = Artifacts(config.output).refit, targets.experiments(config)
+    make_folder(folder)
+    if each:
+        write_document(Artifacts(folder).targets, TARGETS, {"targets": list(each)})
+        return RefitRun(folder, {name: _refit(one, Artifacts(folder).target(name), row) for name, one in each.items()})
+    return RefitRun(folder, {"": _refit(config, folder, row)})
+
+
+def _refit(config: Config, folder: Path, name: str | None) -> list[Refitted]:
+    board, asked, files = read_leaderboard(Path(config.output)), ask(config), Artifacts(folder)
+    made = [_refitted(row, asked, files) for row in _chosen(board, name)]
+    write_document(files.refitted, REFIT, {"heads": [asdict(each) for each in made]})
+    return made
+
+
+def _chosen(board: Leaderboard, name: str | None) -> list[LeaderboardRow]:
+    """Return the rows to fit again, the first being the one to use."""
+    recommended = board.verdict.recommended if board.verdict else board.best.key
+    ordered = sorted(board.rows, key=lambda row: row.key != recommended)
+    able = {row.key: row for row in ordered if row.bundle and not row.constant and row.embedding != VOTE}
+    if not able:
+        raise PipelineError("the leaderboard has no head to fit again; run `manyheads heads` first")
+    if name is None:
+        first = next(iter(able.values()))
+        if first.key != recommended:
+            log.info("%s is not fitted again, which is for single heads on images; %s is", recommended, first.key)
+        return [first]
+    if name != ALL and name not in able:
+        raise HeadError(f"--row: {unknown('row', name, (*able, ALL))}")
+    return list(able.values()) if name == ALL else [able[name]]
+
+
+def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
+    start = time.perf_counter()
+    config, embedding, head = _asked_for(row, asked)
+    fixed, before = held_at(head, row.params), Path(config.output) / str(row.bundle)
+    key, folder, vectors = (
+        row_key(fixed, embedding, config.seed),
+        files.bundle(embedding.name, head.name),
+        Vectors(embedding),
+    )
+    found = finished_row(folder, key) or make_row(fixed, embedding, vectors, config, files, key)
+    with_strangers(Leaderboard((found,)), asked.task, asked.stores, files, config.seed)
+    fitted = time.perf_counter()
+    said, old = HeadPredictions.read(folder / FILE_NAME), HeadPredictions.read(before / FILE_NAME)
+    assert said.out_of_fold is not None
+    if old.out_of_fold is None:
+        raise BundleError(f"{before}: does not say what it was fitted on; run `manyheads heads` again")
+    metric = METRICS[config.tuning.scoring]
+    was, now = _same(old.test, said.test, row.key)
+    change = paired_answers(metric, now, was, config.seed)
+    curve = _curve_score(metric, said.test.target)
+    added = _added(old.test.target, said)
+    train = len(old.out_of_fold), len(said.out_of_fold)
+    journal = files.trials(embedding.name, head.name).with_suffix("")
+    expected, ahead, ahead_interval = _learned(embedding, vectors, curve, train, journal, config.seed)
+    return Refitted(
+        key=row.key,
+        bundle=str(found.bundle),
+        params=row.params,
+        scoring=metric.name,
+        train=train,
+        test=len(said.test),
+        same=len(now),
+        before=metric.score(was),
+        now=metric.score(now),
+        change=change,
+        of_all=metric.score(said.test),
+        new_classes=added,
+        curve=curve.name,
+        expected=None if added else expected,
+        on_curve=change if curve is metric else paired_answers(curve, now, was, config.seed),
+        ahead=ahead,
+        ahead_interval=ahead_interval,
+        **_beside(head, fixed, embedding, vectors, metric, journal, config.seed),
+        sound=found.sound,
+        seconds=(fitted - start, time.perf_counter() - fitted),
+    )
+
+
+def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, Head]:
+    """Return what a row is fitted on, and its head; no search is repeated."""
+    once = {"trials": 1, "seconds": None, "nested": False, "seeds": 1}
+    config = asked.config.model_copy(update={"tuning": asked.config.tuning.model_copy(update=once)})
+    for embedding in asked.embeddings:
+        for head in embedding.heads:
+            if (embedding.name, head.name) == (row.embedding, row.head):
+                return config, replace(embedding, tuning=embedding.tuning.model_copy(update=once)), head
+    raise HeadError(f"{row.key}: the config does not ask for it any more; name its backbone and head, or another --row")
+
+
+def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions, Predictions]:
+    """Return what two heads say of the images that are test images of both with one label, the first in the target of the second."""
+    if before.paths is None or now.paths is None:
+        raise BundleError(f"{key}: its predictions do not name the images; run `manyheads heads` again")
+    place = {str(path): row for row, path in enumerate(before.paths.tolist())}
+    rows = np.array([place.get(str(path), -1) for path in now.paths.tolist()])
+    now, before = now.rows(rows >= 0), before.rows(rows[rows >= 0])
+    target: Any = now.target
+    probabilities = before.probabilities
+    try:
+        y_true, y_pred = target.restored(before.labels), target.restored(before.predicted)
+        if probabilities is not None:
+            probabilities = target.widened(probabilities, target.restored(before.classes))
+    except ValueError:
+        raise HeadError(f"{key}: knows a class that no image has any more; run `manyheads heads` again") from None
+    before = replace(now, y_true=y_true, y_pred=y_pred, probabilities=probabilities)
+    equal = np.equal(y_true, now.y_true).reshape(len(now), -1).all(axis=1)
+    if not equal.any():
+        raise HeadError(f"{key}: none of its test images is one any more; run `manyheads heads` again")
+    return before.rows(equal), now.rows(equal)
+
+
+def _added(before: Target, said: HeadPredictions) -> tuple[NewClass, ...]:
+    found = []
+    for name in sorted(set(said.classes) - set(before.classes)) if before.exclusive else ():
+        own, in_training = said.test.labels == name, said.out_of_fold.labels == name  # type: ignore[union-attr]
+        found.append(
+            NewClass(name, int(own.sum() + in_training.sum()), int(own.sum()), int(said.test.correct[own].sum()))
+        )
+    return tuple(found)
+
+
+def _curve_score(metric: Metric, target: Target) -> Metric:
+    """Return a score whose lack of 1 falls as a power of the number of images: the one that was tuned, where it is of the kind."""
+    return next(each for each in (metric, *metrics_for(target)) if each.high == 1 and not each.needs_probabilities)
+
+
+def _learned(
+    embedding: Embedding, vectors: Vectors, metric: Metric, train: tuple[int, int], journal: Path, seed: int
+) -> tuple[float | None, float | None, Interval | None]:
+    """Return what a learning curve lets expect of the images added, and of twice as many, with its interval.
+
+    It is of ridge, which is quick, as in the report. Each fold is a draw: growing parts of its training images, judged on those it
+    holds out; no test image has a part.
+    """
+    task, tuning = embedding.task, embedding.tuning.model_copy(update={"scoring": metric.name})
+    smallest = min(min(len(rows) for rows, _ in task.folds), MOST_CURVE_IMAGES)
+    sizes = curve_sizes(smallest, max(len(task.target.classes), 10))
+    folds = growing(task.folds, task.target.strata(task.y_train), sizes, seed)
+    head, params = TABLES[task.target.kind].heads[CURVE_HEAD], {"alpha": float(vectors.train.shape[1])}
+    outcomes = fit_folds(
+        head, [params], vectors.train, task.y_train, folds, tuning, seed, journal / "curve.jsonl", None, task.target
+    )[0]
+    scores = np.array([outcome.score for outcome in outcomes]).reshape(len(sizes), -1)
+    known = np.flatnonzero(np.isfinite(scores).all(axis=1)).tolist()
+    curve = curve_from_scores([sizes[place] for place in known], [scores[place] for place in known], seed, train[1])
+    if curve.law is None or not curve.forecast:
+        return None, None, None
+    before, now = curve.law.accuracy([float(size) for size in train]).tolist()
+    twice = curve.forecast[0]
+    return now - before, twice.predicted - now, (twice.interval[0] - now, twice.interval[1] - now)
+
+
+def _beside(
+    head: Head, fixed: Head, embedding: Embedding, vectors: Vectors, metric: Metric, journal: Path, seed: int
+) -> dict[str, Any]:
+    """Judge the stored parameters beside their neighbours by cross-validation on all training images there are now."""
+    stored, found = fixed.defaults, neighbours(head, fixed.defaults)
+    # Of many parameters some of each, not the first alone.
+    some = np.unique(np.linspace(0, max(0, len(found) - 1), min(len(found), MOST_NEIGHBOURS)).astype(int))
+    points = [stored, *(found[place] for place in some)]
+    answers, by_fold = _out_of_fold(head, points, embedding, vectors, metric, seed, journal / "neighbours.jsonl")
+    scores = {name: metric.score(said) for name, said in answers.items()}
+    own = scores.pop(STORED)
+    nothing = {"held_out": own, "tried": 0, "best": {}, "gain": 0.0, "gain_interval": (0.0, 0.0), "shown": False}
+    if not scores:
+        return nothing
+    best = max(scores, key=lambda name: scores[name])
+    better = scores[best] > own
+    first, other, sign = (best, STORED, 1) if better else (STORED, best, -1)
+    away = {each.key: each for each in compare(answers, first, folds=by_fold, seed=seed, metric=metric)}[other]
+    low, high = sorted(sign * end for end in away.interval)
+    return {
+        **nothing,
+        "tried": len(scores),
+        "best": {name: value for name, value in points[int(best)].items() if value != stored[name]},
+        "gain": sign * away.difference,
+        "gain_interval": (low, high),
+        "shown": better and not away.no_evidence,
+    }
+
+
+def _out_of_fold(
+    head: Head,
+    points: Sequence[Params],
+    embedding: Embedding,
+    vectors: Vectors,
+    metric: Metric,
+    seed: int,
+    journal: Path,
+) -> tuple[dict[str, Predictions], dict[str, list[float]]]:
+    """Return what each of some parameters says of all training images held out, and its scores by fold; by its place.
+
+    Parameters that cannot be fitted on every fold are left out.
+    """
+    task, answers, by_fold = embedding.task, dict[str, Predictions](), dict[str, list[float]]()
+    narrowed, codes, _ = task.target.narrowed(task.y_train)
+    outcomes = fit_folds(
+        head,
+        points,
+        vectors.train,
+        task.y_train,
+        task.folds,
+        embedding.tuning,
+        seed,
+        journal,
+        vectors.projections,
+        task.target,
+    )
+    for place, folds in enumerate(outcomes):
+        parts = []
+        for (_, held), outcome in zip(task.folds, folds, strict=True):
+            if outcome.predictions is not None:
+                scores = outcome.scores if metric.needs_probabilities else None
+                units = None if task.groups is None else task.groups[held]
+                parts.append(Predictions(codes[held], outcome.predictions, scores, units, target=narrowed))
+        if len(parts) == len(folds):
+            answers[str(place)] = joined(parts)
+            by_fold[str(place)] = [outcome.score for outcome in folds]
+    return answers, by_fold
