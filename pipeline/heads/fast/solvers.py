@@ -96,10 +96,10 @@ def softmax_loss(y: NDArray[np.int64], weights: Array) -> Loss:
     return loss
 
 
-def binomial_loss(y: NDArray[np.int64], weights: Array) -> Loss:
-    """Return the cross-entropy of n rows of classes 0 and 1, for problems with the one score of class 1."""
+def binomial_loss(targets: Array, weights: Array) -> Loss:
+    """Return the cross-entropy of n rows against targets of -1 and 1, of shape (n, 1) or (n, problems); weights of shape (n,)."""
     doubled = weights.astype(np.float64)
-    sign = (1 - 2 * y).astype(np.float32)[:, None, None]
+    sign = -targets[:, :, None]
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         margin = scores * sign
