@@ -241,13 +241,13 @@ def _true(said: Predictions) -> dict[str, float]:
     return {metric.name: (1 if metric.higher_is_better else -1) * metric.score(said) for metric in served}
 
 
-def label_coverage(runs: int, n: int = 300, groups: int | None = None) -> dict[str, float]:
+def label_coverage(runs: int, n: int = 300, groups: int | None = None, signal: float = 1.5) -> dict[str, float]:
     """In which share of simulated data sets of several labels each score's interval has the true score."""
     rng = np.random.default_rng(0)
-    true = _true(labelled(rng, 50_000, groups=None if groups is None else 50_000 * groups // n))
+    true = _true(labelled(rng, 50_000, signal, None if groups is None else 50_000 * groups // n))
     hits = dict.fromkeys(true, 0)
     for _ in range(runs):
-        found = scores(labelled(rng, n, groups=groups)).intervals
+        found = scores(labelled(rng, n, signal, groups)).intervals
         for name, value in true.items():
             hits[name] += found[name][0] <= value <= found[name][1]
     return {name: count / runs for name, count in hits.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from statistics_cases import label_coverage, labelled, permuted_labels
 from test_targets import index_of
 
 from pipeline import config as configuration
+from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data.index import SplitPlan
 from pipeline.data.labels import MultiLabel, best_threshold
@@ -36,6 +38,7 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_LABELS, shares_of_labels
 from pipeline.heads.tuning import TuningRun, make_folds, tune
+from pipeline.report.per_label import label_scores
 from pipeline.stages import check, extract, predict, train_heads
 
 Flags = NDArray[np.bool_]
@@ -280,7 +283,7 @@ def make_config(root: Path) -> Config:
     for number in range(90):
         red, bright = rng.random(2) < 0.4
         colour = np.array([60, 60, 60]) + 50 * bright + [70 * red, 0, 0]
-        pixels = np.clip(rng.normal(colour, 30, (16, 16, 3)), 0, 255).astype(np.uint8)
+        pixels = np.clip(rng.normal(colour, 30, (16, 16, 3)) + rng.normal(0, 25, 3), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(root / f"{number:02d}.png")
         tags = "|".join(name for name, there in (("red", red), ("bright", bright)) if there)
         lines.append(f"{number:02d}.png,{tags},{int(red)},{int(bright)},{tags or 'plain'}")
@@ -342,6 +345,31 @@ def test_a_leaderboard_of_labels_has_its_scores_and_the_shares_to_beat(
     chosen, plain = (f1_score(y, probabilities >= at, average="macro") for at in (cut, 0.5))
     assert chosen >= plain
     np.testing.assert_array_equal(said.test.y_pred, said.test.probabilities >= cut)
+
+
+def test_the_report_tells_label_by_label_and_shows_the_worst_misses(experiment: tuple[Config, Leaderboard]) -> None:
+    config, board = experiment
+    output = Path(config.output)
+    page = report.build(output).read_text(encoding="utf-8")
+    test = HeadPredictions.read(output / str(board.best.bundle) / "predictions.npz").test
+    rows = label_scores(test)
+    assert [row.label for row in rows] == ["bright", "red"]
+    assert test.probabilities is not None
+    assert [row.average_precision for row in rows] == label_precisions(test.y_true, test.probabilities).tolist()
+    assert [row.support for row in rows] == test.y_true.sum(axis=0).tolist()
+    assert [row.threshold for row in rows] == list(test.target.thresholds)
+    part = page[page.index("Label by label</h2>") :]
+    assert f"{rows[1].threshold:.2f}" in part
+    assert not test.correct.all()
+    off = np.where(test.y_true != test.y_pred, np.abs(test.probabilities - test.y_true), 0).sum(axis=1).argmax()
+    worst = part[part.index("Worst misses") :]
+    assert worst.index(str(np.asarray(test.paths)[off])) == min(
+        worst.index(f"{n:02d}.png") for n in range(90) if f"{n:02d}.png" in worst
+    )
+    text = " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", page).split())
+    assert not re.search(r"(?<![Ss]ubset.)accuracy|Confusion|\bclasses\b", text), re.findall(
+        r".{40}(?:accuracy|Confusion|\bclasses\b).{40}", text
+    )
 
 
 def test_predict_writes_labels_and_a_probability_of_each(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import sparse, stats
 
 from pipeline.data.targets import Target
-from pipeline.evaluation.average_precision import influence, mean_precision, weighted_mean_precision
+from pipeline.evaluation.average_precision import excess, influence, mean_precision, weighted_mean_precision
 from pipeline.evaluation.intervals import Interval, numbered
 from pipeline.evaluation.predictions import Predictions
 
@@ -70,6 +70,8 @@ class Metric:
     """What gives the score of images taken so many times each, shape (r, n) in and (r,) out, and does so quickly."""
     influence: Callable[[Predictions], NDArray[np.float64]] | None = None
     """By how much each image's weight changes the score, shape (n,), where that is known."""
+    excess: Callable[[Predictions], float] | None = None
+    """By how much the score of few images is too high on average, where that is known."""
     pooled: bool = False
     """Whether its `shares` are a ratio of sums over images and not the mean of a number for each."""
     higher_is_better: bool = True
@@ -336,6 +338,7 @@ METRICS: Mapping[str, Metric] = {
             mean_precision,
             weighted=lambda predictions: weighted_mean_precision(predictions.y_true, _probabilities(predictions)),
             influence=lambda predictions: influence(predictions.y_true, _probabilities(predictions)),
+            excess=lambda predictions: excess(predictions.y_true, _probabilities(predictions)),
             per_class=True,
             targets=("multilabel",),
             column=("mAP", ""),

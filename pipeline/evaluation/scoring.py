@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.special import expit, logit
 from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -139,19 +140,26 @@ def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Int
 
 
 def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
-    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0.
+    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0. A
+    share such as mAP has it on the scale of log-odds, the lower end below what the score is without its excess.
 
-    The standard error is the jackknife's, of what leaving out units changes; where that is nothing, each label is as sure as
-    Wilson's interval of its images.
+    The standard error is the jackknife's, of what leaving out units changes; of the best score, where that is nothing, each label
+    is as sure as Wilson's interval of its images.
     """
     added, sign = metric.contributions(predictions), 1 if metric.higher_is_better else -1
     score = metric.score(predictions)
-    if metric.per_class and np.ptp(added) < 1e-9:
+    if metric.per_class and metric.high - score < 1e-9:
         z = critical(predictions.units)
         sizes = np.array([len(np.unique(predictions.unit_numbers[part])) for part in predictions.members])
         return sign * score, (score - float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes)), score)
+    error = critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added))
+    if metric.influence is not None:
+        less = score - (metric.excess(predictions) if metric.excess else 0.0)
+        around = np.clip([less, score], 1e-6, 1 - 1e-6)
+        low, high = expit(logit(around) + np.array([-error, error]) / (around * (1 - around)))
+        return score, (float(low), float(high))
     distance = max(metric.high - score, 1e-12)
-    factor = np.exp(critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added)) / distance)
+    factor = np.exp(error / distance)
     low, high = sorted(sign * (metric.high - distance * end) for end in (factor, 1 / factor))
     return sign * score, (low, high)
 
