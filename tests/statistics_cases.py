@@ -244,7 +244,8 @@ def _true(said: Predictions) -> dict[str, float]:
 def label_coverage(runs: int, n: int = 300, groups: int | None = None, signal: float = 1.5) -> dict[str, float]:
     """In which share of simulated data sets of several labels each score's interval has the true score."""
     rng = np.random.default_rng(0)
-    true = _true(labelled(rng, 50_000, signal, None if groups is None else 50_000 * groups // n))
+    many = 50_000 if runs < 200 else 400_000
+    true = _true(labelled(rng, many, signal, None if groups is None else many * groups // n))
     hits = dict.fromkeys(true, 0)
     for _ in range(runs):
         found = scores(labelled(rng, n, signal, groups)).intervals
@@ -256,13 +257,14 @@ def label_coverage(runs: int, n: int = 300, groups: int | None = None, signal: f
 def permuted_labels(runs: int, n: int = 150, dim: int = 10, metric: str = "mean_average_precision") -> int:
     """Of so many data sets with permuted labels, in how many a head is said to be better out of fold than it can be.
 
-    Four ridges on features of their own, none of which tells anything, and the labels' shares, which are as good.
+    Four ridges on features of their own, none of which tells anything, and where order alone counts the labels' shares, which are as
+    good; by how many labels are said these differ truly.
     """
     rng, false = np.random.default_rng(0), 0
     for _ in range(runs):
         y, folds = rng.permutation(labelled(rng, n).y_true), rng.permutation(np.arange(n) % 5)
         heads = {}
-        for name in ("a", "b", "c", "d", "shares"):
+        for name in ("a", "b", "c", "d", *(["shares"] if METRICS[metric].needs_probabilities else [])):
             X, said = rng.normal(size=(n, dim)) * (name != "shares"), np.empty(y.shape)
             for fold in range(5):
                 held, middle = folds == fold, y.mean(axis=0)

@@ -103,8 +103,11 @@ def binomial_loss(targets: Array, weights: Array) -> Loss:
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         margin = scores * sign
-        value = doubled @ np.logaddexp(0, margin[:, :, 0]).astype(np.float64)
-        slope = 0.5 * (1 + np.tanh(0.5 * margin))
+        # What logaddexp and a sigmoid say, several times as fast.
+        left = np.exp(-np.abs(margin))
+        below = 1 + left
+        value = doubled @ (np.maximum(margin, 0) + np.log(below))[:, :, 0].astype(np.float64)
+        slope = 0.5 + np.copysign(0.5 - left / below, margin)
         return value, slope * sign * weights[:, None, None]
 
     return loss
