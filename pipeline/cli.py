@@ -133,9 +133,11 @@ def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[
     from pipeline import report
     from pipeline.stages import fewshot as stage
 
-    result = stage.run(config, shots=shots or stage.SHOTS, **options)
-    page = [f"report   {report.refresh(result.files.root)}"] if result.files.leaderboard.exists() else []
-    return [*result.summary_lines(), *page]
+    for name, alone in stage.experiments(config).items():
+        result = stage.run(alone, shots=shots or stage.SHOTS, **options)
+        yield from [*([f"== {name} =="] if name else []), *result.summary_lines()]
+        if result.files.leaderboard.exists():
+            yield f"report   {report.refresh(result.files.root)}"
 
 
 def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any) -> Iterable[str]:
@@ -387,6 +389,18 @@ COMMANDS = (
         _argument("images", nargs=-1, required=True, type=PATH),
         _option("--output", "-o", default="predictions.csv", type=PATH, help="The CSV file to write."),
         _option("--top", default=3, type=COUNT, help="Labels with probabilities per image."),
+        _option(
+            "--unknown",
+            type=float,
+            metavar="SHARE",
+            help="Mark images of no known class, with this share of false alarms.",
+        ),
+        _option(
+            "--sets",
+            type=float,
+            metavar="SHARE",
+            help="Also the labels of which one is right for this share of images.",
+        ),
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),

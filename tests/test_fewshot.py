@@ -16,13 +16,13 @@ from report_experiment import material, row, words
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from pipeline import fewshot
 from pipeline.cli import cli
 from pipeline.config import Config, dump_yaml
 from pipeline.errors import DatasetError, PipelineError
+from pipeline.evaluation import fewshot
+from pipeline.evaluation.fewshot import FewShot, Images, Plan, maml, methods, points_of
+from pipeline.evaluation.fewshot.episodes import divide, draw
 from pipeline.experiment import Artifacts
-from pipeline.fewshot import FewShot, Images, Plan, maml, methods, points_of
-from pipeline.fewshot.episodes import divide, draw
 from pipeline.report.page import section
 from pipeline.stages import fewshot as stage
 from pipeline.stages.maintenance import verify_files
@@ -167,6 +167,11 @@ def test_what_the_images_do_not_allow_is_said():
     assert notes == [
         "No MAML: it learns on 4 classes at least beside the 5 of an episode, and 6 have enough images; --ways 2 leaves it that many."
     ]
+    units = np.where(few.y == 2, 0, np.arange(1, 241))  # all images of one class are of one group
+    assert fewshot.measure(Images(few.X, few.y, units), Plan(5, 10, 20, 0), 1) == (
+        {},
+        ["K = 1 is left out: the images of a class are in too few groups to part 1 from the rest."],
+    )
     assert fewshot.measure(few, Plan(5, 10, 20, 0), 31) == (
         {},
         ["K = 31 is left out: 0 classes have 31 + 10 images, and 5 are needed."],

@@ -524,7 +524,8 @@ def test_names_that_are_not_there_are_told_with_those_that_are(experiment: Path)
     ):
         finetune.run(make_config(experiment, start="other"))
     with pytest.raises(
-        TrainingError, match="has no linear head 'decision_tree'; add one of ridge, logistic_regression, linear_svm"
+        TrainingError,
+        match="has no linear head 'decision_tree'; add one of ridge, logistic_regression, lda, linear_svm",
     ):
         finetune.run(make_config(experiment, start="best/decision_tree"))
     with pytest.raises(TrainingError, match="the network has no stage 'layer4'") as error:

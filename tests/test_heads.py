@@ -41,8 +41,8 @@ def test_an_unknown_head_is_told_with_a_guess():
     with pytest.raises(HeadError) as caught:
         resolve_all((HeadConfig(name="knm"), HeadConfig(name="ridge", class_weight="balanced")))
     assert caught.value.problems == (
-        "unknown head 'knm', did you mean 'knn'?; allowed: nearest_centroid, ridge, logistic_regression, linear_svm, "
-        "decision_tree, knn, random_forest, rbf_svm, mlp, or package.module:ATTRIBUTE",
+        "unknown head 'knm', did you mean 'knn'?; allowed: prototypes, nearest_centroid, ridge, logistic_regression, "
+        "lda, linear_svm, decision_tree, knn, cosine_knn, random_forest, rbf_svm, mlp, or package.module:ATTRIBUTE",
     )
 
 
@@ -57,7 +57,7 @@ def test_a_name_of_a_built_in_head_stands_in_its_row_and_nowhere_else():
 
 def test_simplicity_orders_the_heads_from_centroids_to_networks():
     ranked = sorted(HEADS.values(), key=lambda head: head.simplicity)
-    assert [head.name for head in ranked[:3]] == ["nearest_centroid", "ridge", "logistic_regression"]
+    assert [head.name for head in ranked[:4]] == ["nearest_centroid", "prototypes", "ridge", "logistic_regression"]
     assert len({head.simplicity for head in ranked}) == len(ranked)
 
 

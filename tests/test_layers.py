@@ -16,6 +16,7 @@ from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config
 from pipeline.data import DatasetIndex
 from pipeline.data.lineage import Lineage
+from pipeline.data.targets import Classification
 from pipeline.embed import backbone
 from pipeline.embed.concat import by_name, concatenated, find_parts, open_features
 from pipeline.embed.licenses import NO_WEIGHTS
@@ -191,7 +192,13 @@ def judged(blocks: dict[str, np.ndarray], y: np.ndarray, folds: int = 5) -> Laye
     names = {layer: f"net-{layer}" for layer in blocks}
     about = {"network": "net", "task": "t", "labelled": len(y)}
     return profile(
-        blocks, names, "penultimate", Predictions(y, y, classes=("a", "b", "c")), make_folds(y, folds, 0), 0, about
+        blocks,
+        names,
+        "penultimate",
+        Predictions(y, y, target=Classification(("a", "b", "c"))),
+        make_folds(y, folds, 0),
+        0,
+        about,
     )
 
 

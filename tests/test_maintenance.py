@@ -274,7 +274,7 @@ def test_heads_gc_pack_export_and_load_want_the_index_that_the_features_were_mad
 
 def test_verify_names_every_damaged_file(copy: Config) -> None:
     files = Artifacts(copy.output)
-    assert maintenance.verify_files(copy) == (True, ["other files: ok; 25 documents, journals and files of weights"])
+    assert maintenance.verify_files(copy) == (True, ["other files: ok; 26 documents, journals and files of weights"])
     head = files.bundle("pixels", "logistic_regression")
     changed = [
         files.leaderboard,
@@ -289,7 +289,7 @@ def test_verify_names_every_damaged_file(copy: Config) -> None:
         path.write_bytes(data)
     ok, lines = maintenance.verify_files(copy)
     assert not ok
-    assert lines[0] == "other files: DAMAGED; 25 documents, journals and files of weights"
+    assert lines[0] == "other files: DAMAGED; 26 documents, journals and files of weights"
     assert [any(str(path) in line for line in lines[1:]) for path in changed] == [True, True, True, False, True]
     assert all("is damaged" in line for line in lines[1:])
 

@@ -12,14 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest, f, friedmanchisquare
+from scipy.stats import binomtest, f, friedmanchisquare, spearmanr
 from sklearn.metrics import (
     balanced_accuracy_score,
     brier_score_loss,
     cohen_kappa_score,
     f1_score,
     log_loss,
+    mean_absolute_error,
+    r2_score,
     roc_auc_score,
+    root_mean_squared_error,
     top_k_accuracy_score,
 )
 from sklearn.svm import SVC
@@ -418,6 +421,14 @@ def by_scikit_learn(name: str, answers: Predictions, rows) -> float:
         if name == "roc_auc":
             return float(roc_auc_score(y, p, multi_class="ovr", labels=every))
         return float(top_k_accuracy_score(y, p, k=5, labels=every))
+    if METRICS[name].needs == "values":
+        of_numbers = {
+            "mae": lambda: -mean_absolute_error(y, guess),
+            "rmse": lambda: -root_mean_squared_error(y, guess),
+            "r2": lambda: r2_score(y, guess),
+            "spearman": lambda: spearmanr(y, guess).statistic,
+        }
+        return float(of_numbers[name]())
     if name == "macro_f1":
         return float(f1_score(y, guess, average="macro", zero_division=0.0))
     recalls = [np.mean(guess[y == label] == label) for label in np.unique(y)]

@@ -20,9 +20,9 @@ from pipeline.config import TIMM_NAMES, BackboneConfig, ExtractionConfig
 from pipeline.embed import backbone, efficientnet_lite, engines, families, graph, timm_models, weights
 from pipeline.embed.spec import probe_images
 from pipeline.errors import BackboneError, TrainingError
-from pipeline.finetuning import describe, write_weights
+from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.plan import last_linear
-from pipeline.finetuning.weights import copy_weights
+from pipeline.finetuning.result import describe, write_weights
 from pipeline.images import Preprocessing, prepare
 from pipeline.stages import backbones
 
@@ -145,7 +145,7 @@ def test_bf16_is_close() -> None:
         ExtractionConfig(device="cpu", precision="bf16", engine="torch", decode="exact"),
         0,
     )
-    engines.require_close(half.canary, small().canary)
+    engines.require_close(half.probe, small().probe)
     assert half.specs[0].precision == "bf16"
 
 

@@ -150,7 +150,7 @@ def test_random_and_grid_search_work_without_scikit_optimize():
     done = subprocess.run([sys.executable, "-c", WITHOUT_SKOPT], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == (
         "2 "
-        * 18
+        * 24
         + "tuning.strategy: bayes needs scikit-optimize, which cannot be imported (cannot import name 'x' from "
         "'sklearn.utils'); install it, or set tuning.strategy to random or grid"
     )

@@ -24,6 +24,7 @@ GRIDS = {
     "logistic_regression": [{"C": C} for C in (1e-5, 3e-3, 0.2, 5.0)],
     "linear_svm": [{"C": C} for C in (1e-5, 1e-3, 0.05)],
     "ridge": [{"alpha": alpha} for alpha in (0.1, 30.0, 1e5)],
+    "lda": [{"shrinkage": shrinkage} for shrinkage in ("auto", 0.003, 0.1, 1.0)],
     "rbf_svm": [{"C": 1.0, "gamma": 0.01}, {"C": 50.0, "gamma": 0.002}],
 }
 EXACT = {"logistic_regression": {"tol": 1e-8, "max_iter": 5000}, "linear_svm": {"tol": 1e-7, "max_iter": 200_000}}
@@ -158,7 +159,7 @@ def test_standardising_is_what_the_scaler_does():
     np.testing.assert_allclose(held_out, scaler.transform(X[60:]), atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "ridge", "rbf_svm"])
+@pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "ridge", "lda", "rbf_svm"])
 def test_the_chosen_score_is_scikit_learns_own(name, tmp_path):
     X, y = network(300, 30, 4)
     folds = make_folds(y, 3, 0)

@@ -440,6 +440,8 @@ class Config(Section):
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY] | None = None
     """The heads to tune; None: all of the table that serve the target."""
+    vote: bool = False
+    """Whether the mean of the best rows of different embeddings is one more row, chosen by cross-validation."""
     tuning: TuningConfig = TuningConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 

@@ -4,6 +4,8 @@
     head.skops       the fitted scikit-learn pipeline in skops' format, which cannot run code when it is loaded
     predictions.npz  what it said of every image, where stage two made it
     head.joblib      instead, for a head with types outside `TRUSTED_TYPES`: a pickle, which can
+    known.npz        what it keeps of the training images, where it was tested on classes that were left out
+    members/0, ...   instead, for a soft vote: the bundles that vote
 
 A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a backbone.
 """
@@ -14,7 +16,7 @@ import importlib.metadata
 import io
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from pipeline.data.classes import scores_as_columns
 from pipeline.data.targets import Target, target_of
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import Calibrator
-from pipeline.experiment import BUNDLE, bundle_file, read_document, require_modest, write_document
+from pipeline.experiment import BUNDLE, DIGEST, MADE_BY, bundle_file, read_document, require_modest, write_document
 from pipeline.export.fitted import check_fitted
 from pipeline.io.digests import bytes_digest
 from pipeline.io.files import write_atomic
@@ -41,10 +43,16 @@ with instead({"sklearn.externals.array_api_compat.torch": None}):
 MOST_NUMBERS = 1 << 24
 """The longest vector that a stranger's head is tried with."""
 
+KNOWN = "known.npz"
+"""What is kept of the training images, to tell strangers by."""
+SKOPS, JOBLIB, MEMBERS = "head.skops", "head.joblib", "members"
+"""Where a head is: a file of one of two formats, or the folder of a soft vote's members."""
+
 SMALLEST_PROBABILITY = 1e-6
 """Forests and neighbours say 0, whose logarithm no temperature can mend."""
 
 TRUSTED_TYPES = (
+    "pipeline.heads.cosine.CosineVote",  # arrays and numbers, used by numpy alone
     # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing a file can choose.
     "sklearn.calibration._CalibratedClassifier",
     "sklearn.calibration._SigmoidCalibration",
@@ -64,6 +72,7 @@ class ModelBundle:
     `estimator` was fitted on what the target's `learned` makes of labels, places in its classes for instance. `embedding` is stage one's record of
     the embedding, with the config section that makes its backbone again. `calibrator` turns the estimator's scores into
     probabilities, its columns in the order of `estimator.classes_`; it never changes which class is the likeliest.
+    A soft vote has `members` in place of an estimator and an embedding: the mean of their probabilities.
     """
 
     head: str
@@ -73,39 +82,65 @@ class ModelBundle:
     estimator: Any
     provenance: Mapping[str, Any]
     calibrator: Calibrator | None = None
+    members: tuple[ModelBundle, ...] = ()
+
+    @property
+    def parts(self) -> tuple[ModelBundle, ...]:
+        """The bundles that look at vectors: its members, or itself."""
+        return self.members or (self,)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes."""
         return self.target.classes
 
-    def predict(self, X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
-        """Label n vectors, in the words of users.
+    def predict(self, *X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+        """Label n images by their vectors, one array for each of `parts`, in the words of users.
 
         Returns
         -------
         labels : names of classes, ndarray of shape (n,), object (str); or what else the target's `decode` returns
         probabilities : ndarray of shape (n, len(classes)), or None for a head that has none
         """
-        y_pred, probabilities = self.said(X)
+        y_pred, probabilities = self.said(*X)
         labels = self.target.decode(y_pred)
         return labels.astype(object) if labels.dtype.kind == "U" else labels, probabilities
 
-    def said(self, X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+    def said(self, *X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
         """Return the same as `Predictions` has it, such as places in the classes.
+
+        X : float32 of shape (n, dim), of a soft vote one for each member; labels are int64 of shape (n,), or numbers,
+            float64 of shape (n,) or (n, k); probabilities are float64 of shape (n, width), None where the head has none
 
         Raises
         ------
         BundleError
             When the vectors are not of the length the head was fitted on.
         """
-        dim = getattr(self.estimator, "n_features_in_", X.shape[1])
-        if X.shape[1] != dim:
-            raise BundleError(f"head {self.head!r} takes vectors of {dim} numbers, got {X.shape[1]}")
-        return self.target.predict(self.estimator, X, self.calibrated)
+        if self.members:
+            told = [member.said(vectors)[1] for member, vectors in zip(self.members, X, strict=True)]
+            return self.voted([probabilities for probabilities in told if probabilities is not None])
+        (vectors,) = X
+        dim = getattr(self.estimator, "n_features_in_", vectors.shape[1])
+        if vectors.shape[1] != dim:
+            raise BundleError(f"head {self.head!r} takes vectors of {dim} numbers, got {vectors.shape[1]}")
+        return self.target.predict(self.estimator, vectors, self.calibrated)
+
+    def voted(self, told: Sequence[NDArray[np.floating]]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Return what a soft vote says, and its probabilities, for those of its members.
+
+        told : each of any float dtype, shape (n, n_classes); returns intp of shape (n,) and float64 of shape
+            (n, n_classes)
+        """
+        mean = np.asarray(np.mean(told, axis=0, dtype=np.float64))
+        probabilities = self.calibrated(mean, "probability")
+        return mean.argmax(axis=1), mean if probabilities is None else probabilities
 
     def calibrated(self, raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64] | None:
-        """Return probabilities for an estimator's scores, both of shape (n, columns); None without a calibrator."""
+        """Return probabilities for an estimator's scores; None without a calibrator.
+
+        raw : of any float dtype, shape (n, columns); returns float64 of the same shape
+        """
         return None if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
 
 
@@ -133,15 +168,13 @@ def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None =
     skops' format is used unless the head holds a type outside `TRUSTED_TYPES`; then joblib's, and `bundle.json` says so.
     `beside` are further files of the folder, by name, whose digests stand in `bundle.json` too.
     """
-    data = skops_io.dumps(bundle.estimator)
-    safe = set(skops_io.get_untrusted_types(data=data)) <= set(TRUSTED_TYPES)
     folder.mkdir(parents=True, exist_ok=True)
-    name = "head.skops" if safe else "head.joblib"
-    if not safe:
-        buffer = io.BytesIO()
-        joblib.dump(bundle.estimator, buffer)
-        data = buffer.getvalue()
-    written = {name: data, **(beside or {})}
+    places = _members(folder, len(bundle.members))
+    for member, place in zip(bundle.members, places, strict=True):
+        save(member, place)
+    members = [describe(place) for place in places]
+    name, head = (MEMBERS, dict[str, bytes]()) if members else _head_file(bundle.estimator)
+    written = {**head, **(beside or {})}
     for each, content in written.items():
         write_atomic(folder / each, content)
     document = {
@@ -151,14 +184,42 @@ def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None =
         "embedding": dict(bundle.embedding),
         "calibrator": asdict(bundle.calibrator) if bundle.calibrator else None,
         "file": name,
+        **({"members": [member[DIGEST] for member in members]} if members else {}),
         "digests": {each: bytes_digest(content) for each, content in written.items()},
-        "runs_code_when_loaded": not safe or names_code(str((bundle.embedding.get("section") or {}).get("name"))),
+        "runs_code_when_loaded": name == JOBLIB
+        or names_code(str((bundle.embedding.get("section") or {}).get("name")))
+        or any(member["runs_code_when_loaded"] for member in members),
         "versions": versions(),
         "provenance": dict(bundle.provenance),
     }
     # The document comes last and names the files' digests: it is what makes the folder a bundle.
     write_document(folder / "bundle.json", BUNDLE, document)
-    (folder / ({"head.skops", "head.joblib"} - {name}).pop()).unlink(missing_ok=True)
+    for other in {SKOPS, JOBLIB} - {name}:
+        (folder / other).unlink(missing_ok=True)
+
+
+def _head_file(estimator: Any) -> tuple[str, dict[str, bytes]]:
+    """Return the name and the content of an estimator's file."""
+    data = skops_io.dumps(estimator)
+    if set(skops_io.get_untrusted_types(data=data)) <= set(TRUSTED_TYPES):
+        return SKOPS, {SKOPS: data}
+    buffer = io.BytesIO()
+    joblib.dump(estimator, buffer)
+    return JOBLIB, {JOBLIB: buffer.getvalue()}
+
+
+def _members(folder: Path, count: int) -> list[Path]:
+    return [folder / MEMBERS / str(number) for number in range(count)]
+
+
+def add(folder: Path, files: Mapping[str, bytes], more: Mapping[str, Any]) -> None:
+    """Add files, by name, and entries of the document to a bundle."""
+    document = describe(folder)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    digests = {**document["digests"], **{name: bytes_digest(content) for name, content in files.items()}}
+    kept = {key: value for key, value in document.items() if key not in ("format", "version", MADE_BY, DIGEST)}
+    write_document(folder / "bundle.json", BUNDLE, {**kept, **more, "digests": digests})
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -186,29 +247,50 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     """
     document = describe(folder)
     wrong = [key for key, kind in CONTENT.items() if not isinstance(document.get(key), kind)]
-    if wrong or document["file"] not in ("head.skops", "head.joblib"):
+    if wrong or document["file"] not in (SKOPS, JOBLIB, MEMBERS):
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: {', '.join(wrong) or 'a known head file'})")
     _check_versions(folder, document["versions"])
-    path, data = folder / document["file"], bundle_file(folder, document["file"])
-    if document["file"] == "head.joblib":
-        if not trust_code:
-            raise BundleError(
-                f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
-            )
-        estimator = _load_joblib(path, data)
-    else:
-        estimator = _load_skops(path, data)
+    members = [load(place, trust_code=trust_code) for place in places_of(folder, document)]
     bundle = ModelBundle(
         head=document["head"],
         params=document["params"],
         target=_target(folder, document),
         embedding=document["embedding"],
-        estimator=estimator,
+        estimator=None if members else _load_head(folder / document["file"], trust_code),
         provenance=document.get("provenance", {}),
         calibrator=_calibrator(folder, document.get("calibrator")),
+        members=tuple(members),
     )
-    _require_predicts(bundle, path)
+    _require_predicts(bundle, folder / document["file"])
     return bundle
+
+
+def places_of(folder: Path, document: Mapping[str, Any]) -> list[Path]:
+    """Return the folders of a soft vote's members, each the one that its document names; none for another bundle.
+
+    Raises
+    ------
+    BundleError
+        When one is missing, or another than was saved.
+    """
+    if document["file"] != MEMBERS:
+        return []
+    digests = list(document.get("members") or ())
+    places = _members(folder, len(digests))
+    if not places or any(describe(place).get(DIGEST) != digest for place, digest in zip(places, digests, strict=True)):
+        raise BUNDLE.damaged(folder / MEMBERS, "its members are not those that bundle.json names")
+    return places
+
+
+def _load_head(path: Path, trust_code: bool) -> Any:
+    data = bundle_file(path.parent, path.name)
+    if path.name == SKOPS:
+        return _load_skops(path, data)
+    if trust_code:
+        return _load_joblib(path, data)
+    raise BundleError(
+        f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
+    )
 
 
 def _load_joblib(path: Path, data: bytes) -> Any:
@@ -234,13 +316,13 @@ def _require_predicts(bundle: ModelBundle, path: Path) -> None:
     BundleError
         With what keeps it from that.
     """
-    dim = getattr(bundle.estimator, "n_features_in_", None)
-    if not isinstance(dim, int):  # a user's own head need not say what it takes
+    dims: list[Any] = [getattr(part.estimator, "n_features_in_", None) for part in bundle.parts]
+    if not all(isinstance(dim, int) for dim in dims):  # a user's own head need not say what it takes
         return
     try:
-        if not 0 < dim <= MOST_NUMBERS:
-            raise ValueError(f"it takes vectors of {dim:,} numbers")
-        labels, probabilities = bundle.predict(np.zeros((1, dim), np.float32))
+        if not all(0 < dim <= MOST_NUMBERS for dim in dims):
+            raise ValueError(f"it takes vectors of {', '.join(f'{dim:,}' for dim in dims)} numbers")
+        labels, probabilities = bundle.predict(*(np.zeros((1, dim), np.float32) for dim in dims))
         if len(labels) != 1 or (probabilities is not None and not np.isfinite(probabilities).all()):
             raise ValueError("it gives no label, or no probability")
     except Exception as error:  # a crafted head can fail in any way

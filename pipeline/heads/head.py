@@ -29,7 +29,7 @@ class Head:
     taken as well."""
     defaults: Params
     """A value for each parameter of the space: the first trial."""
-    simplicity: int = 100
+    simplicity: float = 100
     """Rank from simple and cheap (0) up: of heads that score alike, the lowest rank is recommended."""
     probabilities: bool = False
     """Whether the fitted head has `predict_proba`."""

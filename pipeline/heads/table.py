@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.frozen import FrozenEstimator
@@ -21,7 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
-from pipeline.heads.fast import forests, kernel, linear
+from pipeline.heads.cosine import CosineVote
+from pipeline.heads.fast import discriminant, forests, kernel, linear
 from pipeline.heads.head import Head
 from pipeline.heads.perceptron import MLP, fit_keeping_best
 from pipeline.heads.space import Categorical, Integer, Real
@@ -79,6 +81,14 @@ KNN = Head(
 
 _ROWS = (
     Head(
+        name="prototypes",
+        build=partial(_alone, CosineVote(n_neighbors=None, prototypes=True)),
+        space={"temperature": _log(1e-2, 1e0), "centre": Categorical((True, False))},
+        defaults={"temperature": 0.07, "centre": True},
+        simplicity=0.5,
+        probabilities=True,
+    ),
+    Head(
         name="nearest_centroid",
         build=partial(_scaled, NearestCentroid()),
         space={"shrink_threshold": Categorical((None, 0.1, 0.3, 1.0, 3.0))},
@@ -88,6 +98,17 @@ _ROWS = (
     ),
     RIDGE,
     LOGISTIC_REGRESSION,
+    Head(
+        name="lda",
+        # "auto" is Ledoit and Wolf's; all other shrinkages of a fold follow from one decomposition.
+        build=partial(_scaled, LinearDiscriminantAnalysis(solver="lsqr")),
+        space={"shrinkage": Categorical(("auto", 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0))},
+        defaults={"shrinkage": "auto"},
+        simplicity=2.5,
+        probabilities=True,
+        linear=True,
+        evaluator=discriminant.LDA,
+    ),
     Head(
         name="linear_svm",
         # The dual's coordinate descent needs far more than the default 1,000 passes at large C.
@@ -113,6 +134,19 @@ _ROWS = (
         takes_class_weight=True,
     ),
     KNN,
+    Head(
+        name="cosine_knn",
+        # The first trial is DINO's protocol: features as they are, 20 neighbours, a temperature of 0.07.
+        build=partial(_alone, CosineVote()),
+        space={
+            "n_neighbors": Integer(1, 200, prior="log-uniform"),
+            "temperature": _log(1e-2, 1e0),
+            "centre": Categorical((False, True)),
+        },
+        defaults={"n_neighbors": 20, "temperature": 0.07, "centre": False},
+        simplicity=5.5,
+        probabilities=True,
+    ),
     Head(
         name="random_forest",
         # Trees compare one feature with a threshold, so a scaler would change nothing. More trees are never worse on
@@ -163,6 +197,8 @@ def most_frequent(y: NDArray[np.int64], width: int) -> Head:
     """The guess that needs no image: always the most frequent class of all training images, in every fold the same.
 
     Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
+
+    y : of all training images, int64 of shape (n,)
     """
     present, codes = np.unique(y, return_inverse=True)
 
@@ -237,7 +273,10 @@ def shares_of_labels(y: NDArray[np.bool_], width: int) -> Head:
 
 
 def mean_of_training(y: NDArray[np.float64], width: int) -> Head:
-    """The guess that needs no image: the mean of the training images, fold by fold."""
+    """The guess that needs no image: the mean of the training images, fold by fold.
+
+    y : of all training images, float64 of shape (n,) or (n, k); it is not looked at
+    """
     return Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import io
 import re
-import threading
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -77,10 +76,8 @@ _UNKNOWN_PIXELS = re.compile(r"unknown (pixel|raw) mode")
 
 NO_IMAGE: Final = f"it is not an image of a known format ({', '.join(READ)})"
 
-_LIMIT_LOCK = threading.Lock()
-
 # What Pillow remarks on broken metadata helps nobody here: the image is decoded, or it is a problem with a reason. Its own
-# limit on pixels ends in an exception instead of a remark; `decode` makes it a problem of that image.
+# limit on pixels, which only odd GIFs meet as `_open` does not ask for it, ends in an exception that `decode` makes such a problem.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 silence_libtiff()
@@ -109,7 +106,6 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
         raise DatasetError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True in this process: truncated images would pass as whole; leave it False"
         )
-    _allow_pixels(max_pixels)
     kind = _readable_kind(data)
     try:
         try:
@@ -193,13 +189,6 @@ def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.u
             raise ImageProblem("truncated", f"some of its data are missing or damaged ({error})") from None
         return None  # anything else that is odd: Pillow knows whether it matters, and says what it is
     return pixels if colours == "RGB" else None
-
-
-def _allow_pixels(max_pixels: int) -> None:
-    """Lift Pillow's own limit where the user allows more; `_decode` applies the user's limit."""
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        with _LIMIT_LOCK:
-            Image.MAX_IMAGE_PIXELS = max(max_pixels, Image.MAX_IMAGE_PIXELS)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -235,15 +235,15 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, data: Data, temporary: Path | None = None) -> None:
-    """Replace a file's content in one step; `temporary` is a folder of the same file system for the partial file."""
+def write_atomic(path: Path, data: Data) -> None:
+    """Replace a file's content in one step."""
     with _named(path):
-        rename(write_temporary(temporary or path.parent, [data], f".{path.name}"), path)
+        rename(write_temporary(path.parent, [data], f".{path.name}"), path)
 
 
-def write_text_atomic(path: Path, text: str, temporary: Path | None = None) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
     """Replace a text file's content in one step, as UTF-8 with the newlines as given."""
-    write_atomic(path, text.encode("utf-8"), temporary)
+    write_atomic(path, text.encode("utf-8"))
 
 
 @dataclass

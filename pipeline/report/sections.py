@@ -23,9 +23,9 @@ from pipeline.evaluation import (
     metrics_for,
     per_class,
 )
+from pipeline.evaluation.fewshot import words
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
-from pipeline.fewshot import words
 from pipeline.report import charts, confusion, layers, numbers, per_label
 from pipeline.report.drawing import CATEGORIES, Chart
 from pipeline.report.material import CURVE_HEAD, Material
@@ -254,6 +254,13 @@ def _few_shot(material: Material) -> Shown | None:
     return {"few_shot": charts.few_shot_chart(result)}, {"result": result, "words": words}
 
 
+def _unknown(material: Material) -> Shown | None:
+    """Give how well images of classes that were left out are told from others, by the best row."""
+    board = material.leaderboard
+    record = board.provenance.get("unknown", {}).get(board.best.key)
+    return None if record is None else ({}, {"record": {"sets": None, **record}, "names": list(record["auroc"])})
+
+
 def _nothing_more(material: Material) -> Shown:
     return {}, {}
 
@@ -273,6 +280,7 @@ SECTIONS = (
     Section("per-label", "Label by label", (MultiLabel.kind,), per_label.show),
     Section("cost", "Labels and cost", EVERY, _growth),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
+    Section("unknown", "Unknown", CLASSES, _unknown),
     Section("map", "Map", CLASSES, _map),
     Section("mistakes", "Mistakes", CLASSES, _mistakes),
     Section("labels", "Labels", CLASSES, _label_issues),

@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts, to_cell
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
+from pipeline.export.strangers import Strangers, names, open_strangers
 from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
 
@@ -56,6 +57,8 @@ class PredictRun:
     passed_over: Sequence[str]
     """Lines on the files in the folders that are no images, and on what else is not looked at."""
     untrained: bool
+    strangers: Mapping[str, Strangers] = field(default_factory=dict)
+    """By target, what was found of images unlike those of training."""
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
@@ -65,6 +68,7 @@ class PredictRun:
             lines.append(f"{name}{number_of(sum(labels.values()), 'image')} labelled by {self.bundles[target]}")
             counts = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
             lines += [f"  {label}: {count:,}" for label, count in counts if label]
+            lines += [name + line for line in self.strangers[target].lines()]
         if self.unreadable:
             lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
         lines += self.passed_over
@@ -85,10 +89,17 @@ class Row:
     path: str
     status: str
     said: tuple[Said, ...] = ()
+    strange: tuple[str, ...] = ()
+    """Cells on how strange it is."""
 
 
-Model = tuple[ModelBundle, tuple[tuple[int, int], ...]]
-"""A head, and the lane and output of each block of its vectors."""
+@dataclass(frozen=True)
+class Model:
+    """A head of one target, and for each of its parts the lane and output of each block of its vectors."""
+
+    bundle: ModelBundle
+    places: Sequence[Sequence[tuple[int, int]]]
+    strangers: Strangers
 
 
 def run(
@@ -100,11 +111,15 @@ def run(
     device: str = "auto",
     trust_code: bool = False,
     max_pixels: int | None = None,
+    unknown: float | None = None,
+    sets: float | None = None,
 ) -> PredictRun:
     """Label image files and folders of them with a saved head.
 
     `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
-    of each, on images that are read once. `max_pixels` is the experiment's where it is not given. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
+    of each, on images that are read once. `max_pixels` is the experiment's where it is not given. `unknown` marks images of no known
+    class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases. A run that is
+    stopped leaves its rows beside `output`, as `NAME.*.partial`.
 
     Raises
     ------
@@ -123,12 +138,12 @@ def run(
     require_all(images)
     require_place(output)
     for target, head in heads.items():
-        if not head.embedding:
+        if not all(part.embedding for part in head.parts):
             raise BundleError(
                 f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
             )
-    records = {target: EmbeddingRecord.from_dict(head.embedding) for target, head in heads.items()}
-    lanes, models = _open(heads, records, device, trust_code)
+    strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
+    records, lanes, models = _open(heads, strangers, device, trust_code)
     walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
     total = sum(1 for _ in images_in(images, walks))
     unread, passed_over = _passed_over(walks)
@@ -137,7 +152,7 @@ def run(
     given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
 
     def outcomes() -> Iterator[list[Row]]:
-        limit = max_pixels or max(record.max_pixels for record in records.values())
+        limit = max_pixels or max(record.max_pixels for record in records)
         for batch, parts in embed(lanes, _items(ahead, len(lanes)), Path("/"), limit):
             yield list(_rows(batch, parts, given, models))
         if unread:
@@ -145,13 +160,13 @@ def run(
 
     labels = {target: Counter[str]() for target in heads}
     total += len(unread)
-    targets = {target: head.target for target, head in heads.items()}
+    targets, more = {target: head.target for target, head in heads.items()}, names(strangers)
     done, unreadable, reasons = 0, 0, list[str]()
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
             for rows in outcomes():
-                header = "" if done else csv_header(targets, top)
-                file.add((header + to_csv(rows, targets, top)).encode())
+                header = "" if done else csv_header(targets, top, more)
+                file.add((header + to_csv(rows, targets, top, more)).encode())
                 for row in rows:
                     for (name, kind), (label, _) in zip(targets.items(), row.said, strict=False):
                         labels[name][kind.counted_as(label)] += 1
@@ -169,8 +184,8 @@ def run(
         raise DatasetError(
             f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
-    untrained = any(record.untrained for record in records.values())
-    return PredictRun(output, folders, labels, unreadable, passed_over, untrained)
+    untrained = any(record.untrained for record in records)
+    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers)
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
@@ -179,14 +194,19 @@ def find_bundles(path: Path) -> dict[str, Path]:
 
 
 def _open(
-    heads: Mapping[str, ModelBundle], records: Mapping[str, EmbeddingRecord], device: str, trust_code: bool
-) -> tuple[list[Lane], list[Model]]:
-    """Open the networks of some heads, each once."""
-    parts = {target: record.parts or (record,) for target, record in records.items()}
-    embedders, places = open_networks([part for own in parts.values() for part in own], device, trust_code=trust_code)
+    heads: Mapping[str, ModelBundle], strangers: Mapping[str, Strangers], device: str, trust_code: bool
+) -> tuple[list[EmbeddingRecord], list[Lane], list[Model]]:
+    """Open the networks that some heads need, each once."""
+    parts = {
+        target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
+    }
+    records = [record for own in parts.values() for record in own]
+    blocks = [record.parts or (record,) for record in records]
+    embedders, places = open_networks([block for own in blocks for block in own], device, trust_code=trust_code)
     left = iter(places)
-    models = [(heads[target], tuple(islice(left, len(own)))) for target, own in parts.items()]
-    return [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
+    ahead = iter([tuple(islice(left, len(own))) for own in blocks])
+    models = [Model(heads[target], [next(ahead) for _ in own], strangers[target]) for target, own in parts.items()]
+    return records, [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
 
 
 def find_bundle(path: Path) -> Path:
@@ -253,18 +273,18 @@ def shown(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def csv_header(targets: Mapping[str, Target], top: int) -> str:
-    """Return the first line: path, status, and what predictions look like, where there are several targets after their names."""
+def csv_header(targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
+    """Return the first line: path, status, and what predictions look like, where there are several targets after their names; and more."""
     cells = ["path", "status"]
     for name, target in targets.items():
         first, *others = target.csv_columns(top)
         cells += (
             [name, *(f"{name}_{other.removeprefix(f'{first}_')}" for other in others)] if name else [first, *others]
         )
-    return _lines([cells])
+    return _lines([[*cells, *more]])
 
 
-def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int) -> str:
+def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
     """Return the lines of some rows, without the first; a cell that a spreadsheet would run begins with `'`."""
     nothing: Said = (None, None)
     return _lines(
@@ -276,6 +296,7 @@ def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int) -> str:
                 for target, said in zip(targets.values(), row.said or [nothing] * len(targets), strict=True)
                 for cell in target.csv_cells(*said, top)
             ),
+            *(row.strange or [""] * len(more)),
         ]
         for row in rows
     )
@@ -295,18 +316,22 @@ def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:
     """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
     said: dict[int, list[Said]] = {}
+    strange: dict[int, list[str]] = {}
     made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
-    for head, places in models if made else ():
-        labels, probabilities = head.predict(
-            np.concatenate([made[lane].vectors[output] for lane, output in places], axis=1)
-        )
+    for model in models if made else ():
+        vectors = [
+            np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1) for blocks in model.places
+        ]
+        labels, probabilities = model.bundle.predict(*vectors)
+        cells = model.strangers.cells(vectors[0], probabilities)
         for place, row in enumerate(made[0].rows.tolist()):
+            strange.setdefault(row, []).extend(cells[place])
             of_all = None if probabilities is None else probabilities[place]
             said.setdefault(row, []).append((labels[place], of_all))
     for row in range(len(batch.items)):
         path = shown(next(given))
         if row in said:
-            yield Row(path, "ok", tuple(said[row]))
+            yield Row(path, "ok", tuple(said[row]), tuple(strange[row]))
         else:
             problem = batch.problems[row]
             yield Row(path, f"{problem.status}: {problem.reason}")

@@ -59,7 +59,7 @@ def test_statistics_of_permuted_groups_have_few_false_winners(groups: int, size:
 
 @pytest.mark.parametrize(("n", "correlation"), [(100, 0.9), (300, 0.5), (200, 0.8)])
 def test_statistics_intervals_of_numbers_cover_the_truth(n: int, correlation: float) -> None:
-    found = interval_coverage(1000, n, correlation)
+    found = interval_coverage(500, n, correlation)
     print(f"\ncoverage, numbers of {n} images, correlation {correlation}: {found}")
     assert all(0.93 <= share <= 0.97 for share in found.values())
 

@@ -132,7 +132,7 @@ def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
     return None if lonely else trial_optimism(np.array(complete, dtype=np.float64)), len(complete)
 
 
-def _cost(row: LeaderboardRow) -> tuple[bool, int, int, str]:
+def _cost(row: LeaderboardRow) -> tuple[bool, float, int, str]:
     """What a user pays for a row, in what no busy machine changes.
 
     A network or none, then how simple the head is, then how many numbers an image becomes.

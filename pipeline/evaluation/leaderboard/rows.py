@@ -99,7 +99,7 @@ class LeaderboardRow:
     trials: int
     params: Mapping[str, Any] = field(default_factory=dict)
     bundle: str | None = None
-    simplicity: int = 0
+    simplicity: float = 0
     dim: int | None = None
     license: str = ""
     """Of the backbone's weights; '' where an earlier version made the row."""

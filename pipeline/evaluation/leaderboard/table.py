@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -376,24 +377,23 @@ def columns(board: Leaderboard) -> list[Column]:
     title, told_by = board.metric.title, board.told_by
     # Where everything else is accuracy too, the narrow table need not say so.
     short = "" if board.metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
-    tested = [_of_test(metric) for metric in metrics_for(board.target) if metric.column and metric is not told_by]
+    tested: list[Column] = [
+        (*metric.column, "right", partial(_one_score, metric))
+        for metric in metrics_for(board.target)
+        if metric.column and metric is not told_by
+    ]
     return [
         ("", "", "left", Leaderboard.mark),
         ("embedding", "embedding", "left", lambda board, row: row.embedding),
         ("head", "head", "left", lambda board, row: row.head),
-        (
-            f"cross-validation ({title})",
-            f"CV {title}",
-            "right",
-            lambda board, row: cross_validated(row, board.scoring),
-        ),
+        (f"cross-validation ({title})", f"CV {title}", "right", lambda _, row: cross_validated(row, board.scoring)),
         ("nested", "nested", "right", lambda board, row: nested_text(row.nested, board.scoring)),
         ("seeds", "seeds", "right", lambda board, row: seeds_text(row, board.scoring)),
         (
             f"test {told_by.title} [95 %]",
             f"test{short} [95 %]",
             "right",
-            lambda board, row: "" if row.test is None else test_text(row.test, told_by),
+            lambda board, row: test_text(row.test, told_by),
         ),
         *tested,
         ("fit s", "fit s", "right", lambda board, row: seconds(row.fit_seconds)),
@@ -403,19 +403,14 @@ def columns(board: Leaderboard) -> list[Column]:
     ]
 
 
-def _of_test(metric: Metric) -> Column:
-    assert metric.column is not None
-    return (*metric.column, "right", lambda board, row: _score_text(row.test, metric))
-
-
-def _score_text(test: Scores | None, metric: Metric) -> str:
-    value = None if test is None else test[metric.name]
+def _one_score(metric: Metric, board: Leaderboard, row: LeaderboardRow) -> str:
+    value = None if row.test is None else row.test[metric.name]
     return "" if value is None else metric.user_text(value)
 
 
-def test_text(test: Scores, metric: Metric) -> str:
-    """Return a test score with its interval."""
-    value, interval = test.of(metric)
+def test_text(test: Scores | None, metric: Metric) -> str:
+    """Return a test score with its interval; nothing where there is none."""
+    value, interval = (None, None) if test is None else test.of(metric)
     if value is None or interval is None:
         return ""
     return f"{metric.user_text(value)} [{metric.user_text(interval[0])}, {metric.user_text(interval[1])}]"

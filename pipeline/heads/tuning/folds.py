@@ -29,8 +29,13 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
 
     Parameters
     ----------
-    y : array of shape (n,); or of shape (n, k), int64, the several strata that a row is of, -1 for none, each kept in proportion
-    groups : array of shape (n,), or None
+    y : array of shape (n,), of any dtype; or int64 of shape (n, k), the several strata that a row is of, -1 for none, each of
+        which is kept in proportion
+    groups : array of shape (n,), of any dtype, or None
+
+    Returns
+    -------
+    For each fold the numbers of its training and of its held-out rows, int64 of shape (k,) and (n - k,).
 
     Raises
     ------

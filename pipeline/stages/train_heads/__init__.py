@@ -8,6 +8,8 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     row.py        one head: tuned, scored, saved, or found finished
     repeats.py    searches within outer folds and with other seeds, on request; class weights switched
     layers.py     which layers of a network hold the signal, where several are embedded
+    vote.py       the best rows of different embeddings together, on request
+    strangers.py  classes left out, to learn what is strange to the best row
     leaks.py      near-duplicates across test or folds, and the scores without them
 """
 
@@ -43,7 +45,9 @@ from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
+from pipeline.stages.train_heads.strangers import with_strangers
 from pipeline.stages.train_heads.task import Task, make_task, unseen_task
+from pipeline.stages.train_heads.vote import vote_row
 from pipeline.store import FeatureStore, JoinedStores
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
@@ -119,9 +123,13 @@ def run(config: Config) -> HeadsRun:
                 left_out.append(f"{embedding.name} / {head.name}: left out: {why}")
     if left_out and all(row.constant for row in rows):
         raise HeadError("no head on images can be tuned", left_out)
+    if config.vote:
+        voted = vote_row(rows, task, scoring.name, config.seed, files)
+        (left_out if isinstance(voted, str) else rows).append(voted)  # type: ignore[arg-type]
     write_text_atomic(files.config, dump_yaml(config, files.root))
     notes = [*_notes(embeddings, task, config), *left_out]
     leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, made_of, task, stores, notes)), files.root)
+    leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
     leaks, findings = find_leaks(leaderboard, task, stores, files)
     leaderboard = replace(leaderboard, leaks=leaks)
     write_findings(files.audit, findings)

@@ -55,7 +55,8 @@ def finished_row(folder: Path, key: str) -> LeaderboardRow | None:
         document = bundles.describe(folder)
         if document.get("provenance", {}).get("key") != key:
             return None
-        bundle_file(folder, document["file"])
+        for place in bundles.places_of(folder, document) or [folder]:
+            bundle_file(place, bundles.describe(place)["file"])
         HeadPredictions.read(folder / FILE_NAME)
         return LeaderboardRow.from_record(document["provenance"]["row"])
     except (BundleError, KeyError, TypeError, ValueError, AttributeError):
@@ -66,6 +67,8 @@ def make_row(
     head: Head, embedding: Embedding, vectors: Vectors, config: Config, files: Artifacts, key: str
 ) -> LeaderboardRow:
     """Tune one head, score it once on the test images, repeat what was asked for, and save its bundle.
+
+    vectors : the features, float32 of shape (n, dim), of the training and of the test images
 
     Raises
     ------
@@ -107,6 +110,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
     """Say what was found of a head, but for what is measured beside it."""
     record, task, best = embedding.record, embedding.task, tuned.best
     spec = record.spec if record else None
+    own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0
     return LeaderboardRow(
         embedding=embedding.name,
         backbone=spec.architecture if spec else embedding.name,
@@ -131,7 +135,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
         embed_seconds=record.seconds_per_image if record else None,
         components=None if embedding.tuning.pca is None else int(tuned.pipeline["pca"].n_components_),
         last_fit=tuned.last_fit,
-        expected_test=_expected(tuned, said, task),
+        expected_test=expected_test(said, task, own),
     )
 
 
@@ -168,13 +172,12 @@ def _out_of_fold(tuned: TuningRun, task: Task, bundle: ModelBundle) -> Predictio
     )
 
 
-def _expected(tuned: TuningRun, said: HeadPredictions, task: Task) -> Interval | None:
-    """Return where cross-validation lets expect the test accuracy."""
+def expected_test(said: HeadPredictions, task: Task, own: float = 1.0) -> Interval | None:
+    """Return where cross-validation lets expect the test accuracy; `own` is what the folds' fits score on their own images."""
     assert said.out_of_fold is not None
     if not task.target.exclusive:
         return None
     correct = said.out_of_fold.correct
     # All training images may add a share of what the folds' fits score better on their own images, as in `Promise.of`.
-    own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0
     allowance = max(0.0, own - float(correct.mean())) / len(task.folds)
     return expected_accuracy(correct, len(task.test), task.groups, said.test.units, allowance)

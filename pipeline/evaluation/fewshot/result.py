@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from scipy import stats
 from tabulate import tabulate
 
+from pipeline.evaluation import Interval
+from pipeline.evaluation.fewshot.methods import PLAIN, knn
 from pipeline.experiment import FEWSHOT, from_plain, read_document, write_document
-from pipeline.fewshot.methods import PLAIN
-
-Interval = tuple[float, float]
 
 MARGIN = 0.01
 """How far logistic regression may lie behind and still be called as good."""
@@ -70,7 +69,7 @@ class FewShot:
         found: dict[str, list[str]] = {"good": [], "tell": [], "better": []}
         for shots in self.shots:
             others = [point for point in self.points if point.shots == shots and point.method != PLAIN]
-            best, reach = max(others, key=_ahead), max(point.ahead_interval[1] for point in others)
+            best, reach = max(others, key=lambda point: point.ahead), max(point.ahead_interval[1] for point in others)
             if reach <= MARGIN:
                 found["good"].append(f"{shots}")
             elif best.ahead_interval[0] > 0:
@@ -109,11 +108,14 @@ class FewShot:
 
 def words(method: str) -> str:
     """Write a method for people."""
-    return {"maml": "MAML (ANIL)", "knn": "kNN"}.get(method, method.replace("_", " "))
+    return {"maml": "MAML (ANIL)", knn.__name__: "kNN"}.get(method, method.replace("_", " "))
 
 
 def points_of(shots: int, found: Mapping[str, NDArray[np.float64]]) -> list[Point]:
-    """Return the points of one number of shots; `found` has each method's accuracy in the same episodes, shape (n,)."""
+    """Return the points of one number of shots.
+
+    found : each method's accuracy in the same episodes, float64 of shape (n,)
+    """
     level = 0.05 / max(1, len(found) - 1)
     plain = found[PLAIN]
     return [
@@ -147,10 +149,6 @@ def _mean(values: NDArray[np.float64], level: float) -> tuple[float, Interval]:
     mean, spread = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
     half = float(stats.t.ppf(1 - level / 2, len(values) - 1)) * spread
     return mean, (mean - half, mean + half)
-
-
-def _ahead(point: Point) -> float:
-    return point.ahead
 
 
 def _cell(point: Point | None) -> str:

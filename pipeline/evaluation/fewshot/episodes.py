@@ -84,8 +84,9 @@ def draw(
     rows = {label: np.flatnonzero(images.y == label) for label in classes.tolist()}
     drawn = np.empty((count, ways, shots + queries), dtype=np.int64)
     for episode in drawn:
+        chosen = rng.choice(classes, ways, replace=False).tolist()  # once: those that are hard to deal count as well
         for _ in range(DRAWS):
-            mixed = [rng.permutation(rows[label]) for label in rng.choice(classes, ways, replace=False).tolist()]
+            mixed = [rng.permutation(rows[label]) for label in chosen]
             found = _dealt(mixed, images.units, shots, queries, rng)
             if found is not None:
                 episode[:] = found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from pipeline.fewshot import maml
-from pipeline.fewshot.episodes import LEAST_BASE, Division, Episodes, Images, Plan, divide, draw
-from pipeline.fewshot.methods import METHODS, Array, products, share_right
+from pipeline.evaluation.fewshot import maml
+from pipeline.evaluation.fewshot.episodes import LEAST_BASE, Episodes, Images, Plan, divide, draw
+from pipeline.evaluation.fewshot.methods import METHODS, Array, products, share_right
+from pipeline.evaluation.strangeness import directions
 
 MAML = "maml"
 MOST_NUMBERS = 1 << 24
@@ -17,9 +19,9 @@ MOST_NUMBERS = 1 << 24
 
 
 def measure(images: Images, plan: Plan, shots: int) -> tuple[Mapping[str, Array], list[str]]:
-    """Return by method the share of right answers in each episode, shape (episodes,), and what is to be said of it.
+    """Return by method the share of right answers in each episode, and what is to be said of it.
 
-    Nothing but a line where there are too few images for so many shots.
+    Nothing but a line where there are too few images for so many shots. The shares are float64 of shape (episodes,).
     """
     classes, found = images.classes_of(shots + plan.queries), defaultdict[str, list[Array]](list)
     if len(classes) < plan.ways:
@@ -35,7 +37,8 @@ def measure(images: Images, plan: Plan, shots: int) -> tuple[Mapping[str, Array]
     if not len(divisions[0].base):
         notes.append(_no_maml(len(classes), plan.ways))
     for part, division in zip(np.array_split(np.arange(plan.episodes), len(divisions)), divisions, strict=True):
-        normal = _normalised(images, division)
+        base = np.isin(images.y, division.base)
+        normal = replace(images, X=directions(images.X, images.X[base].mean(axis=0) if base.any() else 0.0))
         episodes = draw(normal, division.novel, plan.ways, shots, plan.queries, len(part), rng)
         if episodes is None:
             return {}, [
@@ -44,6 +47,9 @@ def measure(images: Images, plan: Plan, shots: int) -> tuple[Mapping[str, Array]
         learned = maml.learn(normal, division, plan.ways, shots, rng) if len(division.base) else None
         for name, right in _answers(normal, episodes, learned).items():
             found[name].append(right)
+    if len(found.get(MAML, divisions)) < len(divisions):
+        del found[MAML]
+        notes.append(f"K = {shots}: no MAML, as the images of a class are in too few groups to learn on.")
     return {name: np.concatenate(parts) for name, parts in found.items()}, notes
 
 
@@ -53,14 +59,6 @@ def _no_maml(classes: int, ways: int) -> str:
         f"No MAML: it learns on {LEAST_BASE} classes at least beside the {ways} of an episode, and {classes} have enough images"
         + (f"; --ways {fewer} leaves it that many." if fewer > 1 else ".")
     )
-
-
-def _normalised(images: Images, division: Division) -> Images:
-    """Centre features on the mean of the base classes, where there are some, and bring them to length 1."""
-    base = np.isin(images.y, division.base)
-    centred = images.X - images.X[base].mean(axis=0) if base.any() else images.X
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    return Images(centred / np.maximum(lengths, np.finfo(np.float32).tiny), images.y, images.units)
 
 
 def _answers(images: Images, episodes: Episodes, learned: maml.Learned | None) -> dict[str, Array]:

@@ -1,0 +1,133 @@
+"""What a saved head says of images that may be of no class it knows: a mark, sets of labels, and how far a batch has drifted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import BundleError, ConfigError, number_of
+from pipeline.evaluation import HeadPredictions, wilson
+from pipeline.evaluation.predictions import FILE_NAME
+from pipeline.evaluation.strangeness import Known, alike, label_sets, least_share, unsureness
+from pipeline.export import bundle as bundles
+from pipeline.export.bundle import ModelBundle
+
+PROBABILITY = "probability"
+"""The strangeness that is told by the head's own probabilities; all others are distances."""
+FAR = 0.05
+"""Share of the training images, each held out, that a batch without drift has farther away as well."""
+
+
+@dataclass
+class Strangers:
+    """What is asked of one head's images, and what was found so far; `unknown` and `sets` are None where they are not asked for."""
+
+    bundle: ModelBundle
+    known: Known | None
+    score: str
+    own: NDArray[np.floating]
+    """Strangeness of the training images, each held out, shape (n,), measured by `score`."""
+    of_truth: NDArray[np.floating]
+    """What their true labels were given, shape (m,)."""
+    unknown: float | None
+    sets: float | None
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("images", "far", "unknown"), 0))
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the cells of an image."""
+        return ["strangeness", "unknown"] * (self.unknown is not None) + ["label_set"] * (self.sets is not None)
+
+    def cells(self, X: NDArray[np.float32], probabilities: NDArray[np.floating] | None) -> list[list[str]]:
+        """Return the cells of n images, for vectors of the head's first part and its probabilities; and count them.
+
+        X : float32 of shape (n, dim); probabilities : of any float dtype, shape (n, n_classes); None where the head has
+            none
+        """
+        self.counts["images"] += len(X)
+        if self.known is not None:
+            self.counts["far"] += int((alike(self.known.distance(X), self.known.distances) <= FAR).sum())
+        found: list[list[str]] = [[] for _ in X]
+        if self.unknown is not None:
+            share = alike(self._strangeness(X, probabilities), self.own)
+            self.counts["unknown"] += int((share <= self.unknown).sum())
+            for cells, alike_to in zip(found, share.tolist(), strict=True):
+                cells += [f"{1 - alike_to:.4f}", "unknown" if alike_to <= self.unknown else ""]
+        if self.sets is not None and probabilities is not None:
+            for cells, kept in zip(found, label_sets(probabilities, self.of_truth, self.sets), strict=True):
+                cells.append("|".join(np.asarray(self.bundle.classes)[kept].tolist()))
+        return found
+
+    def _strangeness(self, X: NDArray[np.float32], probabilities: NDArray[np.floating] | None) -> NDArray[np.float64]:
+        if self.score == PROBABILITY and probabilities is not None:
+            return unsureness(probabilities)
+        assert self.known is not None, "`open_strangers` has looked"
+        return self.known.distance(X)
+
+    def lines(self) -> list[str]:
+        """Say how many images are unknown, and how far the batch has drifted from the training images."""
+        n, far, lines = self.counts["images"], self.counts["far"], list[str]()
+        if self.unknown is not None and n:
+            lines.append(
+                f"unknown: {self.counts['unknown']:,} of {number_of(n, 'image')} ({100 * self.counts['unknown'] / n:.1f} %), by "
+                f"{self.score}; of images like those of training it would be {100 * self.unknown:g} %"
+            )
+        if self.known is not None and n:
+            low, high = wilson(far, n)
+            drifted = "this batch has drifted" if low > FAR else "no drift is shown"
+            lines.append(
+                f"drift: {100 * far / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}] lie farther from the training images than "
+                f"{100 * (1 - FAR):.0f} % of these from one another, where {100 * FAR:.0f} % would: {drifted}"
+            )
+        return lines
+
+
+def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, sets: float | None) -> Strangers:
+    """Return what a bundle's folder knows of strangers.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot say what is asked.
+    BundleError
+        When its files are damaged.
+    """
+    known, asked = _known(folder), unknown is not None or sets is not None
+    nothing = np.empty(0)
+    if not asked:
+        return Strangers(bundle, known, PROBABILITY, nothing, nothing, None, None)
+    if not bundle.target.exclusive:
+        raise ConfigError(f"{folder}: says {bundle.target.kind}; --unknown and --sets are for one class per image")
+    said = HeadPredictions.read(folder / FILE_NAME).out_of_fold
+    p = None if said is None else said.probabilities
+    score = str(bundles.describe(folder)["unknown"]["score"]) if known else PROBABILITY
+    if said is None or (p is None and (score == PROBABILITY or sets is not None)):
+        raise ConfigError(f"{folder}: has no probabilities of held-out images, which --unknown and --sets go by")
+    own = known.distances if known is not None and score != PROBABILITY else unsureness(p)  # type: ignore[arg-type]
+    of_truth = nothing if p is None else p[np.arange(len(said)), said.y_true]
+    least = least_share(len(own))
+    if unknown is not None and not least <= unknown < 1:
+        raise ConfigError(
+            f"--unknown: {unknown:g} is to be from {least:.2g} to 1: {number_of(len(own), 'training image')} tell no less"
+        )
+    if sets is not None and not 0 < sets < 1:
+        raise ConfigError(f"--sets: {sets:g} is to be between 0 and 1, such as 0.9")
+    return Strangers(bundle, known, score, own, of_truth, unknown, sets)
+
+
+def _known(folder: Path) -> Known | None:
+    if "unknown" not in bundles.describe(folder):
+        return None
+    try:
+        return Known.from_bytes(bundles.bundle_file(folder, bundles.KNOWN))
+    except ValueError as error:
+        raise BundleError(f"{folder / bundles.KNOWN}: cannot be read ({error}); run `manyheads heads` again") from None
+
+
+def names(of: dict[str, Strangers]) -> Sequence[str]:
+    """Return the names of the cells of several heads by the names of their targets, '' for one alone."""
+    return [f"{target}_{column}" if target else column for target, each in of.items() for column in each.columns]

@@ -1,0 +1,69 @@
+"""Votes by cosine: of the nearest training images, as DINO's protocol has it, or of one prototype per class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+
+from pipeline.evaluation.strangeness import directions
+
+BLOCK_NUMBERS = 1 << 22
+"""Cosines that are held at once."""
+
+
+class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """The `n_neighbors` references nearest by cosine (None: all) vote for their class with exp(cosine / temperature).
+
+    References are the training rows, or with `prototypes` the mean of each class's rows. With `centre` the mean of the training
+    rows is taken off first. Source: Caron et al. 2021 (DINO), Wu et al. 2018; prototypes: Chen et al. 2019.
+    """
+
+    def __init__(
+        self,
+        n_neighbors: int | None = 20,
+        temperature: float = 0.07,
+        centre: bool = False,
+        prototypes: bool = False,
+    ) -> None:
+        self.n_neighbors = n_neighbors
+        self.temperature = temperature
+        self.centre = centre
+        self.prototypes = prototypes
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> CosineVote:
+        """Keep the references of rows X, shape (n, dim), and classes y, shape (n,)."""
+        rows = np.asarray(X, dtype=np.float32)
+        self.classes_, self.codes_ = np.unique(np.asarray(y), return_inverse=True)
+        self.n_features_in_ = rows.shape[1]
+        self.mean_ = rows.mean(axis=0) if self.centre else np.zeros(rows.shape[1], np.float32)
+        self.references_ = directions(rows, self.mean_)
+        if self.prototypes:
+            places = np.arange(len(self.classes_))
+            means = [self.references_[self.codes_ == place].mean(axis=0) for place in places]
+            self.references_, self.codes_ = directions(np.stack(means), 0), places
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return each class's share of the vote, float64 of shape (n, n_classes), for rows X of any dtype, (n, dim)."""
+        rows = directions(np.asarray(X, dtype=np.float32), self.mean_)
+        block = max(1, BLOCK_NUMBERS // len(self.references_))
+        return np.concatenate(
+            [self._votes(rows[start : start + block]) for start in range(0, max(len(rows), 1), block)]
+        )
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Return the class with most votes for each row of X, of the dtype of `classes_`, shape (n,)."""
+        return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
+
+    def _votes(self, rows: NDArray[np.float32]) -> NDArray[np.float64]:
+        cosines = (rows @ self.references_.T).astype(np.float64)
+        count = cosines.shape[1]
+        neighbours = count if self.n_neighbors is None else min(self.n_neighbors, count)
+        least = np.partition(cosines, count - neighbours, axis=1)[:, count - neighbours, None]
+        weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / self.temperature)
+        weights[cosines < least] = 0
+        votes = weights @ np.eye(len(self.classes_))[self.codes_]
+        return np.asarray(votes / votes.sum(axis=1, keepdims=True))

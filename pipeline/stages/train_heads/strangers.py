@@ -1,0 +1,202 @@
+"""What the best and the recommended row know of strangers: tested on classes that are left out, and kept in their bundles."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import clone
+
+from pipeline.errors import BundleError, first_line
+from pipeline.evaluation import HeadPredictions
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.evaluation.learning_curve import stratified_order
+from pipeline.evaluation.predictions import FILE_NAME
+from pipeline.evaluation.strangeness import (
+    NEIGHBOURS,
+    Known,
+    alike,
+    auroc,
+    directions,
+    distance,
+    label_sets,
+    unsureness,
+)
+from pipeline.experiment import Artifacts
+from pipeline.export import bundle as bundles
+from pipeline.export.bundle import ModelBundle
+from pipeline.export.strangers import PROBABILITY
+from pipeline.io.digests import fingerprint
+from pipeline.stages.train_heads.task import Task
+from pipeline.store import FeatureStore, JoinedStores
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Goes up when what is kept or tested changes, so that it is made again."""
+MOST_IMAGES = 5_000
+"""Training images that take part, and test images that are asked."""
+MOST_REFERENCES = 1_000
+"""Training images that a bundle keeps the vectors of; a hundredth of the images is nearly as good (Sun et al. 2022)."""
+MOST_GROUPS = 5
+FALSE_ALARMS, COVERAGE = 0.05, 0.9
+"""What the report tells detections and sets for."""
+
+DISTANCES = {"distance": False, "centred distance": True}
+"""Whether the mean of the training images is taken off first; which is better depends on the network."""
+
+Scores = Mapping[str, NDArray[np.floating]]
+"""Strangeness of n images, shape (n,), by how it is measured: the distances, and `probability` where the head has some."""
+
+
+def with_strangers(
+    board: Leaderboard, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts, seed: int
+) -> Leaderboard:
+    """Return the leaderboard with what was found of its best and recommended row, and let their bundles know it."""
+    found = dict[str, Mapping[str, Any]]()
+    for name in dict.fromkeys([board.best.key, board.verdict.recommended if board.verdict else board.best.key]):
+        row = board.row(name)
+        if row.bundle is None or row.constant or row.task != task.key or not task.target.exclusive:
+            continue
+        try:
+            record = _known_before(files.root / row.bundle) or _find(row, task, stores, files, seed)
+            found |= {name: record} if record else {}
+        except BundleError as error:
+            log.info("%s: is not asked about strangers: %s", name, error)
+    return replace(board, provenance={**board.provenance, "unknown": found}) if found else board
+
+
+def _key(document: Mapping[str, Any]) -> str:
+    return fingerprint({"version": VERSION, "row": document["provenance"]["key"]})
+
+
+def _known_before(folder: Path) -> Mapping[str, Any] | None:
+    """Return what an earlier run found of the same row, if what it kept is whole."""
+    document = bundles.describe(folder)
+    record: Mapping[str, Any] = document.get("unknown", {})
+    if record.get("key") != _key(document):
+        return None
+    try:
+        bundles.bundle_file(folder, bundles.KNOWN)
+    except BundleError:
+        return None
+    return record
+
+
+def _find(
+    row: LeaderboardRow, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts, seed: int
+) -> Mapping[str, Any]:
+    log.info("%s: leaves classes out, to learn what is strange to it", row.key)
+    folder = files.root / str(row.bundle)
+    bundle, said = bundles.load(folder), HeadPredictions.read(folder / FILE_NAME)
+    used = np.sort(stratified_order(task.y_train, seed)[:MOST_IMAGES])
+    digests = task.train.digests[used]
+    vectors = [stores[str(part.embedding["name"])].read(digests) for part in bundle.parts]
+    fold = np.full(len(task.train), -1)
+    for number, (_, held_out) in enumerate(task.folds):
+        fold[held_out] = number
+    groups = _left_out(bundle, vectors, task.y_train[used], fold[used], seed)
+    if not groups:
+        return {}
+    shared = [name for name in (*DISTANCES, PROBABILITY) if all(name in group for group in groups)]
+    means = {name: float(np.mean([group[name]["auroc"] for group in groups])) for name in shared}
+    nearest = max(DISTANCES, key=lambda name: means[name])
+    known = _kept(vectors[0], task.y_train[used], fold[used], DISTANCES[nearest], seed)
+    tested = np.linspace(0, len(task.test) - 1, min(len(task.test), MOST_IMAGES)).astype(int)
+    first = stores[str(bundle.parts[0].embedding["name"])].read(task.test.digests[tested])
+    own: dict[str, NDArray[np.floating]] = {nearest: known.distances}
+    new: dict[str, NDArray[np.floating]] = {nearest: known.distance(first)}
+    record: dict[str, Any] = {"groups": groups, "auroc": means, "references": len(known.references)}
+    out_of_fold = said.out_of_fold
+    if out_of_fold is not None and out_of_fold.probabilities is not None and said.test.probabilities is not None:
+        own[PROBABILITY] = unsureness(out_of_fold.probabilities)
+        new[PROBABILITY] = unsureness(said.test.probabilities)
+        of_truth = out_of_fold.probabilities[np.arange(len(out_of_fold)), out_of_fold.y_true]
+        sets = label_sets(said.test.probabilities, of_truth, COVERAGE)
+        held = sets[np.arange(len(sets)), said.test.y_true]
+        record["sets"] = {"asked": COVERAGE, "held": float(held.mean()), "labels": float(sets.sum(axis=1).mean())}
+    best = max(own, key=lambda name: means.get(name, 0.0))
+    alarms = float(np.mean(alike(new[best], own[best]) <= FALSE_ALARMS))
+    record |= {"score": best, "false_alarms": {"asked": FALSE_ALARMS, "found": alarms, "images": len(new[best])}}
+    document = bundles.describe(folder)
+    record["key"] = _key(document)
+    bundles.add(folder, {bundles.KNOWN: known.to_bytes()}, {"unknown": record})
+    return record
+
+
+def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Known:
+    """Return what a bundle keeps: references, and how far each image lies from those of the other folds."""
+    mean = X.mean(axis=0) if centred else np.zeros(X.shape[1], np.float32)
+    units = directions(X, mean)
+    chosen = np.zeros(len(X), dtype=bool)
+    chosen[stratified_order(y, seed)[:MOST_REFERENCES]] = True
+    distances = np.zeros(len(X))
+    for number in np.unique(fold):
+        others = units[chosen & (fold != number)]
+        # Of fewer references the one that is as near among them as the nth among all.
+        nth = round(NEIGHBOURS * len(others) / chosen.sum())
+        distances[fold == number] = distance(units[fold == number], others, nth)
+    return Known(mean, units[chosen], distances)
+
+
+def _left_out(
+    bundle: ModelBundle,
+    vectors: Sequence[NDArray[np.float32]],
+    y: NDArray[np.int64],
+    fold: NDArray[np.int64],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Leave a group of classes out, fit the head on some folds of the others, and see how strange those and these are to it."""
+    classes, found = np.random.default_rng(seed).permutation(np.unique(y)), []
+    for number, left in enumerate(np.array_split(classes, min(MOST_GROUPS, len(classes)))):
+        unknown = np.isin(y, left)
+        held_out = ~unknown & (fold == number % (fold.max() + 1))
+        train = ~unknown & ~held_out
+        if not held_out.any() or not train.any():
+            continue
+        group: dict[str, Any] = {"classes": [bundle.classes[place] for place in left]}
+        for name, scores in _scores(bundle, vectors, y, train).items():
+            known, strange = scores[held_out], scores[unknown]
+            line = np.quantile(known, 1 - FALSE_ALARMS)
+            group[name] = {"auroc": auroc(known, strange), "found": float(np.mean(strange > line))}
+        found.append(group)
+    return found
+
+
+def _scores(
+    bundle: ModelBundle, vectors: Sequence[NDArray[np.float32]], y: NDArray[np.int64], train: NDArray[np.bool_]
+) -> Scores:
+    """Return how strange all images are to what was learned from some of them."""
+    X, fitted_on, found = vectors[0], np.flatnonzero(train), dict[str, NDArray[np.floating]]()
+    some = fitted_on[np.linspace(0, len(fitted_on) - 1, min(len(fitted_on), MOST_REFERENCES)).astype(int)]
+    for name, centred in DISTANCES.items():
+        mean = X[train].mean(axis=0) if centred else np.zeros(X.shape[1], np.float32)
+        found[name] = distance(directions(X, mean), directions(X[some], mean))
+    probabilities = _probabilities(bundle, vectors, y, train) if len(np.unique(y[train])) > 1 else None
+    if probabilities is not None:
+        found[PROBABILITY] = unsureness(probabilities)
+    return found
+
+
+def _probabilities(
+    bundle: ModelBundle, vectors: Sequence[NDArray[np.float32]], y: NDArray[np.int64], train: NDArray[np.bool_]
+) -> NDArray[np.floating] | None:
+    """Fit the head on some images, and return the probabilities that it gives to all; None where it cannot or has none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of convergence: what the search was told of
+            fitted = [
+                replace(part, estimator=clone(part.estimator).fit(own[train], y[train]))
+                for part, own in zip(bundle.parts, vectors, strict=True)
+            ]
+            whole = replace(bundle, members=tuple(fitted)) if bundle.members else fitted[0]
+            return whole.said(*vectors)[1]
+    except Exception as error:  # as in a search: such as more neighbours than there are rows now
+        log.info("%s: cannot be fitted without some of the classes: %s", bundle.head, first_line(error))
+        return None
