@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from pipeline.data.labels import MultiLabel
 from pipeline.data.numbers import Regression
 from pipeline.evaluation import METRICS, Predictions, compare, scores
 from pipeline.evaluation.comparison import exchange_test, holm, paired_interval
@@ -215,4 +216,62 @@ def permuted_numbers(runs: int, n: int = 150, dim: int = 10, metric: str = "mae"
             del said["mean"]
             best = max(said, key=lambda name: METRICS[metric].score(said[name]))
         false += not all(row.no_evidence for row in compare(said, best, seed=0, metric=METRICS[metric]))
+    return false
+
+
+SHARES = np.array([0.05, 0.1, 0.2, 0.3, 0.5])
+"""How many images have each of five labels."""
+
+
+def labelled(rng: np.random.Generator, n: int, signal: float = 1.5, groups: int | None = None) -> Predictions:
+    """Labels, and what a head says of them whose scores are so many standard deviations higher where a label is there.
+
+    Images of a group have scores that are off together.
+    """
+    y = rng.random((n, len(SHARES))) < SHARES
+    units = None if groups is None else rng.integers(0, groups, n)
+    off = 0 if units is None else rng.normal(0, 0.5, (groups, len(SHARES)))[units]
+    z = signal * y + rng.normal(size=y.shape) + off
+    p = 1 / (1 + np.exp(-(signal * z - signal**2 / 2 + np.log(SHARES / (1 - SHARES)))))
+    return Predictions(y, p >= 0.4, p, units=units, target=MultiLabel(tuple("abcde")))
+
+
+def _true(said: Predictions) -> dict[str, float]:
+    served = [metric for metric in METRICS.values() if "multilabel" in metric.targets]
+    return {metric.name: (1 if metric.higher_is_better else -1) * metric.score(said) for metric in served}
+
+
+def label_coverage(runs: int, n: int = 300, groups: int | None = None, signal: float = 1.5) -> dict[str, float]:
+    """In which share of simulated data sets of several labels each score's interval has the true score."""
+    rng = np.random.default_rng(0)
+    many = 50_000 if runs < 200 else 400_000
+    true = _true(labelled(rng, many, signal, None if groups is None else many * groups // n))
+    hits = dict.fromkeys(true, 0)
+    for _ in range(runs):
+        found = scores(labelled(rng, n, signal, groups)).intervals
+        for name, value in true.items():
+            hits[name] += found[name][0] <= value <= found[name][1]
+    return {name: count / runs for name, count in hits.items()}
+
+
+def permuted_labels(runs: int, n: int = 150, dim: int = 10, metric: str = "mean_average_precision") -> int:
+    """Of so many data sets with permuted labels, in how many a head is said to be better out of fold than it can be.
+
+    Four ridges on features of their own, none of which tells anything, and where order alone counts the labels' shares, which are as
+    good; by how many labels are said these differ truly.
+    """
+    rng, false = np.random.default_rng(0), 0
+    for _ in range(runs):
+        y, folds = rng.permutation(labelled(rng, n).y_true), rng.permutation(np.arange(n) % 5)
+        heads = {}
+        for name in ("a", "b", "c", "d", *(["shares"] if METRICS[metric].needs_probabilities else [])):
+            X, said = rng.normal(size=(n, dim)) * (name != "shares"), np.empty(y.shape)
+            for fold in range(5):
+                held, middle = folds == fold, y.mean(axis=0)
+                A = X[~held] - X[~held].mean(axis=0)
+                weights = np.linalg.solve(A.T @ A + 30 * np.eye(dim), A.T @ (y[~held] - middle))
+                said[held] = (X[held] - X[~held].mean(axis=0)) @ weights + middle
+            heads[name] = Predictions(y, said >= 0.4, said, target=MultiLabel(tuple("abcde")))
+        best = max(heads, key=lambda name: METRICS[metric].score(heads[name]))
+        false += not all(row.no_evidence for row in compare(heads, best, seed=0, metric=METRICS[metric]))
     return false

@@ -735,7 +735,7 @@ def test_the_digits_are_written_once_and_split_by_class(tmp_path: Path) -> None:
         ([f"{row // 10}" for row in range(300)], None),
         ([f"{row % 9 / 2}" for row in range(200)], None),
         ([f"bird {row // 2}" for row in range(200)], None),
-        (["cat", "dog", "cat|dog"] * 4, "are these several labels per image? Then set dataset.label_separator: '|'"),
+        (["cat", "dog", "cat|dog"] * 4, "are these several labels per image? Then set dataset.target: multilabel"),
         (["cat|", "|dog"] * 4, None),
     ],
     ids=["decimals", "few of each number", "names", "numbered classes", "half steps", "pairs", "several", "bars"],

@@ -161,13 +161,14 @@ class DatasetConfig(Section):
     label_columns: Annotated[tuple[str, ...], NOT_EMPTY, BeforeValidator(_one_or_several)] = ("label",)
     """The manifest's columns of labels: for each of several there is a leaderboard, unless `target` takes them together."""
     label_separator: str | None = None
-    """What stands between the labels of one image, such as `|`."""
+    """What stands between the labels of one image, `|` when not given."""
     split_column: str | None = None
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
     target: str | dict[str, str] = "auto"
     """What is said of an image, for all columns of labels or by their names: `classification` is one class, `regression` a number,
-    several where there are several columns; `auto` is one class too, but stops where labels look like a number to predict, like
+    several where there are several columns, `multilabel` any number of labels, with `|` between them or from several columns of
+    0 and 1; `auto` is one class too, but stops where labels look like a number to predict, like
     several labels, or like a name for every image."""
 
     @field_validator("target")

@@ -122,7 +122,9 @@ class Classification:
         """Return y for what an estimator says: as it is, of any dtype, shape (n,)."""
         return said
 
-    def settled(self, y: NDArray[np.int64], y_pred: NDArray[np.int64]) -> Classification:
+    def settled(
+        self, y: NDArray[np.int64], y_pred: NDArray[np.int64], probabilities: NDArray[np.floating] | None = None
+    ) -> Classification:
         """Return the target with what answers out of fold tell of it: of classes nothing.
 
         y, y_pred : int64 of shape (n,)

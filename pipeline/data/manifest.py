@@ -95,7 +95,10 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
     problems: list[str] = []
     inside = "the manifest's folder" if config.root is None else str(root)
     roots = {f"{os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
-    separator, several = config.label_separator, [kind == "multilabel" for kind in config.kinds]
+    several = [kind == "multilabel" for kind in config.kinds]
+    # Several columns that are one target say 0 or 1, and hold no lists.
+    lists = any(several) and len(several) == len(config.label_columns)
+    separator = config.label_separator or (SEPARATOR if lists else None)
     splits: list[str] = []
     groups: list[str] = []
     seen: dict[str, str] = {}

@@ -206,7 +206,7 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig,
         return None
     lists = tuple(name for name in classes if sum(map(bool, map(str.strip, name.split(SEPARATOR)))) > 1)
     if lists and config.source == "manifest":
-        question = f"are these several labels per image? Then set dataset.label_separator: {SEPARATOR!r}"
+        question = "are these several labels per image? Then set dataset.target: multilabel"
         return f"{_such(lists, images)}: {question}. {IF_CLASSES}"
     if len(classes) <= MANY_CLASSES:
         return None
@@ -240,7 +240,7 @@ def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
 
 def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
     for column, _, part in countable(index, kinds):
-        if empty := len(index) - len(part):
+        if (empty := len(index) - len(part)) > 0:  # an image of several labels is counted under each
             yield f"{column}{empty:,} images have no label, and are left out where it is learned"
         counts = class_counts(part)
         without = [name for name, count in counts.items() if not count["train"] + count["validation"]]

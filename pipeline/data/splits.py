@@ -64,8 +64,9 @@ def _strata(index: DatasetIndex, kinds: Sequence[str], fraction: float) -> NDArr
     for part, kind in zip(parts, kinds, strict=True):
         known = part.has_labels(kind)
         target = choose(part.rows(known), kind)
-        found = np.full(len(index), -1, dtype=np.int64)
-        found[known] = target.strata(target.encode(part.rows(known))) + codes.max(initial=-1) + 1
+        strata = target.strata(target.encode(part.rows(known)))
+        found = np.full((len(index), *strata.shape[1:]), -1, dtype=np.int64)
+        found[known] = np.where(strata < 0, -1, strata + codes.max(initial=-1) + 1)
         codes = np.column_stack([codes, found])
     if len(kinds) == 1:
         return codes

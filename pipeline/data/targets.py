@@ -13,12 +13,13 @@ from typing import Any
 
 from pipeline.data.classes import Classification
 from pipeline.data.index import DatasetIndex
+from pipeline.data.labels import MultiLabel
 from pipeline.data.numbers import Regression
 
-Target = Classification | Regression
+Target = Classification | MultiLabel | Regression
 """Any kind of target."""
 
-TARGETS: Mapping[str, type[Target]] = {target.kind: target for target in (Classification, Regression)}
+TARGETS: Mapping[str, type[Target]] = {target.kind: target for target in (Classification, MultiLabel, Regression)}
 """By the name that `dataset.target` and the rows of metrics and heads have for it."""
 
 CONSTANT_GUESSES = frozenset(target.constant for target in TARGETS.values())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
-from scipy.special import log_softmax, softmax
+from scipy.special import expit, log_softmax, softmax
 
 from pipeline.evaluation.intervals import Interval, share_interval
 
@@ -22,7 +22,10 @@ IMAGES_PER_BIN = 20
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Turns a head's scores into probabilities by a number fitted on out-of-fold scores: `slopes` is (1/T,), `offsets` (0,)."""
+    """Turns a head's scores into probabilities by numbers fitted on out-of-fold scores: `slopes` is (1/T,), `offsets` (0,).
+
+    Of several labels ('sigmoids') each has its own slope and offset.
+    """
 
     method: str
     slopes: tuple[float, ...]
@@ -33,6 +36,8 @@ class Calibrator:
 
         scores : of any float dtype, shape (n, n_classes); returns float64 of the same shape
         """
+        if self.method == SIGMOIDS:
+            return np.asarray(expit(np.asarray(scores, dtype=np.float64) * self.slopes + self.offsets))
         logits = _LOGITS[self.method](np.asarray(scores, dtype=np.float64)) * self.slopes[0]
         return np.asarray(softmax(logits, axis=1))
 
@@ -75,6 +80,35 @@ def fit_calibrator(scores: NDArray[np.floating], y: NDArray[np.integer], method:
 
     found = optimize.minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded", options={"xatol": 1e-4})
     return Calibrator(method, (float(np.exp(found.x) / scale),))
+
+
+SIGMOIDS = "sigmoids"
+
+
+def fit_sigmoids(scores: NDArray[np.floating], y: NDArray[np.bool_]) -> Calibrator:
+    """Fit a sigmoid for each label on out-of-fold scores, both of shape (n, k); none changes the order of the images.
+
+    Source: Platt 1999, with his targets, which keep a label that few images have away from 0 and 1.
+    """
+    fitted = [_sigmoid(column, flags) for column, flags in zip(np.asarray(scores, np.float64).T, y.T, strict=True)]
+    return Calibrator(SIGMOIDS, *(tuple(map(float, part)) for part in zip(*fitted, strict=True)))
+
+
+def _sigmoid(scores: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the slope, above 0, and the offset of one label's sigmoid; scores and y of shape (n,)."""
+    count, n = int(y.sum()), len(y)
+    targets = np.where(y, (count + 1) / (count + 2), 1 / (n - count + 2))
+    middle, scale = float(scores.mean()), float(scores.std()) or 1.0
+    x, mean = (scores - middle) / scale, float(targets.mean())
+
+    def loss(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        z = np.exp(point[0]) * x + point[1]
+        off = expit(z) - targets
+        return float(np.mean(np.logaddexp(0, z) - targets * z)), np.array([off @ (z - point[1]), off.sum()]) / n
+
+    start = np.array([0.0, np.log(mean / (1 - mean))])
+    slope, offset = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(-7, 7), (-30, 30)]).x
+    return np.exp(slope) / scale, offset - np.exp(slope) * middle / scale
 
 
 def margins(scores: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -112,9 +112,9 @@ def least_half_width(metric: Metric, a: Predictions, b: Predictions, z: float) -
     a loss without a bound counts such a unit as far off as the images that there are lie apart, and one of numbers, of which
     heads hardly ever say the same, as their differences do.
     """
-    truth, units = a.y_true, a.unit_numbers
+    units = a.unit_numbers
     if metric.per_class:
-        sizes = np.array([len(np.unique(units[truth == code])) for code in np.unique(truth)])
+        sizes = np.array([len(np.unique(units[part])) for part in a.members])
         return float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
     m = int(units.max()) + 1
     if metric.bounded:
@@ -135,8 +135,8 @@ def bootstrap_difference(
     """
     weighted, m = rescored(metric, [a, b]), int(a.unit_numbers.max()) + 1
     draws = np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(resamples))])
-    units, codes = a.unit_numbers, np.unique(a.y_true)
-    parts = [units[a.y_true == code] for code in codes] if metric.per_class else [units]
+    units = a.unit_numbers
+    parts = [units[part] for part in a.members] if metric.per_class else [units]
     m = max(2, min(len(np.unique(part)) for part in parts))
     tail = float(stats.norm.cdf(-np.sqrt(m / (m - 1)) * stats.t.ppf(0.975, m - 1)))
     low, high = np.quantile(draws[:, 0] - draws[:, 1], [tail, 1 - tail])
@@ -162,6 +162,13 @@ def _gap_of(
     metric: Metric, a: Predictions, b: Predictions, units: NDArray[np.int64]
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
     """Return what gives score(a) - score(b) after exchanges: coins of shape (r, n_units), 0 where a unit's answers change sides."""
+    if metric.weighted is not None:
+        quick = metric.weighted(joined([a, b]))
+
+        def taken(stays: NDArray[np.int64]) -> NDArray[np.float64]:
+            return quick(np.concatenate([stays, 1 - stays], axis=1))
+
+        return lambda coins: taken(coins[:, units]) - taken(1 - coins[:, units])
     if metric.shares is None:
 
         def slow(coins: NDArray[np.int64]) -> NDArray[np.float64]:

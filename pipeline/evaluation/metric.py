@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import sparse, stats
 
 from pipeline.data.targets import Target
+from pipeline.evaluation.average_precision import excess, influence, mean_precision, weighted_mean_precision
 from pipeline.evaluation.intervals import Interval, numbered
 from pipeline.evaluation.predictions import Predictions
 
@@ -74,6 +75,14 @@ class Metric:
     shares: Callable[[Predictions], sparse.csr_array] | None = None
     """What each image adds, of shape (n, 2 n_classes) or (n, 2), where the score is a `mean_share` of sums, better when higher, which is
     quickly resampled."""
+    weighted: Callable[[Predictions], Callable[[NDArray[np.int64]], NDArray[np.float64]]] | None = None
+    """What gives the score of images taken so many times each, shape (r, n) in and (r,) out, and does so quickly."""
+    influence: Callable[[Predictions], NDArray[np.float64]] | None = None
+    """By how much each image's weight changes the score, shape (n,), where that is known."""
+    excess: Callable[[Predictions], float] | None = None
+    """By how much the score of few images is too high on average, where that is known."""
+    pooled: bool = False
+    """Whether its `shares` are a ratio of sums over images and not the mean of a number for each."""
     higher_is_better: bool = True
     per_class: bool = False
     """Whether it is a mean over classes, so that a few images of a rare class weigh much, and not over images."""
@@ -105,7 +114,7 @@ class Metric:
     @property
     def mean_of_images(self) -> bool:
         """Whether it is the mean of a number per image, so that the scores of folds tell that of all held-out images."""
-        return self.shares is not None and not self.per_class
+        return self.shares is not None and not self.per_class and not self.pooled
 
     @property
     def scale(self) -> float:
@@ -152,6 +161,9 @@ class Metric:
             share, present = above * inverse, np.count_nonzero(below)
             influence = units @ np.concatenate([inverse, -share * inverse])
             return np.asarray(share.sum() / present + influence * (units.shape[0] / present))
+        if self.influence is not None:
+            added = unit_sums(sparse.csr_array(self.influence(predictions)[:, None]), predictions.units).toarray()[:, 0]
+            return np.asarray(self.score(predictions) + len(added) * added)
         whole, place = self.score(predictions), predictions.unit_numbers
         blocks = min(SLOW_RESAMPLES, int(place.max()) + 1)
         without = np.array(
@@ -244,11 +256,25 @@ def _f1(predictions: Predictions) -> sparse.csr_array:
 
 def _by_class(predictions: Predictions, *below: NDArray[np.int64]) -> sparse.csr_array:
     """Return shares of which each image is below in the classes given, and above as often in its own where it is right."""
+    if predictions.y_true.ndim > 1:
+        flags = sum(codes.astype(np.float64) for codes in below)
+        right = len(below) * (predictions.y_true & predictions.y_pred)
+        return sparse.csr_array(np.column_stack([right, flags]))
     n, k, correct = len(predictions), len(below), predictions.correct
     width = int(max(predictions.y_true.max(initial=0), predictions.y_pred.max(initial=0))) + 1
     values = np.concatenate([k * correct.astype(np.float64), np.ones(k * n)])
     columns = np.concatenate([predictions.y_true, *(width + codes for codes in below)])
     return sparse.csr_array((values, (np.tile(np.arange(n), k + 1), columns)), shape=(n, 2 * width))
+
+
+def _pooled_f1(predictions: Predictions) -> sparse.csr_array:
+    """Return the same of all labels together: what is above and below of each image, shape (n, 2)."""
+    above, below = np.split(_f1(predictions).toarray(), 2, axis=1)
+    return sparse.csr_array(np.stack([above.sum(axis=1), below.sum(axis=1)], axis=1))
+
+
+def _wrong_labels(predictions: Predictions) -> sparse.csr_array:
+    return _mean_of(-np.mean(predictions.y_true != predictions.y_pred, axis=1))
 
 
 def _errors(predictions: Predictions) -> NDArray[np.float64]:
@@ -290,6 +316,12 @@ def _of_numbers(name: str, title: str, function: Any = None, shares: Any = None,
     return Metric(name, title, "values", function, shares, **made)
 
 
+def _of_labels(name: str, title: str, shares: Any, **more: Any) -> Metric:
+    return Metric(
+        name, title, "labels", shares=shares, targets=("multilabel",), column=(title, title.split()[0]), **more
+    )
+
+
 ACCURACY = Metric(
     "accuracy",
     "accuracy",
@@ -310,7 +342,30 @@ METRICS: Mapping[str, Metric] = {
             per_class=True,
             column=("balanced", "bal."),
         ),
-        Metric("macro_f1", "macro F1", "labels", shares=_f1, per_class=True, column=("macro F1", "F1")),
+        Metric(
+            "mean_average_precision",
+            "mAP",
+            "probabilities",
+            mean_precision,
+            weighted=lambda predictions: weighted_mean_precision(predictions.y_true, _probabilities(predictions)),
+            influence=lambda predictions: influence(predictions.y_true, _probabilities(predictions)),
+            excess=lambda predictions: excess(predictions.y_true, _probabilities(predictions)),
+            per_class=True,
+            targets=("multilabel",),
+            column=("mAP", ""),
+        ),
+        Metric(
+            "macro_f1",
+            "macro F1",
+            "labels",
+            shares=_f1,
+            per_class=True,
+            targets=("classification", "multilabel"),
+            column=("macro F1", "F1"),
+        ),
+        _of_labels("micro_f1", "micro F1", _pooled_f1, pooled=True),
+        _of_labels("subset_accuracy", "subset accuracy", ACCURACY.shares),
+        _of_labels("hamming_loss", "Hamming loss", _wrong_labels, higher_is_better=False, low=-1.0, high=0.0),
         Metric(
             "log_loss",
             "log loss",
@@ -374,6 +429,9 @@ def rescored(metric: Metric, heads: Sequence[Predictions]) -> Callable[[NDArray[
         sums = [unit_sums(metric.shares(head), head.units) for head in heads]
         return lambda counts: np.stack([mean_share(counts @ part) for part in sums], axis=1)
     place = heads[0].unit_numbers
+    if metric.weighted is not None:
+        quick = [metric.weighted(head) for head in heads]
+        return lambda counts: np.stack([part(counts[:, place]) for part in quick], axis=1)
 
     def slow(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         taken = [np.repeat(np.arange(len(place)), row[place]) for row in counts]

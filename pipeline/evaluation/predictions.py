@@ -84,6 +84,13 @@ class Predictions:
         return np.asarray(equal if equal.ndim == 1 else equal.all(axis=1))
 
     @property
+    def members(self) -> list[NDArray[np.bool_]]:
+        """Which images are of each class, or have each label, that any is of: each of shape (n,)."""
+        if self.y_true.ndim > 1:
+            return [flags for flags in self.y_true.T if flags.any()]
+        return [self.y_true == code for code in np.unique(self.y_true)]
+
+    @property
     def unit_numbers(self) -> NDArray[np.int64]:
         """The unit of each image, numbered from 0 without a gap: int64 of shape (n,)."""
         return numbered(self.units, len(self))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.special import expit, logit
 from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -119,13 +120,13 @@ def scores(predictions: Predictions, seed: int = 0, metric: Metric | None = None
 
 def _scored(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
     """Return a score as users know it, and its interval in the way that suits it."""
-    if metric is ACCURACY:
+    if metric.shares is ACCURACY.shares:
         return float(predictions.correct.mean()), share_interval(predictions.correct, predictions.units)
     if metric.shares is not None and metric.per_class:
         return metric.score(predictions), _class_mean_interval(metric, predictions)
     if metric.mean_of_images and not metric.bounded:
         return _mean_interval(metric, predictions)
-    if metric.function is not None and not metric.per_class:
+    if metric.influence is not None or (metric.function is not None and not metric.per_class):
         return _distance_interval(metric, predictions)
     return _resampled(metric, predictions, seed)
 
@@ -139,14 +140,26 @@ def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Int
 
 
 def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
-    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0.
+    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0. A
+    share such as mAP has it on the scale of log-odds, the lower end below what the score is without its excess.
 
-    The standard error is the jackknife's, of what leaving out units changes.
+    The standard error is the jackknife's, of what leaving out units changes; of the best score, where that is nothing, each label
+    is as sure as Wilson's interval of its images.
     """
     added, sign = metric.contributions(predictions), 1 if metric.higher_is_better else -1
     score = metric.score(predictions)
+    if metric.per_class and metric.high - score < 1e-9:
+        z = critical(predictions.units)
+        sizes = np.array([len(np.unique(predictions.unit_numbers[part])) for part in predictions.members])
+        return sign * score, (score - float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes)), score)
+    error = critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added))
+    if metric.influence is not None:
+        less = score - (metric.excess(predictions) if metric.excess else 0.0)
+        around = np.clip([less, score], 1e-6, 1 - 1e-6)
+        low, high = expit(logit(around) + np.array([-error, error]) / (around * (1 - around)))
+        return score, (float(low), float(high))
     distance = max(metric.high - score, 1e-12)
-    factor = np.exp(critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added)) / distance)
+    factor = np.exp(error / distance)
     low, high = sorted(sign * (metric.high - distance * end) for end in (factor, 1 / factor))
     return sign * score, (low, high)
 
@@ -167,10 +180,13 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
     share, z = above[present] / below[present], critical(predictions.units)
     ends = np.empty((len(present), 2))
     for row, code in enumerate(present):
-        rows = (predictions.y_true == code) | (f1 & (predictions.y_pred == code))
-        within = None if predictions.units is None else predictions.units[rows]
-        size = effective_size(predictions.correct[rows], within)
-        ends[row] = wilson(float(predictions.correct[rows].mean()) * size, size, z)
+        truth, guess = (
+            part == code if part.ndim == 1 else part[:, code] for part in (predictions.y_true, predictions.y_pred)
+        )
+        rows = truth | (f1 & guess)
+        right, within = (truth & guess)[rows], None if predictions.units is None else predictions.units[rows]
+        size = effective_size(right, within)
+        ends[row] = wilson(float(right.mean()) * size, size, z)
     ends = 2 * ends / (1 + ends) if f1 else ends
     influence = (shares[:, present] - shares[:, width + present] * share) / below[present]
     added = unit_sums(sparse.csr_array(influence), predictions.units)

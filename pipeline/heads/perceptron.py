@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.base import is_classifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
+from sklearn.utils.multiclass import unique_labels
 
 from pipeline.heads.head import Params
 from pipeline.heads.tuning.evaluation import Evaluator, Screening, generic
@@ -32,7 +33,7 @@ def fit_keeping_best(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[Any]
     for _, step in pipeline.steps[:-1]:
         X = step.fit_transform(X, y)
     model = pipeline[-1]
-    classes = {"classes": np.unique(y)} if is_classifier(model) else {}
+    classes = {"classes": unique_labels(y)} if is_classifier(model) else {}
     seed = model.random_state
     # A number would shuffle the rows alike in every epoch.
     model.set_params(random_state=np.random.RandomState(seed))

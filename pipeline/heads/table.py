@@ -27,6 +27,7 @@ from pipeline.heads.fast import discriminant, forests, kernel, linear
 from pipeline.heads.head import Head
 from pipeline.heads.perceptron import MLP, fit_keeping_best
 from pipeline.heads.space import Categorical, Integer, Real
+from pipeline.heads.tuning.evaluation import Evaluator
 
 
 def _alone(model: Any, seed: int) -> Pipeline:
@@ -217,6 +218,13 @@ def _of_numbers(name: str, model: Any, build: Callable[..., Pipeline] = _scaled,
     return Head(name=name, build=partial(build, model), targets=("regression",), **taken)
 
 
+def _of_labels(name: str, evaluator: Evaluator | None, fit: Callable[..., Pipeline] = Pipeline.fit) -> Head:
+    """Return the head of several labels that is built as the one of classes; each says how likely every label is."""
+    like = HEADS[name]
+    taken = {"build": like.build, "space": like.space, "defaults": like.defaults, "simplicity": like.simplicity}
+    return Head(name, **taken, targets=("multilabel",), probabilities=True, evaluator=evaluator, fit=fit)  # type: ignore[arg-type]
+
+
 OF_NUMBERS: Mapping[str, Head] = {
     row.name: row
     for row in (
@@ -240,6 +248,30 @@ OF_NUMBERS: Mapping[str, Head] = {
 """The built-in heads for numbers by name."""
 
 
+OF_LABELS: Mapping[str, Head] = {
+    row.name: row
+    for row in (
+        _of_labels("ridge", linear.RIDGE_LABELS),
+        _of_labels("logistic_regression", linear.LOGISTIC_LABELS, linear.fit_each_label),
+        _of_labels("linear_svm", linear.HINGE_LABELS, linear.fit_each_label),
+        _of_labels("knn", None),
+        _of_labels("random_forest", forests.FOREST_OF_NUMBERS),
+        _of_labels("mlp", MLP, fit_keeping_best),
+    )
+}
+"""The built-in heads for several labels by name."""
+
+
+def shares_of_labels(y: NDArray[np.bool_], width: int) -> Head:
+    """The guess that needs no image: how many of all training images have each label, in every fold the same."""
+
+    def build(seed: int) -> Pipeline:
+        guess = DummyClassifier(strategy="prior", random_state=seed)
+        return Pipeline([("head", FrozenEstimator(guess.fit(np.zeros((len(y), 1)), y.astype(np.int64))))])
+
+    return Head("constant", build, {}, {}, simplicity=-1, targets=("multilabel",), probabilities=True)
+
+
 def mean_of_training(y: NDArray[np.float64], width: int) -> Head:
     """The guess that needs no image: the mean of the training images, fold by fold.
 
@@ -260,6 +292,7 @@ class HeadTable:
 
 TABLES: Mapping[str, HeadTable] = {
     "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent),
+    "multilabel": HeadTable(OF_LABELS, OF_LABELS["logistic_regression"], shares_of_labels),
     "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], mean_of_training),
 }
 """By the kind of target, as `pipeline.data.targets` names them."""

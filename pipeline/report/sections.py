@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.index import LABEL
-from pipeline.data.targets import TARGETS, Classification, Regression
+from pipeline.data.targets import TARGETS, Classification, MultiLabel, Regression
 from pipeline.evaluation import (
     Calibration,
     Interval,
@@ -26,7 +26,7 @@ from pipeline.evaluation import (
 from pipeline.evaluation.fewshot import words
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
-from pipeline.report import charts, confusion, layers, numbers
+from pipeline.report import charts, confusion, layers, numbers, per_label
 from pipeline.report.drawing import CATEGORIES, Chart
 from pipeline.report.material import CURVE_HEAD, Material
 from pipeline.report.names import shorten_all
@@ -277,6 +277,7 @@ SECTIONS = (
     Section("classes", "Classes", CLASSES, _classes),
     Section("calibration", "Calibration", CLASSES, _reliability),
     Section("numbers", "Predicted and true", (Regression.kind,), numbers.show),
+    Section("per-label", "Label by label", (MultiLabel.kind,), per_label.show),
     Section("cost", "Labels and cost", EVERY, _growth),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
     Section("unknown", "Unknown", CLASSES, _unknown),

@@ -9,6 +9,8 @@ from statistics_cases import (
     false_winners_of_exchange,
     false_winners_of_permuted_groups,
     interval_coverage,
+    label_coverage,
+    permuted_labels,
     permuted_numbers,
 )
 
@@ -66,4 +68,18 @@ def test_statistics_intervals_of_numbers_cover_the_truth(n: int, correlation: fl
 def test_statistics_of_permuted_numbers_have_few_false_winners(metric: str) -> None:
     found = permuted_numbers(200, metric=metric)
     print(f"\nfalse winners in 200 runs with permuted numbers, {metric}: {found}")
+    assert found <= 10
+
+
+@pytest.mark.parametrize(("n", "groups", "signal"), [(300, None, 1.5), (300, None, 2.5), (400, 80, 1.5)])
+def test_statistics_intervals_of_labels_cover_the_truth(n: int, groups: int | None, signal: float) -> None:
+    found = label_coverage(600, n, groups, signal)
+    print(f"\ncoverage, several labels of {n} images, {groups} groups, {signal} standard deviations: {found}")
+    assert all(0.925 <= share <= 0.985 for share in found.values())
+
+
+@pytest.mark.parametrize("metric", ["mean_average_precision", "micro_f1", "subset_accuracy", "hamming_loss"])
+def test_statistics_of_permuted_several_labels_have_few_false_winners(metric: str) -> None:
+    found = permuted_labels(200, metric=metric)
+    print(f"\nfalse winners in 200 runs with permuted labels of several each, {metric}: {found}")
     assert found <= 10

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.utils.class_weight import compute_sample_weight
 
@@ -48,7 +49,7 @@ BATCH_BYTES = 64 << 20
 class Prepared:
     """Training rows for one linear head: their features on their axes, their classes, the solutions so far.
 
-    present : ndarray of int64, or of labels: the classes of the rows; of numbers one row's
+    present : ndarray of int64, or of labels: the classes of the rows; of numbers one row's; of several labels none and all
     products : ndarray of shape (rank + 1, columns): the features' products with targets of -1 and 1, or with numbers
     """
 
@@ -71,7 +72,7 @@ def logistic_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Fam
     """
 
     def loss(problems: NDArray[np.int64]) -> Loss:
-        return binomial_loss(y, weights) if n_classes == 2 else softmax_loss(y, weights)
+        return binomial_loss(targets_of(y, 2), weights) if n_classes == 2 else softmax_loss(y, weights)
 
     columns = 1 if n_classes == 2 else n_classes
     return Family(loss, 1, columns, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
@@ -122,6 +123,36 @@ def _classes(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) -
         return Prepared(axes, present, columns, held, products=axes.train.T @ targets)
     family = make(places.astype(np.int64), len(present), row_weights(problem, places))
     return Prepared(axes, present, columns, held, path=Path(axes, family))
+
+
+def logistic_labels(targets: Array, weights: Array) -> Family:
+    """Return logistic regression of each label by itself, all on the same n rows; targets of -1 and 1, shape (n, k)."""
+
+    def loss(problems: NDArray[np.int64]) -> Loss:
+        return binomial_loss(targets[:, problems % targets.shape[1]], weights)
+
+    return Family(loss, targets.shape[1], 1, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
+
+
+def hinge_labels(targets: Array, weights: Array) -> Family:
+    """Return the squared hinge loss of each label by itself, likewise."""
+
+    def loss(problems: NDArray[np.int64]) -> Loss:
+        chosen = targets[:, problems % targets.shape[1]]
+        return squared_hinge_loss(chosen, np.broadcast_to(weights[:, None], chosen.shape))
+
+    return Family(loss, targets.shape[1], 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
+
+
+def _labels(make: Callable[[Array, Array], Family] | None, problem: Problem, axes: Axes, y: NDArray[Any]) -> Prepared:
+    targets = 2 * y.astype(np.float32) - 1
+    columns = targets.shape[1]
+    held = problem_bytes(len(problem.X), problem.X.shape[1], columns) if problem.on_disk else targets.nbytes
+    held += axes.train.nbytes + axes.held_out.nbytes
+    made_up = np.repeat([[0], [1]], columns, axis=1)
+    if make is None:
+        return Prepared(axes, made_up, columns, held, products=axes.train.T @ targets)
+    return Prepared(axes, made_up, columns, held, path=Path(axes, make(targets, np.ones(len(y), np.float32))))
 
 
 def _solve(problem: Problem, prepared: Prepared, batch: Sequence[Params]) -> Array:
@@ -175,6 +206,12 @@ def ridge_of_numbers(
     return [FoldOutcome(problem.target.told(scores), fit_seconds=seconds) for scores, seconds in solved]
 
 
+def one_vs_rest(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit a linear head for each of several labels, all labels and candidates at once."""
+    solved = _scores(problem, prepared, candidates)
+    return [FoldOutcome(scores > 0, scores, "decision", seconds) for scores, seconds in solved]
+
+
 def _decided(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
     present, outcomes = prepared.present, []
     for scores, seconds in _scores(problem, prepared, candidates):
@@ -219,14 +256,25 @@ def fit_in_blocks(share: Share, problem: Problem, params: Params, y: NDArray[Any
     weights = _solve(problem, prepared, [params])[:, 0]
     pipeline = configure(problem.head, params, problem.seed)
     pipeline.steps[0] = (pipeline.steps[0][0], axes.train.data.scaler)
-    model = pipeline[-1].fit(np.zeros((len(prepared.present), 1), np.float32), prepared.present)
+    last = problem.head.fit(Pipeline(pipeline.steps[-1:]), np.zeros((len(prepared.present), 1)), prepared.present)
+    pipeline.steps[-1] = last.steps[-1]
     coefficients = (axes.train.vectors @ weights[:-1]).T.astype(np.float64)
-    model.coef_ = coefficients.reshape(*model.coef_.shape[:-1], -1)
-    model.intercept_ = weights[-1].astype(np.float64).reshape(np.shape(model.intercept_))
-    model.n_features_in_ = problem.X.shape[1]
-    if hasattr(model, "n_iter_"):
-        del model.n_iter_
+    models = getattr(last[-1], "estimators_", [last[-1]])
+    parts = (np.array_split(part, len(models)) for part in (coefficients, weights[-1].astype(np.float64)))
+    for model, coef, intercept in zip(models, *parts, strict=True):
+        model.coef_ = coef.reshape(*model.coef_.shape[:-1], -1)
+        model.intercept_ = intercept.reshape(np.shape(model.intercept_))
+        if hasattr(model, "n_iter_"):
+            del model.n_iter_
+    for model in (last[-1], *models):
+        model.n_features_in_ = problem.X.shape[1]
     return pipeline
+
+
+def fit_each_label(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.int64]) -> Pipeline:
+    """Fit a pipeline whose last step tells two classes apart; a copy of that for each column of y, shape (n, k)."""
+    pipeline.steps[-1] = (pipeline.steps[-1][0], OneVsRestClassifier(pipeline[-1]))
+    return pipeline.fit(X, y)
 
 
 def row_weights(problem: Problem, y: NDArray[np.integer]) -> Array:
@@ -263,3 +311,7 @@ LOGISTIC_REGRESSION = _evaluator(logistic_regression, partial(_classes, logistic
 LINEAR_SVM = _evaluator(linear_svm, partial(_classes, hinge_family), scaled, quicker=True)
 RIDGE = _evaluator(ridge, partial(_classes, None), _unweighted)
 RIDGE_OF_NUMBERS = _evaluator(ridge_of_numbers, _numbers, _unweighted)
+LOGISTIC_LABELS, HINGE_LABELS, RIDGE_LABELS = (
+    _evaluator(one_vs_rest, partial(_labels, make), scaled, quicker=True)
+    for make in (logistic_labels, hinge_labels, None)
+)

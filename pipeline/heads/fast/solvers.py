@@ -108,18 +108,19 @@ def softmax_loss(y: NDArray[np.int64], weights: Array) -> Loss:
     return loss
 
 
-def binomial_loss(y: NDArray[np.int64], weights: Array) -> Loss:
-    """Return the cross-entropy of n rows of classes 0 and 1, for problems with the one score of class 1.
+def binomial_loss(targets: Array, weights: Array) -> Loss:
+    """Return the cross-entropy of n rows against targets of -1 and 1.
 
-    y : int64 of shape (n,); weights : float32 of shape (n,)
+    targets : float32 of shape (n, 1) or (n, problems); weights : float32 of shape (n,)
     """
     doubled = weights.astype(np.float64)
-    sign = (1 - 2 * y).astype(np.float32)[:, None, None]
+    sign = -targets[:, :, None]
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         margin = scores * sign
-        value = doubled @ np.logaddexp(0, margin[:, :, 0]).astype(np.float64)
-        slope = 0.5 * (1 + np.tanh(0.5 * margin))
+        # What logaddexp and a sigmoid say, several times as fast.
+        value = doubled @ (np.maximum(margin, 0) + np.log(1 + np.exp(-np.abs(margin))))[:, :, 0].astype(np.float64)
+        slope = 1 / (1 + np.exp(np.minimum(-margin, 80)))
         return value, slope * sign * weights[:, None, None]
 
     return loss

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from pipeline.errors import HeadError
+from pipeline.evaluation.intervals import numbered
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
 
     Parameters
     ----------
-    y : array of shape (n,), of any dtype
+    y : array of shape (n,), of any dtype; or int64 of shape (n, k), the several strata that a row is of, -1 for none, each of
+        which is kept in proportion
     groups : array of shape (n,), of any dtype, or None
 
     Returns
@@ -40,7 +42,9 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
     HeadError
         When no two folds can be made.
     """
-    classes, codes, counts = np.unique(np.asarray(y), return_inverse=True, return_counts=True)
+    given = np.asarray(y)
+    several = given.ndim > 1
+    classes, codes, counts = np.unique(given[given >= 0] if several else given, return_inverse=True, return_counts=True)
     if len(classes) < 2:
         raise HeadError(f"the training rows have {len(classes)} class; a classifier needs at least 2")
     possible = min(n_folds, int(counts.max()))
@@ -52,10 +56,13 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
     if possible < n_folds:
         log.warning("%d folds instead of %d: the training rows do not allow more", possible, n_folds)
     rare = [str(name) for name, count in zip(classes, counts, strict=True) if count < possible]
-    if rare:
+    if rare and not several:  # numbers of strata tell nobody which label is meant
         names = ", ".join(rare[:5]) + (" ..." if len(rare) > 5 else "")
         have = "1 class has" if len(rare) == 1 else f"{len(rare)} classes have"
         log.warning("%s fewer training rows than the %d folds: %s", have, possible, names)
+    if several:
+        place = spread(given, possible, seed, numbered(None if groups is None else np.asarray(groups), len(given)))
+        return tuple((np.flatnonzero(place != fold), np.flatnonzero(place == fold)) for fold in np.unique(place))
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     rows = np.zeros(len(codes))
     with warnings.catch_warnings():
@@ -63,3 +70,29 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
         pairs = list(splitter(possible, shuffle=True, random_state=seed).split(rows, codes, groups))
     # With few groups of very different size scikit-learn may leave a fold without rows.
     return tuple((train.astype(np.int64), held_out.astype(np.int64)) for train, held_out in pairs if len(held_out))
+
+
+def spread(strata: NDArray[np.int64], n_folds: int, seed: int, units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the fold of each of n rows of several strata, shape (n,): iterative stratification (Sechidis et al. 2011).
+
+    Of the stratum with the fewest rows left, each unit goes to the fold that lacks most of it, and of equals to the one that
+    lacks most rows; a large unit goes before small ones.
+    strata : ndarray of shape (n, k), -1 for none; a row is of one at least. units : ndarray of shape (n,), numbered from 0
+    """
+    rows, columns = np.nonzero(strata >= 0)
+    sizes = np.bincount(units)
+    counts = np.zeros((len(sizes), int(strata.max()) + 1))
+    np.add.at(counts, (units[rows], strata[rows, columns]), 1)
+    rng, place = np.random.default_rng(seed), np.full(len(sizes), -1)
+    order = rng.permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    lacking, room = np.tile(counts.sum(axis=0) / n_folds, (n_folds, 1)), np.full(n_folds, len(units) / n_folds)
+    while (place < 0).any():
+        left = counts[place < 0].sum(axis=0)
+        stratum = np.where(left > 0, left, np.inf).argmin()
+        for unit in order[(place[order] < 0) & (counts[order, stratum] > 0)]:
+            fold = np.lexsort((rng.random(n_folds), -room, -lacking[:, stratum]))[0]
+            place[unit] = fold
+            lacking[fold] -= counts[unit]
+            room[fold] -= sizes[unit]
+    return place[units]

@@ -13,7 +13,7 @@ from sklearn.svm import SVC, NuSVC
 from pipeline.config import Config
 from pipeline.errors import BundleError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, scores
-from pipeline.evaluation.calibration import Calibrator, fit_calibrator
+from pipeline.evaluation.calibration import Calibrator, fit_calibrator, fit_sigmoids
 from pipeline.evaluation.expected import expected_accuracy
 from pipeline.evaluation.intervals import Interval
 from pipeline.evaluation.leaderboard import LeaderboardRow
@@ -83,18 +83,21 @@ def make_row(
     bundle = ModelBundle(
         head.name,
         tuned.best.params,
-        task.target.settled(task.y_train, tuned.out_of_fold.y_pred),
+        task.target,
         record.to_dict() if record else {},
         tuned.pipeline,
         {},
         calibrator_of(tuned, task),
     )
+    out_of_fold = _out_of_fold(tuned, task, bundle)
+    target = task.target.settled(task.y_train, out_of_fold.y_pred, out_of_fold.probabilities)
+    bundle, out_of_fold = replace(bundle, target=target), replace(out_of_fold, target=target)
     start = time.perf_counter()
     y_pred, probabilities = predict(bundle, vectors.test, tuning)
     seconds = time.perf_counter() - start
     units, paths = task.test.fold_groups(), task.test.paths
-    on_test = Predictions(task.y_test, y_pred, probabilities, units, paths, target=bundle.target)
-    said = HeadPredictions(on_test, _out_of_fold(tuned, task, bundle))
+    on_test = Predictions(task.y_test, y_pred, probabilities, units, paths, target=target)
+    said = HeadPredictions(on_test, out_of_fold)
     row = _row(head, embedding, tuned, said, seed)
     row = replace(row, predict_seconds=seconds, bundle=folder.relative_to(files.root).as_posix())
     row = repeats.repeated(row, head, embedding, vectors, tuned, seed, journal)
@@ -139,8 +142,10 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
 def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
     """Fit what turns the head's scores into probabilities, on rows it had not seen."""
     out_of_fold = tuned.out_of_fold
-    if out_of_fold.scores is None or not task.target.exclusive or len(tuned.classes) < 2:
+    if out_of_fold.scores is None or len(tuned.classes) < 2:
         return None
+    if not task.target.exclusive:
+        return fit_sigmoids(out_of_fold.scores, out_of_fold.y_true)
     model = tuned.pipeline[-1]
     # The scores of scikit-learn's SVC are counts of the pairs that a class wins.
     counts = isinstance(model, (SVC, NuSVC)) and model.decision_function_shape == "ovr"
