@@ -29,10 +29,9 @@ EDGES = {
     "embed": {"images", "store", "experiment"},
     "evaluation": {"data", "images", "store", "experiment"},
     "heads": {"evaluation", "data", "store", "experiment"},
-    "fewshot": {"evaluation", "experiment"},
     "export": {"evaluation", "data", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
-    "report": {"fewshot", "heads", "evaluation", "embed", "data", "images", "experiment"},
+    "report": {"heads", "evaluation", "embed", "data", "images", "experiment"},
 }
 """Which folders each may import besides; `stages` may import all of them, and only the command line and the Python names it."""
 

@@ -652,7 +652,9 @@ def test_a_section_is_checked_without_fetching_or_loading_anything(hub: Path) ->
 @pytest.mark.parametrize(
     ("asked", "device", "flags", "cuda_bf16", "expected"),
     [
-        ("auto", "cpu", {"avx512_bf16", "avx512f"}, False, "bf16"),
+        ("auto", "cpu", {"AuthenticAMD", "avx512_bf16", "avx512f"}, False, "bf16"),
+        ("auto", "cpu", {"GenuineIntel", "avx512_bf16", "avx512f"}, False, "fp32"),
+        ("auto", "cpu", {"GenuineIntel", "amx_bf16", "avx512_bf16"}, False, "bf16"),
         ("auto", "cpu", {"amx_bf16"}, False, "bf16"),
         ("auto", "cpu", {"avx512f", "avx2"}, False, "fp32"),
         ("auto", "cuda", {"avx512_bf16"}, True, "bf16"),

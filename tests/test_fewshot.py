@@ -16,13 +16,13 @@ from report_experiment import material, row, words
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from pipeline import fewshot
 from pipeline.cli import cli
 from pipeline.config import Config, dump_yaml
 from pipeline.errors import DatasetError, PipelineError
+from pipeline.evaluation import fewshot
+from pipeline.evaluation.fewshot import FewShot, Images, Plan, maml, methods, points_of
+from pipeline.evaluation.fewshot.episodes import divide, draw
 from pipeline.experiment import Artifacts
-from pipeline.fewshot import FewShot, Images, Plan, maml, methods, points_of
-from pipeline.fewshot.episodes import divide, draw
 from pipeline.report.page import section
 from pipeline.stages import fewshot as stage
 from pipeline.stages.maintenance import verify_files

@@ -72,11 +72,11 @@ class Classification:
         return np.array([place[name] for name in names], dtype=np.int64)[codes]
 
     def decode(self, y: NDArray[np.int64]) -> NDArray[np.str_]:
-        """Return the names of classes given by their places: both of shape (n,)."""
+        """Return the names, str, of classes given by their places, int64: both of shape (n,)."""
         return np.asarray(self.classes, dtype=str)[y]
 
     def restored(self, names: ArrayLike) -> NDArray[np.int64]:
-        """Return the places of names, shape (n,); ValueError for one that is no class."""
+        """Return the places of names, int64 of shape (n,); ValueError for one that is no class."""
         codes = class_columns(names, self.classes)
         if codes.min(initial=0) < 0:
             raise ValueError(f"a label is none of the classes {', '.join(self.classes)}")
@@ -87,39 +87,53 @@ class Classification:
         return y
 
     def problem(self, y_train: NDArray[np.int64]) -> str | None:
-        """Say why no head can be fitted on these training images; None where one can."""
+        """Say why no head can be fitted on these training images, y_train int64 of shape (n,); None where one can."""
         found = len(np.unique(y_train))
         return None if found > 1 else f"the training images are of {found} class; a classifier needs at least 2"
 
     def narrowed(self, y: NDArray[Any]) -> tuple[Classification, NDArray[np.int64], NDArray[Any]]:
-        """Return the target of the classes that occur in y, shape (n,), y in its codes, and the values of y by code."""
+        """Return the target of the classes that occur in y, y in its codes, and the values of y by code.
+
+        y : of any dtype, shape (n,); the codes are int64 of shape (n,), the values of the dtype of y and shape
+            (len(classes),)
+        """
         present, codes = np.unique(y, return_inverse=True)
         return Classification(tuple(map(str, present))), codes.astype(np.int64), present
 
     def unnarrowed(self, codes: NDArray[np.int64], present: NDArray[Any]) -> NDArray[Any]:
-        """Return the values of y for codes that `narrowed` made: both of shape (n,)."""
+        """Return the values of y, of its dtype, for codes that `narrowed` made, int64: both of shape (n,)."""
         return present[codes]
 
     def widened(self, columns: NDArray[np.floating], present: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Return scores of the classes that occur, shape (n, len(present)), with a column for every class: 0 for the others."""
+        """Return scores of the classes that occur with a column for every class: 0 for the others.
+
+        columns : of any float dtype, shape (n, len(present)); present : of any integer dtype; returns float32 of shape
+            (n, width)
+        """
         whole = np.zeros((len(columns), self.width), dtype=np.float32)
         whole[:, present] = columns
         return whole
 
     def learned(self, y: NDArray[Any]) -> NDArray[Any]:
-        """Return what an estimator is fitted on: y itself, shape (n,)."""
+        """Return what an estimator is fitted on: y itself, of any dtype, shape (n,)."""
         return y
 
     def told(self, said: NDArray[Any]) -> NDArray[Any]:
-        """Return y for what an estimator says: as it is."""
+        """Return y for what an estimator says: as it is, of any dtype, shape (n,)."""
         return said
 
     def settled(self, y: NDArray[np.int64], y_pred: NDArray[np.int64]) -> Classification:
-        """Return the target with what answers out of fold tell of it: of classes nothing."""
+        """Return the target with what answers out of fold tell of it: of classes nothing.
+
+        y, y_pred : int64 of shape (n,)
+        """
         return self
 
     def only(self, y: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.float32], ScoreKind] | None:
-        """Return all that can be said of n images where y, shape (m,), has one class; None where a head can be fitted on it."""
+        """Return all that can be said of n images where y has one class; None where a head can be fitted on it.
+
+        y : int64 of shape (m,); said are codes, int64 of shape (n,), and probabilities, float32 of shape (n, width)
+        """
         if not (y == y[0]).all():
             return None
         probabilities = np.zeros((n, self.width), dtype=np.float32)
@@ -129,7 +143,10 @@ class Classification:
     def answers(
         self, estimator: Any, X: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None, ScoreKind | None]:
-        """Return what an estimator of codes says of n vectors: codes, shape (n,), and scores, shape (n, width), and their kind."""
+        """Return what an estimator of codes says of n vectors: codes, scores, and the kind of scores.
+
+        X : float32 of shape (n, dim); codes are int64 of shape (n,), scores float32 of shape (n, width)
+        """
         places, columns, kind = said(estimator, X)
         present = np.asarray(estimator.classes_, dtype=np.int64)
         if columns is None or kind is None:
@@ -137,14 +154,21 @@ class Classification:
         return present[places], expand_scores(columns, present, self.width, kind), kind
 
     def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.floating] | None]:
-        """Return what an estimator says of the rows that it was fitted on: places in its own classes, and their scores."""
+        """Return what an estimator says of the rows that it was fitted on: places in its own classes, and their scores.
+
+        X : float32 of shape (n, dim); the places are int64 of shape (n,), the scores of the estimator's float dtype and
+            shape (n, len(classes_)), None where it has none
+        """
         places, columns, _ = said(estimator, X)
         return places.astype(np.int64), columns
 
     def predict(
         self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate
     ) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
-        """Return codes, shape (n,), and probabilities, shape (n, width): 0 for a class never seen, None without any."""
+        """Return codes, and probabilities: 0 for a class never seen, None without any.
+
+        X : float32 of shape (n, dim); codes are int64 of shape (n,), probabilities float64 of shape (n, width)
+        """
         places, raw, kind = said(estimator, X)
         codes = np.asarray(estimator.classes_[places])
         calibrated = None if raw is None else calibrate(raw, kind)
@@ -166,7 +190,7 @@ class Classification:
     def csv_cells(self, label: str | None, probabilities: Sequence[float] | NDArray[Any] | None, top: int) -> list[str]:
         """Return the cells of one prediction; empty ones where there is no label, or nothing but the label.
 
-        probabilities : shape (n_classes,), None where the head has none
+        probabilities : of any float dtype, shape (n_classes,); None where the head has none
         """
         count = min(top, self.width)
         if label is None or probabilities is None:
@@ -181,7 +205,7 @@ ANY_CLASSES = Classification()
 
 
 def class_columns(labels: ArrayLike, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return each label's place in `classes`, -1 where it is not there: shape (n,)."""
+    """Return each label's place in `classes`, -1 where there is none: int64 of shape (n,), for labels of any dtype."""
     place = {label: column for column, label in enumerate(classes)}
     return np.array([place.get(label, -1) for label in np.asarray(labels).astype(str).tolist()], dtype=np.int64)
 
@@ -194,6 +218,9 @@ def said(
     The label is the class with the highest score, whatever `predict` says: scikit-learn's NearestCentroid measures
     distances in another way there than for its probabilities, and an SVC without `break_ties` takes the first of equals.
     A classifier without a score per class is asked to predict.
+
+    X : float32 of shape (n, dim); the places are intp of shape (n,), the columns of shape (n, len(classes_)): decision
+        values float64, probabilities of the estimator's float dtype
     """
     model = estimator[-1] if hasattr(estimator, "steps") else estimator
     pairs = getattr(model, "decision_function_shape", "ovr") == "ovo"
@@ -207,7 +234,10 @@ def said(
 
 
 def scores_as_columns(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return decision scores with one column per class: a binary head's single score s becomes (-s, s)."""
+    """Return decision scores with one column per class: a binary head's single score s becomes (-s, s).
+
+    scores : of any float dtype, shape (n,) or (n, k); returns float64 of shape (n, 2) or (n, k)
+    """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim == 1 or values.shape[1] == 1:
         values = values.reshape(-1)

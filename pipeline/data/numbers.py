@@ -77,7 +77,10 @@ class Regression:
         return {"kind": self.kind, **{name: list(value) for name, value in vars(self).items()}}
 
     def fitted(self, y: Numbers) -> Regression:
-        """Return the target with what the numbers of some images, shape (n,) or (n, k), tell: where they lie and how far apart."""
+        """Return the target with what the numbers of some images tell: where they lie and how far apart.
+
+        y : float64 of shape (n,) or (n, k)
+        """
         flat = self._flat(y)
         spread = flat.std(axis=0) if len(flat) else np.ones(self.width)
         ends = (
@@ -137,24 +140,29 @@ class Regression:
         return y
 
     def decode(self, y: Numbers) -> Numbers:
-        """Return the numbers as users have them: as they are."""
+        """Return the numbers as users have them, float64 of shape (n,) or (n, k): as they are."""
         return y
 
     def restored(self, stored: NDArray[np.float64]) -> Numbers:
-        """Return the numbers that a file has."""
+        """Return the numbers that a file has, float64 of shape (n,) or (n, k)."""
         return stored
 
     def strata(self, y: Numbers) -> NDArray[np.int64]:
-        """Return what folds and the test split keep in proportion: to which of up to ten quantiles each image belongs, shape (n,).
+        """Return what folds and the test split keep in proportion: to which of up to ten quantiles each image belongs.
 
         Of several numbers it is the quantile of their sum, each measured in its standard deviations.
+
+        y : float64 of shape (n,) or (n, k); returns int64 of shape (n,)
         """
         order = np.argsort(np.argsort(self.fitted(y).learned(y).reshape(len(y), -1).sum(axis=1), kind="stable"))
         count = max(2, min(MOST_STRATA, len(y) // IMAGES_PER_STRATUM))
         return np.asarray(order * count // max(len(y), 1), dtype=np.int64)
 
     def problem(self, y_train: Numbers) -> str | None:
-        """Say why no head can be fitted on these training images; None where one can."""
+        """Say why no head can be fitted on these training images; None where one can.
+
+        y_train : float64 of shape (n,) or (n, k)
+        """
         flat = self._flat(y_train)
         same = [name for name, column in zip(self.columns, flat.T, strict=True) if not len(flat) or np.ptp(column) == 0]
         return (
@@ -162,54 +170,78 @@ class Regression:
         )
 
     def narrowed(self, y: Numbers) -> tuple[Regression, Numbers, NDArray[np.int64]]:
-        """Return the target that y, shape (n,) or (n, k), is of, and y; there are no classes."""
+        """Return the target that y is of, and y; there are no classes.
+
+        y : float64 of shape (n,) or (n, k); in place of classes there is int64 of shape (0,)
+        """
         return (self if self.scale else self.fitted(y)), y, np.empty(0, np.int64)
 
     def unnarrowed(self, y: Numbers, present: NDArray[np.int64]) -> Numbers:
-        """Return y as it is."""
+        """Return y as it is, float64 of shape (n,) or (n, k)."""
         return y
 
     def widened(self, columns: NDArray[np.floating], present: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return scores as they are; there are none."""
+        """Return scores, of any float dtype and shape, as they are, in float32; there are none."""
         return columns.astype(np.float32)
 
     def learned(self, y: Numbers) -> Numbers:
-        """Return what an estimator is fitted on: the standardised numbers, of the shape of y."""
+        """Return what an estimator is fitted on: the standardised numbers, float64 and of the shape of y."""
         return ((self._flat(y) - self.centre) / self.scale).reshape(y.shape)
 
     def settled(self, y: Numbers, y_pred: Numbers) -> Regression:
-        """Return the target with intervals that are as wide as predictions out of fold say, both of the shape of y.
+        """Return the target with intervals that are as wide as predictions out of fold say.
 
         Of n residuals the (n + 1) * 0.9-th smallest: a new image's lies within with a probability of 90 % (split conformal
         prediction, Vovk et al. 2005; with folds in place of a split, Vovk 2015).
+
+        y, y_pred : float64 of shape (n,) or (n, k)
         """
         residuals = np.sort(np.abs(self._flat(y) - self._flat(y_pred)), axis=0)
         place = int(np.ceil((len(residuals) + 1) * LEVEL)) - 1
         return replace(self, half=tuple(residuals[min(place, len(residuals) - 1)].tolist()))
 
     def only(self, y: Numbers, n: int) -> tuple[Numbers, None, None] | None:
-        """Return all that can be said of n images where all of y are the same; None where a head can be fitted on it."""
+        """Return all that can be said of n images where all of y are the same; None where a head can be fitted on it.
+
+        y : float64 of shape (m,) or (m, k); said are numbers of shape (n,) or (n, k)
+        """
         return None if (y != y[0]).any() else (np.repeat(y[:1], n, axis=0), None, None)
 
     def answers(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None, ScoreKind | None]:
-        """Return what an estimator of standardised numbers says of n vectors, shape (n,) or (n, k); no scores."""
+        """Return what an estimator of standardised numbers says of n vectors; no scores.
+
+        X : float32 of shape (n, dim); the numbers are float64 of shape (n,) or (n, k)
+        """
         return self.told(estimator.predict(X)), None, None
 
     def told(self, standardised: NDArray[np.floating]) -> Numbers:
-        """Return y for what an estimator of standardised numbers says of n images."""
+        """Return y for what an estimator of standardised numbers says of n images.
+
+        standardised : of any float dtype, shape (n,) or (n, k); returns float64 of shape (n,), of several columns
+            (n, k)
+        """
         whole = self._flat(np.asarray(standardised, dtype=np.float64)) * self.scale + self.centre
         return np.asarray(whole[:, 0] if self.width == 1 else whole)
 
     def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None]:
-        """Return what an estimator says of the rows that it was fitted on."""
+        """Return what an estimator says of the rows that it was fitted on.
+
+        X : float32 of shape (n, dim); the numbers are float64 of shape (n,) or (n, k)
+        """
         return self.answers(estimator, X)[0], None
 
     def predict(self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate) -> tuple[Numbers, None]:
-        """Return numbers, shape (n,) or (n, k); there are no probabilities."""
+        """Return numbers; there are no probabilities.
+
+        X : float32 of shape (n, dim); the numbers are float64 of shape (n,) or (n, k)
+        """
         return self.answers(estimator, X)[0], None
 
     def inside(self, y: Numbers, y_pred: Numbers) -> NDArray[np.bool_]:
-        """Return which numbers lie within the interval around their prediction, shape (n, k)."""
+        """Return which numbers lie within the interval around their prediction, bool of shape (n, k).
+
+        y, y_pred : float64 of shape (n,) or (n, k)
+        """
         return np.asarray(np.abs(self._flat(y) - self._flat(y_pred)) <= self.half)
 
     def counted_as(self, label: Any) -> str:
@@ -223,7 +255,10 @@ class Regression:
         return [f"{name}{end}" for name in names for end in ("", "_low", "_high", "_note")]
 
     def csv_cells(self, label: Any, probabilities: Sequence[float] | NDArray[Any] | None, top: int) -> list[str]:
-        """Return the cells of one prediction, a number or k of them; empty ones where there is none."""
+        """Return the cells of one prediction, a number or k of them; empty ones where there is none.
+
+        label : a number, or float64 of shape (k,); probabilities : None, as there are none
+        """
         if label is None:
             return [""] * (4 * self.width)
         cells = []

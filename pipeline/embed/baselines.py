@@ -46,7 +46,7 @@ class Baseline:
 
     @property
     def probe(self) -> tuple[NDArray[np.float32]]:
-        """The vectors of the built-in probe images."""
+        """The vectors of the built-in probe images: one float32 array of shape (k, dim)."""
         return self.embed(probe_images(self.preprocessing.size))
 
     def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32]]:

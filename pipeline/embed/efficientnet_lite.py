@@ -150,6 +150,8 @@ def _load(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 def read(name: str) -> dict[str, torch.Tensor]:
     """Read the tensors of the installed package, with the names that `build` gives them.
 
+    Each has the shape and dtype that it has in the file.
+
     Raises
     ------
     BackboneError

@@ -60,6 +60,8 @@ _PROCESSORS = frozenset({"x86_64", "amd64"})
 def require_close(found: Features, expected: Features) -> None:
     """See that another engine computes the same network, but for the rounding of bf16.
 
+    found, expected : one array per layer, float32 of shape (n, dim)
+
     Raises
     ------
     RuntimeError
@@ -137,6 +139,9 @@ def engine_at_hand(engine: str, device: str) -> str:
 
 def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, threads: int) -> Engine:
     """Compile the way from pixels to vectors for this processor.
+
+    vectors : takes uint8 of shape (n, height, width, 3) and returns a float32 tensor of shape (n, dim) per layer; so
+        does the engine with arrays. size : (height, width)
 
     Raises
     ------

@@ -54,7 +54,11 @@ class Taps(nn.Module):
         self._outputs[layer] = output
 
     def forward(self, images: torch.Tensor) -> tuple[Any, ...]:
-        """Return one output per layer, None of a module that does not run."""
+        """Return one output per layer, None of a module that does not run.
+
+        images : of the network's float dtype, shape (n, 3, height, width); outputs are as the modules give them, of any
+            shape and dtype
+        """
         self.network(images)
         found, self._outputs = self._outputs, {}
         return tuple(map(found.get, self._layers))
@@ -67,8 +71,10 @@ Graph = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
 def trace(model: nn.Module, probe: torch.Tensor | None = None) -> Graph:
     """Return the network as a graph in eval mode, and its nodes by name in the order they run.
 
-    Where it cannot be traced, or its graph gives another result for the images `probe`, (n, 3, height, width), it is run as it
-    is, and its layers are its modules.
+    Where it cannot be traced, or its graph gives another result for the images `probe`, it is run as it is, and its
+    layers are its modules.
+
+    probe : float32 of shape (n, 3, height, width)
     """
     try:
         module, names = traced(model.eval())
@@ -320,7 +326,7 @@ def source(layer: str, pooling: str, tokens: Tokens) -> str:
 
 
 def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Turn the output of a layer into one vector per image, shape (n, dim).
+    """Turn the output of a layer into one vector per image: of its own dtype, shape (n, dim).
 
     (n, dim) is one already. (n, channels, height, width) and (n, height, width, channels) are averaged or maximised over
     the image, (n, tokens, dim) over the tokens. `cls` takes the first token; `avg[5:]`, `max[5:]` and `cls+avg[5:]` leave the
@@ -434,6 +440,8 @@ def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer:
 
     `own` is `avg` where there is something to average. Where tokens stand in front of those of the patches, an average or a
     maximum says from which on it is taken: `avg[5:]`.
+
+    output : a layer's, of any dtype, shape (n, ...): only its shape is looked at
 
     Raises
     ------

@@ -61,7 +61,11 @@ class OwnNetwork(nn.Module):
             parameter.data.zero_()  # as the digest of the weights must be the same each time
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Score the classes: (n, 3, height, width) -> (n, num_classes), for `finetune`; features come from inside."""
+        """Score the classes, for `finetune`; features come from inside.
+
+        images : of the network's float dtype, shape (n, 3, height, width); returns scores of that dtype, shape
+            (n, num_classes)
+        """
         vectors = self.network(images)
         if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:
             raise BackboneError(
@@ -126,7 +130,10 @@ def _shape(tensor: torch.Tensor, start: int = 1) -> str:
 
 
 def with_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name the tensors of the user's module as they are called within the whole; those that are stay as they are."""
+    """Name the tensors of the user's module as they are called within the whole; those that are stay as they are.
+
+    The tensors may be of any shape and dtype.
+    """
     whole = any(name.startswith("network.") for name in state)
     return {name if whole else f"network.{name}": tensor for name, tensor in state.items()}
 

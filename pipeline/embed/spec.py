@@ -104,7 +104,7 @@ class Embedder(Protocol):
 
     @property
     def probe(self) -> tuple[NDArray[np.float32], ...]:
-        """The vectors of the built-in probe images, one array per spec."""
+        """The vectors of the built-in probe images, one float32 array of shape (k, dim) per spec."""
 
     def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
         """Turn uint8 (n, height, width, 3) into one float32 (n, dim) per spec."""

@@ -268,6 +268,8 @@ def fill(
 
     Returned with whether the file has the network's last layer, which is zero otherwise.
 
+    state : tensors of the network's shapes and of any dtype; each is turned into the dtype the network has it in
+
     Raises
     ------
     BackboneError

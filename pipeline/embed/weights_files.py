@@ -31,6 +31,8 @@ order; what lies beside them is of the training, such as a projection head."""
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a weights file: its tensors, and the description a file of this project carries.
 
+    Each tensor has the shape and dtype that it has in the file.
+
     Raises
     ------
     BackboneError
@@ -70,7 +72,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 
 
 def weights_digest(state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
-    """Return the one digest of a weights file of this project: of its tensors and the texts in its header."""
+    """Return the one digest of a weights file of this project: of its tensors and the texts in its header.
+
+    The tensors may be of any shape and dtype, both of which the digest covers.
+    """
     return fingerprint([tensors_digest(state), {key: text for key, text in header.items() if key != DIGEST_KEY}])
 
 

@@ -141,9 +141,9 @@ def label_issues(
 ) -> LabelIssues:
     """Find labels that confident learning takes for wrong, those with the lowest probability first.
 
-    probabilities : ndarray of shape (n, n_classes), out of fold; y : column of each given label, shape (n,). A label is
-    doubted when another class is likelier and it gets less than `DOUBT` of what its class usually gets, so a head that is
-    unsure of a class as a whole does not accuse it.
+    probabilities : ndarray of shape (n, n_classes), of any float dtype, out of fold; y : column of each given label,
+    of any integer dtype, shape (n,). A label is doubted when another class is likelier and it gets less than `DOUBT` of
+    what its class usually gets, so a head that is unsure of a class as a whole does not accuse it.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     rows = np.arange(len(y))
@@ -164,9 +164,9 @@ def label_issues(
 def noise_rate(p: NDArray[np.float64], y: NDArray[np.integer]) -> float:
     """Estimate the share of labels that are replaced by any other class at random.
 
-    p : probabilities of shape (n, n_classes), y : column of each given label, shape (n,). Maximum likelihood of labels that
-    are drawn from p**sharpness, made to sum to 1, or with this rate from all classes alike: probabilities that were
-    calibrated on labels with errors are too flat, which `sharpness` undoes.
+    p : probabilities, float64 of shape (n, n_classes), y : column of each given label, of any integer dtype, (n,).
+    Maximum likelihood of labels that are drawn from p**sharpness, made to sum to 1, or with this rate from all classes
+    alike: probabilities that were calibrated on labels with errors are too flat, which `sharpness` undoes.
     """
     if len(y) == 0 or p.shape[1] < 2:
         return 0.0
@@ -200,7 +200,10 @@ def project(features: NDArray[np.floating], components: int = COMPONENTS) -> NDA
 
 
 def neighbours(features: NDArray[np.floating], k: int = FAR) -> Neighbours:
-    """Find the k nearest other rows of every row by Euclidean distance."""
+    """Find the k nearest other rows of every row by Euclidean distance.
+
+    features : of any float dtype, shape (n, dim)
+    """
     X = np.asarray(features, dtype=np.float32)
     search = NearestNeighbors(n_neighbors=min(k, len(X) - 1), algorithm="brute").fit(X)
     _, rows = search.kneighbors()
@@ -289,7 +292,7 @@ def examine(
 ) -> tuple[Pairs, Findings]:
     """Look for near-duplicates, which are returned as pairs of rows too, and outliers among images.
 
-    features : ndarray of shape (n, dim), a row per path; hashes : as in `close_pairs`
+    features : ndarray of shape (n, dim), of any float dtype, a row per path; hashes : as in `close_pairs`
     """
     if len(paths) < 2:
         return _NO_PAIRS, Findings()

@@ -29,7 +29,10 @@ class Calibrator:
     offsets: tuple[float, ...] = (0.0,)
 
     def probabilities(self, scores: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return probabilities of shape (n, n_classes) for decision scores or log-probabilities of the same shape."""
+        """Return probabilities for decision scores or log-probabilities.
+
+        scores : of any float dtype, shape (n, n_classes); returns float64 of the same shape
+        """
         logits = _LOGITS[self.method](np.asarray(scores, dtype=np.float64)) * self.slopes[0]
         return np.asarray(softmax(logits, axis=1))
 
@@ -59,7 +62,8 @@ class Calibration:
 def fit_calibrator(scores: NDArray[np.floating], y: NDArray[np.integer], method: str = "temperature") -> Calibrator:
     """Fit a calibrator on out-of-fold scores: one number, which never changes the likeliest class.
 
-    scores : ndarray of shape (n, n_classes), decision scores or log-probabilities; y : column of each true class, (n,).
+    scores : ndarray of shape (n, n_classes), of any float dtype, decision scores or log-probabilities
+    y : column of each true class, of any integer dtype, shape (n,)
     method : 'temperature', or 'margins' (temperature of `margins`, for the scores that scikit-learn's SVC gives three
         classes or more).
     """
@@ -80,7 +84,7 @@ def margins(scores: NDArray[np.floating]) -> NDArray[np.float64]:
     these pairs. The count leads, so the likeliest class of every image is about one ahead of the next, however sure
     the SVC is; that is in m. The class that leads by count keeps the highest margin, just so where others have as clear a one.
 
-    scores : ndarray of shape (n, n_classes), n_classes >= 3; so is what is returned
+    scores : ndarray of shape (n, n_classes), n_classes >= 3, of any float dtype; what is returned is like it
     """
     rest = scores - np.round(scores)
     rest = np.clip(rest, -_MOST_REST, _MOST_REST)
@@ -155,7 +159,10 @@ def correct_priors(
 ) -> NDArray[np.float64]:
     """Return probabilities as they would be had the classes been as frequent as `wanted`, not as `trained`.
 
-    Both priors have shape (n_classes,) and sum to 1. Use it when classes were weighted or sampled in training.
+    Use it when classes were weighted or sampled in training.
+
+    probabilities : of any float dtype, shape (n, n_classes); returns float64 of the same shape
+    trained, wanted : of any float dtype, shape (n_classes,), sum 1
     """
     weighted = np.asarray(probabilities, dtype=np.float64) * (np.asarray(wanted) / np.maximum(trained, 1e-12))
     corrected: NDArray[np.float64] = weighted / np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300)

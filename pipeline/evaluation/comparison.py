@@ -69,7 +69,7 @@ class Difference:
 
 
 def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float:
-    """Return the exact two-sided McNemar p-value for two heads on the same images, shape (n,) each."""
+    """Return the exact two-sided McNemar p-value for two heads on the same images, bool of shape (n,) each."""
     only_a, only_b = _discordant(correct_a, correct_b)
     if only_a + only_b == 0:
         return 1.0
@@ -205,7 +205,10 @@ def corrected_t(scores_a: Sequence[float], scores_b: Sequence[float], test_share
 
 
 def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
-    """Return Holm's adjusted p-values: the chance of any false finding among them stays at the level."""
+    """Return Holm's adjusted p-values: the chance of any false finding among them stays at the level.
+
+    p_values : k of them; returns float64 of shape (k,)
+    """
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(np.minimum(1.0, (len(p) - np.arange(len(p))) * p[order]))
@@ -356,7 +359,9 @@ class Ranking:
 
 
 def rank_over_datasets(scores: NDArray[np.float64]) -> Ranking:
-    """Rank heads over several data sets; scores : ndarray of shape (n_datasets, n_heads), higher is better.
+    """Rank heads over several data sets.
+
+    scores : ndarray of shape (n_datasets, n_heads), float64, higher is better
 
     Friedman's test with the correction of Iman and Davenport; Nemenyi's critical difference at 5 %. Source: Demsar 2006.
     """

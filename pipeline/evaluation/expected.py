@@ -25,8 +25,8 @@ def expected_accuracy(
     Given how many were right out of fold, how many will be is beta-binomial (Jeffreys' prior). Images of a group are alike,
     so that they count as fewer: by the design effect 1 + (size - 1) * correlation (Kish 1965).
 
-    correct : ndarray of shape (n,): which images were labelled right out of fold
-    groups, test_groups : ndarrays of shape (n,) and (n_test,), the group of each image; None where each is its own
+    correct : ndarray of shape (n,), bool: which images were labelled right out of fold
+    groups, test_groups : ndarrays of shape (n,) and (n_test,), int64: groups of the images; None where each is its own
     allowance : what fitting on all training images may add to the accuracy, for the upper end
     """
     n, right = len(correct), int(correct.sum())

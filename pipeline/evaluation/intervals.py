@@ -58,7 +58,10 @@ def numbered(units: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
 
 
 def unit_size(units: NDArray[np.int64] | None) -> float:
-    """Return the size of the unit of a random image: the most that images which say the same can cost."""
+    """Return the size of the unit of a random image: the most that images which say the same can cost.
+
+    units : int64 of shape (n,), the unit of each image; None where each is its own
+    """
     if units is None or not len(units):
         return 1.0
     return float(np.sum(np.unique(units, return_counts=True)[1] ** 2) / len(units))
@@ -91,23 +94,32 @@ def effective_size(values: NDArray[np.floating] | NDArray[np.bool_], units: NDAr
 
 
 def freedom(units: NDArray[np.int64]) -> float:
-    """Return the degrees of freedom of a variance between units: as of so many equally large ones, less 1."""
+    """Return the degrees of freedom of a variance between units: as of so many equally large ones, less 1.
+
+    units : int64 of shape (n,), the unit of each image
+    """
     return max(len(units) / unit_size(units) - 1, 1.0)
 
 
 def critical(units: NDArray[np.int64] | None) -> float:
-    """Return the factor of a standard error for 95 %: the normal law's, or Student's where units have to tell the error."""
+    """Return the factor of a standard error for 95 %: the normal law's, or Student's where units have to tell the error.
+
+    units : int64 of shape (n,), the unit of each image; None where each is its own
+    """
     return Z if units is None else float(stats.t.ppf(0.975, freedom(units)))
 
 
 def share_interval(values: NDArray[np.bool_], units: NDArray[np.int64] | None) -> Interval:
-    """Return Wilson's interval for the share of true values of shape (n,), of so many images as they are worth."""
+    """Return Wilson's interval for the share of true values, of so many images as they are worth.
+
+    values : bool of shape (n,); units : int64 of shape (n,), None where each image is its own
+    """
     size = effective_size(values, units)
     return wilson(float(np.mean(values)) * size, size, critical(units))
 
 
 def mean_interval(values: NDArray[np.float64], level: float = 0.95) -> Interval:
-    """Return Student's t interval for the mean of independent values, shape (n,); infinite for n = 1."""
+    """Return Student's t interval for the mean of independent values, float64 of shape (n,); infinite for n = 1."""
     n = len(values)
     if n < 2:
         return (-np.inf, np.inf)

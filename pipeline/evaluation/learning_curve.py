@@ -34,7 +34,7 @@ class PowerLaw:
     rate: float
 
     def accuracy(self, sizes: NDArray[np.floating] | Sequence[float]) -> NDArray[np.float64]:
-        """Return the accuracy expected at each size."""
+        """Return the accuracy expected at each size: float64 of shape (k,), for k numbers of any float dtype."""
         values: NDArray[np.float64] = 1.0 - self.floor - self.scale * np.asarray(sizes, dtype=np.float64) ** -self.rate
         return values
 
@@ -72,7 +72,10 @@ def curve_sizes(n: int, n_classes: int, steps: int = 7) -> tuple[int, ...]:
 
 
 def stratified_order(y: NDArray[np.generic], seed: int) -> NDArray[np.intp]:
-    """Return all rows in an order of which every beginning has each class in its share: shape (n,)."""
+    """Return all rows in an order of which every beginning has each class in its share.
+
+    y : of any dtype, shape (n,); returns intp of shape (n,)
+    """
     rng = np.random.default_rng(seed)
     keys = np.empty(len(y))
     for label in np.unique(y):
@@ -90,8 +93,9 @@ def curve_scores(
 ) -> NDArray[np.float64]:
     """Fit a cheap head on growing parts of cached features; return its accuracy on fixed rows, one draw at every size.
 
-    build : seed -> unfitted scikit-learn estimator; train, test : (X, y). Every seed draws its own nested, stratified
-    parts. Rows of `test` must play no part in training. Returns shape (n_sizes,); NaN where a part has one class only.
+    build : seed -> unfitted scikit-learn estimator; train, test : X of any float dtype, shape (n, dim), and y of any
+    dtype, shape (n,). Every seed draws its own nested, stratified parts. Rows of `test` must play no part in training.
+    Returns float64 of shape (n_sizes,); NaN where a part has one class only.
     """
     (X, y), (X_test, y_test) = train, test
     order = stratified_order(y, seed)
@@ -109,6 +113,8 @@ def curve_from_scores(
     """Make the curve, its test and its forecast from measured scores per size.
 
     The forecast is for 2 and 4 times `labels`, the labelled images there are; as many as the largest size if None.
+
+    scores : for each size float64 of shape (n_draws,)
     """
     points = tuple(
         CurvePoint(size, float(np.mean(row)), mean_interval(np.asarray(row)), tuple(float(v) for v in row))

@@ -28,15 +28,20 @@ SLOW_RESAMPLES = 200
 
 
 def counted(n: int, units: NDArray[np.int64] | None, what: str = "images") -> str:
-    """Say how many images there are, and of how many groups where not each is one of its own."""
+    """Say how many images there are, and of how many groups where not each is one of its own.
+
+    units : int64 of shape (n,), the unit of each image; None where each is its own
+    """
     groups = n if units is None else len(np.unique(units))
     return f"{n:,} {what}" if groups == n else f"{n:,} {what} of {groups:,} group{'s' if groups > 1 else ''}"
 
 
 def mean_share(sums: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the mean over classes of a share, shape (r,), from what is above and then what is below, shape (r, 2 n_classes).
+    """Return the mean over classes of a share, from what is above and then what is below.
 
     A class with nothing below takes no part. A plain mean over images is one class with 1 below for every image.
+
+    sums : of any float dtype, shape (r, 2 n_classes); returns float64 of shape (r,)
     """
     above, below = np.split(np.asarray(sums, dtype=np.float64), 2, axis=1)
     shares = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
@@ -44,7 +49,11 @@ def mean_share(sums: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def unit_sums(images: sparse.csr_array, units: NDArray[np.int64] | None) -> sparse.csr_array:
-    """Sum up rows of images, a sparse array of shape (n, k), by unit: shape (n_units, k)."""
+    """Sum up rows of images by unit.
+
+    images : sparse array of shape (n, k), float64; units : int64 of shape (n,), None where each image is its own;
+        returns one of shape (n_units, k), float64
+    """
     if units is None:
         return images
     place = numbered(units, len(units))
@@ -130,7 +139,7 @@ class Metric:
         return (1 if self.higher_is_better else -1) * float(self.function(predictions.y_true, said))
 
     def contributions(self, predictions: Predictions) -> NDArray[np.float64]:
-        """Return what each unit adds: shape (m,), with the score as mean and m times its variance as variance.
+        """Return what each unit adds, the score as mean and m times its variance as variance: float64 of shape (m,).
 
         A unit is an image, a group or a set of copies. Of a mean of shares it is the score plus its influence function (the
         infinitesimal jackknife, Efron 1982; of ratios of sums over units, Cochran 1977, chapter 11). For another score it is a
@@ -347,7 +356,7 @@ _CELLS = 1 << 21
 
 
 def drawn(m: int, seed: int, count: int) -> Iterator[NDArray[np.int64]]:
-    """Draw `count` bootstrap samples of m units: yields arrays of shape (r, m), how often each was drawn."""
+    """Draw `count` bootstrap samples of m units: yields int64 of shape (r, m), how often each was drawn."""
     rng, step = np.random.default_rng(seed), max(1, _CELLS // m)
     for start in range(0, count, step):
         r = min(step, count - start)
@@ -358,7 +367,8 @@ def drawn(m: int, seed: int, count: int) -> Iterator[NDArray[np.int64]]:
 def rescored(metric: Metric, heads: Sequence[Predictions]) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
     """Return what scores heads on the same images with each unit taken so many times.
 
-    It takes counts of shape (r, n_units) and returns scores of shape (r, n_heads); a row of zeros has none that means anything.
+    It takes counts, int64 of shape (r, n_units), and returns scores, float64 of shape (r, n_heads); a row of zeros has
+    none that means anything.
     """
     if metric.shares is not None:
         sums = [unit_sums(metric.shares(head), head.units) for head in heads]

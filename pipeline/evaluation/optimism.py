@@ -55,9 +55,11 @@ def selection_optimism(
 
 
 def trial_optimism(fold_scores: NDArray[np.float64]) -> float:
-    """Estimate by how much the best trial's mean score flatters it, from fold scores of shape (n_trials, n_folds).
+    """Estimate by how much the best trial's mean score flatters it, from fold scores.
 
     The mean over folds of (the fold's own best score - the winner's score on that fold).
+
+    fold_scores : float64 of shape (n_trials, n_folds)
     """
     scores = np.asarray(fold_scores, dtype=np.float64)
     winner = int(np.argmax(scores.mean(axis=1)))

@@ -67,22 +67,25 @@ class Predictions:
         return len(self.y_true)
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Return the columns that there are, by name, each with n rows."""
+        """Return the columns that there are, by name, each with n rows, of the shape and dtype told above."""
         return {name: part for name, part in vars(self).items() if isinstance(part, np.ndarray)}
 
     def rows(self, which: NDArray[Any]) -> Predictions:
-        """Return those of some of the images, given by number or by a mask."""
+        """Return those of some of the images.
+
+        which : numbers of rows, of any integer dtype, shape (m,), or a mask, bool of shape (n,)
+        """
         return replace(self, **{name: part[which] for name, part in self.columns().items()})
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Which images were labelled right, where an image has several labels in all of them: shape (n,)."""
+        """Which images were labelled right, where an image has several labels in all of them: bool of shape (n,)."""
         equal = np.equal(self.y_true, self.y_pred)
         return np.asarray(equal if equal.ndim == 1 else equal.all(axis=1))
 
     @property
     def unit_numbers(self) -> NDArray[np.int64]:
-        """The unit of each image, numbered from 0 without a gap: shape (n,)."""
+        """The unit of each image, numbered from 0 without a gap: int64 of shape (n,)."""
         return numbered(self.units, len(self))
 
     @property
@@ -92,12 +95,12 @@ class Predictions:
 
     @property
     def labels(self) -> NDArray[Any]:
-        """What is true in the words of users, the names of classes for instance: shape (n,) or (n, k)."""
+        """What is true in the words of users: names, str of shape (n,), or numbers, float64 of shape (n,) or (n, k)."""
         return self.target.decode(self.y_true)
 
     @property
     def predicted(self) -> NDArray[Any]:
-        """What is predicted, likewise."""
+        """What is predicted, likewise, of the same shape and dtype."""
         return self.target.decode(self.y_pred)
 
 

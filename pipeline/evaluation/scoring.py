@@ -195,7 +195,7 @@ def _resampled(metric: Metric, predictions: Predictions, seed: int) -> tuple[flo
 
 
 def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
-    """Count images by true class (row) and predicted class (column): shape (n_classes, n_classes)."""
+    """Count images by true class (row) and predicted class (column): int64 of shape (n_classes, n_classes)."""
     codes = np.arange(len(predictions.classes))
     return np.asarray(count_pairs(predictions.y_true, predictions.y_pred, labels=codes), dtype=np.int64)
 

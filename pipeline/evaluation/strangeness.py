@@ -33,7 +33,7 @@ class Known:
     distances: Floats
 
     def distance(self, X: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return how far vectors, shape (n, dim), lie from the training images: shape (n,)."""
+        """Return how far vectors, float32 of shape (n, dim), lie from the training images: float64 of shape (n,)."""
         return distance(directions(X, self.mean), self.references)
 
     def to_bytes(self) -> bytes:
@@ -58,14 +58,17 @@ class Known:
 
 
 def directions(X: NDArray[np.float32], mean: Floats | float) -> NDArray[np.float32]:
-    """Centre vectors, shape (n, dim), and bring them to length 1; one of zeros stays."""
+    """Centre vectors, float32 of shape (n, dim), and bring them to length 1; one of zeros stays."""
     centred = X - mean
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.asarray(centred / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
 def distance(units: NDArray[np.float32], references: Floats, nth: int = NEIGHBOURS) -> NDArray[np.float64]:
-    """Return 1 - cosine to the nth nearest reference: shape (n,), for unit rows (n, dim) and (m, dim)."""
+    """Return 1 - cosine to the nth nearest reference: float64 of shape (n,).
+
+    units : unit rows, float32 of shape (n, dim); references : unit rows, of any float dtype, shape (m, dim)
+    """
     nth = max(1, min(nth, len(references)))
     block = max(1, BLOCK_NUMBERS // len(references))
     parts = [
@@ -76,14 +79,17 @@ def distance(units: NDArray[np.float32], references: Floats, nth: int = NEIGHBOU
 
 
 def unsureness(probabilities: Floats) -> NDArray[np.float64]:
-    """Return 1 - the highest probability: shape (n,)."""
+    """Return 1 - the highest probability: float64 of shape (n,), for any float dtype of shape (n, n_classes)."""
     return np.asarray(1 - np.asarray(probabilities, dtype=np.float64).max(axis=1))
 
 
 def alike(scores: Floats, known: Floats) -> NDArray[np.float64]:
-    """Return for each score, shape (n,), the share of known images, shape (m,), that are at least as strange, itself among them.
+    """Return for each score the share of known images that are at least as strange, itself among them.
 
     Of images like the known ones it is at most a in a share a of cases: a conformal p-value.
+
+    scores, known : of any float dtype, shapes (n,) and (m,), or (n, k) for `scores`; returns float64 of the shape of
+        `scores`
     """
     above = len(known) - np.searchsorted(np.sort(known), scores, side="left")
     return np.asarray((1.0 + above) / (1 + len(known)), dtype=np.float64)
@@ -101,10 +107,12 @@ def auroc(known: Floats, unknown: Floats) -> float:
 
 
 def label_sets(probabilities: Floats, of_truth: Floats, coverage: float) -> NDArray[np.bool_]:
-    """Return the labels that cannot be ruled out, shape (n, n_classes): of images like the known ones a share `coverage` has the true one.
+    """Return the labels that cannot be ruled out: of images like the known ones a share `coverage` has the true one.
 
-    probabilities : (n, n_classes); of_truth : those of the true labels of m known images when they were held out, (m,)
     The likeliest label is always there.
+
+    probabilities : of any float dtype, shape (n, n_classes); returns bool of the same shape
+    of_truth : those of the true labels of m known images when they were held out, of any float dtype, shape (m,)
     """
     p = np.asarray(probabilities, dtype=np.float64)
     kept = alike(1 - p, 1 - np.asarray(of_truth, dtype=np.float64)) > 1 - coverage

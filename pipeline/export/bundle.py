@@ -109,6 +109,9 @@ class ModelBundle:
     def said(self, *X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
         """Return the same as `Predictions` has it, such as places in the classes.
 
+        X : float32 of shape (n, dim), of a soft vote one for each member; labels are int64 of shape (n,), or numbers,
+            float64 of shape (n,) or (n, k); probabilities are float64 of shape (n, width), None where the head has none
+
         Raises
         ------
         BundleError
@@ -124,13 +127,20 @@ class ModelBundle:
         return self.target.predict(self.estimator, vectors, self.calibrated)
 
     def voted(self, told: Sequence[NDArray[np.floating]]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Return what a soft vote says, shape (n,), and its probabilities, for those of its members, each of shape (n, n_classes)."""
+        """Return what a soft vote says, and its probabilities, for those of its members.
+
+        told : each of any float dtype, shape (n, n_classes); returns intp of shape (n,) and float64 of shape
+            (n, n_classes)
+        """
         mean = np.asarray(np.mean(told, axis=0, dtype=np.float64))
         probabilities = self.calibrated(mean, "probability")
         return mean.argmax(axis=1), mean if probabilities is None else probabilities
 
     def calibrated(self, raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64] | None:
-        """Return probabilities for an estimator's scores, both of shape (n, columns); None without a calibrator."""
+        """Return probabilities for an estimator's scores; None without a calibrator.
+
+        raw : of any float dtype, shape (n, columns); returns float64 of the same shape
+        """
         return None if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
 
 

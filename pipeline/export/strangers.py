@@ -43,7 +43,11 @@ class Strangers:
         return ["strangeness", "unknown"] * (self.unknown is not None) + ["label_set"] * (self.sets is not None)
 
     def cells(self, X: NDArray[np.float32], probabilities: NDArray[np.floating] | None) -> list[list[str]]:
-        """Return the cells of n images, for vectors of the head's first part and its probabilities; and count them."""
+        """Return the cells of n images, for vectors of the head's first part and its probabilities; and count them.
+
+        X : float32 of shape (n, dim); probabilities : of any float dtype, shape (n, n_classes); None where the head has
+            none
+        """
         self.counts["images"] += len(X)
         if self.known is not None:
             self.counts["far"] += int((alike(self.known.distance(X), self.known.distances) <= FAR).sum())

@@ -47,7 +47,7 @@ class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return each class's share of the vote, shape (n, n_classes)."""
+        """Return each class's share of the vote, float64 of shape (n, n_classes), for rows X of any dtype, (n, dim)."""
         rows = directions(np.asarray(X, dtype=np.float32), self.mean_)
         block = max(1, BLOCK_NUMBERS // len(self.references_))
         return np.concatenate(
@@ -55,7 +55,7 @@ class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         )
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the class with most votes for each row, shape (n,)."""
+        """Return the class with most votes for each row of X, of the dtype of `classes_`, shape (n,)."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
 
     def _votes(self, rows: NDArray[np.float32]) -> NDArray[np.float64]:

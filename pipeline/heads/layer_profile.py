@@ -113,10 +113,12 @@ def candidates(layers: Sequence[str], usual: str) -> dict[str, tuple[str, ...]]:
 def answers(
     groups: Candidates, fit: Fit, held_out: Sequence[NDArray[np.int64]], n: int
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[NDArray[np.int64]]]]:
-    """Return each candidate's classes of n images out of fold, shape (n,), and what to choose by within each fold, (n,) each.
+    """Return each candidate's classes of n images out of fold, and what to choose by within each fold.
 
     Within fold k an image of fold j is labelled by a fit on all other folds, -1 where the image is in k: the fit that leaves
     both out serves both.
+
+    held_out : row numbers of each fold, int64 of shape (k,); returned are int64 of shape (n,)
     """
     outer = {name: np.full(n, -1, dtype=np.int64) for name in groups}
     inner = {name: [np.full(n, -1, dtype=np.int64) for _ in held_out] for name in groups}

@@ -18,11 +18,11 @@ def linear_parts(pipeline: Pipeline) -> tuple[Vectors, Vectors, Vectors, Vectors
 
     Returns
     -------
-    weights : ndarray of shape (n_classes, dim)
+    weights : ndarray of shape (n_classes, dim), float64
         Rows in the order of `classes_`. With two classes scikit-learn keeps one row w; here it is split into -w/2 and
         w/2, whose softmax gives the same probabilities and whose larger score is the same class.
-    bias : ndarray of shape (n_classes,)
-    mean, scale : ndarray of shape (dim,)
+    bias : ndarray of shape (n_classes,), float64
+    mean, scale : ndarray of shape (dim,), float64
         Of the scaler inside the pipeline.
 
     Raises

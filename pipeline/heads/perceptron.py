@@ -26,6 +26,8 @@ def fit_keeping_best(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[Any]
     scikit-learn keeps the last, and counts a loss that jumps up as one that no longer falls: a fit may end in the jump.
     An epoch's loss is summed up while its weights move, so it judges those it began with and never those it ended with.
     Stops as scikit-learn does, by `tol`, `n_iter_no_change` and `max_iter`, the last with its ConvergenceWarning.
+
+    X : float32 of shape (n, dim); y : classes of any dtype, shape (n,), or numbers, float64 of shape (n,) or (n, k)
     """
     for _, step in pipeline.steps[:-1]:
         X = step.fit_transform(X, y)

@@ -196,6 +196,8 @@ def most_frequent(y: NDArray[np.int64], width: int) -> Head:
     """The guess that needs no image: always the most frequent class of all training images, in every fold the same.
 
     Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
+
+    y : of all training images, int64 of shape (n,)
     """
     present, codes = np.unique(y, return_inverse=True)
 
@@ -239,7 +241,10 @@ OF_NUMBERS: Mapping[str, Head] = {
 
 
 def mean_of_training(y: NDArray[np.float64], width: int) -> Head:
-    """The guess that needs no image: the mean of the training images, fold by fold."""
+    """The guess that needs no image: the mean of the training images, fold by fold.
+
+    y : of all training images, float64 of shape (n,) or (n, k); it is not looked at
+    """
     return Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
 
 

@@ -21,10 +21,10 @@ from pipeline.evaluation import (
     Ranking,
     pareto,
 )
+from pipeline.evaluation.fewshot import FewShot, words
 from pipeline.evaluation.leaderboard.judge import Trials
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
 from pipeline.evaluation.leaderboard.table import seconds
-from pipeline.fewshot import FewShot, words
 from pipeline.report.drawing import Palette, chart, figure, plain_text, tip
 from pipeline.report.material import Map
 from pipeline.report.names import shorten_all

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import fewshot
 from pipeline.data import DatasetIndex
 from pipeline.embed.concat import concatenated, open_features
 from pipeline.embed.records import read_records, require_index
@@ -26,12 +25,13 @@ from pipeline.evaluation import (
     curve_from_scores,
     curve_scores,
     curve_sizes,
+    fewshot,
 )
+from pipeline.evaluation.fewshot import FewShot
 from pipeline.evaluation.leaderboard.judge import Trials, judge, read_predictions, read_trials
 from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
-from pipeline.fewshot import FewShot
 from pipeline.heads import RIDGE, configure
 
 MOST_IMAGES = 20_000

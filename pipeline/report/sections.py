@@ -23,9 +23,9 @@ from pipeline.evaluation import (
     metrics_for,
     per_class,
 )
+from pipeline.evaluation.fewshot import words
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
-from pipeline.fewshot import words
 from pipeline.report import charts, confusion, layers, numbers
 from pipeline.report.drawing import CATEGORIES, Chart
 from pipeline.report.material import CURVE_HEAD, Material

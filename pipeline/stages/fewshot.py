@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import fewshot
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage
 from pipeline.data.targets import Classification, kind_of
 from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
 from pipeline.errors import ConfigError, DatasetError, PipelineError
+from pipeline.evaluation import fewshot
+from pipeline.evaluation.fewshot import FewShot, Images, Plan
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
-from pipeline.fewshot import FewShot, Images, Plan
 from pipeline.io.digests import fingerprint
 from pipeline.io.progress import bar
 from pipeline.stages import targets

@@ -148,7 +148,7 @@ def _check_segments(path: Path, snapshot: FeatureStore, full: bool, problems: li
 
 
 def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
-    """Check every block and every number of a segment; return the rows that cannot be used, intp of shape (k,)."""
+    """Check every block and number of a segment; return the rows that cannot be used, of dtype intp and shape (k,)."""
     row_bytes = file.bulk.shape[1] * file.bulk.dtype.itemsize
     bad = np.zeros(len(file.bulk), np.bool_)
     for block in file.bad_blocks():

@@ -88,7 +88,9 @@ class StoreFile:
             raise StoreError(f"{self.path}: {len(bad)} block(s) are damaged")
 
     def check_items(self, items: NDArray[Any], width: int = 1) -> None:
-        """Check the blocks that hold some items, integers of shape (k,), of `width` numbers each, before they are used.
+        """Check the blocks that hold some items, of `width` numbers each, before they are used.
+
+        items : of any integer dtype, shape (k,)
 
         Raises
         ------

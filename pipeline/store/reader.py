@@ -137,7 +137,10 @@ class FeatureStore:
             yield part, self.read(digests[part])
 
     def view_at(self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests) -> NDArray[np.float32]:
-        """Like `read_at`, but where the rows lie one behind the other in a float32 segment a view of the mapped file, read-only."""
+        """Like `read_at`, but where the rows lie one behind the other in a float32 segment a view of the mapped file, read-only.
+
+        segments, rows : int64 of shape (n,); digests : uint64 of shape (n, 2); returns float32 of shape (n, dim)
+        """
         one_run = len(rows) > 0 and (segments == segments[0]).all() and (np.diff(rows) == 1).all()
         if not one_run or self.store_type.dtype != "<f4":
             return self.read_at(segments, rows, digests)
@@ -279,7 +282,7 @@ class StoredRows:
         return np.array(vectors, dtype) if copy else np.asarray(vectors, dtype)
 
     def part(self, places: NDArray[np.integer]) -> StoredRows:
-        """Return some of the rows, integers of shape (k,), still unread."""
+        """Return some of the rows, of any integer dtype, shape (k,), still unread."""
         return StoredRows(self.store, self.digests[places], self.segments[places], self.rows[places])
 
     def file_order(self, places: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -24,7 +24,10 @@ MOST_UNEVEN = 10
 
 
 def advice(y: NDArray[Any], target: Target, scoring: str) -> list[str]:
-    """Return what to set where classes are very uneven and accuracy is tuned; y : of the training images, shape (n,)."""
+    """Return what to set where classes are very uneven and accuracy is tuned.
+
+    y : of the training images; int64 of shape (n,) where accuracy is tuned
+    """
     if scoring != "accuracy":
         return []
     counts = np.bincount(y, minlength=target.width).tolist()

@@ -67,7 +67,10 @@ class _Transposed:
 
 
 def turn_blocks(X: Features, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Axes:
-    """Find the axes of some rows' covariance as `solvers.turn` does, without a copy of the rows."""
+    """Find the axes of some rows' covariance as `solvers.turn` does, without a copy of the rows.
+
+    X : float32 of shape (n, dim); train, held_out : row numbers, int64 of shape (k,) and (m,)
+    """
     data = Standardised.of(X, train)
     total = data.products()
     values, vectors = decompose(total.astype(np.float32))

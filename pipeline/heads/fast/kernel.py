@@ -103,7 +103,10 @@ def rbf_svr(problem: Problem, fold: int, distances: Distances, params: Params) -
 
 
 def fit_each(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.float64]) -> Pipeline:
-    """Fit a pipeline whose last step takes one number; a copy of that for each where y is of shape (n, k)."""
+    """Fit a pipeline whose last step takes one number; a copy of that for each where y is of shape (n, k).
+
+    X : float32 of shape (n, dim); y : float64 of shape (n,) or (n, k)
+    """
     if y.ndim > 1:
         pipeline.steps[-1] = (pipeline.steps[-1][0], MultiOutputRegressor(pipeline[-1]))
     return pipeline.fit(X, y)

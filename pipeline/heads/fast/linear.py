@@ -65,7 +65,10 @@ Make = Callable[[NDArray[np.int64], int, Array], Family]
 
 
 def logistic_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family:
-    """Return logistic regression on n rows of classes 0 to n_classes - 1: multinomial, for two classes binomial."""
+    """Return logistic regression on n rows of classes 0 to n_classes - 1: multinomial, for two classes binomial.
+
+    y : int64 of shape (n,); weights : of the rows, float32 of shape (n,)
+    """
 
     def loss(problems: NDArray[np.int64]) -> Loss:
         return binomial_loss(y, weights) if n_classes == 2 else softmax_loss(y, weights)
@@ -75,7 +78,10 @@ def logistic_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Fam
 
 
 def hinge_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family:
-    """Return the squared hinge loss of one class against the rest; as in LIBLINEAR the intercept is penalised."""
+    """Return the squared hinge loss of one class against the rest; as in LIBLINEAR the intercept is penalised.
+
+    y : int64 of shape (n,), classes 0 to n_classes - 1; weights : of the rows, float32 of shape (n,)
+    """
     targets = targets_of(y, n_classes)
     width = targets.shape[1]
     # With more than two classes LIBLINEAR weights the rows of the one class and not those of the rest.
@@ -200,9 +206,12 @@ def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) 
 
 
 def fit_in_blocks(share: Share, problem: Problem, params: Params, y: NDArray[Any]) -> Pipeline:
-    """Fit the head's pipeline on all rows from passes over blocks of them; its classes are those of y, shape (n,) or (n, k).
+    """Fit the head's pipeline on all rows from passes over blocks of them; its classes are those of y.
 
     All that scikit-learn keeps besides the solution is what it keeps of a fit to one made-up row per class.
+
+    y : what the target's `learned` makes of labels: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
+        (n, k)
     """
     rows = np.arange(len(y))
     axes = turn_blocks(problem.X, rows, rows[:0])
@@ -221,14 +230,20 @@ def fit_in_blocks(share: Share, problem: Problem, params: Params, y: NDArray[Any
 
 
 def row_weights(problem: Problem, y: NDArray[np.integer]) -> Array:
-    """Return the weights that the head's `class_weight` gives rows of these classes, shape (n,)."""
+    """Return the weights that the head's `class_weight` gives rows of these classes.
+
+    y : of any integer dtype, shape (n,); returns float32 of shape (n,)
+    """
     class_weight = configure(problem.head, problem.head.defaults, problem.seed)[-1].get_params().get("class_weight")
     weights = np.ones(len(y)) if class_weight is None else compute_sample_weight(class_weight, y)
     return weights.astype(np.float32)
 
 
 def targets_of(y: NDArray[np.integer], n_classes: int) -> Array:
-    """Return targets of -1 and 1, shape (n, n_classes); for two classes the one column of the second."""
+    """Return targets of -1 and 1, a column for each class; for two classes the one column of the second.
+
+    y : of any integer dtype, shape (n,); returns float32 of shape (n, n_classes) or (n, 1)
+    """
     targets: Array = 2 * (y[:, None] == np.arange(n_classes)).astype(np.float32) - 1
     return targets[:, 1:] if n_classes == 2 else targets
 

@@ -46,7 +46,10 @@ class Axes:
 
 
 def standardise(train: Array, held_out: Array) -> tuple[Array, Array]:
-    """Scale both by the mean and standard deviation of the training rows, as scikit-learn's StandardScaler does."""
+    """Scale both by the mean and standard deviation of the training rows, as scikit-learn's StandardScaler does.
+
+    train, held_out : float32 of shape (n, dim) and (n_held_out, dim); so is what is returned
+    """
     mean = train.mean(axis=0, dtype=np.float64)
     scale = train.std(axis=0, dtype=np.float64)
     # A column whose spread is rounding noise of its mean is constant, and left as it is.
@@ -57,7 +60,10 @@ def standardise(train: Array, held_out: Array) -> tuple[Array, Array]:
 
 
 def turn(train: Array, held_out: Array) -> Axes:
-    """Turn centred features of shape (n, dim) onto the axes of their covariance, with a column of ones added."""
+    """Turn centred features onto the axes of their covariance, with a column of ones added.
+
+    train, held_out : float32 of shape (n, dim) and (n_held_out, dim)
+    """
     n, dim = train.shape
     if dim <= n:
         _, vectors = decompose(train.T @ train)
@@ -73,14 +79,20 @@ def turn(train: Array, held_out: Array) -> Axes:
 
 
 def decompose(matrix: Array) -> tuple[Array, Array]:
-    """Return the eigenvalues and eigenvectors of a symmetric matrix, which may be overwritten."""
+    """Return the eigenvalues and eigenvectors of a symmetric matrix, which may be overwritten.
+
+    matrix : float32 of shape (k, k); returns float32 of shape (k,), in ascending order, and (k, k), a column for each
+    """
     # numpy's own copies the matrix, and takes half as long again.
     values, vectors = scipy.linalg.eigh(matrix, driver="evd", overwrite_a=True, check_finite=False)
     return values, vectors
 
 
 def softmax_loss(y: NDArray[np.int64], weights: Array) -> Loss:
-    """Return the cross-entropy of n rows with their weights, for problems with a column per class."""
+    """Return the cross-entropy of n rows with their weights, for problems with a column per class.
+
+    y : places of the classes, int64 of shape (n,); weights : float32 of shape (n,)
+    """
     doubled, rows = weights.astype(np.float64), np.arange(len(y))
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
@@ -97,7 +109,10 @@ def softmax_loss(y: NDArray[np.int64], weights: Array) -> Loss:
 
 
 def binomial_loss(y: NDArray[np.int64], weights: Array) -> Loss:
-    """Return the cross-entropy of n rows of classes 0 and 1, for problems with the one score of class 1."""
+    """Return the cross-entropy of n rows of classes 0 and 1, for problems with the one score of class 1.
+
+    y : int64 of shape (n,); weights : float32 of shape (n,)
+    """
     doubled = weights.astype(np.float64)
     sign = (1 - 2 * y).astype(np.float32)[:, None, None]
 
@@ -111,7 +126,7 @@ def binomial_loss(y: NDArray[np.int64], weights: Array) -> Loss:
 
 
 def squared_hinge_loss(targets: Array, weights: Array) -> Loss:
-    """Return the squared hinge loss of n rows against targets of -1 and 1; both of shape (n, problems)."""
+    """Return the squared hinge loss of n rows against targets of -1 and 1; both float32 of shape (n, problems)."""
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         short = np.clip(1 - targets * scores[:, :, 0], 0, None)
@@ -156,7 +171,10 @@ class Path:
         self._state: _State | None = None
 
     def solve(self, penalties: NDArray[np.float64]) -> Array:
-        """Return the solutions at these penalties: shape (rank + 1, len(penalties) * width, columns)."""
+        """Return the solutions at these penalties.
+
+        penalties : float64 of shape (k,); returns float32 of shape (rank + 1, k * width, columns)
+        """
         family = self._family
         place = np.maximum(-ANCHORS_PER_DECADE * np.log10(penalties) - self._first, 0)
         below = np.floor(place).astype(int)

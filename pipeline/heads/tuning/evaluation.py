@@ -172,7 +172,10 @@ def working_memory(work_bytes: int | None) -> AbstractContextManager[None]:
 
 
 def standardised(problem: Problem, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return a fold's training and held-out rows as a head gets them behind its StandardScaler."""
+    """Return a fold's training and held-out rows as a head gets them behind its StandardScaler.
+
+    Both are float32, of shape (n_train, dim) and (n_judged, dim), as `Problem.matrices` has them.
+    """
     train, held_out = problem.matrices(fold)
     return standardise(train, held_out) if problem.projections is None else (train, held_out)
 

@@ -20,7 +20,7 @@ BLOCK_BYTES = 4 << 20
 
 
 def on_disk(X: Features) -> bool:
-    """Whether features stay in the files of a store; nobody else asks what kind they are."""
+    """Whether features, float32 of shape (n, dim), stay in a store's files; nobody else asks what kind they are."""
     return isinstance(X, StoredRows)
 
 
@@ -29,6 +29,9 @@ def blocks(X: Features, rows: NDArray[np.int64] | None = None) -> Iterator[tuple
 
     Rows on disk are read in the order in which they lie there. With `rows` the blocks are copies; without, those of an
     array in memory are views.
+
+    X : float32 of shape (n, dim); rows : int64 of shape (k,); a block is float32 of shape (m, dim), its place a slice,
+        or with `rows` an integer array of shape (m,)
     """
     step = max(1, BLOCK_BYTES // (4 * X.shape[1]))
     if rows is None:
@@ -42,7 +45,10 @@ def blocks(X: Features, rows: NDArray[np.int64] | None = None) -> Iterator[tuple
 
 
 def part(X: Features, rows: NDArray[np.int64]) -> Features:
-    """Return some rows: a copy of what is in memory, and still unread what is on disk."""
+    """Return some rows: a copy of what is in memory, and still unread what is on disk.
+
+    X : float32 of shape (n, dim); rows : int64 of shape (k,); returns float32 of shape (k, dim)
+    """
     return X.part(rows) if isinstance(X, StoredRows) else X[rows]
 
 
@@ -56,14 +62,17 @@ class Standardised:
 
     @staticmethod
     def of(X: Features, rows: NDArray[np.int64]) -> Standardised:
-        """Read the rows once for their means and standard deviations."""
+        """Read the rows once for their means and standard deviations.
+
+        X : float32 of shape (n, dim); rows : int64 of shape (k,)
+        """
         scaler = StandardScaler()
         for _, block in blocks(X, rows):
             scaler.partial_fit(block)
         return Standardised(X, rows, scaler)
 
     def blocks(self) -> Iterator[tuple[Any, NDArray[np.float32]]]:
-        """Yield places in `rows` and the standardised features there."""
+        """Yield places in `rows`, integers of shape (m,), and the standardised features there, float32, (m, dim)."""
         shift, factor = self.scaler.mean_.astype(np.float32), (1 / self.scaler.scale_).astype(np.float32)
         for place, block in blocks(self.X, self.rows):
             block -= shift
@@ -71,7 +80,7 @@ class Standardised:
             yield place, block
 
     def products(self) -> NDArray[np.float64]:
-        """Return X'X of the standardised rows, shape (dim, dim)."""
+        """Return X'X of the standardised rows, float64 of shape (dim, dim)."""
         dim = self.X.shape[1]
         total = np.zeros((dim, dim))
         for _, block in self.blocks():

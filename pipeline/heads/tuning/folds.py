@@ -28,8 +28,12 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
 
     Parameters
     ----------
-    y : array of shape (n,)
-    groups : array of shape (n,), or None
+    y : array of shape (n,), of any dtype
+    groups : array of shape (n,), of any dtype, or None
+
+    Returns
+    -------
+    For each fold the numbers of its training and of its held-out rows, int64 of shape (k,) and (n - k,).
 
     Raises
     ------

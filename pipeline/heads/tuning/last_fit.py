@@ -97,6 +97,9 @@ def fit_as_promised(
 ) -> Fitted:
     """Fit on all rows with seeds that no fold had, until the promise is kept, and return the best fit.
 
+    y : what the target's `learned` makes of labels: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
+        (n, k)
+
     Raises
     ------
     UnfittedError
@@ -148,7 +151,9 @@ def refit(
 ) -> Pipeline:
     """Fit a head with given parameters on all rows, as `tune` does with the best it found.
 
-    X : as for `tune`, and as there on disk only for heads that can be fitted so, or with `pca`
+    X : as for `tune`, float32 of shape (n, dim), and as there on disk only for heads that can be fitted so, or with
+        `pca`
+    y : labels of any dtype, shape (n,)
     """
     target, codes, _ = ANY_CLASSES.narrowed(y)
     problem = Problem(head, X, codes, target, (), seed)
@@ -159,7 +164,11 @@ def refit(
 
 
 def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
-    """Fit the head's pipeline on all rows; `n_jobs` and smaller caches are used for the fit and not kept."""
+    """Fit the head's pipeline on all rows; `n_jobs` and smaller caches are used for the fit and not kept.
+
+    y : what the target's `learned` makes of labels: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
+        (n, k)
+    """
     # Threads of a small product wait for each other longer than they work.
     few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
     with threadpool_limits(limits=1 if few else None, user_api="blas"):

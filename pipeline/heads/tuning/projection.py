@@ -35,9 +35,11 @@ class Projection:
 
     @staticmethod
     def of(X: Features, rows: NDArray[np.int64], components: int | float, whiten: bool) -> Projection:
-        """Fit both on some rows of X, shape (n, dim): as many components, or as many as hold this share of the variance.
+        """Fit both on some rows of X: as many components, or as many as hold this share of the variance.
 
         No more components than rows or dimensions are kept, and for `whiten` only those along which the rows differ.
+
+        X : float32 of shape (n, dim); rows : int64 of shape (k,)
         """
         n, dim = len(rows), X.shape[1]
         kept = components if isinstance(components, float) else min(components, n, dim)
@@ -100,12 +102,15 @@ class Projections:
         self._lock = threading.Lock()
 
     def fold(self, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Return the training and the held-out rows of a fold on the components of the training rows."""
+        """Return the training and the held-out rows of a fold on the components of the training rows.
+
+        train, held_out : int64 of shape (k,) and (m,); returns float32 of shape (k, components) and (m, components)
+        """
         _, made = self._of(train, np.concatenate([train, held_out]))
         return made[: len(train)], made[len(train) :]
 
     def whole(self) -> tuple[Projection, Array]:
-        """Return the projection of all rows, and the rows on it."""
+        """Return the projection of all rows, and the rows on it, float32 of shape (n, components)."""
         rows = np.arange(len(self._X))
         return self._of(rows, rows)
 

@@ -138,7 +138,7 @@ def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out
     on half of their errors would show: sqrt(p (1 - p) / rows) per fold. Unbounded scores (log loss) have no such floor,
     so there the leader's own spread over the folds serves.
 
-    candidate, leader : ndarray of shape (k,), k >= 2
+    candidate, leader : ndarray of shape (k,), float64, k >= 2
     held_out_rows : mean number of rows a fold holds out
     """
     difference = candidate - leader
@@ -149,7 +149,7 @@ def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out
 def better_half(scores: NDArray[np.float64], alive: Sequence[int]) -> list[int]:
     """Return the living candidates with the better half of the means, at least two.
 
-    scores : ndarray of shape (n_candidates, k): the fold scores so far
+    scores : ndarray of shape (n_candidates, k), float64: the fold scores so far
     alive : rows of `scores`; of equal means the earlier stays
     """
     best = sorted(alive, key=lambda place: (-float(scores[place].mean()), place))
@@ -169,8 +169,8 @@ def worth(
     2012. Of candidates that noise does not tell apart the cheaper come first; one that is clearly behind comes last,
     whatever it costs. The noise is that of `behind` over all folds.
 
-    estimates, costs : ndarray of shape (n,)
-    leader : ndarray of shape (k,): the fold scores of the best
+    estimates, costs : ndarray of shape (n,), float64; so is what is returned
+    leader : ndarray of shape (k,), float64: the fold scores of the best
     """
     error = max(_floor(leader, held_out_rows, bounded) / np.sqrt(len(leader)), 1e-12)
     z = (estimates - estimates.max()) / error

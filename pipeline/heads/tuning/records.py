@@ -53,7 +53,10 @@ class Problem:
         return self.target.width
 
     def learned(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return what an estimator is fitted on in some rows, as the target says."""
+        """Return what an estimator is fitted on in some rows, as the target says.
+
+        rows : int64 of shape (k,); returns int64 of shape (k,), or numbers, float64 of shape (k,) or (k, width)
+        """
         return self.target.learned(self.y[rows])
 
     @property
@@ -67,7 +70,10 @@ class Problem:
         return int((self.X if self.projections is None else self.matrices(0)[0]).shape[1])
 
     def matrices(self, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return what the head is fitted on in a fold, and what it is judged on, in memory."""
+        """Return what the head is fitted on in a fold, and what it is judged on, in memory.
+
+        They are float32 of shape (n_train, dim) and (n_judged, dim), the second with the rows that `judged` names.
+        """
         train, held_out = self.folds[fold]
         if self.projections is not None:
             X_train, X = self.projections.fold(train, held_out)
@@ -76,7 +82,10 @@ class Problem:
         return X_train, np.concatenate([X, X_train]) if self.judge_training else X
 
     def judged(self, fold: int) -> NDArray[np.int64]:
-        """Return the rows that a fold's fits are judged on: those it holds out, with `judge_training` also the others."""
+        """Return the rows that a fold's fits are judged on: those it holds out, with `judge_training` also the others.
+
+        Returns int64 of shape (n_judged,).
+        """
         train, held_out = self.folds[fold]
         return np.concatenate([held_out, train]) if self.judge_training else held_out
 
@@ -135,7 +144,7 @@ class Candidate:
         return [self.outcomes[fold] for fold in sorted(self.outcomes)]
 
     def scores(self, done: int) -> NDArray[np.float64]:
-        """Return the scores on the first folds, shape (done,)."""
+        """Return the scores on the first folds, float64 of shape (done,)."""
         return np.array([self.outcomes[fold].score for fold in range(done)])
 
 
@@ -162,7 +171,7 @@ class Trial:
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """The fold scores, shape (n_folds,), with NaN for a fold that was not fitted."""
+        """The fold scores, float64 of shape (n_folds,), with NaN for a fold that was not fitted."""
         return np.array(self.fold_scores, dtype=np.float64)
 
     @property

@@ -128,12 +128,12 @@ class Vectors:
 
     @cached_property
     def train(self) -> Features:
-        """The features of the training images."""
+        """The features of the training images, float32 of shape (n, dim)."""
         return self._read(self.embedding.task.train)
 
     @cached_property
     def test(self) -> Features:
-        """The features of the test images."""
+        """The features of the test images, float32 of shape (n, dim)."""
         return self._read(self.embedding.task.test)
 
     @cached_property
@@ -150,7 +150,11 @@ class Vectors:
 
 
 def predict(bundle: ModelBundle, X: Features, tuning: TuningConfig) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
-    """Say of vectors what `ModelBundle.said` does, within `tuning.memory`: block by block where they are on disk."""
+    """Say of vectors what `ModelBundle.said` does, within `tuning.memory`: block by block where they are on disk.
+
+    X : of shape (n, dim), float32; labels are int64 of shape (n,), or as `Predictions` has them, and probabilities
+        float64 of shape (n, width), None where the head has none
+    """
     if not on_disk(X):
         left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))
         with working_memory(left):

@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 def repeated(
     row: LeaderboardRow, head: Head, embedding: Embedding, vectors: Vectors, tuned: TuningRun, seed: int, journal: Path
 ) -> LeaderboardRow:
-    """Return the row with what its repeats found."""
+    """Return the row with what its repeats found.
+
+    vectors : the features, float32 of shape (n, dim), of the training and of the test images
+    """
     task, tuning, X = embedding.task, embedding.tuning, vectors.train
     assert row.test is not None
     first = row.cv_mean, float(row.test.of(metrics_for(task.target)[0])[0] or 0.0)
@@ -46,7 +49,7 @@ def repeated(
 def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
     """Search within the training images of every fold and score the winner on the fold; None unless it is asked for.
 
-    X : of shape (n, dim), the training images. The inner folds keep groups together as the outer ones do.
+    X : of shape (n, dim), float32, the training images. The inner folds keep groups together as the outer ones do.
     """
     if not tuning.nested:
         return None
@@ -73,8 +76,8 @@ def seeds(
 ) -> Seeds | None:
     """Search again with the next seeds, each with its own folds; None unless it is asked for.
 
-    features : of the training and of the test images, shapes (n, dim). first : cross-validation mean, and the score that the
-    test is told by, of the experiment's own seed.
+    features : of the training and of the test images, float32 of shape (n, dim). first : cross-validation mean, and the
+    score that the test is told by, of the experiment's own seed.
     """
     if tuning.seeds < 2:
         return None
@@ -105,6 +108,8 @@ def reweighted(
     """Score the chosen parameters out of fold with class weights switched on, or off where they were on.
 
     None where the classes are even or the head takes no weights: one trial more, not a search.
+
+    X : of shape (n, dim), float32, the training images
     """
     if not head.takes_class_weight or unevenness(np.bincount(task.y_train).tolist()) < UNEVEN:
         return None

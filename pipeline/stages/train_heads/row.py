@@ -68,6 +68,8 @@ def make_row(
 ) -> LeaderboardRow:
     """Tune one head, score it once on the test images, repeat what was asked for, and save its bundle.
 
+    vectors : the features, float32 of shape (n, dim), of the training and of the test images
+
     Raises
     ------
     UnfittedError

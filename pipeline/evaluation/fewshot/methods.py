@@ -39,34 +39,49 @@ class Products:
 
     @property
     def one_hot(self) -> Array:
-        """The class of each support image, shape (n, ways)."""
+        """The class of each support image, 1 in its column, float64 of shape (n, ways)."""
         return np.repeat(np.eye(self.ways), self.shots, axis=0)
 
 
 def products(support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Products:
-    """Return the inner products of support, shape (e, n, dim), and queries, shape (e, n_queries, dim)."""
+    """Return the inner products of support and queries.
+
+    support : float32 of shape (e, n, dim); query : float32 of shape (e, n_queries, dim); the products are float64
+    """
     across = support.transpose(0, 2, 1)
     return Products((support @ across).astype(np.float64), (query @ across).astype(np.float64), ways)
 
 
 def share_right(scores: Array) -> Array:
-    """Return the share of right answers of each episode, shape (e,), to queries that come class by class."""
+    """Return the share of right answers of each episode, shape (e,), to queries that come class by class.
+
+    scores : float64 of shape (e, n_queries, ways); returns float64
+    """
     _, queries, ways = scores.shape
     return np.asarray((scores.argmax(axis=-1) == np.repeat(np.arange(ways), queries // ways)).mean(axis=1))
 
 
 def cosine_prototypes(given: Products) -> Array:
-    """Cosine with the mean of each class."""
+    """Cosine with the mean of each class.
+
+    Returns scores of the queries, float64 of shape (e, n_queries, ways).
+    """
     return _to_means(given) / np.sqrt(_means(given))[:, None]
 
 
 def nearest_centroid(given: Products) -> Array:
-    """Squared distance to the mean of each class, as in prototypical networks (Snell et al. 2017), without the queries' own length."""
+    """Squared distance to the mean of each class, as in prototypical networks (Snell et al. 2017), without the queries' own length.
+
+    Returns scores of the queries, float64 of shape (e, n_queries, ways).
+    """
     return 2 * _to_means(given) - _means(given)[:, None]
 
 
 def knn(given: Products) -> Array:
-    """Vote of the nearest by cosine, weighted by its exponential."""
+    """Vote of the nearest by cosine, weighted by its exponential.
+
+    Returns scores of the queries, float64 of shape (e, n_queries, ways).
+    """
     cosine = given.query
     least = np.sort(cosine, axis=-1)[..., -min(NEIGHBOURS, cosine.shape[-1]), None]
     return np.where(cosine >= least, np.exp((cosine - 1) / TEMPERATURE), 0.0) @ given.one_hot
@@ -77,6 +92,8 @@ def logistic_regression(given: Products, tolerance: float = 1e-3, most: int = 50
 
     Steps by the fixed bound on the Hessian of Böhning 1992, which never overshoot; until no coefficient's derivative is above
     `tolerance`.
+
+    Returns scores of the queries, float64 of shape (e, n_queries, ways).
     """
     gram, truth = given.support, given.one_hot
     bound = np.linalg.inv(gram / 2 + np.eye(gram.shape[1]) / C)

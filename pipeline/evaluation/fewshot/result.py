@@ -13,8 +13,8 @@ from scipy import stats
 from tabulate import tabulate
 
 from pipeline.evaluation import Interval
+from pipeline.evaluation.fewshot.methods import PLAIN, knn
 from pipeline.experiment import FEWSHOT, from_plain, read_document, write_document
-from pipeline.fewshot.methods import PLAIN, knn
 
 MARGIN = 0.01
 """How far logistic regression may lie behind and still be called as good."""
@@ -112,7 +112,10 @@ def words(method: str) -> str:
 
 
 def points_of(shots: int, found: Mapping[str, NDArray[np.float64]]) -> list[Point]:
-    """Return the points of one number of shots; `found` has each method's accuracy in the same episodes, shape (n,)."""
+    """Return the points of one number of shots.
+
+    found : each method's accuracy in the same episodes, float64 of shape (n,)
+    """
     level = 0.05 / max(1, len(found) - 1)
     plain = found[PLAIN]
     return [

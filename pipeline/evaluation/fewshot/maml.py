@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.fewshot.episodes import Division, Images, draw
-from pipeline.fewshot.methods import Array, products, share_right
+from pipeline.evaluation.fewshot.episodes import Division, Images, draw
+from pipeline.evaluation.fewshot.methods import Array, products, share_right
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,10 @@ class Learned:
     """Outer steps that the held-out classes chose; 0 where learning did not help them."""
 
     def scores(self, support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Array:
-        """Return scores of queries, shape (e, n_queries, ways), after the inner loop; features of shape (e, rows, dim)."""
+        """Return scores of queries after the inner loop.
+
+        support, query : features, float32 of shape (e, rows, dim); returns float64 of shape (e, n_queries, ways)
+        """
         given = products(support * self.scale, query * self.scale, ways)
         import torch
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.evaluation.fewshot import maml
+from pipeline.evaluation.fewshot.episodes import LEAST_BASE, Episodes, Images, Plan, divide, draw
+from pipeline.evaluation.fewshot.methods import METHODS, Array, products, share_right
 from pipeline.evaluation.strangeness import directions
-from pipeline.fewshot import maml
-from pipeline.fewshot.episodes import LEAST_BASE, Episodes, Images, Plan, divide, draw
-from pipeline.fewshot.methods import METHODS, Array, products, share_right
 
 MAML = "maml"
 MOST_NUMBERS = 1 << 24
@@ -19,9 +19,9 @@ MOST_NUMBERS = 1 << 24
 
 
 def measure(images: Images, plan: Plan, shots: int) -> tuple[Mapping[str, Array], list[str]]:
-    """Return by method the share of right answers in each episode, shape (episodes,), and what is to be said of it.
+    """Return by method the share of right answers in each episode, and what is to be said of it.
 
-    Nothing but a line where there are too few images for so many shots.
+    Nothing but a line where there are too few images for so many shots. The shares are float64 of shape (episodes,).
     """
     classes, found = images.classes_of(shots + plan.queries), defaultdict[str, list[Array]](list)
     if len(classes) < plan.ways:

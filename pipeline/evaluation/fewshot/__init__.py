@@ -9,8 +9,8 @@ Protocol: Vinyals et al. 2016 (episodes), Snell et al. 2017 (nearest centroid), 
 the inner loop on the head alone), Chen et al. 2019 (what it is to be compared with), Wang et al. 2019 (centred, normalised features).
 """
 
-from pipeline.fewshot.episodes import Images, Plan
-from pipeline.fewshot.measure import measure
-from pipeline.fewshot.result import FewShot, Point, points_of, read, words, write
+from pipeline.evaluation.fewshot.episodes import Images, Plan
+from pipeline.evaluation.fewshot.measure import measure
+from pipeline.evaluation.fewshot.result import FewShot, Point, points_of, read, words, write
 
 __all__ = ["FewShot", "Images", "Plan", "Point", "measure", "points_of", "read", "words", "write"]
