@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -61,11 +59,6 @@ def test_the_two_have_identities_of_their_own() -> None:
     assert (pixels.kind, pixels.untrained) == ("baseline", False)
     assert pixels.fingerprint() != hog.fingerprint()
     assert hog.identity()["arguments"]["orientations"] == 9
-
-
-def test_baselines_need_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from pipeline.embed import baselines; baselines.load('hog').probe"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_features_of_images_decoded_in_a_way_that_is_gone_are_refused_in_a_line() -> None:

@@ -161,8 +161,8 @@ def test_the_network_starts_as_the_head_on_the_stored_features(experiment: Path,
 
 @pytest.fixture(
     scope="module",
-    params=[(5, False, 72), (5, True, 72), (0.9, True, 72), (1000, True, 24)],
-    ids=["5", "whitened", "share", "fewer rows than components"],
+    params=[(5, False, 72), (0.9, True, 72), (1000, True, 24)],
+    ids=["5", "whitened share", "fewer rows than components"],
 )
 def reduced(request: pytest.FixtureRequest, experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The config of the same experiment with heads on principal components, for which stages one and two have been run."""
@@ -303,7 +303,8 @@ def test_a_network_of_timm_comes_back_as_a_backbone_too(
     pytest.importorskip("timm")
     write_pictures(tmp_path / "pictures", 48)
     section = BackboneConfig(name=name, weights="random", arguments=arguments, preprocessing={"resize": 32, "crop": 32})
-    config = make_config(tmp_path, steps=4).model_copy(update={"backbones": (section,)})
+    config = make_config(tmp_path, steps=4)
+    config = config.model_copy(update={"backbones": (section,), "heads": config.heads[1:2]})
     extract(config)
     train_heads.run(config)
     made = finetune.run(config)

@@ -98,7 +98,7 @@ def test_a_search_on_disk_finds_what_one_in_memory_finds(
     monkeypatch.setattr(linear, "HINGE_TOLERANCE", 2e-6)
     X, y = network(*shape, classes)
     head, folds = resolve(HeadConfig(name=name, class_weight=class_weight)), make_folds(y, 3, 0)
-    tuning = TuningConfig(trials=4, jobs=1)
+    tuning = TuningConfig(trials=3, jobs=1)
     here = tune(head, X, y, folds, tuning, 0, tmp_path / "memory.jsonl")
     disk = tune(head, stored(tmp_path / "store", X), y, folds, tuning, 0, tmp_path / "disk.jsonl")
     assert disk.best.params == here.best.params

@@ -184,8 +184,8 @@ def test_a_head_or_score_of_classes_is_refused_with_those_that_serve() -> None:
 
 
 def test_intervals_of_scores_cover_the_truth() -> None:
-    for share in interval_coverage(60, 100).values():
-        assert share >= 0.88  # 0.95 less two and a half standard errors of 60 runs; the proofs have more
+    for share in interval_coverage(30, 100).values():
+        assert share >= 0.85  # 0.95 less two and a half standard errors of 30 runs; the proofs have more
 
 
 def test_intervals_of_predictions_hold_nine_in_ten() -> None:

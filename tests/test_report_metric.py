@@ -21,7 +21,7 @@ from pipeline.report.material import gather
 from pipeline.report.page import render, section
 from pipeline.stages import train_heads
 
-OTHERS = ("balanced_accuracy", "macro_f1", "log_loss")
+OTHERS = ("macro_f1", "log_loss")
 SHOWN = ("accuracy", *OTHERS)
 NAMES = {name: metric.title for name, metric in METRICS.items() if name != "accuracy"}
 

@@ -75,8 +75,8 @@ def test_norms_are_folded_whatever_is_inside_them_and_however_the_convolution_pa
 
 
 @installed
-@pytest.mark.parametrize("name", sorted(efficientnet_lite.LITES))
-def test_efficientnet_lite_is_the_familys_own_to_the_last_bit(name: str, tmp_path: Path) -> None:
+def test_efficientnet_lite_is_the_familys_own_to_the_last_bit(tmp_path: Path) -> None:
+    name = "efficientnet_lite0"  # the larger ones are compared with the published networks by a test of theirs
     if families.published(section(name, weights="imagenet")).to_install():
         pytest.skip(f"the weights of {name} are not installed")
     tensors = list(efficientnet_lite.read(name).values())

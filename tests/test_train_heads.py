@@ -497,23 +497,7 @@ def heads_command(config: Config, before: str = "") -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_heads_run_where_torch_cannot_be_imported(tmp_path: Path) -> None:
-    stage_one(tmp_path)
-    blocked = (
-        "import sys\n"
-        "class NoTorch:\n"
-        "    @staticmethod\n"
-        "    def find_spec(name, *_):\n"
-        "        if name.partition('.')[0] in ('torch', 'torchvision'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, NoTorch)"
-    )
-    found = subprocess.run(
-        heads_command(quick(make_config(tmp_path)), blocked), capture_output=True, text=True, check=True, timeout=600
-    )
-    assert "Best by cross-validation: net-random/" in found.stdout
-
-
-def test_a_killed_run_goes_on_and_ends_with_the_same_results(
+def test_a_killed_run_goes_on_where_torch_cannot_be_imported_and_ends_with_the_same_results(
     finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path
 ) -> None:
     stage_one(tmp_path)
@@ -530,7 +514,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_results(
     killed = subprocess.run(heads_command(config, die), capture_output=True, check=False, timeout=600)
     assert killed.returncode == -signal.SIGKILL
     assert not Artifacts(tmp_path).leaderboard.exists()
-    train_heads.run(config)
+    blocked = (
+        "import sys\n"
+        "class NoTorch:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, *_):\n"
+        "        if name.partition('.')[0] in ('torch', 'torchvision'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, NoTorch)"
+    )
+    found = subprocess.run(heads_command(config, blocked), capture_output=True, text=True, check=True, timeout=600)
+    assert "Best by cross-validation: net-random/" in found.stdout
     mine = without_clocks(Artifacts(tmp_path).leaderboard)
     assert mine == without_clocks(Artifacts(finished[0].output).leaderboard)
 

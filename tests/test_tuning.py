@@ -147,7 +147,7 @@ def test_the_number_of_jobs_does_not_change_the_result(tmp_path):
     for name in ("random_forest", "logistic_regression"):
         head = replace(HEADS[name], fixed={"n_estimators": 8}) if name == "random_forest" else HEADS[name]
         runs = [
-            tune(head, X, y, folds, TuningConfig(trials=6, jobs=jobs), 0, tmp_path / f"{name}{jobs}.jsonl")
+            tune(head, X, y, folds, TuningConfig(trials=4, jobs=jobs), 0, tmp_path / f"{name}{jobs}.jsonl")
             for jobs in (1, 3)
         ]
         assert summary(runs[0]) == summary(runs[1])
