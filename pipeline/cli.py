@@ -132,8 +132,9 @@ def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[
     """
     from pipeline import report
     from pipeline.stages import fewshot as stage
+    from pipeline.stages import targets
 
-    for name, alone in stage.experiments(config).items():
+    for name, alone in targets.of_classes(config, "episodes are").items():
         result = stage.run(alone, shots=shots or stage.SHOTS, **options)
         yield from [*([f"== {name} =="] if name else []), *result.summary_lines()]
         if result.files.leaderboard.exists():
@@ -268,9 +269,13 @@ def layers(config: Config | Path) -> Iterable[str]:
     Example: manyheads layers efficientnet_lite0
     """
     if not isinstance(config, Path):
+        from pipeline.stages import targets
         from pipeline.stages.train_heads import layers as stage
 
-        return stage.run(config)
+        each = targets.of_classes(config, "profiles of layers are")
+        return [
+            line for name, alone in each.items() for line in [*([f"== {name} =="] if name else []), *stage.run(alone)]
+        ]
     from pipeline.embed import backbone
 
     found = [(name, " x ".join(map(str, shape)), called) for name, shape, called in backbone.layers(str(config))]
