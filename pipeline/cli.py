@@ -59,7 +59,7 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(package_name="manyheads")
 def cli() -> None:
     """Embed every image once, then train, tune and honestly compare many heads on the cached features."""
@@ -383,7 +383,12 @@ COMMANDS = (
         fewshot,
         *EXPERIMENT,
         _option("--ways", type=click.IntRange(min=2), help="Classes of an episode; 5, or all where there are fewer."),
-        _option("--shots", multiple=True, type=COUNT, help="Labelled images per class, each a point of the curve."),
+        _option(
+            "--shots",
+            multiple=True,
+            type=COUNT,
+            help="Labelled images per class, each a point of the curve; 1, 2, 5, 10 and 20.",
+        ),
         _option("--queries", default=15, type=COUNT, help="Images per class to be judged by."),
         _option("--episodes", default=600, type=click.IntRange(min=20), help="Episodes for each number of shots."),
         _option("--embedding", metavar="NAME", help="Which, where there are several backbones."),
@@ -424,7 +429,11 @@ COMMANDS = (
         *EXPERIMENT,
         _option("--images", default=1000, type=COUNT, help="Training images in the sample."),
         _option(
-            "--candidates", default="", metavar="NAME,...", help="NAME or NAME/WEIGHTS; all that are here otherwise."
+            "--candidates",
+            default="",
+            show_default=False,
+            metavar="NAME,...",
+            help="NAME or NAME/WEIGHTS; all that are here otherwise.",
         ),
     ),
     _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),
