@@ -59,7 +59,7 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(package_name="manyheads")
 def cli() -> None:
     """Embed every image once, then train, tune and honestly compare many heads on the cached features."""
@@ -132,8 +132,9 @@ def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[
     """
     from pipeline import report
     from pipeline.stages import fewshot as stage
+    from pipeline.stages import targets
 
-    for name, alone in stage.experiments(config).items():
+    for name, alone in targets.of_classes(config, "episodes are").items():
         result = stage.run(alone, shots=shots or stage.SHOTS, **options)
         yield from [*([f"== {name} =="] if name else []), *result.summary_lines()]
         if result.files.leaderboard.exists():
@@ -283,9 +284,13 @@ def layers(config: Config | Path) -> Iterable[str]:
     Example: manyheads layers efficientnet_lite0
     """
     if not isinstance(config, Path):
+        from pipeline.stages import targets
         from pipeline.stages.train_heads import layers as stage
 
-        return stage.run(config)
+        each = targets.of_classes(config, "profiles of layers are")
+        return [
+            line for name, alone in each.items() for line in [*([f"== {name} =="] if name else []), *stage.run(alone)]
+        ]
     from pipeline.embed import backbone
 
     found = [(name, " x ".join(map(str, shape)), called) for name, shape, called in backbone.layers(str(config))]
@@ -393,7 +398,12 @@ COMMANDS = (
         fewshot,
         *EXPERIMENT,
         _option("--ways", type=click.IntRange(min=2), help="Classes of an episode; 5, or all where there are fewer."),
-        _option("--shots", multiple=True, type=COUNT, help="Labelled images per class, each a point of the curve."),
+        _option(
+            "--shots",
+            multiple=True,
+            type=COUNT,
+            help="Labelled images per class, each a point of the curve; 1, 2, 5, 10 and 20.",
+        ),
         _option("--queries", default=15, type=COUNT, help="Images per class to be judged by."),
         _option("--episodes", default=600, type=click.IntRange(min=20), help="Episodes for each number of shots."),
         _option("--embedding", metavar="NAME", help="Which, where there are several backbones."),
@@ -439,7 +449,11 @@ COMMANDS = (
         *EXPERIMENT,
         _option("--images", default=1000, type=COUNT, help="Training images in the sample."),
         _option(
-            "--candidates", default="", metavar="NAME,...", help="NAME or NAME/WEIGHTS; all that are here otherwise."
+            "--candidates",
+            default="",
+            show_default=False,
+            metavar="NAME,...",
+            help="NAME or NAME/WEIGHTS; all that are here otherwise.",
         ),
     ),
     _command(pretrain, _argument("arguments", nargs=-1, type=click.UNPROCESSED), hidden=True),

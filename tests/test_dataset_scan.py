@@ -754,6 +754,7 @@ def test_labels_that_are_hardly_classes_are_asked_about(
         asked = 1 if "several" in question else len(set(labels))
         assert f"{asked} classes of {len(labels)} images, such as '" in caught.value.message
         assert question in caught.value.message
+        assert "?." not in caught.value.message
         assert caught.value.message.endswith("If they are classes, set dataset.target: classification")
         assert not (tmp_path / "dataset").exists()
         config = config.model_copy(update={"target": "classification"})

@@ -154,6 +154,10 @@ def test_unknown_names_are_told_together_before_anything_is_embedded(finished: C
     [
         ([["a"]], "concat: expected lists of two or more different embeddings, got ['a']"),
         ([["a", "a"]], "concat: expected lists of two or more different embeddings, got ['a', 'a']"),
+        (
+            [["a"], ["a", "b"], ["b", "b"]],
+            "concat: expected lists of two or more different embeddings, got ['a'] and ['b', 'b']",
+        ),
         ([["a", "b"], ["a", "b"]], "concat: the same list is given twice"),
     ],
 )

@@ -163,3 +163,16 @@ def bundled(tmp_path: Path) -> Config:
     return config.model_copy(
         update={"backbones": (BackboneConfig(name="regnet_small", weights="bundled"),), "heads": config.heads[1:]}
     )
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        (["apache-2.0", "none needed", "apache-2.0"], "apache-2.0"),
+        (["mit", "apache-2.0"], "mit and apache-2.0"),
+        (["none needed", "none needed"], "none needed"),
+        (["mit", ""], ""),
+    ],
+)
+def test_what_is_made_of_several_weights_names_each_licence_once(parts: list[str], whole: str) -> None:
+    assert licenses.joined(parts) == whole

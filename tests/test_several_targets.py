@@ -19,11 +19,11 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.data.scan import scan
 from pipeline.embed import loader
-from pipeline.errors import PipelineError, StoreError
+from pipeline.errors import ConfigError, PipelineError, StoreError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.images import open_file
-from pipeline.stages import extract, maintenance, predict, targets
+from pipeline.stages import extract, maintenance, predict, shortlist, targets
 
 SPECIES, SIZE = "species", "size/../x"
 """The name of a column may hold what no folder may be called."""
@@ -172,3 +172,19 @@ def test_kinds_are_of_columns_that_there_are(tmp_path: Path) -> None:
     assert heads == [["nearest_centroid", "ridge"], ["ridge"]]
     with pytest.raises(PipelineError, match=r"dataset: target: unknown column 'specie', did you mean 'species'\?"):
         make_config(tmp_path, target={"specie": "classification"})
+
+
+def test_commands_about_classes_take_the_columns_of_classes_or_say_in_a_line_what_to_set(
+    several: tuple[Config, str], tmp_path: Path
+) -> None:
+    config = str(Artifacts(several[0].output).config)
+    told = str(CliRunner().invoke(cli, ["layers", config]).exception)
+    assert told.startswith("no network of this config has several layers or poolings to compare")
+    told = str(CliRunner().invoke(cli, ["shortlist", config]).exception)
+    assert told == f"a shortlist is of one column of classes; set dataset.label_columns to one of {SPECIES}, {SIZE}"
+    numbers = make_config(tmp_path, label_columns=[SIZE], target="regression", label_separator=None)
+    for what in ("episodes are", "profiles of layers are", "shortlists are"):
+        with pytest.raises(ConfigError, match=f"^{what} of classes, and dataset.target is regression$"):
+            targets.of_classes(numbers, what)
+    with pytest.raises(ConfigError, match=r"^shortlists are of classes"):
+        shortlist.run(numbers)

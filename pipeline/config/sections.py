@@ -469,9 +469,9 @@ class Config(Section):
     @field_validator("concat")
     @classmethod
     def _several_each(cls, value: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-        for group in value:
-            if len(set(group)) < max(len(group), 2):
-                raise ValueError(f"expected lists of two or more different embeddings, got {list(group)}")
+        wrong = [str(list(group)) for group in value if len(set(group)) < max(len(group), 2)]
+        if wrong:
+            raise ValueError(f"expected lists of two or more different embeddings, got {' and '.join(wrong)}")
         if len(set(value)) < len(value):
             raise ValueError("the same list is given twice")
         return value

@@ -215,12 +215,12 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig,
     except ValueError:
         numbers = np.array([])
     if len(numbers) and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
-        question = "is this a number to predict? Then set dataset.target: regression"
+        question = "is this a number to predict? Then set dataset.target: regression."
     elif images < 1.5 * len(classes):
         question = "are these the labels, or names of the images?"
     else:
         return None
-    return f"{_such(classes, images)}: {question}. {IF_CLASSES}"
+    return f"{_such(classes, images)}: {question} {IF_CLASSES}"
 
 
 def _such(classes: Sequence[str], images: int) -> str:

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import TypeVar
 
 from pipeline.config import BackboneConfig, guess
-from pipeline.embed.licenses import NO_WEIGHTS
+from pipeline.embed.licenses import joined
 from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.embed.spec import Embedder, EmbeddingSpec, embedding_name
 from pipeline.errors import PipelineError
@@ -73,7 +73,6 @@ def _joined(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
     names = [part.name.split("-") for part in parts]
     alike = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False)))
     shared = min(alike, *(len(words) - 1 for words in names))
-    licenses = [part.spec.license for part in parts if part.spec.license != NO_WEIGHTS]
     trained = [part.spec.trained_on for part in parts if part.spec.trained_on is not None]
     spec = EmbeddingSpec(
         name="+".join(["-".join(names[0]), *("-".join(words[shared:]) for words in names[1:])]),
@@ -91,7 +90,7 @@ def _joined(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
         engine=_each_once(part.spec.engine for part in parts),
         untrained=any(part.untrained for part in parts),
         trained_on=fingerprint({"parts": trained}) if trained else None,
-        license="" if "" in licenses else " and ".join(dict.fromkeys(licenses)) or NO_WEIGHTS,
+        license=joined(part.spec.license for part in parts),
     )
     return EmbeddingRecord(
         name=spec.name,

@@ -18,6 +18,12 @@ PERMISSIVE = frozenset(
 """Licences, in lower case as SPDX has them, that let anyone use, change and sell, at most naming the authors."""
 
 
+def joined(licenses: Iterable[str]) -> str:
+    """Return the licence of what is made of several weights: each once; '' where one is not recorded."""
+    needed = dict.fromkeys(license for license in licenses if license != NO_WEIGHTS)
+    return "" if "" in needed else " and ".join(needed) or NO_WEIGHTS
+
+
 def require_permitted(allowed: str, found: Iterable[tuple[str, str]]) -> None:
     """See that the licences of some weights are what a config's `licenses` allows; `found` are what to call them, and theirs.
 

@@ -367,6 +367,9 @@ def _fetch(found: Found, name: str) -> Path:
 
 
 def _from_hub(found: Found, hub: ModuleType) -> Path:
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # each retry is a warning; what fails is told once, in our words
     for file in FILES:
         try:
             return Path(hub.hf_hub_download(found.cfg["hf_hub_id"], file))

@@ -11,16 +11,15 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage
-from pipeline.data.targets import Classification, kind_of
+from pipeline.data.targets import Classification
 from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
-from pipeline.errors import ConfigError, DatasetError, PipelineError
+from pipeline.errors import DatasetError, PipelineError
 from pipeline.evaluation import fewshot
 from pipeline.evaluation.fewshot import FewShot, Images, Plan
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import fingerprint
 from pipeline.io.progress import bar
-from pipeline.stages import targets
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -43,21 +42,6 @@ class FewShotRun:
     def summary_lines(self) -> list[str]:
         """The table, what it says, and where it is."""
         return [self.result.to_text(), "", f"results  {self.files.few_shot}"]
-
-
-def experiments(config: Config) -> dict[str, Config]:
-    """Return the experiments whose labels are classes, by the name of the target; '' for the one of a single target.
-
-    Raises
-    ------
-    ConfigError
-        When there is none.
-    """
-    found = targets.experiments(config) or {"": config}
-    found = {name: alone for name, alone in found.items() if kind_of(alone.dataset.kinds[0]) == Classification.kind}
-    if not found:
-        raise ConfigError(f"episodes are of classes, and dataset.target is {config.dataset.target}")
-    return found
 
 
 def run(

@@ -14,8 +14,9 @@ from pipeline import report
 from pipeline.config import Config, dump_yaml
 from pipeline.data.failures import read_failures, write_failures
 from pipeline.data.index import DatasetIndex, WrittenIndex
-from pipeline.data.targets import kind_of
+from pipeline.data.targets import Classification, kind_of
 from pipeline.embed.records import EmbeddingRecord, write_records
+from pipeline.errors import ConfigError
 from pipeline.evaluation import METRICS
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.leaderboard.overview import overview_text
@@ -46,6 +47,21 @@ def experiments(config: Config) -> dict[str, Config]:
             "tuning": config.tuning.model_copy(update={"scoring": scoring}),
         }
         found[name] = config.model_copy(update=changed)
+    return found
+
+
+def of_classes(config: Config, what: str) -> dict[str, Config]:
+    """Return the experiments whose labels are classes, by the name of the target; '' for the one of a single target.
+
+    Raises
+    ------
+    ConfigError
+        When there is none; `what` says what needs classes.
+    """
+    found = experiments(config) or {"": config}
+    found = {name: alone for name, alone in found.items() if kind_of(alone.dataset.kinds[0]) == Classification.kind}
+    if not found:
+        raise ConfigError(f"{what} of classes, and dataset.target is {config.dataset.target}")
     return found
 
 

@@ -27,7 +27,7 @@ from pipeline.embed.installed import STAND_IN
 from pipeline.embed.licenses import require_permitted
 from pipeline.embed.spec import Embedder, probe_images
 from pipeline.embed.weights import license_of, to_fetch
-from pipeline.errors import BackboneError, DatasetError, PipelineError
+from pipeline.errors import BackboneError, ConfigError, DatasetError, PipelineError
 from pipeline.evaluation import ACCURACY, Predictions, compare
 from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
@@ -41,6 +41,7 @@ from pipeline.stages.backbones import HERE, Row, rows
 from pipeline.stages.extract import Contents, embed_some
 from pipeline.stages.extract.stores import enter
 from pipeline.stages.shortlist.found import Candidate, Entry, Shortlist
+from pipeline.stages.targets import of_classes
 
 FOLDS = 5
 RUNGS = (4, 2, 1)
@@ -66,6 +67,12 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     PipelineError
         When a candidate is not to be had or not allowed, or the data cannot be cross-validated.
     """
+    columns = config.dataset.label_columns
+    of_classes(config, "shortlists are")
+    if len(columns) > 1:
+        raise ConfigError(
+            f"a shortlist is of one column of classes; set dataset.label_columns to one of {', '.join(columns)}"
+        )
     alive, left_out = _candidates(config, candidates)
     files = Artifacts(config.output, config.store)
     scanned = scan(config.dataset, config.seed, files.dataset)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.embed.licenses import joined
 from pipeline.errors import BundleError
 from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, scores
 from pipeline.evaluation.calibration import fit_calibrator
@@ -159,7 +160,7 @@ def _saved(
         bundle=folder.relative_to(files.root).as_posix(),
         simplicity=100,
         dim=sum(voter.dim or 0 for voter in voters),
-        license="; ".join(dict.fromkeys(voter.license for voter in voters if voter.license)),
+        license=joined(voter.license for voter in voters),
         embed_seconds=_sum([voter.embed_seconds for voter in voters]),
         task=task.key,
         expected_test=expected_test(said, task),
