@@ -26,7 +26,7 @@ from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_le
 from pipeline.evaluation.learning_curve import curve_from_scores, curve_sizes
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import REFIT, TARGETS, Artifacts, write_document
-from pipeline.heads import TABLES, Head, Params
+from pipeline.heads import RIDGE, TABLES, Head, Params
 from pipeline.heads.tuning import fit_folds, growing, held_at, neighbours
 from pipeline.io.files import make_folder
 from pipeline.stages import targets
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 ALL = "all"
 MOST_NEIGHBOURS = 8
-CURVE_HEAD = "ridge"
+CURVE_HEAD = RIDGE.name
 STORED = "0"
 """The place of the stored parameters among those that are judged."""
 MOST_CURVE_IMAGES = 5_000
