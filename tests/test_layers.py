@@ -256,6 +256,17 @@ def test_a_layer_alone_may_be_better() -> None:
     )
 
 
+def test_the_command_reads_the_profile_that_heads_has_written(
+    finished: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert finished.tuning.scoring == "auto", "which `heads` writes down by its name"
+    written = Artifacts(finished.output).layers.read_bytes()
+    with caplog.at_level("INFO"):
+        assert layers.run(finished)
+    assert Artifacts(finished.output).layers.read_bytes() == written
+    assert not [record for record in caplog.records if "layers hold the signal" in record.getMessage()]
+
+
 def test_what_does_not_fit_into_memory_takes_no_part(finished: Config, caplog: pytest.LogCaptureFixture) -> None:
     files = Artifacts(finished.output)
     small = finished.model_copy(update={"tuning": finished.tuning.model_copy(update={"memory": "0.1MB"})})

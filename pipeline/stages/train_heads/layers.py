@@ -70,7 +70,8 @@ def profiles(
     if not several or task.target.kind != "classification":
         return ()
     prints = [[record.fingerprint for record in group] for group in several]
-    key = fingerprint({"version": VERSION, "task": task.key, "prints": prints, "scoring": config.tuning.scoring})
+    scoring = metric_of(config.tuning.scoring, task.target).name  # `heads` has it in place of `auto`
+    key = fingerprint({"version": VERSION, "task": task.key, "prints": prints, "scoring": scoring})
     known = read_profiles(files.layers, key)
     if known is None:
         judged = (_profile(config, group, stores, unseen_task(task, group[0], config)) for group in several)
