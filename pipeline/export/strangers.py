@@ -49,11 +49,16 @@ class Strangers:
             none
         """
         self.counts["images"] += len(X)
+        distances = None
         if self.known is not None:
-            self.counts["far"] += int((alike(self.known.distance(X), self.known.distances) <= FAR).sum())
+            distances = self.known.distance(X)
+            self.counts["far"] += int((alike(distances, self.known.distances) <= FAR).sum())
         found: list[list[str]] = [[] for _ in X]
         if self.unknown is not None:
-            share = alike(self._strangeness(X, probabilities), self.own)
+            by_probability = self.score == PROBABILITY and probabilities is not None
+            strangeness = unsureness(probabilities) if by_probability else distances  # type: ignore[arg-type]
+            assert strangeness is not None, "`open_strangers` has looked"
+            share = alike(strangeness, self.own)
             self.counts["unknown"] += int((share <= self.unknown).sum())
             for cells, alike_to in zip(found, share.tolist(), strict=True):
                 cells += [f"{1 - alike_to:.4f}", "unknown" if alike_to <= self.unknown else ""]
@@ -61,12 +66,6 @@ class Strangers:
             for cells, kept in zip(found, label_sets(probabilities, self.of_truth, self.sets), strict=True):
                 cells.append("|".join(np.asarray(self.bundle.classes)[kept].tolist()))
         return found
-
-    def _strangeness(self, X: NDArray[np.float32], probabilities: NDArray[np.floating] | None) -> NDArray[np.float64]:
-        if self.score == PROBABILITY and probabilities is not None:
-            return unsureness(probabilities)
-        assert self.known is not None, "`open_strangers` has looked"
-        return self.known.distance(X)
 
     def lines(self) -> list[str]:
         """Say how many images are unknown, and how far the batch has drifted from the training images."""

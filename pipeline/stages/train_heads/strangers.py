@@ -132,7 +132,7 @@ def _find(
 
 def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Known:
     """Return what a bundle keeps: references, and how far each image lies from those of the other folds."""
-    mean = X.mean(axis=0) if centred else np.zeros(X.shape[1], np.float32)
+    mean = _mean(X, centred)
     units = directions(X, mean)
     chosen = np.zeros(len(X), dtype=bool)
     chosen[stratified_order(y, seed)[:MOST_REFERENCES]] = True
@@ -143,6 +143,10 @@ def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64],
         nth = round(NEIGHBOURS * len(others) / chosen.sum())
         distances[fold == number] = distance(units[fold == number], others, nth)
     return Known(mean, units[chosen], distances)
+
+
+def _mean(X: NDArray[np.float32], centred: bool) -> NDArray[np.float32]:
+    return np.asarray(X.mean(axis=0)) if centred else np.zeros(X.shape[1], np.float32)
 
 
 def _left_out(
@@ -176,8 +180,8 @@ def _scores(
     X, fitted_on, found = vectors[0], np.flatnonzero(train), dict[str, NDArray[np.floating]]()
     some = fitted_on[np.linspace(0, len(fitted_on) - 1, min(len(fitted_on), MOST_REFERENCES)).astype(int)]
     for name, centred in DISTANCES.items():
-        mean = X[train].mean(axis=0) if centred else np.zeros(X.shape[1], np.float32)
-        found[name] = distance(directions(X, mean), directions(X[some], mean))
+        units = directions(X, _mean(X[train], centred))
+        found[name] = distance(units, units[some])
     probabilities = _probabilities(bundle, vectors, y, train) if len(np.unique(y[train])) > 1 else None
     if probabilities is not None:
         found[PROBABILITY] = unsureness(probabilities)
