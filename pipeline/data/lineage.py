@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import BackboneConfig
 from pipeline.errors import TrainingError
 from pipeline.io.digests import Digests, bytes_digest, digests_to_hex, fingerprint
 
@@ -63,6 +64,11 @@ class Lineage:
     def chose(self, digests: Digests) -> NDArray[np.bool_]:
         """Say which images are known to have chosen among its weights: bool of shape (n,)."""
         return _among(digests, self.chosen_on or frozenset())
+
+
+def of(section: BackboneConfig | None, trained_on: str | None) -> Lineage:
+    """Return the lineage of an embedding's network, by its section and what its identity says that it was trained on; as `read`."""
+    return NONE if section is None or trained_on is None else read(Path(section.weights), trained_on)
 
 
 def read(weights: Path, expected: str | None = None) -> Lineage:

@@ -128,9 +128,7 @@ def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
 
 def lineage_of(record: EmbeddingRecord) -> Lineage:
     """Return the lineage of an embedding's network, which is no longer empty when it was fine-tuned before."""
-    if record.spec.trained_on is None or record.section is None:
-        return lineage.NONE
-    return lineage.read(Path(record.section.weights), record.spec.trained_on)
+    return lineage.of(record.section, record.spec.trained_on)
 
 
 def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineage = lineage.NONE) -> Parts:

@@ -63,7 +63,8 @@ def run(
     files = Artifacts(config.output)
     record = choose(read_asked_records(files.features, config), embedding, "--embedding")
     index = DatasetIndex.read(files.dataset)
-    require_index(files.features, index.fingerprint())
+    made_of = index.fingerprint()
+    require_index(files.features, made_of)
     store = FeatureStore.open(files.find_store(record.store), record.fingerprint)
     used = _usable(index, record, store, config.seed)
     target = Classification.of(used)
@@ -73,9 +74,7 @@ def run(
             f"episodes of {max(plan.ways, 2)} classes are asked for, and there are {target.width}; set --ways"
         )
     shots = sorted({*shots})
-    key = fingerprint(
-        {"version": VERSION, "index": index.fingerprint(), "store": store.digest, "shots": shots, **asdict(plan)}
-    )
+    key = fingerprint({"version": VERSION, "index": made_of, "store": store.digest, "shots": shots, **asdict(plan)})
     known = _known(files.few_shot, key)
     if known is not None:
         return FewShotRun(known, files)
@@ -100,10 +99,8 @@ def run(
 def _usable(index: DatasetIndex, record: EmbeddingRecord, store: FeatureStore, seed: int) -> DatasetIndex:
     """Return the images in use that have a vector, without those that the network's weights have learned from or were chosen by."""
     used = index.select("train", "validation", "test")
-    kept = ~store.missing(used.digests)
-    if record.spec.trained_on is not None and record.section is not None:
-        known = lineage.read(Path(record.section.weights), record.spec.trained_on)
-        kept &= ~known.learned(used.digests) & ~known.chose(used.digests)
+    known = lineage.of(record.section, record.spec.trained_on)
+    kept = ~store.missing(used.digests) & ~known.learned(used.digests) & ~known.chose(used.digests)
     used = used.rows(kept)
     if len(used) > MOST_IMAGES:
         log.info("episodes are drawn from %d of %d images", MOST_IMAGES, len(used))

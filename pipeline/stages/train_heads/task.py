@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,8 +86,7 @@ def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
     """
     known = lineage.NONE
     for part in record.parts or (record,):
-        if part.spec.trained_on is not None and part.section is not None:
-            known = known.with_other(lineage.read(Path(part.section.weights), part.spec.trained_on))
+        known = known.with_other(lineage.of(part.section, part.spec.trained_on))
     told = known.learned(task.test.digests) | known.chose(task.test.digests)
     if told.any():
         raise DatasetError(
