@@ -38,7 +38,7 @@ def main() -> None:
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = cli.main(_words(sys.argv[1:]), prog_name="manyheads", standalone_mode=False)
+        status = cli.main(full(sys.argv[1:]), prog_name="manyheads", standalone_mode=False)
     except PipelineError as error:
         _complain(str(error))
         sys.exit(2)
@@ -60,7 +60,7 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _words(given: list[str]) -> list[str]:
+def full(given: list[str]) -> list[str]:
     """Return the words of the command line, with `fit` before what is no command but images or a config, or options of it.
 
     Raises

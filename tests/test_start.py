@@ -177,11 +177,11 @@ def test_what_cannot_be_is_told_at_once(
 
 def test_options_and_images_come_before_or_after_one_another(monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
     monkeypatch.chdir(photos.parent)
-    assert cli._words(["photos", "--open"]) == ["fit", "photos", "--open"]
-    assert cli._words(["--open", "photos"]) == ["fit", "--open", "photos"]
-    assert cli._words(["heads", "photos"]) == ["heads", "photos"]
-    assert cli._words([]) == []
-    assert cli._words(["--version"]) == ["--version"]
+    assert cli.full(["photos", "--open"]) == ["fit", "photos", "--open"]
+    assert cli.full(["--open", "photos"]) == ["fit", "--open", "photos"]
+    assert cli.full(["heads", "photos"]) == ["heads", "photos"]
+    assert cli.full([]) == []
+    assert cli.full(["--version"]) == ["--version"]
 
 
 def test_the_column_of_a_manifest_is_the_target(photos: Path) -> None:
@@ -193,6 +193,20 @@ def test_the_column_of_a_manifest_is_the_target(photos: Path) -> None:
     assert manyheads.check(made)[2].startswith("18 images in 2 classes: ")
     with pytest.raises(manyheads.PipelineError, match="label"):
         manyheads.check(manifest, **SMALL)
+
+
+def test_the_page_on_python_is_as_it_says(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "OF_PHOTOS", {**SMALL, "baselines": ["majority", "hog"]})
+    found: dict[str, Any] = {}
+    for code in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
+    ):
+        exec(code, found)
+    assert found["labels"]["label"].tolist() == ["leaf"] * 9
+    assert found["X"].shape[0] == len(found["y"]) == 21
 
 
 # ---- the heads there are
