@@ -71,9 +71,10 @@ def full(given: list[str]) -> list[str]:
     first = given[0] if given else "--help"
     if first in cli.commands or first in ("-h", "--help", "--version"):
         return given
-    if first.startswith("-") or os.path.lexists(os.path.expanduser(first)):
+    from pipeline.config import guess, source_of
+
+    if first.startswith("-") or os.path.lexists(os.path.expanduser(first)) or source_of(first):
         return ["fit", *given]
-    from pipeline.config import guess
 
     words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
     near = os.listdir()[:1000] if os.access(".", os.R_OK) else []

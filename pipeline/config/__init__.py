@@ -8,6 +8,7 @@ retired.py    keys of earlier versions
 
 from pipeline.config.reading import Overrides, dump_yaml, load, parse
 from pipeline.config.sections import (
+    ARCHIVES,
     LOCAL_DIR,
     OWN,
     TIMM_NAMES,
@@ -27,6 +28,7 @@ from pipeline.config.sections import (
     guess,
     names_code,
     names_timm,
+    source_of,
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml

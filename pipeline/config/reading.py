@@ -13,14 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.retired import without_retired
-from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess
+from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess, source_of
 from pipeline.config.yaml12 import parse_yaml, read_yaml
 from pipeline.errors import ConfigError, number_of
 from pipeline.io.imports import look_in
-
-MANIFESTS = (".csv", ".parquet")
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-"""Endings of what is images, and no config."""
+from pipeline.io.remote import address_of
 
 LONGEST_SHOWN = 200
 """Characters of a wrong value that an error shows."""
@@ -36,7 +33,7 @@ def load(
     names: Names | None = None,
     of_photos: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Read and validate a config file with overrides applied; or the config of photos, `of_photos`, where `given` are images.
+    """Read and validate a config file with overrides applied; or the config of photos in a folder, an archive or a table, `of_photos`.
 
     Paths in the file are relative to its folder, those of overrides to the working folder; the config has them all relative to
     the working folder. `names` are the words of the tables; without them any word passes here.
@@ -49,11 +46,11 @@ def load(
     if isinstance(given, Config) and not overrides:
         return given
     path = Path("the config") if isinstance(given, Config) else given
-    source = None if isinstance(given, Config) or of_photos is None else source_of(given)
+    source = "folder" if path.is_dir() else source_of(str(path))
     if isinstance(given, Config):
         raw = given.model_dump(mode="json")
-    elif source is not None and of_photos is not None:
-        raw = {**of_photos, "dataset": {"source": source, "path": str(path)}}
+    elif of_photos is not None and source is not None:
+        raw = {**of_photos, "dataset": {"source": source, "path": address_of(path) or str(path)}}
     else:
         raw = read_yaml(path)
         _seen_from_here(raw, path)
@@ -74,13 +71,6 @@ def load(
     ):
         look_in(path.parent)
     return config
-
-
-def source_of(path: Path) -> str | None:
-    """Return which `dataset.source` reads what is at a path: a folder, an archive or a manifest of images; None for anything else."""
-    if path.is_dir() or path.name.lower().endswith(ARCHIVES):
-        return "folder"
-    return "manifest" if path.suffix.lower() in MANIFESTS else None
 
 
 def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Config:
@@ -146,7 +136,9 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]
     for section, key, where in places:
         path = section.get(key) if isinstance(section, dict) else None
         prefix = LOCAL_DIR if key == "name" else ""
-        if isinstance(path, str) and path and not os.path.isabs(os.path.expanduser(path.removeprefix(prefix))):
+        if not isinstance(path, str) or not path or address_of(path) or path.startswith("file://"):
+            continue
+        if not os.path.isabs(os.path.expanduser(path.removeprefix(prefix))):
             yield section, key, prefix, where
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipeline import config
-from pipeline.config import Config, Names, Overrides, guess
+from pipeline.config import Config, Names, Overrides, guess, source_of
 from pipeline.data.targets import TARGETS
 from pipeline.embed import baselines
 from pipeline.embed.installed import DEFAULT
@@ -56,8 +56,11 @@ def load(given: str | Path | Config, overrides: Overrides = ()) -> Config:
 
 
 def require_there(path: Path) -> None:
-    """See that there is something at a path; ConfigError, with what is called alike beside it, where there is not."""
-    if not os.path.lexists(path):
+    """See that there is something at a path; ConfigError, with what is called alike beside it, where there is not.
+
+    Archives and what is remote are looked for by their readers.
+    """
+    if not os.path.lexists(path) and source_of(str(path)) is None:
         near = os.listdir(path.parent)[:MOST_LISTED] if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
         raise ConfigError(
             f"{path}: there is no such file or folder{guess(path.name, near)}; expected a config file, or images: a folder that "
