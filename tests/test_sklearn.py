@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,17 @@ def test_pixels_have_a_content_of_their_own_by_their_pixels(here: Path) -> None:
     assert only_store(here / "kept", "pixels").rows == 3
 
 
+def test_a_member_of_an_archive_is_the_file_that_it_holds(photos, here: Path) -> None:
+    paths = photos[0][:2]
+    with zipfile.ZipFile("photos.zip", "w") as archive:
+        for number, path in enumerate(paths):
+            archive.write(path, f"{number}.png")
+    embedder = Embedder("pixels", store="kept")
+    vectors = embedder.transform(paths)
+    assert np.array_equal(embedder.transform(["photos.zip/0.png", here / "photos.zip" / "1.png"]), vectors)
+    assert only_store(here / "kept", "pixels").rows == 2
+
+
 def test_odd_pixels_are_read_by_the_policy_of_files(here: Path) -> None:
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 255, (40, 40), dtype=np.uint8)
@@ -160,8 +172,8 @@ def test_images_that_cannot_be_used_are_named_all_at_once(photos, here: Path) ->
         ([], "no images (0 samples)"),
         (3, "a int"),
         ([None], "a NoneType"),
-        (np.zeros((2, 40, 40, 3)), "a ndarray float64 of shape (40, 40, 3)"),
-        (np.zeros((3, 40, 40, 2), np.uint8), "a ndarray uint8 of shape (40, 40, 2)"),
+        (np.zeros((2, 40, 40, 3)), "a ndarray of float64, shape (40, 40, 3)"),
+        (np.zeros((3, 40, 40, 2), np.uint8), "a ndarray of uint8, shape (40, 40, 2)"),
     ],
 )
 def test_what_is_no_image_is_told(images: object, got: str) -> None:

@@ -16,8 +16,9 @@ from PIL import Image
 from pipeline.errors import DatasetError
 from pipeline.images.contents import content_key
 from pipeline.images.decoding import decode_opened
-from pipeline.images.reading import ImageProblem, Stat, open_file, stat_of
+from pipeline.images.reading import ImageProblem, open_file, stat_of
 from pipeline.io.digests import content_digest
+from pipeline.io.remote import Stat, address_of
 
 Pixels = NDArray[np.uint8] | Image.Image
 """An array of shape (height, width), (height, width, 1), (…, 3) or (…, 4), or a PIL image."""
@@ -85,18 +86,23 @@ def given_key(image: str | Pixels, max_pixels: int) -> bytes:
     if not isinstance(image, str):
         pixels = np.ascontiguousarray(rgb(image, max_pixels))
         return content_digest(pixels.data.cast("B"), b"pixels %d" % pixels.shape[1])
-    path = os.path.abspath(image)
-    try:
-        stat = stat_of(os.stat(path))
-    except OSError as error:
-        raise ImageProblem("unavailable", f"it cannot be read: {error.strerror or error}") from None
+    path = located(image)
     if os.path.isdir(path):
         raise ImageProblem("unavailable", "it is a folder; give the files in it")
-    read = _key.__wrapped__ if max(stat[1:]) > time.time_ns() - RACY_NS else _key
-    return read(path, stat)
+    try:
+        stat = stat_of(os.stat(path))
+    except OSError:  # remote, in an archive, or nowhere, which the reader knows
+        stat = None
+    kept = stat is not None and max(stat[1:]) < time.time_ns() - RACY_NS
+    return _key(path, stat) if kept else _key.__wrapped__(path, stat)
+
+
+def located(path: str) -> str:
+    """Return where an image is, whatever folder the process works in."""
+    return address_of(path) or os.path.abspath(path)
 
 
 @lru_cache(maxsize=1 << 18)
-def _key(path: str, stat: Stat) -> bytes:
+def _key(path: str, stat: Stat | None) -> bytes:
     """Return the key of a file as it was at these times; so it is not read again for each fold."""
     return content_key(open_file(Path("/"), path))
