@@ -20,7 +20,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.config import Config as Config
     from pipeline.data.manifest import manifest as manifest
+    from pipeline.embed.transformer import Embedder as Embedder
     from pipeline.errors import PipelineError as PipelineError
+    from pipeline.stages.estimators import Classifier as Classifier
+    from pipeline.stages.estimators import Regressor as Regressor
+    from pipeline.stages.estimators import best_estimator as best_estimator
     from pipeline.stages.extract import FeaturesRun
     from pipeline.stages.fewshot import FewShotRun
     from pipeline.stages.finetune import FinetuneRun
@@ -37,9 +41,13 @@ if TYPE_CHECKING:
     Place = str | Path
 
 _ELSEWHERE = {
+    "Classifier": "pipeline.stages.estimators",
     "Config": "pipeline.config",
+    "Embedder": "pipeline.embed.transformer",
     "PipelineError": "pipeline.errors",
+    "Regressor": "pipeline.stages.estimators",
     "Run": "pipeline.stages.fit",
+    "best_estimator": "pipeline.stages.estimators",
     "load": "pipeline.stages.load",
     "manifest": "pipeline.data.manifest",
 }

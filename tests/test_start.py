@@ -64,7 +64,7 @@ def test_every_command_is_a_function_that_takes_the_same(command: Any, place: An
 def test_the_module_shows_what_it_has_and_imports_nothing_for_it() -> None:
     code = "import sys, manyheads; print(sorted({'pipeline', 'numpy'} & set(sys.modules)), *dir(manyheads))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert found.startswith("[] Config PipelineError Run backbones check compare ")
+    assert found.startswith("[] Classifier Config Embedder PipelineError Regressor Run backbones best_estimator check ")
     assert {name for name in dir(manyheads) if not hasattr(manyheads, name)} == set()
     with pytest.raises(AttributeError, match="no attribute 'featurs'"):
         _ = manyheads.featurs
@@ -109,6 +109,7 @@ def test_one_line_gives_a_table_a_page_and_predictions(run: Any, photos: Path) -
     said = run.predict([photos / "leaf", photos / "土" / "00.png"])
     assert said["label"].tolist() == ["leaf"] * 9 + ["土"]
     assert said["probability"].between(0.34, 1).all()
+    assert run.best_estimator_.predict([photos / "leaf" / "00.png"]).tolist() == ["leaf"]
     assert run.report() == run.output / "report.html"
     assert repr(run).startswith(f"Run('{run.output}': 4 rows, best {board.best.key}, test accuracy ")
     assert repr(manyheads.Run(run.output)) == repr(run)

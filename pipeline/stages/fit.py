@@ -24,6 +24,7 @@ from pipeline.stages.train_heads import HeadsRun
 
 if TYPE_CHECKING:
     import pandas as pd
+    from sklearn.pipeline import Pipeline
 
 NOTHING_NEW = "nothing changed since the last scan"
 """What the stage after the look says of the data, a moment later."""
@@ -52,6 +53,13 @@ class Run:
         for name, table in tables.items():
             table.insert(0, "target", name)
         return pd.concat(tables.values(), ignore_index=True)
+
+    @property
+    def best_estimator_(self) -> Pipeline:
+        """The best head with its network, as a fitted scikit-learn pipeline from images to labels."""
+        from pipeline.stages.estimators import best_estimator
+
+        return best_estimator(self.output)
 
     def predict(self, images: str | Path | Sequence[str | Path], **options: Any) -> pd.DataFrame:
         """Label image files, and all images in folders, by the best head: a row for each image, as `manyheads predict` writes them.
