@@ -9,6 +9,7 @@ retired.py    keys of earlier versions
 from pipeline.config.reading import dump_yaml, load, parse
 from pipeline.config.sections import (
     LOCAL_DIR,
+    NO_LABELS,
     OWN,
     TIMM_NAMES,
     TIMM_PREFIX,
