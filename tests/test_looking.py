@@ -6,17 +6,14 @@ import csv
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from numpy.typing import NDArray
 from photos import make_photos, small_config
 from PIL import Image
 
 from pipeline import config as configuration
-from pipeline.cli import cli
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.data.match import texts
@@ -301,30 +298,3 @@ def test_predict_says_nothing_of_folders_that_are_no_classes(experiment: Config,
         folder.rename(photos / f"2024-{number:02d}")
     lines = predict.run(Path(experiment.output), [photos], output=tmp_path / "out.csv").summary_lines()
     assert not [line for line in lines if "accuracy" in line or "not counted" in line]
-
-
-# ---- the page
-
-
-def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in a folder with the reader's photos, on a small network."""
-    page = (Path(__file__).parents[1] / "docs" / "looking.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MANYHEADS_NO_MALLOPT", "1")
-    make_photos(tmp_path / "photos")
-    make_photos(tmp_path / "new", per_class=3, seed=1)
-    small: dict[str, Any] = {
-        "backbones": "[{name: resnet18, preprocessing: {resize: 32, crop: 32}}]",
-        "heads": "[logistic_regression]",
-        "baselines": "[]",
-        "tuning.trials": 1,
-        "tuning.folds": 3,
-    }
-    sets = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
-    lines = [line for line in page.splitlines() if line.startswith("manyheads ")]
-    assert len(lines) > 6
-    for line in lines:
-        arguments = shlex.split(line)[1:]
-        takes_config = arguments[0] in ("embed", "features", "heads", "pick")
-        done = CliRunner().invoke(cli, [*arguments, *(sets if takes_config else [])], catch_exceptions=False)
-        assert done.exit_code == 0, f"{line}\n{done.output}"
