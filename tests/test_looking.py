@@ -298,3 +298,13 @@ def test_predict_says_nothing_of_folders_that_are_no_classes(experiment: Config,
         folder.rename(photos / f"2024-{number:02d}")
     lines = predict.run(Path(experiment.output), [photos], output=tmp_path / "out.csv").summary_lines()
     assert not [line for line in lines if "accuracy" in line or "not counted" in line]
+
+
+def test_an_archive_is_embedded_as_it_is_and_searched(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", per_class=2)
+    archive = Path(shutil.make_archive(str(tmp_path / "all"), "zip", photos))
+    config = small_config(archive, tmp_path / "output")
+    found = extract.without_labels(config)
+    assert found.summary_lines()[0] == "6 images without labels"
+    near = similar.run([archive / "leaf" / "00.png"], tmp_path / "output", embedding=EMBEDDING, count=9)
+    assert len(near.found[str(archive / "leaf" / "00.png")]) == 5

@@ -36,14 +36,13 @@ def list_folder(root: Path, follow_symlinks: bool = False, labelled: bool = True
         _require_listed(place)
     if not places:
         _require_folder(root)
-    packed = bool(archives) or is_archive
-    if packed and labelled:
+    if labelled and (archives or is_archive):
         return _list_archives(root, archives)
-    walk = Walk(root, False, inside="/") if packed else Walk(root, follow_symlinks, os.path.realpath(root))
+    walk = Walk(root, follow_symlinks, os.path.realpath(root))
     listing = Listing(root, entries=walk.entries, ignored=walk.ignored)
     if not labelled:
-        for top in [f"{name}/" for name in archives] or [""]:
-            _add_images(listing, walk, top, "")
+        for start in [f"{name}/" for name in archives] or [""]:
+            _add_images(listing, walk, start, "")
         return listing
     _add_layout(listing, walk)
     _warn_of_siblings(listing, root)

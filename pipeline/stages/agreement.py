@@ -13,8 +13,10 @@ from pipeline.data import DatasetIndex
 from pipeline.data.failures import shown
 from pipeline.data.index import INDEX_FILE
 from pipeline.data.targets import Target
+from pipeline.data.walk import is_folder
 from pipeline.errors import first, number_of
 from pipeline.evaluation.intervals import wilson
+from pipeline.io.remote import absolute
 
 MOST_CLASSES = 20
 """Classes that are told each, the worst first."""
@@ -39,15 +41,15 @@ class Agreement:
     @staticmethod
     def of(images: Sequence[Path], bundle: Path, targets: Mapping[str, Target]) -> Agreement:
         """Prepare for the images of some folders, and the bundle of an experiment or that experiment."""
-        roots = [os.path.abspath(path) for path in images if path.is_dir()]
+        roots = [absolute(path) for path in images if is_folder(path)]
         place, learned = Path(os.path.abspath(bundle)), list[str]()
         found = next(
             (each / "dataset" for each in (place, *place.parents) if (each / "dataset" / INDEX_FILE).exists()), None
         )
         if roots and found is not None:
             index = DatasetIndex.read(found)
-            root, taught = os.path.abspath(index.root), index.select("train", "validation")
-            if any(os.path.commonpath([root, each]) in (root, each) for each in roots):
+            root, taught = absolute(index.root), index.select("train", "validation")
+            if any(f"{a}/".startswith(f"{b}/") for each in roots for a, b in ((root, each), (each, root))):
                 learned = [f"{root}/{path}" for path in taught.paths]
         exclusive = {name: target for name, target in targets.items() if target.exclusive}
         return Agreement(roots, exclusive, frozenset(learned), {name: Counter() for name in exclusive})
@@ -56,7 +58,7 @@ class Agreement:
         """Count what the head of a target says of an image file."""
         if target not in self.said:
             return
-        whole = os.path.abspath(path)
+        whole = absolute(path)
         root = next((each for each in self.roots if whole.startswith(f"{each}/")), None)
         folder, inside, _ = whole[len(root or "") + 1 :].partition("/")
         if root is None or not inside:

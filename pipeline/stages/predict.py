@@ -38,7 +38,7 @@ from pipeline.export.strangers import Strangers, names, open_strangers
 from pipeline.images import forget
 from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
-from pipeline.io.remote import address_of
+from pipeline.io.remote import absolute, address_of
 from pipeline.stages.agreement import Agreement
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def run(
         raise ConfigError(f"--device: {error}") from None
     folders = find_bundles(bundle)
     heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
-    images = _expanded(images)
+    images = expanded(images)
     require_all(images)
     require_place(output)
     for target, head in heads.items():
@@ -250,7 +250,7 @@ def first_refitted(path: Path) -> str:
     return bundle
 
 
-def _expanded(paths: Sequence[Path]) -> list[Path]:
+def expanded(paths: Sequence[Path]) -> list[Path]:
     """Return the paths with the archives that a pattern means in its place."""
     for path in paths:
         forget(str(path))
@@ -348,11 +348,7 @@ def to_lines(rows: Iterable[Iterable[str]]) -> str:
 
 
 def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
-    here, all_of_them = os.getcwd(), tuple(range(lanes))
-    return (
-        Item(number, address_of(path) or os.path.join(here, path), None, all_of_them)
-        for number, path in enumerate(paths)
-    )
+    return (Item(number, absolute(path), None, tuple(range(lanes))) for number, path in enumerate(paths))
 
 
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:

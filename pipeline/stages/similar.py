@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
-from pipeline.data.reading import read_digests
-from pipeline.data.walk import Walk
+from pipeline.data.walk import Walk, is_folder
 from pipeline.embed.concat import open_features, open_networks
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import EmbeddingRecord, choose, read_records
@@ -20,9 +19,11 @@ from pipeline.errors import DatasetError, PipelineError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
+from pipeline.images import ImageProblem, content_key, read_steadily
 from pipeline.io.files import require_place, write_text_atomic
+from pipeline.io.remote import absolute, address_of
 from pipeline.stages import settings
-from pipeline.stages.predict import BATCH_SIZE, EXAMPLES, images_in, require_all, shown, to_lines
+from pipeline.stages.predict import BATCH_SIZE, EXAMPLES, expanded, images_in, require_all, shown, to_lines
 from pipeline.store import FeatureStore, JoinedStores
 from pipeline.store.nearest import Nearest
 
@@ -81,11 +82,12 @@ def run(
     PipelineError
         When there is no such experiment, image or embedding, or none of the images can be read.
     """
+    images = expanded(images)
     require_all(images)
     if output is not None:
         require_place(output)
     stored = Stored.open(experiment_at(place), embedding)
-    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
+    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
     paths = list(images_in(images, walks))
     if not paths:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}")
@@ -180,9 +182,13 @@ class Stored:
 
         Those with a vector in the store are looked up; the network is loaded for the others alone.
         """
-        whole = [os.path.abspath(path) for path in paths]
-        ok, digests, _, failures = read_digests(Path("/"), [path.lstrip("/") for path in whole])
-        problems = {paths[row]: each.reason for row, each in zip(np.flatnonzero(~ok).tolist(), failures, strict=True)}
+        digests, problems = np.zeros((len(paths), 2), np.uint64), dict[str, str]()
+        for row, path in enumerate(paths):
+            try:
+                digests[row] = np.frombuffer(content_key(read_steadily(absolute(path))[0]), "<u8")
+            except ImageProblem as problem:
+                problems[path] = problem.reason
+        ok = np.array([path not in problems for path in paths])
         vectors = np.zeros((len(paths), self.store.dim), np.float32)
         known = ok & ~self.store.missing(digests)
         vectors[known] = self.store.read(digests[known])
@@ -190,11 +196,14 @@ class Stored:
         if len(new):
             embedders, places = open_networks(self.record.parts or (self.record,), "auto", trust_code=trust)
             lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
-            items = [Item(row, whole[row], digests[row].tobytes(), tuple(range(len(lanes)))) for row in new.tolist()]
+            items = [
+                Item(row, absolute(paths[row]), digests[row].tobytes(), tuple(range(len(lanes))))
+                for row in new.tolist()
+            ]
             for batch, parts in embed(lanes, items, Path("/"), self.record.max_pixels):
-                for place, problem in batch.problems.items():
+                for place, found in batch.problems.items():
                     ok[batch.items[place].content] = False
-                    problems[paths[batch.items[place].content]] = problem.reason
+                    problems[paths[batch.items[place].content]] = found.reason
                 made = [part for part in parts if part is not None]
                 if made:
                     rows = [batch.items[row].content for row in made[0].rows.tolist()]
@@ -205,17 +214,17 @@ class Stored:
         """Return the nearest images of some files, for their vectors, float32 of shape (k, dim); none is its own."""
         order = np.argsort(self.copies, kind="stable")
         starts = np.searchsorted(self.copies[order], np.arange(len(self.search.order) + 1))
+        places, away = self.search.find(vectors, count + 1)
         found = []
-        for path, places, away in zip(paths, *self.search.find(vectors, count + 1), strict=True):
+        for path, row_places, distances in zip(paths, places.tolist(), away.tolist(), strict=True):
             near = [
-                Neighbour(
-                    float(distance),
-                    self.index.said(row),
-                    str(self.index.splits[row]),
-                    str(self.index.root / self.index.paths[row]),
-                )
-                for place, distance in zip(places.tolist(), away.tolist(), strict=True)
+                self._neighbour(row, distance)
+                for place, distance in zip(row_places, distances, strict=True)
                 for row in order[starts[place] : starts[place + 1]].tolist()
             ]
             found.append([each for each in near if os.path.realpath(each.path) != os.path.realpath(path)][:count])
         return found
+
+    def _neighbour(self, row: int, distance: float) -> Neighbour:
+        where = str(self.index.root / self.index.paths[row])
+        return Neighbour(distance, self.index.said(row), str(self.index.splits[row]), address_of(where) or where)
