@@ -36,6 +36,7 @@ from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.export.strangers import Strangers, names, open_strangers
 from pipeline.images import forget
+from pipeline.images.given import located
 from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
 from pipeline.io.remote import address_of
@@ -341,11 +342,8 @@ def _lines(rows: Iterable[Iterable[str]]) -> str:
 
 
 def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
-    here, all_of_them = os.getcwd(), tuple(range(lanes))
-    return (
-        Item(number, address_of(path) or os.path.join(here, path), None, all_of_them)
-        for number, path in enumerate(paths)
-    )
+    all_of_them = tuple(range(lanes))
+    return (Item(number, located(path), None, all_of_them) for number, path in enumerate(paths))
 
 
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:
