@@ -171,7 +171,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             return config, None
         other = installed.stand_in(config.backbones[0])
         if other is not None:
-            warnings.warn(installed.about_stand_in(config.backbones[0]), stacklevel=2)
+            warnings.warn(installed.about_stand_in(config.backbones[0]), stacklevel=1)
         return config, other or config.backbones[0]
 
     def _spec(self) -> EmbeddingSpec:
