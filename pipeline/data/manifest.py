@@ -295,13 +295,12 @@ def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: lis
 
 def _find_files(listing: Listing, follow_symlinks: bool) -> None:
     """Keep the rows whose file is there; the others are failures."""
-    look = _on_disk(os.path.realpath(listing.root), follow_symlinks)
-    aside = _elsewhere(f"{address_of(listing.root) or os.path.realpath(listing.root)}")
-    is_remote = address_of(listing.root) is not None
+    address, real = address_of(listing.root), os.path.realpath(listing.root)
+    look = _elsewhere(address) if address else _on_disk(real, follow_symlinks)
     kept = []
     for row, path in enumerate(listing.paths):
         try:
-            found = aside(path) if is_remote else look(path)
+            found = look(path)
         except (FileNotFoundError, NotADirectoryError):
             found = Refused("missing", "there is no such file")
         except (OSError, UnicodeEncodeError) as error:

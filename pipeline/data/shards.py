@@ -116,9 +116,8 @@ def add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
         if archive.problem:
             listing.entries.append(noticed(name or listing.root.name, "truncated", archive.problem))
         for files in found[name].values():
-            images = [file for ending, file in files.items() if is_image_name(f".{ending}")]
-            label = _label(place, files) if images else None
-            for image in images:
+            label = _label(place, files)
+            for image in filter(is_image_name, files.values()):
                 path, about = f"{name}/{image}".lstrip("/"), archive.members[image]
                 if isinstance(about, Refused):
                     listing.entries.append(noticed(path, *about))
@@ -135,14 +134,14 @@ def add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
 
 
 def _samples(place: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the members of an archive by key, the path up to the first dot of the name, and ending; nothing for what is none."""
+    """Return the images of an archive with what lies beside them, by key, the path up to the first dot of a name, and by ending."""
     samples: dict[str, dict[str, str]] = defaultdict(dict)
     for member in open_archive(place).members if inside(place) == (place, "") else ():
         folder, slash, file = member.rpartition("/")
         key, _, ending = file.partition(".")
         if not is_hidden(file):
             samples[folder + slash + key][ending.lower()] = member
-    return samples
+    return {key: files for key, files in samples.items() if any(map(is_image_name, files.values()))}
 
 
 def _label(place: str, files: Mapping[str, str]) -> str:
@@ -193,13 +192,8 @@ def _named(column: Any, about: Any) -> Any:
     """Return a column of class numbers, or of lists of them, as the names in its description; as it is where there are none."""
     import pyarrow as pa
 
-    inner = (about.get("feature") or about) if isinstance(about, dict) else about
-    names = inner.get("names") if isinstance(inner, dict) else None
-    if not names:
+    inner = about.get("feature", about) if isinstance(about, dict) else about
+    if not isinstance(inner, dict) or not inner.get("names"):
         return column
-    name = dict(enumerate(names))
-    cells = [
-        [name.get(number) for number in cell] if isinstance(cell, list) else name.get(cell)
-        for cell in column.to_pylist()
-    ]
-    return pa.array(cells)
+    name = dict(enumerate(inner["names"])).get
+    return pa.array([[*map(name, cell)] if isinstance(cell, list) else name(cell) for cell in column.to_pylist()])
