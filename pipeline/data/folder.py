@@ -86,7 +86,7 @@ def _add_layout(listing: Listing, walk: Walk) -> None:
     root = address_of(walk.root) or walk.root
     top = walk.read("")
     if not top.folders:
-        raise DatasetError(_no_classes(root, top))
+        raise DatasetError(_no_classes(root, top), [each.reason for each in walk.entries if each.status == "truncated"])
     _pass_over_images(walk, "", top)
     splits = {name: SPLIT_NAMES.get(name.lower()) for name in top.folders}
     if all(splits.values()):
@@ -188,7 +188,7 @@ def _no_classes(root: Path | str, top: Folder) -> str:
 
 def _warn_of_siblings(listing: Listing, root: Path) -> None:
     """A user who gives train/ itself may not know that the test/ beside it is never read."""
-    if root.name.lower() not in SPLIT_NAMES:
+    if root.name.lower() not in SPLIT_NAMES or address_of(root):
         return
     near = sorted(root.resolve().parent.iterdir())
     beside = [
