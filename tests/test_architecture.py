@@ -52,6 +52,7 @@ DOORS = {
     "PIL": {"images", "data", "report"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
+    "umap": {"report"},
     "skimage": {"embed"},
     "simplejpeg": {"images"},
     "openvino": {"embed"},
