@@ -246,6 +246,20 @@ def test_rows_without_bytes_are_named_and_row_groups_too_large_refused(
         look(table(path), tmp_path / "index")
 
 
+def test_of_several_columns_of_images_one_is_named(photos: Path, tmp_path: Path) -> None:
+    path = parquet(photos, tmp_path / "p.parquet")
+    found = pq.read_table(path)
+    pq.write_table(found.append_column("mask", found["image"].combine_chunks().field("bytes")[::-1]), path)
+    with pytest.raises(
+        DatasetError, match=r"p.parquet: has images in image, mask; dataset.path_column names the one to read"
+    ):
+        look(table(path), tmp_path / "index")
+    index = look(table(path) | {"path_column": "mask"}, tmp_path / "index").index
+    assert index.paths[1] == "p.parquet/mask/00000001"
+    assert open_file(index.root, "p.parquet/mask/00000001") == images_of(photos)[-2].read_bytes()
+    assert open_file(index.root, "p.parquet/image/00000001-01.png") == images_of(photos)[1].read_bytes()
+
+
 def test_one_member_that_is_damaged_is_one_failure(photos: Path, tmp_path: Path) -> None:
     path = zipped(photos, tmp_path / "p.zip", method=zipfile.ZIP_STORED)
     image = images_of(photos)[3]

@@ -16,7 +16,7 @@ from pipeline.config import ARCHIVES
 from pipeline.data.failures import noticed
 from pipeline.data.listing import SPLIT_NAMES, Listing, is_hidden, is_image_name
 from pipeline.errors import DatasetError, first
-from pipeline.images import Refused, entries, image_column, inside, open_archive, opened, read_elsewhere
+from pipeline.images import Refused, entries, image_columns, inside, open_archive, opened, read_elsewhere
 from pipeline.io.remote import address_of, file_system
 
 LABELS = ("cls", "json", "txt")
@@ -173,14 +173,15 @@ def table_of_images(folder: Path, names: Sequence[str], column: str) -> Any:
         place = f"{address_of(folder) or folder}/{name}"
         with opened(place) as file:
             source = pq.ParquetFile(file)
-            flat = [each.name for each in source.schema_arrow if not image_column(pa.schema([each]))]
-            table = source.read(columns=[each for each in flat if each != column])
+            images = image_columns(source.schema_arrow)
+            table = source.read(columns=[each for each in source.schema_arrow.names if each not in images])
             features = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
         for title, about in features.get("info", {}).get("features", {}).items():
             if title in table.column_names:
                 place_of = table.column_names.index(title)
                 table = table.set_column(place_of, title, _named(table[title], about))
-        paths = pa.array([f"{name}/{member}" for member in open_archive(place).members], pa.large_string())
+        members = [each for each in open_archive(place).members if each.rpartition("/")[0] in ("", column)]
+        paths = pa.array([f"{name}/{member}" for member in members], pa.large_string())
         table = pa.table({**{title: table[title] for title in table.column_names}, column: paths})
         if splits and "split" not in table.column_names:
             table = table.append_column("split", pa.array([split] * len(table)))
