@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.data.manifest import manifest as manifest
     from pipeline.embed.transformer import Embedder as Embedder
     from pipeline.errors import PipelineError as PipelineError
+    from pipeline.stages.clean import CleanRun
     from pipeline.stages.estimators import Classifier as Classifier
     from pipeline.stages.estimators import Regressor as Regressor
     from pipeline.stages.estimators import best_estimator as best_estimator
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from pipeline.stages.fit import Run as Run
     from pipeline.stages.load import load as load
     from pipeline.stages.maintenance import Check
+    from pipeline.stages.pick import PickRun
     from pipeline.stages.predict import PredictRun
     from pipeline.stages.refit import RefitRun
     from pipeline.stages.replay import Replay
     from pipeline.stages.shortlist import Shortlist
+    from pipeline.stages.similar import SimilarRun
     from pipeline.stages.train_heads import HeadsRun
 
     Given = str | Path | Config
@@ -102,6 +105,13 @@ def features(config: Given, plan: bool = False, rehash: bool = False, **override
     from pipeline.stages import extract
 
     return extract.run(_config(config, overrides), plan=plan, rehash=rehash)
+
+
+def embed(config: Given, **overrides: Any) -> FeaturesRun:
+    """Embed images that have no labels yet, for `similar` and `pick`."""
+    from pipeline.stages import extract
+
+    return extract.without_labels(_config(config, overrides))
 
 
 def heads(config: Given = "", list: bool = False, **overrides: Any) -> HeadsRun | dict[str, HeadsRun] | Sequence[str]:
@@ -182,6 +192,43 @@ def predict(
     given = [Path(each) for each in ([images] if isinstance(images, (str, Path)) else images)]
     options: dict[str, Any] = {"top": top, "device": device, "trust_code": trust, "max_pixels": max_pixels}
     return stage.run(Path(bundle), given, output=Path(output), unknown=unknown, sets=sets, **options)
+
+
+def similar(
+    images: Place | Sequence[Place],
+    place: Place | None = None,
+    count: int = 10,
+    embedding: str | None = None,
+    output: Place | None = None,
+    trust: bool = False,
+) -> SimilarRun:
+    """Find the stored images that are nearest to some images; `place` is an output folder, a config or a folder of photos."""
+    from pipeline.stages import similar as stage
+
+    given = [Path(each) for each in ([images] if isinstance(images, (str, Path)) else images)]
+    options: dict[str, Any] = {"count": count, "embedding": embedding, "trust": trust}
+    return stage.run(given, _path(place), output=_path(output), **options)
+
+
+def pick(
+    config: Given,
+    place: Place | None = None,
+    count: int = 50,
+    output: Place = "next.csv",
+    trust: bool = False,
+    **overrides: Any,
+) -> PickRun:
+    """Pick which unlabelled images to label next, and write them as a CSV file; `place` is the experiment of those with labels."""
+    from pipeline.stages import pick as stage
+
+    return stage.run(_config(config, overrides), _path(place), count=count, output=Path(output), trust=trust)
+
+
+def clean(config: Given, output: Place = "cleaned.csv", **overrides: Any) -> CleanRun:
+    """Write a manifest that proposes what to leave out and what to keep together, and why."""
+    from pipeline.stages import clean as stage
+
+    return stage.run(_config(config, overrides), Path(output))
 
 
 def report(config: Given, **overrides: Any) -> Path:
@@ -288,6 +335,10 @@ class store:
         from pipeline.stages import maintenance
 
         return maintenance.merge(Path(target), [Path(each) for each in sources])
+
+
+def _path(given: Place | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _config(given: Given, overrides: dict[str, Any]) -> Config:

@@ -52,6 +52,7 @@ DOORS = {
     "PIL": {"images", "data", "report"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
+    "umap": {"report"},
     "skimage": {"embed"},
     "simplejpeg": {"images"},
     "openvino": {"embed"},
@@ -77,6 +78,8 @@ WITHOUT_TORCH = (
     "report",
     "stages.train_heads",
     "embed.baselines",
+    "embed.transformer",
+    "stages.estimators",
     "cli",
 )
 
