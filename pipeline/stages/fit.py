@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 HINTS = {
     "dataset.label_columns": "--target COLUMN says which column to learn",
+    "no class folders": "`manyheads embed` takes photos that have no labels yet",
     "dataset.target": "--set dataset.target=regression, or another kind, says what it is",
 }
-"""What to write on the command line for keys of a config that problems name."""
+"""What to write on the command line, by what problems name."""
 
 NOTHING_NEW = "nothing changed since the last scan"
 """What the stage after the look says of the data, a moment later."""
@@ -163,7 +164,8 @@ def run(config: Config) -> Iterator[str]:
         found = check.run(config, files.dataset)
     except PipelineError as error:
         hints = [hint for word, hint in HINTS.items() if any(word in problem for problem in error.problems)]
-        raise PipelineError("\n  ".join([*error.problems, *hints])) from None
+        told = [*error.problems[:-1], "; ".join([*error.problems[-1:], *hints])]
+        raise PipelineError("\n  ".join(told)) from None
     yield from found[:-1]
     told = {*found, NOTHING_NEW}
     yield from [*(line for line in extract.run(config).summary_lines() if line not in told), ""]
