@@ -21,6 +21,7 @@ from pipeline.export import bundle as bundles
 from pipeline.export.table import EXPORTS, Model, Networks, Photo
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
+from pipeline.stages import settings
 from pipeline.stages.predict import find_bundles
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ ODD_SIZES = ((0, 0), (0.01, 0.02), (0.03, 2), (2, 0.03), (1, 1), (0.99, 1.01), (
 def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, trust_code: bool = False) -> list[str]:
     """Write a head with its network into files of some kinds, by the names of `EXPORTS`; return lines on each.
 
-    `experiment` is an output folder or a bundle's, of several targets the best head of each; `row` names another, as
+    `experiment` is an output folder, its config, or a bundle's folder, of several targets the best head of each; `row` names another, as
     `embedding/head`. Each file is proven on the experiment's test images before it is written.
 
     Raises
@@ -48,6 +49,8 @@ def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, tru
     for name, file in files.items():
         EXPORTS[name].require_installed()
         require_place(file)
+    if experiment.suffix in (".yaml", ".yml"):
+        experiment = Path(settings.load(experiment).output)
     folders = _rows(experiment, row) if row else find_bundles(experiment)
     model = opened(
         {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}, trust_code
