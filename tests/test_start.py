@@ -207,10 +207,11 @@ def test_the_page_on_python_is_as_it_says(photos: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(settings, "OF_PHOTOS", {**SMALL, "baselines": ["majority", "hog"]})
     found: dict[str, Any] = {}
+    small = SMALL["backbones"][0]["preprocessing"]
     for code in re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
     ):
-        exec(code, found)
+        exec(code.replace('"efficientnet_lite0"', f'"resnet18", weights="random", preprocessing={small}'), found)
     assert found["labels"]["label"].tolist() == ["leaf"] * 9
     assert found["X"].shape[0] == len(found["y"]) == 21
 
