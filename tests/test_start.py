@@ -137,11 +137,11 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
         "27 images in 3 classes: 21 train, 6 test",
     ]
     assert "4 of 4 rows were finished before and kept." in lines
-    assert lines[-7:-5] == [
+    assert lines[-8:-6] == [
         "What next",
-        f"  look          {run.output / 'report.html'} {lines[-6].partition('.html ')[2]}",
+        f"  look          {run.output / 'report.html'} {lines[-7].partition('.html ')[2]}",
     ]
-    assert lines[-5] == f"  label photos  manyheads predict {run.output} PHOTOS --output labels.csv"
+    assert lines[-6] == f"  label photos  manyheads predict {run.output} PHOTOS --output labels.csv"
     assert shown == [(run.output / "report.html").as_uri()]
 
 

@@ -164,8 +164,8 @@ def run(config: Config) -> Iterator[str]:
         found = check.run(config, files.dataset)
     except PipelineError as error:
         hints = [hint for word, hint in HINTS.items() if any(word in problem for problem in error.problems)]
-        told = [*error.problems[:-1], "; ".join([*error.problems[-1:], *hints])]
-        raise PipelineError("\n  ".join(told)) from None
+        lines = [*error.problems[:-1], "; ".join([*error.problems[-1:], *hints])]
+        raise PipelineError("\n  ".join(lines)) from None
     yield from found[:-1]
     told = {*found, NOTHING_NEW}
     yield from [*(line for line in extract.run(config).summary_lines() if line not in told), ""]
@@ -183,6 +183,7 @@ def next_lines(root: Path) -> list[str]:
         f"  label more    manyheads pick PHOTOS --in {place} says which photos without labels would help most",
         f"  mend labels   manyheads clean {place} leaves out labels that look wrong",
         f"  search on     manyheads heads {place} --set tuning.trials=64",
+        f"  take along    manyheads export {place} --onnx {quote(root.name)}.onnx is one file from pixels to answer",
         f"  check it      manyheads replay {place}",
     ]
 
