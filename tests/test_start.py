@@ -148,7 +148,10 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["heds"], ["'heds' is no command, and no folder or file either, did you mean 'heads'?"]),
+        (
+            ["heds"],
+            ["heds: there is no such command, file or folder, did you mean 'heads'?; expected a command (fit, "],
+        ),
         (["phots"], ["did you mean 'photos'?"]),
         (["empty"], ["empty: holds no class folders"]),
         (["photos/leaf"], ["photos/leaf: holds 9 images but no class folders"]),
