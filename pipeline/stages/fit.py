@@ -77,8 +77,8 @@ class Run:
 
         given = [images] if isinstance(images, (str, Path)) else images
         with tempfile.TemporaryDirectory() as folder:
-            options.setdefault("output", Path(folder, "predictions.csv"))
-            run = predict.run(self.output, [Path(image) for image in given], **options)
+            output, trust = Path(options.pop("output", f"{folder}/predictions.csv")), options.pop("trust", False)
+            run = predict.run(self.output, [Path(image) for image in given], output=output, trust_code=trust, **options)
             found = pd.read_csv(run.output, dtype=str, keep_default_na=False)
         texts = {"path", "status", *(name for name, board in self.boards.items() if board.target.kind != "regression")}
         for name in found.columns:
