@@ -78,6 +78,8 @@ WITHOUT_TORCH = (
     "report",
     "stages.train_heads",
     "embed.baselines",
+    "embed.transformer",
+    "stages.estimators",
     "cli",
 )
 

@@ -16,11 +16,12 @@ from pipeline.images import entries, forget, inside
 from pipeline.io.remote import address_of
 
 
-def list_folder(root: Path, follow_symlinks: bool = False) -> Listing:
+def list_folder(root: Path, follow_symlinks: bool = False, labelled: bool = True) -> Listing:
     """List the images of a folder whose sub-folders are classes, or splits above classes.
 
     Sub-folders are splits only when every one of them is called like a split: a class "train" beside "bus" is a class.
-    Images any depth below a class folder belong to that class. Labels are folder names in Unicode form NFC.
+    Images any depth below a class folder belong to that class. Labels are folder names in Unicode form NFC. Unless it is `labelled`,
+    images lie anywhere and have the label ''.
 
     Raises
     ------
@@ -35,10 +36,14 @@ def list_folder(root: Path, follow_symlinks: bool = False) -> Listing:
         _require_listed(place)
     if not places:
         _require_folder(root)
-    if archives or is_archive:
+    if labelled and (archives or is_archive):
         return _list_archives(root, archives)
     walk = Walk(root, follow_symlinks, os.path.realpath(root))
     listing = Listing(root, entries=walk.entries, ignored=walk.ignored)
+    if not labelled:
+        for start in [f"{name}/" for name in archives] or [""]:
+            _add_images(listing, walk, start, "")
+        return listing
     _add_layout(listing, walk)
     _warn_of_siblings(listing, root)
     return listing
@@ -53,15 +58,15 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     if add_web_dataset(listing, names or [""]):
         return listing
     look = Walk(root, follow_symlinks=False, inside="/")
-    tops = {name: _descend(look, f"{name}/") for name in names}
+    tops = [_descend(look, f"{name}/") for name in names]
     walk = Walk(root if names else root / _descend(look, ""), follow_symlinks=False, inside="/")
     listing = Listing(walk.root, entries=walk.entries, ignored=walk.ignored)
     splits = splits_of(names)
     if not names:
         _add_layout(listing, walk)
-    elif splits or any(look.read(top).folders for top in tops.values()):
+    elif splits or any(look.read(top).folders for top in tops):
         listing.splits = [] if splits else None
-        for top, split in zip(tops.values(), splits or names, strict=True):
+        for top, split in zip(tops, splits or names, strict=True):
             found = walk.read(top)
             _pass_over_images(walk, top, found)
             _add_classes(listing, walk, found.folders, top, split)
@@ -71,9 +76,8 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     return listing
 
 
-def _descend(walk: Walk, path: str) -> str:
+def _descend(look: Walk, path: str) -> str:
     """Return the folder in an archive that holds the classes: the one in it, where somebody has packed a folder as a whole."""
-    look = Walk(walk.root, follow_symlinks=False, inside="/")
     while True:
         found = look.read(path)
         below = [look.read(f"{path}{name}/") for name in found.folders] if len(found.folders) == 1 else []
@@ -87,7 +91,7 @@ def _add_layout(listing: Listing, walk: Walk) -> None:
     root = address_of(walk.root) or walk.root
     top = walk.read("")
     if not top.folders:
-        raise DatasetError(_no_classes(root, top))
+        raise DatasetError(_no_classes(root, top), [each.reason for each in walk.entries if each.status == "truncated"])
     _pass_over_images(walk, "", top)
     splits = {name: SPLIT_NAMES.get(name.lower()) for name in top.folders}
     if all(splits.values()):
@@ -109,21 +113,27 @@ def _add_layout(listing: Listing, walk: Walk) -> None:
 def _add_classes(listing: Listing, walk: Walk, names: Sequence[str], above: str, split: str = "") -> None:
     """List the images of class folders."""
     for name in names:
-        before = len(listing.paths)
-        for path, found in walk.below(f"{above}{name}/"):
-            plain = _is_text(path)
-            for file, stats in zip(found.images, found.stats, strict=True):
-                if plain and _is_text(file):
-                    listing.paths.append(path + file)
-                    listing.stats.append(stats)
-                else:
-                    walk.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
-        count = len(listing.paths) - before
-        listing.labels.extend([unicodedata.normalize("NFC", name)] * count)
+        count = _add_images(listing, walk, f"{above}{name}/", unicodedata.normalize("NFC", name))
         if listing.splits is not None:
             listing.splits.extend([split] * count)
         if not count:
             listing.warnings.append(f"class folder {shown(above + name)} holds no images")
+
+
+def _add_images(listing: Listing, walk: Walk, start: str, label: str) -> int:
+    """List all images from a folder down under one label; return how many."""
+    before = len(listing.paths)
+    for path, found in walk.below(start):
+        plain = _is_text(path)
+        for file, stats in zip(found.images, found.stats, strict=True):
+            if plain and _is_text(file):
+                listing.paths.append(path + file)
+                listing.stats.append(stats)
+            else:
+                walk.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
+    count = len(listing.paths) - before
+    listing.labels.extend([label] * count)
+    return count
 
 
 def _pass_over_images(walk: Walk, path: str, found: Folder) -> None:
@@ -157,7 +167,7 @@ def _require_folder(root: Path) -> None:
         hint = (
             "a manifest file is read with dataset.source: manifest"
             if is_manifest
-            else "archives are read if they are zip or tar"
+            else "of archives zip and tar are read"
         )
         raise DatasetError(f"{root}: is a file, expected a folder that holds one folder per class; {hint}")
 
@@ -189,7 +199,7 @@ def _no_classes(root: Path | str, top: Folder) -> str:
 
 def _warn_of_siblings(listing: Listing, root: Path) -> None:
     """A user who gives train/ itself may not know that the test/ beside it is never read."""
-    if root.name.lower() not in SPLIT_NAMES:
+    if root.name.lower() not in SPLIT_NAMES or address_of(root):
         return
     near = sorted(root.resolve().parent.iterdir())
     beside = [
