@@ -80,14 +80,37 @@ def check(config: Config) -> Iterable[str]:
     return stage.run(config)
 
 
-def features(config: Config, plan: bool, rehash: bool) -> Iterable[str]:
+def features(
+    config: Config,
+    plan: bool,
+    rehash: bool,
+    shard: str | None,
+    parts: str | None,
+    engine: str | None,
+    address: str | None,
+    workers: int | None,
+) -> Iterable[str]:
     """Stage one: embed the images that the feature stores do not have yet.
+
+    With --shard 3/16 only the third of sixteen shards, into parts that `store merge` puts together; with --engine ray on all of a
+    Ray cluster. docs/scale.md has the rest.
 
     Example: manyheads features configs/folder.yaml --plan
     """
     from pipeline.stages import extract
 
-    return extract.run(config, plan=plan, rehash=rehash).summary_lines()
+    if shard is not None:
+        from pipeline.stages.extract import shard as one
+
+        if plan or engine:
+            raise click.UsageError(f"--shard is one part of a run; leave out --{'plan' if plan else 'engine'}")
+        return one.run(config, one.Shard.parse(shard), parts, rehash=rehash).summary_lines()
+    if engine is None and (
+        given := [name for name, value in (("parts", parts), ("address", address), ("workers", workers)) if value]
+    ):
+        raise click.UsageError(f"--{given[0]} is for --engine ray" + (", or for --shard" if parts else ""))
+    chosen = None if engine is None else extract.Engine(address, workers)
+    return extract.run(config, plan=plan, rehash=rehash, engine=chosen, place=parts).summary_lines()
 
 
 def heads(config: Config) -> Iterable[str]:
@@ -263,8 +286,11 @@ def export(output: Path, config: Config | Path, embedding: str | None) -> Iterab
     return [maintenance.export(config, output, embedding=embedding)]
 
 
-def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
+def merge(target: Path, sources: tuple[str, ...]) -> Iterable[str]:
     """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
+
+    SOURCES may be addresses, such as s3://bucket/features.h5. Where they are folders of parts, which `features --shard` writes, STORE
+    is the folder of the stores.
 
     Example: manyheads store merge artifacts/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
     """
@@ -391,6 +417,15 @@ COMMANDS = (
         *EXPERIMENT,
         _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
         _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
+        _option("--shard", metavar="K/N", help="Embed only the K-th of N shards, which content decides; into parts."),
+        _option(
+            "--parts", metavar="PLACE", help="Where to write parts: a folder, or an address such as s3://bucket/run."
+        ),
+        _option(
+            "--engine", type=click.Choice(["ray"]), help="Embed by the workers of a cluster; needs manyheads[ray]."
+        ),
+        _option("--address", metavar="HOST:PORT", help="Of a Ray cluster that runs; one is started here otherwise."),
+        _option("--workers", type=COUNT, help="Workers of the engine; one per GPU, or per 4 cores, otherwise."),
     ),
     _command(heads, *EXPERIMENT),
     _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
@@ -478,7 +513,7 @@ STORE = (
     _command(
         merge,
         _argument("target", metavar="STORE", type=PATH),
-        _argument("sources", nargs=-1, required=True, type=PATH),
+        _argument("sources", nargs=-1, required=True),
     ),
 )
 """The commands of `manyheads store`, which up to 0.1 stood beside the others: `manyheads status` still works, with a note."""

@@ -26,11 +26,15 @@ def acquire(folder: Path, patience: float = 0.0) -> int:
     """
     path, end = folder / LOCK, time.monotonic() + patience
     try:
-        descriptor = files.open_alone(path)
+        while True:
+            try:
+                descriptor = files.open_alone(path)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.05)
     except BlockingIOError:
-        if time.monotonic() < end:
-            time.sleep(0.05)
-            return acquire(folder, end - time.monotonic())
         if files.is_held(path):
             raise StoreError(f"{folder}: this process is writing to it already; close that writer first") from None
         writer = holder(folder) or "another process"

@@ -12,7 +12,7 @@ import json
 import logging
 import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io.digests import Digests, digests_to_hex, fingerprint
-from pipeline.store.format import StoreType
+from pipeline.store import remote
+from pipeline.store.format import SEGMENTS, StoreType
 from pipeline.store.identity import differences
 from pipeline.store.opener import StoreFile, map_file, open_file
 from pipeline.store.table import SegmentEntry, Table, open_entry, sorted_table
@@ -65,13 +66,18 @@ class FeatureStore:
     ) -> FeatureStore:
         """Open a store's newest valid snapshot, or a packed file.
 
+        `path` may also be an address that fsspec understands, such as `s3://bucket/features.h5`; then the files are fetched now.
+
         Raises
         ------
         StoreError
             When there is none, it is damaged, or its identity is not the one expected: shows both sides.
         """
-        path = Path(path)
-        store = _open_pack(path) if path.is_file() else _open_folder(path)
+        if remote.is_remote(path):
+            store = _open_remote(str(path))
+        else:
+            path = Path(path)
+            store = _open_pack(path) if path.is_file() else _open_folder(path)
         problems = [] if identity is None else differences(store.identity, identity)
         if fingerprint not in (None, store.fingerprint):
             problems = [f"identity {store.fingerprint[:16]}…, expected {fingerprint[:16]}…"]
@@ -157,6 +163,13 @@ class FeatureStore:
                 f"(the first has content {absent[0]}); run 'manyheads features' first"
             )
         return self.table.place(positions)
+
+    def whereabouts(self, digests: Digests) -> Iterator[tuple[StoreFile, NDArray[np.int64]]]:
+        """Yield each file that has some of n digests, uint64 of shape (n, 2), with their rows there, int64 of shape (k,), checked."""
+        segments, rows = self.locate(digests)
+        for number in np.unique(segments).tolist():
+            here = segments == number
+            yield self._segment(number, rows[here], digests[here]), rows[here]
 
     def _segment(self, number: int, rows: NDArray[np.int64], digests: Digests) -> StoreFile:
         """Return a segment in which these k rows, int64, are those digests, uint64 of shape (k, 2), and whole."""
@@ -301,8 +314,8 @@ def _opened(
     return FeatureStore(path, file, identity, file.store_type, file.digest, generation, segments, probe, table, files)
 
 
-def _open_pack(path: Path) -> FeatureStore:
-    file = open_file(path, "pack")
+def _open_pack(path: Path, data: mmap.mmap | None = None) -> FeatureStore:
+    file = open_file(path, "pack", data=data)
     content = file.arrays["content"]
     table = Table(sorted_table(content, np.zeros(len(content)), np.arange(len(content))))
     return _opened(path, file, (SegmentEntry(file.digest, len(content), file.size),), table, {0: file})
@@ -321,6 +334,20 @@ def _open_folder(path: Path) -> FeatureStore:
     return store
 
 
+def _open_remote(address: str) -> FeatureStore:
+    """Fetch a packed file, or the newest snapshot with its segments; who writes there meanwhile is not waited for."""
+    if address.endswith((".h5", ".hdf5")):
+        return _open_pack(Path(address), remote.fetch(address))
+    numbers = _generations(remote.names(address))
+    if not numbers:
+        raise StoreError(f"{address}: there is no feature store, and no packed file (.h5)")
+    place = snapshot_path(Path(address), numbers[0])
+    store = open_snapshot(place, remote.fetch(f"{address}/{place.name}"))
+    for number, entry in enumerate(store.segments):
+        store._mapped[number] = remote.fetch(f"{address}/{SEGMENTS}/{entry.digest}.h5")
+    return store
+
+
 def snapshot_path(store: Path, generation: int) -> Path:
     """Where the snapshot of a generation is."""
     return store / f"snapshot-{generation:08d}.h5"
@@ -332,13 +359,17 @@ def generations(store: Path) -> list[int]:
         names = [entry.name for entry in store.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    return _generations(names)
+
+
+def _generations(names: Iterable[str]) -> list[int]:
     found = [re.fullmatch(r"snapshot-([0-9]{8})\.h5", name) for name in names]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def open_snapshot(path: Path) -> FeatureStore:
-    """Open one snapshot and check everything about it but its table, which is checked block by block as it is used."""
-    file = open_file(path, "snapshot")
+def open_snapshot(path: Path, data: mmap.mmap | None = None) -> FeatureStore:
+    """Open one snapshot, or its bytes, and check everything about it but its table, which is checked block by block as it is used."""
+    file = open_file(path, "snapshot", data=data)
     if path.name != snapshot_path(path.parent, file.number("generation")).name:
         raise StoreError(f"{path}: is of generation {file.number('generation')}; it was renamed")
     names = [digest.tobytes().hex() for digest in file.arrays["segment_digest"]]

@@ -48,6 +48,14 @@ class Source:
     instead_of: BackboneConfig | None = None
     """The config's section that `section` stands in for."""
 
+    def elsewhere(self, config: Config) -> Source:
+        """Return the same for another process, which loads the network itself."""
+        extraction = config.extraction
+        if self.section is not None:
+            extraction = extraction.model_copy(update={"engine": self.specs[0].engine})
+        make = partial(load, self.section, self.specs[0].architecture, extraction, config.seed)
+        return replace(self, load=make, instead_of=None)
+
 
 def require_permitted(config: Config) -> None:
     """See that the weights of every section have a licence that the config allows, which loads and fetches none of them.
