@@ -105,25 +105,30 @@ def features(
         if plan or engine:
             raise click.UsageError(f"--shard is one part of a run; leave out --{'plan' if plan else 'engine'}")
         return one.run(config, one.Shard.parse(shard), parts, rehash=rehash).summary_lines()
-    if engine is None and (
-        given := [name for name, value in (("parts", parts), ("address", address), ("workers", workers)) if value]
-    ):
-        raise click.UsageError(f"--{given[0]} is for --engine ray" + (", or for --shard" if parts else ""))
+    _require_engine(engine, parts=parts, address=address, workers=workers)
     chosen = None if engine is None else extract.Engine(address, workers)
     return extract.run(config, plan=plan, rehash=rehash, engine=chosen, place=parts).summary_lines()
 
 
-def heads(config: Config) -> Iterable[str]:
+def _require_engine(engine: str | None, **options: Any) -> None:
+    for name in [name for name, value in options.items() if value and engine is None]:
+        raise click.UsageError(f"--{name} is for --engine" + (", or for --shard" if name == "parts" else ""))
+
+
+def heads(config: Config, engine: str | None, address: str | None, workers: int | None) -> Iterable[str]:
     """Stage two: tune the heads on the stored features and print the leaderboard.
+
+    With --engine the heads are tuned by the workers of a Dask or Ray cluster, which must see the output folder; docs/scale.md says more.
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
     from pipeline import report
     from pipeline.stages import targets, train_heads
 
+    _require_engine(engine, address=address, workers=workers)
     each = targets.experiments(config)
     for name, alone in (each or {"": config}).items():
-        result = train_heads.run(alone)
+        result = train_heads.run(alone, None if engine is None else (engine, address, workers))
         if each:
             yield f"== {name} =="
         yield from [*result.summary_lines(), f"report       {report.refresh(result.files.root)}"]
@@ -410,6 +415,16 @@ def _command(
     return click.Command(run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
 
 
+def _engine(*names: str) -> tuple[click.Option, ...]:
+    return (
+        _option("--engine", type=click.Choice(names), help="Work on a cluster; needs manyheads[NAME]."),
+        _option(
+            "--address", metavar="ADDRESS", help="Of a cluster that runs; one is started on this machine otherwise."
+        ),
+        _option("--workers", type=COUNT, help="How many; otherwise as many as there is room for."),
+    )
+
+
 COMMANDS = (
     _command(check, *EXPERIMENT),
     _command(
@@ -421,13 +436,9 @@ COMMANDS = (
         _option(
             "--parts", metavar="PLACE", help="Where to write parts: a folder, or an address such as s3://bucket/run."
         ),
-        _option(
-            "--engine", type=click.Choice(["ray"]), help="Embed by the workers of a cluster; needs manyheads[ray]."
-        ),
-        _option("--address", metavar="HOST:PORT", help="Of a Ray cluster that runs; one is started here otherwise."),
-        _option("--workers", type=COUNT, help="Workers of the engine; one per GPU, or per 4 cores, otherwise."),
+        *_engine("ray"),
     ),
-    _command(heads, *EXPERIMENT),
+    _command(heads, *EXPERIMENT, *_engine("dask", "ray")),
     _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
     _command(
         fewshot,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -21,11 +23,13 @@ from pipeline.cli import cli
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, read_failures
 from pipeline.errors import PipelineError
+from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.stages import extract
+from pipeline.stages import extract, train_heads
 from pipeline.stages.extract.cluster import pays
 from pipeline.stages.extract.shard import Shard
 from pipeline.stages.extract.shard import run as run_shard
+from pipeline.stages.train_heads.embedding import Vectors
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import verify
 
@@ -156,8 +160,8 @@ def test_a_shard_is_one_of_so_many(text: str) -> None:
     [
         (["--shard", "1/2", "--plan"], "leave out --plan"),
         (["--shard", "1/2", "--engine", "ray"], "leave out --engine"),
-        (["--parts", "x"], "--parts is for --engine ray, or for --shard"),
-        (["--workers", "2"], "--workers is for --engine ray"),
+        (["--parts", "x"], "--parts is for --engine, or for --shard"),
+        (["--workers", "2"], "--workers is for --engine"),
         (["--engine", "spark"], "'spark' is not 'ray'"),
     ],
 )
@@ -222,3 +226,39 @@ def test_workers_on_ray_give_what_one_process_does_though_one_is_killed(
     assert [one.path for one in read_failures(Artifacts(config.output).dataset)] == ["leaf/broken.png"]
     assert any(line.startswith("engine: 2 workers of 1 core, ready after ") for line in done.summary_lines())
     assert not Artifacts(config.output).parts.exists()
+
+
+def test_heads_tuned_by_workers_are_those_of_one_process(
+    experiment: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    output = tmp_path / "output"
+    shutil.copytree(Path(experiment.output).parent / "features", tmp_path / "features")
+    shutil.copytree(
+        experiment.output, output, ignore=shutil.ignore_patterns("heads", "trials", "leaderboard*", "report*")
+    )
+    config = experiment.model_copy(update={"output": str(output)})
+    with (
+        distributed.Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None),
+        joblib.parallel_config(backend="dask"),
+    ):
+        found = train_heads.run(config)
+        again = train_heads.run(config)
+    expected = read_leaderboard(Path(experiment.output))
+    assert [(row.key, row.cv_scores, row.params, row.test) for row in found.leaderboard.rows] == [
+        (row.key, row.cv_scores, row.params, row.test) for row in expected.rows
+    ]
+    assert "tuning on the workers: 100%" in capsys.readouterr().err
+    assert (found.reused, again.reused) == (0, len(expected.rows))
+    assert not (output / "mapped").exists()
+
+
+def test_workers_of_one_machine_map_one_file(experiment: Config, tmp_path: Path) -> None:
+    asked = train_heads.ask(experiment)
+    embedding = asked.embeddings[0]
+    first, second = (Vectors(embedding, tmp_path) for _ in range(2))
+    assert isinstance(first.train, np.memmap)
+    assert np.array_equal(first.train, Vectors(embedding).train)
+    assert np.array_equal(first.test, Vectors(embedding).test)
+    assert second.train.filename == first.train.filename
+    assert len(list(tmp_path.iterdir())) == 2

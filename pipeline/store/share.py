@@ -11,7 +11,8 @@ with h5py.File("features.h5") as f:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def export(store: FeatureStore, path: Path, digests: Digests | None = None, colu
     """
     digests = store.table.in_file_order() if digests is None else digests
     if path.suffix == ".npy":
-        _write(path, _npy(store, digests))
+        write_npy(path, (len(digests), store.dim), (features for _, features in store.pieces(digests)))
     elif path.suffix == ".parquet":
         with explained(path):
             _write_parquet(store, path, digests, columns or {})
@@ -143,13 +144,11 @@ def export(store: FeatureStore, path: Path, digests: Digests | None = None, colu
         raise StoreError(f"{path}: cannot export to {path.suffix or 'a file without ending'!r}; use .npy or .parquet")
 
 
-def _npy(store: FeatureStore, digests: Digests) -> Iterator[bytes | memoryview]:
+def write_npy(path: Path, shape: tuple[int, int], pieces: Iterable[NDArray[np.float32]]) -> None:
+    """Write an array of this shape, float32, of pieces that are each float32 of shape (k, dim), as `.npy`."""
     header = io.BytesIO()
-    description = {"descr": "<f4", "fortran_order": False, "shape": (len(digests), store.dim)}
-    np.lib.format.write_array_header_1_0(header, description)
-    yield header.getvalue()
-    for _, features in store.pieces(digests):
-        yield features.data.cast("B")
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    _write(path, itertools.chain([header.getvalue()], (np.ascontiguousarray(piece).data.cast("B") for piece in pieces)))
 
 
 def _write_parquet(store: FeatureStore, path: Path, digests: Digests, columns: Columns) -> None:

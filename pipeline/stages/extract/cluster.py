@@ -7,13 +7,11 @@ its reader is found. How many nodes there are is Ray's business.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ from pipeline.embed.engines import choose_batch_size
 from pipeline.errors import BackboneError, PipelineError, number_of
 from pipeline.images import HASH_STORE
 from pipeline.io.progress import bar
+from pipeline.io.ray_cluster import connected
 from pipeline.stages.extract.targets import Target
 from pipeline.stages.extract.work import Images, Work, embed
 from pipeline.store import differences
@@ -129,30 +128,6 @@ def _most_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@contextmanager
-def _connected(engine: Engine) -> Iterator[Any]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every cluster
-    try:
-        import ray
-    except ImportError:
-        raise PipelineError("--engine ray: Ray is not installed here; install manyheads[ray]") from None
-    ours = not ray.is_initialized()
-    if ours:
-        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if engine.address is None:  # all on this machine, and little memory for objects, as there are none
-            settings |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}
-        try:
-            ray.init(address=engine.address or "local", **settings)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            found = " ".join(str(error).split())[:300]
-            raise PipelineError(f"--address {engine.address}: no Ray cluster could be had: {found}") from None
-    try:
-        yield ray
-    finally:
-        if ours:
-            ray.shutdown()
-
-
 def _pool(resources: dict[str, float], asked: int | None) -> Pool:
     """Decide on workers: one per GPU, else one per `CORES` of what there is now; more than that wait until Ray has room for them."""
     cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
@@ -179,7 +154,7 @@ def embed_on(
         When there is no cluster, its workers cannot load the networks, or none stays alive. Finished parts stay.
     """
     began = time.perf_counter()
-    with _connected(engine) as ray:
+    with connected(engine.address) as ray:
         pool = _pool(ray.cluster_resources(), engine.workers)
         return _Driver(ray, targets, images, config, place, pool, began).run(stopped)
 

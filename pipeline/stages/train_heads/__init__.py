@@ -6,6 +6,7 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     task.py       the rows, the folds, the test images
     embedding.py  what heads are tuned on, in memory or on disk, and the heads that are left out where neither will do
     row.py        one head: tuned, scored, saved, or found finished
+    spread.py     rows made on many machines, where joblib's backend is one of those
     repeats.py    searches within outer folds and with other seeds, on request; class weights switched
     layers.py     which layers of a network hold the signal, where several are embedded
     vote.py       the best rows of different embeddings together, on request
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -40,11 +41,13 @@ from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
 from pipeline.heads.layer_profile import LayerProfile, what_to_take
 from pipeline.heads.tuning import limited, require
+from pipeline.heads.tuning.backends import engine, is_spread
 from pipeline.io.files import write_text_atomic
 from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
+from pipeline.stages.train_heads.spread import make_rows
 from pipeline.stages.train_heads.strangers import with_strangers
 from pipeline.stages.train_heads.task import Task, make_task, unseen_task
 from pipeline.stages.train_heads.vote import vote_row
@@ -121,8 +124,11 @@ def ask(config: Config) -> Asked:
     return Asked(config, records, made_of, stores, task, list(_embeddings(config, records, stores, heads, task)))
 
 
-def run(config: Config) -> HeadsRun:
+def run(config: Config, on: tuple[str, str | None, int | None] | None = None) -> HeadsRun:
     """Tune every head on every embedding and rank them.
+
+    `on` : an engine, its address and the number of workers, as `backends.engine` takes them; without one, the backend that
+    `joblib.parallel_config` names is used if it is one of many machines.
 
     Raises
     ------
@@ -135,6 +141,8 @@ def run(config: Config) -> HeadsRun:
     config, records, made_of = asked.config, asked.records, asked.index
     stores, task, embeddings = asked.stores, asked.task, asked.embeddings
     scoring = METRICS[config.tuning.scoring]
+    with nullcontext() if on is None else engine(*on) as sharing:
+        made = make_rows(embeddings, config, files, sharing) if is_spread() else set[str]()
     rows, left_out, reused = list[LeaderboardRow](), list[str](), 0
     for embedding in embeddings:
         vectors = Vectors(embedding)  # read when a head first needs them, and let go before the next embedding's
@@ -142,7 +150,7 @@ def run(config: Config) -> HeadsRun:
             key, folder = row_key(head, embedding, config.seed), files.bundle(embedding.name, head.name)
             try:
                 row = finished_row(folder, key)
-                reused += row is not None
+                reused += row is not None and key not in made
                 row = row or make_row(head, embedding, vectors, config, files, key)
                 rows.append(replace(row, license=embedding.license))
             except UnfittedError as error:

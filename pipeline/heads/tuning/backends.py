@@ -1,0 +1,76 @@
+"""joblib's backends of many machines: which is chosen, and work spread over it.
+
+Whoever calls us inside `joblib.parallel_config(backend="dask")`, or that of Ray or Spark, has chosen one; `engine` does it by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import joblib
+from joblib import cpu_count
+
+from pipeline.errors import PipelineError
+from pipeline.io.ray_cluster import connected
+
+__all__ = ["cpu_count", "engine", "is_spread", "spread"]
+
+CONNECT_SECONDS = 10.0
+
+
+def is_spread() -> bool:
+    """Whether a backend of many machines is chosen; joblib's own are of this one."""
+    return not type(joblib.parallel.get_active_backend()[0]).__module__.startswith("joblib._parallel_backends")
+
+
+def spread(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """Call a function with the arguments of each task on the chosen backend, and yield what it returns, as it comes."""
+    as_they_come = joblib.parallel.get_active_backend()[
+        0
+    ].supports_return_generator  # Ray's has all at once, in the end
+    how = "generator_unordered" if as_they_come else "list"
+    run = joblib.Parallel(n_jobs=-1, return_as=how, pre_dispatch="all", batch_size=1)
+    yield from run(joblib.delayed(function)(*task) for task in tasks)
+
+
+@contextmanager
+def engine(name: str, address: str | None = None, workers: int | None = None) -> Iterator[int | None]:
+    """Choose the backend of a running cluster, or of `workers` processes here; yields how many share this machine, None for a cluster.
+
+    Raises
+    ------
+    PipelineError
+        When it is not installed, or there is no cluster at that address.
+    """
+    count = None if address else min(workers or cpu_count(), cpu_count())
+    with ExitStack() as stack:
+        if name == "ray":
+            stack.enter_context(connected(address))
+            from ray.util.joblib import register_ray
+
+            register_ray()
+            cores = {} if count is None else {"ray_remote_args": {"num_cpus": cpu_count() // count}}
+            stack.enter_context(joblib.parallel_config(backend="ray", **cores))
+        else:
+            try:
+                from distributed import Client, LocalCluster
+            except ImportError:
+                raise PipelineError("--engine dask: Dask is not installed here; install manyheads[dask]") from None
+            try:
+                place = address or stack.enter_context(
+                    LocalCluster(
+                        n_workers=count,
+                        threads_per_worker=1,
+                        host="127.0.0.1",
+                        dashboard_address=None,
+                        silence_logs=logging.ERROR,
+                    )
+                )
+                stack.enter_context(Client(place, timeout=CONNECT_SECONDS))
+            except OSError as error:
+                raise PipelineError(f"{address}: no Dask cluster could be had: {error}") from None
+            stack.enter_context(joblib.parallel_config(backend="dask"))
+        yield count

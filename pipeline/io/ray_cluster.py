@@ -1,0 +1,44 @@
+"""A connection to a Ray cluster: a running one, or one of this machine alone that ends with the block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+OBJECT_BYTES = 100 << 20
+"""Of memory for Ray's objects on this machine: neither images nor vectors go through them."""
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Yield the module `ray`, connected; a connection that the caller has already is used and stays.
+
+    Raises
+    ------
+    PipelineError
+        When Ray is not installed, or there is no cluster at that address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every cluster
+    try:
+        import ray
+    except ImportError:
+        raise PipelineError("--engine ray: Ray is not installed here; install manyheads[ray]") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        settings |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_BYTES}
+    try:
+        ray.init(address=address or "local", **settings)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise PipelineError(f"{address or '--engine ray'}: no Ray cluster could be had: {found}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
