@@ -8,6 +8,7 @@ retired.py    keys of earlier versions
 
 from pipeline.config.reading import dump_yaml, load, parse
 from pipeline.config.sections import (
+    ARCHIVES,
     LOCAL_DIR,
     OWN,
     TIMM_NAMES,

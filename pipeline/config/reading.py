@@ -13,10 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.retired import without_retired
-from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess
+from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess, source_of
 from pipeline.config.yaml12 import parse_yaml, read_yaml
 from pipeline.errors import ConfigError, number_of
 from pipeline.io.imports import look_in
+from pipeline.io.remote import address_of
 
 LONGEST_SHOWN = 200
 """Characters of a wrong value that an error shows."""
@@ -25,7 +26,7 @@ LONGEST_SHOWN = 200
 def load(
     path: Path, overrides: Sequence[str] = (), names: Names | None = None, of_photos: Mapping[str, Any] | None = None
 ) -> Config:
-    """Read and validate a config file with `--set a.b=c` overrides applied; or the config of a folder of photos, `of_photos`.
+    """Read and validate a config file with `--set a.b=c` overrides applied; or the config of photos in a folder, an archive or a table, `of_photos`.
 
     Paths in the file are relative to its folder, those of overrides to the working folder; the config has them all relative to
     the working folder. `names` are the words of the tables; without them any word passes here.
@@ -35,8 +36,9 @@ def load(
     ConfigError
         With one line for every problem: where it is, what was found, what is allowed, and a guess.
     """
-    if of_photos is not None and path.is_dir():
-        raw = {**of_photos, "dataset": {"source": "folder", "path": str(path)}}
+    source = "folder" if path.is_dir() else source_of(str(path))
+    if of_photos is not None and source is not None:
+        raw = {**of_photos, "dataset": {"source": source, "path": address_of(path) or str(path)}}
     else:
         raw = read_yaml(path)
         _seen_from_here(raw, path)
@@ -120,7 +122,9 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]
     for section, key, where in places:
         path = section.get(key) if isinstance(section, dict) else None
         prefix = LOCAL_DIR if key == "name" else ""
-        if isinstance(path, str) and path and not os.path.isabs(os.path.expanduser(path.removeprefix(prefix))):
+        if not isinstance(path, str) or not path or address_of(path) or path.startswith("file://"):
+            continue
+        if not os.path.isabs(os.path.expanduser(path.removeprefix(prefix))):
             yield section, key, prefix, where
 
 

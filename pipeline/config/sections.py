@@ -21,11 +21,16 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.io.remote import address_of
+
 LARGEST = 2**53
 """The largest whole number of a config: beyond it floats are no longer exact."""
 
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
 """Endings of weights files."""
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+"""Endings of archives that are read as folders are."""
 
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
@@ -95,6 +100,14 @@ def guess(word: str, allowed: Sequence[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def source_of(path: str) -> str | None:
+    """Return `dataset.source` for data that are called so: an archive, a table, a remote folder; None for a config or a folder."""
+    if path.lower().endswith((".parquet", ".csv")):
+        return "manifest"
+    is_config = path.lower().endswith((".yaml", ".yml"))
+    return "folder" if path.lower().endswith(ARCHIVES) or (address_of(path) and not is_config) else None
+
+
 def unknown(what: str, word: str, allowed: Sequence[str], besides: str = "") -> str:
     """Say that a table has no such word, which is the closest, and which there are."""
     return f"unknown {what} {word!r}{guess(word, allowed)}; allowed: {', '.join(allowed)}{besides}"
@@ -142,7 +155,8 @@ class DatasetConfig(Section):
 
     source: Literal["digits", "folder", "manifest", "torchvision"] = "digits"
     path: str | None = None
-    """A folder of class folders, a manifest file, or the folder a torchvision data set is downloaded to."""
+    """A folder of class folders, or an archive of such, also remote; a manifest file, or the folder a torchvision data set is
+    downloaded to."""
     name: str | None = None
     """The torchvision data set's class name, such as `CIFAR10`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -503,4 +517,6 @@ def _name_of_the_data(section: Any) -> str:
     if not isinstance(path, str):
         return str(found.get("source", "digits"))
     real = Path(os.path.realpath(os.path.expanduser(path)))
-    return (real.stem if real.suffix.lower() in {".csv", ".parquet"} else real.name) or "images"
+    name = real.parent.name if re.search(r"[*{]", real.name) else real.name
+    ending = next((end for end in (".csv", ".parquet", *ARCHIVES[::-1]) if name.lower().endswith(end)), "")
+    return name[: len(name) - len(ending)] or "images"

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from pipeline.data.failures import shown
 from pipeline.data.listing import SPLIT_NAMES, Listing
+from pipeline.data.shards import add_web_dataset, archives_of, splits_of
 from pipeline.data.walk import Folder, Walk
 from pipeline.errors import DatasetError
+from pipeline.images import entries, forget, inside
+from pipeline.io.remote import address_of
 
 
 def list_folder(root: Path, follow_symlinks: bool = False) -> Listing:
@@ -24,9 +27,64 @@ def list_folder(root: Path, follow_symlinks: bool = False) -> Listing:
     DatasetError
         When the folder is missing, or no file, or not laid out in classes.
     """
-    _require_folder(root)
+    forget(str(root))
+    root, archives = archives_of(root)
+    is_archive = inside(str(root)) is not None and root.suffix.lower() != ".parquet"
+    places = [f"{root}/{name}" for name in archives] or ([str(root)] if is_archive or address_of(root) else [])
+    for place in places:
+        _require_listed(place)
+    if not places:
+        _require_folder(root)
+    if archives or is_archive:
+        return _list_archives(root, archives)
     walk = Walk(root, follow_symlinks, os.path.realpath(root))
     listing = Listing(root, entries=walk.entries, ignored=walk.ignored)
+    _add_layout(listing, walk)
+    _warn_of_siblings(listing, root)
+    return listing
+
+
+def _list_archives(root: Path, names: Sequence[str]) -> Listing:
+    """List the images in one archive, a folder in it, or several: WebDatasets, or laid out as folders are.
+
+    Several are splits where each is called like one, parts of one data set where they hold class folders, and else classes.
+    """
+    listing = Listing(root)
+    if add_web_dataset(listing, names or [""]):
+        return listing
+    look = Walk(root, follow_symlinks=False, inside="/")
+    tops = {name: _descend(look, f"{name}/") for name in names}
+    walk = Walk(root if names else root / _descend(look, ""), follow_symlinks=False, inside="/")
+    listing = Listing(walk.root, entries=walk.entries, ignored=walk.ignored)
+    splits = splits_of(names)
+    if not names:
+        _add_layout(listing, walk)
+    elif splits or any(look.read(top).folders for top in tops.values()):
+        listing.splits = [] if splits else None
+        for top, split in zip(tops.values(), splits or names, strict=True):
+            found = walk.read(top)
+            _pass_over_images(walk, top, found)
+            _add_classes(listing, walk, found.folders, top, split)
+    else:
+        _add_classes(listing, walk, names, "")
+        listing.labels = [name.rpartition("/")[2].partition(".")[0] for name in listing.labels]
+    return listing
+
+
+def _descend(walk: Walk, path: str) -> str:
+    """Return the folder in an archive that holds the classes: the one in it, where somebody has packed a folder as a whole."""
+    look = Walk(walk.root, follow_symlinks=False, inside="/")
+    while True:
+        found = look.read(path)
+        below = [look.read(f"{path}{name}/") for name in found.folders] if len(found.folders) == 1 else []
+        if found.images or not below or not below[0].folders or found.folders[0].lower() in SPLIT_NAMES:
+            return path
+        path += f"{found.folders[0]}/"
+
+
+def _add_layout(listing: Listing, walk: Walk) -> None:
+    """List the images below the root of a walk by its class folders, or splits above them."""
+    root = address_of(walk.root) or walk.root
     top = walk.read("")
     if not top.folders:
         raise DatasetError(_no_classes(root, top))
@@ -46,8 +104,6 @@ def list_folder(root: Path, follow_symlinks: bool = False) -> Listing:
     else:
         _refuse_half_splits(root, splits)
         _add_classes(listing, walk, top.folders, "")
-    _warn_of_siblings(listing, root)
-    return listing
 
 
 def _add_classes(listing: Listing, walk: Walk, names: Sequence[str], above: str, split: str = "") -> None:
@@ -81,6 +137,16 @@ def _is_text(name: str) -> bool:
     return name.isascii() or name.encode(errors="ignore").decode() == name
 
 
+def _require_listed(place: str) -> None:
+    """See that an archive, or a remote folder, can be listed."""
+    try:
+        entries(place)
+    except OSError as error:
+        reason = "there is no such folder" if isinstance(error, FileNotFoundError) else error.strerror or error
+        what = f"cannot be listed ({reason})" if address_of(place) else reason
+        raise DatasetError(f"{address_of(place) or place}: {what}") from None
+
+
 def _require_folder(root: Path) -> None:
     if not root.exists():
         raise DatasetError(
@@ -88,16 +154,20 @@ def _require_folder(root: Path) -> None:
         )
     if not root.is_dir():
         is_manifest = root.suffix.lower() in {".csv", ".parquet"}
-        hint = "a manifest file is read with dataset.source: manifest" if is_manifest else "unpack archives first"
+        hint = (
+            "a manifest file is read with dataset.source: manifest"
+            if is_manifest
+            else "archives are read if they are zip or tar"
+        )
         raise DatasetError(f"{root}: is a file, expected a folder that holds one folder per class; {hint}")
 
 
-def _refuse_half_splits(root: Path, splits: Mapping[str, str | None]) -> None:
+def _refuse_half_splits(root: Path | str, splits: Mapping[str, str | None]) -> None:
     """Classes called train and test that hold nothing but folders are splits with something else beside them."""
     named = [name for name, split in splits.items() if split]
     if len({splits[name] for name in named}) < 2:
         return
-    look = Walk(root, follow_symlinks=True, inside="/")  # the listing's own walk will say what is wrong in there
+    look = Walk(Path(root), follow_symlinks=True, inside="/")  # the listing's own walk will say what is wrong in there
     found = [look.read(f"{name}/") for name in named]
     if not all(folder.folders for folder in found) or any(folder.images for folder in found):
         return
@@ -108,7 +178,7 @@ def _refuse_half_splits(root: Path, splits: Mapping[str, str | None]) -> None:
     )
 
 
-def _no_classes(root: Path, top: Folder) -> str:
+def _no_classes(root: Path | str, top: Folder) -> str:
     if top.images:
         return (
             f"{root}: holds {len(top.images):,} images but no class folders; put the images of each class in a folder of its own, "

@@ -27,6 +27,7 @@ from pipeline.errors import DatasetError
 from pipeline.experiment import INDEX, from_cell, read_document, to_cell, write_document
 from pipeline.io.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
 from pipeline.io.files import NOT_ORDINARY, make_folder, read_file, write_atomic
+from pipeline.io.remote import address_of
 
 INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
@@ -153,7 +154,8 @@ class DatasetIndex:
         rows, path = _to_csv(self), folder / INDEX_FILE
         digests = [bytes_digest(rows), *([bytes_digest(path.read_bytes())] if path.is_file() else [])]
         made = None if plan is None else asdict(plan)
-        record = {"root": str(self.root), "source": source, "made_splits": made, "rows": digests}
+        root = address_of(self.root) or str(self.root)
+        record = {"root": root, "source": source, "made_splits": made, "rows": digests}
         write_document(folder / INDEX_RECORD, INDEX, record)
         write_atomic(path, rows)
 

@@ -20,7 +20,7 @@ def list_source(config: DatasetConfig, folder: Path) -> Listing:
     DatasetError
         When the source is not there or not laid out as it should be.
     """
-    path = Path(config.path or "").expanduser()
+    path = Path((config.path or "").removeprefix("file://")).expanduser()
     if config.source == "folder":
         return list_folder(path, config.follow_symlinks)
     if config.source == "manifest":

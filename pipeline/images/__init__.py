@@ -1,6 +1,7 @@
 """Images: from a file's bytes to the pixels a network is given.
 
 reading.py     one file of a data set, safely
+archives.py    files inside zip, tar and Parquet
 contents.py    what names a content
 kinds.py       what a file is, by its first bytes
 decoding.py    bytes -> RGB pixels, by one documented policy; png.py and tiff.py: what Pillow takes otherwise than the file says
@@ -8,6 +9,17 @@ hashing.py     a perceptual hash, by which copies are found that were resized, c
 preparing.py   the transform that belongs to the weights: resize and crop
 """
 
+from pipeline.images.archives import (
+    ENDINGS,
+    Refused,
+    entries,
+    forget,
+    image_column,
+    inside,
+    open_archive,
+    opened,
+    read_elsewhere,
+)
 from pipeline.images.contents import content_key
 from pipeline.images.decoding import DECODE_POLICY, NO_IMAGE, decode, policy_key
 from pipeline.images.hashing import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances, perceptual_hash
