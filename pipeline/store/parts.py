@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, canonical_json, digest_keys, fingerprint
-from pipeline.store import remote
+from pipeline.io.remote import address_of, write_remote
 from pipeline.store.format import StoreType, compose
 from pipeline.store.lock import explained
-from pipeline.store.opener import StoreFile, open_file
+from pipeline.store.opener import StoreFile, fetch, open_file
+from pipeline.store.reader import listed
 from pipeline.store.writer import storable
 
 log = logging.getLogger(__name__)
@@ -38,22 +39,13 @@ SUFFIX = ".parts"
 
 def folders(place: str | Path) -> list[str]:
     """Return the names of the embeddings that a place has parts of, without `.parts`."""
-    return [name.removesuffix(SUFFIX) for name in _names(place) if name.endswith(SUFFIX)]
+    return [name.removesuffix(SUFFIX) for name in listed(place) if name.endswith(SUFFIX)]
 
 
 def part_files(place: str | Path, name: str) -> list[str]:
     """Return the paths or addresses of an embedding's parts."""
     folder = f"{place}/{name}{SUFFIX}"
-    return [f"{folder}/{file}" for file in _names(folder) if file.endswith(".h5")]
-
-
-def _names(place: str | Path) -> list[str]:
-    if remote.is_remote(place):
-        return remote.names(str(place))
-    try:
-        return sorted(path.name for path in Path(place).iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return [f"{folder}/{file}" for file in listed(folder) if file.endswith(".h5")]
 
 
 class PartWriter:
@@ -88,7 +80,7 @@ class PartWriter:
     def _head(self, path: str) -> StoreFile | None:
         """Open a part to see which contents it has; one that is damaged counts as missing."""
         try:
-            data = remote.fetch(path, head_only=True) if remote.is_remote(path) else None
+            data = fetch(path, head_only=True) if address_of(path) else None
             file = open_file(Path(path), "pack", data=data)
         except StoreError as error:
             log.warning("%s; its images are embedded again", error)
@@ -130,10 +122,10 @@ class PartWriter:
             "pack", self.store_type.attributes(len(content)), arrays, bulk, lambda: [each for _, each in self._waiting]
         )
         path = f"{self.folder}/{composed.digest}.h5"
-        if remote.is_remote(path):
-            remote.put(path, composed.parts())
-        else:
-            with explained(Path(self.folder)):
+        with explained(Path(self.folder)):
+            if address_of(path):
+                write_remote(path, b"".join(composed.parts()))
+            else:
                 files.make_folder(Path(self.folder))
                 files.rename(files.write_temporary(Path(self.folder), composed.parts()), Path(path))
         self._waiting, self._waiting_bytes = [], 0

@@ -12,7 +12,7 @@ import json
 import logging
 import mmap
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import StoreError
+from pipeline.errors import DatasetError, StoreError
 from pipeline.io.digests import Digests, digests_to_hex, fingerprint
-from pipeline.store import remote
-from pipeline.store.format import SEGMENTS, StoreType
+from pipeline.io.remote import address_of, forget_listings, list_remote
+from pipeline.store.format import StoreType
 from pipeline.store.identity import differences
 from pipeline.store.opener import StoreFile, map_file, open_file
 from pipeline.store.table import SegmentEntry, Table, open_entry, sorted_table
@@ -34,6 +34,8 @@ MAX_IDENTITY_BYTES = 1 << 16
 MAX_PROBE_ROWS = 1024
 COPY_BYTES = 16 << 20
 GATHER_BYTES = 4 << 20
+PACKED = (".h5", ".hdf5")
+"""What the address of a packed file ends with; that of a store does not."""
 ATTEMPTS = 10
 """How often a store is looked at anew that a writer has changed meanwhile."""
 
@@ -73,11 +75,12 @@ class FeatureStore:
         StoreError
             When there is none, it is damaged, or its identity is not the one expected: shows both sides.
         """
-        if remote.is_remote(path):
-            store = _open_remote(str(path))
-        else:
-            path = Path(path)
-            store = _open_pack(path) if path.is_file() else _open_folder(path)
+        path = Path(path)
+        packed = path.is_file() if address_of(path) is None else path.suffix in PACKED
+        try:
+            store = _open_pack(path) if packed else _open_folder(path)
+        except FileNotFoundError:
+            raise StoreError(f"{path}: is not there") from None
         problems = [] if identity is None else differences(store.identity, identity)
         if fingerprint not in (None, store.fingerprint):
             problems = [f"identity {store.fingerprint[:16]}…, expected {fingerprint[:16]}…"]
@@ -314,8 +317,8 @@ def _opened(
     return FeatureStore(path, file, identity, file.store_type, file.digest, generation, segments, probe, table, files)
 
 
-def _open_pack(path: Path, data: mmap.mmap | None = None) -> FeatureStore:
-    file = open_file(path, "pack", data=data)
+def _open_pack(path: Path) -> FeatureStore:
+    file = open_file(path, "pack")
     content = file.arrays["content"]
     table = Table(sorted_table(content, np.zeros(len(content)), np.arange(len(content))))
     return _opened(path, file, (SegmentEntry(file.digest, len(content), file.size),), table, {0: file})
@@ -334,20 +337,6 @@ def _open_folder(path: Path) -> FeatureStore:
     return store
 
 
-def _open_remote(address: str) -> FeatureStore:
-    """Fetch a packed file, or the newest snapshot with its segments; who writes there meanwhile is not waited for."""
-    if address.endswith((".h5", ".hdf5")):
-        return _open_pack(Path(address), remote.fetch(address))
-    numbers = _generations(remote.names(address))
-    if not numbers:
-        raise StoreError(f"{address}: there is no feature store, and no packed file (.h5)")
-    place = snapshot_path(Path(address), numbers[0])
-    store = open_snapshot(place, remote.fetch(f"{address}/{place.name}"))
-    for number, entry in enumerate(store.segments):
-        store._mapped[number] = remote.fetch(f"{address}/{SEGMENTS}/{entry.digest}.h5")
-    return store
-
-
 def snapshot_path(store: Path, generation: int) -> Path:
     """Where the snapshot of a generation is."""
     return store / f"snapshot-{generation:08d}.h5"
@@ -355,21 +344,27 @@ def snapshot_path(store: Path, generation: int) -> Path:
 
 def generations(store: Path) -> list[int]:
     """Return the generations that have a file, newest first; none where there is no store."""
-    try:
-        names = [entry.name for entry in store.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return _generations(names)
-
-
-def _generations(names: Iterable[str]) -> list[int]:
-    found = [re.fullmatch(r"snapshot-([0-9]{8})\.h5", name) for name in names]
+    found = [re.fullmatch(r"snapshot-([0-9]{8})\.h5", name) for name in listed(store)]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def open_snapshot(path: Path, data: mmap.mmap | None = None) -> FeatureStore:
-    """Open one snapshot, or its bytes, and check everything about it but its table, which is checked block by block as it is used."""
-    file = open_file(path, "snapshot", data=data)
+def listed(folder: str | Path) -> list[str]:
+    """Return the names in a folder, here or remote, in order; none where there is no such folder."""
+    address = address_of(folder)
+    try:
+        if address is None:
+            return sorted(path.name for path in Path(folder).iterdir())
+        forget_listings(address)
+        return sorted(list_remote(address))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except DatasetError as error:
+        raise StoreError(error.message) from None
+
+
+def open_snapshot(path: Path) -> FeatureStore:
+    """Open one snapshot and check everything about it but its table, which is checked block by block as it is used."""
+    file = open_file(path, "snapshot")
     if path.name != snapshot_path(path.parent, file.number("generation")).name:
         raise StoreError(f"{path}: is of generation {file.number('generation')}; it was renamed")
     names = [digest.tobytes().hex() for digest in file.arrays["segment_digest"]]

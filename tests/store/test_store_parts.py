@@ -93,11 +93,11 @@ def test_stores_and_packed_files_are_read_from_an_object_store(place):
     for address in ("memory://afar/s", "memory://afar/features.h5"):
         assert np.array_equal(FeatureStore.open(address).read(DIGESTS[::-1]), FEATURES[::-1])
         assert merge(place / address[-4:], [address]) == {address: len(DIGESTS)}
-    with pytest.raises(StoreError, match="there is no feature store, and no packed file"):
+    with pytest.raises(StoreError, match="there is no feature store"):
         FeatureStore.open("memory://nowhere")
-    with pytest.raises(StoreError, match="FileNotFoundError"):
+    with pytest.raises(StoreError, match="is not there"):
         FeatureStore.open("memory://nowhere.h5")
-    with pytest.raises(StoreError, match="cannot be read or written: ValueError: Protocol not known: nosuch"):
+    with pytest.raises(StoreError, match=r"nosuch://bucket/s: cannot be opened .*Protocol not known: nosuch"):
         FeatureStore.open("nosuch://bucket/s")
 
 

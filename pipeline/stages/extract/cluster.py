@@ -7,6 +7,7 @@ its reader is found. How many nodes there are is Ray's business.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -24,6 +25,7 @@ from pipeline.config import Config
 from pipeline.embed.engines import choose_batch_size
 from pipeline.errors import BackboneError, PipelineError, number_of
 from pipeline.images import HASH_STORE
+from pipeline.io.imports import look_in
 from pipeline.io.progress import bar
 from pipeline.io.ray_cluster import connected
 from pipeline.stages.extract.targets import Target
@@ -84,8 +86,10 @@ def pays(start_up: float, per_image: float, workers: int) -> str:
 class Worker:
     """What runs in each of Ray's actors: the networks, loaded once."""
 
-    def __init__(self, targets: Sequence[Target], config: Config, place: str) -> None:
+    def __init__(self, targets: Sequence[Target], config: Config, place: str, working: str) -> None:
         self._targets, self._config, self._place = list(targets), config, place
+        os.chdir(working)  # paths of a config may be relative
+        look_in(Path(working))
 
     def ready(self) -> int:
         """Load the networks; return the bytes that this process takes.
@@ -95,8 +99,6 @@ class Worker:
         BackboneError
             When they are not the ones of the driver's machine.
         """
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
         loaded = {}
         for source in {id(target.source): target.source for target in self._targets}.values():
             made = source.load()
@@ -180,7 +182,11 @@ class _Driver:
         sources = {id(target.source): target.source.elsewhere(config) for target in targets}
         light = [replace(each, source=sources[id(each.source)], pending=np.zeros(0, np.bool_)) for each in targets]
         self.make = partial(
-            ray.remote(num_cpus=pool.cores, num_gpus=pool.gpus, max_restarts=0)(Worker).remote, light, config, place
+            ray.remote(num_cpus=pool.cores, num_gpus=pool.gpus, max_restarts=0)(Worker).remote,
+            light,
+            config,
+            place,
+            os.getcwd(),
         )
         needed = np.flatnonzero(self.pending.any(axis=0))
         batch = choose_batch_size(config.extraction.batch_size, "cuda" if pool.gpus else "cpu")
