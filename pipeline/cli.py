@@ -115,6 +115,18 @@ def _require_engine(engine: str | None, **options: Any) -> None:
         raise click.UsageError(f"--{name} is for --engine" + (", or for --shard" if name == "parts" else ""))
 
 
+def embed(config: Config) -> Iterable[str]:
+    """Embed images that have no labels yet, for `similar` and `pick`. CONFIG may be a folder of photos, whatever lies in it where.
+
+    Once they have labels, `features` embeds none of them again.
+
+    Example: manyheads embed photos
+    """
+    from pipeline.stages import extract
+
+    return extract.without_labels(config).summary_lines()
+
+
 def heads(config: Config, engine: str | None, address: str | None, workers: int | None) -> Iterable[str]:
     """Stage two: tune the heads on the stored features and print the leaderboard.
 
@@ -195,6 +207,42 @@ def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any)
     from pipeline.stages import predict as stage
 
     return stage.run(bundle, images, trust_code=trust, **options).summary_lines()
+
+
+def similar(images: tuple[Path, ...], place: Path | None, **options: Any) -> Iterable[str]:
+    """Show the stored images that are nearest to some images, with their labels and distances.
+
+    IMAGES are image files and folders, which may be stored or new.
+
+    Example: manyheads similar photos/cat/1.jpg --in artifacts/photos --count 5
+    """
+    from pipeline.stages import similar as stage
+
+    return stage.run(images, place, **options).summary_lines()
+
+
+def pick(config: Config, place: Path | None, **options: Any) -> Iterable[str]:
+    """Say which unlabelled images to label next, in a CSV file: typical ones first, later those the best head is unsure of.
+
+    CONFIG is of the unlabelled images, or the folder they lie in; they are embedded as those with labels are.
+
+    Example: manyheads pick new --in artifacts/photos --count 50 --output next.csv
+    """
+    from pipeline.stages import pick as stage
+
+    return stage.run(config, place, **options).summary_lines()
+
+
+def clean(config: Config, output: Path) -> Iterable[str]:
+    """Propose a cleaned manifest: labels that look wrong and near-duplicates of test images left out, others alike kept together.
+
+    No label is changed, and each row says why it was touched. It goes back in as `dataset.path`; the commands for that are printed.
+
+    Example: manyheads clean configs/folder.yaml --output cleaned.csv
+    """
+    from pipeline.stages import clean as stage
+
+    return stage.run(config, output).summary_lines()
 
 
 def report(config: Config) -> Iterable[str]:
@@ -385,6 +433,13 @@ EXPERIMENT: tuple[click.Parameter, ...] = (
     _option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as tuning.trials=8."),
 )
 """Where a command's function takes a `Config`."""
+_IN = _option(
+    "--in",
+    "place",
+    type=PATH,
+    metavar="EXPERIMENT",
+    help="An output folder, a config or a folder of photos; the only one in artifacts/ otherwise.",
+)
 
 
 def _command(
@@ -438,6 +493,7 @@ COMMANDS = (
         ),
         *_engine("ray"),
     ),
+    _command(embed, *EXPERIMENT),
     _command(heads, *EXPERIMENT, *_engine("dask", "ray")),
     _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
     _command(
@@ -480,6 +536,30 @@ COMMANDS = (
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
+    ),
+    _command(
+        similar,
+        _argument("images", nargs=-1, required=True, type=PATH),
+        _IN,
+        _option("--count", default=10, type=COUNT, help="Neighbours of each image."),
+        _option("--embedding", metavar="NAME", help="Which; the best row's of the leaderboard otherwise."),
+        _option("--output", "-o", type=PATH, help="Also write them to this CSV file."),
+        _option("--trust", is_flag=True, help="Load a network of code, which can do anything."),
+    ),
+    _command(
+        pick,
+        *EXPERIMENT,
+        _option(
+            "--in", "place", type=PATH, metavar="EXPERIMENT", help="Of the images with labels, where there are any."
+        ),
+        _option("--count", default=50, type=COUNT, help="Images to pick."),
+        _option("--output", "-o", default="next.csv", type=PATH, help="The CSV file to write."),
+        _option("--trust", is_flag=True, help="Load a joblib head, which can do anything."),
+    ),
+    _command(
+        clean,
+        *EXPERIMENT,
+        _option("--output", "-o", default="cleaned.csv", type=PATH, help="The manifest to write, a CSV file."),
     ),
     _command(report, *EXPERIMENT),
     _command(

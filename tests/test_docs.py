@@ -29,7 +29,10 @@ def read(page: Path) -> str:
 
 
 README = ROOT / "README.md"
-RUN = [README, *(ROOT / "docs" / f"{name}.md" for name in ("photos", "fewshot", "finetuning", "adding-a-head"))]
+RUN = [
+    README,
+    *(ROOT / "docs" / f"{name}.md" for name in ("photos", "looking", "fewshot", "finetuning", "adding-a-head")),
+]
 """The pages whose commands are run, as a reader goes through them."""
 
 SMALL = {
@@ -82,6 +85,7 @@ def test_every_command_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MANYHEADS_NO_MALLOPT", "1")  # a process of many tests is no command
     make_photos(tmp_path / "photos")
+    make_photos(tmp_path / "new", per_class=3, seed=1)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (module,) = [block for page in RUN for block in blocks(page, "python") if block.startswith("# my_heads.py")]
     (tmp_path / "configs" / "my_heads.py").write_text(module, encoding="utf-8")

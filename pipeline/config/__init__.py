@@ -10,6 +10,7 @@ from pipeline.config.reading import dump_yaml, load, parse
 from pipeline.config.sections import (
     ARCHIVES,
     LOCAL_DIR,
+    NO_LABELS,
     OWN,
     TIMM_NAMES,
     TIMM_PREFIX,

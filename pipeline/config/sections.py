@@ -38,6 +38,9 @@ NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 OWN = "own"
 """What the weights of a network of the user's own are called."""
 
+NO_LABELS = "none"
+"""What `dataset.target` is called where images have no labels, or none that matter."""
+
 What = Literal["head", "baseline", "score", "target"]
 Names = Mapping[What, Sequence[str]]
 """What the tables offer: the words that `heads`, `baselines`, `tuning.scoring` and `dataset.target` may hold."""
@@ -183,13 +186,14 @@ class DatasetConfig(Section):
     """What is said of an image, for all columns of labels or by their names: `classification` is one class, `regression` a number,
     several where there are several columns, `multilabel` any number of labels, with `|` between them or from several columns of
     0 and 1; `auto` is one class too, but stops where labels look like a number to predict, like
-    several labels, or like a name for every image."""
+    several labels, or like a name for every image; with `none` images need no labels, and nothing is learned."""
 
     @field_validator("target")
     @classmethod
     def _known(cls, value: str | dict[str, str], info: ValidationInfo) -> str | dict[str, str]:
         for word in [value] if isinstance(value, str) else value.values():
-            _in_table("target", word, info)
+            if value != NO_LABELS:
+                _in_table("target", word, info, f", or {NO_LABELS} for images without labels")
         return value
 
     @model_validator(mode="after")

@@ -16,11 +16,12 @@ from pipeline.images import entries, forget, inside
 from pipeline.io.remote import address_of
 
 
-def list_folder(root: Path, follow_symlinks: bool = False) -> Listing:
+def list_folder(root: Path, follow_symlinks: bool = False, labelled: bool = True) -> Listing:
     """List the images of a folder whose sub-folders are classes, or splits above classes.
 
     Sub-folders are splits only when every one of them is called like a split: a class "train" beside "bus" is a class.
-    Images any depth below a class folder belong to that class. Labels are folder names in Unicode form NFC.
+    Images any depth below a class folder belong to that class. Labels are folder names in Unicode form NFC. Unless it is `labelled`,
+    images lie anywhere and have the label ''.
 
     Raises
     ------
@@ -35,10 +36,14 @@ def list_folder(root: Path, follow_symlinks: bool = False) -> Listing:
         _require_listed(place)
     if not places:
         _require_folder(root)
-    if archives or is_archive:
+    if labelled and (archives or is_archive):
         return _list_archives(root, archives)
     walk = Walk(root, follow_symlinks, os.path.realpath(root))
     listing = Listing(root, entries=walk.entries, ignored=walk.ignored)
+    if not labelled:
+        for start in [f"{name}/" for name in archives] or [""]:
+            _add_images(listing, walk, start, "")
+        return listing
     _add_layout(listing, walk)
     _warn_of_siblings(listing, root)
     return listing
@@ -109,21 +114,27 @@ def _add_layout(listing: Listing, walk: Walk) -> None:
 def _add_classes(listing: Listing, walk: Walk, names: Sequence[str], above: str, split: str = "") -> None:
     """List the images of class folders."""
     for name in names:
-        before = len(listing.paths)
-        for path, found in walk.below(f"{above}{name}/"):
-            plain = _is_text(path)
-            for file, stats in zip(found.images, found.stats, strict=True):
-                if plain and _is_text(file):
-                    listing.paths.append(path + file)
-                    listing.stats.append(stats)
-                else:
-                    walk.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
-        count = len(listing.paths) - before
-        listing.labels.extend([unicodedata.normalize("NFC", name)] * count)
+        count = _add_images(listing, walk, f"{above}{name}/", unicodedata.normalize("NFC", name))
         if listing.splits is not None:
             listing.splits.extend([split] * count)
         if not count:
             listing.warnings.append(f"class folder {shown(above + name)} holds no images")
+
+
+def _add_images(listing: Listing, walk: Walk, start: str, label: str) -> int:
+    """List all images from a folder down under one label; return how many."""
+    before = len(listing.paths)
+    for path, found in walk.below(start):
+        plain = _is_text(path)
+        for file, stats in zip(found.images, found.stats, strict=True):
+            if plain and _is_text(file):
+                listing.paths.append(path + file)
+                listing.stats.append(stats)
+            else:
+                walk.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
+    count = len(listing.paths) - before
+    listing.labels.extend([label] * count)
+    return count
 
 
 def _pass_over_images(walk: Walk, path: str, found: Folder) -> None:

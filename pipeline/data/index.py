@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
+from pipeline.config import NO_LABELS
 from pipeline.data.match import Texts, encode, leakage_units, texts
 from pipeline.errors import DatasetError
 from pipeline.experiment import INDEX, from_cell, read_document, to_cell, write_document
@@ -37,7 +38,8 @@ BEFORE, LABEL, AFTER = ("path",), "label", ("split", "group", "digest", "size")
 SEPARATOR = "|"
 """Between the labels of an image that may have several, whatever stands there in the source."""
 
-SPLITS = ("train", "validation", "test", "excluded")
+EXCLUDED = "excluded"
+SPLITS = ("train", "validation", "test", EXCLUDED)
 
 _RUNS = r"^[=+\-@\t\r']"
 """What `to_cell` looks for."""
@@ -106,6 +108,8 @@ class DatasetIndex:
 
         kinds : for each column of labels, or one that is of all of them
         """
+        if tuple(kinds) == (NO_LABELS,):
+            return
         if len(kinds) == 1:
             yield "", kinds[0], self.rows(self.has_labels(kinds[0]))
             return

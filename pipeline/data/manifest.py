@@ -18,9 +18,9 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DatasetConfig, guess, parse
+from pipeline.config import NO_LABELS, DatasetConfig, guess, parse
 from pipeline.data.failures import noticed, shown
-from pipeline.data.index import LABEL, SEPARATOR
+from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
 from pipeline.data.listing import SPLIT_NAMES, Listing
 from pipeline.data.shards import archives_of, table_of_images
 from pipeline.data.walk import is_folder
@@ -33,6 +33,9 @@ MOST_PROBLEMS = 50
 """Lines shown of one error."""
 
 LONGEST_PATH = 4096
+
+SPLITS = {**SPLIT_NAMES, EXCLUDED: EXCLUDED}
+"""How a split may be called; images of the last stay out."""
 
 Row = tuple[str, list[str]]
 """Where a row stands ('line 7'), and its path, split, group and labels; '' for a column that is not there."""
@@ -113,7 +116,8 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
     root = origin.parent if config.root is None else Path(config.root.removeprefix("file://")).expanduser()
     if not is_folder(root):
         raise DatasetError(f"{root}: there is no such folder; set dataset.root to the one that holds the images")
-    listing = Listing(root, names=config.label_columns if len(config.label_columns) > 1 else (LABEL,))
+    labelled = config.target != NO_LABELS
+    listing = Listing(root, names=config.label_columns if labelled and len(config.label_columns) > 1 else (LABEL,))
     problems: list[str] = []
     inside = "the manifest's folder" if config.root is None else str(root)
     roots = {f"{address_of(root) or os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
@@ -135,19 +139,20 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
                 _joined(label.split(separator)) if split else label
                 for label, split in zip(labels, several, strict=True)
             ]
-        found = [*_path_problems(name, inside), *_label_problems(labels, any(several))]
+        labels = labels or [""]
+        found = [*_path_problems(name, inside), *_label_problems(labels, any(several) or not labelled)]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")
-        if split and split.lower() not in SPLIT_NAMES:
-            found.append(f"unknown split {split!r}, expected train, validation or test")
+        if split and split.lower() not in SPLITS:
+            found.append(f"unknown split {split!r}, expected train, validation, test or {EXCLUDED}")
         seen.setdefault(name, where)
         problems += [f"{where}: {problem}" for problem in found]
         if not split and not found:
             unsplit.append(where)
         listing.paths.append(name)
         listing.labels.append(labels[0] if len(labels) == 1 else tuple(labels))
-        splits.append(SPLIT_NAMES.get(split.lower(), ""))
+        splits.append(SPLITS.get(split.lower(), ""))
         groups.append(group)
     if any(splits):
         listing.splits = splits
@@ -168,7 +173,7 @@ def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Seque
         ("path_column", config.path_column or "path", True),
         ("split_column", config.split_column or "split", config.split_column is not None),
         ("group_column", config.group_column or "group", config.group_column is not None),
-        *(("label_columns", name, True) for name in config.label_columns),
+        *(("label_columns", name, True) for name in config.label_columns if config.target != NO_LABELS),
     ]
     found: list[int | None] = []
     problems = []

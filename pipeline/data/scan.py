@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import DatasetConfig, unknown
+from pipeline.config import NO_LABELS, DatasetConfig, unknown
 from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
 from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
@@ -163,6 +163,8 @@ def _split(
     if (index.splits == "test").any():
         return index.splits, None
     sides = replace(index, splits=np.where(index.splits == "", "train", index.splits).astype(object))
+    if config.target == NO_LABELS:
+        return sides.splits, None
     plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
     if before.index is not None and (before.plan is not None or before.record is None):
         plan, prior = before.plan or plan, prior_sides(before.index, index)

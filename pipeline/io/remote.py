@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,11 @@ def address_of(path: object) -> str | None:
     """Return the address of a remote file, also where pathlib has left one slash of `://`; None for a path on this machine."""
     found = _ADDRESS.match(str(path))
     return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
+
+
+def absolute(path: object) -> str:
+    """Return the address of a remote file, or a path from the root of this machine."""
+    return address_of(path) or os.path.abspath(str(path))
 
 
 def file_system(address: str) -> tuple[Any, str]:

@@ -38,7 +38,8 @@ from pipeline.export.strangers import Strangers, names, open_strangers
 from pipeline.images import forget
 from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
-from pipeline.io.remote import address_of
+from pipeline.io.remote import absolute, address_of
+from pipeline.stages.agreement import Agreement
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class PredictRun:
     untrained: bool
     strangers: Mapping[str, Strangers] = field(default_factory=dict)
     """By target, what was found of images unlike those of training."""
+    agreement: Agreement | None = None
+    """With the names of the folders, where they are called like classes."""
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
@@ -71,6 +74,7 @@ class PredictRun:
             lines.append(f"{name}{number_of(sum(labels.values()), 'image')} labelled by {self.bundles[target]}")
             counts = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
             lines += [f"  {label}: {count:,}" for label, count in counts if label]
+            lines += [name + line for line in (self.agreement.lines(target) if self.agreement else ())]
             lines += [name + line for line in self.strangers[target].lines()]
         if self.unreadable:
             lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
@@ -138,7 +142,7 @@ def run(
         raise ConfigError(f"--device: {error}") from None
     folders = find_bundles(bundle)
     heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
-    images = _expanded(images)
+    images = expanded(images)
     require_all(images)
     require_place(output)
     for target, head in heads.items():
@@ -166,6 +170,7 @@ def run(
     total += len(unread)
     targets, more = {target: head.target for target, head in heads.items()}, names(strangers)
     done, unreadable, reasons = 0, 0, list[str]()
+    agreement = Agreement.of(images, bundle, targets)
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
             for rows in outcomes():
@@ -174,6 +179,7 @@ def run(
                 for row in rows:
                     for (name, kind), (label, _) in zip(targets.items(), row.said, strict=False):
                         labels[name][kind.counted_as(label)] += 1
+                        agreement.add(row.path, name, str(label))
                 done += len(rows)
                 unread_rows = [f"{row.path}: {row.status}" for row in rows if not row.said]
                 unreadable += len(unread_rows)
@@ -189,7 +195,7 @@ def run(
             f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
     untrained = any(record.untrained for record in records)
-    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers)
+    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement)
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
@@ -244,7 +250,7 @@ def first_refitted(path: Path) -> str:
     return bundle
 
 
-def _expanded(paths: Sequence[Path]) -> list[Path]:
+def expanded(paths: Sequence[Path]) -> list[Path]:
     """Return the paths with the archives that a pattern means in its place."""
     for path in paths:
         forget(str(path))
@@ -313,13 +319,13 @@ def csv_header(targets: Mapping[str, Target], top: int, more: Sequence[str] = ()
         cells += (
             [name, *(f"{name}_{other.removeprefix(f'{first}_')}" for other in others)] if name else [first, *others]
         )
-    return _lines([[*cells, *more]])
+    return to_lines([[*cells, *more]])
 
 
 def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
     """Return the lines of some rows, without the first; a cell that a spreadsheet would run begins with `'`."""
     nothing: Said = (None, None)
-    return _lines(
+    return to_lines(
         [
             row.path,
             row.status,
@@ -334,18 +340,15 @@ def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: S
     )
 
 
-def _lines(rows: Iterable[Iterable[str]]) -> str:
+def to_lines(rows: Iterable[Iterable[str]]) -> str:
+    """Return rows as CSV; a cell that a spreadsheet would run begins with `'`."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(map(to_cell, row) for row in rows)
     return text.getvalue()
 
 
 def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
-    here, all_of_them = os.getcwd(), tuple(range(lanes))
-    return (
-        Item(number, address_of(path) or os.path.join(here, path), None, all_of_them)
-        for number, path in enumerate(paths)
-    )
+    return (Item(number, absolute(path), None, tuple(range(lanes))) for number, path in enumerate(paths))
 
 
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:

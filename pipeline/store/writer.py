@@ -71,10 +71,11 @@ class StoreWriter:
         dim: int,
         dtype: str = "float32",
         probe: NDArray[np.float32] | None = None,
+        patience: float = 0.0,
     ) -> StoreWriter:
         """Create a store or open one for writing; takes over the journal of a killed run.
 
-        `dtype` : float32 or float16.
+        `dtype` : float32 or float16. `patience` : seconds to wait for another writer.
         `probe` : vectors of the built-in probe images, float32 of shape (k, dim), recorded in a new store and compared with an old one's.
 
         Raises
@@ -93,7 +94,7 @@ class StoreWriter:
                     )
             for folder in (path, path / SEGMENTS, path / JOURNAL, path / TEMPORARY):
                 files.make_folder(folder)
-            held = lock.acquire(path)
+            held = lock.acquire(path, patience)
             writer = StoreWriter(path, identity, store_type, held)
             try:
                 writer._begin(None if probe is None else np.asarray(probe, np.float32))
@@ -154,7 +155,7 @@ class StoreWriter:
     def _take_over(self, opened: Sequence[StoreFile]) -> None:
         """Take over the rows of a run before that the snapshot does not have."""
         for file in opened:
-            self._take(file, np.flatnonzero(self._fresh(file.arrays["content"])))
+            self._take(file, np.flatnonzero(self.fresh(file.arrays["content"])))
         if self._new:
             log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
 
@@ -180,7 +181,7 @@ class StoreWriter:
         if len(store.probe) and len(self._snapshot.probe):
             check_probe(self._snapshot.probe, store.probe, str(store.path))
         content = store.table.in_file_order() if content is None else content
-        content = content[self._fresh(content)]
+        content = content[self.fresh(content)]
         for file, rows in store.whereabouts(content):
             if not all(storable(file.bulk[part], self.store_type).all() for part in pieces(rows, self.store_type)):
                 raise StoreError(f"{file.path}: has vectors with numbers that are not finite; nothing of it was taken")
@@ -194,7 +195,7 @@ class StoreWriter:
             absent &= np.array([key not in self._new for key in digest_keys(digests).tolist()], np.bool_)
         return absent
 
-    def _fresh(self, digests: Digests) -> NDArray[np.bool_]:
+    def fresh(self, digests: Digests) -> NDArray[np.bool_]:
         """Like `missing`, bool of shape (n,), but of equal digests only the first counts."""
         fresh = self.missing(digests)
         _, first = np.unique(digests, axis=0, return_index=True)
@@ -229,7 +230,7 @@ class StoreWriter:
                 f"{self.store_type.dtype}; nothing of this batch was added; check the backbone and its precision",
                 [f"content {text}" for text in digests_to_hex(digests[bad])],
             )
-        fresh = self._fresh(digests)
+        fresh = self.fresh(digests)
         if fresh.any():
             kept, vectors = digests[fresh], np.ascontiguousarray(features[fresh], self.store_type.dtype)
             self._waiting.append((kept, vectors))

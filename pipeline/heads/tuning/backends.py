@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import joblib
@@ -51,7 +51,7 @@ def engine(name: str, address: str | None = None, workers: int | None = None) ->
             stack.enter_context(connected(address))
             from ray.util.joblib import register_ray
 
-            register_ray()
+            register_ray()  # type: ignore[no-untyped-call]
             cores = {} if count is None else {"ray_remote_args": {"num_cpus": cpu_count() // count}}
             stack.enter_context(joblib.parallel_config(backend="ray", **cores))
         else:
@@ -60,16 +60,10 @@ def engine(name: str, address: str | None = None, workers: int | None = None) ->
             except ImportError:
                 raise PipelineError("--engine dask: Dask is not installed here; install manyheads[dask]") from None
             try:
-                place = address or stack.enter_context(
-                    LocalCluster(
-                        n_workers=count,
-                        threads_per_worker=1,
-                        host="127.0.0.1",
-                        dashboard_address=None,
-                        silence_logs=logging.ERROR,
-                    )
-                )
-                stack.enter_context(Client(place, timeout=CONNECT_SECONDS))
+                local = {"n_workers": count, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+                made: Any = address or LocalCluster(**local, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]
+                stack.enter_context(nullcontext() if address else made)
+                stack.enter_context(Client(made, timeout=CONNECT_SECONDS))  # type: ignore[no-untyped-call]
             except OSError as error:
                 raise PipelineError(f"{address}: no Dask cluster could be had: {error}") from None
             stack.enter_context(joblib.parallel_config(backend="dask"))
