@@ -26,7 +26,6 @@ from pipeline.store.format import StoreType, compose
 from pipeline.store.lock import explained
 from pipeline.store.opener import StoreFile, fetch, open_file
 from pipeline.store.reader import listed
-from pipeline.store.writer import storable
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +91,6 @@ class PartWriter:
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
         """Say for each of n digests, uint64 of shape (n, 2), whether no part that was there at the start has its vector: bool (n,)."""
         return ~np.isin(digest_keys(digests), self._known)
-
-    def storable(self, features: NDArray[Any]) -> NDArray[np.bool_]:
-        """Say for each row, float of shape (n, dim), whether all its numbers are finite as they would be stored."""
-        return storable(features, self.store_type)
 
     def append(self, digests: Digests, features: NDArray[Any]) -> int:
         """Add vectors, float of shape (n, dim), of n distinct digests, uint64 of shape (n, 2); return how many."""

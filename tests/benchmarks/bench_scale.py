@@ -27,6 +27,7 @@ from pipeline.embed.spec import EmbeddingSpec
 from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import collect, status, verify
+from pipeline.store.nearest import Nearest
 from pipeline.store.parts import PartWriter
 from pipeline.store.writer import StoreWriter
 
@@ -72,14 +73,10 @@ def read_all(folder, rows):
 
 
 def nearest(folder, rows):
-    """The ten vectors nearest to one, exactly, a piece at a time."""
-    store, best = FeatureStore.open(folder / "s.store"), []
-    one = store.read(digests_of(rows)[:1])[0]
-    for part, features in store.pieces(store.table.in_file_order()):
-        distances = np.einsum("ij,ij->i", features, features) - 2 * features @ one
-        order = np.argpartition(distances, 10)[:10]
-        best = sorted([*best, *zip(distances[order].tolist(), (part.start + order).tolist(), strict=True)])[:10]
-    assert len(best) == 10
+    """What `similar` does for one image, from a store that was not read before."""
+    store, digests = FeatureStore.open(folder / "s.store"), digests_of(rows)
+    found, _ = Nearest.of(store, digests).find(store.read(digests[:1]), 10)
+    assert found[0, 0] == 0
 
 
 def status_of(folder, rows):
@@ -211,7 +208,7 @@ ABOUT = {
     "open_one": "open it and read one vector",
     "look_up": "look up all contents",
     "read_all": "read and check all vectors",
-    "nearest": "ten nearest of one, exact",
+    "nearest": "`similar`: ten nearest of one",
     "status_of": "`store status` of one store",
     "verify_quick": "`store verify`",
     "gc": "`store gc`, a tenth goes",

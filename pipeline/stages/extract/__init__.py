@@ -29,7 +29,7 @@ from pipeline.errors import PipelineError, first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
 from pipeline.io.files import make_folder, write_text_atomic
-from pipeline.stages.extract.cluster import Engine, Pool, embed_on
+from pipeline.stages.extract.cluster import Engine, Pool, embed_on, pays
 from pipeline.stages.extract.stores import enter, take_over, take_parts
 from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,
@@ -48,6 +48,8 @@ from pipeline.store.writer import StoreWriter
 log = logging.getLogger(__name__)
 
 EXAMPLES = 3
+LONG_SECONDS = 60.0
+"""A run that takes longer says when more machines would pay."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,10 @@ class FeaturesRun:
         others = [f"{name} {seconds:.1f}" for name, seconds in work.seconds.items() if name not in SUMMED_OVER_THREADS]
         told = ", ".join(others).replace("network ", "network and baselines ")
         yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
-        yield from [] if self.pool is None else [self.pool.line(work)]
+        if self.pool is not None:
+            yield self.pool.line(work)
+        elif work.loop_seconds > LONG_SECONDS:
+            yield f"more machines (docs/scale.md): {pays(work.seconds['start-up'], work.loop_seconds / max(work.images, 1), 2)}"
         if work.failures:
             yield f"{number_of(len(work.failures), 'image')} could not be used; dataset/failures.csv names each with its reason:"
             reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
@@ -192,15 +197,15 @@ def _embed(
     From the first store that is opened until the last is closed a signal only sets a flag.
     """
     images, noted = Images.of(contents, index, ~contents.failed), noted_in(files, config)
-    with stop_requested() as stopped:
-        if engine is None:
+    if engine is None:
+        with stop_requested() as stopped:
             return embed(pending, images, config, hash_store(files), StoreWriter.open, noted, stopped), None
-        lighter = [replace(target, pending=target.pending[~contents.failed]) for target in pending]
-        try:
-            work, pool = embed_on(lighter, images, config, place or os.path.abspath(files.parts), engine, stopped)
-        finally:
-            take_parts(place or files.parts, files.stores, remove=place is None)
-        noted(work.failures)
+    lighter = [replace(target, pending=target.pending[~contents.failed]) for target in pending]
+    try:
+        work, pool = embed_on(lighter, images, config, place or os.path.abspath(files.parts), engine)
+    finally:
+        take_parts(place or files.parts, files.stores, remove=place is None)
+    noted(work.failures)
     return work, pool
 
 

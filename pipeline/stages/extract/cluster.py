@@ -29,7 +29,7 @@ from pipeline.io.imports import look_in
 from pipeline.io.progress import bar
 from pipeline.io.ray_cluster import connected
 from pipeline.stages.extract.targets import Target
-from pipeline.stages.extract.work import Images, Work, embed
+from pipeline.stages.extract.work import Images, Work, embed, stop_requested
 from pipeline.store import differences
 from pipeline.store.parts import PartWriter
 
@@ -64,7 +64,7 @@ class Pool:
 
     def line(self, work: Work) -> str:
         """Say what the engine cost, and from how many images of these networks on it pays."""
-        per_image = sum(work.seconds[name] for name in ("network", "write")) / max(work.images, 1)
+        per_image = work.loop_seconds * self.workers / max(work.images, 1)
         kind = "1 GPU" if self.gpus else number_of(self.cores, "core")
         return (
             f"engine: {number_of(self.workers, 'worker')} of {kind}, ready after {self.ready_seconds:.1f} s, {self.bytes / 1e9:.2f} GB "
@@ -146,7 +146,6 @@ def embed_on(
     config: Config,
     place: str,
     engine: Engine,
-    stopped: Callable[[], None],
 ) -> tuple[Work, Pool]:
     """Embed the pending ones of n images into parts in `place`, on all of a cluster.
 
@@ -156,7 +155,7 @@ def embed_on(
         When there is no cluster, its workers cannot load the networks, or none stays alive. Finished parts stay.
     """
     began = time.perf_counter()
-    with connected(engine.address) as ray:
+    with connected(engine.address) as ray, stop_requested() as stopped:  # in this order: Ray has handlers of its own
         pool = _pool(ray.cluster_resources(), engine.workers)
         return _Driver(ray, targets, images, config, place, pool, began).run(stopped)
 

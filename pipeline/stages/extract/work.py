@@ -31,7 +31,7 @@ from pipeline.io.progress import bar
 from pipeline.stages.extract.targets import Contents, Target
 from pipeline.store import lock
 from pipeline.store.parts import PartWriter
-from pipeline.store.writer import StoreWriter
+from pipeline.store.writer import StoreWriter, storable
 
 logger = logging.getLogger(__name__)
 
@@ -270,11 +270,11 @@ def _append(
     `numbers`, int64 of shape (n,), say which contents they are of.
     """
     wanted = output.missing[numbers]
-    storable = output.writer.storable(vectors)
-    for place in np.flatnonzero(wanted & ~storable).tolist():
+    finite = storable(vectors, output.writer.store_type)
+    for place in np.flatnonzero(wanted & ~finite).tolist():
         reason = f"{output.target.spec.name} gives it a vector that is not finite"
         work.failures.append(_failure(paths[place], images.digests[numbers[place]], "not_finite", reason))
-    keep = wanted & storable
+    keep = wanted & finite
     work.vectors[output.target.spec.name] += output.writer.append(images.digests[numbers[keep]], vectors[keep])
 
 
