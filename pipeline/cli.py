@@ -25,6 +25,7 @@ from pipeline.io import files
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.io.engine import Engine
 
 DEFAULT_CONFIG = "configs/digits.yaml"
 PACKED = (".h5", ".hdf5")
@@ -105,14 +106,18 @@ def features(
         if plan or engine:
             raise click.UsageError(f"--shard is one part of a run; leave out --{'plan' if plan else 'engine'}")
         return one.run(config, one.Shard.parse(shard), parts, rehash=rehash).summary_lines()
-    _require_engine(engine, parts=parts, address=address, workers=workers)
-    chosen = None if engine is None else extract.Engine(address, workers)
+    chosen = _engine_of(engine, address, workers)
+    if parts and not chosen:
+        raise click.UsageError("--parts is where workers and shards write; it needs --engine or --shard")
     return extract.run(config, plan=plan, rehash=rehash, engine=chosen, place=parts).summary_lines()
 
 
-def _require_engine(engine: str | None, **options: Any) -> None:
-    for name in [name for name, value in options.items() if value and engine is None]:
-        raise click.UsageError(f"--{name} is for --engine" + (", or for --shard" if name == "parts" else ""))
+def _engine_of(name: str | None, address: str | None, workers: int | None) -> Engine | None:
+    from pipeline.io.engine import Engine
+
+    if name is None and (address or workers):
+        raise click.UsageError("--address and --workers are of an engine; it needs --engine")
+    return None if name is None else Engine(name, address, workers)
 
 
 def embed(config: Config) -> Iterable[str]:
@@ -137,10 +142,10 @@ def heads(config: Config, engine: str | None, address: str | None, workers: int 
     from pipeline import report
     from pipeline.stages import targets, train_heads
 
-    _require_engine(engine, address=address, workers=workers)
+    chosen = _engine_of(engine, address, workers)
     each = targets.experiments(config)
     for name, alone in (each or {"": config}).items():
-        result = train_heads.run(alone, None if engine is None else (engine, address, workers))
+        result = train_heads.run(alone, chosen)
         if each:
             yield f"== {name} =="
         yield from [*result.summary_lines(), f"report       {report.refresh(result.files.root)}"]

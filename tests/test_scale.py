@@ -25,6 +25,7 @@ from pipeline.data import DatasetIndex, read_failures
 from pipeline.errors import PipelineError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
+from pipeline.io.engine import Engine
 from pipeline.stages import extract, train_heads
 from pipeline.stages.extract.cluster import pays
 from pipeline.stages.extract.shard import Shard
@@ -160,8 +161,8 @@ def test_a_shard_is_one_of_so_many(text: str) -> None:
     [
         (["--shard", "1/2", "--plan"], "leave out --plan"),
         (["--shard", "1/2", "--engine", "ray"], "leave out --engine"),
-        (["--parts", "x"], "--parts is for --engine, or for --shard"),
-        (["--workers", "2"], "--workers is for --engine"),
+        (["--parts", "x"], "it needs --engine or --shard"),
+        (["--workers", "2"], "it needs --engine"),
         (["--engine", "spark"], "'spark' is not 'ray'"),
     ],
 )
@@ -213,7 +214,7 @@ def test_workers_on_ray_give_what_one_process_does_though_one_is_killed(
     hunter = threading.Thread(target=_kill_one_at_work, args=(killed, stop))
     hunter.start()
     try:
-        done = extract.run(config, engine=extract.Engine(workers=2))
+        done = extract.run(config, engine=Engine("ray", workers=2))
     finally:
         stop.set()
         hunter.join()

@@ -1,6 +1,6 @@
 """joblib's backends of many machines: which is chosen, and work spread over it.
 
-Whoever calls us inside `joblib.parallel_config(backend="dask")`, or that of Ray or Spark, has chosen one; `engine` does it by name.
+Whoever calls us inside `joblib.parallel_config(backend="dask")`, or that of Ray or Spark, has chosen one; `on` does it by name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import joblib
 from joblib import cpu_count
 
 from pipeline.errors import PipelineError
-from pipeline.io.ray_cluster import connected
+from pipeline.io.engine import Engine, connected
 
-__all__ = ["cpu_count", "engine", "is_spread", "spread"]
+__all__ = ["cpu_count", "is_spread", "on", "spread"]
 
 CONNECT_SECONDS = 10.0
 
@@ -37,18 +37,18 @@ def spread(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> It
 
 
 @contextmanager
-def engine(name: str, address: str | None = None, workers: int | None = None) -> Iterator[int | None]:
-    """Choose the backend of a running cluster, or of `workers` processes here; yields how many share this machine, None for a cluster.
+def on(engine: Engine) -> Iterator[int | None]:
+    """Choose the backend of an engine; yields how many workers share this machine, None for a cluster that runs.
 
     Raises
     ------
     PipelineError
         When it is not installed, or there is no cluster at that address.
     """
-    count = None if address else min(workers or cpu_count(), cpu_count())
+    count = None if engine.address else min(engine.workers or cpu_count(), cpu_count())
     with ExitStack() as stack:
-        if name == "ray":
-            stack.enter_context(connected(address))
+        if engine.name == "ray":
+            stack.enter_context(connected(engine.address))
             from ray.util.joblib import register_ray
 
             register_ray()  # type: ignore[no-untyped-call]
@@ -59,12 +59,12 @@ def engine(name: str, address: str | None = None, workers: int | None = None) ->
                 from distributed import Client, LocalCluster
             except ImportError:
                 raise PipelineError("--engine dask: Dask is not installed here; install manyheads[dask]") from None
+            local = {"n_workers": count, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
             try:
-                local = {"n_workers": count, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
-                made: Any = address or LocalCluster(**local, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]
-                stack.enter_context(nullcontext() if address else made)
+                made: Any = engine.address or LocalCluster(**local, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]
+                stack.enter_context(nullcontext() if engine.address else made)
                 stack.enter_context(Client(made, timeout=CONNECT_SECONDS))  # type: ignore[no-untyped-call]
             except OSError as error:
-                raise PipelineError(f"{address}: no Dask cluster could be had: {error}") from None
+                raise PipelineError(f"{engine.address}: no Dask cluster could be had: {error}") from None
             stack.enter_context(joblib.parallel_config(backend="dask"))
         yield count

@@ -28,8 +28,9 @@ from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.errors import PipelineError, first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
+from pipeline.io.engine import Engine
 from pipeline.io.files import make_folder, write_text_atomic
-from pipeline.stages.extract.cluster import Engine, Pool, embed_on, pays
+from pipeline.stages.extract.cluster import Pool, embed_on, pays
 from pipeline.stages.extract.stores import enter, take_over, take_parts
 from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,

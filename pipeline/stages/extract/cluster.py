@@ -25,9 +25,9 @@ from pipeline.config import Config
 from pipeline.embed.engines import choose_batch_size
 from pipeline.errors import BackboneError, PipelineError, number_of
 from pipeline.images import HASH_STORE
+from pipeline.io.engine import Engine, connected
 from pipeline.io.imports import look_in
 from pipeline.io.progress import bar
-from pipeline.io.ray_cluster import connected
 from pipeline.stages.extract.targets import Target
 from pipeline.stages.extract.work import Images, Work, embed, stop_requested
 from pipeline.store import differences
@@ -41,15 +41,6 @@ MOST_IMAGES = 4096
 
 DEATHS = 3
 """As often may one image end its worker, or all workers before any was ready."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Which engine, and where."""
-
-    address: str | None = None
-    """Of a running cluster; None starts one on this machine."""
-    workers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
 from pipeline.heads.layer_profile import LayerProfile, what_to_take
 from pipeline.heads.tuning import limited, require
-from pipeline.heads.tuning.backends import engine, is_spread
+from pipeline.heads.tuning.backends import is_spread, on
+from pipeline.io.engine import Engine
 from pipeline.io.files import write_text_atomic
 from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
@@ -124,11 +125,10 @@ def ask(config: Config) -> Asked:
     return Asked(config, records, made_of, stores, task, list(_embeddings(config, records, stores, heads, task)))
 
 
-def run(config: Config, on: tuple[str, str | None, int | None] | None = None) -> HeadsRun:
+def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     """Tune every head on every embedding and rank them.
 
-    `on` : an engine, its address and the number of workers, as `backends.engine` takes them; without one, the backend that
-    `joblib.parallel_config` names is used if it is one of many machines.
+    Without an `engine` the backend that `joblib.parallel_config` names is used if it is one of many machines.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def run(config: Config, on: tuple[str, str | None, int | None] | None = None) ->
     config, records, made_of = asked.config, asked.records, asked.index
     stores, task, embeddings = asked.stores, asked.task, asked.embeddings
     scoring = METRICS[config.tuning.scoring]
-    with nullcontext() if on is None else engine(*on) as sharing:
+    with nullcontext() if engine is None else on(engine) as sharing:
         made = make_rows(embeddings, config, files, sharing) if is_spread() else set[str]()
     rows, left_out, reused = list[LeaderboardRow](), list[str](), 0
     for embedding in embeddings:

@@ -1,16 +1,26 @@
-"""A connection to a Ray cluster: a running one, or one of this machine alone that ends with the block."""
+"""Engines that spread work over machines: which one and where; and a connection to Ray's, which ends with the block."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import PipelineError
 
 OBJECT_BYTES = 100 << 20
 """Of memory for Ray's objects on this machine: neither images nor vectors go through them."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine by its name, the address of a running cluster, and the number of workers; None starts one here, of as many as it likes."""
+
+    name: str
+    address: str | None = None
+    workers: int | None = None
 
 
 @contextmanager
