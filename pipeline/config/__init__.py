@@ -6,7 +6,7 @@ yaml12.py     YAML by the rules of version 1.2
 retired.py    keys of earlier versions
 """
 
-from pipeline.config.reading import dump_yaml, load, parse
+from pipeline.config.reading import Overrides, dump_yaml, load, parse
 from pipeline.config.sections import (
     ARCHIVES,
     LOCAL_DIR,
@@ -29,6 +29,7 @@ from pipeline.config.sections import (
     guess,
     names_code,
     names_timm,
+    source_of,
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml

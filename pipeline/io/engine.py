@@ -22,6 +22,13 @@ class Engine:
     address: str | None = None
     workers: int | None = None
 
+    @staticmethod
+    def of(name: str | None, address: str | None = None, workers: int | None = None) -> Engine | None:
+        """Return the engine that a user names; None without a name, where nothing else may be said either."""
+        if name is None and (address or workers):
+            raise PipelineError("--address and --workers are of an engine; they need --engine")
+        return None if name is None else Engine(name, address, workers)
+
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import joblib
@@ -16,9 +17,12 @@ from joblib import cpu_count
 from pipeline.errors import PipelineError
 from pipeline.io.engine import Engine, connected
 
-__all__ = ["cpu_count", "is_spread", "on", "spread"]
+__all__ = ["SHARING", "cpu_count", "is_spread", "on", "spread"]
 
 CONNECT_SECONDS = 10.0
+
+SHARING: ContextVar[int] = ContextVar("SHARING", default=1)
+"""How many workers divide the cores and the memory of this machine; those of a cluster have their own."""
 
 
 def is_spread() -> bool:
@@ -37,14 +41,17 @@ def spread(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> It
 
 
 @contextmanager
-def on(engine: Engine) -> Iterator[int | None]:
-    """Choose the backend of an engine; yields how many workers share this machine, None for a cluster that runs.
+def on(engine: Engine | None) -> Iterator[None]:
+    """Choose the backend of an engine; without one nothing is changed.
 
     Raises
     ------
     PipelineError
         When it is not installed, or there is no cluster at that address.
     """
+    if engine is None:
+        yield
+        return
     count = None if engine.address else min(engine.workers or cpu_count(), cpu_count())
     with ExitStack() as stack:
         if engine.name == "ray":
@@ -67,4 +74,8 @@ def on(engine: Engine) -> Iterator[int | None]:
             except OSError as error:
                 raise PipelineError(f"{engine.address}: no Dask cluster could be had: {error}") from None
             stack.enter_context(joblib.parallel_config(backend="dask"))
-        yield count
+        token = SHARING.set(count or 1)
+        try:
+            yield
+        finally:
+            SHARING.reset(token)

@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.errors import UnfittedError
 from pipeline.experiment import Artifacts
 from pipeline.heads.tuning import limited
-from pipeline.heads.tuning.backends import cpu_count, spread
+from pipeline.heads.tuning.backends import SHARING, cpu_count, spread
 from pipeline.io.progress import bar
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
@@ -25,14 +25,12 @@ FOLDER = "mapped"
 """In the output folder: the features that workers map, while they do."""
 
 
-def make_rows(
-    embeddings: Sequence[Embedding], config: Config, files: Artifacts, sharing: int | None = None
-) -> set[str]:
+def make_rows(embeddings: Sequence[Embedding], config: Config, files: Artifacts) -> set[str]:
     """Make the rows that are not finished on the backend that is chosen; return the keys of those that were tried.
 
-    What cannot be fitted is left to the caller, who says why. `sharing` workers divide the cores and the memory of this machine.
+    What cannot be fitted is left to the caller, who says why.
     """
-    tasks, keys, document = [], set(), _divided(config, sharing or 1).model_dump_json()
+    tasks, keys, document = [], set(), _divided(config, SHARING.get()).model_dump_json()
     folder = Path(os.path.abspath(files.root)) / FOLDER
     try:
         for place, embedding in enumerate(embeddings):
