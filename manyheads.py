@@ -194,6 +194,13 @@ def predict(
     return stage.run(Path(bundle), given, output=Path(output), unknown=unknown, sets=sets, **options)
 
 
+def export(experiment: Place, onnx: Place | None = None, row: str | None = None, trust: bool = False) -> list[str]:
+    """Write a saved head with its network as one ONNX file that is proven to say what `predict` says; return lines on it."""
+    from pipeline.stages import export as stage
+
+    return stage.run(Path(experiment), {"onnx": Path(onnx)} if onnx else {}, row, trust)
+
+
 def similar(
     images: Place | Sequence[Place],
     place: Place | None = None,

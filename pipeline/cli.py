@@ -230,6 +230,19 @@ def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any)
     return stage.run(bundle, images, trust_code=trust, **options).summary_lines()
 
 
+def export(experiment: Path, row: str | None, trust: bool, **files: Path | None) -> Iterable[str]:
+    """Write a saved head with its network as one file for other programs, proven to say what `predict` says.
+
+    EXPERIMENT is an output folder or its config, whose best head is taken, of several targets the best of each, or a bundle's folder.
+    The file takes decoded images of any size. Where it does not say what `predict` says of the test images, it is not written.
+
+    Example: manyheads export artifacts/digits --onnx digits.onnx
+    """
+    from pipeline.stages import export as stage
+
+    return stage.run(experiment, {name: file for name, file in files.items() if file}, row, trust)
+
+
 def similar(images: tuple[Path, ...], place: Path | None, **options: Any) -> Iterable[str]:
     """Show the stored images that are nearest to some images, with their labels and distances.
 
@@ -350,7 +363,7 @@ def pack(output: Path, config: Config, embedding: str | None, anonymous: bool) -
     return [maintenance.pack(config, output, embedding=embedding, anonymous=anonymous)]
 
 
-def export(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
+def export_features(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
     """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
 
     Example: manyheads store export features.parquet configs/folder.yaml
@@ -465,6 +478,7 @@ def _command(
     *takes: click.Parameter,
     other: Callable[[Path], bool] | None = None,
     hidden: bool = False,
+    name: str = "",
 ) -> click.Command:
     """Return a row: `run` takes the parameters by name and returns lines, or with them whether a check found nothing.
 
@@ -485,7 +499,7 @@ def _command(
         return 0 if ok else 1
 
     context = {"ignore_unknown_options": hidden}
-    return click.Command(run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
+    return click.Command(name or run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
 
 
 def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -568,6 +582,13 @@ COMMANDS = (
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
     ),
     _command(
+        export,
+        _argument("experiment", type=PATH),
+        _option("--onnx", type=PATH, metavar="FILE", help="Write an ONNX file, which onnxruntime runs."),
+        _option("--row", metavar="EMBEDDING/HEAD", help="Which head; the best one otherwise."),
+        _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
+    ),
+    _command(
         similar,
         _argument("images", nargs=-1, required=True, type=PATH),
         _IN,
@@ -630,7 +651,7 @@ STORE = (
     _command(repair, *EXPERIMENT),
     _command(gc, *EXPERIMENT),
     _command(pack, _OUTPUT, *EXPERIMENT, _EMBEDDING, _option("--anonymous", is_flag=True, help="Leave out the paths.")),
-    _command(export, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed),
+    _command(export_features, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed, name="export"),
     _command(
         merge,
         _argument("target", metavar="STORE", type=PATH),
@@ -650,7 +671,7 @@ def _by_its_old_name(command: click.Command) -> click.Command:
 
 for _each in STORE:
     store.add_command(_each)
-for _each in (*COMMANDS, *map(_by_its_old_name, STORE)):
+for _each in (*map(_by_its_old_name, STORE), *COMMANDS):  # `export` is another command now
     cli.add_command(_each)
 
 
