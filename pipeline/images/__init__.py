@@ -6,6 +6,7 @@ contents.py    what names a content
 kinds.py       what a file is, by its first bytes
 decoding.py    bytes -> RGB pixels, by one documented policy; png.py and tiff.py: what Pillow takes otherwise than the file says
 hashing.py     a perceptual hash, by which copies are found that were resized, compressed or cropped
+given.py       images as Python code gives them: paths, PIL images, arrays
 preparing.py   the transform that belongs to the weights: resize and crop
 """
 

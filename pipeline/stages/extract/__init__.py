@@ -2,6 +2,7 @@
 
     stores.py      the folder of stores that experiments share
     targets.py     what a config asks to embed, and what each store is missing
+    vectors.py     vectors of the user's own into the stores
     work.py        batches through the networks (`pipeline.embed.loader`) and into the stores
 
 The images are read and decoded once for all networks. A run with nothing to do imports no torch.
@@ -36,6 +37,7 @@ from pipeline.stages.extract.targets import (
     require_permitted,
     resolve,
 )
+from pipeline.stages.extract.vectors import fill
 from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Work, embed
 from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
@@ -135,6 +137,8 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     if not plan:
         take_over([spec for source in sources for spec in source.specs], files, contents.digests)
     targets = find_targets(sources, contents, files, files.stores_before() if plan else ())
+    if not plan:
+        targets = fill(targets, contents, scanned.index, config, files)
     pending = [target for target in targets if target.pending.any()]
     known = _records_before(files)
     rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image is not None}
