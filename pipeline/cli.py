@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -37,7 +38,7 @@ def main() -> None:
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = cli.main(prog_name="manyheads", standalone_mode=False)
+        status = cli.main(full(sys.argv[1:]), prog_name="manyheads", standalone_mode=False)
     except PipelineError as error:
         _complain(str(error))
         sys.exit(2)
@@ -59,15 +60,58 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def full(given: list[str]) -> list[str]:
+    """Return the words of the command line, with `fit` before what is no command but images or a config, or options of it.
+
+    Raises
+    ------
+    ClickException
+        When the first word is nothing that there is.
+    """
+    first = given[0] if given else "--help"
+    if first in cli.commands or first in ("-h", "--help", "--version"):
+        return given
+    from pipeline.config import guess, source_of
+
+    if first.startswith("-") or os.path.lexists(os.path.expanduser(first)) or source_of(first):
+        return ["fit", *given]
+
+    words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
+    near = os.listdir()[:1000] if os.access(".", os.R_OK) else []
+    raise click.UsageError(
+        f"{first!r} is no command, and no folder or file either{guess(first.rstrip('/'), [*words, *near])}; `manyheads PHOTOS` takes "
+        f"a folder that holds a folder for each class, and the commands are {', '.join(words)}"
+    )
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(package_name="manyheads")
 def cli() -> None:
-    """Embed every image once, then train, tune and honestly compare many heads on the cached features."""
+    """Embed every image once, then train, tune and honestly compare many heads on the cached features.
+
+    `manyheads PHOTOS`, of a folder that holds a folder of photos for each class, does it all: it is `manyheads fit PHOTOS`.
+    """
 
 
 @cli.group()
 def store() -> None:
     """Care for the feature stores: what is in them, whether it is whole, and files to share."""
+
+
+def fit(config: Config, target: tuple[str, ...], budget: str | None, output: Path | None, open: bool) -> Iterable[str]:
+    """From photos to a leaderboard and a page, in one go: look, embed, tune, compare.
+
+    WHAT is a folder that holds a folder of photos for each class, an archive of one, a manifest (.csv, .parquet) or a config file.
+    `manyheads photos` is short for it. What is finished is not done again.
+
+    Example: manyheads fit photos --budget 10m --open
+    """
+    from pipeline.stages import fit as stage
+
+    config = stage.settings_of(config, (), target, budget, output)
+    yield from stage.run(config)
+    if open:
+        stage.Run(Path(config.output)).report(open=True)
 
 
 def check(config: Config) -> Iterable[str]:
@@ -107,17 +151,22 @@ def heads(config: Config) -> Iterable[str]:
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
-    from pipeline import report
-    from pipeline.stages import targets, train_heads
+    from pipeline.stages import fit as stage
 
-    each = targets.experiments(config)
-    for name, alone in (each or {"": config}).items():
-        result = train_heads.run(alone)
-        if each:
-            yield f"== {name} =="
-        yield from [*result.summary_lines(), f"report       {report.refresh(result.files.root)}"]
-    if each:
-        yield from targets.overview(config)
+    return stage.heads_lines(config)
+
+
+def replay(config: Config) -> tuple[bool, Iterable[str]]:
+    """Make every number of a leaderboard again from the stored features, and say what differs; exit code 1 when something does.
+
+    CONFIG may also be the output folder. Nothing in it is changed.
+
+    Example: manyheads replay artifacts/digits
+    """
+    from pipeline.stages import replay as stage
+
+    found = stage.run(config)
+    return all(each.ok for each in found), [line for each in found for line in each.summary_lines()]
 
 
 def finetune(config: Config, output: Path | None) -> Iterable[str]:
@@ -179,6 +228,19 @@ def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any)
     from pipeline.stages import predict as stage
 
     return stage.run(bundle, images, trust_code=trust, **options).summary_lines()
+
+
+def export(experiment: Path, row: str | None, trust: bool, **files: Path | None) -> Iterable[str]:
+    """Write a saved head with its network as one file for other programs, proven to say what `predict` says.
+
+    EXPERIMENT is an output folder or its config, whose best head is taken, of several targets the best of each, or a bundle's folder.
+    The file takes decoded images of any size. Where it does not say what `predict` says of the test images, it is not written.
+
+    Example: manyheads export artifacts/digits --onnx digits.onnx
+    """
+    from pipeline.stages import export as stage
+
+    return stage.run(experiment, {name: file for name, file in files.items() if file}, row, trust)
 
 
 def similar(images: tuple[Path, ...], place: Path | None, **options: Any) -> Iterable[str]:
@@ -301,7 +363,7 @@ def pack(output: Path, config: Config, embedding: str | None, anonymous: bool) -
     return [maintenance.pack(config, output, embedding=embedding, anonymous=anonymous)]
 
 
-def export(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
+def export_features(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
     """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
 
     Example: manyheads store export features.parquet configs/folder.yaml
@@ -416,6 +478,7 @@ def _command(
     *takes: click.Parameter,
     other: Callable[[Path], bool] | None = None,
     hidden: bool = False,
+    name: str = "",
 ) -> click.Command:
     """Return a row: `run` takes the parameters by name and returns lines, or with them whether a check found nothing.
 
@@ -436,10 +499,30 @@ def _command(
         return 0 if ok else 1
 
     context = {"ignore_unknown_options": hidden}
-    return click.Command(run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
+    return click.Command(name or run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
+
+
+def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    """Print the heads there are, which needs no config, and end."""
+    if asked:
+        from pipeline.stages import head_table
+
+        click.echo("\n".join(head_table.run()))
+        context.exit()
 
 
 COMMANDS = (
+    _command(
+        fit,
+        _argument("config", metavar="WHAT", type=PATH),
+        *EXPERIMENT[1:],
+        _option(
+            "--target", multiple=True, metavar="COLUMN", help="The column of a manifest to learn; `label` otherwise."
+        ),
+        _option("--budget", metavar="TIME", help="Time for the search, such as 90s, 10m or 1h."),
+        _option("--output", "-o", type=PATH, help="The folder of the results; artifacts/NAME otherwise."),
+        _option("--open", is_flag=True, help="Show the page in the browser."),
+    ),
     _command(check, *EXPERIMENT),
     _command(
         features,
@@ -448,7 +531,14 @@ COMMANDS = (
         _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
     ),
     _command(embed, *EXPERIMENT),
-    _command(heads, *EXPERIMENT),
+    _command(
+        heads,
+        *EXPERIMENT,
+        _option(
+            "--list", is_flag=True, is_eager=True, callback=_list_heads, expose_value=False, help="Say which there are."
+        ),
+    ),
+    _command(replay, *EXPERIMENT),
     _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
     _command(
         fewshot,
@@ -490,6 +580,13 @@ COMMANDS = (
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
+    ),
+    _command(
+        export,
+        _argument("experiment", type=PATH),
+        _option("--onnx", type=PATH, metavar="FILE", help="Write an ONNX file, which onnxruntime runs."),
+        _option("--row", metavar="EMBEDDING/HEAD", help="Which head; the best one otherwise."),
+        _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
     ),
     _command(
         similar,
@@ -554,7 +651,7 @@ STORE = (
     _command(repair, *EXPERIMENT),
     _command(gc, *EXPERIMENT),
     _command(pack, _OUTPUT, *EXPERIMENT, _EMBEDDING, _option("--anonymous", is_flag=True, help="Leave out the paths.")),
-    _command(export, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed),
+    _command(export_features, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed, name="export"),
     _command(
         merge,
         _argument("target", metavar="STORE", type=PATH),
@@ -574,7 +671,7 @@ def _by_its_old_name(command: click.Command) -> click.Command:
 
 for _each in STORE:
     store.add_command(_each)
-for _each in (*COMMANDS, *map(_by_its_old_name, STORE)):
+for _each in (*map(_by_its_old_name, STORE), *COMMANDS):  # `export` is another command now
     cli.add_command(_each)
 
 

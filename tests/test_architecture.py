@@ -29,7 +29,7 @@ EDGES = {
     "embed": {"images", "store", "experiment"},
     "evaluation": {"data", "images", "store", "experiment"},
     "heads": {"evaluation", "data", "store", "experiment"},
-    "export": {"evaluation", "data", "experiment"},
+    "export": {"embed", "heads", "evaluation", "data", "images", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
     "report": {"heads", "evaluation", "embed", "data", "images", "experiment"},
 }
@@ -52,9 +52,13 @@ DOORS = {
     "PIL": {"images", "data", "report"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
+    "umap": {"report"},
     "skimage": {"embed"},
     "simplejpeg": {"images"},
     "openvino": {"embed"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "skl2onnx": {"export"},
     "timm": {"embed"},
 }
 
@@ -77,6 +81,8 @@ WITHOUT_TORCH = (
     "report",
     "stages.train_heads",
     "embed.baselines",
+    "embed.transformer",
+    "stages.estimators",
     "cli",
 )
 

@@ -103,6 +103,7 @@ KINDS: dict[str, Pack] = {
     "Parquet of Hugging Face": lambda photos, at: table(parquet(photos, at / "p.parquet")),
     "Parquet with bytes": lambda photos, at: table(parquet(photos, at / "p.parquet", as_struct=False)),
     "a remote folder": lambda photos, at: section(to_memory(photos, "inputs/photos")),
+    "a remote folder called train": lambda photos, at: section(to_memory(photos, "inputs/train")),
     "a remote zip": lambda photos, at: section(to_memory(zipped(photos, at / "p.zip"), "inputs/p.zip")),
     "remote shards": lambda photos, at: section(to_memory(shards(photos, at / "s"), "inputs/s") + "/s-*.tar"),
     "remote Parquet": lambda photos, at: table(to_memory(parquet(photos, at / "p.parquet"), "inputs/p.parquet")),
@@ -211,6 +212,66 @@ def test_archives_that_cannot_be_used_are_a_line(photos: Path, tmp_path: Path) -
         with pytest.raises(DatasetError) as error:
             look(section(tmp_path / path), tmp_path / "index")
         assert line in str(error.value)
+
+
+def test_a_tar_that_is_cut_off_before_any_image_says_so(photos: Path, tmp_path: Path) -> None:
+    path = tarred(photos, tmp_path / "p.tar")
+    with tarfile.open(path) as file:
+        at = next(member.offset for member in file if member.isreg())
+    path.write_bytes(path.read_bytes()[:at])
+    with pytest.raises(DatasetError, match=r"p.tar: holds no class folders; .*\n  its end mark is missing"):
+        look(section(tmp_path / "p.tar"), tmp_path / "index")
+
+
+@pytest.mark.parametrize("below", ["", "photos"])
+def test_of_several_tars_the_one_that_is_cut_off_is_named(below: str, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    zipped(photos, tmp_path / "parts" / "a.zip")
+    with tarfile.open(tmp_path / "parts" / "b.tar", "w") as file:
+        file.add(photos / "leaf", f"{below}/leaf")
+        file.add(photos / "土", f"{below}/土")
+    data = (tmp_path / "parts" / "b.tar").read_bytes()
+    (tmp_path / "parts" / "b.tar").write_bytes(data.rstrip(b"\0"))
+    for place in (tmp_path / "parts", to_memory(tmp_path / "parts", f"inputs/parts{below}")):
+        (entry,) = look(section(place), tmp_path / f"index {str(place)[:3]}").entries
+        assert (entry.path, entry.status) == ("b.tar", "truncated")
+
+
+def test_rows_without_bytes_are_named_and_row_groups_too_large_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = parquet(photos, tmp_path / "p.parquet")
+    rows = pq.read_table(path).to_pylist()
+    rows[2]["image"] = {"bytes": None, "path": "elsewhere/2.png"}
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+    found = look(table(path), tmp_path / "index")
+    assert len(found.index) == 20
+    assert [(entry.path, entry.reason) for entry in found.entries] == [
+        (
+            "p.parquet/00000002-2.png",
+            "it cannot be read: damaged in the archive: its row has no bytes, only the path elsewhere/2.png",
+        )
+    ]
+    monkeypatch.setattr(archives, "MOST_BYTES", 1000)
+    archives._OPEN.clear()
+    with pytest.raises(
+        DatasetError, match=r"it has row groups of 0.0 GB, which are read as a whole; write it anew with smaller"
+    ):
+        look(table(path), tmp_path / "index")
+
+
+def test_of_several_columns_of_images_one_is_named(photos: Path, tmp_path: Path) -> None:
+    path = parquet(photos, tmp_path / "p.parquet")
+    found = pq.read_table(path)
+    pq.write_table(found.append_column("mask", found["image"].combine_chunks().field("bytes")[::-1]), path)
+    with pytest.raises(
+        DatasetError, match=r"p.parquet: has images in image, mask; dataset.path_column names the one to read"
+    ):
+        look(table(path), tmp_path / "index")
+    index = look(table(path) | {"path_column": "mask"}, tmp_path / "index").index
+    assert index.paths[1] == "p.parquet/mask/00000001"
+    assert open_file(index.root, "p.parquet/mask/00000001") == images_of(photos)[-2].read_bytes()
+    assert open_file(index.root, "p.parquet/image/00000001-01.png") == images_of(photos)[1].read_bytes()
 
 
 def test_one_member_that_is_damaged_is_one_failure(photos: Path, tmp_path: Path) -> None:

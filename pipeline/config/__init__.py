@@ -6,7 +6,7 @@ yaml12.py     YAML by the rules of version 1.2
 retired.py    keys of earlier versions
 """
 
-from pipeline.config.reading import dump_yaml, load, parse
+from pipeline.config.reading import Overrides, dump_yaml, load, parse
 from pipeline.config.sections import (
     ARCHIVES,
     LOCAL_DIR,
@@ -31,6 +31,7 @@ from pipeline.config.sections import (
     names_code,
     names_timm,
     names_vectors,
+    source_of,
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml

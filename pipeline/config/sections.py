@@ -335,6 +335,7 @@ class HeadConfig(Section):
 
 
 _UNITS = {"MB": 10**6, "GB": 10**9}
+_SECONDS, _TIME = {"s": 1, "m": 60, "h": 3600}, re.compile(r"\d+(\.\d+)?[smh]")
 
 
 class TuningConfig(Section):
@@ -345,6 +346,9 @@ class TuningConfig(Section):
     """Trials per head."""
     seconds: float | None = Field(None, gt=0)
     """Time per head instead of a number of trials."""
+    budget: str | None = None
+    """Time for all searches together, such as `10m` (or `90s`, `1h`): every head has as many of the `trials` as fit into it, all heads
+    the same number, and at least one."""
     folds: int = Field(5, ge=2)
     scoring: str = "auto"
     """What is searched, ranked and compared by: a row of the table of metrics; `auto` is the first that suits the target."""
@@ -368,6 +372,18 @@ class TuningConfig(Section):
     def memory_bytes(self) -> int | None:
         """The limit in bytes; None for `auto`."""
         return None if self.memory == "auto" else int(float(self.memory[:-2]) * _UNITS[self.memory[-2:]])
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """The budget in seconds; None where there is none."""
+        return None if self.budget is None else float(self.budget[:-1]) * _SECONDS[self.budget[-1]]
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _a_time(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and _TIME.fullmatch(value) and float(value[:-1]) > 0):
+            return value
+        raise ValueError(f"expected a time above 0 such as '90s', '10m' or '1.5h', got {value!r}")
 
     @field_validator("scoring")
     @classmethod
@@ -393,6 +409,12 @@ class TuningConfig(Section):
             hint = f"; write '{value}GB' or '{value}MB'" if number else ""
             raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}{hint}")
         return value
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> TuningConfig:
+        if self.budget is not None and self.seconds is not None:
+            raise ValueError("budget: is for all heads together, and seconds for each; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _whitening_needs_components(self) -> TuningConfig:

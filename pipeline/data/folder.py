@@ -12,7 +12,7 @@ from pipeline.data.listing import SPLIT_NAMES, Listing
 from pipeline.data.shards import add_web_dataset, archives_of, splits_of
 from pipeline.data.walk import Folder, Walk
 from pipeline.errors import DatasetError
-from pipeline.images import entries, forget, inside
+from pipeline.images import entries, forget, inside, open_archive
 from pipeline.io.remote import address_of
 
 
@@ -58,15 +58,18 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     if add_web_dataset(listing, names or [""]):
         return listing
     look = Walk(root, follow_symlinks=False, inside="/")
-    tops = {name: _descend(look, f"{name}/") for name in names}
+    tops = [_descend(look, f"{name}/") for name in names]
     walk = Walk(root if names else root / _descend(look, ""), follow_symlinks=False, inside="/")
     listing = Listing(walk.root, entries=walk.entries, ignored=walk.ignored)
     splits = splits_of(names)
+    for name in names:
+        if problem := open_archive(address_of(root / name) or f"{root}/{name}").problem:
+            walk.pass_over(name, "truncated", problem)
     if not names:
         _add_layout(listing, walk)
-    elif splits or any(look.read(top).folders for top in tops.values()):
+    elif splits or any(look.read(top).folders for top in tops):
         listing.splits = [] if splits else None
-        for top, split in zip(tops.values(), splits or names, strict=True):
+        for top, split in zip(tops, splits or names, strict=True):
             found = walk.read(top)
             _pass_over_images(walk, top, found)
             _add_classes(listing, walk, found.folders, top, split)
@@ -76,9 +79,8 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     return listing
 
 
-def _descend(walk: Walk, path: str) -> str:
+def _descend(look: Walk, path: str) -> str:
     """Return the folder in an archive that holds the classes: the one in it, where somebody has packed a folder as a whole."""
-    look = Walk(walk.root, follow_symlinks=False, inside="/")
     while True:
         found = look.read(path)
         below = [look.read(f"{path}{name}/") for name in found.folders] if len(found.folders) == 1 else []
@@ -92,7 +94,7 @@ def _add_layout(listing: Listing, walk: Walk) -> None:
     root = address_of(walk.root) or walk.root
     top = walk.read("")
     if not top.folders:
-        raise DatasetError(_no_classes(root, top))
+        raise DatasetError(_no_classes(root, top), [each.reason for each in walk.entries if each.status == "truncated"])
     _pass_over_images(walk, "", top)
     splits = {name: SPLIT_NAMES.get(name.lower()) for name in top.folders}
     if all(splits.values()):
@@ -168,7 +170,7 @@ def _require_folder(root: Path) -> None:
         hint = (
             "a manifest file is read with dataset.source: manifest"
             if is_manifest
-            else "archives are read if they are zip or tar"
+            else "of archives zip and tar are read"
         )
         raise DatasetError(f"{root}: is a file, expected a folder that holds one folder per class; {hint}")
 
@@ -200,7 +202,7 @@ def _no_classes(root: Path | str, top: Folder) -> str:
 
 def _warn_of_siblings(listing: Listing, root: Path) -> None:
     """A user who gives train/ itself may not know that the test/ beside it is never read."""
-    if root.name.lower() not in SPLIT_NAMES:
+    if root.name.lower() not in SPLIT_NAMES or address_of(root):
         return
     near = sorted(root.resolve().parent.iterdir())
     beside = [

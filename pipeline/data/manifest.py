@@ -25,7 +25,7 @@ from pipeline.data.listing import SPLIT_NAMES, Listing
 from pipeline.data.shards import archives_of, table_of_images
 from pipeline.data.walk import is_folder
 from pipeline.errors import DatasetError, first
-from pipeline.images import Refused, Stat, entries, forget, image_column, opened, read_elsewhere, stat_of
+from pipeline.images import Refused, Stat, entries, forget, image_columns, opened, read_elsewhere, stat_of
 from pipeline.io.files import make_folder, write_atomic
 from pipeline.io.remote import address_of
 
@@ -65,10 +65,15 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
     try:
         with opened(str(files[0])) as file:
             schema = pyarrow.parquet.read_schema(file)
-        images = image_column(schema, config.path_column)
-        if images is not None and (config.path_column is not None or "path" not in schema.names):
-            table = table_of_images(folder if names else path.parent, names or [path.name], images)
-            config = config.model_copy(update={"path_column": images, "root": str(folder if names else path.parent)})
+        images = image_columns(schema)
+        if config.path_column in images or (images and config.path_column is None and "path" not in schema.names):
+            if config.path_column is None and len(images) > 1:
+                raise DatasetError(
+                    f"{path}: has images in {', '.join(images)}; dataset.path_column names the one to read"
+                )
+            column, root = config.path_column or images[0], folder if names else path.parent
+            table = table_of_images(root, names or [path.name], column)
+            config = config.model_copy(update={"path_column": column, "root": str(root)})
         elif names:
             raise DatasetError(
                 f"{folder}: its Parquet files have no column of images; expected one of bytes, or of a struct with bytes"
@@ -300,13 +305,11 @@ def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: lis
 
 def _find_files(listing: Listing, follow_symlinks: bool) -> None:
     """Keep the rows whose file is there; the others are failures."""
-    look = _on_disk(os.path.realpath(listing.root), follow_symlinks)
-    aside = _elsewhere(f"{address_of(listing.root) or os.path.realpath(listing.root)}")
-    is_remote = address_of(listing.root) is not None
+    look = _whereabouts(listing.root, follow_symlinks)
     kept = []
     for row, path in enumerate(listing.paths):
         try:
-            found = aside(path) if is_remote else look(path)
+            found = look(path)
         except (FileNotFoundError, NotADirectoryError):
             found = Refused("missing", "there is no such file")
         except (OSError, UnicodeEncodeError) as error:
@@ -320,18 +323,23 @@ def _find_files(listing: Listing, follow_symlinks: bool) -> None:
     listing.keep(kept)
 
 
-def _on_disk(inside: str, follow_symlinks: bool) -> Callable[[str], Stat | Refused]:
-    """Return what says of a path below a folder what is there, also in an archive."""
+def _whereabouts(root: Path, follow_symlinks: bool) -> Callable[[str], Stat | Refused]:
+    """Return what says of a path below a root what is there, also in an archive or remote, of which each folder is listed once."""
+    address = address_of(root)
+    inside = address or os.path.realpath(root)
     folders: dict[str, str | None] = {}
-    in_archive = _elsewhere(inside)
+    listed = cache(entries)
 
     def look(path: str) -> Stat | Refused:
         full = f"{inside}/{path}"
-        parent = os.path.dirname(full)
+        parent, _, name = full.rpartition("/")
         try:
-            found = os.lstat(full)
+            found = None if address else os.lstat(full)
         except NotADirectoryError:
-            return in_archive(path)
+            found = None
+        if found is None:
+            there = listed(parent).get(name, Refused("missing", "there is no such file"))
+            return there or Refused("unreadable", "it is a folder")
         if parent not in folders:
             folders[parent] = _link_problem(inside, parent, follow_symlinks)
         problem = folders[parent]
@@ -341,18 +349,6 @@ def _on_disk(inside: str, follow_symlinks: bool) -> Callable[[str], Stat | Refus
         if problem is None and not stat.S_ISREG(found.st_mode):
             problem = "it is not a regular file"
         return stat_of(found) if problem is None else Refused("unreadable", problem)
-
-    return look
-
-
-def _elsewhere(root: str) -> Callable[[str], Stat | Refused]:
-    """Return what says of a path below a remote folder, or in an archive, what is there; each folder is listed once."""
-    listed = cache(entries)
-
-    def look(path: str) -> Stat | Refused:
-        folder, _, name = f"{root}/{path}".rpartition("/")
-        found = listed(folder).get(name, Refused("missing", "there is no such file"))
-        return Refused("unreadable", "it is a folder") if found is None else found
 
     return look
 

@@ -39,28 +39,25 @@ def read_digests(
     which could be read, bool (n,); their digests, uint64 (n, 2), and size and times, int64 (n, 3); a failure for each of the others
     """
 
-    def read(path: str) -> tuple[bytes, Stat | int] | Failure:
+    def read(row: int) -> tuple[bytes, Stat] | Failure:
         try:
-            data, found = read_steadily(f"{root}/{path}")
+            data, stats = read_steadily(f"{root}/{paths[row]}")
         except ImageProblem as problem:
-            return noticed(path, problem.status, problem.reason)
-        stats = len(data) if found is None else found
-        return (content_key(data), stats) if data else noticed(path, "empty", "the file is empty")
+            return noticed(paths[row], problem.status, problem.reason)
+        if not data:
+            return noticed(paths[row], "empty", "the file is empty")
+        return content_key(data), stats or (len(data), *listed[row, 1:])
 
     ok = np.zeros(len(paths), dtype=bool)
     digests = np.zeros((len(paths), 2), dtype=np.uint64)
-    stats = listed.copy()
+    stats = np.zeros((len(paths), 3), dtype=np.int64)
     failures = []
     threads, chunk = (CONNECTIONS, 1) if address_of(root) else (THREADS, CHUNK)
-    for row, result in enumerate(_by_threads(read, paths, "reading", threads, chunk)):
+    for row, result in enumerate(_by_threads(read, range(len(paths)), "reading", threads, chunk)):
         if isinstance(result, Failure):
             failures.append(result)
         else:
-            ok[row], digests[row] = True, np.frombuffer(result[0], dtype="<u8")
-            if isinstance(result[1], int):
-                stats[row, 0] = result[1]  # a time taken after the listing might hide a change between the two
-            else:
-                stats[row] = result[1]
+            ok[row], digests[row], stats[row] = True, np.frombuffer(result[0], dtype="<u8"), result[1]
     return ok, digests, stats, failures
 
 

@@ -16,7 +16,7 @@ from pipeline.config import ARCHIVES
 from pipeline.data.failures import noticed
 from pipeline.data.listing import SPLIT_NAMES, Listing, is_hidden, is_image_name
 from pipeline.errors import DatasetError, first
-from pipeline.images import Refused, entries, image_column, inside, open_archive, opened, read_elsewhere
+from pipeline.images import Refused, entries, image_columns, inside, open_archive, opened, read_elsewhere
 from pipeline.io.remote import address_of, file_system
 
 LABELS = ("cls", "json", "txt")
@@ -116,9 +116,8 @@ def add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
         if archive.problem:
             listing.entries.append(noticed(name or listing.root.name, "truncated", archive.problem))
         for files in found[name].values():
-            images = [file for ending, file in files.items() if is_image_name(f".{ending}")]
-            label = _label(place, files) if images else None
-            for image in images:
+            label = _label(place, files)
+            for image in filter(is_image_name, files.values()):
                 path, about = f"{name}/{image}".lstrip("/"), archive.members[image]
                 if isinstance(about, Refused):
                     listing.entries.append(noticed(path, *about))
@@ -135,14 +134,14 @@ def add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
 
 
 def _samples(place: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the members of an archive by key, the path up to the first dot of the name, and ending; nothing for what is none."""
+    """Return the images of an archive with what lies beside them, by key, the path up to the first dot of a name, and by ending."""
     samples: dict[str, dict[str, str]] = defaultdict(dict)
     for member in open_archive(place).members if inside(place) == (place, "") else ():
         folder, slash, file = member.rpartition("/")
         key, _, ending = file.partition(".")
         if not is_hidden(file):
             samples[folder + slash + key][ending.lower()] = member
-    return samples
+    return {key: files for key, files in samples.items() if any(map(is_image_name, files.values()))}
 
 
 def _label(place: str, files: Mapping[str, str]) -> str:
@@ -174,14 +173,15 @@ def table_of_images(folder: Path, names: Sequence[str], column: str) -> Any:
         place = f"{address_of(folder) or folder}/{name}"
         with opened(place) as file:
             source = pq.ParquetFile(file)
-            flat = [each.name for each in source.schema_arrow if not image_column(pa.schema([each]))]
-            table = source.read(columns=[each for each in flat if each != column])
+            images = image_columns(source.schema_arrow)
+            table = source.read(columns=[each for each in source.schema_arrow.names if each not in images])
             features = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
         for title, about in features.get("info", {}).get("features", {}).items():
             if title in table.column_names:
                 place_of = table.column_names.index(title)
                 table = table.set_column(place_of, title, _named(table[title], about))
-        paths = pa.array([f"{name}/{member}" for member in open_archive(place).members], pa.large_string())
+        members = [each for each in open_archive(place).members if each.rpartition("/")[0] in ("", column)]
+        paths = pa.array([f"{name}/{member}" for member in members], pa.large_string())
         table = pa.table({**{title: table[title] for title in table.column_names}, column: paths})
         if splits and "split" not in table.column_names:
             table = table.append_column("split", pa.array([split] * len(table)))
@@ -193,13 +193,8 @@ def _named(column: Any, about: Any) -> Any:
     """Return a column of class numbers, or of lists of them, as the names in its description; as it is where there are none."""
     import pyarrow as pa
 
-    inner = (about.get("feature") or about) if isinstance(about, dict) else about
-    names = inner.get("names") if isinstance(inner, dict) else None
-    if not names:
+    inner = about.get("feature", about) if isinstance(about, dict) else about
+    if not isinstance(inner, dict) or not inner.get("names"):
         return column
-    name = dict(enumerate(names))
-    cells = [
-        [name.get(number) for number in cell] if isinstance(cell, list) else name.get(cell)
-        for cell in column.to_pylist()
-    ]
-    return pa.array(cells)
+    name = dict(enumerate(inner["names"])).get
+    return pa.array([[*map(name, cell)] if isinstance(cell, list) else name(cell) for cell in column.to_pylist()])

@@ -33,8 +33,9 @@ from pipeline.embed.spec import EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, ConfigError, DatasetError, StoreError, first, number_of
 from pipeline.experiment import STORES, Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, ImageProblem
-from pipeline.images.given import Pixels, given_key, located, one_by_one
+from pipeline.images.given import Pixels, given_key, one_by_one
 from pipeline.io.digests import Digests
+from pipeline.io.remote import absolute
 from pipeline.store import lock
 from pipeline.store.writer import StoreWriter
 
@@ -170,7 +171,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             return config, None
         other = installed.stand_in(config.backbones[0])
         if other is not None:
-            warnings.warn(installed.about_stand_in(config.backbones[0]), stacklevel=2)
+            warnings.warn(installed.about_stand_in(config.backbones[0]), stacklevel=1)
         return config, other or config.backbones[0]
 
     def _spec(self) -> EmbeddingSpec:
@@ -213,7 +214,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         network = self._network()
         lane = Lane(network, choose_batch_size("auto", str(network.device)))
         items = (
-            Item(number, located(image), None if digests is None else digests[number].tobytes(), (0,))
+            Item(number, absolute(image), None if digests is None else digests[number].tobytes(), (0,))
             if isinstance(image := images[number], str)
             else Item(number, "", None, (0,), image)
             for number in numbers

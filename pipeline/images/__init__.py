@@ -15,7 +15,7 @@ from pipeline.images.archives import (
     Refused,
     entries,
     forget,
-    image_column,
+    image_columns,
     inside,
     open_archive,
     opened,

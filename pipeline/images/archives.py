@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -350,8 +350,8 @@ def _compressed_tar(path: str, file: BinaryIO, stat: Stat, opener: Callable[[Any
     return _tar(laid_out, stat, lambda start, size: os.pread(laid_out.fileno(), size, start), cut=cut)
 
 
-def image_column(schema: Any, wanted: str | None = None) -> str | None:
-    """Return the first column of an Arrow schema that holds images: bytes, or a struct with them; `wanted` names it."""
+def image_columns(schema: Any) -> list[str]:
+    """Return the columns of an Arrow schema that hold images: bytes, or a struct with `bytes`, as Hugging Face has them."""
     import pyarrow as pa
 
     def holds(kind: Any) -> bool:
@@ -359,16 +359,19 @@ def image_column(schema: Any, wanted: str | None = None) -> str | None:
             return bool(kind.get_field_index("bytes") >= 0)
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    return next((one.name for one in schema if holds(one.type) and wanted in (None, one.name)), None)
+    return [one.name for one in schema if holds(one.type)]
 
 
 def _parquet(path: str, stat: Stat) -> Archive:
-    """Index a Parquet file of which each row is an image: its number, and its file's name where there is one."""
+    """Index a Parquet file: each row is an image, called by its number and the name of its file where there is one.
+
+    Of several columns of images each is a folder.
+    """
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(opened(path))
-    column = image_column(table.schema_arrow)
-    if column is None:
+    columns = image_columns(table.schema_arrow)
+    if not columns:
         raise OSError(None, "it has no column of images, of type binary or struct<bytes, path>")
     groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
     largest = max((group.total_byte_size for group in groups), default=0)
@@ -378,25 +381,28 @@ def _parquet(path: str, stat: Stat) -> Archive:
             f"it has row groups of {largest / 1e9:.1f} GB, which are read as a whole; write it anew with smaller ones, such as "
             "pyarrow.parquet.write_table(table, file, row_group_size=1000)",
         )
-    ends = np.cumsum([group.num_rows for group in groups])
-    kind = table.schema_arrow.field(column).type
-    names = [""] * table.metadata.num_rows
-    if kind.num_fields and kind.get_field_index("path") >= 0:
-        told = table.read(columns=[f"{column}.path"])[column].combine_chunks().field("path").to_pylist()
-        names = [f"-{name.rpartition('/')[2]}" if name else "" for name in told]
-    members = [f"{row:08d}{name}" for row, name in enumerate(names)]
-    lock, kept = threading.Lock(), dict[int, Any]()
+    starts = np.cumsum([0, *(group.num_rows for group in groups)])
+    members: dict[str, Stat | Refused] = {}
+    for column in columns:
+        kind, names = table.schema_arrow.field(column).type, [None] * table.metadata.num_rows
+        if kind.num_fields and kind.get_field_index("path") >= 0:
+            names = table.read(columns=[f"{column}.path"])[column].combine_chunks().field("path").to_pylist()
+        for row, name in enumerate(names):
+            member = f"{row:08d}" + (f"-{name.rpartition('/')[2]}" if name else "")
+            members[f"{column}/{member}" if len(columns) > 1 else member] = (-1, stat[1], stat[2])
+    lock = threading.Lock()
+
+    @lru_cache(maxsize=GROUPS)
+    def cells_of(column: str, group: int) -> Any:
+        return table.read_row_group(group, columns=[column])[column]
 
     def read(name: str, most: int | None) -> bytes:
-        row = int(name[:8])
-        group = int(np.searchsorted(ends, row, side="right"))
+        column, _, member = name.rpartition("/")
+        row = int(member[:8])
+        group = int(np.searchsorted(starts, row, side="right")) - 1
         with lock:
-            if group not in kept:
-                if len(kept) >= GROUPS:
-                    del kept[next(iter(kept))]
-                kept[group] = table.read_row_group(group, columns=[column])[column]
-            cells = kept[group]
-        cell = cells[row - int(ends[group]) + groups[group].num_rows].as_py()
+            cells = cells_of(column or columns[0], group)
+        cell = cells[row - int(starts[group])].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if data is None:
             raise EOFError(
@@ -404,4 +410,4 @@ def _parquet(path: str, stat: Stat) -> Archive:
             )
         return data[:most]  # type: ignore[no-any-return]
 
-    return Archive(stat, dict.fromkeys(members, (-1, stat[1], stat[2])), read, holds_images=True)
+    return Archive(stat, members, read, holds_images=True)

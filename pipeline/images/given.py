@@ -18,7 +18,7 @@ from pipeline.images.contents import content_key
 from pipeline.images.decoding import decode_opened
 from pipeline.images.reading import ImageProblem, open_file, stat_of
 from pipeline.io.digests import content_digest
-from pipeline.io.remote import Stat, address_of
+from pipeline.io.remote import Stat, absolute
 
 Pixels = NDArray[np.uint8] | Image.Image
 """An array of shape (height, width), (height, width, 1), (…, 3) or (…, 4), or a PIL image."""
@@ -86,7 +86,7 @@ def given_key(image: str | Pixels, max_pixels: int) -> bytes:
     if not isinstance(image, str):
         pixels = np.ascontiguousarray(rgb(image, max_pixels))
         return content_digest(pixels.data.cast("B"), b"pixels %d" % pixels.shape[1])
-    path = located(image)
+    path = absolute(image)
     if os.path.isdir(path):
         raise ImageProblem("unavailable", "it is a folder; give the files in it")
     try:
@@ -95,11 +95,6 @@ def given_key(image: str | Pixels, max_pixels: int) -> bytes:
         stat = None
     kept = stat is not None and max(stat[1:]) < time.time_ns() - RACY_NS
     return _key(path, stat) if kept else _key.__wrapped__(path, stat)
-
-
-def located(path: str) -> str:
-    """Return where an image is, whatever folder the process works in."""
-    return address_of(path) or os.path.abspath(path)
 
 
 @lru_cache(maxsize=1 << 18)

@@ -42,26 +42,16 @@ def read_steadily(path: str, flags: int = 0) -> tuple[bytes, Stat | None]:
     try:
         if address_of(path) is not None:
             return read_elsewhere(path), None
-        for _ in range(2):
-            data, before, after = _read(path, flags)
-            if before == after and len(data) == after[0]:
-                return data, after
-    except NotADirectoryError:
-        return _read_in_archive(path), None
+        try:
+            for _ in range(2):
+                data, before, after = _read(path, flags)
+                if before == after and len(data) == after[0]:
+                    return data, after
+        except NotADirectoryError:
+            return read_elsewhere(path), None
     except OSError as error:
-        raise _unavailable(error) from None
+        raise ImageProblem("unavailable", f"it cannot be read: {error.strerror or error}") from None
     raise ImageProblem("unavailable", "it changes while it is read")
-
-
-def _unavailable(error: OSError) -> ImageProblem:
-    return ImageProblem("unavailable", f"it cannot be read: {error.strerror or error}")
-
-
-def _read_in_archive(path: str) -> bytes:
-    try:
-        return read_elsewhere(path)
-    except OSError as error:
-        raise _unavailable(error) from None
 
 
 def _read(path: str, flags: int) -> tuple[bytes, Stat, Stat]:
@@ -101,17 +91,14 @@ def _place(root: Path, relative_path: str) -> str:
     """Return where a file is, links followed, if it is inside the root; below `/`, which holds everything, are remote files too."""
     if str(root) == "/" and (address := address_of(relative_path)):
         return address
-    outside = ImageProblem("unavailable", f"it lies outside {root}")
-    if address := address_of(root):
-        if ".." in relative_path.split("/"):
-            raise outside
-        return f"{address}/{relative_path}"
-    real_root = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(real_root, relative_path))
-    if os.path.commonpath([real, real_root]) == real_root:
-        return real
+    address = address_of(root)
+    real_root = address or os.path.realpath(root)
+    place = f"{real_root}/{relative_path}"
+    if address is None:
+        real = os.path.realpath(os.path.join(real_root, relative_path))
+        if os.path.commonpath([real, real_root]) == real_root:
+            return real
     # An archive that the user named may be a link, as in caches of downloads; its members cannot lie elsewhere.
-    lexical = f"{real_root}/{relative_path}"
-    if ".." in relative_path.split("/") or not (inside(lexical) or ("", ""))[1]:
-        raise outside
-    return lexical
+    if ".." in relative_path.split("/") or (address is None and not (inside(place) or ("", ""))[1]):
+        raise ImageProblem("unavailable", f"it lies outside {root}")
+    return place
