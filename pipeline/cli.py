@@ -124,14 +124,17 @@ def check(config: Config) -> Iterable[str]:
     return stage.run(config)
 
 
-def features(config: Config, plan: bool, rehash: bool) -> Iterable[str]:
+def features(config: Config, **options: Any) -> Iterable[str]:
     """Stage one: embed the images that the feature stores do not have yet.
+
+    With --shard 3/16 only the third of sixteen shards, into parts that `store merge` puts together; with --engine ray on all of a
+    Ray cluster. docs/scale.md has the rest.
 
     Example: manyheads features configs/folder.yaml --plan
     """
-    from pipeline.stages import extract
+    from pipeline.stages.extract import shard as stage
 
-    return extract.run(config, plan=plan, rehash=rehash).summary_lines()
+    return stage.asked(config, **options).summary_lines()
 
 
 def embed(config: Config) -> Iterable[str]:
@@ -146,14 +149,17 @@ def embed(config: Config) -> Iterable[str]:
     return extract.without_labels(config).summary_lines()
 
 
-def heads(config: Config) -> Iterable[str]:
+def heads(config: Config, engine: str | None, address: str | None, workers: int | None) -> Iterable[str]:
     """Stage two: tune the heads on the stored features and print the leaderboard.
+
+    With --engine the heads are tuned by the workers of a Dask or Ray cluster, which must see the output folder; docs/scale.md says more.
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
+    from pipeline.io.engine import Engine
     from pipeline.stages import fit as stage
 
-    return stage.heads_lines(config)
+    return stage.heads_lines(config, Engine.of(engine, address, workers))
 
 
 def replay(config: Config) -> tuple[bool, Iterable[str]]:
@@ -228,6 +234,19 @@ def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any)
     from pipeline.stages import predict as stage
 
     return stage.run(bundle, images, trust_code=trust, **options).summary_lines()
+
+
+def export(experiment: Path, row: str | None, trust: bool, **files: Path | None) -> Iterable[str]:
+    """Write a saved head with its network as one file for other programs, proven to say what `predict` says.
+
+    EXPERIMENT is an output folder or its config, whose best head is taken, of several targets the best of each, or a bundle's folder.
+    The file takes decoded images of any size. Where it does not say what `predict` says of the test images, it is not written.
+
+    Example: manyheads export artifacts/digits --onnx digits.onnx
+    """
+    from pipeline.stages import export as stage
+
+    return stage.run(experiment, {name: file for name, file in files.items() if file}, row, trust)
 
 
 def similar(images: tuple[Path, ...], place: Path | None, **options: Any) -> Iterable[str]:
@@ -350,7 +369,7 @@ def pack(output: Path, config: Config, embedding: str | None, anonymous: bool) -
     return [maintenance.pack(config, output, embedding=embedding, anonymous=anonymous)]
 
 
-def export(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
+def export_features(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
     """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
 
     Example: manyheads store export features.parquet configs/folder.yaml
@@ -360,8 +379,11 @@ def export(output: Path, config: Config | Path, embedding: str | None) -> Iterab
     return [maintenance.export(config, output, embedding=embedding)]
 
 
-def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
+def merge(target: Path, sources: tuple[str, ...]) -> Iterable[str]:
     """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
+
+    SOURCES may be addresses, such as s3://bucket/features.h5. Where they are folders of parts, which `features --shard` writes, STORE
+    is the folder of the stores.
 
     Example: manyheads store merge artifacts/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
     """
@@ -465,6 +487,7 @@ def _command(
     *takes: click.Parameter,
     other: Callable[[Path], bool] | None = None,
     hidden: bool = False,
+    name: str = "",
 ) -> click.Command:
     """Return a row: `run` takes the parameters by name and returns lines, or with them whether a check found nothing.
 
@@ -485,7 +508,7 @@ def _command(
         return 0 if ok else 1
 
     context = {"ignore_unknown_options": hidden}
-    return click.Command(run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
+    return click.Command(name or run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
 
 
 def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -495,6 +518,16 @@ def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool)
 
         click.echo("\n".join(head_table.run()))
         context.exit()
+
+
+def _engine(*names: str) -> tuple[click.Option, ...]:
+    return (
+        _option("--engine", type=click.Choice(names), help="Work on a cluster; needs manyheads[NAME]."),
+        _option(
+            "--address", metavar="ADDRESS", help="Of a cluster that runs; one is started on this machine otherwise."
+        ),
+        _option("--workers", type=COUNT, help="How many; otherwise as many as there is room for."),
+    )
 
 
 COMMANDS = (
@@ -515,11 +548,17 @@ COMMANDS = (
         *EXPERIMENT,
         _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
         _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
+        _option("--shard", metavar="K/N", help="Embed only the K-th of N shards, which content decides; into parts."),
+        _option(
+            "--parts", metavar="PLACE", help="Where to write parts: a folder, or an address such as s3://bucket/run."
+        ),
+        *_engine("ray"),
     ),
     _command(embed, *EXPERIMENT),
     _command(
         heads,
         *EXPERIMENT,
+        *_engine("dask", "ray"),
         _option(
             "--list", is_flag=True, is_eager=True, callback=_list_heads, expose_value=False, help="Say which there are."
         ),
@@ -566,6 +605,13 @@ COMMANDS = (
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
+    ),
+    _command(
+        export,
+        _argument("experiment", type=PATH),
+        _option("--onnx", type=PATH, metavar="FILE", help="Write an ONNX file, which onnxruntime runs."),
+        _option("--row", metavar="EMBEDDING/HEAD", help="Which head; the best one otherwise."),
+        _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
     ),
     _command(
         similar,
@@ -630,11 +676,11 @@ STORE = (
     _command(repair, *EXPERIMENT),
     _command(gc, *EXPERIMENT),
     _command(pack, _OUTPUT, *EXPERIMENT, _EMBEDDING, _option("--anonymous", is_flag=True, help="Leave out the paths.")),
-    _command(export, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed),
+    _command(export_features, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed, name="export"),
     _command(
         merge,
         _argument("target", metavar="STORE", type=PATH),
-        _argument("sources", nargs=-1, required=True, type=PATH),
+        _argument("sources", nargs=-1, required=True),
     ),
 )
 """The commands of `manyheads store`, which up to 0.1 stood beside the others: `manyheads status` still works, with a note."""
@@ -650,7 +696,7 @@ def _by_its_old_name(command: click.Command) -> click.Command:
 
 for _each in STORE:
     store.add_command(_each)
-for _each in (*COMMANDS, *map(_by_its_old_name, STORE)):
+for _each in (*map(_by_its_old_name, STORE), *COMMANDS):  # `export` is another command now
     cli.add_command(_each)
 
 

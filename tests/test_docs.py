@@ -138,6 +138,11 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    linked = {link.partition("#")[0] for link in LINK.findall(read(README))}
+    assert {f"docs/{page.name}" for page in PAGES} <= linked
+
+
 def named(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command that begins a line, and what is left of the line."""
     found, *rest = words
