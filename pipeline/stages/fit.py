@@ -19,6 +19,7 @@ from pipeline.config import Config, Overrides
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
+from pipeline.io.engine import Engine
 from pipeline.stages import check, extract, predict, settings, targets, train_heads
 from pipeline.stages.train_heads import HeadsRun
 
@@ -111,17 +112,17 @@ class Run:
         return f"Run({str(self.output)!r}: {'; '.join(told)})"
 
 
-def heads(config: Config) -> Iterator[tuple[str, HeadsRun, Path]]:
+def heads(config: Config, engine: Engine | None = None) -> Iterator[tuple[str, HeadsRun, Path]]:
     """Tune and compare heads on the stored features of each target; yield its name, '' of a single one, the result and the page."""
     for name, alone in (targets.experiments(config) or {"": config}).items():
-        result = train_heads.run(alone)
+        result = train_heads.run(alone, engine)
         yield name, result, report.refresh(result.files.root)
 
 
-def heads_lines(config: Config) -> Iterator[str]:
+def heads_lines(config: Config, engine: Engine | None = None) -> Iterator[str]:
     """Do it, and say of each target what there is, then of all of them."""
     several = False
-    for name, result, page in heads(config):
+    for name, result, page in heads(config, engine):
         several = bool(name)
         yield from [*([f"== {name} =="] if name else []), *result.summary_lines(), f"report       {page}"]
     if several:
