@@ -67,6 +67,8 @@ class Artifacts:
         self.few_shot = self.root / "fewshot.json"
         self.layers = self.root / "layers.json"
         """Which layers of its networks hold the signal, where several are embedded."""
+        self.budget = self.root / "budget.json"
+        """How long searches took, where there is a budget for them."""
         self.audit = self.root / "audit.json"
         """Near-duplicates and outliers that stage two came upon."""
         self.finetuned = self.root / "finetuned"
@@ -75,6 +77,8 @@ class Artifacts:
         """Heads fitted again on more images: an output folder of its own, without a leaderboard."""
         self.refitted = self.root / "refit.json"
         """In that folder: which heads were fitted again, and what speaks for a new search."""
+        self.parts = self.root / "parts"
+        """Vectors that shards or workers have made, until the stores have them."""
         self.targets = self.root / "targets.json"
         """The names of the targets, where the data set has several; each is an experiment in a folder of its own."""
 
@@ -204,6 +208,7 @@ INDEX = Kind(
     older=(1,),
 )
 LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
+BUDGET = Kind("manyheads budget", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 AUDIT = Kind("manyheads audit", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 BUNDLE = Kind(
     "manyheads bundle",

@@ -29,7 +29,7 @@ EDGES = {
     "embed": {"images", "store", "experiment"},
     "evaluation": {"data", "images", "store", "experiment"},
     "heads": {"evaluation", "data", "store", "experiment"},
-    "export": {"evaluation", "data", "experiment"},
+    "export": {"embed", "heads", "evaluation", "data", "images", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
     "report": {"heads", "evaluation", "embed", "data", "images", "experiment"},
 }
@@ -47,13 +47,18 @@ DOORS = {
     "skopt": {"heads"},
     "skops": {"export"},
     "joblib": {"export", "heads"},
-    "pyarrow": {"data", "store"},
+    "pyarrow": {"data", "images", "store"},
+    "fsspec": {"io"},
     "PIL": {"images", "data", "report"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
+    "umap": {"report"},
     "skimage": {"embed"},
     "simplejpeg": {"images"},
     "openvino": {"embed"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "skl2onnx": {"export"},
     "timm": {"embed"},
 }
 
@@ -76,6 +81,8 @@ WITHOUT_TORCH = (
     "report",
     "stages.train_heads",
     "embed.baselines",
+    "embed.transformer",
+    "stages.estimators",
     "cli",
 )
 

@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 from photos import make_photos
 
-from pipeline.cli import COMMANDS, STORE, cli
+from pipeline.cli import COMMANDS, STORE, cli, full
 from pipeline.config import DatasetConfig
 from pipeline.data.manifest import list_manifest
 
@@ -29,10 +29,14 @@ def read(page: Path) -> str:
 
 
 README = ROOT / "README.md"
-RUN = [README, *(ROOT / "docs" / f"{name}.md" for name in ("photos", "fewshot", "finetuning", "adding-a-head"))]
+RUN = [
+    README,
+    *(ROOT / "docs" / f"{name}.md" for name in ("photos", "looking", "fewshot", "finetuning", "adding-a-head")),
+]
 """The pages whose commands are run, as a reader goes through them."""
 
 SMALL = {
+    "fit": ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
     "heads": ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
     "finetune": (
         "finetune.steps=4",
@@ -82,12 +86,13 @@ def test_every_command_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MANYHEADS_NO_MALLOPT", "1")  # a process of many tests is no command
     make_photos(tmp_path / "photos")
+    make_photos(tmp_path / "new", per_class=3, seed=1)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (module,) = [block for page in RUN for block in blocks(page, "python") if block.startswith("# my_heads.py")]
     (tmp_path / "configs" / "my_heads.py").write_text(module, encoding="utf-8")
     done = set()
     for line in (line for page in RUN for line in commands(page) if line.startswith("manyheads ")):
-        arguments = tuple(shortened(shlex.split(line)[1:]))
+        arguments = tuple(shortened(full(shlex.split(line)[1:])))
         if arguments not in done:
             result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
             assert result.exit_code == 0, f"{line}\n{result.output}"
@@ -120,7 +125,7 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
 def named(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command that begins a line, and what is left of the line."""
     found, *rest = words
-    command = cli.commands[found]
+    command = cli.commands["fit" if found == "photos" else found]
     return named_in_group(command, rest) if isinstance(command, click.Group) else (command, rest)
 
 

@@ -6,12 +6,15 @@ yaml12.py     YAML by the rules of version 1.2
 retired.py    keys of earlier versions
 """
 
-from pipeline.config.reading import dump_yaml, load, parse
+from pipeline.config.reading import Overrides, dump_yaml, load, parse
 from pipeline.config.sections import (
+    ARCHIVES,
     LOCAL_DIR,
+    NO_LABELS,
     OWN,
     TIMM_NAMES,
     TIMM_PREFIX,
+    VECTORS,
     WEIGHTS_FILES,
     BackboneConfig,
     Config,
@@ -27,6 +30,8 @@ from pipeline.config.sections import (
     guess,
     names_code,
     names_timm,
+    names_vectors,
+    source_of,
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pipeline import heads as head_table
-from pipeline.config import BackboneConfig, Config
+from pipeline.config import BackboneConfig, Config, names_vectors
 from pipeline.data import check_failures
 from pipeline.data.scan import require_its_own, scan
 from pipeline.data.sources import needs_download
 from pipeline.data.summary import fold_warnings, missing_side
 from pipeline.data.targets import kind_of
-from pipeline.embed import baselines
+from pipeline.embed import baselines, own_vectors
 from pipeline.embed.concat import default_name, find_parts
 from pipeline.embed.engines import require_arithmetic
 from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
@@ -24,8 +25,10 @@ from pipeline.heads import tuning
 from pipeline.stages import targets
 
 
-def run(config: Config) -> list[str]:
+def run(config: Config, place: Path | None = None) -> list[str]:
     """Look at the heads, the backbones and the data, and return what was found.
+
+    `place` is where the index of the data is kept, for a run that is to follow; otherwise nothing is written.
 
     Raises
     ------
@@ -34,7 +37,7 @@ def run(config: Config) -> list[str]:
     """
     lines: list[str] = []
     problems: list[str] = []
-    for part in (_heads, _backbones, _machine, _finetuning, _data):
+    for part in (_heads, _backbones, _machine, _finetuning, partial(_data, place=place)):
         _collect(part, config, lines, problems)
     if problems:
         raise PipelineError(f"{number_of(len(problems), 'problem')}; nothing was embedded or trained", problems)
@@ -72,6 +75,9 @@ def _backbones(config: Config) -> list[str]:
     names = [name for name in baselines.NAMES if config.baselines is None or name in config.baselines]
     for section in config.backbones:
         try:
+            if names_vectors(section.name):
+                names += [spec.name for spec in own_vectors.load(section).specs]
+                continue
             if stand_in(section) is not None:
                 names.append(default_name(section))
             names += weights.check(section if stand_in(section) is None else STAND_IN)
@@ -100,6 +106,8 @@ def _not_here(section: BackboneConfig) -> list[str]:
 
     if stand_in(section) is not None:
         return [f"warning: {about_stand_in(section)}"]
+    if names_vectors(section.name):
+        return []
     found = weights.to_fetch(section)
     if found is None:
         return []
@@ -127,12 +135,12 @@ def _finetuning(config: Config) -> list[str]:
     return [f"note: {refusal(kind)}" for kind in kinds if kind not in OBJECTIVES]
 
 
-def _data(config: Config) -> list[str]:
+def _data(config: Config, place: Path | None) -> list[str]:
     if needs_download(config.dataset):
         return [f"data set {config.dataset.name}: not looked at, because that means a download"]
     with tempfile.TemporaryDirectory() as folder:
         # Into a folder of its own: a look at the data must not fix their splits.
-        found = scan(config.dataset, config.seed, Path(folder, "dataset"))
+        found = scan(config.dataset, config.seed, place or Path(folder, "dataset"))
         if config.dataset.source in {"folder", "manifest"}:
             require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)

@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import checked_device
+from pipeline.config import checked_device, names_vectors
 from pipeline.data import REMARKS, Failure
+from pipeline.data.shards import archives_of, is_pattern
 from pipeline.data.summary import passed_over_lines
 from pipeline.data.targets import Target
-from pipeline.data.walk import Walk
+from pipeline.data.walk import Walk, is_folder
 from pipeline.embed.concat import open_networks
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
+from pipeline.embed.own_vectors import no_network
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import BundleError, ConfigError, DatasetError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
@@ -34,12 +36,18 @@ from pipeline.experiment import REFIT, Artifacts, read_document, to_cell
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.export.strangers import Strangers, names, open_strangers
+from pipeline.images import forget
 from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
+from pipeline.io.remote import absolute, address_of
+from pipeline.stages.agreement import Agreement
+from pipeline.store.share import read_vectors
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
+MANY = 4096
+"""Vectors that a head is given at a time, where they come of a file."""
 EXAMPLES = 5
 """Reasons told when no image can be read."""
 
@@ -59,6 +67,8 @@ class PredictRun:
     untrained: bool
     strangers: Mapping[str, Strangers] = field(default_factory=dict)
     """By target, what was found of images unlike those of training."""
+    agreement: Agreement | None = None
+    """With the names of the folders, where they are called like classes."""
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
@@ -68,6 +78,7 @@ class PredictRun:
             lines.append(f"{name}{number_of(sum(labels.values()), 'image')} labelled by {self.bundles[target]}")
             counts = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
             lines += [f"  {label}: {count:,}" for label, count in counts if label]
+            lines += [name + line for line in (self.agreement.lines(target) if self.agreement else ())]
             lines += [name + line for line in self.strangers[target].lines()]
         if self.unreadable:
             lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
@@ -114,7 +125,7 @@ def run(
     unknown: float | None = None,
     sets: float | None = None,
 ) -> PredictRun:
-    """Label image files and folders of them with a saved head.
+    """Label image files and folders of them with a saved head; or files of vectors, where the head was fitted on such.
 
     `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
     of each, on images that are read once. `max_pixels` is the experiment's where it is not given. `unknown` marks images of no known
@@ -135,7 +146,6 @@ def run(
         raise ConfigError(f"--device: {error}") from None
     folders = find_bundles(bundle)
     heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
-    require_all(images)
     require_place(output)
     for target, head in heads.items():
         if not all(part.embedding for part in head.parts):
@@ -143,17 +153,30 @@ def run(
                 f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
             )
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
-    records, lanes, models = _open(heads, strangers, device, trust_code)
-    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
-    total = sum(1 for _ in images_in(images, walks))
-    unread, passed_over = _passed_over(walks)
-    if not total and not unread:
-        raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
-    given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
+    records = [EmbeddingRecord.from_dict(part.embedding) for head in heads.values() for part in head.parts]
+    given: Iterator[str]
+    unread, passed_over = list[Row](), list[str]()
+    if all(record.section is not None and names_vectors(record.section.name) for record in records):
+        models = [Model(head, [[(0, 0)]] * len(head.parts), strangers[name]) for name, head in heads.items()]
+        if not all(names_vectors(path.name) for path in images):
+            raise no_network(records[0].name)
+        files, images = [(path, *read_vectors(path)) for path in images], []
+        total, given, batches = sum(len(X) for *_, X in files), _names_in(files), _vectors_in(files)
+    else:
+        images = expanded(images)
+        require_all(images)
+        lanes, models = _open(heads, strangers, device, trust_code)
+        walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
+        total = sum(1 for _ in images_in(images, walks))
+        unread, passed_over = _passed_over(walks)
+        if not total and not unread:
+            raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
+        given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
+        limit = max_pixels or max(record.max_pixels for record in records)
+        batches = embed(lanes, _items(ahead, len(lanes)), Path("/"), limit)
 
     def outcomes() -> Iterator[list[Row]]:
-        limit = max_pixels or max(record.max_pixels for record in records)
-        for batch, parts in embed(lanes, _items(ahead, len(lanes)), Path("/"), limit):
+        for batch, parts in batches:
             yield list(_rows(batch, parts, given, models))
         if unread:
             yield unread
@@ -162,6 +185,7 @@ def run(
     total += len(unread)
     targets, more = {target: head.target for target, head in heads.items()}, names(strangers)
     done, unreadable, reasons = 0, 0, list[str]()
+    agreement = Agreement.of(images, bundle, targets)
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
             for rows in outcomes():
@@ -170,6 +194,7 @@ def run(
                 for row in rows:
                     for (name, kind), (label, _) in zip(targets.items(), row.said, strict=False):
                         labels[name][kind.counted_as(label)] += 1
+                        agreement.add(row.path, name, str(label))
                 done += len(rows)
                 unread_rows = [f"{row.path}: {row.status}" for row in rows if not row.said]
                 unreadable += len(unread_rows)
@@ -185,7 +210,7 @@ def run(
             f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
     untrained = any(record.untrained for record in records)
-    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers)
+    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement)
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
@@ -195,7 +220,7 @@ def find_bundles(path: Path) -> dict[str, Path]:
 
 def _open(
     heads: Mapping[str, ModelBundle], strangers: Mapping[str, Strangers], device: str, trust_code: bool
-) -> tuple[list[EmbeddingRecord], list[Lane], list[Model]]:
+) -> tuple[list[Lane], list[Model]]:
     """Open the networks that some heads need, each once."""
     parts = {
         target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
@@ -206,7 +231,24 @@ def _open(
     left = iter(places)
     ahead = iter([tuple(islice(left, len(own))) for own in blocks])
     models = [Model(heads[target], [next(ahead) for _ in own], strangers[target]) for target, own in parts.items()]
-    return records, [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
+    return [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
+
+
+Vectors = tuple[Path, NDArray[np.object_] | None, NDArray[np.float32]]
+"""A file of vectors, the paths in it, and the vectors, as `read_vectors` returns them."""
+
+
+def _names_in(files: Sequence[Vectors]) -> Iterator[str]:
+    for path, named, X in files:
+        yield from (f"{path} row {row + 1}" for row in range(len(X))) if named is None else map(str, named)
+
+
+def _vectors_in(files: Sequence[Vectors]) -> Iterator[tuple[Batch, list[Part | None]]]:
+    """Yield vectors that were made elsewhere as if a network had just made them."""
+    for _, _, X in files:
+        for part in np.array_split(X, -(-len(X) // MANY)):
+            rows = np.arange(len(part))
+            yield Batch([Item(row, "", None, ()) for row in rows.tolist()], []), [Part(rows, (part,), 0.0)]
 
 
 def find_bundle(path: Path) -> Path:
@@ -240,9 +282,17 @@ def first_refitted(path: Path) -> str:
     return bundle
 
 
+def expanded(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths with the archives that a pattern means in its place."""
+    for path in paths:
+        forget(str(path))
+    found = [archives_of(path) if is_pattern(str(path)) else (path, [""]) for path in paths]
+    return [folder / name for folder, names in found for name in names]
+
+
 def require_all(paths: Sequence[Path]) -> None:
     """See that every path is there; DatasetError with one line for each that is not."""
-    missing = [shown(str(path)) for path in paths if not path.exists()]
+    missing = [shown(address_of(path) or str(path)) for path in paths if is_folder(path) is None]
     if missing:
         raise DatasetError("no such file or folder", missing)
 
@@ -252,7 +302,7 @@ def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
     seen: set[str] = set()
     left = iter(walks)
     for path in paths:
-        for file in _images(next(left)) if path.is_dir() else (str(path),):
+        for file in _images(next(left)) if is_folder(path) else (address_of(path) or str(path),):
             if len(paths) > 1:  # one folder has no file twice, and millions of names are memory
                 if file in seen:
                     continue
@@ -263,7 +313,12 @@ def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
 def _images(walk: Walk) -> Iterator[str]:
     for folder, found in walk.below():
         for name in sorted(found.images):
-            yield str(walk.root / folder / name)
+            yield _full(walk, folder + name)
+
+
+def _full(walk: Walk, path: str) -> str:
+    whole = str(walk.root / path)
+    return address_of(whole) or whole
 
 
 def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
@@ -274,7 +329,7 @@ def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
     for walk in walks:
         ignored += walk.ignored
         for entry in walk.entries:
-            path = str(walk.root / entry.path)
+            path = _full(walk, entry.path)
             if entry.status in REMARKS:
                 others.add(entry._replace(path=path))
             else:
@@ -296,13 +351,13 @@ def csv_header(targets: Mapping[str, Target], top: int, more: Sequence[str] = ()
         cells += (
             [name, *(f"{name}_{other.removeprefix(f'{first}_')}" for other in others)] if name else [first, *others]
         )
-    return _lines([[*cells, *more]])
+    return to_lines([[*cells, *more]])
 
 
 def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
     """Return the lines of some rows, without the first; a cell that a spreadsheet would run begins with `'`."""
     nothing: Said = (None, None)
-    return _lines(
+    return to_lines(
         [
             row.path,
             row.status,
@@ -317,15 +372,15 @@ def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: S
     )
 
 
-def _lines(rows: Iterable[Iterable[str]]) -> str:
+def to_lines(rows: Iterable[Iterable[str]]) -> str:
+    """Return rows as CSV; a cell that a spreadsheet would run begins with `'`."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(map(to_cell, row) for row in rows)
     return text.getvalue()
 
 
 def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
-    here, all_of_them = os.getcwd(), tuple(range(lanes))
-    return (Item(number, os.path.join(here, path), None, all_of_them) for number, path in enumerate(paths))
+    return (Item(number, absolute(path), None, tuple(range(lanes))) for number, path in enumerate(paths))
 
 
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:

@@ -19,44 +19,20 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import DatasetIndex
+from pipeline.embed.known import named, open_store, place
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import PipelineError, StoreError
 from pipeline.experiment import FEATURES, USER, Artifacts, read_document, write_document
 from pipeline.images import HASH_STORE
 from pipeline.io import files as system
 from pipeline.io.digests import Digests
-from pipeline.store import FeatureStore, lock
+from pipeline.store import FeatureStore, lock, parts
 from pipeline.store.maintain import copy_rows
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds to wait for another experiment to enter the list."""
-
-
-def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -> Path:
-    """The embedding's store, in the shared folder or else in `folders`; also where it was made under another name.
-
-    Such as of weights in a file that was renamed since.
-    """
-    path = files.store(spec.name, spec.fingerprint())
-    found = (each for folder in (files.stores, *folders) for each in sorted(folder.glob(_named(spec))))
-    return next(found, path)
-
-
-def _named(spec: EmbeddingSpec) -> str:
-    return f"*-{spec.fingerprint()[:12]}.store"
-
-
-def open_store(path: Path, fingerprint: str | None = None) -> FeatureStore | None:
-    """Open an embedding's store; None when it was never published.
-
-    Raises
-    ------
-    StoreError
-        When it is damaged.
-    """
-    return FeatureStore.open(path, fingerprint) if any(path.glob("snapshot-*.h5")) else None
 
 
 # ---- taking over
@@ -68,7 +44,7 @@ def take_over(specs: Sequence[EmbeddingSpec], files: Artifacts, digests: Digests
     A store of the experiment alone, as release 0.1 made them, is moved, where that is one step; otherwise the rows are copied
     and the old store stays as it is. Killed at any moment, every vector is in the one place or the other.
     """
-    wanted = [(place(spec, files), _named(spec)) for spec in specs]
+    wanted = [(place(spec, files), named(spec)) for spec in specs]
     own = {files.root / "features", files.dataset}
     for target, pattern in [*wanted, (files.stores / HASH_STORE, HASH_STORE)]:
         for folder in files.stores_before():
@@ -101,9 +77,39 @@ def _copy(source: Path, target: Path, digests: Digests) -> None:
             digests = digests[there.missing(digests)]
         found = FeatureStore.open(source) if len(digests) else None
         if found is not None and len(wanted := digests[~found.missing(digests)]):
-            log.info("%s: %d vectors copied from %s", target, copy_rows(found, target, wanted), source)
+            log.info("%s: %d vectors copied from %s", target, *copy_rows([found], target, wanted), source)
     except StoreError as error:
         log.warning("%s; its vectors are not taken over", error)
+
+
+def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict[str, int]:
+    """Merge the parts in a place, a folder or an address, into the stores of their names; return how many vectors were new in each.
+
+    A damaged part is passed over with a warning, and its images are embedded again. `remove` is for a folder of one's own.
+    """
+    new = {}
+    for name in parts.folders(place):
+        found = {path: store for path in parts.part_files(place, name) if (store := _whole(path)) is not None}
+        if found:
+            new[name] = sum(copy_rows(list(found.values()), stores / f"{name}.store"))
+            log.info("%s: %d vectors from %d parts in %s", name, new[name], len(found), place)
+        if remove:
+            for path in found:
+                system.remove(Path(path))
+            with contextlib.suppress(OSError):  # somebody makes more
+                os.rmdir(Path(place) / f"{name}{parts.SUFFIX}")
+                os.rmdir(place)
+    return new
+
+
+def _whole(path: str) -> FeatureStore | None:
+    try:
+        store = FeatureStore.open(path)
+        store.file.require_whole()
+    except StoreError as error:
+        log.warning("%s; passed over", error)
+        return None
+    return store
 
 
 # ---- the experiments that use the folder
