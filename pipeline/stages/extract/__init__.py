@@ -5,6 +5,8 @@
     work.py        batches through the networks (`pipeline.embed.loader`) and into the stores, or into parts
     shard.py       one of many shards, whose parts are merged later
     cluster.py     workers on Ray, whose parts are merged at the end
+XX    vectors.py     vectors of the user's own into the stores
+    work.py        batches through the networks (`pipeline.embed.loader`) and into the stores
 
 The images are read and decoded once for all networks. A run with nothing to do imports no torch.
 """
@@ -41,6 +43,7 @@ from pipeline.stages.extract.targets import (
     require_permitted,
     resolve,
 )
+from pipeline.stages.extract.vectors import fill
 from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Images, Work, embed, hash_store, noted_in, stop_requested
 from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
@@ -159,6 +162,8 @@ def run(
         take_over([spec for source in sources for spec in source.specs], files, contents.digests)
         take_parts(files.parts, files.stores, remove=True)
     targets = find_targets(sources, contents, files, files.stores_before() if plan else ())
+    if not plan:
+        targets = fill(targets, contents, scanned.index, config, files)
     pending = [target for target in targets if target.pending.any()]
     known = _records_before(files)
     rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image is not None}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import BackboneConfig, Config, names_code
+from pipeline.config import BackboneConfig, Config, names_code, names_vectors
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed import baselines, licenses
@@ -66,6 +66,8 @@ def require_permitted(config: Config) -> None:
 
 
 def _license(section: BackboneConfig) -> str:
+    if names_vectors(section.name):
+        return licenses.UNKNOWN
     from pipeline.embed import weights  # loads torch
 
     return weights.license_of(section)

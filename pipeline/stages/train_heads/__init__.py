@@ -215,7 +215,8 @@ def _within_budget(asked: Asked, files: Artifacts) -> tuple[Asked, _Rows, list[s
     rows = [row_key(head, each, config.seed) for each in asked.embeddings for head in each.heads]
     trials, cut = trials_within(config.tuning, fingerprint({"rows": rows}), files.budget, measure)
     asked = _with_trials(asked, trials)
-    return asked, passes[-1] if passes else _rows(asked, files), cut
+    made = passes[-1] if passes else _rows(asked, files)
+    return asked, replace(made, reused=passes[0].reused if passes else made.reused), cut
 
 
 def _with_trials(asked: Asked, trials: int) -> Asked:
