@@ -43,7 +43,7 @@ class Model:
     networks: Networks
     """As `predict` runs them."""
     exact: Networks
-    """The same in float32, which those of `predict` may round."""
+    """The same by torch in float32, which a file is made of; bf16 rounds, and OpenVINO adds up in another order."""
 
     def said(self, networks: Networks, prepared: Prepared) -> dict[str, tuple[NDArray[Any], Any]]:
         """Return what each head says of n images by some networks, as `ModelBundle.said` does."""
