@@ -137,8 +137,11 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
         "27 images in 3 classes: 21 train, 6 test",
     ]
     assert "4 of 4 rows were finished before and kept." in lines
-    assert lines[-4].split() == ["look", str(run.output / "report.html"), *lines[-4].split()[2:]]
-    assert lines[-3] == f"  label photos  manyheads predict {run.output} PHOTOS --output labels.csv"
+    assert lines[-8:-6] == [
+        "What next",
+        f"  look          {run.output / 'report.html'} {lines[-7].partition('.html ')[2]}",
+    ]
+    assert lines[-6] == f"  label photos  manyheads predict {run.output} PHOTOS --output labels.csv"
     assert shown == [(run.output / "report.html").as_uri()]
 
 
@@ -192,8 +195,10 @@ def test_the_column_of_a_manifest_is_the_target(photos: Path) -> None:
     made = fit.settings_of(manifest, SMALL, ["kind"], "10m")
     assert (made.output, made.tuning.budget_seconds) == ("artifacts/kinds", 600)
     assert manyheads.check(made)[2].startswith("18 images in 2 classes: ")
-    with pytest.raises(manyheads.PipelineError, match="label"):
-        manyheads.check(manifest, **SMALL)
+    with pytest.raises(
+        manyheads.PipelineError, match=r"no column 'label'.*\n.*path, kind; --target COLUMN says which column"
+    ):
+        manyheads.fit(manifest, output=photos.parent / "kinds", **SMALL)
 
 
 def test_the_page_on_python_is_as_it_says(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,10 +207,11 @@ def test_the_page_on_python_is_as_it_says(photos: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(settings, "OF_PHOTOS", {**SMALL, "baselines": ["majority", "hog"]})
     found: dict[str, Any] = {}
+    small = SMALL["backbones"][0]["preprocessing"]
     for code in re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
     ):
-        exec(code, found)
+        exec(code.replace('"efficientnet_lite0"', f'"resnet18", weights="random", preprocessing={small}'), found)
     assert found["labels"]["label"].tolist() == ["leaf"] * 9
     assert found["X"].shape[0] == len(found["y"]) == 21
 

@@ -19,12 +19,20 @@ from pipeline.config import Config, Overrides
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
+from pipeline.io.engine import Engine
 from pipeline.stages import check, extract, predict, settings, targets, train_heads
 from pipeline.stages.train_heads import HeadsRun
 
 if TYPE_CHECKING:
     import pandas as pd
     from sklearn.pipeline import Pipeline
+
+HINTS = {
+    "dataset.label_columns": "--target COLUMN says which column to learn",
+    "no class folders": "`manyheads embed` takes photos that have no labels yet",
+    "dataset.target": "--set dataset.target=regression, or another kind, says what it is",
+}
+"""What to write on the command line, by what problems name."""
 
 NOTHING_NEW = "nothing changed since the last scan"
 """What the stage after the look says of the data, a moment later."""
@@ -102,17 +110,17 @@ class Run:
         return f"Run({str(self.output)!r}: {'; '.join(told)})"
 
 
-def heads(config: Config) -> Iterator[tuple[str, HeadsRun, Path]]:
+def heads(config: Config, engine: Engine | None = None) -> Iterator[tuple[str, HeadsRun, Path]]:
     """Tune and compare heads on the stored features of each target; yield its name, '' of a single one, the result and the page."""
     for name, alone in (targets.experiments(config) or {"": config}).items():
-        result = train_heads.run(alone)
+        result = train_heads.run(alone, engine)
         yield name, result, report.refresh(result.files.root)
 
 
-def heads_lines(config: Config) -> Iterator[str]:
+def heads_lines(config: Config, engine: Engine | None = None) -> Iterator[str]:
     """Do it, and say of each target what there is, then of all of them."""
     several = False
-    for name, result, page in heads(config):
+    for name, result, page in heads(config, engine):
         several = bool(name)
         yield from [*([f"== {name} =="] if name else []), *result.summary_lines(), f"report       {page}"]
     if several:
@@ -156,9 +164,9 @@ def run(config: Config) -> Iterator[str]:
     try:
         found = check.run(config, files.dataset)
     except PipelineError as error:
-        if len(error.problems) != 1:
-            raise
-        raise PipelineError(error.problems[0]) from None
+        hints = [hint for word, hint in HINTS.items() if any(word in problem for problem in error.problems)]
+        lines = [*error.problems[:-1], "; ".join([*error.problems[-1:], *hints])]
+        raise PipelineError("\n  ".join(lines)) from None
     yield from found[:-1]
     told = {*found, NOTHING_NEW}
     yield from [*(line for line in extract.run(config).summary_lines() if line not in told), ""]
@@ -173,7 +181,10 @@ def next_lines(root: Path) -> list[str]:
         "What next",
         f"  look          {report.refresh(root)} says how sure this is, which images are doubtful and whether more would help",
         f"  label photos  manyheads predict {place} PHOTOS --output labels.csv",
+        f"  label more    manyheads pick PHOTOS --in {place} says which photos without labels would help most",
+        f"  mend labels   manyheads clean {place} leaves out labels that look wrong",
         f"  search on     manyheads heads {place} --set tuning.trials=64",
+        f"  take along    manyheads export {place} --onnx {quote(root.name)}.onnx is one file from pixels to answer",
         f"  check it      manyheads replay {place}",
     ]
 
