@@ -27,6 +27,11 @@ class Networks:
     embedders: Sequence[Embedder]
     places: Sequence[tuple[int, int]]
 
+    def in_float64(self) -> Networks:
+        """Return the same computing in float64; baselines as they are."""
+        made = [each.in_float64() if hasattr(each, "in_float64") else each for each in self.embedders]
+        return Networks(made, self.places)
+
     def blocks(self, prepared: Prepared) -> list[NDArray[np.float32]]:
         """Return all blocks of vectors of n images, float32 of shape (n, dim) each."""
         made = [embedder.embed(prepared[embedder.preprocessing]) for embedder in self.embedders]
