@@ -94,8 +94,10 @@ def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
         blocks[target] = [[next(number) for _ in records] for records in made_of]
         flat += [record for records in made_of for record in records]
     networks = Networks(*open_networks(flat, "cpu", trust_code=trust_code))
-    in_torch = {"precision": "fp32", "engine": "torch"}
-    exact = [replace(each, spec=replace(each.spec, **in_torch)) if each.kind == "backbone" else each for each in flat]
+    exact = [
+        replace(each, spec=replace(each.spec, precision="fp32", engine="torch")) if each.kind == "backbone" else each
+        for each in flat
+    ]
     if exact == flat:
         return Model(heads, blocks, networks, networks)
     return Model(heads, blocks, networks, Networks(*open_networks(exact, "cpu", trust_code=trust_code)))
