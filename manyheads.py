@@ -113,7 +113,7 @@ def features(
     **overrides: Any,
 ) -> FeaturesRun | ShardRun:
     """Embed the images that the feature stores do not have yet: here, on the workers of an engine, or those of one shard."""
-    from pipeline.stages.extract import shard as stage
+    from pipeline.stages import extract as stage
 
     options = {"shard": shard, "parts": parts, "engine": engine, "address": address}
     return stage.asked(_config(config, overrides), plan=plan, rehash=rehash, workers=workers, **options)

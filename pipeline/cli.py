@@ -126,7 +126,7 @@ def features(config: Config, **options: Any) -> Iterable[str]:
 
     Example: manyheads features configs/folder.yaml --plan
     """
-    from pipeline.stages.extract import shard as stage
+    from pipeline.stages import extract as stage
 
     return stage.asked(config, **options).summary_lines()
 

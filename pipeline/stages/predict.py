@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, tee
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from pipeline.data.shards import archives_of, is_pattern
 from pipeline.data.summary import passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.data.walk import Walk, is_folder
-from pipeline.embed.concat import open_networks
+from pipeline.embed.concat import Places, open_networks
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.own_vectors import no_network
 from pipeline.embed.records import EmbeddingRecord
@@ -109,7 +109,7 @@ class Model:
     """A head of one target, and for each of its parts the lane and output of each block of its vectors."""
 
     bundle: ModelBundle
-    places: Sequence[Sequence[tuple[int, int]]]
+    places: Sequence[Places]
     strangers: Strangers
 
 
@@ -222,15 +222,11 @@ def _open(
     heads: Mapping[str, ModelBundle], strangers: Mapping[str, Strangers], device: str, trust_code: bool
 ) -> tuple[list[Lane], list[Model]]:
     """Open the networks that some heads need, each once."""
-    parts = {
+    records = {
         target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
     }
-    records = [record for own in parts.values() for record in own]
-    blocks = [record.parts or (record,) for record in records]
-    embedders, places = open_networks([block for own in blocks for block in own], device, trust_code=trust_code)
-    left = iter(places)
-    ahead = iter([tuple(islice(left, len(own))) for own in blocks])
-    models = [Model(heads[target], [next(ahead) for _ in own], strangers[target]) for target, own in parts.items()]
+    embedders, places = open_networks(records, device, trust_code=trust_code)
+    models = [Model(head, places[target], strangers[target]) for target, head in heads.items()]
     return [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
 
 

@@ -194,7 +194,8 @@ class Stored:
         vectors[known] = self.store.read(digests[known])
         new = np.flatnonzero(ok & ~known)
         if len(new):
-            embedders, places = open_networks(self.record.parts or (self.record,), "auto", trust_code=trust)
+            embedders, places = open_networks({"": [self.record]}, "auto", trust_code=trust)
+            blocks = places[""][0]
             lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
             items = [
                 Item(row, absolute(paths[row]), digests[row].tobytes(), tuple(range(len(lanes))))
@@ -207,7 +208,7 @@ class Stored:
                 made = [part for part in parts if part is not None]
                 if made:
                     rows = [batch.items[row].content for row in made[0].rows.tolist()]
-                    vectors[rows] = np.concatenate([made[lane].vectors[output] for lane, output in places], axis=1)
+                    vectors[rows] = np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1)
         return vectors[ok], problems
 
     def neighbours(self, paths: Sequence[str], vectors: NDArray[np.float32], count: int) -> list[list[Neighbour]]:
