@@ -111,16 +111,36 @@ def heads(config: Config) -> Iterable[str]:
 def finetune(config: Config, output: Path | None) -> Iterable[str]:
     """Stage three: train the best backbone end to end, from the best head, and say whether it was worth it.
 
+    Prints the advice of `manyheads advise` first; `finetune: auto` in the config follows it.
+
     Example: manyheads finetune configs/digits.yaml --output finetuned.safetensors
     """
+    from pipeline.stages import advise
     from pipeline.stages import finetune as stage
 
     if output is not None:
         files.require_place(output)
+    given = advise.run(config)
+    yield from [*given.summary_lines(), ""]
+    if config.finetune.unfreeze == "auto" and given.scope is None:
+        yield "Nothing is trained, as finetune: auto follows the advice; set finetune.unfreeze to [[0, all]] to train nevertheless."
+        return
     result = stage.run(config)
     yield from result.summary_lines()
     if output is not None:
         files.write_atomic(output, result.weights.read_bytes())
+
+
+def advise(config: Config) -> Iterable[str]:
+    """Say what to do next: stop, label more, take another layer or backbone, or fine-tune, each with its gain and price.
+
+    Costs at most a twentieth of a whole fine-tuning, and looks at no test image.
+
+    Example: manyheads advise configs/folder.yaml
+    """
+    from pipeline.stages import advise as stage
+
+    return stage.run(config).summary_lines()
 
 
 def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[str]:
@@ -393,6 +413,7 @@ COMMANDS = (
         _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
     ),
     _command(heads, *EXPERIMENT),
+    _command(advise, *EXPERIMENT),
     _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
     _command(
         fewshot,
