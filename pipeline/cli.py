@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -37,7 +38,7 @@ def main() -> None:
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = cli.main(prog_name="manyheads", standalone_mode=False)
+        status = cli.main(full(sys.argv[1:]), prog_name="manyheads", standalone_mode=False)
     except PipelineError as error:
         _complain(str(error))
         sys.exit(2)
@@ -59,15 +60,58 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def full(given: list[str]) -> list[str]:
+    """Return the words of the command line, with `fit` before what is no command but images or a config, or options of it.
+
+    Raises
+    ------
+    ClickException
+        When the first word is nothing that there is.
+    """
+    first = given[0] if given else "--help"
+    if first in cli.commands or first in ("-h", "--help", "--version"):
+        return given
+    from pipeline.config import guess, source_of
+
+    if first.startswith("-") or os.path.lexists(os.path.expanduser(first)) or source_of(first):
+        return ["fit", *given]
+
+    words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
+    near = os.listdir()[:1000] if os.access(".", os.R_OK) else []
+    raise click.UsageError(
+        f"{first!r} is no command, and no folder or file either{guess(first.rstrip('/'), [*words, *near])}; `manyheads PHOTOS` takes "
+        f"a folder that holds a folder for each class, and the commands are {', '.join(words)}"
+    )
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(package_name="manyheads")
 def cli() -> None:
-    """Embed every image once, then train, tune and honestly compare many heads on the cached features."""
+    """Embed every image once, then train, tune and honestly compare many heads on the cached features.
+
+    `manyheads PHOTOS`, of a folder that holds a folder of photos for each class, does it all: it is `manyheads fit PHOTOS`.
+    """
 
 
 @cli.group()
 def store() -> None:
     """Care for the feature stores: what is in them, whether it is whole, and files to share."""
+
+
+def fit(config: Config, target: tuple[str, ...], budget: str | None, output: Path | None, open: bool) -> Iterable[str]:
+    """From photos to a leaderboard and a page, in one go: look, embed, tune, compare.
+
+    WHAT is a folder that holds a folder of photos for each class, an archive of one, a manifest (.csv, .parquet) or a config file.
+    `manyheads photos` is short for it. What is finished is not done again.
+
+    Example: manyheads fit photos --budget 10m --open
+    """
+    from pipeline.stages import fit as stage
+
+    config = stage.settings_of(config, (), target, budget, output)
+    yield from stage.run(config)
+    if open:
+        stage.Run(Path(config.output)).report(open=True)
 
 
 def check(config: Config) -> Iterable[str]:
@@ -90,22 +134,39 @@ def features(config: Config, plan: bool, rehash: bool) -> Iterable[str]:
     return extract.run(config, plan=plan, rehash=rehash).summary_lines()
 
 
+def embed(config: Config) -> Iterable[str]:
+    """Embed images that have no labels yet, for `similar` and `pick`. CONFIG may be a folder of photos, whatever lies in it where.
+
+    Once they have labels, `features` embeds none of them again.
+
+    Example: manyheads embed photos
+    """
+    from pipeline.stages import extract
+
+    return extract.without_labels(config).summary_lines()
+
+
 def heads(config: Config) -> Iterable[str]:
     """Stage two: tune the heads on the stored features and print the leaderboard.
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
-    from pipeline import report
-    from pipeline.stages import targets, train_heads
+    from pipeline.stages import fit as stage
 
-    each = targets.experiments(config)
-    for name, alone in (each or {"": config}).items():
-        result = train_heads.run(alone)
-        if each:
-            yield f"== {name} =="
-        yield from [*result.summary_lines(), f"report       {report.refresh(result.files.root)}"]
-    if each:
-        yield from targets.overview(config)
+    return stage.heads_lines(config)
+
+
+def replay(config: Config) -> tuple[bool, Iterable[str]]:
+    """Make every number of a leaderboard again from the stored features, and say what differs; exit code 1 when something does.
+
+    CONFIG may also be the output folder. Nothing in it is changed.
+
+    Example: manyheads replay artifacts/digits
+    """
+    from pipeline.stages import replay as stage
+
+    found = stage.run(config)
+    return all(each.ok for each in found), [line for each in found for line in each.summary_lines()]
 
 
 def finetune(config: Config, output: Path | None) -> Iterable[str]:
@@ -187,6 +248,42 @@ def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any)
     from pipeline.stages import predict as stage
 
     return stage.run(bundle, images, trust_code=trust, **options).summary_lines()
+
+
+def similar(images: tuple[Path, ...], place: Path | None, **options: Any) -> Iterable[str]:
+    """Show the stored images that are nearest to some images, with their labels and distances.
+
+    IMAGES are image files and folders, which may be stored or new.
+
+    Example: manyheads similar photos/cat/1.jpg --in artifacts/photos --count 5
+    """
+    from pipeline.stages import similar as stage
+
+    return stage.run(images, place, **options).summary_lines()
+
+
+def pick(config: Config, place: Path | None, **options: Any) -> Iterable[str]:
+    """Say which unlabelled images to label next, in a CSV file: typical ones first, later those the best head is unsure of.
+
+    CONFIG is of the unlabelled images, or the folder they lie in; they are embedded as those with labels are.
+
+    Example: manyheads pick new --in artifacts/photos --count 50 --output next.csv
+    """
+    from pipeline.stages import pick as stage
+
+    return stage.run(config, place, **options).summary_lines()
+
+
+def clean(config: Config, output: Path) -> Iterable[str]:
+    """Propose a cleaned manifest: labels that look wrong and near-duplicates of test images left out, others alike kept together.
+
+    No label is changed, and each row says why it was touched. It goes back in as `dataset.path`; the commands for that are printed.
+
+    Example: manyheads clean configs/folder.yaml --output cleaned.csv
+    """
+    from pipeline.stages import clean as stage
+
+    return stage.run(config, output).summary_lines()
 
 
 def report(config: Config) -> Iterable[str]:
@@ -374,6 +471,13 @@ EXPERIMENT: tuple[click.Parameter, ...] = (
     _option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as tuning.trials=8."),
 )
 """Where a command's function takes a `Config`."""
+_IN = _option(
+    "--in",
+    "place",
+    type=PATH,
+    metavar="EXPERIMENT",
+    help="An output folder, a config or a folder of photos; the only one in artifacts/ otherwise.",
+)
 
 
 def _command(
@@ -404,7 +508,27 @@ def _command(
     return click.Command(run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
 
 
+def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    """Print the heads there are, which needs no config, and end."""
+    if asked:
+        from pipeline.stages import head_table
+
+        click.echo("\n".join(head_table.run()))
+        context.exit()
+
+
 COMMANDS = (
+    _command(
+        fit,
+        _argument("config", metavar="WHAT", type=PATH),
+        *EXPERIMENT[1:],
+        _option(
+            "--target", multiple=True, metavar="COLUMN", help="The column of a manifest to learn; `label` otherwise."
+        ),
+        _option("--budget", metavar="TIME", help="Time for the search, such as 90s, 10m or 1h."),
+        _option("--output", "-o", type=PATH, help="The folder of the results; artifacts/NAME otherwise."),
+        _option("--open", is_flag=True, help="Show the page in the browser."),
+    ),
     _command(check, *EXPERIMENT),
     _command(
         features,
@@ -412,7 +536,15 @@ COMMANDS = (
         _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
         _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
     ),
-    _command(heads, *EXPERIMENT),
+    _command(embed, *EXPERIMENT),
+    _command(
+        heads,
+        *EXPERIMENT,
+        _option(
+            "--list", is_flag=True, is_eager=True, callback=_list_heads, expose_value=False, help="Say which there are."
+        ),
+    ),
+    _command(replay, *EXPERIMENT),
     _command(advise, *EXPERIMENT),
     _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
     _command(
@@ -455,6 +587,30 @@ COMMANDS = (
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
+    ),
+    _command(
+        similar,
+        _argument("images", nargs=-1, required=True, type=PATH),
+        _IN,
+        _option("--count", default=10, type=COUNT, help="Neighbours of each image."),
+        _option("--embedding", metavar="NAME", help="Which; the best row's of the leaderboard otherwise."),
+        _option("--output", "-o", type=PATH, help="Also write them to this CSV file."),
+        _option("--trust", is_flag=True, help="Load a network of code, which can do anything."),
+    ),
+    _command(
+        pick,
+        *EXPERIMENT,
+        _option(
+            "--in", "place", type=PATH, metavar="EXPERIMENT", help="Of the images with labels, where there are any."
+        ),
+        _option("--count", default=50, type=COUNT, help="Images to pick."),
+        _option("--output", "-o", default="next.csv", type=PATH, help="The CSV file to write."),
+        _option("--trust", is_flag=True, help="Load a joblib head, which can do anything."),
+    ),
+    _command(
+        clean,
+        *EXPERIMENT,
+        _option("--output", "-o", default="cleaned.csv", type=PATH, help="The manifest to write, a CSV file."),
     ),
     _command(report, *EXPERIMENT),
     _command(

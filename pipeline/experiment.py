@@ -69,6 +69,8 @@ class Artifacts:
         """Which layers of its networks hold the signal, where several are embedded."""
         self.advice = self.root / "advice.json"
         """What to do next, with the expected gain and price of each way."""
+        self.budget = self.root / "budget.json"
+        """How long searches took, where there is a budget for them."""
         self.audit = self.root / "audit.json"
         """Near-duplicates and outliers that stage two came upon."""
         self.finetuned = self.root / "finetuned"
@@ -207,6 +209,7 @@ INDEX = Kind(
 )
 LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
 ADVICE = Kind("manyheads advice", 1, PipelineError, "run `manyheads advise`", "run `manyheads advise` again")
+BUDGET = Kind("manyheads budget", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 AUDIT = Kind("manyheads audit", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 BUNDLE = Kind(
     "manyheads bundle",

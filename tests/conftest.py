@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from photos import make_photos, small_config
 
 from pipeline.config import Config
+from pipeline.report import material
 from pipeline.stages import extract as extract_features
 from pipeline.stages import train_heads
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_umap() -> Iterator[None]:
+    """Maps are drawn by PCA, also where UMAP is installed: it takes ten seconds to be compiled, in every process anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(material, "umap_is_installed", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from pipeline.stages import maintenance
 from pipeline.stages.train_heads import make_task
 from pipeline.store import FeatureStore
 
-FOR_PEOPLE = ("config.yaml", "leaderboard.md", "report.html", "LOCK")
+FOR_PEOPLE = ("config.yaml", "leaderboard.md", "report.html", "MODEL_CARD.md", "LOCK")
 """Names of files that no command reads for a result, or that the user hands over as his own."""
 
 

@@ -47,10 +47,12 @@ DOORS = {
     "skopt": {"heads"},
     "skops": {"export"},
     "joblib": {"export", "heads"},
-    "pyarrow": {"data", "store"},
+    "pyarrow": {"data", "images", "store"},
+    "fsspec": {"io"},
     "PIL": {"images", "data", "report"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
+    "umap": {"report"},
     "skimage": {"embed"},
     "simplejpeg": {"images"},
     "openvino": {"embed"},
@@ -76,6 +78,8 @@ WITHOUT_TORCH = (
     "report",
     "stages.train_heads",
     "embed.baselines",
+    "embed.transformer",
+    "stages.estimators",
     "cli",
 )
 

@@ -291,7 +291,7 @@ class TestManifest:
                 "line 5: path 'a\\\\1.png' has a backslash; write it with '/'",
                 "line 6: the path is empty",
                 "line 7: the label is empty",
-                "line 8: unknown split 'tset', expected train, validation or test",
+                "line 8: unknown split 'tset', expected train, validation, test or excluded",
                 "line 10: path 'a/2.png' is listed before, at line 8",
                 "line 11: 2 values, expected 3; quote values that hold a comma",
                 "line 12: no split, though other rows have one",

@@ -1,4 +1,4 @@
-"""The README cannot rot: every command in it is run, every target and option it names exists."""
+"""The README and the pages of docs cannot rot: commands are run, and every target, option, file and link they name exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 from photos import make_photos
 
-from pipeline.cli import COMMANDS, STORE, cli
+from pipeline.cli import COMMANDS, STORE, cli, full
 from pipeline.config import DatasetConfig
 from pipeline.data.manifest import list_manifest
 
@@ -28,9 +28,15 @@ def read(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-README = read(ROOT / "README.md")
+README = ROOT / "README.md"
+RUN = [
+    README,
+    *(ROOT / "docs" / f"{name}.md" for name in ("photos", "looking", "fewshot", "finetuning", "adding-a-head")),
+]
+"""The pages whose commands are run, as a reader goes through them."""
 
 SMALL = {
+    "fit": ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
     "heads": ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
     "finetune": (
         "finetune.steps=4",
@@ -38,29 +44,34 @@ SMALL = {
         "finetune.validation_fraction=0.4",
     ),
 }
-"""What replaces minutes in the README's commands."""
+"""What replaces minutes in the pages' commands."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+def commands(page: Path) -> list[str]:
+    return [line for block in blocks(page, "sh") for line in block.splitlines() if line and not line.startswith("#")]
 
 
-def test_the_readme_has_commands() -> None:
-    assert sum(line.startswith("manyheads ") for line in commands()) >= 5
-    assert {"make heads", "make test"} <= set(commands())
+def test_the_pages_have_commands() -> None:
+    for page in RUN:
+        assert any(line.startswith("manyheads ") for line in commands(page)), page.name
+    assert {"make heads", "make test"} <= set(commands(README))
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("make ")])
+def test_the_readme_fits_two_screens() -> None:
+    assert read(README).count("\n") <= 110
+
+
+@pytest.mark.parametrize("line", sorted({line for page in RUN for line in commands(page) if line.startswith("make ")}))
 def test_every_make_target_exists(line: str) -> None:
     subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """A README command on 36 small photos instead of the reader's own or the digits."""
+    """A page's command on 36 small photos instead of the reader's own or the digits."""
     if "configs/digits.yaml" in arguments:
         arguments = [*arguments, "--set", "dataset={source: folder, path: photos}", "--set", "output=artifacts/digits"]
     given = {arguments[place + 1].partition("=")[0] for place, word in enumerate(arguments) if word == "--set"}
@@ -70,26 +81,51 @@ def shortened(arguments: list[str]) -> list[str]:
     return ["photos" if word == "artifacts/digits/images" else word for word in arguments]
 
 
-def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in an empty folder with the reader's photos, our configs, and the example head beside them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MANYHEADS_NO_MALLOPT", "1")  # a process of many tests is no command
     make_photos(tmp_path / "photos")
+    make_photos(tmp_path / "new", per_class=3, seed=1)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (module,) = [block for block in blocks("python") if block.startswith("# my_heads.py")]
+    (module,) = [block for page in RUN for block in blocks(page, "python") if block.startswith("# my_heads.py")]
     (tmp_path / "configs" / "my_heads.py").write_text(module, encoding="utf-8")
-    for line in commands():
-        if line.startswith("manyheads "):
-            done = CliRunner().invoke(cli, shortened(shlex.split(line)[1:]), catch_exceptions=False)
-            assert done.exit_code == 0, f"{line}\n{done.output}"
+    done = set()
+    for line in (line for page in RUN for line in commands(page) if line.startswith("manyheads ")):
+        arguments = tuple(shortened(full(shlex.split(line)[1:])))
+        if arguments not in done:
+            result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+        done.add(arguments)
+    for code in blocks(README, "python"):
+        exec(code, {})
     for name in ("labels.csv", "digits.csv"):
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 37
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """What a heading is called in a link, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(read(page)):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
 def named(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command that begins a line, and what is left of the line."""
     found, *rest = words
-    command = cli.commands[found]
+    command = cli.commands["fit" if found == "photos" else found]
     return named_in_group(command, rest) if isinstance(command, click.Group) else (command, rest)
 
 
@@ -107,9 +143,9 @@ def test_every_command_has_help_with_an_example_that_parses(command: click.Comma
     command.make_context(command.name, arguments, resilient_parsing=False)
 
 
-@pytest.mark.parametrize("page", [README, *map(read, PAGES)], ids=["README", *(page.name for page in PAGES)])
-def test_every_command_that_a_page_mentions_exists(page: str) -> None:
-    for line in set(re.findall(r"`manyheads ((?:store )?[a-z]+)", page)):
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_every_command_that_a_page_mentions_exists(page: Path) -> None:
+    for line in set(re.findall(r"`manyheads ((?:store )?[a-z]+)", read(page))):
         assert not named(line.split())[0].hidden, f"{line} is an old name"
 
 
@@ -124,8 +160,9 @@ def test_help_answers_without_the_heavy_libraries() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_readme_names_no_file_that_is_not_there() -> None:
-    for name in re.findall(r"`(configs/[a-z0-9_/]+\.yaml)`", README):
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_a_page_names_no_config_that_is_not_there(page: Path) -> None:
+    for name in re.findall(r"`(configs/[a-z0-9_/]+\.yaml)`", read(page)):
         assert (ROOT / name).is_file()
 
 

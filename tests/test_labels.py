@@ -40,6 +40,7 @@ from pipeline.heads.table import OF_LABELS, shares_of_labels
 from pipeline.heads.tuning import TuningRun, make_folds, tune
 from pipeline.report.per_label import label_scores
 from pipeline.stages import check, extract, predict, train_heads
+from pipeline.stages.estimators import Classifier
 
 Flags = NDArray[np.bool_]
 ABC = MultiLabel(("a", "b", "c"))
@@ -382,4 +383,7 @@ def test_predict_writes_labels_and_a_probability_of_each(
     shares = [float(row[f"probability_{name}"]) for name in ("bright", "red")]
     expected = [name for name, share, cut in zip(("bright", "red"), shares, bundle.target.thresholds, strict=True) if share >= cut]  # fmt: skip
     assert row["labels"] == "|".join(expected)
+    loaded = Classifier.load(experiment[0].output)
+    assert loaded.predict(tmp_path / "one.png").tolist() == [[int(name in expected) for name in loaded.classes_]]
+    np.testing.assert_allclose(loaded.predict_proba(tmp_path / "one.png"), [shares], atol=1e-6)
     assert any("label" in line and line.endswith(": 1") for line in run.summary_lines())

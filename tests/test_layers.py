@@ -32,6 +32,7 @@ from pipeline.heads.tuning.features import Standardised
 from pipeline.report.material import gather
 from pipeline.report.page import section
 from pipeline.stages import check, extract, maintenance, predict, train_heads
+from pipeline.stages.estimators import Classifier, best_estimator
 from pipeline.stages.train_heads import layers
 from pipeline.store import FeatureStore, StoredRows
 
@@ -121,7 +122,9 @@ def test_predict_says_what_the_saved_predictions_say_with_one_pass_of_each_netwo
         predict.run(folder, photos, output=tmp_path / "out.csv", top=1)
         with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
             assert [row["label"] for row in csv.DictReader(file)] == list(said.predicted)
-    assert loaded == ["resnet18", "resnet18"]
+        assert Classifier.load(folder).predict(photos).tolist() == list(said.predicted)
+        assert best_estimator(folder, store=files.stores).predict(photos).tolist() == list(said.predicted)
+    assert loaded.count("resnet18") == len(loaded)
 
 
 def test_a_bundle_names_its_parts_and_one_that_leads_out_is_refused(finished: Config) -> None:

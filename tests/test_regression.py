@@ -37,6 +37,7 @@ from pipeline.heads.table import OF_NUMBERS
 from pipeline.heads.tuning import TuningRun, make_folds, tune
 from pipeline.heads.tuning.records import Problem
 from pipeline.stages import check, extract, predict, train_heads
+from pipeline.stages.estimators import Regressor
 from pipeline.stages.train_heads.task import make_task
 
 Numbers = NDArray[np.float64]
@@ -263,6 +264,10 @@ def test_predict_writes_numbers_with_intervals_and_tells_what_is_out_of_range(
     dark, mid = csv.DictReader((tmp_path / "said.csv").read_text(encoding="utf-8").splitlines())
     assert float(mid["prediction_low"]) < float(mid["prediction"]) < float(mid["prediction_high"])
     assert float(dark["prediction"]) < float(mid["prediction"])
+    loaded = Regressor.load(experiment[0].output)
+    said = loaded.predict([tmp_path / "dark.png", tmp_path / "mid.png"])
+    np.testing.assert_allclose(said, [float(dark["prediction"]), float(mid["prediction"])], rtol=1e-6)
+    assert not hasattr(loaded, "predict_proba")
     marked = {row["prediction_note"] for row in (dark, mid)} - {""}
     assert all(f"  {note}: 1" in run.summary_lines() for note in marked)
 

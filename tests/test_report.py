@@ -7,25 +7,38 @@ import html
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from documents import rewrite
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from report_experiment import CLASSES, COPY, EMBEDDING, FLIPPED, ORIGINAL, OUTLIER, built_experiment, material, row
+from report_experiment import (
+    CLASSES,
+    COPY,
+    EMBEDDING,
+    FLIPPED,
+    ORIGINAL,
+    OUTLIER,
+    built_experiment,
+    material,
+    row,
+    words,
+)
 
 from pipeline import evaluation as metrics
 from pipeline import report
 from pipeline.data.classes import Classification
 from pipeline.errors import PipelineError
-from pipeline.evaluation import HeadPredictions, Predictions
+from pipeline.evaluation import HeadPredictions, Predictions, audit
 from pipeline.evaluation.leaderboard import Leaderboard, Nested, Seeds, judge
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.rows import Leaks, nested_choice
 from pipeline.experiment import Artifacts
-from pipeline.report import inputs
+from pipeline.report import browse, inputs
 from pipeline.report import material as materials
 from pipeline.report.charts import ranking_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
@@ -462,7 +475,7 @@ def test_page_has_every_section_and_chart(page: str):
         "outliers",
         "reproduce",
     ):
-        assert f'<section id="{name}">' in page
+        assert f' id="{name}">' in page
     for chart in ("leaderboard", "differences", "tuning", "confusion", "reliability", "learning_curve", "cost", "map"):
         assert f'data-chart="{chart}"' in page
 
@@ -516,6 +529,134 @@ def test_leaks_stand_above_the_table(gathered: Material, page: str):
     assert none.to_text() == dataclasses.replace(board, leaks=None).to_text()
 
 
+# The first screen, neighbours, cards
+
+
+def test_the_first_screen_says_what_to_use_how_sure_that_is_and_what_to_do_next(gathered: Material, page: str):
+    board, issues = gathered.leaderboard, gathered.label_issues.found
+    top = words(page.split('<section class="part" id="leaderboard">')[0].split("<body>")[1])
+    row = board.row(board.verdict.recommended)
+    assert f"Use {row.head} on {row.embedding}; " in top
+    assert f"Label new images manyheads predict {gathered.output} IMAGES --output labels.csv" in top
+    assert f"Look at {len(issues)} suspicious label" in top
+    assert (
+        "Keep copies on one side 1 of 60 test images is nearly the same as a training image, so the test is easier"
+        in top
+    )
+    recalls = {item.label: item for item in metrics.per_class(gathered.best.test)}
+    worst = min(recalls.values(), key=lambda item: item.recall)
+    right = round(worst.recall * worst.support)
+    assert re.search(rf"Label more of (.*?) It is known least: {right} of {worst.support} test images are right", top)
+    assert (
+        f"With twice as many, ridge is expected to be right on about {100 * gathered.curve.forecast[0].predicted:.1f} %"
+        in top
+    )
+    assert (
+        f"Try another network No network of this leaderboard does better than what needs none; others may. manyheads shortlist {gathered.output / 'config.yaml'}"
+        in top
+    )
+
+
+def test_every_link_of_the_page_leads_somewhere(page: str):
+    ids = set(re.findall(r'\bid="([^"]*)"', page))
+    links = set(re.findall(r'<a href="#([^"]*)"', page))
+    assert {"labels", "near-duplicates", "classes", "cost", "map"} <= links <= ids
+
+
+def test_a_head_has_one_spelling_on_the_whole_page(page: str):
+    assert "logistic_regression" in words(page)
+    assert "logistic regression" not in words(page).lower()
+    assert "nearest centroid" not in words(page)
+
+
+def data_of(page: str) -> dict:
+    found = re.search(r'<script type="application/json" id="images">(.*?)</script>', page, flags=re.DOTALL)
+    assert found is not None
+    return json.loads(found.group(1))
+
+
+def test_images_have_their_nearest_neighbours_and_what_was_said_of_them(gathered: Material, page: str):
+    data, view, best = data_of(page), gathered.view, gathered.best
+    assert view is not None
+    assert best is not None
+    place = {path: number for number, path in enumerate(data["paths"])}
+    assert data["paths"][data["near"][place[COPY]][0]] == ORIGINAL
+    X = audit.project(view.features)
+    for path in data["paths"][::37]:
+        away = np.linalg.norm(X - X[view.images.paths.tolist().index(path)], axis=1)
+        nearest = view.images.paths[np.argsort(away, kind="stable")[1:7]].tolist()
+        assert [data["paths"][number] for number in data["near"][place[path]]] == nearest
+    for part in (best.test, best.out_of_fold):
+        for path, said, right in zip(part.paths.tolist(), part.predicted.tolist(), part.correct.tolist(), strict=True):
+            assert (data["said"][place[path]], data["right"][place[path]]) == (said, int(right))
+    assert [data["classes"][codes[0]] for codes in data["codes"]] == data["labels"]
+
+
+def test_a_page_carries_so_many_images_at_most_and_says_so(gathered: Material, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(materials, "MOST_DOTS", 40)
+    monkeypatch.setattr(browse, "MOST_INSIDE", 70)
+    found = dataclasses.replace(gathered)
+    data = browse.carried(found, [COPY, OUTLIER])
+    assert data is not None
+    assert data["dots"] == 40 == len(found.map.rows)
+    assert len(data["paths"]) == len(set(data["paths"])) <= 70
+    assert {COPY, OUTLIER, ORIGINAL} <= set(data["paths"])
+    assert data["total"] == 180
+    assert max(max(near) for near in data["near"]) < len(data["paths"])
+
+
+def test_umap_draws_the_map_where_it_is_installed_and_the_page_says_which(
+    gathered: Material, monkeypatch: pytest.MonkeyPatch
+):
+    assert gathered.map.method == "PCA"
+    assert "PCA of all 180 images" in words(section("map", gathered))
+    given = {}
+
+    class Umap:
+        def __init__(self, **options: object) -> None:
+            given.update(options)
+
+        def fit_transform(self, X: np.ndarray) -> np.ndarray:
+            return X[:, [1, 0]].astype(np.float64)
+
+    monkeypatch.setattr(materials, "umap_is_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Umap))
+    other = dataclasses.replace(gathered)
+    assert other.map.method == "UMAP"
+    assert given == {"random_state": 0, "n_jobs": 1}
+    assert np.array_equal(other.map.points, gathered.map.points[:, [1, 0]])
+    assert "UMAP of all 180 images" in words(section("map", other))
+
+
+def test_a_card_beside_each_bundle_says_what_it_is_from_stored_facts(gathered: Material):
+    board = gathered.leaderboard
+    texts = {
+        row.key: (gathered.output / row.bundle / "MODEL_CARD.md").read_text(encoding="utf-8") for row in board.rows
+    }
+    text, best = texts[board.best.key], board.best
+    low, high = (100 * end for end in best.test.interval)
+    for said in (
+        f"# Model card: `{best.head}` on `{best.embedding}`",
+        "which of 3 classes it is of",
+        "Its network is untrained",
+        "120 training and 60 test images",
+        f"| accuracy, % | {100 * best.test.accuracy:.1f} [{low:.1f}, {high:.1f}] |",
+        f"accuracy {100 * best.cv_mean:.1f} ± {100 * best.cv_std:.1f}",
+        "nobody's licence holds",
+        f"manyheads predict {gathered.output} IMAGES --output labels.csv",
+        "runs no code when it is loaded",
+        "- Leak: 1 of 60 test images is nearly the same as a training image",
+        str(board.provenance["index"])[:16],
+    ):
+        assert said in text
+    counts = re.findall(r"^\| (.*) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert [name for name, *_ in counts] == sorted(CLASSES)
+    assert sum(int(train) for _, train, _ in counts) == 120
+    assert "a floor, no model" in texts["majority/most_frequent"]
+    other = next(row for row in board.rows if row.key not in (best.key, "majority/most_frequent"))
+    assert f"manyheads predict {gathered.output / other.bundle} IMAGES" in texts[other.key]
+
+
 def test_page_is_the_same_when_made_again(experiment: Path, page: str):
     assert render(gather(experiment)) == page
 
@@ -540,10 +681,8 @@ def test_plots_for_papers_are_written(experiment: Path):
 
 
 def test_map_data_names_every_dot(page: str):
-    found = re.search(r'<script type="application/json" id="map-data">(.*?)</script>', page, flags=re.DOTALL)
-    assert found is not None
-    data = json.loads(found.group(1))
-    assert len(data["paths"]) == len(data["codes"]) == 180
+    data = data_of(page)
+    assert data["dots"] == len(data["paths"]) == len(data["codes"]) == len(data["near"]) == 180
     assert data["classes"] == sorted(CLASSES)
     map_svg = next(svg for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) if 'data-chart="map"' in svg)
     assert map_svg.count("<use") == 180
@@ -752,6 +891,7 @@ def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
         "report.html",
         "plots/confusion.png",
         "audit/outliers.csv",
+        f"heads/{EMBEDDING}/logistic_regression/MODEL_CARD.md",
         "report.json",
     ],
 )

@@ -41,7 +41,20 @@ EXAMINE = """<script>
 addEventListener("load", () => {
   const box = (element) => { const { width, height } = element.getBoundingClientRect(); return [width, height]; };
   const found = { problems, ready: document.documentElement.dataset.ready, theme: document.documentElement.dataset.theme };
+  const folded = [...document.querySelectorAll("details")];
+  found.folded = folded.map((part) => part.open);
+  dispatchEvent(new Event("beforeprint"));
+  found.printed = folded.map((part) => part.open);
+  dispatchEvent(new Event("afterprint"));
+  found.after = folded.map((part) => part.open);
+  found.screen = { next: document.querySelector(".next ol").getBoundingClientRect().bottom, height: innerHeight };
+  folded.forEach((part) => { part.open = true; });
   found.charts = Object.fromEntries([...document.querySelectorAll("svg.chart")].map((svg) => [svg.dataset.chart, box(svg)]));
+  found.letters = [...document.querySelectorAll("svg.chart text")].map((text) => {
+    const svg = text.ownerSVGElement;
+    return parseFloat(getComputedStyle(text).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  });
+  found.scrolls = [...document.querySelectorAll(".scroll")].map((part) => [part.scrollWidth > part.clientWidth, getComputedStyle(part).backgroundImage.split("linear-gradient").length - 1]);
   found.overflow = document.documentElement.scrollWidth - innerWidth;
   found.background = getComputedStyle(document.body).backgroundColor;
   found.ink = getComputedStyle(document.querySelector("h1")).color;
@@ -55,15 +68,30 @@ addEventListener("load", () => {
   const map = document.querySelector('[data-chart="map"]');
   map.scrollIntoView();
   const dots = map.querySelectorAll('[id$="-dots"] use');
-  const data = JSON.parse(document.getElementById("map-data").textContent);
+  const data = JSON.parse(document.getElementById("images").textContent);
   found.dots = dots.length;
   over(dots[7], "pointermove");
   const thumb = tip.querySelector(".thumb");
   found.hover = { shown: shown(), text: tip.textContent, image: thumb && thumb.style.backgroundImage.slice(0, 30), paths: data.paths };
   const sheet = new Image();
+  const dialog = document.getElementById("image");
+  const inside = () => [...dialog.querySelectorAll("figure figcaption b")].map((name) => name.textContent);
+  document.querySelector("#mistakes .frame, #labels .frame").dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+  found.opened = { open: dialog.open, neighbours: inside(), focus: document.activeElement.className };
+  dialog.querySelector("figure .frame").click();
+  found.walkedOn = { open: dialog.open, text: dialog.querySelector(".about").textContent };
+  dialog.close();
+  const facet = (name) => document.querySelector(`#map .facets select[aria-label="${name}"]`);
+  const browse = () => [...document.querySelectorAll("#browse figure")].map((figure) => figure.textContent);
+  const choose = (name, value) => { facet(name).value = value; facet(name).dispatchEvent(new Event("change")); };
+  found.browse = { all: browse().length, options: [...facet("Mistake").options].map((option) => option.value) };
+  choose("Split", "test"); choose("Answer", "wrong");
+  found.browse.wrong = browse();
+  found.browse.count = document.querySelector("#map .facets [role=status]").textContent;
+  choose("Split", ""); choose("Answer", "");
   document.querySelectorAll("#map-classes button")[1].click();
   found.faded = [...dots].filter((dot) => dot.style.opacity).length;
-  found.others = data.codes.filter((code) => code !== 1).length;
+  found.others = data.codes.filter((codes) => !codes.includes(1)).length;
   const bar = document.querySelector('[data-chart="leaderboard"] .tip');
   over(bar, "pointerover");
   found.bar = { shown: shown(), text: tip.textContent };
@@ -90,17 +118,14 @@ addEventListener("load", () => {
   press(cells[1], "Escape");
   found.escaped = !shown();
   press(map, "ArrowRight");
-  found.walked = { shown: shown(), text: tip.textContent, paths: data.paths.filter((_, dot) => data.codes[dot] === 1) };
-  const folded = [...document.querySelectorAll("details")];
-  found.folded = folded.map((part) => part.open);
-  dispatchEvent(new Event("beforeprint"));
-  found.printed = folded.map((part) => part.open);
-  dispatchEvent(new Event("afterprint"));
-  found.after = folded.map((part) => part.open);
+  found.walked = { shown: shown(), text: tip.textContent, paths: data.paths.filter((_, dot) => data.codes[dot].includes(1)) };
+  folded.forEach((part) => { part.open = false; });
+  document.querySelector('nav a[href="#classes"]').click();
   document.getElementById("theme").click();
   found.toggled = document.documentElement.dataset.theme;
   sheet.onload = () => {
     found.sheet = [sheet.naturalWidth, sheet.naturalHeight];
+    found.unfolded = folded.filter((part) => part.open).map((part) => part.querySelector(":scope > [id]").id);
     parent.postMessage(JSON.stringify(found), "*");
   };
   sheet.src = data.sheet;
@@ -233,6 +258,39 @@ def test_a_phone_shows_the_score_with_its_interval_without_scrolling(narrow):
     assert score["right"] <= 390
 
 
+def test_the_first_screen_says_what_to_do_next(wide):
+    assert wide[0]["screen"]["next"] < wide[0]["screen"]["height"]
+
+
+def test_letters_of_charts_can_be_read_on_a_phone_and_wide_tables_show_that_they_scroll(wide, narrow):
+    for found, _ in (wide, narrow):
+        assert min(found["letters"]) >= 10
+        assert all(shadows == 4 for _, shadows in found["scrolls"])
+    assert any(wider for wider, _ in narrow[0]["scrolls"])
+
+
+def test_a_link_opens_the_part_that_it_leads_to(wide):
+    assert wide[0]["unfolded"] == ["classes"]
+
+
+def test_an_image_that_is_pressed_shows_its_neighbours_and_these_theirs(wide, narrow):
+    for found, _ in (wide, narrow):
+        assert found["opened"]["open"]
+        assert found["opened"]["focus"] == "close"
+        assert len(found["opened"]["neighbours"]) == 6
+        assert found["walkedOn"]["open"]
+        assert found["walkedOn"]["text"].startswith(found["opened"]["neighbours"][0])
+
+
+def test_the_gallery_is_filtered_by_split_and_answer(wide):
+    found = wide[0]["browse"]
+    assert found["all"] == 48
+    assert found["count"] == f"{len(found['wrong'])} of 180"
+    assert 0 < len(found["wrong"]) < 30
+    assert all("test" in text and "said" in text for text in found["wrong"])
+    assert any(" → " in option for option in found["options"])
+
+
 def test_what_a_finger_showed_stays_until_it_touches_elsewhere(wide):
     found, _ = wide
     assert not found["mouse"]
@@ -253,6 +311,6 @@ def test_the_keyboard_stops_once_at_a_chart_and_walks_its_marks(wide):
 def test_paper_shows_what_the_screen_folds_away(wide):
     found, _ = wide
     assert not any(found["folded"])
-    assert len(found["printed"]) >= 3
+    assert len(found["printed"]) >= 12
     assert all(found["printed"])
     assert found["after"] == found["folded"]

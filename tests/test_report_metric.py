@@ -58,9 +58,10 @@ def test_of_accuracy_the_page_says_what_it_always_said(pages):
     assert best is not None
     low, high = (100 * end for end in best.interval)
     for said in (
-        f"Best by cross-validation {board.best.head.replace('_', ' ')} on {board.best.embedding}",
+        f"Use {board.best.head} on {board.best.embedding}; the best by cross-validation Its test accuracy",
         f"Its test accuracy {100 * best.accuracy:.1f} % {low:.1f} to {high:.1f} {best.correct} of {best.n} right, 95 % interval",
-        "of 3 rows may be as good as the best Recommended",
+        "of 3 rows may be as good as the best Of 100 images",
+        f"Of 100 images like these it labels about {100 * best.accuracy:.0f} right. 60 test images show that it is between {low:.0f} and {high:.0f}",
         f"Use {board.verdict.recommended} ; 2 rows are as good as 120 images can show.",
         "± is the standard deviation of the folds' scores: how they differ, and no interval of the score.",
         "Ordered by cross-validation on the training images; test images choose nothing.",
@@ -85,7 +86,7 @@ def test_of_accuracy_the_page_says_what_it_always_said(pages):
 def test_the_page_names_another_score_wherever_it_shows_it(pages, scoring: str):
     (board, page), name = pages[scoring], NAMES[scoring]
     text, loss = words(page), scoring == "log_loss"
-    assert f"Best by cross-validated {name} " in text
+    assert f"the best by cross-validated {name} " in text
     assert f"may be as good as the best by {name}" in text
     assert f"Its test {name}{', lower is better' if loss else ''} " in text
     assert "Its test accuracy" not in text
@@ -176,11 +177,11 @@ def behind(scoring: str) -> tuple[Difference, dict]:
     ("scoring", "tip", "label"),
     [
         ("accuracy", "-3.1 points [-7.3, +1.0]", "percentage points from the best row, out of fold"),
-        ("macro_f1", "macro F1 -3.1 points [-7.3, +1.0]", "macro F1, percentage points from the best row, out of fold"),
+        ("macro_f1", "macro F1 -3.1 points [-7.3, +1.0]", "macro F1, points from the best row, out of fold"),
         (
             "balanced_accuracy",
             "balanced accuracy -3.1 points [-7.3, +1.0]",
-            "balanced accuracy, percentage points from the best row, out of fold",
+            "balanced accuracy, points from the best row, out of fold",
         ),
         ("log_loss", "log loss +0.031 nats [-0.010, +0.073]", "log loss, nats above the best row's, out of fold"),
     ],

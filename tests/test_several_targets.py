@@ -19,11 +19,12 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.data.scan import scan
 from pipeline.embed import loader
-from pipeline.errors import ConfigError, PipelineError, StoreError
+from pipeline.errors import BundleError, ConfigError, PipelineError, StoreError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.images import open_file
 from pipeline.stages import extract, maintenance, predict, shortlist, targets
+from pipeline.stages.estimators import Classifier
 
 SPECIES, SIZE = "species", "size/../x"
 """The name of a column may hold what no folder may be called."""
@@ -132,6 +133,8 @@ def test_one_predict_fills_all_columns_and_reads_each_image_once(
         assert result.labels[name] == alone.labels[""]
     assert result.unreadable == 1
     assert [row[2:] for row in rows if row[1] != "ok"] == [[""] * 8]
+    with pytest.raises(BundleError, match="has 2 targets, each in a folder of its own; load one of these"):
+        Classifier.load(output)
 
 
 def test_the_stores_commands_know_of_all_targets(several: tuple[Config, str], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.evaluation import METRICS, HeadPredictions, Predictions
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.export import bundle as bundles
 from pipeline.stages import extract, predict, train_heads
+from pipeline.stages.estimators import Classifier
 from pipeline.stages.train_heads.vote import Voter, _chosen, _mean
 
 ACCURACY = METRICS["accuracy"]
@@ -130,6 +131,12 @@ def test_predict_embeds_with_every_network_and_says_the_mean(voted, tmp_path):
     assert marked.strangers[""].counts["images"] == len(said["vote"])
     mean = (said["0"] + said["1"]) / 2
     np.testing.assert_allclose(said["vote"], vote.calibrated(mean, "probability"), atol=2e-5)
+    paths = sorted(photos.rglob("*.png"))
+    loaded = Classifier.load(folder)
+    np.testing.assert_allclose(loaded.predict_proba(paths), said["vote"], atol=2e-6)
+    assert (
+        loaded.fit(paths, [path.parent.name for path in paths]).score(paths, [path.parent.name for path in paths]) > 0.5
+    )
 
 
 def test_a_member_that_was_exchanged_is_told(voted, tmp_path):

@@ -6,9 +6,11 @@ yaml12.py     YAML by the rules of version 1.2
 retired.py    keys of earlier versions
 """
 
-from pipeline.config.reading import dump_yaml, load, parse
+from pipeline.config.reading import Overrides, dump_yaml, load, parse
 from pipeline.config.sections import (
+    ARCHIVES,
     LOCAL_DIR,
+    NO_LABELS,
     OWN,
     TIMM_NAMES,
     TIMM_PREFIX,
@@ -27,6 +29,7 @@ from pipeline.config.sections import (
     guess,
     names_code,
     names_timm,
+    source_of,
     unknown,
 )
 from pipeline.config.yaml12 import read_yaml

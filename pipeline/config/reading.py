@@ -13,19 +13,27 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.retired import without_retired
-from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess
+from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess, source_of
 from pipeline.config.yaml12 import parse_yaml, read_yaml
 from pipeline.errors import ConfigError, number_of
 from pipeline.io.imports import look_in
+from pipeline.io.remote import address_of
 
 LONGEST_SHOWN = 200
 """Characters of a wrong value that an error shows."""
 
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""`a.b=c` as `--set` takes them, or the values by their keys: `{"a.b": c}`, `{"a__b": c}` or `{"a": {"b": c}}`."""
+
+
 def load(
-    path: Path, overrides: Sequence[str] = (), names: Names | None = None, of_photos: Mapping[str, Any] | None = None
+    given: Path | Config,
+    overrides: Overrides = (),
+    names: Names | None = None,
+    of_photos: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Read and validate a config file with `--set a.b=c` overrides applied; or the config of a folder of photos, `of_photos`.
+    """Read and validate a config file with overrides applied; or the config of photos in a folder, an archive or a table, `of_photos`.
 
     Paths in the file are relative to its folder, those of overrides to the working folder; the config has them all relative to
     the working folder. `names` are the words of the tables; without them any word passes here.
@@ -35,12 +43,20 @@ def load(
     ConfigError
         With one line for every problem: where it is, what was found, what is allowed, and a guess.
     """
-    if of_photos is not None and path.is_dir():
-        raw = {**of_photos, "dataset": {"source": "folder", "path": str(path)}}
+    if isinstance(given, Config) and not overrides:
+        return given
+    path = Path("the config") if isinstance(given, Config) else given
+    source = "folder" if path.is_dir() else source_of(str(path))
+    if isinstance(given, Config):
+        raw = given.model_dump(mode="json")
+    elif of_photos is not None and source is not None:
+        raw = {**of_photos, "dataset": {"source": source, "path": address_of(path) or str(path)}}
     else:
         raw = read_yaml(path)
         _seen_from_here(raw, path)
-    for override in overrides:
+    if isinstance(overrides, Mapping):
+        _put_all(raw, (), overrides)
+    for override in () if isinstance(overrides, Mapping) else overrides:
         _apply(raw, override)
     config = parse(raw, str(path), names)
     stores = config.store or str(Path(config.output).parent / "features")
@@ -120,7 +136,9 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]
     for section, key, where in places:
         path = section.get(key) if isinstance(section, dict) else None
         prefix = LOCAL_DIR if key == "name" else ""
-        if isinstance(path, str) and path and not os.path.isabs(os.path.expanduser(path.removeprefix(prefix))):
+        if not isinstance(path, str) or not path or address_of(path) or path.startswith("file://"):
+            continue
+        if not os.path.isabs(os.path.expanduser(path.removeprefix(prefix))):
             yield section, key, prefix, where
 
 
@@ -132,7 +150,20 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{origin}: expected key.key=value, such as tuning.trials=8")
     kinds = _kinds_at(keys)
     literal = kinds and all(kind is str or isinstance(kind, str) for kind in kinds) and text not in ("null", "~", "")
-    value = text if literal else parse_yaml(text, origin)
+    _put(raw, keys, text if literal else parse_yaml(text, origin), origin)
+
+
+def _put_all(raw: dict[str, Any], above: tuple[str, ...], values: Mapping[str, Any]) -> None:
+    """Put values into the raw config by their keys; a mapping that is given for a section changes only the keys it has."""
+    for key, value in values.items():
+        keys = (*above, *key.replace("__", ".").split("."))
+        if isinstance(value, Mapping) and _section_of(_kinds_at(keys)) is not None:
+            _put_all(raw, keys, value)
+        else:
+            _put(raw, keys, str(value) if isinstance(value, os.PathLike) else value, f"{'.'.join(keys)}={value!r}")
+
+
+def _put(raw: dict[str, Any], keys: Sequence[str], value: Any, origin: str) -> None:
     target: Any = raw
     for position, key in enumerate(keys):
         here = ".".join(keys[:position])

@@ -21,17 +21,25 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.io.remote import address_of
+
 LARGEST = 2**53
 """The largest whole number of a config: beyond it floats are no longer exact."""
 
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
 """Endings of weights files."""
 
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+"""Endings of archives that are read as folders are."""
+
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
 """Where a network may compute."""
 
 OWN = "own"
 """What the weights of a network of the user's own are called."""
+
+NO_LABELS = "none"
+"""What `dataset.target` is called where images have no labels, or none that matter."""
 
 What = Literal["head", "baseline", "score", "target"]
 Names = Mapping[What, Sequence[str]]
@@ -95,6 +103,14 @@ def guess(word: str, allowed: Sequence[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def source_of(path: str) -> str | None:
+    """Return `dataset.source` for data that are called so: an archive, a table, a remote folder; None for a config or a folder."""
+    if path.lower().endswith((".parquet", ".csv")):
+        return "manifest"
+    is_config = path.lower().endswith((".yaml", ".yml"))
+    return "folder" if path.lower().endswith(ARCHIVES) or (address_of(path) and not is_config) else None
+
+
 def unknown(what: str, word: str, allowed: Sequence[str], besides: str = "") -> str:
     """Say that a table has no such word, which is the closest, and which there are."""
     return f"unknown {what} {word!r}{guess(word, allowed)}; allowed: {', '.join(allowed)}{besides}"
@@ -142,7 +158,8 @@ class DatasetConfig(Section):
 
     source: Literal["digits", "folder", "manifest", "torchvision"] = "digits"
     path: str | None = None
-    """A folder of class folders, a manifest file, or the folder a torchvision data set is downloaded to."""
+    """A folder of class folders, or an archive of such, also remote; a manifest file, or the folder a torchvision data set is
+    downloaded to."""
     name: str | None = None
     """The torchvision data set's class name, such as `CIFAR10`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -169,13 +186,14 @@ class DatasetConfig(Section):
     """What is said of an image, for all columns of labels or by their names: `classification` is one class, `regression` a number,
     several where there are several columns, `multilabel` any number of labels, with `|` between them or from several columns of
     0 and 1; `auto` is one class too, but stops where labels look like a number to predict, like
-    several labels, or like a name for every image."""
+    several labels, or like a name for every image; with `none` images need no labels, and nothing is learned."""
 
     @field_validator("target")
     @classmethod
     def _known(cls, value: str | dict[str, str], info: ValidationInfo) -> str | dict[str, str]:
         for word in [value] if isinstance(value, str) else value.values():
-            _in_table("target", word, info)
+            if value != NO_LABELS:
+                _in_table("target", word, info, f", or {NO_LABELS} for images without labels")
         return value
 
     @model_validator(mode="after")
@@ -305,6 +323,7 @@ class HeadConfig(Section):
 
 
 _UNITS = {"MB": 10**6, "GB": 10**9}
+_SECONDS, _TIME = {"s": 1, "m": 60, "h": 3600}, re.compile(r"\d+(\.\d+)?[smh]")
 
 
 class TuningConfig(Section):
@@ -315,6 +334,9 @@ class TuningConfig(Section):
     """Trials per head."""
     seconds: float | None = Field(None, gt=0)
     """Time per head instead of a number of trials."""
+    budget: str | None = None
+    """Time for all searches together, such as `10m` (or `90s`, `1h`): every head has as many of the `trials` as fit into it, all heads
+    the same number, and at least one."""
     folds: int = Field(5, ge=2)
     scoring: str = "auto"
     """What is searched, ranked and compared by: a row of the table of metrics; `auto` is the first that suits the target."""
@@ -338,6 +360,18 @@ class TuningConfig(Section):
     def memory_bytes(self) -> int | None:
         """The limit in bytes; None for `auto`."""
         return None if self.memory == "auto" else int(float(self.memory[:-2]) * _UNITS[self.memory[-2:]])
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """The budget in seconds; None where there is none."""
+        return None if self.budget is None else float(self.budget[:-1]) * _SECONDS[self.budget[-1]]
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _a_time(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and _TIME.fullmatch(value) and float(value[:-1]) > 0):
+            return value
+        raise ValueError(f"expected a time above 0 such as '90s', '10m' or '1.5h', got {value!r}")
 
     @field_validator("scoring")
     @classmethod
@@ -363,6 +397,12 @@ class TuningConfig(Section):
             hint = f"; write '{value}GB' or '{value}MB'" if number else ""
             raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}{hint}")
         return value
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> TuningConfig:
+        if self.budget is not None and self.seconds is not None:
+            raise ValueError("budget: is for all heads together, and seconds for each; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _whitening_needs_components(self) -> TuningConfig:
@@ -512,4 +552,6 @@ def _name_of_the_data(section: Any) -> str:
     if not isinstance(path, str):
         return str(found.get("source", "digits"))
     real = Path(os.path.realpath(os.path.expanduser(path)))
-    return (real.stem if real.suffix.lower() in {".csv", ".parquet"} else real.name) or "images"
+    name = real.parent.name if re.search(r"[*{]", real.name) else real.name
+    ending = next((end for end in (".csv", ".parquet", *ARCHIVES[::-1]) if name.lower().endswith(end)), "")
+    return name[: len(name) - len(ending)] or "images"

@@ -31,7 +31,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}); give an existing config file, such as configs/digits.yaml"
         ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; a config is a YAML file") from None
+        raise ConfigError(
+            f"{path}: is not UTF-8 text; a config is a YAML file, and images are given as a folder that holds one for each class"
+        ) from None
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds {type(raw).__name__}, expected keys such as 'backbones:' and 'heads:'")

@@ -100,6 +100,10 @@ class Classification:
         present, codes = np.unique(y, return_inverse=True)
         return Classification(tuple(map(str, present))), codes.astype(np.int64), present
 
+    def anew(self, y: NDArray[Any]) -> tuple[Classification, NDArray[np.int64]]:
+        """Return the target of other labels y, of any dtype and shape (n,), and what an estimator is fitted on: int64 of shape (n,)."""
+        return self.narrowed(y)[:2]
+
     def unnarrowed(self, codes: NDArray[np.int64], present: NDArray[Any]) -> NDArray[Any]:
         """Return the values of y, of its dtype, for codes that `narrowed` made, int64: both of shape (n,)."""
         return present[codes]

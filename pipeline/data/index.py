@@ -22,11 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
+from pipeline.config import NO_LABELS
 from pipeline.data.match import Texts, encode, leakage_units, texts
 from pipeline.errors import DatasetError
 from pipeline.experiment import INDEX, from_cell, read_document, to_cell, write_document
 from pipeline.io.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
 from pipeline.io.files import NOT_ORDINARY, make_folder, read_file, write_atomic
+from pipeline.io.remote import address_of
 
 INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
@@ -36,7 +38,8 @@ BEFORE, LABEL, AFTER = ("path",), "label", ("split", "group", "digest", "size")
 SEPARATOR = "|"
 """Between the labels of an image that may have several, whatever stands there in the source."""
 
-SPLITS = ("train", "validation", "test", "excluded")
+EXCLUDED = "excluded"
+SPLITS = ("train", "validation", "test", EXCLUDED)
 
 _RUNS = r"^[=+\-@\t\r']"
 """What `to_cell` looks for."""
@@ -105,6 +108,8 @@ class DatasetIndex:
 
         kinds : for each column of labels, or one that is of all of them
         """
+        if tuple(kinds) == (NO_LABELS,):
+            return
         if len(kinds) == 1:
             yield "", kinds[0], self.rows(self.has_labels(kinds[0]))
             return
@@ -153,7 +158,8 @@ class DatasetIndex:
         rows, path = _to_csv(self), folder / INDEX_FILE
         digests = [bytes_digest(rows), *([bytes_digest(path.read_bytes())] if path.is_file() else [])]
         made = None if plan is None else asdict(plan)
-        record = {"root": str(self.root), "source": source, "made_splits": made, "rows": digests}
+        root = address_of(self.root) or str(self.root)
+        record = {"root": root, "source": source, "made_splits": made, "rows": digests}
         write_document(folder / INDEX_RECORD, INDEX, record)
         write_atomic(path, rows)
 

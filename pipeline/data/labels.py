@@ -154,6 +154,11 @@ class MultiLabel:
         """Return the target, y of shape (n, k), and the places of its labels: a label that nobody has is learned as such."""
         return self, y, np.arange(self.width)
 
+    def anew(self, y: NDArray[Any]) -> tuple[MultiLabel, NDArray[np.int64]]:
+        """Return the target of other labels, of which y has a column of 0 and 1 each, and what an estimator is fitted on: (n, k)."""
+        names = self.classes if y.shape[1] == self.width else tuple(map(str, range(y.shape[1])))
+        return MultiLabel(names), self.learned(y > 0)
+
     def unnarrowed(self, y: Flags, present: NDArray[np.int64]) -> Flags:
         """Return y as it is."""
         return y

@@ -12,23 +12,30 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DatasetConfig, guess, parse
+from pipeline.config import NO_LABELS, DatasetConfig, guess, parse
 from pipeline.data.failures import noticed, shown
-from pipeline.data.index import LABEL, SEPARATOR
+from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
 from pipeline.data.listing import SPLIT_NAMES, Listing
+from pipeline.data.shards import archives_of, table_of_images
+from pipeline.data.walk import is_folder
 from pipeline.errors import DatasetError, first
-from pipeline.images import stat_of
+from pipeline.images import Refused, Stat, entries, forget, image_columns, opened, read_elsewhere, stat_of
 from pipeline.io.files import make_folder, write_atomic
+from pipeline.io.remote import address_of
 
 MOST_PROBLEMS = 50
 """Lines shown of one error."""
 
 LONGEST_PATH = 4096
+
+SPLITS = {**SPLIT_NAMES, EXCLUDED: EXCLUDED}
+"""How a split may be called; images of the last stay out."""
 
 Row = tuple[str, list[str]]
 """Where a row stands ('line 7'), and its path, split, group and labels; '' for a column that is not there."""
@@ -48,13 +55,36 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
     import pyarrow as pa
     import pyarrow.parquet
 
-    _require_file(path)
-    if path.suffix.lower() != ".parquet":
+    for place in (path, config.root):
+        forget(str(place))
+    folder, names = archives_of(path, (".parquet",))
+    files = [folder / name for name in names] or [path]
+    _require_file(files[0])
+    if files[0].suffix.lower() != ".parquet":
         return _listing(path, partial(_csv_rows, path), config)
     try:
-        return _listing(path, partial(_table_rows, pyarrow.parquet.read_table(path), config), config)
+        with opened(str(files[0])) as file:
+            schema = pyarrow.parquet.read_schema(file)
+        images = image_columns(schema)
+        if config.path_column in images or (images and config.path_column is None and "path" not in schema.names):
+            if config.path_column is None and len(images) > 1:
+                raise DatasetError(
+                    f"{path}: has images in {', '.join(images)}; dataset.path_column names the one to read"
+                )
+            column, root = config.path_column or images[0], folder if names else path.parent
+            table = table_of_images(root, names or [path.name], column)
+            config = config.model_copy(update={"path_column": column, "root": str(root)})
+        elif names:
+            raise DatasetError(
+                f"{folder}: its Parquet files have no column of images; expected one of bytes, or of a struct with bytes"
+            )
+        else:
+            with opened(str(path)) as file:
+                table = pyarrow.parquet.read_table(file)
+        return _listing(path, partial(_table_rows, table, config), config)
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise DatasetError(f"{path}: cannot be read as Parquet ({reason})") from None
 
 
 def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
@@ -88,13 +118,14 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
 
 def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], config: DatasetConfig) -> Listing:
     """Take in the rows that `read` yields; it adds to the problems that are told together."""
-    root = origin.parent if config.root is None else Path(config.root).expanduser()
-    if not root.is_dir():
+    root = origin.parent if config.root is None else Path(config.root.removeprefix("file://")).expanduser()
+    if not is_folder(root):
         raise DatasetError(f"{root}: there is no such folder; set dataset.root to the one that holds the images")
-    listing = Listing(root, names=config.label_columns if len(config.label_columns) > 1 else (LABEL,))
+    labelled = config.target != NO_LABELS
+    listing = Listing(root, names=config.label_columns if labelled and len(config.label_columns) > 1 else (LABEL,))
     problems: list[str] = []
     inside = "the manifest's folder" if config.root is None else str(root)
-    roots = {f"{os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
+    roots = {f"{address_of(root) or os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
     several = [kind == "multilabel" for kind in config.kinds]
     # Several columns that are one target say 0 or 1, and hold no lists.
     lists = any(several) and len(several) == len(config.label_columns)
@@ -113,19 +144,20 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
                 _joined(label.split(separator)) if split else label
                 for label, split in zip(labels, several, strict=True)
             ]
-        found = [*_path_problems(name, inside), *_label_problems(labels, any(several))]
+        labels = labels or [""]
+        found = [*_path_problems(name, inside), *_label_problems(labels, any(several) or not labelled)]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")
-        if split and split.lower() not in SPLIT_NAMES:
-            found.append(f"unknown split {split!r}, expected train, validation or test")
+        if split and split.lower() not in SPLITS:
+            found.append(f"unknown split {split!r}, expected train, validation, test or {EXCLUDED}")
         seen.setdefault(name, where)
         problems += [f"{where}: {problem}" for problem in found]
         if not split and not found:
             unsplit.append(where)
         listing.paths.append(name)
         listing.labels.append(labels[0] if len(labels) == 1 else tuple(labels))
-        splits.append(SPLIT_NAMES.get(split.lower(), ""))
+        splits.append(SPLITS.get(split.lower(), ""))
         groups.append(group)
     if any(splits):
         listing.splits = splits
@@ -146,7 +178,7 @@ def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Seque
         ("path_column", config.path_column or "path", True),
         ("split_column", config.split_column or "split", config.split_column is not None),
         ("group_column", config.group_column or "group", config.group_column is not None),
-        *(("label_columns", name, True) for name in config.label_columns),
+        *(("label_columns", name, True) for name in config.label_columns if config.target != NO_LABELS),
     ]
     found: list[int | None] = []
     problems = []
@@ -210,6 +242,9 @@ def _refuse(path: Path, problems: Sequence[str], count: int | None = None) -> No
 
 def _require_file(path: Path) -> None:
     if not path.exists():
+        with suppress(OSError):  # in an archive, or remote
+            read_elsewhere(str(path), 1)
+            return
         raise DatasetError(
             f"{path}: there is no such manifest; set dataset.path to a CSV or Parquet file with columns path,label"
         )
@@ -223,7 +258,7 @@ def _require_file(path: Path) -> None:
 
 def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[Row]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(opened(str(path)), encoding="utf-8-sig", newline="") as file:
             first_line = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",;\t", key=first_line.count), strict=True)
@@ -270,33 +305,52 @@ def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: lis
 
 def _find_files(listing: Listing, follow_symlinks: bool) -> None:
     """Keep the rows whose file is there; the others are failures."""
-    inside = os.path.realpath(listing.root)
-    folders: dict[str, str | None] = {}
+    look = _whereabouts(listing.root, follow_symlinks)
     kept = []
     for row, path in enumerate(listing.paths):
+        try:
+            found = look(path)
+        except (FileNotFoundError, NotADirectoryError):
+            found = Refused("missing", "there is no such file")
+        except (OSError, UnicodeEncodeError) as error:
+            found = Refused("unreadable", f"it cannot be read: {getattr(error, 'strerror', None) or error}")
+        if isinstance(found, Refused):
+            listing.entries.append(noticed(path, *found))
+            listing.stats.append((0, 0, 0))
+        else:
+            kept.append(row)
+            listing.stats.append(found)
+    listing.keep(kept)
+
+
+def _whereabouts(root: Path, follow_symlinks: bool) -> Callable[[str], Stat | Refused]:
+    """Return what says of a path below a root what is there, also in an archive or remote, of which each folder is listed once."""
+    address = address_of(root)
+    inside = address or os.path.realpath(root)
+    folders: dict[str, str | None] = {}
+    listed = cache(entries)
+
+    def look(path: str) -> Stat | Refused:
         full = f"{inside}/{path}"
-        parent = os.path.dirname(full)
+        parent, _, name = full.rpartition("/")
+        try:
+            found = None if address else os.lstat(full)
+        except NotADirectoryError:
+            found = None
+        if found is None:
+            there = listed(parent).get(name, Refused("missing", "there is no such file"))
+            return there or Refused("unreadable", "it is a folder")
         if parent not in folders:
             folders[parent] = _link_problem(inside, parent, follow_symlinks)
-        status, problem = "unreadable", folders[parent]
-        try:
-            found = os.lstat(full)
-            if problem is None and stat.S_ISLNK(found.st_mode):
-                problem = _link_problem(inside, full, follow_symlinks)
-                found = os.stat(full)
-            if problem is None and not stat.S_ISREG(found.st_mode):
-                problem = "it is not a regular file"
-        except (FileNotFoundError, NotADirectoryError):
-            status, problem = "missing", "there is no such file"
-        except (OSError, UnicodeEncodeError) as error:
-            problem = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-        if problem is None:
-            kept.append(row)
-            listing.stats.append(stat_of(found))
-        else:
-            listing.entries.append(noticed(path, status, problem))
-            listing.stats.append((0, 0, 0))
-    listing.keep(kept)
+        problem = folders[parent]
+        if problem is None and stat.S_ISLNK(found.st_mode):
+            problem = _link_problem(inside, full, follow_symlinks)
+            found = os.stat(full)
+        if problem is None and not stat.S_ISREG(found.st_mode):
+            problem = "it is not a regular file"
+        return stat_of(found) if problem is None else Refused("unreadable", problem)
+
+    return look
 
 
 def _link_problem(inside: str, path: str, follow_symlinks: bool) -> str | None:

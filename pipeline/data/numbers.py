@@ -176,6 +176,12 @@ class Regression:
         """
         return (self if self.scale else self.fitted(y)), y, np.empty(0, np.int64)
 
+    def anew(self, y: Numbers) -> tuple[Regression, Numbers]:
+        """Return the target of other numbers y, and what an estimator is fitted on: float64 of shape (n,) or (n, k)."""
+        names = self.columns if y[:1].size == self.width else tuple(map(str, range(y.shape[1])))
+        target = Regression(names).fitted(y)
+        return target, target.learned(y)
+
     def unnarrowed(self, y: Numbers, present: NDArray[np.int64]) -> Numbers:
         """Return y as it is, float64 of shape (n,) or (n, k)."""
         return y

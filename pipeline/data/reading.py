@@ -16,6 +16,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.images import ImageProblem, Stat, content_key, decode, kind_of, open_file, read_steadily
 from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.progress import bar
+from pipeline.io.remote import CONNECTIONS, address_of
 
 CHUNK = 64
 """Files per task: handing one over costs more than hashing a small image."""
@@ -29,27 +30,30 @@ U = TypeVar("U")
 
 
 def read_digests(
-    root: Path, paths: Sequence[str]
+    root: Path, paths: Sequence[str], listed: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], Digests, NDArray[np.int64], list[Failure]]:
-    """Digest the contents of n files below a root.
+    """Digest the contents of n files below a root, which were listed with these sizes and times: int64 (n, 3).
 
     Returns
     -------
     which could be read, bool (n,); their digests, uint64 (n, 2), and size and times, int64 (n, 3); a failure for each of the others
     """
 
-    def read(path: str) -> tuple[bytes, Stat] | Failure:
+    def read(row: int) -> tuple[bytes, Stat] | Failure:
         try:
-            data, stats = read_steadily(f"{root}/{path}")
+            data, stats = read_steadily(f"{root}/{paths[row]}")
         except ImageProblem as problem:
-            return noticed(path, problem.status, problem.reason)
-        return (content_key(data), stats) if data else noticed(path, "empty", "the file is empty")
+            return noticed(paths[row], problem.status, problem.reason)
+        if not data:
+            return noticed(paths[row], "empty", "the file is empty")
+        return content_key(data), stats or (len(data), *listed[row, 1:])
 
     ok = np.zeros(len(paths), dtype=bool)
     digests = np.zeros((len(paths), 2), dtype=np.uint64)
     stats = np.zeros((len(paths), 3), dtype=np.int64)
     failures = []
-    for row, result in enumerate(_by_threads(read, paths, "reading")):
+    threads, chunk = (CONNECTIONS, 1) if address_of(root) else (THREADS, CHUNK)
+    for row, result in enumerate(_by_threads(read, range(len(paths)), "reading", threads, chunk)):
         if isinstance(result, Failure):
             failures.append(result)
         else:
@@ -79,12 +83,14 @@ def incomplete_jpegs(index: DatasetIndex, max_pixels: int) -> list[Failure]:
     return [found for found in _by_threads(read, rows, "looking for JPEGs with data missing") if found is not None]
 
 
-def _by_threads(read: Callable[[T], U], items: Sequence[T], label: str) -> Iterator[U]:
+def _by_threads(
+    read: Callable[[T], U], items: Sequence[T], label: str, threads: int = THREADS, size: int = CHUNK
+) -> Iterator[U]:
     """Yield what `read` makes of each item, in order; with a bar for work that takes more than a moment."""
-    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    shown_bar = bar(len(items), "files", label) if len(items) > FILES_PER_SECOND else nullcontext()
-    with ThreadPoolExecutor(THREADS) as threads, shown_bar as progress:
-        for results in threads.map(lambda chunk: [read(item) for item in chunk], chunks):
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
+    shown_bar = bar(len(items), "files", label) if len(items) > FILES_PER_SECOND * size // CHUNK else nullcontext()
+    with ThreadPoolExecutor(threads) as pool, shown_bar as progress:
+        for results in pool.map(lambda chunk: [read(item) for item in chunk], chunks):
             yield from results
             if progress is not None:
                 progress.update(len(results))

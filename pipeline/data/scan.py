@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import DatasetConfig, unknown
+from pipeline.config import NO_LABELS, DatasetConfig, unknown
 from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
 from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
 from pipeline.data.leaks import Copies, apply_leaks, find_copies
@@ -24,7 +25,8 @@ from pipeline.data.statcache import StatCache, read_cache
 from pipeline.data.summary import ScanResult, class_counts, missing_side
 from pipeline.data.targets import TARGETS, countable
 from pipeline.errors import DatasetError, first
-from pipeline.images import policy_key
+from pipeline.images import inside, policy_key
+from pipeline.io.remote import address_of
 
 MANY_CLASSES, FEW_IMAGES = 20, 5
 """More labels than these are asked about where they are numbers with fewer images each than those."""
@@ -108,13 +110,24 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
     """
     record = read_record(folder) or {}
     there = Path(record.get("root", root))
-    if not there.is_dir() or there.samefile(root) or record.get("source") == config.source == "digits":
+    if not _is_there(there) or _is_same(there, root) or record.get("source") == config.source == "digits":
         return
     raise DatasetError(
         f"the output folder holds an experiment on the images in {there}, and this config is about those in {root}; set output to "
         "another folder, or leave it out: it follows the name of the data set. To go on in this one, delete dataset/index.json "
         "there: its splits and features are kept"
     )
+
+
+def _is_there(root: Path) -> bool:
+    """Whether the images of before may still be where they were; of remote ones it is not asked."""
+    return address_of(root) is not None or root.is_dir() or inside(str(root)) is not None
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if one.is_dir() and other.is_dir():
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _read_changed(
@@ -133,7 +146,9 @@ def _read_changed(
     if rehash:
         known[:] = False
     pending = np.flatnonzero(~known)
-    known[pending], digests[pending], stats[pending], failures = read_digests(listing.root, paths[pending].tolist())
+    known[pending], digests[pending], stats[pending], failures = read_digests(
+        listing.root, paths[pending].tolist(), stats[pending]
+    )
     splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
     groups = texts(listing.groups) if listing.groups is not None else None
     labels = texts(listing.labels) if len(listing.names) == 1 else np.array(listing.labels, dtype=object)
@@ -148,6 +163,8 @@ def _split(
     if (index.splits == "test").any():
         return index.splits, None
     sides = replace(index, splits=np.where(index.splits == "", "train", index.splits).astype(object))
+    if config.target == NO_LABELS:
+        return sides.splits, None
     plan, prior = SplitPlan(seed, config.test_fraction), np.full(len(index), -1, dtype=np.int8)
     if before.index is not None and (before.plan is not None or before.record is None):
         plan, prior = before.plan or plan, prior_sides(before.index, index)
@@ -165,7 +182,7 @@ def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> lis
 
 def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:
     """Refuse data that nothing can be learned from, with the likely reason."""
-    origin = config.path if config.source == "manifest" else listing.root
+    origin = config.path if config.source == "manifest" else address_of(listing.root) or listing.root
     if len(index) == 0:
         problems = [f"{entry.path}: {entry.reason}" for entry in sorted([*listing.entries, *failures])]
         if config.source == "manifest" and not problems:

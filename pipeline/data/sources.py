@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import DatasetConfig
+from pipeline.config import NO_LABELS, DatasetConfig
 from pipeline.data.folder import list_folder
 from pipeline.data.listing import Listing
 from pipeline.data.manifest import list_manifest
@@ -20,9 +20,9 @@ def list_source(config: DatasetConfig, folder: Path) -> Listing:
     DatasetError
         When the source is not there or not laid out as it should be.
     """
-    path = Path(config.path or "").expanduser()
+    path = Path((config.path or "").removeprefix("file://")).expanduser()
     if config.source == "folder":
-        return list_folder(path, config.follow_symlinks)
+        return list_folder(path, config.follow_symlinks, config.target != NO_LABELS)
     if config.source == "manifest":
         return list_manifest(path, config)
     if config.source == "torchvision":

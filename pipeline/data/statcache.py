@@ -50,12 +50,19 @@ class StatCache:
     def known(self, paths: Texts, stats: NDArray[np.int64]) -> tuple[NDArray[np.bool_], Digests]:
         """Return which files are as they were, bool of shape (n,), and their digests, uint64 of shape (n, 2), 0 for the others.
 
-        paths : of shape (n,), object (str). stats : of shape (n, k), int64, size and times
+        paths : of shape (n,), object (str). stats : of shape (n, 3), int64, size and times; a size of -1, not known before the
+            file is read, becomes what it was
         """
         digests: Digests = np.zeros((len(paths), 2), dtype=np.uint64)
         rows = match_texts(self.paths, paths)
         same = rows >= 0
-        same[same] = (self.stats[rows[same]] == stats[same]).all(axis=1) & ~self.racy()[rows[same]]
+        sized = stats[:, 0] >= 0
+        same[same] = (
+            (self.stats[rows[same], 1:] == stats[same, 1:]).all(axis=1)
+            & ((self.stats[rows[same], 0] == stats[same, 0]) | ~sized[same])
+            & ~self.racy()[rows[same]]
+        )
+        stats[same, 0] = self.stats[rows[same], 0]
         digests[same] = self.digests[rows[same]]
         return same, digests
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import NO_LABELS
 from pipeline.data.failures import REMARKS, Failure, shown
 from pipeline.data.index import SPLITS, DatasetIndex
 from pipeline.data.leaks import Copies, Pair
@@ -189,6 +190,8 @@ def _in_words(index: DatasetIndex, kind: str) -> str:
 
 def described(index: DatasetIndex, kinds: Sequence[str]) -> str:
     """Say how many images there are, and what is known of them, such as `1,797 images in 10 classes`."""
+    if tuple(kinds) == (NO_LABELS,):
+        return f"{len(index):,} images without labels"
     labels = f"with {len(kinds)} labels each" if len(kinds) > 1 else _in_words(index, kinds[0])
     return f"{len(index):,} images {labels}"
 
@@ -197,7 +200,7 @@ def _headline(index: DatasetIndex, kinds: Sequence[str]) -> str:
     codes, names = encode(index.splits)
     counts = dict(zip(names, np.bincount(codes).tolist(), strict=True))
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts.get(split))
-    return f"{described(index, kinds)}: {parts}"
+    return described(index, kinds) + f": {parts}" * (tuple(kinds) != (NO_LABELS,))
 
 
 def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipeline.config import NO_LABELS
 from pipeline.data.classes import Classification
 from pipeline.data.index import DatasetIndex
 from pipeline.data.labels import MultiLabel
 from pipeline.data.numbers import Regression
+from pipeline.errors import DatasetError
 
 Target = Classification | MultiLabel | Regression
 """Any kind of target."""
@@ -24,6 +26,12 @@ TARGETS: Mapping[str, type[Target]] = {target.kind: target for target in (Classi
 
 CONSTANT_GUESSES = frozenset(target.constant for target in TARGETS.values())
 """What the guesses that look at no image are called."""
+
+
+_NOTHING_TO_LEARN = (
+    "these images were embedded without labels, so there is nothing to learn from; give each class a folder of its own, or list the "
+    "images in a manifest with labels, and run `manyheads features`, which embeds none of them again"
+)
 
 
 def target_of(record: Mapping[str, Any]) -> Target:
@@ -38,10 +46,17 @@ def countable(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def kind_of(asked: str) -> str:
-    """Return the kind of target that `dataset.target` means; `auto` is one class for each image, or a question to the user."""
+    """Return the kind of target that `dataset.target` means; `auto` is one class for each image, or a question to the user.
+
+    DatasetError where it says that there are no labels.
+    """
+    if asked == NO_LABELS:
+        raise DatasetError(_NOTHING_TO_LEARN)
     return Classification.kind if asked == "auto" else asked
 
 
 def choose(index: DatasetIndex, asked: str) -> Target:
-    """Return the target of an index, of the kind that `dataset.target` asks for."""
+    """Return the target of an index, of the kind that `dataset.target` asks for; DatasetError where no image has a label."""
+    if len(index) and not (index.labels != "").any():
+        raise DatasetError(_NOTHING_TO_LEARN)
     return TARGETS[kind_of(asked)].of(index)

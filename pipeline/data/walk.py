@@ -11,7 +11,35 @@ from pathlib import Path
 
 from pipeline.data.failures import Failure, noticed
 from pipeline.data.listing import OTHER_IMAGES, ending_of, is_hidden, is_image_name
-from pipeline.images import NO_IMAGE, START_BYTES, Stat, kind_of, stat_of
+from pipeline.errors import DatasetError
+from pipeline.images import (
+    NO_IMAGE,
+    START_BYTES,
+    Refused,
+    Stat,
+    entries,
+    inside,
+    kind_of,
+    open_archive,
+    read_elsewhere,
+    stat_of,
+)
+from pipeline.io.remote import address_of
+
+
+def is_folder(path: Path) -> bool | None:
+    """Whether a path is a folder of images, on this machine, remote or an archive; False for a file, None where there is nothing."""
+    if path.exists() and (path.is_dir() or inside(str(path)) is None):
+        return path.is_dir()
+    try:
+        entries(str(path))
+    except NotADirectoryError:
+        return False if inside(str(path)) or address_of(path) else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DatasetError(f"{address_of(path) or path}: {error.strerror or error}") from None
+    return True
 
 
 @dataclass
@@ -28,7 +56,7 @@ class Walk:
     """A walk below `root`, and what it passed over: `entries` has a line for each file, `ignored` counts of the rest.
 
     Paths are relative to the root; those of folders end in '/', and the root's own is ''. With `follow_symlinks`, links are
-    followed to what lies below `inside`, every folder once.
+    followed to what lies below `inside`, every folder once. The root, or a folder in it, may be an archive, the root also remote.
     """
 
     root: Path
@@ -51,8 +79,12 @@ class Walk:
     def read(self, path: str) -> Folder:
         """Read one folder."""
         found = Folder()
+        if address_of(self.root) is not None:
+            return self._read_elsewhere(path)
         try:
             descriptor = os.open(self.root / path, os.O_RDONLY | os.O_DIRECTORY)
+        except NotADirectoryError:
+            return self._read_elsewhere(path)
         except OSError as error:
             self.pass_over(path.rstrip("/"), "unreadable", f"the folder cannot be read: {error.strerror}")
             return found
@@ -79,6 +111,34 @@ class Walk:
         found.folders.sort()
         return found
 
+    def _read_elsewhere(self, path: str) -> Folder:
+        """Read a folder inside an archive, or a remote one."""
+        found, full = Folder(), f"{self.root}/{path}".rstrip("/")
+        try:
+            archive = open_archive(place[0]) if (place := inside(full)) else None
+            if archive is not None and archive.problem and (path == "" or place == (full, "")):
+                self.pass_over(path.rstrip("/") or self.root.name, "truncated", archive.problem)
+            for name, entry in sorted(entries(full).items()):
+                if is_hidden(name):
+                    self.ignored["hidden files and folders"] += 1
+                elif entry is None:
+                    found.folders.append(name)
+                elif isinstance(entry, Refused):
+                    if is_image_name(name):
+                        self.pass_over(path + name, *entry)
+                    else:
+                        self.ignored["files in archives that are no images"] += 1
+                elif not ((archive and archive.holds_images) or is_image_name(name)) and (
+                    problem := self._problem(path + name)
+                ):
+                    self.pass_over(path + name, *problem)
+                else:
+                    found.images.append(name)
+                    found.stats.append(entry)
+        except OSError as error:
+            self.pass_over(path.rstrip("/"), "unreadable", f"it cannot be read: {error.strerror or error}")
+        return found
+
     def pass_over(self, path: str, status: str, reason: str) -> None:
         """Add a line."""
         self.entries.append(noticed(path, status, reason))
@@ -99,11 +159,7 @@ class Walk:
     def _problem(self, path: str) -> tuple[str, str] | None:
         """Say as status and reason why a file is not read as an image; None where its content is one that can be."""
         try:
-            descriptor = os.open(self.root / path, os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                kind = kind_of(os.read(descriptor, START_BYTES))
-            finally:
-                os.close(descriptor)
+            kind = kind_of(self._start(path))
         except OSError as error:
             return "unreadable", f"it cannot be read: {error.strerror}"
         ending = ending_of(path)
@@ -116,6 +172,20 @@ class Walk:
         if not kind.refusal:
             return None
         return "unsupported_format" if kind.is_image else "not_an_image", kind.refusal
+
+    def _start(self, path: str) -> bytes:
+        """Return the first bytes of a file."""
+        full = f"{self.root}/{path}"
+        if address_of(full) is not None:
+            return read_elsewhere(full, START_BYTES)
+        try:
+            descriptor = os.open(full, os.O_RDONLY | os.O_NONBLOCK)
+        except NotADirectoryError:
+            return read_elsewhere(full, START_BYTES)
+        try:
+            return os.read(descriptor, START_BYTES)
+        finally:
+            os.close(descriptor)
 
     def _take_link(self, folder: str, name: str, found: Folder) -> None:
         """Take in a symbolic link, or say why not."""

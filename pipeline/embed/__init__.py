@@ -2,6 +2,8 @@
 
     spec.py        EmbeddingSpec: the identity of an embedding, as pure data; Embedder: what makes its vectors
     records.py     what stage one made of each embedding, and how to make one's vectors again
+    known.py       which embedding a config section is and where its store is, without its network
+    transformer.py images to vectors as a transformer of scikit-learn's
     concat.py      several embeddings side by side as one more
     loader.py      images of a data set, read and sent through embedders in batches
     backbone.py    Backbone: a network on its device, uint8 pixels -> float32 vectors

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pipeline.embed.spec import Embedder
 from pipeline.errors import BackboneError
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
+from pipeline.images.given import Pixels, rgb
 from pipeline.io.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Item:
     digest: bytes | None
     wanted: tuple[int, ...]
     """Which of the takers it is for, by their place in `Loader.preprocessings`."""
+    pixels: Pixels | None = None
+    """The image itself, where it is no file."""
 
 
 @dataclass
@@ -137,6 +140,8 @@ class Loader:
 
     def _read(self, batch: Batch, row: int) -> bytes | None:
         item = batch.items[row]
+        if item.pixels is not None:
+            return b""
         try:
             return open_file(self.root, item.path, item.digest)
         except ImageProblem as problem:
@@ -144,6 +149,7 @@ class Loader:
             return None
 
     def _decode(self, batch: Batch, row: int, data: bytes) -> None:
+        given = batch.items[row].pixels
         decoded: dict[int | None, NDArray[np.uint8]] = {}
         try:
             ways = {
@@ -152,7 +158,9 @@ class Loader:
             for preprocessing, number in ways.items():
                 at_least = preprocessing.at_least
                 if at_least not in decoded:
-                    decoded[at_least] = decode(data, max_pixels=self.max_pixels, at_least=at_least)
+                    most = self.max_pixels
+                    read = decode(data, max_pixels=most, at_least=at_least) if given is None else rgb(given, most)
+                    decoded[at_least] = read
                 batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
             if self.hashed:
                 batch.hashes[row] = perceptual_hash(next(iter(decoded.values())))

@@ -70,6 +70,7 @@ def choice_inputs() -> dict[str, Any]:
     }
 
 
+@cache
 def version(name: str) -> str | None:
     """Return the version of an installed package; None where it is not."""
     try:

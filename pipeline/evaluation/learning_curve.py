@@ -185,6 +185,11 @@ def _predict(
     )
 
 
+def ahead(curve: LearningCurve, size: int, seed: int) -> HeldBack:
+    """Return what a curve of four points or more lets expect of so many labelled images; `measured` is None."""
+    return _predict(curve.points, [size], [None], seed)[0]
+
+
 def pareto(cost: Sequence[float], value: Sequence[float]) -> tuple[bool, ...]:
     """Say for each candidate whether no other is at least as good for less, or better for no more."""
     pairs = list(zip(cost, value, strict=True))

@@ -65,7 +65,7 @@ TRUSTED_TYPES = (
 """Types beyond skops' own list that a built-in head may hold."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelBundle:
     """A fitted head, what it says of an image, and the embedding it expects.
 
@@ -83,6 +83,10 @@ class ModelBundle:
     provenance: Mapping[str, Any]
     calibrator: Calibrator | None = None
     members: tuple[ModelBundle, ...] = ()
+
+    def __repr__(self) -> str:
+        places = " and ".join(str(part.embedding.get("name")) for part in self.parts)
+        return f"ModelBundle({self.head} on {places}: {self.target.kind})"
 
     @property
     def parts(self) -> tuple[ModelBundle, ...]:

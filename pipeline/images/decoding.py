@@ -136,16 +136,42 @@ def _readable_kind(data: bytes) -> Kind:
 def _decode(data: bytes, kind: Kind, max_pixels: int, at_least: int | None) -> NDArray[np.uint8]:
     tiff = _tiff(data) if kind.format == "TIFF" else None
     with _open(data, kind) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageProblem(
-                "too_many_pixels", f"it has {width:,} x {height:,} pixels, dataset.max_pixels allows {max_pixels:,}"
-            )
+        _require_modest(image, max_pixels)
         pixels = _jpeg(data, image, at_least)
         if pixels is None:
             image.load()  # turns a TIFF upright and drops the tag
             pixels = np.asarray(_to_rgb(data, image, tiff))
-        method = _ORIENTATIONS.get(_orientation(image))
+        return _upright(pixels, image)
+
+
+def decode_opened(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
+    """Return the RGB pixels of an image that Pillow has opened or made, by the policy above: (height, width, 3), uint8.
+
+    Raises
+    ------
+    ImageProblem
+        As `decode` does.
+    """
+    try:
+        _require_modest(image, max_pixels)
+        copy = image.copy()  # whose file is not asked for
+        return _upright(np.asarray(_to_rgb(b"", copy, None)), image)
+    except ImageProblem:
+        raise
+    except Exception as error:  # Pillow raises almost anything where the file behind an image is damaged
+        raise ImageProblem("unreadable", f"its pixels cannot be read ({error})") from None
+
+
+def _require_modest(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageProblem(
+            "too_many_pixels", f"it has {width:,} x {height:,} pixels, dataset.max_pixels allows {max_pixels:,}"
+        )
+
+
+def _upright(pixels: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]:
+    method = _ORIENTATIONS.get(_orientation(image))
     return pixels if method is None else np.asarray(Image.fromarray(pixels).transpose(method))
 
 

@@ -6,10 +6,9 @@ import os
 import stat
 from pathlib import Path
 
+from pipeline.images.archives import inside, read_elsewhere
 from pipeline.images.contents import content_key
-
-Stat = tuple[int, int, int]
-"""Size, mtime_ns and ctime_ns of a file."""
+from pipeline.io.remote import Stat, address_of
 
 
 class ImageProblem(Exception):
@@ -30,8 +29,10 @@ def stat_of(about: os.stat_result) -> Stat:
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
-def read_steadily(path: str, flags: int = 0) -> tuple[bytes, Stat]:
+def read_steadily(path: str, flags: int = 0) -> tuple[bytes, Stat | None]:
     """Read a regular file, once more when it changes meanwhile; `flags` are further ones for `os.open`.
+
+    It may also be remote, or lie in an archive: what tells whether it was touched is then what it was listed with, and None here.
 
     Raises
     ------
@@ -39,10 +40,15 @@ def read_steadily(path: str, flags: int = 0) -> tuple[bytes, Stat]:
         With status 'unavailable'.
     """
     try:
-        for _ in range(2):
-            data, before, after = _read(path, flags)
-            if before == after and len(data) == after[0]:
-                return data, after
+        if address_of(path) is not None:
+            return read_elsewhere(path), None
+        try:
+            for _ in range(2):
+                data, before, after = _read(path, flags)
+                if before == after and len(data) == after[0]:
+                    return data, after
+        except NotADirectoryError:
+            return read_elsewhere(path), None
     except OSError as error:
         raise ImageProblem("unavailable", f"it cannot be read: {error.strerror or error}") from None
     raise ImageProblem("unavailable", "it changes while it is read")
@@ -75,11 +81,24 @@ def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> by
     ImageProblem
         With status 'unavailable'.
     """
-    real_root = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(real_root, relative_path))
-    if os.path.commonpath([real, real_root]) != real_root:
-        raise ImageProblem("unavailable", f"it lies outside {root}")
-    data, _ = read_steadily(real, os.O_NOFOLLOW)
+    data, _ = read_steadily(_place(root, relative_path), os.O_NOFOLLOW)
     if digest is not None and content_key(data) != digest:
         raise ImageProblem("unavailable", "it changed after the scan; run again")
     return data
+
+
+def _place(root: Path, relative_path: str) -> str:
+    """Return where a file is, links followed, if it is inside the root; below `/`, which holds everything, are remote files too."""
+    if str(root) == "/" and (address := address_of(relative_path)):
+        return address
+    address = address_of(root)
+    real_root = address or os.path.realpath(root)
+    place = f"{real_root}/{relative_path}"
+    if address is None:
+        real = os.path.realpath(os.path.join(real_root, relative_path))
+        if os.path.commonpath([real, real_root]) == real_root:
+            return real
+    # An archive that the user named may be a link, as in caches of downloads; its members cannot lie elsewhere.
+    if ".." in relative_path.split("/") or (address is None and not (inside(place) or ("", ""))[1]):
+        raise ImageProblem("unavailable", f"it lies outside {root}")
+    return place

@@ -31,9 +31,9 @@ from pipeline.report.names import shorten_all
 
 MOST_ROWS = 30
 """Rows of a leaderboard drawn; the table has them all."""
-LEGEND_CHARACTERS = 52
+LEGEND_CHARACTERS = 48
 """Of a name in a legend below a chart: what a phone's width holds."""
-LABEL_CHARACTERS = 24
+LABEL_CHARACTERS = 20
 """Of an embedding's name beside a row."""
 DASHED = (0, (4, 3))
 
@@ -95,7 +95,7 @@ def difference_chart(
     named = metric.title if metric.unit == metric.title else f"{metric.title}, {metric.unit}"
     behind = f"{named} above the best row's" if metric.lower_is_better else f"{named} from the best row"
     if metric.percent:
-        behind = f"{_named(metric, ', ')}percentage points from the best row"
+        behind = f"{_named(metric, ', ')}{'percentage ' * (metric is ACCURACY)}points from the best row"
     axes.set_xlabel(f"{behind}, out of fold", loc="right")
     return made
 
@@ -253,7 +253,7 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
         colour = palette.category(names.index(row.head))
         axes.plot(c, scale * v, sign, color=colour, ms=size, alpha=alpha, gid=tip(text))
     for number, name in enumerate(names):
-        axes.plot([], [], "o", color=palette.category(number), label=plain_text(name.replace("_", " ")))
+        axes.plot([], [], "o", color=palette.category(number), label=plain_text(name))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -312,17 +312,16 @@ def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, In
 
 
 @chart
-def map_chart(palette: Palette, space: Map, labels: Sequence[str], classes: Sequence[str]) -> Figure:
-    """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by class."""
+def map_chart(palette: Palette, space: Map, codes: Sequence[int]) -> Figure:
+    """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by the number of its class."""
     made = figure(palette, "Map of the images; arrow keys go from dot to dot", width=7.6, height=4.6)
     axes = made.subplots()
     # The view is of the bulk of the images; the few that lie far out stand at its edge.
     low, middle, high = np.quantile(space.points, [0.02, 0.5, 0.98], axis=0)
     reach = 1.35 * np.maximum(high - middle, middle - low) + 1e-9
     points = np.clip(space.points, middle - reach, middle + reach)
-    place = {label: number for number, label in enumerate(classes)}
     # One collection: the page finds dot i of the SVG by its order.
-    colours = [palette.category(place[label]) for label in labels]
+    colours = [palette.category(code) for code in codes]
     axes.scatter(points[:, 0], points[:, 1], s=20, c=colours, alpha=0.85, lw=0, gid="dots")
     low, high = points.min(axis=0), points.max(axis=0)
     margin = 0.03 * (high - low) + 1e-9
@@ -392,11 +391,11 @@ def _height(rows: Sequence[LeaderboardRow]) -> float:
 
 
 def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
-    names = [row.head.replace("_", " ") for row in rows]
+    names = [row.head for row in rows]
     if len({row.embedding for row in rows}) > 1:
         short = shorten_all([row.embedding.removesuffix("-penultimate") for row in rows], LABEL_CHARACTERS)
         names = [f"{name}\n{embedding}" for name, embedding in zip(names, short, strict=True)]
-    axes.set_yticks(range(len(rows)), [plain_text(name) for name in names], fontsize=8.5, linespacing=1.2)
+    axes.set_yticks(range(len(rows)), [plain_text(name) for name in names], linespacing=1.2)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,10 +15,33 @@ from pipeline.report.names import shorten_all
 
 MOST_CELLS = 25
 """Classes of a confusion matrix drawn: with more of them no label can be read."""
-MOST_COUNTED = 12
-"""Classes up to which a cell has room for its count."""
+MOST_SMALL = 12
+"""Classes up to which the matrix is as small as other charts; a larger one is twice as wide, so that counts can be read."""
+MOST_LISTED = 12
+"""Confusions in the table beside it."""
 LABEL = 18
 """Characters of a label beside the matrix; the tooltips have the whole names."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How many images of one class, and which share of its images, are taken for another."""
+
+    true: str
+    said: str
+    count: int
+    share: float
+
+
+def largest(matrix: NDArray[np.int64], classes: Sequence[str]) -> list[Confusion]:
+    """Return which classes are taken for which, the most images first, of a matrix, int64 of shape (n, n)."""
+    wrong = matrix - np.diag(np.diag(matrix))
+    places = np.argwhere(wrong)
+    order = np.argsort(-wrong[wrong > 0], kind="stable")
+    return [
+        Confusion(classes[row], classes[column], int(wrong[row, column]), float(wrong[row, column] / matrix[row].sum()))
+        for row, column in places[order].tolist()
+    ]
 
 
 def most_confused(matrix: NDArray[np.int64]) -> NDArray[np.intp]:
@@ -48,28 +72,27 @@ def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequen
     kept = most_confused(matrix)
     cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
     shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
-    many = len(names) > MOST_COUNTED
-    made = figure(palette, "Confusion matrix", height=5.0 if many else 4.7)
+    many = len(names) > MOST_SMALL
+    made = figure(palette, "Confusion matrix", **({"width": 9.8, "height": 8.8} if many else {"height": 4.7}))
     axes = made.subplots()
     axes.grid(False)
     for row, column in np.argwhere(cells > 0).tolist():
         right = row == column
         share = float(shares[row, column])
         # A count on a wrong cell is read on half a colour, on light and on dark.
-        strength = share if right else min(1.0 if many else 0.6, 3 * share)
+        strength = share if right else min(0.6, 3 * share)
         found = "right" if right else f"taken for {names[column]}"
         colour = palette.accent if right else palette.bad
         text = f"{names[row]} {found}: {cells[row, column]} ({100 * share:.0f} %)"
         corner, alpha = (column - 0.46, row - 0.46), max(0.12, strength)
         axes.add_patch(Rectangle(corner, 0.92, 0.92, lw=0, color=colour, alpha=alpha, gid=tip(text)))
-        if not many:
-            colour = palette.surface if right and share > 0.78 else palette.ink
-            axes.text(column, row, str(cells[row, column]), ha="center", va="center", fontsize=9, color=colour)
+        colour = palette.surface if right and share > 0.78 else palette.ink
+        axes.text(column, row, str(cells[row, column]), ha="center", va="center", color=colour)
     labels = [plain_text(name) for name in shorten_all(names, LABEL)]
-    turned, size = 0 if max(map(len, labels)) <= 2 else 90 if many else 45, 8 if many else 9
+    turned = 0 if max(map(len, labels)) <= 2 else 90 if many else 45
     side = "right" if turned == 45 else "center"
-    axes.set_xticks(range(len(names)), labels, rotation=turned, ha=side, fontsize=size, color=palette.ink)
-    axes.set_yticks(range(len(names)), labels, fontsize=size)
+    axes.set_xticks(range(len(names)), labels, rotation=turned, ha=side, color=palette.ink)
+    axes.set_yticks(range(len(names)), labels)
     end = len(names) - 0.5
     axes.set(xlim=(-0.5, end), ylim=(end, -0.5), aspect="equal", xlabel="predicted class")
     # On paper there is no caption.

@@ -63,8 +63,8 @@ def chart(draw: Callable[Concatenate[Palette, Numbers], Figure]) -> Callable[Num
     return numbered
 
 
-def figure(palette: Palette, label: str, width: float = 4.9, height: float = 3.5) -> Figure:
-    """Return an empty figure; width and height in inches. 4.9 inches are a phone's width in CSS pixels.
+def figure(palette: Palette, label: str, width: float = 4.6, height: float = 3.5) -> Figure:
+    """Return an empty figure; width and height in inches. A phone has 336 CSS pixels for 4.6 inches, so no letter may be below 10 points.
 
     `label` is what a screen reader calls the chart.
     """
@@ -137,12 +137,12 @@ def _style(palette: Palette) -> Any:
         "axes.facecolor": "none",
         "axes.grid": True,
         "axes.labelcolor": palette.muted,
-        "axes.labelsize": 9.5,
+        "axes.labelsize": 10,
         "axes.spines.right": False,
         "axes.spines.top": False,
         "grid.color": palette.grid,
         "grid.linewidth": 0.6,
-        "legend.fontsize": 8.5,
+        "legend.fontsize": 10,
         "legend.frameon": False,
         "lines.linewidth": 1.6,
         "svg.fonttype": "none",

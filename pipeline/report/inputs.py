@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline
@@ -15,8 +15,8 @@ from pipeline.io.digests import file_digest, fingerprint
 
 PAGE = "report.html"
 RECORD = "report.json"
-LIBRARIES = ("Jinja2", "matplotlib", "numpy", "Pillow", "scikit-learn", "scipy")
-"""What draws and reckons."""
+LIBRARIES = ("Jinja2", "matplotlib", "numpy", "Pillow", "scikit-learn", "scipy", "umap-learn")
+"""What draws and reckons; the last need not be there."""
 
 CODE = ("*.py", "report/templates/*")
 
@@ -48,8 +48,15 @@ def digest_inputs(output: Path) -> str:
     record.pop("digest")
     sources, root = [path for path in _sources(output, board) if path.is_file()], Path(pipeline.__file__).parent
     code = [path for kind in CODE for path in sorted(root.rglob(kind))]
-    libraries = {name: version(name) for name in LIBRARIES}
+    libraries = {name: _version(name) for name in LIBRARIES}
     return fingerprint([record, _digests(output, sources), _digests(root, code), libraries])
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -59,7 +66,14 @@ def _digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def _sources(output: Path, board: Leaderboard) -> Iterator[Path]:
     """The files beside the leaderboard that the page is made of; the features are named by their digest in features.json."""
     files = Artifacts(output)
-    yield from (files.features, files.audit, files.few_shot, files.layers, *sorted(files.dataset.glob("*.csv")))
+    yield from (
+        files.features,
+        files.audit,
+        files.few_shot,
+        files.advice,
+        files.layers,
+        *sorted(files.dataset.glob("*.csv")),
+    )
     for row in board.rows:
         yield files.trials(row.embedding, row.head)
         if row.bundle is not None:

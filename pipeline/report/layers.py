@@ -14,7 +14,7 @@ from pipeline.report.drawing import Chart, Palette, chart, figure, plain_text, t
 from pipeline.report.material import Material
 from pipeline.report.names import shorten_all
 
-LABEL_CHARACTERS = 34
+LABEL_CHARACTERS = 28
 
 
 def show(material: Material) -> tuple[Mapping[str, Chart], Mapping[str, Any]] | None:
@@ -50,7 +50,7 @@ def layer_chart(palette: Palette, found: LayerProfile) -> Figure:
         axes.plot([100 * end for end in row.interval], [place, place], color=colour, solid_capstyle="round")
         axes.plot(100 * row.score, place, "o", color=colour, ms=6, gid=tip(text))
     names = shorten_all([row.name for row in found.rows], LABEL_CHARACTERS)
-    axes.set_yticks(places, [plain_text(name) for name in names], fontsize=8.5)
+    axes.set_yticks(places, [plain_text(name) for name in names])
     axes.set_ylim(places[-1] + 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)

@@ -5,15 +5,18 @@ A part whose files are missing is None, with the reason in `missing`; the page s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
+from pipeline.data.targets import TARGETS
 from pipeline.embed.concat import concatenated, open_features
 from pipeline.embed.records import read_records, require_index
 from pipeline.errors import PipelineError
@@ -34,11 +37,14 @@ from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.heads import RIDGE, configure
+from pipeline.io.imports import instead
 
 MOST_IMAGES = 20_000
 """Images whose features are read."""
 MOST_DOTS = 900
 """Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
+LEAST_UMAP = 20
+"""Images that UMAP needs: it looks at fifteen neighbours of each."""
 MOST_CURVE_ROWS = 6_000
 TRAINING = ("train", "validation")
 CURVE_HEAD = RIDGE
@@ -62,10 +68,11 @@ class View:
 
 @dataclass(frozen=True)
 class Map:
-    """The embedding space in two dimensions: `rows` of the index, shape (n,), and where each lies, shape (n, 2)."""
+    """The embedding space in two dimensions: `rows` of the index, shape (n,), and where each lies, shape (n, 2), by a method."""
 
     rows: NDArray[np.intp]
     points: NDArray[np.float32]
+    method: str = "PCA"
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,22 @@ class Material:
     @cached_property
     def map(self) -> Map | None:
         """The embedding space; None without features."""
-        return None if self.view is None or len(self.view.rows) < 3 else _map(self.view)
+        return None if self.view is None or len(self.view.rows) < 3 else _map(self.view, self.codes)
+
+    @cached_property
+    def kinds(self) -> DatasetIndex | None:
+        """The images under names that a person would count them by: classes, each of several labels, ranges of a number."""
+        return None if self.index is None else TARGETS[self.target].as_classes(self.index)
+
+    @cached_property
+    def codes(self) -> Mapping[str, list[int]]:
+        """For each path the places of its names among the classes of `kinds`."""
+        found, kinds = dict[str, list[int]](), self.kinds
+        if kinds is not None:
+            columns = class_columns(kinds.labels.astype(str), kinds.classes).tolist()
+            for path, code in zip(kinds.paths.tolist(), columns, strict=True):
+                found.setdefault(path, []).append(code)
+        return found
 
     @cached_property
     def curve(self) -> LearningCurve | None:
@@ -184,10 +206,23 @@ def _few_shot(files: Artifacts, missing: list[str]) -> FewShot | None:
     return None
 
 
-def _map(view: View) -> Map:
-    shown = np.sort(stratified_order(view.images.labels.astype(str), view.seed)[:MOST_DOTS])
-    points = audit.project(view.features[shown], 50)[:, :2]
-    return Map(view.rows[shown], np.pad(points, ((0, 0), (0, 2 - points.shape[1]))))
+def umap_is_installed() -> bool:
+    """Whether the extra `manyheads[umap]` is there."""
+    return find_spec("umap") is not None
+
+
+def _map(view: View, codes: Mapping[str, list[int]]) -> Map:
+    first = np.array([codes[path][0] for path in view.images.paths.tolist()])
+    shown = np.sort(stratified_order(first, view.seed)[:MOST_DOTS])
+    points = audit.project(view.features[shown], 50)
+    if len(shown) < LEAST_UMAP or not umap_is_installed():
+        points = points[:, :2]
+        return Map(view.rows[shown], np.pad(points, ((0, 0), (0, 2 - points.shape[1]))))
+    with instead({"tensorflow": None}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no TensorFlow, for which we have no use
+        from umap import UMAP
+    drawn = UMAP(random_state=view.seed, n_jobs=1).fit_transform(points)
+    return Map(view.rows[shown], drawn.astype(np.float32), "UMAP")
 
 
 def _curve(view: View) -> LearningCurve | None:

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.index import SEPARATOR
 
 GAP = "…"
 SEPARATORS = " -_/."
+
+
+def in_words(answer: Any) -> str:
+    """Write what is said of an image, a text or numbers of shape (k,), for people."""
+    if isinstance(answer, str):
+        return answer.replace(SEPARATOR, ", ") or "no label"
+    return ", ".join(f"{number:.4g}" for number in np.atleast_1d(answer))
 
 
 def shorten(name: str, length: int) -> str:

@@ -13,6 +13,7 @@ from pipeline.evaluation import Predictions
 from pipeline.evaluation.intervals import share_interval
 from pipeline.report.drawing import Chart, Palette, chart, figure, plain_text, tip
 from pipeline.report.material import Material
+from pipeline.report.names import in_words
 from pipeline.report.pictures import gallery
 
 MOST_DOTS = 600
@@ -41,13 +42,9 @@ def show(material: Material) -> tuple[Mapping[str, Chart], Mapping[str, Any]] | 
     off = (np.abs(said - true) / target.scale).max(axis=1)
     worst = np.argsort(-off, kind="stable")[:MOST_PICTURES]
     paths = np.asarray(test.paths)[worst].tolist()
-    found = [(path, _words(said[row]), _words(true[row])) for path, row in zip(paths, worst, strict=True)]
+    found = [(path, in_words(said[row]), in_words(true[row])) for path, row in zip(paths, worst, strict=True)]
     pictures = gallery(material.index, paths)
     return drawn, {"rows": rows, "found": found, "total": len(test), "pictures": pictures, "level": LEVEL}
-
-
-def _words(numbers: Any) -> str:
-    return ", ".join(f"{number:.4g}" for number in numbers)
 
 
 @chart

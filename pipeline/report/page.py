@@ -1,7 +1,7 @@
 """The report page: one HTML file with its charts, images, styles and script inside.
 
-`build` gathers the material, draws the charts once for the page and once as PNG, and writes `report.html`, `plots/` and
-`audit/`. `sections` says what each section is given; `templates` has their words, the look and the behaviour.
+`build` gathers the material, draws the charts once for the page and once as PNG, and writes `report.html`, `plots/`,
+`audit/` and a `MODEL_CARD.md` for each bundle. `sections` says what each section is given; `templates` has their words, the look and the behaviour.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.evaluation import ACCURACY, Interval, Metric, audit
+from pipeline.evaluation import ACCURACY, Interval, Metric, audit, metrics_for
 from pipeline.evaluation.leaderboard.overview import HEADERS, overview
-from pipeline.evaluation.leaderboard.table import APART, apart_text, cross_validated, read_leaderboard, seconds
+from pipeline.evaluation.leaderboard.table import (
+    APART,
+    apart_text,
+    cross_validated,
+    read_leaderboard,
+    seconds,
+    test_text,
+)
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
-from pipeline.report import sections
+from pipeline.report import card, sections
+from pipeline.report.browse import MOST_INSIDE, carried
 from pipeline.report.charts import MOST_ROWS
 from pipeline.report.drawing import to_png, to_svg
 from pipeline.report.inputs import PAGE, digest_inputs, write_record
@@ -30,13 +38,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def build(output: Path) -> Path:
-    """Write the report of an experiment and return the page's path; PipelineError where there is no leaderboard."""
+    """Write the report of an experiment, and a card beside each bundle; return the page's path. PipelineError without a leaderboard."""
     output = Path(output)
     inputs = digest_inputs(output)  # first, so that what changes meanwhile makes the page old
     material = gather(output)
     shown, tables = sections.shown(material), audit.to_csv(material.label_issues, material.findings)
     write_text_atomic(output / PAGE, render(material, shown))
     made = {f"plots/{name}.png": to_png(chart) for charts, _ in shown.values() for name, chart in charts.items()}
+    made |= {
+        path: _fill("model-card.md", material, given).encode("utf-8") for path, given in card.facts(material).items()
+    }
     made |= {f"audit/{name}": text.encode("utf-8") for name, text in tables.items()}
     for name, data in made.items():
         make_folder((output / name).parent)
@@ -50,7 +61,15 @@ def build_overview(output: Path, pages: Mapping[str, Path]) -> Path:
     boards = {name: read_leaderboard(page.parent) for name, page in pages.items()}
     links = {name: quote(page.relative_to(output).as_posix()) for name, page in pages.items()}
     title = sections.name_of_data(next(iter(boards.values())), output)
-    given = {"title": title, "headers": HEADERS, "rows": overview(boards), "links": links, "parts": (), **_look()}
+    given = {
+        "title": title,
+        "headers": HEADERS,
+        "rows": overview(boards),
+        "links": links,
+        "parts": (),
+        "images": None,
+        **_look(),
+    }
     write_text_atomic(output / PAGE, _environment().get_template("targets.html").render(given))
     return output / PAGE
 
@@ -59,7 +78,8 @@ def render(material: Material, shown: Mapping[Section, Shown] | None = None) -> 
     """Return the page as HTML text; the same material gives the same text. `shown` spares looking what its sections show."""
     found = sections.shown(material) if shown is None else shown
     parts = [(section, _filled(section, material, part)) for section, part in found.items()]
-    return _fill("page", material, {"parts": parts, **_look()})
+    named = [path for _, given in found.values() for path in given.get("pictures", ())]
+    return _fill("page.html", material, {"parts": parts, "images": carried(material, named), **_look()})
 
 
 def _look() -> dict[str, Markup]:
@@ -78,7 +98,7 @@ def section(name: str, material: Material) -> Markup:
 def _filled(section: Section, material: Material, part: Shown) -> Markup:
     charts, given = part
     drawn = {name: Markup(to_svg(chart, name)) for name, chart in charts.items()}
-    return Markup(_fill(section.name, material, {"drawn": drawn, **given}))
+    return Markup(_fill(f"{section.name}.html", material, {"drawn": drawn, **given}))
 
 
 def _fill(name: str, material: Material, given: Mapping[str, object]) -> str:
@@ -87,7 +107,7 @@ def _fill(name: str, material: Material, given: Mapping[str, object]) -> str:
     unit = "%" if metric is ACCURACY else f"{metric.title}{metric.percent and ', %'}"
     known = {"material": material, "board": board, "best": best, "title": title}
     known |= {"metric": metric, "told": board.told_by, "unit": unit}
-    return _environment().get_template(f"{name}.html").render(**known, **given)
+    return _environment().get_template(name).render(**known, **given)
 
 
 @cache
@@ -97,9 +117,19 @@ def _environment() -> Environment:
     made.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     indented = partial(json.dumps, indent=2, ensure_ascii=False)
     made.filters.update(seconds=seconds, thousands="{:,}".format, percent=_percent, within=_within)
+    made.filters.update(pixels=lambda size: " x ".join(map(str, size)) if isinstance(size, list) else size)
     made.filters.update(short=_short, indented=indented, titled=_titled)
-    made.globals.update(accuracy=ACCURACY, apart=APART, most_rows=MOST_ROWS, curve_head=CURVE_HEAD.name)
-    made.globals.update(apart_text=apart_text, cross_validated=cross_validated, span=_span, gap_end=_gap_end)
+    made.globals.update(
+        accuracy=ACCURACY, apart=APART, most_rows=MOST_ROWS, most_inside=MOST_INSIDE, curve_head=CURVE_HEAD.name
+    )
+    made.globals.update(
+        apart_text=apart_text,
+        cross_validated=cross_validated,
+        metrics_for=metrics_for,
+        test_text=test_text,
+        span=_span,
+        gap_end=_gap_end,
+    )
     return made
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
-from pipeline.data.index import SEPARATOR
 from pipeline.data.labels import MultiLabel
 from pipeline.evaluation import METRICS, Interval, Predictions, scores
 from pipeline.report.drawing import Chart
 from pipeline.report.material import Material
+from pipeline.report.names import in_words
 from pipeline.report.pictures import gallery
 
 MOST_PICTURES = 24
@@ -49,7 +49,7 @@ def show(material: Material) -> tuple[Mapping[str, Chart], Mapping[str, Any]] | 
     missed = np.where(test.y_true != test.y_pred, np.abs(p - test.y_true), 0.0).sum(axis=1)
     order = np.argsort(-missed, kind="stable")[: min(MOST_PICTURES, np.count_nonzero(missed))]
     columns = (np.asarray(test.paths), test.predicted, test.labels)
-    found = [(path, _words(said), _words(true)) for path, said, true in zip(*(part[order].tolist() for part in columns), strict=True)]  # fmt: skip
+    found = [(path, in_words(said), in_words(true)) for path, said, true in zip(*(part[order].tolist() for part in columns), strict=True)]  # fmt: skip
     pictures = gallery(material.index, [path for path, *_ in found])
     return {}, {
         "rows": rows,
@@ -87,7 +87,3 @@ def label_scores(said: Predictions) -> list[LabelScores]:
             )
         )
     return rows
-
-
-def _words(labels: str) -> str:
-    return labels.replace(SEPARATOR, ", ") or "no label"

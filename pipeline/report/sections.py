@@ -17,7 +17,6 @@ from pipeline.evaluation import (
     Calibration,
     Interval,
     Predictions,
-    class_columns,
     confusion_matrix,
     measure_calibration,
     metrics_for,
@@ -26,11 +25,11 @@ from pipeline.evaluation import (
 from pipeline.evaluation.fewshot import words
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
-from pipeline.report import charts, confusion, layers, numbers, per_label
+from pipeline.report import charts, confusion, first, layers, numbers, per_label
 from pipeline.report.drawing import CATEGORIES, Chart
 from pipeline.report.material import CURVE_HEAD, Material
 from pipeline.report.names import shorten_all
-from pipeline.report.pictures import gallery, sheet
+from pipeline.report.pictures import gallery
 
 MOST_SEARCHES = len(CATEGORIES)
 """Searches in the tuning chart: each has a colour of its own."""
@@ -139,8 +138,12 @@ def _classes(material: Material) -> Shown | None:
     # A class that is neither among the test images nor among the answers has no F1, and is not the worst.
     worst = sorted(rows, key=lambda row: (not row.support + row.predicted, row.f1))[:WORST_CLASSES]
     matrix = confusion_matrix(best.test)
+    confused = confusion.largest(matrix, best.classes)
     return {"confusion": confusion.confusion_chart(matrix, best.classes)}, {
         "left_out": confusion.left_out(matrix),
+        "wide": len(matrix) > confusion.MOST_SMALL,
+        "confused": confused[: confusion.MOST_LISTED],
+        "confusions": len(confused),
         "rows": rows,
         "worst": worst if len(rows) > MOST_CLASSES else None,
         "imbalance": effects(material.leaderboard, best),
@@ -175,28 +178,17 @@ def _growth(material: Material) -> Shown | None:
 
 
 def _map(material: Material) -> Shown | None:
-    """Give the map of the embedding, with what the page's script needs to show the image at a dot."""
-    space, index = material.map, material.index
-    if space is None or index is None:
+    """Give the map of the embedding; what the page's script needs to show the image at a dot is the page's, see `browse`."""
+    space, index, kinds = material.map, material.index, material.kinds
+    if space is None or index is None or kinds is None:
         return None
-    labels = index.labels[space.rows].astype(str)
-    picture, columns = sheet(index, space.rows.tolist())
-    data = {
-        "paths": index.paths[space.rows].tolist(),
-        "splits": index.splits[space.rows].tolist(),
-        "codes": class_columns(labels, index.classes).tolist(),
-        "classes": list(index.classes),
-        "columns": columns,
-        "sheet": picture,
-    }
-    chips = list(zip(index.classes, shorten_all(index.classes, CHIP), strict=True))
-    chart = charts.map_chart(space, labels.tolist(), index.classes)
-    return {"map": chart}, {
+    first = [material.codes[path][0] for path in index.paths[space.rows].tolist()]
+    chips = list(zip(kinds.classes, shorten_all(kinds.classes, CHIP), strict=True))
+    return {"map": charts.map_chart(space, first)}, {
         "space": space,
         "total": len(index),
         "chips": chips,
         "colours": len(CATEGORIES),
-        "data": data,
     }
 
 
@@ -274,7 +266,7 @@ EVERY = tuple(TARGETS)
 CLASSES = (Classification.kind,)
 
 SECTIONS = (
-    Section("header", "", EVERY, _nothing_more),
+    Section("header", "", EVERY, first.show),
     Section("leaderboard", "Leaderboard", EVERY, _leaderboard),
     Section("difference", "Difference", EVERY, _difference),
     Section("layers", "Layers", CLASSES, layers.show),
@@ -287,7 +279,7 @@ SECTIONS = (
     Section("advice", "Fine-tune?", CLASSES, _advice),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
     Section("unknown", "Unknown", CLASSES, _unknown),
-    Section("map", "Map", CLASSES, _map),
+    Section("map", "Images", EVERY, _map),
     Section("mistakes", "Mistakes", CLASSES, _mistakes),
     Section("labels", "Labels", CLASSES, _label_issues),
     Section("near-duplicates", "Near-duplicates", EVERY, _near_duplicates),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pipeline import heads as head_table
@@ -24,8 +25,10 @@ from pipeline.heads import tuning
 from pipeline.stages import targets
 
 
-def run(config: Config) -> list[str]:
+def run(config: Config, place: Path | None = None) -> list[str]:
     """Look at the heads, the backbones and the data, and return what was found.
+
+    `place` is where the index of the data is kept, for a run that is to follow; otherwise nothing is written.
 
     Raises
     ------
@@ -34,7 +37,7 @@ def run(config: Config) -> list[str]:
     """
     lines: list[str] = []
     problems: list[str] = []
-    for part in (_heads, _backbones, _machine, _finetuning, _data):
+    for part in (_heads, _backbones, _machine, _finetuning, partial(_data, place=place)):
         _collect(part, config, lines, problems)
     if problems:
         raise PipelineError(f"{number_of(len(problems), 'problem')}; nothing was embedded or trained", problems)
@@ -127,12 +130,12 @@ def _finetuning(config: Config) -> list[str]:
     return [f"note: {refusal(kind)}" for kind in kinds if kind not in OBJECTIVES]
 
 
-def _data(config: Config) -> list[str]:
+def _data(config: Config, place: Path | None) -> list[str]:
     if needs_download(config.dataset):
         return [f"data set {config.dataset.name}: not looked at, because that means a download"]
     with tempfile.TemporaryDirectory() as folder:
         # Into a folder of its own: a look at the data must not fix their splits.
-        found = scan(config.dataset, config.seed, Path(folder, "dataset"))
+        found = scan(config.dataset, config.seed, place or Path(folder, "dataset"))
         if config.dataset.source in {"folder", "manifest"}:
             require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)
         failures = len(found.failures)

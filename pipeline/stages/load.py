@@ -1,9 +1,9 @@
-"""Features for your own Python code: `X, y, paths, groups = pipeline.load("artifacts/digits", "train")`."""
+"""Features for your own Python code: `X, y, paths, groups = load("artifacts/digits", "train")`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from pipeline.errors import StoreError
 from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore, StoredRows
 from pipeline.store.share import ImageTable, read_packed_index
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class Features(NamedTuple):
@@ -30,6 +33,16 @@ class Features(NamedTuple):
     def __repr__(self) -> str:
         groups = "" if self.groups is None else f", {len(np.unique(self.groups)):,} groups"
         return f"Features(X: {self.X}, y: {len(np.unique(self.y)):,} classes, paths{groups})"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return them as a table: a row for each image under its path, `label` (of several `label_0`, ...), `group`, then X."""
+        import pandas
+
+        labels = {"label": self.y} if self.y.ndim == 1 else {f"label_{k}": column for k, column in enumerate(self.y.T)}
+        about = pandas.DataFrame(labels if self.groups is None else {**labels, "group": self.groups}, index=self.paths)
+        names = [f"x{number}" for number in range(self.X.shape[1])]
+        vectors = pandas.DataFrame(np.asarray(self.X), index=self.paths, columns=names)
+        return pandas.concat([about, vectors], axis=1)
 
 
 def load(path: str | Path, split: str | None = None, embedding: str | None = None) -> Features:

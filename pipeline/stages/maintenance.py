@@ -26,6 +26,7 @@ from pipeline.errors import PipelineError, StoreError, first, number_of
 from pipeline.evaluation.audit import read_findings
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import (
+    BUDGET,
     FEWSHOT,
     FINETUNING,
     LAYERS,
@@ -322,6 +323,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     ("specs.json", lambda path: _whole(path, SPECS)),
     ("targets.json", lambda path: _whole(path, TARGETS)),
     ("layers.json", lambda path: _whole(path, LAYERS)),
+    ("budget.json", lambda path: _whole(path, BUDGET)),
     ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
     ("audit.json", read_findings),
     ("report.json", lambda path: _whole(path, REPORT)),

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from pipeline.config import checked_device
 from pipeline.data import REMARKS, Failure
+from pipeline.data.shards import archives_of, is_pattern
 from pipeline.data.summary import passed_over_lines
 from pipeline.data.targets import Target
-from pipeline.data.walk import Walk
+from pipeline.data.walk import Walk, is_folder
 from pipeline.embed.concat import open_networks
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord
@@ -34,8 +35,11 @@ from pipeline.experiment import REFIT, Artifacts, read_document, to_cell
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.export.strangers import Strangers, names, open_strangers
+from pipeline.images import forget
 from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
+from pipeline.io.remote import absolute, address_of
+from pipeline.stages.agreement import Agreement
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,8 @@ class PredictRun:
     untrained: bool
     strangers: Mapping[str, Strangers] = field(default_factory=dict)
     """By target, what was found of images unlike those of training."""
+    agreement: Agreement | None = None
+    """With the names of the folders, where they are called like classes."""
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
@@ -68,6 +74,7 @@ class PredictRun:
             lines.append(f"{name}{number_of(sum(labels.values()), 'image')} labelled by {self.bundles[target]}")
             counts = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
             lines += [f"  {label}: {count:,}" for label, count in counts if label]
+            lines += [name + line for line in (self.agreement.lines(target) if self.agreement else ())]
             lines += [name + line for line in self.strangers[target].lines()]
         if self.unreadable:
             lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
@@ -135,6 +142,7 @@ def run(
         raise ConfigError(f"--device: {error}") from None
     folders = find_bundles(bundle)
     heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
+    images = expanded(images)
     require_all(images)
     require_place(output)
     for target, head in heads.items():
@@ -144,7 +152,7 @@ def run(
             )
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
     records, lanes, models = _open(heads, strangers, device, trust_code)
-    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if path.is_dir()]
+    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
     total = sum(1 for _ in images_in(images, walks))
     unread, passed_over = _passed_over(walks)
     if not total and not unread:
@@ -162,6 +170,7 @@ def run(
     total += len(unread)
     targets, more = {target: head.target for target, head in heads.items()}, names(strangers)
     done, unreadable, reasons = 0, 0, list[str]()
+    agreement = Agreement.of(images, bundle, targets)
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
             for rows in outcomes():
@@ -170,6 +179,7 @@ def run(
                 for row in rows:
                     for (name, kind), (label, _) in zip(targets.items(), row.said, strict=False):
                         labels[name][kind.counted_as(label)] += 1
+                        agreement.add(row.path, name, str(label))
                 done += len(rows)
                 unread_rows = [f"{row.path}: {row.status}" for row in rows if not row.said]
                 unreadable += len(unread_rows)
@@ -185,7 +195,7 @@ def run(
             f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
     untrained = any(record.untrained for record in records)
-    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers)
+    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement)
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
@@ -240,9 +250,17 @@ def first_refitted(path: Path) -> str:
     return bundle
 
 
+def expanded(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths with the archives that a pattern means in its place."""
+    for path in paths:
+        forget(str(path))
+    found = [archives_of(path) if is_pattern(str(path)) else (path, [""]) for path in paths]
+    return [folder / name for folder, names in found for name in names]
+
+
 def require_all(paths: Sequence[Path]) -> None:
     """See that every path is there; DatasetError with one line for each that is not."""
-    missing = [shown(str(path)) for path in paths if not path.exists()]
+    missing = [shown(address_of(path) or str(path)) for path in paths if is_folder(path) is None]
     if missing:
         raise DatasetError("no such file or folder", missing)
 
@@ -252,7 +270,7 @@ def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
     seen: set[str] = set()
     left = iter(walks)
     for path in paths:
-        for file in _images(next(left)) if path.is_dir() else (str(path),):
+        for file in _images(next(left)) if is_folder(path) else (address_of(path) or str(path),):
             if len(paths) > 1:  # one folder has no file twice, and millions of names are memory
                 if file in seen:
                     continue
@@ -263,7 +281,12 @@ def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
 def _images(walk: Walk) -> Iterator[str]:
     for folder, found in walk.below():
         for name in sorted(found.images):
-            yield str(walk.root / folder / name)
+            yield _full(walk, folder + name)
+
+
+def _full(walk: Walk, path: str) -> str:
+    whole = str(walk.root / path)
+    return address_of(whole) or whole
 
 
 def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
@@ -274,7 +297,7 @@ def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
     for walk in walks:
         ignored += walk.ignored
         for entry in walk.entries:
-            path = str(walk.root / entry.path)
+            path = _full(walk, entry.path)
             if entry.status in REMARKS:
                 others.add(entry._replace(path=path))
             else:
@@ -296,13 +319,13 @@ def csv_header(targets: Mapping[str, Target], top: int, more: Sequence[str] = ()
         cells += (
             [name, *(f"{name}_{other.removeprefix(f'{first}_')}" for other in others)] if name else [first, *others]
         )
-    return _lines([[*cells, *more]])
+    return to_lines([[*cells, *more]])
 
 
 def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
     """Return the lines of some rows, without the first; a cell that a spreadsheet would run begins with `'`."""
     nothing: Said = (None, None)
-    return _lines(
+    return to_lines(
         [
             row.path,
             row.status,
@@ -317,15 +340,15 @@ def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: S
     )
 
 
-def _lines(rows: Iterable[Iterable[str]]) -> str:
+def to_lines(rows: Iterable[Iterable[str]]) -> str:
+    """Return rows as CSV; a cell that a spreadsheet would run begins with `'`."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(map(to_cell, row) for row in rows)
     return text.getvalue()
 
 
 def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
-    here, all_of_them = os.getcwd(), tuple(range(lanes))
-    return (Item(number, os.path.join(here, path), None, all_of_them) for number, path in enumerate(paths))
+    return (Item(number, absolute(path), None, tuple(range(lanes))) for number, path in enumerate(paths))
 
 
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from pathlib import Path
 
 from pipeline import config
-from pipeline.config import Config, Names
+from pipeline.config import Config, Names, Overrides, guess, source_of
 from pipeline.data.targets import TARGETS
 from pipeline.embed import baselines
 from pipeline.embed.installed import DEFAULT
+from pipeline.errors import ConfigError
 from pipeline.evaluation import METRICS
+from pipeline.experiment import Artifacts
 from pipeline.heads import FOR_PHOTOS, TABLES
+
+MOST_LISTED = 10_000
+"""Names beside one that is not there among which the one that was meant is looked for."""
 
 OF_PHOTOS = {
     "backbones": [DEFAULT.model_dump(mode="json", exclude_defaults=True)],
@@ -31,14 +36,33 @@ def names() -> Names:
     }
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and validate a config file with `--set a.b=c` overrides applied, and every name in it.
+def load(given: str | Path | Config, overrides: Overrides = ()) -> Config:
+    """Read and validate a config with overrides applied, and every name in it.
 
-    `path` may also be a folder of photos, whose config is `configs/folder.yaml`'s.
+    `given` may be a config file, a `Config`, the output folder of an experiment, whose config is in it, or images: a folder of
+    class folders, an archive of them or a manifest, whose config is `configs/folder.yaml`'s.
 
     Raises
     ------
     ConfigError
         With one line for every problem.
     """
-    return config.load(path, overrides, names(), OF_PHOTOS)
+    if not isinstance(given, Config):
+        given = Path(given).expanduser()
+        require_there(given)
+        if Artifacts(given).features.exists():  # which may have been moved since
+            given = config.load(Artifacts(given).config, (), names()).model_copy(update={"output": str(given)})
+    return config.load(given, overrides, names(), OF_PHOTOS)
+
+
+def require_there(path: Path) -> None:
+    """See that there is something at a path; ConfigError, with what is called alike beside it, where there is not.
+
+    Archives and what is remote are looked for by their readers.
+    """
+    if not os.path.lexists(path) and source_of(str(path)) is None:
+        near = os.listdir(path.parent)[:MOST_LISTED] if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
+        raise ConfigError(
+            f"{path}: there is no such file or folder{guess(path.name, near)}; expected a config file, or images: a folder that "
+            "holds a folder for each class, an archive of one, or a manifest (.csv, .parquet)"
+        )

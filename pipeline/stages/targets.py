@@ -31,6 +31,8 @@ def experiments(config: Config) -> dict[str, Config]:
     Of the heads and the score each has those that serve its kind; where none does, all heads, and the usual score.
     """
     data, found = config.dataset, {}
+    seconds = config.tuning.budget_seconds
+    budget = None if seconds is None else f"{seconds / len(data.kinds):f}s"
     for name, kind in zip(data.label_columns, data.kinds, strict=False) if len(data.kinds) > 1 else ():
         files = Artifacts(config.output, config.store)
         section: dict[str, Any] = {"label_columns": (name,), "target": kind}
@@ -44,7 +46,7 @@ def experiments(config: Config) -> dict[str, Config]:
             "store": str(files.stores),
             "dataset": data.model_copy(update=section),
             "heads": serving(config.heads, kind),
-            "tuning": config.tuning.model_copy(update={"scoring": scoring}),
+            "tuning": config.tuning.model_copy(update={"scoring": scoring, "budget": budget}),
         }
         found[name] = config.model_copy(update=changed)
     return found

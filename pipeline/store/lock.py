@@ -17,20 +17,17 @@ LOCK = "LOCK"
 
 
 def acquire(folder: Path, patience: float = 0.0) -> int:
-    """Take the lock of a store, waiting for so many seconds; give it back with `files.close_alone`.
+    """Take the lock of a store, waiting for so many seconds, which may be infinite; give it back with `files.close_alone`.
 
     Raises
     ------
     StoreError
         When another writer has it: says which process, on which host, since when.
     """
-    path, end = folder / LOCK, time.monotonic() + patience
+    path = folder / LOCK
     try:
-        descriptor = files.open_alone(path)
+        descriptor = _when_free(path, patience)
     except BlockingIOError:
-        if time.monotonic() < end:
-            time.sleep(0.05)
-            return acquire(folder, end - time.monotonic())
         if files.is_held(path):
             raise StoreError(f"{folder}: this process is writing to it already; close that writer first") from None
         writer = holder(folder) or "another process"
@@ -51,6 +48,17 @@ def acquire(folder: Path, patience: float = 0.0) -> int:
         files.close_alone(descriptor)
         raise
     return descriptor
+
+
+def _when_free(path: Path, patience: float) -> int:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return files.open_alone(path)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
@@ -219,9 +220,11 @@ class JoinedStores:
     view_at = read_at
 
 
-@dataclass(frozen=True, eq=False)
-class StoredRows:
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredRows(NDArrayOperatorsMixin):
     """The vectors of n digests, float32 of shape (n, dim), as an array that is read and checked only where it is indexed.
+
+    NumPy's operators, functions and methods read all of it: `X - X.mean(axis=0)`.
 
     A slice gives a view of the mapped file, read-only, where the rows lie one behind the other there, and so does `numpy.asarray`
     of all; a mask or row numbers give a copy. `segments` and `rows`, int64 of shape (n,), or (n, k) of k joined stores, say where each
@@ -280,6 +283,15 @@ class StoredRows:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         vectors = self[:]
         return np.array(vectors, dtype) if copy else np.asarray(vectors, dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = [each[:] if isinstance(each, StoredRows) else each for each in inputs]
+        return getattr(ufunc, method)(*arrays, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(np.ndarray, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self[:], name)
 
     def part(self, places: NDArray[np.integer]) -> StoredRows:
         """Return some of the rows, of any integer dtype, shape (k,), still unread."""

@@ -64,10 +64,11 @@ class StoreWriter:
         dim: int,
         dtype: str = "float32",
         probe: NDArray[np.float32] | None = None,
+        patience: float = 0.0,
     ) -> StoreWriter:
         """Create a store or open one for writing; takes over the journal of a killed run.
 
-        `dtype` : float32 or float16.
+        `dtype` : float32 or float16. `patience` : seconds to wait for another writer.
         `probe` : vectors of the built-in probe images, float32 of shape (k, dim), recorded in a new store and compared with an old one's.
 
         Raises
@@ -86,7 +87,7 @@ class StoreWriter:
                     )
             for folder in (path, path / SEGMENTS, path / JOURNAL, path / TEMPORARY):
                 files.make_folder(folder)
-            held = lock.acquire(path)
+            held = lock.acquire(path, patience)
             writer = StoreWriter(path, identity, store_type, held)
             try:
                 writer._begin(None if probe is None else np.asarray(probe, np.float32))
@@ -148,7 +149,7 @@ class StoreWriter:
         """Take over the rows of a run before that the snapshot does not have."""
         for file in opened:
             content = file.arrays["content"]
-            rows = np.flatnonzero(self._fresh(content))
+            rows = np.flatnonzero(self.fresh(content))
             if len(rows):
                 self._sources.append(Rows(file, rows))
                 self._new.update(digest_keys(content[rows]).tolist())
@@ -162,7 +163,7 @@ class StoreWriter:
             absent &= np.array([key not in self._new for key in digest_keys(digests).tolist()], np.bool_)
         return absent
 
-    def _fresh(self, digests: Digests) -> NDArray[np.bool_]:
+    def fresh(self, digests: Digests) -> NDArray[np.bool_]:
         """Like `missing`, bool of shape (n,), but of equal digests only the first counts."""
         fresh = self.missing(digests)
         _, first = np.unique(digests, axis=0, return_index=True)
@@ -200,7 +201,7 @@ class StoreWriter:
                 f"{self.store_type.dtype}; nothing of this batch was added; check the backbone and its precision",
                 [f"content {text}" for text in digests_to_hex(digests[bad])],
             )
-        fresh = self._fresh(digests)
+        fresh = self.fresh(digests)
         if fresh.any():
             kept, vectors = digests[fresh], np.ascontiguousarray(features[fresh], self.store_type.dtype)
             self._waiting.append((kept, vectors))

@@ -45,9 +45,14 @@ Pictures = list[tuple[str, Image.Image]]
 BUNDLED = "mean: [0.4806, 0.4486, 0.3983], std: [0.2521, 0.2448, 0.2590]"
 
 
-def regnet(weights: str, size: int) -> str:
-    """Return the section of the small network at an image size."""
-    return f"{{name: regnet_small, weights: {weights}, preprocessing: {{resize: {size}, crop: {size}, {BUNDLED}}}}}"
+def bundled(size: int) -> str:
+    """Return the section of the small bundled network at an image size."""
+    return f"{{name: regnet_small, weights: bundled, preprocessing: {{resize: {size}, crop: {size}, {BUNDLED}}}}}"
+
+
+def untrained(size: int) -> str:
+    """Return the section of a network that has learned nothing."""
+    return f"{{name: resnet18, weights: random, preprocessing: {{resize: {size}, crop: {size}}}}}"
 
 
 def lite0(size: int) -> str:
@@ -112,28 +117,28 @@ def cells(photos: Path, archive: Path) -> dict[str, tuple[Callable[[], Pictures]
         return clothing(photos, lambda name: names.get(name, name))
 
     return {
-        "digits, 300, bundled": (digits, 300, regnet("bundled", 32)),
-        "digits, 1200, bundled": (digits, 1200, regnet("bundled", 32)),
+        "digits, 300, bundled": (digits, 300, bundled(32)),
+        "digits, 1200, bundled": (digits, 1200, bundled(32)),
         "digits, 300, lite0": (digits, 300, lite0(64)),
-        "digits, 600, untrained": (digits, 600, regnet("random", 32)),
-        "inverted digits, 600, bundled": (lambda: changed(digits(), ImageOps.invert), 600, regnet("bundled", 32)),
+        "digits, 600, untrained": (digits, 600, untrained(32)),
+        "inverted digits, 600, bundled": (lambda: changed(digits(), ImageOps.invert), 600, bundled(32)),
         "clothing, 300, lite0": (lambda: clothing(photos), 300, lite0(64)),
         "clothing, 1200, lite0": (lambda: clothing(photos), 1200, lite0(64)),
         "clothing, 3200, lite0": (lambda: clothing(photos), 3200, lite0(64)),
-        "clothing, 300, bundled": (lambda: clothing(photos), 300, regnet("bundled", 48)),
-        "clothing, 1600, bundled": (lambda: clothing(photos), 1600, regnet("bundled", 48)),
+        "clothing, 300, bundled": (lambda: clothing(photos), 300, bundled(48)),
+        "clothing, 1600, bundled": (lambda: clothing(photos), 1600, bundled(48)),
         "clothing in 3 classes, 600, lite0": (coarse, 600, lite0(64)),
-        "clothing in 3 classes, 600, bundled": (coarse, 600, regnet("bundled", 48)),
+        "clothing in 3 classes, 600, bundled": (coarse, 600, bundled(48)),
         "blurred clothing, 1200, lite0": (
             lambda: changed(clothing(photos), lambda image: image.filter(ImageFilter.GaussianBlur(6))),
             1200,
             lite0(64),
         ),
         "turned clothing, 600, lite0": (lambda: turned(clothing(photos)), 600, lite0(64)),
-        "turned clothing, 1600, bundled": (lambda: turned(clothing(photos)), 1600, regnet("bundled", 32)),
+        "turned clothing, 1600, bundled": (lambda: turned(clothing(photos)), 1600, bundled(32)),
         "20 tiny classes, 400, lite0": (lambda: tiny(archive, 0, 20), 400, lite0(64)),
         "20 tiny classes, 2000, lite0": (lambda: tiny(archive, 90, 20), 2000, lite0(64)),
-        "20 tiny classes, 1000, untrained": (lambda: tiny(archive, 0, 20), 1000, regnet("random", 32)),
+        "20 tiny classes, 1000, untrained": (lambda: tiny(archive, 0, 20), 1000, untrained(32)),
         "5 coarse tiny classes, 1000, lite0": (lambda: tiny(archive, 150, 20, coarse=4), 1000, lite0(64)),
     }
 

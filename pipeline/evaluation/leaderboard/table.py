@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -20,6 +20,9 @@ from pipeline.errors import PipelineError, number_of
 from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores, metrics_for
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Leaks, Nested, Verdict, nested_choice
 from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, parse_document, read_document, to_document
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 APART = "Ranked apart, on other images"
 
@@ -94,6 +97,39 @@ class Leaderboard:
         """
         path = Path("leaderboard.json")
         return _leaderboard_of(parse_document(text, LEADERBOARD, path), path)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a pandas DataFrame of the rows, the best first; scores as users know them, a loss above 0."""
+        import pandas as pd
+
+        sign, scores = -1 if self.metric.lower_is_better else 1, metrics_for(self.target)
+        same = self.verdict.no_evidence if self.verdict else ()
+        found = []
+        for row in self.rows:
+            tests = {} if row.test is None else {f"test_{metric.name}": row.test[metric.name] for metric in scores}
+            low, high = (None if row.test is None else row.test.of(self.told_by)[1]) or (None, None)
+            found.append(
+                {
+                    "embedding": row.embedding,
+                    "head": row.head,
+                    f"cv_{self.scoring}": sign * row.cv_mean,
+                    "cv_std": row.cv_std,
+                    **{name: value for name, value in tests.items() if value is not None},
+                    "test_low": low,
+                    "test_high": high,
+                    "fit_seconds": row.fit_seconds,
+                    "predict_seconds": row.predict_seconds,
+                    "trials": row.trials,
+                    "best": row.key == self.best.key,
+                    "as_good_as_best": row.key == self.best.key or row.key in same,
+                    "recommended": self.verdict is not None and row.key == self.verdict.recommended,
+                    "note": row.note,
+                    "licence": row.license,
+                    "bundle": row.bundle,
+                    "params": dict(row.params),
+                }
+            )
+        return pd.DataFrame(found)
 
     def to_markdown(self) -> str:
         """Return the leaderboard as a Markdown table with the notes a reader needs below it."""

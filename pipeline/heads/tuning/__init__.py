@@ -6,6 +6,7 @@ journal as it ends, so a killed search goes on where it was and ends with the sa
 
 from pipeline.data.classes import expand_scores
 from pipeline.heads.tuning.evaluation import working_memory, works_on_disk
+from pipeline.heads.tuning.events import seconds_of_trials
 from pipeline.heads.tuning.features import Features, blocks, on_disk, part
 from pipeline.heads.tuning.folds import Folds, make_folds
 from pipeline.heads.tuning.last_fit import refit
@@ -37,6 +38,7 @@ __all__ = [
     "part",
     "refit",
     "require",
+    "seconds_of_trials",
     "tune",
     "working_memory",
     "works_on_disk",

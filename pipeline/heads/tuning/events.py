@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import scipy
 import sklearn
 
 from pipeline.config import TuningConfig
+from pipeline.experiment import TRIALS, read_lines
 from pipeline.heads.head import Params, identity
 from pipeline.heads.tuning.features import Features, blocks, on_disk
 from pipeline.heads.tuning.records import FoldOutcome, Problem
@@ -90,3 +92,13 @@ def replay(event: Mapping[str, Any]) -> FoldOutcome:
     """Return what a recorded fit gave, without its predictions."""
     kept = {key: event[key] for key in ("fit_seconds", "score_seconds", "warnings", "error")}
     return FoldOutcome(predictions=None, score=math.nan if event["score"] is None else float(event["score"]), **kept)
+
+
+def seconds_of_trials(journal: Path) -> float:
+    """Return how long a finished search took for its trials, without what comes after them; 0 where there is none."""
+    if not journal.exists():
+        return 0.0
+    events = read_lines(journal, TRIALS).records
+    return max(
+        (event["elapsed"] for event in events if event.get("event") == "trial" and event["rung"] == 0), default=0.0
+    )

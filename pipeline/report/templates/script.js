@@ -1,12 +1,48 @@
 "use strict";
 (() => {
   const root = document.documentElement;
+  const make = (name, given = {}, ...children) => {
+    const element = Object.assign(document.createElement(name), given);
+    element.append(...children);
+    return element;
+  };
+
+  // Light or dark as the reader's device has it, until it is chosen here
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const wanted = new URLSearchParams(location.search).get("theme");
   const show = (theme) => root.setAttribute("data-theme", theme);
   show(wanted === "dark" || wanted === "light" ? wanted : dark.matches ? "dark" : "light");
   dark.addEventListener("change", (event) => show(event.matches ? "dark" : "light"));
-  document.getElementById("theme").addEventListener("click", () => show(root.dataset.theme === "dark" ? "light" : "dark"));
+  const theme = document.getElementById("theme");
+  theme.hidden = false;
+  theme.addEventListener("click", () => show(root.dataset.theme === "dark" ? "light" : "dark"));
+
+  // A link to a folded part opens it
+  const unfold = (hash) => {
+    const found = hash.length > 1 && document.getElementById(decodeURIComponent(hash.slice(1)));
+    const part = found && found.closest("details");
+    if (!part) return;
+    part.open = true;
+    part.scrollIntoView();
+  };
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest && event.target.closest('a[href^="#"]');
+    if (link) setTimeout(() => unfold(link.hash));
+  });
+  addEventListener("hashchange", () => unfold(location.hash));
+  unfold(location.hash);
+
+  // Commands can be copied
+  document.querySelectorAll(".copy").forEach((code) => {
+    const text = code.textContent;
+    const button = make("button", { type: "button", textContent: "copy" });
+    const chosen = () => getSelection().selectAllChildren(code.firstChild.parentNode);
+    button.addEventListener("click", () => {
+      Promise.resolve(navigator.clipboard && navigator.clipboard.writeText(text)).then(() => { button.textContent = navigator.clipboard ? "copied" : "copy"; }, chosen);
+      if (!navigator.clipboard) chosen();
+    });
+    code.append(button);
+  });
 
   // Tooltips
   const tip = document.getElementById("tip");
@@ -60,17 +96,133 @@
     });
   });
 
+  // What is known of the images, in the order of their picture; those of the map come first
+  const data = document.getElementById("images");
+  const images = data && JSON.parse(data.textContent);
+  const known = new Map(images ? images.paths.map((path, number) => [path, number]) : []);
+  const thumb = (number, side) => {
+    const { columns } = images;
+    const element = make("div", { className: "thumb" });
+    element.style.backgroundImage = `url(${images.sheet})`;
+    element.style.backgroundSize = `${columns * 100}% auto`;
+    element.style.backgroundPosition = `${columns > 1 ? 100 * (number % columns) / (columns - 1) : 0}% ${lines > 1 ? 100 * Math.floor(number / columns) / (lines - 1) : 0}%`;
+    if (side) { element.style.width = `${side}px`; element.style.height = `${side}px`; }
+    return element;
+  };
+  const lines = images ? Math.ceil(images.paths.length / images.columns) : 0;
+  const wrong = (number) => images.right[number] === 0;
+  const answer = (number) => images.said[number] && images.said[number] + (images.sure[number] ? ` · ${images.sure[number]}\u00a0%` : "");
+  const caption = (number) => {
+    const lines = [make("b", { textContent: images.labels[number] })];
+    if (answer(number)) lines.push(make("br"), make("span", { className: wrong(number) ? "wrong" : "", textContent: `said ${answer(number)}` }));
+    lines.push(make("br"), make("span", { textContent: images.splits[number] }));
+    return lines;
+  };
+  const pressable = (element, number) => {
+    element.setAttribute("role", "button");
+    element.setAttribute("aria-label", `${images.paths[number]}, ${images.labels[number]}: show its neighbours`);
+    element.addEventListener("click", () => open(number));
+    element.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      open(number);
+    });
+  };
+  const small = (number) => {
+    const frame = make("div", { className: "frame", tabIndex: 0 }, thumb(number));
+    pressable(frame, number);
+    return make("figure", {}, frame, make("figcaption", {}, ...caption(number)));
+  };
+
+  // An image that is pressed shows its nearest neighbours, and these theirs
+  const dialog = document.getElementById("image");
+  const large = (number) => {
+    const shown = [...document.querySelectorAll(".frame[data-path] > img")].find((image) => image.parentNode.dataset.path === images.paths[number]);
+    return shown ? make("img", { src: shown.src, alt: "" }) : thumb(number, 112);
+  };
+  const open = (number) => {
+    hide();
+    const close = make("button", { className: "close", textContent: "×" });
+    close.setAttribute("aria-label", "Close");
+    close.addEventListener("click", () => dialog.close());
+    const few = images.paths.length < images.total ? ` of the ${images.paths.length} images in this page` : "";
+    dialog.replaceChildren(
+      close,
+      make("div", { className: "about" }, large(number), make("p", {}, ...caption(number), make("br"), make("span", { className: "quiet", textContent: images.paths[number] }))),
+      make("h3", { textContent: `Nearest to it${few}` }),
+      make("div", { className: "gallery small" }, ...images.near[number].map(small)),
+    );
+    if (!dialog.open) dialog.showModal();
+    close.focus();
+  };
+  if (dialog) dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+
+  // Galleries can be filtered by what their images differ in
+  const FACETS = {
+    Class: (number) => images.codes[number].map((code) => images.classes[code]),
+    Split: (number) => [images.splits[number]],
+    Answer: (number) => images.right[number] < 0 ? [] : [wrong(number) ? "wrong" : "right"],
+    Mistake: (number) => wrong(number) ? [`${images.labels[number]} → ${images.said[number]}`] : [],
+  };
+  const facets = (numbers, changed) => {
+    const chosen = {}, bar = make("div", { className: "facets" });
+    const fits = (number) => Object.entries(chosen).every(([name, value]) => !value || FACETS[name](number).includes(value));
+    const count = make("span", { className: "quiet" });
+    count.setAttribute("role", "status");
+    const update = () => {
+      const left = numbers.filter(fits);
+      count.textContent = `${left.length} of ${numbers.length}`;
+      changed(left);
+    };
+    for (const [name, values] of Object.entries(FACETS)) {
+      const counts = new Map();
+      numbers.forEach((number) => values(number).forEach((value) => counts.set(value, (counts.get(value) || 0) + 1)));
+      if (counts.size < 2) continue;
+      const select = make("select", {}, make("option", { value: "", textContent: `${name}: any` }));
+      select.setAttribute("aria-label", name);
+      select.append(...[...counts].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1)).map(([value, times]) => make("option", { value, textContent: `${value} (${times})` })));
+      select.addEventListener("change", () => { chosen[name] = select.value; update(); });
+      bar.append(select);
+    }
+    bar.append(count);
+    update();
+    return bar;
+  };
+  const FEW = 8, PAGE = 48;
+  document.querySelectorAll(".frame[data-path]").forEach((frame) => {
+    if (known.has(frame.dataset.path)) pressable(frame, known.get(frame.dataset.path));
+  });
+  document.querySelectorAll(".gallery, .pairs").forEach((gallery) => {
+    const figures = new Map([...gallery.children].map((figure) => [figure, [...figure.querySelectorAll("[data-path]")].map((frame) => known.get(frame.dataset.path)).find((number) => number !== undefined)]));
+    if (!images || figures.size < FEW || [...figures.values()].includes(undefined)) return;
+    const numbers = [...figures.values()];
+    gallery.before(facets(numbers, (left) => {
+      const shown = new Set(left);
+      figures.forEach((number, figure) => { figure.hidden = !shown.has(number); });
+    }));
+  });
+  const browse = document.getElementById("browse");
+  if (browse && images) {
+    const more = make("button", { className: "show-more", type: "button", textContent: "Show more" });
+    let left = [];
+    const add = () => {
+      browse.append(...left.splice(0, PAGE).map(small));
+      more.hidden = !left.length;
+    };
+    more.addEventListener("click", add);
+    browse.before(facets(images.paths.map((_, number) => number), (found) => { left = [...found]; browse.replaceChildren(); add(); }));
+    browse.after(more);
+  }
+
   // The map: the nearest dot within reach shows its image; arrow keys go through the dots
-  const data = document.getElementById("map-data");
   const svg = document.querySelector('[data-chart="map"]');
-  if (data && svg) {
-    const map = JSON.parse(data.textContent);
+  if (images && svg) {
     const dots = [...svg.querySelectorAll('[id$="-dots"] use')];
     const spots = dots.map((dot) => [Number(dot.getAttribute("x")), Number(dot.getAttribute("y"))]);
     let chosen = null, lit = null;
-    const visible = (number) => chosen === null || map.codes[number] === chosen;
+    const visible = (number) => chosen === null || images.codes[number].includes(chosen);
     const dim = () => { if (lit) { lit.style.stroke = ""; lit.style.strokeWidth = ""; lit = null; } };
-    const point = (event) => {
+    const nearest = (event) => {
       const matrix = svg.getScreenCTM().inverse();
       const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(matrix);
       let best = -1, reach = Math.max(9, (event.pointerType === "touch" ? 26 : 16) * matrix.a);
@@ -78,6 +230,10 @@
         const distance = Math.hypot(x - at.x, y - at.y);
         if (distance < reach && visible(number)) { reach = distance; best = number; }
       });
+      return best;
+    };
+    const point = (event) => {
+      const best = nearest(event);
       if (best < 0) { dim(); hide(); return; }
       mark(best, event.clientX, event.clientY);
     };
@@ -85,26 +241,17 @@
       dim();
       lit = dots[best];
       lit.style.stroke = "var(--ink)"; lit.style.strokeWidth = "1.6px";
-      tip.replaceChildren();
-      if (map.sheet) {
-        const thumb = document.createElement("div"), side = 112, columns = map.columns;
-        thumb.className = "thumb";
-        thumb.style.backgroundImage = `url(${map.sheet})`;
-        thumb.style.backgroundSize = `${columns * side}px auto`;
-        thumb.style.backgroundPosition = `${-(best % columns) * side}px ${-Math.floor(best / columns) * side}px`;
-        tip.append(thumb);
-      }
-      const name = document.createElement("b");
-      name.textContent = map.classes[map.codes[best]];
-      tip.append(name, document.createElement("br"), `${map.paths[best]} · ${map.splits[best]}`);
+      tip.replaceChildren(thumb(best), ...caption(best), make("br"), images.paths[best]);
       place(clientX, clientY);
     };
     svg.addEventListener("pointermove", point);
     svg.addEventListener("pointerdown", point);
+    svg.addEventListener("click", (event) => { const best = nearest(event); if (best >= 0) open(best); });
     svg.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") { hide(); dim(); } });
     svg.setAttribute("tabindex", "0");
     svg.addEventListener("blur", dim);
     svg.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && lit) { open(dots.indexOf(lit)); return; }
       const step = STEPS[event.key], shown = dots.map((_, number) => number).filter(visible);
       if (!step || !shown.length) return;
       event.preventDefault();

@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.config import BackboneConfig, Config, dump_yaml
+from pipeline.config import NO_LABELS, BackboneConfig, Config, dump_yaml
 from pipeline.data import DatasetIndex, check_failures, failed_digests
+from pipeline.data.index import WrittenIndex
 from pipeline.data.scan import scan
 from pipeline.data.summary import ScanResult
 from pipeline.embed.concat import default_name, find_parts
@@ -156,6 +157,24 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         stand_ins=tuple(dict.fromkeys(_about_stand_ins(targets, known))),
         total_seconds=time.perf_counter() - began,
     )
+
+
+def without_labels(config: Config) -> FeaturesRun:
+    """Like `run`, for images that have no labels yet, or whose labels do not matter; those an experiment is to keep are not lost.
+
+    Raises
+    ------
+    PipelineError
+        As `run` does, and where the output folder has an experiment with labels.
+    """
+    files = Artifacts(config.output, config.store)
+    before = WrittenIndex.read(files.dataset).index
+    if before is not None and (before.labels != "").any():
+        raise PipelineError(
+            f"{files.root}: has an experiment with labels; `manyheads features` embeds what is new in it, or set another folder with "
+            "--set output=FOLDER"
+        )
+    return run(config.model_copy(update={"dataset": config.dataset.model_copy(update={"target": NO_LABELS})}))
 
 
 def embed_some(

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import DatasetIndex
+from pipeline.embed.known import named, open_store, place
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import PipelineError, StoreError
 from pipeline.experiment import FEATURES, USER, Artifacts, read_document, write_document
@@ -34,31 +35,6 @@ PATIENCE = 10.0
 """Seconds to wait for another experiment to enter the list."""
 
 
-def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -> Path:
-    """The embedding's store, in the shared folder or else in `folders`; also where it was made under another name.
-
-    Such as of weights in a file that was renamed since.
-    """
-    path = files.store(spec.name, spec.fingerprint())
-    found = (each for folder in (files.stores, *folders) for each in sorted(folder.glob(_named(spec))))
-    return next(found, path)
-
-
-def _named(spec: EmbeddingSpec) -> str:
-    return f"*-{spec.fingerprint()[:12]}.store"
-
-
-def open_store(path: Path, fingerprint: str | None = None) -> FeatureStore | None:
-    """Open an embedding's store; None when it was never published.
-
-    Raises
-    ------
-    StoreError
-        When it is damaged.
-    """
-    return FeatureStore.open(path, fingerprint) if any(path.glob("snapshot-*.h5")) else None
-
-
 # ---- taking over
 
 
@@ -68,7 +44,7 @@ def take_over(specs: Sequence[EmbeddingSpec], files: Artifacts, digests: Digests
     A store of the experiment alone, as release 0.1 made them, is moved, where that is one step; otherwise the rows are copied
     and the old store stays as it is. Killed at any moment, every vector is in the one place or the other.
     """
-    wanted = [(place(spec, files), _named(spec)) for spec in specs]
+    wanted = [(place(spec, files), named(spec)) for spec in specs]
     own = {files.root / "features", files.dataset}
     for target, pattern in [*wanted, (files.stores / HASH_STORE, HASH_STORE)]:
         for folder in files.stores_before():

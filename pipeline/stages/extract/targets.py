@@ -12,25 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import LOCAL_DIR, BackboneConfig, Config, names_code, names_timm
+from pipeline.config import BackboneConfig, Config, names_code
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed import baselines, licenses
-from pipeline.embed.installed import BUNDLED, stand_in
-from pipeline.embed.precision import choice_inputs, version
+from pipeline.embed.installed import stand_in
+from pipeline.embed.known import open_store, place, read_specs, spec_key, write_specs
 from pipeline.embed.records import load
-from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec
-from pipeline.errors import PipelineError, StoreError, first
-from pipeline.experiment import SPECS, Artifacts, read_document, write_document
-from pipeline.images import DECODE_POLICY
-from pipeline.io.digests import Digests, digest_keys, fingerprint
-from pipeline.io.files import make_folder
-from pipeline.stages.extract.stores import open_store, others, place
+from pipeline.embed.spec import Embedder, EmbeddingSpec
+from pipeline.errors import StoreError, first
+from pipeline.experiment import Artifacts
+from pipeline.io.digests import Digests, digest_keys
+from pipeline.stages.extract.stores import others
 from pipeline.store import FeatureStore, differences
 
 MOST_DIFFERENCES = 6
@@ -78,13 +75,13 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
     BackboneError
         When a network that has to be loaded for it is not to be had.
     """
-    known = _read(files.specs)
+    known = read_specs(files.specs)
     found = dict(known)
     sources = []
     for asked in config.backbones:
-        other = None if _key(asked, config) in known else stand_in(asked)
+        other = None if spec_key(asked, config) in known else stand_in(asked)
         section, instead_of = (other, asked) if other else (asked, None)
-        key = _key(section, config)
+        key = spec_key(section, config)
         if key not in known and (theirs := _specs_of_others(key, files, digests)):
             found[key] = theirs
         if key in found:
@@ -105,9 +102,7 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
             made = load(None, name, config.extraction, config.seed)
             sources.append(Source(None, made.specs, partial(_itself, made)))
     if found != known:
-        make_folder(files.root)
-        entries = {key: [spec.to_dict() for spec in specs] for key, specs in found.items()}
-        write_document(files.specs, SPECS, {"entries": entries})
+        write_specs(files.specs, found)
     return _with_unique_names(sources)
 
 
@@ -121,52 +116,11 @@ def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[Embe
     `digests` : uint64 of shape (n, 2).
     """
     for other in others(files)[0]:
-        specs = _read(other.specs).get(key, ())
+        specs = read_specs(other.specs).get(key, ())
         stores = [open_store(place(spec, files), spec.fingerprint()) for spec in specs]
         if stores and all(store and 2 * int(store.missing(digests).sum()) <= len(digests) for store in stores):
             return specs
     return ()
-
-
-def _key(section: BackboneConfig, config: Config) -> str:
-    """The digest of all that the specs of a section depend on, none of which needs torch to be known."""
-    return fingerprint(
-        {
-            "embed_version": EMBED_VERSION,
-            "section": section.model_dump(mode="json"),
-            "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
-            "seed": config.seed if section.weights == "random" else None,
-            "machine": choice_inputs(),
-            "decode": dict(DECODE_POLICY),
-            "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
-            **({"timm": _state_of_timm(section.name)} if names_timm(section.name) else {}),
-        }
-    )
-
-
-def _state_of_timm(name: str) -> list[Any]:
-    """The version of timm and, where the network is a folder's, the state of its files."""
-    folder = Path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else None
-    files = sorted(folder.iterdir()) if folder and folder.is_dir() else []
-    return [version("timm"), *map(_state_of, files)]
-
-
-def _state_of(path: Path) -> list[Any] | None:
-    """What changes when a file is written, or None where there is none."""
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return [str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-
-
-def _read(path: Path) -> dict[str, tuple[EmbeddingSpec, ...]]:
-    """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
-    try:
-        entries = read_document(path, SPECS)["entries"]
-        return {key: tuple(map(EmbeddingSpec.from_dict, specs)) for key, specs in entries.items()}
-    except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
-        return {}
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:

@@ -7,6 +7,7 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     embedding.py  what heads are tuned on, in memory or on disk, and the heads that are left out where neither will do
     row.py        one head: tuned, scored, saved, or found finished
     repeats.py    searches within outer folds and with other seeds, on request; class weights switched
+    budget.py     how many trials of every row fit into a budget, on request
     layers.py     which layers of a network hold the signal, where several are embedded
     vote.py       the best rows of different embeddings together, on request
     strangers.py  classes left out, to learn what is strange to the best row
@@ -16,16 +17,20 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
 from __future__ import annotations
 
 import logging
+import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from shlex import quote
 from typing import Any
 
+from threadpoolctl import threadpool_info
+
 from pipeline import heads as head_table
-from pipeline.config import Config, dump_yaml
+from pipeline.config import Config, TuningConfig, dump_yaml
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed.concat import KIND, concatenated, open_features
@@ -39,9 +44,11 @@ from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
 from pipeline.heads.layer_profile import LayerProfile, what_to_take
-from pipeline.heads.tuning import limited, require
+from pipeline.heads.tuning import limited, require, seconds_of_trials
+from pipeline.io.digests import fingerprint
 from pipeline.io.files import write_text_atomic
 from pipeline.stages.train_heads import layers
+from pipeline.stages.train_heads.budget import Pass, trials_within
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
@@ -132,37 +139,86 @@ def run(config: Config) -> HeadsRun:
     files = Artifacts(config.output)
     require(config.tuning.strategy)
     asked = ask(config)
-    config, records, made_of = asked.config, asked.records, asked.index
-    stores, task, embeddings = asked.stores, asked.task, asked.embeddings
-    scoring = METRICS[config.tuning.scoring]
-    rows, left_out, reused = list[LeaderboardRow](), list[str](), 0
-    for embedding in embeddings:
-        vectors = Vectors(embedding)  # read when a head first needs them, and let go before the next embedding's
-        for head in embedding.heads:
-            key, folder = row_key(head, embedding, config.seed), files.bundle(embedding.name, head.name)
-            try:
-                row = finished_row(folder, key)
-                reused += row is not None
-                row = row or make_row(head, embedding, vectors, config, files, key)
-                rows.append(replace(row, license=embedding.license))
-            except UnfittedError as error:
-                why = ": ".join(filter(None, [error.message, "; ".join(error.problems)]))
-                left_out.append(f"{embedding.name} / {head.name}: left out: {why}")
+    given, records = asked.config, asked.records
+    stores, task, scoring = asked.stores, asked.task, METRICS[given.tuning.scoring]
+    asked, made, cut = _within_budget(asked, files)
+    config, embeddings = asked.config, asked.embeddings
+    rows, left_out = made.rows, made.left_out
     if left_out and all(row.constant for row in rows):
         raise HeadError("no head on images can be tuned", left_out)
     if config.vote:
         voted = vote_row(rows, task, scoring.name, config.seed, files)
         (left_out if isinstance(voted, str) else rows).append(voted)  # type: ignore[arg-type]
-    write_text_atomic(files.config, dump_yaml(config, files.root))
-    notes = [*_notes(embeddings, task, config), *left_out]
-    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, made_of, task, stores, notes)), files.root)
+    write_text_atomic(files.config, dump_yaml(given, files.root))
+    notes = [*cut, *_notes(embeddings, task, config), *left_out]
+    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
     leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
     leaks, findings = find_leaks(leaderboard, task, stores, files)
     leaderboard = replace(leaderboard, leaks=leaks)
     write_findings(files.audit, findings)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
-    return HeadsRun(leaderboard, files, reused, layers.profiles(config, files, records, stores, task))
+    return HeadsRun(leaderboard, files, made.reused, layers.profiles(config, files, records, stores, task))
+
+
+@dataclass
+class _Rows:
+    """The rows that were made or found, lines on those left out, how many were found, and the seconds that all took to make."""
+
+    rows: list[LeaderboardRow] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    reused: int = 0
+    seconds: float = 0.0
+
+
+def _rows(asked: Asked, files: Artifacts) -> _Rows:
+    """Make every row that is asked for, or find it finished."""
+    made, config = _Rows(), asked.config
+    for embedding in asked.embeddings:
+        vectors = Vectors(embedding)  # read when a head first needs them, and let go before the next embedding's
+        for head in embedding.heads:
+            key, folder = row_key(head, embedding, config.seed), files.bundle(embedding.name, head.name)
+            start = time.perf_counter()
+            try:
+                row = finished_row(folder, key)
+                made.reused += row is not None
+                made.seconds += 0 if row is None else (row.search_seconds or 0) + row.fit_seconds
+                row = row or make_row(head, embedding, vectors, config, files, key)
+                made.rows.append(replace(row, license=embedding.license))
+            except UnfittedError as error:
+                why = ": ".join(filter(None, [error.message, "; ".join(error.problems)]))
+                made.left_out.append(f"{embedding.name} / {head.name}: left out: {why}")
+            made.seconds += time.perf_counter() - start
+    return made
+
+
+def _within_budget(asked: Asked, files: Artifacts) -> tuple[Asked, _Rows, list[str]]:
+    """Return what is asked with as many trials as the budget has time for, its rows, and a line on what the budget cut."""
+    passes = list[_Rows]()
+
+    def measure(trials: int) -> Pass:
+        passes.append(_rows(_with_trials(asked, trials), files))
+        searching = (
+            seconds_of_trials(files.trials(each.name, head.name)) for each in asked.embeddings for head in each.heads
+        )
+        return Pass(trials, passes[-1].seconds, sum(searching))
+
+    config = asked.config
+    rows = [row_key(head, each, config.seed) for each in asked.embeddings for head in each.heads]
+    trials, cut = trials_within(config.tuning, fingerprint({"rows": rows}), files.budget, measure)
+    asked = _with_trials(asked, trials)
+    return asked, passes[-1] if passes else _rows(asked, files), cut
+
+
+def _with_trials(asked: Asked, trials: int) -> Asked:
+    """Return what is asked with another number of trials, and no budget; the guess without an image keeps its one."""
+
+    def changed(tuning: TuningConfig) -> TuningConfig:
+        return tuning.model_copy(update={"trials": min(trials, tuning.trials), "budget": None})
+
+    config = asked.config.model_copy(update={"tuning": changed(asked.config.tuning)})
+    embeddings = [replace(each, tuning=changed(each.tuning)) for each in asked.embeddings]
+    return replace(asked, config=config, embeddings=embeddings)
 
 
 def _embeddings(
@@ -197,12 +253,11 @@ def _notes(embeddings: Sequence[Embedding], task: Task, config: Config) -> list[
 def _provenance(
     config: Config,
     files: Artifacts,
-    index: str,
-    task: Task,
-    stores: Mapping[str, FeatureStore | JoinedStores],
+    asked: Asked,
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
+    task, stores, index = asked.task, asked.stores, asked.index
     return {
         # The config as it was used, overrides included, is beside the leaderboard.
         "command": f"manyheads features {quote(str(files.config))}\nmanyheads heads {quote(str(files.config))}",
@@ -216,9 +271,19 @@ def _provenance(
         "folds": len(task.folds),
         "notes": list(notes),
         "stores": {name: store.digest for name, store in stores.items()},
+        "precision": {record.name: record.spec.precision for record in asked.records},
         "versions": {**bundles.versions(), **_feature_versions()},
+        "machine": _machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _machine() -> str:
+    """What makes other roundings: the system, the processor's kind, and the libraries for matrices with what they are written for."""
+    libraries = {
+        f"{each['internal_api']} {each['version']} {each.get('architecture', '')}".strip() for each in threadpool_info()
+    }
+    return ", ".join([f"{platform.system()} {platform.machine()}", *sorted(libraries)])
 
 
 def _feature_versions() -> dict[str, str]:

@@ -42,7 +42,7 @@ def row_key(head: Head, embedding: Embedding, seed: int) -> str:
             "embedding": embedding.record.fingerprint if embedding.record else embedding.name,
             "task": embedding.task.key,
             "head": identity(head, seed),
-            "tuning": embedding.tuning.model_dump(mode="json", exclude={"jobs", "memory"}),
+            "tuning": embedding.tuning.model_dump(mode="json", exclude={"jobs", "memory", "budget"}),
             "seed": seed,
             "versions": bundles.versions(),
         }

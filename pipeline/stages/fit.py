@@ -1,0 +1,183 @@
+"""Fit: from photos to a leaderboard and its page in one go, and what is asked of the result most.
+
+It looks at the data and embeds, tunes, compares as `features` and `heads` do: what they have finished is not done again, and its
+config, which lies in the output folder, is theirs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import webbrowser
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+from pipeline import report
+from pipeline.config import Config, Overrides
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
+from pipeline.experiment import Artifacts, from_cell
+from pipeline.stages import check, extract, predict, settings, targets, train_heads
+from pipeline.stages.train_heads import HeadsRun
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from sklearn.pipeline import Pipeline
+
+NOTHING_NEW = "nothing changed since the last scan"
+"""What the stage after the look says of the data, a moment later."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished experiment, by its output folder; all it says is read from the files in there."""
+
+    output: Path
+
+    @property
+    def boards(self) -> dict[str, Leaderboard]:
+        """The leaderboard of each of several targets by its name; '' for the one of a single target."""
+        each = Artifacts(self.output).each_target() or {"": self.output}
+        return {name: read_leaderboard(folder) for name, folder in each.items()}
+
+    @property
+    def leaderboard(self) -> pd.DataFrame:
+        """One row for each embedding and head, the best first; of several targets those of each, with its name in a column."""
+        import pandas as pd
+
+        tables = {name: board.to_frame() for name, board in self.boards.items()}
+        if list(tables) == [""]:
+            return tables[""]
+        for name, table in tables.items():
+            table.insert(0, "target", name)
+        return pd.concat(tables.values(), ignore_index=True)
+
+    @property
+    def best_estimator_(self) -> Pipeline:
+        """The best head with its network, as a fitted scikit-learn pipeline from images to labels."""
+        from pipeline.stages.estimators import best_estimator
+
+        return best_estimator(self.output)
+
+    def predict(self, images: str | Path | Sequence[str | Path], **options: Any) -> pd.DataFrame:
+        """Label image files, and all images in folders, by the best head: a row for each image, as `manyheads predict` writes them.
+
+        `options` are those of `manyheads.predict`, such as `top=5`, or `output` to keep the CSV file too.
+        """
+        import pandas as pd
+
+        given = [images] if isinstance(images, (str, Path)) else images
+        with tempfile.TemporaryDirectory() as folder:
+            options.setdefault("output", Path(folder, "predictions.csv"))
+            run = predict.run(self.output, [Path(image) for image in given], **options)
+            found = pd.read_csv(run.output, dtype=str, keep_default_na=False)
+        for name in found.columns:
+            numbers = pd.to_numeric(found[name].replace("", None), errors="coerce")
+            whole = numbers.notna().any() and numbers.notna().eq(found[name] != "").all()
+            labels = name.startswith("label") or name in ("path", "status", *self.boards)
+            found[name] = numbers if whole and not labels else found[name].map(from_cell)
+        return found
+
+    def report(self, open: bool = False) -> Path:
+        """Return the path of the report page, made again where it is not current; `open` shows it in the browser."""
+        page = report.refresh(self.output)
+        if open:
+            show(page)
+        return page
+
+    def __repr__(self) -> str:
+        told = []
+        for name, board in self.boards.items():
+            best = board.best
+            test, span = (None, None) if best.test is None else best.test.of(board.told_by)
+            text, title = board.told_by.user_text, board.told_by.title
+            tested = (
+                ""
+                if test is None or span is None
+                else f", test {title} {text(test)} [{text(span[0])}, {text(span[1])}]"
+            )
+            told.append(f"{f'{name}: ' if name else ''}{len(board.rows)} rows, best {best.key}{tested}")
+        return f"Run({str(self.output)!r}: {'; '.join(told)})"
+
+
+def heads(config: Config) -> Iterator[tuple[str, HeadsRun, Path]]:
+    """Tune and compare heads on the stored features of each target; yield its name, '' of a single one, the result and the page."""
+    for name, alone in (targets.experiments(config) or {"": config}).items():
+        result = train_heads.run(alone)
+        yield name, result, report.refresh(result.files.root)
+
+
+def heads_lines(config: Config) -> Iterator[str]:
+    """Do it, and say of each target what there is, then of all of them."""
+    several = False
+    for name, result, page in heads(config):
+        several = bool(name)
+        yield from [*([f"== {name} =="] if name else []), *result.summary_lines(), f"report       {page}"]
+    if several:
+        yield from targets.overview(config)
+
+
+def settings_of(
+    given: str | Path | Config,
+    overrides: Overrides = (),
+    target: Sequence[str] = (),
+    budget: str | None = None,
+    output: str | Path | None = None,
+) -> Config:
+    """Return the config of photos, or a config file's, with what was said besides: columns to learn, time, where results go.
+
+    Raises
+    ------
+    ConfigError
+    """
+    config = settings.load(given, overrides)
+    if target and config.dataset.source != "manifest":
+        raise ConfigError(
+            f"--target {target[0]}: names a column of a manifest (.csv, .parquet); here the labels are the "
+            f"folders' names, as dataset.source is {config.dataset.source}"
+        )
+    more: dict[str, Any] = {"dataset.label_columns": list(target)} if target else {}
+    more |= {"tuning.budget": budget, "tuning.seconds": None} if budget else {}
+    more |= {"output": str(output)} if output else {}
+    return settings.load(config, more)
+
+
+def run(config: Config) -> Iterator[str]:
+    """Look, embed, tune, compare, write the page; yield what is found as it is, and at the end what to do next.
+
+    Raises
+    ------
+    PipelineError
+        As `check`, `features` and `heads` do; what was finished before is kept.
+    """
+    files = Artifacts(config.output, config.store)
+    try:
+        found = check.run(config, files.dataset)
+    except PipelineError as error:
+        if len(error.problems) != 1:
+            raise
+        raise PipelineError(error.problems[0]) from None
+    yield from found[:-1]
+    told = {*found, NOTHING_NEW}
+    yield from [*(line for line in extract.run(config).summary_lines() if line not in told), ""]
+    yield from heads_lines(config)
+    yield from ["", *next_lines(files.root)]
+
+
+def next_lines(root: Path) -> list[str]:
+    """Say what can be done with a finished experiment."""
+    place = quote(str(root))
+    return [
+        "What next",
+        f"  look          {report.refresh(root)} says how sure this is, which images are doubtful and whether more would help",
+        f"  label photos  manyheads predict {place} PHOTOS --output labels.csv",
+        f"  search on     manyheads heads {place} --set tuning.trials=64",
+        f"  check it      manyheads replay {place}",
+    ]
+
+
+def show(page: Path) -> None:
+    """Open a page in the browser."""
+    webbrowser.open(page.resolve().as_uri())

@@ -1,0 +1,131 @@
+"""Replay: make every number of a leaderboard again from the stored features, in a folder that is thrown away, and compare.
+
+Seconds are not compared: they say something of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copy2, copytree
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.embed.records import EmbeddingRecord, read_asked_records
+from pipeline.errors import number_of
+from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
+from pipeline.experiment import STORES, Artifacts
+from pipeline.stages import targets, train_heads
+
+NO_RESULTS = ("fit_seconds", "predict_seconds", "search_seconds", "embed_seconds")
+"""Fields of a row that are not compared."""
+
+CONDITIONS = ("seed", "scoring", "folds", "images", "index", "task", "stores", "precision", "versions", "machine")
+"""What a leaderboard says of how it was made, and is told where it is not so now."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One leaderboard, made again."""
+
+    output: Path
+    numbers: int
+    """How many were compared."""
+    differences: tuple[str, ...]
+    """A line for each value that is another now, and for each row that only one of the two has."""
+    conditions: tuple[str, ...]
+    """Lines on what it was made of and with, where that is not the same now."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every number is the same."""
+        return not self.differences
+
+    def summary_lines(self) -> list[str]:
+        """What differs, and what else is not as it was."""
+        count = number_of(self.numbers, "number")
+        found = (
+            f"the same again, all {count}"
+            if self.ok
+            else f"{number_of(len(self.differences), 'difference')}, {count} compared"
+        )
+        return [f"{self.output}: {found}", *(f"  {line}" for line in (*self.differences, *self.conditions))]
+
+
+def run(config: Config) -> list[Replay]:
+    """Make the leaderboard of a config's output folder again, of several targets each, and compare; nothing in the folder changes.
+
+    Raises
+    ------
+    PipelineError
+        When there is no leaderboard, or its features are not there or of other images.
+    """
+    return [_replay(alone) for alone in (targets.experiments(config) or {"": config}).values()]
+
+
+def _replay(config: Config) -> Replay:
+    files = Artifacts(config.output, config.store)
+    before = read_leaderboard(files.root)
+    records = read_asked_records(files.features, config)
+    tuning = config.tuning
+    if tuning.budget is not None:  # for how many trials there was time is nothing that can be made again
+        trials = before.provenance["config"]["tuning"]["trials"]
+        tuning = tuning.model_copy(update={"trials": trials, "budget": None})
+    with tempfile.TemporaryDirectory(prefix="manyheads-replay-") as folder:
+        scratch = _scratch(files, records, Path(folder))
+        changed = {"output": str(scratch), "store": None, "tuning": tuning}
+        after = train_heads.run(config.model_copy(update=changed)).leaderboard
+    old, new = (dict(_leaves(_results(board))) for board in (before, after))
+    found = [
+        f"{place}: was {old.get(place, 'not there')}, is {new.get(place, 'not there')}"
+        for place in dict.fromkeys([*old, *new])
+        if old.get(place) != new.get(place)
+    ]
+    compared = sum(isinstance(value, (int, float)) and not isinstance(value, bool) for value in old.values())
+    return Replay(files.root, compared, tuple(found), tuple(_changed(before, after)))
+
+
+def _scratch(files: Artifacts, records: Sequence[EmbeddingRecord], folder: Path) -> Path:
+    """Make an output folder with what stage one wrote, beside links to the feature stores."""
+    scratch = folder / "output"
+    copytree(files.dataset, scratch / files.dataset.name)
+    copy2(files.features, scratch)
+    places = [files.stores, *(files.find_store(record.store).parent for record in records)]
+    for link, place in zip(
+        (folder / STORES, scratch / STORES), dict.fromkeys(map(os.path.realpath, places)), strict=False
+    ):
+        os.symlink(place, link)
+    return scratch
+
+
+def _results(board: Leaderboard) -> dict[str, Any]:
+    """Return what a leaderboard says of its rows, by their names, and of all of them, as plain values."""
+    told = json.loads(board.to_json())
+    rows = {
+        f"{row['embedding']}/{row['head']}": {key: value for key, value in row.items() if key not in NO_RESULTS}
+        for row in told["rows"]
+    }
+    return {**rows, **{key: told[key] for key in ("best", "verdict", "leaks")}}
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value that is no mapping or list, and where it is: `hog/knn: cv_scores[2]`."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{place}{': ' if ':' not in place else '.'}{key}" if place else key)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{place}[{number}]")
+    else:
+        yield place, value
+
+
+def _changed(before: Leaderboard, after: Leaderboard) -> Iterator[str]:
+    old, new = (dict(_leaves({key: board.provenance.get(key) for key in CONDITIONS})) for board in (before, after))
+    for place in dict.fromkeys([*old, *new]):
+        if old.get(place) is not None and old[place] != new.get(place):
+            yield f"made with {place} {old[place]}, now {new.get(place, 'not there')}"

@@ -1,0 +1,230 @@
+"""Similar: the stored images that an image is nearest to, with their labels; the image itself may be stored or new."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data import DatasetIndex
+from pipeline.data.walk import Walk, is_folder
+from pipeline.embed.concat import open_features, open_networks
+from pipeline.embed.loader import Item, Lane, embed
+from pipeline.embed.records import EmbeddingRecord, choose, read_records
+from pipeline.errors import DatasetError, PipelineError, first, number_of
+from pipeline.evaluation.leaderboard import read_leaderboard
+from pipeline.experiment import Artifacts
+from pipeline.export import bundle as bundles
+from pipeline.images import ImageProblem, content_key, read_steadily
+from pipeline.io.files import require_place, write_text_atomic
+from pipeline.io.remote import absolute, address_of
+from pipeline.stages import settings
+from pipeline.stages.predict import BATCH_SIZE, EXAMPLES, expanded, images_in, require_all, shown, to_lines
+from pipeline.store import FeatureStore, JoinedStores
+from pipeline.store.nearest import Nearest
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A stored image that is near: 1 - cosine, its label ('' where it has none), its split, and where it is."""
+
+    distance: float
+    label: str
+    split: str
+    path: str
+
+
+@dataclass(frozen=True)
+class SimilarRun:
+    """What was found: for each image its neighbours, nearest first, or why it could not be read."""
+
+    embedding: str
+    images: int
+    """Stored images that were searched."""
+    found: Mapping[str, Sequence[Neighbour]]
+    problems: Mapping[str, str]
+    output: Path | None
+
+    def summary_lines(self) -> list[str]:
+        """A table for each image."""
+        lines = [
+            f"nearest of {number_of(self.images, 'image')} by {self.embedding}; 0 is the same, 1 has nothing in common"
+        ]
+        for path, near in self.found.items():
+            width = max([5, *(len(each.label) for each in near)])
+            rows = [(f"{each.distance:.4f}", each.label, each.path) for each in near]
+            lines += ["", path, *(f"  {away}  {label:<{width}}  {where}" for away, label, where in rows)]
+        lines += [f"{path}: {why}" for path, why in self.problems.items()]
+        return lines if self.output is None else [*lines, "", f"written to {self.output}"]
+
+
+def run(
+    images: Sequence[Path],
+    place: Path | None = None,
+    *,
+    embedding: str | None = None,
+    count: int = 10,
+    output: Path | None = None,
+    trust: bool = False,
+) -> SimilarRun:
+    """Find the stored images nearest to some image files, and to all in the folders given.
+
+    `place` is an output folder, a config or a folder of photos; without it the one experiment in `artifacts`. The embedding is the
+    best row's of the leaderboard unless one is named. An image that is stored needs no network, and is not its own neighbour; a
+    copy of it is. `trust` allows a network of code.
+
+    Raises
+    ------
+    PipelineError
+        When there is no such experiment, image or embedding, or none of the images can be read.
+    """
+    images = expanded(images)
+    require_all(images)
+    if output is not None:
+        require_place(output)
+    stored = Stored.open(experiment_at(place), embedding)
+    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
+    paths = list(images_in(images, walks))
+    if not paths:
+        raise DatasetError(f"no image files in {', '.join(map(str, images))}")
+    vectors, problems = stored.embed(paths, trust)
+    read = [path for path in paths if path not in problems]
+    if not read:
+        raise DatasetError(
+            "none of the images can be read", first([f"{p}: {why}" for p, why in problems.items()], EXAMPLES)
+        )
+    found = dict(zip(map(shown, read), stored.neighbours(read, vectors, count), strict=True))
+    result = SimilarRun(
+        stored.record.name, len(stored.index), found, {shown(p): why for p, why in problems.items()}, output
+    )
+    if output is not None:
+        rows = [
+            [path, str(rank), f"{each.distance:.6f}", each.label, each.split, each.path]
+            for path, near in found.items()
+            for rank, each in enumerate(near, 1)
+        ]
+        write_text_atomic(output, to_lines([["image", "rank", "distance", "label", "split", "path"], *rows]))
+    return result
+
+
+def experiment_at(place: Path | None) -> Artifacts:
+    """Return the experiment of an output folder, a config or a folder of photos; without a place the only one in `artifacts`.
+
+    Raises
+    ------
+    PipelineError
+        When it has no features.
+    """
+    if place is None:
+        there = sorted(path.parent for path in Path("artifacts").glob("*/features.json"))
+        if len(there) != 1:
+            names = ", ".join(map(str, there)) or "none in artifacts/"
+            raise PipelineError(f"name an experiment, its config or its photos with --in; there is {names}")
+        (place,) = there
+    files = Artifacts(place)
+    if not files.features.exists():
+        config = settings.load(place)
+        files = Artifacts(config.output, config.store)
+    if not files.features.exists():
+        raise PipelineError(
+            f"{files.root}: has no features yet; run `manyheads features {place}`, or `manyheads embed {place}` where images "
+            "have no labels"
+        )
+    return files
+
+
+def embedding_of(files: Artifacts, name: str | None = None) -> tuple[EmbeddingRecord, Path | None]:
+    """Return an experiment's embedding of a name, or else its best row's, and the best bundle on it; None where there is none.
+
+    Raises
+    ------
+    PipelineError
+        When there is none of that name, or no leaderboard and several to choose from.
+    """
+    if files.leaderboard.exists():
+        for row in read_leaderboard(files.root).rows:
+            if row.bundle and not row.constant and name in (None, row.embedding):
+                made = bundles.describe(files.root / row.bundle)["embedding"]
+                if made:  # a soft vote has several
+                    return EmbeddingRecord.from_dict(made), files.root / row.bundle
+    return choose(read_records(files.features), name, "--embedding"), None
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The n images of an experiment that have a vector of one embedding, ready to be searched more than once."""
+
+    record: EmbeddingRecord
+    store: FeatureStore | JoinedStores
+    index: DatasetIndex
+    search: Nearest
+    """Among the distinct contents."""
+    copies: NDArray[np.int64]
+    """For each image the place of its content, shape (n,)."""
+
+    @staticmethod
+    def open(files: Artifacts, embedding: str | None = None) -> Stored:
+        """Open an embedding of an experiment; PipelineError when it is not there."""
+        record, _ = embedding_of(files, embedding)
+        store, index = open_features(record, files), DatasetIndex.read(files.dataset)
+        index = index.rows(~store.missing(index.digests))
+        if not len(index):
+            raise PipelineError(f"{files.root}: no image has a vector of {record.name}; run `manyheads features` again")
+        contents, copies = np.unique(index.digests, axis=0, return_inverse=True)
+        return Stored(record, store, index, Nearest.of(store, contents), copies.reshape(-1))
+
+    def embed(self, paths: Sequence[str], trust: bool = False) -> tuple[NDArray[np.float32], dict[str, str]]:
+        """Return the vectors of those of some image files that can be read, float32 of shape (k, dim), and why others cannot.
+
+        Those with a vector in the store are looked up; the network is loaded for the others alone.
+        """
+        digests, problems = np.zeros((len(paths), 2), np.uint64), dict[str, str]()
+        for row, path in enumerate(paths):
+            try:
+                digests[row] = np.frombuffer(content_key(read_steadily(absolute(path))[0]), "<u8")
+            except ImageProblem as problem:
+                problems[path] = problem.reason
+        ok = np.array([path not in problems for path in paths])
+        vectors = np.zeros((len(paths), self.store.dim), np.float32)
+        known = ok & ~self.store.missing(digests)
+        vectors[known] = self.store.read(digests[known])
+        new = np.flatnonzero(ok & ~known)
+        if len(new):
+            embedders, places = open_networks(self.record.parts or (self.record,), "auto", trust_code=trust)
+            lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
+            items = [
+                Item(row, absolute(paths[row]), digests[row].tobytes(), tuple(range(len(lanes))))
+                for row in new.tolist()
+            ]
+            for batch, parts in embed(lanes, items, Path("/"), self.record.max_pixels):
+                for place, found in batch.problems.items():
+                    ok[batch.items[place].content] = False
+                    problems[paths[batch.items[place].content]] = found.reason
+                made = [part for part in parts if part is not None]
+                if made:
+                    rows = [batch.items[row].content for row in made[0].rows.tolist()]
+                    vectors[rows] = np.concatenate([made[lane].vectors[output] for lane, output in places], axis=1)
+        return vectors[ok], problems
+
+    def neighbours(self, paths: Sequence[str], vectors: NDArray[np.float32], count: int) -> list[list[Neighbour]]:
+        """Return the nearest images of some files, for their vectors, float32 of shape (k, dim); none is its own."""
+        order = np.argsort(self.copies, kind="stable")
+        starts = np.searchsorted(self.copies[order], np.arange(len(self.search.order) + 1))
+        places, away = self.search.find(vectors, count + 1)
+        found = []
+        for path, row_places, distances in zip(paths, places.tolist(), away.tolist(), strict=True):
+            near = [
+                self._neighbour(row, distance)
+                for place, distance in zip(row_places, distances, strict=True)
+                for row in order[starts[place] : starts[place + 1]].tolist()
+            ]
+            found.append([each for each in near if os.path.realpath(each.path) != os.path.realpath(path)][:count])
+        return found
+
+    def _neighbour(self, row: int, distance: float) -> Neighbour:
+        where = str(self.index.root / self.index.paths[row])
+        return Neighbour(distance, self.index.said(row), str(self.index.splits[row]), address_of(where) or where)

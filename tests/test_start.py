@@ -1,0 +1,340 @@
+"""From photos to a leaderboard in one line, in a terminal and in Python; a leaderboard made again; a budget for the search."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from photos import make_photos
+
+import manyheads
+from pipeline import cli
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.evaluation.leaderboard import read_leaderboard
+from pipeline.experiment import LEADERBOARD, Artifacts, read_document, write_document
+from pipeline.stages import fit, settings, train_heads
+from pipeline.stages.train_heads.budget import Pass, next_trials, trials_within
+
+ROOT = Path(__file__).parents[1]
+
+SMALL: dict[str, Any] = {
+    "backbones": [{"name": "resnet18", "preprocessing": {"resize": 32, "crop": 32}}],
+    "baselines": ["majority", "pixels"],
+    "heads": ["ridge", "nearest_centroid"],
+    "tuning": {"trials": 2, "folds": 3},
+}
+"""What makes a run one of seconds."""
+
+
+# ---- commands are functions, by the same words
+
+
+def words() -> list[tuple[Any, Any, str]]:
+    rows = [(manyheads, command) for command in cli.COMMANDS] + [(manyheads.store, command) for command in cli.STORE]
+    return [(command, place, str(command.name)) for place, command in rows if not command.hidden]
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "name"), words(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_command_is_a_function_that_takes_the_same(command: Any, place: Any, name: str) -> None:
+    assert hasattr(place, name), f"`manyheads {name}` has no function of that name in manyheads.py"
+    function = inspect.signature(getattr(place, name)).parameters
+    given = {str(parameter.name): parameter for parameter in command.params if parameter.name != "help"}
+    assert set(function) == set(given)
+    assert ("overrides" in given) == any(each.kind is each.VAR_KEYWORD for each in function.values())
+    for word, parameter in given.items():
+        if word in ("overrides", "config") or parameter.required:
+            continue
+        known = isinstance(parameter.default, (str, int, float, Path))  # click has a mark for none
+        unset = () if parameter.multiple else False if getattr(parameter, "is_flag", False) else None
+        assert function[word].default == (parameter.default if known else unset), f"{name}: {word}"
+
+
+def test_the_module_shows_what_it_has_and_imports_nothing_for_it() -> None:
+    code = "import sys, manyheads; print(sorted({'pipeline', 'numpy'} & set(sys.modules)), *dir(manyheads))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert found.startswith("[] Classifier Config Embedder PipelineError Regressor Run backbones best_estimator check ")
+    assert {name for name in dir(manyheads) if not hasattr(manyheads, name)} == set()
+    with pytest.raises(AttributeError, match="no attribute 'featurs'"):
+        _ = manyheads.featurs
+
+
+def test_what_is_said_besides_changes_keys_and_not_sections(experiment: Config) -> None:
+    changed = settings.load(experiment, {"tuning": {"trials": 5}, "dataset__max_pixels": 7, "output": Path("there")})
+    assert (changed.tuning.trials, changed.tuning.folds, changed.dataset.max_pixels, changed.output) == (
+        5,
+        3,
+        7,
+        "there",
+    )
+    assert changed.dataset.path == experiment.dataset.path
+    assert settings.load(experiment) is experiment
+    found = settings.load(experiment.output)
+    assert (found.dataset, found.output) == (experiment.dataset, experiment.output)
+    with pytest.raises(ConfigError, match="unknown key, did you mean 'trials'"):
+        settings.load(experiment, {"tuning__trails": 5})
+
+
+# ---- one line
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("start") / "photos", per_class=9)
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path) -> Any:
+    return manyheads.fit(photos, output=photos.parent / "output", **SMALL)
+
+
+def test_one_line_gives_a_table_a_page_and_predictions(run: Any, photos: Path) -> None:
+    board = read_leaderboard(run.output)
+    table = run.leaderboard
+    assert table["head"].tolist() == [row.head for row in board.rows]
+    assert table["cv_accuracy"].tolist() == [row.cv_mean for row in board.rows]
+    assert table["best"].tolist() == [True] + [False] * (len(board.rows) - 1)
+    assert table.loc[table["recommended"], "head"].tolist() == [board.row(board.verdict.recommended).head]  # type: ignore[union-attr]
+    said = run.predict([photos / "leaf", photos / "土" / "00.png"])
+    assert said["label"].tolist() == ["leaf"] * 9 + ["土"]
+    assert said["probability"].between(0.34, 1).all()
+    assert run.best_estimator_.predict([photos / "leaf" / "00.png"]).tolist() == ["leaf"]
+    assert run.report() == run.output / "report.html"
+    assert repr(run).startswith(f"Run('{run.output}': 4 rows, best {board.best.key}, test accuracy ")
+    assert repr(manyheads.Run(run.output)) == repr(run)
+
+
+def test_a_second_run_does_nothing_twice(run: Any, photos: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in sorted(run.output.rglob("*.skops"))}
+    page = run.report().stat().st_mtime_ns
+    assert manyheads.fit(photos, output=run.output, **SMALL) == run
+    assert {path: path.stat().st_mtime_ns for path in sorted(run.output.rglob("*.skops"))} == files
+    assert run.report().stat().st_mtime_ns == page
+
+
+def test_in_a_terminal_it_looks_tunes_and_says_what_next(
+    run: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    found = CliRunner().invoke(cli.cli, ["fit", str(run.output), "--open"], standalone_mode=False)
+    assert found.exit_code == 0, found.exception
+    lines = found.stdout.splitlines()
+    assert lines[:3] == [
+        "2 heads: ridge, nearest_centroid",
+        "1 backbone: resnet18 (random)",
+        "27 images in 3 classes: 21 train, 6 test",
+    ]
+    assert "4 of 4 rows were finished before and kept." in lines
+    assert lines[-4].split() == ["look", str(run.output / "report.html"), *lines[-4].split()[2:]]
+    assert lines[-3] == f"  label photos  manyheads predict {run.output} PHOTOS --output labels.csv"
+    assert shown == [(run.output / "report.html").as_uri()]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["heds"], ["'heds' is no command, and no folder or file either, did you mean 'heads'?"]),
+        (["phots"], ["did you mean 'photos'?"]),
+        (["empty"], ["empty: holds no class folders"]),
+        (["photos/leaf"], ["photos/leaf: holds 9 images but no class folders"]),
+        (
+            ["fit", "nowhere"],
+            ["nowhere: there is no such file or folder", "a folder that holds a folder for each class"],
+        ),
+        (["photos", "--target", "price"], ["--target price: names a column of a manifest"]),
+        (["photos", "--budget", "soon"], ["tuning.budget: expected a time above 0 such as '90s'", "got 'soon'"]),
+        (["photos/leaf/00.png"], ["is not UTF-8 text; a config is a YAML file"]),
+    ],
+)
+def test_what_cannot_be_is_told_at_once(
+    given: list[str], told: list[str], photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos.parent / "empty").mkdir(exist_ok=True)
+    monkeypatch.chdir(photos.parent)
+    monkeypatch.setattr(sys, "argv", ["manyheads", *given])
+    monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert len(said.splitlines()) <= 2
+    for text in told:
+        assert text in said
+    assert not (photos.parent / "artifacts").exists() or given[0] == "empty"
+
+
+def test_options_and_images_come_before_or_after_one_another(monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
+    monkeypatch.chdir(photos.parent)
+    assert cli.full(["photos", "--open"]) == ["fit", "photos", "--open"]
+    assert cli.full(["--open", "photos"]) == ["fit", "--open", "photos"]
+    assert cli.full(["heads", "photos"]) == ["heads", "photos"]
+    assert cli.full([]) == []
+    assert cli.full(["--version"]) == ["--version"]
+
+
+def test_the_column_of_a_manifest_is_the_target(photos: Path) -> None:
+    rows = [f"photos/{label}/{number:02d}.png,{label}" for label in ("leaf", "土") for number in range(9)]
+    manifest = photos.parent / "kinds.csv"
+    manifest.write_text("\n".join(["path,kind", *rows]), encoding="utf-8")
+    made = fit.settings_of(manifest, SMALL, ["kind"], "10m")
+    assert (made.output, made.tuning.budget_seconds) == ("artifacts/kinds", 600)
+    assert manyheads.check(made)[2].startswith("18 images in 2 classes: ")
+    with pytest.raises(manyheads.PipelineError, match="label"):
+        manyheads.check(manifest, **SMALL)
+
+
+def test_the_page_on_python_is_as_it_says(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "OF_PHOTOS", {**SMALL, "baselines": ["majority", "hog"]})
+    found: dict[str, Any] = {}
+    for code in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
+    ):
+        exec(code, found)
+    assert found["labels"]["label"].tolist() == ["leaf"] * 9
+    assert found["X"].shape[0] == len(found["y"]) == 21
+
+
+# ---- the heads there are
+
+
+def test_the_heads_are_listed_without_a_config() -> None:
+    said = CliRunner().invoke(cli.cli, ["heads", "--list"])
+    assert said.exit_code == 0
+    assert said.output.splitlines() == manyheads.heads(list=True)
+    (knn, *_) = [line.split() for line in said.output.splitlines() if line.startswith("knn ")]
+    assert " ".join(knn) == "knn yes yes n_neighbors 1 to 64 (log), weights uniform/distance, metric euclidean/cosine"
+    assert [line for line in said.output.splitlines() if line.startswith("==")] == [
+        "== classification ==",
+        "== multilabel ==",
+        "== regression ==",
+    ]
+
+
+# ---- a leaderboard made again
+
+
+@pytest.fixture
+def copied(experiment: Config, tmp_path: Path) -> Config:
+    output = Path(shutil.copytree(experiment.output, tmp_path / "output"))
+    stores = str(Artifacts(experiment.output).stores)
+    return experiment.model_copy(update={"output": str(output), "store": stores})
+
+
+def test_an_unchanged_experiment_gives_every_number_again(experiment: Config) -> None:
+    before = {path: path.read_bytes() for path in Path(experiment.output).rglob("*") if path.is_file()}
+    said = CliRunner().invoke(cli.cli, ["replay", experiment.output], standalone_mode=False)
+    assert said.return_value == 0
+    (line,) = said.stdout.splitlines()
+    told = re.fullmatch(r"(.*): the same again, all (\d+) numbers", line)
+    assert told is not None
+    assert told[1] == experiment.output
+    assert int(told[2]) > 100
+    assert {path: path.read_bytes() for path in Path(experiment.output).rglob("*") if path.is_file()} == before
+
+
+def test_a_number_that_is_not_what_the_features_give_is_named(copied: Config) -> None:
+    path = Artifacts(copied.output).leaderboard
+    document = read_document(path, LEADERBOARD)
+    row = document["rows"][-1]
+    name, was = f"{row['embedding']}/{row['head']}", row["test"]["accuracy"]
+    row["test"]["accuracy"] = was + 0.125
+    row["fit_seconds"] = 1000.0
+    document["provenance"] |= {"seed": 7, "machine": "an abacus"}
+    document["provenance"]["versions"]["numpy"] = "1.0"
+    write_document(path, LEADERBOARD, {key: value for key, value in document.items() if key != "digest"})
+    said = CliRunner().invoke(cli.cli, ["replay", copied.output], standalone_mode=False)
+    assert said.return_value == 1
+    first, *lines = said.stdout.splitlines()
+    assert first.startswith(f"{copied.output}: 1 difference, ")
+    assert lines[0] == f"  {name}: test.accuracy: was {was + 0.125}, is {was}"
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        "  made with seed 7",
+        "  made with versions: numpy 1.0",
+        "  made with machine an abacus",
+    ]
+
+
+def test_rows_that_only_one_has_are_named(copied: Config) -> None:
+    found = manyheads.replay(copied, heads=["logistic_regression"])[0]
+    assert any(line.endswith("head: was nearest_centroid, is not there") for line in found.differences)
+
+
+# ---- a budget
+
+
+@pytest.mark.parametrize(
+    ("passes", "limit", "expected"),
+    [
+        ([], 1, 1),
+        ([Pass(1, 10, 4)], 1000, 16),  # there is time for all
+        ([Pass(1, 10, 4)], 40, 6),  # 30 left, of which 6 are no trials, 4 for each
+        ([Pass(1, 10, 4)], 23, None),  # one trial more is not worth it
+        ([Pass(1, 10, 4)], 5, None),  # spent
+        ([Pass(1, 10, 4), Pass(6, 12, 6)], 60, 16),  # six together were cheaper than one told
+        ([Pass(1, 10, 4), Pass(16, 12, 6)], 1000, None),
+    ],
+)
+def test_so_many_trials_are_next(passes: list[Pass], limit: float, expected: int | None) -> None:
+    assert next_trials(passes, 16, limit) == expected
+
+
+def test_what_was_measured_is_not_measured_again(experiment: Config, tmp_path: Path) -> None:
+    tuning = experiment.tuning.model_copy(update={"trials": 16, "budget": "40s"})
+    asked: list[int] = []
+
+    def measure(trials: int) -> Pass:
+        asked.append(trials)
+        return Pass(trials, 4.0 * trials + 6, 4.0 * trials)
+
+    def within(key: str, measure: Callable[[int], Pass]) -> tuple[int, list[str]]:
+        return trials_within(tuning, key, tmp_path / "budget.json", measure)
+
+    told = (
+        "The budget of 40s cut the search: 6 of 16 trials for every row, in 40 s. More time may find better parameters."
+    )
+    assert within("a", measure) == (6, [told])
+    assert within("a", measure) == (6, [told])
+    assert asked == [1, 6]
+    within("b", measure)
+    assert asked == [1, 6, 1, 6]
+
+
+def test_a_budget_treats_every_row_alike_and_is_told(copied: Config) -> None:
+    brief = settings.load(copied, {"tuning.budget": "0.001s"})
+    cut = train_heads.run(brief)
+    assert {row.trials for row in cut.leaderboard.rows} == {1}
+    (note,) = [note for note in cut.leaderboard.notes() if "budget" in note]
+    assert note.startswith("The budget of 0.001s cut the search: 1 of 3 trials for every row, in ")
+    assert "no row can have less than one" in note
+    assert cut.reused == 1, "the guess that looks at no image has one trial anyway"
+    again = train_heads.run(brief)
+    assert again.reused == len(again.leaderboard.rows)
+    assert [row.cv_mean for row in again.leaderboard.rows] == [row.cv_mean for row in cut.leaderboard.rows]
+    plain = train_heads.run(settings.load(copied, {"tuning.trials": 1}))
+    assert plain.reused == len(plain.leaderboard.rows), "a config with so many trials is the same search"
+
+
+def test_a_budget_with_time_for_all_changes_nothing(copied: Config, experiment: Config) -> None:
+    found = train_heads.run(settings.load(copied, {"tuning.budget": "1h"})).leaderboard
+    before = read_leaderboard(Path(experiment.output))
+    assert [(row.key, row.cv_scores, row.trials) for row in found.rows] == [
+        (row.key, row.cv_scores, row.trials) for row in before.rows
+    ]
+    assert not any("budget" in note for note in found.notes())
+    assert np.isfinite([row.cv_mean for row in found.rows]).all()
