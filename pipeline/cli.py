@@ -199,9 +199,10 @@ def advise(config: Config) -> Iterable[str]:
 
     Example: manyheads advise configs/folder.yaml
     """
+    from pipeline import report
     from pipeline.stages import advise as stage
 
-    return stage.run(config).summary_lines()
+    return [*stage.run(config).summary_lines(), f"report     {report.refresh(Path(config.output))}"]
 
 
 def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[str]:
