@@ -68,8 +68,8 @@ def test_intervals_hold_four_of_five_gains_of_cells_that_the_rule_has_not_seen()
 def test_nothing_is_said_of_what_is_unlike_every_cell() -> None:
     rule = fit([made(drop, drop) for drop in DROPS])
     assert rule.outside(made(0.7, 0.0)) == ()  # a quarter of the range beyond is let pass
-    assert rule.outside(made(0.5, 0.0, shift=3.0)) == (
-        "distance of the images from the statistics of the network: 3.00, measured from 0.50 to 0.50",
+    assert rule.outside(made(2.0, 0.0)) == (
+        "share of the loss that the pilot took away: 2.00, measured from -0.50 to 0.50",
     )
 
 
@@ -187,7 +187,7 @@ def test_auto_trains_what_is_advised_and_nothing_else(
 
 def test_the_page_says_what_to_do_and_why() -> None:
     ways = (Way(STOP, 0.0, (0.0, 0.0)), Way(ALL, 0.021, (0.004, 0.04), minutes=3.0))
-    given = Advice("lite0", ALL, ways, (), 17, 0.041)
+    given = Advice("lite0", ALL, ways, (), 17, 0.041, {"drop": 0.1})
     shown = dataclasses.replace(material([row("ridge", 0.9)]), advice=given)
     text = words(section("advice", shown))
     assert "Advice: fine-tune everything." in text

@@ -84,7 +84,10 @@ SIGNS: Mapping[str, tuple[str, Callable[[Record], float]]] = {
     "drop": ("share of the loss that the pilot took away", _drop),
     "growth": ("what more images brought in the pilot", _growth),
 }
-"""What the rule looks at: a name, what it is in words, and how it comes of a record."""
+"""What is looked at: a name, what it is in words, and how it comes of a record."""
+
+USED = ("per_class", "error", "drop")
+"""The signs that the rule goes by: of so few cells more would be learned by heart. The others are shown, and kept with the cells."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Rule:
 
 
 def _row(record: Record) -> NDArray[np.float64]:
-    return np.array([sign(record) for _, sign in SIGNS.values()])
+    return np.array([SIGNS[name][1](record) for name in USED])
 
 
 def _quantile(off: NDArray[np.float64]) -> float:
@@ -174,7 +177,7 @@ def fit(records: Sequence[Record]) -> Rule:
             float(np.concatenate([[1.0], Z[row]]) @ _solve(Z[others], y[others])) for row, others in enumerate(kept)
         ]
         errors[arm] = np.array(said) - y
-    return Rule(tuple(SIGNS), X.min(axis=0), X.max(axis=0), centre, spread, weights, errors)
+    return Rule(USED, X.min(axis=0), X.max(axis=0), centre, spread, weights, errors)
 
 
 # ---- what to recommend
@@ -243,6 +246,8 @@ class Advice:
     cells: int
     share: float
     """What the pilot cost, as a share of the passes of a whole fine-tuning."""
+    signs: Mapping[str, float]
+    """What was looked at, by its name in `SIGNS`."""
 
     @property
     def scope(self) -> str | None:
@@ -257,6 +262,7 @@ class Advice:
             "",
             "Gains are in points of accuracy on new images, with 80 % intervals; 0.5 points are the least worth having.",
         ]
+        lines += ["Looked at:", *(f"  {SIGNS[name][0]}: {value:.2f}" for name, value in self.signs.items())]
         if self.outside:
             lines += ["Nothing is said of fine-tuning, because these images are unlike all that was measured:"]
             lines += [f"  {line}" for line in self.outside]

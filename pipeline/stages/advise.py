@@ -84,7 +84,13 @@ def run(config: Config) -> Advice:
         *_train(config, record, tried, parts, rule, outside),
     ]
     made = Advice(
-        choice.record.name, recommend(ways).name, tuple(ways), outside, len(cells), pilot_share(config, tried, parts)
+        choice.record.name,
+        recommend(ways).name,
+        tuple(ways),
+        outside,
+        len(cells),
+        pilot_share(config, tried, parts),
+        {name: sign(record) for name, (_, sign) in advice.SIGNS.items()},
     )
     write_document(files.advice, ADVICE, {"key": key, "signs": record, "advice": asdict(made)})
     return made
