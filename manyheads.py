@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.stages.estimators import Regressor as Regressor
     from pipeline.stages.estimators import best_estimator as best_estimator
     from pipeline.stages.extract import FeaturesRun
+    from pipeline.stages.extract.shard import ShardRun
     from pipeline.stages.fewshot import FewShotRun
     from pipeline.stages.finetune import FinetuneRun
     from pipeline.stages.fit import Run as Run
@@ -101,11 +102,22 @@ def check(config: Given, **overrides: Any) -> list[str]:
     return stage.run(_config(config, overrides))
 
 
-def features(config: Given, plan: bool = False, rehash: bool = False, **overrides: Any) -> FeaturesRun:
-    """Embed the images that the feature stores do not have yet."""
-    from pipeline.stages import extract
+def features(
+    config: Given,
+    plan: bool = False,
+    rehash: bool = False,
+    shard: str | None = None,
+    parts: str | None = None,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+    **overrides: Any,
+) -> FeaturesRun | ShardRun:
+    """Embed the images that the feature stores do not have yet: here, on the workers of an engine, or those of one shard."""
+    from pipeline.stages.extract import shard as stage
 
-    return extract.run(_config(config, overrides), plan=plan, rehash=rehash)
+    options = {"shard": shard, "parts": parts, "engine": engine, "address": address}
+    return stage.asked(_config(config, overrides), plan=plan, rehash=rehash, workers=workers, **options)
 
 
 def embed(config: Given, **overrides: Any) -> FeaturesRun:
@@ -115,16 +127,25 @@ def embed(config: Given, **overrides: Any) -> FeaturesRun:
     return extract.without_labels(_config(config, overrides))
 
 
-def heads(config: Given = "", list: bool = False, **overrides: Any) -> HeadsRun | dict[str, HeadsRun] | Sequence[str]:
+def heads(
+    config: Given = "",
+    list: bool = False,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+    **overrides: Any,
+) -> HeadsRun | dict[str, HeadsRun] | Sequence[str]:
     """Tune the heads on the stored features; of several targets return what was made of each by its name.
 
     With `list` return the lines on the heads that there are, which needs no config.
     """
+    from pipeline.io.engine import Engine
     from pipeline.stages import fit, head_table
 
     if list:
         return head_table.run()
-    found = {name: result for name, result, _ in fit.heads(_config(config, overrides))}
+    on = Engine.of(engine, address, workers)
+    found = {name: result for name, result, _ in fit.heads(_config(config, overrides), on)}
     return found.get("") or found
 
 
@@ -200,6 +221,13 @@ def predict(
     given = [Path(each) for each in ([images] if isinstance(images, (str, Path)) else images)]
     options: dict[str, Any] = {"top": top, "device": device, "trust_code": trust, "max_pixels": max_pixels}
     return stage.run(Path(bundle), given, output=Path(output), unknown=unknown, sets=sets, **options)
+
+
+def export(experiment: Place, onnx: Place | None = None, row: str | None = None, trust: bool = False) -> list[str]:
+    """Write a saved head with its network as one ONNX file that is proven to say what `predict` says; return lines on it."""
+    from pipeline.stages import export as stage
+
+    return stage.run(Path(experiment), {"onnx": Path(onnx)} if onnx else {}, row, trust)
 
 
 def similar(
@@ -342,7 +370,7 @@ class store:
         """Add the vectors of other stores or packed files of the same identity to a store."""
         from pipeline.stages import maintenance
 
-        return maintenance.merge(Path(target), [Path(each) for each in sources])
+        return maintenance.merge(Path(target), [str(each) for each in sources])
 
 
 def _path(given: Place | None) -> Path | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -61,27 +60,22 @@ def main() -> None:
 
 
 def full(given: list[str]) -> list[str]:
-    """Return the words of the command line, with `fit` before what is no command but images or a config, or options of it.
+    """Return the words of the command line, with `fit` before what is no command but images, a config or options.
 
     Raises
     ------
-    ClickException
+    ConfigError
         When the first word is nothing that there is.
     """
     first = given[0] if given else "--help"
     if first in cli.commands or first in ("-h", "--help", "--version"):
         return given
-    from pipeline.config import guess, source_of
+    if not first.startswith("-"):
+        from pipeline.stages import settings
 
-    if first.startswith("-") or os.path.lexists(os.path.expanduser(first)) or source_of(first):
-        return ["fit", *given]
-
-    words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
-    near = os.listdir()[:1000] if os.access(".", os.R_OK) else []
-    raise click.UsageError(
-        f"{first!r} is no command, and no folder or file either{guess(first.rstrip('/'), [*words, *near])}; `manyheads PHOTOS` takes "
-        f"a folder that holds a folder for each class, and the commands are {', '.join(words)}"
-    )
+        words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
+        settings.require_there(Path(first).expanduser(), words)
+    return ["fit", *given]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -124,14 +118,17 @@ def check(config: Config) -> Iterable[str]:
     return stage.run(config)
 
 
-def features(config: Config, plan: bool, rehash: bool) -> Iterable[str]:
+def features(config: Config, **options: Any) -> Iterable[str]:
     """Stage one: embed the images that the feature stores do not have yet.
+
+    With --shard 3/16 only the third of sixteen shards, into parts that `store merge` puts together; with --engine ray on all of a
+    Ray cluster. docs/scale.md has the rest.
 
     Example: manyheads features configs/folder.yaml --plan
     """
-    from pipeline.stages import extract
+    from pipeline.stages.extract import shard as stage
 
-    return extract.run(config, plan=plan, rehash=rehash).summary_lines()
+    return stage.asked(config, **options).summary_lines()
 
 
 def embed(config: Config) -> Iterable[str]:
@@ -146,14 +143,17 @@ def embed(config: Config) -> Iterable[str]:
     return extract.without_labels(config).summary_lines()
 
 
-def heads(config: Config) -> Iterable[str]:
+def heads(config: Config, engine: str | None, address: str | None, workers: int | None) -> Iterable[str]:
     """Stage two: tune the heads on the stored features and print the leaderboard.
+
+    With --engine the heads are tuned by the workers of a Dask or Ray cluster, which must see the output folder; docs/scale.md says more.
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
+    from pipeline.io.engine import Engine
     from pipeline.stages import fit as stage
 
-    return stage.heads_lines(config)
+    return stage.heads_lines(config, Engine.of(engine, address, workers))
 
 
 def replay(config: Config) -> tuple[bool, Iterable[str]]:
@@ -249,6 +249,19 @@ def predict(bundle: Path, images: tuple[Path, ...], trust: bool, **options: Any)
     from pipeline.stages import predict as stage
 
     return stage.run(bundle, images, trust_code=trust, **options).summary_lines()
+
+
+def export(experiment: Path, row: str | None, trust: bool, **files: Path | None) -> Iterable[str]:
+    """Write a saved head with its network as one file for other programs, proven to say what `predict` says.
+
+    EXPERIMENT is an output folder or its config, whose best head is taken, of several targets the best of each, or a bundle's folder.
+    The file takes decoded images of any size. Where it does not say what `predict` says of the test images, it is not written.
+
+    Example: manyheads export artifacts/digits --onnx digits.onnx
+    """
+    from pipeline.stages import export as stage
+
+    return stage.run(experiment, {name: file for name, file in files.items() if file}, row, trust)
 
 
 def similar(images: tuple[Path, ...], place: Path | None, **options: Any) -> Iterable[str]:
@@ -371,7 +384,7 @@ def pack(output: Path, config: Config, embedding: str | None, anonymous: bool) -
     return [maintenance.pack(config, output, embedding=embedding, anonymous=anonymous)]
 
 
-def export(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
+def export_features(output: Path, config: Config | Path, embedding: str | None) -> Iterable[str]:
     """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
 
     Example: manyheads store export features.parquet configs/folder.yaml
@@ -381,8 +394,11 @@ def export(output: Path, config: Config | Path, embedding: str | None) -> Iterab
     return [maintenance.export(config, output, embedding=embedding)]
 
 
-def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
+def merge(target: Path, sources: tuple[str, ...]) -> Iterable[str]:
     """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
+
+    SOURCES may be addresses, such as s3://bucket/features.h5. Where they are folders of parts, which `features --shard` writes, STORE
+    is the folder of the stores.
 
     Example: manyheads store merge artifacts/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
     """
@@ -486,6 +502,7 @@ def _command(
     *takes: click.Parameter,
     other: Callable[[Path], bool] | None = None,
     hidden: bool = False,
+    name: str = "",
 ) -> click.Command:
     """Return a row: `run` takes the parameters by name and returns lines, or with them whether a check found nothing.
 
@@ -506,7 +523,7 @@ def _command(
         return 0 if ok else 1
 
     context = {"ignore_unknown_options": hidden}
-    return click.Command(run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
+    return click.Command(name or run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
 
 
 def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -516,6 +533,16 @@ def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool)
 
         click.echo("\n".join(head_table.run()))
         context.exit()
+
+
+def _engine(*names: str) -> tuple[click.Option, ...]:
+    return (
+        _option("--engine", type=click.Choice(names), help="Work on a cluster; needs manyheads[NAME]."),
+        _option(
+            "--address", metavar="ADDRESS", help="Of a cluster that runs; one is started on this machine otherwise."
+        ),
+        _option("--workers", type=COUNT, help="How many; otherwise as many as there is room for."),
+    )
 
 
 COMMANDS = (
@@ -536,11 +563,17 @@ COMMANDS = (
         *EXPERIMENT,
         _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
         _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
+        _option("--shard", metavar="K/N", help="Embed only the K-th of N shards, which content decides; into parts."),
+        _option(
+            "--parts", metavar="PLACE", help="Where to write parts: a folder, or an address such as s3://bucket/run."
+        ),
+        *_engine("ray"),
     ),
     _command(embed, *EXPERIMENT),
     _command(
         heads,
         *EXPERIMENT,
+        *_engine("dask", "ray"),
         _option(
             "--list", is_flag=True, is_eager=True, callback=_list_heads, expose_value=False, help="Say which there are."
         ),
@@ -588,6 +621,13 @@ COMMANDS = (
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),
+    ),
+    _command(
+        export,
+        _argument("experiment", type=PATH),
+        _option("--onnx", type=PATH, metavar="FILE", help="Write an ONNX file, which onnxruntime runs."),
+        _option("--row", metavar="EMBEDDING/HEAD", help="Which head; the best one otherwise."),
+        _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
     ),
     _command(
         similar,
@@ -652,11 +692,11 @@ STORE = (
     _command(repair, *EXPERIMENT),
     _command(gc, *EXPERIMENT),
     _command(pack, _OUTPUT, *EXPERIMENT, _EMBEDDING, _option("--anonymous", is_flag=True, help="Leave out the paths.")),
-    _command(export, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed),
+    _command(export_features, _OUTPUT, *EXPERIMENT, _EMBEDDING, other=_is_packed, name="export"),
     _command(
         merge,
         _argument("target", metavar="STORE", type=PATH),
-        _argument("sources", nargs=-1, required=True, type=PATH),
+        _argument("sources", nargs=-1, required=True),
     ),
 )
 """The commands of `manyheads store`, which up to 0.1 stood beside the others: `manyheads status` still works, with a note."""
@@ -672,7 +712,7 @@ def _by_its_old_name(command: click.Command) -> click.Command:
 
 for _each in STORE:
     store.add_command(_each)
-for _each in (*COMMANDS, *map(_by_its_old_name, STORE)):
+for _each in (*map(_by_its_old_name, STORE), *COMMANDS):  # `export` is another command now
     cli.add_command(_each)
 
 

@@ -29,7 +29,7 @@ EDGES = {
     "embed": {"images", "store", "experiment"},
     "evaluation": {"data", "images", "store", "experiment"},
     "heads": {"evaluation", "data", "store", "experiment"},
-    "export": {"evaluation", "data", "experiment"},
+    "export": {"embed", "heads", "evaluation", "data", "images", "experiment"},
     "finetuning": {"embed", "heads", "export", "evaluation", "data", "images", "store", "experiment"},
     "report": {"heads", "evaluation", "embed", "data", "images", "experiment"},
 }
@@ -56,6 +56,9 @@ DOORS = {
     "skimage": {"embed"},
     "simplejpeg": {"images"},
     "openvino": {"embed"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "skl2onnx": {"export"},
     "timm": {"embed"},
 }
 

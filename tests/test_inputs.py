@@ -223,6 +223,20 @@ def test_a_tar_that_is_cut_off_before_any_image_says_so(photos: Path, tmp_path: 
         look(section(tmp_path / "p.tar"), tmp_path / "index")
 
 
+@pytest.mark.parametrize("below", ["", "photos"])
+def test_of_several_tars_the_one_that_is_cut_off_is_named(below: str, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    zipped(photos, tmp_path / "parts" / "a.zip")
+    with tarfile.open(tmp_path / "parts" / "b.tar", "w") as file:
+        file.add(photos / "leaf", f"{below}/leaf")
+        file.add(photos / "土", f"{below}/土")
+    data = (tmp_path / "parts" / "b.tar").read_bytes()
+    (tmp_path / "parts" / "b.tar").write_bytes(data.rstrip(b"\0"))
+    for place in (tmp_path / "parts", to_memory(tmp_path / "parts", f"inputs/parts{below}")):
+        (entry,) = look(section(place), tmp_path / f"index {str(place)[:3]}").entries
+        assert (entry.path, entry.status) == ("b.tar", "truncated")
+
+
 def test_rows_without_bytes_are_named_and_row_groups_too_large_refused(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from pipeline.data.listing import SPLIT_NAMES, Listing
 from pipeline.data.shards import add_web_dataset, archives_of, splits_of
 from pipeline.data.walk import Folder, Walk
 from pipeline.errors import DatasetError
-from pipeline.images import entries, forget, inside
+from pipeline.images import entries, forget, inside, open_archive
 from pipeline.io.remote import address_of
 
 
@@ -62,6 +62,9 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     walk = Walk(root if names else root / _descend(look, ""), follow_symlinks=False, inside="/")
     listing = Listing(walk.root, entries=walk.entries, ignored=walk.ignored)
     splits = splits_of(names)
+    for name in names:
+        if problem := open_archive(address_of(root / name) or f"{root}/{name}").problem:
+            walk.pass_over(name, "truncated", problem)
     if not names:
         _add_layout(listing, walk)
     elif splits or any(look.read(top).folders for top in tops):

@@ -116,8 +116,8 @@ class Walk:
         found, full = Folder(), f"{self.root}/{path}".rstrip("/")
         try:
             archive = open_archive(place[0]) if (place := inside(full)) else None
-            if archive is not None and archive.problem and (path == "" or place == (full, "")):
-                self.pass_over(path.rstrip("/") or self.root.name, "truncated", archive.problem)
+            if archive is not None and archive.problem and path == "":
+                self.pass_over(self.root.name, "truncated", archive.problem)
             for name, entry in sorted(entries(full).items()):
                 if is_hidden(name):
                     self.ignored["hidden files and folders"] += 1

@@ -160,6 +160,12 @@ class Backbone:
             vectors = self._vectors(sent.to(self.device, non_blocking=True))
             return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
 
+    def to_onnx(self, opset: int) -> bytes:
+        """Return an ONNX model from prepared pixels to the vectors of each of `specs`; BackboneError where it cannot be written."""
+        from pipeline.embed.onnx import to_onnx
+
+        return to_onnx(self._module, self._vectors, self.preprocessing.size, opset)
+
     def embed(self, pixels: NDArray[np.uint8]) -> Features:
         """Embed n prepared images.
 

@@ -346,8 +346,16 @@ def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
     axes = _axes_of_places(output)
     if pooling == "grid":
         maps = output if axes == (2, 3) else output.permute(0, 3, 1, 2)
+        if torch.onnx.is_in_onnx_export():  # ONNX has no average over cells of unequal size
+            return (_cells(maps.shape[2]) @ maps @ _cells(maps.shape[3]).T).flatten(1)
         return torch.nn.functional.adaptive_avg_pool2d(maps, GRID).flatten(1)
     return patches.mean(axes) if pooling == "avg" else patches.amax(axes)
+
+
+def _cells(length: int) -> torch.Tensor:
+    """The matrix, float32 of shape (GRID, length), that averages over the cells of a side as `adaptive_avg_pool2d` does."""
+    ends = [(length * cell // GRID, -(-length * (cell + 1) // GRID)) for cell in range(GRID)]
+    return torch.tensor([[(start <= at < stop) / (stop - start) for at in range(length)] for start, stop in ends])
 
 
 @dataclass(frozen=True)

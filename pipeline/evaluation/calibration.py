@@ -121,17 +121,17 @@ def margins(scores: NDArray[np.floating]) -> NDArray[np.float64]:
     scores : ndarray of shape (n, n_classes), n_classes >= 3, of any float dtype; what is returned is like it
     """
     rest = scores - np.round(scores)
-    rest = np.clip(rest, -_MOST_REST, _MOST_REST)
+    rest = np.clip(rest, -MOST_REST, MOST_REST)
     found: NDArray[np.float64] = 3 * rest / (1 - 3 * np.abs(rest))
     rows = np.arange(len(found))
-    found[rows, scores.argmax(axis=1)] = found.max(axis=1) + _AHEAD
+    found[rows, scores.argmax(axis=1)] = found.max(axis=1) + AHEAD
     return found
 
 
-_MOST_REST = (1 - 1e-4) / 3
+MOST_REST = (1 - 1e-4) / 3
 """A class's margin is at most 10,000: beyond it float32 scores do not tell it from infinity."""
 
-_AHEAD = 1e-3
+AHEAD = 1e-3
 """In units of the SVC's margin: too little to be seen in a probability, enough to decide which is the highest."""
 
 

@@ -1,0 +1,119 @@
+"""The proof: what onnxruntime says of images with the file, beside what `predict` says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from pipeline.data.targets import Classification, MultiLabel, Target
+from pipeline.errors import BundleError
+from pipeline.export.table import Model, Photo, Prepared
+
+FROM_PREPARED, FROM_RAW = 1e-5, 5e-3
+"""How far a probability may be from that of `predict`; of numbers in their standard deviations in training. Arithmetic alone is
+in the first, one grey level in few pixels too in the second."""
+BATCH = 16
+
+Found = Mapping[str, NDArray[Any]]
+"""Outputs by name, n rows each."""
+
+
+@dataclass
+class Proof:
+    """On how many images it was proven, and the largest differences there."""
+
+    images: int = 0
+    odd_sizes: int = 0
+    from_prepared: float = 0.0
+    from_raw: float = 0.0
+    undecided: int = 0
+    """Images that have another label, as two are as likely to within the difference that is allowed."""
+
+
+def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, entries: Mapping[str, Any]) -> Proof:
+    """Compare both ways into the file with `predict`, and return what was found.
+
+    raw, prepared : the file, and the same from prepared pixels on; entries : the names of the latter's inputs -> preprocessing
+
+    Raises
+    ------
+    BundleError
+        With the image whose answer is too far from that of `predict`, and the difference.
+    """
+    proof, from_raw, from_prepared = Proof(), _runner(raw), _runner(prepared)
+    rest = iter(photos)
+    while batch := list(islice(rest, BATCH)):
+        ways = batch[0].prepared
+        together: Prepared = {way: np.stack([photo.prepared[way] for photo in batch]) for way in ways}
+        expected = model.said(model.networks, together)
+        exact = expected if model.exact is model.networks else model.said(model.exact, together)
+        given = {name: together[way].transpose(0, 3, 1, 2).astype(np.float32) for name, way in entries.items()}
+        far, _ = _compare(model, batch, exact, from_prepared(given), FROM_PREPARED, "prepared pixels")
+        proof.from_prepared = max(proof.from_prepared, far)
+        each = [from_raw({"images": photo.pixels[None]}) for photo in batch]
+        found = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+        far, undecided = _compare(model, batch, expected, found, FROM_RAW, "the image itself")
+        proof.from_raw, proof.undecided = max(proof.from_raw, far), proof.undecided + undecided
+        proof.odd_sizes += sum(photo.odd for photo in batch)
+        proof.images += sum(not photo.odd for photo in batch)
+    return proof
+
+
+def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], Found]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings are on shapes that are not known before the images are
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no type in common
+        raise BundleError(f"onnxruntime cannot run what was made ({error}); nothing was written") from None
+    names = [output.name for output in session.get_outputs()]
+    return lambda given: dict(zip(names, session.run(names, given), strict=True))
+
+
+def _compare(
+    model: Model, batch: list[Photo], expected: Mapping[str, Any], found: Found, most: float, way: str
+) -> tuple[float, int]:
+    """Return the largest difference, and how many images have another label that may be; BundleError for one that may not."""
+    largest, undecided = 0.0, 0
+    for name, head in model.heads.items():
+        prefix = f"{name}_" if name else ""
+        own = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+        y, probabilities = expected[name]
+        far, wrong, sure = answers_differ(head.target, y, probabilities, own, most)
+        undecided += int((wrong & ~sure).sum())
+        largest = max(largest, float(far.max()))
+        for place in np.flatnonzero(~(far <= most) | (wrong & sure)):
+            says = "another label" if wrong[place] and far[place] <= most else f"{far[place]:.2g}, more than {most:g}"
+            raise BundleError(
+                f"nothing was written: from {way} the file is not as `predict` says of {batch[place].name}"
+                f"{f', target {name}' if name else ''}: {says}"
+            )
+    return largest, undecided
+
+
+def answers_differ(
+    target: Target, y: NDArray[Any], probabilities: NDArray[Any] | None, found: Found, most: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return of each of n images how far apart two answers are, whether the labels differ, and whether the label is sure.
+
+    y, probabilities : as `ModelBundle.said` returns them; found : the file's outputs
+    Returns float64, bool and bool of shape (n,).
+    """
+    n = len(y)
+    if isinstance(target, Classification):
+        far = np.zeros(n) if probabilities is None else np.abs(found["probabilities"] - probabilities).max(axis=1)
+        ordered = np.ones((n, 2)) * [0, 1] if probabilities is None else np.sort(probabilities, axis=1)
+        return far, found["label"] != target.decode(y), np.asarray(ordered[:, -1] - ordered[:, -2] > most)
+    if isinstance(target, MultiLabel):
+        far = np.abs(found["probabilities"] - probabilities)
+        sure = np.abs(probabilities - np.array(target.thresholds or 0.5)) > most
+        wrong = (found["labels"] != "") != y
+        return far.max(axis=1), wrong.any(axis=1), (wrong & sure).any(axis=1) | ~wrong.any(axis=1)
+    far = np.abs(found["number"] - y.reshape(n, -1)) / np.array(target.scale)
+    return far.max(axis=1), np.zeros(n, bool), np.ones(n, bool)

@@ -1,0 +1,147 @@
+"""Export: a saved head with its network as one file for other programs, proven on images to say what `predict` says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from itertools import count, cycle
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import DatasetConfig, unknown
+from pipeline.data import DatasetIndex
+from pipeline.embed.concat import open_networks
+from pipeline.embed.records import EmbeddingRecord
+from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first
+from pipeline.evaluation.leaderboard import read_leaderboard
+from pipeline.experiment import Artifacts
+from pipeline.export import bundle as bundles
+from pipeline.export.table import EXPORTS, Model, Networks, Photo
+from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
+from pipeline.io.files import require_place, write_atomic
+from pipeline.stages import settings
+from pipeline.stages.predict import find_bundles
+
+log = logging.getLogger(__name__)
+
+MOST_IMAGES = 256
+"""Test images that an export is proven on; of more they are evenly spread."""
+EXAMPLES = 5
+ODD_SIZES = ((0, 0), (0.01, 0.02), (0.03, 2), (2, 0.03), (1, 1), (0.99, 1.01), (1.01, 0.99), (0.3, 0.17), (2.71, 3.14))
+"""Height and width of cuttings, in sides of what the network sees; at least one pixel."""
+
+
+def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, trust_code: bool = False) -> list[str]:
+    """Write a head with its network into files of some kinds, by the names of `EXPORTS`; return lines on each.
+
+    `experiment` is an output folder, its config, or a bundle's folder, of several targets the best head of each; `row` names another, as
+    `embedding/head`. Each file is proven on the experiment's test images before it is written.
+
+    Raises
+    ------
+    PipelineError
+        When there is no such head, a package or the images are missing, or the file does not say what `predict` says.
+    """
+    if not files:
+        raise PipelineError(f"say what to export: {', '.join(f'--{name} FILE' for name in EXPORTS)}")
+    for name, file in files.items():
+        EXPORTS[name].require_installed()
+        require_place(file)
+    if experiment.suffix in (".yaml", ".yml"):
+        experiment = Path(settings.load(experiment).output)
+    folders = _rows(experiment, row) if row else find_bundles(experiment)
+    model = opened(
+        {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}, trust_code
+    )
+    index = test_images(next(iter(folders.values())))
+    ways = {embedder.preprocessing for embedder in model.networks.embedders}
+    lines = [f"head    {folder}" for folder in folders.values()]
+    for name, file in files.items():
+        content, about = EXPORTS[name].write(model, photos(index, ways))
+        write_atomic(file, content)
+        lines += [*about, f"written to {file}, {len(content) / 1e6:.1f} MB"]
+    return lines
+
+
+def _rows(experiment: Path, row: str) -> dict[str, Path]:
+    """Return the bundle of a row of the leaderboard, of each target by its name."""
+    found = {}
+    for target, folder in (Artifacts(experiment).each_target() or {"": experiment}).items():
+        able = {
+            each.key: folder / each.bundle
+            for each in read_leaderboard(folder).rows
+            if each.bundle and not each.constant
+        }
+        if row not in able:
+            raise HeadError(f"--row: {unknown('row', row, list(able))}")
+        found[target] = able[row]
+    return found
+
+
+def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
+    """Open the networks of some heads, each once, and those that round their numbers also without that."""
+    flat: list[EmbeddingRecord] = []
+    blocks: dict[str, list[list[int]]] = {}
+    for target, head in heads.items():
+        if not all(part.embedding for part in head.parts):
+            raise BundleError("this head is the constant guess, which looks at no image; name another with --row")
+        number = count(len(flat))
+        made_of = [
+            record.parts or (record,) for record in (EmbeddingRecord.from_dict(part.embedding) for part in head.parts)
+        ]
+        blocks[target] = [[next(number) for _ in records] for records in made_of]
+        flat += [record for records in made_of for record in records]
+    networks = Networks(*open_networks(flat, "cpu", trust_code=trust_code))
+    rounded = sorted({record.spec.precision for record in flat} - {"fp32"})
+    if not rounded:
+        return Model(heads, blocks, networks, networks)
+    log.info(
+        "its vectors were made in %s, the file computes in fp32: it is written where that moves no answer too far",
+        rounded[0],
+    )
+    exact = [replace(record, spec=replace(record.spec, precision="fp32", engine="torch")) for record in flat]
+    return Model(heads, blocks, networks, Networks(*open_networks(exact, "cpu", trust_code=trust_code)))
+
+
+def test_images(bundle: Path) -> DatasetIndex:
+    """Return the test images of the experiment that a bundle is of."""
+    for files in map(Artifacts, bundle.absolute().parents):
+        if (files.dataset / "index.csv").exists():
+            return DatasetIndex.read(files.dataset).select("test")
+    raise BundleError(
+        f"{bundle}: has no experiment around it, whose test images an export is proven on; export it where it was made"
+    )
+
+
+def photos(index: DatasetIndex, ways: Collection[Preprocessing]) -> Iterator[Photo]:
+    """Yield the images that can be read, and then cuttings of them that have unusual sizes."""
+    read, problems = list[Photo](), list[str]()
+    for row in np.unique(np.linspace(0, len(index) - 1, min(len(index), MOST_IMAGES)).astype(int)):
+        try:
+            photo = _photo(str(index.paths[row]), open_file(index.root, str(index.paths[row])), ways)
+        except ImageProblem as problem:
+            problems.append(f"{index.paths[row]}: {problem.status}: {problem.reason}")
+            continue
+        read = [*read, photo][: len(ODD_SIZES)]
+        yield photo
+    if not read:
+        raise DatasetError(
+            f"{index.root}: has no test image that can be read, to prove the export on", first(problems, EXAMPLES)
+        )
+    side = max(max(way.size) for way in ways)
+    for (down, across), photo in zip(ODD_SIZES, cycle(read), strict=False):
+        size = max(1, round(down * side)), max(1, round(across * side))
+        rows, columns = (np.arange(length) % had for length, had in zip(size, photo.pixels.shape, strict=False))
+        pixels = np.ascontiguousarray(photo.pixels[rows][:, columns])
+        name = f"{photo.name}, tiled to {size[0]} x {size[1]} pixels"
+        yield Photo(name, pixels, {way: prepare(pixels, way) for way in ways}, odd=True)
+
+
+def _photo(name: str, data: bytes, ways: Collection[Preprocessing]) -> Photo:
+    """Decode an image whole, and prepare it as `predict` does, which may decode less of a large one."""
+    limit = DatasetConfig().max_pixels
+    pixels = decode(data, max_pixels=limit)
+    small = {way: decode(data, max_pixels=limit, at_least=way.at_least) for way in ways if way.at_least}
+    return Photo(name, pixels, {way: prepare(small.get(way, pixels), way) for way in ways})
