@@ -74,17 +74,35 @@ def _growth(record: Record) -> float:
     return float(record["pilot"]["losses"][0] - record["pilot"]["losses"][1]) / _start(record)
 
 
-SIGNS: Mapping[str, tuple[str, Callable[[Record], float]]] = {
-    "per_class": ("images per class without near-duplicates, as a power of ten", _per_class),
-    "error": ("error of the linear head out of fold, as a power of ten", _error),
-    "gap": ("accuracy of the linear head on its training images minus that out of fold", _gap),
-    "slope": ("what the second half of the images brought", _slope),
-    "curved": ("kNN or RBF minus linear", _curved),
-    "shift": ("distance of the images from the statistics of the network", _shift),
-    "drop": ("share of the loss that the pilot took away", _drop),
-    "growth": ("what more images brought in the pilot", _growth),
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f} points"
+
+
+def _power(value: float) -> str:
+    return f"{10**value:.3g}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.2f}"
+
+
+SIGNS: Mapping[str, tuple[str, Callable[[Record], float], Callable[[float], str]]] = {
+    "per_class": ("images per class without near-duplicates", _per_class, _power),
+    "error": ("error of the linear head out of fold, as a share", _error, _power),
+    "gap": ("accuracy of the linear head on its training images minus that out of fold", _gap, _points),
+    "slope": ("what the second half of the images brought", _slope, _points),
+    "curved": ("kNN or RBF minus linear", _curved, _points),
+    "shift": ("distance of the images from the statistics of the network, in its standard deviations", _shift, _plain),
+    "drop": ("share of the loss that the pilot took away", _drop, _plain),
+    "growth": ("share of the loss that more images took away in the pilot", _growth, _plain),
 }
-"""What is looked at: a name, what it is in words, and how it comes of a record."""
+"""What is looked at: a name, what it is in words, how it comes of a record (counts and errors as powers of ten), and its text."""
+
+
+def _said(name: str, value: float) -> str:
+    words, _, text = SIGNS[name]
+    return f"{words}: {text(value)}"
+
 
 USED = ("per_class", "error", "drop")
 """The signs that the rule goes by: of so few cells more would be learned by heart. The others are shown, and kept with the cells."""
@@ -116,7 +134,7 @@ class Rule:
         """Say which signs lie outside of the cells; nothing where the rule may speak."""
         x, room = _row(record), BEYOND * (self.high - self.low)
         return tuple(
-            f"{SIGNS[name][0]}: {value:.2f}, measured from {low:.2f} to {high:.2f}"
+            f"{_said(name, value)}, measured from {SIGNS[name][2](low)} to {SIGNS[name][2](high)}"
             for name, value, low, high, more in zip(self.names, x, self.low, self.high, room, strict=True)
             if not low - more <= value <= high + more
         )
@@ -262,7 +280,7 @@ class Advice:
             "",
             "Gains are in points of accuracy on new images, with 80 % intervals; 0.5 points are the least worth having.",
         ]
-        lines += ["Looked at:", *(f"  {SIGNS[name][0]}: {value:.2f}" for name, value in self.signs.items())]
+        lines += ["Looked at:", *(f"  {_said(name, value)}" for name, value in self.signs.items())]
         if self.outside:
             lines += ["Nothing is said of fine-tuning, because these images are unlike all that was measured:"]
             lines += [f"  {line}" for line in self.outside]

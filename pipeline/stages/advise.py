@@ -90,7 +90,7 @@ def run(config: Config) -> Advice:
         outside,
         len(cells),
         pilot_share(config, tried, parts),
-        {name: sign(record) for name, (_, sign) in advice.SIGNS.items()},
+        {name: sign(record) for name, (_, sign, _) in advice.SIGNS.items()},
     )
     write_document(files.advice, ADVICE, {"key": key, "signs": record, "advice": asdict(made)})
     return made
