@@ -11,7 +11,7 @@ RUN    := $(BIN)/manyheads
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install features heads finetune predict report status picture test proofs timm fuzz bench scale dist lint newest clean
+.PHONY: help install features heads finetune predict report status picture tour test proofs timm fuzz bench scale dist lint newest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,8 +35,11 @@ report: install ## Build the report page again from the saved results
 	@$(RUN) report $(CONFIG) $(ARGS)
 
 picture: install ## Take the README's picture of a page, with chromium: make picture PAGE=artifacts/photos/report.html
-	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,640 --screenshot=docs/page.png "file://$(abspath $(PAGE))?theme=light"
+	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,720 --screenshot=docs/page.png "file://$(abspath $(PAGE))?theme=light"
 	@$(BIN)/python -c "from PIL import Image; Image.open('docs/page.png').convert('RGB').quantize(64).save('docs/page.png', optimize=True)"
+
+tour: $(VENV)/.installed-test ## Run the notebook docs/tour.ipynb and keep what it shows
+	@$(BIN)/jupyter execute --inplace docs/tour.ipynb
 
 status: install ## Say what is cached, missing, changed, stale and failed
 	@$(RUN) store status $(CONFIG) $(ARGS)
