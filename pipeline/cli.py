@@ -89,7 +89,7 @@ def cli() -> None:
 
 @cli.group()
 def store() -> None:
-    """Care for the feature stores: what is in them, whether it is whole, and files to share."""
+    """Care for the feature stores: check, repair, share."""
 
 
 def fit(config: Config, target: tuple[str, ...], budget: str | None, output: Path | None, open: bool) -> Iterable[str]:
@@ -523,7 +523,9 @@ def _command(
         return 0 if ok else 1
 
     context = {"ignore_unknown_options": hidden}
-    return click.Command(name or run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
+    told = cleandoc(run.__doc__ or "")
+    first = " ".join(told.split("\n\n")[0].split())  # click would cut it, and wraps what it is given as short
+    return click.Command(name or run.__name__, context, call, list(takes), told, short_help=first, hidden=hidden)
 
 
 def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
