@@ -93,7 +93,7 @@ def cli() -> None:
     """
 
 
-@cli.group()
+@cli.group(short_help="Care for the feature stores: what is in them, whether it is whole, and files to share")
 def store() -> None:
     """Care for the feature stores: what is in them, whether it is whole, and files to share."""
 
@@ -507,8 +507,16 @@ def _command(
             click.echo(line)
         return 0 if ok else 1
 
+    text = cleandoc(run.__doc__ or "")
     context = {"ignore_unknown_options": hidden}
-    return click.Command(name or run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
+    return click.Command(
+        name or run.__name__, context, call, list(takes), text, short_help=_summary(text), hidden=hidden
+    )
+
+
+def _summary(text: str) -> str:
+    """Return the first sentence of a help text, which click would cut at the end of a line."""
+    return text.partition("\n")[0].partition(". ")[0].rstrip(".")
 
 
 def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:

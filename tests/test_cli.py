@@ -143,6 +143,15 @@ def test_the_commands_are_few_and_each_takes_what_its_row_says() -> None:
         assert given == set(asked) or (open_ended and given >= set(asked) - {"options"}), command.name
 
 
+def test_the_lists_of_commands_say_the_whole_first_sentence_of_each(run: Callable[..., Done]) -> None:
+    for rows, asked in ((cli.COMMANDS, ["--help"]), (cli.STORE, ["store", "--help"])):
+        listed = "".join(run(*asked).stdout.split())
+        assert "..." not in listed
+        for command in rows:
+            sentence = str(command.help).split("\n")[0].split(". ")[0].rstrip(".")
+            assert command.hidden or "".join(f"{command.name}{sentence}".split()) in listed
+
+
 def test_a_folder_that_refuses_is_one_line_with_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., Done]
 ) -> None:

@@ -55,14 +55,14 @@ def load(given: str | Path | Config, overrides: Overrides = ()) -> Config:
     return config.load(given, overrides, names(), OF_PHOTOS)
 
 
-def require_there(path: Path) -> None:
+OF_CONFIG = "a config file, or images: a folder that holds a folder for each class, an archive of one, or a manifest (.csv, .parquet)"
+
+
+def require_there(path: Path, expected: str = OF_CONFIG) -> None:
     """See that there is something at a path; ConfigError, with what is called alike beside it, where there is not.
 
     Archives and what is remote are looked for by their readers.
     """
     if not os.path.lexists(path) and source_of(str(path)) is None:
         near = os.listdir(path.parent)[:MOST_LISTED] if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
-        raise ConfigError(
-            f"{path}: there is no such file or folder{guess(path.name, near)}; expected a config file, or images: a folder that "
-            "holds a folder for each class, an archive of one, or a manifest (.csv, .parquet)"
-        )
+        raise ConfigError(f"{path}: there is no such file or folder{guess(path.name, near)}; expected {expected}")
