@@ -35,7 +35,7 @@ report: install ## Build the report page again from the saved results
 	@$(RUN) report $(CONFIG) $(ARGS)
 
 picture: install ## Take the README's picture of a page, with chromium: make picture PAGE=artifacts/photos/report.html
-	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,640 --screenshot=docs/page.png "file://$(abspath $(PAGE))?theme=light"
+	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,720 --screenshot=docs/page.png "file://$(abspath $(PAGE))?theme=light"
 	@$(BIN)/python -c "from PIL import Image; Image.open('docs/page.png').convert('RGB').quantize(64).save('docs/page.png', optimize=True)"
 
 tour: $(VENV)/.installed-test ## Run the notebook docs/tour.ipynb and keep what it shows

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -61,27 +60,22 @@ def main() -> None:
 
 
 def full(given: list[str]) -> list[str]:
-    """Return the words of the command line, with `fit` before what is no command but images or a config, or options of it.
+    """Return the words of the command line, with `fit` before what is no command but images, a config or options.
 
     Raises
     ------
-    ClickException
+    ConfigError
         When the first word is nothing that there is.
     """
     first = given[0] if given else "--help"
     if first in cli.commands or first in ("-h", "--help", "--version"):
         return given
-    from pipeline.config import guess, source_of
+    if not first.startswith("-"):
+        from pipeline.stages import settings
 
-    if first.startswith("-") or os.path.lexists(os.path.expanduser(first)) or source_of(first):
-        return ["fit", *given]
-
-    words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
-    near = os.listdir()[:1000] if os.access(".", os.R_OK) else []
-    raise click.UsageError(
-        f"{first!r} is no command, and no folder or file either{guess(first.rstrip('/'), [*words, *near])}; `manyheads PHOTOS` takes "
-        f"a folder that holds a folder for each class, and the commands are {', '.join(words)}"
-    )
+        words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
+        settings.require_there(Path(first).expanduser(), words)
+    return ["fit", *given]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})

@@ -143,6 +143,14 @@ def test_the_readme_leads_to_every_page() -> None:
     assert {f"docs/{page.name}" for page in PAGES} <= linked
 
 
+def test_the_readmes_figures_are_those_of_the_pages() -> None:
+    (told,) = re.findall(r"## What makes it different\n(.*?)\n## ", read(README), re.DOTALL)
+    pages = " ".join(read(page) for page in PAGES)
+    figures = re.findall(r"\d+\.\d(?: % \[[^]]*\]| %| times)?|\d+ %|\d,\d{3}", told)
+    assert len(figures) >= 5
+    assert [figure for figure in figures if figure not in pages] == []
+
+
 def named(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command that begins a line, and what is left of the line."""
     found, *rest = words

@@ -106,7 +106,10 @@ def test_one_line_gives_a_table_a_page_and_predictions(run: Any, photos: Path) -
     assert table["cv_accuracy"].tolist() == [row.cv_mean for row in board.rows]
     assert table["best"].tolist() == [True] + [False] * (len(board.rows) - 1)
     assert table.loc[table["recommended"], "head"].tolist() == [board.row(board.verdict.recommended).head]  # type: ignore[union-attr]
-    said = run.predict([photos / "leaf", photos / "土" / "00.png"])
+    said = run.predict(
+        [photos / "leaf", photos / "土" / "00.png"], top=2, trust=True, output=str(photos.parent / "said.csv")
+    )
+    assert said.columns.tolist() == ["path", "status", "label", "probability", "label_2", "probability_2"]
     assert said["label"].tolist() == ["leaf"] * 9 + ["土"]
     assert said["probability"].between(0.34, 1).all()
     assert run.best_estimator_.predict([photos / "leaf" / "00.png"]).tolist() == ["leaf"]
@@ -148,7 +151,10 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["heds"], ["'heds' is no command, and no folder or file either, did you mean 'heads'?"]),
+        (
+            ["heds"],
+            ["heds: there is no such command, file or folder, did you mean 'heads'?; expected a command (fit, "],
+        ),
         (["phots"], ["did you mean 'photos'?"]),
         (["empty"], ["empty: holds no class folders"]),
         (["photos/leaf"], ["photos/leaf: holds 9 images but no class folders"]),

@@ -78,14 +78,16 @@ class Run:
 
         given = [images] if isinstance(images, (str, Path)) else images
         with tempfile.TemporaryDirectory() as folder:
-            options.setdefault("output", Path(folder, "predictions.csv"))
-            run = predict.run(self.output, [Path(image) for image in given], **options)
+            output, trust = Path(options.pop("output", f"{folder}/predictions.csv")), options.pop("trust", False)
+            run = predict.run(self.output, [Path(image) for image in given], output=output, trust_code=trust, **options)
             found = pd.read_csv(run.output, dtype=str, keep_default_na=False)
+        texts = {"path", "status", *(name for name, board in self.boards.items() if board.target.kind != "regression")}
         for name in found.columns:
             numbers = pd.to_numeric(found[name].replace("", None), errors="coerce")
-            whole = numbers.notna().any() and numbers.notna().eq(found[name] != "").all()
-            labels = name.startswith("label") or name in ("path", "status", *self.boards)
-            found[name] = numbers if whole and not labels else found[name].map(from_cell)
+            is_text = (
+                name in texts or "label" in name or numbers.isna().all() or (numbers.isna() & (found[name] != "")).any()
+            )
+            found[name] = found[name].map(from_cell) if is_text else numbers
         return found
 
     def report(self, open: bool = False) -> Path:

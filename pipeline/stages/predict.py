@@ -216,7 +216,7 @@ def run(
 
 def find_bundles(path: Path) -> dict[str, Path]:
     """Return the bundle of each target of an experiment's output folder by its name; '' for one alone."""
-    settings.require_there(path, "an experiment's output folder, or a bundle's folder in it")
+    settings.require_there(path, expected="an experiment's output folder, or a bundle's folder in it")
     return {name: find_bundle(folder) for name, folder in (Artifacts(path).each_target() or {"": path}).items()}
 
 
