@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,9 @@ from pipeline.io.progress import bar
 from pipeline.io.remote import absolute, address_of
 from pipeline.stages.agreement import Agreement
 
+if TYPE_CHECKING:
+    from pipeline.stages.explain import ExplainRun
+
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
@@ -65,6 +68,8 @@ class PredictRun:
     """By target, what was found of images unlike those of training."""
     agreement: Agreement | None = None
     """With the names of the folders, where they are called like classes."""
+    explained: ExplainRun | None = None
+    """Why the first images got their labels, where that was asked."""
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
@@ -81,6 +86,7 @@ class PredictRun:
         lines += self.passed_over
         if self.untrained:
             lines.append("warning: a head's backbone is untrained (weights: random); it is a control, not for use")
+        lines += self.explained.summary_lines() if self.explained else ()
         return [*lines, f"written to {self.output}"]
 
 
@@ -108,6 +114,12 @@ class Model:
     places: Sequence[Sequence[tuple[int, int]]]
     strangers: Strangers
 
+    def vectors(self, made: Sequence[Part]) -> list[NDArray[np.float32]]:
+        """Return the vectors of n images for each part of the head, float32 of shape (n, dim), of what all lanes made of them."""
+        return [
+            np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1) for blocks in self.places
+        ]
+
 
 def run(
     bundle: Path,
@@ -120,12 +132,14 @@ def run(
     max_pixels: int | None = None,
     unknown: float | None = None,
     sets: float | None = None,
+    explain: Path | None = None,
 ) -> PredictRun:
     """Label image files and folders of them with a saved head.
 
     `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
     of each, on images that are read once. `max_pixels` is the experiment's where it is not given. `unknown` marks images of no known
-    class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases. A run that is
+    class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases.
+    `explain` is a folder for pages on why the first images got their labels. A run that is
     stopped leaves its rows beside `output`, as `NAME.*.partial`.
 
     Raises
@@ -136,6 +150,8 @@ def run(
     OSError
         When `output` cannot be written, which is found before the work where it can be.
     """
+    from pipeline.stages import explain as explaining  # which looks for neighbours, as `similar` does by this module
+
     try:
         checked_device(device)
     except ValueError as error:
@@ -150,6 +166,8 @@ def run(
             raise BundleError(
                 f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
             )
+    if explain is not None:
+        explaining.require(heads, explain)
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
     records, lanes, models = _open(heads, strangers, device, trust_code)
     walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
@@ -157,10 +175,15 @@ def run(
     unread, passed_over = _passed_over(walks)
     if not total and not unread:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
-    given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
+
+    def listed() -> Iterator[str]:
+        return images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks])
+
+    given, ahead = tee(listed())
+
+    limit = max_pixels or max(record.max_pixels for record in records)
 
     def outcomes() -> Iterator[list[Row]]:
-        limit = max_pixels or max(record.max_pixels for record in records)
         for batch, parts in embed(lanes, _items(ahead, len(lanes)), Path("/"), limit):
             yield list(_rows(batch, parts, given, models))
         if unread:
@@ -194,8 +217,13 @@ def run(
         raise DatasetError(
             f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
+    explained = None
+    if explain is not None:
+        first_ones = list(islice(listed(), explaining.MOST))
+        (model,), (place,) = models, folders.values()
+        explained = explaining.run(explain, place, model, lanes, first_ones, total, limit)
     untrained = any(record.untrained for record in records)
-    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement)
+    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement, explained)
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
@@ -357,9 +385,7 @@ def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], mode
     strange: dict[int, list[str]] = {}
     made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
     for model in models if made else ():
-        vectors = [
-            np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1) for blocks in model.places
-        ]
+        vectors = model.vectors(made)
         labels, probabilities = model.bundle.predict(*vectors)
         cells = model.strangers.cells(vectors[0], probabilities)
         for place, row in enumerate(made[0].rows.tolist()):
