@@ -11,7 +11,7 @@ RUN    := $(BIN)/manyheads
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install features heads finetune predict report status picture test proofs timm fuzz bench lint newest clean
+.PHONY: help install features heads finetune predict report status picture tour test proofs timm fuzz bench scale dist lint newest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,8 +35,11 @@ report: install ## Build the report page again from the saved results
 	@$(RUN) report $(CONFIG) $(ARGS)
 
 picture: install ## Take the README's picture of a page, with chromium: make picture PAGE=artifacts/photos/report.html
-	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,640 --screenshot=docs/page.png "file://$(abspath $(PAGE))?theme=light"
+	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,720 --screenshot=docs/page.png "file://$(abspath $(PAGE))?theme=light"
 	@$(BIN)/python -c "from PIL import Image; Image.open('docs/page.png').convert('RGB').quantize(64).save('docs/page.png', optimize=True)"
+
+tour: $(VENV)/.installed-test ## Run the notebook docs/tour.ipynb and keep what it shows
+	@$(BIN)/jupyter execute --inplace docs/tour.ipynb
 
 status: install ## Say what is cached, missing, changed, stale and failed
 	@$(RUN) store status $(CONFIG) $(ARGS)
@@ -56,6 +59,14 @@ fuzz: $(VENV)/.installed-test ## Change every file of a finished experiment, 20 
 bench: $(VENV)/.installed-test ## Measure speed against what a user would write: make bench PHOTOS=folder
 	@for bench in features accuracy; do $(BIN)/python tests/benchmarks/bench_$$bench.py $(PHOTOS) || exit 1; done
 	@for bench in heads store dataset training; do $(BIN)/python tests/benchmarks/bench_$$bench.py || exit 1; done
+
+scale: $(VENV)/.installed-test ## Measure growth to a million vectors, and workers and shards that are killed: make scale PHOTOS=folder
+	@$(BIN)/python tests/benchmarks/bench_scale.py
+	@$(if $(PHOTOS),$(BIN)/python tests/benchmarks/bench_engine.py $(PHOTOS))
+
+dist: $(VENV)/.installed-test ## Build wheel and sdist into dist/, and run both from an empty folder (minutes)
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m pytest tests/proofs/test_wheel.py --override-ini=addopts= $(ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff, and mypy in strict mode on the package
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

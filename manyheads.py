@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.stages.estimators import Regressor as Regressor
     from pipeline.stages.estimators import best_estimator as best_estimator
     from pipeline.stages.extract import FeaturesRun
+    from pipeline.stages.extract.shard import ShardRun
     from pipeline.stages.fewshot import FewShotRun
     from pipeline.stages.finetune import FinetuneRun
     from pipeline.stages.fit import Run as Run
@@ -100,11 +101,22 @@ def check(config: Given, **overrides: Any) -> list[str]:
     return stage.run(_config(config, overrides))
 
 
-def features(config: Given, plan: bool = False, rehash: bool = False, **overrides: Any) -> FeaturesRun:
-    """Embed the images that the feature stores do not have yet."""
-    from pipeline.stages import extract
+def features(
+    config: Given,
+    plan: bool = False,
+    rehash: bool = False,
+    shard: str | None = None,
+    parts: str | None = None,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+    **overrides: Any,
+) -> FeaturesRun | ShardRun:
+    """Embed the images that the feature stores do not have yet: here, on the workers of an engine, or those of one shard."""
+    from pipeline.stages.extract import shard as stage
 
-    return extract.run(_config(config, overrides), plan=plan, rehash=rehash)
+    options = {"shard": shard, "parts": parts, "engine": engine, "address": address}
+    return stage.asked(_config(config, overrides), plan=plan, rehash=rehash, workers=workers, **options)
 
 
 def embed(config: Given, **overrides: Any) -> FeaturesRun:
@@ -114,16 +126,25 @@ def embed(config: Given, **overrides: Any) -> FeaturesRun:
     return extract.without_labels(_config(config, overrides))
 
 
-def heads(config: Given = "", list: bool = False, **overrides: Any) -> HeadsRun | dict[str, HeadsRun] | Sequence[str]:
+def heads(
+    config: Given = "",
+    list: bool = False,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+    **overrides: Any,
+) -> HeadsRun | dict[str, HeadsRun] | Sequence[str]:
     """Tune the heads on the stored features; of several targets return what was made of each by its name.
 
     With `list` return the lines on the heads that there are, which needs no config.
     """
+    from pipeline.io.engine import Engine
     from pipeline.stages import fit, head_table
 
     if list:
         return head_table.run()
-    found = {name: result for name, result, _ in fit.heads(_config(config, overrides))}
+    on = Engine.of(engine, address, workers)
+    found = {name: result for name, result, _ in fit.heads(_config(config, overrides), on)}
     return found.get("") or found
 
 
@@ -343,7 +364,7 @@ class store:
         """Add the vectors of other stores or packed files of the same identity to a store."""
         from pipeline.stages import maintenance
 
-        return maintenance.merge(Path(target), [Path(each) for each in sources])
+        return maintenance.merge(Path(target), [str(each) for each in sources])
 
 
 def _path(given: Place | None) -> Path | None:

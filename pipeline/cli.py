@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -61,27 +60,22 @@ def main() -> None:
 
 
 def full(given: list[str]) -> list[str]:
-    """Return the words of the command line, with `fit` before what is no command but images or a config, or options of it.
+    """Return the words of the command line, with `fit` before what is no command but images, a config or options.
 
     Raises
     ------
-    ClickException
+    ConfigError
         When the first word is nothing that there is.
     """
     first = given[0] if given else "--help"
     if first in cli.commands or first in ("-h", "--help", "--version"):
         return given
-    from pipeline.config import guess, source_of
+    if not first.startswith("-"):
+        from pipeline.stages import settings
 
-    if first.startswith("-") or os.path.lexists(os.path.expanduser(first)) or source_of(first):
-        return ["fit", *given]
-
-    words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
-    near = os.listdir()[:1000] if os.access(".", os.R_OK) else []
-    raise click.UsageError(
-        f"{first!r} is no command, and no folder or file either{guess(first.rstrip('/'), [*words, *near])}; `manyheads PHOTOS` takes "
-        f"a folder that holds a folder for each class, and the commands are {', '.join(words)}"
-    )
+        words = [command.name or "" for command in (*COMMANDS, store) if not command.hidden]
+        settings.require_there(Path(first).expanduser(), words)
+    return ["fit", *given]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -124,14 +118,17 @@ def check(config: Config) -> Iterable[str]:
     return stage.run(config)
 
 
-def features(config: Config, plan: bool, rehash: bool) -> Iterable[str]:
+def features(config: Config, **options: Any) -> Iterable[str]:
     """Stage one: embed the images that the feature stores do not have yet.
+
+    With --shard 3/16 only the third of sixteen shards, into parts that `store merge` puts together; with --engine ray on all of a
+    Ray cluster. docs/scale.md has the rest.
 
     Example: manyheads features configs/folder.yaml --plan
     """
-    from pipeline.stages import extract
+    from pipeline.stages.extract import shard as stage
 
-    return extract.run(config, plan=plan, rehash=rehash).summary_lines()
+    return stage.asked(config, **options).summary_lines()
 
 
 def embed(config: Config) -> Iterable[str]:
@@ -146,14 +143,17 @@ def embed(config: Config) -> Iterable[str]:
     return extract.without_labels(config).summary_lines()
 
 
-def heads(config: Config) -> Iterable[str]:
+def heads(config: Config, engine: str | None, address: str | None, workers: int | None) -> Iterable[str]:
     """Stage two: tune the heads on the stored features and print the leaderboard.
+
+    With --engine the heads are tuned by the workers of a Dask or Ray cluster, which must see the output folder; docs/scale.md says more.
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
+    from pipeline.io.engine import Engine
     from pipeline.stages import fit as stage
 
-    return stage.heads_lines(config)
+    return stage.heads_lines(config, Engine.of(engine, address, workers))
 
 
 def replay(config: Config) -> tuple[bool, Iterable[str]]:
@@ -373,8 +373,11 @@ def export_features(output: Path, config: Config | Path, embedding: str | None) 
     return [maintenance.export(config, output, embedding=embedding)]
 
 
-def merge(target: Path, sources: tuple[Path, ...]) -> Iterable[str]:
+def merge(target: Path, sources: tuple[str, ...]) -> Iterable[str]:
     """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
+
+    SOURCES may be addresses, such as s3://bucket/features.h5. Where they are folders of parts, which `features --shard` writes, STORE
+    is the folder of the stores.
 
     Example: manyheads store merge artifacts/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
     """
@@ -511,6 +514,16 @@ def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool)
         context.exit()
 
 
+def _engine(*names: str) -> tuple[click.Option, ...]:
+    return (
+        _option("--engine", type=click.Choice(names), help="Work on a cluster; needs manyheads[NAME]."),
+        _option(
+            "--address", metavar="ADDRESS", help="Of a cluster that runs; one is started on this machine otherwise."
+        ),
+        _option("--workers", type=COUNT, help="How many; otherwise as many as there is room for."),
+    )
+
+
 COMMANDS = (
     _command(
         fit,
@@ -529,11 +542,17 @@ COMMANDS = (
         *EXPERIMENT,
         _option("--plan", is_flag=True, help="Only say what a run would do and roughly how long it takes."),
         _option("--rehash", is_flag=True, help="Read every image again instead of trusting its size and times."),
+        _option("--shard", metavar="K/N", help="Embed only the K-th of N shards, which content decides; into parts."),
+        _option(
+            "--parts", metavar="PLACE", help="Where to write parts: a folder, or an address such as s3://bucket/run."
+        ),
+        *_engine("ray"),
     ),
     _command(embed, *EXPERIMENT),
     _command(
         heads,
         *EXPERIMENT,
+        *_engine("dask", "ray"),
         _option(
             "--list", is_flag=True, is_eager=True, callback=_list_heads, expose_value=False, help="Say which there are."
         ),
@@ -661,7 +680,7 @@ STORE = (
     _command(
         merge,
         _argument("target", metavar="STORE", type=PATH),
-        _argument("sources", nargs=-1, required=True, type=PATH),
+        _argument("sources", nargs=-1, required=True),
     ),
 )
 """The commands of `manyheads store`, which up to 0.1 stood beside the others: `manyheads status` still works, with a note."""

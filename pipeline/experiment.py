@@ -77,6 +77,8 @@ class Artifacts:
         """Heads fitted again on more images: an output folder of its own, without a leaderboard."""
         self.refitted = self.root / "refit.json"
         """In that folder: which heads were fitted again, and what speaks for a new search."""
+        self.parts = self.root / "parts"
+        """Vectors that shards or workers have made, until the stores have them."""
         self.targets = self.root / "targets.json"
         """The names of the targets, where the data set has several; each is an experiment in a folder of its own."""
 

@@ -12,6 +12,7 @@ from scipy.stats import norm
 from pipeline.data.labels import MultiLabel
 from pipeline.data.numbers import Regression
 from pipeline.evaluation import METRICS, Predictions, compare, scores
+from pipeline.evaluation.calibration import fit_sigmoids
 from pipeline.evaluation.comparison import exchange_test, holm, paired_interval
 from pipeline.evaluation.intervals import critical
 
@@ -254,13 +255,15 @@ def label_coverage(runs: int, n: int = 300, groups: int | None = None, signal: f
     return {name: count / runs for name, count in hits.items()}
 
 
-def permuted_labels(runs: int, n: int = 150, dim: int = 10, metric: str = "mean_average_precision") -> int:
+def permuted_labels(
+    runs: int, n: int = 150, dim: int = 10, metric: str = "mean_average_precision", alpha: float = 30
+) -> int:
     """Of so many data sets with permuted labels, in how many a head is said to be better out of fold than it can be.
 
     Four ridges on features of their own, none of which tells anything, and where order alone counts the labels' shares, which are as
-    good; by how many labels are said these differ truly.
+    good; by how many labels are said these differ truly. Labels are said from thresholds on as rows of a leaderboard say them.
     """
-    rng, false = np.random.default_rng(0), 0
+    rng, false, target, by = np.random.default_rng(0), 0, MultiLabel(tuple("abcde")), METRICS[metric].threshold
     for _ in range(runs):
         y, folds = rng.permutation(labelled(rng, n).y_true), rng.permutation(np.arange(n) % 5)
         heads = {}
@@ -269,9 +272,11 @@ def permuted_labels(runs: int, n: int = 150, dim: int = 10, metric: str = "mean_
             for fold in range(5):
                 held, middle = folds == fold, y.mean(axis=0)
                 A = X[~held] - X[~held].mean(axis=0)
-                weights = np.linalg.solve(A.T @ A + 30 * np.eye(dim), A.T @ (y[~held] - middle))
+                weights = np.linalg.solve(A.T @ A + alpha * np.eye(dim), A.T @ (y[~held] - middle))
                 said[held] = (X[held] - X[~held].mean(axis=0)) @ weights + middle
-            heads[name] = Predictions(y, said >= 0.4, said, target=MultiLabel(tuple("abcde")))
+            if by != "each":  # else order alone counts
+                said = fit_sigmoids(said, y).probabilities(said)
+            heads[name] = Predictions(y, target.decided(y, y, said, by, folds), said, target=target)
         best = max(heads, key=lambda name: METRICS[metric].score(heads[name]))
         false += not all(row.no_evidence for row in compare(heads, best, seed=0, metric=METRICS[metric]))
     return false

@@ -98,9 +98,25 @@ def test_every_command_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.Mon
             assert result.exit_code == 0, f"{line}\n{result.output}"
         done.add(arguments)
     for code in blocks(README, "python"):
-        exec(code, {})
+        exec(code.replace('"artifacts/photos")', '"artifacts/photos", tuning__trials=2, heads=["ridge"])'), {})
     for name in ("labels.csv", "digits.csv"):
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 37
+
+
+def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the notebook works
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", 4)
+    fast = "from pipeline.report import material\nmaterial.umap_is_installed = lambda: False"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(fast))
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    (page,) = tmp_path.rglob("report.html")
+    assert page.parent.name == "photos"
+    said = "".join(str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+    assert "Run('artifacts/photos': 5 rows, best " in said
+    assert str(tmp_path) not in said
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -120,6 +136,19 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             target = page.parent / path if path else page
             assert target.exists(), f"{page.name}: {link}"
             assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = {link.partition("#")[0] for link in LINK.findall(read(README))}
+    assert {f"docs/{page.name}" for page in PAGES} <= linked
+
+
+def test_the_readmes_figures_are_those_of_the_pages() -> None:
+    (told,) = re.findall(r"## What makes it different\n(.*?)\n## ", read(README), re.DOTALL)
+    pages = " ".join(read(page) for page in PAGES)
+    figures = re.findall(r"\d+\.\d(?: % \[[^]]*\]| %| times)?|\d+ %|\d,\d{3}", told)
+    assert len(figures) >= 5
+    assert [figure for figure in figures if figure not in pages] == []
 
 
 def named(words: list[str]) -> tuple[click.Command, list[str]]:

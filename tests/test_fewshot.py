@@ -194,8 +194,8 @@ def result_of(gap: float, spread: float, count: int = 400) -> FewShot:
 @pytest.mark.parametrize(
     ("gap", "spread", "said"),
     [
-        (0.002, 0.05, "Plain logistic regression is as good at K = 5: none is ahead by more than 1 point."),
-        (0.03, 0.05, "Better than plain logistic regression: K = 5: nearest centroid by 3.0 points [2.5, 3.5]."),
+        (0.002, 0.05, "Plain logistic_regression is as good at K = 5: none is ahead by more than 1 point."),
+        (0.03, 0.05, "Better than plain logistic_regression: K = 5: nearest_centroid by 3.0 points [2.5, 3.5]."),
         (0.002, 0.2, "Not told apart at K = 5 (another may be ahead by up to 2.2 points); --episodes takes more."),
     ],
 )
@@ -228,7 +228,7 @@ def test_the_page_has_the_chart_the_table_and_the_verdict():
     assert 'data-chart="few_shot"' in html
     text = words(html)
     assert result.verdict()[0] in text
-    assert f"nearest centroid {100 * result.points[1].accuracy:.1f} ± " in text
+    assert f"nearest_centroid {100 * result.points[1].accuracy:.1f} ± " in text
     assert section("few-shot", material([row("ridge", 0.9)])) == ""
 
 

@@ -115,7 +115,7 @@ def test_average_precision_is_scikit_learns_also_under_weights() -> None:
     assert weighted_mean_precision(y, said)(counts) == pytest.approx(np.array(expected))
     nudged = 1 + 1e-5 * np.concatenate([np.eye(200), -np.eye(200)])
     up, down = np.split(weighted_mean_precision(y, said)(nudged), 2)
-    np.testing.assert_allclose(influence(y, said), (up - down) / 2e-5, atol=1e-7)
+    np.testing.assert_allclose(influence(y, said).sum(axis=1), (up - down) / 2e-5, atol=1e-7)
     assert np.isnan(label_precisions(y & [False, *[True] * 5], said)[0])
 
 
@@ -165,6 +165,42 @@ def test_a_threshold_has_the_highest_f1_and_a_label_of_none_is_never_said() -> N
     p, y = rng.random(300).round(2), rng.random(300) < 0.3
     best = max(f1_score(y, p >= cut) for cut in np.unique(p))
     assert f1_score(y, p >= best_threshold(y, p)) == pytest.approx(best)
+
+
+def test_labels_of_a_fold_are_said_by_thresholds_that_other_folds_tell() -> None:
+    rng, target = np.random.default_rng(1), MultiLabel(("a", "b"))
+    y, scores_of, folds = rng.random((90, 2)) < 0.3, rng.normal(size=(90, 2)) - 5, np.arange(90) % 3
+    said = target.decided(y, ~y, scores_of, "each", folds)
+    together = target.decided(y, ~y, scores_of, "all", folds)
+    for fold in range(3):
+        own, others = folds == fold, folds != fold
+        for label in range(2):
+            cut = best_threshold(y[others, label], scores_of[others, label])
+            np.testing.assert_array_equal(said[own, label], scores_of[own, label] >= cut)
+        cut = best_threshold(y[others].ravel(), scores_of[others].ravel())
+        np.testing.assert_array_equal(together[own], scores_of[own] >= cut)
+    whole = target.decided(y, ~y, scores_of, "each")
+    assert f1_score(y[:, 0], whole[:, 0]) == max(f1_score(y[:, 0], scores_of[:, 0] >= cut) for cut in scores_of[:, 0])
+    assert target.decided(y, y, None, "each", folds) is y  # of a head without scores
+
+
+def test_a_search_by_macro_f1_is_judged_by_thresholds_as_its_row_is(tmp_path: Path) -> None:
+    X, y = data()
+    run = tuned(OF_LABELS["ridge"], X, y, tmp_path, "macro_f1")
+    found, metric = run.out_of_fold, METRICS["macro_f1"]
+    assert found.scores is not None
+    assert found.folds is not None
+    said = found.target.decided(y, y, found.scores, "each", found.folds)
+    assert run.best.mean == pytest.approx(f1_score(y, said, average="macro"), abs=1e-12)
+    assert run.best.mean > f1_score(y, found.scores > 0, average="macro") + 0.05
+    for fold, score in enumerate(run.best.fold_scores):
+        own = found.folds == fold
+        most = metric.score(found.rows(own)) if score is None else score
+        assert most >= metric.score(dataclasses.replace(found.rows(own), y_pred=said[own]))
+    assert run.last_fit.sound
+    again = tuned(OF_LABELS["ridge"], X, y, tmp_path, "macro_f1")
+    assert (again.best.mean, again.best.fold_scores) == (run.best.mean, run.best.fold_scores)
+    assert again.replayed == 6
 
 
 def test_sigmoids_find_the_probabilities_and_keep_the_order() -> None:
@@ -258,8 +294,9 @@ def test_intervals_of_scores_cover_the_truth() -> None:
         assert share >= 0.88, name  # 0.95 less two and a half standard errors of 60 runs; the proofs have more
 
 
-def test_permuted_labels_have_few_false_winners() -> None:
-    assert permuted_labels(30) <= 3  # of 200 runs at most 10, in the proofs
+@pytest.mark.parametrize("metric", ["mean_average_precision", "macro_f1"])
+def test_permuted_labels_have_few_false_winners(metric: str) -> None:
+    assert permuted_labels(30, metric=metric) <= 3  # of 200 runs at most 10, in the proofs
 
 
 def test_predictions_are_columns_and_come_back_from_their_file(tmp_path: Path) -> None:
@@ -345,6 +382,8 @@ def test_a_leaderboard_of_labels_has_its_scores_and_the_shares_to_beat(
     y, cut = said.out_of_fold.y_true, np.array(said.test.target.thresholds)
     chosen, plain = (f1_score(y, probabilities >= at, average="macro") for at in (cut, 0.5))
     assert chosen >= plain
+    held_out = said.out_of_fold.target.decided(y, y, probabilities, "each", said.out_of_fold.folds)
+    np.testing.assert_array_equal(said.out_of_fold.y_pred, held_out)
     np.testing.assert_array_equal(said.test.y_pred, said.test.probabilities >= cut)
 
 

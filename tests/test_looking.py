@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from photos import make_photos, small_config
@@ -18,15 +20,18 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.data.match import texts
 from pipeline.data.scan import scan
-from pipeline.errors import DatasetError, PipelineError
+from pipeline.errors import BackboneError, DatasetError, PipelineError, StoreError
 from pipeline.evaluation.audit import Findings, LabelIssue, LabelIssues, NearDuplicate, Outlier
+from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.picking import typical, unsure
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import Digests
-from pipeline.stages import clean, extract, pick, predict, similar, train_heads
+from pipeline.stages import clean, extract, maintenance, pick, predict, similar, train_heads
+from pipeline.stages.load import load
 from pipeline.store import nearest
 from pipeline.store.nearest import Nearest
 from pipeline.store.reader import FeatureStore
+from pipeline.store.share import read_vectors
 from pipeline.store.writer import StoreWriter
 
 EMBEDDING = "resnet18-random-penultimate"
@@ -308,3 +313,93 @@ def test_an_archive_is_embedded_as_it_is_and_searched(tmp_path: Path) -> None:
     assert found.summary_lines()[0] == "6 images without labels"
     near = similar.run([archive / "leaf" / "00.png"], tmp_path / "output", embedding=EMBEDDING, count=9)
     assert len(near.found[str(archive / "leaf" / "00.png")]) == 5
+
+
+# ---- vectors of the user's own
+
+
+@pytest.fixture(scope="module")
+def vectors(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A Parquet file of the experiment's own vectors, as `store export` writes it, in another order, and the paths in its order."""
+    path = tmp_path_factory.mktemp("vectors") / "mine.parquet"
+    maintenance.export(experiment, path, embedding=EMBEDDING)
+    table = pq.read_table(path)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), path)
+    return path, pq.read_table(path)["paths"].to_pylist()
+
+
+def on_vectors(experiment: Config, path: Path, output: Path) -> Config:
+    raw = experiment.model_dump(mode="json", exclude={"output", "store", "backbones", "heads", "baselines"})
+    own = {"output": str(output), "backbones": [{"name": str(path)}], "heads": ["nearest_centroid"], "baselines": []}
+    return configuration.parse({**raw, **own}, "test")
+
+
+def test_heads_on_vectors_of_a_file_are_those_on_the_vectors_that_made_it(
+    experiment: Config, vectors: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config = on_vectors(experiment, vectors[0], tmp_path / "output")
+    extract.run(config)
+    (row,) = train_heads.run(config).leaderboard.rows
+    same = read_leaderboard(Path(experiment.output)).row(f"{EMBEDDING}/nearest_centroid")
+    assert row.embedding == "mine.parquet"
+    assert row.cv_scores == same.cv_scores
+
+    index = DatasetIndex.read(Artifacts(config.output).dataset)
+    X = read_vectors(vectors[0])[1][np.argsort(vectors[1])]  # in the order of the index
+    np.save(tmp_path / "mine.npy", X)
+    assert index.paths.tolist() == sorted(vectors[1])
+    by_order = on_vectors(experiment, tmp_path / "mine.npy", tmp_path / "by_order")
+    extract.run(by_order)
+    np.testing.assert_array_equal(load(by_order.output).X[:], load(config.output).X[:])
+
+    said = predict.run(Path(config.output), [vectors[0]], output=tmp_path / "out.csv")
+    assert [row["path"] for row in read(tmp_path / "out.csv")] == vectors[1]
+    assert sum(said.labels[""].values()) == 36
+    predict.run(Path(config.output), [tmp_path / "mine.npy"], output=tmp_path / "other.csv")
+    assert sorted(row["label"] for row in read(tmp_path / "other.csv")) == sorted(
+        row["label"] for row in read(tmp_path / "out.csv")
+    )
+    with pytest.raises(BackboneError, match=r"mine.parquet holds vectors .* to predict, give a .npy or .parquet file"):
+        predict.run(Path(config.output), [index.root], output=tmp_path / "out.csv")
+    with pytest.raises(
+        BackboneError, match=r"mine.parquet holds vectors that were made elsewhere, and no network is known"
+    ):
+        similar.run([tmp_path / "mine.npy"], Path(config.output))
+
+
+def test_a_changed_file_of_vectors_is_another_embedding(
+    experiment: Config, vectors: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    X = read_vectors(vectors[0])[1]
+    np.save(tmp_path / "a.npy", X)
+    config = on_vectors(experiment, tmp_path / "a.npy", tmp_path / "output")
+    first = extract.run(config).records[0].fingerprint
+    assert extract.run(config).records[0].fingerprint == first
+    np.save(tmp_path / "a.npy", -X)
+    assert extract.run(config).records[0].fingerprint != first
+    np.testing.assert_array_equal(load(config.output).X[:], -X)
+
+
+def test_what_is_wrong_with_a_file_of_vectors_is_said(
+    experiment: Config, vectors: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    table = pq.read_table(vectors[0])
+    pq.write_table(table.slice(2), tmp_path / "few.parquet")
+    with pytest.raises(StoreError, match=r"few.parquet: has no vector for 2 images"):
+        extract.run(on_vectors(experiment, tmp_path / "few.parquet", tmp_path / "output"))
+    np.save(tmp_path / "few.npy", np.zeros((35, 4)))
+    with pytest.raises(StoreError, match="has 35 vectors, and the data set names 36 images that are there"):
+        extract.run(on_vectors(experiment, tmp_path / "few.npy", tmp_path / "output"))
+    np.save(tmp_path / "nan.npy", np.full((36, 4), np.nan))
+    np.save(tmp_path / "flat.npy", np.zeros(36))
+    (tmp_path / "text.npy").write_text("no")
+    pq.write_table(pa.table({"path": ["a"], "v": [[[1.0]]], "w": [[2.0]]}), tmp_path / "odd.parquet")
+    for name, why in {
+        "nan.npy": "36 vectors have numbers that are not finite",
+        "flat.npy": r"it holds float64 of shape \(36,\)",
+        "text.npy": "cannot be read as vectors",
+        "odd.parquet": "cannot be read as vectors",
+        "none.npy": "No such file",
+    }.items():
+        with pytest.raises(BackboneError, match=why):
+            extract.run(on_vectors(experiment, tmp_path / name, tmp_path / "output"))

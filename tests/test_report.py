@@ -539,6 +539,8 @@ def test_the_first_screen_says_what_to_use_how_sure_that_is_and_what_to_do_next(
     assert f"Use {row.head} on {row.embedding}; " in top
     assert f"Label new images manyheads predict {gathered.output} IMAGES --output labels.csv" in top
     assert f"Look at {len(issues)} suspicious label" in top
+    assert f"manyheads clean {gathered.output} --output cleaned.csv" in top
+    assert f"manyheads pick UNLABELLED --in {gathered.output}" in top
     assert (
         "Keep copies on one side 1 of 60 test images is nearly the same as a training image, so the test is easier"
         in top
@@ -552,7 +554,7 @@ def test_the_first_screen_says_what_to_use_how_sure_that_is_and_what_to_do_next(
         in top
     )
     assert (
-        f"Try another network No network of this leaderboard does better than what needs none; others may. manyheads shortlist {gathered.output / 'config.yaml'}"
+        f"Try another network No network of this leaderboard does better than what needs none; others may. manyheads shortlist {gathered.output}"
         in top
     )
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from report_experiment import built_experiment
 
+from pipeline.report.pictures import DOT_SIDE
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here")
 
@@ -223,8 +225,8 @@ def test_pointing_at_a_dot_shows_its_image(wide):
     assert found["hover"]["shown"]
     assert found["hover"]["image"].startswith('url("data:image/webp;base64,')
     assert any(path in found["hover"]["text"] for path in found["hover"]["paths"])
-    assert found["sheet"][0] % 56 == 0
-    assert found["sheet"][0] * found["sheet"][1] >= 180 * 56 * 56
+    assert found["sheet"][0] % DOT_SIDE == 0
+    assert found["sheet"][0] * found["sheet"][1] >= 180 * DOT_SIDE**2
 
 
 def test_choosing_a_class_fades_the_others(wide):

@@ -373,5 +373,5 @@ def test_the_names_of_commands_up_to_0_1_are_told_the_new_ones(first: Config, tm
         assert then.stderr == f"note: `manyheads {name}` is `manyheads store {name}` from now on\n"
         assert then.stdout == now.stdout
     shown = CliRunner().invoke(cli, ["--help"]).output
-    assert not re.search(r"^  (status|verify|repair|gc|pack|merge|export) ", shown, re.MULTILINE)
+    assert not re.search(r"^  (status|verify|repair|gc|pack|merge) ", shown, re.MULTILINE)
     assert re.search("^  store ", shown, re.MULTILINE)

@@ -106,7 +106,10 @@ def test_one_line_gives_a_table_a_page_and_predictions(run: Any, photos: Path) -
     assert table["cv_accuracy"].tolist() == [row.cv_mean for row in board.rows]
     assert table["best"].tolist() == [True] + [False] * (len(board.rows) - 1)
     assert table.loc[table["recommended"], "head"].tolist() == [board.row(board.verdict.recommended).head]  # type: ignore[union-attr]
-    said = run.predict([photos / "leaf", photos / "土" / "00.png"])
+    said = run.predict(
+        [photos / "leaf", photos / "土" / "00.png"], top=2, trust=True, output=str(photos.parent / "said.csv")
+    )
+    assert said.columns.tolist() == ["path", "status", "label", "probability", "label_2", "probability_2"]
     assert said["label"].tolist() == ["leaf"] * 9 + ["土"]
     assert said["probability"].between(0.34, 1).all()
     assert run.best_estimator_.predict([photos / "leaf" / "00.png"]).tolist() == ["leaf"]
@@ -137,15 +140,21 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
         "27 images in 3 classes: 21 train, 6 test",
     ]
     assert "4 of 4 rows were finished before and kept." in lines
-    assert lines[-4].split() == ["look", str(run.output / "report.html"), *lines[-4].split()[2:]]
-    assert lines[-3] == f"  label photos  manyheads predict {run.output} PHOTOS --output labels.csv"
+    assert lines[-8:-6] == [
+        "What next",
+        f"  look          {run.output / 'report.html'} {lines[-7].partition('.html ')[2]}",
+    ]
+    assert lines[-6] == f"  label photos  manyheads predict {run.output} PHOTOS --output labels.csv"
     assert shown == [(run.output / "report.html").as_uri()]
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["heds"], ["'heds' is no command, and no folder or file either, did you mean 'heads'?"]),
+        (
+            ["heds"],
+            ["heds: there is no such command, file or folder, did you mean 'heads'?; expected a command (fit, "],
+        ),
         (["phots"], ["did you mean 'photos'?"]),
         (["empty"], ["empty: holds no class folders"]),
         (["photos/leaf"], ["photos/leaf: holds 9 images but no class folders"]),
@@ -192,8 +201,10 @@ def test_the_column_of_a_manifest_is_the_target(photos: Path) -> None:
     made = fit.settings_of(manifest, SMALL, ["kind"], "10m")
     assert (made.output, made.tuning.budget_seconds) == ("artifacts/kinds", 600)
     assert manyheads.check(made)[2].startswith("18 images in 2 classes: ")
-    with pytest.raises(manyheads.PipelineError, match="label"):
-        manyheads.check(manifest, **SMALL)
+    with pytest.raises(
+        manyheads.PipelineError, match=r"no column 'label'.*\n.*path, kind; --target COLUMN says which column"
+    ):
+        manyheads.fit(manifest, output=photos.parent / "kinds", **SMALL)
 
 
 def test_the_page_on_python_is_as_it_says(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,10 +213,11 @@ def test_the_page_on_python_is_as_it_says(photos: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(settings, "OF_PHOTOS", {**SMALL, "baselines": ["majority", "hog"]})
     found: dict[str, Any] = {}
+    small = SMALL["backbones"][0]["preprocessing"]
     for code in re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
     ):
-        exec(code, found)
+        exec(code.replace('"efficientnet_lite0"', f'"resnet18", weights="random", preprocessing={small}'), found)
     assert found["labels"]["label"].tolist() == ["leaf"] * 9
     assert found["X"].shape[0] == len(found["y"]) == 21
 

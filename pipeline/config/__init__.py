@@ -14,6 +14,7 @@ from pipeline.config.sections import (
     OWN,
     TIMM_NAMES,
     TIMM_PREFIX,
+    VECTORS,
     WEIGHTS_FILES,
     BackboneConfig,
     Config,
@@ -29,6 +30,7 @@ from pipeline.config.sections import (
     guess,
     names_code,
     names_timm,
+    names_vectors,
     source_of,
     unknown,
 )

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.retired import without_retired
-from pipeline.config.sections import LOCAL_DIR, WEIGHTS_FILES, Config, Names, Section, guess, source_of
+from pipeline.config.sections import LOCAL_DIR, VECTORS, WEIGHTS_FILES, Config, Names, Section, guess, source_of
 from pipeline.config.yaml12 import parse_yaml, read_yaml
 from pipeline.errors import ConfigError, number_of
 from pipeline.io.imports import look_in
@@ -131,11 +131,12 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]
     for number, section in enumerate(backbones if isinstance(backbones, list) else []):
         if isinstance(section, dict) and str(section.get("weights")).endswith(WEIGHTS_FILES):
             places.append((section, "weights", f"backbones.{number}.weights"))
-        if isinstance(section, dict) and str(section.get("name")).startswith(LOCAL_DIR):
+        name = str(section.get("name")) if isinstance(section, dict) else ""
+        if name.startswith(LOCAL_DIR) or name.endswith(VECTORS):
             places.append((section, "name", f"backbones.{number}.name"))
     for section, key, where in places:
         path = section.get(key) if isinstance(section, dict) else None
-        prefix = LOCAL_DIR if key == "name" else ""
+        prefix = LOCAL_DIR if key == "name" and str(path).startswith(LOCAL_DIR) else ""
         if not isinstance(path, str) or not path or address_of(path) or path.startswith("file://"):
             continue
         if not os.path.isabs(os.path.expanduser(path.removeprefix(prefix))):

@@ -78,6 +78,15 @@ def names_code(name: str) -> bool:
     return bool(module and colon and function) and module != "timm"
 
 
+VECTORS = (".npy", ".parquet")
+"""Endings of files with vectors of the user's own, which may stand in place of a network's name."""
+
+
+def names_vectors(name: str) -> bool:
+    """Return whether a backbone is a file of vectors that were made elsewhere."""
+    return name.endswith(VECTORS)
+
+
 TIMM_PREFIX = "timm:"
 LOCAL_DIR = f"{TIMM_PREFIX}local-dir:"
 """Before the path of a folder with weights of timm and their `config.json`."""
@@ -250,7 +259,8 @@ class BackboneConfig(Section):
 
     name: str
     """A network of one of the families: `efficientnet_lite0`, torchvision's `resnet50`, timm's as `dinov2_base`,
-    `timm:resnet50.a1_in1k` or `timm:local-dir:FOLDER`, or `module:function` of your own."""
+    `timm:resnet50.a1_in1k` or `timm:local-dir:FOLDER`, `module:function` of your own, or a `.npy` or `.parquet` file of vectors
+    that were made elsewhere."""
     weights: str = "random"
     """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` /
     `.pth` file. Names of timm's networks say which weights, which are `pretrained` by default."""
@@ -274,7 +284,9 @@ class BackboneConfig(Section):
     def _some_names_say_more(cls, raw: Any) -> Any:
         name = str(raw.get("name")) if isinstance(raw, dict) else ""
         usual = {"weights": "pretrained", "pooling": "own"} if names_timm(name) else {}
-        return {**usual, **({"weights": OWN} if names_code(name) else {}), **raw} if name else raw
+        return (
+            {**usual, **({"weights": OWN} if names_code(name) or names_vectors(name) else {}), **raw} if name else raw
+        )
 
     @field_serializer("pooling")
     def _as_one_word(self, value: tuple[str, ...]) -> str | list[str]:

@@ -127,13 +127,17 @@ class Classification:
         return said
 
     def settled(
-        self, y: NDArray[np.int64], y_pred: NDArray[np.int64], probabilities: NDArray[np.floating] | None = None
+        self, y: NDArray[np.int64], y_pred: NDArray[np.int64], probabilities: Any = None, by: str = ""
     ) -> Classification:
         """Return the target with what answers out of fold tell of it: of classes nothing.
 
         y, y_pred : int64 of shape (n,)
         """
         return self
+
+    def decided(self, y: Any, y_pred: NDArray[Any], scores: Any, by: str, folds: Any = None) -> NDArray[Any]:
+        """Return what is said of images, of any dtype, shape (n,): the likeliest class; no threshold is chosen on others."""
+        return y_pred
 
     def only(self, y: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.float32], ScoreKind] | None:
         """Return all that can be said of n images where y has one class; None where a head can be fitted on it.

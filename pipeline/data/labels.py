@@ -175,11 +175,33 @@ class MultiLabel:
         """Return y for what an estimator says."""
         return np.asarray(said) > 0
 
-    def settled(self, y: Flags, y_pred: Flags, probabilities: NDArray[np.floating] | None) -> MultiLabel:
-        """Return the target with the threshold of each label at which its F1 is highest out of fold, all of shape (n, k)."""
-        if probabilities is None:
-            return self
-        return replace(self, thresholds=tuple(map(best_threshold, y.T, np.asarray(probabilities, np.float64).T)))
+    def settled(
+        self, y: Flags, y_pred: Flags, probabilities: NDArray[np.floating] | None, by: str = "each"
+    ) -> MultiLabel:
+        """Return the target with the thresholds that probabilities out of fold tell, all of shape (n, k); `by` as `Metric.threshold`."""
+        return self if probabilities is None else replace(self, thresholds=tuple(_thresholds(y, probabilities, by)))
+
+    def decided(
+        self,
+        y: Flags,
+        y_pred: Any,
+        scores: NDArray[np.floating] | None,
+        by: str,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Any:
+        """Return the labels that are said of images, bool of shape (n, k), with thresholds chosen on the images of the other folds.
+
+        Without folds, of shape (n,), they are chosen on the images themselves: what the order of the scores allows at most.
+        scores : probabilities, or what `by` need not be '' for, shape (n, k); `by` as `Metric.threshold`
+        """
+        if scores is None:
+            return y_pred
+        found = np.empty(y.shape, dtype=bool)
+        for fold in (0,) if folds is None else np.unique(folds):
+            held = np.ones(len(y), dtype=bool) if folds is None else folds == fold
+            known = held if folds is None or held.all() else ~held
+            found[held] = scores[held] >= np.array(_thresholds(y[known], scores[known], by))
+        return found
 
     def only(self, y: Flags, n: int) -> tuple[Flags, NDArray[np.float32], ScoreKind] | None:
         """Return all that can be said of n images where all of y have the same labels; None where a head can be fitted on it."""
@@ -246,16 +268,24 @@ def said(estimator: Any, X: NDArray[np.float32]) -> NDArray[np.float32]:
     return log_odds(found)
 
 
-def best_threshold(y: Flags, probabilities: NDArray[np.float64]) -> float:
-    """Return the probability from which on saying a label has the highest F1, halfway between two that occur; y : shape (n,).
+def _thresholds(y: Flags, scores: NDArray[np.floating], by: str) -> list[float]:
+    """Return a threshold for each label; y, scores : shape (n, k)."""
+    values = np.asarray(scores, dtype=np.float64)
+    if by == "each":
+        return list(map(best_threshold, y.T, values.T))
+    return [best_threshold(y.ravel(), values.ravel()) if by == "all" else 0.5] * y.shape[1]
 
-    Above all of them where no image has the label.
+
+def best_threshold(y: Flags, scores: NDArray[np.float64]) -> float:
+    """Return the score from which on saying a label has the highest F1, halfway between two that occur; y : shape (n,).
+
+    1 and above all of them where no image has the label.
     """
-    order = np.argsort(-probabilities, kind="stable")
-    p, right = probabilities[order], np.cumsum(y[order])
+    order = np.argsort(-scores, kind="stable")
+    p, right = scores[order], np.cumsum(y[order])
     ends = np.append(np.flatnonzero(np.diff(p)), len(p) - 1)  # images that are equally likely are all said or none
     if not right[-1]:
-        return 1.0
+        return max(1.0, float(np.nextafter(p[0], np.inf)))
     best = ends[np.argmax(2 * right[ends] / (ends + 1 + right[-1]))]
     # The last is lowered by more than float32 rounds it.
-    return float(p[best] + p[best + 1]) / 2 if best + 1 < len(p) else float(p[best]) * (1 - 1e-6)
+    return float(p[best] + p[best + 1]) / 2 if best + 1 < len(p) else float(p[best] - 1e-6 * abs(p[best]))

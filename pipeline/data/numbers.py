@@ -194,7 +194,11 @@ class Regression:
         """Return what an estimator is fitted on: the standardised numbers, float64 and of the shape of y."""
         return ((self._flat(y) - self.centre) / self.scale).reshape(y.shape)
 
-    def settled(self, y: Numbers, y_pred: Numbers, probabilities: NDArray[np.floating] | None = None) -> Regression:
+    def decided(self, y: Any, y_pred: Any, scores: Any, by: str, folds: Any = None) -> Any:
+        """Return what is said of images as it is, float64 of shape (n,) or (n, k)."""
+        return y_pred
+
+    def settled(self, y: Numbers, y_pred: Numbers, probabilities: Any = None, by: str = "") -> Regression:
         """Return the target with intervals that are as wide as predictions out of fold say.
 
         Of n residuals the (n + 1) * 0.9-th smallest: a new image's lies within with a probability of 90 % (split conformal

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.config import BackboneConfig, guess
-from pipeline.embed import efficientnet_lite, own_modules, timm_models, torchvision_models
+from pipeline.config import BackboneConfig, guess, names_vectors
+from pipeline.embed import efficientnet_lite, own_modules, own_vectors, timm_models, torchvision_models
 from pipeline.embed.family import Arguments, Family, Published
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
@@ -35,6 +35,8 @@ def family_of(architecture: str) -> Family:
     BackboneError
         When none has it.
     """
+    if names_vectors(architecture):
+        raise own_vectors.no_network(architecture)
     for family in FAMILIES:
         if family.has(architecture):
             return family

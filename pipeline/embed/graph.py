@@ -280,8 +280,8 @@ def map_before(module: nn.Module, output: int, images: torch.Tensor) -> torch.Te
     node = end.args[0][output]
     while len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
-        shape = getattr(node.meta.get("tensor_meta"), "shape", ())
-        if len(shape) == 4 and max(shape[2:]) > 1:
+        shape: Sequence[int] = getattr(node.meta.get("tensor_meta"), "shape", ())
+        if len(shape) == 4 and shape[2] > 1:
             end.args = (node,)
             module.graph.eliminate_dead_code()
             module.recompile()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import LOCAL_DIR, BackboneConfig, Config, names_timm
+from pipeline.config import LOCAL_DIR, BackboneConfig, Config, names_timm, names_vectors
 from pipeline.embed.installed import BUNDLED
 from pipeline.embed.precision import choice_inputs, version
 from pipeline.embed.spec import EMBED_VERSION, EmbeddingSpec
@@ -55,6 +55,7 @@ def spec_key(section: BackboneConfig, config: Config) -> str:
             "machine": choice_inputs(),
             "decode": dict(DECODE_POLICY),
             "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
+            **({"vectors": _state_of(Path(section.name))} if names_vectors(section.name) else {}),
             **({"timm": _state_of_timm(section.name)} if names_timm(section.name) else {}),
         }
     )

@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig, names_code
-from pipeline.embed import baselines
+from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig, names_code, names_vectors
+from pipeline.embed import baselines, own_vectors
 from pipeline.embed.engines import engine_at_hand
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.licenses import require_permitted
@@ -262,6 +262,8 @@ def load(
     """
     if section is None:
         return baselines.load(baseline, extraction.decode)
+    if names_vectors(section.name):
+        return own_vectors.load(section)
     from pipeline.embed import backbone  # loads torch
 
     return backbone.load(section, extraction, seed, images)
@@ -279,6 +281,8 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
         the network is code that is not trusted.
     """
     spec = record.spec
+    if record.section is not None and names_vectors(record.section.name):
+        raise own_vectors.no_network(record.section.name)
     if record.section is not None and names_code(record.section.name) and not trust_code:
         raise BackboneError(
             f"{record.name}: its network is code, {record.section.name}, which can do anything when it is run; only if you know who "

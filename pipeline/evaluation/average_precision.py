@@ -59,10 +59,13 @@ def _mean(found: Numbers) -> Numbers:
 
 
 def influence(y: NDArray[np.bool_], scores: NDArray[np.floating]) -> Numbers:
-    """Return by how much the mean average precision changes with the weight of each image, shape (n,): its derivatives."""
+    """Return by how much the mean average precision changes with the weight of each image: its derivatives.
+
+    A column for the part of each label that some image has, shape (n, labels), which sum up to the whole.
+    """
     some = y.any(axis=0)
-    found = [_derivatives(*column) for column in zip(y.T[some], scores.T[some], strict=True)]
-    return np.mean(found, axis=0) if found else np.zeros(len(y))
+    found = [_derivatives(*column) / some.sum() for column in zip(y.T[some], scores.T[some], strict=True)]
+    return np.stack(found, axis=1) if found else np.zeros((len(y), 1))
 
 
 def _derivatives(y: NDArray[np.bool_], scores: NDArray[np.floating]) -> Numbers:

@@ -78,7 +78,7 @@ class Metric:
     weighted: Callable[[Predictions], Callable[[NDArray[np.int64]], NDArray[np.float64]]] | None = None
     """What gives the score of images taken so many times each, shape (r, n) in and (r,) out, and does so quickly."""
     influence: Callable[[Predictions], NDArray[np.float64]] | None = None
-    """By how much each image's weight changes the score, shape (n,), where that is known."""
+    """By how much each image's weight changes the part of each label in the score, shape (n, labels), where that is known."""
     excess: Callable[[Predictions], float] | None = None
     """By how much the score of few images is too high on average, where that is known."""
     pooled: bool = False
@@ -96,6 +96,9 @@ class Metric:
     """The kinds of target it serves."""
     column: tuple[str, str] | None = None
     """How its column in a leaderboard is called, and where it is narrow; None where only those who tune it see it."""
+    threshold: Literal["", "each", "all"] = ""
+    """By which threshold one of several labels is said: the one at which its own F1 is highest, or that of all labels together; ''
+    takes a label that is likelier than not."""
     ranks: bool = False
     """Whether it looks at the order of numbers alone, not class by class."""
     in_units: bool = False
@@ -162,7 +165,7 @@ class Metric:
             influence = units @ np.concatenate([inverse, -share * inverse])
             return np.asarray(share.sum() / present + influence * (units.shape[0] / present))
         if self.influence is not None:
-            added = unit_sums(sparse.csr_array(self.influence(predictions)[:, None]), predictions.units).toarray()[:, 0]
+            added = unit_sums(sparse.csr_array(self.influence(predictions)), predictions.units).sum(axis=1)
             return np.asarray(self.score(predictions) + len(added) * added)
         whole, place = self.score(predictions), predictions.unit_numbers
         blocks = min(SLOW_RESAMPLES, int(place.max()) + 1)
@@ -351,6 +354,7 @@ METRICS: Mapping[str, Metric] = {
             influence=lambda predictions: influence(predictions.y_true, _probabilities(predictions)),
             excess=lambda predictions: excess(predictions.y_true, _probabilities(predictions)),
             per_class=True,
+            threshold="each",
             targets=("multilabel",),
             column=("mAP", ""),
         ),
@@ -360,10 +364,11 @@ METRICS: Mapping[str, Metric] = {
             "labels",
             shares=_f1,
             per_class=True,
+            threshold="each",
             targets=("classification", "multilabel"),
             column=("macro F1", "F1"),
         ),
-        _of_labels("micro_f1", "micro F1", _pooled_f1, pooled=True),
+        _of_labels("micro_f1", "micro F1", _pooled_f1, pooled=True, threshold="all"),
         _of_labels("subset_accuracy", "subset accuracy", ACCURACY.shares),
         _of_labels("hamming_loss", "Hamming loss", _wrong_labels, higher_is_better=False, low=-1.0, high=0.0),
         Metric(

@@ -1,7 +1,7 @@
 """Scores of one head on one set of images, each with a 95 % interval.
 
 Accuracy has Wilson's interval, balanced accuracy and macro F1 one made of Wilson's of each class, which holds with a few
-images of a rare class too; log loss a normal interval of its mean, any other score a bootstrap. Images that are not
+images of a rare class too; log loss a normal interval of its mean, shares of labels and mAP one on the scale of log-odds, any other score a bootstrap. Images that are not
 independent count for as many as they are worth. `per_class` and `confusion_matrix` break the same counts down.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
+from scipy import sparse, stats
 from scipy.special import expit, logit
 from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.metrics import precision_recall_fscore_support
 
-from pipeline.evaluation.intervals import Interval, critical, effective_size, share_interval, wilson
+from pipeline.evaluation.intervals import Interval, critical, effective_size, freedom, share_interval, wilson
 from pipeline.evaluation.metric import ACCURACY, Metric, drawn, metrics_for, rescored, unit_sums
 from pipeline.evaluation.predictions import Predictions
 
@@ -126,7 +126,9 @@ def _scored(metric: Metric, predictions: Predictions, seed: int) -> tuple[float,
         return metric.score(predictions), _class_mean_interval(metric, predictions)
     if metric.mean_of_images and not metric.bounded:
         return _mean_interval(metric, predictions)
-    if metric.influence is not None or (metric.function is not None and not metric.per_class):
+    if metric.influence is not None or metric.shares is not None:
+        return _log_odds_interval(metric, predictions)
+    if not metric.per_class:
         return _distance_interval(metric, predictions)
     return _resampled(metric, predictions, seed)
 
@@ -140,28 +142,60 @@ def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Int
 
 
 def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
-    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0. A
-    share such as mAP has it on the scale of log-odds, the lower end below what the score is without its excess.
+    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0.
 
-    The standard error is the jackknife's, of what leaving out units changes; of the best score, where that is nothing, each label
-    is as sure as Wilson's interval of its images.
+    The standard error is the jackknife's, of what leaving out units changes.
     """
     added, sign = metric.contributions(predictions), 1 if metric.higher_is_better else -1
     score = metric.score(predictions)
-    if metric.per_class and metric.high - score < 1e-9:
-        z = critical(predictions.units)
-        sizes = np.array([len(np.unique(predictions.unit_numbers[part])) for part in predictions.members])
-        return sign * score, (score - float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes)), score)
     error = critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added))
-    if metric.influence is not None:
-        less = score - (metric.excess(predictions) if metric.excess else 0.0)
-        around = np.clip([less, score], 1e-6, 1 - 1e-6)
-        low, high = expit(logit(around) + np.array([-error, error]) / (around * (1 - around)))
-        return score, (float(low), float(high))
     distance = max(metric.high - score, 1e-12)
     factor = np.exp(error / distance)
     low, high = sorted(sign * (metric.high - distance * end) for end in (factor, 1 / factor))
     return sign * score, (low, high)
+
+
+def _log_odds_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
+    """Return a score between 0 and 1, or -1 and 0, and its interval on the scale of log-odds, by the jackknife's standard error.
+
+    The ends are put around what the score is without its excess, the upper one without half of it, which simulations with few images
+    of a label bear out. Of the best score, where nothing varies, each label is as sure as Wilson's interval of its images.
+    """
+    units, z, score = predictions.unit_numbers, critical(predictions.units), metric.score(predictions)
+    parts = [units[part] for part in predictions.members] if metric.per_class else [units]
+    sizes = np.array([len(np.unique(part)) for part in parts])
+    if units.max() == 0:
+        low, high = metric.low, metric.high
+    elif metric.high - score < 1e-9:
+        low = high = score
+        low -= float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
+    else:
+        added = metric.contributions(predictions)
+        error = z * float(added.std(ddof=1)) / np.sqrt(len(added))
+        if metric.influence is not None:
+            error = _error_of_labels(metric.influence(predictions), sizes, predictions.units)
+        above, excess = score - metric.low, metric.excess(predictions) if metric.excess else 0.0
+        around = np.clip([above - excess, above - excess / 2], 1e-6, 1 - 1e-6)
+        ends = expit(logit(around) + np.array([-error, error]) / (around * (1 - around))) + metric.low
+        low, high = min(float(ends[0]), score), max(float(ends[1]), score)
+    return (score, (low, high)) if metric.higher_is_better else (-score, (-high, -low))
+
+
+def _error_of_labels(
+    influence: NDArray[np.float64], sizes: NDArray[np.integer], units: NDArray[np.int64] | None
+) -> float:
+    """Return half the width of the interval of a mean over labels, each of which so few units may have that they tell its error badly.
+
+    Student's, with degrees of freedom as the labels' own are worth together (Satterthwaite 1946), not more than the units have.
+    influence : shape (n, labels); sizes : the units that have each label, shape (labels,)
+    """
+    spare = np.maximum(sizes - 1, 1)
+    added = unit_sums(sparse.csr_array(influence), units).toarray() * (sizes / spare)
+    variances = np.sum(added**2, axis=0)
+    worth = float(variances.sum() ** 2 / max(np.sum(variances**2 / spare), 1e-300))
+    most = len(added) - 1 if units is None else freedom(units)
+    scale = stats.t.ppf(0.975, max(1.0, min(worth, most))) * np.sqrt(len(added) / max(len(added) - 1, 1))
+    return float(scale * np.sqrt(np.sum(added.sum(axis=1) ** 2)))
 
 
 def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:

@@ -95,6 +95,14 @@ def open_remote(address: str) -> BinaryIO:
         return system.open(name, "rb")  # type: ignore[no-any-return]
 
 
+def write_remote(address: str, data: bytes) -> None:
+    """Write a file in one go: others see all of it, or nothing; OSError where it cannot be."""
+    system, name = file_system(address)
+    with _as_os_errors():
+        system.makedirs(name.rpartition("/")[0], exist_ok=True)
+        system.pipe_file(name, data)
+
+
 @cache
 def list_remote(address: str) -> dict[str, Stat | None]:
     """Return what a remote folder holds, asked once until `forget_listings`: size and times of each file by its name, None for a folder.

@@ -17,7 +17,7 @@ from pipeline.report.names import in_words
 from pipeline.report.pictures import sheet
 
 MOST_INSIDE = 1_200
-"""Images that a page carries: a thumbnail takes about 1.3 kB, and the page should stay well below 3 MB."""
+"""Images that a page carries: a thumbnail takes about 1 kB, and the page should stay well below 3 MB."""
 MOST_MISTAKES = 200
 """Of them images labelled wrong that no section shows by itself."""
 NEAREST = 6

@@ -21,7 +21,7 @@ from pipeline.evaluation import (
     Ranking,
     pareto,
 )
-from pipeline.evaluation.fewshot import FewShot, words
+from pipeline.evaluation.fewshot import FewShot
 from pipeline.evaluation.leaderboard.judge import Trials
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow
 from pipeline.evaluation.leaderboard.table import seconds
@@ -202,10 +202,10 @@ def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
         colour, points = palette.category(number), [point for point in result.points if point.method == method]
         # Side by side, so that equal ones do not hide each other.
         places = [point.shots * 1.03 ** (number - (len(result.methods) - 1) / 2) for point in points]
-        axes.plot(places, [100 * point.accuracy for point in points], color=colour, lw=1.2, label=words(method))
+        axes.plot(places, [100 * point.accuracy for point in points], color=colour, lw=1.2, label=plain_text(method))
         for place, point in zip(places, points, strict=True):
             axes.plot([place] * 2, [100 * end for end in point.interval], color=colour, lw=1.2)
-            text = f"{words(method)}, {point.shots} per class: {_within(point.accuracy, point.interval)}"
+            text = f"{method}, {point.shots} per class: {_within(point.accuracy, point.interval)}"
             axes.plot(place, 100 * point.accuracy, "o", color=colour, ms=4.5, gid=tip(text))
     axes.set_xscale("log")
     axes.set_xticks(result.shots, [f"{shots:,}" for shots in result.shots])

@@ -89,7 +89,7 @@ def overlaid(image: Image.Image, cells: NDArray[np.floating]) -> Image.Image:
     smooth = np.asarray(Image.fromarray(cells.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR))
     strength = STRONGEST * smooth / max(float(np.abs(cells).max()), 1e-12)
     grey = np.asarray(image.convert("L"), np.float32)[..., None]
-    colour = np.where(strength[..., None] > 0, np.float32(FOR), np.float32(AGAINST))
+    colour = np.where(strength[..., None] > 0, np.array(FOR), np.array(AGAINST))
     share = np.abs(strength)[..., None]
     return Image.fromarray(((1 - share) * grey + share * colour).round().astype(np.uint8))
 

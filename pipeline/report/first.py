@@ -33,7 +33,7 @@ def show(material: Material) -> tuple[Mapping[str, Chart], Mapping[str, Any]]:
         "floor": None if row.baseline or row.untrained else floor,
         "ahead": floor is not None and floor.key in behind,
         "command": predict_command(material.output, row, board.best),
-        "shortlist": f"manyheads shortlist {quote(str(material.output / 'config.yaml'))}",
+        "place": quote(str(material.output)),
         "leaks": board.leaks.test if board.leaks else 0,
         "issues": material.label_issues,
         "curve": material.curve,

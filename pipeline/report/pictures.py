@@ -15,7 +15,7 @@ from pipeline.images import ImageProblem, decode, open_file
 
 SIDE = 112
 """Pixels of a thumbnail's side in the galleries."""
-DOT_SIDE = 56
+DOT_SIDE = 72
 """Pixels of a thumbnail's side on the map: there are hundreds."""
 MOST_PIXELS = 64_000_000
 

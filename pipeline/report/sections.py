@@ -22,7 +22,6 @@ from pipeline.evaluation import (
     metrics_for,
     per_class,
 )
-from pipeline.evaluation.fewshot import words
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
 from pipeline.report import charts, confusion, first, layers, numbers, per_label
@@ -243,7 +242,7 @@ def _few_shot(material: Material) -> Shown | None:
     result = material.few_shot
     if result is None:
         return None
-    return {"few_shot": charts.few_shot_chart(result)}, {"result": result, "words": words}
+    return {"few_shot": charts.few_shot_chart(result)}, {"result": result}
 
 
 def _unknown(material: Material) -> Shown | None:

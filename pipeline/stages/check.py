@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import heads as head_table
-from pipeline.config import BackboneConfig, Config
+from pipeline.config import BackboneConfig, Config, names_vectors
 from pipeline.data import check_failures
 from pipeline.data.scan import require_its_own, scan
 from pipeline.data.sources import needs_download
 from pipeline.data.summary import fold_warnings, missing_side
 from pipeline.data.targets import kind_of
-from pipeline.embed import baselines
+from pipeline.embed import baselines, own_vectors
 from pipeline.embed.concat import default_name, find_parts
 from pipeline.embed.engines import require_arithmetic
 from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
@@ -75,6 +75,9 @@ def _backbones(config: Config) -> list[str]:
     names = [name for name in baselines.NAMES if config.baselines is None or name in config.baselines]
     for section in config.backbones:
         try:
+            if names_vectors(section.name):
+                names += [spec.name for spec in own_vectors.load(section).specs]
+                continue
             if stand_in(section) is not None:
                 names.append(default_name(section))
             names += weights.check(section if stand_in(section) is None else STAND_IN)
@@ -103,6 +106,8 @@ def _not_here(section: BackboneConfig) -> list[str]:
 
     if stand_in(section) is not None:
         return [f"warning: {about_stand_in(section)}"]
+    if names_vectors(section.name):
+        return []
     found = weights.to_fetch(section)
     if found is None:
         return []

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.special import logit
 
 from pipeline.data.index import INDEX_FILE
@@ -19,7 +18,7 @@ from pipeline.errors import ConfigError, HeadError, PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.export.bundle import SMALLEST_PROBABILITY, ModelBundle
 from pipeline.heads import HEADS, Layer, as_layer
-from pipeline.images import decode, open_file
+from pipeline.images import Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place
 from pipeline.io.progress import bar
 from pipeline.io.remote import absolute
@@ -127,8 +126,8 @@ def _activation(
     pixels: Sequence[NDArray[np.uint8]],
     rows: NDArray[np.int64],
     codes: NDArray[Any],
-) -> NDArray[np.float32] | None:
-    """Return what each place adds to the score of an image's label, float32 of shape (n, rows, columns); the mean is the score.
+) -> NDArray[np.float64] | None:
+    """Return what each place adds to the score of an image's label, float64 of shape (n, rows, columns); the mean is the score.
 
     None where the head is not linear on one map. `codes` are places of the labels in the classes, int64 of shape (n,).
     """
@@ -146,9 +145,10 @@ def _activation(
 
 def _shrunk(path: str, limit: int) -> NDArray[np.uint8]:
     """Return an image, uint8 of shape (height, width, 3), no side longer than `SIDE`."""
-    image = Image.fromarray(decode(open_file(Path("/"), absolute(path)), max_pixels=limit))
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    pixels = decode(open_file(Path("/"), absolute(path)), max_pixels=limit)
+    scale = min(1.0, SIDE / max(pixels.shape))
+    height, width = (max(1, round(scale * length)) for length in pixels.shape[:2])
+    return prepare(pixels, Preprocessing(resize=(height, width), crop=(height, width), interpolation="lanczos"))
 
 
 def _occlusion(model: Model, lanes: Sequence[Lane], pixels: NDArray[np.uint8], code: int) -> NDArray[np.float64]:

@@ -19,12 +19,20 @@ from pipeline.config import Config, Overrides
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
+from pipeline.io.engine import Engine
 from pipeline.stages import check, extract, predict, settings, targets, train_heads
 from pipeline.stages.train_heads import HeadsRun
 
 if TYPE_CHECKING:
     import pandas as pd
     from sklearn.pipeline import Pipeline
+
+HINTS = {
+    "dataset.label_columns": "--target COLUMN says which column to learn",
+    "no class folders": "`manyheads embed` takes photos that have no labels yet",
+    "dataset.target": "--set dataset.target=regression, or another kind, says what it is",
+}
+"""What to write on the command line, by what problems name."""
 
 NOTHING_NEW = "nothing changed since the last scan"
 """What the stage after the look says of the data, a moment later."""
@@ -70,14 +78,16 @@ class Run:
 
         given = [images] if isinstance(images, (str, Path)) else images
         with tempfile.TemporaryDirectory() as folder:
-            options.setdefault("output", Path(folder, "predictions.csv"))
-            run = predict.run(self.output, [Path(image) for image in given], **options)
+            output, trust = Path(options.pop("output", f"{folder}/predictions.csv")), options.pop("trust", False)
+            run = predict.run(self.output, [Path(image) for image in given], output=output, trust_code=trust, **options)
             found = pd.read_csv(run.output, dtype=str, keep_default_na=False)
+        texts = {"path", "status", *(name for name, board in self.boards.items() if board.target.kind != "regression")}
         for name in found.columns:
             numbers = pd.to_numeric(found[name].replace("", None), errors="coerce")
-            whole = numbers.notna().any() and numbers.notna().eq(found[name] != "").all()
-            labels = name.startswith("label") or name in ("path", "status", *self.boards)
-            found[name] = numbers if whole and not labels else found[name].map(from_cell)
+            is_text = (
+                name in texts or "label" in name or numbers.isna().all() or (numbers.isna() & (found[name] != "")).any()
+            )
+            found[name] = found[name].map(from_cell) if is_text else numbers
         return found
 
     def report(self, open: bool = False) -> Path:
@@ -102,17 +112,17 @@ class Run:
         return f"Run({str(self.output)!r}: {'; '.join(told)})"
 
 
-def heads(config: Config) -> Iterator[tuple[str, HeadsRun, Path]]:
+def heads(config: Config, engine: Engine | None = None) -> Iterator[tuple[str, HeadsRun, Path]]:
     """Tune and compare heads on the stored features of each target; yield its name, '' of a single one, the result and the page."""
     for name, alone in (targets.experiments(config) or {"": config}).items():
-        result = train_heads.run(alone)
+        result = train_heads.run(alone, engine)
         yield name, result, report.refresh(result.files.root)
 
 
-def heads_lines(config: Config) -> Iterator[str]:
+def heads_lines(config: Config, engine: Engine | None = None) -> Iterator[str]:
     """Do it, and say of each target what there is, then of all of them."""
     several = False
-    for name, result, page in heads(config):
+    for name, result, page in heads(config, engine):
         several = bool(name)
         yield from [*([f"== {name} =="] if name else []), *result.summary_lines(), f"report       {page}"]
     if several:
@@ -156,9 +166,9 @@ def run(config: Config) -> Iterator[str]:
     try:
         found = check.run(config, files.dataset)
     except PipelineError as error:
-        if len(error.problems) != 1:
-            raise
-        raise PipelineError(error.problems[0]) from None
+        hints = [hint for word, hint in HINTS.items() if any(word in problem for problem in error.problems)]
+        lines = [*error.problems[:-1], "; ".join([*error.problems[-1:], *hints])]
+        raise PipelineError("\n  ".join(lines)) from None
     yield from found[:-1]
     told = {*found, NOTHING_NEW}
     yield from [*(line for line in extract.run(config).summary_lines() if line not in told), ""]
@@ -173,7 +183,10 @@ def next_lines(root: Path) -> list[str]:
         "What next",
         f"  look          {report.refresh(root)} says how sure this is, which images are doubtful and whether more would help",
         f"  label photos  manyheads predict {place} PHOTOS --output labels.csv",
+        f"  label more    manyheads pick PHOTOS --in {place} says which photos without labels would help most",
+        f"  mend labels   manyheads clean {place} leaves out labels that look wrong",
         f"  search on     manyheads heads {place} --set tuning.trials=64",
+        f"  take along    manyheads export {place} --onnx {quote(root.name)}.onnx is one file from pixels to answer",
         f"  check it      manyheads replay {place}",
     ]
 

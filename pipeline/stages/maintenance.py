@@ -48,9 +48,9 @@ from pipeline.export import bundle as bundles
 from pipeline.images import HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digest_keys, digests_to_hex
 from pipeline.io.files import read_file
-from pipeline.stages.extract.stores import alone, contents_of_others, others, write_entry
+from pipeline.stages.extract.stores import alone, contents_of_others, others, take_parts, write_entry
 from pipeline.stages.load import open_images
-from pipeline.store import FeatureStore, maintain, share
+from pipeline.store import FeatureStore, maintain, parts, share
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
@@ -460,10 +460,22 @@ def export(source: Config | Path, output: Path, *, embedding: str | None = None)
     return f"{len(images.digests):,} x {opened.dim} float32 in {output} ({_size(maintain.disk_bytes(output))})"
 
 
-def merge(target: Path, sources: Sequence[Path]) -> list[str]:
-    """Add the vectors of other stores of the same identity to a store."""
-    lines = [f"{path}: {count:,} new vectors" for path, count in maintain.merge(target, sources).items()]
-    return [*lines, f"{target} has {number_of(FeatureStore.open(target).rows, 'vector')}"]
+def merge(target: Path, sources: Sequence[str]) -> list[str]:
+    """Add the vectors of other stores or packed files of the same identity to a store, or those of parts to the stores in a folder."""
+    lines = []
+    if of_parts := [source for source in sources if parts.folders(source)]:
+        if any(target.glob("snapshot-*.h5")):
+            raise StoreError(
+                f"{target}: is a store, and {of_parts[0]} has parts of several; name the folder of the stores"
+            )
+        for source in of_parts:
+            for name, count in take_parts(source, target).items():
+                rows = FeatureStore.open(target / f"{name}.store").rows
+                lines.append(f"{source}: {count:,} new vectors of {name}, which has {rows:,}")
+    if others := [source for source in sources if source not in of_parts]:
+        lines += [f"{path}: {count:,} new vectors" for path, count in maintain.merge(target, others).items()]
+        lines.append(f"{target} has {number_of(FeatureStore.open(target).rows, 'vector')}")
+    return lines
 
 
 def _named(what: str, paths: Sequence[str]) -> Iterator[str]:

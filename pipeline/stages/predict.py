@@ -13,14 +13,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, tee
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import checked_device
+from pipeline.config import checked_device, names_vectors
 from pipeline.data import REMARKS, Failure
 from pipeline.data.shards import archives_of, is_pattern
 from pipeline.data.summary import passed_over_lines
@@ -28,6 +28,7 @@ from pipeline.data.targets import Target
 from pipeline.data.walk import Walk, is_folder
 from pipeline.embed.concat import open_networks
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
+from pipeline.embed.own_vectors import no_network
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import BundleError, ConfigError, DatasetError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
@@ -40,6 +41,7 @@ from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
 from pipeline.io.remote import absolute, address_of
 from pipeline.stages.agreement import Agreement
+from pipeline.store.share import read_vectors
 
 if TYPE_CHECKING:
     from pipeline.stages.explain import ExplainRun
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
+MANY = 4096
+"""Vectors that a head is given at a time, where they come of a file."""
 EXAMPLES = 5
 """Reasons told when no image can be read."""
 
@@ -134,13 +138,12 @@ def run(
     sets: float | None = None,
     explain: Path | None = None,
 ) -> PredictRun:
-    """Label image files and folders of them with a saved head.
+    """Label image files and folders of them with a saved head; or files of vectors, where the head was fitted on such.
 
     `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
     of each, on images that are read once. `max_pixels` is the experiment's where it is not given. `unknown` marks images of no known
     class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases.
-    `explain` is a folder for pages on why the first images got their labels. A run that is
-    stopped leaves its rows beside `output`, as `NAME.*.partial`.
+    `explain` is a folder for pages on why the first images got their labels. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
 
     Raises
     ------
@@ -150,16 +153,12 @@ def run(
     OSError
         When `output` cannot be written, which is found before the work where it can be.
     """
-    from pipeline.stages import explain as explaining  # which looks for neighbours, as `similar` does by this module
-
     try:
         checked_device(device)
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from None
     folders = find_bundles(bundle)
     heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
-    images = expanded(images)
-    require_all(images)
     require_place(output)
     for target, head in heads.items():
         if not all(part.embedding for part in head.parts):
@@ -167,24 +166,40 @@ def run(
                 f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
             )
     if explain is not None:
+        from pipeline.stages import (
+            explain as explaining,
+        )  # which finds neighbours by `similar`, which imports this module
+
         explaining.require(heads, explain)
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
-    records, lanes, models = _open(heads, strangers, device, trust_code)
-    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
-    total = sum(1 for _ in images_in(images, walks))
-    unread, passed_over = _passed_over(walks)
-    if not total and not unread:
-        raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
-
-    def listed() -> Iterator[str]:
-        return images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks])
-
-    given, ahead = tee(listed())
-
-    limit = max_pixels or max(record.max_pixels for record in records)
+    records = [EmbeddingRecord.from_dict(part.embedding) for head in heads.values() for part in head.parts]
+    given: Iterator[str]
+    unread, passed_over = list[Row](), list[str]()
+    if all(record.section is not None and names_vectors(record.section.name) for record in records):
+        models = [Model(head, [[(0, 0)]] * len(head.parts), strangers[name]) for name, head in heads.items()]
+        if not all(names_vectors(path.name) for path in images):
+            raise no_network(records[0].name)
+        if explain is not None:
+            raise ConfigError("--explain shows images, and this head was given vectors alone")
+        files, images = [(path, *read_vectors(path)) for path in images], []
+        total, given, batches = sum(len(X) for *_, X in files), _names_in(files), _vectors_in(files)
+    else:
+        images = expanded(images)
+        require_all(images)
+        lanes, models = _open(heads, strangers, device, trust_code)
+        walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
+        total = sum(1 for _ in images_in(images, walks))
+        unread, passed_over = _passed_over(walks)
+        if not total and not unread:
+            raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
+        listed = images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks])
+        to_explain = list(islice(listed, explaining.MOST if explain is not None else 0))
+        given, ahead = tee(chain(to_explain, listed))
+        limit = max_pixels or max(record.max_pixels for record in records)
+        batches = embed(lanes, _items(ahead, len(lanes)), Path("/"), limit)
 
     def outcomes() -> Iterator[list[Row]]:
-        for batch, parts in embed(lanes, _items(ahead, len(lanes)), Path("/"), limit):
+        for batch, parts in batches:
             yield list(_rows(batch, parts, given, models))
         if unread:
             yield unread
@@ -219,9 +234,8 @@ def run(
         )
     explained = None
     if explain is not None:
-        first_ones = list(islice(listed(), explaining.MOST))
         (model,), (place,) = models, folders.values()
-        explained = explaining.run(explain, place, model, lanes, first_ones, total, limit)
+        explained = explaining.run(explain, place, model, lanes, to_explain, total, limit)
     untrained = any(record.untrained for record in records)
     return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement, explained)
 
@@ -233,7 +247,7 @@ def find_bundles(path: Path) -> dict[str, Path]:
 
 def _open(
     heads: Mapping[str, ModelBundle], strangers: Mapping[str, Strangers], device: str, trust_code: bool
-) -> tuple[list[EmbeddingRecord], list[Lane], list[Model]]:
+) -> tuple[list[Lane], list[Model]]:
     """Open the networks that some heads need, each once."""
     parts = {
         target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
@@ -244,7 +258,24 @@ def _open(
     left = iter(places)
     ahead = iter([tuple(islice(left, len(own))) for own in blocks])
     models = [Model(heads[target], [next(ahead) for _ in own], strangers[target]) for target, own in parts.items()]
-    return records, [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
+    return [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
+
+
+Vectors = tuple[Path, NDArray[np.object_] | None, NDArray[np.float32]]
+"""A file of vectors, the paths in it, and the vectors, as `read_vectors` returns them."""
+
+
+def _names_in(files: Sequence[Vectors]) -> Iterator[str]:
+    for path, named, X in files:
+        yield from (f"{path} row {row + 1}" for row in range(len(X))) if named is None else map(str, named)
+
+
+def _vectors_in(files: Sequence[Vectors]) -> Iterator[tuple[Batch, list[Part | None]]]:
+    """Yield vectors that were made elsewhere as if a network had just made them."""
+    for _, _, X in files:
+        for part in np.array_split(X, -(-len(X) // MANY)):
+            rows = np.arange(len(part))
+            yield Batch([Item(row, "", None, ()) for row in rows.tolist()], []), [Part(rows, (part,), 0.0)]
 
 
 def find_bundle(path: Path) -> Path:

@@ -409,12 +409,17 @@ def _out_of_fold(
     )
     for place, folds in enumerate(outcomes):
         parts = []
-        for (_, held), outcome in zip(task.folds, folds, strict=True):
+        for fold, ((_, held), outcome) in enumerate(zip(task.folds, folds, strict=True)):
             if outcome.predictions is not None:
-                scores = outcome.scores if metric.needs_probabilities else None
-                units = None if task.groups is None else task.groups[held]
-                parts.append(Predictions(codes[held], outcome.predictions, scores, units, target=narrowed))
+                units, of = (None if task.groups is None else task.groups[held]), np.full(len(held), fold)
+                parts.append(
+                    Predictions(codes[held], outcome.predictions, outcome.scores, units, folds=of, target=narrowed)
+                )
         if len(parts) == len(folds):
-            answers[str(place)] = joined(parts)
+            said = joined(parts)
+            if metric.threshold:
+                y_pred = narrowed.decided(said.y_true, said.y_pred, said.probabilities, metric.threshold, said.folds)
+                said = replace(said, y_pred=y_pred)
+            answers[str(place)] = said
             by_fold[str(place)] = [outcome.score for outcome in folds]
     return answers, by_fold

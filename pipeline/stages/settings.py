@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import config
@@ -55,14 +56,17 @@ def load(given: str | Path | Config, overrides: Overrides = ()) -> Config:
     return config.load(given, overrides, names(), OF_PHOTOS)
 
 
-def require_there(path: Path) -> None:
-    """See that there is something at a path; ConfigError, with what is called alike beside it, where there is not.
+def require_there(path: Path, commands: Sequence[str] = ()) -> None:
+    """See that there is something at a path; ConfigError, with what is called alike, where there is not.
 
-    Archives and what is remote are looked for by their readers.
+    Archives and what is remote are looked for by their readers. `commands` are what might have been meant too.
     """
-    if not os.path.lexists(path) and source_of(str(path)) is None:
-        near = os.listdir(path.parent)[:MOST_LISTED] if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
-        raise ConfigError(
-            f"{path}: there is no such file or folder{guess(path.name, near)}; expected a config file, or images: a folder that "
-            "holds a folder for each class, an archive of one, or a manifest (.csv, .parquet)"
-        )
+    if os.path.lexists(path) or source_of(str(path)) is not None:
+        return
+    near = os.listdir(path.parent)[:MOST_LISTED] if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
+    words = f"a command ({', '.join(commands)}), " if commands else ""
+    raise ConfigError(
+        f"{path}: there is no such {'command, ' * bool(commands)}file or folder{guess(path.name, [*commands, *near])}; expected "
+        f"{words}a config file, or images: a folder that holds a folder for each class, "
+        "an archive of one, or a manifest (.csv, .parquet)"
+    )

@@ -32,7 +32,7 @@ def experiments(config: Config) -> dict[str, Config]:
     """
     data, found = config.dataset, {}
     seconds = config.tuning.budget_seconds
-    budget = None if seconds is None else f"{seconds / len(data.kinds):f}s"
+    budget = None if seconds is None else f"{max(1, round(seconds / len(data.kinds)))}s"
     for name, kind in zip(data.label_columns, data.kinds, strict=False) if len(data.kinds) > 1 else ():
         files = Artifacts(config.output, config.store)
         section: dict[str, Any] = {"label_columns": (name,), "target": kind}

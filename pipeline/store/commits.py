@@ -155,12 +155,31 @@ def _chunks(sources: Sequence[Rows], start: int, stop: int) -> Iterator[NDArray[
     for source in sources:
         rows = source.rows[max(0, start) : max(0, stop)]
         start, stop = start - len(source.rows), stop - len(source.rows)
-        width = source.file.bulk.shape[1]
-        step = max(1, COPY_BYTES // (width * source.file.bulk.dtype.itemsize))
-        for first in range(0, len(rows), step):
-            part = rows[first : first + step]
-            source.file.check_items(part, width)
+        for part in pieces(rows, source.file.store_type):
+            source.file.check_items(part, source.file.bulk.shape[1])
             yield source.file.bulk[part]
+
+
+def pieces(rows: NDArray[np.int64], store_type: StoreType) -> Iterator[NDArray[np.int64]]:
+    """Yield rows, int64 of shape (n,), a few megabytes of their vectors at a time: int64 of shape (k,)."""
+    step = max(1, COPY_BYTES // store_type.row_bytes)
+    return (rows[first : first + step] for first in range(0, len(rows), step))
+
+
+def link_segment(store: Path, source: Rows) -> SegmentEntry | None:
+    """Give a large segment of another store, which is wanted as a whole, a second name here; None where it is to be copied."""
+    file = source.file
+    if file.kind != "segment" or file.size < SMALL_BYTES or len(source.rows) < len(file.bulk):
+        return None
+    entry = SegmentEntry(file.digest, len(file.bulk), file.size)
+    try:
+        files.SYSTEM["link"](file.path, entry.path(store))
+        files.sync_folder(entry.path(store).parent)
+    except FileExistsError:  # of a run before that was killed
+        pass
+    except OSError:  # another file system, or one that has no links
+        return None
+    return entry
 
 
 def next_table(before: FeatureStore, entries: Mapping[SegmentEntry, StoreFile]) -> NDArray[np.uint64]:

@@ -270,10 +270,11 @@ def _open_existing(path: Path) -> StoreWriter:
     return StoreWriter.open(path, snapshot.identity, snapshot.dim, snapshot.store_type.dtype)
 
 
-def merge(path: str | Path, sources: Sequence[str | Path]) -> dict[Path, int]:
+def merge(path: str | Path, sources: Sequence[str | Path]) -> dict[str | Path, int]:
     """Add the rows of other stores or packed files of the same identity, such as those of several machines.
 
-    Returns how many were new in each.
+    `sources` : paths, or addresses that fsspec understands. Returns how many were new in each. Nothing is added when one of them
+    cannot be.
 
     Raises
     ------
@@ -281,12 +282,12 @@ def merge(path: str | Path, sources: Sequence[str | Path]) -> dict[Path, int]:
         When an identity, a dim, a dtype or the probe vectors differ.
     """
     stores = [FeatureStore.open(source) for source in sources]
-    return {store.path: copy_rows(store, Path(path)) for store in stores}
+    return dict(zip(sources, copy_rows(stores, Path(path)), strict=True))
 
 
-def copy_rows(store: FeatureStore, target: Path, content: Digests | None = None) -> int:
-    """Append rows of a store to another, of some contents, uint64 of shape (n, 2), or all; return how many were new."""
-    content = store.table.in_file_order() if content is None else content
-    probe = store.probe if len(store.probe) else None
-    with StoreWriter.open(target, store.identity, store.dim, store.store_type.dtype, probe) as writer:
-        return sum(writer.append(content[part], features) for part, features in store.pieces(content))
+def copy_rows(stores: Sequence[FeatureStore], target: Path, content: Digests | None = None) -> list[int]:
+    """Add rows of stores to another, of some contents, uint64 of shape (n, 2), or all; return how many were new in each."""
+    first = stores[0]
+    probe = first.probe if len(first.probe) else None
+    with StoreWriter.open(target, first.identity, first.dim, first.store_type.dtype, probe) as writer:
+        return [writer.adopt(store, content) for store in stores]

@@ -13,7 +13,9 @@ import hashlib
 import io
 import mmap
 import os
+import shutil
 import stat
+import tempfile
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -24,8 +26,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import StoreError
+from pipeline.errors import DatasetError, StoreError, first_line
 from pipeline.io.files import NOT_ORDINARY, undisturbed
+from pipeline.io.remote import address_of, open_remote, read_remote, stat_remote
 from pipeline.store.format import (
     ATTRIBUTES,
     BLOCK_BYTES,
@@ -150,7 +153,7 @@ def _require(condition: bool, problem: str) -> None:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Map a regular file into memory; links are not followed. Cheap: nothing is read or checked yet.
+    """Map a regular file into memory; links are not followed. Cheap: nothing is read or checked yet; a remote file is fetched.
 
     Raises
     ------
@@ -159,6 +162,8 @@ def map_file(path: Path) -> mmap.mmap:
     StoreError
         When it is no regular file, or too short for one of ours.
     """
+    if (address := address_of(path)) is not None:
+        return fetch(address)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -175,6 +180,36 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
+
+
+def fetch(address: str, head_only: bool = False) -> mmap.mmap:
+    """Return the bytes of a remote file, in a file without a name that goes when nobody has it any more.
+
+    With `head_only` just the head and the trailer are fetched, and zeros stand for the bulk.
+
+    Raises
+    ------
+    FileNotFoundError, StoreError
+        When it is not there, or cannot be read.
+    """
+    try:
+        size = stat_remote(address)[0]
+        if size < TRAILER.size + len(HDF5_MAGIC):
+            raise StoreError(f"{address}: has {size} bytes, too few for a feature store file; it is truncated")
+        if head_only:
+            data = mmap.mmap(-1, size)
+            data[-TRAILER.size :] = read_remote(address, size - TRAILER.size, size)
+            head = min(int(TRAILER.unpack(data[-TRAILER.size :])[1]), size - TRAILER.size)
+            data[:head] = read_remote(address, 0, head)
+            return data
+        with tempfile.TemporaryFile() as file, open_remote(address) as source:
+            shutil.copyfileobj(source, file, 16 << 20)
+            file.flush()
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise
+    except (OSError, DatasetError) as error:
+        raise StoreError(f"{address}: cannot be read: {first_line(error)}") from None
 
 
 def _check_trailer(path: Path, data: mmap.mmap, digest: str | None) -> int:

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
-from pipeline.errors import StoreError
+from pipeline.errors import DatasetError, StoreError
 from pipeline.io.digests import Digests, digests_to_hex, fingerprint
+from pipeline.io.remote import address_of, forget_listings, list_remote
 from pipeline.store.format import StoreType
 from pipeline.store.identity import differences
 from pipeline.store.opener import StoreFile, map_file, open_file
@@ -34,6 +35,8 @@ MAX_IDENTITY_BYTES = 1 << 16
 MAX_PROBE_ROWS = 1024
 COPY_BYTES = 16 << 20
 GATHER_BYTES = 4 << 20
+PACKED = (".h5", ".hdf5")
+"""What the address of a packed file ends with; that of a store does not."""
 ATTEMPTS = 10
 """How often a store is looked at anew that a writer has changed meanwhile."""
 
@@ -66,13 +69,19 @@ class FeatureStore:
     ) -> FeatureStore:
         """Open a store's newest valid snapshot, or a packed file.
 
+        `path` may also be an address that fsspec understands, such as `s3://bucket/features.h5`; then the files are fetched now.
+
         Raises
         ------
         StoreError
             When there is none, it is damaged, or its identity is not the one expected: shows both sides.
         """
         path = Path(path)
-        store = _open_pack(path) if path.is_file() else _open_folder(path)
+        packed = path.is_file() if address_of(path) is None else path.suffix in PACKED
+        try:
+            store = _open_pack(path) if packed else _open_folder(path)
+        except FileNotFoundError:
+            raise StoreError(f"{path}: is not there") from None
         problems = [] if identity is None else differences(store.identity, identity)
         if fingerprint not in (None, store.fingerprint):
             problems = [f"identity {store.fingerprint[:16]}…, expected {fingerprint[:16]}…"]
@@ -158,6 +167,13 @@ class FeatureStore:
                 f"(the first has content {absent[0]}); run 'manyheads features' first"
             )
         return self.table.place(positions)
+
+    def whereabouts(self, digests: Digests) -> Iterator[tuple[StoreFile, NDArray[np.int64]]]:
+        """Yield each file that has some of n digests, uint64 of shape (n, 2), with their rows there, int64 of shape (k,), checked."""
+        segments, rows = self.locate(digests)
+        for number in np.unique(segments).tolist():
+            here = segments == number
+            yield self._segment(number, rows[here], digests[here]), rows[here]
 
     def _segment(self, number: int, rows: NDArray[np.int64], digests: Digests) -> StoreFile:
         """Return a segment in which these k rows, int64, are those digests, uint64 of shape (k, 2), and whole."""
@@ -340,12 +356,22 @@ def snapshot_path(store: Path, generation: int) -> Path:
 
 def generations(store: Path) -> list[int]:
     """Return the generations that have a file, newest first; none where there is no store."""
+    found = [re.fullmatch(r"snapshot-([0-9]{8})\.h5", name) for name in listed(store)]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def listed(folder: str | Path) -> list[str]:
+    """Return the names in a folder, here or remote, in order; none where there is no such folder."""
+    address = address_of(folder)
     try:
-        names = [entry.name for entry in store.iterdir()]
+        if address is None:
+            return sorted(path.name for path in Path(folder).iterdir())
+        forget_listings(address)
+        return sorted(list_remote(address))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [re.fullmatch(r"snapshot-([0-9]{8})\.h5", name) for name in names]
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    except DatasetError as error:
+        raise StoreError(error.message) from None
 
 
 def open_snapshot(path: Path) -> FeatureStore:

@@ -11,7 +11,8 @@ with h5py.File("features.h5") as f:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def export(store: FeatureStore, path: Path, digests: Digests | None = None, colu
     """
     digests = store.table.in_file_order() if digests is None else digests
     if path.suffix == ".npy":
-        _write(path, _npy(store, digests))
+        write_npy(path, (len(digests), store.dim), (features for _, features in store.pieces(digests)))
     elif path.suffix == ".parquet":
         with explained(path):
             _write_parquet(store, path, digests, columns or {})
@@ -143,13 +144,59 @@ def export(store: FeatureStore, path: Path, digests: Digests | None = None, colu
         raise StoreError(f"{path}: cannot export to {path.suffix or 'a file without ending'!r}; use .npy or .parquet")
 
 
-def _npy(store: FeatureStore, digests: Digests) -> Iterator[bytes | memoryview]:
+def read_vectors(path: Path) -> tuple[NDArray[np.object_] | None, NDArray[np.float32]]:
+    """Return the paths that a file names, object (str) of shape (n,) or None, and its vectors, float32 of shape (n, dim).
+
+    The files are those that `export` writes, and others: in Parquet a vector is a list in the one column of lists, or else the
+    numbers of all columns of numbers, and `path` or `paths` names images.
+
+    Raises
+    ------
+    StoreError
+        When it is missing or holds no such thing.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix != ".parquet":
+            paths, found = None, np.load(path, allow_pickle=False)
+        else:
+            table = pq.read_table(path)
+            kinds = {field.name: field.type for field in table.schema}
+            named = next((name for name in ("path", "paths") if name in kinds), None)
+            paths = None if named is None else table[named].cast(pa.large_string()).to_numpy()
+            lists = [name for name, kind in kinds.items() if pa.types.is_nested(kind)]
+            numbers = [name for name, kind in kinds.items() if pa.types.is_floating(kind) or pa.types.is_integer(kind)]
+            if len(lists) == 1:
+                column = table[lists[0]].combine_chunks()
+                lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+                if len(lengths) != 1 or not lengths[0]:
+                    raise ValueError(f"its lists in {lists[0]!r} are of {len(lengths)} lengths")
+                found = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+            else:
+                found = np.stack([table[name].to_numpy() for name in numbers], axis=1)
+        if found.ndim != 2 or 0 in found.shape or found.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {found.dtype} of shape {found.shape}")
+        vectors = found.astype(np.float32)
+        if not np.isfinite(vectors).all():
+            raise ValueError(
+                f"{int((~np.isfinite(vectors)).any(axis=1).sum()):,} vectors have numbers that are not finite"
+            )
+    except (OSError, ValueError, pa.ArrowException) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise StoreError(
+            f"{path}: cannot be read as vectors ({why}); expected numbers of shape (images, dim)"
+        ) from None
+    return paths, vectors
+
+
+def write_npy(path: Path, shape: tuple[int, int], pieces: Iterable[NDArray[np.float32]]) -> None:
+    """Write an array of this shape, float32, of pieces that are each float32 of shape (k, dim), as `.npy`."""
     header = io.BytesIO()
-    description = {"descr": "<f4", "fortran_order": False, "shape": (len(digests), store.dim)}
-    np.lib.format.write_array_header_1_0(header, description)
-    yield header.getvalue()
-    for _, features in store.pieces(digests):
-        yield features.data.cast("B")
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    _write(path, itertools.chain([header.getvalue()], (np.ascontiguousarray(piece).data.cast("B") for piece in pieces)))
 
 
 def _write_parquet(store: FeatureStore, path: Path, digests: Digests, columns: Columns) -> None:

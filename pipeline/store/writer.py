@@ -23,7 +23,7 @@ from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, digest_keys, digests_to_hex, fingerprint
 from pipeline.store import commits, lock
-from pipeline.store.commits import Rows, compose_segment, next_table, publish, sweep, write_segments
+from pipeline.store.commits import Rows, compose_segment, next_table, pieces, publish, sweep, write_segments
 from pipeline.store.format import JOURNAL, QUARANTINE, SEGMENTS, TEMPORARY, StoreType
 from pipeline.store.identity import check_probe, differences
 from pipeline.store.lock import explained
@@ -35,6 +35,13 @@ log = logging.getLogger(__name__)
 
 GROUP_BYTES = 4 << 20
 GROUP_SECONDS = 10.0
+
+
+def storable(features: NDArray[Any], store_type: StoreType) -> NDArray[np.bool_]:
+    """Say for each row, float of shape (n, dim), whether all its numbers are finite as they would be stored: bool of shape (n,)."""
+    with np.errstate(over="ignore"):
+        finite: NDArray[np.bool_] = np.isfinite(np.asarray(features).astype(store_type.dtype)).all(axis=1)
+    return finite
 
 
 class StoreWriter:
@@ -109,7 +116,7 @@ class StoreWriter:
         if not generations(self.path):
             raise no_valid_snapshot(self.path)
         self._snapshot = newest_snapshot(self.path)
-        self._check_identity()
+        self._require_same(self.identity, self.store_type)
         if probe is not None and len(self._snapshot.probe):
             check_probe(self._snapshot.probe, probe, str(self.path))
         found = commits.unnamed(self.path, self._snapshot) if fell_back else []
@@ -123,9 +130,9 @@ class StoreWriter:
             commits.clear_journal(self.path)
         self._next_group = max((int(path.stem) for path in commits.groups(self.path)), default=0) + 1
 
-    def _check_identity(self) -> None:
-        found, wanted = self._snapshot.store_type, self.store_type
-        problems = differences(self._snapshot.identity, self.identity) + differences(
+    def _require_same(self, identity: Mapping[str, Any], wanted: StoreType) -> None:
+        found = self._snapshot.store_type
+        problems = differences(self._snapshot.identity, identity) + differences(
             {"dim": found.dim, "dtype": found.dtype}, {"dim": wanted.dim, "dtype": wanted.dtype}
         )
         if problems:
@@ -148,13 +155,38 @@ class StoreWriter:
     def _take_over(self, opened: Sequence[StoreFile]) -> None:
         """Take over the rows of a run before that the snapshot does not have."""
         for file in opened:
-            content = file.arrays["content"]
-            rows = np.flatnonzero(self.fresh(content))
-            if len(rows):
-                self._sources.append(Rows(file, rows))
-                self._new.update(digest_keys(content[rows]).tolist())
+            self._take(file, np.flatnonzero(self.fresh(file.arrays["content"])))
         if self._new:
             log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
+
+    def _take(self, file: StoreFile, rows: NDArray[np.int64]) -> None:
+        """Let some rows of an opened file, int64 of shape (k,), belong to the next state."""
+        if len(rows):
+            self._sources.append(Rows(file, rows))
+            self._new.update(digest_keys(file.arrays["content"][rows]).tolist())
+
+    def adopt(self, store: FeatureStore, content: Digests | None = None) -> int:
+        """Add vectors of another store, of some contents, uint64 of shape (n, 2), or all; return how many were new.
+
+        They are checked now, and copied or linked when this store is compacted; until then its files must stay. The probe vectors
+        of both must agree.
+
+        Raises
+        ------
+        StoreError
+            When one is missing there, damaged, or not finite.
+        """
+        self.commit()
+        self._require_same(store.identity, store.store_type)
+        if len(store.probe) and len(self._snapshot.probe):
+            check_probe(self._snapshot.probe, store.probe, str(store.path))
+        content = store.table.in_file_order() if content is None else content
+        content = content[self.fresh(content)]
+        for file, rows in store.whereabouts(content):
+            if not all(storable(file.bulk[part], self.store_type).all() for part in pieces(rows, self.store_type)):
+                raise StoreError(f"{file.path}: has vectors with numbers that are not finite; nothing of it was taken")
+            self._take(file, rows)
+        return len(content)
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
         """Say for each of n digests, uint64 of shape (n, 2), whether neither the store nor this run has its vector."""
@@ -172,10 +204,7 @@ class StoreWriter:
 
     def storable(self, features: NDArray[Any]) -> NDArray[np.bool_]:
         """Say for each row, float of shape (n, dim), whether all its numbers are finite as they would be stored."""
-        with np.errstate(over="ignore"):
-            stored = np.asarray(features).astype(self.store_type.dtype)
-        finite: NDArray[np.bool_] = np.isfinite(stored).all(axis=1)
-        return finite
+        return storable(features, self.store_type)
 
     def append(self, digests: Digests, features: NDArray[Any]) -> int:
         """Add vectors, float of shape (n, dim), for n digests, uint64 of shape (n, 2); return how many were new.
@@ -207,9 +236,14 @@ class StoreWriter:
             self._waiting.append((kept, vectors))
             self._waiting_bytes += vectors.nbytes
             self._new.update(digest_keys(kept).tolist())
-        if self._waiting_bytes >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS:
+        if self.due:
             self.commit()
         return int(fresh.sum())
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to commit."""
+        return self._waiting_bytes >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS
 
     def commit(self) -> None:
         """Make everything appended so far safe from a kill and a power loss."""
@@ -262,7 +296,10 @@ class StoreWriter:
         merged = [Rows(self._entries[entry], np.arange(entry.rows)) for entry in small]
         merged += [item for item in old if isinstance(item, Rows) and len(item.rows)]
         opened = {entry: self._entries[entry] for entry in kept if entry not in small}
-        for entry in write_segments(self.path, self.store_type, merged + self._sources):
+        linked = [entry for source in self._sources if (entry := commits.link_segment(self.path, source))]
+        digests = {entry.digest for entry in linked}
+        copied = [source for source in self._sources if source.file.digest not in digests]
+        for entry in [*linked, *write_segments(self.path, self.store_type, merged + copied)]:
             opened[entry] = self._entries.get(entry) or open_entry(self.path, entry, self.store_type)
         lines = next_table(self._snapshot, opened)
         publish(self.path, self._snapshot, self.identity, self.store_type, list(opened), self._snapshot.probe, lines)

@@ -11,6 +11,6 @@ the inner loop on the head alone), Chen et al. 2019 (what it is to be compared w
 
 from pipeline.evaluation.fewshot.episodes import Images, Plan
 from pipeline.evaluation.fewshot.measure import measure
-from pipeline.evaluation.fewshot.result import FewShot, Point, points_of, read, words, write
+from pipeline.evaluation.fewshot.result import FewShot, Point, points_of, read, write
 
-__all__ = ["FewShot", "Images", "Plan", "Point", "measure", "points_of", "read", "words", "write"]
+__all__ = ["FewShot", "Images", "Plan", "Point", "measure", "points_of", "read", "write"]

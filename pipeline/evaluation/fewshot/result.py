@@ -13,7 +13,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from pipeline.evaluation import Interval
-from pipeline.evaluation.fewshot.methods import PLAIN, knn
+from pipeline.evaluation.fewshot.methods import PLAIN
 from pipeline.experiment import FEWSHOT, from_plain, read_document, write_document
 
 MARGIN = 0.01
@@ -75,7 +75,7 @@ class FewShot:
             elif best.ahead_interval[0] > 0:
                 low, high = (100 * end for end in best.ahead_interval)
                 found["better"].append(
-                    f"K = {shots}: {words(best.method)} by {100 * best.ahead:.1f} points [{low:.1f}, {high:.1f}]"
+                    f"K = {shots}: {best.method} by {100 * best.ahead:.1f} points [{low:.1f}, {high:.1f}]"
                 )
             else:
                 found["tell"].append(f"{shots} (another may be ahead by up to {100 * reach:.1f} points)")
@@ -83,17 +83,17 @@ class FewShot:
         if found["good"]:
             point = f"{100 * MARGIN:g} point"
             lines.append(
-                f"Plain logistic regression is as good at K = {', '.join(found['good'])}: none is ahead by more than {point}."
+                f"Plain {PLAIN} is as good at K = {', '.join(found['good'])}: none is ahead by more than {point}."
             )
         if found["better"]:
-            lines.append(f"Better than plain logistic regression: {'; '.join(found['better'])}.")
+            lines.append(f"Better than plain {PLAIN}: {'; '.join(found['better'])}.")
         if found["tell"]:
             lines.append(f"Not told apart at K = {', '.join(found['tell'])}; --episodes takes more.")
         return lines
 
     def to_text(self) -> str:
         """Return the table, the verdict and the notes, for a terminal."""
-        rows = [[words(method), *(_cell(self.at(method, shots)) for shots in self.shots)] for method in self.methods]
+        rows = [[method, *(_cell(self.at(method, shots)) for shots in self.shots)] for method in self.methods]
         headers = ["accuracy, %", *(f"K = {shots}" for shots in self.shots)]
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * len(self.shots)))
         return "\n".join([self.title(), "", table, "", *self.verdict(), *self.notes])
@@ -104,11 +104,6 @@ class FewShot:
             f"{self.embedding}: {self.ways}-way, K images per class, {self.queries} queries per class, {self.episodes:,} "
             f"episodes of {self.images:,} images in {self.classes:,} classes, ± 95 % over episodes"
         )
-
-
-def words(method: str) -> str:
-    """Write a method for people."""
-    return {"maml": "MAML (ANIL)", knn.__name__: "kNN"}.get(method, method.replace("_", " "))
 
 
 def points_of(shots: int, found: Mapping[str, NDArray[np.float64]]) -> list[Point]:

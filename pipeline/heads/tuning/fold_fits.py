@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
-from typing import Any
 
 import joblib
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from pipeline.config import TuningConfig
-from pipeline.evaluation import METRICS, Predictions, joined
+from pipeline.evaluation import METRICS, Predictions
 from pipeline.heads.head import Params
 from pipeline.heads.tuning.evaluation import GENERIC, Evaluator, Shared, evaluator_for, failed, working_memory
 from pipeline.heads.tuning.events import fit_event, fit_key, replay, trial_key
@@ -115,10 +114,17 @@ class FoldFits:
             points = [{**params, **cheaper(self.problem, params)} for params in points]
         return fold, group, self._scored(self.problem, fold, points)
 
-    def _answers(self, y: NDArray[Any], outcome: FoldOutcome) -> Predictions:
-        assert outcome.predictions is not None, "a fit that failed is not judged"
-        scores = outcome.scores if self.metric.needs_probabilities else None
-        return Predictions(y, outcome.predictions, scores, target=self.problem.target)
+    def _answers(self, rows: Sequence[NDArray[np.int64]], outcomes: Sequence[FoldOutcome]) -> Predictions:
+        """Return what was said of rows, given by fold; thresholds are chosen on the other folds, of one fold on the rows themselves."""
+        target, y = self.problem.target, self.problem.y[np.concatenate(rows)]
+        said = np.concatenate([outcome.predictions for outcome in outcomes if outcome.predictions is not None])
+        assert len(said) == len(y), "a fit that failed is not judged"
+        parts = [outcome.scores for outcome in outcomes if outcome.scores is not None]
+        scores = np.concatenate(parts) if len(parts) == len(rows) else None
+        if self.metric.threshold:
+            folds = None if len(rows) == 1 else np.repeat(np.arange(len(rows)), [len(part) for part in rows])
+            said = target.decided(y, said, scores, self.metric.threshold, folds)
+        return Predictions(y, said, scores if self.metric.needs_probabilities else None, target=target)
 
     def score(self, one: Candidate, rung: int) -> float:
         """Return the score of all held-out answers together, of a candidate that was fitted on every fold.
@@ -132,10 +138,7 @@ class FoldFits:
         known = self._judged.get(trial_key(rung, one.params))
         if known is not None:
             return float(known)
-        parts = [
-            self._answers(self.problem.y[rows], outcome) for rows, outcome in zip(held_out, one.fitted, strict=True)
-        ]
-        return self.metric.score(joined(parts))
+        return self.metric.score(self._answers(held_out, one.fitted))
 
     def _scored(self, problem: Problem, fold: int, points: Sequence[Params]) -> list[FoldOutcome]:
         """Fit and score the rows a fold holds out, and where they are judged too those it is fitted on."""
@@ -144,9 +147,9 @@ class FoldFits:
         for outcome in self._evaluate(problem, fold, points):
             if outcome.predictions is not None:
                 if problem.judge_training:
-                    own = self._answers(problem.y[train], _rows(outcome, slice(n, None)))
+                    own = self._answers([train], [_rows(outcome, slice(n, None))])
                     outcome = changed(_rows(outcome, slice(n)), training=Measured.of(self.metric, own))
-                outcome = changed(outcome, score=self.metric.score(self._answers(problem.y[held_out], outcome)))
+                outcome = changed(outcome, score=self.metric.score(self._answers([held_out], [outcome])))
             made.append(outcome)
         return made
 

@@ -134,9 +134,12 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
         seconds = time.perf_counter() - start
         with working_memory(problem.work_bytes):
             parts = [problem.target.recalled(pipeline, block) for _, block in blocks(problem.X)]
-    labels = np.concatenate([labels for labels, _ in parts])
-    columns = np.concatenate([columns for _, columns in parts]) if metric.needs_probabilities else None
-    measured = Measured.of(metric, Predictions(problem.y, labels, columns, target=problem.target))
+    labels, target = np.concatenate([labels for labels, _ in parts]), problem.target
+    looked_at = metric.needs_probabilities or (metric.threshold and not target.exclusive)
+    columns = np.concatenate([columns for _, columns in parts]) if looked_at else None
+    if metric.threshold:
+        labels = target.decided(problem.y, labels, columns, metric.threshold)
+    measured = Measured.of(metric, Predictions(problem.y, labels, columns, target=target))
     return Fitted(pipeline, labels, measured, seconds, dict(counts))
 
 

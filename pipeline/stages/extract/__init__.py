@@ -2,6 +2,10 @@
 
     stores.py      the folder of stores that experiments share
     targets.py     what a config asks to embed, and what each store is missing
+    work.py        batches through the networks (`pipeline.embed.loader`) and into the stores, or into parts
+    shard.py       one of many shards, whose parts are merged later
+    cluster.py     workers on Ray, whose parts are merged at the end
+XX    vectors.py     vectors of the user's own into the stores
     work.py        batches through the networks (`pipeline.embed.loader`) and into the stores
 
 The images are read and decoded once for all networks. A run with nothing to do imports no torch.
@@ -10,9 +14,10 @@ The images are read and decoded once for all networks. A run with nothing to do 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config import NO_LABELS, BackboneConfig, Config, dump_yaml
 from pipeline.data import DatasetIndex, check_failures, failed_digests
@@ -25,8 +30,10 @@ from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.errors import PipelineError, first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
+from pipeline.io.engine import Engine
 from pipeline.io.files import make_folder, write_text_atomic
-from pipeline.stages.extract.stores import enter, take_over
+from pipeline.stages.extract.cluster import Pool, embed_on, pays
+from pipeline.stages.extract.stores import enter, take_over, take_parts
 from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,
     Contents,
@@ -36,13 +43,17 @@ from pipeline.stages.extract.targets import (
     require_permitted,
     resolve,
 )
-from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Work, embed
+from pipeline.stages.extract.vectors import fill
+from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Images, Work, embed, hash_store, noted_in, stop_requested
 from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
+from pipeline.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 
 EXAMPLES = 3
+LONG_SECONDS = 60.0
+"""A run that takes longer says when more machines would pay."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +67,8 @@ class FeaturesRun:
     """Images of the index that do not decode."""
     work: Work | None
     """None when nothing was embedded: a plan, or nothing to do."""
+    pool: Pool | None
+    """The engine's workers, where there was one."""
     planned: bool
     stand_ins: tuple[str, ...]
     """Lines on networks that stand in for others, or did until now."""
@@ -99,6 +112,10 @@ class FeaturesRun:
         others = [f"{name} {seconds:.1f}" for name, seconds in work.seconds.items() if name not in SUMMED_OVER_THREADS]
         told = ", ".join(others).replace("network ", "network and baselines ")
         yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
+        if self.pool is not None:
+            yield self.pool.line(work)
+        elif work.loop_seconds > LONG_SECONDS:
+            yield f"more machines (docs/scale.md): {pays(work.seconds['start-up'], work.loop_seconds / max(work.images, 1), 2)}"
         if work.failures:
             yield f"{number_of(len(work.failures), 'image')} could not be used; dataset/failures.csv names each with its reason:"
             reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
@@ -108,8 +125,17 @@ class FeaturesRun:
             yield from (f"  {line}" for line in first(work.unavailable, EXAMPLES))
 
 
-def run(config: Config, *, plan: bool = False, rehash: bool = False) -> FeaturesRun:
+def run(
+    config: Config,
+    *,
+    plan: bool = False,
+    rehash: bool = False,
+    engine: Engine | None = None,
+    place: str | None = None,
+) -> FeaturesRun:
     """Bring the index and every store up to date, or with `plan` only say what that would take.
+
+    With an `engine` its workers embed, and write parts in `place`, a folder or an address that all of them see.
 
     Raises
     ------
@@ -134,13 +160,16 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
     resolving = time.perf_counter() - start
     if not plan:
         take_over([spec for source in sources for spec in source.specs], files, contents.digests)
+        take_parts(files.parts, files.stores, remove=True)
     targets = find_targets(sources, contents, files, files.stores_before() if plan else ())
+    if not plan:
+        targets = fill(targets, contents, scanned.index, config, files)
     pending = [target for target in targets if target.pending.any()]
     known = _records_before(files)
     rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image is not None}
-    work = None
+    work = pool = None
     if pending and not plan:
-        work = embed(pending, contents, scanned.index, config, files)
+        work, pool = _embed(pending, contents, scanned.index, config, files, engine, place)
         work.seconds["start-up"] += resolving
         rates |= _rates(work)
         contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
@@ -153,10 +182,37 @@ def run(config: Config, *, plan: bool = False, rehash: bool = False) -> Features
         records=tuple(records),
         failed=int(contents.failed.sum()),
         work=work,
+        pool=pool,
         planned=plan,
         stand_ins=tuple(dict.fromkeys(_about_stand_ins(targets, known))),
         total_seconds=time.perf_counter() - began,
     )
+
+
+def _embed(
+    pending: Sequence[Target],
+    contents: Contents,
+    index: DatasetIndex,
+    config: Config,
+    files: Artifacts,
+    engine: Engine | None = None,
+    place: str | None = None,
+) -> tuple[Work, Pool | None]:
+    """Embed into the stores, here or by an engine's workers, whose parts are merged whatever happens.
+
+    From the first store that is opened until the last is closed a signal only sets a flag.
+    """
+    images, noted = Images.of(contents, index, ~contents.failed), noted_in(files, config)
+    if engine is None:
+        with stop_requested() as stopped:
+            return embed(pending, images, config, hash_store(files), StoreWriter.open, noted, stopped), None
+    lighter = [replace(target, pending=target.pending[~contents.failed]) for target in pending]
+    try:
+        work, pool = embed_on(lighter, images, config, place or os.path.abspath(files.parts), engine)
+    finally:
+        take_parts(place or files.parts, files.stores, remove=place is None)
+    noted(work.failures)
+    return work, pool
 
 
 def without_labels(config: Config) -> FeaturesRun:
@@ -192,7 +248,7 @@ def embed_some(
     targets = find_targets(sources, some, files)
     pending = [target for target in targets if target.pending.any()]
     if pending:
-        embed(pending, some, index, asked, files)
+        _embed(pending, some, index, asked, files)
     return [(target, FeatureStore.open(target.path, target.spec.fingerprint())) for target in targets]
 
 

@@ -26,7 +26,7 @@ from pipeline.experiment import FEATURES, USER, Artifacts, read_document, write_
 from pipeline.images import HASH_STORE
 from pipeline.io import files as system
 from pipeline.io.digests import Digests
-from pipeline.store import FeatureStore, lock
+from pipeline.store import FeatureStore, lock, parts
 from pipeline.store.maintain import copy_rows
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,39 @@ def _copy(source: Path, target: Path, digests: Digests) -> None:
             digests = digests[there.missing(digests)]
         found = FeatureStore.open(source) if len(digests) else None
         if found is not None and len(wanted := digests[~found.missing(digests)]):
-            log.info("%s: %d vectors copied from %s", target, copy_rows(found, target, wanted), source)
+            log.info("%s: %d vectors copied from %s", target, *copy_rows([found], target, wanted), source)
     except StoreError as error:
         log.warning("%s; its vectors are not taken over", error)
+
+
+def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict[str, int]:
+    """Merge the parts in a place, a folder or an address, into the stores of their names; return how many vectors were new in each.
+
+    A damaged part is passed over with a warning, and its images are embedded again. `remove` is for a folder of one's own.
+    """
+    new = {}
+    for name in parts.folders(place):
+        found = {path: store for path in parts.part_files(place, name) if (store := _whole(path)) is not None}
+        if found:
+            new[name] = sum(copy_rows(list(found.values()), stores / f"{name}.store"))
+            log.info("%s: %d vectors from %d parts in %s", name, new[name], len(found), place)
+        if remove:
+            for path in found:
+                system.remove(Path(path))
+            with contextlib.suppress(OSError):  # somebody makes more
+                os.rmdir(Path(place) / f"{name}{parts.SUFFIX}")
+                os.rmdir(place)
+    return new
+
+
+def _whole(path: str) -> FeatureStore | None:
+    try:
+        store = FeatureStore.open(path)
+        store.file.require_whole()
+    except StoreError as error:
+        log.warning("%s; passed over", error)
+        return None
+    return store
 
 
 # ---- the experiments that use the folder

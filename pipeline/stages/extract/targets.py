@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import BackboneConfig, Config, names_code
+from pipeline.config import BackboneConfig, Config, names_code, names_vectors
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed import baselines, licenses
@@ -45,6 +45,14 @@ class Source:
     instead_of: BackboneConfig | None = None
     """The config's section that `section` stands in for."""
 
+    def elsewhere(self, config: Config) -> Source:
+        """Return the same for another process, which loads the network itself."""
+        extraction = config.extraction
+        if self.section is not None:
+            extraction = extraction.model_copy(update={"engine": self.specs[0].engine})
+        make = partial(load, self.section, self.specs[0].architecture, extraction, config.seed)
+        return replace(self, load=make, instead_of=None)
+
 
 def require_permitted(config: Config) -> None:
     """See that the weights of every section have a licence that the config allows, which loads and fetches none of them.
@@ -58,6 +66,8 @@ def require_permitted(config: Config) -> None:
 
 
 def _license(section: BackboneConfig) -> str:
+    if names_vectors(section.name):
+        return licenses.UNKNOWN
     from pipeline.embed import weights  # loads torch
 
     return weights.license_of(section)

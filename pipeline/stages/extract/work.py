@@ -8,8 +8,9 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +22,6 @@ from pipeline.data import DatasetIndex, Failure, record_failures
 from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
-from pipeline.embed.spec import Embedder
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digests_to_hex
@@ -30,7 +30,8 @@ from pipeline.io.memory import keep_freed_memory
 from pipeline.io.progress import bar
 from pipeline.stages.extract.targets import Contents, Target
 from pipeline.store import lock
-from pipeline.store.writer import StoreWriter
+from pipeline.store.parts import PartWriter
+from pipeline.store.writer import StoreWriter, storable
 
 logger = logging.getLogger(__name__)
 
@@ -60,67 +61,118 @@ class Work:
     network_images: Counter[str] = field(default_factory=Counter)
     """Embedding -> images that went through its network."""
 
+    def add(self, other: Work) -> None:
+        """Count what another process did as well; the start-up and the time of the loop stay those of this one."""
+        self.images += other.images
+        self.failures += other.failures
+        self.unavailable += other.unavailable
+        self.vectors.update(other.vectors)
+        self.network_images.update(other.network_images)
+        for name, seconds in other.network_seconds.items():
+            self.network_seconds[name] += seconds
+        for name in self.seconds.keys() - {"start-up"}:
+            self.seconds[name] += other.seconds[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """n distinct images to embed: digests, uint64 of shape (n, 2), and where each is, text of shape (n,), under `root`."""
+
+    digests: Digests
+    paths: NDArray[np.object_]
+    root: Path
+
+    @staticmethod
+    def of(contents: Contents, index: DatasetIndex, chosen: NDArray[np.bool_]) -> Images:
+        """Take those of the n contents that are chosen, bool of shape (n,)."""
+        return Images(contents.digests[chosen], index.paths[contents.rows[chosen]], index.root)
+
+    def part(self, places: NDArray[np.int64]) -> Images:
+        """Return some of them, int64 of shape (k,)."""
+        return Images(self.digests[places], self.paths[places], self.root)
+
 
 @dataclass(frozen=True)
 class Output:
     """One embedding on its way into its store."""
 
     target: Target
-    writer: StoreWriter
+    writer: StoreWriter | PartWriter
     missing: NDArray[np.bool_]
-    """Contents the store does not have, shape (n,)."""
+    """Images that it has no vectors of, shape (n,)."""
 
 
 Outputs = Sequence[Sequence[Output]]
 """Per source those of its outputs that are kept."""
 
 
-def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, files: Artifacts) -> Work:
-    """Embed the pending contents of some targets into their stores.
+def embed(
+    targets: Sequence[Target],
+    images: Images,
+    config: Config,
+    hashes: Path,
+    opened: Callable[..., AbstractContextManager[StoreWriter | PartWriter]],
+    noted: Callable[[Sequence[Failure]], None],
+    stopped: Callable[[], None],
+) -> Work:
+    """Embed what some targets miss of n images: digests and paths in, immutable files of vectors out.
 
-    A signal to stop ends the run after the batch in hand, with all finished rows committed.
+    This is what a run does, a shard, and each worker of an engine; they differ in what writes the vectors, and who is told.
+
+    opened : `StoreWriter.open`, or a `PartWriter`; what is not `pending` is left to the first to find out
+    hashes : the store of perceptual hashes
+    noted : told the images that cannot be used, whatever happens
+    stopped : raises when the work is to end, after the batch in hand
 
     Raises
     ------
     KeyboardInterrupt
-        After such a stop; its argument is the signal's number.
+        What `stopped` raises; its argument is the signal's number.
     StoreError, BackboneError, DatasetError
         With all finished rows committed as well.
     """
     began = time.perf_counter()
     keep_freed_memory()
-    # From the first store that is opened until the last is closed a signal only sets a flag.
-    with _stop_requested() as stopped, ExitStack() as stack:
+    with ExitStack() as stack:
         by_source: dict[int, list[Target]] = {}
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
         loaded = [(own, own[0].source.load()) for own in by_source.values()]
         size = config.extraction.batch_size
         lanes = [Lane(embedder, choose_batch_size(size, str(embedder.device))) for _, embedder in loaded]
-        outputs = [[stack.enter_context(_opened(each, embedder, contents)) for each in own] for own, embedder in loaded]
+        outputs = [
+            [
+                _output(
+                    each,
+                    stack.enter_context(opened(each.path, each.spec.identity(), each.spec.dim, probe=probe)),
+                    images,
+                )
+                for each, probe in ((each, embedder.probe[each.output]) for each in own)
+            ]
+            for own, embedder in loaded
+        ]
         # A byte is exact in float16.
-        hashes = stack.enter_context(StoreWriter.open(_hash_store(files), HASH_IDENTITY, HASH_BYTES, "float16"))
-        count, items = _items(outputs, contents, index)
+        hashed = stack.enter_context(opened(hashes, HASH_IDENTITY, HASH_BYTES, "float16"))
+        count, items = _items(outputs, images)
         work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
+        everything = [hashed, *(output.writer for own in outputs for output in own)]
         try:
             stopped()
             with bar(count, "images", "embedding") as progress:
-                made = embedded(lanes, items, index.root, config.dataset.max_pixels, work.workers, hashed=True)
+                made = embedded(lanes, items, images.root, config.dataset.max_pixels, work.workers, hashed=True)
                 for batch, parts in made:
-                    _store_hashes(batch, hashes, contents)  # first: an image that has its vectors is not decoded again
-                    _store(batch, parts, outputs, contents, work)
+                    _store_hashes(batch, hashed, images)
+                    _store(batch, parts, outputs, images, work)
+                    if any(writer.due for writer in everything):
+                        _commit(everything, work)
                     progress.update(len(batch.items))
                     stopped()
         finally:
             # Also after an error or a signal: what was embedded is not to be embedded again.
-            write_began = time.perf_counter()
-            for output in (output for own in outputs for output in own):
-                output.writer.commit()
-            hashes.commit()
-            record_failures(files.dataset, work.failures, policy_key(config.dataset.max_pixels))
-            work.seconds["write"] += time.perf_counter() - write_began
+            _commit(everything, work)
+            noted(work.failures)
         write_began = time.perf_counter()
         stack.close()  # compacts
         work.seconds["write"] += time.perf_counter() - write_began
@@ -129,38 +181,48 @@ def embed(targets: Sequence[Target], contents: Contents, index: DatasetIndex, co
     return work
 
 
-def _hash_store(files: Artifacts) -> Path:
+def noted_in(files: Artifacts, config: Config) -> Callable[[Sequence[Failure]], None]:
+    """Return what writes failures into the list beside the index."""
+    return partial(record_failures, files.dataset, policy=policy_key(config.dataset.max_pixels))
+
+
+def _commit(writers: Sequence[StoreWriter | PartWriter], work: Work) -> None:
+    """Keep what was made so far; of an image the hash first, as one that has its vectors is not decoded again."""
+    began = time.perf_counter()
+    for writer in writers:
+        writer.commit()
+    work.seconds["write"] += time.perf_counter() - began
+
+
+def hash_store(files: Artifacts) -> Path:
     """Where to write perceptual hashes: where another experiment writes them now, beside the index, until the next run."""
     shared = files.stores / HASH_STORE
     return files.dataset / HASH_STORE if lock.holder(shared) else shared
 
 
-@contextmanager
-def _opened(target: Target, embedder: Embedder, contents: Contents) -> Iterator[Output]:
-    """Open a target's store for writing; it is compacted in the end."""
-    probe = embedder.probe[target.output]
-    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim, probe=probe) as writer:
-        # The writer also knows the rows of a run that was killed before it could compact them.
-        yield Output(target, writer, writer.missing(contents.digests) & ~contents.failed)
+def _output(target: Target, writer: StoreWriter | PartWriter, images: Images) -> Output:
+    # A store's writer knows more than was known when the target was found: rows of a run that was killed, damaged files.
+    missing = writer.missing(images.digests)
+    return Output(target, writer, missing & target.pending if isinstance(writer, PartWriter) else missing)
 
 
-def _items(outputs: Outputs, contents: Contents, index: DatasetIndex) -> tuple[int, Iterator[Item]]:
+def _items(outputs: Outputs, images: Images) -> tuple[int, Iterator[Item]]:
     """The images to read, each once, with the sources that want it: their number, and one at a time."""
-    # Of shape (sources, contents).
+    # Of shape (sources, images).
     wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])
     needed = np.flatnonzero(wanting.any(axis=0))
     return len(needed), (
         Item(
             content,
-            str(index.paths[contents.rows[content]]),
-            contents.digests[content].tobytes(),
+            str(images.paths[content]),
+            images.digests[content].tobytes(),
             tuple(np.flatnonzero(wanting[:, content]).tolist()),
         )
         for content in map(int, needed)
     )
 
 
-def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, contents: Contents, work: Work) -> None:
+def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, images: Images, work: Work) -> None:
     """Store what the networks made of one batch, and note what could not be read."""
     items = batch.items
     work.seconds["read"] += batch.read_seconds
@@ -170,7 +232,7 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, content
         if problem.status == "unavailable":
             work.unavailable.append(f"{item.path}: {problem.reason}")
         else:
-            work.failures.append(_failure(item.path, contents.digests[item.content], problem.status, problem.reason))
+            work.failures.append(_failure(item.path, images.digests[item.content], problem.status, problem.reason))
     work.images += len(items) - len(batch.problems)
     began = time.perf_counter()
     for part, own in zip(parts, outputs, strict=True):
@@ -183,16 +245,16 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, content
             name = output.target.spec.name
             work.network_seconds[name] += part.seconds
             work.network_images[name] += len(numbers)
-            _append(output, numbers, part.vectors[output.target.output], paths, contents, work)
+            _append(output, numbers, part.vectors[output.target.output], paths, images, work)
     work.seconds["write"] += time.perf_counter() - began
 
 
-def _store_hashes(batch: Batch, writer: StoreWriter, contents: Contents) -> None:
+def _store_hashes(batch: Batch, writer: StoreWriter | PartWriter, images: Images) -> None:
     """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
     if batch.hashes:
         rows = sorted(batch.hashes)  # threads end in any order
         numbers = [batch.items[row].content for row in rows]
-        writer.append(contents.digests[numbers], np.stack([batch.hashes[row] for row in rows]).astype(np.float32))
+        writer.append(images.digests[numbers], np.stack([batch.hashes[row] for row in rows]).astype(np.float32))
 
 
 def _append(
@@ -200,7 +262,7 @@ def _append(
     numbers: NDArray[np.int64],
     vectors: NDArray[np.float32],
     paths: Sequence[str],
-    contents: Contents,
+    images: Images,
     work: Work,
 ) -> None:
     """Store those of n vectors, float32 of shape (n, dim), that an output misses; one that is not finite is a failure of its image.
@@ -208,12 +270,12 @@ def _append(
     `numbers`, int64 of shape (n,), say which contents they are of.
     """
     wanted = output.missing[numbers]
-    storable = output.writer.storable(vectors)
-    for place in np.flatnonzero(wanted & ~storable).tolist():
+    finite = storable(vectors, output.writer.store_type)
+    for place in np.flatnonzero(wanted & ~finite).tolist():
         reason = f"{output.target.spec.name} gives it a vector that is not finite"
-        work.failures.append(_failure(paths[place], contents.digests[numbers[place]], "not_finite", reason))
-    keep = wanted & storable
-    work.vectors[output.target.spec.name] += output.writer.append(contents.digests[numbers[keep]], vectors[keep])
+        work.failures.append(_failure(paths[place], images.digests[numbers[place]], "not_finite", reason))
+    keep = wanted & finite
+    work.vectors[output.target.spec.name] += output.writer.append(images.digests[numbers[keep]], vectors[keep])
 
 
 def _failure(path: str, digest: Digests, status: str, reason: str) -> Failure:
@@ -221,7 +283,7 @@ def _failure(path: str, digest: Digests, status: str, reason: str) -> Failure:
 
 
 @contextmanager
-def _stop_requested() -> Iterator[Callable[[], None]]:
+def stop_requested() -> Iterator[Callable[[], None]]:
     """Turn the first SIGINT or SIGTERM into a request to stop, which the yielded function meets; a second one stops at once."""
     received: list[int] = []
 

@@ -6,6 +6,7 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     task.py       the rows, the folds, the test images
     embedding.py  what heads are tuned on, in memory or on disk, and the heads that are left out where neither will do
     row.py        one head: tuned, scored, saved, or found finished
+    spread.py     rows made on many machines, where joblib's backend is one of those
     repeats.py    searches within outer folds and with other seeds, on request; class weights switched
     budget.py     how many trials of every row fit into a budget, on request
     layers.py     which layers of a network hold the signal, where several are embedded
@@ -45,13 +46,16 @@ from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
 from pipeline.heads.layer_profile import LayerProfile, what_to_take
 from pipeline.heads.tuning import limited, require, seconds_of_trials
+from pipeline.heads.tuning.backends import is_spread, on
 from pipeline.io.digests import fingerprint
+from pipeline.io.engine import Engine
 from pipeline.io.files import write_text_atomic
 from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.budget import Pass, trials_within
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
+from pipeline.stages.train_heads.spread import make_rows
 from pipeline.stages.train_heads.strangers import with_strangers
 from pipeline.stages.train_heads.task import Task, make_task, unseen_task
 from pipeline.stages.train_heads.vote import vote_row
@@ -128,8 +132,10 @@ def ask(config: Config) -> Asked:
     return Asked(config, records, made_of, stores, task, list(_embeddings(config, records, stores, heads, task)))
 
 
-def run(config: Config) -> HeadsRun:
+def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     """Tune every head on every embedding and rank them.
+
+    With an `engine`, or within `joblib.parallel_config` of a backend of many machines, the rows are made there.
 
     Raises
     ------
@@ -141,7 +147,8 @@ def run(config: Config) -> HeadsRun:
     asked = ask(config)
     given, records = asked.config, asked.records
     stores, task, scoring = asked.stores, asked.task, METRICS[given.tuning.scoring]
-    asked, made, cut = _within_budget(asked, files)
+    with on(engine):
+        asked, made, cut = _within_budget(asked, files)
     config, embeddings = asked.config, asked.embeddings
     rows, left_out = made.rows, made.left_out
     if left_out and all(row.constant for row in rows):
@@ -174,6 +181,7 @@ class _Rows:
 def _rows(asked: Asked, files: Artifacts) -> _Rows:
     """Make every row that is asked for, or find it finished."""
     made, config = _Rows(), asked.config
+    spread = make_rows(asked.embeddings, config, files) if is_spread() else set[str]()
     for embedding in asked.embeddings:
         vectors = Vectors(embedding)  # read when a head first needs them, and let go before the next embedding's
         for head in embedding.heads:
@@ -181,7 +189,7 @@ def _rows(asked: Asked, files: Artifacts) -> _Rows:
             start = time.perf_counter()
             try:
                 row = finished_row(folder, key)
-                made.reused += row is not None
+                made.reused += row is not None and key not in spread
                 made.seconds += 0 if row is None else (row.search_seconds or 0) + row.fit_seconds
                 row = row or make_row(head, embedding, vectors, config, files, key)
                 made.rows.append(replace(row, license=embedding.license))
@@ -207,7 +215,8 @@ def _within_budget(asked: Asked, files: Artifacts) -> tuple[Asked, _Rows, list[s
     rows = [row_key(head, each, config.seed) for each in asked.embeddings for head in each.heads]
     trials, cut = trials_within(config.tuning, fingerprint({"rows": rows}), files.budget, measure)
     asked = _with_trials(asked, trials)
-    return asked, passes[-1] if passes else _rows(asked, files), cut
+    made = passes[-1] if passes else _rows(asked, files)
+    return asked, replace(made, reused=passes[0].reused if passes else made.reused), cut
 
 
 def _with_trials(asked: Asked, trials: int) -> Asked:

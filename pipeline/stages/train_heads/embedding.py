@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,10 @@ from pipeline.heads.tuning import (
     working_memory,
     works_on_disk,
 )
+from pipeline.io.digests import bytes_digest
 from pipeline.stages.train_heads.task import Task
 from pipeline.store import FeatureStore, JoinedStores, StoredRows
+from pipeline.store.share import write_npy
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,9 @@ class Vectors:
     is to stay on disk, when it is first asked for.
     """
 
-    def __init__(self, embedding: Embedding) -> None:
-        self.embedding = embedding
+    def __init__(self, embedding: Embedding, folder: Path | None = None) -> None:
+        self.embedding, self._folder = embedding, folder
+        """With a folder, features in memory are those of a file there, which processes of one machine share."""
 
     @cached_property
     def train(self) -> Features:
@@ -146,7 +150,16 @@ class Vectors:
         store, place = self.embedding.store, self.embedding.place
         if store is None or place is None:
             return np.zeros((len(part), 1), dtype=np.float32)
-        return StoredRows.of(store, part.digests) if place.on_disk else store.read(part.digests)
+        if place.on_disk:
+            return StoredRows.of(store, part.digests)
+        if self._folder is None:
+            return store.read(part.digests)
+        path = self._folder / f"{store.digest[:32]}-{bytes_digest(part.digests.tobytes())[:32]}.npy"
+        if not path.exists():
+            rows = StoredRows.of(store, part.digests)
+            write_npy(path, rows.shape, (block for _, block in blocks(rows)))
+        mapped: Features = np.load(path, mmap_mode="r")
+        return mapped
 
 
 def predict(bundle: ModelBundle, X: Features, tuning: TuningConfig) -> tuple[NDArray[Any], NDArray[np.float64] | None]:

@@ -61,7 +61,7 @@ def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int,
         beside = _beside(journal, f"nested-{number}")
         found = tune(head, part(X, train), y, folds, tuning, seed, beside, target=task.target)
         inner.append(float(found.best.mean if found.best.mean is not None else -np.inf))
-        outer.append(_score(found.pipeline, part(X, held_out), task.y_train[held_out], task, METRICS[found.scoring]))
+        outer.append(_score(found, part(X, held_out), task.y_train[held_out], task, METRICS[found.scoring]))
     return Nested(tuple(inner), tuple(outer))
 
 
@@ -91,7 +91,7 @@ def seeds(
         run = tune(head, X_train, task.y_train, folds, tuning, number, beside, target=task.target)
         mean = float(run.best.mean if run.best.mean is not None else np.nan)
         sign = 1 if told_by.higher_is_better else -1
-        found.append((mean, sign * _score(run.pipeline, X_test, task.y_test, task, told_by)))
+        found.append((mean, sign * _score(run, X_test, task.y_test, task, told_by)))
     return Seeds(numbers, tuple(mean for mean, _ in found), tuple(test for _, test in found))
 
 
@@ -132,9 +132,14 @@ def _beside(journal: Path, name: str) -> Path:
     return journal.with_suffix("") / f"{name}.jsonl"
 
 
-def _score(pipeline: Pipeline, X: Features, y: NDArray[Any], task: Task, metric: Metric) -> float:
-    """Score a fitted pipeline as the search would have."""
-    said = [task.target.answers(pipeline, block) for _, block in blocks(X)]
+def _score(found: TuningRun, X: Features, y: NDArray[Any], task: Task, metric: Metric) -> float:
+    """Score what a search found as the search would have, with the thresholds that its answers out of fold tell."""
+    said, known = [task.target.answers(found.pipeline, block) for _, block in blocks(X)], found.out_of_fold
     labels = np.concatenate([labels for labels, _, _ in said])
-    columns = [scores for _, scores, _ in said if scores is not None and metric.needs_probabilities]
-    return metric.score(Predictions(y, labels, np.concatenate(columns) if columns else None, target=task.target))
+    columns = [scores for _, scores, _ in said if scores is not None]
+    scored = np.concatenate(columns) if columns else None
+    if metric.threshold and not task.target.exclusive and scored is not None and known.scores is not None:
+        whole, all_scores = np.concatenate([known.y_true, y]), np.concatenate([known.scores, scored])
+        new = np.repeat([0, 1], [len(known), len(y)])
+        labels = task.target.decided(whole, whole, all_scores, metric.threshold, new)[len(known) :]
+    return metric.score(Predictions(y, labels, scored if metric.needs_probabilities else None, target=task.target))

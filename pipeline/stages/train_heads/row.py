@@ -90,7 +90,9 @@ def make_row(
         calibrator_of(tuned, task),
     )
     out_of_fold = _out_of_fold(tuned, task, bundle)
-    target = task.target.settled(task.y_train, out_of_fold.y_pred, out_of_fold.probabilities)
+    target = task.target.settled(
+        task.y_train, out_of_fold.y_pred, out_of_fold.probabilities, METRICS[tuned.scoring].threshold
+    )
     bundle, out_of_fold = replace(bundle, target=target), replace(out_of_fold, target=target)
     start = time.perf_counter()
     y_pred, probabilities = predict(bundle, vectors.test, tuning)
@@ -111,6 +113,11 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
     record, task, best = embedding.record, embedding.task, tuned.best
     spec = record.spec if record else None
     own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0
+    metric, held_out = METRICS[tuned.scoring], said.out_of_fold
+    mean, by_fold = best.mean, [score for score in best.fold_scores if score is not None]
+    if not task.target.exclusive and metric.needs == "labels" and held_out is not None:
+        # Calibrated, and by the thresholds that the other folds tell, as the test images are judged.
+        mean, by_fold = metric.score(held_out), [metric.score(held_out.rows(rows)) for _, rows in task.folds]
     return LeaderboardRow(
         embedding=embedding.name,
         backbone=spec.architecture if spec else embedding.name,
@@ -121,10 +128,10 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
         unseen_rows=None if task.chose is None else len(task.train),
         chose_rows=task.chose or 0,
         task=task.key,
-        cv_mean=float(best.mean if best.mean is not None else np.nan),
-        cv_std=best.spread or 0.0,
-        cv_scores=tuple(float(score) for score in best.fold_scores if score is not None),
-        test=scores(said.test, seed, METRICS[tuned.scoring]),
+        cv_mean=float(mean if mean is not None else np.nan),
+        cv_std=float(np.std(by_fold, ddof=1)) if len(by_fold) > 1 else 0.0,
+        cv_scores=tuple(map(float, by_fold)),
+        test=scores(said.test, seed, metric),
         fit_seconds=tuned.fit_seconds,
         predict_seconds=0.0,
         trials=len(tuned.trials),
@@ -159,12 +166,15 @@ def _out_of_fold(tuned: TuningRun, task: Task, bundle: ModelBundle) -> Predictio
     found, target, calibrated = tuned.out_of_fold, bundle.target, None
     if found.scores is not None:
         calibrated = bundle.calibrated(found.scores, found.kind)
-    searched = found.scores if METRICS[tuned.scoring].needs_probabilities else None
+    metric = METRICS[tuned.scoring]
+    searched = found.scores if metric.needs_probabilities else None
+    probabilities = None if calibrated is None else target.widened(calibrated, tuned.classes)
+    y_pred = target.unnarrowed(found.y_pred, tuned.classes)
     return replace(
         found,
         y_true=task.y_train,
-        y_pred=target.unnarrowed(found.y_pred, tuned.classes),
-        probabilities=None if calibrated is None else target.widened(calibrated, tuned.classes),
+        y_pred=target.decided(task.y_train, y_pred, probabilities, metric.threshold, found.folds),
+        probabilities=probabilities,
         units=task.groups,
         paths=task.train.paths,
         scores=None if searched is None else target.widened(searched, tuned.classes),
