@@ -11,7 +11,7 @@ RUN    := $(BIN)/manyheads
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install features heads finetune predict report status picture tour test proofs timm fuzz bench scale dist lint newest clean
+.PHONY: help install features heads finetune predict report status picture tour test proofs timm fuzz bench scale dist advisor-cells lint newest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ fuzz: $(VENV)/.installed-test ## Change every file of a finished experiment, 20 
 bench: $(VENV)/.installed-test ## Measure speed against what a user would write: make bench PHOTOS=folder
 	@for bench in features accuracy; do $(BIN)/python tests/benchmarks/bench_$$bench.py $(PHOTOS) || exit 1; done
 	@for bench in heads store dataset training; do $(BIN)/python tests/benchmarks/bench_$$bench.py || exit 1; done
+
+advisor-cells: $(VENV)/.installed-test ## Measure what the advice is fitted on (an hour or two): make advisor-cells PHOTOS=folder TINY=archive
+	@$(BIN)/python tests/benchmarks/advisor_cells.py $(PHOTOS) $(TINY)
 
 scale: $(VENV)/.installed-test ## Measure growth to a million vectors, and workers and shards that are killed: make scale PHOTOS=folder
 	@$(BIN)/python tests/benchmarks/bench_scale.py

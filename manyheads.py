@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.data.manifest import manifest as manifest
     from pipeline.embed.transformer import Embedder as Embedder
     from pipeline.errors import PipelineError as PipelineError
+    from pipeline.evaluation.advice import Advice
     from pipeline.stages.clean import CleanRun
     from pipeline.stages.estimators import Classifier as Classifier
     from pipeline.stages.estimators import Regressor as Regressor
@@ -151,6 +152,13 @@ def heads(
 def replay(config: Given, **overrides: Any) -> list[Replay]:
     """Make every number of a leaderboard, of several targets of each, again from the stored features, and say what differs."""
     from pipeline.stages import replay as stage
+
+    return stage.run(_config(config, overrides))
+
+
+def advise(config: Given, **overrides: Any) -> Advice:
+    """Say what to do next: stop, label more, take another layer or backbone, or fine-tune, each with its gain and price."""
+    from pipeline.stages import advise as stage
 
     return stage.run(_config(config, overrides))
 

@@ -89,7 +89,7 @@ def cli() -> None:
 
 @cli.group()
 def store() -> None:
-    """Care for the feature stores: what is in them, whether it is whole, and files to share."""
+    """Care for the feature stores: check, repair, share."""
 
 
 def fit(config: Config, target: tuple[str, ...], budget: str | None, output: Path | None, open: bool) -> Iterable[str]:
@@ -172,16 +172,37 @@ def replay(config: Config) -> tuple[bool, Iterable[str]]:
 def finetune(config: Config, output: Path | None) -> Iterable[str]:
     """Stage three: train the best backbone end to end, from the best head, and say whether it was worth it.
 
+    Prints the advice of `manyheads advise` first; `finetune: auto` in the config follows it.
+
     Example: manyheads finetune configs/digits.yaml --output finetuned.safetensors
     """
+    from pipeline.stages import advise
     from pipeline.stages import finetune as stage
 
     if output is not None:
         files.require_place(output)
+    given = advise.run(config)
+    yield from [*given.summary_lines(), ""]
+    if config.finetune.unfreeze == "auto" and given.scope is None:
+        yield "Nothing is trained, as finetune: auto follows the advice; set finetune.unfreeze to [[0, all]] to train nevertheless."
+        return
     result = stage.run(config)
     yield from result.summary_lines()
     if output is not None:
         files.write_atomic(output, result.weights.read_bytes())
+
+
+def advise(config: Config) -> Iterable[str]:
+    """Say what to do next: stop, label more, take another layer or backbone, or fine-tune, each with its gain and price.
+
+    Costs at most a twentieth of a whole fine-tuning, and looks at no test image.
+
+    Example: manyheads advise configs/folder.yaml
+    """
+    from pipeline import report
+    from pipeline.stages import advise as stage
+
+    return [*stage.run(config).summary_lines(), f"report     {report.refresh(Path(config.output))}"]
 
 
 def fewshot(config: Config, shots: tuple[int, ...], **options: Any) -> Iterable[str]:
@@ -502,7 +523,9 @@ def _command(
         return 0 if ok else 1
 
     context = {"ignore_unknown_options": hidden}
-    return click.Command(name or run.__name__, context, call, list(takes), cleandoc(run.__doc__ or ""), hidden=hidden)
+    told = cleandoc(run.__doc__ or "")
+    first = " ".join(told.split("\n\n")[0].split())  # click would cut it, and wraps what it is given as short
+    return click.Command(name or run.__name__, context, call, list(takes), told, short_help=first, hidden=hidden)
 
 
 def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -558,6 +581,7 @@ COMMANDS = (
         ),
     ),
     _command(replay, *EXPERIMENT),
+    _command(advise, *EXPERIMENT),
     _command(finetune, *EXPERIMENT, _option("--output", "-o", type=PATH, help="Also copy the weights to this file.")),
     _command(
         fewshot,

@@ -67,6 +67,8 @@ class Artifacts:
         self.few_shot = self.root / "fewshot.json"
         self.layers = self.root / "layers.json"
         """Which layers of its networks hold the signal, where several are embedded."""
+        self.advice = self.root / "advice.json"
+        """What to do next, with the expected gain and price of each way."""
         self.budget = self.root / "budget.json"
         """How long searches took, where there is a budget for them."""
         self.audit = self.root / "audit.json"
@@ -208,6 +210,7 @@ INDEX = Kind(
     older=(1,),
 )
 LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
+ADVICE = Kind("manyheads advice", 1, PipelineError, "run `manyheads advise`", "run `manyheads advise` again")
 BUDGET = Kind("manyheads budget", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 AUDIT = Kind("manyheads audit", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 BUNDLE = Kind(

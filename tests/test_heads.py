@@ -240,7 +240,7 @@ def test_what_is_wrong_with_a_users_own_head_is_told(own_heads):
     assert messages["BAYS"] == (
         "head 'own_heads_for_test:BAYS': 'own_heads_for_test' has no 'BAYS', did you mean 'BAYES'?; its heads: BAYES, FLAWED"
     )
-    assert messages["NO_HEAD"] == "head 'own_heads_for_test:NO_HEAD': is a int, expected a pipeline.heads.Head"
+    assert messages["NO_HEAD"] == "head 'own_heads_for_test:NO_HEAD': is of type int, expected a pipeline.heads.Head"
     lines = messages["FLAWED"].splitlines()
     assert lines[0] == "head 'own_heads_for_test:FLAWED': 5 problems"
     assert lines[1] == "  name: 'naive bayes' names files; use letters, digits, '.', '_' and '-'"

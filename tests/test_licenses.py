@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,11 @@ def test_licences_stand_in_the_leaderboard_and_the_bundle_and_those_of_earlier_v
     }
     board = train_heads.run(permissive).leaderboard
     assert f"Licences of the weights: {name} mit." in board.notes()
+    row = board.row(f"{name}/nearest_centroid")
+    layers = tuple(
+        replace(row, embedding=f"regnet_small-bundled-{layer}") for layer in ("penultimate", "stage3", "stage4-max")
+    )
+    assert "Licences of the weights: regnet_small-bundled mit." in replace(board, rows=layers, verdict=None).notes()
     assert {row.embedding: row.license for row in read_leaderboard(files.root).rows} == {
         name: "mit",
         "pixels": "none needed",

@@ -252,6 +252,21 @@ def test_several_targets_share_one_network_in_one_file(experiment: Config) -> No
     np.testing.assert_array_equal(found[1], found[3])
 
 
+def test_rounded_vectors_are_computed_in_fp32_and_proven_against_both(experiment: Config) -> None:
+    place = Artifacts(experiment.output).bundle(*ROW.split("/"))
+    head = bundles.load(place)
+    spec = {**head.embedding["spec"], "precision": "bf16"}
+    model = export.opened({"": replace(head, embedding={**head.embedding, "spec": spec})}, False)
+    assert [kind.embedders[0].specs[0].precision for kind in (model.networks, model.exact)] == ["bf16", "fp32"]
+    (way,) = {embedder.preprocessing for embedder in model.networks.embedders}
+    some = [replace(photo, odd=False) for photo in list(export.photos(export.test_images(place), [way]))[:2]]
+    proof = json.loads(
+        onnxruntime.InferenceSession(models.write(model, some)[0]).get_modelmeta().custom_metadata_map["proof"]
+    )
+    assert (proof["images"], proof["odd_sizes"]) == (2, 0)
+    assert proof["from_prepared"] <= 1e-5
+
+
 def test_a_file_that_says_something_else_is_not_written(
     experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

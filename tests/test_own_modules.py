@@ -204,7 +204,7 @@ def test_the_identity_sees_weights_text_and_source_and_nothing_else(nets: Callab
 @pytest.mark.parametrize(
     ("function", "told"),
     [
-        ("no_network", "my_nets:no_network: returns a str, expected a torch.nn.Module, or (module, transform)"),
+        ("no_network", "my_nets:no_network: returns str, expected a torch.nn.Module, or (module, transform)"),
         (
             "mapping",
             "my_nets:mapping: gives a dict for 2 images, expected a tensor with a vector for each, such as 2 x 512",

@@ -199,12 +199,13 @@ def test_candidates_that_are_not_to_be_had_are_one_line(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(
-        BackboneError, match=r"candidate 'resnet50' is to fetch; a shortlist is made of what is here, and fetches"
-    ):
-        shortlist.run(config(photos), 30, ["resnet50"])
-    with pytest.raises(BackboneError, match="candidate 'resnet5' is none of those that `manyheads backbones` lists"):
-        shortlist.run(config(photos), 30, ["resnet5"])
+    with pytest.raises(BackboneError, match="2 candidates cannot be had") as caught:
+        shortlist.run(config(photos), 30, ["resnet50", "regnet_small", "resnet5"])
+    assert list(caught.value.problems) == [
+        "candidate 'resnet50' is to fetch",
+        "candidate 'resnet5' is none of those that `manyheads backbones` lists",
+        "a shortlist is made of what is here, and fetches nothing",
+    ]
     with pytest.raises(PipelineError, match="no network is left to write a config of"):
         shortlist.run(config(photos), 30, ["hog"])
 

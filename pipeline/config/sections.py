@@ -431,9 +431,9 @@ class FinetuneConfig(Section):
     `EMBEDDING/HEAD`; `random` in place of a head is a control that starts from none."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
     """Share of the training images that chooses weights, where the data have no validation split."""
-    unfreeze: tuple[tuple[Share, str], ...] = ((0.0, "all"),)
+    unfreeze: tuple[tuple[Share, str], ...] | Literal["auto"] = ((0.0, "all"),)
     """From which share of the steps on what is trained, such as `[[0, head], [0.2, all]]`: `head`, `last_stage`, `all`, or the
-    lowest stage, such as `stage3`."""
+    lowest stage, such as `stage3`. `auto` follows `manyheads advise`, which may say that nothing should be."""
     steps: Count = "auto"
     """Optimizer steps; `auto` goes by the number of images."""
     batch_size: int = Field(32, ge=1)
@@ -466,11 +466,19 @@ class FinetuneConfig(Section):
 
     @field_validator("unfreeze")
     @classmethod
-    def _rises_from_the_start(cls, plan: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
+    def _rises_from_the_start(
+        cls, plan: tuple[tuple[float, str], ...] | Literal["auto"]
+    ) -> tuple[tuple[float, str], ...] | Literal["auto"]:
+        if plan == "auto":
+            return plan
         starts = [start for start, _ in plan]
         if starts[:1] != [0] or starts != sorted(set(starts)):
             raise ValueError("should be steps of which the first starts at 0 and each later than the one before")
         return plan
+
+
+def _as_advised(given: Any) -> Any:
+    return {"unfreeze": "auto"} if given == "auto" else given
 
 
 class Config(Section):
@@ -495,7 +503,8 @@ class Config(Section):
     vote: bool = False
     """Whether the mean of the best rows of different embeddings is one more row, chosen by cross-validation."""
     tuning: TuningConfig = TuningConfig()
-    finetune: FinetuneConfig = FinetuneConfig()
+    finetune: Annotated[FinetuneConfig, BeforeValidator(_as_advised)] = FinetuneConfig()
+    """`auto` in place of the section follows the advice: `unfreeze: auto`."""
 
     @model_validator(mode="before")
     @classmethod

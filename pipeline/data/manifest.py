@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 import stat
@@ -127,6 +128,7 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
     inside = "the manifest's folder" if config.root is None else str(root)
     roots = {f"{address_of(root) or os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
     several = [kind == "multilabel" for kind in config.kinds]
+    alone = config.kinds[0] if len(config.kinds) == 1 else ""
     # Several columns that are one target say 0 or 1, and hold no lists.
     lists = any(several) and len(several) == len(config.label_columns)
     separator = config.label_separator or (SEPARATOR if lists else None)
@@ -146,6 +148,10 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
             ]
         labels = labels or [""]
         found = [*_path_problems(name, inside), *_label_problems(labels, any(several) or not labelled)]
+        if alone == "regression":
+            found += [
+                f"label {shown(text)!r} is no finite number" for text in labels if text.strip() and not _is_number(text)
+            ]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")
@@ -225,6 +231,13 @@ def _label_problems(labels: Sequence[str], may_be_none: bool) -> list[str]:
     if not may_be_none and not any(label.strip() for label in labels):
         return ["the label is empty" if len(labels) == 1 else "all its labels are empty"]
     return ["a label holds a NUL character"] if any("\0" in label for label in labels) else []
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _joined(labels: Sequence[str]) -> str:

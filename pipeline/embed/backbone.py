@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -188,6 +189,12 @@ class Backbone:
                 sent = sent.pin_memory()  # only from such memory does a copy go on while the GPU is given its work
             vectors = self._vectors(sent.to(self.device, non_blocking=True))
             return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
+
+    def in_float64(self) -> Backbone:
+        """Return the same network computing in float64, by torch, for who asks what float32 leaves open."""
+        twin = copy(self)
+        twin._module, twin._dtype, twin._engine = deepcopy(self._module).double(), torch.float64, twin._by_torch
+        return twin
 
     def to_onnx(self, opset: int) -> bytes:
         """Return an ONNX model from prepared pixels to the vectors of each of `specs`; BackboneError where it cannot be written."""

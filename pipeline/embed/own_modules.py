@@ -188,7 +188,7 @@ def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
     network, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(network, nn.Module):
         raise BackboneError(
-            f"{name}: returns a {type(network).__name__}, expected a torch.nn.Module, or (module, transform)"
+            f"{name}: returns {type(network).__name__}, expected a torch.nn.Module, or (module, transform)"
         )
     return network, USUAL if transform is None else _described(transform, name)
 

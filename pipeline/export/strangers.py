@@ -100,7 +100,11 @@ def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, set
     if not asked:
         return Strangers(bundle, known, PROBABILITY, nothing, nothing, None, None)
     if not bundle.target.exclusive:
-        raise ConfigError(f"{folder}: says {bundle.target.kind}; --unknown and --sets are for one class per image")
+        columns = bundle.target.csv_columns(0)
+        raise ConfigError(
+            f"{folder}: says {bundle.target.kind}; --unknown and --sets are for one class per image. How sure it is stands in its columns "
+            f"without them: {', '.join(columns[1:3])}, ..."
+        )
     said = HeadPredictions.read(folder / FILE_NAME).out_of_fold
     p = None if said is None else said.probabilities
     score = str(bundles.describe(folder)["unknown"]["score"]) if known else PROBABILITY

@@ -27,6 +27,11 @@ class Networks:
     embedders: Sequence[Embedder]
     places: Sequence[tuple[int, int]]
 
+    def in_float64(self) -> Networks:
+        """Return the same computing in float64; baselines as they are."""
+        made = [each.in_float64() if hasattr(each, "in_float64") else each for each in self.embedders]
+        return Networks(made, self.places)
+
     def blocks(self, prepared: Prepared) -> list[NDArray[np.float32]]:
         """Return all blocks of vectors of n images, float32 of shape (n, dim) each."""
         made = [embedder.embed(prepared[embedder.preprocessing]) for embedder in self.embedders]
@@ -43,7 +48,7 @@ class Model:
     networks: Networks
     """As `predict` runs them."""
     exact: Networks
-    """The same in float32, which those of `predict` may round."""
+    """The same by torch in float32, which a file is made of; bf16 rounds, and OpenVINO adds up in another order."""
 
     def said(self, networks: Networks, prepared: Prepared) -> dict[str, tuple[NDArray[Any], Any]]:
         """Return what each head says of n images by some networks, as `ModelBundle.said` does."""

@@ -32,7 +32,7 @@ def load_own(path: str) -> Head:
         raise HeadError(f"head {path!r}: {module_name!r} has no {attribute!r}{guess(attribute, names)}{known}")
     head = getattr(module, attribute)
     if not isinstance(head, Head):
-        raise HeadError(f"head {path!r}: is a {type(head).__name__}, expected a pipeline.heads.Head")
+        raise HeadError(f"head {path!r}: is of type {type(head).__name__}, expected a pipeline.heads.Head")
     problems = _flaws(head)
     if problems:
         raise HeadError(f"head {path!r}: {number_of(len(problems), 'problem')}", problems)

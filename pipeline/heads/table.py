@@ -254,8 +254,10 @@ OF_LABELS: Mapping[str, Head] = {
         _of_labels("ridge", linear.RIDGE_LABELS),
         _of_labels("logistic_regression", linear.LOGISTIC_LABELS, linear.fit_each_label),
         _of_labels("linear_svm", linear.HINGE_LABELS, linear.fit_each_label),
+        _of_labels("decision_tree", None),
         _of_labels("knn", None),
         _of_labels("random_forest", forests.FOREST_OF_NUMBERS),
+        _of_labels("rbf_svm", kernel.RBF_SVM_LABELS, linear.fit_each_label),
         _of_labels("mlp", MLP, fit_keeping_best),
     )
 }

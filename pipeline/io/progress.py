@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+Piece = TypeVar("Piece")
 LOG_SECONDS = 15.0
 """How often a bar is redrawn where nobody watches it live."""
 
@@ -24,6 +25,11 @@ class Progress:
     def update(self, count: int = 1) -> None:
         """Say that `count` more are done."""
         self._bar.update(count)
+
+    def passed(self, piece: Piece) -> Piece:
+        """Say that one more is done, and return it: for `map`."""
+        self.update()
+        return piece
 
     def note(self, text: str) -> None:
         """Show a short text behind the bar, such as the best score so far; soon, also where no piece ends for hours."""

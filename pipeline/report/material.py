@@ -30,6 +30,7 @@ from pipeline.evaluation import (
     curve_sizes,
     fewshot,
 )
+from pipeline.evaluation.advice import Advice, read_advice
 from pipeline.evaluation.fewshot import FewShot
 from pipeline.evaluation.leaderboard.judge import Trials, judge, read_predictions, read_trials
 from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
@@ -89,6 +90,8 @@ class Material:
     missing: tuple[str, ...] = ()
     few_shot: FewShot | None = None
     """What `manyheads fewshot` found, where it was run."""
+    advice: Advice | None = None
+    """What `manyheads advise` said, where it was asked."""
 
     @property
     def target(self) -> str:
@@ -164,7 +167,9 @@ def gather(output: Path) -> Material:
     except (PipelineError, OSError) as error:
         missing.append(f"No near-duplicates and outliers are shown: {error}")
     trials, few_shot = read_trials(board, output), _few_shot(files, missing)
-    return Material(output, board, predictions, trials, index, view, findings, tuple(missing), few_shot)
+    return Material(
+        output, board, predictions, trials, index, view, findings, tuple(missing), few_shot, read_advice(files.advice)
+    )
 
 
 def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: list[str]) -> View | None:

@@ -238,6 +238,11 @@ def _outliers(material: Material) -> Shown | None:
     return ({}, {"total": len(found), "shown": shown, "pictures": pictures}) if shown else None
 
 
+def _advice(material: Material) -> Shown | None:
+    """Give what to do next, where `manyheads advise` was asked."""
+    return None if material.advice is None else ({}, {"advice": material.advice})
+
+
 def _few_shot(material: Material) -> Shown | None:
     result = material.few_shot
     if result is None:
@@ -270,6 +275,7 @@ SECTIONS = (
     Section("numbers", "Predicted and true", (Regression.kind,), numbers.show),
     Section("per-label", "Label by label", (MultiLabel.kind,), per_label.show),
     Section("cost", "Labels and cost", EVERY, _growth),
+    Section("advice", "Fine-tune?", CLASSES, _advice),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
     Section("unknown", "Unknown", CLASSES, _unknown),
     Section("map", "Images", EVERY, _map),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import count, cycle
@@ -21,10 +20,9 @@ from pipeline.export import bundle as bundles
 from pipeline.export.table import EXPORTS, Model, Networks, Photo
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
+from pipeline.io.progress import bar
 from pipeline.stages import settings
 from pipeline.stages.predict import find_bundles
-
-log = logging.getLogger(__name__)
 
 MOST_IMAGES = 256
 """Test images that an export is proven on; of more they are evenly spread."""
@@ -59,7 +57,9 @@ def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, tru
     ways = {embedder.preprocessing for embedder in model.networks.embedders}
     lines = [f"head    {folder}" for folder in folders.values()]
     for name, file in files.items():
-        content, about = EXPORTS[name].write(model, photos(index, ways))
+        total = min(len(index), MOST_IMAGES) + len(ODD_SIZES)
+        with bar(total, "images", f"proving {file.name}") as progress:
+            content, about = EXPORTS[name].write(model, map(progress.passed, photos(index, ways)))
         write_atomic(file, content)
         lines += [*about, f"written to {file}, {len(content) / 1e6:.1f} MB"]
     return lines
@@ -81,7 +81,7 @@ def _rows(experiment: Path, row: str) -> dict[str, Path]:
 
 
 def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
-    """Open the networks of some heads, each once, and those that round their numbers also without that."""
+    """Open the networks of some heads, each once, and also in torch's float32 those that `predict` has in bf16 or by OpenVINO."""
     flat: list[EmbeddingRecord] = []
     blocks: dict[str, list[list[int]]] = {}
     for target, head in heads.items():
@@ -94,14 +94,12 @@ def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
         blocks[target] = [[next(number) for _ in records] for records in made_of]
         flat += [record for records in made_of for record in records]
     networks = Networks(*open_networks(flat, "cpu", trust_code=trust_code))
-    rounded = sorted({record.spec.precision for record in flat} - {"fp32"})
-    if not rounded:
+    exact = [
+        replace(each, spec=replace(each.spec, precision="fp32", engine="torch")) if each.kind == "backbone" else each
+        for each in flat
+    ]
+    if exact == flat:
         return Model(heads, blocks, networks, networks)
-    log.info(
-        "its vectors were made in %s, the file computes in fp32: it is written where that moves no answer too far",
-        rounded[0],
-    )
-    exact = [replace(record, spec=replace(record.spec, precision="fp32", engine="torch")) for record in flat]
     return Model(heads, blocks, networks, Networks(*open_networks(exact, "cpu", trust_code=trust_code)))
 
 

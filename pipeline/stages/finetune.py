@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config import Config, PreprocessingConfig
 from pipeline.embed.precision import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, TrainingError
 from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
 from pipeline.finetuning.batches import Data, Labelled
 from pipeline.finetuning.checkpoint import Run, copy_weights
@@ -28,6 +28,7 @@ from pipeline.finetuning.result import describe, judge, lines, return_path, writ
 from pipeline.finetuning.trainer import Task, predict_logits, steps_for, train
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
+from pipeline.stages import advise
 from pipeline.store import FeatureStore
 
 __all__ = ["FinetuneRun", "run"]
@@ -61,8 +62,10 @@ def run(config: Config) -> FinetuneRun:
     Raises
     ------
     PipelineError
-        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
+        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, the plan is wrong, or
+        `finetune.unfreeze` is `auto` and the advice is to train nothing.
     """
+    config = as_advised(config)
     files = Artifacts(config.output)
     choice = choose(config, files)
     store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
@@ -122,6 +125,25 @@ def run(config: Config) -> FinetuneRun:
     return FinetuneRun(result, weights, name, reused=False)
 
 
+def as_advised(config: Config) -> Config:
+    """Return a config whose plan is what the advice says, where it leaves that open.
+
+    Raises
+    ------
+    TrainingError
+        When the advice is to train nothing.
+    """
+    if config.finetune.unfreeze != "auto":
+        return config
+    advice = advise.run(config)
+    if advice.scope is None:
+        raise TrainingError(
+            f"finetune: auto follows the advice, which is to {advice.recommended}; set finetune.unfreeze to [[0, all]] to train nevertheless"
+        )
+    plan = config.finetune.model_copy(update={"unfreeze": ((0.0, advice.scope),)})
+    return config.model_copy(update={"finetune": plan})
+
+
 def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> str:
     """Name everything that determines the result."""
     linear = choice.linear
@@ -167,6 +189,7 @@ def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, fol
     steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
     put_head(network.module, layer)
     stages = stages_of(network.module, prepared.size)
+    assert settings.unfreeze != "auto"  # as advised by now
     plan = check_plan(settings.unfreeze, stages)
     log.info("training on %s in %s: %s", device, precision, reason)
     for stage in stages:

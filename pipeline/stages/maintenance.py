@@ -26,6 +26,7 @@ from pipeline.errors import PipelineError, StoreError, first, number_of
 from pipeline.evaluation.audit import read_findings
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import (
+    ADVICE,
     BUDGET,
     FEWSHOT,
     FINETUNING,
@@ -328,6 +329,7 @@ _FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
     ("audit.json", read_findings),
     ("report.json", lambda path: _whole(path, REPORT)),
     ("fewshot.json", lambda path: _whole(path, FEWSHOT)),
+    ("advice.json", lambda path: _whole(path, ADVICE)),
     ("refit/**/refit.json", lambda path: _whole(path, REFIT)),
     ("refit/targets.json", lambda path: _whole(path, TARGETS)),
     ("refit/**/bundle.json", lambda path: bundles.describe(path.parent)),

@@ -48,7 +48,7 @@ def part_files(place: str | Path, name: str) -> list[str]:
 
 
 class PartWriter:
-    """Writes vectors of one embedding as parts; leaving it normally finishes the last one. What is in `known` is not asked for."""
+    """Writes vectors of one embedding as parts, which `due` says when to finish; leaving it normally finishes the last one."""
 
     def __init__(
         self,
@@ -71,9 +71,8 @@ class PartWriter:
         self._probe = np.zeros((0, dim), "<f4") if probe is None else np.ascontiguousarray(probe, "<f4")
         self._waiting: list[tuple[Digests, NDArray[Any]]] = []
         self._waiting_bytes, self._since = 0, time.monotonic()
-        found = [
-            file.arrays["content"] for file in map(self._head, part_files(place, store.stem) if look else ()) if file
-        ]
+        heads = map(self._head, part_files(place, store.stem) if look else ())
+        found = [file.arrays["content"] for file in heads if file is not None]
         self._known = digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *found]))
 
     def _head(self, path: str) -> StoreFile | None:

@@ -4,7 +4,7 @@
 
 FOLDER has a folder of photos for each kind of thing, maybe in train/ and test/ above. Its kinds are learned as classes; with what the
 pixels say (bright, colourful) as several labels; how bright and colourful a photo is as two numbers; and kind and brightness as
-two targets of one experiment, which are one file. Every head of every target is exported and proven on so many test images.
+two targets of one experiment, which are one file. Every head of every target is exported and proven on so many test images, the best on as many as usual.
 Then the best head of each is timed from decoded images to answers, one image at a time: by the file, and as `predict` does.
 """
 
@@ -122,16 +122,18 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    export.MOST_IMAGES = arguments.images
+    usual = export.MOST_IMAGES
     if not (arguments.output / "photos.csv").exists():
         make(arguments.folder, arguments.output)
     for task in arguments.tasks.split(","):
         each = experiment(task, arguments)
+        export.MOST_IMAGES = arguments.images
         print(f"== {task}: largest difference from prepared pixels and from images, size", flush=True)
         for name, folder in each.items():
             for row in read_leaderboard(folder).rows:
                 if not row.constant:
                     print(f"{name} {row.key:<75}", proven(folder, row.key, arguments.output / "row.onnx"), flush=True)
+        export.MOST_IMAGES = usual
         whole, file = arguments.output / task, arguments.output / f"{task}.onnx"
         print(f"best{' of each' * (len(each) > 1)}: {proven(whole, None, file)}")
         if not Artifacts(whole).each_target():

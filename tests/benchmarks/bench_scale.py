@@ -2,8 +2,8 @@
 
 `python tests/benchmarks/bench_scale.py [--rows 1000000] [--paths 10000000] [--heads 1000000] [--output bench_scale]` makes synthetic
 data in a temporary folder, runs every step at three sizes in a process of its own, and writes a table (Markdown), a picture and
-the figures (JSON). Seconds are those of the wall, with the processor's beside them; memory is the most that was resident, in which
-mapped pages of the features are counted though the system may drop them. A million vectors take 2 GB, the heads' run 4 GB of disk.
+the figures (JSON, which has seconds of the wall too). Seconds are the processor's, of all threads; memory is the most that was resident,
+in which mapped pages of the features are counted though the system may drop them. A million vectors take 2 GB, the heads' run 4 GB of disk.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def gc(folder, rows):
 
 
 def merge_parts(folder, rows):
-    """Merge 16 parts, as of as many shards; writing them is measured too."""
+    """Write the parts of 16 shards, and merge them."""
     from pipeline.stages.extract.stores import take_parts
 
     digests = digests_of(rows)
@@ -104,9 +104,7 @@ def merge_parts(folder, rows):
             writers[place % 16].commit()
     for writer in writers:
         writer.commit()
-    began = time.perf_counter()
     assert take_parts(folder / "parts", folder, remove=True) == {"m": rows}
-    return time.perf_counter() - began
 
 
 # ---- steps on an index of n paths
@@ -126,11 +124,9 @@ def index_of(rows):
 
 def index_write(folder, rows):
     index = index_of(rows)
-    began = time.perf_counter()
     index.write(folder / "dataset")
     stats = np.tile(np.arange(rows)[:, None], 3)
     StatCache(index.paths, stats, index.digests, 0, 0).write(folder / "dataset")
-    return time.perf_counter() - began
 
 
 def index_open(folder, rows):
@@ -148,10 +144,8 @@ def index_diff(folder, rows):
     digests[rows // 2 : rows // 2 + each] += np.uint64(1)
     paths = texts([*index.paths[:-each], *(f"zzz/{number:09d}.jpg" for number in range(each))])
     digests[-each:] += np.uint64(7)
-    began = time.perf_counter()
     found = difference(index.paths, index.digests, paths, digests)
     assert (found.added, found.removed, found.changed) == (each, each, each)
-    return time.perf_counter() - began
 
 
 # ---- a run of heads on n vectors
@@ -204,7 +198,7 @@ PATHS = (index_write, index_open, cache_open, index_diff)
 HEADS = (make_experiment, heads)
 STEPS = {step.__name__: step for step in (*STORE, *PATHS, *HEADS)}
 ABOUT = {
-    "write": "write the store",
+    "write": "draw vectors and write the store",
     "open_one": "open it and read one vector",
     "look_up": "look up all contents",
     "read_all": "read and check all vectors",
@@ -212,11 +206,11 @@ ABOUT = {
     "status_of": "`store status` of one store",
     "verify_quick": "`store verify`",
     "gc": "`store gc`, a tenth goes",
-    "merge_parts": "merge 16 shards' parts",
-    "index_write": "write index and stat cache",
+    "merge_parts": "draw vectors, write 16 shards' parts, merge",
+    "index_write": "make and write index and stat cache",
     "index_open": "open the index",
     "cache_open": "open the stat cache",
-    "index_diff": "compare two states",
+    "index_diff": "open the index, compare with another state",
     "heads": "`heads`: ridge and logistic regression",
 }
 
@@ -238,8 +232,8 @@ def measured(step, folder, rows):
 
 def run_step(name, folder, rows):
     began, cpu = time.perf_counter(), time.process_time()
-    own = STEPS[name](folder, rows)  # what a step measures itself leaves out how it made its data
-    seconds = time.perf_counter() - began if own is None else own
+    STEPS[name](folder, rows)
+    seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu, "mb": peak}))
 
@@ -252,7 +246,7 @@ def table(found):
         if cells:
             lines.append(
                 f"| {about} | "
-                + " | ".join(f"{one['rows']:,}: {one['seconds']:.2f} s, {one['mb']:,.0f} MB" for one in cells)
+                + " | ".join(f"{one['rows']:,}: {one['cpu']:.2f} s, {one['mb']:,.0f} MB" for one in cells)
                 + " |"
             )
     return "\n".join(["| | small | middle | large |", "|---|---:|---:|---:|", *lines])
@@ -264,13 +258,13 @@ def draw(found, path):
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for step, about in ABOUT.items():
-        line = [(one["rows"], one["seconds"], one["mb"]) for one in found if one["step"] == step]
+        line = [(one["rows"], one["cpu"], one["mb"]) for one in found if one["step"] == step]
         if line:
             rows, seconds, mb = zip(*sorted(line), strict=True)
             style = "--" if STEPS[step] in PATHS else "-"
             axes[0].plot(rows, seconds, style, marker="o", markersize=3, label=about)
             axes[1].plot(rows, mb, style, marker="o", markersize=3)
-    for one, label in zip(axes, ("seconds", "MB resident at most"), strict=True):
+    for one, label in zip(axes, ("processor seconds", "MB resident at most"), strict=True):
         one.set(xscale="log", yscale="log", xlabel="vectors (lines) or paths (dashes)", ylabel=label)
         one.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,11 +259,12 @@ class Leaderboard:
             )
         if any(row.baseline for row in self.rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
-        licenses = {
-            row.embedding: row.license for row in self.rows if not (row.baseline or row.untrained) and row.license
-        }
+        licenses: dict[tuple[str, str], set[str]] = {}
+        for row in self.rows:
+            if not (row.baseline or row.untrained) and row.license:
+                licenses.setdefault((row.backbone, row.license), set()).add(row.embedding)
         if licenses:
-            told = "; ".join(f"{name} {license}" for name, license in licenses.items())
+            told = "; ".join(f"{_network(names)} {license}" for (_, license), names in licenses.items())
             lines.append(f"Licences of the weights: {told}.")
         if best.baseline or best.untrained:
             lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
@@ -491,3 +492,9 @@ def seconds(value: float) -> str:
 
 def _luck(metric: Metric, bias: float) -> str:
     return metric.gap_text(max(bias, 0.0)).lstrip("+")
+
+
+def _network(embeddings: set[str]) -> str:
+    """Return what the layers of one network have in common in their names."""
+    parts = zip(*(name.split("-") for name in embeddings), strict=False)
+    return "-".join(each[0] for each in takewhile(lambda each: len(set(each)) == 1, parts)) or min(embeddings)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, compose, helper, numpy_helper
 
 OPSET = 18
-"""The first whose Resize smooths, and the last that torch's exporter and skl2onnx both write."""
+"""That torch's exporter of traces and skl2onnx both write, and older onnxruntimes read."""
 OPSETS = {"": OPSET, "ai.onnx.ml": 3}
 FLOAT, DOUBLE, INT64, UINT8, STRING = (
     TensorProto.FLOAT,

@@ -56,7 +56,8 @@ def add_answer(g: Graph, bundle: ModelBundle, vectors: Sequence[str], prefix: st
             _probabilities(g, one, *_columns(g, one.estimator, x))
             for one, x in zip(bundle.members, vectors, strict=True)
         ]
-        mean = g("Div", reduce(partial(g, "Add"), told), float(len(told)))
+        likely = [each for each in told if each]
+        mean = g("Div", reduce(partial(g, "Add"), likely), float(len(likely)))
         parts["probabilities"] = _calibrated(g, bundle.calibrator, mean, "probability") if bundle.calibrator else mean
         strings["label"] = g("Gather", np.array(target.classes), g("ArgMax", mean, axis=1, keepdims=0)), ["n"]
     else:

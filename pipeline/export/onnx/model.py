@@ -35,9 +35,8 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
         When a part of it cannot be written as ONNX, or does not say what `predict` says of the photos.
     """
     g = Graph()
-    entries = {
-        way: f"prepared.{n}" for n, way in enumerate(dict.fromkeys(e.preprocessing for e in model.exact.embedders))
-    }
+    ways = dict.fromkeys(embedder.preprocessing for embedder in model.exact.embedders)
+    entries = {way: f"prepared.{number}" for number, way in enumerate(ways)}
     for way, name in entries.items():
         g("Identity", add_prepared(g, IMAGES, way), named=name)
     made = [_vectors(g, embedder, entries[embedder.preprocessing]) for embedder in model.exact.embedders]
@@ -52,8 +51,7 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
         raise BundleError(
             f"it is {whole.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; export a head of a smaller network"
         )
-    named = {name: way for way, name in entries.items()}
-    proof = prove(model, photos, whole.SerializeToString(), inner.SerializeToString(), named)
+    proof = prove(model, photos, whole.SerializeToString(), inner.SerializeToString(), entries)
     onnx.helper.set_model_props(whole, metadata(model, proof))
     return whole.SerializeToString(deterministic=True), _lines(outputs, proof)
 

@@ -63,7 +63,7 @@ def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
     half = g("Div", _double(g, g("Sub", resized, crop)), 2.0)
     start = g("Max", g("Cast", g("Round", half), to=INT64), np.array(0))
     kept = g("Min", resized, crop)
-    pixels = _double(g, g("Transpose", images, perm=[0, 3, 1, 2]))
+    pixels = g("Transpose", images, perm=[0, 3, 1, 2])
     for side in (1, 0):
         had, made, first, count = (g("Gather", each, np.array(side)) for each in (sides, resized, start, kept))
         pixels = _pass(g, pixels, preprocessing, had, made, g("Range", first, g("Add", first, count), np.array(1)))
@@ -95,7 +95,7 @@ def _pass(g: Graph, pixels: str, preprocessing: Preprocessing, had: str, made: s
         low = g("Gather", first, g("Min", np.array([place]), end))
         high = g("Gather", last, g("Min", np.array([place + BLOCK - 1]), end))
         own = g("Slice", g("Slice", weights, [place], [place + BLOCK], [0]), low, high, [1])
-        parts.append(g("MatMul", g("Slice", pixels, low, high, [3]), g("Transpose", own, perm=[1, 0])))
+        parts.append(g("MatMul", _double(g, g("Slice", pixels, low, high, [3])), g("Transpose", own, perm=[1, 0])))
     sums = g("Concat", *parts, axis=3)
     return str(g("Clip", g("Floor", g("Div", g("Add", sums, g("Div", one, 2.0)), one)), 0.0, 255.0))
 

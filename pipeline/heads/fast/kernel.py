@@ -102,6 +102,25 @@ def rbf_svr(problem: Problem, fold: int, distances: Distances, params: Params) -
     return FoldOutcome(problem.target.told(said), fit_seconds=fitted - start, score_seconds=seconds)
 
 
+@one_by_one
+def rbf_svm_labels(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
+    """Fit a support vector machine on the kernel exp(-gamma * squared distance) for each label; what all rows say is said of all."""
+    start = time.perf_counter()
+    head: SVC = configure(problem.head, params, problem.seed)[-1]
+    gamma = np.float32(head.gamma)
+    within = _kernel(distances.within, gamma)
+    judged = [_kernel(distances.across, gamma)]
+    if problem.judge_training:
+        judged.append(within[np.argsort(distances.order)])
+    scores = np.empty((sum(map(len, judged)), problem.width), dtype=np.float32)
+    for label, column in enumerate(distances.y.T):
+        scores[:, label] = column[0] - 0.5
+        if np.ptp(column):
+            machine = clone(head).set_params(kernel="precomputed").fit(within, column)
+            scores[:, label] = np.concatenate([machine.decision_function(rows) for rows in judged])
+    return FoldOutcome(scores > 0, scores, "decision", time.perf_counter() - start)
+
+
 def fit_each(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.float64]) -> Pipeline:
     """Fit a pipeline whose last step takes one number; a copy of that for each where y is of shape (n, k).
 
@@ -149,11 +168,12 @@ def _work_bytes(problem: Problem) -> int:
     """Return what a fold takes: distances in float32 and kernels in float64, and what libsvm keeps of two classes."""
     cache = configure(problem.head, problem.head.defaults, problem.seed)[-1].cache_size
     classes = problem.target.classes
-    pair = int(np.sort(np.bincount(problem.y))[-2:].sum()) if classes else len(problem.y)
+    pair = int(np.sort(np.bincount(problem.y))[-2:].sum()) if classes and problem.y.ndim == 1 else len(problem.y)
     kernels = max(12 * len(train) * (len(train) + len(held_out)) for train, held_out in problem.folds)
     return kernels + min(int(cache * 1e6), 4 * pair**2)
 
 
-RBF_SVM, RBF_SVR = (
-    Evaluator(fit, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes) for fit in (rbf_svm, rbf_svr)
+RBF_SVM, RBF_SVR, RBF_SVM_LABELS = (
+    Evaluator(fit, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)
+    for fit in (rbf_svm, rbf_svr, rbf_svm_labels)
 )

@@ -32,10 +32,8 @@ def is_spread() -> bool:
 
 def spread(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """Call a function with the arguments of each task on the chosen backend, and yield what it returns, as it comes."""
-    as_they_come = joblib.parallel.get_active_backend()[
-        0
-    ].supports_return_generator  # Ray's has all at once, in the end
-    how = "generator_unordered" if as_they_come else "list"
+    backend, _ = joblib.parallel.get_active_backend()
+    how = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has all at once, in the end
     run = joblib.Parallel(n_jobs=-1, return_as=how, pre_dispatch="all", batch_size=1)
     yield from run(joblib.delayed(function)(*task) for task in tasks)
 

@@ -53,7 +53,8 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = 3
 LONG_SECONDS = 60.0
-"""A run that takes longer says when more machines would pay."""
+HOURS_SECONDS = 7200.0
+"""A run that takes longer says when more machines would pay, and a plan of hours that they can share it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +97,8 @@ class FeaturesRun:
             cost = "time unknown until it has run once"
             if rate := rates.get(name):
                 cost = f"about {_duration(count * rate)} at the last run's rate"
+                if count * rate > HOURS_SECONDS:
+                    cost += ", which several machines can share (docs/scale.md)"
             yield f"{name}: {count:,} to embed, {cost}; {target.why}"
 
     def _work_lines(self) -> Iterator[str]:

@@ -27,7 +27,7 @@ from pipeline.embed.installed import STAND_IN
 from pipeline.embed.licenses import require_permitted
 from pipeline.embed.spec import Embedder, probe_images
 from pipeline.embed.weights import license_of, to_fetch
-from pipeline.errors import BackboneError, ConfigError, DatasetError, PipelineError
+from pipeline.errors import BackboneError, ConfigError, DatasetError, PipelineError, number_of
 from pipeline.evaluation import ACCURACY, Predictions, compare
 from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
@@ -46,6 +46,8 @@ from pipeline.stages.targets import of_classes
 FOLDS = 5
 RUNGS = (4, 2, 1)
 """The sample is looked at in such parts, smallest first: a quarter, a half, all of it."""
+LEAST_IMAGES = 10
+"""Training images below which a full run would be refused, or tell nothing."""
 LEAST = 100
 """Images of a rung at least: of fewer no candidate is shown to be worse."""
 JUDGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
@@ -80,6 +82,8 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
     enter(files)
     places, labels = _training(scanned.index, contents)
+    if len(places) < LEAST_IMAGES:
+        raise DatasetError(f"a shortlist needs {LEAST_IMAGES} training images at least, and there are {len(places)}")
     order = places[stratified(labels, min(images, len(places)), config.seed)]
     sizes = sorted({len(order) // part for part in RUNGS if len(order) // part >= LEAST} | {len(order)})
     entries: dict[str, Entry] = {}
@@ -108,7 +112,12 @@ def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], 
     table = [row for row in rows() if row.weights]
     sections = list(config.backbones)
     if words:
-        sections = [section for word in words if word not in baselines.NAMES for section in _named(word, table)]
+        found = [_named(word, table) for word in words if word not in baselines.NAMES]
+        wrong = [each for each in found if isinstance(each, str)]
+        if wrong:
+            problems = [*wrong, "a shortlist is made of what is here, and fetches nothing"]
+            raise BackboneError(f"{number_of(len(wrong), 'candidate')} cannot be had", problems)
+        sections = [section for each in found if not isinstance(each, str) for section in each]
     else:
         sections += [BackboneConfig(name=row.name, weights=row.weights) for row in table if row.where == HERE]
         sections += [STAND_IN] if any(row.weights == "bundled" for row in table) else []
@@ -124,7 +133,8 @@ def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], 
     return [*allowed, *(name for name in baselines.NAMES if name in words or not words)], left_out
 
 
-def _named(word: str, table: Sequence[Row]) -> list[BackboneConfig]:
+def _named(word: str, table: Sequence[Row]) -> list[BackboneConfig] | str:
+    """Return the networks that a word names, or why there are none."""
     if names_code(word):
         return [BackboneConfig.model_validate({"name": word})]
     name, _, weights = word.partition("/")
@@ -134,7 +144,7 @@ def _named(word: str, table: Sequence[Row]) -> list[BackboneConfig]:
     here = [BackboneConfig(name=row.name, weights=row.weights) for row in found if row.where == HERE]
     if not here:
         where = f"is {found[0].where}" if found else "is none of those that `manyheads backbones` lists"
-        raise BackboneError(f"candidate {word!r} {where}; a shortlist is made of what is here, and fetches nothing")
+        return f"candidate {word!r} {where}"
     return here
 
 

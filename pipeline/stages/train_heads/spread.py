@@ -9,17 +9,24 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import UnfittedError
 from pipeline.experiment import Artifacts
 from pipeline.heads.tuning import limited
 from pipeline.heads.tuning.backends import SHARING, cpu_count, spread
+from pipeline.io.digests import fingerprint
+from pipeline.io.imports import look_in
 from pipeline.io.progress import bar
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
+
+if TYPE_CHECKING:
+    from pipeline.stages.train_heads import Asked
 
 FOLDER = "mapped"
 """In the output folder: the features that workers map, while they do."""
@@ -39,10 +46,11 @@ def make_rows(embeddings: Sequence[Embedding], config: Config, files: Artifacts)
             if embedding.store is not None and fresh:
                 vectors = Vectors(embedding, folder)
                 assert len(vectors.train) + len(vectors.test) > 0  # the files are written, once for all workers
-                tasks += [(document, os.getcwd(), place, name, folder) for name, _ in fresh]
+                tasks += [(place, name) for name, _ in fresh]
                 keys |= {key for _, key in fresh}
+        asked = (document, fingerprint({"rows": sorted(keys)}), os.getcwd(), folder)
         with bar(len(tasks), "heads", "tuning on the workers") as progress:
-            for _ in spread(_make, tasks) if tasks else ():
+            for _ in spread(_make, [(*asked, *task) for task in tasks]) if tasks else ():
                 progress.update()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -53,35 +61,29 @@ def _divided(config: Config, workers: int) -> Config:
     """Leave each of some workers its share of the cores and of the memory."""
     tuning = config.tuning
     limit = limited(tuning).memory_bytes
-    changes = {"jobs": max(1, cpu_count() // workers)} if tuning.jobs == "auto" and workers > 1 else {}
-    changes |= (
-        {"memory": f"{limit // workers / 1e6:.3f}MB"} if limit and tuning.memory == "auto" and workers > 1 else {}
-    )
+    changes: dict[str, int | str] = {}
+    if tuning.jobs == "auto" and workers > 1:
+        changes["jobs"] = max(1, cpu_count() // workers)
+    if limit and tuning.memory == "auto" and workers > 1:
+        changes["memory"] = f"{limit // workers / 1e6:.3f}MB"
     return config.model_copy(update={"tuning": tuning.model_copy(update=changes)})
 
 
-def _make(config: str, working: str, place: int, name: str, folder: Path) -> None:
+def _make(config: str, rows: str, working: str, folder: Path, place: int, name: str) -> None:
     """Make a row in a worker: of the embedding at this place, by the head of this name."""
     os.chdir(working)
-    asked = _asked(config)
+    look_in(Path(working))
+    asked = _asked(config, rows)
     embedding = asked.embeddings[place]
     head = next(head for head in embedding.heads if head.name == name)
-    files = Artifacts(asked.config.output)
-    try:
-        make_row(
-            head,
-            embedding,
-            Vectors(embedding, folder),
-            asked.config,
-            files,
-            row_key(head, embedding, asked.config.seed),
-        )
-    except UnfittedError:
-        return
+    files, key = Artifacts(asked.config.output), row_key(head, embedding, asked.config.seed)
+    with suppress(UnfittedError):
+        make_row(head, embedding, Vectors(embedding, folder), asked.config, files, key)
 
 
 @lru_cache(1)
-def _asked(config: str):  # type: ignore[no-untyped-def]
+def _asked(config: str, rows: str) -> Asked:
+    """Open the features once in each worker, and again where other rows are asked for."""
     from pipeline.stages.train_heads import ask
 
     return ask(Config.model_validate_json(config))

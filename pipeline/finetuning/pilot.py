@@ -1,0 +1,202 @@
+"""Pilot: a few steps of fine-tuning from the handed-over head, on two small parts of the training images.
+
+It answers cheaply whether the network gives way at all: what the loss on the same held-out images falls by, whether more images
+help, and what a step takes. A pilot costs at most `SHARE` of the whole run, counted in passes of an image through the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.embed.precision import resolve_device, resolve_precision
+from pipeline.embed.weights import Network
+from pipeline.evaluation.learning_curve import stratified_order
+from pipeline.finetuning.batches import Data, Labelled, to_float
+from pipeline.finetuning.checkpoint import copy_weights
+from pipeline.finetuning.handover import Layer, put_head
+from pipeline.finetuning.material import Parts, read_pixels
+from pipeline.finetuning.objective import objective_for
+from pipeline.finetuning.plan import check_plan, stages_of
+from pipeline.finetuning.result import ALPHAS
+from pipeline.finetuning.trainer import EVALUATIONS, Task, evaluate, make_optimizer, steps_for, train_step
+
+SHARE = 0.045
+"""Of the passes of a whole run; the rest of five hundredths is left for what surrounds them."""
+PASSES = 3
+"""What a step costs for each image, in passes: one forward, and about two backward."""
+MOST_HELD_OUT = 128
+"""Held-out images that judge a pilot."""
+GENTLER = 0.1
+"""Of the run's rate: its first steps are taken within the warm-up, and a pilot has no others."""
+PART = 4
+"""The smaller part is the larger one divided by this."""
+STATISTICS = 64
+"""Images whose statistics are held against those that the network's normalisation has stored."""
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What some steps on two parts of the training images brought, judged on the same held-out images."""
+
+    sizes: tuple[int, int]
+    steps: int
+    held_out: int
+    start: float
+    """Loss of the handed-over head."""
+    losses: tuple[float, float]
+    """Loss after the steps on each part."""
+    shift: float | None
+    """How far the images' statistics lie from those that BatchNorm has stored, in its standard deviations; None without any."""
+    step_seconds: tuple[float, float]
+    """What a step takes that trains the last stage, and one that trains everything."""
+    image_seconds: float
+    """What it takes to judge an image."""
+    seconds: float
+
+    @property
+    def drops(self) -> tuple[float, float]:
+        """The share of the loss that each part took away; negative where it grew."""
+        small, large = (1 - loss / max(self.start, 1e-6) for loss in self.losses)
+        return small, large
+
+
+def full_passes(config: Config, parts: Parts) -> int:
+    """Return how many passes of an image through the network a whole run takes that trains everything."""
+    settings = config.finetune
+    steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
+    judged = (EVALUATIONS + len(ALPHAS)) * len(parts.validation) + len(parts.test)
+    return steps * settings.batch_size * settings.accumulate * PASSES + judged
+
+
+def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot:
+    """Train for a few steps on two parts of the training images, each time from the handed-over head.
+
+    `network` is left trained.
+
+    Raises
+    ------
+    TrainingError
+        When an image cannot be read, or the loss is no number.
+    """
+    began = time.perf_counter()
+    target, settings, prepared = parts.target, config.finetune, network.preprocessing
+    device = resolve_device(config.extraction.device)
+    precision = resolve_precision(config.extraction.precision, device)[1]
+    held_out = parts.validation.rows(_first(target.encode(parts.validation), MOST_HELD_OUT, config.seed))
+    each = settings.batch_size * settings.accumulate
+    budget = SHARE * full_passes(config, parts) - 3 * len(held_out) - STATISTICS
+    steps = max(2, int(budget / (PASSES * each * 2)) - 1)  # one more is spent on timing the last stage
+    learned = parts.train.rows(_first(target.encode(parts.train), steps * each, config.seed))
+    pixels = read_pixels(config, learned, prepared), read_pixels(config, held_out, prepared)
+    y = target.encode(learned)
+    objective = objective_for(target.kind)
+    put_head(network.module, layer)
+    stages = stages_of(network.module, prepared.size)
+    network.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    handed_over = copy_weights(network.module)
+    whole = Data(
+        Labelled(pixels[0], y),
+        Labelled(pixels[1], target.encode(held_out)),
+        target.width,
+        prepared.mean,
+        prepared.std,
+    )
+    task = Task(
+        network.module,
+        stages,
+        check_plan([(0.0, "all")], stages),
+        settings.model_copy(update={"rate": GENTLER * settings.rate}),
+        steps,
+        precision,
+        config.seed,
+        device,
+        objective=objective,
+    )
+
+    def loss() -> float:
+        return -evaluate(network.module, whole.validation, whole, device, precision, objective)[1]
+
+    clock = time.perf_counter()
+    start = loss()
+    image_seconds = (time.perf_counter() - clock) / len(held_out)
+    shift = statistics_shift(
+        network.module, to_float(torch.from_numpy(pixels[0][:STATISTICS]), prepared.mean, prepared.std)
+    )
+    sizes = (max(2, len(learned) // PART), len(learned))
+    losses, spent = list[float](), list[float]()
+    for size in sizes:
+        network.module.load_state_dict(handed_over)
+        some = replace(whole, train=Labelled(pixels[0][:size], y[:size]))
+        spent += _steps(task, some, steps)
+        losses.append(loss())
+    network.module.load_state_dict(handed_over)
+    everything = float(np.median(spent))
+    last = _steps(replace(task, plan=check_plan([(0.0, "last_stage")], stages)), whole, 2)[-1]
+    return Pilot(
+        sizes=sizes,
+        steps=steps,
+        held_out=len(held_out),
+        start=start,
+        losses=(losses[0], losses[1]),
+        shift=shift,
+        step_seconds=(min(last, everything), everything),  # it does less, whatever else the machine did meanwhile
+        image_seconds=image_seconds,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _first(y: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
+    """Return n rows in a stratified order, int64 of shape (n,); y : int64 of shape (m,)."""
+    return stratified_order(y, seed)[:n].astype(np.int64)
+
+
+def _steps(task: Task, data: Data, count: int) -> list[float]:
+    """Do some steps at the full rates and return what each took in seconds."""
+    optimizer, scaler = make_optimizer(task), torch.amp.GradScaler(task.device.type, enabled=task.precision == "fp16")
+    spent = []
+    for step in range(count):
+        clock = time.perf_counter()
+        train_step(task, data, optimizer, scaler, step)
+        spent.append(time.perf_counter() - clock)
+    return spent
+
+
+def statistics_shift(network: nn.Module, images: torch.Tensor) -> float | None:
+    """Return how far images lie from what a network's BatchNorm layers expect; None where it has none.
+
+    The distance of a layer is the root mean square, over its channels, of the difference of the means in stored standard
+    deviations; the result is the mean over layers. After Maharana et al. 2021 (arXiv 2107.00191).
+
+    images : float32 (n, 3, h, w), as the network takes them
+    """
+    found = list[float]()
+
+    def look(module: nn.modules.batchnorm._BatchNorm) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if module.running_mean is None or module.running_var is None:
+                return
+            mean = inputs[0].float().transpose(0, 1).flatten(1).mean(dim=1)
+            apart = (mean - module.running_mean) ** 2 / (module.running_var + module.eps)
+            found.append(float(apart.mean().sqrt()))
+
+        return hook
+
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [module.register_forward_pre_hook(look(module)) for module in norms]
+    device = next(network.parameters()).device
+    network.eval()
+    try:
+        with torch.inference_mode():
+            network(images.to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return float(np.mean(found)) if found else None

@@ -1,0 +1,223 @@
+"""Advice: stop here, label more, take another layer or backbone, or fine-tune: each with its expected gain and its price.
+
+Looks at what stages one and two left behind and makes a pilot, which together cost at most a twentieth of a whole fine-tuning. Test
+images play no part. What fine-tuning should bring comes from measured cells (`evaluation/advice.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+from threadpoolctl import threadpool_limits
+
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.evaluation import advice
+from pipeline.evaluation.advice import LABEL, OTHER, STOP, TRAIN, Advice, Way, read_advice, recommend
+from pipeline.evaluation.audit import read_findings
+from pipeline.evaluation.leaderboard import read_leaderboard
+from pipeline.evaluation.learning_curve import stratified_order
+from pipeline.experiment import ADVICE, Artifacts, read_document, write_document
+from pipeline.finetuning.handover import open_network, starting_layer
+from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of
+from pipeline.finetuning.pilot import Pilot, full_passes, pilot
+from pipeline.finetuning.result import ALPHAS
+from pipeline.finetuning.trainer import EVALUATIONS, steps_for
+from pipeline.heads.layer_profile import PENALTIES, read_profiles
+from pipeline.heads.tuning import make_folds
+from pipeline.io.digests import fingerprint
+from pipeline.report import material
+from pipeline.store import FeatureStore
+
+log = logging.getLogger(__name__)
+
+MOST_IMAGES = 1500
+"""Training images that the simple heads look at."""
+FOLDS = 5
+EIGHTY = 1.2816 / 1.96
+"""The half width of an 80 % interval of a normal variable, over that of its 95 % interval."""
+
+
+def run(config: Config) -> Advice:
+    """Advise what to do next, or read the advice that was given on the same features and rows.
+
+    Raises
+    ------
+    PipelineError
+        When stages one and two have not been run, or the target or embedding cannot be fine-tuned.
+    """
+    files = Artifacts(config.output, config.store)
+    choice = choose(config, files)
+    cells = advice.cells()
+    key = fingerprint(
+        {
+            "version": ADVICE.version,
+            "cells": cells,
+            "embedding": choice.record.fingerprint,
+            "row": None if choice.linear is None else choice.linear.key,
+            "task": choice.winner.task,
+            "finetune": config.finetune.model_dump(mode="json", exclude={"unfreeze"}),
+            "seed": config.seed,
+        }
+    )
+    known = _known(files, key)
+    if known is not None:
+        return known
+    log.info("advice: a pilot of fine-tuning %s, and simple heads on its features", choice.record.name)
+    record, tried, parts = signs(config, choice)
+    rule = advice.fit(list(cells.values()))
+    outside = rule.outside(record)
+    ways = [
+        Way(STOP, 0.0, (0.0, 0.0)),
+        _label(files),
+        _other(files, choice),
+        *_train(config, record, tried, parts, rule, outside),
+    ]
+    made = Advice(
+        choice.record.name,
+        recommend(ways).name,
+        tuple(ways),
+        outside,
+        len(cells),
+        pilot_share(config, tried, parts),
+        {name: sign(record) for name, (_, sign, _) in advice.SIGNS.items()},
+    )
+    write_document(files.advice, ADVICE, {"key": key, "signs": record, "advice": asdict(made)})
+    return made
+
+
+def _known(files: Artifacts, key: str) -> Advice | None:
+    try:
+        same = read_document(files.advice, ADVICE).get("key") == key
+    except PipelineError:
+        return None
+    return read_advice(files.advice) if same else None
+
+
+# ---- the signs
+
+
+def signs(config: Config, choice: Choice) -> tuple[dict[str, Any], Pilot, Parts]:
+    """Return what the rule looks at, `signs` and `pilot`, with the pilot and the division of the images."""
+    files = Artifacts(config.output, config.store)
+    store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
+    parts = divide(config, files, store, lineage_of(choice.record))
+    y = parts.target.encode(parts.train)
+    kept = np.sort(stratified_order(y, config.seed)[:MOST_IMAGES])
+    units = parts.train.fold_groups()
+    found: dict[str, Any] = dict(
+        probes(store.read(parts.train.digests[kept]), y[kept], None if units is None else units[kept], config.seed)
+    )
+    network = open_network(config, choice, store, parts)
+    layer, _ = starting_layer(config, files, choice, store, parts)
+    tried = pilot(config, network, layer, parts)
+    try:
+        copies = len({pair.other for pair in read_findings(files.audit).near_duplicates})
+    except PipelineError:
+        copies = 0
+    found |= {
+        "images": len(parts.train) + len(parts.validation),
+        "classes": parts.target.width,
+        "copies": copies,
+        "cv": choice.winner.cv_mean if choice.linear is None else choice.linear.cv_mean,
+        "dim": choice.record.spec.dim,
+        "passes": full_passes(config, parts),
+    }
+    return {"signs": found, "pilot": asdict(tried)}, tried, parts
+
+
+def probes(
+    X: NDArray[np.float32], y: NDArray[np.int64], groups: NDArray[np.int64] | None, seed: int
+) -> dict[str, float]:
+    """Return the accuracies of simple heads out of fold, on the same folds; of the linear one also on its training rows.
+
+    `half` is the linear head fitted on half of each fold's rows.
+
+    X : float32 of shape (n, dim); y : int64 of shape (n,); groups : int64 of shape (n,), whose members share a fold
+    """
+    heads: Mapping[str, Callable[[], Any]] = {
+        "linear": lambda: make_pipeline(StandardScaler(), RidgeClassifierCV(PENALTIES)),
+        "knn": lambda: make_pipeline(StandardScaler(), KNeighborsClassifier(5, metric="cosine")),
+        "rbf": lambda: make_pipeline(StandardScaler(), SVC(C=10.0)),
+    }
+    right = {name: np.zeros(len(y), dtype=bool) for name in (*heads, "half")}
+    train = list[float]()
+    with threadpool_limits(limits=1, user_api="blas"):
+        for learned, held_out in make_folds(y, FOLDS, seed, groups):
+            for name, build in heads.items():
+                fitted = build().fit(X[learned], y[learned])
+                right[name][held_out] = fitted.predict(X[held_out]) == y[held_out]
+                if name == "linear":
+                    train.append(float(fitted.score(X[learned], y[learned])))
+            half = learned[stratified_order(y[learned], seed)[: len(learned) // 2]]
+            if len(np.unique(y[half])) > 1:
+                fitted = heads["linear"]().fit(X[half], y[half])
+                right["half"][held_out] = fitted.predict(X[held_out]) == y[held_out]
+    return {**{name: float(hits.mean()) for name, hits in right.items()}, "train": float(np.mean(train))}
+
+
+def pilot_share(config: Config, tried: Pilot, parts: Parts) -> float:
+    """Return the passes of a pilot over those of a whole run."""
+    images = config.finetune.batch_size * config.finetune.accumulate
+    return (3 * images * (2 * tried.steps + 2) + 3 * tried.held_out) / full_passes(config, parts)
+
+
+# ---- the ways
+
+
+def _label(files: Artifacts) -> Way:
+    curve = material.gather(files.root).curve
+    if curve is None or curve.law is None or not curve.forecast:
+        return Way(LABEL, basis="there is no learning curve: too few images")
+    twice, labelled = curve.forecast[0], curve.forecast[0].size // 2
+    now = float(curve.law.accuracy([float(labelled)])[0])
+    low, high = (EIGHTY * (end - twice.predicted) + twice.predicted - now for end in twice.interval)
+    return Way(
+        LABEL, twice.predicted - now, (low, high), images=labelled, basis="the learning curve, at twice the images"
+    )
+
+
+def _other(files: Artifacts, choice: Choice) -> Way:
+    """Judge what other rows and layers have been shown to bring; both are measured already, so they cost nothing."""
+    board = read_leaderboard(files.root)
+    best, ours = board.best, choice.linear or choice.winner
+    layered = [
+        one for one in read_profiles(files.layers) or () if one.nested_gain is not None and one.chosen != one.usual
+    ]
+    if best.embedding != choice.record.name and best.cv_mean > ours.cv_mean:
+        return Way(OTHER, best.cv_mean - ours.cv_mean, None, basis=f"take {best.key}, which is best out of fold")
+    if layered and layered[0].nested_gain is not None:
+        gain = layered[0].nested_gain
+        low, high = (EIGHTY * (end - gain.difference) + gain.difference for end in gain.interval)
+        return Way(OTHER, gain.difference, (low, high), basis=f"layers {layered[0].chosen}, by the profile of layers")
+    several = len({row.embedding for row in board.rows if not row.baseline}) > 1
+    none = "no other that was embedded is better" if several else "no other was embedded; see `manyheads shortlist`"
+    return Way(OTHER, 0.0 if several else None, (0.0, 0.0) if several else None, basis=none)
+
+
+def _train(
+    config: Config, record: Mapping[str, Any], tried: Pilot, parts: Parts, rule: advice.Rule, outside: tuple[str, ...]
+) -> list[Way]:
+    settings = config.finetune
+    steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
+    judged = (EVALUATIONS + len(ALPHAS)) * len(parts.validation) * tried.image_seconds
+    expected = {} if outside else rule.expect(record)
+    found = []
+    for (name, arm), each in zip(TRAIN.items(), tried.step_seconds, strict=True):
+        minutes = (steps * settings.accumulate * each + judged) / 60
+        one = expected.get(arm)
+        basis = "" if one else "outside of what was measured"
+        found.append(
+            Way(name, None if one is None else one.gain, None if one is None else one.interval, minutes, basis=basis)
+        )
+    return found
