@@ -40,6 +40,7 @@ from pipeline.images import forget
 from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
 from pipeline.io.remote import absolute, address_of
+from pipeline.stages import settings
 from pipeline.stages.agreement import Agreement
 from pipeline.store.share import read_vectors
 
@@ -242,6 +243,7 @@ def run(
 
 def find_bundles(path: Path) -> dict[str, Path]:
     """Return the bundle of each target of an experiment's output folder by its name; '' for one alone."""
+    settings.require_there(path, expected="an experiment's output folder, or a bundle's folder in it")
     return {name: find_bundle(folder) for name, folder in (Artifacts(path).each_target() or {"": path}).items()}
 
 
