@@ -212,6 +212,7 @@ def predict(
     top: int = 3,
     unknown: float | None = None,
     sets: float | None = None,
+    explain: Place | None = None,
     device: str = "auto",
     trust: bool = False,
     max_pixels: int | None = None,
@@ -221,6 +222,7 @@ def predict(
 
     given = [Path(each) for each in ([images] if isinstance(images, (str, Path)) else images)]
     options: dict[str, Any] = {"top": top, "device": device, "trust_code": trust, "max_pixels": max_pixels}
+    options["explain"] = Path(explain) if explain else None
     return stage.run(Path(bundle), given, output=Path(output), unknown=unknown, sets=sets, **options)
 
 

@@ -620,6 +620,12 @@ COMMANDS = (
             metavar="SHARE",
             help="Also the labels of which one is right for this share of images.",
         ),
+        _option(
+            "--explain",
+            type=PATH,
+            metavar="FOLDER",
+            help="Also pages on why the first 200 images got their labels: maps, and training images for and against.",
+        ),
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),
         _option("--max-pixels", type=COUNT, help="Larger images are not read; the experiment's limit otherwise."),

@@ -174,8 +174,16 @@ class Stored:
         index = index.rows(~store.missing(index.digests))
         if not len(index):
             raise PipelineError(f"{files.root}: no image has a vector of {record.name}; run `manyheads features` again")
+        return Stored._of(record, store, index)
+
+    @staticmethod
+    def _of(record: EmbeddingRecord, store: FeatureStore | JoinedStores, index: DatasetIndex) -> Stored:
         contents, copies = np.unique(index.digests, axis=0, return_inverse=True)
         return Stored(record, store, index, Nearest.of(store, contents), copies.reshape(-1))
+
+    def part(self, rows: NDArray[np.bool_]) -> Stored:
+        """Return some of the images, bool of shape (n,), to be searched alone."""
+        return Stored._of(self.record, self.store, self.index.rows(rows))
 
     def embed(self, paths: Sequence[str], trust: bool = False) -> tuple[NDArray[np.float32], dict[str, str]]:
         """Return the vectors of those of some image files that can be read, float32 of shape (k, dim), and why others cannot.
