@@ -81,15 +81,11 @@ class ShardRun:
     def summary_lines(self) -> Iterator[str]:
         """What was done, and what comes next."""
         work = self.work
-        rate = work.images / work.loop_seconds if work.loop_seconds else 0.0
         yield (
-            f"shard {self.shard}: {number_of(self.images, 'image')}, {work.images:,} embedded ({rate:,.0f} images/s), the others done "
-            f"before; {self.seconds:.1f} s"
+            f"shard {self.shard}: {number_of(self.images, 'image')}, {work.images:,} embedded ({work.rate:,.0f} images/s), the others "
+            f"done before; {self.seconds:.1f} s"
         )
-        if work.failures or work.unavailable:
-            reasons = [*(f"{one.path}: {one.reason}" for one in work.failures), *work.unavailable]
-            yield f"{number_of(len(reasons), 'image')} could not be used:"
-            yield from (f"  {reason}" for reason in reasons[:3])
+        yield from work.problem_lines()
         yield f"parts in {self.place}; when all shards are done: {self.next}"
 
 
