@@ -32,6 +32,8 @@ from pipeline.images import policy_key
 from pipeline.io.engine import Engine
 from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.stages.extract.cluster import Pool, embed_on, pays
+from pipeline.stages.extract.shard import Shard, ShardRun
+from pipeline.stages.extract.shard import run as run_shard
 from pipeline.stages.extract.stores import enter, take_over, take_parts
 from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,
@@ -117,6 +119,34 @@ class FeaturesRun:
         elif work.loop_seconds > LONG_SECONDS:
             yield f"more machines (docs/scale.md): {pays(work.seconds['start-up'], work.loop_seconds / max(work.images, 1), 2)}"
         yield from work.problem_lines()
+
+
+def asked(
+    config: Config,
+    *,
+    plan: bool = False,
+    rehash: bool = False,
+    shard: str | None = None,
+    parts: str | None = None,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+) -> FeaturesRun | ShardRun:
+    """Do what `features` does: a run on this machine, by the workers of an engine, or of one shard.
+
+    Raises
+    ------
+    PipelineError
+        For options that mean nothing together, and as the runs do.
+    """
+    chosen = Engine.of(engine, address, workers)
+    if shard is None:
+        if parts and chosen is None:
+            raise PipelineError("--parts is where workers and shards write; it needs --engine or --shard")
+        return run(config, plan=plan, rehash=rehash, engine=chosen, place=parts)
+    if plan or chosen:
+        raise PipelineError(f"--shard is one part of a run; leave out --{'plan' if plan else 'engine'}")
+    return run_shard(config, Shard.parse(shard), parts, rehash=rehash)
 
 
 def run(
