@@ -1,7 +1,7 @@
 """Fit: from photos to a leaderboard and its page in one go, and what is asked of the result most.
 
 It looks at the data and embeds, tunes, compares as `features` and `heads` do: what they have finished is not done again, and its
-config, which lies in the output folder, is theirs.
+config, which lies in the output folder, is theirs. What only embeds or predicts is imported there, as `heads` needs none of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
 from pipeline.io.engine import Engine
-from pipeline.stages import check, extract, predict, settings, targets, train_heads
+from pipeline.stages import settings, targets, train_heads
 from pipeline.stages.train_heads import HeadsRun
 
 if TYPE_CHECKING:
@@ -76,10 +76,12 @@ class Run:
         """
         import pandas as pd
 
+        from pipeline.stages import predict as stage
+
         given = [images] if isinstance(images, (str, Path)) else images
         with tempfile.TemporaryDirectory() as folder:
             output, trust = Path(options.pop("output", f"{folder}/predictions.csv")), options.pop("trust", False)
-            run = predict.run(self.output, [Path(image) for image in given], output=output, trust_code=trust, **options)
+            run = stage.run(self.output, [Path(image) for image in given], output=output, trust_code=trust, **options)
             found = pd.read_csv(run.output, dtype=str, keep_default_na=False)
         texts = {"path", "status", *(name for name, board in self.boards.items() if board.target.kind != "regression")}
         for name in found.columns:
@@ -162,6 +164,8 @@ def run(config: Config) -> Iterator[str]:
     PipelineError
         As `check`, `features` and `heads` do; what was finished before is kept.
     """
+    from pipeline.stages import check, extract
+
     files = Artifacts(config.output, config.store)
     try:
         found = check.run(config, files.dataset)
