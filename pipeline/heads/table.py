@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
+from pipeline.heads import in_context
 from pipeline.heads.cosine import CosineVote
 from pipeline.heads.fast import discriminant, forests, kernel, linear
 from pipeline.heads.head import Head
@@ -282,6 +283,9 @@ def mean_of_training(y: NDArray[np.float64], width: int) -> Head:
     return Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
 
 
+TABICL = Head("tabicl", in_context.build, space={}, defaults={}, simplicity=9, probabilities=True)
+
+
 @dataclass(frozen=True)
 class HeadTable:
     """The heads of one kind of target, by name; the one that baselines are judged by; and the guess that looks at no image."""
@@ -290,10 +294,17 @@ class HeadTable:
     baseline: Head
     guess: Callable[[NDArray[Any], int], Head]
     """(y of all training images, the target's width) -> the guess."""
+    optional: Mapping[str, Head] = field(default_factory=dict)
+    """Further heads, which need an extra: tuned only where a config names them. Their `build` says what is lacking."""
+
+    @property
+    def known(self) -> Mapping[str, Head]:
+        """All that a config can name."""
+        return {**self.heads, **self.optional}
 
 
 TABLES: Mapping[str, HeadTable] = {
-    "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent),
+    "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent, {TABICL.name: TABICL}),
     "multilabel": HeadTable(OF_LABELS, OF_LABELS["logistic_regression"], shares_of_labels),
     "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], mean_of_training),
 }

@@ -18,9 +18,10 @@ def run() -> list[str]:
                 head.name,
                 "yes" if head.probabilities else "",
                 "yes" if kind == "classification" and head.name in FOR_PHOTOS else "",
-                ", ".join(f"{name} {_told(dimension)}" for name, dimension in head.space.items()),
+                ", ".join(f"{name} {_told(dimension)}" for name, dimension in head.space.items())
+                or f"nothing; needs manyheads[{head.name}]" * (head.name in table.optional),
             )
-            for head in table.heads.values()
+            for head in table.known.values()
         ]
         lines += [f"== {kind} ==", *tabulate(cells, HEADERS, "simple", disable_numparse=True).splitlines(), ""]
     return [
