@@ -114,7 +114,7 @@ def features(
     **overrides: Any,
 ) -> FeaturesRun | ShardRun:
     """Embed the images that the feature stores do not have yet: here, on the workers of an engine, or those of one shard."""
-    from pipeline.stages.extract import shard as stage
+    from pipeline.stages import extract as stage
 
     options = {"shard": shard, "parts": parts, "engine": engine, "address": address}
     return stage.asked(_config(config, overrides), plan=plan, rehash=rehash, workers=workers, **options)
@@ -211,6 +211,7 @@ def predict(
     top: int = 3,
     unknown: float | None = None,
     sets: float | None = None,
+    explain: Place | None = None,
     device: str = "auto",
     trust: bool = False,
     max_pixels: int | None = None,
@@ -220,6 +221,7 @@ def predict(
 
     given = [Path(each) for each in ([images] if isinstance(images, (str, Path)) else images)]
     options: dict[str, Any] = {"top": top, "device": device, "trust_code": trust, "max_pixels": max_pixels}
+    options["explain"] = Path(explain) if explain else None
     return stage.run(Path(bundle), given, output=Path(output), unknown=unknown, sets=sets, **options)
 
 

@@ -126,7 +126,7 @@ def features(config: Config, **options: Any) -> Iterable[str]:
 
     Example: manyheads features configs/folder.yaml --plan
     """
-    from pipeline.stages.extract import shard as stage
+    from pipeline.stages import extract as stage
 
     return stage.asked(config, **options).summary_lines()
 
@@ -619,6 +619,12 @@ COMMANDS = (
             type=float,
             metavar="SHARE",
             help="Also the labels of which one is right for this share of images.",
+        ),
+        _option(
+            "--explain",
+            type=PATH,
+            metavar="FOLDER",
+            help="Also pages on why the first 200 images got their labels: maps, and training images for and against.",
         ),
         _option("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N."),
         _option("--trust", is_flag=True, help="Load a joblib bundle, or a network of code, which can do anything."),

@@ -217,7 +217,7 @@ BUNDLE = Kind(
     "manyheads bundle",
     1,
     BundleError,
-    "`manyheads heads` writes bundles",
+    "expected an experiment's output folder, in which `manyheads heads` writes bundles, or a bundle's folder",
     _HEADS_AGAIN,
 )
 PREDICTIONS = Kind("manyheads predictions", 2, BundleError, _HEADS_AGAIN, _HEADS_AGAIN)
@@ -297,7 +297,8 @@ def _bytes_of(path: Path, kind: Kind, most: int | None = MOST_JSON) -> bytes:
     try:
         return read_file(path, most)
     except (FileNotFoundError, NotADirectoryError):
-        raise kind.error(f"{path}: missing; {kind.missing}") from None
+        folder = "" if path.parent.exists() else f" (there is no folder {path.parent})"
+        raise kind.error(f"{path}: missing; {kind.missing}{folder}") from None
     except OSError as error:
         if error.errno not in NOT_ORDINARY:
             raise

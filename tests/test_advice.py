@@ -34,7 +34,7 @@ def made(drop: float, share: float, cv: float = 0.8, shift: float = 0.5) -> dict
     signs = {"images": 300, "copies": 0, "classes": 3, "train": 0.95, "linear": cv, "half": cv - 0.05}
     truth = {arm: {"test": 0.8 + share * (1 - cv), "minutes": 1.0} for arm in ARMS}
     return {
-        "signs": {**signs, "rbf": cv, "knn": cv, "cv": cv},
+        "signs": {**signs, "rbf": cv, "neighbours": cv, "cv": cv},
         "pilot": {"shift": shift, "start": 1.0, "losses": [1.0, 1 - drop]},
         "truth": {"frozen": 0.8, **truth},
     }
@@ -107,7 +107,7 @@ def test_simple_heads_judge_images_that_they_have_not_seen() -> None:
     noise = rng.normal(size=(80, 60)).astype(np.float32)
     found = probes(noise, y, None, 0)
     assert found["train"] > 0.9
-    assert all(found[name] < 0.7 for name in ("linear", "knn", "rbf", "half"))
+    assert all(found[name] < 0.7 for name in ("linear", "neighbours", "rbf", "half"))
     ring = rng.normal(size=(200, 2)).astype(np.float32)
     curved = probes(ring, (np.linalg.norm(ring, axis=1) > 1.2).astype(np.int64), None, 0)
     assert curved["rbf"] > curved["linear"] + 0.2

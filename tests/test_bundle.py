@@ -198,7 +198,10 @@ def test_a_pickle_named_as_skops_is_refused(
 def test_no_bundle_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BundleError) as caught:
         bundles.load(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: no bundle here (bundle.json is missing); `manyheads heads` writes bundles"
+    assert str(caught.value) == (
+        f"{tmp_path}: no bundle here (bundle.json is missing); expected an experiment's output folder, in which `manyheads heads` "
+        "writes bundles, or a bundle's folder"
+    )
 
 
 def test_vectors_of_another_length_are_refused(data: tuple[NDArray[np.float32], NDArray[np.int64]]) -> None:

@@ -349,6 +349,10 @@ def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: py
         ("seed: !!int abc\n", "holds a value that cannot be read (invalid literal for int() with base 10: 'abc')"),
         ("seed: " + "9" * 5000, "holds a value that cannot be read (Exceeds the limit (4300 digits)"),
         ("? [a]\n: b\n", "line 1: a key is a list or section"),
+        (
+            "a thesis\n",
+            "is no config, which is YAML with keys such as 'backbones:' and 'heads:'; images are given as a folder",
+        ),
     ],
 )
 def test_malformed_yaml_is_one_line(tmp_path: Path, text: str, found: str) -> None:

@@ -275,7 +275,7 @@ class TestSplitsOfAScan:
             run(other)
         assert str(caught.value) == (
             f"the output folder holds an experiment on the images in {photos}, and this config is about those in {other}; set "
-            "output to another folder, or leave it out: it follows the name of the data set. To go on in this one, delete "
+            "output to another folder (--set output=FOLDER; of `fit` --output FOLDER). To go on in this one, delete "
             "dataset/index.json there: its splits and features are kept"
         )
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -81,6 +81,16 @@ def test_malformed_documents_are_one_line(data: str | bytes, found: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_missing_is_said_of_the_folder_too(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError) as caught:
+        experiment.read_document(tmp_path / "nowhere" / "features.json", FEATURES)
+    assert str(caught.value).endswith(f"first (there is no folder {tmp_path}/nowhere)")
+    with pytest.raises(
+        PipelineError, match=r"features\.json: missing; run `manyheads features` with this config first$"
+    ):
+        experiment.read_document(tmp_path / "features.json", FEATURES)
+
+
 def test_a_pipe_in_place_of_a_document_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "features.json")
     with pytest.raises(PipelineError) as caught:

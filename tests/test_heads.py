@@ -24,9 +24,9 @@ from pipeline.heads import (
     Head,
     Integer,
     Real,
+    as_layer,
     configure,
     identity,
-    linear_parts,
     resolve,
     resolve_all,
 )
@@ -90,11 +90,11 @@ def test_the_same_seed_gives_the_same_head(head: Head):
 
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.linear])
-def test_linear_parts_reproduce_the_head(name: str, classes: int):
+def test_a_linear_head_as_a_layer_says_what_the_head_says(name: str, classes: int):
     X, y = features(classes)
     pipeline = configure(HEADS[name], HEADS[name].defaults, 0).fit(X, y)
-    weights, bias, mean, scale = linear_parts(pipeline)
-    scores = ((X - mean) / scale) @ weights.T + bias
+    weights, bias = as_layer(pipeline)
+    scores = X @ weights.T + bias
     assert weights.shape == (classes, 10)
     assert np.array_equal(pipeline.classes_[scores.argmax(axis=1)], pipeline.predict(X))
     decision = pipeline.decision_function(X)
@@ -103,13 +103,6 @@ def test_linear_parts_reproduce_the_head(name: str, classes: int):
     if HEADS[name].probabilities:
         softmax = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
         np.testing.assert_allclose(softmax, pipeline.predict_proba(X), atol=1e-5)
-
-
-def test_linear_parts_refuse_a_forest():
-    X, y = features()
-    forest = configure(HEADS["decision_tree"], HEADS["decision_tree"].defaults, 0).fit(X, y)
-    with pytest.raises(HeadError, match="a DecisionTreeClassifier is not a linear layer"):
-        linear_parts(forest)
 
 
 def test_a_range_is_replaced_and_keeps_its_prior():

@@ -213,6 +213,11 @@ def test_pick_leaves_out_what_is_labelled_and_says_why_it_picks(experiment: Conf
     assert result.gain.startswith("not known: too few labelled images")
     with pytest.raises(DatasetError, match="is there already, and may have labels"):
         pick.run(small_config(new, tmp_path / "new-output"), output=tmp_path / "next.csv")
+    labelled = small_config(known.root, tmp_path / "old-output")
+    with pytest.raises(
+        DatasetError, match=f"of {len(known)} different ones {len(known)} are among those with labels, 0 cannot"
+    ):
+        pick.run(labelled, Path(experiment.output), output=tmp_path / "more.csv")
 
 
 # ---- a cleaned manifest

@@ -106,6 +106,13 @@ def test_every_head_of_every_target_says_what_the_bundle_says(kind: str, name: s
     assert far(fitted(kind, name), NEW) < (2e-5 if name == "cosine_knn" else 2e-6)
 
 
+@pytest.mark.parametrize("name", ["logistic_regression", "rbf_svm"])
+def test_a_label_that_all_images_have_is_said_of_every_image(name: str) -> None:
+    head, y = TABLES["multilabel"].heads[name], np.stack([X[:, 0] > 0.3, np.ones(len(X), bool)], 1)
+    target = MultiLabel(("a", "b"))
+    assert far(bundle_of(head.fit(unfitted(head), X, target.learned(y)), target), NEW) < 2e-6
+
+
 def test_two_classes_an_unseen_class_a_projection_and_no_calibration() -> None:
     for name in ("ridge", "logistic_regression", "rbf_svm", "lda", "mlp", "random_forest"):
         head = TABLES["classification"].heads[name]

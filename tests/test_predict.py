@@ -81,6 +81,16 @@ def test_no_bundle_is_an_error(tmp_path: Path) -> None:
         predict.run(tmp_path, [tmp_path / "new"], output=tmp_path / "out.csv")
 
 
+def test_a_place_that_is_not_there_names_the_one_that_was_meant(experiment: Config, tmp_path: Path) -> None:
+    place = Path(experiment.output)
+    with pytest.raises(ConfigError) as caught:
+        predict.run(place.with_name(place.name + "s"), [tmp_path], output=tmp_path / "out.csv")
+    assert str(caught.value) == (
+        f"{place}s: there is no such file or folder, did you mean {place.name!r}?; expected an experiment's output folder, or a "
+        "bundle's folder in it"
+    )
+
+
 def test_the_constant_guess_labels_nothing_and_is_passed_over_in_words(
     experiment: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

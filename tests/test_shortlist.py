@@ -17,6 +17,7 @@ from pipeline.embed.backbone import Cost
 from pipeline.embed.baselines import load
 from pipeline.errors import BackboneError, PipelineError
 from pipeline.evaluation import Predictions
+from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.logme import logme
 from pipeline.heads.tuning import make_folds
 from pipeline.stages import extract, settings, shortlist
@@ -61,15 +62,15 @@ def test_logme_sees_no_rotation_or_scale_and_prefers_features_that_tell_the_clas
 
 def test_every_beginning_of_the_sample_has_the_classes_in_proportion() -> None:
     labels = np.array(["a"] * 600 + ["b"] * 300 + ["c"] * 90 + ["rare"] * 10, dtype=object)
-    rows = shortlist.stratified(labels, 1000, 0)
+    rows = stratified_order(labels, 0)
     assert sorted(rows.tolist()) == list(range(1000))
     for n in (100, 250, 500):
         names, counts = np.unique(labels[rows[:n]], return_counts=True)
         shares = dict(zip(names.tolist(), counts.tolist(), strict=True))
         assert all(abs(shares[name] - n * share) <= 1 for name, share in zip("abc", (0.6, 0.3, 0.09), strict=True))
         assert shares["rare"] >= 1
-    assert shortlist.stratified(labels, 250, 0).tolist() == rows[:250].tolist()
-    assert shortlist.stratified(labels, 250, 1).tolist() != rows[:250].tolist()
+    assert stratified_order(labels, 0).tolist() == rows.tolist()
+    assert stratified_order(labels, 1).tolist() != rows.tolist()
 
 
 def test_the_judge_is_the_one_that_is_right_most_often() -> None:

@@ -21,11 +21,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from pipeline.config import FinetuneConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import HeadError, TrainingError
 from pipeline.finetuning import trainer
 from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
 from pipeline.finetuning.checkpoint import Run, copy_weights
-from pipeline.finetuning.handover import fold, put_head
+from pipeline.finetuning.handover import put_head
 from pipeline.finetuning.objective import CLASSES
 from pipeline.finetuning.plan import check_plan, describe_plan, last_linear, stages_of
 from pipeline.finetuning.result import interpolate, recompute_statistics, return_path
@@ -39,6 +39,7 @@ from pipeline.finetuning.trainer import (
     steps_for,
     train,
 )
+from pipeline.heads import as_layer
 
 CPU = torch.device("cpu")
 BASE = FinetuneConfig(steps=6, batch_size=8, augment="flip", rate=0.01, rate_decay=1.0, warmup=0.0)
@@ -359,7 +360,7 @@ def vectors() -> tuple[np.ndarray, np.ndarray]:
 def test_folded_scores_are_the_pipelines(vectors: tuple[np.ndarray, np.ndarray], steps: tuple, head: object) -> None:
     X, y = vectors
     pipeline = make_pipeline(*steps, head).fit(X, y)
-    weights, bias = fold(pipeline)
+    weights, bias = as_layer(pipeline)
     assert weights.shape == (3, 64)
     np.testing.assert_allclose(X @ weights.T + bias, pipeline.decision_function(X), atol=1e-4)
 
@@ -367,7 +368,7 @@ def test_folded_scores_are_the_pipelines(vectors: tuple[np.ndarray, np.ndarray],
 def test_two_classes_get_two_rows_with_the_same_probability(vectors: tuple[np.ndarray, np.ndarray]) -> None:
     X, y = vectors[0], vectors[1] > 0
     pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y)
-    weights, bias = fold(pipeline)
+    weights, bias = as_layer(pipeline)
     probabilities = torch.softmax(torch.from_numpy(X @ weights.T + bias), 1)
     np.testing.assert_allclose(probabilities, pipeline.predict_proba(X), atol=1e-6)
 
@@ -377,7 +378,7 @@ def test_two_classes_of_a_ridge_get_two_rows_with_its_scores(vectors: tuple[np.n
     """Its coefficients have one dimension less than those of other heads."""
     X, y = vectors[0][:, :dim], vectors[1] > 0
     pipeline = make_pipeline(StandardScaler(), RidgeClassifier()).fit(X, y)
-    weights, bias = fold(pipeline)
+    weights, bias = as_layer(pipeline)
     assert (weights.shape, bias.shape) == ((2, dim), (2,))
     scores = X @ weights.T + bias
     np.testing.assert_allclose(scores[:, 1] - scores[:, 0], pipeline.decision_function(X), atol=1e-5)
@@ -391,15 +392,15 @@ def test_the_network_starts_with_the_heads_scores(data: Data, vectors: tuple[np.
     hook.remove()
     X = torch.cat(features).numpy()
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(X, data.train.y)
-    put_head(network, fold(pipeline))
+    put_head(network, as_layer(pipeline))
     logits = predict_logits(network, data.train.pixels, data.mean, data.std, CPU)
     np.testing.assert_allclose(logits, pipeline.decision_function(X), atol=1e-4)
 
 
 def test_heads_that_are_no_layer_are_refused(vectors: tuple[np.ndarray, np.ndarray]) -> None:
     X, y = vectors
-    with pytest.raises(TrainingError, match="a KNeighborsClassifier is no linear layer and cannot be handed over"):
-        fold(make_pipeline(KNeighborsClassifier()).fit(X, y))
+    with pytest.raises(HeadError, match="a KNeighborsClassifier is no linear layer; heads that are: ridge"):
+        as_layer(make_pipeline(KNeighborsClassifier()).fit(X, y))
     with pytest.raises(TrainingError, match="takes vectors of 5 numbers, the network's last layer 'fc' gets 64"):
         put_head(Toy(), (np.zeros((3, 5)), np.zeros(3)))
 

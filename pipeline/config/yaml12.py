@@ -36,7 +36,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds {type(raw).__name__}, expected keys such as 'backbones:' and 'heads:'")
+        raise ConfigError(
+            f"{path}: is no config, which is YAML with keys such as 'backbones:' and 'heads:'; images are given as a folder that "
+            "holds one for each class, an archive of one, or a manifest (.csv, .parquet)"
+        )
     return raw
 
 

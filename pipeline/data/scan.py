@@ -114,8 +114,8 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
         return
     raise DatasetError(
         f"the output folder holds an experiment on the images in {there}, and this config is about those in {root}; set output to "
-        "another folder, or leave it out: it follows the name of the data set. To go on in this one, delete dataset/index.json "
-        "there: its splits and features are kept"
+        "another folder (--set output=FOLDER; of `fit` --output FOLDER). To go on in this one, delete dataset/index.json there: "
+        "its splits and features are kept"
     )
 
 

@@ -120,11 +120,40 @@ class Backbone:
                 logger.info("%s, pooled by %s, is %s: one embedding, not two", row.layer, row.pooling, first)
         return kept
 
+    def contributions(
+        self, pixels: NDArray[np.uint8], output: int, weights: NDArray[np.float64]
+    ) -> NDArray[np.float32] | None:
+        """Return what each place of images adds to a linear score of one of `specs`; the mean over the places is the score.
+
+        None where the vector is not pooled from a map, as of a class token.
+
+        pixels : uint8 of shape (n, height, width, 3), as `embed` takes them
+        weights : float64 of shape (n, dim), of each image's own score
+        Returns float32 of shape (n, rows, columns), as many as the map has.
+        """
+        row = self._rows[output]
+        with torch.no_grad():
+            scaled = self._scaled(torch.from_numpy(pixels).to(self.device))
+            own: torch.Tensor = self._module(scaled)[row.output]
+            vectors = graphs.pool(own.float(), row.pooling)
+            maps = own if own.ndim == 4 else graphs.map_before(self._module, row.output, scaled)
+            if maps is None:
+                return None
+            maps, pooling = maps.float(), row.pooling if own.ndim == 4 else "avg"
+            pooled = graphs.pool(maps, pooling)
+            tolerance = SAME.get(self._dtype, 1e-2)
+            if pooled.shape != vectors.shape or (pooled - vectors).norm() > tolerance * vectors.norm():
+                return None
+            return graphs.contributions(maps, pooling, torch.from_numpy(weights).to(maps)).cpu().numpy()
+
     def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs: tuple[torch.Tensor, ...] = self._module(self._scaled(pixels))
+        return outputs
+
+    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
         # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
         scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-        outputs: tuple[torch.Tensor, ...] = self._module(scaled.to(self._dtype))
-        return outputs
+        return scaled.to(self._dtype)
 
     def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self._outputs(pixels)

@@ -21,6 +21,8 @@ from pipeline.io.digests import fingerprint
 from pipeline.store import FeatureStore, JoinedStores
 
 KIND = "concat"
+Places = Sequence[tuple[int, int]]
+"""Of the blocks that are side by side a vector which embedder makes each, as which of its outputs."""
 Part = TypeVar("Part")
 
 
@@ -132,9 +134,9 @@ def _open(record: EmbeddingRecord, files: Artifacts) -> FeatureStore:
 
 
 def open_networks(
-    parts: Iterable[EmbeddingRecord], device: str, *, trust_code: bool = False
-) -> tuple[list[Embedder], list[tuple[int, int]]]:
-    """Make the embedders of some embeddings again, each once, and say of each in order which embedder's output it is.
+    records: Mapping[str, Sequence[EmbeddingRecord]], device: str, *, trust_code: bool = False
+) -> tuple[list[Embedder], Mapping[str, Sequence[Places]]]:
+    """Make the embedders of each target's embeddings again, each once, and say of each embedding where its blocks come from.
 
     Raises
     ------
@@ -142,16 +144,18 @@ def open_networks(
         As `open_record` does.
     """
     embedders: list[Embedder] = []
-    places: list[tuple[int, int]] = []
-    for part in parts:
-        prints = [
-            [replace(spec, engine=part.spec.engine).fingerprint() for spec in embedder.specs] for embedder in embedders
-        ]
-        number = next((number for number, outputs in enumerate(prints) if part.fingerprint in outputs), None)
-        if number is None:
-            embedder, output = open_record(part, device, trust_code=trust_code)
-            embedders.append(embedder)
-            places.append((len(embedders) - 1, output))
-        else:
-            places.append((number, prints[number].index(part.fingerprint)))
+
+    def place(part: EmbeddingRecord) -> tuple[int, int]:
+        for number, embedder in enumerate(embedders):
+            prints = [replace(spec, engine=part.spec.engine).fingerprint() for spec in embedder.specs]
+            if part.fingerprint in prints:
+                return number, prints.index(part.fingerprint)
+        embedder, output = open_record(part, device, trust_code=trust_code)
+        embedders.append(embedder)
+        return len(embedders) - 1, output
+
+    places = {
+        target: [[place(part) for part in record.parts or (record,)] for record in own]
+        for target, own in records.items()
+    }
     return embedders, places

@@ -5,6 +5,7 @@ Nodes have the names of `torchvision.models.feature_extraction`: the path of the
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import sys
@@ -264,6 +265,45 @@ def cut(graph: Graph, layers: Sequence[str]) -> nn.Module:
     module.delete_all_unused_submodules()
     module.recompile()
     return fuse(module, inplace=True, no_trace=True)
+
+
+def map_before(module: nn.Module, output: int, images: torch.Tensor) -> torch.Tensor | None:
+    """Return the last map before one of the network's outputs, back along its only way; None where there is none.
+
+    images : of the network's dtype, shape (n, 3, height, width); the map is of it too, shape (n, channels, rows, columns) or channels last
+    """
+    if not isinstance(module, fx.GraphModule):
+        return None
+    module = fx.GraphModule(module, copy.deepcopy(module.graph))
+    ShapeProp(module).propagate(images[:1])
+    end = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    node = end.args[0][output]
+    while len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+        shape: Sequence[int] = getattr(node.meta.get("tensor_meta"), "shape", ())
+        if len(shape) == 4 and shape[2] > 1:
+            end.args = (node,)
+            module.graph.eliminate_dead_code()
+            module.recompile()
+            found: torch.Tensor = module(images)
+            return found
+    return None
+
+
+def contributions(maps: torch.Tensor, pooling: str, weights: torch.Tensor) -> torch.Tensor:
+    """Return what each place of maps adds to a linear score of their pooled vectors; the mean over the places is the score.
+
+    This is the class activation map of Zhou et al. 2016 for an average, and as exact for every pooling that is linear, or chooses.
+
+    maps : float32 of shape (n, channels, height, width), or channels last
+    weights : float32 of shape (n, dim), of each image's own score
+    Returns float32 of shape (n, height, width).
+    """
+    maps = maps.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad((pool(maps, pooling) * weights).sum(), maps)
+    cells = (maps.detach() * gradient).sum(1 if _axes_of_places(maps) == (2, 3) else 3)
+    return cells * cells[0].numel()
 
 
 def _work_out_of_place(module: fx.GraphModule) -> None:

@@ -26,7 +26,10 @@ from pipeline.embed.spec import Embedder
 from pipeline.errors import BackboneError
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
 from pipeline.images.given import Pixels, rgb
+from pipeline.io.digests import Digests
 from pipeline.io.memory import is_out_of_memory
+from pipeline.store.parts import PartWriter
+from pipeline.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,13 @@ class Batch:
     """Row -> perceptual hash, where they are asked for."""
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    def store_hashes(self, writer: StoreWriter | PartWriter, digests: Digests) -> None:
+        """Store the hashes, for the digests of all contents, uint64 of shape (n, 2); those that are there already are the same."""
+        if self.hashes:
+            rows = sorted(self.hashes)  # threads end in any order
+            numbers = [self.items[row].content for row in rows]
+            writer.append(digests[numbers], np.stack([self.hashes[row] for row in rows]).astype(np.float32))
 
 
 @dataclass(frozen=True)

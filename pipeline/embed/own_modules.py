@@ -6,7 +6,6 @@ input of that layer, its inner layers can be named where it can be traced, and `
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +26,7 @@ from pipeline.embed.weights_files import tensors_digest
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 from pipeline.io.digests import file_digest, fingerprint
-from pipeline.io.imports import look_in
+from pipeline.io.imports import users_module
 
 logger = logging.getLogger(__name__)
 
@@ -147,14 +146,7 @@ def find_function(name: str) -> Callable[..., Any]:
         When it cannot be imported or called.
     """
     module_name, _, attribute = name.partition(":")
-    try:
-        look_in(Path())
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail at import in any way
-        raise BackboneError(
-            f"backbone {name!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {first_line(error)}); "
-            "it must be installed, or lie beside the config or in the folder the command is run in"
-        ) from None
+    module = users_module(module_name, f"backbone {name!r}", BackboneError)
     found = getattr(module, attribute, None)
     if not callable(found):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]

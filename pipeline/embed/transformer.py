@@ -37,7 +37,7 @@ from pipeline.images.given import Pixels, given_key, one_by_one
 from pipeline.io.digests import Digests
 from pipeline.io.remote import absolute
 from pipeline.store import lock
-from pipeline.store.writer import StoreWriter
+from pipeline.store.writer import StoreWriter, storable
 
 log = logging.getLogger(__name__)
 
@@ -222,9 +222,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         for batch, (part,) in embed([lane], items, Path("/"), self.max_pixels, hashed=hashes is not None):
             contents = np.array([item.content for item in batch.items])
             problems |= {int(contents[row]): problem for row, problem in batch.problems.items()}
-            if hashes is not None and digests is not None and batch.hashes:
-                rows = sorted(batch.hashes)
-                hashes.append(digests[contents[rows]], np.stack([batch.hashes[row] for row in rows]).astype(np.float32))
+            if hashes is not None and digests is not None:
+                batch.store_hashes(hashes, digests)
             if part is not None:
                 yield contents[part.rows], part.vectors[0]
 
@@ -265,7 +264,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             numbers = missing[writer.fresh(digests[missing])]  # another process may have embedded some meanwhile
             try:
                 for here, vectors in self._embed(images, numbers.tolist(), problems, digests, hashes):
-                    finite = writer.storable(vectors)
+                    finite = storable(vectors, writer.store_type)
                     problem = ImageProblem("not_finite", f"{spec.name} gives it a vector that is not finite")
                     problems |= dict.fromkeys(here[~finite].tolist(), problem)
                     writer.append(digests[here[finite]], vectors[finite])

@@ -51,7 +51,7 @@ def _slope(record: Record) -> float:
 
 
 def _curved(record: Record) -> float:
-    return float(max(record["signs"]["rbf"], record["signs"]["knn"]) - record["signs"]["linear"])
+    return float(max(record["signs"]["rbf"], record["signs"]["neighbours"]) - record["signs"]["linear"])
 
 
 def _error(record: Record) -> float:

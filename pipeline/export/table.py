@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.embed.concat import Places
 from pipeline.embed.spec import Embedder
 from pipeline.errors import PipelineError
 from pipeline.export.bundle import ModelBundle
@@ -22,20 +23,23 @@ Prepared = Mapping[Preprocessing, NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Networks:
-    """Networks, and for each block of vectors which of them gives it as which of its outputs."""
+    """Networks, and for each target where each part of its head has its vectors from."""
 
     embedders: Sequence[Embedder]
-    places: Sequence[tuple[int, int]]
+    places: Mapping[str, Sequence[Places]]
 
     def in_float64(self) -> Networks:
         """Return the same computing in float64; baselines as they are."""
         made = [each.in_float64() if hasattr(each, "in_float64") else each for each in self.embedders]
         return Networks(made, self.places)
 
-    def blocks(self, prepared: Prepared) -> list[NDArray[np.float32]]:
-        """Return all blocks of vectors of n images, float32 of shape (n, dim) each."""
+    def vectors(self, prepared: Prepared) -> dict[str, list[NDArray[np.float32]]]:
+        """Return for each target the vectors of n images for each part of its head, float32 of shape (n, dim)."""
         made = [embedder.embed(prepared[embedder.preprocessing]) for embedder in self.embedders]
-        return [made[number][output] for number, output in self.places]
+        return {
+            target: [np.concatenate([made[number][output] for number, output in part], axis=1) for part in parts]
+            for target, parts in self.places.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,6 @@ class Model:
     """What is exported: the head of each target by its name, '' for one alone, and the networks before them."""
 
     heads: Mapping[str, ModelBundle]
-    blocks: Mapping[str, Sequence[Sequence[int]]]
-    """Of each head's parts the blocks that are side by side its vectors."""
     networks: Networks
     """As `predict` runs them."""
     exact: Networks
@@ -52,11 +54,7 @@ class Model:
 
     def said(self, networks: Networks, prepared: Prepared) -> dict[str, tuple[NDArray[Any], Any]]:
         """Return what each head says of n images by some networks, as `ModelBundle.said` does."""
-        made = networks.blocks(prepared)
-        vectors = {
-            target: [np.concatenate([made[block] for block in part], axis=1) for part in parts]
-            for target, parts in self.blocks.items()
-        }
+        vectors = networks.vectors(prepared)
         return {target: head.said(*vectors[target]) for target, head in self.heads.items()}
 
 

@@ -6,7 +6,6 @@ pretrained weights (Kumar et al. 2022, "Fine-tuning can distort pretrained featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from pipeline.config import Config
@@ -31,7 +29,7 @@ from pipeline.export import bundle as bundles
 from pipeline.finetuning.material import Choice, Parts, read_pixels
 from pipeline.finetuning.plan import last_linear
 from pipeline.finetuning.trainer import predict_logits
-from pipeline.heads import HEADS, Head
+from pipeline.heads import HEADS, Head, Layer, as_layer
 from pipeline.heads.tuning import Features, blocks, expand_scores, limited, make_folds, memory_needed, part, refit
 from pipeline.store import FeatureStore, StoredRows
 
@@ -42,10 +40,6 @@ TOLERANCE = 0.05
 TEMPERATURE_FOLDS = 3
 UNSEEN_MARGIN = 10.0
 """By how much a class that the head never saw is less likely than the least likely other."""
-
-Vectors = NDArray[np.float64]
-Layer = tuple[Vectors, Vectors]
-"""Weights of shape (n_classes, dim) and biases of shape (n_classes,), float64: scores = x @ weights.T + bias."""
 
 
 def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> Network:
@@ -146,7 +140,7 @@ def starting_layer(
     X: Features = StoredRows.of(store, parts.train.digests) if stays else store.read(parts.train.digests)
     y = parts.target.encode(parts.train)
     pipeline = _fitted(bundle.estimator, linear.head, X, y, config.seed)
-    layer = fold(pipeline)
+    layer = as_layer(pipeline)
     if not hasattr(pipeline, "predict_proba"):
         layer = _tempered(layer, bundle.estimator, linear.head, X, y, config.seed)
     gap = choice.winner.cv_mean - linear.cv_mean
@@ -193,55 +187,3 @@ def _for_all_classes(layer: Layer, seen: NDArray[np.int64], width: int) -> Layer
     bias = np.full(width, layer[1].min() - UNSEEN_MARGIN)
     weights[seen], bias[seen] = layer
     return weights, bias
-
-
-# ---- a pipeline as one layer
-
-
-def fold(pipeline: Pipeline) -> Layer:
-    """Write a fitted pipeline of scalers, PCA and a linear classifier as one layer on the raw features.
-
-    Weights (n_classes, dim) and biases (n_classes,), float64, have the order of `classes_`; two classes get two rows, -w/2 and
-    w/2, whose softmax is the same probability.
-
-    Raises
-    ------
-    TrainingError
-        When a step is not linear.
-    """
-    classifier = pipeline[-1]
-    if not hasattr(classifier, "coef_"):
-        raise TrainingError(
-            f"a {type(classifier).__name__} is no linear layer and cannot be handed over; expected a linear head such as logistic_regression"
-        )
-    # Of two classes a ridge keeps one dimension less than the other linear classifiers.
-    weights = np.asarray(classifier.coef_, dtype=np.float64).reshape(-1, classifier.n_features_in_)
-    bias = np.zeros(len(weights)) + np.asarray(classifier.intercept_, dtype=np.float64)
-    for _, step in reversed(pipeline.steps[:-1]):
-        if step is None or step == "passthrough":
-            continue
-        if type(step) not in _FOLDS:
-            able = ", ".join(kind.__name__ for kind in _FOLDS)
-            raise TrainingError(f"a {type(step).__name__} before the head cannot be folded into a layer; only: {able}")
-        weights, bias = _FOLDS[type(step)](step, weights, bias)
-    if len(weights) == 1:
-        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
-    return weights, bias
-
-
-def _fold_scaler(step: StandardScaler, weights: Vectors, bias: Vectors) -> Layer:
-    if step.scale_ is not None:
-        weights = weights / step.scale_
-    if step.mean_ is not None and step.with_mean:
-        bias = bias - weights @ step.mean_
-    return weights, bias
-
-
-def _fold_pca(step: PCA, weights: Vectors, bias: Vectors) -> Layer:
-    if step.whiten:
-        weights = weights / np.sqrt(np.maximum(step.explained_variance_, np.finfo(np.float64).eps))
-    weights = weights @ step.components_
-    return weights, bias - weights @ step.mean_
-
-
-_FOLDS: Mapping[type, Callable[[Any, Vectors, Vectors], Layer]] = {StandardScaler: _fold_scaler, PCA: _fold_pca}

@@ -7,7 +7,7 @@ of your own in the config as `package.module:ATTRIBUTE`.
 
 from pipeline.heads.choosing import resolve, resolve_all
 from pipeline.heads.head import Head, Params, configure, identity
-from pipeline.heads.linear import linear_parts
+from pipeline.heads.linear import Layer, as_layer
 from pipeline.heads.space import Categorical, Dimension, Integer, Real
 from pipeline.heads.table import FOR_PHOTOS, HEADS, KNN, LOGISTIC_REGRESSION, RIDGE, TABLES
 
@@ -22,11 +22,12 @@ __all__ = [
     "Dimension",
     "Head",
     "Integer",
+    "Layer",
     "Params",
     "Real",
+    "as_layer",
     "configure",
     "identity",
-    "linear_parts",
     "resolve",
     "resolve_all",
 ]

@@ -34,7 +34,7 @@ class Head:
     probabilities: bool = False
     """Whether the fitted head has `predict_proba`."""
     linear: bool = False
-    """Whether `linear_parts` can write the fitted head as one linear layer."""
+    """Whether `as_layer` can write the fitted head as one linear layer."""
     takes_class_weight: bool = False
     targets: tuple[str, ...] = ("classification",)
     """The kinds of target it serves, as `pipeline.data.targets` names them."""

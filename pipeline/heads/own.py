@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from pathlib import Path
 
 from pipeline.config import guess
 from pipeline.errors import HeadError, number_of
 from pipeline.heads.head import Head, configure
 from pipeline.heads.tuning.evaluation import Evaluator
-from pipeline.io.imports import look_in
+from pipeline.io.imports import users_module
 
 
 def load_own(path: str) -> Head:
@@ -18,14 +16,7 @@ def load_own(path: str) -> Head:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise HeadError(f"head {path!r}: expected package.module:ATTRIBUTE, such as my_heads:GRADIENT_BOOSTING")
-    try:
-        look_in(Path())
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail at import in any way
-        raise HeadError(
-            f"head {path!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error}); "
-            "it must be installed, or lie beside the config or in the folder the command is run in"
-        ) from error
+    module = users_module(module_name, f"head {path!r}", HeadError)
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if isinstance(value, Head)]
         known = f"; its heads: {', '.join(names)}" if names else "; it holds no pipeline.heads.Head"

@@ -78,18 +78,18 @@ class Archive:
 
     @cached_property
     def folders(self) -> Mapping[str, Mapping[str, Entry]]:
-        """What each folder holds, by its path with '/' at the end; that of the archive is ''."""
+        """What each folder holds, by its path; that of the archive is ''."""
         found: dict[str, dict[str, Entry]] = {"": {}}
         for path, entry in self.members.items():
             folder, _, name = path.rpartition("/")
-            below = f"{folder}/" if folder else ""
-            if below not in found:
-                parts = folder.split("/")
-                for depth, part in enumerate(parts):
-                    above = "".join(f"{one}/" for one in parts[:depth])
-                    found.setdefault(above, {})[part] = None
-                    found.setdefault(f"{above}{part}/", {})
-            found[below].setdefault(name, entry)
+            below = folder
+            while below not in found:
+                found[below] = {}
+                below = below.rpartition("/")[0]
+            found[folder].setdefault(name, entry)
+        for folder in filter(None, found):
+            above, _, name = folder.rpartition("/")
+            found[above][name] = None
         return found
 
 
@@ -151,10 +151,9 @@ def entries(path: str) -> Mapping[str, Entry]:
             return list_remote(address)
         raise NotADirectoryError(path)
     archive = open_archive(found[0])
-    below = f"{found[1]}/" if found[1] else ""
-    if below not in archive.folders:
+    if found[1] not in archive.folders:
         raise (NotADirectoryError if found[1] in archive.members else FileNotFoundError)(path)
-    return archive.folders[below]
+    return archive.folders[found[1]]
 
 
 def read_elsewhere(path: str, most: int | None = None) -> bytes:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+from pipeline.errors import PipelineError, first_line
 
 
 @contextmanager
@@ -26,3 +29,15 @@ def look_in(folder: Path) -> None:
     name = str(folder.absolute())
     if name not in sys.path:
         sys.path.append(name)
+
+
+def users_module(name: str, asked: str, kind: type[PipelineError]) -> ModuleType:
+    """Import a module of the user's own; an error of this kind, which begins with what was asked for, where that fails."""
+    try:
+        look_in(Path())
+        return importlib.import_module(name)
+    except Exception as error:  # a user's module may fail at import in any way
+        raise kind(
+            f"{asked}: module {name!r} cannot be imported ({type(error).__name__}: {first_line(error)}); it must be installed, or "
+            "lie beside the config or in the folder the command is run in"
+        ) from error

@@ -66,12 +66,14 @@ def build_overview(output: Path, pages: Mapping[str, Path]) -> Path:
         "headers": HEADERS,
         "rows": overview(boards),
         "links": links,
-        "parts": (),
-        "images": None,
-        **_look(),
     }
-    write_text_atomic(output / PAGE, _environment().get_template("targets.html").render(given))
+    write_text_atomic(output / PAGE, fill("targets.html", given))
     return output / PAGE
+
+
+def fill(name: str, given: Mapping[str, object]) -> str:
+    """Return a page of its own as HTML text, by its template and what that asks for."""
+    return _environment().get_template(name).render({"parts": (), "images": None, **_look(), **given})
 
 
 def render(material: Material, shown: Mapping[Section, Shown] | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -20,9 +21,14 @@ MOST_PIXELS = 64_000_000
 
 
 def thumbnail(index: DatasetIndex, row: int, side: int) -> Image.Image | None:
-    """Return an image of the index on a square of the given side, nothing cropped; None when it cannot be read."""
+    """Return an image of the index as `small` does."""
+    return small(index.root, str(index.paths[row]), side)
+
+
+def small(root: Path, path: str, side: int) -> Image.Image | None:
+    """Return an image on a square of the given side, nothing cropped; None when it cannot be read."""
     try:
-        file = open_file(index.root, str(index.paths[row]))
+        file = open_file(root, path)
         image = Image.fromarray(decode(file, max_pixels=MOST_PIXELS, at_least=side))
     except ImageProblem:
         return None

@@ -147,7 +147,7 @@ def probes(
     """
     heads: Mapping[str, Callable[[], Any]] = {
         "linear": lambda: make_pipeline(StandardScaler(), RidgeClassifierCV(PENALTIES)),
-        "knn": lambda: make_pipeline(StandardScaler(), KNeighborsClassifier(5, metric="cosine")),
+        "neighbours": lambda: make_pipeline(StandardScaler(), KNeighborsClassifier(5, metric="cosine")),
         "rbf": lambda: make_pipeline(StandardScaler(), SVC(C=10.0)),
     }
     right = {name: np.zeros(len(y), dtype=bool) for name in (*heads, "half")}

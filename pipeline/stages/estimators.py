@@ -84,15 +84,12 @@ def best_estimator(
     records = [EmbeddingRecord.from_dict(part.embedding) for part in bundle.parts]
     embedders = []
     for number, block in enumerate(block for record in records for block in record.parts or (record,)):
-        there = _store_of(block, Artifacts(folder)) if store == FROM_EXPERIMENT else store
-        embedders.append((f"embedder{number}", _embedder(block, there, device, trust)))
+        place = store
+        if store == FROM_EXPERIMENT:
+            place = next((found.parent for found in Artifacts(folder).find_stores(block.store)), None)
+        embedders.append((f"embedder{number}", _embedder(block, place, device, trust)))
     first = embedders[0][1] if len(embedders) == 1 else FeatureUnion(embedders)
     return Pipeline([("embedder", first), ("head", estimator_of(bundle))])
-
-
-def _store_of(record: EmbeddingRecord, files: Artifacts) -> str | None:
-    found = files.find_stores(record.store)
-    return str(found[0].parent) if found else None
 
 
 def _embedder(record: EmbeddingRecord, store: str | Path | None, device: str, trust: bool) -> Embedder:

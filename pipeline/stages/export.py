@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -82,25 +82,22 @@ def _rows(experiment: Path, row: str) -> dict[str, Path]:
 
 def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
     """Open the networks of some heads, each once, and also in torch's float32 those that `predict` has in bf16 or by OpenVINO."""
-    flat: list[EmbeddingRecord] = []
-    blocks: dict[str, list[list[int]]] = {}
-    for target, head in heads.items():
-        if not all(part.embedding for part in head.parts):
-            raise BundleError("this head is the constant guess, which looks at no image; name another with --row")
-        number = count(len(flat))
-        made_of = [
-            record.parts or (record,) for record in (EmbeddingRecord.from_dict(part.embedding) for part in head.parts)
-        ]
-        blocks[target] = [[next(number) for _ in records] for records in made_of]
-        flat += [record for records in made_of for record in records]
-    networks = Networks(*open_networks(flat, "cpu", trust_code=trust_code))
-    exact = [
-        replace(each, spec=replace(each.spec, precision="fp32", engine="torch")) if each.kind == "backbone" else each
-        for each in flat
-    ]
-    if exact == flat:
-        return Model(heads, blocks, networks, networks)
-    return Model(heads, blocks, networks, Networks(*open_networks(exact, "cpu", trust_code=trust_code)))
+    if not all(part.embedding for head in heads.values() for part in head.parts):
+        raise BundleError("this head is the constant guess, which looks at no image; name another with --row")
+    records = {
+        target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
+    }
+    networks = Networks(*open_networks(records, "cpu", trust_code=trust_code))
+    exact = {target: list(map(_in_torch, own)) for target, own in records.items()}
+    if exact == records:
+        return Model(heads, networks, networks)
+    return Model(heads, networks, Networks(*open_networks(exact, "cpu", trust_code=trust_code)))
+
+
+def _in_torch(record: EmbeddingRecord) -> EmbeddingRecord:
+    """Return an embedding as torch's float32 makes it, so its parts where it has some; a baseline as it is."""
+    spec = replace(record.spec, precision="fp32", engine="torch") if record.kind == "backbone" else record.spec
+    return replace(record, spec=spec, parts=tuple(map(_in_torch, record.parts)))
 
 
 def test_images(bundle: Path) -> DatasetIndex:

@@ -94,7 +94,7 @@ class Run:
         """Return the path of the report page, made again where it is not current; `open` shows it in the browser."""
         page = report.refresh(self.output)
         if open:
-            show(page)
+            webbrowser.open(page.resolve().as_uri())
         return page
 
     def __repr__(self) -> str:
@@ -189,8 +189,3 @@ def next_lines(root: Path) -> list[str]:
         f"  take along    manyheads export {place} --onnx {quote(root.name)}.onnx is one file from pixels to answer",
         f"  check it      manyheads replay {place}",
     ]
-
-
-def show(page: Path) -> None:
-    """Open a page in the browser."""
-    webbrowser.open(page.resolve().as_uri())

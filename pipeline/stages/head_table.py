@@ -26,6 +26,7 @@ def run() -> list[str]:
         lines += [f"== {kind} ==", *tabulate(cells, HEADERS, "simple", disable_numparse=True).splitlines(), ""]
     return [
         *lines,
+        "probabilities: of its own; others are given some by calibration. photos: what `manyheads photos/` tunes.",
         "In a config: heads: [ridge, {name: knn, space: {n_neighbors: [1, 20]}}]; a head of your own is module:NAME.",
     ]
 

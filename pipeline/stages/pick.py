@@ -97,9 +97,13 @@ def run(
     store = open_features(record, files)
     pool = made.scan.index.rows(np.sort(np.unique(made.scan.index.digests, axis=0, return_index=True)[1]))
     taught = pool.digests[:0] if known is None else known.index.digests
-    pool = pool.rows(~store.missing(pool.digests) & ~np.isin(digest_keys(pool.digests), digest_keys(taught)))
-    if not len(pool):
-        raise DatasetError(f"{pool.root}: holds no image that can be read and has no label yet")
+    labelled, unread = np.isin(digest_keys(pool.digests), digest_keys(taught)), store.missing(pool.digests)
+    if (labelled | unread).all():
+        raise DatasetError(
+            f"{pool.root}: no image is left to label: of {len(pool)} different ones {labelled.sum()} are among those with labels, "
+            f"{(unread & ~labelled).sum()} cannot be read; give images that have none yet"
+        )
+    pool = pool.rows(~unread & ~labelled)
     images, count = len(pool), min(count, len(pool))
     if images > MOST_IMAGES:
         some = np.random.default_rng(config.seed).choice(images, max(MOST_IMAGES, count), replace=False)

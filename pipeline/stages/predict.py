@@ -13,9 +13,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, tee
+from itertools import chain, islice, tee
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from pipeline.data.shards import archives_of, is_pattern
 from pipeline.data.summary import passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.data.walk import Walk, is_folder
-from pipeline.embed.concat import open_networks
+from pipeline.embed.concat import Places, open_networks
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.own_vectors import no_network
 from pipeline.embed.records import EmbeddingRecord
@@ -40,8 +40,12 @@ from pipeline.images import forget
 from pipeline.io.files import growing, require_place
 from pipeline.io.progress import bar
 from pipeline.io.remote import absolute, address_of
+from pipeline.stages import settings
 from pipeline.stages.agreement import Agreement
 from pipeline.store.share import read_vectors
+
+if TYPE_CHECKING:
+    from pipeline.stages.explain import ExplainRun
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,8 @@ class PredictRun:
     """By target, what was found of images unlike those of training."""
     agreement: Agreement | None = None
     """With the names of the folders, where they are called like classes."""
+    explained: ExplainRun | None = None
+    """Why the first images got their labels, where that was asked."""
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
@@ -85,6 +91,7 @@ class PredictRun:
         lines += self.passed_over
         if self.untrained:
             lines.append("warning: a head's backbone is untrained (weights: random); it is a control, not for use")
+        lines += self.explained.summary_lines() if self.explained else ()
         return [*lines, f"written to {self.output}"]
 
 
@@ -109,8 +116,14 @@ class Model:
     """A head of one target, and for each of its parts the lane and output of each block of its vectors."""
 
     bundle: ModelBundle
-    places: Sequence[Sequence[tuple[int, int]]]
+    places: Sequence[Places]
     strangers: Strangers
+
+    def vectors(self, made: Sequence[Part]) -> list[NDArray[np.float32]]:
+        """Return the vectors of n images for each part of the head, float32 of shape (n, dim), of what all lanes made of them."""
+        return [
+            np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1) for blocks in self.places
+        ]
 
 
 def run(
@@ -124,13 +137,14 @@ def run(
     max_pixels: int | None = None,
     unknown: float | None = None,
     sets: float | None = None,
+    explain: Path | None = None,
 ) -> PredictRun:
     """Label image files and folders of them with a saved head; or files of vectors, where the head was fitted on such.
 
     `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
     of each, on images that are read once. `max_pixels` is the experiment's where it is not given. `unknown` marks images of no known
-    class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases. A run that is
-    stopped leaves its rows beside `output`, as `NAME.*.partial`.
+    class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases.
+    `explain` is a folder for pages on why the first images got their labels. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
 
     Raises
     ------
@@ -152,6 +166,12 @@ def run(
             raise BundleError(
                 f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
             )
+    if explain is not None:
+        from pipeline.stages import (
+            explain as explaining,
+        )  # which finds neighbours by `similar`, which imports this module
+
+        explaining.require(heads, explain)
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
     records = [EmbeddingRecord.from_dict(part.embedding) for head in heads.values() for part in head.parts]
     given: Iterator[str]
@@ -160,6 +180,8 @@ def run(
         models = [Model(head, [[(0, 0)]] * len(head.parts), strangers[name]) for name, head in heads.items()]
         if not all(names_vectors(path.name) for path in images):
             raise no_network(records[0].name)
+        if explain is not None:
+            raise ConfigError("--explain shows images, and this head was given vectors alone")
         files, images = [(path, *read_vectors(path)) for path in images], []
         total, given, batches = sum(len(X) for *_, X in files), _names_in(files), _vectors_in(files)
     else:
@@ -171,7 +193,9 @@ def run(
         unread, passed_over = _passed_over(walks)
         if not total and not unread:
             raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
-        given, ahead = tee(images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks]))
+        listed = images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks])
+        to_explain = list(islice(listed, explaining.MOST if explain is not None else 0))
+        given, ahead = tee(chain(to_explain, listed))
         limit = max_pixels or max(record.max_pixels for record in records)
         batches = embed(lanes, _items(ahead, len(lanes)), Path("/"), limit)
 
@@ -209,12 +233,17 @@ def run(
         raise DatasetError(
             f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
         )
+    explained = None
+    if explain is not None:
+        (model,), (place,) = models, folders.values()
+        explained = explaining.run(explain, place, model, lanes, to_explain, total, limit)
     untrained = any(record.untrained for record in records)
-    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement)
+    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement, explained)
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
     """Return the bundle of each target of an experiment's output folder by its name; '' for one alone."""
+    settings.require_there(path, expected="an experiment's output folder, or a bundle's folder in it")
     return {name: find_bundle(folder) for name, folder in (Artifacts(path).each_target() or {"": path}).items()}
 
 
@@ -222,15 +251,11 @@ def _open(
     heads: Mapping[str, ModelBundle], strangers: Mapping[str, Strangers], device: str, trust_code: bool
 ) -> tuple[list[Lane], list[Model]]:
     """Open the networks that some heads need, each once."""
-    parts = {
+    records = {
         target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
     }
-    records = [record for own in parts.values() for record in own]
-    blocks = [record.parts or (record,) for record in records]
-    embedders, places = open_networks([block for own in blocks for block in own], device, trust_code=trust_code)
-    left = iter(places)
-    ahead = iter([tuple(islice(left, len(own))) for own in blocks])
-    models = [Model(heads[target], [next(ahead) for _ in own], strangers[target]) for target, own in parts.items()]
+    embedders, places = open_networks(records, device, trust_code=trust_code)
+    models = [Model(head, places[target], strangers[target]) for target, head in heads.items()]
     return [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
 
 
@@ -389,9 +414,7 @@ def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], mode
     strange: dict[int, list[str]] = {}
     made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
     for model in models if made else ():
-        vectors = [
-            np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1) for blocks in model.places
-        ]
+        vectors = model.vectors(made)
         labels, probabilities = model.bundle.predict(*vectors)
         cells = model.strangers.cells(vectors[0], probabilities)
         for place, row in enumerate(made[0].rows.tolist()):

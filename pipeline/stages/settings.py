@@ -56,7 +56,10 @@ def load(given: str | Path | Config, overrides: Overrides = ()) -> Config:
     return config.load(given, overrides, names(), OF_PHOTOS)
 
 
-def require_there(path: Path, commands: Sequence[str] = ()) -> None:
+OF_CONFIG = "a config file, or images: a folder that holds a folder for each class, an archive of one, or a manifest (.csv, .parquet)"
+
+
+def require_there(path: Path, commands: Sequence[str] = (), expected: str = OF_CONFIG) -> None:
     """See that there is something at a path; ConfigError, with what is called alike, where there is not.
 
     Archives and what is remote are looked for by their readers. `commands` are what might have been meant too.
@@ -67,6 +70,5 @@ def require_there(path: Path, commands: Sequence[str] = ()) -> None:
     words = f"a command ({', '.join(commands)}), " if commands else ""
     raise ConfigError(
         f"{path}: there is no such {'command, ' * bool(commands)}file or folder{guess(path.name, [*commands, *near])}; expected "
-        f"{words}a config file, or images: a folder that holds a folder for each class, "
-        "an archive of one, or a manifest (.csv, .parquet)"
+        f"{words}{expected}"
     )

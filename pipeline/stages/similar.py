@@ -174,8 +174,16 @@ class Stored:
         index = index.rows(~store.missing(index.digests))
         if not len(index):
             raise PipelineError(f"{files.root}: no image has a vector of {record.name}; run `manyheads features` again")
+        return Stored._of(record, store, index)
+
+    @staticmethod
+    def _of(record: EmbeddingRecord, store: FeatureStore | JoinedStores, index: DatasetIndex) -> Stored:
         contents, copies = np.unique(index.digests, axis=0, return_inverse=True)
         return Stored(record, store, index, Nearest.of(store, contents), copies.reshape(-1))
+
+    def part(self, rows: NDArray[np.bool_]) -> Stored:
+        """Return some of the images, bool of shape (n,), to be searched alone."""
+        return Stored._of(self.record, self.store, self.index.rows(rows))
 
     def embed(self, paths: Sequence[str], trust: bool = False) -> tuple[NDArray[np.float32], dict[str, str]]:
         """Return the vectors of those of some image files that can be read, float32 of shape (k, dim), and why others cannot.
@@ -194,7 +202,8 @@ class Stored:
         vectors[known] = self.store.read(digests[known])
         new = np.flatnonzero(ok & ~known)
         if len(new):
-            embedders, places = open_networks(self.record.parts or (self.record,), "auto", trust_code=trust)
+            embedders, places = open_networks({"": [self.record]}, "auto", trust_code=trust)
+            blocks = places[""][0]
             lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
             items = [
                 Item(row, absolute(paths[row]), digests[row].tobytes(), tuple(range(len(lanes))))
@@ -207,7 +216,7 @@ class Stored:
                 made = [part for part in parts if part is not None]
                 if made:
                     rows = [batch.items[row].content for row in made[0].rows.tolist()]
-                    vectors[rows] = np.concatenate([made[lane].vectors[output] for lane, output in places], axis=1)
+                    vectors[rows] = np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1)
         return vectors[ok], problems
 
     def neighbours(self, paths: Sequence[str], vectors: NDArray[np.float32], count: int) -> list[list[Neighbour]]:

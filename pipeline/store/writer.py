@@ -202,10 +202,6 @@ class StoreWriter:
         fresh[np.setdiff1d(np.arange(len(fresh)), first)] = False
         return fresh
 
-    def storable(self, features: NDArray[Any]) -> NDArray[np.bool_]:
-        """Say for each row, float of shape (n, dim), whether all its numbers are finite as they would be stored."""
-        return storable(features, self.store_type)
-
     def append(self, digests: Digests, features: NDArray[Any]) -> int:
         """Add vectors, float of shape (n, dim), for n digests, uint64 of shape (n, 2); return how many were new.
 
@@ -223,7 +219,7 @@ class StoreWriter:
             raise ValueError(
                 f"features of shape {features.shape} for {len(digests)} digests of dim {self.store_type.dim}"
             )
-        bad = ~self.storable(features)
+        bad = ~storable(features, self.store_type)
         if bad.any():
             raise StoreError(
                 f"{self.path}: {int(bad.sum())} of {len(bad)} feature vectors hold numbers that are not finite as "

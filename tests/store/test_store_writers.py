@@ -12,7 +12,7 @@ from pipeline.store import FeatureStore, lock, maintain
 from pipeline.store import format as format_module
 from pipeline.store.maintain import collect, status, verify
 from pipeline.store.reader import newest_snapshot
-from pipeline.store.writer import StoreWriter
+from pipeline.store.writer import StoreWriter, storable
 from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE, Faults, exact, rounds, small_segments, system
 
 
@@ -190,7 +190,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(place):
     features = FEATURES[:4].copy()
     features[1, 2], features[3, 0] = np.nan, np.inf
     with StoreWriter.open(place / "s", IDENTITY, DIM) as writer:
-        assert writer.storable(features).tolist() == [True, False, True, False]
+        assert storable(features, writer.store_type).tolist() == [True, False, True, False]
         with pytest.raises(StoreError, match="2 of 4 feature vectors hold numbers that are not finite") as caught:
             writer.append(DIGESTS[:4], features)
         from pipeline.io.digests import digests_to_hex
@@ -201,7 +201,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(place):
 
 def test_float16_overflow_is_not_finite(place):
     with StoreWriter.open(place / "s", IDENTITY, DIM, "float16") as writer:
-        assert writer.storable(np.full((1, DIM), 1e6)).tolist() == [False]
+        assert storable(np.full((1, DIM), 1e6), writer.store_type).tolist() == [False]
         assert writer.append(DIGESTS[:1], FEATURES[:1]) == 1
     read = FeatureStore.open(place / "s").read(DIGESTS[:1])
     assert read.dtype == np.float32

@@ -151,8 +151,16 @@ def _linear(g: Graph, model: Any, x: str) -> Columns:
 
 
 def _each_label(g: Graph, model: Any, x: str) -> Columns:
-    """A linear model for each label; one that all images have, or none, is a constant."""
+    """A linear model or an SVC for each label; one that all images have, or none, is a constant."""
     none = np.zeros(model.n_features_in_)
+    if any(isinstance(one, SVC) for one in model.estimators_):
+        columns = [
+            g("Gather", _kernel(g, one, x)[0], np.array([1]), axis=1)
+            if isinstance(one, SVC)
+            else _affine(g, x, none[:, None], one.y_)
+            for one in model.estimators_
+        ]
+        return g("Concat", *columns, axis=1), "decision"
     parts = [
         (one.coef_[0], one.intercept_[0]) if hasattr(one, "coef_") else (none, one.y_[0]) for one in model.estimators_
     ]

@@ -40,10 +40,10 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
     for way, name in entries.items():
         g("Identity", add_prepared(g, IMAGES, way), named=name)
     made = [_vectors(g, embedder, entries[embedder.preprocessing]) for embedder in model.exact.embedders]
-    blocks = [made[number][output] for number, output in model.exact.places]
     outputs: Outputs = {}
     for target, head in model.heads.items():
-        vectors = [g("Concat", *(blocks[block] for block in part), axis=1) for part in model.blocks[target]]
+        parts = model.exact.places[target]
+        vectors = [g("Concat", *(made[number][output] for number, output in part), axis=1) for part in parts]
         outputs |= add_answer(g, head, vectors, f"{target}_" if target else "")
     whole = g.model({IMAGES: (UINT8, ["n", "height", "width", 3])}, outputs)
     inner = g.model({name: (FLOAT, ["n", 3, *way.size]) for way, name in entries.items()}, outputs)

@@ -5,8 +5,7 @@
     work.py        batches through the networks (`pipeline.embed.loader`) and into the stores, or into parts
     shard.py       one of many shards, whose parts are merged later
     cluster.py     workers on Ray, whose parts are merged at the end
-XX    vectors.py     vectors of the user's own into the stores
-    work.py        batches through the networks (`pipeline.embed.loader`) and into the stores
+    vectors.py     vectors of the user's own into the stores
 
 The images are read and decoded once for all networks. A run with nothing to do imports no torch.
 """
@@ -27,12 +26,14 @@ from pipeline.data.summary import ScanResult
 from pipeline.embed.concat import default_name, find_parts
 from pipeline.embed.installed import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
-from pipeline.errors import PipelineError, first, number_of
+from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
 from pipeline.io.engine import Engine
 from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.stages.extract.cluster import Pool, embed_on, pays
+from pipeline.stages.extract.shard import Shard, ShardRun
+from pipeline.stages.extract.shard import run as run_shard
 from pipeline.stages.extract.stores import enter, take_over, take_parts
 from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,
@@ -51,7 +52,6 @@ from pipeline.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = 3
 LONG_SECONDS = 60.0
 HOURS_SECONDS = 7200.0
 """A run that takes longer says when more machines would pay, and a plan of hours that they can share it."""
@@ -106,8 +106,7 @@ class FeaturesRun:
         if work is None:
             yield f"nothing to embed: every image has its features ({self.total_seconds:.1f} s)"
             return
-        rate = work.images / work.loop_seconds if work.loop_seconds else 0.0
-        yield f"{number_of(work.images, 'image')} embedded in {_duration(work.loop_seconds)} ({rate:,.0f} images/s)"
+        yield f"{number_of(work.images, 'image')} embedded in {_duration(work.loop_seconds)} ({work.rate:,.0f} images/s)"
         anew = {target.spec.name: target.why for target in self.targets if IDENTITY_DIFFERS in target.why}
         for name, count in work.vectors.items():
             yield f"  {name}: {count:,} new vectors" + (f"; {anew[name]}" if name in anew else "")
@@ -119,13 +118,35 @@ class FeaturesRun:
             yield self.pool.line(work)
         elif work.loop_seconds > LONG_SECONDS:
             yield f"more machines (docs/scale.md): {pays(work.seconds['start-up'], work.loop_seconds / max(work.images, 1), 2)}"
-        if work.failures:
-            yield f"{number_of(len(work.failures), 'image')} could not be used; dataset/failures.csv names each with its reason:"
-            reasons = [f"{entry.path}: {entry.reason}" for entry in work.failures]
-            yield from (f"  {line}" for line in first(reasons, EXAMPLES))
-        if work.unavailable:
-            yield f"warning: {number_of(len(work.unavailable), 'image')} could not be read this time; run again:"
-            yield from (f"  {line}" for line in first(work.unavailable, EXAMPLES))
+        yield from work.problem_lines()
+
+
+def asked(
+    config: Config,
+    *,
+    plan: bool = False,
+    rehash: bool = False,
+    shard: str | None = None,
+    parts: str | None = None,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+) -> FeaturesRun | ShardRun:
+    """Do what `features` does: a run on this machine, by the workers of an engine, or of one shard.
+
+    Raises
+    ------
+    PipelineError
+        For options that mean nothing together, and as the runs do.
+    """
+    chosen = Engine.of(engine, address, workers)
+    if shard is None:
+        if parts and chosen is None:
+            raise PipelineError("--parts is where workers and shards write; it needs --engine or --shard")
+        return run(config, plan=plan, rehash=rehash, engine=chosen, place=parts)
+    if plan or chosen:
+        raise PipelineError(f"--shard is one part of a run; leave out --{'plan' if plan else 'engine'}")
+    return run_shard(config, Shard.parse(shard), parts, rehash=rehash)
 
 
 def run(

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,14 @@ class Worker:
         """
         loaded = {}
         for source in {id(target.source): target.source for target in self._targets}.values():
-            made = source.load()
-            for spec, own in zip(source.specs, made.specs, strict=True):
+            loaded[id(source)] = replace(source, load=cache(source.load))
+            for spec, own in zip(source.specs, loaded[id(source)].load().specs, strict=True):
                 if spec.fingerprint() != own.fingerprint():
                     raise BackboneError(
                         f"{spec.name}: a worker makes other vectors than the driver's machine would; give all nodes the same versions and "
                         "kind of processor, or set extraction.engine, precision and device",
                         differences(spec.identity(), own.identity(), "the driver", "the worker"),
                     )
-            loaded[id(source)] = replace(source, load=partial(_itself, made))
         self._targets = [replace(target, source=loaded[id(target.source)]) for target in self._targets]
         return _most_bytes()
 
@@ -111,10 +110,6 @@ class Worker:
         # Failures are the driver's to write down, and Ray stops its workers.
         work = embed(targets, images, self._config, Path(HASH_STORE), opened, lambda failures: None, lambda: None)
         return work, _most_bytes()
-
-
-def _itself(made: Any) -> Any:
-    return made
 
 
 def _most_bytes() -> int:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from shlex import quote
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +24,11 @@ from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
 from pipeline.io.digests import Digests
-from pipeline.io.engine import Engine
 from pipeline.io.files import make_folder
 from pipeline.stages.extract.targets import Contents, find_targets, require_permitted, resolve
 from pipeline.stages.extract.work import Images, Work, embed, hash_store, noted_in, stop_requested
 from pipeline.store import lock
 from pipeline.store.parts import PartWriter
-
-if TYPE_CHECKING:
-    from pipeline.stages.extract import FeaturesRun
 
 PATIENCE = 24 * 3600.0
 """Seconds to wait while another shard reads the images for the index that they share."""
@@ -81,46 +76,12 @@ class ShardRun:
     def summary_lines(self) -> Iterator[str]:
         """What was done, and what comes next."""
         work = self.work
-        rate = work.images / work.loop_seconds if work.loop_seconds else 0.0
         yield (
-            f"shard {self.shard}: {number_of(self.images, 'image')}, {work.images:,} embedded ({rate:,.0f} images/s), the others done "
-            f"before; {self.seconds:.1f} s"
+            f"shard {self.shard}: {number_of(self.images, 'image')}, {work.images:,} embedded ({work.rate:,.0f} images/s), the others "
+            f"done before; {self.seconds:.1f} s"
         )
-        if work.failures or work.unavailable:
-            reasons = [*(f"{one.path}: {one.reason}" for one in work.failures), *work.unavailable]
-            yield f"{number_of(len(reasons), 'image')} could not be used:"
-            yield from (f"  {reason}" for reason in reasons[:3])
+        yield from work.problem_lines()
         yield f"parts in {self.place}; when all shards are done: {self.next}"
-
-
-def asked(
-    config: Config,
-    *,
-    plan: bool = False,
-    rehash: bool = False,
-    shard: str | None = None,
-    parts: str | None = None,
-    engine: str | None = None,
-    address: str | None = None,
-    workers: int | None = None,
-) -> FeaturesRun | ShardRun:
-    """Do what `features` does: a run on this machine, by the workers of an engine, or of one shard.
-
-    Raises
-    ------
-    PipelineError
-        For options that mean nothing together, and as the runs do.
-    """
-    from pipeline.stages import extract
-
-    chosen = Engine.of(engine, address, workers)
-    if shard is None:
-        if parts and chosen is None:
-            raise PipelineError("--parts is where workers and shards write; it needs --engine or --shard")
-        return extract.run(config, plan=plan, rehash=rehash, engine=chosen, place=parts)
-    if plan or chosen:
-        raise PipelineError(f"--shard is one part of a run; leave out --{'plan' if plan else 'engine'}")
-    return run(config, Shard.parse(shard), parts, rehash=rehash)
 
 
 def run(config: Config, shard: Shard, place: str | None = None, *, rehash: bool = False) -> ShardRun:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -94,30 +94,24 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
         key = spec_key(section, config)
         if key not in known and (theirs := _specs_of_others(key, files, digests)):
             found[key] = theirs
+        extraction = config.extraction
         if key in found:
             if not found[key][0].license:  # of an earlier version
                 license = _license(section)
                 found[key] = tuple(replace(spec, license=license) for spec in found[key])
-            extraction = config.extraction.model_copy(update={"engine": found[key][0].engine})
-            live = partial(load, section, "", extraction, config.seed)
-            if names_code(section.name):  # which files it reads is known to nobody
-                made = live()
-                found[key], live = made.specs, partial(_itself, made)
-        else:
-            made = load(section, "", config.extraction, config.seed, len(digests))
-            found[key], live = made.specs, partial(_itself, made)
+            extraction = extraction.model_copy(update={"engine": found[key][0].engine})
+        live: Callable[[], Embedder] = partial(load, section, "", extraction, config.seed, len(digests))
+        if key not in found or names_code(section.name):  # which files code reads is known to nobody
+            live = cache(live)
+            found[key] = live().specs
         sources.append(Source(section, found[key], live, instead_of))
     for name in baselines.NAMES if config.baselines is None else config.baselines:
         if name not in CONSTANT_GUESSES:
-            made = load(None, name, config.extraction, config.seed)
-            sources.append(Source(None, made.specs, partial(_itself, made)))
+            live = cache(partial(load, None, name, config.extraction, config.seed))
+            sources.append(Source(None, live().specs, live))
     if found != known:
         write_specs(files.specs, found)
     return _with_unique_names(sources)
-
-
-def _itself(embedder: Embedder) -> Embedder:
-    return embedder
 
 
 def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[EmbeddingSpec, ...]:

@@ -22,6 +22,8 @@ from pipeline.data import DatasetIndex, Failure, record_failures
 from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
+from pipeline.embed.spec import Embedder
+from pipeline.errors import first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digests_to_hex
@@ -35,6 +37,7 @@ from pipeline.store.writer import StoreWriter, storable
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = 3
 SUMMED_OVER_THREADS = ("read", "decode")
 
 
@@ -60,6 +63,21 @@ class Work:
     """Embedding -> seconds in its network."""
     network_images: Counter[str] = field(default_factory=Counter)
     """Embedding -> images that went through its network."""
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return self.images / self.loop_seconds if self.loop_seconds else 0.0
+
+    def problem_lines(self) -> Iterator[str]:
+        """Say which images could not be used or read."""
+        if self.failures:
+            yield f"{number_of(len(self.failures), 'image')} could not be used; dataset/failures.csv names each with its reason:"
+            reasons = [f"{entry.path}: {entry.reason}" for entry in self.failures]
+            yield from (f"  {line}" for line in first(reasons, EXAMPLES))
+        if self.unavailable:
+            yield f"warning: {number_of(len(self.unavailable), 'image')} could not be read this time; run again:"
+            yield from (f"  {line}" for line in first(self.unavailable, EXAMPLES))
 
     def add(self, other: Work) -> None:
         """Count what another process did as well; the start-up and the time of the loop stay those of this one."""
@@ -140,17 +158,15 @@ def embed(
         loaded = [(own, own[0].source.load()) for own in by_source.values()]
         size = config.extraction.batch_size
         lanes = [Lane(embedder, choose_batch_size(size, str(embedder.device))) for _, embedder in loaded]
-        outputs = [
-            [
-                _output(
-                    each,
-                    stack.enter_context(opened(each.path, each.spec.identity(), each.spec.dim, probe=probe)),
-                    images,
-                )
-                for each, probe in ((each, embedder.probe[each.output]) for each in own)
-            ]
-            for own, embedder in loaded
-        ]
+
+        def output(target: Target, embedder: Embedder) -> Output:
+            identity, probe = target.spec.identity(), embedder.probe[target.output]
+            writer = stack.enter_context(opened(target.path, identity, target.spec.dim, probe=probe))
+            # A store's writer knows more than was known when the target was found: rows of a run that was killed, damaged files.
+            missing = writer.missing(images.digests)
+            return Output(target, writer, missing & target.pending if isinstance(writer, PartWriter) else missing)
+
+        outputs = [[output(each, embedder) for each in own] for own, embedder in loaded]
         # A byte is exact in float16.
         hashed = stack.enter_context(opened(hashes, HASH_IDENTITY, HASH_BYTES, "float16"))
         count, items = _items(outputs, images)
@@ -163,7 +179,7 @@ def embed(
             with bar(count, "images", "embedding") as progress:
                 made = embedded(lanes, items, images.root, config.dataset.max_pixels, work.workers, hashed=True)
                 for batch, parts in made:
-                    _store_hashes(batch, hashed, images)
+                    batch.store_hashes(hashed, images.digests)
                     _store(batch, parts, outputs, images, work)
                     if any(writer.due for writer in everything):
                         _commit(everything, work)
@@ -198,12 +214,6 @@ def hash_store(files: Artifacts) -> Path:
     """Where to write perceptual hashes: where another experiment writes them now, beside the index, until the next run."""
     shared = files.stores / HASH_STORE
     return files.dataset / HASH_STORE if lock.holder(shared) else shared
-
-
-def _output(target: Target, writer: StoreWriter | PartWriter, images: Images) -> Output:
-    # A store's writer knows more than was known when the target was found: rows of a run that was killed, damaged files.
-    missing = writer.missing(images.digests)
-    return Output(target, writer, missing & target.pending if isinstance(writer, PartWriter) else missing)
 
 
 def _items(outputs: Outputs, images: Images) -> tuple[int, Iterator[Item]]:
@@ -247,14 +257,6 @@ def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, images:
             work.network_images[name] += len(numbers)
             _append(output, numbers, part.vectors[output.target.output], paths, images, work)
     work.seconds["write"] += time.perf_counter() - began
-
-
-def _store_hashes(batch: Batch, writer: StoreWriter | PartWriter, images: Images) -> None:
-    """Store the perceptual hashes of one batch; those of contents that have one already are the same."""
-    if batch.hashes:
-        rows = sorted(batch.hashes)  # threads end in any order
-        numbers = [batch.items[row].content for row in rows]
-        writer.append(images.digests[numbers], np.stack([batch.hashes[row] for row in rows]).astype(np.float32))
 
 
 def _append(

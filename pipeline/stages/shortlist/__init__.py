@@ -29,6 +29,7 @@ from pipeline.embed.spec import Embedder, probe_images
 from pipeline.embed.weights import license_of, to_fetch
 from pipeline.errors import BackboneError, ConfigError, DatasetError, PipelineError, number_of
 from pipeline.evaluation import ACCURACY, Predictions, compare
+from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, KNN, RIDGE, configure
@@ -84,7 +85,7 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     places, labels = _training(scanned.index, contents)
     if len(places) < LEAST_IMAGES:
         raise DatasetError(f"a shortlist needs {LEAST_IMAGES} training images at least, and there are {len(places)}")
-    order = places[stratified(labels, min(images, len(places)), config.seed)]
+    order = places[stratified_order(labels.astype(str), config.seed)[:images]]
     sizes = sorted({len(order) // part for part in RUNGS if len(order) // part >= LEAST} | {len(order)})
     entries: dict[str, Entry] = {}
     for size in sizes:
@@ -160,19 +161,6 @@ def _training(index: DatasetIndex, contents: Contents) -> tuple[NDArray[np.int64
     if problem is not None:
         raise DatasetError(problem)
     return places, part.labels
-
-
-def stratified(labels: NDArray[np.object_], n: int, seed: int) -> NDArray[np.int64]:
-    """Return n rows in an order of which every beginning has the classes in their proportions, and is itself random.
-
-    labels : ndarray of shape (m,); returns an ndarray of shape (n,), int64
-    """
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    _, codes, counts = np.unique(labels[shuffled], return_inverse=True, return_counts=True)
-    rank = np.empty(len(codes))
-    for code in range(len(counts)):
-        rank[codes == code] = np.arange(counts[code])
-    return shuffled[np.argsort(rank / counts[codes], kind="stable")[:n]].astype(np.int64)
 
 
 # ---- judging

@@ -1,0 +1,99 @@
+"""Pages on why images got their labels: a map over each image, and training images beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.io.files import make_folder, write_text_atomic
+from pipeline.io.remote import absolute
+from pipeline.report.page import fill
+from pipeline.report.pictures import SIDE, data_address, small
+
+INDEX = "index.html"
+SHOWN_SIDE = 384
+"""Pixels of the longer side of an image on its page."""
+FOR, AGAINST = (232, 89, 12), (59, 91, 219)
+STRONGEST = 0.8
+"""How much of its colour the strongest place of a map has."""
+
+Near = Sequence[tuple[float, str, str]]
+"""Distance, label and path of images, nearest first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """An image, its label, and why."""
+
+    path: str
+    label: str
+    probability: float | None
+    pixels: NDArray[np.uint8]
+    """What the map lies over, shape (height, width, 3)."""
+    cells: NDArray[np.floating] | None
+    """What each place says for the label, or below 0 against it, shape (rows, columns); None where nobody can tell."""
+    exact: bool
+    """Whether the cells' mean is the head's score, and not what covering changes."""
+    near: tuple[Near, Near] = ((), ())
+    """Training images of its label, and of others."""
+
+    @property
+    def way(self) -> str:
+        """How the map was made, in a word or two."""
+        if self.cells is None:
+            return "neighbours alone, as the head gives no probability"
+        return "exact class activation map" if self.exact else "occlusion"
+
+    @property
+    def largest(self) -> float:
+        """The largest cell's distance from 0."""
+        return 0.0 if self.cells is None else float(np.abs(self.cells).max())
+
+
+def build(folder: Path, found: Sequence[Explained], no_neighbours: str = "") -> Path:
+    """Write a page for each image, numbered, and one that leads to them, whose path is returned; `no_neighbours` says why there are none."""
+    make_folder(folder)
+    links = []
+    for number, each in enumerate(found, 1):
+        name = f"{number:04d}.html"
+        picture = enlarged(Image.fromarray(each.pixels), SHOWN_SIDE)
+        drawn = picture if each.cells is None else overlaid(picture, each.cells)
+        given = {
+            "title": Path(each.path).name,
+            "each": each,
+            "no_neighbours": no_neighbours,
+            "image": data_address(picture),
+            "map": data_address(drawn),
+            "sides": [[(*one, _thumbnail(one[2])) for one in side] for side in each.near],
+        }
+        write_text_atomic(folder / name, fill("explained.html", given))
+        links.append((name, each, data_address(enlarged(drawn, SIDE))))
+    write_text_atomic(folder / INDEX, fill("explained-index.html", {"title": "Why these labels", "links": links}))
+    return folder / INDEX
+
+
+def enlarged(image: Image.Image, side: int) -> Image.Image:
+    """Return an image whose longer side has this many pixels."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def overlaid(image: Image.Image, cells: NDArray[np.floating]) -> Image.Image:
+    """Return an image in grey with a map over it, shape (rows, columns): above 0 in the colour of what speaks for, below in the other's."""
+    smooth = np.asarray(Image.fromarray(cells.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR))
+    strength = STRONGEST * smooth / max(float(np.abs(cells).max()), 1e-12)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None]
+    colour = np.where(strength[..., None] > 0, np.array(FOR), np.array(AGAINST))
+    share = np.abs(strength)[..., None]
+    return Image.fromarray(((1 - share) * grey + share * colour).round().astype(np.uint8))
+
+
+def _thumbnail(path: str) -> str | None:
+    image = small(Path("/"), absolute(path), SIDE)
+    return None if image is None else data_address(image)
