@@ -139,11 +139,12 @@ def heads(
 
     With `list` return the lines on the heads that there are, which needs no config.
     """
+    from pipeline.heads.table import listed
     from pipeline.io.engine import Engine
-    from pipeline.stages import fit, head_table
+    from pipeline.stages import fit
 
     if list:
-        return head_table.run()
+        return listed()
     on = Engine.of(engine, address, workers)
     found = {name: result for name, result, _ in fit.heads(_config(config, overrides), on)}
     return found.get("") or found

@@ -531,9 +531,9 @@ def _command(
 def _list_heads(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
     """Print the heads there are, which needs no config, and end."""
     if asked:
-        from pipeline.stages import head_table
+        from pipeline.heads.table import listed
 
-        click.echo("\n".join(head_table.run()))
+        click.echo("\n".join(listed()))
         context.exit()
 
 

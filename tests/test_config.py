@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic_core import PydanticUndefined
 
 from pipeline import config as configuration
@@ -334,6 +335,22 @@ def test_an_output_that_is_a_file_is_told_as_one(tmp_path: Path, below: str) -> 
     )
 
 
+@pytest.mark.parametrize("output", ["photos", "photos/results", "other/../photos/x"])
+def test_an_output_among_the_images_would_be_taken_for_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "other").mkdir()
+    images = ["dataset.source=folder", "dataset.path=photos"]
+    (message,) = problems_of(tmp_path, GOOD, *images, f"output={output}")
+    assert f"output: {output} lies in the folder of images, photos, where what is written would be taken for" in message
+    for fine in ("photos-results", "."):
+        assert configuration.load(write(tmp_path, GOOD), [*images, f"output={fine}"]).output == fine
+    (message,) = problems_of(tmp_path, GOOD, *images, "store=photos/features")
+    assert "store: photos/features lies in the folder of images" in message
+
+
 @pytest.mark.parametrize("output", [".", "new", "../new", "a/b/c"])
 def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -447,10 +464,10 @@ def test_a_path_as_it_was_written_up_to_0_1_is_told_with_the_new_spelling(projec
         ("{source: torchvision, name: CIFAR10, path: /data}", "artifacts/CIFAR10"),
     ],
 )
-def test_the_output_follows_the_name_of_the_data(dataset: str, output: str, tmp_path: Path) -> None:
+def test_the_output_follows_the_name_of_the_data(dataset: str, output: str) -> None:
     text = f"dataset: {dataset}\nbackbones: [{{name: resnet18}}]\nheads: [knn]\n"
-    assert configuration.load(write(tmp_path, text)).output == output
-    assert configuration.load(write(tmp_path, text), ["output=mine"]).output == "mine"
+    assert configuration.parse(yaml.safe_load(text), "here").output == output
+    assert configuration.parse({**yaml.safe_load(text), "output": "mine"}, "here").output == "mine"
 
 
 def test_one_pooling_is_a_word_and_several_are_a_list() -> None:

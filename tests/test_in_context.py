@@ -12,9 +12,9 @@ import pytest
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.errors import HeadError
 from pipeline.export import bundle as bundles
-from pipeline.heads import in_context, resolve, resolve_all
+from pipeline.heads import in_context, resolve, resolve_all, table
 from pipeline.heads.tuning import make_folds, tune
-from pipeline.stages import head_table, train_heads
+from pipeline.stages import train_heads
 
 CONFIG = [HeadConfig(name="tabicl")]
 SMALL = {
@@ -42,7 +42,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_is_tuned_only_where_it_is_named_and_the_list_says_what_it_needs() -> None:
     assert "tabicl" not in [head.name for head in resolve_all(None)]
-    assert any(line.startswith("tabicl ") and "needs manyheads[tabicl]" in line for line in head_table.run())
+    assert any(line.startswith("tabicl ") and "needs manyheads[tabicl]" in line for line in table.listed())
     with pytest.raises(HeadError, match="unknown head for regression 'tabicl'"):
         resolve(CONFIG[0], "regression")
 

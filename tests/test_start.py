@@ -64,7 +64,9 @@ def test_every_command_is_a_function_that_takes_the_same(command: Any, place: An
 def test_the_module_shows_what_it_has_and_imports_nothing_for_it() -> None:
     code = "import sys, manyheads; print(sorted({'pipeline', 'numpy'} & set(sys.modules)), *dir(manyheads))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert found.startswith("[] Classifier Config Embedder PipelineError Regressor Run backbones best_estimator check ")
+    assert found.startswith(
+        "[] Classifier Config Embedder PipelineError Regressor Run advise backbones best_estimator check "
+    )
     assert {name for name in dir(manyheads) if not hasattr(manyheads, name)} == set()
     with pytest.raises(AttributeError, match="no attribute 'featurs'"):
         _ = manyheads.featurs

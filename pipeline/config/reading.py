@@ -66,6 +66,12 @@ def load(
             raise ConfigError(
                 f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
             )
+        images = Path(config.dataset.path or "") if config.dataset.source == "folder" else None
+        if images and images.is_dir() and Path(folder).resolve().is_relative_to(images.resolve()):
+            raise ConfigError(
+                f"{path}: {key}: {folder} lies in the folder of images, {images}, where what is written would be taken for classes "
+                f"and images; choose a place outside of it (--set {key}=FOLDER)"
+            )
     if any(
         ":" in name for name in [*(head.name for head in config.heads or ()), *(each.name for each in config.backbones)]
     ):
@@ -217,7 +223,10 @@ def _problems(error: ValidationError) -> list[str]:
     for detail in error.errors():
         location = ".".join(str(part) for part in detail["loc"] if not _is_union_tag(part))
         details.setdefault(location, []).append(detail)
-    return [_problem(location, same) for location, same in details.items()]
+    above = {place[:end] for place in details for end, letter in enumerate(place) if letter == "."}
+    word = {place for place, same in details.items() if all(each["type"] == "literal_error" for each in same)}
+    # Of a list or a word what is wrong within the list is told: it is no word.
+    return [_problem(location, same) for location, same in details.items() if location not in word & above]
 
 
 def _problem(location: str, details: list[Any]) -> str:
@@ -247,4 +256,4 @@ def _problem(location: str, details: list[Any]) -> str:
 def _is_union_tag(part: object) -> bool:
     """Whether pydantic added this part of a path for a member of a union, which the user never wrote."""
     kinds = {"int", "float", "str", "bool", "none", "constrained-int", "constrained-float"}
-    return isinstance(part, str) and (part in kinds or "literal[" in part)
+    return isinstance(part, str) and (part in kinds or "literal[" in part or part.startswith("tuple["))

@@ -21,13 +21,14 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
+from tabulate import tabulate
 
 from pipeline.heads import in_context
 from pipeline.heads.cosine import CosineVote
 from pipeline.heads.fast import discriminant, forests, kernel, linear
 from pipeline.heads.head import Head
 from pipeline.heads.perceptron import MLP, fit_keeping_best
-from pipeline.heads.space import Categorical, Integer, Real
+from pipeline.heads.space import Categorical, Dimension, Integer, Real
 from pipeline.heads.tuning.evaluation import Evaluator
 
 
@@ -309,3 +310,32 @@ TABLES: Mapping[str, HeadTable] = {
     "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], mean_of_training),
 }
 """By the kind of target, as `pipeline.data.targets` names them."""
+
+
+def listed() -> list[str]:
+    """Return a table of the heads of each kind of target; in the column `photos` those that a folder of photos is tuned on."""
+    headers, lines = ("head", "probabilities", "photos", "tuned"), list[str]()
+    for kind, table in TABLES.items():
+        cells = [
+            (
+                head.name,
+                "yes" if head.probabilities else "",
+                "yes" if kind == "classification" and head.name in FOR_PHOTOS else "",
+                ", ".join(f"{name} {_told(dimension)}" for name, dimension in head.space.items())
+                or f"nothing; needs manyheads[{head.name}]" * (head.name in table.optional),
+            )
+            for head in table.known.values()
+        ]
+        lines += [f"== {kind} ==", *tabulate(cells, headers, "simple", disable_numparse=True).splitlines(), ""]
+    return [
+        *lines,
+        "probabilities: of its own; others are given some by calibration. photos: what `manyheads photos/` tunes.",
+        "In a config: heads: [ridge, {name: knn, space: {n_neighbors: [1, 20]}}]; a head of your own is module:NAME.",
+    ]
+
+
+def _told(dimension: Dimension) -> str:
+    """Return the range of a parameter, or its choices."""
+    if isinstance(dimension, Categorical):
+        return "/".join(str(choice) for choice in dimension.categories)
+    return f"{dimension.low:g} to {dimension.high:g}{' (log)' * (dimension.prior == 'log-uniform')}"

@@ -43,7 +43,7 @@ def connected(address: str | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise PipelineError("--engine ray: Ray is not installed here; install manyheads[ray]") from None
+        raise PipelineError("--engine ray: Ray is not installed here; pip install 'manyheads[ray]'") from None
     if ray.is_initialized():
         yield ray
         return

@@ -17,7 +17,7 @@ from pipeline.errors import BackboneError, BundleError
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.export.estimators import estimator_of
-from pipeline.stages.predict import find_bundles
+from pipeline.stages.predict import find_bundles, records_of
 
 FROM_EXPERIMENT = "experiment"
 
@@ -79,9 +79,7 @@ def best_estimator(
         )
     (path,) = folders.values()
     bundle = bundles.load(path, trust_code=trust)
-    if not all(part.embedding for part in bundle.parts):
-        raise BundleError(f"{path}: is the constant guess, which looks at no image; name another bundle's folder")
-    records = [EmbeddingRecord.from_dict(part.embedding) for part in bundle.parts]
+    records = records_of({"": bundle}, {"": path})[""]
     embedders = []
     for number, block in enumerate(block for record in records for block in record.parts or (record,)):
         place = store

@@ -161,11 +161,7 @@ def run(
     folders = find_bundles(bundle)
     heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
     require_place(output)
-    for target, head in heads.items():
-        if not all(part.embedding for part in head.parts):
-            raise BundleError(
-                f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
-            )
+    taken = records_of(heads, folders)
     if explain is not None:
         from pipeline.stages import (
             explain as explaining,
@@ -173,7 +169,7 @@ def run(
 
         explaining.require(heads, explain)
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
-    records = [EmbeddingRecord.from_dict(part.embedding) for head in heads.values() for part in head.parts]
+    records = [record for own in taken.values() for record in own]
     given: Iterator[str]
     unread, passed_over = list[Row](), list[str]()
     if all(record.section is not None and names_vectors(record.section.name) for record in records):
@@ -187,7 +183,9 @@ def run(
     else:
         images = expanded(images)
         require_all(images)
-        lanes, models = _open(heads, strangers, device, trust_code)
+        embedders, places = open_networks(taken, device, trust_code=trust_code)
+        lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
+        models = [Model(head, places[name], strangers[name]) for name, head in heads.items()]
         walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
         total = sum(1 for _ in images_in(images, walks))
         unread, passed_over = _passed_over(walks)
@@ -247,16 +245,16 @@ def find_bundles(path: Path) -> dict[str, Path]:
     return {name: find_bundle(folder) for name, folder in (Artifacts(path).each_target() or {"": path}).items()}
 
 
-def _open(
-    heads: Mapping[str, ModelBundle], strangers: Mapping[str, Strangers], device: str, trust_code: bool
-) -> tuple[list[Lane], list[Model]]:
-    """Open the networks that some heads need, each once."""
-    records = {
+def records_of(heads: Mapping[str, ModelBundle], folders: Mapping[str, Path]) -> dict[str, list[EmbeddingRecord]]:
+    """Return the embeddings that the parts of each head take; BundleError for the constant guess, which takes none."""
+    for target, head in heads.items():
+        if not all(part.embedding for part in head.parts):
+            raise BundleError(
+                f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
+            )
+    return {
         target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
     }
-    embedders, places = open_networks(records, device, trust_code=trust_code)
-    models = [Model(head, places[target], strangers[target]) for target, head in heads.items()]
-    return [Lane(embedder, BATCH_SIZE) for embedder in embedders], models
 
 
 Vectors = tuple[Path, NDArray[np.object_] | None, NDArray[np.float32]]

@@ -63,7 +63,9 @@ def on(engine: Engine | None) -> Iterator[None]:
             try:
                 from distributed import Client, LocalCluster
             except ImportError:
-                raise PipelineError("--engine dask: Dask is not installed here; install manyheads[dask]") from None
+                raise PipelineError(
+                    "--engine dask: Dask is not installed here; pip install 'manyheads[dask]'"
+                ) from None
             local = {"n_workers": count, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
             try:
                 made: Any = engine.address or LocalCluster(**local, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]
