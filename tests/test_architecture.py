@@ -60,6 +60,7 @@ DOORS = {
     "onnxruntime": {"export"},
     "skl2onnx": {"export"},
     "timm": {"embed"},
+    "tabicl": {"heads"},
 }
 
 NO_TORCH = """

@@ -204,6 +204,13 @@ def test_pooling_that_has_no_meaning_is_refused() -> None:
         graph.effective_pooling(torch.zeros(2, 2, 3, 4), "avg", tokens=graph.Tokens(), layer="x")
 
 
+def test_all_wrong_poolings_of_all_layers_are_told_at_once() -> None:
+    with pytest.raises(BackboneError, match="6 of the poolings asked for have no meaning") as caught:
+        load("resnet18", layers=("layer3", "layer4", "penultimate"), pooling=("cls", "map"))
+    told = [problem.partition(";")[0] for problem in caught.value.problems]
+    assert [line.split("'")[1] for line in told] == ["layer3.1.relu_1"] * 2 + ["layer4.1.relu_1"] * 2 + ["flatten"] * 2
+
+
 STAGES = {
     # name: the nodes at which stages end
     "resnet18": ["bn1", "layer1.1.relu_1", "layer2.1.relu_1", "layer3.1.relu_1", "layer4.1.relu_1"],

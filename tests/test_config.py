@@ -25,7 +25,7 @@ from pipeline.config.retired import KEYS
 from pipeline.embed import baselines
 from pipeline.errors import BackboneError, ConfigError, HeadError
 from pipeline.evaluation import METRICS
-from pipeline.heads import HEADS, resolve_all
+from pipeline.heads import TABLES, resolve_all
 from pipeline.stages import settings
 
 GOOD = """
@@ -69,7 +69,7 @@ tuning: {trials: ten, scoring: acuracy}
         "allowed: name, weights, layers, pooling, arguments, preprocessing",
         "baselines: unknown baseline 'pixel', did you mean 'pixels'?; allowed: majority, shares, mean, pixels, hog",
         "heads.0.name: unknown head 'logistic_regresion', did you mean 'logistic_regression'?; allowed: "
-        + ", ".join(HEADS)
+        + ", ".join(TABLES["classification"].known)
         + ", or package.module:ATTRIBUTE",
         "tuning.trials: input should be a valid integer, got 'ten'",
         "tuning.scoring: unknown score 'acuracy', did you mean 'accuracy'?; allowed: " + ", ".join(["auto", *METRICS]),

@@ -447,7 +447,7 @@ def effective(run: Callable[[], Sequence[object]], rows: Sequence[Row], tokens: 
     Raises
     ------
     BackboneError
-        When the network does not take the images, or a layer gives no vectors in any of the ways.
+        When the network does not take the images; with one line for every way of the layers that give no vectors in any.
     """
     try:
         with torch.inference_mode():
@@ -458,6 +458,7 @@ def effective(run: Callable[[], Sequence[object]], rows: Sequence[Row], tokens: 
         reason = first_line(error)
         raise BackboneError(f"{about} ({reason}); change preprocessing.crop") from None
     found: dict[tuple[str, str], Row] = {}
+    refused: list[str] = []
     for layer in dict.fromkeys(row.layer for row in rows):
         own, problems = [row for row in rows if row.layer == layer], list[BackboneError]()
         fitting = []
@@ -472,14 +473,18 @@ def effective(run: Callable[[], Sequence[object]], rows: Sequence[Row], tokens: 
             except BackboneError as error:
                 problems.append(error)
         if not fitting:
-            raise problems[0]
-        if len(own) > 1 and {row.pooling for row in fitting} == {"none"}:
+            refused += [problem.message for problem in problems]
+        elif len(own) > 1 and {row.pooling for row in fitting} == {"none"}:
             logger.info("layer %r gives one vector per image as it is: one embedding, whatever the pooling", layer)
         else:
             for problem in problems:
                 logger.warning("left out: %s", problem.message)
         for row in fitting:
             found.setdefault((row.node, row.pooling), row)
+    if len(refused) == 1:
+        raise BackboneError(refused[0])
+    if refused:
+        raise BackboneError(f"{len(refused)} of the poolings asked for have no meaning at their layer", refused)
     return list(found.values())
 
 

@@ -53,6 +53,7 @@ SMALLEST_PROBABILITY = 1e-6
 
 TRUSTED_TYPES = (
     "pipeline.heads.cosine.CosineVote",  # arrays and numbers, used by numpy alone
+    "pipeline.heads.in_context.InContext",  # arrays and a digest; the weights are read as tensors from a file that the user names
     # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing a file can choose.
     "sklearn.calibration._CalibratedClassifier",
     "sklearn.calibration._SigmoidCalibration",

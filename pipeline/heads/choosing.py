@@ -30,12 +30,14 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     HeadError
         With one line for every problem of this head.
     """
-    heads = TABLES[kind].heads
+    heads = TABLES[kind].known
     if ":" not in config.name and config.name not in heads:
-        known = any(config.name in table.heads for table in TABLES.values())
+        known = any(config.name in table.known for table in TABLES.values())
         what = f"head for {kind}" if known else "head"
         raise HeadError(unknown(what, config.name, tuple(heads), ", or package.module:ATTRIBUTE"))
     head = load_own(config.name) if ":" in config.name else heads[config.name]
+    if head.name in TABLES[kind].optional:
+        head.build(0)
     if kind not in head.targets:
         raise HeadError(f"head {head.name}: serves {' and '.join(head.targets)}, and dataset.target is {kind}")
     problems: list[str] = []
@@ -43,7 +45,9 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     for key, values in config.space.items():
         if key not in head.space:
             hint = guess(key, list(head.space))
-            problems.append(f"space.{key}: unknown parameter{hint}; this head is searched over {', '.join(head.space)}")
+            problems.append(
+                f"space.{key}: unknown parameter{hint}; this head is searched over {', '.join(head.space) or 'none'}"
+            )
         elif problem := _mismatch(head.space[key], values):
             problems.append(f"space.{key}: {problem}")
         elif len(values) == 1:
@@ -74,7 +78,7 @@ def serving(configs: Sequence[HeadConfig] | None, kind: str) -> tuple[HeadConfig
     def serves(config: HeadConfig) -> bool:
         if ":" in config.name:
             return kind in load_own(config.name).targets
-        return config.name in TABLES[kind].heads or not any(config.name in table.heads for table in TABLES.values())
+        return config.name in TABLES[kind].known or not any(config.name in table.known for table in TABLES.values())
 
     return tuple(filter(serves, configs or ())) or None
 

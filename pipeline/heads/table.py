@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 from tabulate import tabulate
 
+from pipeline.heads import in_context
 from pipeline.heads.cosine import CosineVote
 from pipeline.heads.fast import discriminant, forests, kernel, linear
 from pipeline.heads.head import Head
@@ -283,6 +284,9 @@ def mean_of_training(y: NDArray[np.float64], width: int) -> Head:
     return Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
 
 
+TABICL = Head("tabicl", in_context.build, space={}, defaults={}, simplicity=9, probabilities=True)
+
+
 @dataclass(frozen=True)
 class HeadTable:
     """The heads of one kind of target, by name; the one that baselines are judged by; and the guess that looks at no image."""
@@ -291,10 +295,17 @@ class HeadTable:
     baseline: Head
     guess: Callable[[NDArray[Any], int], Head]
     """(y of all training images, the target's width) -> the guess."""
+    optional: Mapping[str, Head] = field(default_factory=dict)
+    """Further heads, which need an extra: tuned only where a config names them. Their `build` says what is lacking."""
+
+    @property
+    def known(self) -> Mapping[str, Head]:
+        """All that a config can name."""
+        return {**self.heads, **self.optional}
 
 
 TABLES: Mapping[str, HeadTable] = {
-    "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent),
+    "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent, {TABICL.name: TABICL}),
     "multilabel": HeadTable(OF_LABELS, OF_LABELS["logistic_regression"], shares_of_labels),
     "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], mean_of_training),
 }
@@ -310,9 +321,10 @@ def listed() -> list[str]:
                 head.name,
                 "yes" if head.probabilities else "",
                 "yes" if kind == "classification" and head.name in FOR_PHOTOS else "",
-                ", ".join(f"{name} {_told(dimension)}" for name, dimension in head.space.items()),
+                ", ".join(f"{name} {_told(dimension)}" for name, dimension in head.space.items())
+                or f"nothing; needs manyheads[{head.name}]" * (head.name in table.optional),
             )
-            for head in table.heads.values()
+            for head in table.known.values()
         ]
         lines += [f"== {kind} ==", *tabulate(cells, headers, "simple", disable_numparse=True).splitlines(), ""]
     return [

@@ -30,7 +30,7 @@ def names() -> Names:
     """Return the words that the tables offer to a config."""
     guesses = tuple(target.constant for target in TARGETS.values())
     return {
-        "head": tuple(dict.fromkeys(name for table in TABLES.values() for name in table.heads)),
+        "head": tuple(dict.fromkeys(name for table in TABLES.values() for name in table.known)),
         "baseline": (*dict.fromkeys(guesses), *baselines.NAMES),
         "score": ("auto", *METRICS),
         "target": ("auto", *TARGETS),
