@@ -33,10 +33,11 @@ from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.finetuning import trainer
-from pipeline.finetuning.handover import fold, put_head, starting_layer
+from pipeline.finetuning.handover import put_head, starting_layer
 from pipeline.finetuning.material import LINEAR, choose, divide, lineage_of, read_pixels
 from pipeline.finetuning.result import describe, judge, lines, verdict, write_weights
 from pipeline.finetuning.trainer import predict_logits
+from pipeline.heads import as_layer
 from pipeline.heads.tuning import Projections
 from pipeline.stages import finetune, train_heads
 from pipeline.store import FeatureStore
@@ -194,7 +195,7 @@ def test_heads_on_components_are_handed_over_too(reduced: Config, head: str) -> 
         return predict_logits(network.module, pixels, mean, std, torch.device("cpu")).numpy().astype(np.float64)
 
     # Stage two's own head, and the same fitted anew on what stage three learns from.
-    np.testing.assert_allclose(scores(fold(bundle.estimator)), bundle.estimator.decision_function(X), atol=2e-3)
+    np.testing.assert_allclose(scores(as_layer(bundle.estimator)), bundle.estimator.decision_function(X), atol=2e-3)
     layer, _ = starting_layer(config, files, choice, store, parts)
     found = scores(layer)
     if head == "logistic_regression":

@@ -42,7 +42,7 @@ def test_an_unknown_head_is_told_with_a_guess():
         resolve_all((HeadConfig(name="knm"), HeadConfig(name="ridge", class_weight="balanced")))
     assert caught.value.problems == (
         "unknown head 'knm', did you mean 'knn'?; allowed: prototypes, nearest_centroid, ridge, logistic_regression, "
-        "lda, linear_svm, decision_tree, knn, cosine_knn, random_forest, rbf_svm, mlp, or package.module:ATTRIBUTE",
+        "lda, linear_svm, decision_tree, knn, cosine_knn, random_forest, rbf_svm, mlp, tabicl, or package.module:ATTRIBUTE",
     )
 
 

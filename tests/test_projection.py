@@ -25,8 +25,7 @@ from pipeline.data.classes import Classification
 from pipeline.errors import ConfigError
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.export import bundle as bundles
-from pipeline.finetuning.handover import fold
-from pipeline.heads import HEADS, Head, configure
+from pipeline.heads import HEADS, Head, as_layer, configure
 from pipeline.heads.tuning import Projections, make_folds, memory_needed, projection, tune
 from pipeline.heads.tuning.records import derived_seed
 from pipeline.stages import train_heads
@@ -174,7 +173,7 @@ def test_bundles_and_the_hand_over_take_the_components_along(on_disk: bool, tmp_
     assert (tmp_path / "bundle" / "head.skops").is_file()
     loaded = bundles.load(tmp_path / "bundle")
     np.testing.assert_array_equal(loaded.predict(X)[1], run.pipeline.predict_proba(X))
-    weights, bias = fold(loaded.estimator)
+    weights, bias = as_layer(loaded.estimator)
     np.testing.assert_allclose(X @ weights.T + bias, run.pipeline.decision_function(X), atol=1e-4)
 
 
