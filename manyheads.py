@@ -139,12 +139,15 @@ def heads(
 
     With `list` return the lines on the heads that there are, which needs no config.
     """
+    from pipeline.errors import ConfigError
     from pipeline.heads.table import listed
     from pipeline.io.engine import Engine
     from pipeline.stages import fit
 
     if list:
         return listed()
+    if not config:
+        raise ConfigError("heads: give the path of a config, of an output folder or of images")
     on = Engine.of(engine, address, workers)
     found = {name: result for name, result, _ in fit.heads(_config(config, overrides), on)}
     return found.get("") or found

@@ -553,7 +553,10 @@ COMMANDS = (
         _argument("config", metavar="WHAT", type=PATH),
         *EXPERIMENT[1:],
         _option(
-            "--target", multiple=True, metavar="COLUMN", help="The column of a manifest to learn; `label` otherwise."
+            "--target",
+            multiple=True,
+            metavar="COLUMN",
+            help="The column of a manifest to learn, `label` otherwise; again for each more.",
         ),
         _option("--budget", metavar="TIME", help="Time for the search, such as 90s, 10m or 1h."),
         _option("--output", "-o", type=PATH, help="The folder of the results; artifacts/NAME otherwise."),

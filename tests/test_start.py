@@ -44,6 +44,11 @@ def words() -> list[tuple[Any, Any, str]]:
     return [(command, place, str(command.name)) for place, command in rows if not command.hidden]
 
 
+def test_heads_asks_for_what_to_work_on() -> None:
+    with pytest.raises(ConfigError, match="heads: give the path of a config, of an output folder or of images"):
+        manyheads.heads()
+
+
 @pytest.mark.parametrize(
     ("command", "place", "name"), words(), ids=lambda value: value if isinstance(value, str) else ""
 )
