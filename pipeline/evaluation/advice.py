@@ -278,7 +278,7 @@ class Advice:
         lines += [f"  {way.name:<26} {way.gain_text:<24} {way.price:<16} {way.basis}".rstrip() for way in self.ways]
         lines += [
             "",
-            "Gains are in points of accuracy on new images, with 80 % intervals; 0.5 points are the least worth having.",
+            f"Gains are in points of accuracy on new images, with {100 * COVERAGE:.0f} % intervals; {100 * WORTH:g} points are the least worth having.",
         ]
         lines += ["Looked at:", *(f"  {_said(name, value)}" for name, value in self.signs.items())]
         if self.outside:
@@ -291,11 +291,12 @@ class Advice:
         return lines
 
 
-def read_advice(path: Path) -> Advice | None:
-    """Read the advice that was given last; None where there is none, or it is damaged."""
+def read_advice(path: Path, key: str | None = None) -> Advice | None:
+    """Read the advice that was given last; None where there is none, it is damaged, or of another `key`."""
     try:
-        made: Advice = from_plain(Advice, read_document(path, ADVICE)["advice"])
-        return made
+        document = read_document(path, ADVICE)
+        made: Advice = from_plain(Advice, document["advice"])
+        return made if key in (None, document["key"]) else None
     except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
@@ -323,7 +324,7 @@ class Judged:
 
 def judged(records: Mapping[str, Record]) -> Judged:
     """Advise each cell by the rule of the others."""
-    names, advised, gains, regrets, inside, useless, spared, prices = tuple(records), [], [], [], [], [], [], []
+    names, advised, gains, regrets, inside, spared, prices = tuple(records), [], [], [], [], [], []
     for name in names:
         record, truth = records[name], records[name]["truth"]
         rule = fit([records[other] for other in names if other != name])
@@ -340,7 +341,6 @@ def judged(records: Mapping[str, Record]) -> Judged:
         inside += [expected[each].interval[0] <= true[each] <= expected[each].interval[1] for each in ARMS]
         prices.append(0.0 if arm == STOP else truth[arm]["minutes"] / max(truth["all"]["minutes"], 1e-9))
         if max(true[each] for each in ARMS) < WORTH:
-            useless.append(name)
             spared.append(arm == STOP)
     always = [records[name]["truth"]["all"]["test"] - records[name]["truth"]["frozen"] for name in names]
     worth = {
@@ -354,6 +354,6 @@ def judged(records: Mapping[str, Record]) -> Judged:
         tuple(gains),
         tuple(regrets),
         float(np.mean(inside)),
-        float(np.mean(spared)) if useless else 1.0,
+        float(np.mean(spared)) if spared else 1.0,
         worth,
     )

@@ -26,7 +26,7 @@ from pipeline.finetuning.material import Parts, read_pixels
 from pipeline.finetuning.objective import objective_for
 from pipeline.finetuning.plan import check_plan, stages_of
 from pipeline.finetuning.result import ALPHAS
-from pipeline.finetuning.trainer import EVALUATIONS, Task, evaluate, make_optimizer, steps_for, train_step
+from pipeline.finetuning.trainer import EVALUATIONS, Task, evaluate, make_optimizer, steps_asked, train_step
 
 SHARE = 0.045
 """Of the passes of a whole run; the rest of five hundredths is left for what surrounds them."""
@@ -61,19 +61,30 @@ class Pilot:
     """What it takes to judge an image."""
     seconds: float
 
-    @property
-    def drops(self) -> tuple[float, float]:
-        """The share of the loss that each part took away; negative where it grew."""
-        small, large = (1 - loss / max(self.start, 1e-6) for loss in self.losses)
-        return small, large
+    def share(self, config: Config, parts: Parts) -> float:
+        """Return its passes over those of a whole run."""
+        images = config.finetune.batch_size * config.finetune.accumulate
+        trained, judged = images * (2 * self.steps + 2), 3 * self.held_out
+        return (PASSES * trained + judged) / full_passes(config, parts)
+
+    def minutes(self, config: Config, parts: Parts) -> tuple[float, float]:
+        """Return what a whole run should take that trains the last stage, and one that trains everything."""
+        steps = steps_asked(config.finetune, len(parts.train)) * config.finetune.accumulate
+        judged = _judged(parts) * self.image_seconds
+        last, everything = ((steps * each + judged) / 60 for each in self.step_seconds)
+        return last, everything
 
 
 def full_passes(config: Config, parts: Parts) -> int:
     """Return how many passes of an image through the network a whole run takes that trains everything."""
     settings = config.finetune
-    steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
-    judged = (EVALUATIONS + len(ALPHAS)) * len(parts.validation) + len(parts.test)
-    return steps * settings.batch_size * settings.accumulate * PASSES + judged
+    trained = steps_asked(settings, len(parts.train)) * settings.batch_size * settings.accumulate
+    return trained * PASSES + _judged(parts) + len(parts.test)
+
+
+def _judged(parts: Parts) -> int:
+    """Validation images that a whole run judges, each as often as it does."""
+    return (EVALUATIONS + len(ALPHAS)) * len(parts.validation)
 
 
 def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot:

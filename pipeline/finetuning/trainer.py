@@ -72,6 +72,11 @@ def steps_for(images: int) -> int:
     return 500 if images < 20_000 else 10_000 if images < 500_000 else 20_000
 
 
+def steps_asked(settings: FinetuneConfig, images: int) -> int:
+    """Return the number of steps of a run: what the settings say, or for `auto` by the number of images that it learns from."""
+    return steps_for(images) if settings.steps == "auto" else settings.steps
+
+
 def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None] | None = None) -> State:
     """Train a network in place, put the weights into it that did best on the validation images, and return how it went.
 

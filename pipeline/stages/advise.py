@@ -27,12 +27,10 @@ from pipeline.evaluation.advice import LABEL, OTHER, STOP, TRAIN, Advice, Way, r
 from pipeline.evaluation.audit import read_findings
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
-from pipeline.experiment import ADVICE, Artifacts, read_document, write_document
+from pipeline.experiment import ADVICE, Artifacts, write_document
 from pipeline.finetuning.handover import open_network, starting_layer
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of
 from pipeline.finetuning.pilot import Pilot, full_passes, pilot
-from pipeline.finetuning.result import ALPHAS
-from pipeline.finetuning.trainer import EVALUATIONS, steps_for
 from pipeline.heads.layer_profile import PENALTIES, read_profiles
 from pipeline.heads.tuning import make_folds
 from pipeline.io.digests import fingerprint
@@ -70,7 +68,7 @@ def run(config: Config) -> Advice:
             "seed": config.seed,
         }
     )
-    known = _known(files, key)
+    known = read_advice(files.advice, key)
     if known is not None:
         return known
     log.info("advice: a pilot of fine-tuning %s, and simple heads on its features", choice.record.name)
@@ -89,19 +87,11 @@ def run(config: Config) -> Advice:
         tuple(ways),
         outside,
         len(cells),
-        pilot_share(config, tried, parts),
+        tried.share(config, parts),
         {name: sign(record) for name, (_, sign, _) in advice.SIGNS.items()},
     )
     write_document(files.advice, ADVICE, {"key": key, "signs": record, "advice": asdict(made)})
     return made
-
-
-def _known(files: Artifacts, key: str) -> Advice | None:
-    try:
-        same = read_document(files.advice, ADVICE).get("key") == key
-    except PipelineError:
-        return None
-    return read_advice(files.advice) if same else None
 
 
 # ---- the signs
@@ -166,12 +156,6 @@ def probes(
     return {**{name: float(hits.mean()) for name, hits in right.items()}, "train": float(np.mean(train))}
 
 
-def pilot_share(config: Config, tried: Pilot, parts: Parts) -> float:
-    """Return the passes of a pilot over those of a whole run."""
-    images = config.finetune.batch_size * config.finetune.accumulate
-    return (3 * images * (2 * tried.steps + 2) + 3 * tried.held_out) / full_passes(config, parts)
-
-
 # ---- the ways
 
 
@@ -208,16 +192,8 @@ def _other(files: Artifacts, choice: Choice) -> Way:
 def _train(
     config: Config, record: Mapping[str, Any], tried: Pilot, parts: Parts, rule: advice.Rule, outside: tuple[str, ...]
 ) -> list[Way]:
-    settings = config.finetune
-    steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
-    judged = (EVALUATIONS + len(ALPHAS)) * len(parts.validation) * tried.image_seconds
-    expected = {} if outside else rule.expect(record)
-    found = []
-    for (name, arm), each in zip(TRAIN.items(), tried.step_seconds, strict=True):
-        minutes = (steps * settings.accumulate * each + judged) / 60
-        one = expected.get(arm)
-        basis = "" if one else "outside of what was measured"
-        found.append(
-            Way(name, None if one is None else one.gain, None if one is None else one.interval, minutes, basis=basis)
-        )
-    return found
+    prices = zip(TRAIN.items(), tried.minutes(config, parts), strict=True)
+    if outside:
+        return [Way(name, minutes=price, basis="outside of what was measured") for (name, _), price in prices]
+    expected = rule.expect(record)
+    return [Way(name, expected[arm].gain, expected[arm].interval, price) for (name, arm), price in prices]

@@ -25,7 +25,7 @@ from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_
 from pipeline.finetuning.objective import objective_for
 from pipeline.finetuning.plan import check_plan, describe_plan, stages_of
 from pipeline.finetuning.result import describe, judge, lines, return_path, write_weights
-from pipeline.finetuning.trainer import Task, predict_logits, steps_for, train
+from pipeline.finetuning.trainer import Task, predict_logits, steps_asked, train
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
 from pipeline.stages import advise
@@ -186,7 +186,7 @@ def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, fol
     """
     device, settings, prepared = resolve_device(config.extraction.device), config.finetune, network.preprocessing
     _, precision, reason = resolve_precision(config.extraction.precision, device)
-    steps = steps_for(len(parts.train)) if settings.steps == "auto" else settings.steps
+    steps = steps_asked(settings, len(parts.train))
     put_head(network.module, layer)
     stages = stages_of(network.module, prepared.size)
     assert settings.unfreeze != "auto"  # as advised by now
