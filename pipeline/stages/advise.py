@@ -25,8 +25,8 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import advice
 from pipeline.evaluation.advice import LABEL, OTHER, STOP, TRAIN, Advice, Way, read_advice, recommend
 from pipeline.evaluation.audit import read_findings
-from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.evaluation.learning_curve import stratified_order
+from pipeline.evaluation.leaderboard import Leaderboard
+from pipeline.evaluation.learning_curve import LearningCurve, stratified_order
 from pipeline.experiment import ADVICE, Artifacts, write_document
 from pipeline.finetuning.handover import open_network, starting_layer
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of
@@ -75,10 +75,11 @@ def run(config: Config) -> Advice:
     record, tried, parts = signs(config, choice)
     rule = advice.fit(list(cells.values()))
     outside = rule.outside(record)
+    shown = material.gather(files.root)
     ways = [
         Way(STOP, 0.0, (0.0, 0.0)),
-        _label(files),
-        _other(files, choice),
+        _label(shown.curve),
+        _other(shown.leaderboard, files, choice),
         *_train(config, record, tried, parts, rule, outside),
     ]
     made = Advice(
@@ -159,8 +160,7 @@ def probes(
 # ---- the ways
 
 
-def _label(files: Artifacts) -> Way:
-    curve = material.gather(files.root).curve
+def _label(curve: LearningCurve | None) -> Way:
     if curve is None or curve.law is None or not curve.forecast:
         return Way(LABEL, basis="there is no learning curve: too few images")
     twice, labelled = curve.forecast[0], curve.forecast[0].size // 2
@@ -171,9 +171,8 @@ def _label(files: Artifacts) -> Way:
     )
 
 
-def _other(files: Artifacts, choice: Choice) -> Way:
+def _other(board: Leaderboard, files: Artifacts, choice: Choice) -> Way:
     """Judge what other rows and layers have been shown to bring; both are measured already, so they cost nothing."""
-    board = read_leaderboard(files.root)
     best, ours = board.best, choice.linear or choice.winner
     layered = [
         one for one in read_profiles(files.layers) or () if one.nested_gain is not None and one.chosen != one.usual

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from bench_shortlist import COARSE
 from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_digits
 
@@ -35,12 +36,6 @@ OUTPUT = Path(__file__).parents[2] / "pipeline" / "evaluation" / "advisor_cells.
 TEST = 500
 STEPS = 150
 """Of a run: fewer than `auto` takes, so that all cells can be measured in an hour or two."""
-COARSE: Mapping[str, tuple[str, ...]] = {
-    "tops": ("t-shirt", "shirt", "longsleeve", "outwear"),
-    "below": ("pants", "shorts", "skirt"),
-    "others": ("dress", "hat", "shoes"),
-}
-
 Pictures = list[tuple[str, Image.Image]]
 BUNDLED = "mean: [0.4806, 0.4486, 0.3983], std: [0.2521, 0.2448, 0.2590]"
 
