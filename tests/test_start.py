@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -22,7 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import LEADERBOARD, Artifacts, read_document, write_document
-from pipeline.stages import fit, settings, train_heads
+from pipeline.stages import fit, settings, similar, train_heads
 from pipeline.stages.train_heads.budget import Pass, next_trials, trials_within
 
 ROOT = Path(__file__).parents[1]
@@ -39,31 +40,36 @@ SMALL: dict[str, Any] = {
 # ---- commands are functions, by the same words
 
 
-def words() -> list[tuple[Any, Any, str]]:
-    rows = [(manyheads, command) for command in cli.COMMANDS] + [(manyheads.store, command) for command in cli.STORE]
-    return [(command, place, str(command.name)) for place, command in rows if not command.hidden]
-
-
 def test_heads_asks_for_what_to_work_on() -> None:
     with pytest.raises(ConfigError, match="heads: give the path of a config, of an output folder or of images"):
         manyheads.heads()
 
 
-@pytest.mark.parametrize(
-    ("command", "place", "name"), words(), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_every_command_is_a_function_that_takes_the_same(command: Any, place: Any, name: str) -> None:
-    assert hasattr(place, name), f"`manyheads {name}` has no function of that name in manyheads.py"
-    function = inspect.signature(getattr(place, name)).parameters
-    given = {str(parameter.name): parameter for parameter in command.params if parameter.name != "help"}
-    assert set(function) == set(given)
-    assert ("overrides" in given) == any(each.kind is each.VAR_KEYWORD for each in function.values())
-    for word, parameter in given.items():
-        if word in ("overrides", "config") or parameter.required:
-            continue
-        known = isinstance(parameter.default, (str, int, float, Path))  # click has a mark for none
-        unset = () if parameter.multiple else False if getattr(parameter, "is_flag", False) else None
-        assert function[word].default == (parameter.default if known else unset), f"{name}: {word}"
+@pytest.mark.parametrize("command", [*cli.COMMANDS, *cli.STORE], ids=lambda command: command.name)
+def test_a_command_is_told_where_its_function_is(command: click.Command) -> None:
+    store = command in cli.STORE
+    function = inspect.signature(getattr(manyheads.store if store else manyheads, str(command.name))).parameters
+    for place, each in enumerate(each for each in command.params if each.name != "overrides"):
+        taken = function[str(each.name)]
+        if isinstance(each, click.Option):
+            assert (each.help or "").endswith("."), each.name
+            unset = () if each.multiple else False if each.is_flag else None
+            assert taken.default in (each.default, unset)
+        else:  # an option that no line of the docstring tells of would be one
+            assert taken.default is taken.empty or place == 0, f"{each.name} has no line in the docstring"
+
+
+def test_the_words_of_a_command_reach_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(similar, "run", lambda images, place, **options: given.update(options, place=place) or [])
+    said = CliRunner().invoke(
+        cli.cli, ["similar", "a.jpg", "b", "--in", "there", "--count", "3", "-o", "o.csv", "--trust"]
+    )
+    assert said.exit_code == 0, said.output
+    expected = {"place": Path("there"), "count": 3, "output": Path("o.csv"), "trust": True, "embedding": None}
+    assert given == expected
+    for wrong in (["--count", "0"], ["--engine", "ray"], []):
+        assert CliRunner().invoke(cli.cli, ["similar", *wrong]).exit_code == 2
 
 
 def test_the_module_shows_what_it_has_and_imports_nothing_for_it() -> None:
@@ -147,6 +153,7 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
         "27 images in 3 classes: 21 train, 6 test",
     ]
     assert "4 of 4 rows were finished before and kept." in lines
+    assert sum("report.html" in line for line in lines) == sum("manyheads predict" in line for line in lines) == 1
     assert lines[-8:-6] == [
         "What next",
         f"  look          {run.output / 'report.html'} {lines[-7].partition('.html ')[2]}",
