@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.embed.stages import Stage, find_stages
+from pipeline.embed.graph import Stage, find_stages
 from pipeline.errors import TrainingError
 
 SAME = 1e-5
