@@ -146,7 +146,7 @@ def fold_norms(network: nn.Module, images: Tensor) -> int:
         for hook in hooks:
             hook.remove()
         for conv, norm in behind.items():
-            conv.norm = (norm,)  # in a tuple, which is no part of the network
+            conv.norm = (norm,)  # type: ignore[assignment]  # a tuple is no part of the network
             conv.forward, norm.forward = MethodType(_normed, conv), MethodType(_passed, norm)  # type: ignore[method-assign]
         if (network(images) - expected).abs().max() <= SAME * expected.abs().max():
             return len(behind)

@@ -1,12 +1,12 @@
 """What fine-tuning brings on photos of clothes, and how fast its steps are beside a plain PyTorch script.
 
-    python tests/benchmarks/bench_finetune.py CLOTHING [--work FOLDER] [--seeds 0 1 2] [--steps 250] [--only METHOD ...]
+    python tests/benchmarks/bench_finetune.py CLOTHING [--work FOLDER] [--seeds 0 1 2] [--steps 200] [--only METHOD ...]
     python tests/benchmarks/bench_finetune.py CLOTHING --pilot
     python tests/benchmarks/bench_finetune.py CLOTHING --speed
 
 CLOTHING is a folder with train/, validation/ and test/ of class folders; the network is EfficientNet-Lite0 with its ImageNet weights.
 A method is one run of `finetune` for each seed, all of the same number of steps, compared with the frozen features on the same test
-images. `--pilot` runs one seed with half of the steps at several rates, of which validation images choose `CHOSEN`. What is finished
+images. `--pilot` runs seed 0 with so many steps at several rates, of which validation images choose `CHOSEN`. What is finished
 is kept and a stopped run goes on; the tables are printed anew from what there is.
 """
 
@@ -45,12 +45,12 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "everything, from an untrained head": ("finetune.unfreeze=[[0, all]]", "finetune.start=random"),
 }
 TRIED: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "everything": (("finetune.rate=2e-4",), ("finetune.rate=5e-4",), ("finetune.rate=2e-4", "finetune.size=160")),
+    "everything": (("finetune.rate=2e-4",), ("finetune.rate=5e-4",)),
     "last stage": (("finetune.rate=1e-4",), ("finetune.rate=3e-4",)),
-    "everything, from an untrained head": (("finetune.rate=5e-4",), ("finetune.rate=1e-3",)),
+    "everything, from an untrained head": (("finetune.rate=5e-4",),),
 }
-CHOSEN: Mapping[str, tuple[str, ...]] = {name: tried[0] for name, tried in TRIED.items()}
-"""By the validation images of a pilot with seed 0."""
+CHOSEN: Mapping[str, tuple[str, ...]] = {name: tried[-1] for name, tried in TRIED.items()}
+"""By the validation images of a pilot with seed 0; with an untrained head the rate is that of a trained one."""
 
 
 def config_of(photos: Path, work: Path, seed: int, steps: int, given: tuple[str, ...]) -> Config:
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("clothing", type=Path)
     parser.add_argument("--work", type=Path, default=Path("build/finetune"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--pilot", action="store_true")
     parser.add_argument("--speed", action="store_true")
@@ -211,7 +211,7 @@ def main() -> None:
     elif asked.pilot:
         for name in asked.only:
             for given in TRIED[name]:
-                made = run(asked.clothing, asked.work, 0, asked.steps // 2, (*METHODS[name], *given))
+                made = run(asked.clothing, asked.work, 0, asked.steps, (*METHODS[name], *given))
                 chosen = max((score, -loss) for _, score, loss in made["curve"])
                 spent = f"{made['minutes']:.1f} min of training, {made['wall'] / 60:.1f} in all, {made['processors'] / 60:.1f} of processors"
                 print(
