@@ -71,6 +71,7 @@ def _sources(output: Path, board: Leaderboard) -> Iterator[Path]:
         files.audit,
         files.few_shot,
         files.advice,
+        files.mistakes,
         files.layers,
         *sorted(files.dataset.glob("*.csv")),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ from pipeline.evaluation.fewshot import FewShot
 from pipeline.evaluation.leaderboard.judge import Trials, judge, read_predictions, read_trials
 from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
-from pipeline.experiment import Artifacts
+from pipeline.experiment import MISTAKES, Artifacts, read_document
 from pipeline.heads import RIDGE, configure
 from pipeline.io.imports import instead
 
@@ -91,6 +92,8 @@ class Material:
     """What `manyheads fewshot` found, where it was run."""
     advice: Advice | None = None
     """What `manyheads advise` said, where it was asked."""
+    why: Mapping[str, Any] = field(default_factory=dict)
+    """By path, why the best row mistakes an image, as `explained.keep` has it, where `manyheads report --explain` was run."""
 
     @property
     def target(self) -> str:
@@ -166,9 +169,8 @@ def gather(output: Path) -> Material:
     except (PipelineError, OSError) as error:
         missing.append(f"No near-duplicates and outliers are shown: {error}")
     trials, few_shot = read_trials(board, output), _few_shot(files, missing)
-    return Material(
-        output, board, predictions, trials, index, view, findings, tuple(missing), few_shot, read_advice(files.advice)
-    )
+    advice, why = read_advice(files.advice), _why(files, board.best.key)
+    return Material(output, board, predictions, trials, index, view, findings, tuple(missing), few_shot, advice, why)
 
 
 def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: list[str]) -> View | None:
@@ -203,6 +205,14 @@ def _few_shot(files: Artifacts, missing: list[str]) -> FewShot | None:
     except (PipelineError, OSError) as error:
         missing.append(f"Few-shot scores are not shown: {error}")
     return None
+
+
+def _why(files: Artifacts, row: str) -> Mapping[str, Any]:
+    try:
+        document = read_document(files.mistakes, MISTAKES)
+    except (PipelineError, OSError):
+        return {}
+    return document["images"] if document["row"] == row else {}  # type: ignore[no-any-return]
 
 
 def umap_is_installed() -> bool:

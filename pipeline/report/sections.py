@@ -192,11 +192,19 @@ def _map(material: Material) -> Shown | None:
 
 
 def _mistakes(material: Material) -> Shown | None:
-    """Give the test images on which the best row was most sure and wrong."""
+    """Give the test images on which the best row was most sure and wrong, and why, where that was looked into."""
     best = material.best
     if best is None:
         return None
-    part, p = best.test, best.test.probabilities
+    found, wrong = worst(best.test)
+    why = {path: material.why[path] for path, said, *_ in found if material.why.get(path, {}).get("said") == said}
+    given = {"found": found, "known": best.test.probabilities is not None, "wrong": wrong, "total": len(best.test)}
+    return {}, {**given, "why": why, "pictures": gallery(material.index, [path for path, *_ in found])}
+
+
+def worst(part: Predictions) -> tuple[list[tuple[str, str, str, float]], int]:
+    """Return the images on which a head was most sure and wrong: path, what it said, the label and how sure; and how many are wrong."""
+    p = part.probabilities
     paths, wrong, sure, own = (
         np.asarray(part.paths),
         np.flatnonzero(~part.correct),
@@ -207,9 +215,7 @@ def _mistakes(material: Material) -> Shown | None:
         sure, own = p.max(axis=1), p[np.arange(len(part)), part.y_true].astype(np.float64)
     order = wrong[np.argsort(-(sure - own)[wrong], kind="stable")][:MOST_PICTURES]
     columns = (paths, part.predicted, part.labels, sure)
-    found = list(zip(*(column[order].tolist() for column in columns), strict=True))
-    pictures = gallery(material.index, paths[order].tolist())
-    return {}, {"found": found, "known": p is not None, "wrong": len(wrong), "total": len(sure), "pictures": pictures}
+    return list(zip(*(column[order].tolist() for column in columns), strict=True)), len(wrong)
 
 
 def _label_issues(material: Material) -> Shown | None:
