@@ -89,6 +89,20 @@ def composed(shapes: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def labelled(shapes: Config, rows: list[tuple[Path, str, str]], name: str, head: str, **dataset: str) -> Path:
+    """Make an experiment on the same photos with other labels and splits; return its output folder."""
+    output = Path(shapes.output).with_name(name)
+    root = output.parent.parent
+    lines = ["path,label,split", *(f"{path.relative_to(root)},{label},{split}" for path, label, split in rows)]
+    output.with_suffix(".csv").write_text("\n".join(lines), encoding="utf-8")
+    data = {"source": "manifest", "path": str(output.with_suffix(".csv")), "root": str(root), **dataset}
+    raw = {**shapes.model_dump(mode="json"), "output": str(output), "dataset": data, "heads": [head], "baselines": []}
+    config = configuration.parse(raw, "test")
+    extract.run(config)
+    train_heads.run(config)
+    return output
+
+
 def explained(bundle: Path, images: list[Path], folder: Path) -> ExplainRun:
     result = predict.run(bundle, images, output=folder / "out.csv", explain=folder / "why").explained
     assert result is not None
@@ -183,20 +197,10 @@ def test_a_map_is_drawn_in_the_colour_of_what_it_says() -> None:
 def test_of_several_labels_each_has_a_map_of_its_own(
     shapes: Config, composed: Path, tmp_path: Path, head: str, count: int, way: str
 ) -> None:
-    photos, lines, root = Path(str(shapes.dataset.path)), ["path,tags,split"], composed.parent
-    for path in sorted(photos.rglob("*.png")):
-        lines.append(f"{path.relative_to(root)},{path.parent.name},train")
+    rows = [(path, path.parent.name, "train") for path in sorted(Path(str(shapes.dataset.path)).rglob("*.png"))]
     for number, path in enumerate(sorted(composed.iterdir())):
-        lines.append(
-            f"{path.relative_to(root)},{'|'.join(path.name.split('-')[:2])},{'train' if number % 3 else 'test'}"
-        )
-    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8")
-    data = {"source": "manifest", "path": str(tmp_path / "list.csv"), "root": str(root), "label_columns": "tags"}
-    raw = {**shapes.model_dump(mode="json"), "dataset": {**data, "target": "multilabel"}, "heads": [head]}
-    output = Path(shapes.output).parent / f"tags-{head}"
-    config = configuration.parse({**raw, "output": str(output), "store": shapes.store, "baselines": []}, "test")
-    extract.run(config)
-    train_heads.run(config)
+        rows.append((path, "|".join(path.name.split("-")[:2]), "train" if number % 3 else "test"))
+    output = labelled(shapes, rows, f"tags-{head}", head, target="multilabel")
     images = sorted(composed.iterdir())[:count]
     found = explained(Artifacts(output).bundle(EMBEDDING, head), images, tmp_path).found
     assert {each.way for each in found} == {way}
@@ -262,6 +266,30 @@ def test_a_bundle_that_lies_in_no_experiment_has_no_neighbours_and_says_so(exper
     reason = f"no neighbours are shown: {bundle} lies in no experiment, whose training images they would be"
     assert result.summary_lines()[1:] == [reason]
     assert reason in (tmp_path / "why" / "0001.html").read_text(encoding="utf-8")
+
+
+def test_the_page_explains_its_worst_mistakes_where_that_is_asked(shapes: Config, tmp_path: Path) -> None:
+    """Of 18 test images two bear the label of another shape."""
+    photos, rows = Path(str(shapes.dataset.path)), list[tuple[Path, str, str]]()
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        label = "disc" if number in (0, 4) else path.parent.name
+        rows.append((path, label, "train" if number % 4 else "test"))
+    output = labelled(shapes, rows, "mistaken", "logistic_regression")
+    asked = ["report", str(output), "--explain"]
+    shutil.move(photos, photos.with_name("elsewhere"))
+    try:
+        gone = CliRunner().invoke(cli, asked)
+    finally:
+        shutil.move(photos.with_name("elsewhere"), photos)
+    assert gone.exit_code == 0
+    assert "mistakes   none is explained: " in gone.output
+    assert "manyheads report --explain" in (output / "report.html").read_text(encoding="utf-8")
+    done = CliRunner().invoke(cli, asked)
+    assert f"mistakes   2 images explained, by exact class activation map: {output}/mistakes/index.html" in done.output
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "manyheads report --explain" not in page
+    assert re.findall(r'<a class="frame" href="(.+?)">', page) == ["mistakes/0001.html", "mistakes/0002.html"]
+    assert page.count('<div class="near">') == 4
 
 
 def test_other_targets_and_folders_that_cannot_be_are_refused_before_the_work(
