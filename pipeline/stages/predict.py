@@ -301,6 +301,13 @@ def _first_refitted(path: Path) -> str:
     return bundle
 
 
+def experiment_around(bundle: Path) -> Artifacts | None:
+    """Return the experiment that a bundle lies in, or that is named in its place."""
+    place = Path(os.path.abspath(bundle))
+    around = map(Artifacts, (place, *place.parents))
+    return next((files for files in around if (files.dataset / INDEX_FILE).exists()), None)
+
+
 def expanded(paths: Sequence[Path]) -> list[Path]:
     """Return the paths with the archives that a pattern means in its place; DatasetError with one line for each that is not there."""
     for path in paths:
@@ -427,13 +434,9 @@ class Agreement:
     @staticmethod
     def of(images: Sequence[Path], bundle: Path, targets: Mapping[str, Target]) -> Agreement:
         """Prepare for the images of some folders, and the bundle of an experiment or that experiment."""
-        roots = [absolute(path) for path in images if is_folder(path)]
-        place, learned = Path(os.path.abspath(bundle)), list[str]()
-        found = next(
-            (each / "dataset" for each in (place, *place.parents) if (each / "dataset" / INDEX_FILE).exists()), None
-        )
-        if roots and found is not None:
-            index = DatasetIndex.read(found)
+        roots, learned = [absolute(path) for path in images if is_folder(path)], list[str]()
+        if roots and (files := experiment_around(bundle)):
+            index = DatasetIndex.read(files.dataset)
             root, taught = absolute(index.root), index.select("train", "validation")
             if any(f"{a}/".startswith(f"{b}/") for each in roots for a, b in ((root, each), (each, root))):
                 learned = [f"{root}/{path}" for path in taught.paths]
