@@ -324,12 +324,13 @@ def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
     """Yield the files named, and every image in the folders named, by one walk for each; each once, in order."""
     seen: set[str] = set()
     left = iter(walks)
+    files: Iterable[str]
     for path in paths:
         if is_folder(path):
             walk = next(left)
             files = (_full(walk, folder + name) for folder, found in walk.below() for name in sorted(found.images))
         else:
-            files = iter([address_of(path) or str(path)])
+            files = [address_of(path) or str(path)]
         for file in files:
             if len(paths) > 1:  # one folder has no file twice, and millions of names are memory
                 if file in seen:

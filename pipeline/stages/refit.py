@@ -393,6 +393,7 @@ def _out_of_fold(folds: Sequence[FoldOutcome], task: Task, metric: Metric) -> Pr
     narrowed, codes, _ = task.target.narrowed(task.y_train)
     parts = []
     for fold, ((_, held), outcome) in enumerate(zip(task.folds, folds, strict=True)):
+        assert outcome.predictions is not None  # such are left out
         units, of = (None if task.groups is None else task.groups[held]), np.full(len(held), fold)
         parts.append(Predictions(codes[held], outcome.predictions, outcome.scores, units, folds=of, target=narrowed))
     said = joined(parts)
