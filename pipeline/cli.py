@@ -150,7 +150,7 @@ def heads(config: Config, engine: str | None, address: str | None, workers: int 
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
     """
-    from pipeline.io.engine import Engine
+    from pipeline.io.remote import Engine
     from pipeline.stages import fit as stage
 
     return stage.heads_lines(config, Engine.of(engine, address, workers))

@@ -24,7 +24,7 @@ from pipeline.embed.spec import EmbeddingSpec, embedding_name, probe_images
 from pipeline.embed.weights import Network, bundled, load_network
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.digests import canonical_json
-from pipeline.io.memory import is_out_of_memory
+from pipeline.io.process import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

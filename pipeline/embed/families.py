@@ -17,7 +17,7 @@ from pipeline.embed import efficientnet_lite, own_modules, own_vectors, timm_mod
 from pipeline.embed.family import Arguments, Family, Published
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
-from pipeline.io.memory import is_out_of_memory
+from pipeline.io.process import is_out_of_memory
 
 FAMILIES: tuple[Family, ...] = (
     efficientnet_lite.FAMILY,

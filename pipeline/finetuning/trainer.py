@@ -28,7 +28,7 @@ from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_f
 from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save
 from pipeline.finetuning.objective import CLASSES, Objective, Score
 from pipeline.finetuning.plan import Plan, set_trainable, stage_of_parameters
-from pipeline.io import progress
+from pipeline.io import process
 from pipeline.io.files import make_folder, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
     state = load(run, parts)
     saved, clock = state.seconds, time.perf_counter()
     with (
-        progress.bar(task.steps, "step", "training", initial=state.step) as bar,
+        process.bar(task.steps, "step", "training", initial=state.step) as bar,
         _profiler(settings.profile_steps, run.folder / "profile.txt") as tick,
         _tensorboard(run.folder / "tensorboard" if settings.tensorboard else None) as show,
     ):

@@ -20,7 +20,7 @@ from pipeline.export import bundle as bundles
 from pipeline.export.table import EXPORTS, Model, Networks, Photo
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.stages import settings
 from pipeline.stages.predict import find_bundles
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from pipeline.config import checked_device, names_vectors
 from pipeline.data import REMARKS, Failure
-from pipeline.data.shards import archives_of, is_pattern
-from pipeline.data.summary import passed_over_lines
+from pipeline.data.folder import archives_of, is_pattern
+from pipeline.data.scan import passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.data.walk import Walk, is_folder
 from pipeline.embed.concat import Places, open_networks
@@ -38,7 +38,7 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.export.strangers import Strangers, names, open_strangers
 from pipeline.images import forget
 from pipeline.io.files import growing, require_place
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.io.remote import absolute, address_of
 from pipeline.stages import settings
 from pipeline.stages.agreement import Agreement
@@ -186,7 +186,7 @@ def run(
         embedders, places = open_networks(taken, device, trust_code=trust_code)
         lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
         models = [Model(head, places[name], strangers[name]) for name, head in heads.items()]
-        walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
+        walks = [Walk(path) for path in images if is_folder(path)]
         total = sum(1 for _ in images_in(images, walks))
         unread, passed_over = _passed_over(walks)
         if not total and not unread:

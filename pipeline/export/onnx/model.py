@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from pipeline.data.targets import record_of
 from pipeline.embed.spec import Embedder
 from pipeline.errors import BundleError, number_of
 from pipeline.experiment import made_by, plain
@@ -73,7 +74,7 @@ def metadata(model: Model, proof: Proof) -> dict[str, str]:
         name: {
             "head": head.head,
             "params": dict(head.params),
-            "target": head.target.to_record(),
+            "target": record_of(head.target),
             "key": head.provenance.get("key", ""),
             "embeddings": [part.embedding["spec"] for part in head.parts],
         }
