@@ -10,9 +10,8 @@ from pathlib import Path
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config, names_vectors
 from pipeline.data import check_failures
-from pipeline.data.scan import require_its_own, scan
+from pipeline.data.scan import fold_warnings, missing_side, require_its_own, scan
 from pipeline.data.sources import needs_download
-from pipeline.data.summary import fold_warnings, missing_side
 from pipeline.data.targets import kind_of
 from pipeline.embed import baselines
 from pipeline.embed.engines import require_arithmetic

@@ -19,7 +19,7 @@ from pipeline.export import EXPORTS, Model, Networks, Photo
 from pipeline.export import bundle as bundles
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.stages import settings
 from pipeline.stages.predict import experiment_around, find_bundles, records_of
 

@@ -19,7 +19,7 @@ from pipeline.evaluation.fewshot import FewShot, Images, Plan
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import fingerprint
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pipeline.config import Config, Overrides
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
-from pipeline.io.engine import Engine
+from pipeline.io.remote import Engine
 from pipeline.stages import settings, targets, train_heads
 from pipeline.stages.train_heads import HeadsRun
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from pipeline.config import checked_device, names_vectors
 from pipeline.data import REMARKS, DatasetIndex, Failure
 from pipeline.data.failures import shown as as_named
+from pipeline.data.folder import archives_of, is_pattern
 from pipeline.data.index import INDEX_FILE
-from pipeline.data.shards import archives_of, is_pattern
-from pipeline.data.summary import passed_over_lines
+from pipeline.data.scan import passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.data.walk import Walk, is_folder
 from pipeline.embed.baselines import no_network
@@ -41,7 +41,7 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.export.strangers import Strangers, names, open_strangers
 from pipeline.images import forget
 from pipeline.io.files import growing, require_place
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.io.remote import absolute, address_of
 from pipeline.stages import settings
 from pipeline.store.share import read_vectors
@@ -180,7 +180,7 @@ def run(
         total, given, batches = sum(len(X) for *_, X in files), _names_in(files), _vectors_in(files)
     else:
         images = expanded(images)
-        walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
+        walks = [Walk(path) for path in images if is_folder(path)]
         total = sum(1 for _ in images_in(images, walks))
         unread, passed_over = _passed_over(walks)
         if not total and not unread:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Config, unknown
+from pipeline.data.classes import class_columns, expand_scores
 from pipeline.data.targets import Target
 from pipeline.errors import BundleError, HeadError, PipelineError, number_of
 from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, compare, joined, metrics_for
@@ -291,7 +292,10 @@ def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions,
     try:
         y_true, y_pred = target.restored(before.labels), target.restored(before.predicted)
         if probabilities is not None:
-            probabilities = target.widened(probabilities, target.restored(before.classes))
+            places = class_columns(before.classes, target.classes)
+            if places.min(initial=0) < 0:
+                raise ValueError(before.classes)
+            probabilities = expand_scores(probabilities, places, target.width, "probability")
     except ValueError:
         raise HeadError(f"{key}: knows a class that no image has any more; run `manyheads heads` again") from None
     before = replace(now, y_true=y_true, y_pred=y_pred, probabilities=probabilities)

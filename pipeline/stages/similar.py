@@ -80,7 +80,7 @@ def run(
     if output is not None:
         require_place(output)
     stored = Stored.open(experiment_at(place), embedding)
-    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
+    walks = [Walk(path) for path in images if is_folder(path)]
     paths = list(images_in(images, walks))
     if not paths:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}")
