@@ -37,7 +37,7 @@ from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import MISTAKES, Artifacts, read_document
 from pipeline.heads import RIDGE, configure
-from pipeline.io.imports import instead
+from pipeline.io.process import instead
 
 MOST_IMAGES = 20_000
 """Images whose features are read."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
-from pipeline.data.labels import MultiLabel
+from pipeline.data.classes import MultiLabel
 from pipeline.evaluation import METRICS, Interval, Predictions, scores
 from pipeline.report.drawing import Chart
 from pipeline.report.material import Material
