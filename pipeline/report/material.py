@@ -212,7 +212,7 @@ def _why(files: Artifacts, row: str) -> Mapping[str, Any]:
         document = read_document(files.mistakes, MISTAKES)
     except (PipelineError, OSError):
         return {}
-    return document["images"] if document["row"] == row else {}  # type: ignore[no-any-return]
+    return document["images"] if document["row"] == row else {}
 
 
 def umap_is_installed() -> bool:

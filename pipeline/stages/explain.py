@@ -92,15 +92,17 @@ def run(
             for number, row in enumerate(rows.tolist()):
                 path, sure = paths[batch.items[row].content], None if probabilities is None else probabilities[number]
                 said = _places(codes[number], sure)
+                cells: list[NDArray[np.float64]] = []
                 if maps is None:
                     pixels = _shrunk(path, limit)
-                    cells = None if sure is None else _occlusion(model, lanes, pixels, said)
+                    if sure is not None:
+                        cells = list(_occlusion(model, lanes, pixels, said))
                 else:
                     pixels = batch.pixels[model.places[0][0][0]][row].copy()
                     cells = [_lead(maps[number], code, target.exclusive) for code in said]
                 for order, code in enumerate(said):
                     own = None if sure is None else float(sure[code])
-                    part = None if cells is None else cells[order]
+                    part = cells[order] if cells else None
                     found.append(
                         Explained(path, target.classes[code], own, pixels, part, maps is not None, target.exclusive)
                     )
@@ -161,8 +163,10 @@ def _lead(cells: NDArray[np.float64], place: int, exclusive: bool) -> NDArray[np
 
     cells : of all classes, float64 of shape (n_classes, rows, columns); returns float64 of shape (rows, columns)
     """
-    others = np.delete(cells, place, axis=0)
-    return cells[place] - others.max(axis=0) if exclusive and len(others) else cells[place]
+    lead: NDArray[np.float64] = cells[place]
+    if exclusive and len(cells) > 1:
+        lead = lead - np.delete(cells, place, axis=0).max(axis=0)
+    return lead
 
 
 def _activation(
