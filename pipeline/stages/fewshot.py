@@ -15,7 +15,7 @@ from pipeline.data.targets import Classification
 from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.evaluation import fewshot
-from pipeline.evaluation.fewshot import FewShot, Images, Plan
+from pipeline.evaluation.fewshot import FewShot, Labelled, Plan
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import fingerprint
@@ -78,7 +78,7 @@ def run(
     known = _known(files.few_shot, key)
     if known is not None:
         return FewShotRun(known, files)
-    images = Images(store.read(used.digests), target.encode(used), used.fold_groups())
+    images = Labelled(store.read(used.digests), target.encode(used), used.fold_groups())
     points, notes = list[fewshot.Point](), [*_fine_tuned(record)]
     with bar(len(shots), "numbers of shots", "few-shot") as progress:
         for count in shots:
