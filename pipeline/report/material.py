@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from pipeline.data import DatasetIndex
 from pipeline.data.classes import class_columns
 from pipeline.data.targets import TARGETS
-from pipeline.embed.concat import concatenated, open_features
-from pipeline.embed.records import read_records, require_index
+from pipeline.embed.records import concatenated, open_features, read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import HeadPredictions, audit, fewshot
 from pipeline.evaluation.advice import Advice, read_advice
