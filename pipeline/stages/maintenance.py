@@ -51,7 +51,7 @@ from pipeline.io.digests import Digests, digest_keys, digests_to_hex
 from pipeline.io.files import read_file
 from pipeline.stages.extract.stores import alone, contents_of_others, others, take_parts, write_entry
 from pipeline.stages.load import open_images
-from pipeline.store import FeatureStore, maintain, parts, share
+from pipeline.store import FeatureStore, maintain, share
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
@@ -464,7 +464,7 @@ def export(source: Config | Path, output: Path, *, embedding: str | None = None)
 
 def merge(target: Path, sources: Sequence[str]) -> list[str]:
     """Add the vectors of other stores or packed files of the same identity to a store, or those of parts to the stores in a folder."""
-    of_parts = [source for source in sources if parts.folders(source)]
+    of_parts = [source for source in sources if share.part_folders(source)]
     if not of_parts:
         if any(target.glob("*.store")):
             raise StoreError(f"{target}: is a folder of stores; name the one in it that {sources[0]} is to be added to")
@@ -473,7 +473,7 @@ def merge(target: Path, sources: Sequence[str]) -> list[str]:
     if target.suffix == ".store" or any(target.glob("snapshot-*.h5")) or len(of_parts) < len(sources):
         folder = target.parent if target.suffix == ".store" else target
         raise StoreError(
-            f"{of_parts[0]}: holds parts of {', '.join(parts.folders(of_parts[0]))}, which are merged alone, into the folder of the stores: "
+            f"{of_parts[0]}: holds parts of {', '.join(share.part_folders(of_parts[0]))}, which are merged alone, into the folder of the stores: "
             f"manyheads store merge {folder} {' '.join(of_parts)}"
         )
     lines = []

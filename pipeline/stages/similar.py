@@ -25,7 +25,7 @@ from pipeline.io.remote import absolute, address_of
 from pipeline.stages import settings
 from pipeline.stages.predict import BATCH_SIZE, EXAMPLES, expanded, images_in, require_all, shown, to_lines
 from pipeline.store import FeatureStore, JoinedStores
-from pipeline.store.nearest import Nearest
+from pipeline.store.rows import Nearest
 
 
 @dataclass(frozen=True)

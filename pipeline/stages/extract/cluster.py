@@ -31,7 +31,7 @@ from pipeline.io.progress import bar
 from pipeline.stages.extract.targets import Target
 from pipeline.stages.extract.work import Images, Work, embed, stop_requested
 from pipeline.store import differences
-from pipeline.store.parts import PartWriter
+from pipeline.store.share import PartWriter
 
 CORES = 4
 """Per worker, where no GPU and no number of workers says otherwise."""

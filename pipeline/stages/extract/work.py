@@ -32,7 +32,7 @@ from pipeline.io.memory import keep_freed_memory
 from pipeline.io.progress import bar
 from pipeline.stages.extract.targets import Contents, Target
 from pipeline.store import lock
-from pipeline.store.parts import PartWriter
+from pipeline.store.share import PartWriter
 from pipeline.store.writer import StoreWriter, storable
 
 logger = logging.getLogger(__name__)
