@@ -24,9 +24,8 @@ from pipeline.config import BackboneConfig, Config, ExtractionConfig
 from pipeline.data import DatasetIndex, lineage
 from pipeline.data.scan import scan
 from pipeline.embed import backbone
-from pipeline.embed.families import build
 from pipeline.embed.records import EmbeddingRecord, read_records, write_records
-from pipeline.embed.weights import load_network
+from pipeline.embed.weights import build, load_network
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.evaluation import ACCURACY, Paired, Predictions, paired_answers
 from pipeline.evaluation.leaderboard import Leaderboard

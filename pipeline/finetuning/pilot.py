@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.embed.precision import resolve_device, resolve_precision
+from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.finetuning.batches import Data, Labelled, to_float

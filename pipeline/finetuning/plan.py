@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from pipeline.embed.stages import Stage, find_stages
+from pipeline.embed.graph import Stage, find_stages
 from pipeline.errors import TrainingError
 
 BatchNorm = Literal["frozen", "affine", "train"]

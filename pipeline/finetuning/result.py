@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from pipeline.data.lineage import Lineage
-from pipeline.embed.weights_files import DIGEST_KEY, METADATA_KEY, weights_digest
+from pipeline.embed.weights import DIGEST_KEY, METADATA_KEY, weights_digest
 from pipeline.evaluation import HeadPredictions, Metric, Paired, Predictions, counted, paired_answers
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME

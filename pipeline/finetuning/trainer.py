@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import FinetuneConfig
-from pipeline.embed.stages import Stage
+from pipeline.embed.graph import Stage
 from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
 from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, PreprocessingConfig
-from pipeline.embed.precision import resolve_device, resolve_precision
+from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
