@@ -179,6 +179,7 @@ class DatasetConfig(Section):
     """Images that may fail before the run stops: a share when below 1, a number from 1 up."""
     max_pixels: int = Field(64_000_000, ge=1)
     """Larger images are refused before they are decoded."""
+    follow_symlinks: bool = False
     root: str | None = None
     """The folder that a manifest's paths are relative to, or absolute and inside of; its own folder when not given."""
     path_column: str | None = None

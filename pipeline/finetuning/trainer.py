@@ -28,8 +28,9 @@ from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_f
 from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save
 from pipeline.finetuning.objective import CLASSES, Objective, Score
 from pipeline.finetuning.plan import Plan, fold_norms, set_trainable, stage_of_parameters
-from pipeline.io import process
+from pipeline.io import progress
 from pipeline.io.files import make_folder, write_text_atomic
+from pipeline.io.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
     state = load(run, parts)
     saved, clock = state.seconds, time.perf_counter()
     with (
-        process.bar(task.steps, "step", "training", initial=state.step) as bar,
+        progress.bar(task.steps, "step", "training", initial=state.step) as bar,
         _profiler(settings.profile_steps, run.folder / "profile.txt") as tick,
         _tensorboard(run.folder / "tensorboard" if settings.tensorboard else None) as show,
     ):
@@ -137,7 +138,7 @@ def _check(task: Task, data: Data) -> None:
 
 def prepare(task: Task, data: Data) -> None:
     """Put the network on its device, as the fastest steps need it: channels last, norms that stay frozen folded, memory kept."""
-    process.keep_freed_memory()
+    keep_freed_memory()
     task.network.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if task.settings.batch_norm == "frozen":
         some = torch.from_numpy(data.validation.pixels[:2]).to(task.device)

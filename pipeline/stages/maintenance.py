@@ -14,10 +14,11 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests, read_failures
-from pipeline.data.index import Texts
-from pipeline.data.reading import CACHE_FILE
-from pipeline.data.scan import described, scan
+from pipeline.data.match import Texts
+from pipeline.data.scan import scan
 from pipeline.data.sources import needs_download
+from pipeline.data.statcache import CACHE_FILE
+from pipeline.data.summary import described
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.published import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, open_record, read_records, require_index
@@ -50,7 +51,7 @@ from pipeline.io.digests import Digests, digest_keys, digests_to_hex
 from pipeline.io.files import read_file
 from pipeline.stages.extract.stores import alone, contents_of_others, others, take_parts, write_entry
 from pipeline.stages.load import open_images
-from pipeline.store import FeatureStore, maintain, share
+from pipeline.store import FeatureStore, maintain, parts, share
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
@@ -463,23 +464,19 @@ def export(source: Config | Path, output: Path, *, embedding: str | None = None)
 
 def merge(target: Path, sources: Sequence[str]) -> list[str]:
     """Add the vectors of other stores or packed files of the same identity to a store, or those of parts to the stores in a folder."""
-    of_parts = [source for source in sources if share.part_folders(source)]
-    if not of_parts:
-        if any(target.glob("*.store")):
-            raise StoreError(f"{target}: is a folder of stores; name the one in it that {sources[0]} is to be added to")
-        lines = [f"{path}: {count:,} new vectors" for path, count in maintain.merge(target, sources).items()]
-        return [*lines, f"{target} has {number_of(FeatureStore.open(target).rows, 'vector')}"]
-    if target.suffix == ".store" or any(target.glob("snapshot-*.h5")) or len(of_parts) < len(sources):
-        folder = target.parent if target.suffix == ".store" else target
-        raise StoreError(
-            f"{of_parts[0]}: holds parts of {', '.join(share.part_folders(of_parts[0]))}, which are merged alone, into the folder of the stores: "
-            f"manyheads store merge {folder} {' '.join(of_parts)}"
-        )
     lines = []
-    for source in of_parts:
-        for name, count in take_parts(source, target).items():
-            rows = FeatureStore.open(target / f"{name}.store").rows
-            lines.append(f"{source}: {count:,} new vectors of {name}, which has {rows:,}")
+    if of_parts := [source for source in sources if parts.folders(source)]:
+        if any(target.glob("snapshot-*.h5")):
+            raise StoreError(
+                f"{target}: is a store, and {of_parts[0]} has parts of several; name the folder of the stores"
+            )
+        for source in of_parts:
+            for name, count in take_parts(source, target).items():
+                rows = FeatureStore.open(target / f"{name}.store").rows
+                lines.append(f"{source}: {count:,} new vectors of {name}, which has {rows:,}")
+    if others := [source for source in sources if source not in of_parts]:
+        lines += [f"{path}: {count:,} new vectors" for path, count in maintain.merge(target, others).items()]
+        lines.append(f"{target} has {number_of(FeatureStore.open(target).rows, 'vector')}")
     return lines
 
 

@@ -25,12 +25,13 @@ from pipeline.config import Config
 from pipeline.embed.engines import choose_batch_size
 from pipeline.errors import BackboneError, PipelineError, number_of
 from pipeline.images import HASH_STORE
-from pipeline.io.process import bar, look_in
-from pipeline.io.remote import Engine, connected
+from pipeline.io.engine import Engine, connected
+from pipeline.io.imports import look_in
+from pipeline.io.progress import bar
 from pipeline.stages.extract.targets import Target
 from pipeline.stages.extract.work import Images, Work, embed, stop_requested
 from pipeline.store import differences
-from pipeline.store.share import PartWriter
+from pipeline.store.parts import PartWriter
 
 CORES = 4
 """Per worker, where no GPU and no number of workers says otherwise."""

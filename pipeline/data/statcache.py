@@ -1,0 +1,103 @@
+"""The stat cache: which content a file had when it was last read, so that a file that was not touched is not read again.
+
+A file of the same size and times is trusted, unless its times are within two seconds of the scan that recorded it: then it
+may have changed once more within the clock's grain, and it is read again. The cache is a plain .npz; deleting it costs one
+reading of every file.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.match import Texts, match_texts, texts
+from pipeline.experiment import parse_arrays
+from pipeline.io.digests import Digests
+from pipeline.io.files import read_file, write_atomic
+
+CACHE_FILE = "stat-cache.npz"
+VERSION = 2
+"""Caches of version 1 have other digests for the files that are decoded otherwise since; then every file is read again."""
+
+RACY_NS = 2_000_000_000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class StatCache:
+    """n files: `stats` is int64 of shape (n, 3) (size, mtime_ns, ctime_ns), `began` and `ended` bound the scan, in ns."""
+
+    paths: Texts
+    stats: NDArray[np.int64]
+    digests: Digests
+    began: int
+    ended: int
+    is_old: bool = False
+    """An earlier version of this package wrote it, of which nothing else is taken over."""
+
+    def racy(self) -> NDArray[np.bool_]:
+        """Rows whose file may have changed without showing it: bool of shape (n,)."""
+        newest = self.stats[:, 1:].max(axis=1, initial=0)
+        racy: NDArray[np.bool_] = (newest >= self.began - RACY_NS) & (newest <= self.ended + RACY_NS)
+        return racy
+
+    def known(self, paths: Texts, stats: NDArray[np.int64]) -> tuple[NDArray[np.bool_], Digests]:
+        """Return which files are as they were, bool of shape (n,), and their digests, uint64 of shape (n, 2), 0 for the others.
+
+        paths : of shape (n,), object (str). stats : of shape (n, 3), int64, size and times; a size of -1, not known before the
+            file is read, becomes what it was
+        """
+        digests: Digests = np.zeros((len(paths), 2), dtype=np.uint64)
+        rows = match_texts(self.paths, paths)
+        same = rows >= 0
+        sized = stats[:, 0] >= 0
+        same[same] = (
+            (self.stats[rows[same], 1:] == stats[same, 1:]).all(axis=1)
+            & ((self.stats[rows[same], 0] == stats[same, 0]) | ~sized[same])
+            & ~self.racy()[rows[same]]
+        )
+        stats[same, 0] = self.stats[rows[same], 0]
+        digests[same] = self.digests[rows[same]]
+        return same, digests
+
+    def write(self, folder: Path) -> None:
+        """Write the cache into a folder."""
+        sink = io.BytesIO()
+        np.savez(
+            sink,
+            version=np.array(VERSION),
+            paths=np.frombuffer("\0".join(self.paths).encode(), dtype=np.uint8),
+            stats=self.stats,
+            digests=self.digests,
+            scan_times=np.array([self.began, self.ended]),
+        )
+        write_atomic(folder / CACHE_FILE, sink.getvalue())
+
+
+def read_cache(folder: Path) -> StatCache:
+    """Read a folder's cache; an empty one when there is none or it is damaged, which costs time and nothing else."""
+    is_old = False
+    try:
+        file = parse_arrays(read_file(folder / CACHE_FILE))
+        is_old = int(file["version"]) < VERSION
+        if int(file["version"]) != VERSION:
+            raise ValueError(f"version {int(file['version'])}")
+        blob = file["paths"].tobytes().decode()
+        paths = texts(blob.split("\0") if blob else [])
+        stats, digests = file["stats"], file["digests"]
+        began, ended = (int(value) for value in file["scan_times"])
+        if stats.shape != (len(paths), 3) or digests.shape != (len(paths), 2):
+            raise ValueError("its columns differ in length")
+        return StatCache(paths, stats.astype(np.int64), digests.astype(np.uint64), began, ended)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.debug("%s is not used (%s); every image is read again", folder / CACHE_FILE, error)
+    empty = np.zeros((0, 3), dtype=np.int64)
+    return StatCache(texts([]), empty, np.zeros((0, 2), dtype=np.uint64), 0, 0, is_old=is_old)
