@@ -15,7 +15,7 @@ from pipeline.data.targets import Classification
 from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
 from pipeline.errors import ConfigError, DatasetError, PipelineError
 from pipeline.evaluation import fewshot
-from pipeline.evaluation.fewshot import FewShot, Images, Plan
+from pipeline.evaluation.fewshot import FewShot, Labelled, Plan
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import fingerprint
@@ -76,7 +76,7 @@ def run(
         known = fewshot.read(files.few_shot)
         if known.key == key:
             return FewShotRun(known, files)
-    images = Images(store.read(used.digests), target.encode(used), used.fold_groups())
+    images = Labelled(store.read(used.digests), target.encode(used), used.fold_groups())
     points, notes = list[fewshot.Point](), list[str]()
     if record.spec.trained_on is not None:
         notes.append(

@@ -13,7 +13,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +188,7 @@ def run(
         embedders, places = open_networks(taken, device, trust_code=trust_code)
         lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
         models = [Model(head, places[name], strangers[name]) for name, head in heads.items()]
-        listed = images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks])
+        listed = images_in(images, [Walk(walk.root) for walk in walks])
         to_explain = list(islice(listed, explaining.MOST if explain is not None else 0))
         given, ahead = tee(chain(to_explain, listed))
         limit = max_pixels or max(record.max_pixels for record in records)

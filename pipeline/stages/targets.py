@@ -19,7 +19,7 @@ from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.errors import ConfigError
 from pipeline.evaluation import METRICS
 from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.evaluation.leaderboard.overview import overview_text
+from pipeline.evaluation.leaderboard.table import overview_text
 from pipeline.experiment import TARGETS, Artifacts, write_document
 from pipeline.heads.choosing import serving
 from pipeline.io.files import remove, write_text_atomic
