@@ -211,7 +211,7 @@ INDEX = Kind(
     older=(1,),
 )
 LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
-ADVICE = Kind("manyheads advice", 1, PipelineError, "run `manyheads advise`", "run `manyheads advise` again")
+ADVICE = Kind("manyheads advice", 2, PipelineError, "run `manyheads advise`", "run `manyheads advise` again")
 MISTAKES = Kind("manyheads mistakes", 1, PipelineError, "run `manyheads report --explain`", "run it again")
 BUDGET = Kind("manyheads budget", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 AUDIT = Kind("manyheads audit", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
