@@ -24,10 +24,9 @@ from torch import nn
 from pipeline.config import FinetuneConfig
 from pipeline.errors import HeadError, TrainingError
 from pipeline.finetuning import trainer
-from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
+from pipeline.finetuning.batches import Data, Labelled, augmented, loss_of, mixed, rows_at, to_float
 from pipeline.finetuning.checkpoint import Run, copy_weights
 from pipeline.finetuning.handover import put_head
-from pipeline.finetuning.objective import CLASSES
 from pipeline.finetuning.plan import check_plan, describe_plan, fold_norms, last_linear, set_trainable, stages_of
 from pipeline.finetuning.result import interpolate, recompute_statistics, return_path
 from pipeline.finetuning.trainer import (
@@ -192,7 +191,7 @@ def test_augmented_images_keep_their_size(data: Data, augment: str) -> None:
 
 def test_mixed_labels_are_probabilities_of_the_two_images(data: Data) -> None:
     torch.manual_seed(0)
-    _, target = CLASSES.mixed(torch.randn(6, 3, 8, 8), torch.arange(6) % 3, but(BASE, mixup=1.0), data)
+    _, target = mixed(torch.randn(6, 3, 8, 8), torch.arange(6) % 3, but(BASE, mixup=1.0), data)
     assert target.sum(1).tolist() == pytest.approx([1.0] * 6)
     assert ((target > 0).sum(1) <= 2).all()
     assert (target.argmax(1) != torch.arange(6) % 3).any() or (target.max(1).values < 1).any()
@@ -526,9 +525,9 @@ def test_balanced_weights_make_a_rare_class_count(data: Data) -> None:
     logits, seen = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
     losses = torch.logsumexp(logits, 1) - logits[[0, 1], seen]
     weights = torch.tensor([8 / 12, 8 / 4])
-    balanced = CLASSES.loss(logits, seen, but(BASE, class_weight="balanced"), rare)
+    balanced = loss_of(logits, seen, but(BASE, class_weight="balanced"), rare)
     assert balanced.item() == pytest.approx(((weights * losses).sum() / weights.sum()).item())
-    assert CLASSES.loss(logits, seen, BASE, rare).item() == pytest.approx(losses.mean().item())
+    assert loss_of(logits, seen, BASE, rare).item() == pytest.approx(losses.mean().item())
 
 
 def test_it_stops_early_when_nothing_improves(data: Data, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Batches: which images a step sees, and how they are changed, as functions of the seed and the step."""
+"""Batches: which images a step sees and how they are changed, as functions of the seed and the step, and what is learned of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.config import FinetuneConfig
 from pipeline.io.vision import torchvision
 
 SMALLEST_CROP = 0.5
 """Of an image's area."""
+
+Score = tuple[float, float]
+"""Of validation images, higher is better: accuracy, and minus the loss, which decides between equal ones."""
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,29 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
 def transforms() -> Any:
     """Return torchvision's v2 transforms, which its own import leaves out."""
     return importlib.import_module(f"{torchvision.__name__}.transforms.v2")
+
+
+# ---- what is learned, and chosen by: outputs are float32 of shape (n, `Data.width`)
+
+
+def mixed(images: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> tuple[Tensor, Tensor]:
+    """Mix images, float32 (n, 3, h, w), and their classes, int64 (n,), which become probabilities, float32 (n, n_classes)."""
+    if settings.mixup == 0:
+        return images, y
+    images, y = transforms().MixUp(alpha=settings.mixup, num_classes=data.width)(images, y)
+    return images.contiguous(memory_format=torch.channels_last), y
+
+
+def loss_of(logits: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> Tensor:
+    """Return the mean cross-entropy of outputs for y, as `mixed` returns it; balanced, a class weighs n / (n_classes * n_class), as in scikit-learn."""
+    weights = None
+    if settings.class_weight is not None:
+        counts = np.maximum(np.bincount(data.train.y, minlength=data.width), 1)
+        weights = torch.tensor(len(data.train) / (data.width * counts), dtype=torch.float32, device=logits.device)
+    return functional.cross_entropy(logits, y, weights, label_smoothing=settings.label_smoothing)
+
+
+def score_of(logits: Tensor, y: Tensor) -> Score:
+    """Return how good outputs, float32 (n, n_classes), are for classes, int64 (n,)."""
+    accuracy = (logits.argmax(1) == y).double().mean().item()
+    return accuracy, -functional.cross_entropy(logits.double(), y).item()
