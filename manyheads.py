@@ -216,6 +216,7 @@ def predict(
     unknown: float | None = None,
     sets: float | None = None,
     explain: Place | None = None,
+    align: bool = False,
     device: str = "auto",
     trust: bool = False,
     max_pixels: int | None = None,
@@ -225,7 +226,7 @@ def predict(
 
     given = [Path(each) for each in ([images] if isinstance(images, (str, Path)) else images)]
     options: dict[str, Any] = {"top": top, "device": device, "trust_code": trust, "max_pixels": max_pixels}
-    options["explain"] = Path(explain) if explain else None
+    options |= {"explain": Path(explain) if explain else None, "align": align}
     return stage.run(Path(bundle), given, output=Path(output), unknown=unknown, sets=sets, **options)
 
 

@@ -624,6 +624,11 @@ COMMANDS = (
             help="Also the labels of which one is right for this share of images.",
         ),
         _option(
+            "--align",
+            is_flag=True,
+            help="Move the images' features to the mean and covariance of the training images first: for photos from elsewhere.",
+        ),
+        _option(
             "--explain",
             type=PATH,
             metavar="FOLDER",

@@ -18,8 +18,8 @@ from markupsafe import Markup
 from pipeline.evaluation import ACCURACY, Interval, Metric, audit, metrics_for
 from pipeline.evaluation.leaderboard.overview import HEADERS, overview
 from pipeline.evaluation.leaderboard.table import (
-    APART,
     apart_text,
+    apart_title,
     cross_validated,
     read_leaderboard,
     seconds,
@@ -122,7 +122,11 @@ def _environment() -> Environment:
     made.filters.update(pixels=lambda size: " x ".join(map(str, size)) if isinstance(size, list) else size)
     made.filters.update(short=_short, indented=indented, titled=_titled)
     made.globals.update(
-        accuracy=ACCURACY, apart=APART, most_rows=MOST_ROWS, most_inside=MOST_INSIDE, curve_head=CURVE_HEAD.name
+        accuracy=ACCURACY,
+        apart_title=apart_title,
+        most_rows=MOST_ROWS,
+        most_inside=MOST_INSIDE,
+        curve_head=CURVE_HEAD.name,
     )
     made.globals.update(
         apart_text=apart_text,

@@ -22,8 +22,10 @@ from pipeline.evaluation import (
     metrics_for,
     per_class,
 )
+from pipeline.evaluation.domains import Domains
 from pipeline.evaluation.leaderboard.imbalance import effects
 from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
+from pipeline.experiment import from_plain
 from pipeline.report import charts, confusion, first, layers, numbers, per_label
 from pipeline.report.drawing import CATEGORIES, Chart
 from pipeline.report.material import CURVE_HEAD, Material
@@ -257,6 +259,17 @@ def _unknown(material: Material) -> Shown | None:
     return None if record is None else ({}, {"record": {"sets": None, **record}, "names": list(record["auroc"])})
 
 
+def _domains(material: Material) -> Shown | None:
+    """Give how far domains are apart, how the best row does in each, and what adapting it brought."""
+    record = material.leaderboard.provenance.get("domains")
+    if record is None:
+        return None
+    found: Domains = from_plain(Domains, record)
+    classes = [(each.name, one) for each in found.each for one in each.classes]
+    classes.sort(key=lambda item: item[1].label)
+    return {}, {"domains": found, "new": [each.name for each in found.each if each.new], "all": classes}
+
+
 def _nothing_more(material: Material) -> Shown:
     return {}, {}
 
@@ -277,6 +290,7 @@ SECTIONS = (
     Section("cost", "Labels and cost", EVERY, _growth),
     Section("advice", "Fine-tune?", CLASSES, _advice),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
+    Section("domains", "Domains", CLASSES, _domains),
     Section("unknown", "Unknown", CLASSES, _unknown),
     Section("map", "Images", EVERY, _map),
     Section("mistakes", "Mistakes", CLASSES, _mistakes),

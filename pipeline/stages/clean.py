@@ -81,15 +81,26 @@ def run(config: Config, output: Path) -> CleanRun:
         *data.label_columns,
         data.split_column or "split",
         data.group_column or "group",
+        *([data.domain_column] if index.domains is not None else []),
     ]
     text = io.StringIO(newline="")
     writer = csv.writer(
         text, lineterminator="\n"
     )  # no signs put before formulas: who reads it takes every cell as it is
     writer.writerow([*header, "change", "reason"])
+    domains = [] if index.domains is None else [index.domains]
     labels = [index.column(name) for name in index.names]
     writer.writerows(
-        zip(index.paths, *labels, rows.splits, rows.groups, rows.changes, map("; ".join, rows.reasons), strict=True)
+        zip(
+            index.paths,
+            *labels,
+            rows.splits,
+            rows.groups,
+            *domains,
+            rows.changes,
+            map("; ".join, rows.reasons),
+            strict=True,
+        )
     )
     write_text_atomic(output, text.getvalue())
     section = data.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
