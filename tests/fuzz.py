@@ -22,8 +22,7 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.embed import records as embedders
 from pipeline.errors import PipelineError
-from pipeline.evaluation.leaderboard import judge, read_leaderboard
-from pipeline.evaluation.leaderboard.judge import read_predictions, read_trials
+from pipeline.evaluation.leaderboard import judge, read_leaderboard, read_predictions, read_trials
 from pipeline.experiment import FINETUNING, Artifacts, read_document
 from pipeline.export import bundle as bundles
 from pipeline.io.digests import bytes_digest, digests_to_hex
@@ -123,7 +122,8 @@ def _plan(config: Config) -> Any:
 
 
 def _weights(path: Path) -> Any:
-    from pipeline.embed.weights_files import read_weights, tensors_digest
+    from pipeline.embed.published import tensors_digest
+    from pipeline.embed.weights import read_weights
 
     state, description = read_weights(path)
     return tensors_digest(state), description

@@ -18,10 +18,9 @@ from sklearn.pipeline import Pipeline
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.embed.families import family_of
-from pipeline.embed.precision import resolve_device
+from pipeline.embed.engines import resolve_device
 from pipeline.embed.records import open_record
-from pipeline.embed.weights import Network, load_network
+from pipeline.embed.weights import Network, family_of, load_network
 from pipeline.errors import TrainingError
 from pipeline.evaluation import fit_calibrator
 from pipeline.experiment import Artifacts

@@ -9,8 +9,7 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
-from pipeline.embed.concat import open_features
-from pipeline.embed.records import EmbeddingRecord
+from pipeline.embed.records import EmbeddingRecord, open_features
 from pipeline.errors import DatasetError, number_of
 from pipeline.evaluation.learning_curve import ahead
 from pipeline.evaluation.picking import TYPICAL_UNTIL, typical, unsure
@@ -81,11 +80,6 @@ def run(
     """Pick images of a data set without labels, which is embedded first, and write them as a CSV file.
 
     `place` is the experiment of the images that have labels, as `similar` takes it. `trust` loads a head that is a pickle.
-
-    Raises
-    ------
-    PipelineError
-        When there is no such experiment, or no image that has no label yet.
     """
     if output.exists():
         raise DatasetError(f"{output}: is there already, and may have labels; name another file with --output")

@@ -10,7 +10,7 @@ from pipeline import config
 from pipeline.config import Config, Names, Overrides, guess, source_of
 from pipeline.data.targets import TARGETS
 from pipeline.embed import baselines
-from pipeline.embed.installed import DEFAULT
+from pipeline.embed.published import DEFAULT
 from pipeline.errors import ConfigError
 from pipeline.evaluation import METRICS
 from pipeline.experiment import Artifacts
@@ -41,12 +41,7 @@ def load(given: str | Path | Config, overrides: Overrides = ()) -> Config:
     """Read and validate a config with overrides applied, and every name in it.
 
     `given` may be a config file, a `Config`, the output folder of an experiment, whose config is in it, or images: a folder of
-    class folders, an archive of them or a manifest, whose config is `configs/folder.yaml`'s.
-
-    Raises
-    ------
-    ConfigError
-        With one line for every problem.
+    class folders, an archive of them or a manifest, whose config is `configs/folder.yaml`'s. ConfigError, with every problem.
     """
     if not isinstance(given, Config):
         given = Path(given).expanduser()

@@ -20,8 +20,8 @@ import numpy as np
 
 from pipeline import config as configuration
 from pipeline.data import DatasetIndex
-from pipeline.data.match import difference, texts
-from pipeline.data.statcache import StatCache, read_cache
+from pipeline.data.index import difference, texts
+from pipeline.data.reading import StatCache, read_cache
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.experiment import Artifacts
@@ -178,7 +178,7 @@ def heads_config(folder):
         "backbones": [{"name": "squeezenet1_1", "weights": "random"}],
         "baselines": [],
         "heads": ["ridge", "logistic_regression"],
-        "tuning": {"memory": os.environ.get("BENCH_MEMORY", "4GB"), "trials": 8, "folds": 3},
+        "tuning": {"memory": os.environ.get("BENCH_MEMORY", "8GB"), "trials": 8, "folds": 3},
     }
     return configuration.parse(raw, "bench")
 

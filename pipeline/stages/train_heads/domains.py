@@ -20,7 +20,7 @@ from sklearn.utils.validation import has_fit_parameter
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
-from pipeline.data.match import Texts, leakage_units
+from pipeline.data.index import Texts, leakage_units
 from pipeline.errors import PipelineError
 from pipeline.evaluation import HeadPredictions, Metric, Predictions, joined, paired_answers, scores
 from pipeline.evaluation.domains import (
