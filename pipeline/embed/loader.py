@@ -28,7 +28,7 @@ from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perc
 from pipeline.images.reading import Pixels, rgb
 from pipeline.io.digests import Digests
 from pipeline.io.process import is_out_of_memory
-from pipeline.store.parts import PartWriter
+from pipeline.store.share import PartWriter
 from pipeline.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
