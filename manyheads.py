@@ -472,14 +472,22 @@ def clean(config: _Given, output: _Place = "cleaned.csv", **overrides: Any) -> "
 
 
 @_in_parts
-def report(config: _Given, **overrides: Any) -> _Parts[Path]:
+def report(config: _Given, explain: bool = False, **overrides: Any) -> _Parts[Path]:
     """Build the report page again from the saved results.
 
     Example: manyheads report configs/digits.yaml
+
+    explain : Show for the worst mistakes what in the image speaks for the label that was said, and training images for and against
+        it; needs the images and the network.
     """
     from pipeline import report as pages
 
-    page = pages.build(Path(_config(config, overrides).output))
+    output = Path(_config(config, overrides).output)
+    if explain:
+        from pipeline.stages.explain import mistakes
+
+        yield from mistakes(output)
+    page = pages.build(output)
     yield f"report  {page}"
     return page
 

@@ -68,6 +68,7 @@ class Artifacts:
         self.layers = self.root / "layers.json"
         """Which layers of its networks hold the signal, where several are embedded."""
         self.advice = self.root / "advice.json"
+        self.mistakes = self.root / "mistakes" / "mistakes.json"
         """What to do next, with the expected gain and price of each way."""
         self.budget = self.root / "budget.json"
         """How long searches took, where there is a budget for them."""
@@ -211,6 +212,7 @@ INDEX = Kind(
 )
 LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
 ADVICE = Kind("manyheads advice", 1, PipelineError, "run `manyheads advise`", "run `manyheads advise` again")
+MISTAKES = Kind("manyheads mistakes", 1, PipelineError, "run `manyheads report --explain`", "run it again")
 BUDGET = Kind("manyheads budget", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 AUDIT = Kind("manyheads audit", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
 BUNDLE = Kind(
