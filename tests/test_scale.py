@@ -26,7 +26,7 @@ from pipeline.errors import PipelineError, StoreError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.heads.tuning.backends import on
-from pipeline.io.engine import Engine
+from pipeline.io.remote import Engine
 from pipeline.stages import extract, maintenance, train_heads
 from pipeline.stages.extract.spread import Shard, pays, run_shard
 from pipeline.stages.train_heads.embedding import Vectors

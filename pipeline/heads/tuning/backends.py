@@ -15,7 +15,7 @@ import joblib
 from joblib import cpu_count
 
 from pipeline.errors import PipelineError
-from pipeline.io.engine import CONNECT_SECONDS, Engine, connected, require_answer
+from pipeline.io.remote import CONNECT_SECONDS, Engine, connected, require_answer
 
 __all__ = ["SHARING", "cpu_count", "is_spread", "on", "spread"]
 

@@ -20,14 +20,13 @@ from dataclasses import dataclass, replace
 from pipeline.config import NO_LABELS, BackboneConfig, Config, dump_yaml
 from pipeline.data import check_failures
 from pipeline.data.index import WrittenIndex
-from pipeline.data.scan import scan
-from pipeline.data.summary import ScanResult
+from pipeline.data.scan import ScanResult, scan
 from pipeline.embed.published import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, default_name, find_parts, read_records, write_records
 from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
-from pipeline.io.engine import Engine
 from pipeline.io.files import make_folder, write_text_atomic
+from pipeline.io.remote import Engine
 from pipeline.stages.extract.spread import Pool, Shard, ShardRun, embed_on, pays, run_shard
 from pipeline.stages.extract.stores import enter, take_over, take_parts
 from pipeline.stages.extract.targets import (

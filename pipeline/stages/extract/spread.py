@@ -35,10 +35,9 @@ from pipeline.errors import BackboneError, PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_STORE
 from pipeline.io.digests import Digests
-from pipeline.io.engine import Engine, connected
 from pipeline.io.files import make_folder
-from pipeline.io.imports import look_in
-from pipeline.io.progress import bar
+from pipeline.io.process import bar, look_in
+from pipeline.io.remote import Engine, connected
 from pipeline.stages.extract.targets import Contents, Target, find_targets, require_permitted, resolve
 from pipeline.stages.extract.work import Work, embed, hash_store, noted_in, stop_requested
 from pipeline.store import differences, lock

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config, names_vectors
 from pipeline.data import DatasetIndex, Failure, record_failures
-from pipeline.data.match import texts
+from pipeline.data.index import texts
 from pipeline.data.sources import list_source
 from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
@@ -30,8 +30,7 @@ from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.io.digests import digests_to_hex
 from pipeline.io.files import STOPS
-from pipeline.io.memory import keep_freed_memory
-from pipeline.io.progress import bar
+from pipeline.io.process import bar, keep_freed_memory
 from pipeline.io.remote import absolute
 from pipeline.stages.extract.targets import Contents, Target
 from pipeline.store import lock
