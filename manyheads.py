@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.stages.estimators import Regressor as Regressor
     from pipeline.stages.estimators import best_estimator as best_estimator
     from pipeline.stages.extract import FeaturesRun
-    from pipeline.stages.extract.shard import ShardRun
+    from pipeline.stages.extract.spread import ShardRun
     from pipeline.stages.fewshot import FewShotRun
     from pipeline.stages.finetune import FinetuneRun
     from pipeline.stages.fit import Run as Run
