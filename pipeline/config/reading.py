@@ -127,7 +127,36 @@ class Retired(NamedTuple):
     """Whether a value is the old spelling, where the key is still there."""
 
 
-_MOVED = FinetuneConfig.model_fields.keys() - {"start", "validation_fraction", "unfreeze"}
+_GONE = {
+    "accumulate": Retired(1, "is gone: set finetune.batch_size, and finetune.rate with it"),
+    "weight_decay": Retired(0.01, "is gone: it is 0.01; remove it"),
+    "label_smoothing": Retired(0.0, "is gone: remove it"),
+    "mixup": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
+    "patience": Retired(None, "is gone: the best weights are kept anyway; set finetune.steps lower"),
+}
+"""Of `finetune`, and of `finetune.training` before."""
+
+_OF_TRAINING = {
+    "precision": Retired("auto", "is gone: extraction.precision holds for training too"),
+    "range_test": Retired(False, "is gone: no rate is looked for; set finetune.rate"),
+    "momentum": Retired(0.9, "is gone with the optimizer sgd; remove it"),
+    "schedule": Retired("cosine", "is gone: the rate falls along a cosine; remove it"),
+    "optimizer": Retired("adamw", "is gone: it is AdamW; remove it"),
+    "cutmix": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
+    "dropout": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
+    "smallest_crop": Retired(0.5, "is gone: crops keep half of the area or more; remove it"),
+    "clip_norm": Retired(None, "is gone: lower finetune.rate where the loss is no number"),
+    "evaluate_every": Retired("auto", "is gone: a run is evaluated ten times; remove it"),
+    "replicas": Retired(1, "is gone: torch's own threads share a step's work; remove it"),
+    "average_top": Retired(0, "is gone: no soup of weights is made; remove it, and set finetune.ema for an average"),
+    "sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
+    "cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
+    **{
+        key: Retired(about.default, f"is finetune.{key} now")
+        for key, about in FinetuneConfig.model_fields.items()
+        if key not in ("start", "validation_fraction", "unfreeze")
+    },
+}
 
 KEYS: Final[Mapping[str, Retired]] = {
     "dataset.follow_symlinks": Retired(False, "is gone: links are followed to what lies inside the folder; remove it"),
@@ -148,27 +177,8 @@ KEYS: Final[Mapping[str, Retired]] = {
         "{start: ..., scope: ...} is written as a pair now: [[0, head], [0.2, all]]",
         lambda value: isinstance(value, list) and any(isinstance(step, dict) for step in value),
     ),
-    **{
-        f"finetune.training.{key}": Retired(FinetuneConfig.model_fields[key].default, f"is finetune.{key} now")
-        for key in FinetuneConfig.model_fields
-        if key in _MOVED
-    },
-    "finetune.training.precision": Retired("auto", "is gone: extraction.precision holds for training too"),
-    "finetune.training.range_test": Retired(False, "is gone: no rate is looked for; set finetune.rate"),
-    "finetune.training.momentum": Retired(0.9, "is gone with the optimizer sgd; remove it"),
-    "finetune.training.schedule": Retired("cosine", "is gone: the rate falls along a cosine; remove it"),
-    "finetune.training.optimizer": Retired("adamw", "is gone: it is AdamW; remove it"),
-    "finetune.training.cutmix": Retired(0.0, "is gone: remove it, and set finetune.mixup"),
-    "finetune.training.dropout": Retired(0.0, "is gone: weight_decay, label_smoothing and mixup are left; remove it"),
-    "finetune.training.smallest_crop": Retired(0.5, "is gone: crops keep half of the area or more; remove it"),
-    "finetune.training.clip_norm": Retired(None, "is gone: lower finetune.rate where the loss is no number"),
-    "finetune.training.evaluate_every": Retired("auto", "is gone: a run is evaluated ten times; remove it"),
-    "finetune.training.replicas": Retired(1, "is gone: torch's own threads share a step's work; remove it"),
-    "finetune.training.average_top": Retired(
-        0, "is gone: no soup of weights is made; remove it, and set finetune.ema for an average"
-    ),
-    "finetune.training.sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
-    "finetune.training.cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
+    **{f"finetune.{key}": row for key, row in _GONE.items()},
+    **{f"finetune.training.{key}": row for key, row in (_GONE | _OF_TRAINING).items()},
     "finetune.training": Retired({}, "is gone: its keys stand in finetune itself", lambda value: value == {}),
 }
 """Section and key -> what became of it."""
