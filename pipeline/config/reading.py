@@ -36,10 +36,8 @@ MOST_BYTES = 1 << 20
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping.
 
-    Raises
-    ------
-    ConfigError
-        When it cannot be read, is no mapping, has a key twice, or holds what no config needs (aliases, other tags' values).
+    ConfigError when it cannot be read, is no mapping, has a key twice, or holds what no config needs (aliases, other
+    tags' values).
     """
     try:
         text = read_file(path, MOST_BYTES).decode("utf-8")
@@ -61,12 +59,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Return the value that a YAML text stands for; `origin` names it in messages.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Return the value that a YAML text stands for, or raise a ConfigError; `origin` names it in messages."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -217,10 +210,7 @@ def load(
     Paths in the file are relative to its folder, those of overrides to the working folder; the config has them all relative to
     the working folder. `names` are the words of the tables; without them any word passes here.
 
-    Raises
-    ------
-    ConfigError
-        With one line for every problem: where it is, what was found, what is allowed, and a guess.
+    ConfigError with one line for every problem: where it is, what was found, what is allowed, and a guess.
     """
     if isinstance(given, Config) and not overrides:
         return given
@@ -261,10 +251,7 @@ def load(
 def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Config:
     """Validate a config given as nested mappings; `origin` names it in messages, `names` are the words of the tables.
 
-    Raises
-    ------
-    ConfigError
-        With one line for every problem.
+    ConfigError with one line for every problem.
     """
     kept, problems = without_retired(raw)
     try:
