@@ -363,7 +363,7 @@ def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: py
     [
         ("a: &x [1]\nb: *x\n", "line 2: aliases such as *x are not read; write the value out"),
         ("a: &x [*x]\n", "line 1: aliases such as *x are not read; write the value out"),
-        ("a: " + "[" * 5000, "lists and sections within each other are too deep"),
+        ("a: " + "[" * 1000, "lists and sections within each other are too deep"),
         ("seed: !!int abc\n", "holds a value that cannot be read (invalid literal for int() with base 10: 'abc')"),
         ("seed: " + "9" * 5000, "holds a value that cannot be read (Exceeds the limit (4300 digits)"),
         ("? [a]\n: b\n", "line 1: a key is a list or section"),
