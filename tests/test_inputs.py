@@ -31,7 +31,7 @@ from pipeline.embed.loader import Item, Lane, embed
 from pipeline.errors import DatasetError
 from pipeline.images import ImageProblem, archives, open_file
 from pipeline.io import remote
-from pipeline.report.pictures import thumbnail
+from pipeline.report.pictures import small
 from pipeline.stages import extract, predict, settings
 from pipeline.stages.load import load
 
@@ -457,9 +457,9 @@ def test_an_experiment_on_an_archive_is_that_on_the_folder(photos: Path, tmp_pat
     listed = Path(config.output, "dataset", "failures.csv").read_text(encoding="utf-8")
     assert "leaf/broken.png" in listed
     assert "it is not an image of a known format" in listed
-    assert thumbnail(again.scan.index, 0, 56) is not None
-    (image,) = np.flatnonzero(again.scan.index.paths == "leaf/broken.png")
-    assert thumbnail(again.scan.index, int(image), 56) is None
+    index = again.scan.index
+    assert small(index.root, str(index.paths[0]), 56) is not None
+    assert small(index.root, "leaf/broken.png", 56) is None
 
 
 def test_predict_reads_what_a_data_set_may_be(experiment: Config, tmp_path: Path) -> None:

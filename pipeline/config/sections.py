@@ -436,6 +436,9 @@ class FinetuneConfig(Section):
     steps: Count = "auto"
     """Optimizer steps; `auto` goes by the number of images."""
     batch_size: int = Field(32, ge=1)
+    size: int | None = Field(None, ge=1)
+    """Pixels of the shorter side of the images that are learned from; smaller ones make steps cheaper. They are judged at the
+    size of `preprocessing`, and by default learned from at that too."""
     rate: float = Field(1e-3, gt=0)
     """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`."""
     rate_decay: float = Field(0.5, gt=0, le=1)

@@ -50,7 +50,7 @@ from pipeline.io.digests import Digests, digest_keys, digests_to_hex
 from pipeline.io.files import read_file
 from pipeline.stages.extract.stores import alone, contents_of_others, others, take_parts, write_entry
 from pipeline.stages.load import open_images
-from pipeline.store import FeatureStore, maintain, parts, share
+from pipeline.store import FeatureStore, maintain, share
 
 EXAMPLES = 10
 """Image paths named per store; the count is always told in full."""
@@ -463,19 +463,23 @@ def export(source: Config | Path, output: Path, *, embedding: str | None = None)
 
 def merge(target: Path, sources: Sequence[str]) -> list[str]:
     """Add the vectors of other stores or packed files of the same identity to a store, or those of parts to the stores in a folder."""
+    of_parts = [source for source in sources if share.part_folders(source)]
+    if not of_parts:
+        if any(target.glob("*.store")):
+            raise StoreError(f"{target}: is a folder of stores; name the one in it that {sources[0]} is to be added to")
+        lines = [f"{path}: {count:,} new vectors" for path, count in maintain.merge(target, sources).items()]
+        return [*lines, f"{target} has {number_of(FeatureStore.open(target).rows, 'vector')}"]
+    if target.suffix == ".store" or any(target.glob("snapshot-*.h5")) or len(of_parts) < len(sources):
+        folder = target.parent if target.suffix == ".store" else target
+        raise StoreError(
+            f"{of_parts[0]}: holds parts of {', '.join(share.part_folders(of_parts[0]))}, which are merged alone, into the folder of the stores: "
+            f"manyheads store merge {folder} {' '.join(of_parts)}"
+        )
     lines = []
-    if of_parts := [source for source in sources if parts.folders(source)]:
-        if any(target.glob("snapshot-*.h5")):
-            raise StoreError(
-                f"{target}: is a store, and {of_parts[0]} has parts of several; name the folder of the stores"
-            )
-        for source in of_parts:
-            for name, count in take_parts(source, target).items():
-                rows = FeatureStore.open(target / f"{name}.store").rows
-                lines.append(f"{source}: {count:,} new vectors of {name}, which has {rows:,}")
-    if others := [source for source in sources if source not in of_parts]:
-        lines += [f"{path}: {count:,} new vectors" for path, count in maintain.merge(target, others).items()]
-        lines.append(f"{target} has {number_of(FeatureStore.open(target).rows, 'vector')}")
+    for source in of_parts:
+        for name, count in take_parts(source, target).items():
+            rows = FeatureStore.open(target / f"{name}.store").rows
+            lines.append(f"{source}: {count:,} new vectors of {name}, which has {rows:,}")
     return lines
 
 

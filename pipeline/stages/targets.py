@@ -19,7 +19,7 @@ from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.errors import ConfigError
 from pipeline.evaluation import METRICS
 from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.evaluation.leaderboard.overview import overview_text
+from pipeline.evaluation.leaderboard.table import overview_text
 from pipeline.experiment import TARGETS, Artifacts, write_document
 from pipeline.heads.choosing import serving
 from pipeline.io.files import remove, write_text_atomic
@@ -55,10 +55,7 @@ def experiments(config: Config) -> dict[str, Config]:
 def of_classes(config: Config, what: str) -> dict[str, Config]:
     """Return the experiments whose labels are classes, by the name of the target; '' for the one of a single target.
 
-    Raises
-    ------
-    ConfigError
-        When there is none; `what` says what needs classes.
+    ConfigError when there is none; `what` says what needs classes.
     """
     found = experiments(config) or {"": config}
     found = {name: alone for name, alone in found.items() if kind_of(alone.dataset.kinds[0]) == Classification.kind}

@@ -13,7 +13,7 @@ from sklearn.pipeline import Pipeline
 from pipeline.data.classes import ScoreKind
 from pipeline.data.targets import Target
 from pipeline.evaluation import Metric, Predictions
-from pipeline.evaluation.leaderboard.rows import LastFit
+from pipeline.evaluation.leaderboard import LastFit
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning.features import Features, on_disk
 from pipeline.heads.tuning.projection import Projections

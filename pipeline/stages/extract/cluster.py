@@ -30,7 +30,7 @@ from pipeline.io.remote import Engine, connected
 from pipeline.stages.extract.targets import Target
 from pipeline.stages.extract.work import Images, Work, embed, stop_requested
 from pipeline.store import differences
-from pipeline.store.parts import PartWriter
+from pipeline.store.share import PartWriter
 
 CORES = 4
 """Per worker, where no GPU and no number of workers says otherwise."""

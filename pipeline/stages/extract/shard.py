@@ -28,7 +28,7 @@ from pipeline.io.files import make_folder
 from pipeline.stages.extract.targets import Contents, find_targets, require_permitted, resolve
 from pipeline.stages.extract.work import Images, Work, embed, hash_store, noted_in, stop_requested
 from pipeline.store import lock
-from pipeline.store.parts import PartWriter
+from pipeline.store.share import PartWriter
 
 PATIENCE = 24 * 3600.0
 """Seconds to wait while another shard reads the images for the index that they share."""

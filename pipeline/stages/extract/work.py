@@ -31,7 +31,7 @@ from pipeline.io.files import STOPS
 from pipeline.io.process import bar, keep_freed_memory
 from pipeline.stages.extract.targets import Contents, Target
 from pipeline.store import lock
-from pipeline.store.parts import PartWriter
+from pipeline.store.share import PartWriter
 from pipeline.store.writer import StoreWriter, storable
 
 logger = logging.getLogger(__name__)

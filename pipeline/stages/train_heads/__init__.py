@@ -46,7 +46,7 @@ from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation import METRICS, metric_of
 from pipeline.evaluation.audit import write_findings
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
-from pipeline.evaluation.leaderboard.imbalance import advice
+from pipeline.evaluation.leaderboard.judge import advice
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head

@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluation import Metric, Predictions, audit
-from pipeline.evaluation.leaderboard import Leaderboard
-from pipeline.evaluation.leaderboard.judge import read_predictions
-from pipeline.evaluation.leaderboard.rows import Leaks
+from pipeline.evaluation.leaderboard import Leaderboard, Leaks, read_predictions
 from pipeline.experiment import Artifacts
 from pipeline.stages.train_heads.task import Task
 from pipeline.store import FeatureStore, JoinedStores

@@ -19,7 +19,7 @@ from sklearn.pipeline import Pipeline
 from pipeline.config import TuningConfig
 from pipeline.evaluation import METRICS, Metric, Predictions, Scores, metrics_for, scores
 from pipeline.evaluation.leaderboard import LeaderboardRow, Nested, Seeds
-from pipeline.evaluation.leaderboard.imbalance import UNEVEN, unevenness
+from pipeline.evaluation.leaderboard.judge import UNEVEN, unevenness
 from pipeline.heads import Head
 from pipeline.heads.tuning import Features, Projections, TuningRun, blocks, make_folds, part, tune
 from pipeline.stages.train_heads.embedding import Embedding, Vectors

@@ -15,8 +15,7 @@ from pipeline.data.classes import expand_scores
 from pipeline.errors import BundleError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, scores
 from pipeline.evaluation.calibration import Calibrator, fit_calibrator, fit_sigmoids
-from pipeline.evaluation.expected import expected_accuracy
-from pipeline.evaluation.intervals import Interval
+from pipeline.evaluation.intervals import Interval, expected_accuracy
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import Artifacts, bundle_file
