@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +73,7 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
     whole: tuple[int, int] = pixels.shape[1:3]
     shape = tuple(round(side * (settings.size or min(whole)) / min(whole)) for side in whole)
     if settings.augment != "none" or shape != whole:
-        v2 = transforms()
+        v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")  # which its own import leaves out
         flip, smaller = v2.RandomHorizontalFlip(), v2.Resize(shape)
         crop = v2.RandomResizedCrop(shape, scale=(SMALLEST_CROP, 1.0))
         ways = {
@@ -88,32 +87,19 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
     return to_float(images.permute(0, 2, 3, 1), data.mean, data.std).contiguous(memory_format=torch.channels_last)
 
 
-def transforms() -> Any:
-    """Return torchvision's v2 transforms, which its own import leaves out."""
-    return importlib.import_module(f"{torchvision.__name__}.transforms.v2")
-
-
 # ---- what is learned, and chosen by: outputs are float32 of shape (n, `Data.width`)
 
 
-def mixed(images: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> tuple[Tensor, Tensor]:
-    """Mix images, float32 (n, 3, h, w), and their classes, int64 (n,), which become probabilities, float32 (n, n_classes)."""
-    if settings.mixup == 0:
-        return images, y
-    images, y = transforms().MixUp(alpha=settings.mixup, num_classes=data.width)(images, y)
-    return images.contiguous(memory_format=torch.channels_last), y
-
-
 def loss_of(logits: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> Tensor:
-    """Return the mean cross-entropy of outputs for y, as `mixed` returns it; balanced, a class weighs n / (n_classes * n_class), as in scikit-learn."""
+    """Return the mean cross-entropy of outputs, float32 (n, n_classes), for classes, int64 (n,); balanced, a class weighs n / (n_classes * n_class), as in scikit-learn."""
     weights = None
     if settings.class_weight is not None:
         counts = np.maximum(np.bincount(data.train.y, minlength=data.width), 1)
         weights = torch.tensor(len(data.train) / (data.width * counts), dtype=torch.float32, device=logits.device)
-    return functional.cross_entropy(logits, y, weights, label_smoothing=settings.label_smoothing)
+    return functional.cross_entropy(logits, y, weights)
 
 
 def score_of(logits: Tensor, y: Tensor) -> Score:
-    """Return how good outputs, float32 (n, n_classes), are for classes, int64 (n,)."""
+    """Return how good outputs are, likewise."""
     accuracy = (logits.argmax(1) == y).double().mean().item()
     return accuracy, -functional.cross_entropy(logits.double(), y).item()
