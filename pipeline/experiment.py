@@ -17,7 +17,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
@@ -306,13 +306,17 @@ def _bytes_of(path: Path, kind: Kind, most: int | None = MOST_JSON) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """Return the value made of what JSON knows: numpy scalars and arrays become Python's, NaN and infinity None."""
+    """Return the value made of what JSON knows: numpy scalars, arrays and dataclasses become Python's, NaN and infinity None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if is_dataclass(value):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if hasattr(value, "model_dump"):  # a section of a config
+        return value.model_dump(mode="json")
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -332,6 +336,8 @@ def from_plain(kind: Any, value: Any) -> Any:
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         return cast(Any, kind)(**{name: from_plain(hints[name], item) for name, item in value.items()})
+    if hasattr(kind, "model_validate_json"):
+        return kind.model_validate_json(json.dumps(value))
     if origin is tuple:
         kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
         return tuple(from_plain(each, item) for each, item in zip(kinds, value, strict=True))
