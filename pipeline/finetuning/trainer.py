@@ -256,7 +256,10 @@ def train_step(
         rows_at(step * settings.batch_size, settings.batch_size, len(data.train), task.seed),
         data.train.entering,
     )
-    images = augmented(data.train.pixels[rows], settings, task.device, data) if kept is None else kept[rows]
+    if kept is None:
+        images = augmented(data.train.pixels[rows], settings, task.device, data)
+    else:
+        images = kept[rows].to(task.device)
     with _autocast(task.device, task.precision), passing(() if kept is None else data.below):
         outputs = task.network(images).float()
     loss = loss_of(outputs, torch.from_numpy(data.train.y[rows]).to(task.device), settings, data)
