@@ -157,11 +157,11 @@ def speed(clothing: Path, rounds: int) -> Iterator[str]:
             told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             taken[way] += told["times"]
             profile = told["profile"] or profile
-    yield "| a step of 32 images | images/s | seconds | of processors |"
+    yield "| a step of 32 images | images per second of a processor | seconds of processors | seconds |"
     yield "|---|--:|--:|--:|"
     for way, times in taken.items():
         wall, used = (min(one) for one in zip(*times, strict=True))
-        yield f"| {way} | {BATCH / wall:.1f} | {wall:.2f} | {used:.2f} |"
+        yield f"| {way} | {BATCH / used:.1f} | {used:.2f} | {wall:.2f} |"
     yield f"\n```text\n{profile}\n```"
 
 
