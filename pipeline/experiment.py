@@ -68,6 +68,7 @@ class Artifacts:
         self.layers = self.root / "layers.json"
         """Which layers of its networks hold the signal, where several are embedded."""
         self.advice = self.root / "advice.json"
+        self.mistakes = self.root / "mistakes" / "mistakes.json"
         """What to do next, with the expected gain and price of each way."""
         self.budget = self.root / "budget.json"
         """How long searches took, where there is a budget for them."""
@@ -203,6 +204,7 @@ BUNDLE = _made_by_command(
     error=BundleError,
 )
 ADVICE = _made_by_command("advice", 1, "advise", "run `manyheads {}`")
+MISTAKES = _made_by_command("mistakes", 1, "report --explain", "run `manyheads {}`")
 REPORT = _made_by_command("report", 1, "report", "run `manyheads {}`")
 FINETUNING = _made_by_command("fine-tuning", 2, "finetune")
 REFIT = _made_by_command("refit", 1, "refit")
