@@ -359,6 +359,7 @@ def predict(
     top: int = 3,
     unknown: float | None = None,
     sets: float | None = None,
+    align: bool = False,
     explain: _Place | None = None,
     device: str = "auto",
     trust: bool = False,
@@ -375,6 +376,7 @@ def predict(
     top : Labels with probabilities per image.
     unknown SHARE : Mark images of no known class, with this share of false alarms.
     sets SHARE : Also the labels of which one is right for this share of images.
+    align : Move the images' features to the mean and covariance of the training images first: for photos from elsewhere.
     explain FOLDER : Also pages on why the first 200 images got their labels: maps, and training images for and against.
     device : auto, cpu, mps, cuda or cuda:N.
     trust : Load a joblib bundle, or a network of code, which can do anything.
@@ -383,6 +385,7 @@ def predict(
     from pipeline.stages import predict as stage
 
     options: dict[str, Any] = {"top": top, "unknown": unknown, "sets": sets, "device": device, "max_pixels": max_pixels}
+    options["align"] = align
     explain = None if explain is None else Path(explain)
     return stage.run(Path(bundle), _paths(images), output=Path(output), explain=explain, trust_code=trust, **options)
 

@@ -160,6 +160,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 _OF_A_MANIFEST = ("root", "path_column", "label_columns", "label_separator", "split_column", "group_column")
+SPLIT = "split"
+"""What `dataset.domain` is where training and test images are the two domains."""
 
 
 class DatasetConfig(Section):
@@ -190,6 +192,9 @@ class DatasetConfig(Section):
     split_column: str | None = None
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
+    domain: str | None = None
+    """The manifest's column that says where an image is from, such as its camera or clinic; `split` where the training images are of
+    one source and the test images of another."""
     target: str | dict[str, str] = "auto"
     """What is said of an image, for all columns of labels or by their names: `classification` is one class, `regression` a number,
     several where there are several columns, `multilabel` any number of labels, with `|` between them or from several columns of
@@ -212,6 +217,7 @@ class DatasetConfig(Section):
             raise ValueError(f"source '{self.source}' also needs {' and '.join(repr(key) for key in missing)}")
         fields = type(self).model_fields
         idle = [key for key in _OF_A_MANIFEST if getattr(self, key) != fields[key].default]
+        idle += ["domain"] * bool(self.domain_column)
         if idle and self.source != "manifest":
             raise ValueError(f"{' and '.join(idle)}: for source 'manifest' alone, and the source is '{self.source}'")
         for name in {} if isinstance(self.target, str) else self.target:
@@ -232,6 +238,11 @@ class DatasetConfig(Section):
             return ("multilabel",)
         words = self.target if isinstance(self.target, dict) else dict.fromkeys(self.label_columns, self.target)
         return tuple(words.get(name, "auto") for name in self.label_columns)
+
+    @property
+    def domain_column(self) -> str:
+        """The manifest's column of domains; '' where there is none."""
+        return "" if self.domain in (None, SPLIT) else str(self.domain)
 
     @field_validator("label_columns")
     @classmethod
@@ -493,6 +504,8 @@ class Config(Section):
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY] | None = None
     """The heads to tune; None: all of the table that serve the target."""
+    adapt: tuple[Literal["coral", "reweight"], ...] = ("coral", "reweight")
+    """With a `dataset.domain`: how the best head is adapted to the test's domains that training lacks, without their labels."""
     vote: bool = False
     """Whether the mean of the best rows of different embeddings is one more row, chosen by cross-validation."""
     tuning: TuningConfig = TuningConfig()

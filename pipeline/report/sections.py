@@ -20,13 +20,14 @@ from pipeline.data.numbers import LEVEL, Regression
 from pipeline.data.targets import TARGETS, Classification
 from pipeline.errors import PipelineError
 from pipeline.evaluation import Calibration, Interval, Predictions, measure_calibration
+from pipeline.evaluation.domains import Domains
 from pipeline.evaluation.intervals import share_interval
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.evaluation.leaderboard.judge import effects
 from pipeline.evaluation.leaderboard.table import REPEATS
 from pipeline.evaluation.metric import METRICS, metrics_for
 from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class, scores
-from pipeline.experiment import BUNDLE, Artifacts, read_document
+from pipeline.experiment import BUNDLE, Artifacts, from_plain, read_document
 from pipeline.heads.layer_profile import gap, read_profiles, what_to_take
 from pipeline.report import charts
 from pipeline.report.drawing import CATEGORIES, Chart, shorten_all
@@ -378,6 +379,17 @@ def _unknown(material: Material) -> Shown | None:
     return None if record is None else ({}, {"record": {"sets": None, **record}, "names": list(record["auroc"])})
 
 
+def _domains(material: Material) -> Shown | None:
+    """Give how far domains are apart, how the best row does in each, and what adapting it brought."""
+    record = material.leaderboard.provenance.get("domains")
+    if record is None:
+        return None
+    found: Domains = from_plain(Domains, record)
+    classes = [(each.name, one) for each in found.each for one in each.classes]
+    classes.sort(key=lambda item: item[1].label)
+    return {}, {"domains": found, "new": [each.name for each in found.each if each.new], "all": classes}
+
+
 def _map(material: Material) -> Shown | None:
     """Give the map of the embedding; what the page's script needs to show the image at a dot is `pictures.carried`."""
     space, index, kinds = material.map, material.index, material.kinds
@@ -447,6 +459,7 @@ SECTIONS = (
     Section("cost", "Labels and cost", EVERY, _growth),
     Section("advice", "Fine-tune?", CLASSES, _advice),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
+    Section("domains", "Domains", CLASSES, _domains),
     Section("unknown", "Unknown", CLASSES, _unknown),
     Section("map", "Images", EVERY, _map),
     Section("mistakes", "Mistakes", CLASSES, _mistakes),
