@@ -46,7 +46,10 @@ def find_copies(index: DatasetIndex) -> Copies:
     labels = index.labels
     leaks: list[Pair] = []
     conflicts: list[Pair] = []
-    for rows in _of_one_content(codes):
+    several: dict[int, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(np.bincount(codes)[codes] > 1).tolist():
+        several[int(codes[row])].append(row)
+    for rows in several.values():
         trained, tested = [row for row in rows if not test[row]], [row for row in rows if test[row]]
         if trained and tested:
             leaks += [(row, tested[0]) for row in trained]
@@ -56,14 +59,6 @@ def find_copies(index: DatasetIndex) -> Copies:
     leaking[[row for pair in leaks for row in pair]] = True
     sides = np.unique(codes * 2 + test)
     return Copies(tuple(sorted(leaks)), tuple(sorted(conflicts)), len(codes) - len(sides), leaking)
-
-
-def _of_one_content(codes: NDArray[np.int64]) -> list[list[int]]:
-    """Return the rows of each content that is there more than once."""
-    several: dict[int, list[int]] = defaultdict(list)
-    for row in np.flatnonzero(np.bincount(codes)[codes] > 1).tolist():
-        several[int(codes[row])].append(row)
-    return list(several.values())
 
 
 def apply_leaks(splits: Texts, leaking: NDArray[np.bool_], policy: str) -> Texts:
