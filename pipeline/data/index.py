@@ -282,10 +282,7 @@ class WrittenIndex:
 
     @staticmethod
     def read(folder: Path) -> WrittenIndex:
-        """Read both files.
-
-        DatasetError when one cannot be read, or index.json is damaged or of another format or version.
-        """
+        """Read both files; DatasetError when one cannot be read, or index.json is damaged."""
         record, path = read_record(folder), folder / INDEX_FILE
         try:
             return WrittenIndex(path, record, read_file(path))
@@ -323,10 +320,7 @@ class WrittenIndex:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read what index.json says, or None when there is no such file.
-
-    DatasetError when it is damaged, or of another format or version.
-    """
+    """Read what index.json says, or None when there is no such file; DatasetError when it is damaged."""
     path = folder / INDEX_RECORD
     if not os.path.lexists(path):
         return None

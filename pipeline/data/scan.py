@@ -1,4 +1,4 @@
-"""The scan: bring the index up to date with the files, reading only those that may have changed, and tell in plain lines what there is."""
+"""The scan: bring the index up to date with the files, reading only those that may have changed, and say what there is."""
 
 from __future__ import annotations
 

@@ -62,10 +62,7 @@ def find_copies(index: DatasetIndex) -> Copies:
 
 
 def apply_leaks(splits: Texts, leaking: NDArray[np.bool_], policy: str) -> Texts:
-    """Mark the copies that go as 'excluded': those of the training side, those of the test, or none ('keep').
-
-    splits : object array of shape (n,); leaking : bool of shape (n,)
-    """
+    """Return splits, object (n,), with those of `leaking`, bool (n,), 'excluded' that are of the side that the policy drops."""
     result = splits.copy()
     if policy in {"drop_train", "drop_test"}:
         result[leaking & ((splits == "test") == (policy == "drop_test"))] = "excluded"
@@ -135,10 +132,7 @@ def _images_of(codes: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[n
 
 
 def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
-    """Return what each image was in an earlier index, by content first and by path otherwise.
-
-    int8 of shape (n,): 1 test, 0 train, -1 not there.
-    """
+    """Return what each image was in an earlier index, by content or else by path: int8 (n,), 1 test, 0 train, -1 not there."""
     rows = match_digests(before.digests, index.digests)
     if before.root == index.root:  # below another root, the same path is another image
         by_path = match_texts(before.paths, index.paths)

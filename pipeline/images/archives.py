@@ -136,10 +136,7 @@ def forget(root: str) -> None:
 
 
 def entries(path: str) -> Mapping[str, Entry]:
-    """Return what a folder inside an archive, or a remote folder, holds.
-
-    FileNotFoundError where there is none, NotADirectoryError where it is a file.
-    """
+    """Return what a folder inside an archive, or a remote one, holds; NotADirectoryError where it is a file."""
     found = inside(path)
     if found is None:
         if (address := address_of(path)) is not None:

@@ -54,10 +54,7 @@ def absolute(path: object) -> str:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """Return the file system of an address and the file's name there.
-
-    DatasetError when what is needed for it is not installed, or it is none that is known.
-    """
+    """Return the file system of an address and the file's name there; DatasetError when it is none that is known here."""
     try:
         import fsspec
     except ImportError:
@@ -203,10 +200,7 @@ def require_answer(address: str, start: str) -> None:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Yield the module `ray`, connected; a connection that the caller has already is used and stays.
-
-    PipelineError when Ray is not installed, or there is no cluster at that address.
-    """
+    """Yield the module `ray`, connected, also by the caller before; PipelineError when there is no Ray, or no such cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every cluster
     try:
         import ray
