@@ -459,19 +459,20 @@ def _cells(length: int) -> torch.Tensor:
 
 
 def contributions(maps: torch.Tensor, pooling: str, weights: torch.Tensor) -> torch.Tensor:
-    """Return what each place of maps adds to a linear score of their pooled vectors; the mean over the places is the score.
+    """Return what each place of maps adds to linear scores of their pooled vectors; the mean over the places is the score.
 
     This is the class activation map of Zhou et al. 2016 for an average, and as exact for every pooling that is linear, or chooses.
 
     maps : float32 of shape (n, channels, height, width), or channels last
-    weights : float32 of shape (n, dim), of each image's own score
-    Returns float32 of shape (n, height, width).
+    weights : float32 of shape (k, dim), of k scores
+    Returns float32 of shape (n, k, height, width).
     """
-    maps = maps.detach().requires_grad_()
+    maps, channels = maps.detach().requires_grad_(), 1 if _axes_of_places(maps) == (2, 3) else 3
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad((pool(maps, pooling) * weights).sum(), maps)
-    cells = (maps.detach() * gradient).sum(1 if _axes_of_places(maps) == (2, 3) else 3)
-    return cells * cells[0].numel()
+        scores = (pool(maps, pooling) @ weights.T).sum(0)
+        gradients = [torch.autograd.grad(score, maps, retain_graph=True)[0] for score in scores]
+    cells = torch.stack([(maps.detach() * gradient).sum(channels) for gradient in gradients], dim=1)
+    return cells * cells[0, 0].numel()
 
 
 def _axes_of_places(output: torch.Tensor) -> tuple[int, ...]:

@@ -42,8 +42,8 @@ def run(config: Config, place: Path | None = None) -> list[str]:
 
 def _heads(config: Config) -> list[str]:
     tuning.require(config.tuning.strategy)
-    each = targets.experiments(config) or {"": config}
-    return [f"{name}{': ' * bool(name)}{line}" for name, alone in each.items() for line in _heads_of(alone)]
+    each = targets.experiments(config).items()
+    return [f"{name}{': ' * bool(name)}{line}" for name, alone in each for line in _heads_of(alone)]
 
 
 def _heads_of(config: Config) -> list[str]:
