@@ -32,7 +32,7 @@ from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, RIDGE, Head, resolve
 from pipeline.heads.fast import linear
 from pipeline.heads.tuning import blocks, features, limited, make_folds, memory_needed, refit, room, tune, works_on_disk
-from pipeline.heads.tuning.records import Problem
+from pipeline.heads.tuning.evaluation import Problem
 from pipeline.io import memory
 from pipeline.io.digests import content_digest, pack_digests
 from pipeline.stages import train_heads

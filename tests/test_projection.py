@@ -26,8 +26,9 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, Head, as_layer, configure
-from pipeline.heads.tuning import Projections, make_folds, memory_needed, projection, tune
-from pipeline.heads.tuning.records import derived_seed
+from pipeline.heads.tuning import Projections, make_folds, memory_needed, tune
+from pipeline.heads.tuning.evaluation import derived_seed
+from pipeline.heads.tuning.features import Projection
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads.embedding import Place
 
@@ -117,13 +118,13 @@ class Fixed(StandardScaler):
 def test_heads_and_trials_share_one_projection_per_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = network(150, 20, 3)
     made = []
-    fit = projection.Projection.of
+    fit = Projection.of
 
-    def counted(X: Any, rows: Any, *rest: Any) -> projection.Projection:
+    def counted(X: Any, rows: Any, *rest: Any) -> Projection:
         made.append(len(rows))
         return fit(X, rows, *rest)
 
-    monkeypatch.setattr(projection.Projection, "of", staticmethod(counted))
+    monkeypatch.setattr(Projection, "of", staticmethod(counted))
     shared, tuning = Projections(X, 5, False), TuningConfig(trials=4, jobs=2, pca=5)
     for name in ("ridge", "knn"):
         tune(HEADS[name], X, y, make_folds(y, 3, 0), tuning, 0, tmp_path / name, shared)
@@ -228,10 +229,10 @@ def test_whitening_leaves_out_what_the_rows_do_not_differ_in(tmp_path: Path) -> 
     X, _ = network(260, 200, 3)
     few = np.arange(60)
     for source in (X, stored(tmp_path / "store", X)):
-        whitened = projection.Projection.of(source, few, 1000, True)
+        whitened = Projection.of(source, few, 1000, True)
         assert whitened.pca.n_components_ == 59  # the 60 rows differ from their mean in 59 directions
         # Divided by next to nothing, rows that were not fitted would lie half a million units away.
         assert whitened.apply(X, np.arange(60, 260)).std(axis=0).max() < 10
         assert whitened.pca.explained_variance_.shape == whitened.pca.singular_values_.shape == (59,)
-    assert projection.Projection.of(X, few, 1000, False).pca.n_components_ == 60
-    assert projection.Projection.of(X, few, 20, True).pca.n_components_ == 20
+    assert Projection.of(X, few, 1000, False).pca.n_components_ == 60
+    assert Projection.of(X, few, 20, True).pca.n_components_ == 20

@@ -16,12 +16,11 @@ from test_tuning_solvers import network
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.data.classes import Classification
 from pipeline.heads import HEADS, Integer, configure, resolve
-from pipeline.heads.fast import forests as module
-from pipeline.heads.fast.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forest, grow
+from pipeline.heads.fast import screened as module
+from pipeline.heads.fast.screened import BUDGET, FEW, FEWEST, MOST, cost, extrapolated, few, forest
 from pipeline.heads.tuning import make_folds, racing, tune
-from pipeline.heads.tuning.evaluation import GENERIC, evaluator_for
+from pipeline.heads.tuning.evaluation import GENERIC, Problem, derived_seed, evaluator_for
 from pipeline.heads.tuning.journal import Journal
-from pipeline.heads.tuning.records import Problem, derived_seed
 
 FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 64})
 
@@ -46,47 +45,22 @@ def build_scaled(seed: int) -> Pipeline:
     ],
     ids=["pure leaves", "mixed leaves", "class weight", "max samples", "scaled"],
 )
-def test_a_forest_grown_in_steps_is_scikit_learns_to_the_last_digit(head, params):
+def test_a_forest_is_scikit_learns_to_the_last_digit(head, params):
     problem = problem_of(head)
     train, held_out = problem.folds[1]
-    grown = Grown()
-    for trees in (12, 32, 64):
-        outcome = forest(problem, 1, grown, [{**head.fixed, **params, "n_estimators": trees}])[0]
+    (outcome,) = forest(problem, 1, None, [{**head.fixed, **params}])
     whole = configure(head, params, problem.fold_seed(1)).fit(problem.X[train], problem.y[train])
-    probabilities = whole.predict_proba(problem.X[held_out])
-    (votes,) = grown.votes.values()
-    assert votes.trees == 64
-    assert np.array_equal(votes.total / 64, probabilities)
     assert np.array_equal(outcome.predictions, whole.predict(problem.X[held_out]))
-    assert np.array_equal(outcome.scores, probabilities.astype(np.float32))
+    assert np.array_equal(outcome.scores, whole.predict_proba(problem.X[held_out]).astype(np.float32))
     assert outcome.fit_seconds > 0
-
-
-def test_votes_that_are_not_kept_change_nothing(monkeypatch):
-    problem, steps = problem_of(), [{**FOREST.fixed, "n_estimators": trees} for trees in (12, 32, 64)]
-    kept = Grown()
-    outcomes = [forest(problem, 0, kept, [step])[0] for step in steps]
-    monkeypatch.setattr(module, "KEPT_BYTES", 0)
-    empty = Grown()
-    for step, outcome in zip(steps, outcomes, strict=True):
-        assert np.array_equal(forest(problem, 0, empty, [step])[0].scores, outcome.scores)
-    assert kept.votes
-    assert not empty.votes
-
-
-def test_votes_of_more_trees_serve_no_smaller_forest():
-    problem = problem_of()
-    few, many = ({**FOREST.fixed, "n_estimators": trees} for trees in (12, 32))
-    again = grow(problem, 0, few, grow(problem, 0, many, None))
-    assert np.array_equal(again.total, grow(problem, 0, few, None).total)
 
 
 # Few trees speak for many ---------------------------------------------------------------------------------------------
 
 
-def votes_of(draws):
-    """Votes from an array of shape (trees, rows, classes)."""
-    return Votes(len(draws), draws.sum(axis=0), (draws**2).sum(axis=(0, 2)), np.arange(draws.shape[2]))
+def moved_to(draws, y, trees):
+    """What votes of shape (trees, rows, classes) would be of more trees."""
+    return extrapolated(draws.sum(axis=0), (draws**2).sum(axis=(0, 2)), y, len(draws), trees)
 
 
 def test_extrapolated_votes_err_as_often_as_more_trees_would():
@@ -98,7 +72,7 @@ def test_extrapolated_votes_err_as_often_as_more_trees_would():
         chances /= chances.sum(axis=1, keepdims=True)
         draws = generator.multinomial(1, chances, size=(200, len(y))).astype(float)
         right = [float((draws[:trees].sum(axis=0).argmax(axis=1) == y).mean()) for trees in (12, 200)]
-        moved = extrapolated(votes_of(draws[:12]), y, 200)
+        moved = moved_to(draws[:12], y, 200)
         np.testing.assert_allclose(moved.sum(axis=1), 1)
         assert moved.min() >= 0
         far = float((moved.argmax(axis=1) == y).mean()) - right[1]
@@ -109,19 +83,19 @@ def test_extrapolated_votes_err_as_often_as_more_trees_would():
 
 
 def test_extrapolating_to_as_many_trees_changes_nothing():
-    votes = votes_of(np.random.default_rng(1).dirichlet(np.ones(3), size=(12, 30)))
-    np.testing.assert_allclose(extrapolated(votes, np.arange(30) % 3, 12), votes.total / 12, atol=1e-12)
+    votes = np.random.default_rng(1).dirichlet(np.ones(3), size=(12, 30))
+    np.testing.assert_allclose(moved_to(votes, np.arange(30) % 3, 12), votes.mean(axis=0), atol=1e-12)
 
 
 def test_a_row_alone_in_its_class_and_trees_that_agree_are_left_as_they_are():
     generator = np.random.default_rng(2)
-    votes = votes_of(generator.dirichlet(np.ones(3), size=(12, 21)))
+    votes = generator.dirichlet(np.ones(3), size=(12, 21))
     y = np.array([0, 1] * 10 + [2])
-    moved = extrapolated(votes, y, 200)
-    np.testing.assert_array_equal(moved[-1], votes.total[-1] / 12)
-    assert not np.allclose(moved[0], votes.total[0] / 12)
-    alike = votes_of(np.repeat(generator.dirichlet(np.ones(3), size=(1, 21)), 12, axis=0))
-    np.testing.assert_allclose(extrapolated(alike, y, 200), alike.total / 12, atol=1e-7)
+    moved, shares = moved_to(votes, y, 200), votes.sum(axis=0) / 12
+    np.testing.assert_array_equal(moved[-1], shares[-1])
+    assert not np.allclose(moved[0], shares[0])
+    alike = np.repeat(generator.dirichlet(np.ones(3), size=(1, 21)), 12, axis=0)
+    np.testing.assert_allclose(moved_to(alike, y, 200), alike[0], atol=1e-7)
 
 
 def test_a_class_that_no_tree_has_seen_stays_wrong():
@@ -130,7 +104,7 @@ def test_a_class_that_no_tree_has_seen_stays_wrong():
     y[0] = 2
     problem = Problem(FOREST, X, y.astype(np.int64), Classification(tuple("abc")), make_folds(y, 3, 0), 0)
     fold = next(fold for fold, (_, held_out) in enumerate(problem.folds) if 0 in held_out)
-    outcome = forest(problem, fold, Grown(), [{"n_estimators": 12}])[0]
+    outcome = forest(problem, fold, None, [{"n_estimators": 12}])[0]
     assert set(outcome.predictions) <= {0, 1}
     assert (outcome.scores[:, 2] == 0).all()
 
@@ -185,7 +159,7 @@ def test_a_first_look_takes_as_long_as_the_defaults_whatever_a_split_costs():
     assert trees == {0.01: MOST, 0.04: FEW * 5 // 4, 0.05: FEW, 0.1: FEW // 2, 0.5: FEWEST}
 
 
-def test_a_first_look_gives_the_first_trees_of_the_whole_forest(tmp_path):
+def test_a_first_look_is_at_few_trees(tmp_path):
     X, y = network(90, 12, 3)
     folds = make_folds(y, 2, 0)
     tune(FOREST, X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
@@ -194,7 +168,7 @@ def test_a_first_look_gives_the_first_trees_of_the_whole_forest(tmp_path):
     for event in events:
         if event.get("event") == "fit" and event["rung"] == 0:
             params = {**event["params"], **few(problem, event["params"])}
-            outcome = forest(problem, event["fold"], Grown(), [params])[0]
+            outcome = forest(problem, event["fold"], None, [params])[0]
             assert event["score"] == np.mean(outcome.predictions == y[folds[event["fold"]][1]])
 
 
@@ -290,7 +264,11 @@ def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
         if same.mean is not None:
             assert same.fold_scores == climbed.best.fold_scores
         share = climbed.best.mean if scoring == "accuracy" else np.nan
-        noise = np.sqrt(share * (1 - share) / len(y)) if scoring == "accuracy" else whole.best.spread / np.sqrt(2)
+        noise = (
+            np.sqrt(share * (1 - share) / len(y))
+            if scoring == "accuracy"
+            else np.std(whole.best.fold_scores, ddof=1) / np.sqrt(2)
+        )
         gaps.append((whole.best.mean - climbed.best.mean) / noise)
     assert max(gaps) <= 1
     assert np.mean(gaps) <= 0.5
@@ -305,7 +283,7 @@ def whole_search(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop_after", [3, 27])
-def test_an_interrupted_search_of_grownends_the_same(stop_after, whole_search, tmp_path, monkeypatch):
+def test_an_interrupted_search_of_forests_ends_the_same(stop_after, whole_search, tmp_path, monkeypatch):
     arguments, whole = whole_search
     append, seen = Journal.append, []
 
@@ -336,11 +314,11 @@ def test_a_forest_that_fails_is_a_failed_trial(tmp_path):
     X, y = network(90, 12, 3)
     head = replace(FOREST, fixed={"n_estimators": 100, "criterion": "none such"})
     problem = Problem(head, X, y.astype(np.int64), Classification(tuple("abc")), make_folds(y, 3, 0), 0)
-    outcome = forest(problem, 0, Grown(), [{**head.fixed, "n_estimators": 12}])[0]
+    outcome = forest(problem, 0, None, [{**head.fixed, "n_estimators": 12}])[0]
     assert outcome.error.startswith("InvalidParameterError: The 'criterion' parameter")
 
 
-def test_grownthat_cannot_be_grown_in_steps_are_fitted_plainly():
+def test_forests_whose_first_trees_say_nothing_are_fitted_plainly():
     assert evaluator_for(problem_of()) is module.FOREST
     for fixed in ({"n_estimators": 63}, {"random_state": None}, {"warm_start": True}):
         assert evaluator_for(problem_of(replace(FOREST, fixed={**FOREST.fixed, **fixed}))) is GENERIC

@@ -5,7 +5,7 @@ in. The scaler sits inside the pipeline, so every fold fits its own. To add one,
 of your own in the config as `package.module:ATTRIBUTE`.
 """
 
-from pipeline.heads.choosing import resolve, resolve_all
+from pipeline.heads.choosing import held_at, resolve, resolve_all
 from pipeline.heads.head import Head, Params, configure, identity
 from pipeline.heads.linear import Layer, as_layer
 from pipeline.heads.space import Categorical, Dimension, Integer, Real
@@ -27,6 +27,7 @@ __all__ = [
     "Real",
     "as_layer",
     "configure",
+    "held_at",
     "identity",
     "resolve",
     "resolve_all",

@@ -1,8 +1,9 @@
-"""From a config's words to a head: its space narrowed or widened, its class weights set, every problem told."""
+"""From a config's words to a head, built-in or the user's own: its space narrowed, widened or held at one point, its class weights set."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,11 +13,13 @@ import numpy as np
 from sklearn.pipeline import Pipeline
 
 from pipeline.config import HeadConfig, Scalar, guess, unknown
-from pipeline.errors import HeadError
-from pipeline.heads.head import Head
-from pipeline.heads.own import load_own
+from pipeline.errors import HeadError, number_of
+from pipeline.experiment import plain
+from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.space import Categorical, Dimension, Integer
 from pipeline.heads.table import TABLES
+from pipeline.heads.tuning.evaluation import Evaluator
+from pipeline.io.imports import users_module
 
 
 def resolve(config: HeadConfig, kind: str = "classification") -> Head:
@@ -161,3 +164,61 @@ def _nearest(dimension: Dimension, value: Any) -> Any:
     if isinstance(dimension, Categorical):
         return value if value in dimension.categories else dimension.categories[0]
     return min(max(value, dimension.low), dimension.high)
+
+
+def held_at(head: Head, params: Params) -> Head:
+    """Return a head whose space is one point, as a leaderboard has it; HeadError where the head has other parameters now."""
+    if set(params) != set(head.space):
+        raise HeadError(
+            f"head {head.name}: its stored parameters are {', '.join(params) or 'none'}, and it is searched over "
+            f"{', '.join(head.space) or 'none'} now; run `manyheads heads` again"
+        )
+    point = {key: _choice(head.space[key], value) for key, value in params.items()}
+    return replace(head, space={key: Categorical((value,)) for key, value in point.items()}, defaults=point)
+
+
+def _choice(dimension: Dimension, value: Any) -> Any:
+    """Return what JSON has made a list of as it was."""
+    choices = dimension.categories if isinstance(dimension, Categorical) else ()
+    return next((choice for choice in choices if plain(choice) == plain(value)), value)
+
+
+def load_own(path: str) -> Head:
+    """Import a user's own head from `package.module:ATTRIBUTE`."""
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise HeadError(f"head {path!r}: expected package.module:ATTRIBUTE, such as my_heads:GRADIENT_BOOSTING")
+    module = users_module(module_name, f"head {path!r}", HeadError)
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if isinstance(value, Head)]
+        known = f"; its heads: {', '.join(names)}" if names else "; it holds no pipeline.heads.Head"
+        raise HeadError(f"head {path!r}: {module_name!r} has no {attribute!r}{guess(attribute, names)}{known}")
+    head = getattr(module, attribute)
+    if not isinstance(head, Head):
+        raise HeadError(f"head {path!r}: is of type {type(head).__name__}, expected a pipeline.heads.Head")
+    problems = _flaws(head)
+    if problems:
+        raise HeadError(f"head {path!r}: {number_of(len(problems), 'problem')}", problems)
+    return head
+
+
+def _flaws(head: Head) -> list[str]:
+    """Say what is wrong with a user's own head, before anything is spent on it."""
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", head.name):
+        problems.append(f"name: {head.name!r} names files; use letters, digits, '.', '_' and '-'")
+    for key in sorted(set(head.space) ^ set(head.defaults)):
+        where = "space" if key in head.space else "defaults"
+        problems.append(f"{where}.{key}: the space and the defaults must name the same parameters")
+    for key in sorted(set(head.space) & set(head.defaults)):
+        if head.defaults[key] not in head.space[key]:
+            problems.append(f"defaults.{key}: {head.defaults[key]!r} is not in {head.space[key]!r}")
+    if head.evaluator is not None and not isinstance(head.evaluator, Evaluator):
+        problems.append(
+            f"evaluator: {head.evaluator!r} is none; expected that of a built-in head, such as pipeline.heads.RIDGE.evaluator, or None"
+        )
+    try:
+        configure(head, head.defaults, 0)
+    except Exception as error:  # a user's build may fail in any way
+        problems.append(f"build: a pipeline with the defaults cannot be built ({type(error).__name__}: {error})")
+    return problems

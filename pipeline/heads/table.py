@@ -25,9 +25,8 @@ from tabulate import tabulate
 
 from pipeline.heads import in_context
 from pipeline.heads.cosine import CosineVote
-from pipeline.heads.fast import discriminant, forests, kernel, linear
+from pipeline.heads.fast import kernel, linear, screened
 from pipeline.heads.head import Head
-from pipeline.heads.perceptron import MLP, fit_keeping_best
 from pipeline.heads.space import Categorical, Dimension, Integer, Real
 from pipeline.heads.tuning.evaluation import Evaluator
 
@@ -109,7 +108,7 @@ _ROWS = (
         simplicity=2.5,
         probabilities=True,
         linear=True,
-        evaluator=discriminant.LDA,
+        evaluator=linear.LDA,
     ),
     Head(
         name="linear_svm",
@@ -159,7 +158,7 @@ _ROWS = (
         simplicity=6,
         probabilities=True,
         takes_class_weight=True,
-        evaluator=forests.FOREST,
+        evaluator=screened.FOREST,
     ),
     Head(
         name="rbf_svm",
@@ -184,8 +183,8 @@ _ROWS = (
         defaults={"hidden_layer_sizes": 128, "alpha": 1e-4, "learning_rate_init": 1e-3},
         simplicity=8,
         probabilities=True,
-        evaluator=MLP,
-        fit=fit_keeping_best,
+        evaluator=screened.MLP,
+        fit=screened.fit_keeping_best,
     ),
 )
 
@@ -233,7 +232,7 @@ OF_NUMBERS: Mapping[str, Head] = {
         _of_numbers("ridge", Ridge(), evaluator=linear.RIDGE_OF_NUMBERS),
         _of_numbers("knn", KNeighborsRegressor()),
         _of_numbers(
-            "random_forest", RandomForestRegressor(n_estimators=200), _alone, evaluator=forests.FOREST_OF_NUMBERS
+            "random_forest", RandomForestRegressor(n_estimators=200), _alone, evaluator=screened.FOREST_OF_NUMBERS
         ),
         # Numbers are learned in standard deviations, so that C and epsilon mean the same whatever the unit is.
         _of_numbers(
@@ -244,7 +243,7 @@ OF_NUMBERS: Mapping[str, Head] = {
             evaluator=kernel.RBF_SVR,
             fit=kernel.fit_each,
         ),
-        _of_numbers("mlp", MLPRegressor(max_iter=100, tol=1e-4), evaluator=MLP, fit=fit_keeping_best),
+        _of_numbers("mlp", MLPRegressor(max_iter=100, tol=1e-4), evaluator=screened.MLP, fit=screened.fit_keeping_best),
     )
 }
 """The built-in heads for numbers by name."""
@@ -258,9 +257,9 @@ OF_LABELS: Mapping[str, Head] = {
         _of_labels("linear_svm", linear.HINGE_LABELS, linear.fit_each_label),
         _of_labels("decision_tree", None),
         _of_labels("knn", None),
-        _of_labels("random_forest", forests.FOREST_OF_NUMBERS),
+        _of_labels("random_forest", screened.FOREST_OF_NUMBERS),
         _of_labels("rbf_svm", kernel.RBF_SVM_LABELS, linear.fit_each_label),
-        _of_labels("mlp", MLP, fit_keeping_best),
+        _of_labels("mlp", screened.MLP, screened.fit_keeping_best),
     )
 }
 """The built-in heads for several labels by name."""

@@ -26,8 +26,8 @@ from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_le
 from pipeline.evaluation.learning_curve import curve_from_scores, curve_sizes
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import REFIT, TARGETS, Artifacts, write_document
-from pipeline.heads import RIDGE, TABLES, Head, Params
-from pipeline.heads.tuning import fit_folds, growing, held_at, neighbours
+from pipeline.heads import RIDGE, TABLES, Head, Params, held_at
+from pipeline.heads.tuning import fit_folds, growing, neighbours
 from pipeline.io.files import make_folder
 from pipeline.stages import targets
 from pipeline.stages.train_heads import Asked, ask

@@ -16,6 +16,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
+from pipeline.heads.tuning.features import Features, Standardised
+
 Array = NDArray[np.float32]
 
 Loss = Callable[[Array], tuple[NDArray[np.float64], Array]]
@@ -34,8 +36,8 @@ MOST_STEPS = 500
 class Axes:
     """Standardised features on the axes of their own covariance.
 
-    train : matrix of shape (n, rank + 1), float32; the last column is 1 for the intercept. An ndarray, or `blocked.Turned`
-        where the features stay on disk
+    train : matrix of shape (n, rank + 1), float32; the last column is 1 for the intercept. An ndarray, or `Turned` where
+        the features stay on disk
     held_out : matrix of shape (n_held_out, rank + 1), float32
     squares : ndarray of shape (rank + 1,), float32: sum of squares of each column of `train`
     """
@@ -43,20 +45,6 @@ class Axes:
     train: Any
     held_out: Any
     squares: Array
-
-
-def standardise(train: Array, held_out: Array) -> tuple[Array, Array]:
-    """Scale both by the mean and standard deviation of the training rows, as scikit-learn's StandardScaler does.
-
-    train, held_out : float32 of shape (n, dim) and (n_held_out, dim); so is what is returned
-    """
-    mean = train.mean(axis=0, dtype=np.float64)
-    scale = train.std(axis=0, dtype=np.float64)
-    # A column whose spread is rounding noise of its mean is constant, and left as it is.
-    constant = scale <= 10 * np.finfo(np.float32).eps * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
-    scale[constant] = 1.0
-    shift, factor = mean.astype(np.float32), (1 / scale).astype(np.float32)
-    return (train - shift) * factor, (held_out - shift) * factor
 
 
 def turn(train: Array, held_out: Array) -> Axes:
@@ -76,6 +64,76 @@ def turn(train: Array, held_out: Array) -> Axes:
         turned, other = vectors[:, kept] * root, held_out @ (train.T @ (vectors[:, kept] / root))
     turned, other = (np.hstack([part, np.ones((len(part), 1), np.float32)]) for part in (turned, other))
     return Axes(turned, other, np.einsum("ij,ij->j", turned, turned))
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Standardised rows on the axes of their covariance, with a column of ones: a matrix that is never made.
+
+    The axes turn the weights and not the rows: (X V) w = X (V w). It knows the products that are made here.
+    """
+
+    data: Standardised
+    vectors: Array
+
+    __array_ufunc__ = None  # an array on the left leaves the product to `__rmatmul__`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return int(self.vectors.nbytes)
+
+    def __len__(self) -> int:
+        return len(self.data.rows)
+
+    def __matmul__(self, weights: Array) -> Array:
+        turned = self.vectors @ weights[:-1]
+        made = np.empty((len(self), weights.shape[1]), dtype=np.float32)
+        for place, block in self.data.blocks():
+            made[place] = block @ turned
+        made += weights[-1]
+        return made
+
+    def __rmatmul__(self, slopes: Array) -> Array:
+        return (self.T @ slopes.T).T
+
+    @property
+    def T(self) -> _Transposed:
+        """The transposed matrix, for its products."""
+        return _Transposed(self)
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    T: Turned
+
+    __array_ufunc__ = None
+
+    def __matmul__(self, slopes: Array) -> Array:
+        vectors = self.T.vectors
+        total = np.zeros((len(vectors), slopes.shape[1]))
+        for place, block in self.T.data.blocks():
+            total += block.T @ slopes[place]
+        ones = slopes.sum(axis=0, dtype=np.float64)
+        return np.vstack([vectors.T @ total.astype(np.float32), ones[None, :].astype(np.float32)])
+
+    def __rmatmul__(self, weights: Array) -> Array:
+        return (self.T @ weights.T).T
+
+
+def turn_blocks(X: Features, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Axes:
+    """Find the axes of some rows' covariance as `turn` does, without a copy of the rows.
+
+    X : float32 of shape (n, dim); train, held_out : row numbers, int64 of shape (k,) and (m,)
+    """
+    data = Standardised.of(X, train)
+    total = data.products()
+    values, vectors = decompose(total.astype(np.float32))
+    if len(total) > len(train):
+        vectors = np.ascontiguousarray(vectors[:, values > 1e-6 * values.max()])
+    squares = np.append(np.einsum("ij,ij->j", vectors, total @ vectors), len(train))
+    others = Turned(Standardised(X, held_out, data.scaler), vectors)
+    return Axes(Turned(data, vectors), others, np.maximum(squares, 0).astype(np.float32))
 
 
 def decompose(matrix: Array) -> tuple[Array, Array]:

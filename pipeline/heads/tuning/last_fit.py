@@ -25,16 +25,17 @@ from pipeline.evaluation import Metric, Predictions
 from pipeline.evaluation.leaderboard.rows import LastFit
 from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.evaluation import (
+    Measured,
+    Problem,
     counted,
     counting_warnings,
+    derived_seed,
     evaluator_for,
     failed,
     smaller_caches,
     working_memory,
 )
-from pipeline.heads.tuning.features import Features, blocks
-from pipeline.heads.tuning.projection import Projections, without_scaler
-from pipeline.heads.tuning.records import Measured, Problem, Trial, derived_seed
+from pipeline.heads.tuning.features import Features, Projections, blocks, without_scaler
 
 FEW_FEATURES = 1 << 25
 """Numbers in a feature matrix below which the last fit uses one thread for its products."""
@@ -54,13 +55,13 @@ class Promise:
     allowance: float
 
     @staticmethod
-    def of(best: Trial, scores: Sequence[Measured]) -> Promise:
-        """Learn from cross-validation what a fit on all rows must score on them.
+    def of(mean: float, scores: Sequence[Measured]) -> Promise:
+        """Learn from cross-validation what a fit on all rows must score on them; `mean` is of the held-out rows.
 
         With n rows the score on training rows falls towards the one that held-out scores rise to. If the gap shrinks no
         faster than 1 / n, the k / (k - 1) times as many rows of the last fit take at most 1 / k of it.
         """
-        gap = float(np.mean([measured.score for measured in scores])) - (best.mean or 0.0)
+        gap = float(np.mean([measured.score for measured in scores])) - mean
         return Promise(tuple(scores), max(0.0, gap) / len(scores))
 
     def kept(self, found: Measured) -> bool:
@@ -80,7 +81,7 @@ class Fitted:
     warnings: Mapping[str, int]
     tries: int = 1
 
-    def record(self, best: Trial, promise: Promise) -> LastFit:
+    def record(self, fold_warnings: Mapping[str, int], promise: Promise) -> LastFit:
         """Return what a leaderboard's row says of it."""
         return LastFit(
             score=self.measured.score,
@@ -88,7 +89,7 @@ class Fitted:
             tries=self.tries,
             sound=promise.kept(self.measured),
             warnings=self.warnings,
-            fold_warnings=best.warnings,
+            fold_warnings=fold_warnings,
         )
 
 

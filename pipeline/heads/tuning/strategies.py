@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import HeadError, first_line
-from pipeline.heads.head import Params
+from pipeline.heads.head import Head, Params
 from pipeline.heads.space import Categorical, Dimension, Integer, Real
 
 Rounds = Generator[list[Params], "Sequence[float | None]", None]
@@ -26,6 +26,11 @@ DRAWS = 400
 
 APART = 0.02
 """Points nearer than this share of every range to one already tried teach nothing new."""
+
+STEP = 3.0
+"""How many times a neighbour is larger or smaller where a search is on a logarithmic scale; an eighth of the range elsewhere."""
+MOST_CHOICES = 4
+"""Neighbours of a choice that has no order, evenly taken."""
 
 
 def require(strategy: str) -> None:
@@ -273,3 +278,30 @@ def _whole(values: NDArray[np.float64], dimension: Integer) -> list[int]:
         nearest = sorted(range(int(dimension.low), int(dimension.high) + 1), key=lambda whole: abs(whole - value))
         taken.append(next(whole for whole in nearest if whole not in taken))
     return sorted(taken)
+
+
+def neighbours(head: Head, params: Params) -> list[Params]:
+    """Return points of a head's space that differ from one in one parameter: by a step to either side, or by another choice."""
+    return [
+        {**params, key: value}
+        for key, dimension in head.space.items()
+        for value in dict.fromkeys(_beside(dimension, params[key]))
+        if value != params[key]
+    ]
+
+
+def _beside(dimension: Dimension, value: Any) -> Iterator[Any]:
+    if isinstance(dimension, Categorical):
+        others = [choice for choice in dimension.categories if choice != value]
+        if isinstance(value, (int, float)) and value in dimension.categories:  # in order: the next to either side
+            place = dimension.categories.index(value)
+            others = list(dimension.categories[max(0, place - 1) : place + 2])
+        yield from (
+            others[place] for place in np.linspace(0, len(others) - 1, min(len(others), MOST_CHOICES)).astype(int)
+        )
+        return
+    step = (dimension.high - dimension.low) / 8
+    sides = (value / STEP, value * STEP) if dimension.prior == "log-uniform" else (value - step, value + step)
+    for side in sides:
+        inside = min(max(side, dimension.low), dimension.high)
+        yield round(inside) if isinstance(value, int) else inside

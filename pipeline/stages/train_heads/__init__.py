@@ -46,7 +46,7 @@ from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
 from pipeline.heads.layer_profile import LayerProfile, what_to_take
 from pipeline.heads.tuning import limited, require, seconds_of_trials
-from pipeline.heads.tuning.backends import is_spread, on
+from pipeline.heads.tuning.room import is_spread, on
 from pipeline.io.digests import fingerprint
 from pipeline.io.engine import Engine
 from pipeline.io.files import write_text_atomic

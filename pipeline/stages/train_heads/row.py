@@ -103,7 +103,7 @@ def make_row(
     row = _row(head, embedding, tuned, said, seed)
     row = replace(row, predict_seconds=seconds, bundle=folder.relative_to(files.root).as_posix())
     row = repeats.repeated(row, head, embedding, vectors, tuned, seed, journal)
-    provenance = {"key": key, "row": row.to_record(), "seed": seed, "strategy": tuned.strategy}
+    provenance = {"key": key, "row": row.to_record(), "seed": seed, "strategy": tuning.strategy}
     bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
     return row
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.errors import UnfittedError
 from pipeline.experiment import Artifacts
-from pipeline.heads.tuning import limited
-from pipeline.heads.tuning.backends import SHARING, cpu_count, spread
+from pipeline.heads.tuning.room import divided, spread
 from pipeline.io.digests import fingerprint
 from pipeline.io.imports import look_in
 from pipeline.io.progress import bar
@@ -37,7 +36,7 @@ def make_rows(embeddings: Sequence[Embedding], config: Config, files: Artifacts)
 
     What cannot be fitted is left to the caller, who says why.
     """
-    tasks, keys, document = [], set(), _divided(config, SHARING.get()).model_dump_json()
+    tasks, keys, document = [], set(), config.model_copy(update={"tuning": divided(config.tuning)}).model_dump_json()
     folder = Path(os.path.abspath(files.root)) / FOLDER
     try:
         for place, embedding in enumerate(embeddings):
@@ -55,18 +54,6 @@ def make_rows(embeddings: Sequence[Embedding], config: Config, files: Artifacts)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return keys
-
-
-def _divided(config: Config, workers: int) -> Config:
-    """Leave each of some workers its share of the cores and of the memory."""
-    tuning = config.tuning
-    limit = limited(tuning).memory_bytes
-    changes: dict[str, int | str] = {}
-    if tuning.jobs == "auto" and workers > 1:
-        changes["jobs"] = max(1, cpu_count() // workers)
-    if limit and tuning.memory == "auto" and workers > 1:
-        changes["memory"] = f"{limit // workers / 1e6:.3f}MB"
-    return config.model_copy(update={"tuning": tuning.model_copy(update=changes)})
 
 
 def _make(config: str, rows: str, working: str, folder: Path, place: int, name: str) -> None:
