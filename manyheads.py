@@ -4,18 +4,18 @@
     run.leaderboard                      # a pandas DataFrame
     run.predict(["new.jpg", "more/"])    # another
 
-Every command of the command line is a function here by the same words. It takes what the command takes, with what `--set` changes as
-keywords (`tuning__trials=8`, or `tuning={"trials": 8}`), and returns what the stage made. Where a command takes CONFIG, a function
-takes the path of a config file, of an experiment's output folder or of images, or a `Config`.
+Every function here is a command of the command line too, and this is the one place that declares it: `pipeline/cli.py` makes the
+command of the function's parameters and its docstring, whose last lines are on the options. What `--set` changes are keywords here
+(`tuning__trials=8`, or `tuning={"trials": 8}`). A function returns what the stage made. Where a command takes CONFIG, it takes the path
+of a config file, of an experiment's output folder or of images, or a `Config`.
 
 Importing this costs nothing: what is used is imported when it is asked for.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from pipeline.config import Config as Config
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from pipeline.stages.shortlist import Shortlist
     from pipeline.stages.similar import SimilarRun
     from pipeline.stages.train_heads import HeadsRun
-
-    Given = str | Path | Config
-    Place = str | Path
 
 _ELSEWHERE = {
     "Classifier": "pipeline.stages.estimators",
@@ -72,72 +69,153 @@ def __dir__() -> list[str]:
     return sorted({*_ELSEWHERE, *(name for name in own if not name.startswith("_"))})
 
 
+_Given: TypeAlias = "str | Path | Config"
+_Place: TypeAlias = str | Path
+_Images: TypeAlias = str | Path | Sequence[str | Path]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Parts: TypeAlias = Generator[Any, None, _R]
+
+
+def _in_parts(command: Callable[_P, _Parts[_R]]) -> Callable[_P, _R]:
+    """Return a function that goes through all that a command yields, and returns what it returns.
+
+    The command line, which has the command as `__wrapped__`, prints what is yielded as it comes.
+    """
+
+    @wraps(command)
+    def whole(*args: _P.args, **options: _P.kwargs) -> _R:
+        parts = command(*args, **options)
+        while True:
+            try:
+                next(parts)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+
+    return whole
+
+
+# ---- the commands, in the order in which the help lists them
+
+
+@_in_parts
 def fit(
-    config: Given,
+    config: Annotated[_Given, "WHAT"],
     target: str | Sequence[str] = (),
     budget: str | None = None,
-    output: Place | None = None,
+    output: _Place | None = None,
     open: bool = False,
     **overrides: Any,
-) -> Run:
-    """Look at photos, embed them, tune and compare heads, write the page; return the experiment.
+) -> "_Parts[Run]":
+    """From photos to a leaderboard and a page, in one go: look, embed, tune, compare.
 
-    `target` names columns of a manifest, `budget` the time for the search ("10m"), `open` shows the page in the browser.
+    WHAT is a folder that holds a folder of photos for each class, an archive of one, a manifest (.csv, .parquet) or a config file.
+    `manyheads photos` is short for it. What is finished is not done again.
+
+    Example: manyheads fit photos --budget 10m --open
+
+    target COLUMN : The column of a manifest to learn, `label` otherwise; again for each more.
+    budget TIME : Time for the search, such as 90s, 10m or 1h.
+    output : The folder of the results; artifacts/NAME otherwise.
+    open : Show the page in the browser.
     """
     from pipeline.stages import fit as stage
 
-    columns = [target] if isinstance(target, str) else list(target)
-    made = stage.settings_of(config, overrides, columns, budget, output)
-    for _ in stage.run(made):
-        pass
+    made = stage.settings_of(config, overrides, [target] if isinstance(target, str) else target, budget, output)
+    yield from stage.run(made)
     run = stage.Run(Path(made.output))
     run.report(open=open)
     return run
 
 
-def check(config: Given, **overrides: Any) -> list[str]:
-    """Validate a config and its data without embedding or training anything; return what was found, a line each."""
+def check(config: _Given, **overrides: Any) -> list[str]:
+    """Validate a config and its data without embedding or training anything.
+
+    Example: manyheads check configs/folder.yaml --set dataset.path=photos
+    """
     from pipeline.stages import check as stage
 
     return stage.run(_config(config, overrides))
 
 
+@_in_parts
 def features(
-    config: Given,
+    config: _Given,
     plan: bool = False,
     rehash: bool = False,
     shard: str | None = None,
     parts: str | None = None,
-    engine: str | None = None,
+    engine: Literal["ray"] | None = None,
     address: str | None = None,
     workers: int | None = None,
     **overrides: Any,
-) -> FeaturesRun | ShardRun:
-    """Embed the images that the feature stores do not have yet: here, on the workers of an engine, or those of one shard."""
+) -> "_Parts[FeaturesRun | ShardRun]":
+    """Stage one: embed the images that the feature stores do not have yet.
+
+    With --shard 3/16 only the third of sixteen shards, into parts that `store merge` puts together; with --engine ray on all of a
+    Ray cluster. docs/scale.md has the rest.
+
+    Example: manyheads features configs/folder.yaml --plan
+
+    plan : Only say what a run would do and roughly how long it takes.
+    rehash : Read every image again instead of trusting its size and times.
+    shard K/N : Embed only the K-th of N shards, which content decides; into parts.
+    parts PLACE : Where to write parts: a folder, or an address such as s3://bucket/run.
+    engine : Work on a cluster; needs manyheads[NAME].
+    address ADDRESS : Of a cluster that runs; one is started on this machine otherwise.
+    workers : How many; otherwise as many as there is room for.
+    """
     from pipeline.stages import extract as stage
 
+    asked = _config(config, overrides)
     options = {"shard": shard, "parts": parts, "engine": engine, "address": address}
-    return stage.asked(_config(config, overrides), plan=plan, rehash=rehash, workers=workers, **options)
+    made = stage.asked(asked, plan=plan, rehash=rehash, workers=workers, **options)
+    yield made
+    if shard is None and not plan:
+        yield f"to go on   manyheads heads {_quoted(asked.output)}"
+    return made
 
 
-def embed(config: Given, **overrides: Any) -> FeaturesRun:
-    """Embed images that have no labels yet, for `similar` and `pick`."""
+@_in_parts
+def embed(config: _Given, **overrides: Any) -> "_Parts[FeaturesRun]":
+    """Embed images that have no labels yet, for `similar` and `pick`. CONFIG may be a folder of photos, whatever lies in it where.
+
+    Once they have labels, `features` embeds none of them again.
+
+    Example: manyheads embed photos
+    """
     from pipeline.stages import extract
 
-    return extract.without_labels(_config(config, overrides))
+    asked = _config(config, overrides)
+    made = extract.without_labels(asked)
+    yield made
+    place = _quoted(asked.output)
+    yield f"to go on   manyheads similar IMAGE --in {place}, or manyheads pick {place} for those to label first"
+    return made
 
 
+@_in_parts
 def heads(
-    config: Given = "",
-    list: bool = False,
-    engine: str | None = None,
+    config: _Given = "",
+    engine: Literal["dask", "ray"] | None = None,
     address: str | None = None,
     workers: int | None = None,
+    list: bool = False,
     **overrides: Any,
-) -> HeadsRun | dict[str, HeadsRun] | Sequence[str]:
-    """Tune the heads on the stored features; of several targets return what was made of each by its name.
+) -> "_Parts[HeadsRun | dict[str, HeadsRun] | Sequence[str]]":
+    """Stage two: tune the heads on the stored features and print the leaderboard.
 
-    With `list` return the lines on the heads that there are, which needs no config.
+    With --engine the heads are tuned by the workers of a Dask or Ray cluster, which must see the output folder; docs/scale.md says more.
+
+    Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
+
+    engine : Work on a cluster; needs manyheads[NAME].
+    address ADDRESS : Of a cluster that runs; one is started on this machine otherwise.
+    workers : How many; otherwise as many as there is room for.
+    list : Say which there are.
+
+    In Python it returns of several targets what was made of each by its name, and with `list`, which needs no config, lines.
     """
     from pipeline.errors import ConfigError
     from pipeline.heads.table import listed
@@ -145,250 +223,473 @@ def heads(
     from pipeline.stages import fit
 
     if list:
-        return listed()
+        lines = listed()
+        yield lines
+        return lines
     if not config:
         raise ConfigError("heads: give the path of a config, of an output folder or of images")
-    on = Engine.of(engine, address, workers)
-    found = {name: result for name, result, _ in fit.heads(_config(config, overrides), on)}
+    found = yield from fit.heads(_config(config, overrides), Engine.of(engine, address, workers))
     return found.get("") or found
 
 
-def replay(config: Given, **overrides: Any) -> list[Replay]:
-    """Make every number of a leaderboard, of several targets of each, again from the stored features, and say what differs."""
+def replay(config: _Given, **overrides: Any) -> "list[Replay]":
+    """Make every number of a leaderboard again from the stored features, and say what differs; exit code 1 when something does.
+
+    CONFIG may also be the output folder. Nothing in it is changed.
+
+    Example: manyheads replay artifacts/digits
+    """
     from pipeline.stages import replay as stage
 
     return stage.run(_config(config, overrides))
 
 
-def advise(config: Given, **overrides: Any) -> Advice:
-    """Say what to do next: stop, label more, take another layer or backbone, or fine-tune, each with its gain and price."""
+@_in_parts
+def advise(config: _Given, **overrides: Any) -> "_Parts[Advice]":
+    """Say what to do next: stop, label more, take another layer or backbone, or fine-tune, each with its gain and price.
+
+    Costs at most a twentieth of a whole fine-tuning, and looks at no test image.
+
+    Example: manyheads advise configs/folder.yaml
+    """
+    from pipeline import report
     from pipeline.stages import advise as stage
 
-    return stage.run(_config(config, overrides))
+    asked = _config(config, overrides)
+    made = stage.run(asked)
+    yield [made, f"report     {report.refresh(Path(asked.output))}"]
+    return made
 
 
-def finetune(config: Given, output: Place | None = None, **overrides: Any) -> FinetuneRun:
-    """Train the best backbone end to end, from the best head, and say whether it was worth it; `output` gets its weights too."""
+@_in_parts
+def finetune(config: _Given, output: _Place | None = None, **overrides: Any) -> "_Parts[FinetuneRun | None]":
+    """Stage three: train the best backbone end to end, from the best head, and say whether it was worth it.
+
+    Prints the advice of `manyheads advise` first; `finetune: auto` in the config follows it.
+
+    Example: manyheads finetune configs/digits.yaml --output finetuned.safetensors
+
+    output : Also copy the weights to this file.
+
+    In Python it returns None where the advice is followed, and is to train nothing.
+    """
     from pipeline.io import files
+    from pipeline.stages import advise
     from pipeline.stages import finetune as stage
 
+    asked = _config(config, overrides)
     if output is not None:
         files.require_place(Path(output))
-    run = stage.run(_config(config, overrides))
+    given = advise.run(asked)
+    yield [given, ""]
+    if asked.finetune.unfreeze == "auto" and given.scope is None:
+        yield "Nothing is trained, as finetune: auto follows the advice; set finetune.unfreeze to [[0, all]] to train nevertheless."
+        return None
+    run = stage.run(asked)
+    yield run
     if output is not None:
         files.write_atomic(Path(output), run.weights.read_bytes())
     return run
 
 
+@_in_parts
 def fewshot(
-    config: Given,
+    config: _Given,
     ways: int | None = None,
     shots: Sequence[int] = (),
     queries: int = 15,
     episodes: int = 600,
     embedding: str | None = None,
     **overrides: Any,
-) -> dict[str, FewShotRun]:
-    """Say how well classes are learned from a few images each; return what was found by target, '' being a single one."""
+) -> "_Parts[dict[str, FewShotRun]]":
+    """Say how well classes are learned from a few images each, on the stored features: prototypes, kNN, logistic regression, MAML.
+
+    Draws many episodes of N classes with K labelled images each, and judges every method on other images of the same classes.
+
+    Example: manyheads fewshot configs/folder.yaml --ways 5 --shots 1 --shots 5
+
+    ways : Classes of an episode, 2 at least; 5, or all where there are fewer.
+    shots : Labelled images per class, each a point of the curve; 1, 2, 5, 10 and 20.
+    queries : Images per class to be judged by.
+    episodes : Episodes for each number of shots, 20 at least.
+    embedding NAME : Which, where there are several backbones.
+
+    In Python it returns what was found by the name of the target, '' being a single one.
+    """
+    from pipeline import report
     from pipeline.stages import fewshot as stage
     from pipeline.stages import targets
 
-    options: dict[str, Any] = {"ways": ways, "queries": queries, "episodes": episodes, "embedding": embedding}
-    each = targets.of_classes(_config(config, overrides), "episodes are")
-    return {name: stage.run(alone, shots=tuple(shots) or stage.SHOTS, **options) for name, alone in each.items()}
+    found = {}
+    for name, alone in targets.of_classes(_config(config, overrides), "episodes are").items():
+        found[name] = made = stage.run(
+            alone, ways=ways, shots=shots or stage.SHOTS, queries=queries, episodes=episodes, embedding=embedding
+        )
+        yield [*targets.heading(name), made]
+        if made.files.leaderboard.exists():
+            yield f"report   {report.refresh(made.files.root)}"
+    return found
 
 
-def refit(config: Given, row: str | None = None, **overrides: Any) -> RefitRun:
-    """Embed new images and fit saved heads again with them, at their stored parameters; say whether a new search is worth it."""
+@_in_parts
+def refit(config: _Given, row: str | None = None, **overrides: Any) -> "_Parts[RefitRun]":
+    """Fit a saved head again with new images or a new class, at its stored parameters, and say whether a new search is worth it.
+
+    Only new images are embedded. The leaderboard stays what it was; what is made lies in the folder `refit` of the experiment, which
+    `predict` takes.
+
+    Example: manyheads refit configs/folder.yaml
+
+    row EMBEDDING/HEAD : Which head, or all; the recommended one otherwise.
+    """
     from pipeline.stages import extract
     from pipeline.stages import refit as stage
 
     asked = _config(config, overrides)
-    extract.run(asked)
-    return stage.run(asked, row)
+    yield [extract.run(asked), ""]
+    run = stage.run(asked, row)
+    yield run
+    return run
 
 
 def predict(
-    bundle: Place,
-    images: Place | Sequence[Place],
-    output: Place = "predictions.csv",
+    bundle: _Place,
+    images: _Images,
+    output: _Place = "predictions.csv",
     top: int = 3,
     unknown: float | None = None,
     sets: float | None = None,
-    explain: Place | None = None,
+    explain: _Place | None = None,
     device: str = "auto",
     trust: bool = False,
     max_pixels: int | None = None,
-) -> PredictRun:
-    """Label image files, and all images in folders, with a saved head, or the best one of an output folder."""
+) -> "PredictRun":
+    """Label new images with a saved head.
+
+    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used, of several targets the best of
+    each. IMAGES are image files and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
+
+    Example: manyheads predict artifacts/digits photos/ --output labels.csv
+
+    output : The CSV file to write.
+    top : Labels with probabilities per image.
+    unknown SHARE : Mark images of no known class, with this share of false alarms.
+    sets SHARE : Also the labels of which one is right for this share of images.
+    explain FOLDER : Also pages on why the first 200 images got their labels: maps, and training images for and against.
+    device : auto, cpu, mps, cuda or cuda:N.
+    trust : Load a joblib bundle, or a network of code, which can do anything.
+    max_pixels : Larger images are not read; the experiment's limit otherwise.
+    """
     from pipeline.stages import predict as stage
 
-    given = [Path(each) for each in ([images] if isinstance(images, (str, Path)) else images)]
-    options: dict[str, Any] = {"top": top, "device": device, "trust_code": trust, "max_pixels": max_pixels}
-    options["explain"] = Path(explain) if explain else None
-    return stage.run(Path(bundle), given, output=Path(output), unknown=unknown, sets=sets, **options)
+    options: dict[str, Any] = {"top": top, "unknown": unknown, "sets": sets, "device": device, "max_pixels": max_pixels}
+    explain = None if explain is None else Path(explain)
+    return stage.run(Path(bundle), _paths(images), output=Path(output), explain=explain, trust_code=trust, **options)
 
 
-def export(experiment: Place, onnx: Place | None = None, row: str | None = None, trust: bool = False) -> list[str]:
-    """Write a saved head with its network as one ONNX file that is proven to say what `predict` says; return lines on it."""
+def export(experiment: _Place, onnx: _Place | None = None, row: str | None = None, trust: bool = False) -> list[str]:
+    """Write a saved head with its network as one file for other programs, proven to say what `predict` says.
+
+    EXPERIMENT is an output folder or its config, whose best head is taken, of several targets the best of each, or a bundle's folder.
+    The file takes decoded images of any size. Where it does not say what `predict` says of the test images, it is not written.
+
+    Example: manyheads export artifacts/digits --onnx digits.onnx
+
+    onnx FILE : Write an ONNX file, which onnxruntime runs.
+    row EMBEDDING/HEAD : Which head; the best one otherwise.
+    trust : Load a joblib bundle, or a network of code, which can do anything.
+    """
     from pipeline.stages import export as stage
 
-    return stage.run(Path(experiment), {"onnx": Path(onnx)} if onnx else {}, row, trust)
+    return stage.run(Path(experiment), {} if onnx is None else {"onnx": Path(onnx)}, row, trust)
 
 
 def similar(
-    images: Place | Sequence[Place],
-    place: Place | None = None,
+    images: _Images,
+    place: _Place | None = None,
     count: int = 10,
     embedding: str | None = None,
-    output: Place | None = None,
+    output: _Place | None = None,
     trust: bool = False,
-) -> SimilarRun:
-    """Find the stored images that are nearest to some images; `place` is an output folder, a config or a folder of photos."""
+) -> "SimilarRun":
+    """Show the stored images that are nearest to some images, with their labels and distances.
+
+    IMAGES are image files and folders, which may be stored or new.
+
+    Example: manyheads similar photos/cat/1.jpg --in artifacts/photos --count 5
+
+    place EXPERIMENT : An output folder, a config or a folder of photos; the only one in artifacts/ otherwise.
+    count : Neighbours of each image.
+    embedding NAME : Which; the best row's of the leaderboard otherwise.
+    output : Also write them to this CSV file.
+    trust : Load a network of code, which can do anything.
+    """
     from pipeline.stages import similar as stage
 
-    given = [Path(each) for each in ([images] if isinstance(images, (str, Path)) else images)]
     options: dict[str, Any] = {"count": count, "embedding": embedding, "trust": trust}
-    return stage.run(given, _path(place), output=_path(output), **options)
+    return stage.run(_paths(images), _path(place), output=_path(output), **options)
 
 
 def pick(
-    config: Given,
-    place: Place | None = None,
+    config: _Given,
+    place: _Place | None = None,
     count: int = 50,
-    output: Place = "next.csv",
+    output: _Place = "next.csv",
     trust: bool = False,
     **overrides: Any,
-) -> PickRun:
-    """Pick which unlabelled images to label next, and write them as a CSV file; `place` is the experiment of those with labels."""
+) -> "PickRun":
+    """Say which unlabelled images to label next, in a CSV file: typical ones first, later those the best head is unsure of.
+
+    CONFIG is of the unlabelled images, or the folder they lie in; they are embedded as those with labels are.
+
+    Example: manyheads pick new --in artifacts/photos --count 50 --output next.csv
+
+    place EXPERIMENT : Of the images with labels, where there are any.
+    count : Images to pick.
+    output : The CSV file to write.
+    trust : Load a joblib head, which can do anything.
+    """
     from pipeline.stages import pick as stage
 
     return stage.run(_config(config, overrides), _path(place), count=count, output=Path(output), trust=trust)
 
 
-def clean(config: Given, output: Place = "cleaned.csv", **overrides: Any) -> CleanRun:
-    """Write a manifest that proposes what to leave out and what to keep together, and why."""
+def clean(config: _Given, output: _Place = "cleaned.csv", **overrides: Any) -> "CleanRun":
+    """Propose a cleaned manifest: labels that look wrong and near-duplicates of test images left out, others alike kept together.
+
+    No label is changed, and each row says why it was touched. It goes back in as `dataset.path`; the command for that is printed.
+
+    Example: manyheads clean configs/folder.yaml --output cleaned.csv
+
+    output : The manifest to write, a CSV file.
+    """
     from pipeline.stages import clean as stage
 
     return stage.run(_config(config, overrides), Path(output))
 
 
-def report(config: Given, **overrides: Any) -> Path:
-    """Build the report page again from the saved results; return its path."""
+@_in_parts
+def report(config: _Given, **overrides: Any) -> _Parts[Path]:
+    """Build the report page again from the saved results.
+
+    Example: manyheads report configs/digits.yaml
+    """
     from pipeline import report as pages
 
-    return pages.build(Path(_config(config, overrides).output))
+    page = pages.build(Path(_config(config, overrides).output))
+    yield f"report  {page}"
+    return page
 
 
-def compare(outputs: Sequence[Place], output: Place = "comparison", row: str | None = None) -> list[str]:
-    """Compare finished experiments by their output folders; return the tables' lines."""
+def compare(outputs: Sequence[_Place], output: _Place = "comparison", row: str | None = None) -> list[str]:
+    """Compare finished experiments.
+
+    OUTPUTS are output folders. On several data sets: average ranks of the rows that all share, with a critical-difference
+    diagram. On one data set, searched differently: the searches side by side.
+
+    Example: manyheads compare artifacts/digits-bayes artifacts/digits-random artifacts/digits-grid --output comparison
+
+    output : The folder for the tables and plots.
+    row EMBEDDING/HEAD : Whose searches to draw; the best row's otherwise.
+    """
     from pipeline.report import several
 
-    return several.compare([Path(each) for each in outputs], Path(output), row)
+    return several.compare(_paths(outputs), Path(output), row)
 
 
-def layers(config: Given, **overrides: Any) -> list[str] | list[tuple[str, tuple[int, ...], str]]:
-    """List the layers of a model, by its name: each with its shape, and what it is called in every model.
+@_in_parts
+def layers(
+    config: Annotated[_Given, "MODEL|CONFIG"], **overrides: Any
+) -> _Parts[list[str] | list[tuple[str, tuple[int, ...], str]]]:
+    """List the layers of a backbone that can be embedded, with their shapes, and what they are called in every backbone.
 
-    Of a config whose features are made, the lines on which of its layers hold the signal.
+    Of a CONFIG whose features are made: which of its layers hold the signal, by ridge in cross-validation, and whether
+    several side by side hold more.
+
+    MODEL is a name that `manyheads backbones` lists, module:function of your own, or a weights file that `finetune` wrote.
+
+    Example: manyheads layers efficientnet_lite0
     """
-    if isinstance(config, str) and not config.endswith((".yaml", ".yml")):
+    from pipeline.experiment import Artifacts
+
+    if isinstance(config, str) and not config.endswith((".yaml", ".yml")) and not Artifacts(config).features.exists():
         from pipeline.embed import backbone
 
-        return backbone.layers(config)
+        found = backbone.layers(config)
+        yield [f"{name:<40} {' x '.join(map(str, shape)):<16} {called}".rstrip() for name, shape, called in found]
+        return found
     from pipeline.stages import targets
     from pipeline.stages.train_heads import layers as stage
 
-    each = targets.of_classes(_config(config, overrides), "profiles of layers are")
-    return [line for alone in each.values() for line in stage.run(alone)]
+    lines = list[str]()
+    for name, alone in targets.of_classes(_config(config, overrides), "profiles of layers are").items():
+        lines += [*targets.heading(name), *stage.run(alone)]
+    yield lines
+    return lines
 
 
 def backbones(word: str = "") -> list[str]:
-    """List the networks and weights that a config can name, a line each; those with a word, or those that are here."""
+    """List the networks and weights that a config can name, with their size, their licence, and whether they are here.
+
+    WORD, a part of a name, family or licence, shows all that has it; without one, what is here is shown.
+
+    Example: manyheads backbones resnet50
+    """
     from pipeline.stages import backbones as stage
 
     return stage.run(word)
 
 
-def shortlist(config: Given, images: int = 1000, candidates: str | Sequence[str] = "", **overrides: Any) -> Shortlist:
-    """Say which networks are worth a full run, by a sample of the images."""
+def shortlist(
+    config: _Given, images: int = 1000, candidates: str | Sequence[str] = (), **overrides: Any
+) -> "Shortlist":
+    """Say which networks are worth a full run: accuracy on a sample against time and memory.
+
+    CONFIG may also be a folder of photos. All that is here is compared, losers are dropped early, and a config of the networks that
+    cannot be told apart from the best is written.
+
+    Example: manyheads shortlist photos --images 400 --candidates efficientnet_lite0,regnet_small,hog
+
+    images : Training images in the sample.
+    candidates NAME,... : NAME or NAME/WEIGHTS; all that are here otherwise.
+    """
     from pipeline.stages import shortlist as stage
 
-    words = candidates.split(",") if isinstance(candidates, str) else candidates
+    words = ",".join([candidates] if isinstance(candidates, str) else candidates).split(",")
     return stage.run(_config(config, overrides), images, [word.strip() for word in words if word.strip()])
 
 
 class store:
-    """Care for the feature stores, as `manyheads store` does; where it says so, `config` may also be a packed file."""
+    """Care for the feature stores: check, repair, share."""
 
     @staticmethod
-    def status(config: Given, **overrides: Any) -> list[str]:
-        """Say what is cached, missing, changed, stale and failed; also of a packed file."""
+    def status(config: _Given, **overrides: Any) -> list[str]:
+        """Say what is cached, missing, changed, stale and failed. CONFIG may also be a packed file.
+
+        The images are looked at, and those that are new or changed are read; nothing is embedded or written.
+
+        Example: manyheads store status configs/folder.yaml
+        """
         from pipeline.stages import maintenance
 
         given = _config_or_pack(config, overrides)
         return maintenance.status_of_pack(given) if isinstance(given, Path) else maintenance.status(given)
 
     @staticmethod
-    def verify(config: Given, full: bool = False, sample: int | None = None, **overrides: Any) -> list[Check]:
-        """Check the feature stores, or a packed file; each check has `ok` and `lines()`."""
+    @_in_parts
+    def verify(
+        config: _Given, full: bool = False, sample: int | None = None, **overrides: Any
+    ) -> "_Parts[list[Check]]":
+        """Check the feature stores, and with --full every file; exit code 1 when something is wrong. CONFIG may also be a packed file.
+
+        Example: manyheads store verify configs/folder.yaml --full --sample 20
+
+        full : Read every byte, of all files of the experiment.
+        sample K : Embed K random images anew and compare.
+
+        In Python it returns a check for each store, which has `ok` and `lines()`.
+        """
+        from pipeline.errors import ConfigError
         from pipeline.stages import maintenance
 
         given = _config_or_pack(config, overrides)
         if isinstance(given, Path):
-            return [maintenance.verify_pack(given, full=full)]
-        return maintenance.verify(given, full=full, sample=sample or 0)
+            if sample:
+                raise ConfigError("--sample needs an experiment: a packed file does not say where its images are")
+            checks = [maintenance.verify_pack(given, full=full)]
+        else:
+            checks = maintenance.verify(given, full=full, sample=sample or 0)
+        yield [(check.ok, *check.lines()) for check in checks]
+        if full and not isinstance(given, Path):
+            yield maintenance.verify_files(given)
+        return checks
 
     @staticmethod
-    def repair(config: Given, **overrides: Any) -> FeaturesRun:
-        """Drop damaged vectors and embed exactly those images again."""
+    @_in_parts
+    def repair(config: _Given, **overrides: Any) -> "_Parts[FeaturesRun]":
+        """Drop damaged vectors and embed exactly those images again.
+
+        Example: manyheads store repair configs/folder.yaml
+        """
         from pipeline.stages import extract, maintenance
 
         asked = _config(config, overrides)
-        maintenance.repair(asked)
-        return extract.run(asked)
+        yield maintenance.repair(asked)
+        made = extract.run(asked)
+        yield made
+        return made
 
     @staticmethod
-    def gc(config: Given, **overrides: Any) -> list[str]:
-        """Remove the vectors that belong to no image of any experiment that uses the stores."""
+    def gc(config: _Given, **overrides: Any) -> list[str]:
+        """Remove the vectors that belong to no image of any experiment that uses the stores.
+
+        Example: manyheads store gc configs/folder.yaml
+        """
         from pipeline.stages import maintenance
 
         return maintenance.gc(_config(config, overrides))
 
     @staticmethod
     def pack(
-        output: Place, config: Given, embedding: str | None = None, anonymous: bool = False, **overrides: Any
+        output: _Place, config: _Given, embedding: str | None = None, anonymous: bool = False, **overrides: Any
     ) -> str:
-        """Write one embedding, with paths, labels and splits, into a single HDF5 file."""
+        """Write one embedding, with paths, labels and splits, into a single HDF5 file.
+
+        Example: manyheads store pack features.h5 configs/folder.yaml
+
+        embedding NAME : Which, where there are several; `store status` lists them.
+        anonymous : Leave out the paths.
+        """
         from pipeline.stages import maintenance
 
         return maintenance.pack(_config(config, overrides), Path(output), embedding=embedding, anonymous=anonymous)
 
     @staticmethod
-    def export(output: Place, config: Given, embedding: str | None = None, **overrides: Any) -> str:
-        """Write one embedding as .npy or .parquet, rows in the order of the index; also of a packed file."""
+    def export(output: _Place, config: _Given, embedding: str | None = None, **overrides: Any) -> str:
+        """Write one embedding as .npy or .parquet, rows in the order of the index. CONFIG may also be a packed file.
+
+        Example: manyheads store export features.parquet configs/folder.yaml
+
+        embedding NAME : Which, where there are several; `store status` lists them.
+        """
         from pipeline.stages import maintenance
 
         return maintenance.export(_config_or_pack(config, overrides), Path(output), embedding=embedding)
 
     @staticmethod
-    def merge(target: Place, sources: Sequence[Place]) -> list[str]:
-        """Add the vectors of other stores or packed files of the same identity to a store."""
+    def merge(target: Annotated[_Place, "STORE"], sources: Sequence[_Place]) -> list[str]:
+        """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
+
+        SOURCES may be addresses, such as s3://bucket/features.h5. Where they are folders of parts, which `features --shard` writes, STORE
+        is the folder of the stores.
+
+        Example: manyheads store merge artifacts/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
+        """
         from pipeline.stages import maintenance
 
         return maintenance.merge(Path(target), [str(each) for each in sources])
 
 
-def _path(given: Place | None) -> Path | None:
+def _path(given: _Place | None) -> Path | None:
     return None if given is None else Path(given)
 
 
-def _config(given: Given, overrides: dict[str, Any]) -> Config:
+def _paths(given: _Images) -> list[Path]:
+    return [Path(each) for each in ([given] if isinstance(given, (str, Path)) else given)]
+
+
+def _quoted(given: object) -> str:
+    from shlex import quote
+
+    return quote(str(given))
+
+
+def _config(given: _Given, overrides: dict[str, Any]) -> "Config":
     from pipeline.stages import settings
 
     return settings.load(given, overrides)
 
 
-def _config_or_pack(given: Given, overrides: dict[str, Any]) -> Config | Path:
+def _config_or_pack(given: _Given, overrides: dict[str, Any]) -> "Config | Path":
     packed = isinstance(given, (str, Path)) and str(given).endswith((".h5", ".hdf5"))
     return Path(given) if packed else _config(given, overrides)  # type: ignore[arg-type]

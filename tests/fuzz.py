@@ -123,7 +123,8 @@ def _plan(config: Config) -> Any:
 
 
 def _weights(path: Path) -> Any:
-    from pipeline.embed.weights_files import read_weights, tensors_digest
+    from pipeline.embed.published import tensors_digest
+    from pipeline.embed.weights import read_weights
 
     state, description = read_weights(path)
     return tensors_digest(state), description

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
-from pipeline.embed import backbone, families, graph, torchvision_models, weights, weights_files
-from pipeline.embed.precision import choose_precision
+from pipeline.embed import backbone, graph, published, torchvision_models, weights
+from pipeline.embed.engines import choose_precision
 from pipeline.embed.spec import EmbeddingSpec, probe_images
 from pipeline.errors import BackboneError
 from pipeline.store import differences
@@ -78,7 +78,7 @@ def small() -> backbone.Backbone:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_penultimate_is_the_input_of_the_classifier_in_every_family(name: str) -> None:
     # Without weights (meta tensors) the graph and its shapes are all that is computed, so the real architectures are cheap.
-    model = families.build_empty(name, {})
+    model = weights.build_empty(name, {})
     traced = graph.trace(model)
     expected, expected_node = FAMILIES[name]
     (node,) = graph.resolve(traced, ["penultimate"])
@@ -238,7 +238,7 @@ STAGES = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_end_in_every_family_where_its_resolution_or_its_block_ends(name: str) -> None:
-    module = families.build_empty(name, {})
+    module = weights.build_empty(name, {})
     found = graph.stage_ends(module, graph.trace(module), (224, 224))
     assert list(found) == ["stem", *(f"stage{number}" for number in range(1, len(found)))]
     assert list(found.values()) == STAGES[name]
@@ -311,7 +311,7 @@ def test_a_vision_transformer_takes_its_own_image_size_and_no_other() -> None:
     ):
         weights.fitting_preprocessing(
             BackboneConfig(name="vit_b_32", preprocessing=SMALL),
-            families.build_empty("vit_b_32", {}),
+            weights.build_empty("vit_b_32", {}),
             weights.Preprocessing(256, 224),
         )
 
@@ -400,28 +400,28 @@ def test_a_spec_survives_json(small: backbone.Backbone) -> None:
 
 def test_the_digest_of_the_weights_sees_one_bit_a_name_and_a_shape() -> None:
     state = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "n": torch.tensor(1)}
-    digest = weights_files.tensors_digest(state)
-    assert digest == weights_files.tensors_digest(dict(reversed(state.items())))
+    digest = published.tensors_digest(state)
+    assert digest == published.tensors_digest(dict(reversed(state.items())))
     flipped = {**state, "a": state["a"].clone()}
     flipped["a"].view(torch.uint8)[0, 0] ^= 1
     assert (
         len(
             {
                 digest,
-                weights_files.tensors_digest(flipped),
-                weights_files.tensors_digest({**state, "a": torch.zeros(3, 2)}),
+                published.tensors_digest(flipped),
+                published.tensors_digest({**state, "a": torch.zeros(3, 2)}),
             }
         )
         == 3
     )
-    assert digest != weights_files.tensors_digest({"c": state["a"], "b": state["b"], "n": state["n"]})
+    assert digest != published.tensors_digest({"c": state["a"], "b": state["b"], "n": state["n"]})
 
 
 # ---- weights files
 
 
 def test_a_fine_tuned_file_loads_with_its_own_number_of_classes(tmp_path: Path, pixels: np.ndarray) -> None:
-    model = families.build("squeezenet1_1", {"num_classes": 10})
+    model = weights.build("squeezenet1_1", {"num_classes": 10})
     torch.save(
         {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "tuned.pth"
     )
@@ -439,11 +439,11 @@ def test_a_fine_tuned_file_loads_with_its_own_number_of_classes(tmp_path: Path, 
     "wrapped", ["model.", "backbone.", "_orig_mod.module.", "module._orig_mod.", "model.backbone.module._orig_mod."]
 )
 def test_what_wrappers_put_before_names_is_taken_off_in_any_order(wrapped: str, tmp_path: Path) -> None:
-    model = families.build("squeezenet1_1", {"num_classes": 3})
+    model = weights.build("squeezenet1_1", {"num_classes": 3})
     state = {f"{wrapped}{key}": value for key, value in model.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": {"n_averaged": torch.tensor(2), **state}}, tmp_path / "wrapped.pth")
-    found, _ = weights_files.read_weights(tmp_path / "wrapped.pth")
-    assert weights_files.tensors_digest(found) == weights_files.tensors_digest(model.state_dict())
+    found, _ = weights.read_weights(tmp_path / "wrapped.pth")
+    assert published.tensors_digest(found) == weights.tensors_digest(model.state_dict())
 
 
 def test_weights_without_a_classifier_give_all_that_is_before_it(
@@ -451,7 +451,7 @@ def test_weights_without_a_classifier_give_all_that_is_before_it(
 ) -> None:
     """As self-supervised training leaves them: a projection head beside the backbone, or in the classifier's place."""
     caplog.set_level("INFO", logger="pipeline")
-    state = families.build("resnet18", {}).state_dict()
+    state = weights.build("resnet18", {}).state_dict()
     save_file(state, tmp_path / "whole.safetensors")
     bare = {key: value for key, value in state.items() if not key.startswith("fc.")}
     beside = {f"backbone.{key}": value for key, value in bare.items()} | {"projector.0.weight": torch.zeros(4, 512)}
@@ -474,7 +474,7 @@ def test_weights_without_a_classifier_give_all_that_is_before_it(
 
 
 def test_every_misfit_of_a_file_is_told_at_once(tmp_path: Path) -> None:
-    state = families.build("squeezenet1_1", {}).state_dict()
+    state = weights.build("squeezenet1_1", {}).state_dict()
     state["extra.weight"] = torch.zeros(2)
     state["features.0.bias"] = torch.zeros(3)
     del state["features.3.squeeze.weight"]
@@ -524,7 +524,7 @@ def regnet(tmp_path: Path) -> tuple[Path, dict[str, object]]:
         "classes": ["a", "b", "c", "d", "e"],
         "trained_on": "abc",
     }  # fmt: skip
-    model = families.build(description["architecture"], description["arguments"])  # type: ignore[arg-type]
+    model = weights.build(description["architecture"], description["arguments"])  # type: ignore[arg-type]
     path = tmp_path / "own.safetensors"
     save_file(model.state_dict(), path, metadata={"manyheads": json.dumps(description)})
     return path, description
@@ -600,7 +600,7 @@ def test_a_checkpoint_that_is_not_what_its_name_says_is_refused(hub: Path) -> No
 
 def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.mkdir()
-    model = families.build("squeezenet1_1", {})
+    model = weights.build("squeezenet1_1", {})
     torch.save(model.state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
     monkeypatch.setattr(torchvision_models, "_sha256", lambda file: "b8a52dc0" + "0" * 56)
     made = backbone.load(BackboneConfig(name="squeezenet1_1", weights="IMAGENET1K_V1"), FP32, 0)
@@ -611,7 +611,7 @@ def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pyte
         224,
         (0.485, 0.456, 0.406),
     )
-    assert made.specs[0].weights_digest == weights_files.tensors_digest(model.state_dict())
+    assert made.specs[0].weights_digest == published.tensors_digest(model.state_dict())
 
 
 def test_other_weights_have_other_transforms() -> None:

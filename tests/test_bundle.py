@@ -22,8 +22,7 @@ from sklearn.svm import SVC
 from pipeline.data.classes import Classification
 from pipeline.errors import BundleError
 from pipeline.export import bundle as bundles
-from pipeline.export.bundle import ModelBundle
-from pipeline.export.fitted import check_fitted
+from pipeline.export.bundle import ModelBundle, check_fitted
 from pipeline.heads import HEADS, configure
 from pipeline.io.digests import file_digest
 

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.embed import backbone, engines
-from pipeline.embed.precision import choice_inputs
+from pipeline.embed.engines import choice_inputs
 from pipeline.errors import BackboneError, PipelineError, TrainingError
 from pipeline.finetuning.objective import objective_for
 from pipeline.stages import check

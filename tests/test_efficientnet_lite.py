@@ -17,7 +17,7 @@ from pipeline import config as configuration
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
 from pipeline.embed import backbone, weights
 from pipeline.embed import efficientnet_lite as lite
-from pipeline.embed import installed as packages
+from pipeline.embed import published as packages
 from pipeline.embed.records import open_record, read_asked_records
 from pipeline.errors import BackboneError
 from pipeline.images import prepare

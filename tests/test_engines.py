@@ -16,8 +16,7 @@ from photos import make_photos, small_config
 
 from pipeline.config import BackboneConfig, ExtractionConfig, PreprocessingConfig
 from pipeline.embed import backbone, engines
-from pipeline.embed.engines import BATCH, PAYS_FROM, choose_engine
-from pipeline.embed.precision import choice_inputs
+from pipeline.embed.engines import BATCH, PAYS_FROM, choice_inputs, choose_engine
 from pipeline.embed.records import open_record, read_records
 from pipeline.errors import BackboneError
 from pipeline.experiment import Artifacts

@@ -189,14 +189,14 @@ def test_what_is_added_to_a_config_costs_its_own_work_only(photos: Path) -> None
 
 
 def test_weights_in_a_file_that_was_renamed_are_the_same_weights(photos: Path) -> None:
-    from pipeline.embed import weights_files
-    from pipeline.embed.installed import BUNDLED
+    from pipeline.embed import weights
+    from pipeline.embed.published import BUNDLED
 
-    state, _ = weights_files.read_weights(BUNDLED)
+    state, _ = weights.read_weights(BUNDLED)
     description = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
     kept = {key: description[key] for key in ("architecture", "arguments", "preprocessing")}
     first, second = photos.parent / "first.safetensors", photos.parent / "second.safetensors"
-    save_file(state, first, metadata={weights_files.METADATA_KEY: json.dumps(kept)})
+    save_file(state, first, metadata={weights.METADATA_KEY: json.dumps(kept)})
     assert extract_features.run(make(photos, backbones=[{"name": "mine", "weights": str(first)}])).work is not None
     first.rename(second)
     renamed = make(photos, backbones=[{"name": "mine", "weights": str(second)}])

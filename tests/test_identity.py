@@ -44,10 +44,10 @@ def make(photos: Path, output: Path, weights: str = "random", **changes: Any) ->
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of weights: those of the seed."""
-    from pipeline.embed import families
+    from pipeline.embed import weights
 
     path = tmp_path_factory.mktemp("weights") / "net.safetensors"
-    numbers = {name: value.numpy() for name, value in families.build(NAME, {}).state_dict().items()}
+    numbers = {name: value.numpy() for name, value in weights.build(NAME, {}).state_dict().items()}
     save_file(numbers, path)
     return path
 

@@ -18,9 +18,8 @@ from pipeline.data import DatasetIndex
 from pipeline.data.lineage import Lineage
 from pipeline.data.targets import Classification
 from pipeline.embed import backbone
-from pipeline.embed.concat import by_name, concatenated, find_parts, open_features
-from pipeline.embed.licenses import NO_WEIGHTS
-from pipeline.embed.records import EmbeddingRecord, read_records
+from pipeline.embed.published import NO_WEIGHTS
+from pipeline.embed.records import EmbeddingRecord, by_name, concatenated, find_parts, open_features, read_records
 from pipeline.errors import ConfigError, PipelineError, StoreError
 from pipeline.evaluation import HeadPredictions, Predictions
 from pipeline.experiment import Artifacts

@@ -13,7 +13,7 @@ from documents import rewrite
 from photos import make_photos, small_config
 
 from pipeline.config import BackboneConfig, Config
-from pipeline.embed import families, graph, licenses, weights
+from pipeline.embed import graph, published, weights
 from pipeline.embed.records import read_records
 from pipeline.errors import BackboneError, PipelineError
 from pipeline.evaluation.leaderboard import read_leaderboard
@@ -73,17 +73,17 @@ def test_a_word_finds_names_and_licences_and_what_was_fetched_is_here(hub: Path)
     "name", ["efficientnet_lite0", "squeezenet1_1", "vit_b_32", "mobilenet_v3_small", "regnet_y_400mf"]
 )
 def test_the_dimension_that_is_told_is_that_of_the_classifiers_input(name: str) -> None:
-    module, _ = graph.trace(families.build_empty(name, {}))
+    module, _ = graph.trace(weights.build_empty(name, {}))
     layer = module.get_submodule(str(graph.classifier(module).target))
-    told = {found.dim() for found in families.family_of(name).weights(name).values()}
+    told = {found.dim() for found in weights.family_of(name).weights(name).values()}
     assert told == {getattr(layer, "in_features", None) or layer.in_channels}
 
 
 def test_of_torchvisions_weights_only_those_of_swag_say_a_licence() -> None:
-    (family,) = [family for family in families.FAMILIES if family.library == "torchvision"]
+    (family,) = [family for family in weights.FAMILIES if family.library == "torchvision"]
     found = {(name, key): each.license for name in family.names() for key, each in family.weights(name).items()}
     assert {license for (_, key), license in found.items() if "SWAG" in key} == {"cc-by-nc-4.0"}
-    assert {license for (_, key), license in found.items() if "SWAG" not in key} == {licenses.UNKNOWN}
+    assert {license for (_, key), license in found.items() if "SWAG" not in key} == {published.UNKNOWN}
 
 
 def test_weights_that_are_not_permissive_are_refused_before_anything_is_looked_at(tmp_path: Path) -> None:
@@ -181,4 +181,4 @@ def bundled(tmp_path: Path) -> Config:
     ],
 )
 def test_what_is_made_of_several_weights_names_each_licence_once(parts: list[str], whole: str) -> None:
-    assert licenses.joined(parts) == whole
+    assert published.joined(parts) == whole

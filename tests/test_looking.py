@@ -264,9 +264,10 @@ def test_a_cleaned_manifest_goes_back_in(experiment: Config, tmp_path: Path) -> 
     lines = output.read_text(encoding="utf-8").splitlines()
     output.write_text("\n".join([lines[0], lines[1].replace(",train,", ",excluded,"), *lines[2:]]), encoding="utf-8")
     *_, command = result.summary_lines()
-    words = shlex.split(command)
+    program, given, *words = shlex.split(command)
+    assert program == "manyheads"
     overrides = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
-    again = configuration.load(Path(words[2]), overrides)
+    again = configuration.load(Path(given), overrides)
     before, after = (
         DatasetIndex.read(Artifacts(experiment.output).dataset),
         scan(again.dataset, again.seed, tmp_path / "d").index,

@@ -30,9 +30,9 @@ from pipeline.data.targets import Target
 from pipeline.errors import BundleError, HeadError, PipelineError
 from pipeline.evaluation.calibration import fit_calibrator, fit_sigmoids
 from pipeline.experiment import Artifacts
+from pipeline.export import EXPORTS, Export
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle, logits
-from pipeline.export.table import EXPORTS, Export
 from pipeline.heads import TABLES
 from pipeline.heads.head import Head, configure
 from pipeline.images import Preprocessing, prepare
@@ -41,11 +41,16 @@ from pipeline.stages import export
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("skl2onnx")
 
-from pipeline.export.onnx import model as models  # noqa: E402  # needs the extra
-from pipeline.export.onnx.graph import FLOAT, OPSET, UINT8, Graph  # noqa: E402
+from pipeline.export import onnx as models  # noqa: E402  # needs the extra
+from pipeline.export.onnx import answers_differ  # noqa: E402
+from pipeline.export.onnx.graph import (  # noqa: E402
+    FLOAT,
+    OPSET,
+    UINT8,
+    Graph,
+    add_prepared,
+)
 from pipeline.export.onnx.heads import add_answer  # noqa: E402
-from pipeline.export.onnx.pixels import add_prepared  # noqa: E402
-from pipeline.export.onnx.proof import answers_differ  # noqa: E402
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(90, 6)).astype(np.float32)

@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.config import BackboneConfig
-from pipeline.embed.families import build
-from pipeline.embed.weights import load_network
+from pipeline.embed.weights import build, load_network
 
 FOLDER = Path(__file__).parents[1] / "configs" / "pretraining"
 SCRIPT = runpy.run_path(str(FOLDER / "pretrain.py"))

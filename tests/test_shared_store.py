@@ -19,7 +19,7 @@ import pipeline
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
-from pipeline.embed import known
+from pipeline.embed import records
 from pipeline.embed.records import read_records
 from pipeline.errors import ConfigError, PipelineError, StoreError
 from pipeline.experiment import Artifacts
@@ -293,7 +293,7 @@ def test_the_stores_of_release_0_1_are_moved_to_where_others_find_them(
     old: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, found = vectors(old), names(Path("output/features"))
-    monkeypatch.setattr(known, "choice_inputs", lambda: {})  # as if it were another machine's list of networks
+    monkeypatch.setattr(records, "choice_inputs", lambda: {})  # as if it were another machine's list of networks
     assert extract_features.run(old, plan=True).pending == 0
     assert names(Path("output/features")) == found, "a plan changes nothing"
     assert extract_features.run(old).work is None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -22,7 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import LEADERBOARD, Artifacts, read_document, write_document
-from pipeline.stages import fit, settings, train_heads
+from pipeline.stages import fit, settings, similar, train_heads
 from pipeline.stages.train_heads.budget import Pass, next_trials, trials_within
 
 ROOT = Path(__file__).parents[1]
@@ -39,31 +40,36 @@ SMALL: dict[str, Any] = {
 # ---- commands are functions, by the same words
 
 
-def words() -> list[tuple[Any, Any, str]]:
-    rows = [(manyheads, command) for command in cli.COMMANDS] + [(manyheads.store, command) for command in cli.STORE]
-    return [(command, place, str(command.name)) for place, command in rows if not command.hidden]
-
-
 def test_heads_asks_for_what_to_work_on() -> None:
     with pytest.raises(ConfigError, match="heads: give the path of a config, of an output folder or of images"):
         manyheads.heads()
 
 
-@pytest.mark.parametrize(
-    ("command", "place", "name"), words(), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_every_command_is_a_function_that_takes_the_same(command: Any, place: Any, name: str) -> None:
-    assert hasattr(place, name), f"`manyheads {name}` has no function of that name in manyheads.py"
-    function = inspect.signature(getattr(place, name)).parameters
-    given = {str(parameter.name): parameter for parameter in command.params if parameter.name != "help"}
-    assert set(function) == set(given)
-    assert ("overrides" in given) == any(each.kind is each.VAR_KEYWORD for each in function.values())
-    for word, parameter in given.items():
-        if word in ("overrides", "config") or parameter.required:
-            continue
-        known = isinstance(parameter.default, (str, int, float, Path))  # click has a mark for none
-        unset = () if parameter.multiple else False if getattr(parameter, "is_flag", False) else None
-        assert function[word].default == (parameter.default if known else unset), f"{name}: {word}"
+@pytest.mark.parametrize("command", [*cli.COMMANDS, *cli.STORE], ids=lambda command: command.name)
+def test_a_command_is_told_where_its_function_is(command: click.Command) -> None:
+    store = command in cli.STORE
+    function = inspect.signature(getattr(manyheads.store if store else manyheads, str(command.name))).parameters
+    for place, each in enumerate(each for each in command.params if each.name != "overrides"):
+        taken = function[str(each.name)]
+        if isinstance(each, click.Option):
+            assert (each.help or "").endswith("."), each.name
+            unset = () if each.multiple else False if each.is_flag else None
+            assert taken.default in (each.default, unset)
+        else:  # an option that no line of the docstring tells of would be one
+            assert taken.default is taken.empty or place == 0, f"{each.name} has no line in the docstring"
+
+
+def test_the_words_of_a_command_reach_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(similar, "run", lambda images, place, **options: given.update(options, place=place) or [])
+    said = CliRunner().invoke(
+        cli.cli, ["similar", "a.jpg", "b", "--in", "there", "--count", "3", "-o", "o.csv", "--trust"]
+    )
+    assert said.exit_code == 0, said.output
+    expected = {"place": Path("there"), "count": 3, "output": Path("o.csv"), "trust": True, "embedding": None}
+    assert given == expected
+    for wrong in (["--count", "0"], ["--engine", "ray"], []):
+        assert CliRunner().invoke(cli.cli, ["similar", *wrong]).exit_code == 2
 
 
 def test_the_module_shows_what_it_has_and_imports_nothing_for_it() -> None:
@@ -147,6 +153,7 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
         "27 images in 3 classes: 21 train, 6 test",
     ]
     assert "4 of 4 rows were finished before and kept." in lines
+    assert sum("report.html" in line for line in lines) == sum("manyheads predict" in line for line in lines) == 1
     assert lines[-8:-6] == [
         "What next",
         f"  look          {run.output / 'report.html'} {lines[-7].partition('.html ')[2]}",
@@ -255,11 +262,16 @@ def copied(experiment: Config, tmp_path: Path) -> Config:
     return experiment.model_copy(update={"output": str(output), "store": stores})
 
 
+def without_stores(said: str) -> list[str]:
+    """Lines, but for those on the stores, to which other tests of this process add images."""
+    return [line for line in said.splitlines() if not line.startswith("  made with stores: ")]
+
+
 def test_an_unchanged_experiment_gives_every_number_again(experiment: Config) -> None:
     before = {path: path.read_bytes() for path in Path(experiment.output).rglob("*") if path.is_file()}
     said = CliRunner().invoke(cli.cli, ["replay", experiment.output], standalone_mode=False)
     assert said.return_value == 0
-    (line,) = said.stdout.splitlines()
+    (line,) = without_stores(said.stdout)
     told = re.fullmatch(r"(.*): the same again, all (\d+) numbers", line)
     assert told is not None
     assert told[1] == experiment.output
@@ -279,7 +291,7 @@ def test_a_number_that_is_not_what_the_features_give_is_named(copied: Config) ->
     write_document(path, LEADERBOARD, {key: value for key, value in document.items() if key != "digest"})
     said = CliRunner().invoke(cli.cli, ["replay", copied.output], standalone_mode=False)
     assert said.return_value == 1
-    first, *lines = said.stdout.splitlines()
+    first, *lines = without_stores(said.stdout)
     assert first.startswith(f"{copied.output}: 1 difference, ")
     assert lines[0] == f"  {name}: test.accuracy: was {was + 0.125}, is {was}"
     assert [line.split(",")[0] for line in lines[1:]] == [

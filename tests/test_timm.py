@@ -17,7 +17,7 @@ from timm_families import FAMILIES, FEW, compared
 
 from pipeline import config as configuration
 from pipeline.config import TIMM_NAMES, BackboneConfig, ExtractionConfig
-from pipeline.embed import backbone, efficientnet_lite, engines, families, graph, timm_models, weights
+from pipeline.embed import backbone, efficientnet_lite, engines, graph, timm_models, weights
 from pipeline.embed.spec import probe_images
 from pipeline.errors import BackboneError, TrainingError
 from pipeline.finetuning.checkpoint import copy_weights
@@ -77,7 +77,7 @@ def test_norms_are_folded_whatever_is_inside_them_and_however_the_convolution_pa
 @installed
 def test_efficientnet_lite_is_the_familys_own_to_the_last_bit(tmp_path: Path) -> None:
     name = "efficientnet_lite0"  # the larger ones are compared with the published networks by a test of theirs
-    if families.published(section(name, weights="imagenet")).to_install():
+    if weights.published(section(name, weights="imagenet")).to_install():
         pytest.skip(f"the weights of {name} are not installed")
     tensors = list(efficientnet_lite.read(name).values())
     with torch.device("meta"):
@@ -381,7 +381,7 @@ def test_a_fine_tuned_network_is_timms_with_a_last_layer_and_its_file_gives_its_
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         before = network.module(images)
-    module = families.family_of(network.architecture).with_classifier(network.module, 3)
+    module = weights.family_of(network.architecture).with_classifier(network.module, 3)
     last = module.get_submodule(last_linear(module))
     with torch.inference_mode():
         torch.testing.assert_close(module(images), last(before))
@@ -402,6 +402,6 @@ def test_a_fine_tuned_network_is_timms_with_a_last_layer_and_its_file_gives_its_
 @installed
 def test_a_network_without_one_last_layer_is_refused() -> None:
     network = weights.load_network(section("timm:deit_tiny_distilled_patch16_224.fb_in1k", weights="random"), 0)
-    module = families.family_of(network.architecture).with_classifier(network.module, 3)
+    module = weights.family_of(network.architecture).with_classifier(network.module, 3)
     with pytest.raises(TrainingError, match="the network has no linear layer to give one score per class"):
         last_linear(module)

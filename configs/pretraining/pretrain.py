@@ -31,7 +31,7 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline import config, images
-from pipeline.embed.families import build
+from pipeline.embed.weights import build
 from pipeline.finetuning.batches import Data, Labelled, rows_at, to_float
 from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.result import describe, write_weights

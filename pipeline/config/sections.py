@@ -439,6 +439,9 @@ class FinetuneConfig(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     """Batches per step; their gradients are averaged."""
+    size: int | None = Field(None, ge=1)
+    """Pixels of the shorter side of the images that are learned from; smaller ones make steps cheaper. They are judged at the
+    size of `preprocessing`, and by default learned from at that too."""
     rate: float = Field(1e-3, gt=0)
     """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`."""
     rate_decay: float = Field(0.5, gt=0, le=1)

@@ -195,7 +195,8 @@ def _no_classes(root: Path | str, top: Folder) -> str:
     if top.images:
         return (
             f"{root}: holds {len(top.images):,} images but no class folders; put the images of each class in a folder of its own, "
-            "or list them in a CSV manifest (path,label) with dataset.source: manifest"
+            "or list them in a CSV manifest (path,label) with dataset.source: manifest; `manyheads embed` takes photos that have no "
+            "labels yet"
         )
     return f"{root}: holds no class folders; expected one folder per class with its images inside"
 

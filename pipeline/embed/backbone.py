@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import warnings
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +20,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embed import graph as graphs
-from pipeline.embed.engines import Engine, Features, choose_engine, compile_openvino, openvino_is_there, require_close
-from pipeline.embed.families import family_of, network_names
-from pipeline.embed.precision import resolve_device, resolve_precision
+from pipeline.embed.engines import (
+    Engine,
+    Features,
+    Vectors,
+    choose_engine,
+    compile_openvino,
+    openvino_is_there,
+    require_close,
+    resolve_device,
+    resolve_precision,
+)
 from pipeline.embed.spec import EmbeddingSpec, embedding_name, probe_images
-from pipeline.embed.weights import Network, bundled, load_network
+from pipeline.embed.weights import Network, bundled, family_of, load_network, network_names
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.digests import canonical_json
 from pipeline.io.memory import is_out_of_memory
@@ -198,8 +209,6 @@ class Backbone:
 
     def to_onnx(self, opset: int) -> bytes:
         """Return an ONNX model from prepared pixels to the vectors of each of `specs`; BackboneError where it cannot be written."""
-        from pipeline.embed.onnx import to_onnx
-
         return to_onnx(self._module, self._vectors, self.preprocessing.size, opset)
 
     def embed(self, pixels: NDArray[np.uint8]) -> Features:
@@ -311,3 +320,49 @@ def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -
         code=network.code,
         license=network.license,
     )
+
+
+class _Written(nn.Module):
+    """The way from pixels to vectors as a module, which is what the exporter takes."""
+
+    def __init__(self, network: nn.Module, vectors: Vectors) -> None:
+        super().__init__()
+        self.network = network  # named, so that its weights are
+        self._vectors = vectors
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the vectors, float32 of shape (n, dim) each, of pixels, float32 of shape (n, 3, height, width)."""
+        return self._vectors(pixels.permute(0, 2, 3, 1))
+
+
+def to_onnx(network: nn.Module, vectors: Vectors, size: tuple[int, int], opset: int) -> bytes:
+    """Return an ONNX model from prepared pixels, float32 of shape (n, 3, *size) from 0 to 255, to vectors, (n, dim) each.
+
+    network : what `vectors` runs, in float32 on the processor
+
+    Raises
+    ------
+    BackboneError
+        When it has an operation that the exporter cannot write.
+    """
+    file, two = io.BytesIO(), torch.zeros(2, 3, *size)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one operation for all of an attention cannot be written
+    try:
+        # It warns of all that becomes constant, and prints its graph where it fails.
+        with torch.inference_mode(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Written(network, vectors),
+                (two,),
+                file,  # type: ignore[arg-type]  # it takes one
+                dynamo=False,
+                input_names=["pixels"],
+                dynamic_axes={"pixels": {0: "n"}},
+                opset_version=opset,
+            )
+    except (RuntimeError, ValueError, TypeError) as error:  # errors of the exporter are RuntimeErrors
+        raise BackboneError(f"torch cannot write the network as ONNX ({first_line(error)})") from None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return file.getvalue()

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.embed.family import Family, Published
-from pipeline.embed.installed import IMAGENET, SHA256, package, package_file
+from pipeline.embed.published import IMAGENET, SHA256, Family, Published, package, package_file
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
 

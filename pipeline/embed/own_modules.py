@@ -18,11 +18,9 @@ from torch import nn
 
 from pipeline.config import OWN, PreprocessingConfig, guess, names_code
 from pipeline.embed import graph
-from pipeline.embed.family import Arguments, Family, Published
-from pipeline.embed.licenses import UNKNOWN
+from pipeline.embed.published import UNKNOWN, Arguments, Family, Published, tensors_digest
 from pipeline.embed.spec import probe_images
 from pipeline.embed.torchvision_models import preprocessing_of_preset
-from pipeline.embed.weights_files import tensors_digest
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 from pipeline.io.digests import file_digest, fingerprint

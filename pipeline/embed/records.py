@@ -1,27 +1,39 @@
-"""Embeddings that were made: stage one's record of each, and how to make one's vectors again.
+"""Embeddings that were made: which they are, where their vectors lie, how to make them again, and several side by side. No torch.
 
-`features.json` is what stage one writes and every later stage reads; reading it needs no torch.
+`features.json` is what stage one writes and every later stage reads.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig, names_code, names_vectors
-from pipeline.embed import baselines, own_vectors
-from pipeline.embed.engines import engine_at_hand
-from pipeline.embed.installed import about_stand_in
-from pipeline.embed.licenses import require_permitted
-from pipeline.embed.spec import Embedder, EmbeddingSpec, embedding_name
+from pipeline.config import (
+    LOCAL_DIR,
+    BackboneConfig,
+    Config,
+    DatasetConfig,
+    ExtractionConfig,
+    guess,
+    names_code,
+    names_timm,
+    names_vectors,
+)
+from pipeline.embed import baselines
+from pipeline.embed.engines import choice_inputs, engine_at_hand, version
+from pipeline.embed.published import BUNDLED, about_stand_in, joined, require_permitted
+from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, PipelineError, StoreError
-from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
-from pipeline.images import DECODE_MODES
-from pipeline.store import differences
+from pipeline.experiment import FEATURES, SPECS, Artifacts, read_document, write_document
+from pipeline.images import DECODE_MODES, DECODE_POLICY
+from pipeline.io.digests import fingerprint
+from pipeline.io.files import make_folder
+from pipeline.store import FeatureStore, JoinedStores, differences
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +275,7 @@ def load(
     if section is None:
         return baselines.load(baseline, extraction.decode)
     if names_vectors(section.name):
-        return own_vectors.load(section)
+        return baselines.load_vectors(section)
     from pipeline.embed import backbone  # loads torch
 
     return backbone.load(section, extraction, seed, images)
@@ -282,7 +294,7 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
     """
     spec = record.spec
     if record.section is not None and names_vectors(record.section.name):
-        raise own_vectors.no_network(record.section.name)
+        raise baselines.no_network(record.section.name)
     if record.section is not None and names_code(record.section.name) and not trust_code:
         raise BackboneError(
             f"{record.name}: its network is code, {record.section.name}, which can do anything when it is run; only if you know who "
@@ -323,3 +335,219 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
             return embedder, output
     closest = min((differences(spec.identity(), made.identity()) for made in embedder.specs), key=len)
     raise BackboneError(f"{record.name}: this machine makes another embedding than the one that was stored", closest)
+
+
+def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -> Path:
+    """The embedding's store, in the shared folder or else in `folders`; also where it was made under another name.
+
+    Such as of weights in a file that was renamed since.
+    """
+    path = files.store(spec.name, spec.fingerprint())
+    found = (each for folder in (files.stores, *folders) for each in sorted(folder.glob(named(spec))))
+    return next(found, path)
+
+
+def named(spec: EmbeddingSpec) -> str:
+    """Return the pattern of the name of an embedding's store."""
+    return f"*-{spec.fingerprint()[:12]}.store"
+
+
+def open_store(path: Path, fingerprint: str | None = None) -> FeatureStore | None:
+    """Open an embedding's store; None when it was never published.
+
+    Raises
+    ------
+    StoreError
+        When it is damaged.
+    """
+    return FeatureStore.open(path, fingerprint) if any(path.glob("snapshot-*.h5")) else None
+
+
+def spec_key(section: BackboneConfig, config: Config) -> str:
+    """The digest of all that the specs of a section depend on, none of which needs torch to be known."""
+    return fingerprint(
+        {
+            "embed_version": EMBED_VERSION,
+            "section": section.model_dump(mode="json"),
+            "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
+            "seed": config.seed if section.weights == "random" else None,
+            "machine": choice_inputs(),
+            "decode": dict(DECODE_POLICY),
+            "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
+            **({"vectors": _state_of(Path(section.name))} if names_vectors(section.name) else {}),
+            **({"timm": _state_of_timm(section.name)} if names_timm(section.name) else {}),
+        }
+    )
+
+
+def _state_of_timm(name: str) -> list[Any]:
+    """The version of timm and, where the network is a folder's, the state of its files."""
+    folder = Path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else None
+    files = sorted(folder.iterdir()) if folder and folder.is_dir() else []
+    return [version("timm"), *map(_state_of, files)]
+
+
+def _state_of(path: Path) -> list[Any] | None:
+    """What changes when a file is written, or None where there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return [str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def read_specs(path: Path) -> dict[str, tuple[EmbeddingSpec, ...]]:
+    """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
+    try:
+        entries = read_document(path, SPECS)["entries"]
+        return {key: tuple(map(EmbeddingSpec.from_dict, specs)) for key, specs in entries.items()}
+    except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def write_specs(path: Path, specs: Mapping[str, Sequence[EmbeddingSpec]]) -> None:
+    """Keep specs by their keys."""
+    make_folder(path.parent)
+    entries = {key: [spec.to_dict() for spec in found] for key, found in specs.items()}
+    write_document(path, SPECS, {"entries": entries})
+
+
+CONCAT = "concat"
+Places = Sequence[tuple[int, int]]
+"""Of the blocks that are side by side a vector which embedder makes each, as which of its outputs."""
+Part = TypeVar("Part")
+
+
+def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, Part]) -> list[tuple[Part, ...]]:
+    """Return the parts that each list of a config's `concat` names.
+
+    Raises
+    ------
+    PipelineError
+        With one line for each name that is none of an embedding.
+    """
+    unknown = sorted({name for group in groups for name in group if name not in known})
+    if unknown:
+        raise PipelineError(
+            "concat: names what is no embedding of this config",
+            [
+                f"concat: no embedding {name!r}{guess(name, list(known))}; there are {', '.join(known)}"
+                for name in unknown
+            ],
+        )
+    return [tuple(known[name] for name in group) for group in groups]
+
+
+def by_name(records: Sequence[EmbeddingRecord]) -> dict[str, EmbeddingRecord]:
+    """Return records by name, those of a network that stands in for another also by what the other's would be."""
+    asked = {default_name(each): record for record in records if (each := record.instead_of)}
+    return asked | {record.name: record for record in records}
+
+
+def default_name(section: BackboneConfig) -> str:
+    """Return what the first embedding of a section is called that names no pooling."""
+    return embedding_name(section.name, section.weights, section.layers[0])
+
+
+def concatenated(groups: Sequence[Sequence[str]], records: Sequence[EmbeddingRecord]) -> tuple[EmbeddingRecord, ...]:
+    """Return a record for each list of names; raises as `find_parts` does."""
+    taken = {record.name for record in records}
+    found = []
+    for parts in find_parts(groups, by_name(records)):
+        record = _joined(parts)
+        if record.name in taken:
+            record = replace(record, name="+".join(part.name for part in parts))
+        taken.add(record.name)
+        found.append(record)
+    return tuple(found)
+
+
+def _joined(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
+    """Describe several embeddings as one; a name that they begin with alike is said once."""
+    names = [part.name.split("-") for part in parts]
+    alike = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False)))
+    shared = min(alike, *(len(words) - 1 for words in names))
+    trained = [part.spec.trained_on for part in parts if part.spec.trained_on is not None]
+    spec = EmbeddingSpec(
+        name="+".join(["-".join(names[0]), *("-".join(words[shared:]) for words in names[1:])]),
+        kind=CONCAT,
+        library="manyheads",
+        architecture=_each_once(part.spec.architecture for part in parts),
+        arguments={},
+        weights=_each_once(part.spec.weights for part in parts),
+        weights_digest=fingerprint({"parts": [part.fingerprint for part in parts]}),
+        layer="+".join(part.spec.layer for part in parts),
+        pooling="none",
+        dim=sum(part.spec.dim for part in parts),
+        preprocessing={},
+        precision=_each_once(part.spec.precision for part in parts),
+        engine=_each_once(part.spec.engine for part in parts),
+        untrained=any(part.untrained for part in parts),
+        trained_on=fingerprint({"parts": trained}) if trained else None,
+        license=joined(part.spec.license for part in parts),
+    )
+    return EmbeddingRecord(
+        name=spec.name,
+        spec=spec,
+        store="+".join(part.store for part in parts),
+        digest=fingerprint({"parts": [part.digest for part in parts]}),
+        section=None,
+        seed=parts[0].seed,
+        seconds_per_image=_seconds(parts),
+        max_pixels=parts[0].max_pixels,
+        parts=tuple(parts),
+    )
+
+
+def _each_once(words: Iterable[str]) -> str:
+    return "+".join(dict.fromkeys(words))
+
+
+def _seconds(parts: Sequence[EmbeddingRecord]) -> float | None:
+    """What an image costs: the layers of one network come of one pass."""
+    by_network: dict[str, float] = {}
+    for part in parts:
+        if part.seconds_per_image is None:
+            return None
+        network = part.name if part.section is None else part.section.model_dump_json()
+        by_network[network] = max(part.seconds_per_image, by_network.get(network, 0.0))
+    return sum(by_network.values())
+
+
+def open_features(record: EmbeddingRecord, files: Artifacts) -> FeatureStore | JoinedStores:
+    """Open the vectors of an embedding; StoreError where they are missing, damaged or of another identity."""
+    if record.parts:
+        return JoinedStores(tuple(_open(part, files) for part in record.parts))
+    return _open(record, files)
+
+
+def _open(record: EmbeddingRecord, files: Artifacts) -> FeatureStore:
+    return FeatureStore.open(files.find_store(record.store), record.fingerprint)
+
+
+def open_networks(
+    records: Mapping[str, Sequence[EmbeddingRecord]], device: str, *, trust_code: bool = False
+) -> tuple[list[Embedder], Mapping[str, Sequence[Places]]]:
+    """Make the embedders of each target's embeddings again, each once, and say of each embedding where its blocks come from.
+
+    Raises
+    ------
+    BackboneError
+        As `open_record` does.
+    """
+    embedders: list[Embedder] = []
+
+    def place(part: EmbeddingRecord) -> tuple[int, int]:
+        for number, embedder in enumerate(embedders):
+            prints = [replace(spec, engine=part.spec.engine).fingerprint() for spec in embedder.specs]
+            if part.fingerprint in prints:
+                return number, prints.index(part.fingerprint)
+        embedder, output = open_record(part, device, trust_code=trust_code)
+        embedders.append(embedder)
+        return len(embedders) - 1, output
+
+    places = {
+        target: [[place(part) for part in record.parts or (record,)] for record in own]
+        for target, own in records.items()
+    }
+    return embedders, places

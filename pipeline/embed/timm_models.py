@@ -21,12 +21,9 @@ import torch
 from torch import nn
 
 from pipeline.config import LOCAL_DIR, TIMM_NAMES, TIMM_PREFIX, names_timm
-from pipeline.embed.family import Arguments, Family, Fetch, Published
+from pipeline.embed.engines import version
 from pipeline.embed.graph import POOLED, UNPOOLED
-from pipeline.embed.installed import NO_DOWNLOAD
-from pipeline.embed.licenses import UNKNOWN
-from pipeline.embed.precision import version
-from pipeline.embed.weights_files import tensors_digest
+from pipeline.embed.published import NO_DOWNLOAD, UNKNOWN, Arguments, Family, Fetch, Published, tensors_digest
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.embed.family import Family, Fetch, Published
-from pipeline.embed.installed import NO_DOWNLOAD
-from pipeline.embed.licenses import UNKNOWN
+from pipeline.embed.published import NO_DOWNLOAD, UNKNOWN, Family, Fetch, Published
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
 from pipeline.io.vision import torchvision

@@ -23,12 +23,11 @@ from sklearn.utils import Tags
 
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config, DatasetConfig, ExtractionConfig, names_code, names_timm
-from pipeline.embed import baselines, installed
+from pipeline.embed import baselines, published
 from pipeline.embed import spec as specs
 from pipeline.embed.engines import choose_batch_size
-from pipeline.embed.known import open_store, place, read_specs, spec_key, write_specs
 from pipeline.embed.loader import Item, Lane, embed
-from pipeline.embed.records import load
+from pipeline.embed.records import load, open_store, place, read_specs, spec_key, write_specs
 from pipeline.embed.spec import EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, ConfigError, DatasetError, StoreError, first, number_of
 from pipeline.experiment import STORES, Artifacts
@@ -76,7 +75,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
 
     def __init__(
         self,
-        name: str = installed.DEFAULT.name,
+        name: str = published.DEFAULT.name,
         *,
         weights: str | None = None,
         layer: str = "penultimate",
@@ -169,9 +168,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             raise ConfigError(error.message, lines) from None
         if self.name in baselines.NAMES:
             return config, None
-        other = installed.stand_in(config.backbones[0])
+        other = published.stand_in(config.backbones[0])
         if other is not None:
-            warnings.warn(installed.about_stand_in(config.backbones[0]), stacklevel=1)
+            warnings.warn(published.about_stand_in(config.backbones[0]), stacklevel=1)
         return config, other or config.backbones[0]
 
     def _spec(self) -> EmbeddingSpec:
@@ -305,11 +304,11 @@ def _loaded(key: str, section: str, baseline: str, extraction: str, seed: int) -
 
 def _usual_weights(name: str) -> str | None:
     """Return the weights of a network that has one kind, None where its name says which; BackboneError for one that has several."""
-    if name in installed.SHA256:
-        return installed.IMAGENET
+    if name in published.SHA256:
+        return published.IMAGENET
     if name in baselines.NAMES or names_timm(name) or names_code(name):
         return None
-    from pipeline.embed.families import family_of  # loads torch
+    from pipeline.embed.weights import family_of  # loads torch
 
     found = list(family_of(name).weights(name))
     if len(found) == 1:

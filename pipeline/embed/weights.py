@@ -1,14 +1,12 @@
-"""Weights and where they come from: published by the network's family, a local file, the package's own, or a seed.
-
-Whatever the source, what comes out is a `Network`: a module in eval mode in fp32 on the CPU, with the digest of its tensors
-and the preprocessing that belongs to them.
-"""
+"""The table of families, and what a config section asks for: a network in eval mode in fp32 on the CPU, with the digest and the transform of its weights."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,20 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from pipeline.config import OWN, WEIGHTS_FILES, BackboneConfig, PreprocessingConfig, names_code
-from pipeline.embed.families import (
-    FAMILIES,
-    build,
-    build_empty,
-    family_of,
-    load,
-    load_file,
-    network_names,
-    published,
-    usual_preprocessing,
-)
-from pipeline.embed.family import Arguments, Fetch
+from pipeline.config import OWN, WEIGHTS_FILES, BackboneConfig, PreprocessingConfig, guess, names_code, names_vectors
+from pipeline.embed import baselines, efficientnet_lite, own_modules, timm_models, torchvision_models
 from pipeline.embed.graph import (
     PENULTIMATE,
     classifier_name,
@@ -40,16 +28,218 @@ from pipeline.embed.graph import (
     tokens_of,
     trace,
 )
-from pipeline.embed.installed import BUNDLED
-from pipeline.embed.licenses import NO_WEIGHTS, UNKNOWN
 from pipeline.embed.own_modules import with_prefix
+from pipeline.embed.published import BUNDLED, NO_WEIGHTS, UNKNOWN, Arguments, Family, Fetch, Published, tensors_digest
 from pipeline.embed.spec import embedding_name
 from pipeline.embed.torchvision_models import AUXILIARY
-from pipeline.embed.weights_files import read_weights, tensors_digest
-from pipeline.errors import BackboneError, first
+from pipeline.errors import BackboneError, first, first_line
+from pipeline.experiment import MADE_BY
 from pipeline.images import Preprocessing
+from pipeline.io.digests import fingerprint
+from pipeline.io.memory import is_out_of_memory
+
+FAMILIES: tuple[Family, ...] = (
+    efficientnet_lite.FAMILY,
+    torchvision_models.FAMILY,
+    timm_models.FAMILY,
+    own_modules.FAMILY,
+)
+
+
+def family_of(architecture: str) -> Family:
+    """Return the family of a network's name or architecture.
+
+    Raises
+    ------
+    BackboneError
+        When none has it.
+    """
+    if names_vectors(architecture):
+        raise baselines.no_network(architecture)
+    for family in FAMILIES:
+        if family.has(architecture):
+            return family
+    raise BackboneError(
+        f"no network {architecture!r}{guess(architecture, network_names())}; there are "
+        + "; ".join(family.title for family in FAMILIES)
+    )
+
+
+def network_names() -> list[str]:
+    """Return all names that a config can have for a network."""
+    return [name for family in FAMILIES for name in family.names()]
+
+
+def published(config: BackboneConfig) -> Published:
+    """Return the weights that a section names, of those that its network's family publishes.
+
+    Raises
+    ------
+    BackboneError
+        When there are no such weights, or no such network.
+    """
+    found = family_of(config.name).weights(config.name)
+    if config.weights not in found:
+        raise BackboneError(
+            f"{config.name} has no weights {config.weights!r}{guess(config.weights, list(found))}; "
+            f"there are {', '.join([*found, 'random', 'bundled'])}, or a .safetensors or .pth file"
+        )
+    return found[config.weights]
+
+
+def usual_preprocessing(architecture: str) -> Preprocessing:
+    """Return the transform for weights that come without one: that of the first published ones, else ImageNet's usual."""
+    weights = family_of(architecture).weights(architecture)
+    return next((each.preprocessing for each in weights.values()), Preprocessing(resize=256, crop=224))
+
+
+def build(architecture: str, arguments: Arguments) -> nn.Module:
+    """Construct a network in eval mode with whatever weights its constructor makes.
+
+    Raises
+    ------
+    BackboneError
+        When there is no such architecture, or it does not take the arguments.
+    """
+    return _in_eval_mode(partial(family_of(architecture).build, architecture), architecture, arguments)
+
+
+def load(config: BackboneConfig) -> nn.Module:
+    """Construct a section's network in eval mode with the published weights that it names, fetched if need be.
+
+    Raises
+    ------
+    BackboneError
+        When there are no such weights, they are not to be had, or the network does not take the arguments.
+    """
+    return _in_eval_mode(published(config).load, config.name, config.arguments)
+
+
+def load_file(config: BackboneConfig, path: Path) -> nn.Module | None:
+    """Construct a section's network in eval mode with the weights of a file, where its family reads such files itself."""
+    make = family_of(config.name).load_file
+    return make and _in_eval_mode(lambda arguments: make(config.name, arguments, path), config.name, config.arguments)
+
+
+def _in_eval_mode(make: Callable[[Arguments], nn.Module], name: str, arguments: Arguments) -> nn.Module:
+    try:
+        return make(arguments).eval()
+    except (TypeError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise BackboneError(f"{name} cannot be built with arguments {dict(arguments)}: {first_line(error)}") from None
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out the initialisation of weights that have no memory, for which torch would load its compiler first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RANDOM_FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_RANDOM_FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_})
+
+
+def build_empty(architecture: str, arguments: Arguments) -> nn.Module:
+    """Construct a network without memory for its weights, in milliseconds; one that needs numbers to be built gets them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device("meta"), _Uninitialised():
+                return build(architecture, arguments)
+        except BackboneError:  # a regnet computes its widths with tensors; a wrong argument fails again here
+            return build(architecture, arguments)
+
 
 logger = logging.getLogger(__name__)
+
+METADATA_KEY = "manyheads"
+"""Under it a weights file made by this project carries its description in the safetensors header."""
+DIGEST_KEY = "manyheads_digest"
+"""Under it such a file carries the digest of its tensors and its description."""
+
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+"""What DataParallel, torch.compile, Lightning and self-supervised training put before the names of a network's tensors, in any
+order; what lies beside them is of the training, such as a projection head."""
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a weights file: its tensors, and the description a file of this project carries.
+
+    Each tensor has the shape and dtype that it has in the file.
+
+    Raises
+    ------
+    BackboneError
+        When the file is missing, damaged, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise BackboneError(
+            f"weights file {path} does not exist; a path in a config is relative to the config's folder, one given with --set to "
+            "the folder the command is run in"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return _tensors(torch.load(path, map_location="cpu", weights_only=True), path), {}
+    except BackboneError:
+        raise
+    except Exception as error:  # the readers raise almost anything on damaged files
+        reason = first_line(error)
+        raise BackboneError(
+            f"weights file {path} cannot be read as tensors only ({reason}); save it with torch.save(model.state_dict(), ...) or as .safetensors"
+        ) from None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    description = json.loads(metadata.get(METADATA_KEY, "{}"))
+    ours = DIGEST_KEY in metadata or MADE_BY in description
+    if ours and metadata.get(DIGEST_KEY) != weights_digest(state, metadata):
+        raise BackboneError(
+            f"weights file {path} is damaged: its content is not the one that its digest names; make it anew, or fetch it again"
+        )
+    return _tensors(state, path), description
+
+
+def weights_digest(state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
+    """Return the one digest of a weights file of this project: of its tensors and the texts in its header.
+
+    The tensors may be of any shape and dtype, both of which the digest covers.
+    """
+    return fingerprint([tensors_digest(state), {key: text for key, text in header.items() if key != DIGEST_KEY}])
+
+
+def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in what a file holds: itself, or under the keys training scripts use."""
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(value, torch.Tensor) for value in content.values())
+    ):
+        raise BackboneError(
+            f"weights file {path} holds no state dict; expected names with tensors, at the top or under 'state_dict' or 'model'"
+        )
+    state, others = dict(content), list[str]()
+    while prefix := next((found for found in WRAPPERS if any(name.startswith(found) for name in state)), None):
+        others += [name for name in state if not name.startswith(prefix)]
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if others:
+        logger.info(
+            "%s: tensors that are no part of the network are left out: %d, such as %s", path, len(others), others[0]
+        )
+    densenet = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # its old names are written the new way
+    return {densenet.sub(r"\1\2", name): value for name, value in state.items()}
+
 
 MAX_PROBLEMS = 20
 

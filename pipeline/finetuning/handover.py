@@ -19,10 +19,9 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.data.classes import expand_scores
-from pipeline.embed.families import family_of
-from pipeline.embed.precision import resolve_device
+from pipeline.embed.engines import resolve_device
 from pipeline.embed.records import open_record
-from pipeline.embed.weights import Network, load_network
+from pipeline.embed.weights import Network, family_of, load_network
 from pipeline.errors import TrainingError
 from pipeline.evaluation import fit_calibrator
 from pipeline.experiment import Artifacts

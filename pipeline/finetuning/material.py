@@ -48,6 +48,8 @@ class Choice:
     """The best row of all."""
     frozen: LeaderboardRow | None
     """The same network frozen: the row that is handed over, after a random start the best linear one."""
+    floor: LeaderboardRow | None = None
+    """The best row that has learned from no other images: a baseline's, or an untrained network's."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,10 @@ def choose(config: Config, files: Artifacts) -> Choice:
             f"finetune.start: {wanted!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
         )
     embedding = able[0].embedding
+    floor = next((row for row in board.rows if row.baseline or row.untrained), None)
     linear = [row for row in able if row.embedding == embedding and row.head in LINEAR]
     if head == "random":
-        return Choice(records[embedding], None, board.best, next(iter(linear), None))
+        return Choice(records[embedding], None, board.best, next(iter(linear), None), floor)
     if head != "best":
         linear = [row for row in linear if row.head == head]
     if not linear:
@@ -103,7 +106,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
             f"finetune.start: {embedding} has no linear head {head!r}; add one of {', '.join(LINEAR)} to heads: and run "
             "`manyheads heads`, or set it to random"
         )
-    return Choice(records[embedding], linear[0], board.best, linear[0])
+    return Choice(records[embedding], linear[0], board.best, linear[0], floor)
 
 
 def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:

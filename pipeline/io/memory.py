@@ -9,7 +9,7 @@ from pathlib import Path
 
 OPT_OUT = "MANYHEADS_NO_MALLOPT"
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h; -1 as a threshold is never
 _TOP_PAD_BYTES = 64 << 20
 
 _CGROUPS = (  # limit, use, statistics, and the statistics' line for file pages that the system can drop
@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _TOP_PAD_BYTES))
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES))
     return all(library.mallopt(option, value) == 1 for option, value in settings)
 
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import TARGETS
-from pipeline.embed.concat import concatenated, open_features
-from pipeline.embed.records import read_records, require_index
+from pipeline.embed.records import concatenated, open_features, read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
     HeadPredictions,

@@ -10,10 +10,8 @@ from tabulate import tabulate
 
 from pipeline.config import ExtractionConfig
 from pipeline.embed import baselines
-from pipeline.embed.families import FAMILIES
-from pipeline.embed.installed import BUNDLED
-from pipeline.embed.licenses import NO_WEIGHTS
-from pipeline.embed.weights import bundled
+from pipeline.embed.published import BUNDLED, NO_WEIGHTS
+from pipeline.embed.weights import FAMILIES, bundled
 from pipeline.errors import BackboneError
 
 MOST_BUILT = 40

@@ -14,11 +14,10 @@ from pipeline.data.scan import require_its_own, scan
 from pipeline.data.sources import needs_download
 from pipeline.data.summary import fold_warnings, missing_side
 from pipeline.data.targets import kind_of
-from pipeline.embed import baselines, own_vectors
-from pipeline.embed.concat import default_name, find_parts
+from pipeline.embed import baselines
 from pipeline.embed.engines import require_arithmetic
-from pipeline.embed.installed import NO_DOWNLOAD, STAND_IN, about_stand_in, stand_in
-from pipeline.embed.licenses import require_permitted
+from pipeline.embed.published import NO_DOWNLOAD, STAND_IN, about_stand_in, require_permitted, stand_in
+from pipeline.embed.records import default_name, find_parts
 from pipeline.errors import DatasetError, PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
@@ -76,7 +75,7 @@ def _backbones(config: Config) -> list[str]:
     for section in config.backbones:
         try:
             if names_vectors(section.name):
-                names += [spec.name for spec in own_vectors.load(section).specs]
+                names += [spec.name for spec in baselines.load_vectors(section).specs]
                 continue
             if stand_in(section) is not None:
                 names.append(default_name(section))

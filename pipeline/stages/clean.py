@@ -42,7 +42,7 @@ class CleanRun:
     grouped: int
     outliers: int
     arguments: str
-    """What makes a command use the manifest."""
+    """What makes `manyheads` use the manifest."""
 
     def summary_lines(self) -> list[str]:
         """What is proposed, and how to go on."""
@@ -53,8 +53,7 @@ class CleanRun:
             f"  noted         {number_of(self.outliers, 'image')} like no other; {self.doubted:,} labels to check, as many as would be doubted were "
             "all right",
             f"written to {self.output}; look through it: another split in place of {EXCLUDED} keeps a row. Then",
-            f"  manyheads features {self.arguments}",
-            f"  manyheads heads {self.arguments}",
+            f"  manyheads {self.arguments}",
         ]
 
 

@@ -11,13 +11,12 @@ import numpy as np
 
 from pipeline.config import DatasetConfig, unknown
 from pipeline.data import DatasetIndex
-from pipeline.embed.concat import open_networks
-from pipeline.embed.records import EmbeddingRecord
+from pipeline.embed.records import EmbeddingRecord, open_networks
 from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
+from pipeline.export import EXPORTS, Model, Networks, Photo
 from pipeline.export import bundle as bundles
-from pipeline.export.table import EXPORTS, Model, Networks, Photo
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
 from pipeline.io.progress import bar

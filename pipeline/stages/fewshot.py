@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage
 from pipeline.data.targets import Classification
 from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
-from pipeline.errors import DatasetError, PipelineError
+from pipeline.errors import ConfigError, DatasetError, PipelineError
 from pipeline.evaluation import fewshot
 from pipeline.evaluation.fewshot import FewShot, Images, Plan
 from pipeline.evaluation.learning_curve import stratified_order
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SHOTS = (1, 2, 5, 10, 20)
 WAYS = 5
+LEAST_EPISODES = 20
 MOST_IMAGES = 50_000
 """Looked at; of more, a stratified part."""
 VERSION = 1
@@ -60,6 +61,8 @@ def run(
     PipelineError
         When stage one has not been run for this config, or no class has images for a single shot.
     """
+    if episodes < LEAST_EPISODES:
+        raise ConfigError(f"{episodes} episodes give no interval; expected {LEAST_EPISODES} at least, set --episodes")
     files = Artifacts(config.output)
     record = choose(read_asked_records(files.features, config), embedding, "--embedding")
     index = DatasetIndex.read(files.dataset)
@@ -69,7 +72,7 @@ def run(
     used = _usable(index, record, store, config.seed)
     target = Classification.of(used)
     plan = Plan(ways or min(WAYS, target.width), queries, episodes, config.seed)
-    if plan.ways > target.width or target.width < 2:
+    if plan.ways > target.width or min(plan.ways, target.width) < 2:
         raise DatasetError(
             f"episodes of {max(plan.ways, 2)} classes are asked for, and there are {target.width}; set --ways"
         )

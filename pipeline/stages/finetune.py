@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, PreprocessingConfig
-from pipeline.embed.precision import resolve_device, resolve_precision
+from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
@@ -86,7 +86,7 @@ def run(config: Config) -> FinetuneRun:
     task, data = _make_task(config, network, layer, parts, folder)
     handed_over = copy_weights(task.network)
     trained = train(task, data, Run(folder, key))
-    path = return_path(task, data, handed_over, trained.weights)
+    path = return_path(task, data, handed_over, trained.weights, trained.score)
     lineage = parent.joined(parts.train.digests, parts.validation.digests)
     description = describe(
         name=network.name,

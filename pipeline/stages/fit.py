@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import webbrowser
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 HINTS = {
     "dataset.label_columns": "--target COLUMN says which column to learn",
-    "no class folders": "`manyheads embed` takes photos that have no labels yet",
     "dataset.target": "--set dataset.target=regression, or another kind, says what it is",
 }
 """What to write on the command line, by what problems name."""
@@ -114,21 +113,19 @@ class Run:
         return f"Run({str(self.output)!r}: {'; '.join(told)})"
 
 
-def heads(config: Config, engine: Engine | None = None) -> Iterator[tuple[str, HeadsRun, Path]]:
-    """Tune and compare heads on the stored features of each target; yield its name, '' of a single one, the result and the page."""
+def heads(config: Config, engine: Engine | None = None) -> Generator[str, None, dict[str, HeadsRun]]:
+    """Tune and compare heads on the stored features of each target; yield what there is to say, return the results by their names.
+
+    The name of a single target is ''.
+    """
+    found = {}
     for name, alone in (targets.experiments(config) or {"": config}).items():
-        result = train_heads.run(alone, engine)
-        yield name, result, report.refresh(result.files.root)
-
-
-def heads_lines(config: Config, engine: Engine | None = None) -> Iterator[str]:
-    """Do it, and say of each target what there is, then of all of them."""
-    several = False
-    for name, result, page in heads(config, engine):
-        several = bool(name)
-        yield from [*([f"== {name} =="] if name else []), *result.summary_lines(), f"report       {page}"]
-    if several:
+        found[name] = result = train_heads.run(alone, engine)
+        yield from [*targets.heading(name), *result.summary_lines()]
+        yield f"report       {report.refresh(result.files.root)}"
+    if "" not in found:
         yield from targets.overview(config)
+    return found
 
 
 def settings_of(
@@ -176,7 +173,8 @@ def run(config: Config) -> Iterator[str]:
     yield from found[:-1]
     told = {*found, NOTHING_NEW}
     yield from [*(line for line in extract.run(config).summary_lines() if line not in told), ""]
-    yield from heads_lines(config)
+    again = ("to predict ", "report ")  # which is said below
+    yield from (line for line in heads(config) if not line.startswith(again))
     yield from ["", *next_lines(files.root)]
 
 

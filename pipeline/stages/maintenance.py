@@ -19,8 +19,8 @@ from pipeline.data.scan import scan
 from pipeline.data.sources import needs_download
 from pipeline.data.statcache import CACHE_FILE
 from pipeline.data.summary import described
-from pipeline.embed.installed import about_stand_in
 from pipeline.embed.loader import Item, Lane, embed
+from pipeline.embed.published import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, open_record, read_records, require_index
 from pipeline.errors import PipelineError, StoreError, first, number_of
 from pipeline.evaluation.audit import read_findings
@@ -309,7 +309,7 @@ def _checked(path: Path, check: Callable[[bytes], object], remedy: str) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    from pipeline.embed.weights_files import read_weights  # loads torch
+    from pipeline.embed.weights import read_weights  # loads torch
 
     read_weights(path)
 

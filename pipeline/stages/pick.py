@@ -9,8 +9,7 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
-from pipeline.embed.concat import open_features
-from pipeline.embed.records import EmbeddingRecord
+from pipeline.embed.records import EmbeddingRecord, open_features
 from pipeline.errors import DatasetError, number_of
 from pipeline.evaluation.learning_curve import ahead
 from pipeline.evaluation.picking import TYPICAL_UNTIL, typical, unsure

@@ -26,10 +26,9 @@ from pipeline.data.shards import archives_of, is_pattern
 from pipeline.data.summary import passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.data.walk import Walk, is_folder
-from pipeline.embed.concat import Places, open_networks
+from pipeline.embed.baselines import no_network
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
-from pipeline.embed.own_vectors import no_network
-from pipeline.embed.records import EmbeddingRecord
+from pipeline.embed.records import EmbeddingRecord, Places, open_networks
 from pipeline.errors import BundleError, ConfigError, DatasetError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import REFIT, Artifacts, read_document, to_cell

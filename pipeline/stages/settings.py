@@ -10,7 +10,7 @@ from pipeline import config
 from pipeline.config import Config, Names, Overrides, guess, source_of
 from pipeline.data.targets import TARGETS
 from pipeline.embed import baselines
-from pipeline.embed.installed import DEFAULT
+from pipeline.embed.published import DEFAULT
 from pipeline.errors import ConfigError
 from pipeline.evaluation import METRICS
 from pipeline.experiment import Artifacts

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
 from pipeline.data.walk import Walk, is_folder
-from pipeline.embed.concat import open_features, open_networks
 from pipeline.embed.loader import Item, Lane, embed
-from pipeline.embed.records import EmbeddingRecord, choose, read_records
+from pipeline.embed.records import EmbeddingRecord, choose, open_features, open_networks, read_records
 from pipeline.errors import DatasetError, PipelineError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts

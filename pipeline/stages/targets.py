@@ -67,6 +67,11 @@ def of_classes(config: Config, what: str) -> dict[str, Config]:
     return found
 
 
+def heading(name: str) -> list[str]:
+    """Return the line above what is said of one of several targets; none for a single one, whose name is ''."""
+    return [f"== {name} =="] if name else []
+
+
 def write_experiments(config: Config, index: DatasetIndex, records: Sequence[EmbeddingRecord]) -> None:
     """Write what stage one writes once more for each of several targets, with the images that have a label of it."""
     files, found = Artifacts(config.output, config.store), experiments(config)

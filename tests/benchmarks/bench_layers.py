@@ -25,8 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
-from pipeline.embed.concat import open_features
-from pipeline.embed.records import read_records
+from pipeline.embed.records import open_features, read_records
 from pipeline.evaluation import ACCURACY, Predictions, paired_answers
 from pipeline.experiment import Artifacts
 from pipeline.heads.layer_profile import PENALTIES, LayerProfile, gap, table

@@ -178,7 +178,7 @@ def heads_config(folder):
         "backbones": [{"name": "squeezenet1_1", "weights": "random"}],
         "baselines": [],
         "heads": ["ridge", "logistic_regression"],
-        "tuning": {"memory": os.environ.get("BENCH_MEMORY", "4GB"), "trials": 8, "folds": 3},
+        "tuning": {"memory": os.environ.get("BENCH_MEMORY", "8GB"), "trials": 8, "folds": 3},
     }
     return configuration.parse(raw, "bench")
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pipeline.config import FinetuneConfig, read_yaml
-from pipeline.embed.families import build
+from pipeline.embed.weights import build
 from pipeline.finetuning.batches import Data, Labelled
 from pipeline.finetuning.checkpoint import Run
 from pipeline.finetuning.plan import check_plan, stages_of

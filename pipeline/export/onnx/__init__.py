@@ -1,9 +1,220 @@
-"""ONNX: one file from decoded images to the answers of `predict`.
+"""ONNX: one file from decoded images to the answers of `predict`: written, proven, and described in its own metadata."""
 
-    graph.py   Graph: nodes and constants under way to a model
-    pixels.py  resize and crop, as `images.prepare` does them
-    heads.py   fitted heads, their calibration and the answers of every target
-    proof.py   what onnxruntime says of images beside what `predict` says
+from __future__ import annotations
 
-The network itself is written by torch, at `Backbone.to_onnx`.
-"""
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from pipeline.data.targets import Classification, MultiLabel, Target
+from pipeline.embed.spec import Embedder
+from pipeline.errors import BundleError, number_of
+from pipeline.experiment import made_by, plain
+from pipeline.export import Model, Photo, Prepared
+from pipeline.export.bundle import versions
+from pipeline.export.onnx.graph import FLOAT, OPSET, UINT8, Graph, add_prepared
+from pipeline.export.onnx.heads import Outputs, add_answer
+from pipeline.io.digests import canonical_json
+
+FORMAT = "manyheads onnx 1"
+IMAGES = "images"
+MOST_BYTES = 2**31 - 1
+"""What a file of this kind can hold, for the format that it is in."""
+
+
+def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
+    """Return the content of the file, the same for the same model and photos, and lines on what it is and was proven to be.
+
+    Raises
+    ------
+    PipelineError
+        When a part of it cannot be written as ONNX, or does not say what `predict` says of the photos.
+    """
+    g = Graph()
+    ways = dict.fromkeys(embedder.preprocessing for embedder in model.exact.embedders)
+    entries = {way: f"prepared.{number}" for number, way in enumerate(ways)}
+    for way, name in entries.items():
+        g("Identity", add_prepared(g, IMAGES, way), named=name)
+    made = [_vectors(g, embedder, entries[embedder.preprocessing]) for embedder in model.exact.embedders]
+    outputs: Outputs = {}
+    for target, head in model.heads.items():
+        parts = model.exact.places[target]
+        vectors = [g("Concat", *(made[number][output] for number, output in part), axis=1) for part in parts]
+        outputs |= add_answer(g, head, vectors, f"{target}_" if target else "")
+    whole = g.model({IMAGES: (UINT8, ["n", "height", "width", 3])}, outputs)
+    inner = g.model({name: (FLOAT, ["n", 3, *way.size]) for way, name in entries.items()}, outputs)
+    if whole.ByteSize() > MOST_BYTES:
+        raise BundleError(
+            f"it is {whole.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; export a head of a smaller network"
+        )
+    proof = prove(model, photos, whole.SerializeToString(), inner.SerializeToString(), entries)
+    onnx.helper.set_model_props(whole, metadata(model, proof))
+    return whole.SerializeToString(deterministic=True), _lines(outputs, proof)
+
+
+def _vectors(g: Graph, embedder: Embedder, pixels: str) -> list[str]:
+    """The names of an embedder's outputs, float32 of shape (n, dim) each."""
+    spec = embedder.specs[0]
+    if spec.kind == "backbone":
+        return g.add(onnx.load_from_string(embedder.to_onnx(OPSET)), pixels)  # type: ignore[attr-defined]
+    if spec.architecture == "pixels":
+        colours = g("Div", g("Transpose", pixels, perm=[0, 2, 3, 1]), np.float32(255))
+        return [g("Reshape", colours, np.array([0, -1]))]
+    raise BundleError(f"{spec.name} has no form in ONNX here; export a head of a network")
+
+
+def metadata(model: Model, proof: Proof) -> dict[str, str]:
+    """Return the file's metadata: texts, each JSON but for those of one word, that say what it is, of what, and what was proven."""
+    targets = {
+        name: {
+            "head": head.head,
+            "params": dict(head.params),
+            "target": head.target.to_record(),
+            "key": head.provenance.get("key", ""),
+            "embeddings": [part.embedding["spec"] for part in head.parts],
+        }
+        for name, head in model.heads.items()
+    }
+    specs = [spec for embedder in model.exact.embedders for spec in embedder.specs]
+    proven = {
+        **asdict(proof),
+        "allowed": {"from_prepared": FROM_PREPARED, "from_raw": FROM_RAW},
+        "onnxruntime": onnxruntime.__version__,
+    }
+    return {
+        "format": FORMAT,
+        "made_by": made_by(),
+        "licenses": canonical_json({spec.name: spec.license for spec in specs}),
+        "targets": canonical_json(plain(targets)),
+        "proof": canonical_json(proven),
+        "versions": canonical_json({**versions(), "onnx": onnx.__version__}),
+    }
+
+
+def _lines(outputs: Iterable[str], proof: Proof) -> list[str]:
+    shapes = f"{number_of(proof.images, 'image')} and {number_of(proof.odd_sizes, 'odd size')}"
+    undecided = f"; {number_of(proof.undecided, 'image')} between two labels got the other one" * bool(proof.undecided)
+    return [
+        f"input   {IMAGES}, uint8 of shape (n, height, width, 3)",
+        f"output  {', '.join(outputs)}",
+        f"proven  by onnxruntime {onnxruntime.__version__} on {shapes}: at most {proof.from_prepared:.1g} from `predict` on prepared "
+        f"pixels, {proof.from_raw:.1g} on images themselves{undecided}",
+    ]
+
+
+FROM_PREPARED, FROM_RAW = 1e-5, 5e-3
+"""How far a probability may be from that of `predict`; of numbers in their standard deviations in training. Only arithmetic is in
+the first; in the second also a grey level here and there, and bf16."""
+BATCH = 16
+
+Found = Mapping[str, NDArray[Any]]
+"""Outputs by name, n rows each."""
+
+
+@dataclass
+class Proof:
+    """On how many images it was proven, and the largest differences there."""
+
+    images: int = 0
+    odd_sizes: int = 0
+    from_prepared: float = 0.0
+    from_raw: float = 0.0
+    in_float64: int = 0
+    """Images compared with torch's float64, as its float32 was further off for one of their batch."""
+    undecided: int = 0
+    """Images that have another label, as two are as likely to within the difference that is allowed."""
+
+
+def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, entries: Mapping[Any, str]) -> Proof:
+    """Compare both ways into the file with `predict`, and return what was found.
+
+    raw, prepared : the file, and the same from prepared pixels on; entries : preprocessing -> the name of an input of the latter
+
+    Raises
+    ------
+    BundleError
+        With the image whose answer is too far from that of `predict`, and the difference.
+    """
+    proof, from_raw, from_prepared = Proof(), _runner(raw), _runner(prepared)
+    rest = iter(photos)
+    while batch := list(islice(rest, BATCH)):
+        ways = batch[0].prepared
+        together: Prepared = {way: np.stack([photo.prepared[way] for photo in batch]) for way in ways}
+        expected = model.said(model.networks, together)
+        exact = expected if model.exact is model.networks else model.said(model.exact, together)
+        given = {name: together[way].transpose(0, 3, 1, 2).astype(np.float32) for way, name in entries.items()}
+        told = from_prepared(given)
+        try:
+            far, _ = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
+        except BundleError:  # where torch itself rounds that far off, float64 says which is nearer to the truth
+            exact = model.said(model.exact.in_float64(), together)
+            far, _ = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
+            proof.in_float64 += len(batch)
+        proof.from_prepared = max(proof.from_prepared, far)
+        each = [from_raw({"images": photo.pixels[None]}) for photo in batch]
+        found = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+        far, undecided = _compare(model, batch, expected, found, FROM_RAW, "the image itself")
+        proof.from_raw, proof.undecided = max(proof.from_raw, far), proof.undecided + undecided
+        proof.odd_sizes += sum(photo.odd for photo in batch)
+        proof.images += sum(not photo.odd for photo in batch)
+    return proof
+
+
+def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], Found]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings are on shapes that are not known before the images are
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no type in common
+        raise BundleError(f"onnxruntime cannot run what was made ({error}); nothing was written") from None
+    names = [output.name for output in session.get_outputs()]
+    return lambda given: dict(zip(names, session.run(names, given), strict=True))
+
+
+def _compare(
+    model: Model, batch: list[Photo], expected: Mapping[str, Any], found: Found, most: float, way: str
+) -> tuple[float, int]:
+    """Return the largest difference, and how many images have another label that may be; BundleError for one that may not."""
+    largest, undecided = 0.0, 0
+    for name, head in model.heads.items():
+        prefix = f"{name}_" if name else ""
+        own = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+        y, probabilities = expected[name]
+        far, wrong, sure = answers_differ(head.target, y, probabilities, own, most)
+        undecided += int((wrong & ~sure).sum())
+        largest = max(largest, float(far.max()))
+        for place in np.flatnonzero(~(far <= most) | (wrong & sure)):
+            says = "another label" if wrong[place] and far[place] <= most else f"{far[place]:.2g}, more than {most:g}"
+            raise BundleError(
+                f"nothing was written: from {way} the file is not as `predict` says of {batch[place].name}"
+                f"{f', target {name}' if name else ''}: {says}"
+            )
+    return largest, undecided
+
+
+def answers_differ(
+    target: Target, y: NDArray[Any], probabilities: NDArray[Any] | None, found: Found, most: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return of each of n images how far apart two answers are, whether the labels differ, and whether the label is sure.
+
+    y, probabilities : as `ModelBundle.said` returns them; found : the file's outputs
+    Returns float64, bool and bool of shape (n,).
+    """
+    n = len(y)
+    if isinstance(target, Classification):
+        far = np.zeros(n) if probabilities is None else np.abs(found["probabilities"] - probabilities).max(axis=1)
+        ordered = np.ones((n, 2)) * [0, 1] if probabilities is None else np.sort(probabilities, axis=1)
+        return far, found["label"] != target.decode(y), np.asarray(ordered[:, -1] - ordered[:, -2] > most)
+    if isinstance(target, MultiLabel):
+        far = np.abs(found["probabilities"] - probabilities)
+        sure = np.abs(probabilities - np.array(target.thresholds or 0.5)) > most
+        wrong = (found["labels"] != "") != y
+        return far.max(axis=1), wrong.any(axis=1), (wrong & sure).any(axis=1) | ~wrong.any(axis=1)
+    far = np.abs(found["number"] - y.reshape(n, -1)) / np.array(target.scale)
+    return far.max(axis=1), np.zeros(n, bool), np.ones(n, bool)

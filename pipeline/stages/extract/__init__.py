@@ -23,9 +23,8 @@ from pipeline.data import DatasetIndex, check_failures, failed_digests
 from pipeline.data.index import WrittenIndex
 from pipeline.data.scan import scan
 from pipeline.data.summary import ScanResult
-from pipeline.embed.concat import default_name, find_parts
-from pipeline.embed.installed import about_stand_in
-from pipeline.embed.records import EmbeddingRecord, read_records, write_records
+from pipeline.embed.published import about_stand_in
+from pipeline.embed.records import EmbeddingRecord, default_name, find_parts, read_records, write_records
 from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import DatasetIndex
-from pipeline.embed.known import named, open_store, place
+from pipeline.embed.records import named, open_store, place
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import PipelineError, StoreError
 from pipeline.experiment import FEATURES, USER, Artifacts, read_document, write_document

@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from pipeline.config import BackboneConfig, Config, names_code, names_vectors
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import CONSTANT_GUESSES
-from pipeline.embed import baselines, licenses
-from pipeline.embed.installed import stand_in
-from pipeline.embed.known import open_store, place, read_specs, spec_key, write_specs
-from pipeline.embed.records import load
+from pipeline.embed import baselines, published
+from pipeline.embed.published import stand_in
+from pipeline.embed.records import load, open_store, place, read_specs, spec_key, write_specs
 from pipeline.embed.spec import Embedder, EmbeddingSpec
 from pipeline.errors import StoreError, first
 from pipeline.experiment import Artifacts
@@ -62,12 +61,12 @@ def require_permitted(config: Config) -> None:
     BackboneError
         With one line for each that has not.
     """
-    licenses.require_permitted(config.licenses, ((section.title, _license(section)) for section in config.backbones))
+    published.require_permitted(config.licenses, ((section.title, _license(section)) for section in config.backbones))
 
 
 def _license(section: BackboneConfig) -> str:
     if names_vectors(section.name):
-        return licenses.UNKNOWN
+        return published.UNKNOWN
     from pipeline.embed import weights  # loads torch
 
     return weights.license_of(section)

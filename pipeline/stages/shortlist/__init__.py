@@ -23,8 +23,7 @@ from pipeline.data.scan import scan
 from pipeline.data.targets import Classification
 from pipeline.embed import baselines
 from pipeline.embed.backbone import Backbone, Cost
-from pipeline.embed.installed import STAND_IN
-from pipeline.embed.licenses import require_permitted
+from pipeline.embed.published import STAND_IN, require_permitted
 from pipeline.embed.spec import Embedder, probe_images
 from pipeline.embed.weights import license_of, to_fetch
 from pipeline.errors import BackboneError, ConfigError, DatasetError, PipelineError, number_of

@@ -34,8 +34,14 @@ from pipeline import heads as head_table
 from pipeline.config import Config, TuningConfig, dump_yaml
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import CONSTANT_GUESSES
-from pipeline.embed.concat import KIND, concatenated, open_features
-from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
+from pipeline.embed.records import (
+    CONCAT,
+    EmbeddingRecord,
+    concatenated,
+    open_features,
+    read_asked_records,
+    require_index,
+)
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation import METRICS, metric_of
 from pipeline.evaluation.audit import write_findings
@@ -239,7 +245,7 @@ def _embeddings(
 ) -> Iterator[Embedding]:
     """Yield what heads are tuned on: the backbones' embeddings, those side by side, baselines, and the guess without an image."""
     tuning, table = limited(config.tuning), TABLES[task.target.kind]
-    for kind, chosen in (("backbone", tuple(heads)), (KIND, tuple(heads)), ("baseline", (table.baseline,))):
+    for kind, chosen in (("backbone", tuple(heads)), (CONCAT, tuple(heads)), ("baseline", (table.baseline,))):
         for record in records:
             if record.kind == kind:
                 yield Embedding(chosen, unseen_task(task, record, config), tuning, record, stores[record.name])

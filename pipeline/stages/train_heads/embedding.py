@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import TuningConfig
 from pipeline.data import DatasetIndex
-from pipeline.embed.licenses import NO_WEIGHTS
+from pipeline.embed.published import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import UnfittedError
 from pipeline.export.bundle import ModelBundle

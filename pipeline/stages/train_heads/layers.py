@@ -14,8 +14,7 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
-from pipeline.embed.concat import open_features
-from pipeline.embed.records import EmbeddingRecord, read_asked_records, require_index
+from pipeline.embed.records import EmbeddingRecord, open_features, read_asked_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import Predictions, metric_of, metrics_for
 from pipeline.evaluation.learning_curve import stratified_order

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.embed.licenses import joined
+from pipeline.embed.published import joined
 from pipeline.errors import BundleError
 from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, scores
 from pipeline.evaluation.calibration import fit_calibrator
