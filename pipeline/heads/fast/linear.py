@@ -37,7 +37,7 @@ from pipeline.heads.fast.solvers import (
     turn_blocks,
 )
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, FoldOutcome, Problem, scaled, standardised
+from pipeline.heads.tuning.evaluation import Evaluate, Evaluator, FoldOutcome, Problem, scaled, standardised
 from pipeline.heads.tuning.room import problem_bytes
 
 LOGISTIC_TOLERANCE = 1e-4
@@ -232,25 +232,22 @@ def fit_each_label(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.int
     return pipeline.fit(X, y)
 
 
-def _unweighted(problem: Problem) -> bool:
+def unweighted(problem: Problem) -> bool:
     """Class weights would shift the centre the decomposition is taken around."""
     return scaled(problem) and getattr(configure(problem.head, {}, problem.seed)[-1], "class_weight", None) is None
 
 
-def _evaluator(
-    name: str, evaluate: Any, make: Make | None, usable: Callable[[Problem], bool] = scaled, quicker: bool = False
+def evaluator(
+    name: str, evaluate: Evaluate, make: Make | None, usable: Callable[[Problem], bool] = scaled, quicker: bool = False
 ) -> Evaluator:
+    """Return the evaluator of a linear head, of ridge where there is no family."""
     fit = partial(fit_in_blocks, make)
     return Evaluator(name, evaluate, partial(prepare, make), True, usable, fit_in_blocks=fit, quicker=quicker)
 
 
-LOGISTIC_REGRESSION = _evaluator("logistic_regression", likely, logistic_family)
-# At 2,500 x 512 and 20 classes LIBLINEAR takes twenty times as long to the same optimum.
-LINEAR_SVM = _evaluator("linear_svm", decided, hinge_family, quicker=True)
-RIDGE = _evaluator("ridge", decided, None, _unweighted)
-RIDGE_OF_NUMBERS = _evaluator("ridge_of_numbers", numbers, None, _unweighted)
+RIDGE_OF_NUMBERS = evaluator("ridge_of_numbers", numbers, None, unweighted)
 LOGISTIC_LABELS, HINGE_LABELS, RIDGE_LABELS = (
-    _evaluator("one_vs_rest", labels, make, quicker=True) for make in (logistic_family, hinge_family, None)
+    evaluator("one_vs_rest", labels, make, quicker=True) for make in (logistic_family, hinge_family, None)
 )
 
 

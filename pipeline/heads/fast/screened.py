@@ -171,4 +171,5 @@ def _few_epochs(problem: Problem, params: Params) -> Params:
 FOREST = Evaluator("forest", forest, usable=usable, screening=Screening(few, BUDGET, cost))
 FOREST_OF_NUMBERS = Evaluator("forest_of_numbers", generic, screening=Screening(few, BUDGET, cost))
 """Few trees of it are judged as they are."""
-MLP = Evaluator("mlp", generic, screening=Screening(_few_epochs, 4.0, _width))
+FEW_EPOCHS = Screening(_few_epochs, 4.0, _width)
+"""Of perceptrons."""
