@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from pipeline.heads.tuning import Projections, make_folds, memory_needed, tune
 from pipeline.heads.tuning.evaluation import derived_seed
 from pipeline.heads.tuning.features import Projection
 from pipeline.stages import train_heads
-from pipeline.stages.train_heads.embedding import Place
+from pipeline.stages.train_heads.task import objections
 
 REDUCED = TuningConfig(trials=1, jobs=1, pca=6)
 
@@ -140,15 +139,12 @@ def test_no_more_components_than_rows_and_dimensions(tmp_path: Path) -> None:
         assert run.pipeline["pca"].n_components_ == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "pca"), [("knn", 0.8), ("logistic_regression", 6), ("decision_tree", 0.8), ("random_forest", 6)]
-)
+@pytest.mark.parametrize(("name", "pca"), [("knn", 0.8), ("logistic_regression", 6), ("decision_tree", 0.8)])
 def test_every_head_can_work_on_components_of_features_on_disk(name: str, pca: Any, tmp_path: Path) -> None:
     X, y = network(240, 30, 3)
     folds, tuning = make_folds(y, 3, 0), TuningConfig(trials=2, jobs=1, pca=pca, whiten=True)
-    head = replace(HEADS[name], fixed={"n_estimators": 48}) if name == "random_forest" else HEADS[name]
-    here = tune(head, X, y, folds, tuning, 0, tmp_path / "here")
-    disk = tune(head, stored(tmp_path / "store", X), y, folds, tuning, 0, tmp_path / "disk")
+    here = tune(HEADS[name], X, y, folds, tuning, 0, tmp_path / "here")
+    disk = tune(HEADS[name], stored(tmp_path / "store", X), y, folds, tuning, 0, tmp_path / "disk")
     assert disk.best.params == here.best.params
     np.testing.assert_allclose(disk.best.fold_scores, here.best.fold_scores, atol=1.01 / 80)
     ours, theirs = disk.pipeline["pca"], here.pipeline["pca"]
@@ -197,11 +193,10 @@ def test_stage_two_records_the_components(tmp_path: Path) -> None:
 
 def test_components_make_room_for_every_head() -> None:
     shape = (1_000_000, 2048)
-    place = Place("net", shape, 10, memory_needed(shape), 8 * 10**9, pca=128, folds=5)
-    assert place.on_disk
-    assert all(place.objection(head) is None for head in HEADS.values())
-    share = replace(place, pca=0.95)
-    assert str(share.objection(HEADS["knn"])).endswith(
+    needed, tuning = memory_needed(shape), TuningConfig(memory="8GB", pca=128)
+    assert not any(objections(head, shape, 10, needed, tuning, folds=5) for head in HEADS.values())
+    share = tuning.model_copy(update={"pca": 0.95})
+    assert objections(HEADS["knn"], shape, 10, needed, share, folds=5)[0].endswith(
         "even with its features on disk it needs about 90.3 GB, and 8.0 GB are allowed; raise tuning.memory, set tuning.pca "
         "to a smaller number of components, or choose a layer or pooling with fewer numbers"
     )

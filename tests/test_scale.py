@@ -34,7 +34,7 @@ from pipeline.stages import extract, train_heads
 from pipeline.stages.extract.cluster import pays
 from pipeline.stages.extract.shard import Shard
 from pipeline.stages.extract.shard import run as run_shard
-from pipeline.stages.train_heads.embedding import Vectors
+from pipeline.stages.train_heads.task import Vectors
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import verify
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -300,46 +299,6 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(stop_after, tmp_path):
     assert len({(event["trial"], event["fold"]) for event in fits}) == len(fits) == needed - 3 - 1
 
 
-KILLED = """
-import sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import os, signal, threading
-import numpy as np
-import test_tuning as t
-from pipeline.heads import HEADS
-from pipeline.heads.tuning import tune, make_folds, journal
-append, seen = journal.Journal.append, []
-def dying(self, events):
-    append(self, events)
-    seen.extend(events)
-    if len(seen) >= int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-journal.Journal.append = dying
-X, y = t.features()
-tune(HEADS[sys.argv[3]], X, y, make_folds(y, 3, 0), t.TuningConfig(trials=8), 0, Path(sys.argv[1]))
-"""
-
-
-def test_a_killed_search_ends_as_an_uninterrupted_one(tmp_path):
-    name = "logistic_regression"
-    X, y = features()
-    folds = make_folds(y, 3, 0)
-    journal = tmp_path / "trials.jsonl"
-    root = Path(__file__).parents[1]
-    script = KILLED.format(root=str(root), tests=str(root / "tests"))
-    command = [sys.executable, "-c", script, str(journal), "16", name]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    finished = sum('"event":"fit"' in line for line in journal.read_text().splitlines())
-    assert finished > 0
-    resumed = tune(HEADS[name], X, y, folds, TuningConfig(trials=8), 0, journal)
-    whole = tune(HEADS[name], X, y, folds, TuningConfig(trials=8), 0, tmp_path / "whole.jsonl")
-    assert resumed.replayed == finished
-    assert summary(resumed) == summary(whole)
-    np.testing.assert_array_equal(resumed.out_of_fold.scores, whole.out_of_fold.scores)
-
-
 def test_another_search_begins_anew_and_says_so(tmp_path, caplog):
     caplog.set_level("INFO")
     X, y = features()
@@ -357,11 +316,11 @@ def test_another_search_begins_anew_and_says_so(tmp_path, caplog):
 
 
 HOLDING = """
-import sys
+import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from pipeline.heads.tuning.journal import Journal
-held = Journal.open(Path(sys.argv[1]), {"seed": 0})
+from pipeline.io import files
+held = files.open_alone(Path(sys.argv[1]), os.O_APPEND)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -369,6 +328,7 @@ sys.stdin.read()
 
 def test_two_processes_do_not_share_a_journal(tmp_path):
     journal = tmp_path / "trials.jsonl"
+    Journal.open(journal, {"seed": 0}).close()
     command = [sys.executable, "-c", HOLDING, str(journal), str(Path(__file__).parents[1])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"

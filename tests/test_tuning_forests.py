@@ -25,6 +25,17 @@ from pipeline.heads.tuning.journal import Journal
 FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 64})
 
 
+@pytest.fixture(scope="module")
+def whole_search(tmp_path_factory):
+    """A search of small forests: its arguments, what it found, and its fits."""
+    X, y = network(90, 12, 3)
+    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(strategy="random", trials=8, jobs=1), 0)
+    journal = tmp_path_factory.mktemp("whole") / "trials.jsonl"
+    run = tune(*arguments, journal)
+    events = map(json.loads, journal.read_text().splitlines())
+    return arguments, run, [event for event in events if event.get("event") == "fit"]
+
+
 def problem_of(head=FOREST, rows=150, dim=12, classes=3):
     X, y = network(rows, dim, classes)
     return Problem(head, X, y.astype(np.int64), Classification(tuple("abcdefghij"[:classes])), make_folds(y, 3, 0), 7)
@@ -116,7 +127,7 @@ def test_a_group_does_not_vouch_for_itself(tmp_path):
     X = (generator.normal(size=(60, 10))[groups] + 0.01 * generator.normal(size=(300, 10))).astype(np.float32)
     y = generator.integers(0, 2, 60)[groups]
     folds = make_folds(y, 3, 0, groups)
-    run = tune(FOREST, X, y, folds, TuningConfig(trials=6), 0, tmp_path / "trials.jsonl")
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
     estimates = [trial.estimate for trial in run.trials]
     assert max(estimates) < 0.7
 
@@ -159,17 +170,13 @@ def test_a_first_look_takes_as_long_as_the_defaults_whatever_a_split_costs():
     assert trees == {0.01: MOST, 0.04: FEW * 5 // 4, 0.05: FEW, 0.1: FEW // 2, 0.5: FEWEST}
 
 
-def test_a_first_look_is_at_few_trees(tmp_path):
-    X, y = network(90, 12, 3)
-    folds = make_folds(y, 2, 0)
-    tune(FOREST, X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
-    events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+def test_a_first_look_is_at_few_trees(whole_search):
+    (_, X, y, folds, *_), _, fits = whole_search
     problem = Problem(FOREST, X, y.astype(np.int64), Classification(tuple("abc")), folds, 0)
-    for event in events:
-        if event.get("event") == "fit" and event["rung"] == 0:
-            params = {**event["params"], **few(problem, event["params"])}
-            outcome = forest(problem, event["fold"], None, [params])[0]
-            assert event["score"] == np.mean(outcome.predictions == y[folds[event["fold"]][1]])
+    for event in [event for event in fits if event["rung"] == 0][::4]:
+        params = {**event["params"], **few(problem, event["params"])}
+        outcome = forest(problem, event["fold"], None, [params])[0]
+        assert event["score"] == np.mean(outcome.predictions == y[folds[event["fold"]][1]])
 
 
 def test_the_better_half_goes_on_and_never_fewer_than_two():
@@ -180,15 +187,13 @@ def test_the_better_half_goes_on_and_never_fewer_than_two():
     assert racing.better_half(scores, [4]) == [4]
 
 
-def test_of_those_that_go_on_the_better_half_is_fitted_further(tmp_path):
-    X, y = network(150, 12, 3)
-    run = tune(FOREST, X, y, make_folds(y, 5, 0), TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
-    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
-    fits = [event for event in map(json.loads, lines) if event.get("event") == "fit" and event["rung"] == 1]
-    fitted = [{event["trial"] for event in fits if event["fold"] == fold} for fold in range(5)]
+def test_of_those_that_go_on_the_better_half_is_fitted_further(whole_search):
+    _, run, all_fits = whole_search
+    fits = [event for event in all_fits if event["rung"] == 1]
+    fitted = [{event["trial"] for event in fits if event["fold"] == fold} for fold in range(3)]
     assert len(fitted[0]) > len(fitted[1]) >= 2
     scores = {(event["trial"], event["fold"]): event["score"] for event in fits}
-    for after in range(1, 5):
+    for after in range(1, 3):
         mean = {number: np.mean([scores[number, fold] for fold in range(after)]) for number in fitted[after - 1]}
         assert fitted[after] <= set(mean)
         assert len(fitted[after]) <= max(2, (len(mean) + 1) // 2)
@@ -196,8 +201,8 @@ def test_of_those_that_go_on_the_better_half_is_fitted_further(tmp_path):
             (mean[number] for number in mean if number not in fitted[after]), default=0
         )
     stopped = fitted[0] - fitted[1]
-    assert all(run.trials[number].reason.endswith("behind the best after 1 of 5 folds") for number in stopped)
-    assert {trial.number for trial in run.trials if trial.mean is not None} == fitted[4]
+    assert all(run.trials[number].reason.endswith("behind the best after 1 of 3 folds") for number in stopped)
+    assert {trial.number for trial in run.trials if trial.mean is not None} == fitted[2]
 
 
 # The search -----------------------------------------------------------------------------------------------------------
@@ -256,7 +261,7 @@ def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
     gaps = []
     for seed, scoring in enumerate(("accuracy", "log_loss")):
         X, y = network(120, 16, 4, seed)
-        arguments = (make_folds(y, 2, seed), TuningConfig(trials=6, strategy="random", scoring=scoring, jobs=1), seed)
+        arguments = (make_folds(y, 2, seed), TuningConfig(trials=4, strategy="random", scoring=scoring, jobs=1), seed)
         climbed = tune(FOREST, X, y, *arguments, tmp_path / f"climbed{seed}.jsonl")
         whole = tune(replace(FOREST, evaluator=None), X, y, *arguments, tmp_path / f"whole{seed}.jsonl")
         assert [trial.params for trial in whole.trials] == [trial.params for trial in climbed.trials]
@@ -274,17 +279,10 @@ def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
     assert np.mean(gaps) <= 0.5
 
 
-@pytest.fixture(scope="module")
-def whole_search(tmp_path_factory):
-    """A search of small forests, and its arguments."""
-    X, y = network(90, 12, 3)
-    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(trials=8, jobs=1), 0)
-    return arguments, tune(*arguments, tmp_path_factory.mktemp("whole") / "trials.jsonl")
-
-
-@pytest.mark.parametrize("stop_after", [3, 27])
-def test_an_interrupted_search_of_forests_ends_the_same(stop_after, whole_search, tmp_path, monkeypatch):
-    arguments, whole = whole_search
+def test_a_search_of_forests_that_is_interrupted_among_those_that_go_on_ends_the_same(
+    whole_search, tmp_path, monkeypatch
+):
+    (arguments, whole, _), stop_after = whole_search, 27
     append, seen = Journal.append, []
 
     def dying(self, events):
@@ -304,8 +302,9 @@ def test_an_interrupted_search_of_forests_ends_the_same(stop_after, whole_search
 
 
 def test_the_number_of_jobs_does_not_change_forests(whole_search, tmp_path):
-    (head, X, y, folds, _, seed), whole = whole_search
-    run = tune(head, X, y, folds, TuningConfig(trials=8, jobs=3), seed, tmp_path / "trials.jsonl")
+    (head, X, y, folds, _, seed), whole, _ = whole_search
+    tuning = TuningConfig(strategy="random", trials=8, jobs=3)
+    run = tune(head, X, y, folds, tuning, seed, tmp_path / "trials.jsonl")
     assert summary(run) == summary(whole)
     assert np.array_equal(run.out_of_fold.scores, whole.out_of_fold.scores)
 

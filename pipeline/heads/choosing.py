@@ -15,8 +15,7 @@ from sklearn.pipeline import Pipeline
 from pipeline.config import HeadConfig, Scalar, guess, unknown
 from pipeline.errors import HeadError, number_of
 from pipeline.experiment import plain
-from pipeline.heads.head import Head, Params, configure
-from pipeline.heads.space import Categorical, Dimension, Integer
+from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, configure
 from pipeline.heads.table import TABLES
 from pipeline.heads.tuning.evaluation import Evaluator
 from pipeline.io.imports import users_module
@@ -26,12 +25,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     """Return the head a config names for a kind of target, with its space narrowed or widened and its class weights set.
 
     A range is `[low, high]` and keeps its prior, a categorical parameter takes the list of its choices, and a list of
-    one value fixes the parameter. Defaults outside a new range move to its nearest end.
-
-    Raises
-    ------
-    HeadError
-        With one line for every problem of this head.
+    one value fixes the parameter. Defaults outside a new range move to its nearest end. A HeadError has one line for every problem.
     """
     heads = TABLES[kind].known
     if ":" not in config.name and config.name not in heads:
@@ -57,8 +51,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
             fixed[key] = values[0]
             del space[key], defaults[key]
         else:
-            space[key] = _changed(head.space[key], values)
-            defaults[key] = _nearest(space[key], defaults[key])
+            space[key], defaults[key] = _changed(head.space[key], values, defaults[key])
     build = head.build
     if config.class_weight is not None:
         if head.takes_class_weight:
@@ -153,17 +146,12 @@ def _kind(value: object) -> str:
     return "text" if isinstance(value, str) else "numbers"
 
 
-def _changed(dimension: Dimension, values: Sequence[Scalar]) -> Dimension:
+def _changed(dimension: Dimension, values: Sequence[Any], default: Any) -> tuple[Dimension, Any]:
+    """Return a dimension with other values, and the one of them that is nearest to its default."""
     if isinstance(dimension, Categorical):
-        return Categorical(tuple(values))
+        return Categorical(tuple(values)), default if default in values else values[0]
     low, high = values
-    return replace(dimension, low=low, high=high)  # type: ignore[arg-type]  # numbers, as `_mismatch` has seen
-
-
-def _nearest(dimension: Dimension, value: Any) -> Any:
-    if isinstance(dimension, Categorical):
-        return value if value in dimension.categories else dimension.categories[0]
-    return min(max(value, dimension.low), dimension.high)
+    return replace(dimension, low=low, high=high), min(max(default, low), high)
 
 
 def held_at(head: Head, params: Params) -> Head:
@@ -173,14 +161,12 @@ def held_at(head: Head, params: Params) -> Head:
             f"head {head.name}: its stored parameters are {', '.join(params) or 'none'}, and it is searched over "
             f"{', '.join(head.space) or 'none'} now; run `manyheads heads` again"
         )
-    point = {key: _choice(head.space[key], value) for key, value in params.items()}
+    point = {}
+    for key, value in params.items():
+        dimension = head.space[key]
+        choices = dimension.categories if isinstance(dimension, Categorical) else ()
+        point[key] = next((choice for choice in choices if plain(choice) == plain(value)), value)  # JSON has made lists
     return replace(head, space={key: Categorical((value,)) for key, value in point.items()}, defaults=point)
-
-
-def _choice(dimension: Dimension, value: Any) -> Any:
-    """Return what JSON has made a list of as it was."""
-    choices = dimension.categories if isinstance(dimension, Categorical) else ()
-    return next((choice for choice in choices if plain(choice) == plain(value)), value)
 
 
 def load_own(path: str) -> Head:

@@ -26,8 +26,7 @@ from tabulate import tabulate
 from pipeline.heads import in_context
 from pipeline.heads.cosine import CosineVote
 from pipeline.heads.fast import kernel, linear, screened
-from pipeline.heads.head import Head
-from pipeline.heads.space import Categorical, Dimension, Integer, Real
+from pipeline.heads.head import Categorical, Dimension, Head, Integer, Real
 from pipeline.heads.tuning.evaluation import Evaluator, generic
 
 
@@ -278,14 +277,8 @@ def shares_of_labels(y: NDArray[np.bool_], width: int) -> Head:
     return Head("constant", build, {}, {}, simplicity=-1, targets=("multilabel",), probabilities=True)
 
 
-def mean_of_training(y: NDArray[np.float64], width: int) -> Head:
-    """The guess that needs no image: the mean of the training images, fold by fold.
-
-    y : of all training images, float64 of shape (n,) or (n, k); it is not looked at
-    """
-    return Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
-
-
+MEAN = Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
+"""The guess that needs no image: the mean of the training images, fold by fold."""
 TABICL = Head("tabicl", in_context.build, space={}, defaults={}, simplicity=9, probabilities=True)
 
 
@@ -309,7 +302,7 @@ class HeadTable:
 TABLES: Mapping[str, HeadTable] = {
     "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent, {TABICL.name: TABICL}),
     "multilabel": HeadTable(OF_LABELS, OF_LABELS["logistic_regression"], shares_of_labels),
-    "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], mean_of_training),
+    "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], lambda y, width: MEAN),
 }
 """By the kind of target, as `pipeline.data.targets` names them."""
 

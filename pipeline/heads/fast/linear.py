@@ -124,11 +124,12 @@ def _shared(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) ->
     return Prepared(axes, present, columns, held, path=Path(axes, make(targets, weights, problem.target.exclusive)))
 
 
-def _solve(problem: Problem, prepared: Prepared, batch: Sequence[Params]) -> Array:
-    """Return the weights of candidates, shape (rank + 1, len(batch), columns)."""
+def _solve(problem: Problem, prepared: Prepared, batch: Sequence[Params], once: bool = False) -> Array:
+    """Return the weights of candidates, shape (rank + 1, len(batch), columns); with `once` of one that no other follows."""
     models = [configure(problem.head, params, problem.seed)[-1] for params in batch]
     if prepared.path is not None:
-        found = prepared.path.solve(np.array([1 / float(model.C) for model in models]))
+        penalties = np.array([1 / float(model.C) for model in models])
+        found = prepared.path.solve_once(penalties[0]) if once else prepared.path.solve(penalties)
         return found.reshape(len(found), len(batch), prepared.columns)
     solved = []
     for model in models:
@@ -208,7 +209,9 @@ def fit_in_blocks(make: Make | None, problem: Problem, params: Params, y: NDArra
     rows = np.arange(len(y))
     axes = turn_blocks(problem.X, rows, rows[:0])
     prepared = _shared(make, problem, axes, y)
-    weights = _solve(problem, prepared, [params])[:, 0]
+    weights = _solve(problem, prepared, [params], once=problem.on_disk)[
+        :, 0
+    ]  # each step there is two passes over all rows
     pipeline = configure(problem.head, params, problem.seed)
     pipeline.steps[0] = (pipeline.steps[0][0], axes.train.data.scaler)
     last = problem.head.fit(Pipeline(pipeline.steps[-1:]), np.zeros((len(prepared.present), 1)), prepared.present)

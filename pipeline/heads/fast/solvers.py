@@ -9,7 +9,7 @@ the features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,57 +68,41 @@ def turn(train: Array, held_out: Array) -> Axes:
 
 @dataclass(frozen=True)
 class Turned:
-    """Standardised rows on the axes of their covariance, with a column of ones: a matrix that is never made.
+    """Standardised rows on the axes of their covariance, with a column of ones: a matrix that is never made, or its transpose.
 
-    The axes turn the weights and not the rows: (X V) w = X (V w). It knows the products that are made here.
+    The axes turn the weights and not the rows: (X V) w = X (V w).
     """
 
     data: Standardised
     vectors: Array
-
-    __array_ufunc__ = None  # an array on the left leaves the product to `__rmatmul__`
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
         return int(self.vectors.nbytes)
 
+    @property
+    def T(self) -> Turned:
+        """The other one."""
+        return replace(self, transposed=not self.transposed)
+
     def __len__(self) -> int:
         return len(self.data.rows)
 
-    def __matmul__(self, weights: Array) -> Array:
-        turned = self.vectors @ weights[:-1]
-        made = np.empty((len(self), weights.shape[1]), dtype=np.float32)
+    def __matmul__(self, columns: Array) -> Array:
+        if self.transposed:
+            total = np.zeros((len(self.vectors), columns.shape[1]))
+            for place, block in self.data.blocks():
+                total += block.T @ columns[place]
+            ones = columns.sum(axis=0, dtype=np.float64)
+            return np.vstack([self.vectors.T @ total.astype(np.float32), ones[None, :].astype(np.float32)])
+        turned = self.vectors @ columns[:-1]
+        made = np.empty((len(self), columns.shape[1]), dtype=np.float32)
         for place, block in self.data.blocks():
             made[place] = block @ turned
-        made += weights[-1]
+        made += columns[-1]
         return made
-
-    def __rmatmul__(self, slopes: Array) -> Array:
-        return (self.T @ slopes.T).T
-
-    @property
-    def T(self) -> _Transposed:
-        """The transposed matrix, for its products."""
-        return _Transposed(self)
-
-
-@dataclass(frozen=True)
-class _Transposed:
-    T: Turned
-
-    __array_ufunc__ = None
-
-    def __matmul__(self, slopes: Array) -> Array:
-        vectors = self.T.vectors
-        total = np.zeros((len(vectors), slopes.shape[1]))
-        for place, block in self.T.data.blocks():
-            total += block.T @ slopes[place]
-        ones = slopes.sum(axis=0, dtype=np.float64)
-        return np.vstack([vectors.T @ total.astype(np.float32), ones[None, :].astype(np.float32)])
-
-    def __rmatmul__(self, weights: Array) -> Array:
-        return (self.T @ weights.T).T
 
 
 def turn_blocks(X: Features, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Axes:
@@ -247,14 +231,21 @@ class Path:
         repeated = np.repeat(penalties, family.width)
         return minimise(self._axes, family, repeated, start, thetas)
 
+    def solve_once(self, penalty: float) -> Array:
+        """Return the solution at one penalty from zero, in fewer steps than by anchors, of which no other solution has the use."""
+        return minimise(self._axes, self._family, np.full(self._family.width, penalty), *self._nothing())
+
+    def _nothing(self) -> tuple[Array, Array]:
+        width = self._family.width
+        zero = np.zeros((len(self._axes.squares), width, self._family.columns), np.float32)
+        return zero, np.full(width, 0.25, np.float32)
+
     def _extend(self) -> None:
         """Solve the next anchor."""
         penalty = 10 ** (-(self._first + len(self._weights)) / ANCHORS_PER_DECADE)
         if self._state is None:
-            width = self._family.width
-            zero = np.zeros((len(self._axes.squares), width, self._family.columns), np.float32)
-            theta = np.full(width, 0.25, np.float32)
-            self._state = _State(self._axes, self._family, np.full(width, penalty), zero, theta)
+            penalties = np.full(self._family.width, penalty)
+            self._state = _State(self._axes, self._family, penalties, *self._nothing())
         else:
             self._state.repenalise(penalty)
         self._state.run(self._axes, self._family.tolerance)
@@ -268,15 +259,10 @@ def minimise(axes: Axes, family: Family, penalties: NDArray[np.float64], start: 
     The curvature along axis j is taken as penalty + theta * squares[j]; theta follows from the last step. All problems
     of a batch share the two products with the features per step; a problem that has converged leaves it.
 
-    Parameters
-    ----------
     penalties : ndarray of shape (problems,)
     start : ndarray of shape (rank + 1, problems, columns), float32
     theta : ndarray of shape (problems,), float32
-
-    Returns
-    -------
-    weights : ndarray of shape (rank + 1, problems, columns), float32
+    Returns weights, an ndarray of shape (rank + 1, problems, columns), float32.
     """
     solution = np.empty_like(start)
     running = np.arange(len(penalties))
@@ -420,8 +406,8 @@ def _product(matrix: Any, vectors: Array) -> Array:
     """matrix @ vectors for vectors of shape (m, problems, columns), as one product."""
     flat = vectors.reshape(vectors.shape[0], -1)
     # With few columns BLAS is a quarter faster at the transposed product.
-    made: Array = (flat.T @ matrix.T).T.reshape(-1, *vectors.shape[1:])
-    return made
+    made: Array = matrix @ flat if isinstance(matrix, Turned) else (flat.T @ matrix.T).T
+    return made.reshape(-1, *vectors.shape[1:])
 
 
 def _dot(a: Array, b: Array) -> Array:

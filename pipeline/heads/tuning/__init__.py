@@ -10,7 +10,7 @@ from pipeline.heads.tuning.folds import Folds, growing, make_folds
 from pipeline.heads.tuning.journal import seconds_of_trials
 from pipeline.heads.tuning.last_fit import refit
 from pipeline.heads.tuning.room import limited, memory_needed, memory_needed_on_disk
-from pipeline.heads.tuning.search import TuningRun, check, fit_folds, tune
+from pipeline.heads.tuning.search import TuningRun, check, fits_of, tune
 from pipeline.heads.tuning.strategies import neighbours, require
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "TuningRun",
     "blocks",
     "check",
-    "fit_folds",
+    "fits_of",
     "growing",
     "limited",
     "make_folds",

@@ -139,37 +139,24 @@ class Screening:
     """What a candidate's full fit costs against others'."""
 
 
-# Functions with a name, so that a head can be pickled.
-def _nothing(problem: Problem, fold: int) -> None:
-    return None
-
-
-def _always(problem: Problem) -> bool:
-    return True
-
-
-def _no_bytes(problem: Problem) -> int:
-    return 0
-
-
 Evaluate = Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
 """(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate, of what `Problem.matrices` judges."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """One way to judge parameters on a fold."""
+    """One way to judge parameters on a fold; of functions with a name, so that a head can be pickled."""
 
     name: str
     """What journals call it."""
     evaluate: Evaluate
-    prepare: Callable[[Problem, int], Any] = _nothing
+    prepare: Callable[[Problem, int], Any] | None = None
     """What all candidates share on a fold, made once."""
     together: bool = False
     """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
-    usable: Callable[[Problem], bool] = _always
-    """Whether it can serve this problem."""
-    work_bytes: Callable[[Problem], int] = _no_bytes
+    usable: Callable[[Problem], bool] | None = None
+    """Whether it can serve a problem; None where it serves all."""
+    work_bytes: Callable[[Problem], int] | None = None
     """What a fold's work takes besides copies of the features. Where a limit leaves less, the generic evaluator serves."""
     screening: Screening | None = None
     """A cheap version that is tried first; without one, all candidates are fitted in full."""
@@ -219,10 +206,7 @@ GENERIC = Evaluator("generic", generic)
 def evaluator_for(problem: Problem) -> Evaluator:
     """Return the head's evaluator, or the generic one where it has none or cannot be served.
 
-    Raises
-    ------
-    HeadError
-        When the features are on disk and the head cannot be fitted there.
+    HeadError where the features are on disk and the head cannot be fitted there.
     """
     evaluator = problem.head.evaluator or GENERIC
     if problem.on_disk and not works_on_disk(problem.head):
@@ -230,15 +214,14 @@ def evaluator_for(problem: Problem) -> Evaluator:
             f"head {problem.head.name}: cannot be fitted on features that are larger than memory; set tuning.pca, or raise "
             "tuning.memory"
         )
-    return evaluator if evaluator.usable(problem) else GENERIC
+    return evaluator if evaluator.usable is None or evaluator.usable(problem) else GENERIC
 
 
 def works_on_disk(head: Head) -> bool:
     """Whether a head can be fitted on features that stay on disk."""
-    if head.evaluator is None or head.evaluator.fit_in_blocks is None:
-        return False
-    nothing = Problem(head, np.empty((0, 0), np.float32), np.empty(0, np.int64), ANY_CLASSES, (), 0)
-    return head.evaluator.usable(nothing)
+    own, nothing = head.evaluator, np.empty((0, 0), np.float32)
+    problem = Problem(head, nothing, np.empty(0, np.int64), ANY_CLASSES, (), 0)
+    return own is not None and own.fit_in_blocks is not None and (own.usable is None or own.usable(problem))
 
 
 def scaled(problem: Problem) -> bool:
@@ -341,7 +324,7 @@ class Shared:
         with self._locks[fold]:
             if fold in self._kept:
                 return self._kept[fold]
-            made = self.evaluator.prepare(self._problem, fold)
+            made = self.evaluator.prepare and self.evaluator.prepare(self._problem, fold)
             if sum(getattr(kept, "nbytes", 0) for kept in [*self._kept.values(), made]) <= self._limit:
                 self._kept[fold] = made
             return made

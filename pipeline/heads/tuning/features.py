@@ -151,10 +151,6 @@ class Projection:
             made[place] = self.pca.transform(self.scaler.transform(block))
         return made
 
-    def before(self, head: Pipeline) -> Pipeline:
-        """Return the pipeline of these two and the steps of a fitted head."""
-        return Pipeline([("scaler", self.scaler), ("pca", self.pca), *head.steps])
-
 
 def _fit_products(pca: PCA, products: NDArray[np.float64], n: int) -> PCA:
     """Fit a PCA from X'X of n centred rows, as scikit-learn does from the rows."""

@@ -28,20 +28,12 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
     rows of the fold that holds it out, so that row is always predicted wrongly. When even the largest class, or the
     number of groups, is smaller than `n_folds`, there are as many folds as it allows, and a warning says so.
 
-    Parameters
-    ----------
     y : array of shape (n,), of any dtype; or int64 of shape (n, k), the several strata that a row is of, -1 for none, each of
         which is kept in proportion
     groups : array of shape (n,), of any dtype, or None
 
-    Returns
-    -------
-    For each fold the numbers of its training and of its held-out rows, int64 of shape (k,) and (n - k,).
-
-    Raises
-    ------
-    HeadError
-        When no two folds can be made.
+    Returns for each fold the numbers of its training and of its held-out rows, int64 of shape (k,) and (n - k,); HeadError where no
+    two folds can be made.
     """
     given = np.asarray(y)
     several = given.ndim > 1

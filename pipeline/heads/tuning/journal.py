@@ -57,14 +57,9 @@ def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
     }
 
 
-def fit_key(rung: int, params: Params, fold: int) -> str:
-    """Return what tells one fit of a search from another."""
-    return canonical_json([rung, dict(params), fold])
-
-
-def trial_key(rung: int, params: Params) -> str:
-    """Return what tells one candidate on a rung from another."""
-    return canonical_json([rung, dict(params)])
+def key(rung: int, params: Params, *fold: int) -> str:
+    """Return what tells one candidate on a rung, or its fit on a fold, from another."""
+    return canonical_json([rung, dict(params), *fold])
 
 
 def fit_event(
@@ -110,10 +105,7 @@ class Journal:
     def open(path: Path, identity: Mapping[str, Any]) -> Journal:
         """Open the journal of the search that `identity` names, or begin it.
 
-        Raises
-        ------
-        HeadError
-            When the file cannot be written, or another process is writing it.
+        HeadError where the file cannot be written, or another process is writing it.
         """
         header = {"format": TRIALS.format, "version": TRIALS.version, MADE_BY: made_by()}
         header |= {"digest": fingerprint(identity), "identity": identity}
@@ -142,10 +134,7 @@ class Journal:
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Write events in one piece and wait until they are on disk.
 
-        Raises
-        ------
-        HeadError
-            When they cannot be written, for instance on a full disk.
+        HeadError where they cannot be written, for instance on a full disk.
         """
         data, digest = to_lines(events, self._digest)
         try:

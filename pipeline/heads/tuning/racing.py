@@ -38,7 +38,7 @@ from pipeline.heads.tuning.evaluation import (
     failed,
     working_memory,
 )
-from pipeline.heads.tuning.journal import Journal, fit_event, fit_key, replay, trial_key
+from pipeline.heads.tuning.journal import Journal, fit_event, key, replay
 from pipeline.heads.tuning.room import is_spread, room_for, spread
 from pipeline.io.imports import look_in
 
@@ -110,7 +110,7 @@ class FoldFits:
 
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
         self.evaluator = evaluator_for(problem)
-        needed = self.evaluator.work_bytes(problem)
+        needed = self.evaluator.work_bytes(problem) if self.evaluator.work_bytes else 0
         room = room_for(problem, tuning, needed)
         if room.work_bytes is not None and room.work_bytes < needed:
             log.info(
@@ -135,11 +135,11 @@ class FoldFits:
         """Called as fits end, when they are in `done`."""
         fits = [event for event in journal.events if event["event"] == "fit"]
         ended = [event for event in journal.events if event["event"] == "trial"]
-        self._judged = {trial_key(event["rung"], event["params"]): event["estimate"] for event in ended}
+        self._judged = {key(event["rung"], event["params"]): event["estimate"] for event in ended}
         if not self.metric.mean_of_images:
             # The journal keeps no predictions, so what was not judged as a whole before a kill is fitted again.
-            fits = [event for event in fits if trial_key(event["rung"], event["params"]) in self._judged]
-        self._known = {fit_key(event["rung"], event["params"], event["fold"]): event for event in fits}
+            fits = [event for event in fits if key(event["rung"], event["params"]) in self._judged]
+        self._known = {key(event["rung"], event["params"], event["fold"]): event for event in fits}
         self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
         self._start = time.perf_counter()
 
@@ -159,7 +159,7 @@ class FoldFits:
         groups = [list(candidates)] if self.evaluator.together else [[one] for one in candidates]
         pending = []
         for fold, group in itertools.product(stage, filter(None, groups)):
-            known = [self._known.get(fit_key(rung, one.params, fold)) for one in group]
+            known = [self._known.get(key(rung, one.params, fold)) for one in group]
             if all(known):
                 self.replayed += len(group)
                 for one, event in zip(group, known, strict=True):
@@ -230,7 +230,7 @@ class FoldFits:
         held_out = [rows for _, rows in self.problem.folds]
         if self.metric.mean_of_images:
             return float(np.average(one.scores(len(held_out)), weights=[len(rows) for rows in held_out]))
-        known = self._judged.get(trial_key(rung, one.params))
+        known = self._judged.get(key(rung, one.params))
         return (
             self.metric.score(_answers(self.problem, self.metric, held_out, one.fitted))
             if known is None

@@ -142,10 +142,7 @@ def spread(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> It
 def on(engine: Engine | None) -> Iterator[None]:
     """Choose the backend of an engine; without one nothing is changed.
 
-    Raises
-    ------
-    PipelineError
-        When it is not installed, or there is no cluster at that address.
+    PipelineError where it is not installed, or there is no cluster at that address.
     """
     if engine is None:
         yield

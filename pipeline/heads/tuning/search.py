@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -24,7 +24,7 @@ from pipeline.evaluation import METRICS, Predictions, metric_of
 from pipeline.evaluation.leaderboard.rows import LastFit
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
-from pipeline.heads.tuning.evaluation import FoldOutcome, Measured, Problem, Screening, counting_warnings
+from pipeline.heads.tuning.evaluation import Measured, Problem, Screening, counting_warnings
 from pipeline.heads.tuning.features import Features, Projections, blocks, without_scaler
 from pipeline.heads.tuning.folds import Folds
 from pipeline.heads.tuning.journal import Journal, search_identity
@@ -55,6 +55,11 @@ class TuningRun:
     pipeline: Pipeline
     fit_seconds: float
     last_fit: LastFit
+
+    @property
+    def mean(self) -> float:
+        """The score of the best."""
+        return float(self.best.mean or 0.0)
 
 
 def check(head: Head, tuning: TuningConfig, kind: str = "classification") -> list[str]:
@@ -92,8 +97,6 @@ def tune(
     which decides what is kept between fits and how many run at once; with `tuning.seconds` also on the machine.
     Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
-    Parameters
-    ----------
     X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, see
         `memory_needed`. `StoredRows` stay on disk and are read in blocks, by the heads that can be fitted so.
     y : what the target makes of labels, classes also by name: array of shape (n,), or (n, k); the fitted pipeline predicts what
@@ -101,10 +104,7 @@ def tune(
     journal : the JSON-lines file of this search's fits; what it holds of the same search is not fitted again
     projections : of this X, to share what is found for `tuning.pca` with searches of other heads
 
-    Raises
-    ------
-    HeadError
-        When the head cannot be tuned as configured, no trial could be fitted, or the journal cannot be written.
+    HeadError where the head cannot be tuned as configured, no trial could be fitted, or the journal cannot be written.
     """
     problems = check(head, tuning, target.kind)
     if problems:
@@ -115,48 +115,29 @@ def tune(
             f"the features hold NaN or infinity, first within rows {wrong.start} to {min(wrong.stop, len(X)) - 1}; extract them again in fp32"
         )
     given = np.asarray(y)
-    with _begun(head, X, given, folds, tuning, seed, journal, projections, target) as (fits, classes):
+    with fits_of(head, X, given, folds, tuning, seed, journal, projections, target) as (fits, classes):
         search = _Search(fits)
         best = search.run()
         out_of_fold, training = _out_of_fold(fits, best, search.kept)
+        elapsed = fits.elapsed()
     promised, learned = Promise.of(best.mean or 0.0, training), fits.problem.target.learned(given)
-    fitted = fit_as_promised(fits.problem, best.params, learned, fits.jobs, fits.metric, promised)
+    pipeline, seconds, told = fit_as_promised(fits.problem, best.params, learned, fits.jobs, fits.metric, promised)
     return TuningRun(
         classes=classes,
         trials=tuple(search.trials),
         best=best,
         scoring=fits.metric.name,
-        seconds=fits.elapsed(),
+        seconds=elapsed,
         replayed=fits.replayed,
         out_of_fold=out_of_fold,
-        pipeline=fitted.pipeline,
-        fit_seconds=fitted.seconds,
-        last_fit=fitted.record(best.warnings, promised),
+        pipeline=pipeline,
+        fit_seconds=seconds,
+        last_fit=changed(told, fold_warnings=best.warnings),
     )
 
 
-def fit_folds(
-    head: Head,
-    points: Sequence[Params],
-    X: Features,
-    y: NDArray[Any],
-    folds: Folds,
-    tuning: TuningConfig,
-    seed: int,
-    journal: Path,
-    projections: Projections | None,
-    target: Target,
-) -> list[list[FoldOutcome]]:
-    """Fit each of some points on every fold, as a search does, and choose nothing; a list of outcomes by fold for each point.
-
-    The arguments are those of `tune`; only the name of the search is written to `journal`.
-    """
-    with _begun(head, X, y, folds, tuning, seed, journal, projections, target) as (fits, _):
-        return [fits.on_every_fold(params) for params in points]
-
-
 @contextmanager
-def _begun(
+def fits_of(
     head: Head,
     X: Features,
     y: NDArray[Any],
@@ -164,10 +145,10 @@ def _begun(
     tuning: TuningConfig,
     seed: int,
     journal: Path,
-    projections: Projections | None,
-    target: Target,
+    projections: Projections | None = None,
+    target: Target = ANY_CLASSES,
 ) -> Iterator[tuple[FoldFits, NDArray[Any]]]:
-    """Open the journal of a search, and yield its fits and the classes that occur."""
+    """Open the journal of a search, and yield its fits and the classes that occur; the arguments are those of `tune`."""
     narrowed, codes, classes = target.narrowed(y)
     tuning = tuning.model_copy(update={"scoring": metric_of(tuning.scoring, narrowed).name})
     problem = Problem(head, X, codes, narrowed, tuple(folds), seed)
@@ -198,21 +179,26 @@ class _Search:
         limit = tuning.trials if tuning.seconds is None else MOST_TRIALS
         asked = strategies.rounds(tuning.strategy, head.space, head.defaults, tuning.trials, self.problem.seed)
         with bar(limit, "trials", head.name) as progress:
-            # A trial of many rows takes hours, so the fits are told too.
-            self.fits.tell = lambda: progress.note(
-                ", ".join(filter(None, [self._best_so_far(), f"{self.fits.done} fits"]))
-            )
+
+            def tell() -> None:
+                estimates = self._estimates()
+                best = [f"best {tuning.scoring} {abs(max(estimates)):.4f}"] if estimates else []
+                progress.note(", ".join([*best, f"{self.fits.done} fits"]))
+
+            self.fits.tell = tell  # a trial of many rows takes hours, so the fits are told too
             points = next(asked, None)
             while points and not self._hopeless(len(points)):
                 first = len(self.trials)
                 fresh = self._race(dict(enumerate(points[: limit - first], first)), rung=0)
                 self.trials += fresh
                 progress.update(len(fresh))
-                self.fits.tell()
+                tell()
                 if len(self.trials) >= limit or not self.fits.time_left():
                     break
+                # A failed trial counts as the worst seen, so that the surrogate keeps away from it.
+                worst = min(self._estimates(), default=None)
                 try:
-                    points = asked.send(self._told(fresh))
+                    points = asked.send([worst if trial.status == "failed" else trial.estimate for trial in fresh])
                 except StopIteration:
                     points = None
             self._promote()
@@ -220,15 +206,6 @@ class _Search:
 
     def _estimates(self) -> list[float]:
         return [trial.estimate for trial in self.trials if trial.estimate is not None]
-
-    def _best_so_far(self) -> str:
-        estimates = self._estimates()
-        return f"best {self.tuning.scoring} {abs(max(estimates)):.4f}" if estimates else ""
-
-    def _told(self, fresh: Sequence[Trial]) -> list[float | None]:
-        """Return what the strategy is told: a failed trial counts as the worst seen, so that the surrogate keeps away from it."""
-        worst = min(self._estimates(), default=None)
-        return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
 
     def _hopeless(self, size: int) -> bool:
         """Whether the first two rounds failed to the last trial: more would fail too."""
@@ -248,12 +225,22 @@ class _Search:
         return trials
 
     def _promote(self) -> None:
-        """Fit in full what came through a screening, and the defaults; there the better half goes on from fold to fold."""
+        """Fit in full what came through a screening, and the defaults; there the better half goes on from fold to fold.
+
+        What is most worth a full fit comes first, as long as the budget lasts; the best estimate does whatever it costs.
+        """
         screening = self.fits.evaluator.screening
         if screening is None:
             return
-        chosen = sorted({*self._affordable(self._promising(screening), screening), 0})
-        for trial in self._race({number: self.trials[number].params for number in chosen}, rung=1):
+        left, chosen = screening.budget * screening.cost(self.problem, self.problem.head.defaults), {0}
+        promising = self._promising(screening)
+        best = max(promising, key=lambda trial: trial.estimate or 0.0, default=None)
+        for trial in promising:
+            cost = screening.cost(self.problem, trial.params)
+            if trial is best or cost <= left:
+                chosen.add(trial.number)
+                left -= cost
+        for trial in self._race({number: self.trials[number].params for number in sorted(chosen)}, rung=1):
             self.trials[trial.number] = trial
 
     def _promising(self, screening: Screening) -> list[Trial]:
@@ -270,18 +257,6 @@ class _Search:
             self.fits.metric.bounded,
         )
         return [judged[place] for place in np.argsort(-value, kind="stable")]
-
-    def _affordable(self, trials: Sequence[Trial], screening: Screening) -> list[int]:
-        """Return the trials, in this order, that fit into the budget; the best estimate does whatever it costs."""
-        left = screening.budget * screening.cost(self.problem, self.problem.head.defaults)
-        best = max(trials, key=lambda trial: trial.estimate or 0.0, default=None)
-        chosen = []
-        for trial in trials:
-            cost = screening.cost(self.problem, trial.params)
-            if trial is best or cost <= left:
-                chosen.append(trial.number)
-                left -= cost
-        return chosen
 
     def _best(self) -> Trial:
         done = [trial for trial in self.trials if trial.mean is not None]

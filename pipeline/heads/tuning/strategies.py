@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import HeadError, first_line
-from pipeline.heads.head import Head, Params
-from pipeline.heads.space import Categorical, Dimension, Integer, Real
+from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, Real
 
 Rounds = Generator[list[Params], "Sequence[float | None]", None]
 """Yields rounds of points; is sent one score per point, higher is better, None where there is none."""
@@ -34,12 +33,7 @@ MOST_CHOICES = 4
 
 
 def require(strategy: str) -> None:
-    """See that the library of a strategy can be imported.
-
-    Raises
-    ------
-    HeadError
-    """
+    """See that the library of a strategy can be imported; HeadError where it cannot."""
     if strategy == "bayes":
         try:
             import skopt  # noqa: F401
@@ -70,8 +64,8 @@ def _grid(space: Mapping[str, Dimension], defaults: Params, trials: int, size: i
     points: list[Params] = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
     points = [dict(defaults), *(point for point in points if point != dict(defaults))][:trials]
     # Neighbours apart, so that a search that runs out of time has seen the whole grid coarsely.
-    rest = [points[1 + place] for place in np.random.default_rng(seed).permutation(len(points) - 1)]
-    yield from _in_rounds([points[0], *rest], size)
+    points[1:] = [points[1 + place] for place in np.random.default_rng(seed).permutation(len(points) - 1)]
+    yield from (points[start : start + size] for start in range(0, len(points), size))
 
 
 def _random(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
@@ -217,11 +211,6 @@ def _fresh(points: Sequence[Any], tried: Sequence[Any], code: _Code, size: int) 
 
 def _key(params: Params) -> str:
     return repr(sorted(params.items()))
-
-
-def _in_rounds(points: Sequence[Params], size: int) -> Rounds:
-    for start in range(0, len(points), size):
-        yield list(points[start : start + size])
 
 
 def _count(dimension: Dimension) -> float:
