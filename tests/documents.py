@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import DatasetIndex
-from pipeline.experiment import Artifacts
+from pipeline.evaluation.leaderboard import Leaderboard
+from pipeline.evaluation.leaderboard.table import leaderboard_of
+from pipeline.experiment import LEADERBOARD, Artifacts, parse_document
 from pipeline.io.digests import fingerprint
 
 
@@ -27,3 +29,9 @@ def write_index(files: Artifacts, index: DatasetIndex) -> None:
 def fingerprint_of_index(files: Artifacts) -> str:
     """Return what features.json says of the index as it is now."""
     return DatasetIndex.read(files.dataset).fingerprint()
+
+
+def board_of(text: str) -> Leaderboard:
+    """Return the leaderboard that a text holds."""
+    path = Path("leaderboard.json")
+    return leaderboard_of(parse_document(text, LEADERBOARD, path), path)

@@ -22,8 +22,7 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.embed import records as embedders
 from pipeline.errors import PipelineError
-from pipeline.evaluation.leaderboard import judge, read_leaderboard
-from pipeline.evaluation.leaderboard.judge import read_predictions, read_trials
+from pipeline.evaluation.leaderboard import judge, read_leaderboard, read_predictions, read_trials
 from pipeline.experiment import FINETUNING, Artifacts, read_document
 from pipeline.export import bundle as bundles
 from pipeline.io.digests import bytes_digest, digests_to_hex

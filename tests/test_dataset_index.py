@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import DatasetIndex
-from pipeline.data.index import WrittenIndex
-from pipeline.data.match import texts
+from pipeline.data.index import WrittenIndex, texts
 from pipeline.errors import DatasetError
 from pipeline.io.digests import content_digest, pack_digests
 
@@ -44,7 +43,7 @@ def assert_same(first: DatasetIndex, second: DatasetIndex) -> None:
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(

@@ -17,8 +17,7 @@ from pipeline import config as configuration
 from pipeline import experiment
 from pipeline.data import DatasetIndex
 from pipeline.errors import HeadError, PipelineError
-from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.evaluation.leaderboard.judge import read_predictions, read_trials
+from pipeline.evaluation.leaderboard import read_leaderboard, read_predictions, read_trials
 from pipeline.experiment import FEATURES, TRIALS, Artifacts
 from pipeline.heads.tuning.journal import Journal
 from pipeline.stages import maintenance

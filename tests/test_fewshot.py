@@ -20,8 +20,7 @@ from pipeline.cli import cli
 from pipeline.config import Config, dump_yaml
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.evaluation import fewshot
-from pipeline.evaluation.fewshot import FewShot, Images, Plan, maml, methods, points_of
-from pipeline.evaluation.fewshot.episodes import divide, draw
+from pipeline.evaluation.fewshot import FewShot, Labelled, Plan, divide, draw, points_of
 from pipeline.experiment import Artifacts
 from pipeline.report.page import section
 from pipeline.stages import fewshot as stage
@@ -46,7 +45,7 @@ def task():
 
 def scores(method, task) -> np.ndarray:
     support, query, _ = task
-    return method(methods.products(support[None], query[None], WAYS))[0]
+    return method(fewshot.products(support[None], query[None], WAYS))[0]
 
 
 # The draw
@@ -54,7 +53,7 @@ def scores(method, task) -> np.ndarray:
 
 def test_an_episode_has_as_many_images_of_each_class_as_asked_and_none_twice():
     y = np.repeat(np.arange(6), [20, 9, 30, 8, 25, 9])
-    images = Images(np.zeros((len(y), 1), np.float32), y)
+    images = Labelled(np.zeros((len(y), 1), np.float32), y)
     episodes = draw(images, images.classes_of(9), 3, 4, 5, 50, np.random.default_rng(0))
     assert episodes is not None
     for support, query in zip(episodes.support, episodes.query, strict=True):
@@ -67,7 +66,7 @@ def test_an_episode_has_as_many_images_of_each_class_as_asked_and_none_twice():
 
 def test_groups_are_never_in_support_and_queries_at_once():
     y, units = np.tile(np.arange(4), 30), np.repeat(np.arange(20), 6)
-    images = Images(np.zeros((120, 1), np.float32), y, units)
+    images = Labelled(np.zeros((120, 1), np.float32), y, units)
     episodes = draw(images, np.arange(4), 2, 3, 4, 40, np.random.default_rng(0))
     assert episodes is not None
     for support, query in zip(episodes.support, episodes.query, strict=True):
@@ -91,29 +90,29 @@ def test_classes_to_learn_on_and_classes_to_be_tested_on_are_disjoint_and_all_ar
 
 def test_logistic_regression_reaches_the_optimum_of_scikit_learn(task):
     support, query, y = (part.astype(np.float64) for part in task)
-    exact = LogisticRegression(C=methods.C, fit_intercept=False, tol=1e-10, max_iter=10_000).fit(support, y)
-    found = scores(lambda given: methods.logistic_regression(given, tolerance=1e-9, most=10_000), task)
+    exact = LogisticRegression(C=fewshot.C, fit_intercept=False, tol=1e-10, max_iter=10_000).fit(support, y)
+    found = scores(lambda given: fewshot.logistic_regression(given, tolerance=1e-9, most=10_000), task)
     np.testing.assert_allclose(found, exact.decision_function(query), atol=1e-4)
-    assert (scores(methods.logistic_regression, task).argmax(1) == exact.predict(query)).all()
+    assert (scores(fewshot.logistic_regression, task).argmax(1) == exact.predict(query)).all()
 
 
 def test_nearest_centroid_is_the_one_of_scikit_learn(task):
     support, query, y = task
-    assert (scores(methods.nearest_centroid, task).argmax(1) == NearestCentroid().fit(support, y).predict(query)).all()
+    assert (scores(fewshot.nearest_centroid, task).argmax(1) == NearestCentroid().fit(support, y).predict(query)).all()
 
 
 def test_cosine_prototypes_are_cosines_with_the_mean(task):
     support, query, _ = task
     means = support.reshape(WAYS, SHOTS, -1).mean(axis=1)
     cosines = query @ means.T / np.linalg.norm(means, axis=1)
-    np.testing.assert_allclose(scores(methods.cosine_prototypes, task), cosines, atol=1e-6)
+    np.testing.assert_allclose(scores(fewshot.cosine_prototypes, task), cosines, atol=1e-6)
 
 
 def test_neighbours_vote_by_the_exponential_of_their_cosine(task, monkeypatch):
     support, query, y = task
-    monkeypatch.setattr(methods, "NEIGHBOURS", 7)
-    by_weight = KNeighborsClassifier(7, metric="cosine", weights=lambda d: np.exp(-d / methods.TEMPERATURE))
-    found = scores(methods.knn, task)
+    monkeypatch.setattr(fewshot, "NEIGHBOURS", 7)
+    by_weight = KNeighborsClassifier(7, metric="cosine", weights=lambda d: np.exp(-d / fewshot.TEMPERATURE))
+    found = scores(fewshot.knn, task)
     share = found / found.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(share, by_weight.fit(support, y).predict_proba(query), atol=1e-5)
 
@@ -130,18 +129,18 @@ def test_the_inner_loop_is_gradient_descent_on_the_head_and_its_gradient_is_of_s
         (slope,) = torch.autograd.grad(loss, weights, create_graph=True)
         weights = weights - rate * slope
     expected = Q @ weights
-    found = maml._adapt((S @ S.T)[None], (Q @ S.T)[None], truth, rates)[0]
+    found = fewshot.adapted((S @ S.T)[None], (Q @ S.T)[None], truth, rates)[0]
     torch.testing.assert_close(found, expected)
     told = [torch.autograd.grad(said.square().sum(), scale, retain_graph=True)[0] for said in (found, expected)]
     torch.testing.assert_close(*told)
 
 
-def photos_with_a_nuisance(seed: int = 0) -> Images:
+def photos_with_a_nuisance(seed: int = 0) -> Labelled:
     """12 classes told by 6 features of 46; the others are noise that is the same kind in every class."""
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(12), 40)
     told = rng.normal(0, 1, (12, 6))[y] + rng.normal(0, 0.5, (len(y), 6))
-    return Images(np.hstack([told, rng.normal(0, 1.5, (len(y), 40))]).astype(np.float32), y)
+    return Labelled(np.hstack([told, rng.normal(0, 1.5, (len(y), 40))]).astype(np.float32), y)
 
 
 def test_meta_learning_finds_what_classes_have_in_common_and_says_so_beyond_chance():
@@ -153,7 +152,7 @@ def test_meta_learning_finds_what_classes_have_in_common_and_says_so_beyond_chan
 
 
 def test_the_seed_decides_everything(monkeypatch):
-    monkeypatch.setattr(maml, "META_STEPS", 2)
+    monkeypatch.setattr(fewshot, "META_STEPS", 2)
     first, again, other = (fewshot.measure(photos_with_a_nuisance(), Plan(4, 5, 20, seed), 1)[0] for seed in (0, 0, 1))
     assert all((again[name] == first[name]).all() for name in first)
     assert all((other[name] != first[name]).any() for name in first)
@@ -161,14 +160,14 @@ def test_the_seed_decides_everything(monkeypatch):
 
 def test_what_the_images_do_not_allow_is_said():
     images = photos_with_a_nuisance()
-    few = Images(images.X[:240], images.y[:240])
+    few = Labelled(images.X[:240], images.y[:240])
     found, notes = fewshot.measure(few, Plan(5, 10, 20, 0), 1)
     assert "maml" not in found
     assert notes == [
         "No MAML: it learns on 4 classes at least beside the 5 of an episode, and 6 have enough images; --ways 2 leaves it that many."
     ]
     units = np.where(few.y == 2, 0, np.arange(1, 241))  # all images of one class are of one group
-    assert fewshot.measure(Images(few.X, few.y, units), Plan(5, 10, 20, 0), 1) == (
+    assert fewshot.measure(Labelled(few.X, few.y, units), Plan(5, 10, 20, 0), 1) == (
         {},
         ["K = 1 is left out: the images of a class are in too few groups to part 1 from the rest."],
     )

@@ -28,7 +28,7 @@ from pipeline.embed.records import EmbeddingRecord, read_records, write_records
 from pipeline.embed.weights import build, load_network
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.evaluation import ACCURACY, Paired, Predictions, paired_answers
-from pipeline.evaluation.leaderboard import Leaderboard
+from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.finetuning import trainer
@@ -518,7 +518,7 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
 
 
 def board_of(files: Artifacts) -> Leaderboard:
-    return Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
+    return read_leaderboard(files.root)
 
 
 # ---- what is refused

@@ -24,15 +24,14 @@ from photos import make_photos
 from pipeline import config as configuration
 from pipeline.config import ARCHIVES, Config, DatasetConfig
 from pipeline.config.sections import source_of
-from pipeline.data import DatasetIndex, statcache
-from pipeline.data.scan import scan
-from pipeline.data.summary import ScanResult
+from pipeline.data import DatasetIndex, reading
+from pipeline.data.scan import ScanResult, scan
 from pipeline.embed import baselines
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.errors import DatasetError
 from pipeline.images import ImageProblem, archives, open_file
 from pipeline.io import remote
-from pipeline.report.pictures import thumbnail
+from pipeline.report.pictures import small
 from pipeline.stages import extract, predict, settings
 from pipeline.stages.load import load
 
@@ -40,7 +39,7 @@ from pipeline.stages.load import load
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files written a moment ago are trusted, as if they were old."""
-    monkeypatch.setattr(statcache, "RACY_NS", 0)
+    monkeypatch.setattr(reading, "RACY_NS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -458,9 +457,9 @@ def test_an_experiment_on_an_archive_is_that_on_the_folder(photos: Path, tmp_pat
     listed = Path(config.output, "dataset", "failures.csv").read_text(encoding="utf-8")
     assert "leaf/broken.png" in listed
     assert "it is not an image of a known format" in listed
-    assert thumbnail(again.scan.index, 0, 56) is not None
-    (image,) = np.flatnonzero(again.scan.index.paths == "leaf/broken.png")
-    assert thumbnail(again.scan.index, int(image), 56) is None
+    index = again.scan.index
+    assert small(index.root, str(index.paths[0]), 56) is not None
+    assert small(index.root, "leaf/broken.png", 56) is None
 
 
 def test_predict_reads_what_a_data_set_may_be(experiment: Config, tmp_path: Path) -> None:
@@ -472,25 +471,30 @@ def test_predict_reads_what_a_data_set_may_be(experiment: Config, tmp_path: Path
         with out.open(encoding="utf-8", newline="") as file:
             return {row["path"]: row["label"] for row in csv.DictReader(file)}
 
-    plain = labels(photos)
-    path = zipped(photos, tmp_path / "p.zip")
-    renamed = {str(path / name.relative_to(photos)): plain[str(name)] for name in map(Path, plain)}
-    assert labels(path) == renamed
-    one = path / "leaf" / "00.png"
-    assert labels(one) == {str(one): renamed[str(one)]}
-    assert list(labels(path / "leaf")) == [str(path / "leaf" / f"0{number}.png") for number in range(2)]
+    path, table, packed = (
+        make(photos, tmp_path / name) for make, name in ((zipped, "p.zip"), (parquet, "p.parquet"), (shards, "s"))
+    )
+    found = labels(photos, path, table, packed / "s-{0..2}.tar")
+    plain, renamed, rows, members = (
+        {name: label for name, label in found.items() if name.startswith(f"{place}/")}
+        for place in (photos, path, table, packed)
+    )
     ordered = [plain[str(image)] for image in images_of(photos)]
-    assert list(labels(parquet(photos, tmp_path / "p.parquet")).values()) == ordered
-    packed = shards(photos, tmp_path / "s")
-    assert sorted(labels(packed / "s-{0..2}.tar").values()) == sorted(ordered)
+    assert renamed == {str(path / name.relative_to(photos)): plain[str(name)] for name in map(Path, plain)}
+    assert list(rows.values()) == ordered
+    assert sorted(members.values()) == sorted(ordered)
+    one = path / "leaf" / "00.png"
+    assert labels(one, path / "leaf") == {
+        str(path / "leaf" / f"0{number}.png"): renamed[str(path / "leaf" / f"0{number}.png")] for number in range(2)
+    }
     with pytest.raises(DatasetError, match=r"no such file or folder\n  .*p.zip/nothing"):
         labels(path / "nothing")
     with serving(tmp_path) as (address, _):
         pytest.importorskip("fsspec")
-        assert labels(f"{address}/new") == {
-            f"{address}/new/{name.relative_to(photos)}": plain[str(name)] for name in map(Path, plain)
+        assert labels(f"{address}/new", f"{address}/p.zip/leaf/00.png") == {
+            **{f"{address}/new/{name.relative_to(photos)}": plain[str(name)] for name in map(Path, plain)},
+            f"{address}/p.zip/leaf/00.png": renamed[str(one)],
         }
-        assert labels(f"{address}/p.zip/leaf/00.png") == {f"{address}/p.zip/leaf/00.png": renamed[str(one)]}
 
 
 class TestRemote:

@@ -23,22 +23,22 @@ from test_targets import index_of
 from pipeline import config as configuration
 from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
+from pipeline.data.classes import MultiLabel, best_threshold
 from pipeline.data.index import SplitPlan
-from pipeline.data.labels import MultiLabel, best_threshold
 from pipeline.data.splits import make_test_split
-from pipeline.data.targets import target_of
+from pipeline.data.targets import record_of, target_of
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, compare, metrics_for, scores
-from pipeline.evaluation.average_precision import influence, label_precisions, mean_precision, weighted_mean_precision
 from pipeline.evaluation.calibration import fit_sigmoids
 from pipeline.evaluation.comparison import exchange_test
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
+from pipeline.evaluation.metric import influence, label_precision, weighted_mean_precision
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_LABELS, shares_of_labels
 from pipeline.heads.tuning import TuningRun, make_folds, tune
-from pipeline.report.per_label import label_scores
+from pipeline.report.sections import label_scores
 from pipeline.stages import check, extract, predict, refit, train_heads
 from pipeline.stages.estimators import Classifier
 
@@ -55,7 +55,7 @@ def test_cells_become_columns_and_come_back() -> None:
     assert target.decode(y).tolist() == ["a|b", "", "c", "a"]
     np.testing.assert_array_equal(target.restored(target.decode(y)), y)
     settled = dataclasses.replace(target, thresholds=(0.1, 0.5, 1.0))
-    assert target_of(settled.to_record()) == settled
+    assert target_of(record_of(settled)) == settled
     assert MultiLabel.in_words(index) == "with any of 3 labels, 1.0 on average"
     assert sorted(MultiLabel.as_classes(index).labels.tolist()) == ["(no label)", "a", "a", "b", "c"]
 
@@ -108,15 +108,18 @@ def test_the_test_split_keeps_the_share_of_every_label() -> None:
 def test_average_precision_is_scikit_learns_also_under_weights() -> None:
     y, rng = drawn(200), np.random.default_rng(0)
     said = np.round(rng.normal(size=y.shape) + y, 1)  # many are equal
-    assert mean_precision(y, said) == pytest.approx(average_precision_score(y, said, average="macro"))
+    given = Predictions(y, y, said)
+    assert METRICS["mean_average_precision"].score(given) == pytest.approx(
+        average_precision_score(y, said, average="macro")
+    )
     counts = rng.integers(0, 3, (5, 200))
     repeated = [(np.repeat(y, row, axis=0), np.repeat(said, row, axis=0)) for row in counts]
     expected = [average_precision_score(*pair, average="macro") for pair in repeated]
-    assert weighted_mean_precision(y, said)(counts) == pytest.approx(np.array(expected))
+    assert weighted_mean_precision(given)(counts) == pytest.approx(np.array(expected))
     nudged = 1 + 1e-5 * np.concatenate([np.eye(200), -np.eye(200)])
-    up, down = np.split(weighted_mean_precision(y, said)(nudged), 2)
-    np.testing.assert_allclose(influence(y, said).sum(axis=1), (up - down) / 2e-5, atol=1e-7)
-    assert np.isnan(label_precisions(y & [False, *[True] * 5], said)[0])
+    up, down = np.split(weighted_mean_precision(given)(nudged), 2)
+    np.testing.assert_allclose(influence(given).sum(axis=1), (up - down) / 2e-5, atol=1e-7)
+    assert np.isnan(label_precision(np.zeros(200, dtype=bool), said[:, 0])(counts)).all()
 
 
 def test_scores_are_scikit_learns() -> None:
@@ -395,7 +398,9 @@ def test_the_report_tells_label_by_label_and_shows_the_worst_misses(experiment: 
     rows = label_scores(test)
     assert [row.label for row in rows] == ["bright", "red"]
     assert test.probabilities is not None
-    assert [row.average_precision for row in rows] == label_precisions(test.y_true, test.probabilities).tolist()
+    assert [row.average_precision for row in rows] == average_precision_score(
+        test.y_true, test.probabilities, average=None
+    ).tolist()
     assert [row.support for row in rows] == test.y_true.sum(axis=0).tolist()
     assert [row.threshold for row in rows] == list(test.target.thresholds)
     part = page[page.index("Label by label</h2>") :]

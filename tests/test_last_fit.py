@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from documents import board_of
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
@@ -19,9 +20,8 @@ from pipeline.config import TuningConfig
 from pipeline.data.classes import Classification, said
 from pipeline.errors import UnfittedError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, Scores
-from pipeline.evaluation.expected import expected_accuracy
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
-from pipeline.evaluation.leaderboard.rows import LastFit
+from pipeline.evaluation.intervals import expected_accuracy
+from pipeline.evaluation.leaderboard import LastFit, Leaderboard, LeaderboardRow, judge
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import make_folds, tune
@@ -352,7 +352,7 @@ def test_a_bad_fit_is_ranked_last_and_every_mark_has_its_sentence():
     for line in BOARD.warnings():
         assert line in BOARD.to_text()
         assert line in BOARD.to_markdown()
-    assert Leaderboard.from_json(BOARD.to_json()) == BOARD
+    assert board_of(BOARD.to_json()) == BOARD
 
 
 def test_measured_is_the_score_with_its_standard_error():

@@ -49,7 +49,7 @@ from pipeline.evaluation import (
     calibration,
     comparison,
     intervals,
-    optimism,
+    learning_curve,
 )
 from pipeline.evaluation.calibration import margins
 from pipeline.evaluation.intervals import effective_size
@@ -581,7 +581,7 @@ def test_any_function_of_scikit_learns_kind_is_a_metric(monkeypatch: pytest.Monk
     gap = kappa.score(sharp) - kappa.score(blunt)
     assert worse.difference == pytest.approx(gap)
     assert worse.interval[0] < gap < worse.interval[1]
-    assert abs(optimism.selection_optimism([sharp, blunt], seed=0, metric=kappa).bias) < 0.03
+    assert abs(comparison.selection_optimism([sharp, blunt], seed=0, metric=kappa).bias) < 0.03
 
 
 def test_roc_auc_is_that_of_the_classes_that_are_there():
@@ -635,7 +635,7 @@ def test_the_best_of_many_equal_candidates_is_corrected_to_the_truth():
     corrected, apparent = [], []
     for run in range(20):
         correct = np.random.default_rng(run).random((300, 30)) < 0.7
-        found = optimism.selection_optimism([said(column) for column in correct.T], seed=run, resamples=100)
+        found = comparison.selection_optimism([said(column) for column in correct.T], seed=run, resamples=100)
         corrected.append(found.corrected)
         apparent.append(found.apparent)
     assert np.mean(apparent) > 0.74
@@ -645,8 +645,8 @@ def test_the_best_of_many_equal_candidates_is_corrected_to_the_truth():
 def test_a_clear_winner_owes_nothing_to_luck():
     rng = np.random.default_rng(0)
     columns = [said(rng.random(500) < 0.95), said(rng.random(500) < 0.5)]
-    assert abs(optimism.selection_optimism(columns, seed=0).bias) < 0.003
-    assert optimism.trial_optimism(np.array([[0.9, 0.92], [0.5, 0.6]])) == 0.0
+    assert abs(comparison.selection_optimism(columns, seed=0).bias) < 0.003
+    assert comparison.trial_optimism(np.array([[0.9, 0.92], [0.5, 0.6]])) == 0.0
 
 
 def test_the_picked_head_is_corrected_in_the_metric_it_was_picked_by():
@@ -654,7 +654,7 @@ def test_the_picked_head_is_corrected_in_the_metric_it_was_picked_by():
     for name in ("macro_f1", "log_loss"):
         metric = METRICS[name]
         truth = metric.score(answers_of_heads(200_000, 99, (1.5,))[0])
-        found = optimism.selection_optimism(columns, seed=0, resamples=200, metric=metric)
+        found = comparison.selection_optimism(columns, seed=0, resamples=200, metric=metric)
         assert found.apparent == max(metric.score(column) for column in columns)
         assert found.apparent > truth
         assert 0 < found.bias < 3 * (found.apparent - truth)
@@ -662,7 +662,7 @@ def test_the_picked_head_is_corrected_in_the_metric_it_was_picked_by():
 
 def test_trial_optimism_by_hand():
     # The first trial wins on average; the second would have won the second fold by 0.04.
-    assert optimism.trial_optimism(np.array([[0.9, 0.8], [0.7, 0.84]])) == pytest.approx((0.0 + 0.04) / 2)
+    assert comparison.trial_optimism(np.array([[0.9, 0.8], [0.7, 0.84]])) == pytest.approx((0.0 + 0.04) / 2)
 
 
 # Several data sets
@@ -672,7 +672,7 @@ def test_ranking_over_datasets_by_demsars_formulas():
     """The statistic is SciPy's, with the correction of Iman and Davenport; q = 2.569 is Demsar's table 5 for four heads."""
     rng = np.random.default_rng(0)
     scores = rng.uniform(0.6, 0.9, (14, 4)) + np.array([0.0, 0.15, 0.02, 0.16])
-    found = metrics.rank_over_datasets(scores)
+    found = comparison.rank_over_datasets(scores)
     chi2 = friedmanchisquare(*scores.T).statistic
     assert found.p_value == pytest.approx(f.sf(13 * chi2 / (14 * 3 - chi2), 3, 39))
     assert found.critical_difference == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=0.001)
@@ -685,11 +685,11 @@ def test_ranking_over_datasets_by_demsars_formulas():
 
 
 def test_heads_that_always_tie_share_a_rank():
-    found = metrics.rank_over_datasets(np.tile([0.9, 0.9, 0.5], (30, 1)))
+    found = comparison.rank_over_datasets(np.tile([0.9, 0.9, 0.5], (30, 1)))
     assert found.average_ranks == (1.5, 1.5, 3.0)
     assert found.groups == ((0, 1),)
     with pytest.raises(ValueError, match="at least 2 data sets"):
-        metrics.rank_over_datasets(np.ones((1, 3)))
+        comparison.rank_over_datasets(np.ones((1, 3)))
 
 
 # Calibration
@@ -826,7 +826,7 @@ def test_extrapolation_is_tested_against_held_back_sizes_and_covers_them():
     sizes = (40, 80, 160, 320, 640, 1280, 2560)
     inside, far = [], []
     for seed in range(15):
-        curve = metrics.curve_from_scores(sizes, power_law(sizes, seed=seed), seed)
+        curve = learning_curve.curve_from_scores(sizes, power_law(sizes, seed=seed), seed)
         assert [held.size for held in curve.held_back] == [1280, 2560]
         inside += [held.inside for held in curve.held_back]
         far += [
@@ -845,11 +845,13 @@ def test_learning_curve_grows_on_nested_stratified_parts():
     y = rng.integers(0, 4, 900)
     X = (rng.normal(size=(900, 30)) + 1.2 * np.eye(4, 30)[y]).astype(np.float32)
     train, test = (X[:600], y[:600]), (X[600:], y[600:])
-    sizes = metrics.curve_sizes(600, 4)
+    sizes = learning_curve.curve_sizes(600, 4)
 
     def measured():
-        draws = [metrics.curve_scores(lambda seed: NearestCentroid(), train, test, sizes, seed) for seed in range(3)]
-        return metrics.curve_from_scores(sizes, list(np.transpose(draws)), 0)
+        draws = [
+            learning_curve.curve_scores(lambda seed: NearestCentroid(), train, test, sizes, seed) for seed in range(3)
+        ]
+        return learning_curve.curve_from_scores(sizes, list(np.transpose(draws)), 0)
 
     curve = measured()
     assert sizes[-1] == 600
@@ -861,7 +863,7 @@ def test_learning_curve_grows_on_nested_stratified_parts():
 
 
 def test_pareto_keeps_what_nothing_beats_on_both_sides():
-    assert metrics.pareto([1, 2, 3, 2], [0.8, 0.9, 0.85, 0.9]) == (True, True, False, True)
+    assert learning_curve.pareto([1, 2, 3, 2], [0.8, 0.9, 0.85, 0.9]) == (True, True, False, True)
 
 
 # HeadPredictions beside a bundle

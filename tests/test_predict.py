@@ -19,7 +19,7 @@ from photos import PHOTO_CLASSES, make_photos
 from pipeline.config import Config
 from pipeline.data.targets import Classification
 from pipeline.errors import BackboneError, BundleError, ConfigError, DatasetError
-from pipeline.evaluation.leaderboard import Leaderboard
+from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
 from pipeline.images import NO_IMAGE
 from pipeline.stages import predict
@@ -53,7 +53,7 @@ def test_the_best_head_labels_new_photos(experiment: Config, tmp_path: Path) -> 
 
 def test_training_images_get_the_label_the_saved_predictions_say(experiment: Config, tmp_path: Path) -> None:
     files = Artifacts(experiment.output)
-    board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
+    board = read_leaderboard(files.root)
     row = board.row("pixels/logistic_regression")
     assert row.bundle is not None
     from pipeline.evaluation import HeadPredictions
@@ -70,7 +70,10 @@ def test_all_missing_paths_are_named(experiment: Config, tmp_path: Path) -> None
     assert caught.value.problems == (str(tmp_path / "a.jpg"), str(tmp_path / "b"))
 
 
-def test_a_folder_without_images_is_an_error(experiment: Config, tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error_before_the_network_is_loaded(
+    experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "open_networks", None)
     with pytest.raises(DatasetError, match="no image files in"):
         predict.run(Path(experiment.output), [tmp_path], output=tmp_path / "out.csv")
 
@@ -101,7 +104,7 @@ def test_the_constant_guess_labels_nothing_and_is_passed_over_in_words(
     assert str(error.value) == f"{guess}: is the constant guess, which looks at no image; name another bundle's folder"
 
     copy = Path(shutil.copytree(experiment.output, tmp_path / "copy"))
-    board = Leaderboard.from_json(files.leaderboard.read_text(encoding="utf-8"))
+    board = read_leaderboard(files.root)
     rows = tuple(replace(row, cv_mean=2.0) if row.embedding == "majority" else row for row in board.rows)
     Artifacts(copy).leaderboard.write_text(Leaderboard(rows, board.provenance).to_json(), encoding="utf-8")
     second = board.best

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documents import board_of
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.model_selection import cross_val_predict, cross_val_score
@@ -22,7 +23,6 @@ from pipeline import report
 from pipeline.config import TuningConfig
 from pipeline.data.classes import Classification
 from pipeline.errors import ConfigError
-from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, Head, as_layer, configure
 from pipeline.heads.tuning import Projections, make_folds, memory_needed, tune
@@ -188,7 +188,7 @@ def test_stage_two_records_the_components(tmp_path: Path) -> None:
     page = html.unescape(report.build(tmp_path).read_text(encoding="utf-8"))
     assert note in page
     assert '"pca": 4' in page
-    assert Leaderboard.from_json(board.to_json()) == board
+    assert board_of(board.to_json()) == board
 
 
 def test_components_make_room_for_every_head() -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from documents import rewrite
+from documents import board_of, rewrite
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_experiment import (
     CLASSES,
@@ -34,12 +34,13 @@ from pipeline import report
 from pipeline.data.classes import Classification
 from pipeline.errors import PipelineError
 from pipeline.evaluation import HeadPredictions, Predictions, audit
-from pipeline.evaluation.leaderboard import Leaderboard, Nested, Seeds, judge
-from pipeline.evaluation.leaderboard.imbalance import effects
-from pipeline.evaluation.leaderboard.rows import Leaks, nested_choice
+from pipeline.evaluation.comparison import rank_over_datasets
+from pipeline.evaluation.leaderboard import Leaderboard, Leaks, Nested, Seeds, judge, read_leaderboard
+from pipeline.evaluation.leaderboard.judge import effects
+from pipeline.evaluation.leaderboard.rows import nested_choice
 from pipeline.experiment import Artifacts
-from pipeline.report import browse, inputs
 from pipeline.report import material as materials
+from pipeline.report import pictures
 from pipeline.report.charts import ranking_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.material import Material, gather
@@ -85,7 +86,7 @@ def test_rows_on_other_images_are_ranked_apart_and_never_win():
     page = section("leaderboard", material(board.rows))
     assert page.count("<table>") == 3
     assert "99.5" not in page
-    assert Leaderboard.from_json(board.to_json()) == board
+    assert board_of(board.to_json()) == board
     saved = Leaderboard((dataclasses.replace(apart[0], bundle="heads/tuned/ridge"), *frozen))
     assert (
         "To label with a row that stands apart, give `manyheads predict` its folder, heads/tuned/ridge."
@@ -99,7 +100,7 @@ def test_rows_on_other_images_are_ranked_apart_and_never_win():
 def test_json_gives_the_same_leaderboard_back():
     rows = (row("ridge", 0.90), row("knn", 0.85, test=None), row("mlp", 0.8, embed_seconds=0.01, dim=512))
     board = Leaderboard(rows, {"seed": np.int64(3), "scoring": "accuracy", "nan": float("nan"), "list": (1, 2)})
-    back = Leaderboard.from_json(board.to_json())
+    back = board_of(board.to_json())
     assert back.to_json() == board.to_json()
     assert back.rows[1:] == tuple(dataclasses.replace(item, params={"C": 0.5, "k": 3}) for item in board.rows[1:])
     assert back.provenance == {"seed": 3, "scoring": "accuracy", "nan": None, "list": [1, 2]}
@@ -108,13 +109,13 @@ def test_json_gives_the_same_leaderboard_back():
 
 def test_a_foreign_or_newer_leaderboard_is_refused():
     with pytest.raises(PipelineError, match="it holds a list, expected an object; run `manyheads heads` again"):
-        Leaderboard.from_json("[1, 2]")
+        board_of("[1, 2]")
     newer = json.dumps({"format": "manyheads leaderboard", "version": 9, "rows": []})
     with pytest.raises(PipelineError, match="version 9, expected 'manyheads leaderboard' version 1"):
-        Leaderboard.from_json(newer)
+        board_of(newer)
     changed = Leaderboard((row("ridge", 0.9),)).to_json().replace('"cv_mean": 0.9', '"cv_mean": 1.9')
     with pytest.raises(PipelineError) as caught:
-        Leaderboard.from_json(changed)
+        board_of(changed)
     assert str(caught.value) == (
         "leaderboard.json: is damaged: its content is not the one that its digest names; run `manyheads heads` again"
     )
@@ -191,12 +192,8 @@ def page(experiment: Path) -> str:
     return (experiment / "report.html").read_text(encoding="utf-8")
 
 
-def board_of(output: Path) -> Leaderboard:
-    return Leaderboard.from_json(Artifacts(output).leaderboard.read_text(encoding="utf-8"))
-
-
 def test_verdict_survives_json_and_names_the_group(experiment: Path):
-    board = board_of(experiment)
+    board = read_leaderboard(experiment)
     assert board.verdict is not None
     assert {item.key for item in board.verdict.differences} == {item.key for item in board.rows}
     assert "majority/most_frequent" not in board.verdict.no_evidence
@@ -205,7 +202,7 @@ def test_verdict_survives_json_and_names_the_group(experiment: Path):
     assert board.verdict.optimism is not None
     assert board.verdict.optimism.candidates == 3
     assert board.verdict.trial_optimism is not None
-    assert Leaderboard.from_json(board.to_json()) == board
+    assert board_of(board.to_json()) == board
     assert board.verdict.reason in board.to_text()
 
 
@@ -373,7 +370,7 @@ def test_what_picking_a_trial_adds_is_said_of_the_trials_it_is_known_of(tmp_path
         path.write_text("".join(json.dumps({**trials[kind], "number": n}) + "\n" for n, kind in enumerate(kinds)))
         board = judged(tmp_path, heads, y, changes={"ridge": {"trials": len(kinds)}})
         texts[kinds] = next(line for line in board.notes() if line.startswith("Picking"))
-        assert Leaderboard.from_json(board.to_json()).verdict == board.verdict
+        assert board_of(board.to_json()).verdict == board.verdict
     all_of_them, some, one = texts.values()
     assert all_of_them.endswith("points, picking the best of its 2 trials by about 0.8.")
     assert some.endswith("its 3 trials by at least about 0.8 (from the 2 that were fitted on every fold).")
@@ -385,7 +382,7 @@ def test_what_picking_a_trial_adds_is_said_of_the_trials_it_is_known_of(tmp_path
 def test_without_predictions_there_is_no_verdict_but_a_page(copy: Path):
     for path in copy.rglob("predictions.npz"):
         path.unlink()
-    board = judge(board_of(copy), copy)
+    board = judge(read_leaderboard(copy), copy)
     assert board.verdict is None
     Artifacts(copy).leaderboard.write_text(board.to_json(), encoding="utf-8")
     text = render(gather(copy))
@@ -514,7 +511,7 @@ def test_leaks_stand_above_the_table(gathered: Material, page: str):
     best = board.best
     leaks = Leaks(EMBEDDING, 180, 3, 60, 0, 120, {best.key: 0.5}, {})
     leaking = dataclasses.replace(board, leaks=leaks)
-    assert Leaderboard.from_json(leaking.to_json()) == leaking
+    assert board_of(leaking.to_json()) == leaking
     line = (
         f"Leak: 3 of 60 test images are nearly the same as a training image; on the other test images {best.key} has "
         f"50.0 % in place of {100 * best.test.accuracy:.1f} %."
@@ -596,9 +593,9 @@ def test_images_have_their_nearest_neighbours_and_what_was_said_of_them(gathered
 
 def test_a_page_carries_so_many_images_at_most_and_says_so(gathered: Material, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(materials, "MOST_DOTS", 40)
-    monkeypatch.setattr(browse, "MOST_INSIDE", 70)
+    monkeypatch.setattr(pictures, "MOST_INSIDE", 70)
     found = dataclasses.replace(gathered)
-    data = browse.carried(found, [COPY, OUTLIER])
+    data = pictures.carried(found, [COPY, OUTLIER])
     assert data is not None
     assert data["dots"] == 40 == len(found.map.rows)
     assert len(data["paths"]) == len(set(data["paths"])) <= 70
@@ -691,7 +688,7 @@ def test_map_data_names_every_dot(page: str):
 
 
 def test_ranking_chart_draws_names_and_the_critical_difference():
-    ranking = metrics.rank_over_datasets(np.random.default_rng(0).uniform(size=(8, 3)) + np.array([0.0, 0.1, 1.0]))
+    ranking = rank_over_datasets(np.random.default_rng(0).uniform(size=(8, 3)) + np.array([0.0, 0.1, 1.0]))
     svg = to_svg(ranking_chart(ranking, ["ridge", "knn", "rbf_svm"]), "ranks")
     assert f"critical difference {ranking.critical_difference:.2f}" in svg
     assert all(name in svg for name in ("ridge", "knn", "rbf_svm"))
@@ -777,7 +774,7 @@ def test_several_experiments_are_ranked_by_the_score_that_was_tuned(tmp_path: Pa
     outputs = [write_board(tmp_path / f"data{i}", {"ridge": 90 + i, "knn": 80 + i}) for i in range(3)]
     losses = {"ridge": 0.6, "knn": 0.4}
     for number, output in enumerate(outputs):
-        board = board_of(output)
+        board = read_leaderboard(output)
         rows = tuple(
             dataclasses.replace(
                 item,
@@ -809,7 +806,7 @@ def test_compare_ranks_several_data_sets_and_draws_searches_on_one(tmp_path: Pat
     assert all(name in text for name in ("bayes", "random", "grid"))
     assert (tmp_path / "one" / "search.png").read_bytes().startswith(b"\x89PNG")
     for number, output in enumerate(outputs):
-        board = dataclasses.replace(board_of(output), provenance={"task": str(number)})
+        board = dataclasses.replace(read_leaderboard(output), provenance={"task": str(number)})
         Artifacts(output).leaderboard.write_text(board.to_json(), encoding="utf-8")
     assert "3 data sets" in "\n".join(compare(outputs, tmp_path / "several"))
     with pytest.raises(
@@ -831,7 +828,7 @@ def test_nested_and_seeds_are_columns_only_on_request_and_survive_json():
         row("knn", 0.8, nested=Nested((0.90, 0.85), (0.88, 0.60)), seeds=Seeds((3, 4), (0.80, 0.80), (0.8, 0.9))),
     )
     board = Leaderboard(rows)
-    back = Leaderboard.from_json(board.to_json())
+    back = board_of(board.to_json())
     assert [(item.nested, item.seeds) for item in back.rows] == [(item.nested, item.seeds) for item in board.rows]
     # In the first outer fold the inner scores choose ridge, in the second knn; ridge's 0.90 there is not looked at.
     chosen = nested_choice(rows)
@@ -898,7 +895,7 @@ def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
     ],
 )
 def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(copy: Path, name: str):
-    assert inputs.is_current(copy)
+    assert report.is_current(copy)
     before = stamps(copy)
     if name == "leaderboard.json":
         record = json.loads((copy / name).read_text())
@@ -908,14 +905,14 @@ def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(c
         (copy / name).write_bytes((copy / name).read_bytes() + b"\n")
     else:
         (copy / name).unlink()
-    assert not inputs.is_current(copy)
+    assert not report.is_current(copy)
     if name == "plots/confusion.png":
         report.refresh(copy)
         assert all(stamp > before.get(made, 0) for made, stamp in stamps(copy).items())
         assert (copy / name).is_file()
-        assert inputs.is_current(copy)
+        assert report.is_current(copy)
 
 
 def test_other_code_or_libraries_make_another_page(copy: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inputs, "LIBRARIES", (*inputs.LIBRARIES, "click"))
-    assert not inputs.is_current(copy)
+    monkeypatch.setattr(report, "LIBRARIES", (*report.LIBRARIES, "click"))
+    assert not report.is_current(copy)

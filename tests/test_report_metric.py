@@ -13,8 +13,7 @@ from report_experiment import built_experiment, material, row, squares, words
 from sklearn.metrics import roc_auc_score
 
 from pipeline.evaluation import METRICS, Difference, Optimism, Paired, Predictions, scores
-from pipeline.evaluation.leaderboard import Leaderboard, Verdict
-from pipeline.evaluation.leaderboard.table import read_leaderboard
+from pipeline.evaluation.leaderboard import Leaderboard, Verdict, read_leaderboard
 from pipeline.report.charts import difference_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_svg
 from pipeline.report.material import gather

@@ -17,11 +17,10 @@ from pipeline.data.targets import TARGETS
 from pipeline.evaluation import HeadPredictions, Predictions, Scores
 from pipeline.evaluation.leaderboard import Nested
 from pipeline.report import sections
-from pipeline.report.charts import priced, score_chart
-from pipeline.report.confusion import confusion_chart, largest, left_out, most_confused
-from pipeline.report.drawing import figure, to_svg
-from pipeline.report.names import shorten_all
+from pipeline.report.charts import confusion_chart, most_confused, priced, score_chart
+from pipeline.report.drawing import figure, shorten_all, to_svg
 from pipeline.report.page import render, section
+from pipeline.report.sections import largest, left_out
 
 LONG = tuple(f"a rather long class name number {number:02d}" for number in range(60))
 
@@ -266,7 +265,7 @@ def test_a_screen_reader_is_told_what_a_cell_belongs_to():
     assert 'role="region" aria-label="Leaderboard" tabindex="0"' in text
     assert text.count('scope="col"') == 8
     assert text.count('scope="row"') == 1
-    svg = to_svg(lambda palette: figure(palette, "Test accuracy & more"), "leaderboard")
+    svg = to_svg(lambda palette: figure(palette, "Test accuracy & more")[0], "leaderboard")
     assert 'role="group" aria-label="Test accuracy &amp; more"' in svg
 
 

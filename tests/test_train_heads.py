@@ -27,7 +27,7 @@ from pipeline.embed.records import EmbeddingRecord, read_asked_records, read_rec
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
 from pipeline.evaluation import METRICS, HeadPredictions
-from pipeline.evaluation.leaderboard.imbalance import advice
+from pipeline.evaluation.leaderboard.judge import advice
 from pipeline.evaluation.leaderboard.table import cross_validated
 from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
 from pipeline.export import bundle as bundles

@@ -23,12 +23,108 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from pipeline.config import NO_LABELS
-from pipeline.data.match import Texts, encode, leakage_units, texts
 from pipeline.errors import DatasetError
 from pipeline.experiment import INDEX, from_cell, read_document, to_cell, write_document
 from pipeline.io.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
 from pipeline.io.files import NOT_ORDINARY, make_folder, read_file, write_atomic
 from pipeline.io.remote import address_of
+
+Texts = NDArray[np.object_]
+"""n texts: ndarray of shape (n,), object dtype, each a `str`."""
+
+Rows = NDArray[np.int64]
+"""Row numbers: int64 of shape (n,), -1 for none."""
+
+
+def texts(values: list[str]) -> Texts:
+    """Return an object array of shape (n,)."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def encode(texts: Texts) -> tuple[NDArray[np.int64], list[str]]:
+    """Return each text's code, int64 of shape (n,), and the distinct texts in order of first appearance."""
+    encoded = pa.array(texts, pa.large_string()).dictionary_encode()
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def content_codes(digests: Digests) -> NDArray[np.int64]:
+    """Return a number for each image's content, int64 of shape (n,): equal contents, equal numbers from 0 up."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))
+    ordered = digests[order]
+    codes = np.zeros(len(order), dtype=np.int64)
+    codes[order[1:]] = np.cumsum((ordered[1:] != ordered[:-1]).any(axis=1))
+    return codes
+
+
+def leakage_units(digests: Digests, groups: Texts | None) -> NDArray[np.int64]:
+    """Return a unit for each image, int64 of shape (n,), numbered from 0 up.
+
+    Two images are of one unit when a chain of shared contents and shared groups joins them. Were they parted between
+    training and test, the score would be too good.
+    """
+    contents = content_codes(digests)
+    if groups is None or len(groups) == 0:
+        return contents
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    codes, names = encode(groups)
+    alone = groups == ""  # an image of no group is a group of its own
+    codes[alone] = len(names) + np.arange(np.count_nonzero(alone))
+    ends = codes, contents + codes.max() + 1
+    joined = coo_array((np.ones(len(codes), dtype=bool), ends), shape=(ends[1].max() + 1,) * 2)
+    units = connected_components(joined, directed=False)[1][codes]
+    return np.unique(units, return_inverse=True)[1].astype(np.int64)
+
+
+def match_texts(old: Texts, new: Texts) -> Rows:
+    """Return for each new text the row of the equal old text, int64 of shape (n_new,), or -1; both are sorted and distinct."""
+    if np.array_equal(old, new):
+        return np.arange(len(new))
+    found = pc.index_in(pa.array(new, pa.large_string()), value_set=pa.array(old, pa.large_string()))
+    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[no-any-return]
+
+
+def match_digests(old: Digests, new: Digests) -> Rows:
+    """Return for each new digest, uint64 (n_new, 2), the first row with the equal old digest: int64 of shape (n_new,), -1 for none."""
+    codes = content_codes(np.concatenate([old, new]))
+    first = np.full(len(codes), -1, dtype=np.int64)
+    first[codes[: len(old)][::-1]] = np.arange(len(old))[::-1]
+    return first[codes[len(old) :]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two states of a data set differ, as numbers of images."""
+
+    added: int = 0
+    changed: int = 0
+    renamed: int = 0
+    removed: int = 0
+
+    def __str__(self) -> str:
+        """Say it as `3 added, 1 removed`; only what there is."""
+        return ", ".join(f"{count:,} {name}" for name, count in vars(self).items() if count)
+
+
+def difference(old_paths: Texts, old_digests: Digests, new_paths: Texts, new_digests: Digests) -> Difference:
+    """Compare two states by path, object arrays of shape (n,), and content, uint64 of shape (n, 2); paths are sorted.
+
+    A new path whose content was at a path that is gone is renamed; a path with other content is changed.
+    """
+    rows = match_texts(old_paths, new_paths)
+    known = rows >= 0
+    changed = int((old_digests[rows[known]] != new_digests[known]).any(axis=1).sum())
+    gone = np.ones(len(old_paths), dtype=bool)
+    gone[rows[known]] = False
+    n_gone, n_fresh = int(gone.sum()), int((~known).sum())
+    codes = content_codes(np.concatenate([old_digests[gone], new_digests[~known]]))
+    before, now = (np.bincount(part, minlength=len(codes)) for part in (codes[:n_gone], codes[n_gone:]))
+    renamed = int(np.minimum(before, now).sum())
+    return Difference(n_fresh - renamed, changed, renamed, n_gone - renamed)
+
 
 INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
@@ -38,6 +134,8 @@ BEFORE, LABEL, AFTER = ("path",), "label", ("split", "group", "digest", "size")
 SEPARATOR = "|"
 """Between the labels of an image that may have several, whatever stands there in the source."""
 
+DOMAIN = "domain"
+"""The last column, where the source has domains."""
 EXCLUDED = "excluded"
 SPLITS = ("train", "validation", "test", EXCLUDED)
 
@@ -60,7 +158,7 @@ class DatasetIndex:
     `paths`, `labels`, `splits` and `groups` are object arrays of shape (n,) holding `str`; `digests` is uint64 of shape
     (n, 2), `sizes` int64 of shape (n,), in bytes. A split is 'train', 'validation', 'test', or 'excluded' (a copy taken
     out because of a leak). `groups` is None where there are none; '' is an image of no group. Paths are relative to
-    `root`, with '/'.
+    `root`, with '/'. `domains`, like `groups`, says of each where it is from.
 
     Labels are the texts of the source. Where it has several columns of them, k, `labels` has shape (n, k) and
     `names` says which they are; '' is a cell that the source left empty. One alone is called 'label'.
@@ -74,6 +172,7 @@ class DatasetIndex:
     digests: Digests
     sizes: NDArray[np.int64]
     names: tuple[str, ...] = (LABEL,)
+    domains: Texts | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -122,13 +221,7 @@ class DatasetIndex:
         return ", ".join(np.atleast_1d(self.labels[row]))
 
     def select(self, *splits: str) -> DatasetIndex:
-        """Return the rows of some splits, in the same order.
-
-        Raises
-        ------
-        ValueError
-            For a split that does not exist.
-        """
+        """Return the rows of some splits, in the same order; ValueError for a split that does not exist."""
         unknown = sorted(set(splits) - set(SPLITS))
         if unknown:
             raise ValueError(f"unknown splits {unknown}; there are {SPLITS}")
@@ -165,13 +258,7 @@ class DatasetIndex:
 
     @staticmethod
     def read(folder: Path) -> DatasetIndex:
-        """Read the index of a folder.
-
-        Raises
-        ------
-        DatasetError
-            When there is none, or it is not one this version can read.
-        """
+        """Read the index of a folder; DatasetError when there is none, or it is not one this version can read."""
         found = WrittenIndex.read(folder)
         if found.record is None:
             raise DatasetError(f"{folder}: has no {INDEX_RECORD}; run `manyheads features` to make the index")
@@ -197,10 +284,7 @@ class WrittenIndex:
     def read(folder: Path) -> WrittenIndex:
         """Read both files.
 
-        Raises
-        ------
-        DatasetError
-            When one cannot be read, or index.json is damaged or of another format or version.
+        DatasetError when one cannot be read, or index.json is damaged or of another format or version.
         """
         record, path = read_record(folder), folder / INDEX_FILE
         try:
@@ -231,13 +315,7 @@ class WrittenIndex:
 
     @cached_property
     def index(self) -> DatasetIndex | None:
-        """The index, also where somebody has edited it.
-
-        Raises
-        ------
-        DatasetError
-            When it is damaged.
-        """
+        """The index, also where somebody has edited it; DatasetError when it is damaged."""
         if self.csv is None:
             return None
         record = self.record or {}
@@ -247,10 +325,7 @@ class WrittenIndex:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Read what index.json says, or None when there is no such file.
 
-    Raises
-    ------
-    DatasetError
-        When it is damaged, or of another format or version.
+    DatasetError when it is damaged, or of another format or version.
     """
     path = folder / INDEX_RECORD
     if not os.path.lexists(path):
@@ -271,10 +346,11 @@ def _to_csv(index: DatasetIndex) -> bytes:
     given = [pa.array(column, pa.large_string()) for column in (index.paths, *labels, index.splits, groups)]
     columns = [_to_cells(column) for column in given]
     header = [*BEFORE, *map(to_cell, index.names), *AFTER]
-    table = pa.table(
-        [*columns, pa.array(digests_to_hex(index.digests), pa.large_string()), pa.array(index.sizes)], names=header
-    )
-    special = any(pc.any(pc.match_substring_regex(column, '[",\r\n]')).as_py() for column in columns)
+    numbers = [pa.array(digests_to_hex(index.digests), pa.large_string()), pa.array(index.sizes)]
+    domains = [] if index.domains is None else [_to_cells(pa.array(index.domains, pa.large_string()))]
+    header += [DOMAIN] * len(domains)
+    table = pa.table([*columns, *numbers, *domains], names=header)
+    special = any(pc.any(pc.match_substring_regex(column, '[",\r\n]')).as_py() for column in (*columns, *domains))
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed" if special else "none")
     sink = io.BytesIO()
     first_line = io.StringIO(newline="")
@@ -293,13 +369,14 @@ def _to_cells(column: pa.Array) -> pa.Array:
 
 def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetIndex:
     header = next(csv.reader(data[: 1 << 16].decode("utf-8-sig", "replace").splitlines()[:1]), [])
-    names = header[len(BEFORE) : -len(AFTER)]
-    if header and (header != [*BEFORE, *names, *AFTER] or not names or len(set(names)) < len(names)):
+    after = [*AFTER, DOMAIN] if header[-1:] == [DOMAIN] else [*AFTER]
+    names = header[len(BEFORE) : -len(after)]
+    if header and (header != [*BEFORE, *names, *after] or not names or len(set(names)) < len(names)):
         expected = ", ".join([*BEFORE, LABEL, *AFTER])
         raise DatasetError(
             f"{path}: has columns {', '.join(header)}, expected {expected}; delete it to have it made anew"
         )
-    columns = [*BEFORE, *map(str, range(len(names))), *AFTER]  # labels may be called as our own columns are
+    columns = [*BEFORE, *map(str, range(len(names))), *after]  # labels may be called as our own columns are
     types: dict[str, pa.DataType] = dict.fromkeys(columns, pa.dictionary(pa.int32(), pa.string()))
     types |= {"path": pa.string(), "digest": pa.string(), "size": pa.int64()}
     try:
@@ -313,7 +390,7 @@ def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetInd
     if in_cells:
         table = table.set_column(0, "path", _from_cells(table["path"]))
         for place, name in enumerate(columns):
-            if name.isdecimal() or name == "group":
+            if name.isdecimal() or name in ("group", DOMAIN):
                 table = table.set_column(place, name, _dictionary_from_cells(table[name]))
     return _checked(table, path, root, names)
 
@@ -359,6 +436,7 @@ def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str]) -> D
         digests_from_hex(digests.to_pylist()),
         table["size"].to_numpy().astype(np.int64),
         tuple(name if len(names) > 1 else LABEL for name in map(from_cell, names)),
+        _texts_of(table[DOMAIN]) if DOMAIN in table.column_names else None,
     )
 
 

@@ -3,27 +3,32 @@
 Every test is paired: two heads are compared on the same images or the same folds. What is drawn, summed and exchanged are
 units: images, or groups and sets of copies where images are not independent. The group of rows with no evidence of a
 difference from the best comes from pooled out-of-fold predictions, because it is used to choose; the test images only
-confirm. All of it is in the metric that was tuned. Sources: McNemar 1947 (exact form); Tango 1998 (paired shares); Noreen 1989 and Yeh 2000 (the same by
-exchanging answers, for any metric); Dietterich 1998; Nadeau and Bengio 2003; Holm 1979; Hothorn, Bretz and Westfall 2008
-(the largest studentised difference); Demsar 2006 (several data sets).
+confirm. All of it is in the metric that was tuned. Sources: McNemar 1947 (exact form); Tango 1998 (paired shares); Noreen 1989
+and Yeh 2000 (the same by exchanging answers, for any metric); Dietterich 1998; Nadeau and Bengio 2003; Holm 1979; Hothorn, Bretz
+and Westfall 2008 (the largest studentised difference); Demsar 2006 (several data sets).
+
+The best of many is better than it will be on new images, because luck was picked too: out-of-fold answers tell by how much in the
+bootstrap of Tsamardinos, Greasidou and Borboudakis 2018 (BBC-CV), fold scores of trials alone by Tibshirani and Tibshirani 2009.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipeline.evaluation.intervals import Interval, critical, effective_size, freedom, tango
-from pipeline.evaluation.metric import ACCURACY, Metric, drawn, mean_share, rescored, unit_sums
+from pipeline.evaluation.intervals import Interval, agreed, critical, effective_size, freedom, tango
+from pipeline.evaluation.metric import ACCURACY, Metric, bootstrap, drawn, mean_share, rescored, unit_sums
 from pipeline.evaluation.predictions import Predictions, joined
 
 LEVEL = 0.05
 RESAMPLES = 2000
 DRAWS = 4000
+_COINS = 1 << 20
+"""Coins that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,7 @@ def least_half_width(metric: Metric, a: Predictions, b: Predictions, z: float) -
     """
     units = a.unit_numbers
     if metric.per_class:
-        sizes = np.array([len(np.unique(units[part])) for part in a.members])
-        return float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
+        return agreed([units[part] for part in a.members], z)
     m = int(units.max()) + 1
     if metric.bounded:
         span = metric.high - metric.low
@@ -133,9 +137,7 @@ def bootstrap_difference(
     The expanded percentile interval of Hesterberg 2015: drawn shares vary less than shares of few units do, by the number
     of units of the rarest class where the score is a mean over classes.
     """
-    weighted, m = rescored(metric, [a, b]), int(a.unit_numbers.max()) + 1
-    draws = np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(resamples))])
-    units = a.unit_numbers
+    draws, units = bootstrap(metric, [a, b], seed, resamples), a.unit_numbers
     parts = [units[part] for part in a.members] if metric.per_class else [units]
     m = max(2, min(len(np.unique(part)) for part in parts))
     tail = float(stats.norm.cdf(-np.sqrt(m / (m - 1)) * stats.t.ppf(0.975, m - 1)))
@@ -153,7 +155,7 @@ def exchange_test(metric: Metric, a: Predictions, b: Predictions, seed: int, dra
     draws = metric.draws(draws)
     m, gap = int(units.max()) + 1, _gap_of(metric, a, b, units)
     observed, beyond = abs(gap(np.ones((1, m), dtype=np.int64))[0]), 0
-    for part in np.array_split(np.arange(draws), max(1, draws * m // _CELLS)):
+    for part in np.array_split(np.arange(draws), max(1, draws * m // _COINS)):
         beyond += int(np.sum(np.abs(gap(rng.integers(0, 2, (len(part), m)))) >= observed - 1e-12))
     return (1 + beyond) / (1 + draws)
 
@@ -190,10 +192,6 @@ def _gap_of(
     return fast
 
 
-_CELLS = 1 << 20
-"""Coins that are held at once."""
-
-
 def corrected_t(scores_a: Sequence[float], scores_b: Sequence[float], test_share: float) -> Paired:
     """Compare two heads on the same folds by the corrected resampled t-test.
 
@@ -224,19 +222,6 @@ def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
     return adjusted
 
 
-@dataclass(frozen=True)
-class _Simultaneous:
-    """Differences of the best column to every other, adjusted for all pairs at once.
-
-    `errors` are standard errors, infinite where two columns do not differ, `factor` how many of them make an interval.
-    """
-
-    differences: NDArray[np.float64]
-    errors: NDArray[np.float64]
-    factor: float
-    p_values: NDArray[np.float64]
-
-
 def shared_training(folds: int, metric: Metric) -> float:
     """Return by how much more a score out of fold varies than its images say, because folds share training images.
 
@@ -249,12 +234,15 @@ def shared_training(folds: int, metric: Metric) -> float:
     return 1 + (4 if metric.ranks else 3 if metric.per_class or metric.pooled else 2) / max(folds - 1, 1)
 
 
-def _against_best(values: NDArray[np.float64], best: int, inflation: float, freedom: float, seed: int) -> _Simultaneous:
+def _against_best(
+    values: NDArray[np.float64], best: int, inflation: float, freedom: float, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float]:
     """Compare column `best` with the others by what each unit adds to every row's score, shape (m, k).
 
-    The best was picked on the same rows, so the reference is the largest studentised difference over all k (k - 1) / 2
-    pairs, whichever column had won: drawn from the normal law with the columns' own covariance, as correlated heads cost
-    little, or from Student's with so many degrees of freedom where units are few.
+    Returns differences from the best to each column, their standard errors, infinite where two do not differ, and p-values, all of
+    shape (k,), and how many errors make an interval. The best was picked on the same rows, so the reference is the largest
+    studentised difference over all k (k - 1) / 2 pairs, whichever column had won: drawn from the normal law with the columns' own
+    covariance, as correlated heads cost little, or from Student's with so many degrees of freedom where units are few.
     """
     m, k = values.shape
     scores = values.mean(axis=0)
@@ -270,7 +258,7 @@ def _against_best(values: NDArray[np.float64], best: int, inflation: float, free
     p_values = (1 + np.sum(largest[:, None] >= differences / errors[best], axis=0)) / (1 + DRAWS)
     # Where all rows agree nothing is drawn, and one comparison is left.
     factor = max(float(np.quantile(largest, 1 - LEVEL)), float(stats.t.ppf(0.975, freedom)))
-    return _Simultaneous(differences, errors[best], factor, np.where(np.arange(k) == best, 1.0, p_values))
+    return differences, errors[best], np.where(np.arange(k) == best, 1.0, p_values), factor
 
 
 def compare(
@@ -288,62 +276,39 @@ def compare(
     small numbers of disagreements) both say that it is worse. Intervals end where the metric does: no difference of two
     accuracies is above 1.
     """
-    keys, winner = list(out_of_fold), out_of_fold[best]
+    keys, winner, test, folds = list(out_of_fold), out_of_fold[best], test or {}, folds or {}
     values = np.stack([metric.contributions(out_of_fold[key]) for key in keys], axis=1)
-    k = len(folds[best]) if folds and best in folds else 5
-    inflation, units = shared_training(k, metric), winner.units
-    joint = _against_best(
-        values, keys.index(best), inflation, len(values) - 1 if units is None else freedom(units), seed
-    )
-    on_test = (
-        _adjusted(
-            {key: paired_answers(metric, test[best], test[key], seed) for key in keys if key != best and key in test}
-        )
-        if test and best in test
-        else {}
-    )
-    on_folds = {}
-    if folds and best in folds:
-        on_folds = _adjusted(
-            {
-                key: corrected_t(folds[best], folds[key], 1 / (k - 1))
-                for key in keys
-                if key != best and len(folds.get(key, ())) == k > 1
-            }
-        )
+    k = len(folds[best]) if best in folds else 5
+    inflation = shared_training(k, metric)
+    spare = len(values) - 1 if winner.units is None else freedom(winner.units)
+    differences, errors, p_values, factor = _against_best(values, keys.index(best), inflation, spare, seed)
+    others, wide = [key for key in keys if key != best], factor * float(np.sqrt(inflation))
+    tested = [key for key in others if best in test and key in test]
+    on_test = _adjusted({key: paired_answers(metric, test[best], test[key], seed) for key in tested})
+    folded = [key for key in others if best in folds and len(folds.get(key, ())) == k > 1]
+    on_folds = _adjusted({key: corrected_t(folds[best], folds[key], 1 / (k - 1)) for key in folded})
     rows = []
     for column, key in enumerate(keys):
-        row, difference, p_value = out_of_fold[key], float(joint.differences[column]), float(joint.p_values[column])
+        row, difference, p_value = out_of_fold[key], float(differences[column]), float(p_values[column])
         if key == best:
             interval = (0.0, 0.0)
         elif metric is ACCURACY:
-            interval = paired_interval(winner, row, joint.factor * float(np.sqrt(inflation)))
+            interval = paired_interval(winner, row, wide)
         else:
-            error = float(joint.errors[column])
-            drawn = joint.factor * error if np.isfinite(error) else 0.0
-            half = max(drawn, least_half_width(metric, winner, row, joint.factor * float(np.sqrt(inflation))))
+            drawn = factor * float(errors[column]) if np.isfinite(errors[column]) else 0.0
+            half = max(drawn, least_half_width(metric, winner, row, wide))
             interval = metric.clipped_difference((difference - half, difference + half))
-        worse = p_value < LEVEL and paired_p(metric, winner, row, seed) < LEVEL
-        rows.append(
-            Difference(
-                key, difference, interval, p_value, not worse, on_test.get(key), _within(metric, on_folds.get(key))
-            )
-        )
+        same = p_value >= LEVEL or paired_p(metric, winner, row, seed) >= LEVEL
+        by_fold = on_folds.get(key)
+        if by_fold is not None:
+            by_fold = replace(by_fold, interval=metric.clipped_difference(by_fold.interval))
+        rows.append(Difference(key, difference, interval, p_value, same, on_test.get(key), by_fold))
     return tuple(rows)
 
 
-def _within(metric: Metric, paired: Paired | None) -> Paired | None:
-    if paired is None:
-        return None
-    return Paired(paired.difference, metric.clipped_difference(paired.interval), paired.p_value)
-
-
 def _adjusted(found: Mapping[str, Paired]) -> dict[str, Paired]:
-    adjusted = holm([paired.p_value for paired in found.values()])
-    return {
-        key: Paired(paired.difference, paired.interval, float(p))
-        for (key, paired), p in zip(found.items(), adjusted, strict=True)
-    }
+    adjusted = holm([paired.p_value for paired in found.values()]).tolist()
+    return {key: replace(paired, p_value=p) for (key, paired), p in zip(found.items(), adjusted, strict=True)}
 
 
 def _discordant(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> tuple[int, int]:
@@ -388,3 +353,48 @@ def rank_over_datasets(scores: NDArray[np.float64]) -> Ranking:
         if len(members) > 1 and not any(set(members) <= set(group) for group in groups):
             groups.append(members)
     return Ranking(tuple(float(rank) for rank in ranks), p_value, critical, tuple(groups))
+
+
+@dataclass(frozen=True)
+class Optimism:
+    """The picked candidate's `apparent` score, the score `corrected` for the picking with its 95 % interval.
+
+    In the metric it was picked by, higher being better.
+    """
+
+    candidates: int
+    apparent: float
+    corrected: float
+    interval: Interval
+
+    @property
+    def bias(self) -> float:
+        """Apparent minus corrected."""
+        return self.apparent - self.corrected
+
+
+def selection_optimism(
+    columns: Sequence[Predictions], seed: int, resamples: int = 1000, metric: Metric = ACCURACY
+) -> Optimism:
+    """Estimate the optimism of taking the head with the highest score; answers out of fold, to the same images.
+
+    Each bootstrap sample of the units picks its own best head and judges it on the images it did not draw.
+    """
+    weighted, scores = rescored(metric, columns), list[float]()
+    for counts in drawn(int(columns[0].unit_numbers.max()) + 1, seed, metric.draws(resamples)):
+        left_out = (counts == 0).astype(np.int64)
+        picked = np.argmax(weighted(counts), axis=1)
+        judged = weighted(left_out)[np.arange(len(counts)), picked]
+        scores += judged[left_out.any(axis=1)].tolist()
+    low, high = np.quantile(scores, [0.025, 0.975])
+    apparent = max(metric.score(column) for column in columns)
+    return Optimism(len(columns), apparent, float(np.mean(scores)), (float(low), float(high)))
+
+
+def trial_optimism(fold_scores: NDArray[np.float64]) -> float:
+    """Estimate by how much the best trial's mean score flatters it, from fold scores, float64 of shape (n_trials, n_folds).
+
+    The mean over folds of (the fold's own best score - the winner's score on that fold).
+    """
+    winner = int(np.argmax(fold_scores.mean(axis=1)))
+    return float(np.mean(fold_scores.max(axis=0) - fold_scores[winner]))

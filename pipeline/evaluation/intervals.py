@@ -1,4 +1,4 @@
-"""Intervals that say how far a score can be trusted."""
+"""Intervals that say how far a score can be trusted, and where the score of more images should lie."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ def numbered(units: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
     return np.arange(n) if units is None else np.unique(units, return_inverse=True)[1].reshape(-1)
 
 
+def agreed(classes: Sequence[NDArray[np.int64]], z: float) -> float:
+    """Return how far a mean over classes of shares that are all 1 may be from the truth: z^2 / (m + z^2) of a class of m units.
+
+    classes : for each the units of its images, int64 of shape (k,)
+    """
+    sizes = np.array([len(np.unique(units)) for units in classes])
+    return float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
+
+
 def unit_size(units: NDArray[np.int64] | None) -> float:
     """Return the size of the unit of a random image: the most that images which say the same can cost.
 
@@ -79,11 +88,8 @@ def effective_size(values: NDArray[np.floating] | NDArray[np.bool_], units: NDAr
     n = len(values)
     if units is None:
         return float(n)
-    place, largest, centred = (
-        numbered(units, n),
-        unit_size(units),
-        np.asarray(values, dtype=np.float64) - np.mean(values),
-    )
+    place, largest = numbered(units, n), unit_size(units)
+    centred = np.asarray(values, dtype=np.float64) - np.mean(values)
     sizes, squares = np.bincount(place), float(np.sum(centred**2))
     m = len(sizes)
     if m < 2 or squares == 0.0:
@@ -120,24 +126,66 @@ def share_interval(values: NDArray[np.bool_], units: NDArray[np.int64] | None) -
 
 def mean_interval(values: NDArray[np.float64], level: float = 0.95) -> Interval:
     """Return Student's t interval for the mean of independent values, float64 of shape (n,); infinite for n = 1."""
+    return _student(values, 1 / max(len(values), 1), level)
+
+
+def repeated_interval(scores: Sequence[float]) -> Interval:
+    """Return the corrected resampled t interval for the mean of k fold scores; infinite for one fold.
+
+    Folds share training images, so the variance counts 1/k + n_test/n_train times, n_test/n_train being 1/(k - 1), and not 1/k.
+    Source: Nadeau and Bengio 2003.
+    """
+    k = len(scores)
+    return _student(np.asarray(scores), 1 / k + 1 / max(k - 1, 1))
+
+
+def _student(values: NDArray[np.float64], share: float, level: float = 0.95) -> Interval:
+    """Return the t interval for a mean that varies by so great a share of the values' own variance."""
     n = len(values)
     if n < 2:
         return (-np.inf, np.inf)
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf(0.5 + level / 2, n - 1) * np.sqrt(share * np.var(values, ddof=1)))
     mean = float(np.mean(values))
     return (mean - half, mean + half)
 
 
-def repeated_interval(scores: Sequence[float], test_share: float | None = None) -> Interval:
-    """Return the corrected resampled t interval for the mean of fold scores, shape (k,); infinite for one fold.
+EXPECTED_LEVEL = 0.999
+"""Of a leaderboard of ten rows, whose answers go together, less than one in a hundred has a row outside by chance."""
+PRIOR_GROUPS = 5
+"""Groups with errors whose images are all alike, taken to have been seen besides: few errors tell little of how alike."""
 
-    Folds share training images, so the variance counts 1/k + n_test/n_train times and not 1/k. test_share : n_test /
-    n_train, 1/(k - 1) when not given. Source: Nadeau and Bengio 2003.
+
+def expected_accuracy(
+    correct: NDArray[np.bool_],
+    n_test: int,
+    groups: NDArray[np.int64] | None = None,
+    test_groups: NDArray[np.int64] | None = None,
+    allowance: float = 0.0,
+    level: float = EXPECTED_LEVEL,
+) -> Interval:
+    """Return the prediction interval of the accuracy on n_test more images of the same kind.
+
+    Given how many were right out of fold, how many will be is beta-binomial (Jeffreys' prior). Images of a group are alike,
+    so that they count as fewer: by the design effect 1 + (size - 1) * correlation (Kish 1965).
+
+    correct : ndarray of shape (n,), bool: which images were labelled right out of fold
+    groups, test_groups : ndarrays of shape (n,) and (n_test,), int64: groups of the images; None where each is its own
+    allowance : what fitting on all training images may add to the accuracy, for the upper end
     """
-    k = len(scores)
-    if k < 2:
-        return (-np.inf, np.inf)
-    share = 1 / (k - 1) if test_share is None else test_share
-    half = float(stats.t.ppf(0.975, k - 1) * np.sqrt((1 / k + share) * np.var(scores, ddof=1)))
-    mean = float(np.mean(scores))
-    return (mean - half, mean + half)
+    n, right, alike = len(correct), int(correct.sum()), _alike(correct, groups)
+    trained, tested = (1 + alike * (unit_size(images) - 1) for images in (groups, test_groups))
+    count = max(1, round(n_test / tested))
+    tails, shape = [(1 - level) / 2, (1 + level) / 2], (right / trained + 0.5, (n - right) / trained + 0.5)
+    low, high = (stats.betabinom.ppf(tails, count, *shape) / count).tolist()
+    return (low, min(1.0, high + allowance))
+
+
+def _alike(correct: NDArray[np.bool_], groups: NDArray[np.int64] | None) -> float:
+    """Return the correlation of correctness within groups, from 0 to 1, rather too high than too low."""
+    if groups is None:
+        return 0.0
+    effect, largest = len(correct) / effective_size(correct, groups), unit_size(groups)
+    found = (effect - 1) / (largest - 1) if largest > 1 else 1.0
+    rarer = correct if correct.mean() < 0.5 else ~correct
+    seen = len(np.unique(groups[rarer]))
+    return (seen * found + PRIOR_GROUPS) / (seen + PRIOR_GROUPS)

@@ -2,8 +2,8 @@
 
 A row has a function of scikit-learn's kind, such as `cohen_kappa_score`. Every comparison is made by resampling units (images,
 groups, sets of copies) and works for any such function; a score that is a mean of shares says so instead, which is a thousand
-times faster. Within the package a score
-is higher where it is better, so that of log loss is minus the loss; `Metric.text` writes it as users know it.
+times faster. Within the package a score is higher where it is better, so that of log loss is minus the loss; `Metric.text` writes
+it as users know it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from scipy import sparse, stats
 
 from pipeline.data.targets import Target
-from pipeline.evaluation.average_precision import excess, influence, mean_precision, weighted_mean_precision
 from pipeline.evaluation.intervals import Interval, numbered
 from pipeline.evaluation.predictions import Predictions
 
 SMALLEST_PROBABILITY = 1e-15
 """Log loss counts a smaller probability of the true class as this one, so that one image cannot make it infinite."""
+
+Weighted = Callable[[NDArray[np.number]], NDArray[np.float64]]
+"""Weights of n images, shape (r, n), to scores, (r,)."""
 
 SLOW_RESAMPLES = 200
 """Samples drawn, and blocks left out, for a score without `shares`, each of which calls its function anew."""
@@ -71,11 +73,11 @@ class Metric:
     needs: Literal["labels", "probabilities", "values"]
     """What of a head's predictions it looks at; probabilities are of shape (n, n_classes)."""
     function: Callable[[NDArray[Any], NDArray[Any]], float] | None = None
-    """(y, predictions) -> the score as users know it; None where `shares` tells it."""
+    """(y, predictions) -> the score as users know it; None where `shares` or `weighted` tells it."""
     shares: Callable[[Predictions], sparse.csr_array] | None = None
     """What each image adds, of shape (n, 2 n_classes) or (n, 2), where the score is a `mean_share` of sums, better when higher, which is
     quickly resampled."""
-    weighted: Callable[[Predictions], Callable[[NDArray[np.int64]], NDArray[np.float64]]] | None = None
+    weighted: Callable[[Predictions], Weighted] | None = None
     """What gives the score of images taken so many times each, shape (r, n) in and (r,) out, and does so quickly."""
     influence: Callable[[Predictions], NDArray[np.float64]] | None = None
     """By how much each image's weight changes the part of each label in the score, shape (n, labels), where that is known."""
@@ -130,23 +132,24 @@ class Metric:
         return " %" if self.unit == "points" else ""
 
     @property
+    def header(self) -> str:
+        """Its title, with the sign where it is written in per cent."""
+        return f"{self.title}{self.percent and ', %'}"
+
+    @property
     def bounded(self) -> bool:
         """Whether it has a worst value."""
         return bool(np.isfinite(self.low))
 
     def score(self, predictions: Predictions) -> float:
-        """Return the score of one head, higher is better.
-
-        Raises
-        ------
-        ValueError
-            When it needs probabilities and the predictions have none.
-        """
+        """Return the score of one head, higher is better; ValueError when it needs probabilities and the predictions have none."""
         said = predictions.probabilities if self.needs_probabilities else predictions.y_pred
         if said is None:
             raise ValueError(f"{self.title} needs probabilities, and there are none")
         if self.shares is not None:
             return float(mean_share(self.shares(predictions).sum(axis=0)[None])[0])
+        if self.weighted is not None:
+            return float(self.weighted(predictions)(np.ones((1, len(predictions))))[0])
         assert self.function is not None, f"{self.name} has neither function nor shares"
         return (1 if self.higher_is_better else -1) * float(self.function(predictions.y_true, said))
 
@@ -178,14 +181,11 @@ class Metric:
         """Return how many samples of so many are drawn: fewer of a score that is slow to compute."""
         return count if self.shares is not None else min(count, SLOW_RESAMPLES)
 
-    def clipped(self, interval: Interval) -> Interval:
-        """Return an interval of a score without what no score can be."""
-        return (float(np.clip(interval[0], self.low, self.high)), float(np.clip(interval[1], self.low, self.high)))
-
     def clipped_difference(self, interval: Interval) -> Interval:
         """Return an interval of a difference of two scores without what no difference can be."""
         span = self.high - self.low
-        return (float(np.clip(interval[0], -span, span)), float(np.clip(interval[1], -span, span)))
+        low, high = np.clip(interval, -span, span).tolist()
+        return low, high
 
     def _written(self, number: float, sign: str = "") -> str:
         """Write a number; where it is in the units of what is predicted, which may be of any size, so many digits of it."""
@@ -204,18 +204,12 @@ class Metric:
 
     def interval_text(self, interval: Interval) -> str:
         """Write a score's interval, the lower number first."""
-        low, high = sorted(self.scale * end for end in self.clipped(interval))
+        low, high = sorted(self.scale * end for end in np.clip(interval, self.low, self.high).tolist())
         return f"[{self._written(low)}, {self._written(high)}]"
 
     def gap_text(self, difference: float) -> str:
         """Write by how much a score is better than another, with its sign: positive is better, also of a loss."""
         return self._written(abs(self.scale) * difference, "+")
-
-
-def _log_probability(y: NDArray[np.int64], probabilities: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the log of each true class's probability; scikit-learn's `log_loss` cuts float32 off at 1e-7."""
-    own = np.asarray(probabilities[np.arange(len(y)), y], dtype=np.float64)
-    return np.asarray(np.log(np.clip(own, SMALLEST_PROBABILITY, 1.0)))
 
 
 def _roc_auc(y: NDArray[np.int64], probabilities: NDArray[np.floating]) -> float:
@@ -235,11 +229,6 @@ def _roc_auc(y: NDArray[np.int64], probabilities: NDArray[np.floating]) -> float
 TOP = 5
 
 
-def _among_top_k(predictions: Predictions) -> NDArray[np.bool_]:
-    likeliest = np.argsort(_probabilities(predictions), axis=1, kind="stable")[:, ::-1][:, :TOP]
-    return np.asarray((likeliest == predictions.y_true[:, None]).any(axis=1))
-
-
 def _probabilities(predictions: Predictions) -> NDArray[np.floating]:
     assert predictions.probabilities is not None, "the metric needs probabilities"
     return predictions.probabilities
@@ -247,6 +236,17 @@ def _probabilities(predictions: Predictions) -> NDArray[np.floating]:
 
 def _mean_of(values: NDArray[np.floating] | NDArray[np.bool_]) -> sparse.csr_array:
     return sparse.csr_array(np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], axis=1))
+
+
+def _log_probability(predictions: Predictions) -> sparse.csr_array:
+    """Return shares of the log of each true class's probability; scikit-learn's `log_loss` cuts float32 off at 1e-7."""
+    own = _probabilities(predictions)[np.arange(len(predictions)), predictions.y_true].astype(np.float64)
+    return _mean_of(np.log(np.clip(own, SMALLEST_PROBABILITY, 1.0)))
+
+
+def _among_top_k(predictions: Predictions) -> sparse.csr_array:
+    likeliest = np.argsort(_probabilities(predictions), axis=1, kind="stable")[:, ::-1][:, :TOP]
+    return _mean_of((likeliest == predictions.y_true[:, None]).any(axis=1))
 
 
 def _recalls(predictions: Predictions) -> sparse.csr_array:
@@ -280,10 +280,10 @@ def _wrong_labels(predictions: Predictions) -> sparse.csr_array:
     return _mean_of(-np.mean(predictions.y_true != predictions.y_pred, axis=1))
 
 
-def _errors(predictions: Predictions) -> NDArray[np.float64]:
-    """Return how far each image's numbers are off, on average: shape (n,)."""
+def _errors(predictions: Predictions) -> sparse.csr_array:
+    """Return shares of how far each image's numbers are off, on average."""
     off = np.abs(predictions.y_true - predictions.y_pred)
-    return np.asarray(off if off.ndim == 1 else off.mean(axis=1))
+    return _mean_of(-(off if off.ndim == 1 else off.mean(axis=1)))
 
 
 def _rmse(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
@@ -305,24 +305,101 @@ def _spearman(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
     return float(np.mean([a @ b / max(np.sqrt((a @ a) * (b @ b)), 1e-12) for a, b in ranks]))
 
 
+def _ranked(scores: NDArray[np.floating]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Return the order of images, highest score first, and for each place where those of equal score begin and end."""
+    order = np.argsort(-scores, kind="stable")
+    ordered = -scores[order]
+    return order, np.searchsorted(ordered, ordered, side="left"), np.searchsorted(ordered, ordered, side="right") - 1
+
+
+def label_precision(y: NDArray[np.bool_], scores: NDArray[np.floating]) -> Weighted:
+    """Return what gives one label's average precision under weights, NaN where no image has it.
+
+    The mean of the precision at each image that has the label, images of equal score taken together, as scikit-learn's
+    `average_precision_score` does. y, scores : shape (n,)
+    """
+    order, _, ends = _ranked(scores)
+    own = np.flatnonzero(y[order])
+    # The last image that has the label among all down to the end of each one's equals.
+    last = np.searchsorted(own, ends[own], side="right") - 1
+
+    def under(weights: NDArray[np.number]) -> NDArray[np.float64]:
+        ordered = np.asarray(weights, dtype=np.float64)[:, order]
+        above, hits = np.cumsum(ordered, axis=1)[:, ends[own]], ordered[:, own]
+        right, total = np.cumsum(hits, axis=1)[:, last], hits.sum(axis=1)
+        precision = np.divide(right, above, out=np.zeros_like(right), where=above > 0)
+        nothing = np.full(len(total), np.nan)
+        return np.asarray(np.divide((hits * precision).sum(axis=1), total, out=nothing, where=total > 0))
+
+    return under
+
+
+def _columns(predictions: Predictions) -> list[tuple[NDArray[np.bool_], NDArray[np.floating]]]:
+    """Return which images have a label, and its scores, each of shape (n,), of every label that some image has."""
+    pairs = zip(predictions.y_true.T, _probabilities(predictions).T, strict=True)
+    return [(flags, scores) for flags, scores in pairs if flags.any()]
+
+
+def weighted_mean_precision(predictions: Predictions) -> Weighted:
+    """Return what gives the mean average precision (mAP) under weights: over the labels that some image has, 0 where none is."""
+    parts = [label_precision(*column) for column in _columns(predictions)]
+
+    def under(weights: NDArray[np.number]) -> NDArray[np.float64]:
+        found = np.array([part(weights) for part in parts]).reshape(len(parts), len(weights))
+        known = np.isfinite(found)
+        return np.asarray(np.where(known, found, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
+
+    return under
+
+
+def influence(predictions: Predictions) -> NDArray[np.float64]:
+    """Return by how much the mean average precision changes with the weight of each image at 1: its derivatives.
+
+    A column for the part of each label that some image has, shape (n, labels), which sum up to the whole. An image's own precision
+    counts where it has the label, and it is among those above every one that is no higher.
+    """
+    columns = _columns(predictions)
+    made = np.zeros((len(predictions), max(len(columns), 1)))
+    for column, (y, scores) in enumerate(columns):
+        order, starts, ends = _ranked(scores)
+        flags, above = y[order], ends + 1.0
+        right, count = np.cumsum(flags)[ends], flags.sum()
+        precision = right / above
+
+        def below(values: NDArray[np.float64], flags: Any = flags, starts: Any = starts) -> NDArray[np.float64]:
+            """Sum up over the images that have the label and are no higher."""
+            return np.asarray(np.cumsum((flags * values)[::-1])[::-1][starts])
+
+        change = flags * (precision + below(1 / above) - np.sum(flags * precision) / count) - below(right / above**2)
+        made[order, column] = change / count / len(columns)
+    return made
+
+
+def excess(predictions: Predictions) -> float:
+    """Return by how much the mean average precision is too high, as each image that has a label is among those above itself.
+
+    What it would be less if the precision at an image left the image out.
+    """
+    found = []
+    for y, scores in _columns(predictions):
+        order, _, ends = _ranked(scores)
+        flags, above = y[order], ends + 1
+        right = np.cumsum(flags)[ends]
+        found.append(np.mean(((above - right) / (above * np.maximum(above - 1.0, 1.0)))[flags]))
+    return float(np.mean(found)) if found else 0.0
+
+
 def _of_numbers(name: str, title: str, function: Any = None, shares: Any = None, **more: Any) -> Metric:
     """Return a score of numbers: an error in their units, lower being better, or a share that 1 is the best of."""
     error = more.get("in_units", False)
-    ends = {"low": -np.inf, "high": 0.0 if error else 1.0, "digits": 3, "unit": title}
-    made = {
-        "higher_is_better": not error,
-        "targets": ("regression",),
-        "column": (title, title.split("'")[0]),
-        **ends,
-        **more,
-    }
-    return Metric(name, title, "values", function, shares, **made)
+    made = {"low": -np.inf, "high": 0.0 if error else 1.0, "higher_is_better": not error, "targets": ("regression",)}
+    made |= {"digits": 3, "unit": title, "column": (title, title.split("'")[0])}
+    return Metric(name, title, "values", function, shares, **{**made, **more})
 
 
 def _of_labels(name: str, title: str, shares: Any, **more: Any) -> Metric:
-    return Metric(
-        name, title, "labels", shares=shares, targets=("multilabel",), column=(title, title.split()[0]), **more
-    )
+    column = (title, title.split()[0])
+    return Metric(name, title, "labels", shares=shares, targets=("multilabel",), column=column, **more)
 
 
 ACCURACY = Metric(
@@ -349,10 +426,9 @@ METRICS: Mapping[str, Metric] = {
             "mean_average_precision",
             "mAP",
             "probabilities",
-            mean_precision,
-            weighted=lambda predictions: weighted_mean_precision(predictions.y_true, _probabilities(predictions)),
-            influence=lambda predictions: influence(predictions.y_true, _probabilities(predictions)),
-            excess=lambda predictions: excess(predictions.y_true, _probabilities(predictions)),
+            weighted=weighted_mean_precision,
+            influence=influence,
+            excess=excess,
             per_class=True,
             threshold="each",
             targets=("multilabel",),
@@ -376,7 +452,7 @@ METRICS: Mapping[str, Metric] = {
             "log loss",
             "probabilities",
             higher_is_better=False,
-            shares=lambda predictions: _mean_of(_log_probability(predictions.y_true, _probabilities(predictions))),
+            shares=_log_probability,
             low=-np.inf,
             high=0.0,
             digits=3,
@@ -384,13 +460,8 @@ METRICS: Mapping[str, Metric] = {
             column=("log loss", "loss"),
         ),
         Metric("roc_auc", "ROC AUC", "probabilities", _roc_auc, per_class=True),
-        Metric(
-            f"top_{TOP}_accuracy",
-            f"top-{TOP} accuracy",
-            "probabilities",
-            shares=lambda predictions: _mean_of(_among_top_k(predictions)),
-        ),
-        _of_numbers("mae", "MAE", shares=lambda predictions: _mean_of(-_errors(predictions)), in_units=True),
+        Metric(f"top_{TOP}_accuracy", f"top-{TOP} accuracy", "probabilities", shares=_among_top_k),
+        _of_numbers("mae", "MAE", shares=_errors, in_units=True),
         _of_numbers("rmse", "RMSE", _rmse, in_units=True),
         _of_numbers("r2", "R2", _r2),
         _of_numbers("spearman", "Spearman's rho", _spearman, low=-1.0, ranks=True),
@@ -443,3 +514,9 @@ def rescored(metric: Metric, heads: Sequence[Predictions]) -> Callable[[NDArray[
         return np.array([[metric.score(head.rows(rows)) if len(rows) else np.nan for head in heads] for rows in taken])
 
     return slow
+
+
+def bootstrap(metric: Metric, heads: Sequence[Predictions], seed: int, count: int) -> NDArray[np.float64]:
+    """Return scores of heads on the same images with units drawn with replacement: shape (draws, n_heads)."""
+    weighted, m = rescored(metric, heads), int(heads[0].unit_numbers.max()) + 1
+    return np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(count))])

@@ -1,8 +1,8 @@
 """Scores of one head on one set of images, each with a 95 % interval.
 
 Accuracy has Wilson's interval, balanced accuracy and macro F1 one made of Wilson's of each class, which holds with a few
-images of a rare class too; log loss a normal interval of its mean, shares of labels and mAP one on the scale of log-odds, any other score a bootstrap. Images that are not
-independent count for as many as they are worth. `per_class` and `confusion_matrix` break the same counts down.
+images of a rare class too; log loss a normal interval of its mean, shares of labels and mAP one on the scale of log-odds, any
+other score a bootstrap. Images that are not independent count for as many as they are worth. `per_class` and `confusion_matrix` break the same counts down.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from scipy.special import expit, logit
 from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.metrics import precision_recall_fscore_support
 
-from pipeline.evaluation.intervals import Interval, critical, effective_size, freedom, share_interval, wilson
-from pipeline.evaluation.metric import ACCURACY, Metric, drawn, metrics_for, rescored, unit_sums
+from pipeline.evaluation.intervals import Interval, agreed, critical, effective_size, freedom, share_interval, wilson
+from pipeline.evaluation.metric import ACCURACY, Metric, bootstrap, metrics_for, unit_sums
 from pipeline.evaluation.predictions import Predictions
 
 RESAMPLES = 1000
@@ -62,23 +62,15 @@ class Scores:
 
     def to_record(self) -> dict[str, Any]:
         """Return one plain mapping for JSON."""
-        return {
-            "n": self.n,
-            **self.values,
-            **{_named(k): span for k, span in self.intervals.items()},
-            "units": self.units,
-        }
+        spans = {_named(name): span for name, span in self.intervals.items()}
+        return {"n": self.n, **self.values, **spans, "units": self.units}
 
     @staticmethod
     def from_record(raw: Mapping[str, Any]) -> Scores:
         """Return what `to_record` wrote; version 0.1 had null for what was not known, and `tuned` for the score of the search."""
-        found = {name: float(value) for name, value in raw.items() if isinstance(value, float)}
-        return Scores(
-            raw["n"],
-            found,
-            {name: tuple(raw[_named(name)]) for name in found if raw.get(_named(name))},
-            raw.get("units"),
-        )
+        found = {name: value for name, value in raw.items() if isinstance(value, float)}
+        spans = {name: tuple(raw[_named(name)]) for name in found if raw.get(_named(name))}
+        return Scores(raw["n"], found, spans, raw.get("units"))
 
 
 def _named(metric: str) -> str:
@@ -104,18 +96,13 @@ def scores(predictions: Predictions, seed: int = 0, metric: Metric | None = None
     Balanced accuracy is the mean recall of the classes that occur in the truth; macro F1 the mean over classes that occur in
     either.
     """
-    found = {}
-    for row in metrics_for(predictions.target):
-        known = predictions.probabilities is not None or not row.needs_probabilities
-        if known and (row.column is not None or row is metric):
-            found[row.name] = _scored(row, predictions, seed)
-    units = predictions.units
-    return Scores(
-        len(predictions),
-        {name: value for name, (value, _) in found.items()},
-        {name: interval for name, (_, interval) in found.items()},
-        None if units is None else len(np.unique(units)),
-    )
+    known = predictions.probabilities is not None
+    asked = [row for row in metrics_for(predictions.target) if row.column is not None or row is metric]
+    found = {row.name: _scored(row, predictions, seed) for row in asked if known or not row.needs_probabilities}
+    values = {name: value for name, (value, _) in found.items()}
+    intervals = {name: interval for name, (_, interval) in found.items()}
+    units = None if predictions.units is None else len(np.unique(predictions.units))
+    return Scores(len(predictions), values, intervals, units)
 
 
 def _scored(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
@@ -163,16 +150,15 @@ def _log_odds_interval(metric: Metric, predictions: Predictions) -> tuple[float,
     """
     units, z, score = predictions.unit_numbers, critical(predictions.units), metric.score(predictions)
     parts = [units[part] for part in predictions.members] if metric.per_class else [units]
-    sizes = np.array([len(np.unique(part)) for part in parts])
     if units.max() == 0:
         low, high = metric.low, metric.high
     elif metric.high - score < 1e-9:
-        low = high = score
-        low -= float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
+        low, high = score - agreed(parts, z), score
     else:
         added = metric.contributions(predictions)
         error = z * float(added.std(ddof=1)) / np.sqrt(len(added))
         if metric.influence is not None:
+            sizes = np.array([len(np.unique(part)) for part in parts])
             error = _error_of_labels(metric.influence(predictions), sizes, predictions.units)
         above, excess = score - metric.low, metric.excess(predictions) if metric.excess else 0.0
         around = np.clip([above - excess, above - excess / 2], 1e-6, 1 - 1e-6)
@@ -238,8 +224,7 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
 def _resampled(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
     """Return any score as users know it, with the percentile interval of the bootstrap over units."""
     sign = 1.0 if metric.higher_is_better else -1.0
-    weighted, m = rescored(metric, [predictions]), int(predictions.unit_numbers.max()) + 1
-    draws = sign * np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(RESAMPLES))])[:, 0]
+    draws = sign * bootstrap(metric, [predictions], seed, RESAMPLES)[:, 0]
     low, high = np.quantile(draws, [0.025, 0.975])
     return sign * metric.score(predictions), (float(low), float(high))
 

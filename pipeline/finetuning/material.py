@@ -23,7 +23,7 @@ from pipeline.experiment import Artifacts
 from pipeline.finetuning.objective import objective_for
 from pipeline.heads import HEADS
 from pipeline.heads.tuning import make_folds
-from pipeline.io import progress
+from pipeline.io import process
 from pipeline.store import FeatureStore
 
 MEMORY = 2 << 30
@@ -181,7 +181,7 @@ def read_pixels(
     loader = Loader(index.root, config.dataset.max_pixels, (preprocessing,), BATCH, os.cpu_count() or 1)
     problems = []
     done = 0
-    with progress.bar(len(index), "image", "reading") as bar:
+    with process.bar(len(index), "image", "reading") as bar:
         for batch in loader.batches(items):
             count = len(batch.items)
             pixels[done : done + count] = batch.pixels[0][:count]

@@ -18,7 +18,7 @@ from pipeline.experiment import plain
 from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, configure
 from pipeline.heads.table import TABLES
 from pipeline.heads.tuning.evaluation import Evaluator
-from pipeline.io.imports import users_module
+from pipeline.io.process import users_module
 
 
 def resolve(config: HeadConfig, kind: str = "classification") -> Head:

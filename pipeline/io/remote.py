@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any, BinaryIO
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import DatasetError, first_line
+from pipeline.errors import DatasetError, PipelineError, first_line
 from pipeline.io.digests import bytes_digest
 
 Stat = tuple[int, int, int]
 """Size, mtime_ns and ctime_ns of a file, or what else tells whether it was touched; a size of -1 is not known before it is read."""
+
+CONNECT_SECONDS = 10.0
 
 CONNECTIONS = 16
 """Files that are asked for at a time: most of the time is waiting."""
@@ -52,10 +56,7 @@ def absolute(path: object) -> str:
 def file_system(address: str) -> tuple[Any, str]:
     """Return the file system of an address and the file's name there.
 
-    Raises
-    ------
-    DatasetError
-        When what is needed for it is not installed, or it is none that is known.
+    DatasetError when what is needed for it is not installed, or it is none that is known.
     """
     try:
         import fsspec
@@ -107,10 +108,7 @@ def write_remote(address: str, data: bytes) -> None:
 def list_remote(address: str) -> dict[str, Stat | None]:
     """Return what a remote folder holds, asked once until `forget_listings`: size and times of each file by its name, None for a folder.
 
-    Raises
-    ------
-    OSError
-        When it is not there, or cannot be listed; NotADirectoryError when it is a file.
+    OSError when it is not there, or cannot be listed; NotADirectoryError when it is a file.
     """
     system, root = file_system(address)
     is_web = address.startswith("http")
@@ -160,3 +158,80 @@ def _stat_of(entry: Mapping[str, Any]) -> Stat | None:
     changed = 0 if mark or isinstance(seconds, str) else int(seconds * (1e6 if seconds > 1e11 else 1e9))
     known = int(bytes_digest(repr((mark, when)).encode())[:14], 16) if mark or when else time.time_ns()
     return -1 if entry.get("size") is None else int(entry["size"]), changed, known
+
+
+OBJECT_BYTES = 100 << 20
+"""Of memory for Ray's objects on this machine: neither images nor vectors go through them."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine by its name, the address of a running cluster, and the number of workers; None starts one here, of as many as it likes."""
+
+    name: str
+    address: str | None = None
+    workers: int | None = None
+
+    @staticmethod
+    def of(name: str | None, address: str | None = None, workers: int | None = None) -> Engine | None:
+        """Return the engine that a user names; None without a name, where nothing else may be said either."""
+        if name is None and (address or workers):
+            raise PipelineError("--address and --workers are of an engine; they need --engine")
+        return None if name is None else Engine(name, address, workers)
+
+
+def require_answer(address: str, start: str) -> None:
+    """See that a process listens at a cluster's address, before an engine waits for minutes for one that does not.
+
+    Nothing but that address is asked; `start` is the command that starts a cluster there.
+
+    Raises
+    ------
+    PipelineError
+        After ten seconds, or twice that for a name with two addresses.
+    """
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        if not place.hostname or not place.port:
+            raise ValueError("no port")
+    except ValueError:
+        raise PipelineError(f"--address {address}: expected HOST:PORT, where a cluster runs") from None
+    try:
+        socket.create_connection((place.hostname, place.port), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise PipelineError(
+            f"--address {address}: {place.hostname} does not answer at port {place.port} ({error.strerror or error}); start a cluster "
+            f"there with `{start}`, or leave out --address to have one on this machine"
+        ) from None
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Yield the module `ray`, connected; a connection that the caller has already is used and stays.
+
+    PipelineError when Ray is not installed, or there is no cluster at that address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every cluster
+    try:
+        import ray
+    except ImportError:
+        raise PipelineError("--engine ray: Ray is not installed here; pip install 'manyheads[ray]'") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address not in (None, "auto", "local"):
+        require_answer(address, "ray start --head")
+        # Else it asks a port that is not Ray's for a quarter of an hour.
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    if address is None:
+        settings |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_BYTES}
+    try:
+        ray.init(address=address or "local", **settings)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise PipelineError(f"{address or '--engine ray'}: no Ray cluster could be had: {found}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
-from pipeline.evaluation import (
-    ACCURACY,
-    METRICS,
-    Calibration,
-    Difference,
-    Interval,
-    LearningCurve,
-    Metric,
-    Ranking,
-    pareto,
-)
+from pipeline.data.numbers import Regression
+from pipeline.evaluation import Calibration, Interval, LearningCurve, Predictions
+from pipeline.evaluation.comparison import Difference, Ranking
 from pipeline.evaluation.fewshot import FewShot
-from pipeline.evaluation.leaderboard.judge import Trials
-from pipeline.evaluation.leaderboard.rows import LeaderboardRow
+from pipeline.evaluation.leaderboard import LeaderboardRow, Trials
 from pipeline.evaluation.leaderboard.table import seconds
-from pipeline.report.drawing import Palette, chart, figure, plain_text, tip
+from pipeline.evaluation.learning_curve import pareto
+from pipeline.evaluation.metric import ACCURACY, METRICS, Metric
+from pipeline.heads.layer_profile import LayerProfile
+from pipeline.report.drawing import Palette, chart, figure, plain_text, shorten_all, tip
 from pipeline.report.material import Map
-from pipeline.report.names import shorten_all
 
 MOST_ROWS = 30
 """Rows of a leaderboard drawn; the table has them all."""
-LEGEND_CHARACTERS = 48
-"""Of a name in a legend below a chart: what a phone's width holds."""
-LABEL_CHARACTERS = 20
-"""Of an embedding's name beside a row."""
+MOST_CELLS = 25
+"""Classes of a confusion matrix drawn: with more of them no label can be read."""
+MOST_SMALL = 12
+"""Classes up to which the matrix is as small as other charts; a larger one is twice as wide, so that counts can be read."""
+MOST_DOTS = 600
+"""Test images in a chart of numbers, evenly chosen of more: each has a tooltip."""
+LEGEND, LAYER, EMBEDDING, CLASS = 48, 28, 20, 18
+"""Characters of a name in a legend, which a phone's width holds, and beside a row; the tooltips have the whole names."""
 DASHED = (0, (4, 3))
 
 
@@ -47,24 +47,25 @@ def score_chart(
     The cross-validation mean is drawn beside it where it is the same score; another one is in the tooltip only.
     """
     metric, shown, scale = METRICS[scoring], rows[:MOST_ROWS], abs(told.scale)
-    beside = "and cross-validation " if metric is told else ""
-    made = figure(palette, f"Test {told.title} {beside}of every row", height=_height(shown))
-    axes = made.subplots()
+    same = metric is told
+    label = f"Test {told.title} {'and cross-validation ' * same}of every row"
+    made, axes = figure(palette, label, height=_height(shown))
     tested = [_tested(row, told) for row in shown]
     floor = scale * _floor([found[1] for found in tested if found], told)
     for place, (row, found) in enumerate(zip(shown, tested, strict=True)):
         seen = True
         if found is not None:
             value, low, high = (scale * score for score in found)
-            text = f"{row.key}: test {_with_interval(row, told)}, cross-validation {_tuned(row.cv_mean, metric)}"
+            texts = [f"{told.text(score)}{told.percent}" for score in found]
+            span = ", ".join(texts[:0:-1] if told.lower_is_better else texts[1:])
+            text = f"{row.key}: test {_named(told)}{texts[0]} [{span}], cross-validation {_tuned(row.cv_mean, metric)}"
             colour = palette.accent if row.key in group else palette.muted
             seen = _dot(axes, place, value, (low, high), floor, colour, text)
-        if seen and metric is told and scale * row.cv_mean >= floor:
+        if seen and same and scale * row.cv_mean >= floor:
             axes.plot(scale * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
     _row_names(axes, shown)
     _as_a_loss_is_known(axes.xaxis, told)
-    label = f"{_titled(told)}:  ● test  — its 95 % interval"
-    axes.set_xlabel(label + ("  | cross-validation" if metric is told else ""), loc="right")
+    axes.set_xlabel(f"{told.header}:  ● test  — its 95 % interval{'  | cross-validation' * same}", loc="right")
     return made
 
 
@@ -77,26 +78,30 @@ def difference_chart(
     Left is worse, also of a loss, whose numbers say by how much it is above the best row's.
     """
     metric = METRICS[scoring]
-    scale = abs(metric.scale)
+    scale, sign = abs(metric.scale), 1 if metric.lower_is_better else -1
     shown = [item for item in differences if item.key in rows][:MOST_ROWS]
-    made = figure(palette, "How far every row lies behind the best", height=_height([rows[item.key] for item in shown]))
-    axes = made.subplots()
+    named = [rows[item.key] for item in shown]
+    made, axes = figure(palette, "How far every row lies behind the best", height=_height(named))
     axes.axvline(0, color=palette.ink, lw=1)
     floor = scale * _floor([-item.interval[1] for item in shown], metric)
+    unit = "" if metric.unit == metric.title else metric.unit
     for place, item in enumerate(shown):
         low, high = (scale * end for end in item.interval)
         verdict = "no evidence of a difference" if item.no_evidence else "worse than the best"
-        text = f"{item.key}: {_behind(item, metric)}, p = {item.p_value:.3f}, {verdict}"
+        ends = sorted(sign * end for end in item.interval)
+        gap, *span = map(metric.gap_text, (sign * item.difference, *ends))
+        behind = f"{_named(metric)}{gap}{unit and ' '}{unit} [{', '.join(span)}]"
+        text = f"{item.key}: {behind}, p = {item.p_value:.3f}, {verdict}"
         colour = palette.accent if item.no_evidence else palette.muted
         _dot(axes, place, -scale * item.difference, (-high, -low), floor, colour, text)
-    _row_names(axes, [rows[item.key] for item in shown])
+    _row_names(axes, named)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     _as_a_loss_is_known(axes.xaxis, metric)
-    named = metric.title if metric.unit == metric.title else f"{metric.title}, {metric.unit}"
-    behind = f"{named} above the best row's" if metric.lower_is_better else f"{named} from the best row"
+    what = f"{metric.title}{unit and ', '}{unit}"
     if metric.percent:
-        behind = f"{_named(metric, ', ')}{'percentage ' * (metric is ACCURACY)}points from the best row"
-    axes.set_xlabel(f"{behind}, out of fold", loc="right")
+        what = f"{_named(metric, ', ')}{'percentage ' * (metric is ACCURACY)}points"
+    where = "from the best row" if metric.percent or sign < 0 else "above the best row's"
+    axes.set_xlabel(f"{what} {where}, out of fold", loc="right")
     return made
 
 
@@ -104,11 +109,10 @@ def difference_chart(
 def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str) -> Figure:
     """Draw every trial's score and the best so far, one line per search; up is better, also of a loss."""
     metric = METRICS[scoring]
-    scale = abs(metric.scale)
-    labels = shorten_all(list(searches), LEGEND_CHARACTERS)
-    columns = 2 if max(map(len, labels), default=0) <= LEGEND_CHARACTERS // 2 else 1
-    made = figure(palette, "Best score so far, trial by trial", height=3.3 + 0.21 * -(-len(searches) // columns))
-    axes = made.subplots()
+    scale, labels = abs(metric.scale), shorten_all(list(searches), LEGEND)
+    columns = 2 if max(map(len, labels), default=0) <= LEGEND // 2 else 1
+    height = 3.3 + 0.21 * -(-len(searches) // columns)
+    made, axes = figure(palette, "Best score so far, trial by trial", height=height)
     lowest = []
     for number, (name, trials) in enumerate(searches.items()):
         means = np.array([np.nan if trial["mean"] is None else trial["mean"] for trial in trials], dtype=np.float64)
@@ -125,42 +129,128 @@ def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str)
         floor, top = scale * _floor(lowest, metric), axes.get_ylim()[1]
         axes.set_ylim(floor - 0.1 * (top - floor) - 1e-3, top)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("trial")
+    axes.set(xlabel="trial", ylabel=f"{metric.title}, cross-validation{metric.percent and ', %'}")
     _as_a_loss_is_known(axes.yaxis, metric)
-    axes.set_ylabel(f"{metric.title}, cross-validation{metric.percent and ', %'}")
     if len(searches) > 1:
         made.legend(loc="outside lower center", ncols=columns)
     return made
 
 
 @chart
+def layer_chart(palette: Palette, found: LayerProfile) -> Figure:
+    """Draw the score of every layer with its interval, from the image to the answer, and below those side by side.
+
+    Filled with the accent are those of which nothing says that they are worse than the best; the dashed line is the usual layer.
+    """
+    metric = METRICS[found.metric]
+    single = sum(len(row.embeddings) == 1 for row in found.rows)
+    places = [place + 0.6 * (place >= single) for place in range(len(found.rows))]
+    made, axes = figure(palette, f"Score of every layer of {found.network}", height=1.0 + 0.3 * len(places))
+    axes.axvline(100 * found.row(found.usual).score, color=palette.muted, lw=1, ls=DASHED)
+    line = [100 * row.score for row in found.rows[:single]]
+    axes.plot(line, places[:single], "-", color=palette.grid, lw=1.5, zorder=1)
+    for place, row in zip(places, found.rows, strict=True):
+        text = f"{row.name}: {metric.text(row.score)} {metric.interval_text(row.interval)}, {row.dim:,} numbers"
+        low, high = (100 * end for end in row.interval)
+        colour = palette.accent if row.tied else palette.muted
+        _dot(axes, place, 100 * row.score, (low, high), -np.inf, colour, text)
+    _lines(axes, places, shorten_all([row.name for row in found.rows], LAYER))
+    axes.set_ylim(places[-1] + 0.5, -0.5)
+    axes.set_xlabel(f"{metric.title} of ridge out of fold, %", loc="right")
+    return made
+
+
+def most_confused(matrix: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Return the classes that are drawn, int64 of shape (k,), in their order: all, or those with most mistakes, either way round.
+
+    matrix : ndarray of shape (n_classes, n_classes), int64, rows are the true classes
+    """
+    wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
+    return np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
+
+
+@chart
+def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
+    """Draw a confusion matrix, int64 (n, n), each row as shares of its true class; of many classes those with most mistakes."""
+    kept = most_confused(matrix)
+    cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
+    shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
+    many = len(names) > MOST_SMALL
+    made, axes = figure(palette, "Confusion matrix", *((9.8, 8.8) if many else (4.6, 4.7)))
+    axes.grid(False)
+    for row, column in np.argwhere(cells > 0).tolist():
+        right, share = row == column, float(shares[row, column])
+        found = "right" if right else f"taken for {names[column]}"
+        text = f"{names[row]} {found}: {cells[row, column]} ({100 * share:.0f} %)"
+        # A count on a wrong cell is read on half a colour, on light and on dark.
+        alpha = max(0.12, share if right else min(0.6, 3 * share))
+        colour, corner = palette.accent if right else palette.bad, (column - 0.46, row - 0.46)
+        axes.add_patch(Rectangle(corner, 0.92, 0.92, lw=0, color=colour, alpha=alpha, gid=tip(text)))
+        colour = palette.surface if right and share > 0.78 else palette.ink
+        axes.text(column, row, str(cells[row, column]), ha="center", va="center", color=colour)
+    labels = [plain_text(name) for name in shorten_all(names, CLASS)]
+    turned = 0 if max(map(len, labels)) <= 2 else 90 if many else 45
+    side = "right" if turned == 45 else "center"
+    axes.set_xticks(range(len(names)), labels, rotation=turned, ha=side, color=palette.ink)
+    axes.set_yticks(range(len(names)), labels)
+    end = len(names) - 0.5
+    axes.set(xlim=(-0.5, end), ylim=(end, -0.5), aspect="equal", xlabel="predicted class")
+    # On paper there is no caption.
+    part = "" if len(names) == len(matrix) else f": the {len(names)} of {len(matrix)} with most mistakes"
+    axes.set_ylabel(f"true class{part}")
+    axes.spines[:].set_visible(False)
+    return made
+
+
+@chart
 def reliability_chart(palette: Palette, out_of_fold: Calibration | None, test: Calibration) -> Figure:
     """Draw how often predictions were right against how sure they were, with Wilson intervals on the test images."""
-    made = figure(palette, "How often predictions are right against how sure they are", height=4.0)
-    axes = made.subplots()
+    made, axes = figure(palette, "How often predictions are right against how sure they are", height=4.0)
     axes.plot([0, 100], [0, 100], color=palette.muted, lw=1, ls=DASHED)
     if out_of_fold is not None:
         line = 100 * np.array([(item.confidence, item.accuracy) for item in out_of_fold.bins]).T
         axes.plot(*line, "-", color=palette.muted, lw=1.2, label="out of fold")
     for item in test.bins:
         sure, low, high = 100 * item.confidence, 100 * item.interval[0], 100 * item.interval[1]
-        axes.plot([sure, sure], [low, high], color=palette.accent, lw=1, alpha=0.6)
         text = f"{item.count} images, sure to {sure:.1f} %: {100 * item.accuracy:.1f} % right [{low:.0f}, {high:.0f}]"
-        axes.plot(sure, 100 * item.accuracy, "o", color=palette.accent, ms=5, gid=tip(text))
+        _upright(axes, sure, item.accuracy, item.interval, palette.accent, text, lw=1, alpha=0.6)
     axes.plot([], [], "o-", color=palette.accent, label="test, 95 % interval")
     lowest = 100 * max(0, min(min(b.confidence, b.interval[0]) for b in test.bins) - 0.05)
-    axes.set(
-        xlim=(lowest, 101), ylim=(lowest, 101), xlabel="how sure the head is, %", ylabel="how often it is right, %"
-    )
+    ends = (lowest, 101)
+    axes.set(xlim=ends, ylim=ends, xlabel="how sure the head is, %", ylabel="how often it is right, %")
     axes.legend(loc="upper left")
+    return made
+
+
+@chart
+def numbers_chart(palette: Palette, test: Predictions, place: int, residuals: bool) -> Figure:
+    """Draw each test image's predicted number above its true one, or by how much it is too high beside what is predicted.
+
+    On the line they are equal, between the dashed ones in nine of ten.
+    """
+    target = test.target
+    assert isinstance(target, Regression)
+    name = plain_text("the number" if target.width == 1 else target.columns[place])
+    made, axes = figure(palette, f"Residuals of {name}" if residuals else f"Predicted against true, {name}")
+    rows = np.unique(np.linspace(0, len(test) - 1, min(len(test), MOST_DOTS)).round().astype(int))
+    true, said = (part.reshape(len(test), target.width)[rows, place] for part in (test.y_true, test.y_pred))
+    x, y = (said, said - true) if residuals else (true, said)
+    ends, half = np.array([x.min(), x.max()]), target.half[place]
+    for shift, style in ((0.0, "-"), (half, "--"), (-half, "--")):
+        axes.plot(ends, shift + (0 * ends if residuals else ends), style, color=palette.muted, lw=1)
+    for path, one, other, across, up in zip(np.asarray(test.paths)[rows], said, true, x, y, strict=True):
+        colour = palette.accent if abs(one - other) <= half else palette.ink
+        text = f"{path}: predicted {one:.4g}, true {other:.4g}"
+        axes.plot(across, up, "o", color=colour, ms=3.5, alpha=0.6, gid=tip(text))
+    axes.set_xlabel(f"{'predicted' if residuals else 'true'}, {name}")
+    axes.set_ylabel("too high by" if residuals else "predicted")
     return made
 
 
 @chart
 def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
     """Draw accuracy against the number of labelled images, the fitted law, its forecast, and its test."""
-    made = figure(palette, "Accuracy against the number of labelled images")
-    axes = made.subplots()
+    made, axes = figure(palette, "Accuracy against the number of labelled images")
     points, sizes = curve.points, np.array([point.size for point in curve.points])
     low, high = ([100 * point.interval[end] for point in points] for end in (0, 1))
     axes.fill_between(sizes, low, high, color=palette.accent, alpha=0.18, lw=0)
@@ -177,16 +267,12 @@ def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
         colour, what, measured = palette.muted, "forecast for", ""
         if item.measured is not None:
             colour, what = palette.categories[1], "forecast without the largest sizes, for"
-            measured = f"; measured {_points(item.measured)}"
+            measured = f"; measured {100 * item.measured:.1f} %"
         text = f"{what} {item.size:,} images: {_within(item.predicted, item.interval)}{measured}"
-        axes.plot([item.size] * 2, [100 * end for end in item.interval], color=colour, lw=1.2)
-        axes.plot(item.size, 100 * item.predicted, "D", color=colour, ms=4.5, gid=tip(text))
+        _upright(axes, item.size, item.predicted, item.interval, colour, text, "D", 4.5)
     if curve.held_back:
         axes.plot([], [], "D-", color=palette.categories[1], ms=4.5, label="forecast from smaller sizes alone")
-    axes.set_xscale("log")
-    ticks = [*sizes[:: max(1, len(sizes) // 4)], *[item.size for item in curve.forecast[-1:]]]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
+    _counts(axes, [*sizes[:: max(1, len(sizes) // 4)], *[item.size for item in curve.forecast[-1:]]])
     axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
     axes.set(xlabel="number of labelled images", ylabel="accuracy, %")
     axes.legend(loc="lower right")
@@ -196,20 +282,17 @@ def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
 @chart
 def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
     """Draw each method's accuracy against the number of images per class; an error bar is its 95 % interval over episodes."""
-    made = figure(palette, "Accuracy against the number of labelled images per class, method by method", height=3.8)
-    axes = made.subplots()
+    label = "Accuracy against the number of labelled images per class, method by method"
+    made, axes = figure(palette, label, height=3.8)
     for number, method in enumerate(result.methods):
         colour, points = palette.category(number), [point for point in result.points if point.method == method]
         # Side by side, so that equal ones do not hide each other.
         places = [point.shots * 1.03 ** (number - (len(result.methods) - 1) / 2) for point in points]
         axes.plot(places, [100 * point.accuracy for point in points], color=colour, lw=1.2, label=plain_text(method))
         for place, point in zip(places, points, strict=True):
-            axes.plot([place] * 2, [100 * end for end in point.interval], color=colour, lw=1.2)
             text = f"{method}, {point.shots} per class: {_within(point.accuracy, point.interval)}"
-            axes.plot(place, 100 * point.accuracy, "o", color=colour, ms=4.5, gid=tip(text))
-    axes.set_xscale("log")
-    axes.set_xticks(result.shots, [f"{shots:,}" for shots in result.shots])
-    axes.minorticks_off()
+            _upright(axes, place, point.accuracy, point.interval, colour, text, size=4.5)
+    _counts(axes, result.shots)
     axes.set(xlabel="labelled images per class", ylabel="accuracy, %")
     axes.legend(loc="lower right")
     return made
@@ -240,30 +323,24 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
     """Draw the test's score against time per image (embedding and head); rows that none beats in both are joined."""
     shown, _ = priced(rows, told)
     names = list(dict.fromkeys(row.head for row in shown))
-    made = figure(palette, f"Test {told.title} against time per image", height=3.3 + 0.21 * -(-len(names) // 2))
-    axes = made.subplots()
+    height = 3.3 + 0.21 * -(-len(names) // 2)
+    made, axes = figure(palette, f"Test {told.title} against time per image", height=height)
     cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
     value = [scores[0] for row in shown if (scores := _tested(row, told))]
     best, scale = pareto(cost, value), abs(told.scale)
     edge = sorted((c, scale * v) for c, v, kept in zip(cost, value, best, strict=True) if kept)
     axes.step([c for c, _ in edge], [v for _, v in edge], where="post", color=palette.muted, lw=1, ls=DASHED)
     for row, c, v, kept in zip(shown, cost, value, best, strict=True):
-        text = f"{row.key}: {told.text(v)}{told.percent} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' if kept else ''}"
+        text = f"{row.key}: {told.text(v)}{told.percent} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' * kept}"
         sign, size, alpha = "s" if row.baseline else "o", 8 if kept else 6, 1.0 if kept else 0.75
         colour = palette.category(names.index(row.head))
         axes.plot(c, scale * v, sign, color=colour, ms=size, alpha=alpha, gid=tip(text))
     for number, name in enumerate(names):
         axes.plot([], [], "o", color=palette.category(number), label=plain_text(name))
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(
-        "time per image, milliseconds: "
-        + ("embedding and head" if any(row.embed_seconds for row in rows) else "head alone")
-    )
+    _times(axes)
+    what = "embedding and head" if any(row.embed_seconds for row in rows) else "head alone"
+    axes.set(xlabel=f"time per image, milliseconds: {what}", ylabel=f"test {told.header}")
     _as_a_loss_is_known(axes.yaxis, told)
-    axes.set_ylabel(f"test {_titled(told)}")
     made.legend(loc="outside lower center", ncols=2)
     return made
 
@@ -275,16 +352,15 @@ def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, In
     `dots` are names, milliseconds, accuracies, intervals, whether nothing shows that it is worse than the best, and whether it is
     a baseline.
     """
-    made = figure(palette, "Accuracy against time per image", width=7.6, height=4.2)
-    axes = made.subplots()
+    made, axes = figure(palette, "Accuracy against time per image", width=7.6, height=4.2)
     places = [max(spent, 0.1) for _, spent, *_ in dots]  # a thumbnail costs nothing, and would squeeze all others
     ends = [end for _, _, _, interval, *_ in dots for end in interval]
     gap, beside = 6 * (max(ends) - min(ends)), np.inf
-    for spent, (name, _, accuracy, (low, high), tied, baseline) in sorted(
+    for spent, (name, _, accuracy, interval, tied, baseline) in sorted(
         zip(places, dots, strict=True), key=lambda each: -each[1][2]
     ):
         colour = palette.accent if tied else palette.muted
-        axes.plot([spent, spent], [100 * low, 100 * high], color=colour, lw=1.2)
+        axes.plot([spent, spent], [100 * end for end in interval], color=colour, lw=1.2)
         face = colour if tied else palette.surface
         axes.plot(spent, 100 * accuracy, "s" if baseline else "o", color=colour, mfc=face, ms=7)
         # Names stand in a column: those of networks that are alike would lie upon each other.
@@ -299,14 +375,10 @@ def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, In
             fontsize=8.5,
             color=palette.ink if tied else palette.muted,
         )
-    axes.set_xscale("log")
+    _times(axes)
     axes.set_xlim(min(places) / 1.5, max(places) * 1.5)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(
-        "milliseconds per image, without decoding\nfilled: nothing shows that it is worse than the best; squares: baselines"
-    )
+    signs = "filled: nothing shows that it is worse than the best; squares: baselines"
+    axes.set_xlabel(f"milliseconds per image, without decoding\n{signs}")
     axes.set_ylabel("accuracy out of fold, %, and 95 % interval")
     return made
 
@@ -314,8 +386,7 @@ def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, In
 @chart
 def map_chart(palette: Palette, space: Map, codes: Sequence[int]) -> Figure:
     """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by the number of its class."""
-    made = figure(palette, "Map of the images; arrow keys go from dot to dot", width=7.6, height=4.6)
-    axes = made.subplots()
+    made, axes = figure(palette, "Map of the images; arrow keys go from dot to dot", width=7.6, height=4.6)
     # The view is of the bulk of the images; the few that lie far out stand at its edge.
     low, middle, high = np.quantile(space.points, [0.02, 0.5, 0.98], axis=0)
     reach = 1.35 * np.maximum(high - middle, middle - low) + 1e-9
@@ -335,10 +406,8 @@ def map_chart(palette: Palette, space: Map, codes: Sequence[int]) -> Figure:
 @chart
 def ranking_chart(palette: Palette, ranking: Ranking, names: Sequence[str]) -> Figure:
     """Draw a critical-difference diagram: average ranks over data sets, bars join what cannot be told apart."""
-    made = figure(palette, "Average ranks over data sets", height=1.4 + 0.22 * len(names))
-    axes = made.subplots()
-    order = np.argsort(ranking.average_ranks, kind="stable")
-    for depth, head in enumerate(order):
+    made, axes = figure(palette, "Average ranks over data sets", height=1.4 + 0.22 * len(names))
+    for depth, head in enumerate(np.argsort(ranking.average_ranks, kind="stable")):
         rank = ranking.average_ranks[head]
         axes.plot([rank, rank], [0, -1 - depth], color=palette.muted, lw=1)
         text = f" {plain_text(names[head])}  {rank:.2f}"
@@ -367,6 +436,22 @@ def _dot(axes: Axes, place: float, value: float, interval: Interval, floor: floa
     return True
 
 
+def _upright(
+    axes: Axes,
+    x: float,
+    share: float,
+    span: Interval,
+    colour: str,
+    text: str,
+    sign: str = "o",
+    size: float = 5,
+    **line: Any,
+) -> None:
+    """Draw a share with its interval, in per cent, one above the other."""
+    axes.plot([x] * 2, [100 * end for end in span], color=colour, **{"lw": 1.2, **line})
+    axes.plot(x, 100 * share, sign, color=colour, ms=size, gid=tip(text))
+
+
 def _tested(row: LeaderboardRow, told: Metric) -> tuple[float, float, float] | None:
     """Return a row's test score and the ends of its interval, higher is better; None where it has none."""
     value, span = (None, None) if row.test is None else row.test.of(told)
@@ -393,46 +478,45 @@ def _height(rows: Sequence[LeaderboardRow]) -> float:
 def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
     names = [row.head for row in rows]
     if len({row.embedding for row in rows}) > 1:
-        short = shorten_all([row.embedding.removesuffix("-penultimate") for row in rows], LABEL_CHARACTERS)
+        short = shorten_all([row.embedding.removesuffix("-penultimate") for row in rows], EMBEDDING)
         names = [f"{name}\n{embedding}" for name, embedding in zip(names, short, strict=True)]
-    axes.set_yticks(range(len(rows)), [plain_text(name) for name in names], linespacing=1.2)
+    _lines(axes, range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _lines(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
+    """Name what stands in lines below one another."""
+    axes.set_yticks(places, [plain_text(name) for name in names])
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _counts(axes: Axes, ticks: Sequence[int]) -> None:
+    """Make the axis to the right one of numbers of images."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _times(axes: Axes) -> None:
+    """Make the axis to the right one of milliseconds."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _within(share: float, interval: Interval) -> str:
-    return f"{_points(share)} [{_points(interval[0])}, {_points(interval[1])}]"
-
-
-def _with_interval(row: LeaderboardRow, told: Metric) -> str:
-    value, low, high = (f"{told.text(score)}{told.percent}" for score in _tested(row, told) or ())
-    return f"{_named(told)}{value} [{', '.join((high, low) if told.lower_is_better else (low, high))}]"
+    return f"{100 * share:.1f} % [{100 * interval[0]:.1f} %, {100 * interval[1]:.1f} %]"
 
 
 def _tuned(score: float, metric: Metric) -> str:
     return f"{_named(metric)}{metric.text(score)}{metric.percent}"
 
 
-def _titled(metric: Metric) -> str:
-    return f"{metric.title}{metric.percent and ', %'}"
-
-
 def _named(metric: Metric, after: str = " ") -> str:
     """Return a score's name where it is not accuracy, which need not be named."""
     return "" if metric is ACCURACY else f"{metric.title}{after}"
-
-
-def _behind(item: Difference, metric: Metric) -> str:
-    """Say how far a row lies from the best: below 0 where it is worse, but a loss is worse above 0."""
-    sign = 1 if metric.lower_is_better else -1
-    gap, low, high = map(metric.gap_text, (sign * item.difference, *sorted(sign * end for end in item.interval)))
-    unit = "" if metric.unit == metric.title else f" {metric.unit}"
-    return f"{_named(metric)}{gap}{unit} [{low}, {high}]"
 
 
 def _as_a_loss_is_known(axis: Axis, metric: Metric) -> None:

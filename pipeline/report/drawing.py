@@ -1,4 +1,4 @@
-"""From a matplotlib figure to an SVG that follows the page's colours, and to a PNG for papers.
+"""From a matplotlib figure to an SVG that follows the page's colours, and to a PNG for papers; names shortened to fit.
 
 Charts are drawn once with the colours of a `Palette`. For the page each colour is a stand-in that becomes a CSS variable,
 so light and dark are a matter of style; for paper they are real colours.
@@ -10,12 +10,15 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import takewhile
 from typing import Any, Concatenate, ParamSpec
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 CATEGORIES = (
@@ -63,14 +66,14 @@ def chart(draw: Callable[Concatenate[Palette, Numbers], Figure]) -> Callable[Num
     return numbered
 
 
-def figure(palette: Palette, label: str, width: float = 4.6, height: float = 3.5) -> Figure:
-    """Return an empty figure; width and height in inches. A phone has 336 CSS pixels for 4.6 inches, so no letter may be below 10 points.
+def figure(palette: Palette, label: str, width: float = 4.6, height: float = 3.5) -> tuple[Figure, Axes]:
+    """Return an empty figure, in inches, and its axes. A phone has 336 CSS pixels for 4.6 inches, so no letter may be below 10 points.
 
     `label` is what a screen reader calls the chart.
     """
     made = Figure(figsize=(width, height), layout="constrained", label=label)
     made.patch.set_alpha(0.0 if palette is SCREEN else 1.0)
-    return made
+    return made, made.subplots()
 
 
 def to_svg(chart: Chart, name: str) -> str:
@@ -154,3 +157,53 @@ def _style(palette: Palette) -> Any:
         "ytick.labelcolor": palette.ink,
         "ytick.major.size": 0,
     }
+
+
+GAP = "…"
+
+
+def shorten(name: str, length: int) -> str:
+    """Return a name of at most `length` characters with its middle left out: names mostly differ at their ends."""
+    if len(name) <= length:
+        return name
+    front = length // 2
+    return name[:front].rstrip() + GAP + name[len(name) - (length - front - 1) :].lstrip()
+
+
+def shorten_all(names: Sequence[str], length: int) -> list[str]:
+    """Return every name in about `length` characters, different names kept different.
+
+    Where one is too long, words that all begin or end with are left out first ("…blue circle…" of many photographs of
+    something on a plain background), then the middle. Names that differ only there lose what they share among themselves,
+    and are numbered if that does not tell them apart either.
+    """
+    unique = list(dict.fromkeys(names))
+    if all(len(name) <= length for name in unique):
+        return list(names)
+    found = dict(zip(unique, _cut(unique, length, " -_/."), strict=True))
+    for text, count in Counter(found.values()).items():
+        if count == 1:
+            continue
+        alike = [name for name in unique if found[name] == text]
+        again = _cut(alike, length, "")
+        if len(set(again)) < len(alike) or set(again) & set(found.values()):
+            again = [f"{text} ({number})" for number in range(1, len(alike) + 1)]
+        found.update(zip(alike, again, strict=True))
+    return [found[name] for name in names]
+
+
+def _cut(names: Sequence[str], length: int, separators: str) -> list[str]:
+    """Leave out what all names begin and end with, whole words where there are separators; then each name's middle."""
+
+    def shared(texts: Sequence[str]) -> int:
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False))
+        beginning = "".join(sign for sign, _ in same)
+        return max(beginning.rfind(sign) + 1 for sign in separators) if separators else len(beginning)
+
+    front = shared(names)
+    back = shared([name[front:][::-1] for name in names])
+    inner = [name[front : len(name) - back] for name in names]
+    if len(names) < 2 or not all(inner):
+        front, back, inner = 0, 0, list(names)
+    room = length - bool(front) - bool(back)
+    return [GAP * bool(front) + shorten(name, room) + GAP * bool(back) for name in inner]

@@ -6,37 +6,34 @@ A part whose files are missing is None, with the reason in `missing`; the page s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
+from pipeline.data.classes import class_columns
 from pipeline.data.targets import TARGETS
 from pipeline.embed.records import concatenated, open_features, read_records, require_index
 from pipeline.errors import PipelineError
-from pipeline.evaluation import (
-    HeadPredictions,
+from pipeline.evaluation import HeadPredictions, audit, fewshot
+from pipeline.evaluation.advice import Advice, read_advice
+from pipeline.evaluation.leaderboard import Leaderboard, Trials, judge, read_leaderboard, read_predictions, read_trials
+from pipeline.evaluation.learning_curve import (
     LearningCurve,
-    audit,
-    class_columns,
     curve_from_scores,
     curve_scores,
     curve_sizes,
-    fewshot,
+    stratified_order,
 )
-from pipeline.evaluation.advice import Advice, read_advice
-from pipeline.evaluation.fewshot import FewShot
-from pipeline.evaluation.leaderboard.judge import Trials, judge, read_predictions, read_trials
-from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard
-from pipeline.evaluation.learning_curve import stratified_order
-from pipeline.experiment import Artifacts
+from pipeline.experiment import MISTAKES, Artifacts, read_document
 from pipeline.heads import RIDGE, configure
-from pipeline.io.imports import instead
+from pipeline.io.process import instead
 
 MOST_IMAGES = 20_000
 """Images whose features are read."""
@@ -50,6 +47,8 @@ CURVE_HEAD = RIDGE
 """The learning curve is measured with a cheap head: one factorisation per fit. Its penalty is the number of features: with
 little of it, ridge gets worse where images are about as many as features (double descent), and no law fits that."""
 CURVE_DRAWS = 5
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,12 @@ class Material:
     """Of the best row's embedding, or the best with features."""
     findings: audit.Findings = field(default_factory=audit.Findings)
     missing: tuple[str, ...] = ()
-    few_shot: FewShot | None = None
+    few_shot: fewshot.FewShot | None = None
     """What `manyheads fewshot` found, where it was run."""
     advice: Advice | None = None
     """What `manyheads advise` said, where it was asked."""
+    why: Mapping[str, Any] = field(default_factory=dict)
+    """By path, why the best row mistakes an image, as `explained.keep` has it, where `manyheads report --explain` was run."""
 
     @property
     def target(self) -> str:
@@ -146,28 +147,39 @@ def gather(output: Path) -> Material:
     PipelineError
         When there is no leaderboard.
     """
-    files = Artifacts(output)
-    board = read_leaderboard(output)
+    files, board = Artifacts(output), read_leaderboard(output)
     if not board.rows:
         raise PipelineError(f"{files.leaderboard}: has no rows; run `manyheads heads` again")
     board = board if board.verdict else judge(board, output)
     predictions, missing = read_predictions(board, output), list[str]()
+
+    def found(what: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except (PipelineError, OSError) as error:
+            missing.append(f"{what}: {error}")
+        return None
+
     if board.best.key not in predictions:
         missing.append("The best row left no predictions, so its mistakes cannot be shown.")
-    index, view, findings = None, None, audit.Findings()
-    try:
-        index = DatasetIndex.read(files.dataset)
-    except (PipelineError, OSError) as error:
-        missing.append(f"No images are shown, because the index cannot be read: {error}")
-    else:
-        view = _view(files, board, index, missing)
-    try:
-        findings = audit.read_findings(files.audit)
-    except (PipelineError, OSError) as error:
-        missing.append(f"No near-duplicates and outliers are shown: {error}")
-    trials, few_shot = read_trials(board, output), _few_shot(files, missing)
+    index = found("No images are shown, because the index cannot be read", lambda: DatasetIndex.read(files.dataset))
+    view = None if index is None else _view(files, board, index, missing)
+    findings = found("No near-duplicates and outliers are shown", lambda: audit.read_findings(files.audit))
+    few_shot = None
+    if files.few_shot.exists():
+        few_shot = found("Few-shot scores are not shown", lambda: fewshot.read(files.few_shot))
     return Material(
-        output, board, predictions, trials, index, view, findings, tuple(missing), few_shot, read_advice(files.advice)
+        output,
+        board,
+        predictions,
+        read_trials(board, output),
+        index,
+        view,
+        findings or audit.Findings(),
+        tuple(missing),
+        few_shot,
+        read_advice(files.advice),
+        _why(files, board.best.key),
     )
 
 
@@ -195,14 +207,12 @@ def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: li
     return None
 
 
-def _few_shot(files: Artifacts, missing: list[str]) -> FewShot | None:
-    if not files.few_shot.exists():
-        return None
+def _why(files: Artifacts, row: str) -> Mapping[str, Any]:
     try:
-        return fewshot.read(files.few_shot)
-    except (PipelineError, OSError) as error:
-        missing.append(f"Few-shot scores are not shown: {error}")
-    return None
+        document = read_document(files.mistakes, MISTAKES)
+    except (PipelineError, OSError):
+        return {}
+    return document["images"] if document["row"] == row else {}
 
 
 def umap_is_installed() -> bool:
@@ -237,17 +247,15 @@ def _curve(view: View) -> LearningCurve | None:
     smallest = min(len(rest) for rest, _ in parts)
     if smallest < 40:  # one group holds nearly all images
         return None
-    sizes, penalty = curve_sizes(smallest, len(view.images.classes)), float(X.shape[1])
-    build = partial(configure, CURVE_HEAD, {"alpha": penalty})
+    sizes = np.array(curve_sizes(smallest, len(view.images.classes)))
+    build = partial(configure, CURVE_HEAD, {"alpha": float(X.shape[1])})
     found = [
-        curve_scores(build, (X[rest], y[rest]), (X[held], y[held]), sizes, draw)
+        curve_scores(build, (X[rest], y[rest]), (X[held], y[held]), sizes.tolist(), draw)
         for (rest, held), draw in zip(parts, draws, strict=True)
     ]
     scores = np.stack(found, axis=1)
-    shared = np.flatnonzero(np.isfinite(scores).all(axis=1)).tolist()
-    return curve_from_scores(
-        [sizes[size] for size in shared], [scores[size] for size in shared], view.seed, view.labelled
-    )
+    shared = np.isfinite(scores).all(axis=1)
+    return curve_from_scores(sizes[shared].tolist(), list(scores[shared]), view.seed, view.labelled)
 
 
 def _held_apart(images: DatasetIndex, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -1,43 +1,50 @@
-"""Thumbnails for a page that carries its images with it: decoded once, packed as WebP, shown as data addresses."""
+"""The images that a page carries with it: thumbnails packed as WebP, what is known of each image, and its neighbours.
+
+An image that is pressed shows its neighbours, and a gallery of all can be filtered; both are the work of the page's script.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from sklearn.neighbors import NearestNeighbors
 
 from pipeline.data import DatasetIndex
+from pipeline.data.index import SEPARATOR
+from pipeline.evaluation import HeadPredictions, audit
 from pipeline.images import ImageProblem, decode, open_file
+from pipeline.report.material import Material
 
 SIDE = 112
 """Pixels of a thumbnail's side in the galleries."""
 DOT_SIDE = 72
 """Pixels of a thumbnail's side on the map: there are hundreds."""
 MOST_PIXELS = 64_000_000
-
-
-def thumbnail(index: DatasetIndex, row: int, side: int) -> Image.Image | None:
-    """Return an image of the index as `small` does."""
-    return small(index.root, str(index.paths[row]), side)
+MOST_INSIDE = 1_200
+"""Images that a page carries: a thumbnail takes about 1 kB, and the page should stay well below 3 MB."""
+MOST_MISTAKES = 200
+"""Of them images labelled wrong that no section shows by itself."""
+NEAREST = 6
 
 
 def small(root: Path, path: str, side: int) -> Image.Image | None:
     """Return an image on a square of the given side, nothing cropped; None when it cannot be read."""
     try:
-        file = open_file(root, path)
-        image = Image.fromarray(decode(file, max_pixels=MOST_PIXELS, at_least=side))
+        image = Image.fromarray(decode(open_file(root, path), max_pixels=MOST_PIXELS, at_least=side))
     except ImageProblem:
         return None
     # Tiny images are enlarged in whole pixels, so that a digit of 8 x 8 stays what it is.
-    small = max(image.size) <= side // 2
+    way = Image.Resampling.NEAREST if max(image.size) <= side // 2 else Image.Resampling.LANCZOS
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # A large photo is first reduced by whole pixels, which costs a fifth and cannot be seen.
-    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return image.resize(size, way, reducing_gap=2.0)
 
 
 def data_address(image: Image.Image, quality: int = 72) -> str:
@@ -47,12 +54,12 @@ def data_address(image: Image.Image, quality: int = 72) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def gallery(index: DatasetIndex | None, paths: Sequence[str]) -> dict[str, str]:
+def gallery(index: DatasetIndex | None, paths: Iterable[str]) -> dict[str, str]:
     """Return the thumbnail of each path that can be shown, by path."""
     if index is None:
         return {}
-    place = {path: row for row, path in enumerate(index.paths.tolist())}
-    images = {path: thumbnail(index, place[path], SIDE) for path in paths if path in place}
+    known = set(index.paths.tolist())
+    images = {path: small(index.root, path, SIDE) for path in paths if path in known}
     return {path: data_address(image) for path, image in images.items() if image is not None}
 
 
@@ -62,8 +69,72 @@ def sheet(index: DatasetIndex, rows: Sequence[int]) -> tuple[str, int]:
     lines = -(-len(rows) // columns)
     page = Image.new("RGB", (columns * DOT_SIDE, lines * DOT_SIDE), (236, 238, 241))
     for number, row in enumerate(rows):
-        image = thumbnail(index, int(row), DOT_SIDE)
+        image = small(index.root, str(index.paths[row]), DOT_SIDE)
         if image is not None:
             left, top = (number % columns) * DOT_SIDE, (number // columns) * DOT_SIDE
             page.paste(image, (left + (DOT_SIDE - image.width) // 2, top + (DOT_SIDE - image.height) // 2))
     return data_address(page, quality=60), columns
+
+
+def in_words(answer: Any) -> str:
+    """Write what is said of an image, a text or numbers of shape (k,), for people."""
+    if isinstance(answer, str):
+        return answer.replace(SEPARATOR, ", ") or "no label"
+    return ", ".join(f"{number:.4g}" for number in np.atleast_1d(answer))
+
+
+def carried(material: Material, named: Iterable[str]) -> dict[str, Any] | None:
+    """Return what the page's script knows of images, in the order of their picture; None where there is no map.
+
+    First come those of the map, dot by dot, then those that sections show, whose paths are `named`, then mistakes, and what is nearest
+    to the named ones among all images that are looked at. The neighbours of each are told among these.
+    """
+    index, view, space, kinds = material.index, material.view, material.map, material.kinds
+    if index is None or view is None or space is None or kinds is None:
+        return None
+    exclusive = material.leaderboard.target.exclusive
+    X, said = audit.project(view.features), _answers(material.best, exclusive)
+    place = {path: row for row, path in enumerate(view.images.paths.tolist())}
+    shown = [place[path] for path in dict.fromkeys(named) if path in place]
+    wrong = [place[path] for path, (_, right, _) in said.items() if right == 0 and path in place][:MOST_MISTAKES]
+    search = NearestNeighbors(n_neighbors=min(NEAREST + 1, len(X)), algorithm="brute").fit(X)
+    near = search.kneighbors(X[shown], return_distance=False).T.ravel().tolist() if shown else []
+    chosen = list(dict.fromkeys([*np.searchsorted(view.rows, space.rows).tolist(), *shown, *wrong, *near]))
+    del chosen[MOST_INSIDE:]
+    images, rows = view.images.rows(np.array(chosen)), view.rows[chosen]
+    paths = images.paths.tolist()
+    answers = [said.get(path, ("", -1, 0.0)) for path in paths]
+    picture, columns = sheet(index, rows.tolist())
+    return {
+        "paths": paths,
+        "splits": images.splits.tolist(),
+        "labels": [images.said(row) if exclusive else in_words(images.said(row)) for row in range(len(images))],
+        "codes": [material.codes[path] for path in paths],
+        "classes": list(kinds.classes),
+        **{name: [answer[part] for answer in answers] for part, name in enumerate(("said", "right", "sure"))},
+        "near": audit.neighbours(X[chosen], NEAREST).rows.tolist(),
+        "dots": len(space.rows),
+        "total": len(view.rows),
+        "columns": columns,
+        "sheet": picture,
+    }
+
+
+def _answers(best: HeadPredictions | None, exclusive: bool) -> dict[str, tuple[str, int, float]]:
+    """Return what the best row says of each image that it has not learned from, by path.
+
+    That is its answer in words, 1 where it is right, 0 where it is wrong and -1 where there is no such thing, and how sure it is of
+    a class, in per cent, else 0; mistakes of which it is surest come first.
+    """
+    found = dict[str, tuple[str, int, float]]()
+    for part in (best.test, best.out_of_fold) if best else ():
+        if part is None or part.paths is None:
+            continue
+        right = np.full(len(part), -1) if part.target.kind == "regression" else part.correct.astype(int)
+        p = part.probabilities if exclusive else None
+        sure = np.zeros(len(part)) if p is None else 100 * p.max(axis=1)
+        for row in np.argsort(-sure, kind="stable").tolist():
+            answer = part.predicted[row]
+            text = str(answer) if exclusive else in_words(answer)
+            found.setdefault(str(part.paths[row]), (text, int(right[row]), round(float(sure[row]))))
+    return found

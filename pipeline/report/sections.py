@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import precision_recall_fscore_support
 
+from pipeline.data.classes import MultiLabel
 from pipeline.data.index import LABEL
-from pipeline.data.targets import TARGETS, Classification, MultiLabel, Regression
-from pipeline.evaluation import (
-    Calibration,
-    Interval,
-    Predictions,
-    confusion_matrix,
-    measure_calibration,
-    metrics_for,
-    per_class,
-)
-from pipeline.evaluation.leaderboard.imbalance import effects
-from pipeline.evaluation.leaderboard.table import REPEATS, Leaderboard
-from pipeline.report import charts, confusion, first, layers, numbers, per_label
-from pipeline.report.drawing import CATEGORIES, Chart
+from pipeline.data.numbers import LEVEL, Regression
+from pipeline.data.targets import TARGETS, Classification
+from pipeline.errors import PipelineError
+from pipeline.evaluation import Calibration, Interval, Predictions, measure_calibration
+from pipeline.evaluation.domains import Domains
+from pipeline.evaluation.intervals import share_interval
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.evaluation.leaderboard.judge import effects
+from pipeline.evaluation.leaderboard.table import REPEATS
+from pipeline.evaluation.metric import METRICS, metrics_for
+from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class, scores
+from pipeline.experiment import BUNDLE, Artifacts, from_plain, read_document
+from pipeline.heads.layer_profile import gap, read_profiles, what_to_take
+from pipeline.report import charts
+from pipeline.report.drawing import CATEGORIES, Chart, shorten_all
 from pipeline.report.material import CURVE_HEAD, Material
-from pipeline.report.names import shorten_all
-from pipeline.report.pictures import gallery
+from pipeline.report.pictures import gallery, in_words
 
 MOST_SEARCHES = len(CATEGORIES)
 """Searches in the tuning chart: each has a colour of its own."""
 MOST_CLASSES = 25
-"""Classes up to which the table has them all at once."""
+"""Classes or labels up to which the table has them all at once."""
 WORST_CLASSES = 15
-"""Of more classes, those shown before the table is unfolded."""
+"""Of more, those shown before the table is unfolded."""
+MOST_LISTED = 12
+"""Confusions in the table beside the matrix."""
 MOST_PICTURES = 24
 MOST_PAIRS = 18
+MOST_COLUMNS = 4
+"""Numbers that have charts; the table has all."""
 CHIP = 28
 """Characters of a class on the map's buttons."""
+CARD = "MODEL_CARD.md"
 
 Shown = tuple[Mapping[str, Chart], Mapping[str, Any]]
 """A section's charts by name, drawn on the page and as `plots/NAME.png`, and what else its template is given."""
@@ -78,6 +87,67 @@ def shown(material: Material) -> dict[Section, Shown]:
     return {section: part for section, part in found if part is not None}
 
 
+def predict_command(output: Path, row: LeaderboardRow, best: LeaderboardRow) -> str:
+    """Return the line that labels new images with a row."""
+    folder = output if row.key == best.key or row.bundle is None else output / row.bundle
+    return f"manyheads predict {quote(str(folder))} IMAGES --output labels.csv"
+
+
+def cards(material: Material) -> dict[str, dict[str, Any]]:
+    """Return what the card of each bundle is made of, by its path below the output folder; rows whose bundle is gone have none."""
+    board, kinds, found = material.leaderboard, material.kinds, dict[str, dict[str, Any]]()
+    classes = () if kinds is None else kinds.classes
+    counts = Counter(() if kinds is None else zip(kinds.labels.tolist(), kinds.splits.tolist(), strict=True))
+    for row in board.rows:
+        try:
+            record = read_document(material.output / str(row.bundle) / "bundle.json", BUNDLE)
+        except (PipelineError, OSError):
+            continue
+        said = material.predictions.get(row.key)
+        found[f"{row.bundle}/{CARD}"] = {
+            "row": row,
+            "record": record,
+            "spec": (record.get("embedding") or {}).get("spec", {}),
+            "weakest": known_least(said.test)[:3] if said and board.target.exclusive else (),
+            "counts": [
+                (name, counts[name, "train"] + counts[name, "validation"], counts[name, "test"]) for name in classes
+            ],
+            "unknown": board.provenance.get("unknown", {}).get(row.key),
+            "command": predict_command(material.output, row, board.best),
+        }
+    return found
+
+
+def _first(material: Material) -> Shown:
+    """Give the first screen: what to use, how sure that is, whether a network helps, and what to do next."""
+    board, test = material.leaderboard, material.best.test if material.best else None
+    row = board.row(board.verdict.recommended) if board.verdict else board.best
+    floor = max((one for one in board.ranked if one.baseline and one.test), key=lambda one: one.cv_mean, default=None)
+    behind = {one.key for one in board.verdict.differences if not one.no_evidence} if board.verdict else set()
+    return {}, {
+        "row": row,
+        "floor": None if row.baseline or row.untrained else floor,
+        "ahead": floor is not None and floor.key in behind,
+        "command": predict_command(material.output, row, board.best),
+        "place": quote(str(material.output)),
+        "leaks": board.leaks.test if board.leaks else 0,
+        "issues": material.label_issues,
+        "curve": material.curve,
+        "weakest": next(iter(known_least(test)), None) if test else None,
+        "confused": largest(confusion_matrix(test), test.classes) if test and test.target.exclusive else (),
+    }
+
+
+def known_least(test: Predictions) -> list[ClassScores | LabelScores]:
+    """Return the scores of classes, lowest recall first, or of labels, lowest average precision first; of numbers none."""
+    if test.target.exclusive:
+        return sorted((one for one in per_class(test) if one.support), key=lambda one: (one.recall, one.label))
+    if test.target.kind != "multilabel" or test.probabilities is None:
+        return []
+    found = [(one.average_precision, one.label, one) for one in label_scores(test) if one.average_precision is not None]
+    return [one for *_, one in sorted(found, key=lambda each: each[:2])]
+
+
 def _leaderboard(material: Material) -> Shown:
     board = material.leaderboard
     # What to use, ~ and ± are said above the table, where the page has a blue edge for the sign.
@@ -90,10 +160,10 @@ def _leaderboard(material: Material) -> Shown:
 
 def _ends(board: Leaderboard) -> Interval:
     """Return the scores at the ends of the bars in the leaderboard."""
-    spans = [row.test.of(board.told_by)[1] for row in board.rows if row.test]
-    lows, highs = [span[0] for span in spans if span], [span[1] for span in spans if span]
-    if not lows:
+    spans = [span for row in board.rows if row.test and (span := row.test.of(board.told_by)[1])]
+    if not spans:
         return (0.0, 1.0)
+    lows, highs = zip(*spans, strict=True)
     low, high = min(lows), max(highs)
     # A hopeless row's interval would squeeze all others into a corner.
     if board.told_by.lower_is_better:
@@ -111,8 +181,16 @@ def _difference(material: Material) -> Shown:
     return found, {}
 
 
+def _layers(material: Material) -> Shown | None:
+    """Give a chart and a table for every network whose profile is of the leaderboard's images."""
+    tasks = {row.task for row in material.leaderboard.rows}
+    found = [one for one in read_profiles(Artifacts(material.output).layers) or () if one.task in tasks]
+    drawn = {f"layers-{number}" if number else "layers": charts.layer_chart(one) for number, one in enumerate(found)}
+    told = [(name, one, METRICS[one.metric], what_to_take(one)) for name, one in zip(drawn, found, strict=True)]
+    return (drawn, {"profiles": told, "gap": gap}) if found else None
+
+
 def _tuning(material: Material) -> Shown | None:
-    tuning = material.leaderboard.provenance.get("config", {}).get("tuning", {})
     trials = material.trials
     found = [(row, trials[row.key]) for row in material.leaderboard.rows if len(trials.get(row.key, ())) > 1]
     if not found:
@@ -121,27 +199,61 @@ def _tuning(material: Material) -> Shown | None:
     drawn = {
         row.key.replace("-penultimate/", "/") if several else row.head: trials for row, trials in found[:MOST_SEARCHES]
     }
-    ended = [Counter(trial["status"] for trial in trials) for _, trials in found]
-    searches = [
-        (row, len(trials), count["stopped"], count["failed"]) for (row, trials), count in zip(found, ended, strict=True)
-    ]
+    searches = []
+    for row, made in found:
+        ended = Counter(trial["status"] for trial in made)
+        searches.append((row, len(made), ended["stopped"], ended["failed"]))
+    tuning = material.leaderboard.provenance.get("config", {}).get("tuning", {})
     chart = charts.tuning_chart(drawn, material.leaderboard.scoring)
     return {"tuning": chart}, {"tuning": tuning, "searches": searches, "most": MOST_SEARCHES}
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How many images of one class, and which share of its images, are taken for another."""
+
+    true: str
+    said: str
+    count: int
+    share: float
+
+
+def largest(matrix: NDArray[np.int64], classes: Sequence[str]) -> list[Confusion]:
+    """Return which classes are taken for which, the most images first, of a matrix, int64 of shape (n, n)."""
+    wrong = matrix - np.diag(np.diag(matrix))
+    places = np.argwhere(wrong)
+    order = np.argsort(-wrong[wrong > 0], kind="stable")
+    return [
+        Confusion(classes[row], classes[column], int(wrong[row, column]), float(wrong[row, column] / matrix[row].sum()))
+        for row, column in places[order].tolist()
+    ]
+
+
+def left_out(matrix: NDArray[np.int64]) -> str:
+    """Return what a reader must know of a matrix, int64 (n, n), too large to be drawn whole; nothing where it is whole."""
+    kept = charts.most_confused(matrix)
+    if len(kept) == len(matrix):
+        return ""
+    cells = matrix[np.ix_(kept, kept)]
+    drawn, mistakes = int(cells.sum() - np.trace(cells)), int(matrix.sum() - np.trace(matrix))
+    return (
+        f"Drawn are the {len(kept)} classes with most mistakes of {len(matrix)}, and with them {drawn:,} of {mistakes:,} mistakes; "
+        "in the others a class that is not drawn has a part."
+    )
 
 
 def _classes(material: Material) -> Shown | None:
     best = material.best
     if best is None:
         return None
-    rows = per_class(best.test)
+    rows, matrix = per_class(best.test), confusion_matrix(best.test)
     # A class that is neither among the test images nor among the answers has no F1, and is not the worst.
     worst = sorted(rows, key=lambda row: (not row.support + row.predicted, row.f1))[:WORST_CLASSES]
-    matrix = confusion_matrix(best.test)
-    confused = confusion.largest(matrix, best.classes)
-    return {"confusion": confusion.confusion_chart(matrix, best.classes)}, {
-        "left_out": confusion.left_out(matrix),
-        "wide": len(matrix) > confusion.MOST_SMALL,
-        "confused": confused[: confusion.MOST_LISTED],
+    confused = largest(matrix, best.classes)
+    return {"confusion": charts.confusion_chart(matrix, best.classes)}, {
+        "left_out": left_out(matrix),
+        "wide": len(matrix) > charts.MOST_SMALL,
+        "confused": confused[:MOST_LISTED],
         "confusions": len(confused),
         "rows": rows,
         "worst": worst if len(rows) > MOST_CLASSES else None,
@@ -149,21 +261,96 @@ def _classes(material: Material) -> Shown | None:
     }
 
 
-def _calibration(part: Predictions | None) -> Calibration | None:
-    if part is None or part.probabilities is None or len(part.classes) < 2:
-        return None
-    return measure_calibration(part.probabilities, part.y_true, units=part.units)
-
-
 def _reliability(material: Material) -> Shown | None:
+    def measured(part: Predictions | None) -> Calibration | None:
+        if part is None or part.probabilities is None or len(part.classes) < 2:
+            return None
+        return measure_calibration(part.probabilities, part.y_true, units=part.units)
+
     best = material.best
-    on_test = _calibration(best.test) if best else None
+    on_test = measured(best.test) if best else None
     if best is None or on_test is None:
         return None
     predicted = [(row, material.predictions.get(row.key)) for row in material.leaderboard.rows]
-    measured = [(row, _calibration(found.test)) for row, found in predicted if found]
-    chart = charts.reliability_chart(_calibration(best.out_of_fold), on_test)
-    return {"reliability": chart}, {"measured": [(row, found) for row, found in measured if found]}
+    rows = [(row, found) for row, said in predicted if said and (found := measured(said.test))]
+    return {"reliability": charts.reliability_chart(measured(best.out_of_fold), on_test)}, {"measured": rows}
+
+
+def _numbers(material: Material) -> Shown | None:
+    """Give predicted beside true numbers, how often intervals hold, and the images that are furthest off."""
+    best = material.best
+    if best is None or not isinstance(best.test.target, Regression):
+        return None
+    test, target, drawn, rows = best.test, best.test.target, dict[str, Chart](), []
+    true, said = (part.reshape(len(test), target.width) for part in (test.y_true, test.y_pred))
+    inside = target.inside(true, said)
+    for place, name in enumerate(target.columns):
+        span = share_interval(inside[:, place], test.units)
+        outside = sum(bool(target.note(place, number)) for number in said[:, place].tolist())
+        rows.append((name, target.half[place], float(inside[:, place].mean()), span, outside))
+        if place < MOST_COLUMNS:
+            drawn[f"predicted-{place}"] = charts.numbers_chart(test, place, residuals=False)
+            drawn[f"residuals-{place}"] = charts.numbers_chart(test, place, residuals=True)
+    off = (np.abs(said - true) / target.scale).max(axis=1)
+    worst = np.argsort(-off, kind="stable")[:MOST_PICTURES]
+    return drawn, {"rows": rows, "total": len(test), "level": LEVEL, **_told(material, test, worst)}
+
+
+def _told(material: Material, test: Predictions, rows: NDArray[np.intp]) -> dict[str, Any]:
+    """Return path, what is said and what is true of some rows, intp of shape (k,), in words, with their pictures."""
+    paths = np.asarray(test.paths)[rows].tolist()
+    words = [[in_words(answer) for answer in part[rows]] for part in (test.predicted, test.labels)]
+    return {"found": list(zip(paths, *words, strict=True)), "pictures": gallery(material.index, paths)}
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """One row of the table of labels; `average_precision` is None for a label that no image has."""
+
+    label: str
+    support: int
+    predicted: int
+    average_precision: float | None
+    interval: Interval | None
+    precision: float
+    recall: float
+    f1: float
+    threshold: float
+
+
+def label_scores(said: Predictions) -> list[LabelScores]:
+    """Return the scores of each label by itself, in the order of the labels; an undefined share is 0."""
+    target = said.target
+    assert isinstance(target, MultiLabel)
+    assert said.probabilities is not None
+    precision, recall, f1, support = precision_recall_fscore_support(said.y_true, said.y_pred, zero_division=0.0)
+    predicted, cuts = said.y_pred.sum(axis=0).tolist(), target.thresholds or (0.5,) * target.width
+    rows = []
+    for place, name in enumerate(target.classes):
+        y, guess, p = (part[:, [place]] for part in (said.y_true, said.y_pred, said.probabilities))
+        alone = replace(said, y_true=y, y_pred=guess, probabilities=p, scores=None, target=MultiLabel((name,)))
+        found = scores(alone).of(METRICS["mean_average_precision"]) if support[place] else (None, None)
+        shares = float(precision[place]), float(recall[place]), float(f1[place])
+        rows.append(LabelScores(name, int(support[place]), predicted[place], *found, *shares, cuts[place]))
+    return rows
+
+
+def _labels(material: Material) -> Shown | None:
+    """Give how well each of several labels is known, and the images whose labels are furthest off."""
+    best = material.best
+    if best is None or best.test.probabilities is None or not isinstance(best.test.target, MultiLabel):
+        return None
+    test, rows = best.test, label_scores(best.test)
+    worst = sorted(rows, key=lambda row: 2.0 if row.average_precision is None else row.average_precision)
+    missed = np.where(test.y_true != test.y_pred, np.abs(best.test.probabilities - test.y_true), 0.0).sum(axis=1)
+    order = np.argsort(-missed, kind="stable")[: min(MOST_PICTURES, np.count_nonzero(missed))]
+    return {}, {
+        "rows": rows,
+        "worst": worst[:WORST_CLASSES] if len(rows) > MOST_CLASSES else None,
+        "wrong": int(np.sum(~test.correct)),
+        "total": len(test),
+        **_told(material, test, order),
+    }
 
 
 def _growth(material: Material) -> Shown | None:
@@ -176,78 +363,13 @@ def _growth(material: Material) -> Shown | None:
     return (found, {"curve": material.curve, "unpriced": unpriced}) if found else None
 
 
-def _map(material: Material) -> Shown | None:
-    """Give the map of the embedding; what the page's script needs to show the image at a dot is the page's, see `browse`."""
-    space, index, kinds = material.map, material.index, material.kinds
-    if space is None or index is None or kinds is None:
-        return None
-    first = [material.codes[path][0] for path in index.paths[space.rows].tolist()]
-    chips = list(zip(kinds.classes, shorten_all(kinds.classes, CHIP), strict=True))
-    return {"map": charts.map_chart(space, first)}, {
-        "space": space,
-        "total": len(index),
-        "chips": chips,
-        "colours": len(CATEGORIES),
-    }
-
-
-def _mistakes(material: Material) -> Shown | None:
-    """Give the test images on which the best row was most sure and wrong."""
-    best = material.best
-    if best is None:
-        return None
-    part, p = best.test, best.test.probabilities
-    paths, wrong, sure, own = (
-        np.asarray(part.paths),
-        np.flatnonzero(~part.correct),
-        np.ones(len(part)),
-        np.zeros(len(part)),
-    )
-    if p is not None:
-        sure, own = p.max(axis=1), p[np.arange(len(part)), part.y_true].astype(np.float64)
-    order = wrong[np.argsort(-(sure - own)[wrong], kind="stable")][:MOST_PICTURES]
-    columns = (paths, part.predicted, part.labels, sure)
-    found = list(zip(*(column[order].tolist() for column in columns), strict=True))
-    pictures = gallery(material.index, paths[order].tolist())
-    return {}, {"found": found, "known": p is not None, "wrong": len(wrong), "total": len(sure), "pictures": pictures}
-
-
-def _label_issues(material: Material) -> Shown | None:
-    """Give training images whose label the head does not believe, and on how many of all it is right."""
-    issues, best = material.label_issues, material.best
-    shown = issues.found[:MOST_PICTURES]
-    right = None if best is None or best.out_of_fold is None else float(best.out_of_fold.correct.mean())
-    pictures = gallery(material.index, [item.path for item in shown])
-    return ({}, {"issues": issues, "shown": shown, "right": right, "pictures": pictures}) if shown else None
-
-
-def _near_duplicates(material: Material) -> Shown | None:
-    """Give pairs of images that are nearly the same, those across splits first."""
-    found = material.findings.near_duplicates
-    shown = found[:MOST_PAIRS]
-    pictures = gallery(material.index, [path for pair in shown for path in (pair.path, pair.other)])
-    across = sum(pair.across for pair in found)
-    return ({}, {"total": len(found), "across": across, "shown": shown, "pictures": pictures}) if shown else None
-
-
-def _outliers(material: Material) -> Shown | None:
-    """Give images that are far from every other."""
-    found = material.findings.outliers
-    shown = found[: MOST_PICTURES // 2]
-    pictures = gallery(material.index, [item.path for item in shown])
-    return ({}, {"total": len(found), "shown": shown, "pictures": pictures}) if shown else None
-
-
 def _advice(material: Material) -> Shown | None:
-    """Give what to do next, where `manyheads advise` was asked."""
     return None if material.advice is None else ({}, {"advice": material.advice})
 
 
 def _few_shot(material: Material) -> Shown | None:
     result = material.few_shot
-    if result is None:
-        return None
-    return {"few_shot": charts.few_shot_chart(result)}, {"result": result}
+    return None if result is None else ({"few_shot": charts.few_shot_chart(result)}, {"result": result})
 
 
 def _unknown(material: Material) -> Shown | None:
@@ -257,32 +379,99 @@ def _unknown(material: Material) -> Shown | None:
     return None if record is None else ({}, {"record": {"sets": None, **record}, "names": list(record["auroc"])})
 
 
-def _nothing_more(material: Material) -> Shown:
-    return {}, {}
+def _domains(material: Material) -> Shown | None:
+    """Give how far domains are apart, how the best row does in each, and what adapting it brought."""
+    record = material.leaderboard.provenance.get("domains")
+    if record is None:
+        return None
+    found: Domains = from_plain(Domains, record)
+    classes = [(each.name, one) for each in found.each for one in each.classes]
+    classes.sort(key=lambda item: item[1].label)
+    return {}, {"domains": found, "new": [each.name for each in found.each if each.new], "all": classes}
+
+
+def _map(material: Material) -> Shown | None:
+    """Give the map of the embedding; what the page's script needs to show the image at a dot is `pictures.carried`."""
+    space, index, kinds = material.map, material.index, material.kinds
+    if space is None or index is None or kinds is None:
+        return None
+    first = [material.codes[path][0] for path in index.paths[space.rows].tolist()]
+    chips = list(zip(kinds.classes, shorten_all(kinds.classes, CHIP), strict=True))
+    given = {"space": space, "total": len(index), "chips": chips, "colours": len(CATEGORIES)}
+    return {"map": charts.map_chart(space, first)}, given
+
+
+def _mistakes(material: Material) -> Shown | None:
+    """Give the test images on which the best row was most sure and wrong, and why, where that was looked into."""
+    best = material.best
+    if best is None:
+        return None
+    found, wrong = worst(best.test)
+    why = {path: material.why[path] for path, said, *_ in found if material.why.get(path, {}).get("said") == said}
+    given = {"found": found, "known": best.test.probabilities is not None, "wrong": wrong, "total": len(best.test)}
+    return {}, {**given, "why": why, "pictures": gallery(material.index, [path for path, *_ in found])}
+
+
+def worst(part: Predictions) -> tuple[list[tuple[str, str, str, float]], int]:
+    """Return the images on which a head was most sure and wrong: path, what it said, the label and how sure; and how many are wrong."""
+    p, wrong = part.probabilities, np.flatnonzero(~part.correct)
+    sure, own = np.ones(len(part)), np.zeros(len(part))
+    if p is not None:
+        sure, own = p.max(axis=1), p[np.arange(len(part)), part.y_true].astype(np.float64)
+    order = wrong[np.argsort(-(sure - own)[wrong], kind="stable")][:MOST_PICTURES]
+    columns = (np.asarray(part.paths), part.predicted, part.labels, sure)
+    return list(zip(*(column[order].tolist() for column in columns), strict=True)), len(wrong)
+
+
+def _to_look_at(material: Material, found: Sequence[Any], most: int, **more: Any) -> Shown | None:
+    """Give the first of what the audit found, with their pictures."""
+    shown = found[:most]
+    paths = [path for item in shown for path in (item.path, getattr(item, "other", None)) if path]
+    given = {"total": len(found), "shown": shown, "pictures": gallery(material.index, paths), **more}
+    return ({}, given) if shown else None
+
+
+def _label_issues(material: Material) -> Shown | None:
+    """Give training images whose label the head does not believe, and on how many of all it is right."""
+    issues, best = material.label_issues, material.best
+    right = None if best is None or best.out_of_fold is None else float(best.out_of_fold.correct.mean())
+    return _to_look_at(material, issues.found, MOST_PICTURES, issues=issues, right=right)
+
+
+def _near_duplicates(material: Material) -> Shown | None:
+    """Give pairs of images that are nearly the same, those across splits first."""
+    found = material.findings.near_duplicates
+    return _to_look_at(material, found, MOST_PAIRS, across=sum(pair.across for pair in found))
+
+
+def _outliers(material: Material) -> Shown | None:
+    """Give images that are far from every other."""
+    return _to_look_at(material, material.findings.outliers, MOST_PICTURES // 2)
 
 
 EVERY = tuple(TARGETS)
 CLASSES = (Classification.kind,)
 
 SECTIONS = (
-    Section("header", "", EVERY, first.show),
+    Section("header", "", EVERY, _first),
     Section("leaderboard", "Leaderboard", EVERY, _leaderboard),
     Section("difference", "Difference", EVERY, _difference),
-    Section("layers", "Layers", CLASSES, layers.show),
+    Section("layers", "Layers", CLASSES, _layers),
     Section("tuning", "Tuning", EVERY, _tuning),
     Section("classes", "Classes", CLASSES, _classes),
     Section("calibration", "Calibration", CLASSES, _reliability),
-    Section("numbers", "Predicted and true", (Regression.kind,), numbers.show),
-    Section("per-label", "Label by label", (MultiLabel.kind,), per_label.show),
+    Section("numbers", "Predicted and true", (Regression.kind,), _numbers),
+    Section("per-label", "Label by label", (MultiLabel.kind,), _labels),
     Section("cost", "Labels and cost", EVERY, _growth),
     Section("advice", "Fine-tune?", CLASSES, _advice),
     Section("few-shot", "Few examples", CLASSES, _few_shot),
+    Section("domains", "Domains", CLASSES, _domains),
     Section("unknown", "Unknown", CLASSES, _unknown),
     Section("map", "Images", EVERY, _map),
     Section("mistakes", "Mistakes", CLASSES, _mistakes),
     Section("labels", "Labels", CLASSES, _label_issues),
     Section("near-duplicates", "Near-duplicates", EVERY, _near_duplicates),
     Section("outliers", "Outliers", EVERY, _outliers),
-    Section("reproduce", "Reproduce", EVERY, _nothing_more),
+    Section("reproduce", "Reproduce", EVERY, lambda material: ({}, {})),
 )
 """The page from top to bottom. One more section is a row, its template, and the function that says what it shows."""

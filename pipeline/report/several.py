@@ -13,9 +13,9 @@ import numpy as np
 from tabulate import tabulate
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation import Ranking, rank_over_datasets
-from pipeline.evaluation.leaderboard.judge import read_trials
-from pipeline.evaluation.leaderboard.table import Leaderboard, read_leaderboard, seconds
+from pipeline.evaluation.comparison import Ranking, rank_over_datasets
+from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard, read_trials
+from pipeline.evaluation.leaderboard.table import seconds
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report.charts import ranking_chart, tuning_chart
 from pipeline.report.drawing import to_png

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline import report
 from pipeline.config import Config, Overrides
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
+from pipeline.evaluation.leaderboard.table import Leaderboard, overview_text, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
-from pipeline.io.engine import Engine
+from pipeline.io.remote import Engine
 from pipeline.stages import settings, targets, train_heads
 from pipeline.stages.train_heads import HeadsRun
 
@@ -119,12 +119,16 @@ def heads(config: Config, engine: Engine | None = None) -> Generator[str, None, 
     The name of a single target is ''.
     """
     found = {}
-    for name, alone in (targets.experiments(config) or {"": config}).items():
+    for name, alone in targets.experiments(config).items():
         found[name] = result = train_heads.run(alone, engine)
         yield from [*targets.heading(name), *result.summary_lines()]
         yield f"report       {report.refresh(result.files.root)}"
     if "" not in found:
-        yield from targets.overview(config)
+        files = Artifacts(config.output, config.store)
+        boards = {name: result.leaderboard for name, result in found.items()}
+        yield from ["== all targets ==", overview_text(boards), ""]
+        yield f"to predict   manyheads predict {quote(str(files.root))} IMAGES --output labels.csv"
+        yield f"report       {report.refresh(files.root)}"
     return found
 
 
@@ -135,12 +139,7 @@ def settings_of(
     budget: str | None = None,
     output: str | Path | None = None,
 ) -> Config:
-    """Return the config of photos, or a config file's, with what was said besides: columns to learn, time, where results go.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Return the config of photos, or a config file's, with what was said besides: columns to learn, time, where results go."""
     config = settings.load(given, overrides)
     if target and config.dataset.source != "manifest":
         raise ConfigError(
@@ -154,13 +153,7 @@ def settings_of(
 
 
 def run(config: Config) -> Iterator[str]:
-    """Look, embed, tune, compare, write the page; yield what is found as it is, and at the end what to do next.
-
-    Raises
-    ------
-    PipelineError
-        As `check`, `features` and `heads` do; what was finished before is kept.
-    """
+    """Look, embed, tune, compare, write the page; yield what is found as it is, and at the end what to do next."""
     from pipeline.stages import check, extract
 
     files = Artifacts(config.output, config.store)

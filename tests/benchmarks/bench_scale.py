@@ -20,15 +20,15 @@ import numpy as np
 
 from pipeline import config as configuration
 from pipeline.data import DatasetIndex
-from pipeline.data.match import difference, texts
-from pipeline.data.statcache import StatCache, read_cache
+from pipeline.data.index import difference, texts
+from pipeline.data.reading import StatCache, read_cache
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import collect, status, verify
-from pipeline.store.nearest import Nearest
-from pipeline.store.parts import PartWriter
+from pipeline.store.rows import Nearest
+from pipeline.store.share import PartWriter
 from pipeline.store.writer import StoreWriter
 
 DIM, CLASSES, BATCH = 512, 10, 4096

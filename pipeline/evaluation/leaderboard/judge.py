@@ -1,4 +1,4 @@
-"""The verdict on a leaderboard: who is no worse than the best, what to use, and how flattering the best score is.
+"""The verdict on a leaderboard: who is no worse than the best, what to use, how flattering the best score is, what uneven classes do.
 
 Reads what stage two saved: `predictions.npz` beside each bundle and the trials' journals.
 """
@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pipeline.data.targets import Target
 from pipeline.errors import BundleError, HeadError
-from pipeline.evaluation import (
-    Difference,
-    HeadPredictions,
-    Metric,
-    Optimism,
-    Predictions,
-    compare,
-    counted,
-)
+from pipeline.evaluation import Difference, HeadPredictions, Metric, Predictions, Scores, compare, counted, scores
+from pipeline.evaluation.calibration import correct_priors
+from pipeline.evaluation.comparison import selection_optimism, trial_optimism
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Verdict
 from pipeline.evaluation.leaderboard.table import Leaderboard
-from pipeline.evaluation.optimism import selection_optimism, trial_optimism
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import TRIALS, Artifacts, read_lines
 
@@ -82,22 +77,17 @@ def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
 def _verdict(
     leaderboard: Leaderboard, predictions: Mapping[str, HeadPredictions], trials: Mapping[str, Trials]
 ) -> Verdict | None:
-    best, metric = leaderboard.best, leaderboard.metric
-    if best.key not in predictions:
-        return None
-    seed = int(leaderboard.provenance.get("seed", 0))
-    held_out = _same_images({key: value.out_of_fold for key, value in predictions.items()}, best.key, metric, True)
-    if best.key not in held_out:
+    best, metric, seed = leaderboard.best.key, leaderboard.metric, int(leaderboard.provenance.get("seed", 0))
+    held_out = _same_images({key: value.out_of_fold for key, value in predictions.items()}, best, metric, True)
+    if best not in held_out:
         return None
     folds = {row.key: row.cv_scores for row in leaderboard.rows}
-    test = _same_images({key: value.test for key, value in predictions.items()}, best.key, metric)
+    test = _same_images({key: value.test for key, value in predictions.items()}, best, metric)
     ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
-    differences = compare(ordered, best.key, test, folds, seed, metric)
-    recommended, reason = _recommend(leaderboard, differences, ordered[best.key])
-    optimism: Optimism | None = None
-    if len(ordered) > 1:
-        optimism = selection_optimism(tuple(ordered.values()), seed, metric=metric)
-    return Verdict(differences, recommended.key, reason, optimism, *_trial_optimism(trials.get(best.key, ())))
+    differences = compare(ordered, best, test, folds, seed, metric)
+    recommended, reason = _recommend(leaderboard, differences, ordered[best])
+    optimism = selection_optimism(tuple(ordered.values()), seed, metric=metric) if len(ordered) > 1 else None
+    return Verdict(differences, recommended.key, reason, optimism, *_trial_optimism(trials.get(best, ())))
 
 
 def _same_images(
@@ -125,7 +115,7 @@ def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
     some were stopped early; of one trial alone there is none.
     """
     finished = [trial["fold_scores"] for trial in trials if trial.get("status") == "ok"]
-    complete = [scores for scores in finished if scores and all(score is not None for score in scores)]
+    complete = [found for found in finished if found and None not in found]
     if not complete:
         return None, None
     lonely = len(complete) == 1 and len(trials) > 1
@@ -133,10 +123,7 @@ def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
 
 
 def _cost(row: LeaderboardRow) -> tuple[bool, float, int, str]:
-    """What a user pays for a row, in what no busy machine changes.
-
-    A network or none, then how simple the head is, then how many numbers an image becomes.
-    """
+    """What a user pays for a row, in what no busy machine changes: a network or none, how simple the head is, how many numbers."""
     return (not row.baseline, row.simplicity, row.dim or 0, row.key)
 
 
@@ -199,3 +186,73 @@ def _recommend(
         f"Use {chosen.key}; {as_good}, and it is the simplest and cheapest of those shown to be at most {written} worse than "
         f"the best, {best.key} {gap}."
     )
+
+
+UNEVEN = 1.5
+"""Classes count as uneven when the largest has this many times the training images of the smallest."""
+
+
+MOST_UNEVEN = 10
+"""Beyond it accuracy hardly sees the smallest class."""
+
+
+def advice(y: NDArray[Any], target: Target, scoring: str) -> list[str]:
+    """Return what to set where classes are very uneven and accuracy is tuned.
+
+    y : of the training images; int64 of shape (n,) where accuracy is tuned
+    """
+    if scoring != "accuracy":
+        return []
+    counts = np.bincount(y, minlength=target.width).tolist()
+    if unevenness(counts) <= MOST_UNEVEN:
+        return []
+    present = [(count, name) for count, name in zip(counts, target.classes, strict=True) if count > 0]
+    (least, rare), (most, common) = min(present), max(present)
+    return [
+        f"Classes are uneven: {most:,} training images of {common}, {least:,} of {rare}, and accuracy hardly sees the small ones; where "
+        "they matter, set tuning.scoring: balanced_accuracy (or macro_f1), and class_weight: balanced for the heads that take it."
+    ]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One way to treat uneven classes: scores out of fold, and on the test images where they are known."""
+
+    name: str
+    out_of_fold: Scores | None
+    test: Scores | None
+
+
+def unevenness(counts: Sequence[int]) -> float:
+    """Return how many times the images of the smallest class the largest has."""
+    present = [count for count in counts if count > 0]
+    return max(present) / min(present) if present else 1.0
+
+
+def effects(board: Leaderboard, found: HeadPredictions) -> tuple[Effect, ...]:
+    """Return the best row as it is and as it would be; empty where classes are even or probabilities are missing."""
+    part, row = found.out_of_fold, board.best
+    if part is None or part.probabilities is None:
+        return ()
+    counts = np.bincount(part.y_true, minlength=len(part.classes))
+    if unevenness(counts.tolist()) < UNEVEN:
+        return ()
+    even = np.where(counts > 0, 1 / np.count_nonzero(counts), 0.0)
+
+    def scored(images: Predictions, guess: NDArray[np.int64]) -> Scores:
+        return scores(replace(images, y_pred=guess, probabilities=None))
+
+    def evened(images: Predictions) -> Scores | None:
+        if images.probabilities is None:
+            return None
+        return scored(images, correct_priors(images.probabilities, counts / counts.sum(), even).argmax(axis=1))
+
+    made = [
+        Effect("as it is", scored(part, part.y_pred), scored(found.test, found.test.y_pred)),
+        Effect("prior correction: every class taken as equally likely", evened(part), evened(found.test)),
+    ]
+    if row.reweighted is not None:
+        heads = board.provenance.get("config", {}).get("heads") or []
+        weighted = any(head.get("name") == row.head and head.get("class_weight") for head in heads)
+        made.append(Effect(f"fitted {'without' if weighted else 'with'} class weights", row.reweighted, None))
+    return tuple(made)

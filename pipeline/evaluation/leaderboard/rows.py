@@ -80,8 +80,7 @@ class LeaderboardRow:
     `cv_mean` is the score of all held-out answers, `cv_std` the standard deviation of `cv_scores`, the fold scores at the
     chosen parameters; higher is better, so a log loss is negated. `bundle` is the bundle's folder relative to the output
     folder. `simplicity` ranks the head's kind, lowest is simplest, and tells with `dim` what a row costs. `embed_seconds` is
-    what one image costs before any head, where it is known. `nested` and `seeds` are there
-    on request.
+    what one image costs before any head, where it is known. `nested` and `seeds` are there on request.
     """
 
     embedding: str
@@ -120,6 +119,8 @@ class LeaderboardRow:
     last_fit: LastFit | None = None
     expected_test: Interval | None = None
     """The 99.9 % prediction interval of the test accuracy, given the answers out of fold; None of targets without an accuracy."""
+    adapted: str = ""
+    """How the head of another row was adapted to the test's new domains, without their labels; '' of any other row."""
 
     @property
     def key(self) -> str:
@@ -129,6 +130,8 @@ class LeaderboardRow:
     @property
     def images(self) -> str:
         """What the rows that are cross-validated on the same images have in common."""
+        if self.adapted:
+            return "adapted"
         return "" if self.unseen_rows is None else f"{self.unseen_rows} of {self.task}"
 
     def to_record(self) -> dict[str, Any]:
@@ -158,6 +161,8 @@ class LeaderboardRow:
     @property
     def kind(self) -> str:
         """What a reader must know about the embedding before comparing, in a word, or nothing."""
+        if self.adapted:
+            return "adapted"
         if self.unseen_rows is not None:
             return "fine-tuned"
         return "baseline" if self.baseline else "untrained" if self.untrained else ""
@@ -179,12 +184,14 @@ class LeaderboardRow:
     def marks(self) -> tuple[str, ...]:
         """What a reader must know about the fit and its test, in a word each; the notes below the table say more."""
         fit = self.last_fit
-        found = []
-        if fit is not None:
-            found += [] if fit.sound else ["bad fit"]
-            found += ["refitted"] if fit.sound and fit.tries > 1 else []
-            found += ["warnings"] if fit.warnings or fit.fold_warnings else []
-        return (*found, *([f"test {self.surprise}"] if self.surprise else []))
+        refitted, warned = fit and fit.sound and fit.tries > 1, fit and (fit.warnings or fit.fold_warnings)
+        found = {
+            "bad fit": not self.sound,
+            "refitted": refitted,
+            "warnings": warned,
+            f"test {self.surprise}": self.surprise,
+        }
+        return tuple(mark for mark, holds in found.items() if holds)
 
     @property
     def note(self) -> str:
@@ -219,42 +226,39 @@ class Leaks:
         def told(score: float) -> str:
             return f"{metric.text(score)} %" if metric is ACCURACY else f"{metric.title} {metric.text(score)}"
 
-        found = []
-        if self.test:
-            scores = [
-                f"{row.key} has {told(self.without[row.key])} in place of {told((1 - 2 * metric.lower_is_better) * with_all)}"
-                for row in rows
-                for with_all in [None if row.test is None else row.test.of(metric)[0]]
-                if with_all is not None and row.key in self.without
-            ]
-            scored = f"; on the other test images {' and '.join(scores)}" if scores else ""
-            found.append(
-                f"Leak: {self.test:,} of {self.test_images:,} test images {_are(self.test)} nearly the same as a training image{scored}."
-            )
-        if self.folds:
-            scores = [
-                f"{row.key} {'is right in' if metric is ACCURACY else 'has'} {told(without)} in place of {told(with_all)}"
-                for row in rows
-                for with_all, without in [self.held_out.get(row.key, (np.nan, np.nan))]
-                if np.isfinite(without)
-            ]
-            scored = f"; held out, without them, {' and '.join(scores)}" if scores else ""
-            found.append(
-                f"Leak: {self.folds:,} of {self.train_images:,} training images {_are(self.folds)} nearly the same as one of another fold{scored}."
-            )
-        if found:
-            found.append(
+        def found(count: int, of: int, kind: str, other: str, scored: str, scores: list[str]) -> list[str]:
+            end = f"; {scored} {' and '.join(scores)}." if scores else "."
+            verb = "is" if count == 1 else "are"
+            text = f"Leak: {count:,} of {of:,} {kind} images {verb} nearly the same as {other}{end}"
+            return [text] if count else []
+
+        sign, has = -1 if metric.lower_is_better else 1, "is right in" if metric is ACCURACY else "has"
+        tests = [
+            f"{row.key} has {told(self.without[row.key])} in place of {told(sign * whole)}"
+            for row in rows
+            if row.key in self.without and row.test and (whole := row.test.of(metric)[0]) is not None
+        ]
+        held_out = [
+            f"{row.key} {has} {told(without)} in place of {told(whole)}"
+            for row in rows
+            for whole, without in [self.held_out.get(row.key, (np.nan, np.nan))]
+            if np.isfinite(without)
+        ]
+        lines = [
+            *found(self.test, self.test_images, "test", "a training image", "on the other test images", tests),
+            *found(
+                self.folds, self.train_images, "training", "one of another fold", "held out, without them,", held_out
+            ),
+        ]
+        if lines:
+            lines.append(
                 "The report shows the pairs. Give images that belong together the same `group`, a column of a manifest "
                 "(path,label,group): groups are never parted."
             )
         looked = self.test_images + self.train_images
         if looked < self.images:
-            found.append(f"Near-duplicates were searched among {looked:,} of the {self.images:,} images.")
-        return found
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
+            lines.append(f"Near-duplicates were searched among {looked:,} of the {self.images:,} images.")
+        return lines
 
 
 @dataclass(frozen=True)

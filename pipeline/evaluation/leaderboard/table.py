@@ -1,17 +1,15 @@
-"""The leaderboard: one row per (embedding, head), ordered and won by cross-validation only.
+"""The leaderboard: one row per (embedding, head), ordered and won by cross-validation only; and several targets side by side.
 
 Stage two (`train_heads`) fills `LeaderboardRow` and `Leaderboard`; test scores are shown and choose nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -19,12 +17,13 @@ from pipeline.data.targets import Target, target_of
 from pipeline.errors import PipelineError, number_of
 from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores, metrics_for
 from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Leaks, Nested, Verdict, nested_choice
-from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, parse_document, read_document, to_document
+from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, read_document, to_document
 
 if TYPE_CHECKING:
     import pandas as pd
 
 APART = "Ranked apart, on other images"
+ADAPTED = "Adapted to new domains, without their labels"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,10 @@ class Leaderboard:
         ordered = sorted(self.rows, key=lambda row: (not row.sound, -row.cv_mean, row.simplicity, row.key))
         if ordered:
             # The images of most rows; those of a fine-tuned network only where no other backbone is there.
-            first = min(ordered, key=lambda row: (row.baseline, row.unseen_rows is not None, row.chose_rows > 0))
+            first = min(
+                ordered,
+                key=lambda row: (bool(row.adapted), row.baseline, row.unseen_rows is not None, row.chose_rows > 0),
+            )
             ordered.sort(key=lambda row: (row.images != first.images, row.images))
         object.__setattr__(self, "rows", tuple(ordered))
 
@@ -56,6 +58,11 @@ class Leaderboard:
         if not self.rows:
             raise PipelineError("the leaderboard has no rows; run `manyheads heads` first")
         return self.rows[0]
+
+    @property
+    def recommended(self) -> LeaderboardRow:
+        """The row to use; the best where there is no verdict."""
+        return self.row(self.verdict.recommended) if self.verdict else self.best
 
     @property
     def ranked(self) -> tuple[LeaderboardRow, ...]:
@@ -69,66 +76,69 @@ class Leaderboard:
         return tuple(tuple(rows) for _, rows in groupby(others, lambda row: row.images))
 
     def row(self, key: str) -> LeaderboardRow:
-        """Return the row named `embedding/head`."""
-        for row in self.rows:
-            if row.key == key:
-                return row
-        raise KeyError(key)
+        """Return the row named `embedding/head`; KeyError where there is none."""
+        return {row.key: row for row in self.rows}[key]
+
+    @property
+    def target(self) -> Target:
+        """What is said of an image."""
+        return target_of(self.provenance.get("target", {"classes": ()}))
+
+    @property
+    def told_by(self) -> Metric:
+        """The score that the test is told by first."""
+        return metrics_for(self.target)[0]
+
+    @property
+    def scoring(self) -> str:
+        """What the cross-validation scores measure."""
+        return str(self.provenance.get("scoring", "accuracy"))
+
+    @property
+    def metric(self) -> Metric:
+        """The score that was tuned, by which rows are ordered and compared."""
+        return METRICS[self.scoring]
 
     def to_json(self) -> str:
-        """Return the whole leaderboard as JSON text; `from_json` gives an equal one back."""
+        """Return the whole leaderboard as JSON text."""
         record = {
             "best": self.best.key if self.rows else None,
             "rows": [row.to_record() for row in self.rows],
-            "verdict": dataclasses.asdict(self.verdict) if self.verdict else None,
-            "leaks": dataclasses.asdict(self.leaks) if self.leaks else None,
+            "verdict": asdict(self.verdict) if self.verdict else None,
+            "leaks": asdict(self.leaks) if self.leaks else None,
             "provenance": self.provenance,
         }
         return to_document(LEADERBOARD, record)
-
-    @staticmethod
-    def from_json(text: str) -> Leaderboard:
-        """Read what `to_json` wrote.
-
-        Raises
-        ------
-        PipelineError
-            When the text is damaged, or no leaderboard of this version.
-        """
-        path = Path("leaderboard.json")
-        return _leaderboard_of(parse_document(text, LEADERBOARD, path), path)
 
     def to_frame(self) -> pd.DataFrame:
         """Return a pandas DataFrame of the rows, the best first; scores as users know them, a loss above 0."""
         import pandas as pd
 
         sign, scores = -1 if self.metric.lower_is_better else 1, metrics_for(self.target)
-        same = self.verdict.no_evidence if self.verdict else ()
         found = []
         for row in self.rows:
             tests = {} if row.test is None else {f"test_{metric.name}": row.test[metric.name] for metric in scores}
             low, high = (None if row.test is None else row.test.of(self.told_by)[1]) or (None, None)
-            found.append(
-                {
-                    "embedding": row.embedding,
-                    "head": row.head,
-                    f"cv_{self.scoring}": sign * row.cv_mean,
-                    "cv_std": row.cv_std,
-                    **{name: value for name, value in tests.items() if value is not None},
-                    "test_low": low,
-                    "test_high": high,
-                    "fit_seconds": row.fit_seconds,
-                    "predict_seconds": row.predict_seconds,
-                    "trials": row.trials,
-                    "best": row.key == self.best.key,
-                    "as_good_as_best": row.key == self.best.key or row.key in same,
-                    "recommended": self.verdict is not None and row.key == self.verdict.recommended,
-                    "note": row.note,
-                    "licence": row.license,
-                    "bundle": row.bundle,
-                    "params": dict(row.params),
-                }
-            )
+            cells = {
+                "embedding": row.embedding,
+                "head": row.head,
+                f"cv_{self.scoring}": sign * row.cv_mean,
+                "cv_std": row.cv_std,
+                **{name: value for name, value in tests.items() if value is not None},
+                "test_low": low,
+                "test_high": high,
+                "fit_seconds": row.fit_seconds,
+                "predict_seconds": row.predict_seconds,
+                "trials": row.trials,
+                "best": row.key == self.best.key,
+                "as_good_as_best": bool(self.mark(row)),
+                "recommended": self.verdict is not None and row.key == self.verdict.recommended,
+                "note": row.note,
+                "licence": row.license,
+                "bundle": row.bundle,
+                "params": dict(row.params),
+            }
+            found.append(cells)
         return pd.DataFrame(found)
 
     def to_markdown(self) -> str:
@@ -137,33 +147,34 @@ class Leaderboard:
         lines = ["# Leaderboard", "", *above, self._table(self.ranked, wide=True), ""]
         lines += [f"- {line}" for line in self.notes()]
         for rows in self.apart:
-            lines += ["", f"## {APART}", "", apart_text(rows), "", self._table(rows, wide=True)]
+            lines += ["", f"## {apart_title(rows)}", "", apart_text(rows), "", self._table(rows, wide=True)]
         return "\n".join([*lines, ""])
 
     def to_text(self) -> str:
         """Return the leaderboard for a terminal."""
-        above = [*self.warnings(), ""] if self.warnings() else []
-        lines = [*above, self._table(self.ranked), ""]
+        above = self.warnings()
+        lines = [*above, *([""] if above else []), self._table(self.ranked), ""]
         for rows in self.apart:
-            lines += [f"{APART}: {apart_text(rows)}", "", self._table(rows), ""]
+            lines += [f"{apart_title(rows)}: {apart_text(rows)}", "", self._table(rows), ""]
         return "\n".join([*lines, *self.notes()])
 
     def _table(self, rows: Sequence[LeaderboardRow], wide: bool = False) -> str:
         """Draw rows for Markdown (`wide`) or for a terminal; what nobody asked for has no column."""
-        found = [(column, [column[3](self, row) for row in rows]) for column in columns(self)]
-        asked = {name for name, _ in REPEATS}
-        shown = [(column, cells) for column, cells in found if column[0] not in asked or any(cells)]
-        if wide:
-            shown[0] = (shown[0][0], [mark.replace("*", "\\*") for mark in shown[0][1]])
-            heads = [f"**{row.head}**" if row.key == self.best.key else row.head for row in rows]
-            shown[2] = (shown[2][0], heads)
+        found = [(column, [column.text(row) for row in rows]) for column in _columns(self, wide)]
+        shown = [(column, cells) for column, cells in found if not column.asked or any(cells)]
         return tabulate(
             list(zip(*(cells for _, cells in shown), strict=True)),
-            headers=[long if wide else short for (long, short, *_), _ in shown],
+            headers=[column.header for column, _ in shown],
             tablefmt="github" if wide else "simple",
             disable_numparse=True,
-            colalign=[column[2] for column, _ in shown],
+            colalign=[column.side for column, _ in shown],
         )
+
+    def mark(self, row: LeaderboardRow) -> str:
+        """`*` for the best row, `~` for one with no evidence of a difference from it."""
+        if row.key == self.best.key:
+            return "*"
+        return "~" if self.verdict and row.key in self.verdict.no_evidence else ""
 
     def warnings(self) -> list[str]:
         """Return what must be known before the table is read, one sentence each: what may be wrong with the data and with rows.
@@ -172,12 +183,9 @@ class Leaderboard:
         """
         if not self.rows:
             return []
-        recommended = self.verdict.recommended if self.verdict else self.best.key
-        looked_at = [row for row in self.rows if row.key in (self.best.key, recommended)]
-        lines = [
-            *(self.leaks.lines(looked_at, self.told_by) if self.leaks else []),
-            *filter(None, map(self._unlike_folds, self.rows)),
-        ]
+        looked_at = [row for row in self.rows if row.key in (self.best.key, self.recommended.key)]
+        lines = self.leaks.lines(looked_at, self.told_by) if self.leaks else []
+        lines += filter(None, map(self._unlike_folds, self.rows))
         for side, meaning in SURPRISES.items():
             named = [
                 f"{row.key} {100 * row.test.accuracy:.1f}, expected {100 * row.expected_test[0]:.1f} to {100 * row.expected_test[1]:.1f}"
@@ -218,74 +226,39 @@ class Leaderboard:
         """Return what must be said beside the table, one sentence each."""
         if not self.rows:
             return ["No rows."]
-        best, lines, metric = self.best, [], self.metric
+        notes = [*self._score_notes(), *self._verdict_notes(), *self._repeat_notes(), *self._row_notes()]
+        return notes + [str(note) for note in self.provenance.get("notes", ())]
+
+    def _score_notes(self) -> list[str]:
+        best, metric = self.best, self.metric
         better = ", lower is better" if metric.lower_is_better else ""
-        lines.append(
-            f"Best by cross-validation: {best.key} ({metric.title} {cross_validated(best, self.scoring)}{better}). Test scores choose nothing."
-        )
-        lines.append(
+        lines = [
+            f"Best by cross-validation: {best.key} ({metric.title} {cross_validated(best, self.scoring)}{better}). Test scores choose nothing.",
             f"±: the standard deviation of the scores of the {len(best.cv_scores)} folds; it says how they differ, and is no interval of "
-            "the score."
-        )
+            "the score.",
+        ]
         if metric.needs_probabilities:
             lines.append(
                 f"Cross-validation judges the heads' own probabilities, as the search did; the test's {metric.title} is of calibrated ones."
             )
-        if self.verdict:
-            lines += self._verdict_notes(self.verdict)
-        lines += self._repeat_notes()
-        if any(row.test for row in self.rows):
-            test = max((row.test for row in self.rows if row.test), key=lambda test: test.n)
-            of = "" if test.units in (None, test.n) else f" of {test.units:,} groups, which the interval counts"
-            lines.append(
-                f"Test: {test.n:,} images{of}, in brackets the 95 % interval{' (Wilson)' * (self.told_by is ACCURACY)}."
-            )
-        if any(row.untrained for row in self.rows):
-            lines.append(
-                "untrained: the backbone has random weights and saw no image before; a control, not a contender."
-            )
-        other = next((row for rows in self.apart for row in rows if row.unseen_rows is not None and row.bundle), None)
-        if other is not None:
-            lines.append(f"To label with a row that stands apart, give `manyheads predict` its folder, {other.bundle}.")
-        if best.unseen_rows is not None:
-            lines.append(f"All of them: {apart_text(self.ranked)}")
-        reduced = {row.embedding: row.components for row in self.rows if row.components is not None}
-        if reduced:
-            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
-            lines.append(
-                f"Heads work on principal components{whitened}, found within each fold's training images: "
-                + ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
-                + "; fewer where a fold has fewer training images."
-            )
-        if any(row.baseline for row in self.rows):
-            lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
-        licenses: dict[tuple[str, str], set[str]] = {}
-        for row in self.rows:
-            if not (row.baseline or row.untrained) and row.license:
-                licenses.setdefault((row.backbone, row.license), set()).add(row.embedding)
-        if licenses:
-            told = "; ".join(f"{_network(names)} {license}" for (_, license), names in licenses.items())
-            lines.append(f"Licences of the weights: {told}.")
-        if best.baseline or best.untrained:
-            lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
-        return lines + [str(note) for note in self.provenance.get("notes", ())]
+        return lines
 
-    def _verdict_notes(self, verdict: Verdict) -> list[str]:
-        lines = []
-        others = [key for key in verdict.no_evidence if key != self.best.key]
+    def _verdict_notes(self) -> list[str]:
+        verdict, metric, recommended = self.verdict, self.metric, self.recommended
+        if verdict is None:
+            return []
+        others, lines = sum(key != self.best.key for key in verdict.no_evidence), []
         if others:
             lines.append(
-                f"~ marks {number_of(len(others), 'more row')} with no evidence of a difference from the best "
+                f"~ marks {number_of(others, 'more row')} with no evidence of a difference from the best "
                 "(paired, out of fold, corrected for all pairs of rows)."
             )
         lines.append(verdict.advice)
-        recommended = self.row(verdict.recommended)
         if recommended.key != self.best.key and recommended.bundle is not None and not recommended.constant:
             lines.append(
                 f"`manyheads predict` takes the best row when it is given the output folder; for the recommended one give it {recommended.bundle} in there."
             )
         if verdict.optimism is not None:
-            metric = self.metric
             lines.append(
                 f"Picking the best of {verdict.optimism.candidates} rows flatters its cross-validation {metric.title} by about "
                 f"{_luck(metric, verdict.optimism.bias)} {metric.unit}{self._trials_text(verdict)}."
@@ -294,23 +267,18 @@ class Leaderboard:
 
     def _trials_text(self, verdict: Verdict) -> str:
         """Say what picking the best trial adds, and of how many trials that is known."""
-        trials, finished = self.best.trials, verdict.finished_trials
-        if trials == 1:
+        trials, finished, found = self.best.trials, verdict.finished_trials, verdict.trial_optimism
+        if trials == 1 or (found is None and finished is None):
             return ""
-        if verdict.trial_optimism is None:
-            return (
-                ""
-                if finished is None
-                else f"; what picking the best of its {trials} trials adds is not known, as only one was fitted on every fold"
-            )
-        luck = _luck(self.metric, verdict.trial_optimism)
-        if finished is None or finished == trials:
+        if found is None:
+            return f"; what picking the best of its {trials} trials adds is not known, as only one was fitted on every fold"
+        luck = _luck(self.metric, found)
+        if finished in (None, trials):
             return f", picking the best of its {trials} trials by about {luck}"
         return f", picking the best of its {trials} trials by at least about {luck} (from the {finished} that were fitted on every fold)"
 
     def _repeat_notes(self) -> list[str]:
-        lines = []
-        chosen = nested_choice(self.ranked)
+        lines, chosen = [], nested_choice(self.ranked)
         if chosen is not None:
             lines.append(
                 f"nested: every search repeated within each of {len(chosen.outer)} outer folds; the mean on the images held out, which chose nothing. "
@@ -325,31 +293,44 @@ class Leaderboard:
             )
         return lines
 
-    @property
-    def target(self) -> Target:
-        """What is said of an image."""
-        return target_of(self.provenance.get("target", {"classes": ()}))
-
-    @property
-    def told_by(self) -> Metric:
-        """The score that the test is told by first."""
-        return metrics_for(self.target)[0]
-
-    @property
-    def metric(self) -> Metric:
-        """The score that was tuned, by which rows are ordered and compared."""
-        return METRICS[self.scoring]
-
-    @property
-    def scoring(self) -> str:
-        """What the cross-validation scores measure."""
-        return str(self.provenance.get("scoring", "accuracy"))
-
-    def mark(self, row: LeaderboardRow) -> str:
-        """`*` for the best row, `~` for one with no evidence of a difference from it."""
-        if row.key == self.best.key:
-            return "*"
-        return "~" if self.verdict and row.key in self.verdict.no_evidence else ""
+    def _row_notes(self) -> list[str]:
+        """Say what the rows were tested on and are made of."""
+        best, rows, lines = self.best, self.rows, []
+        test = max((row.test for row in rows if row.test), key=lambda test: test.n, default=None)
+        if test is not None:
+            of = "" if test.units in (None, test.n) else f" of {test.units:,} groups, which the interval counts"
+            lines.append(
+                f"Test: {test.n:,} images{of}, in brackets the 95 % interval{' (Wilson)' * (self.told_by is ACCURACY)}."
+            )
+        if any(row.untrained for row in rows):
+            lines.append(
+                "untrained: the backbone has random weights and saw no image before; a control, not a contender."
+            )
+        other = next((row for apart in self.apart for row in apart if row.unseen_rows is not None and row.bundle), None)
+        if other is not None:
+            lines.append(f"To label with a row that stands apart, give `manyheads predict` its folder, {other.bundle}.")
+        if best.unseen_rows is not None:
+            lines.append(f"All of them: {apart_text(self.ranked)}")
+        reduced = {row.embedding: row.components for row in rows if row.components is not None}
+        if reduced:
+            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
+            lines.append(
+                f"Heads work on principal components{whitened}, found within each fold's training images: "
+                + ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
+                + "; fewer where a fold has fewer training images."
+            )
+        if any(row.baseline for row in rows):
+            lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
+        licenses: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            if not (row.baseline or row.untrained) and row.license:
+                licenses.setdefault((row.backbone, row.license), []).append(row.embedding)
+        if licenses:
+            told = "; ".join(f"{_network(names)} {license}" for (_, license), names in licenses.items())
+            lines.append(f"Licences of the weights: {told}.")
+        if best.baseline or best.untrained:
+            lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
+        return lines
 
 
 SURPRISES = {
@@ -359,17 +340,20 @@ SURPRISES = {
 """What a test accuracy outside of its interval means."""
 
 
-def nested_text(nested: Nested | None, scoring: str) -> str:
-    """Return a nested score with its interval."""
-    if nested is None:
-        return ""
-    metric = METRICS[scoring]
-    return f"{metric.text(nested.mean)} {metric.interval_text(nested.interval)}"
+def apart_title(rows: Sequence[LeaderboardRow]) -> str:
+    """Return the heading of rows that stand apart."""
+    return ADAPTED if rows[0].adapted else APART
 
 
 def apart_text(rows: Sequence[LeaderboardRow]) -> str:
     """Say which images rows are fitted and judged on, and how they can be compared with others; all rows on the same images."""
     row = rows[0]
+    if row.adapted:
+        return (
+            "the head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
+            "is adapted by the features of the other half: no image's own, and no label of theirs. Cross-validation on the training "
+            "images cannot judge that, so these rows are no candidates; what each brought is said below."
+        )
     if row.unseen_rows is None:
         return "heads fitted and cross-validated on all training images: compare them with the others by the test."
     others = f"on a fine-tuned network, fitted on the {row.unseen_rows:,} training images that it has not learned from"
@@ -382,67 +366,26 @@ def apart_text(rows: Sequence[LeaderboardRow]) -> str:
     return f"heads {others} and that did not choose its weights, cross-validated on those only: compare them with the others by the test."
 
 
-def cross_validated(row: LeaderboardRow, scoring: str) -> str:
-    """Return the cross-validation score and its spread over the folds; a dash where its images chose the network's weights."""
-    if row.chose_rows:
-        return "–"
+def nested_text(nested: Nested | None, scoring: str) -> str:
+    """Return a nested score with its interval, nothing where there is none."""
     metric = METRICS[scoring]
-    return f"{metric.text(row.cv_mean)} ± {metric.user_text(row.cv_std)}"
+    return "" if nested is None else f"{metric.text(nested.mean)} {metric.interval_text(nested.interval)}"
 
 
-def seeds_text(row: LeaderboardRow, scoring: str) -> str:
-    """Return the mean and spread over seeds."""
-    if row.seeds is None:
-        return ""
-    (mean, spread), metric = row.seeds.cv, METRICS[scoring]
-    return f"{metric.text(mean)} ± {metric.user_text(spread)}"
+def cross_validated(row: LeaderboardRow, scoring: str) -> str:
+    """Return the cross-validation score and its spread over the folds; a dash where it cannot judge the row."""
+    return "–" if row.chose_rows or row.adapted else _spread((row.cv_mean, row.cv_std), METRICS[scoring])
+
+
+def _spread(found: tuple[float, float], metric: Metric) -> str:
+    return f"{metric.text(found[0])} ± {metric.user_text(found[1])}"
 
 
 REPEATS: tuple[tuple[str, Callable[[LeaderboardRow, str], str]], ...] = (
     ("nested", lambda row, scoring: nested_text(row.nested, scoring)),
-    ("seeds", seeds_text),
+    ("seeds", lambda row, scoring: _spread(row.seeds.cv, METRICS[scoring]) if row.seeds else ""),
 )
 """Columns that are there on request: the field of the row, and its text."""
-
-
-Column = tuple[str, str, str, Callable[[Leaderboard, LeaderboardRow], str]]
-"""Header in Markdown and in a terminal, which is narrow; alignment; text."""
-
-
-def columns(board: Leaderboard) -> list[Column]:
-    """Return the columns of a leaderboard; of the test those of the scores that serve its target."""
-    title, told_by = board.metric.title, board.told_by
-    # Where everything else is accuracy too, the narrow table need not say so.
-    short = "" if board.metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
-    tested: list[Column] = [
-        (*metric.column, "right", partial(_one_score, metric))
-        for metric in metrics_for(board.target)
-        if metric.column and metric is not told_by
-    ]
-    return [
-        ("", "", "left", Leaderboard.mark),
-        ("embedding", "embedding", "left", lambda board, row: row.embedding),
-        ("head", "head", "left", lambda board, row: row.head),
-        (f"cross-validation ({title})", f"CV {title}", "right", lambda _, row: cross_validated(row, board.scoring)),
-        ("nested", "nested", "right", lambda board, row: nested_text(row.nested, board.scoring)),
-        ("seeds", "seeds", "right", lambda board, row: seeds_text(row, board.scoring)),
-        (
-            f"test {told_by.title} [95 %]",
-            f"test{short} [95 %]",
-            "right",
-            lambda board, row: test_text(row.test, told_by),
-        ),
-        *tested,
-        ("fit s", "fit s", "right", lambda board, row: seconds(row.fit_seconds)),
-        ("predict s", "pred. s", "right", lambda board, row: seconds(row.predict_seconds)),
-        ("trials", "trials", "right", lambda board, row: str(row.trials)),
-        ("note", "note", "left", lambda board, row: row.note),
-    ]
-
-
-def _one_score(metric: Metric, board: Leaderboard, row: LeaderboardRow) -> str:
-    value = None if row.test is None else row.test[metric.name]
-    return "" if value is None else metric.user_text(value)
 
 
 def test_text(test: Scores | None, metric: Metric) -> str:
@@ -453,19 +396,65 @@ def test_text(test: Scores | None, metric: Metric) -> str:
     return f"{metric.user_text(value)} [{metric.user_text(interval[0])}, {metric.user_text(interval[1])}]"
 
 
+class _Column(NamedTuple):
+    header: str
+    side: str
+    text: Callable[[LeaderboardRow], str]
+    asked: bool = False
+    """Whether it is there on request alone."""
+
+
+def _columns(board: Leaderboard, wide: bool) -> list[_Column]:
+    """Return the columns of a leaderboard in Markdown (`wide`) or in a terminal; of the test those of the scores of its target."""
+    scoring, told_by, best = board.scoring, board.told_by, board.best.key
+    # Where everything else is accuracy too, the narrow table need not say so.
+    short = "" if board.metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
+
+    def score(metric: Metric) -> Callable[[LeaderboardRow], str]:
+        def text(row: LeaderboardRow) -> str:
+            value = None if row.test is None else row.test[metric.name]
+            return "" if value is None else metric.user_text(value)
+
+        return text
+
+    def repeated(text: Callable[[LeaderboardRow, str], str]) -> Callable[[LeaderboardRow], str]:
+        return lambda row: text(row, scoring)
+
+    return [
+        _Column("", "left", lambda row: board.mark(row).replace("*", "\\*" if wide else "*")),
+        _Column("embedding", "left", lambda row: row.embedding),
+        _Column("head", "left", lambda row: f"**{row.head}**" if wide and row.key == best else row.head),
+        _Column(
+            f"cross-validation ({board.metric.title})" if wide else f"CV {board.metric.title}",
+            "right",
+            lambda row: cross_validated(row, scoring),
+        ),
+        *(_Column(name, "right", repeated(text), True) for name, text in REPEATS),
+        _Column(
+            f"test {told_by.title} [95 %]" if wide else f"test{short} [95 %]",
+            "right",
+            lambda row: test_text(row.test, told_by),
+        ),
+        *(
+            _Column(metric.column[not wide], "right", score(metric))
+            for metric in metrics_for(board.target)
+            if metric.column and metric is not told_by
+        ),
+        _Column("fit s", "right", lambda row: seconds(row.fit_seconds)),
+        _Column("predict s" if wide else "pred. s", "right", lambda row: seconds(row.predict_seconds)),
+        _Column("trials", "right", lambda row: str(row.trials)),
+        _Column("note", "left", lambda row: row.note),
+    ]
+
+
 def read_leaderboard(output: Path) -> Leaderboard:
-    """Read an experiment's leaderboard.
-
-    Raises
-    ------
-    PipelineError
-        When there is none, or it is of another version.
-    """
+    """Read an experiment's leaderboard; PipelineError when there is none, or it is of another version."""
     path = Artifacts(output).leaderboard
-    return _leaderboard_of(read_document(path, LEADERBOARD), path)
+    return leaderboard_of(read_document(path, LEADERBOARD), path)
 
 
-def _leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
+def leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
+    """Return the leaderboard that a document holds; `path` names it in errors."""
     try:
         return Leaderboard(
             tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
@@ -479,22 +468,54 @@ def _leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
 
 def seconds(value: float) -> str:
     """Return a duration in seconds with as many digits as it deserves."""
-    return (
-        f"{value:.0f}"
-        if value >= 100
-        else f"{value:.1f}"
-        if value >= 10
-        else f"{value:.2f}"
-        if value >= 0.095
-        else f"{value:.3f}"
-    )
+    digits = sum(value < least for least in (100, 10, 0.095))
+    return f"{value:.{digits}f}"
 
 
 def _luck(metric: Metric, bias: float) -> str:
     return metric.gap_text(max(bias, 0.0)).lstrip("+")
 
 
-def _network(embeddings: set[str]) -> str:
+def _network(embeddings: Sequence[str]) -> str:
     """Return what the layers of one network have in common in their names."""
     parts = zip(*(name.split("-") for name in embeddings), strict=False)
     return "-".join(each[0] for each in takewhile(lambda each: len(set(each)) == 1, parts)) or min(embeddings)
+
+
+HEADERS = (
+    "target",
+    "training images",
+    "cross-validation",
+    "test [95 %]",
+    "a constant guess",
+    "best row",
+    "recommended instead",
+)
+
+
+def overview(boards: Mapping[str, Leaderboard]) -> list[tuple[str, ...]]:
+    """Return the best row of each of several targets on the same images, in cells as `HEADERS` names them."""
+
+    def tested(board: Leaderboard, row: LeaderboardRow | None) -> str:
+        if row is None or row.test is None:
+            return "–"
+        named = "" if board.told_by is board.metric else f"{board.told_by.title} "
+        return named + test_text(row.test, board.told_by)
+
+    return [
+        (
+            name,
+            f"{board.provenance.get('images', {}).get('train', 0):,}",
+            f"{board.metric.title} {cross_validated(board.best, board.scoring)}",
+            tested(board, board.best),
+            tested(board, next((row for row in board.rows if row.constant), None)),
+            board.best.key,
+            "" if board.recommended is board.best else board.recommended.key,
+        )
+        for name, board in boards.items()
+    ]
+
+
+def overview_text(boards: Mapping[str, Leaderboard]) -> str:
+    """Return the overview as a table for a terminal."""
+    return tabulate(overview(boards), HEADERS, disable_numparse=True)

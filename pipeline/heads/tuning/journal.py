@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import TuningConfig
+from pipeline.data.targets import record_of
 from pipeline.errors import HeadError
 from pipeline.experiment import MADE_BY, TRIALS, Lines, made_by, parse_lines, read_lines, to_lines
 from pipeline.heads.head import Params, identity
@@ -48,7 +49,7 @@ def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
     return {
         **place,
         "features": [list(problem.X.shape), str(problem.X.dtype), parts_digest(features)],
-        "labels": [*problem.target.to_record().values(), bytes_digest(problem.y.tobytes())],
+        "labels": [*record_of(problem.target).values(), bytes_digest(problem.y.tobytes())],
         "folds": bytes_digest(folds),
         "head": identity(problem.head, problem.seed),
         "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **reduced, **budget},

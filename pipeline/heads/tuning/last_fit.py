@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.data.classes import ANY_CLASSES
 from pipeline.errors import UnfittedError
 from pipeline.evaluation import Metric, Predictions
-from pipeline.evaluation.leaderboard.rows import LastFit
+from pipeline.evaluation.leaderboard import LastFit
 from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.evaluation import (
     Measured,

@@ -40,7 +40,7 @@ from pipeline.heads.tuning.evaluation import (
 )
 from pipeline.heads.tuning.journal import Journal, fit_event, key, replay
 from pipeline.heads.tuning.room import is_spread, room_for, spread
-from pipeline.io.imports import look_in
+from pipeline.io.process import look_in
 
 log = logging.getLogger(__name__)
 

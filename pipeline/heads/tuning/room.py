@@ -19,8 +19,8 @@ from pipeline.errors import PipelineError
 from pipeline.heads.head import Head
 from pipeline.heads.tuning import features
 from pipeline.heads.tuning.evaluation import Problem, works_on_disk
-from pipeline.io import memory
-from pipeline.io.engine import Engine, connected
+from pipeline.io import process
+from pipeline.io.remote import CONNECT_SECONDS, Engine, connected, require_answer
 
 FREE_SHARE = 0.75
 """Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
@@ -38,8 +38,6 @@ SHARED_BYTES_FACTOR = 8
 
 SPARE_BYTES = 64 << 20
 """What each fold's work on disk may take beyond the least where there is no limit."""
-
-CONNECT_SECONDS = 10.0
 
 SHARING: ContextVar[int] = ContextVar("SHARING", default=1)
 """How many workers divide the cores and the memory of this machine; those of a cluster have their own."""
@@ -60,7 +58,7 @@ def limited(tuning: TuningConfig) -> TuningConfig:
     """Return the section with `memory: auto` turned into the size it means here and now."""
     if tuning.memory_bytes is not None:
         return tuning
-    return tuning.model_copy(update={"memory": f"{FREE_SHARE * memory.available_bytes() / 1e6:.3f}MB"})
+    return tuning.model_copy(update={"memory": f"{FREE_SHARE * process.available_bytes() / 1e6:.3f}MB"})
 
 
 def divided(tuning: TuningConfig) -> TuningConfig:
@@ -164,6 +162,8 @@ def on(engine: Engine | None) -> Iterator[None]:
                     "--engine dask: Dask is not installed here; pip install 'manyheads[dask]'"
                 ) from None
             local = {"n_workers": count, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+            if engine.address:
+                require_answer(engine.address, "dask scheduler")
             try:
                 made: Any = engine.address or LocalCluster(**local, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]
                 stack.enter_context(nullcontext() if engine.address else made)

@@ -21,7 +21,7 @@ from pipeline.data.classes import ANY_CLASSES, ScoreKind
 from pipeline.data.targets import Target
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation import METRICS, Predictions, metric_of
-from pipeline.evaluation.leaderboard.rows import LastFit
+from pipeline.evaluation.leaderboard import LastFit
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
 from pipeline.heads.tuning.evaluation import Measured, Problem, Screening, counting_warnings
@@ -30,7 +30,7 @@ from pipeline.heads.tuning.folds import Folds
 from pipeline.heads.tuning.journal import Journal, search_identity
 from pipeline.heads.tuning.last_fit import Promise, fit_as_promised
 from pipeline.heads.tuning.racing import Candidate, FoldFits, Trial
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""

@@ -7,6 +7,7 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     row.py        one head: tuned, scored, repeated on request, saved, or found finished
     layers.py     which layers of a network hold the signal, where several are embedded
     vote.py       the best rows of different embeddings together, on request
+    domains.py    how far the data set's domains are apart, and the best head adapted to new ones
     strangers.py  near-duplicates across test or folds, and what is strange to the best row
 
 With a budget of all searches together trials are measured by passes over all rows: the first of one trial each, and as long as there is
@@ -36,7 +37,7 @@ from threadpoolctl import threadpool_info
 from pipeline import heads as head_table
 from pipeline.config import Config, TuningConfig, dump_yaml
 from pipeline.data import DatasetIndex
-from pipeline.data.targets import CONSTANT_GUESSES
+from pipeline.data.targets import CONSTANT_GUESSES, record_of
 from pipeline.embed.records import (
     CONCAT,
     EmbeddingRecord,
@@ -49,7 +50,7 @@ from pipeline.errors import HeadError, PipelineError, UnfittedError
 from pipeline.evaluation import METRICS, metric_of
 from pipeline.evaluation.audit import write_findings
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
-from pipeline.evaluation.leaderboard.imbalance import advice
+from pipeline.evaluation.leaderboard.judge import advice
 from pipeline.experiment import BUDGET, Artifacts, read_document, write_document
 from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
@@ -57,11 +58,11 @@ from pipeline.heads.layer_profile import LayerProfile, what_to_take
 from pipeline.heads.tuning import limited, require, seconds_of_trials
 from pipeline.heads.tuning.room import divided, is_spread, on, spread
 from pipeline.io.digests import fingerprint
-from pipeline.io.engine import Engine
 from pipeline.io.files import write_text_atomic
-from pipeline.io.imports import look_in
-from pipeline.io.progress import bar
+from pipeline.io.process import bar, look_in
+from pipeline.io.remote import Engine
 from pipeline.stages.train_heads import layers
+from pipeline.stages.train_heads.domains import with_domains
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import find_leaks, with_strangers
 from pipeline.stages.train_heads.task import Embedding, Task, Vectors, make_task, unseen_task
@@ -160,7 +161,7 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
     leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
     leaks, findings = find_leaks(leaderboard, task, stores, files)
-    leaderboard = replace(leaderboard, leaks=leaks)
+    leaderboard = with_domains(replace(leaderboard, leaks=leaks), task, stores, files, config)
     write_findings(files.audit, findings)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
@@ -353,7 +354,7 @@ def _provenance(config: Config, files: Artifacts, asked: Asked, notes: Sequence[
         "task": task.key,
         "index": index,
         "images": {"train": len(task.train), "test": len(task.test), "classes": task.target.width},
-        "target": task.target.to_record(),
+        "target": record_of(task.target),
         "folds": len(task.folds),
         "notes": list(notes),
         "stores": {name: store.digest for name, store in stores.items()},

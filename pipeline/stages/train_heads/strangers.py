@@ -18,9 +18,7 @@ from sklearn.base import clone
 
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation import HeadPredictions, Metric, Predictions, audit
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
-from pipeline.evaluation.leaderboard.judge import read_predictions
-from pipeline.evaluation.leaderboard.rows import Leaks
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, Leaks, read_predictions
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.evaluation.strangeness import (
@@ -43,7 +41,7 @@ from pipeline.store import FeatureStore, JoinedStores
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Goes up when what is kept or tested changes, so that it is made again."""
 MOST_IMAGES = 5_000
 """Training images that take part, and test images that are asked."""
@@ -145,7 +143,7 @@ def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64],
         # Of fewer references the one that is as near among them as the nth among all.
         nth = round(NEIGHBOURS * len(others) / chosen.sum())
         distances[fold == number] = distance(units[fold == number], others, nth)
-    return Known(mean, units[chosen], distances)
+    return Known(mean, units[chosen], distances, np.linalg.norm(X[chosen] - mean, axis=1))
 
 
 def _mean(X: NDArray[np.float32], centred: bool) -> NDArray[np.float32]:

@@ -1,0 +1,466 @@
+"""Few examples: how well classes are learned from a handful of labelled images each, on stored features.
+
+An episode draws N classes, K labelled images of each to learn from (support), and others of them to be judged by (queries).
+Features are centred and of length 1 (Wang et al. 2019), so an inner product is a cosine, and every method but MAML works on inner
+products alone; none has anything to tune, as with one image per class there is nothing to tune on.
+
+Protocol: Vinyals et al. 2016 (episodes), Snell et al. 2017 (nearest centroid), Finn et al. 2017 and Raghu et al. 2020 (MAML with
+the inner loop on the head alone), Chen et al. 2019 (what it is to be compared with).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+from tabulate import tabulate
+
+from pipeline.evaluation.intervals import Interval, mean_interval
+from pipeline.evaluation.strangeness import directions
+from pipeline.experiment import FEWSHOT, from_plain, read_document, write_document
+
+if TYPE_CHECKING:
+    import torch
+
+Rows = NDArray[np.int64]
+Array = NDArray[np.float64]
+
+LEAST_BASE = 4
+"""Classes that meta-learning needs beside those it is tested on: two to learn from, two to say when to stop."""
+SPLITS = 4
+"""Divisions of the classes among which the episodes are shared out, so that no one division decides."""
+DRAWS = 20
+"""Times that groups are dealt to the two sides before there are held to be too few of them."""
+MOST_NUMBERS = 1 << 24
+"""Of features that are looked at at once."""
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+"""Of the nearest-neighbour vote: Caron et al. 2021 (DINO); with all neighbours it is Vinyals et al. 2016."""
+C = 10.0
+"""Of logistic regression, as scikit-learn has it; on features of length 1 its default of 1 is a strong penalty."""
+MARGIN = 0.01
+"""How far logistic regression may lie behind and still be called as good."""
+
+MAML = "maml"
+INNER_STEPS = 10
+META_STEPS, BATCH, EVERY = 100, 4, 25
+"""MAML's outer steps, tasks in each, and after how many the held-out classes are asked."""
+META_QUERIES, TRIALS = 5, 60
+"""Queries of a class in a task that is learned from; tasks of held-out classes that choose the number of outer steps."""
+RATE = 0.01
+"""Of Adam, in the outer loop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn: `ways` classes with `queries` each beside what they are learned from, in so many episodes."""
+
+    ways: int
+    queries: int
+    episodes: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """n images to draw from.
+
+    X : float32 of shape (n, dim); y : the class of each, int64 of shape (n,); units : images that may not be parted between
+    support and queries have one number, int64 of shape (n,), None where each stands alone
+    """
+
+    X: NDArray[np.float32]
+    y: Rows
+    units: Rows | None = None
+
+    def classes_of(self, least: int) -> Rows:
+        """Return the classes with so many images at least."""
+        return np.flatnonzero(np.bincount(self.y) >= least)
+
+
+class Episodes(NamedTuple):
+    """Rows of support, shape (n, ways * shots), and queries, (n, ways * queries), class by class."""
+
+    support: Rows
+    query: Rows
+    ways: int
+
+
+class Division(NamedTuple):
+    """Classes that are met before the test (`base` to learn from, `held_out` to say when to stop) and only in it (`novel`)."""
+
+    base: Rows
+    held_out: Rows
+    novel: Rows
+
+
+def divide(classes: Rows, ways: int, rng: np.random.Generator) -> list[Division]:
+    """Return divisions of the classes in which each is novel about equally often; one without a base where they are too few."""
+    novel = max(ways, len(classes) // 2)
+    if len(classes) - novel < LEAST_BASE:
+        return [Division(classes[:0], classes[:0], classes)]
+    held_out = novel + max(2, 2 * (len(classes) - novel) // 5)
+    found, order = [], classes
+    for number in range(SPLITS):
+        order = order[::-1] if number % 2 else rng.permutation(classes)
+        found.append(Division(order[held_out:], order[novel:held_out], order[:novel]))
+    return found
+
+
+def draw(
+    images: Labelled, classes: Rows, ways: int, shots: int, queries: int, count: int, rng: np.random.Generator
+) -> Episodes | None:
+    """Draw episodes without replacement; None where a class has its images in too few groups for both sides."""
+    rows = {label: np.flatnonzero(images.y == label) for label in classes.tolist()}
+    drawn = np.empty((count, ways, shots + queries), dtype=np.int64)
+    for episode in drawn:
+        chosen = rng.choice(classes, ways, replace=False).tolist()  # once: those that are hard to deal count as well
+        for _ in range(DRAWS):
+            mixed = [rng.permutation(rows[label]) for label in chosen]
+            found = _dealt(mixed, images.units, shots, queries, rng)
+            if found is not None:
+                episode[:] = found
+                break
+        else:
+            return None
+    return Episodes(drawn[:, :, :shots].reshape(count, -1), drawn[:, :, shots:].reshape(count, -1), ways)
+
+
+def _dealt(
+    mixed: Sequence[Rows], units: Rows | None, shots: int, queries: int, rng: np.random.Generator
+) -> list[Rows] | None:
+    """Return the first rows of each class, support before queries, every group on one side; None where they do not suffice."""
+    if units is None:
+        return [rows[: shots + queries] for rows in mixed]
+    supports, dealt = rng.random(units.max() + 1) < 0.5, []
+    for rows in mixed:
+        support = supports[units[rows]]
+        dealt.append(np.concatenate([rows[support][:shots], rows[~support][:queries]]))
+    return dealt if all(len(rows) == shots + queries for rows in dealt) else None
+
+
+@dataclass(frozen=True)
+class Products:
+    """Inner products of e episodes, the rows of a class one behind the other.
+
+    support : of the n support images with one another, (e, n, n); query : of the queries with them, (e, n_queries, n)
+    """
+
+    support: Array
+    query: Array
+    ways: int
+
+    @property
+    def shots(self) -> int:
+        """Support images of a class."""
+        return int(self.support.shape[1]) // self.ways
+
+    @property
+    def one_hot(self) -> Array:
+        """The class of each support image, 1 in its column, float64 of shape (n, ways)."""
+        return np.repeat(np.eye(self.ways), self.shots, axis=0)
+
+    @property
+    def to_means(self) -> Array:
+        """Inner products of queries with the mean of each class, shape (e, n_queries, ways)."""
+        return self.query @ self.one_hot / self.shots
+
+    @property
+    def means(self) -> Array:
+        """The squared length of the mean of each class, shape (e, 1, ways)."""
+        blocks = self.support.reshape(-1, self.ways, self.shots, self.ways, self.shots)
+        return np.asarray(np.einsum("ewiwj->ew", blocks) / self.shots**2)[:, None]
+
+
+def products(support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Products:
+    """Return the inner products, float64, of support, float32 of shape (e, n, dim), and queries, (e, n_queries, dim)."""
+    across = support.transpose(0, 2, 1)
+    return Products((support @ across).astype(np.float64), (query @ across).astype(np.float64), ways)
+
+
+def cosine_prototypes(given: Products) -> Array:
+    """Score by the cosine with the mean of each class: float64 of shape (e, n_queries, ways)."""
+    return given.to_means / np.sqrt(given.means)
+
+
+def nearest_centroid(given: Products) -> Array:
+    """Score by the squared distance to the mean of each class (prototypical networks), without the queries' own length; shape as above."""
+    return 2 * given.to_means - given.means
+
+
+def knn(given: Products) -> Array:
+    """Score by a vote of the nearest by cosine, weighted by its exponential; shape as above."""
+    cosine = given.query
+    least = np.sort(cosine, axis=-1)[..., -min(NEIGHBOURS, cosine.shape[-1]), None]
+    return np.where(cosine >= least, np.exp((cosine - 1) / TEMPERATURE), 0.0) @ given.one_hot
+
+
+def logistic_regression(given: Products, tolerance: float = 1e-3, most: int = 500) -> Array:
+    """Score as the multinomial one penalised by 1 / C, without intercept: scikit-learn's optimum, for all episodes at once; shape as above.
+
+    Steps by the fixed bound on the Hessian of Böhning 1992, which never overshoot; until no coefficient's derivative is above
+    `tolerance`.
+    """
+    gram, truth = given.support, given.one_hot
+    bound = np.linalg.inv(gram / 2 + np.eye(gram.shape[1]) / C)
+    dual = np.zeros((len(gram), *truth.shape))
+    for _ in range(most):
+        slope = softmax(gram @ dual, axis=-1) - truth + dual / C
+        if np.abs(slope).max() < tolerance:
+            break
+        dual -= bound @ slope
+    return given.query @ dual
+
+
+METHODS: Mapping[str, Callable[[Products], Array]] = {
+    method.__name__: method for method in (logistic_regression, cosine_prototypes, nearest_centroid, knn)
+}
+"""By name: inner products -> scores of the queries, shape (e, n_queries, ways), the highest is the answer."""
+PLAIN = logistic_regression.__name__
+"""What every other is compared with."""
+
+
+def share_right(scores: Array) -> Array:
+    """Return the share of right answers of each episode, shape (e,), to queries that come class by class.
+
+    scores : float64 of shape (e, n_queries, ways); returns float64
+    """
+    _, queries, ways = scores.shape
+    return np.asarray((scores.argmax(axis=-1) == np.repeat(np.arange(ways), queries // ways)).mean(axis=1))
+
+
+class MetaLearned(NamedTuple):
+    """What MAML found on other classes: `scale`, float32 of shape (dim,), a weight per feature; `rates`, (INNER_STEPS,).
+
+    The network is frozen, so what is learned across tasks is what lies between it and the head, and the rate of each inner step. The
+    head itself starts at zero: the classes of an episode come in any order, so the best common start has the same row for each of
+    them, which a softmax does not see (Kao et al. 2022).
+    """
+
+    scale: NDArray[np.float32]
+    rates: Array
+
+    def scores(self, support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Array:
+        """Return scores of queries after the inner loop.
+
+        support, query : features, float32 of shape (e, rows, dim); returns float64 of shape (e, n_queries, ways)
+        """
+        import torch
+
+        given = products(support * self.scale, query * self.scale, ways)
+        with torch.no_grad():
+            tensors = [torch.from_numpy(part) for part in (given.support, given.query, given.one_hot, self.rates)]
+            return np.asarray(adapted(*tensors))
+
+
+def learn(images: Labelled, division: Division, ways: int, shots: int, rng: np.random.Generator) -> MetaLearned | None:
+    """Meta-learn on tasks of the base classes, by gradients through the inner steps; None where their groups are too few."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    width, width_held_out = min(ways, len(division.base)), min(ways, len(division.held_out))
+    tasks = draw(images, division.base, width, shots, META_QUERIES, META_STEPS * BATCH, rng)
+    trials = draw(images, division.held_out, width_held_out, shots, META_QUERIES, TRIALS, rng)
+    if tasks is None or trials is None:
+        return None
+    X = torch.from_numpy(images.X)
+    truth = torch.eye(width).repeat_interleave(shots, 0)
+    answers = torch.arange(width).repeat_interleave(META_QUERIES).repeat(BATCH)
+    scale = torch.zeros(X.shape[1], requires_grad=True)
+    rates = torch.zeros(INNER_STEPS, requires_grad=True)  # both by their logarithm
+    outer = torch.optim.Adam([scale, rates], RATE)
+    best, found = -1.0, None
+    for step in range(META_STEPS + 1):
+        if step % EVERY == 0:
+            reached = MetaLearned(scale.detach().exp().numpy(), rates.detach().exp().double().numpy())
+            said = reached.scores(images.X[trials.support], images.X[trials.query], trials.ways)
+            if share_right(said).mean() > best:
+                best, found = share_right(said).mean(), reached
+        if step < META_STEPS:
+            batch = slice(step * BATCH, (step + 1) * BATCH)
+            support, query = (X[torch.from_numpy(rows[batch])] * scale.exp() for rows in (tasks.support, tasks.query))
+            across = support.transpose(1, 2)
+            loss = cross_entropy(adapted(support @ across, query @ across, truth, rates.exp()).flatten(0, 1), answers)
+            outer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            outer.step()
+    return found
+
+
+def adapted(support: torch.Tensor, query: torch.Tensor, truth: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+    """Return the queries' scores after the inner loop: gradient steps of a softmax head, written in inner products.
+
+    support : (e, n, n); query : (e, n_queries, n); truth : (n, ways), one-hot; rates : (steps,)
+    """
+    dual = support.new_zeros(len(support), *truth.shape)
+    for rate in rates:
+        dual = dual - rate * ((support @ dual).softmax(-1) - truth)
+    return query @ dual
+
+
+def measure(images: Labelled, plan: Plan, shots: int) -> tuple[Mapping[str, Array], list[str]]:
+    """Return by method the share of right answers in each episode, and what is to be said of it.
+
+    Nothing but a line where there are too few images for so many shots. The shares are float64 of shape (episodes,).
+    """
+    classes, found = images.classes_of(shots + plan.queries), defaultdict[str, list[Array]](list)
+    count, every, fewer = len(classes), len(images.classes_of(1)), len(classes) - LEAST_BASE
+    if count < plan.ways:
+        return {}, [
+            f"K = {shots} is left out: {count} classes have {shots} + {plan.queries} images, and {plan.ways} are needed."
+        ]
+    rng = np.random.default_rng([plan.seed, shots])
+    # The same division for every number of shots, or the curve would go up and down with it.
+    divisions, notes = divide(classes, plan.ways, np.random.default_rng(plan.seed)), list[str]()
+    if count < every:
+        notes.append(f"K = {shots}: {count} of {every} classes have {shots} + {plan.queries} images.")
+    if not len(divisions[0].base):
+        notes.append(
+            f"No MAML: it learns on {LEAST_BASE} classes at least beside the {plan.ways} of an episode, and {count} have enough images"
+            + (f"; --ways {fewer} leaves it that many." if fewer > 1 else ".")
+        )
+    for part, division in zip(np.array_split(np.arange(plan.episodes), len(divisions)), divisions, strict=True):
+        base = np.isin(images.y, division.base)
+        normal = replace(images, X=directions(images.X, images.X[base].mean(axis=0) if base.any() else 0.0))
+        episodes = draw(normal, division.novel, plan.ways, shots, plan.queries, len(part), rng)
+        if episodes is None:
+            return {}, [
+                f"K = {shots} is left out: the images of a class are in too few groups to part {shots} from the rest."
+            ]
+        learned = learn(normal, division, plan.ways, shots, rng) if len(division.base) else None
+        for name, right in _answers(normal, episodes, learned).items():
+            found[name].append(right)
+    if len(found.get(MAML, divisions)) < len(divisions):
+        del found[MAML]
+        notes.append(f"K = {shots}: no MAML, as the images of a class are in too few groups to learn on.")
+    return {name: np.concatenate(parts) for name, parts in found.items()}, notes
+
+
+def _answers(images: Labelled, episodes: Episodes, learned: MetaLearned | None) -> dict[str, Array]:
+    """Return the share of right answers of each method in each episode, block by block."""
+    rows = episodes.support.shape[1] + episodes.query.shape[1]
+    block = max(1, MOST_NUMBERS // (rows * images.X.shape[1]))
+    found = defaultdict[str, list[Array]](list)
+    for start in range(0, len(episodes.support), block):
+        support, query = (images.X[part[start : start + block]] for part in (episodes.support, episodes.query))
+        given = products(support, query, episodes.ways)
+        for name, method in METHODS.items():
+            found[name].append(share_right(method(given)))
+        if learned is not None:
+            found[MAML].append(share_right(learned.scores(support, query, episodes.ways)))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one number of shots: its mean accuracy over episodes, with 95 % intervals."""
+
+    method: str
+    shots: int
+    accuracy: float
+    interval: Interval
+    ahead: float
+    """Of logistic regression on the same episodes."""
+    ahead_interval: Interval
+    """Simultaneous over the methods that are compared with it."""
+
+
+def points_of(shots: int, found: Mapping[str, Array]) -> list[Point]:
+    """Return the points of one number of shots, from each method's accuracy in the same episodes, float64 of shape (n,).
+
+    Student's intervals: episodes are drawn independently, whatever their answers share.
+    """
+    made = []
+    for name, right in found.items():
+        ahead, level = right - found[PLAIN], 0.05 if name == PLAIN else 0.05 / (len(found) - 1)
+        spans = mean_interval(right), mean_interval(ahead, 1 - level)
+        made.append(Point(name, shots, float(right.mean()), spans[0], float(ahead.mean()), spans[1]))
+    return made
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """What `manyheads fewshot` found on one embedding."""
+
+    embedding: str
+    ways: int
+    queries: int
+    episodes: int
+    seed: int
+    images: int
+    classes: int
+    key: str
+    """Digest of all that the numbers come from."""
+    points: tuple[Point, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names, logistic regression first."""
+        return tuple(dict.fromkeys(point.method for point in self.points))
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """Images per class that were tried."""
+        return tuple(dict.fromkeys(point.shots for point in self.points))
+
+    def at(self, method: str, shots: int) -> Point | None:
+        """Return a point; None where the method was not had with so many shots."""
+        return next((point for point in self.points if (point.method, point.shots) == (method, shots)), None)
+
+    def verdict(self) -> list[str]:
+        """Say where plain logistic regression is as good as all others, where it is not, and where nobody can tell."""
+        good, better, unknown = list[str](), list[str](), list[str]()
+        for shots in self.shots:
+            others = [point for point in self.points if point.shots == shots and point.method != PLAIN]
+            best, reach = max(others, key=lambda point: point.ahead), max(point.ahead_interval[1] for point in others)
+            low, high = (100 * end for end in best.ahead_interval)
+            if reach <= MARGIN:
+                good.append(f"{shots}")
+            elif low > 0:
+                better.append(f"K = {shots}: {best.method} by {100 * best.ahead:.1f} points [{low:.1f}, {high:.1f}]")
+            else:
+                unknown.append(f"{shots} (another may be ahead by up to {100 * reach:.1f} points)")
+        point = f"{100 * MARGIN:g} point"
+        told = (
+            (good, f"Plain {PLAIN} is as good at K = {', '.join(good)}: none is ahead by more than {point}."),
+            (better, f"Better than plain {PLAIN}: {'; '.join(better)}."),
+            (unknown, f"Not told apart at K = {', '.join(unknown)}; --episodes takes more."),
+        )
+        return [line for found, line in told if found]
+
+    def to_text(self) -> str:
+        """Return the table, the verdict and the notes, for a terminal."""
+        rows = [[method, *(_cell(self.at(method, shots)) for shots in self.shots)] for method in self.methods]
+        headers = ["accuracy, %", *(f"K = {shots}" for shots in self.shots)]
+        table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * len(self.shots)))
+        title = (
+            f"{self.embedding}: {self.ways}-way, K images per class, {self.queries} queries per class, {self.episodes:,} "
+            f"episodes of {self.images:,} images in {self.classes:,} classes, ± 95 % over episodes"
+        )
+        return "\n".join([title, "", table, "", *self.verdict(), *self.notes])
+
+
+def _cell(point: Point | None) -> str:
+    if point is None:
+        return "-"
+    return f"{100 * point.accuracy:.1f} ± {50 * (point.interval[1] - point.interval[0]):.1f}"
+
+
+def write(path: Path, result: FewShot) -> None:
+    """Write the document in one move."""
+    write_document(path, FEWSHOT, asdict(result))
+
+
+def read(path: Path) -> FewShot:
+    """Read the document; PipelineError when it is missing, damaged or of another version."""
+    document = read_document(path, FEWSHOT)
+    try:
+        return cast(FewShot, from_plain(FewShot, {name: document[name] for name in FewShot.__dataclass_fields__}))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise FEWSHOT.damaged(path, "it does not hold what its version says") from None
