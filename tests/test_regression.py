@@ -36,7 +36,7 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_NUMBERS
 from pipeline.heads.tuning import TuningRun, make_folds, tune
-from pipeline.heads.tuning.records import Problem
+from pipeline.heads.tuning.evaluation import Problem
 from pipeline.stages import check, extract, predict, train_heads
 from pipeline.stages.estimators import Regressor
 from pipeline.stages.train_heads.task import make_task
