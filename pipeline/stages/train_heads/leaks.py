@@ -44,10 +44,10 @@ def find_leaks(
     pairs, findings = audit.examine(
         stores[embedding].read(digests), paths.tolist(), labels.tolist(), splits.tolist(), hashes
     )
-    across = in_test[pairs.first] != in_test[pairs.second]
-    parted = ~across & (fold[pairs.first] != fold[pairs.second])
-    ends = np.stack([pairs.first, pairs.second])
-    tested, folded = (np.unique(ends[:, part]) for part in (across, parted))
+    first, second = pairs.T
+    across = in_test[first] != in_test[second]
+    parted = ~across & (fold[first] != fold[second])
+    tested, folded = (np.unique(pairs[part]) for part in (across, parted))
     tested = tested[in_test[tested]]
     predictions, metric = read_predictions(leaderboard, files.root), leaderboard.told_by
     without = {key: _with_and_without(metric, found.test, paths[tested])[1] for key, found in predictions.items()}

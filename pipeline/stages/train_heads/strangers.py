@@ -20,7 +20,7 @@ from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.evaluation.strangeness import (
     NEIGHBOURS,
-    Known,
+    Reference,
     alike,
     auroc,
     directions,
@@ -130,7 +130,7 @@ def _find(
     return record
 
 
-def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Known:
+def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Reference:
     """Return what a bundle keeps: references, and how far each image lies from those of the other folds."""
     mean = _mean(X, centred)
     units = directions(X, mean)
@@ -142,7 +142,7 @@ def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64],
         # Of fewer references the one that is as near among them as the nth among all.
         nth = round(NEIGHBOURS * len(others) / chosen.sum())
         distances[fold == number] = distance(units[fold == number], others, nth)
-    return Known(mean, units[chosen], distances)
+    return Reference(mean, units[chosen], distances)
 
 
 def _mean(X: NDArray[np.float32], centred: bool) -> NDArray[np.float32]:
