@@ -219,7 +219,7 @@ def heads(
     """
     from pipeline.errors import ConfigError
     from pipeline.heads.table import listed
-    from pipeline.io.engine import Engine
+    from pipeline.io.remote import Engine
     from pipeline.stages import fit
 
     if list:

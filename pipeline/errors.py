@@ -1,16 +1,7 @@
 """The errors a user can cause, and the words that messages share.
 
-    PipelineError            printed on one line per problem, exit code 2, no traceback
-    ├── ConfigError          the config file or a --set override
-    ├── DatasetError         the images, their labels, their splits
-    ├── BackboneError        the network, its weights, its layers, the device
-    ├── StoreError           the feature store: wrong identity, damage, a second writer, no space
-    ├── HeadError            a head, its search space, its search
-    │   └── UnfittedError    a search in which no trial could be fitted
-    ├── TrainingError        training a network: its plan, its data, its checkpoint
-    └── BundleError          a saved head: unreadable, another version, not trusted
-
-Every other exception is a bug of ours and keeps its traceback.
+A `PipelineError` is printed on one line per problem, with exit code 2 and without a traceback. Every other exception is a bug of ours
+and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from pipeline.data.labels import MultiLabel
+from pipeline.data.classes import MultiLabel
 from pipeline.data.numbers import Regression
 from pipeline.evaluation import METRICS, Predictions, compare, scores
 from pipeline.evaluation.calibration import fit_sigmoids

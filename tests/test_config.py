@@ -21,7 +21,7 @@ from pipeline.config import (
     HeadConfig,
     TuningConfig,
 )
-from pipeline.config.retired import KEYS
+from pipeline.config.reading import KEYS
 from pipeline.embed import baselines
 from pipeline.errors import BackboneError, ConfigError, HeadError
 from pipeline.evaluation import METRICS

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import DatasetIndex
-from pipeline.data.index import WrittenIndex
-from pipeline.data.match import texts
+from pipeline.data.index import WrittenIndex, texts
 from pipeline.errors import DatasetError
 from pipeline.io.digests import content_digest, pack_digests
 

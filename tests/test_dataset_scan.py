@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
@@ -18,14 +17,12 @@ from pipeline.data import (
     check_failures,
     failed_digests,
     read_failures,
+    reading,
     record_failures,
-    statcache,
 )
-from pipeline.data.scan import scan
-from pipeline.data.summary import ScanResult, class_counts, fold_warnings, missing_side
+from pipeline.data.scan import ScanResult, class_counts, fold_warnings, missing_side, scan
 from pipeline.errors import DatasetError, HeadError
 from pipeline.heads.tuning import make_folds
-from pipeline.images import policy_key
 from pipeline.io.digests import content_digest, digests_to_hex
 
 
@@ -53,7 +50,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files written before a scan count as old, so that tests need not wait two seconds."""
-    monkeypatch.setattr(statcache, "RACY_NS", 0)
+    monkeypatch.setattr(reading, "RACY_NS", 0)
 
 
 def run(root: Path, seed: int = 0, rehash: bool = False, **settings: object) -> ScanResult:
@@ -110,9 +107,9 @@ class TestIncremental:
         assert run(photos).read == 20
         again = run(photos)
         assert (again.read, again.unchanged) == (20, True)
-        cache = statcache.read_cache(photos.parent / "dataset")
+        cache = reading.read_cache(photos.parent / "dataset")
         assert cache.racy().all()
-        assert statcache.RACY_NS == 2_000_000_000
+        assert reading.RACY_NS == 2_000_000_000
 
     def test_rehash_trusts_nothing(self, photos: Path, calm: None) -> None:
         run(photos)
@@ -122,7 +119,7 @@ class TestIncremental:
     @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", None])
     def test_the_stat_cache_may_be_lost(self, photos: Path, calm: None, damage: bytes | None) -> None:
         first = run(photos)
-        cache = photos.parent / "dataset" / statcache.CACHE_FILE
+        cache = photos.parent / "dataset" / reading.CACHE_FILE
         cache.unlink()
         if damage is not None:
             cache.write_bytes(damage)
@@ -158,7 +155,7 @@ class TestIncremental:
         assert run(photos).warnings == ()
 
     def test_an_unreadable_file_is_tried_again(self, photos: Path, calm: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        from pipeline.images import reading
+        from pipeline.images import reading as images_reading
 
         real_open = os.open
 
@@ -167,7 +164,7 @@ class TestIncremental:
                 raise PermissionError(13, "Permission denied")
             return real_open(path, *arguments, **options)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(reading.os, "open", failing)
+        monkeypatch.setattr(images_reading.os, "open", failing)
         result = run(photos)
         assert [(entry.path, entry.status) for entry in result.failures] == [("cat/3.png", "unavailable")]
         assert result.failures[0].reason == "it cannot be read: Permission denied"
@@ -180,7 +177,7 @@ class TestIncremental:
     def test_a_file_that_changes_while_it_is_read_is_not_indexed(
         self, photos: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline.images import reading
+        from pipeline.images import reading as images_reading
 
         real_read = os.read
 
@@ -191,7 +188,7 @@ class TestIncremental:
                     file.write(b".")
             return data
 
-        monkeypatch.setattr(reading.os, "read", growing)
+        monkeypatch.setattr(images_reading.os, "read", growing)
         (entry,) = run(photos).failures
         assert (entry.path, entry.status, entry.reason) == ("cat/3.png", "unavailable", "it changes while it is read")
 
@@ -420,25 +417,6 @@ class TestFailures:
         put(photos, "dog/2.png", "mended")
         run(photos)
         assert read_failures(folder) == [self.entry("cat/one.png", "cat 1")]
-
-    def test_jpegs_that_an_earlier_version_took_for_whole_are_found_once(self, photos: Path, calm: None) -> None:
-        sink = io.BytesIO()
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(sink, "JPEG")
-        for name, share in {"whole": 1.0, "half": 0.5}.items():
-            data = sink.getvalue()
-            (photos / f"cat/{name}.jpg").write_bytes(data[: int(len(data) * share)] + b"\xff\xd9")
-        folder = photos.parent / "dataset"
-        run(photos)
-        assert read_failures(folder) == []
-        cache = dict(np.load(folder / statcache.CACHE_FILE))
-        with (folder / statcache.CACHE_FILE).open("wb") as file:
-            np.savez(file, **{**cache, "version": np.array(1)})
-        result = run(photos)
-        (entry,) = read_failures(folder)
-        assert (entry.path, entry.status, entry.policy) == ("cat/half.jpg", "truncated", policy_key(64_000_000))
-        assert (result.read, result.remembered, result.unchanged) == (22, 1, True)
-        assert digests_to_hex(failed_digests(folder, policy_key(64_000_000))) == [entry.digest]
-        assert (run(photos).read, read_failures(folder)) == (0, [entry])
 
     def test_a_failure_under_a_new_policy_replaces_all_of_the_old(self, tmp_path: Path) -> None:
         record_failures(tmp_path, [self.entry("a", "1", "p1"), self.entry("b", "2", "p1")], "p1")
@@ -705,7 +683,6 @@ def test_labels_that_differ_in_case_only_are_pointed_out(tmp_path: Path) -> None
 
 
 def test_the_digits_are_written_once_and_split_by_class(tmp_path: Path) -> None:
-    from PIL import Image
     from sklearn.datasets import load_digits
 
     result = scan(DatasetConfig(), 0, tmp_path / "dataset")

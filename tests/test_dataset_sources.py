@@ -18,8 +18,8 @@ from pipeline.config import DatasetConfig
 from pipeline.data import manifest
 from pipeline.data.failures import shown
 from pipeline.data.folder import list_folder
-from pipeline.data.listing import Listing
-from pipeline.data.written import torchvision_manifest, written_once
+from pipeline.data.sources import torchvision_manifest, written_once
+from pipeline.data.walk import Listing
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.images import NO_IMAGE
 
@@ -174,15 +174,7 @@ class TestFolder:
         os.mkfifo(tmp_path / "cat/2.png")
         assert entries(list_folder(tmp_path)) == [("cat/2.png", "unreadable")]
 
-    def test_symbolic_links_are_skipped_and_counted(self, tmp_path: Path) -> None:
-        root = put(tmp_path / "data", "cat/1.png", "dog/2.png")
-        (root / "cat/3.png").symlink_to("1.png")
-        (root / "bird").symlink_to("cat")
-        listing = list_folder(root)
-        assert [path for path, _ in rows(listing)] == ["cat/1.png", "dog/2.png"]
-        assert sum(listing.ignored.values()) == 2
-
-    def test_followed_links_stay_inside_and_never_loop(self, tmp_path: Path) -> None:
+    def test_symbolic_links_stay_inside_and_never_loop(self, tmp_path: Path) -> None:
         root = put(tmp_path / "data", "cat/1.png", "dog/2.png", ".store/deep/5.png")
         put(tmp_path, "secret/9.png")
         (root / "cat/3.png").symlink_to("1.png")
@@ -191,7 +183,7 @@ class TestFolder:
         (root / "cat/gone.png").symlink_to("nothing.png")
         (root / "bird").symlink_to(".store/deep")
         (root / "fish").symlink_to(tmp_path / "secret")
-        listing = list_folder(root, follow_symlinks=True)
+        listing = list_folder(root)
         assert rows(listing) == [
             ("bird/5.png", "bird"),
             ("cat/1.png", "cat"),
@@ -209,7 +201,7 @@ class TestFolder:
         put(tmp_path, "cat/1.png", "dog/2.png")
         (tmp_path / "cat/dogs").symlink_to("../dog")
         (tmp_path / "dog/cats").symlink_to("../cat")
-        assert len(list_folder(tmp_path, follow_symlinks=True).paths) < 10
+        assert len(list_folder(tmp_path).paths) < 10
 
     @pytest.mark.parametrize(
         ("paths", "message"),
@@ -321,7 +313,7 @@ class TestManifest:
             ("q/1.png", "missing"),
         ]
 
-    def test_links_are_followed_only_when_asked_and_only_inside(self, tmp_path: Path) -> None:
+    def test_links_are_followed_to_what_lies_inside(self, tmp_path: Path) -> None:
         root = tmp_path / "data"
         path = self.write(root, "path,label\nin.png,x\nout.png,x\nfolder/1.png,y\naway/s.png,y\n")
         put(tmp_path, "secret/s.png")
@@ -329,8 +321,7 @@ class TestManifest:
         (root / "out.png").symlink_to(tmp_path / "secret/s.png")
         (root / "folder").symlink_to("a")
         (root / "away").symlink_to(tmp_path / "secret")
-        assert rows(list_manifest(path)) == []
-        listing = list_manifest(path, follow_symlinks=True)
+        listing = list_manifest(path)
         assert [row[0] for row in rows(listing)] == ["folder/1.png", "in.png"]
         assert entries(listing) == [("away/s.png", "unreadable"), ("out.png", "unreadable")]
 

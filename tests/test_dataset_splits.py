@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import DatasetIndex
-from pipeline.data.index import SplitPlan
-from pipeline.data.match import difference, leakage_units, match_digests, match_texts, texts
+from pipeline.data.index import SplitPlan, difference, leakage_units, match_digests, match_texts, texts
 from pipeline.data.splits import make_test_split, prior_sides
 from pipeline.io.digests import content_digest, pack_digests
 

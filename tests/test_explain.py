@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from pipeline import config as configuration
 from pipeline.cli import cli
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
+from pipeline.data.classes import MultiLabel
 from pipeline.data.index import DatasetIndex
-from pipeline.data.labels import MultiLabel
 from pipeline.embed import backbone
 from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.embed.spec import probe_images

@@ -34,7 +34,7 @@ from pipeline.export import bundle as bundles
 from pipeline.finetuning import trainer
 from pipeline.finetuning.handover import put_head, starting_layer
 from pipeline.finetuning.material import LINEAR, choose, divide, lineage_of, read_pixels
-from pipeline.finetuning.result import describe, judge, lines, verdict, write_weights
+from pipeline.finetuning.result import describe, judge, lines, transfer, verdict, write_weights
 from pipeline.finetuning.trainer import predict_logits
 from pipeline.heads import as_layer
 from pipeline.heads.tuning import Projections
@@ -272,7 +272,9 @@ def test_a_random_start_is_spelled_out_and_has_no_head(experiment: Path) -> None
 def test_the_result_is_never_below_the_start_on_validation(tuned: finetune.FinetuneRun) -> None:
     validation = tuned.result["validation"]
     assert validation["chosen"] >= validation["start"]
-    assert [row[0] for row in tuned.result["curve"]] == [round(0.1 * tenth, 1) for tenth in range(11)]
+    alphas = [row[0] for row in tuned.result["curve"]]
+    assert alphas == sorted({0.0, 0.25, 0.5, 0.75, 1.0, *alphas})
+    assert tuned.result["alpha"] in alphas
     assert tuned.result["steps"] == 12
 
 
@@ -490,13 +492,26 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
         assert one["test"] == row.test.accuracy
         assert one["gain"]["difference"] == pytest.approx(1 - row.test.accuracy)
     result = {**found, "start": "", "source": "", "alpha": 1, "validation": {"chosen": 1, "start": 1}}
-    verdicts = [line for line in lines(result) if " against " in line]
+    verdicts = [line for line in lines(result) if " against the " in line]
     assert verdicts[0].startswith(f"verdict    against the best row, {others[0].key} ({others[0].test.accuracy:.2%}): ")
     assert verdicts[1].startswith("           against the same network frozen, toy-toy-penultimate/ridge (")
     same = judge(files, replace(choice, winner=choice.frozen), parts, right, ACCURACY, 1.5, 0)
-    verdicts = [line for line in lines({**result, **same}) if " against " in line]
+    verdicts = [line for line in lines({**result, **same}) if " against the " in line]
     assert len(verdicts) == 1
     assert "against the best row, which is the same network frozen, toy-toy-penultimate/ridge (" in verdicts[0]
+    assert lines({**result, **same})[-1].startswith(
+        "transfer   pretraining helps: toy-toy-penultimate/ridge (100.00%) against majority/most_frequent (33.33%), the best without "
+        "any, +66.67% on 21 test images (95 % interval "
+    )
+    held_out = transfer(files, choice, ACCURACY, 0, held_out=True)
+    assert " any, " in held_out
+    assert f"on {len(parts.train) + len(parts.validation)} training images" in held_out
+    assert transfer(files, replace(choice, floor=None), ACCURACY, 0) == ""
+    assert transfer(files, replace(choice, frozen=replace(choice.frozen, untrained=True)), ACCURACY, 0) == ""
+    swapped = replace(choice, frozen=choice.floor, floor=choice.frozen)
+    assert transfer(files, swapped, ACCURACY, 0).startswith(
+        "negative transfer: majority/most_frequent (33.33%) against "
+    )
     random = choose(make_config(experiment, start="random"), files)
     assert (random.linear, random.frozen.embedding, random.frozen.head in LINEAR) == (None, "toy-toy-penultimate", True)
 

@@ -21,7 +21,7 @@ from store.harness import rounds
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.data import DatasetIndex, read_failures, statcache
+from pipeline.data import DatasetIndex, read_failures, reading
 from pipeline.embed import baselines
 from pipeline.embed.records import read_records
 from pipeline.embed.spec import probe_images
@@ -103,7 +103,7 @@ class Images(RuleBasedStateMachine):
         # A window that is short, but longer than the clock's grain: the cache of file times is used here.
         self.patches = [
             mock.patch.object(baselines, "_TABLE", self.embedded.table),
-            mock.patch.object(statcache, "RACY_NS", 10_000_000),
+            mock.patch.object(reading, "RACY_NS", 10_000_000),
         ]
         for patch in self.patches:
             patch.start()
@@ -247,13 +247,13 @@ TestImages.settings = settings(
 
 def test_the_judge_can_say_no(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the size of a file all that is looked at, the proof would fail."""
-    known: Callable[..., object] = statcache.StatCache.known
+    known: Callable[..., object] = reading.StatCache.known
 
-    def by_size_alone(self: statcache.StatCache, paths: object, stats: NDArray[np.int64]) -> object:
-        blind = statcache.StatCache(self.paths, self.stats * [1, 0, 0], self.digests, 2**60, 2**60)
+    def by_size_alone(self: reading.StatCache, paths: object, stats: NDArray[np.int64]) -> object:
+        blind = reading.StatCache(self.paths, self.stats * [1, 0, 0], self.digests, 2**60, 2**60)
         return known(blind, paths, stats * [1, 0, 0])
 
-    monkeypatch.setattr(statcache.StatCache, "known", by_size_alone)
+    monkeypatch.setattr(reading.StatCache, "known", by_size_alone)
     machine = Images()
     try:
         machine.some_images_that_stay()

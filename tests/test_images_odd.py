@@ -13,7 +13,7 @@ from odd_images import Samples, chunk, png, tiff
 from PIL import Image
 
 from pipeline.images import ImageProblem, content_key, decode, kind_of
-from pipeline.images.kinds import reads_heic
+from pipeline.images.formats import reads_heic
 from pipeline.io.digests import content_digest
 
 RNG = np.random.default_rng(0)

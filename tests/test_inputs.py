@@ -24,9 +24,8 @@ from photos import make_photos
 from pipeline import config as configuration
 from pipeline.config import ARCHIVES, Config, DatasetConfig
 from pipeline.config.sections import source_of
-from pipeline.data import DatasetIndex, statcache
-from pipeline.data.scan import scan
-from pipeline.data.summary import ScanResult
+from pipeline.data import DatasetIndex, reading
+from pipeline.data.scan import ScanResult, scan
 from pipeline.embed import baselines
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.errors import DatasetError
@@ -40,7 +39,7 @@ from pipeline.stages.load import load
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files written a moment ago are trusted, as if they were old."""
-    monkeypatch.setattr(statcache, "RACY_NS", 0)
+    monkeypatch.setattr(reading, "RACY_NS", 0)
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from test_targets import index_of
 from pipeline import config as configuration
 from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
+from pipeline.data.classes import MultiLabel, best_threshold
 from pipeline.data.index import SplitPlan
-from pipeline.data.labels import MultiLabel, best_threshold
 from pipeline.data.splits import make_test_split
-from pipeline.data.targets import target_of
+from pipeline.data.targets import record_of, target_of
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, compare, metrics_for, scores
 from pipeline.evaluation.calibration import fit_sigmoids
@@ -55,7 +55,7 @@ def test_cells_become_columns_and_come_back() -> None:
     assert target.decode(y).tolist() == ["a|b", "", "c", "a"]
     np.testing.assert_array_equal(target.restored(target.decode(y)), y)
     settled = dataclasses.replace(target, thresholds=(0.1, 0.5, 1.0))
-    assert target_of(settled.to_record()) == settled
+    assert target_of(record_of(settled)) == settled
     assert MultiLabel.in_words(index) == "with any of 3 labels, 1.0 on average"
     assert sorted(MultiLabel.as_classes(index).labels.tolist()) == ["(no label)", "a", "a", "b", "c"]
 

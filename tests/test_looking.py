@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
-from pipeline.data.match import texts
+from pipeline.data.index import texts
 from pipeline.data.scan import scan
 from pipeline.errors import BackboneError, DatasetError, PipelineError, StoreError
 from pipeline.evaluation.audit import Findings, LabelIssue, LabelIssues, NearDuplicate, Outlier

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.io.memory import available_bytes, is_out_of_memory, keep_freed_memory
+from pipeline.io.process import available_bytes, is_out_of_memory, keep_freed_memory
 
 
 def test_the_allocator_is_left_alone_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

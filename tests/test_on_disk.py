@@ -33,7 +33,7 @@ from pipeline.heads import HEADS, RIDGE, Head, resolve
 from pipeline.heads.fast import linear
 from pipeline.heads.tuning import blocks, features, limited, make_folds, memory_needed, refit, room, tune, works_on_disk
 from pipeline.heads.tuning.records import Problem
-from pipeline.io import memory
+from pipeline.io import process
 from pipeline.io.digests import content_digest, pack_digests
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads.embedding import Place
@@ -355,7 +355,7 @@ def test_the_limit_is_a_size_or_what_is_free(monkeypatch: pytest.MonkeyPatch) ->
     sizes = {"2GB": 2 * 10**9, "1.5 GB": 1_500_000_000, "500MB": 500 * 10**6}
     assert {text: TuningConfig(memory=text).memory_bytes for text in sizes} == sizes
     assert limited(TuningConfig(memory="2GB")).memory == "2GB"
-    monkeypatch.setattr(memory, "available_bytes", lambda: 4 * 10**9)
+    monkeypatch.setattr(process, "available_bytes", lambda: 4 * 10**9)
     assert limited(TuningConfig()).memory_bytes == 3 * 10**9
     raw = {"output": "o", "backbones": [{"name": "resnet18"}], "heads": ["knn"], "tuning": {"memory": "2 gigabytes"}}
     with pytest.raises(ConfigError) as caught:

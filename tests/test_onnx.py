@@ -23,8 +23,7 @@ from sklearn.svm import SVC
 
 from pipeline.cli import cli
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
-from pipeline.data.classes import Classification
-from pipeline.data.labels import MultiLabel
+from pipeline.data.classes import Classification, MultiLabel
 from pipeline.data.numbers import Regression
 from pipeline.data.targets import Target
 from pipeline.errors import BundleError, HeadError, PipelineError

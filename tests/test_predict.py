@@ -70,7 +70,10 @@ def test_all_missing_paths_are_named(experiment: Config, tmp_path: Path) -> None
     assert caught.value.problems == (str(tmp_path / "a.jpg"), str(tmp_path / "b"))
 
 
-def test_a_folder_without_images_is_an_error(experiment: Config, tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error_before_the_network_is_loaded(
+    experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "open_networks", None)
     with pytest.raises(DatasetError, match="no image files in"):
         predict.run(Path(experiment.output), [tmp_path], output=tmp_path / "out.csv")
 

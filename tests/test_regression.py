@@ -26,7 +26,7 @@ from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex
 from pipeline.data.numbers import Regression
 from pipeline.data.sources import list_source
-from pipeline.data.targets import target_of
+from pipeline.data.targets import record_of, target_of
 from pipeline.errors import DatasetError, HeadError, PipelineError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, metrics_for, scores
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
@@ -55,7 +55,7 @@ def test_labels_become_numbers_and_the_training_images_tell_their_range() -> Non
     assert target.encode(index).tolist() == [1.5, -2.0, 40.0, 1000.0]
     assert (target.low, target.high, target.width) == ((-2.0,), (40.0,), 1)
     assert target.told(target.learned(np.array([7.0, 8.5]))).tolist() == pytest.approx([7.0, 8.5])
-    assert target_of(target.to_record()) == target
+    assert target_of(record_of(target)) == target
 
 
 def test_a_label_that_is_no_finite_number_is_named() -> None:

@@ -25,7 +25,7 @@ from pipeline.data import DatasetIndex, read_failures
 from pipeline.errors import PipelineError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.io.engine import Engine
+from pipeline.io.remote import Engine
 from pipeline.stages import extract, train_heads
 from pipeline.stages.extract.cluster import pays
 from pipeline.stages.extract.shard import Shard

@@ -21,7 +21,7 @@ from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.logme import logme
 from pipeline.heads.tuning import make_folds
 from pipeline.stages import extract, settings, shortlist
-from pipeline.stages.shortlist.found import Entry, Shortlist, chosen
+from pipeline.stages.shortlist import Entry, Shortlist, chosen
 
 # ---- LogME
 

@@ -23,8 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from pipeline.config import Config
-from pipeline.data.classes import Classification
-from pipeline.data.labels import MultiLabel
+from pipeline.data.classes import Classification, MultiLabel
 from pipeline.data.numbers import Regression
 from pipeline.embed import transformer
 from pipeline.embed.transformer import Embedder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_f
 from pipeline.finetuning.checkpoint import Run, copy_weights
 from pipeline.finetuning.handover import put_head
 from pipeline.finetuning.objective import CLASSES
-from pipeline.finetuning.plan import check_plan, describe_plan, last_linear, stages_of
+from pipeline.finetuning.plan import check_plan, describe_plan, fold_norms, last_linear, set_trainable, stages_of
 from pipeline.finetuning.result import interpolate, recompute_statistics, return_path
 from pipeline.finetuning.trainer import (
     Task,
@@ -612,10 +613,88 @@ def test_the_path_back_is_never_below_the_start(data: Data, tmp_path: Path) -> N
     assert path.scores[path.alphas.index(path.alpha)] == max(path.scores)
     assert path.alpha > 0
     assert max(path.scores) == evaluate(task.network, data.validation, data, CPU)
-    ruined = {name: torch.zeros_like(tensor) for name, tensor in good.items()}
-    back = return_path(task, data, good, ruined, alphas=(0.0, 1.0))
+    ruined = {
+        name: 9 * torch.randn_like(tensor) if name.endswith("weight") else tensor for name, tensor in good.items()
+    }
+    back = return_path(task, data, good, ruined)
     assert back.alpha == 0.0
     assert same(back.weights, good)
+
+
+def test_the_path_back_is_searched_closer_around_the_best_and_judges_nothing_twice(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task()
+    start = copy_weights(task.network)
+    end = {name: torch.full_like(tensor, 1.0) for name, tensor in start.items()}
+    seen = []
+
+    def score(network: Toy, *_: object) -> tuple[float, float]:
+        alpha = float((network.fc.bias[0].detach() - start["fc.bias"][0]) / (1 - start["fc.bias"][0]))
+        seen.append(round(alpha, 4))
+        return (1.0 - abs(alpha - 0.6), 0.0)
+
+    monkeypatch.setattr("pipeline.finetuning.result.evaluate", score)
+    path = return_path(task, data, start, end, end_score=(0.6, 0.0))
+    assert seen == [0, 0.25, 0.5, 0.75, 0.375, 0.625]
+    assert (path.alpha, path.alphas) == (0.625, (0, 0.25, 0.375, 0.5, 0.625, 0.75, 1))
+    seen.clear()
+    monkeypatch.setattr("pipeline.finetuning.result.evaluate", lambda *given: (score(*given)[0] * 0, 0.0))
+    assert return_path(task, data, start, end).alpha == 0  # the smallest of equals
+    assert seen == [0, 0.25, 0.5, 0.75, 1, 0.125]
+
+
+# ---- what makes steps cheaper
+
+
+class Reused(Toy):
+    """A network that uses what a convolution gives before its norm, too."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        conv, norm, act = self.stem
+        plain = conv(images)
+        return self.fc(self.body(act(norm(plain)) + plain).mean((2, 3)))
+
+
+def test_folded_norms_change_neither_outputs_nor_gradients_nor_names() -> None:
+    task, images = make_task(), torch.randn(4, 3, 16, 16)
+    plain, names = copy.deepcopy(task.network), list(task.network.state_dict())
+    assert fold_norms(task.network, images) == 7
+    set_trainable(plain, task.stages, 0, "frozen")
+    set_trainable(task.network, task.stages, 0, "frozen")
+    twin = copy.deepcopy(task.network)  # as a moving average is
+    for network in (plain, task.network):
+        network(images).square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), task.network.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+    assert list(task.network.state_dict()) == names
+    with torch.no_grad():
+        twin.stem[0].weight.zero_()
+        torch.testing.assert_close(task.network(images), plain(images), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(twin(images), plain(images))
+
+
+def test_norms_are_left_where_folding_would_change_the_network() -> None:
+    torch.manual_seed(0)
+    network, images = Reused(), torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        network.train()(images)  # statistics that are not those of a fresh network
+        network.eval()
+        before = network(images)
+        assert fold_norms(network, images) == 0
+        assert torch.equal(network(images), before)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop", "trivial"])
+def test_images_are_learned_from_at_their_own_size(data: Data, augment: str, tmp_path: Path) -> None:
+    wide = np.repeat(pictures(4).pixels, 2, axis=2)
+    assert augmented(wide, but(BASE, augment=augment, size=12), CPU, data).shape == (4, 3, 12, 24)
+    task = make_task(but(BASE, size=17))
+    with pytest.raises(TrainingError) as error:
+        train(task, data, Run(tmp_path, "x"))
+    assert error.value.problems == ("finetune.size: 17 is more than the 16 pixels that images are prepared to have",)
 
 
 def test_recomputed_statistics_are_those_of_the_images(data: Data) -> None:

@@ -20,7 +20,7 @@ from pipeline.heads.tuning import make_folds, tune
 from pipeline.heads.tuning.evaluation import smaller_caches, working_memory
 from pipeline.heads.tuning.records import Problem
 from pipeline.heads.tuning.room import room_for
-from pipeline.io import progress
+from pipeline.io import process
 
 LIMITED = """
 import resource, sys
@@ -82,7 +82,7 @@ def test_kernels_too_large_to_be_kept_are_announced(
 def test_the_fits_of_a_trial_are_counted_before_it_ends(
     interval: float, shown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "LOG_SECONDS", interval)
+    monkeypatch.setattr(process, "LOG_SECONDS", interval)
     X, y = network(80, 6, 2)
     tune(HEADS["rbf_svm"], X, y, make_folds(y, 2, 0), TuningConfig(trials=1, folds=2, jobs=1), 0, tmp_path / "trials")
     drawn = capsys.readouterr().err.split("\r")

@@ -1,12 +1,10 @@
 """One experiment: a YAML file turned into a frozen, typed `Config`, whose paths are relative to the working folder.
 
 sections.py   which keys there are: dataset, backbones, extraction, heads, tuning, finetune
-reading.py    file and `--set` -> Config, every problem at once
-yaml12.py     YAML by the rules of version 1.2
-retired.py    keys of earlier versions
+reading.py    YAML file and `--set` -> Config, every problem at once; keys of earlier versions
 """
 
-from pipeline.config.reading import Overrides, dump_yaml, load, parse
+from pipeline.config.reading import Overrides, dump_yaml, load, parse, read_yaml
 from pipeline.config.sections import (
     ARCHIVES,
     LOCAL_DIR,
@@ -34,4 +32,3 @@ from pipeline.config.sections import (
     source_of,
     unknown,
 )
-from pipeline.config.yaml12 import read_yaml

@@ -2,22 +2,191 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.retired import without_retired
-from pipeline.config.sections import LOCAL_DIR, VECTORS, WEIGHTS_FILES, Config, Names, Section, guess, source_of
-from pipeline.config.yaml12 import parse_yaml, read_yaml
-from pipeline.errors import ConfigError, number_of
-from pipeline.io.imports import look_in
+from pipeline.config.sections import (
+    LOCAL_DIR,
+    VECTORS,
+    WEIGHTS_FILES,
+    Config,
+    FinetuneConfig,
+    Names,
+    Section,
+    guess,
+    source_of,
+)
+from pipeline.errors import ConfigError, first_line, number_of
+from pipeline.io.files import read_file
+from pipeline.io.process import look_in
 from pipeline.io.remote import address_of
+
+MOST_BYTES = 1 << 20
+"""Of a config file."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be read, is no mapping, has a key twice, or holds what no config needs (aliases, other tags' values).
+    """
+    try:
+        text = read_file(path, MOST_BYTES).decode("utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give an existing config file, such as configs/digits.yaml"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{path}: is not UTF-8 text; a config is a YAML file, and images are given as a folder that holds one for each class"
+        ) from None
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path}: is no config, which is YAML with keys such as 'backbones:' and 'heads:'; images are given as a folder that "
+            "holds one for each class, an archive of one, or a manifest (.csv, .parquet)"
+        )
+    return raw
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Return the value that a YAML text stands for; `origin` names it in messages.
+
+    Raises
+    ------
+    ConfigError
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{origin}{where}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: lists and sections within each other are too deep") from None
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:  # of a tag, or of too many digits
+        raise ConfigError(f"{origin}: holds a value that cannot be read ({first_line(error)})") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core rules for plain scalars, and no key twice."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - as the library declares it
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them stand for more values than any memory holds
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"aliases such as *{event.anchor} are not read; write the value out",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.MarkedYAMLError(problem="a key is a list or section", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    ("float", r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+class Retired(NamedTuple):
+    """A key, or a spelling of its value, that is gone."""
+
+    default: object
+    """The value that meant what happens now."""
+    told: str
+    """What became of it and what to do instead."""
+    is_old: Callable[[Any], bool] = lambda value: True
+    """Whether a value is the old spelling, where the key is still there."""
+
+
+_MOVED = FinetuneConfig.model_fields.keys() - {"start", "validation_fraction", "unfreeze"}
+
+KEYS: Final[Mapping[str, Retired]] = {
+    "dataset.follow_symlinks": Retired(False, "is gone: links are followed to what lies inside the folder; remove it"),
+    "extraction.processes": Retired(
+        "auto", "is gone: one process uses all processors and one GPU; remove it, and name a GPU with extraction.device"
+    ),
+    "extraction.decode": Retired(
+        None,
+        "gpu is gone: the processor decodes; set it to standard, or fast for large photos",
+        lambda value: value == "gpu",
+    ),
+    "tuning.device": Retired("auto", "is gone: heads are searched on the processor; remove it"),
+    "finetune.embedding": Retired("best", "is gone: write finetune.start: EMBEDDING"),
+    "finetune.head": Retired("best", "is gone: write finetune.start: EMBEDDING/HEAD, or finetune.start: random"),
+    "finetune.interpolate": Retired(True, "is gone: the weights between are always tried; remove it"),
+    "finetune.unfreeze": Retired(
+        [{"start": 0.0, "scope": "all"}],
+        "{start: ..., scope: ...} is written as a pair now: [[0, head], [0.2, all]]",
+        lambda value: isinstance(value, list) and any(isinstance(step, dict) for step in value),
+    ),
+    **{
+        f"finetune.training.{key}": Retired(FinetuneConfig.model_fields[key].default, f"is finetune.{key} now")
+        for key in FinetuneConfig.model_fields
+        if key in _MOVED
+    },
+    "finetune.training.precision": Retired("auto", "is gone: extraction.precision holds for training too"),
+    "finetune.training.range_test": Retired(False, "is gone: no rate is looked for; set finetune.rate"),
+    "finetune.training.momentum": Retired(0.9, "is gone with the optimizer sgd; remove it"),
+    "finetune.training.schedule": Retired("cosine", "is gone: the rate falls along a cosine; remove it"),
+    "finetune.training.optimizer": Retired("adamw", "is gone: it is AdamW; remove it"),
+    "finetune.training.cutmix": Retired(0.0, "is gone: remove it, and set finetune.mixup"),
+    "finetune.training.dropout": Retired(0.0, "is gone: weight_decay, label_smoothing and mixup are left; remove it"),
+    "finetune.training.smallest_crop": Retired(0.5, "is gone: crops keep half of the area or more; remove it"),
+    "finetune.training.clip_norm": Retired(None, "is gone: lower finetune.rate where the loss is no number"),
+    "finetune.training.evaluate_every": Retired("auto", "is gone: a run is evaluated ten times; remove it"),
+    "finetune.training.replicas": Retired(1, "is gone: torch's own threads share a step's work; remove it"),
+    "finetune.training.average_top": Retired(
+        0, "is gone: no soup of weights is made; remove it, and set finetune.ema for an average"
+    ),
+    "finetune.training.sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
+    "finetune.training.cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
+    "finetune.training": Retired({}, "is gone: its keys stand in finetune itself", lambda value: value == {}),
+}
+"""Section and key -> what became of it."""
+
+
+def without_retired(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a config without retired keys, and a line for each that meant something else than what happens now."""
+    kept, problems = copy.deepcopy(dict(raw)), []
+    for path, row in KEYS.items():
+        *sections, key = path.split(".")
+        section: Any = kept
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        old = isinstance(section, dict) and key in section and row.is_old(section[key])
+        if old and section.pop(key) != row.default:
+            problems.append(f"{path}: {row.told}")
+    return kept, problems
+
 
 LONGEST_SHOWN = 200
 """Characters of a wrong value that an error shows."""

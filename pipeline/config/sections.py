@@ -179,7 +179,6 @@ class DatasetConfig(Section):
     """Images that may fail before the run stops: a share when below 1, a number from 1 up."""
     max_pixels: int = Field(64_000_000, ge=1)
     """Larger images are refused before they are decoded."""
-    follow_symlinks: bool = False
     root: str | None = None
     """The folder that a manifest's paths are relative to, or absolute and inside of; its own folder when not given."""
     path_column: str | None = None
@@ -439,6 +438,9 @@ class FinetuneConfig(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     """Batches per step; their gradients are averaged."""
+    size: int | None = Field(None, ge=1)
+    """Pixels of the shorter side of the images that are learned from; smaller ones make steps cheaper. They are judged at the
+    size of `preprocessing`, and by default learned from at that too."""
     rate: float = Field(1e-3, gt=0)
     """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`."""
     rate_decay: float = Field(0.5, gt=0, le=1)

@@ -1,25 +1,36 @@
-"""Classification: one class for each image.
+"""Targets of classes: one for each image, or any number of labels.
 
-Heads are fitted on codes: places in the classes. What a fitted classifier says is a score for each of its classes, and the
-likeliest of them as the label.
+Heads are fitted on codes, places in the classes, or on a column of 0 and 1 for each label. What they say is a score for each class,
+or a log-odds for each label; the threshold from which on a label is said is found for every label by itself, out of fold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logit
 
-from pipeline.data.index import DatasetIndex
-from pipeline.data.match import encode
+from pipeline.data.index import SEPARATOR, DatasetIndex, encode
+from pipeline.errors import DatasetError, first
 
 ScoreKind = Literal["probability", "decision"]
 
 Calibrate = Callable[[NDArray[np.floating], str | None], NDArray[np.float64] | None]
 """(an estimator's scores, their kind) -> probabilities, with as many columns; None where nothing is known of them."""
+
+Flags = NDArray[np.bool_]
+
+EXAMPLES = 5
+
+NO, YES = {"0", "0.0", "false", "no"}, {"1", "1.0", "true", "yes"}
+"""What a cell of a column for one label may say, in any case."""
+
+SMALLEST = 1e-6
+"""Forests and neighbours say 0 and 1, whose log-odds are infinite."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +50,6 @@ class Classification:
         """Return the target of an index: its labels are the classes."""
         return Classification(index.classes)
 
-    @staticmethod
-    def from_record(record: Mapping[str, Any]) -> Classification:
-        """Return what `to_record` wrote down."""
-        if not isinstance(record["classes"], list | tuple):
-            raise ValueError("classes")
-        return Classification(tuple(map(str, record["classes"])))
-
-    def to_record(self) -> dict[str, Any]:
-        """Return all there is to know of it as plain values for JSON."""
-        return {"classes": list(self.classes)}
-
     @property
     def width(self) -> int:
         """How many numbers a head says of an image at most: one for each class."""
@@ -66,7 +66,7 @@ class Classification:
         return f"in {len(index.classes):,} classes"
 
     def encode(self, index: DatasetIndex) -> NDArray[Any]:
-        """Return y, shape (n,), int64: each image's place in `classes`; KeyError for a label that is none of them."""
+        """Return y, int64 of shape (n,): each image's place in `classes`; KeyError for a label that is none of them."""
         codes, names = encode(index.labels)
         place = {name: code for code, name in enumerate(self.classes)}
         return np.array([place[name] for name in names], dtype=np.int64)[codes]
@@ -83,7 +83,7 @@ class Classification:
         return codes
 
     def strata(self, y: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return what folds and the test split keep in proportion: a number from 0 for each image, shape (n,), int64."""
+        """Return what folds and the test split keep in proportion: a number from 0 for each image, int64 of shape (n,)."""
         return y
 
     def problem(self, y_train: NDArray[np.int64]) -> str | None:
@@ -92,31 +92,13 @@ class Classification:
         return None if found > 1 else f"the training images are of {found} class; a classifier needs at least 2"
 
     def narrowed(self, y: NDArray[Any]) -> tuple[Classification, NDArray[np.int64], NDArray[Any]]:
-        """Return the target of the classes that occur in y, y in its codes, and the values of y by code.
-
-        y : of any dtype, shape (n,); the codes are int64 of shape (n,), the values of the dtype of y and shape
-            (len(classes),)
-        """
+        """Return the target of the classes that occur in y, of any dtype and shape (n,), its codes, int64 (n,), and y by code."""
         present, codes = np.unique(y, return_inverse=True)
         return Classification(tuple(map(str, present))), codes.astype(np.int64), present
 
     def anew(self, y: NDArray[Any]) -> tuple[Classification, NDArray[np.int64]]:
-        """Return the target of other labels y, of any dtype and shape (n,), and what an estimator is fitted on: int64 of shape (n,)."""
+        """Return the target of other labels y, of any dtype and shape (n,), and what an estimator is fitted on: int64 (n,)."""
         return self.narrowed(y)[:2]
-
-    def unnarrowed(self, codes: NDArray[np.int64], present: NDArray[Any]) -> NDArray[Any]:
-        """Return the values of y, of its dtype, for codes that `narrowed` made, int64: both of shape (n,)."""
-        return present[codes]
-
-    def widened(self, columns: NDArray[np.floating], present: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Return scores of the classes that occur with a column for every class: 0 for the others.
-
-        columns : of any float dtype, shape (n, len(present)); present : of any integer dtype; returns float32 of shape
-            (n, width)
-        """
-        whole = np.zeros((len(columns), self.width), dtype=np.float32)
-        whole[:, present] = columns
-        return whole
 
     def learned(self, y: NDArray[Any]) -> NDArray[Any]:
         """Return what an estimator is fitted on: y itself, of any dtype, shape (n,)."""
@@ -126,13 +108,8 @@ class Classification:
         """Return y for what an estimator says: as it is, of any dtype, shape (n,)."""
         return said
 
-    def settled(
-        self, y: NDArray[np.int64], y_pred: NDArray[np.int64], probabilities: Any = None, by: str = ""
-    ) -> Classification:
-        """Return the target with what answers out of fold tell of it: of classes nothing.
-
-        y, y_pred : int64 of shape (n,)
-        """
+    def settled(self, y: Any, y_pred: Any, probabilities: Any = None, by: str = "") -> Classification:
+        """Return the target with what answers out of fold, of shape (n,), tell of it: of classes nothing."""
         return self
 
     def decided(self, y: Any, y_pred: NDArray[Any], scores: Any, by: str, folds: Any = None) -> NDArray[Any]:
@@ -146,9 +123,8 @@ class Classification:
         """
         if not (y == y[0]).all():
             return None
-        probabilities = np.zeros((n, self.width), dtype=np.float32)
-        probabilities[:, y[0]] = 1
-        return np.full(n, y[0], dtype=np.int64), probabilities, "probability"
+        said = np.full(n, y[0], dtype=np.int64)
+        return said, np.eye(self.width, dtype=np.float32)[said], "probability"
 
     def answers(
         self, estimator: Any, X: NDArray[np.float32]
@@ -233,13 +209,13 @@ def said(
         values float64, probabilities of the estimator's float dtype
     """
     model = estimator[-1] if hasattr(estimator, "steps") else estimator
-    pairs = getattr(model, "decision_function_shape", "ovr") == "ovo"
-    kinds: tuple[tuple[str, ScoreKind], ...] = (("predict_proba", "probability"), ("decision_function", "decision"))
-    for name, kind in kinds:
-        if hasattr(estimator, name) and not (pairs and kind == "decision" and len(estimator.classes_) > 2):
-            columns = getattr(estimator, name)(X)
-            columns = columns if kind == "probability" else scores_as_columns(columns)
-            return columns.argmax(axis=1), columns, kind
+    pairs = getattr(model, "decision_function_shape", "ovr") == "ovo" and len(estimator.classes_) > 2
+    if hasattr(estimator, "predict_proba"):
+        shares = estimator.predict_proba(X)
+        return shares.argmax(axis=1), shares, "probability"
+    if hasattr(estimator, "decision_function") and not pairs:
+        columns = scores_as_columns(estimator.decision_function(X))
+        return columns.argmax(axis=1), columns, "decision"
     return np.searchsorted(estimator.classes_, estimator.predict(X)), None, None
 
 
@@ -256,14 +232,15 @@ def scores_as_columns(scores: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def expand_scores(
-    scores: NDArray[np.floating], present: NDArray[np.int64], n_classes: int, kind: str
+    scores: NDArray[np.floating], present: NDArray[np.integer], n_classes: int, kind: str
 ) -> NDArray[np.float32]:
-    """Give an estimator's scores one column per class of the whole problem.
+    """Give an estimator's scores one column per class of the whole problem: float32 of shape (n, n_classes).
 
-    scores : ndarray of shape (n,) for two classes, or (n, len(present))
-    present : ndarray of shape (len(present),), int64: the classes the estimator was fitted on
-    Returns an ndarray of shape (n, n_classes). One decision value z of two classes becomes -z and z. An absent class gets
-    probability 0, or 1 less than the row's lowest decision value.
+    One decision value z of two classes becomes -z and z. An absent class gets probability 0, or 1 less than the row's lowest
+    decision value.
+
+    scores : of any float dtype, shape (n,) for two classes, or (n, len(present))
+    present : of any integer dtype, shape (len(present),): the classes the estimator was fitted on
     """
     if scores.ndim == 1:
         scores = np.stack([-scores, scores], axis=1)
@@ -273,3 +250,231 @@ def expand_scores(
     full = np.zeros((len(scores), n_classes), dtype=np.float32) + np.float32(absent)
     full[:, present] = scores
     return full
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Several labels for each image: those in the cells of one column, or the columns of which each says 0 or 1.
+
+    `thresholds` are the probabilities from which on each label is said, () where they are not known yet. Where not told otherwise y
+    is bool of shape (n, k), and scores are float32 of that shape.
+    """
+
+    classes: tuple[str, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    kind: ClassVar[str] = "multilabel"
+    constant: ClassVar[str] = "shares"
+    exclusive: ClassVar[bool] = False
+    stored_as: ClassVar[type] = str
+
+    @staticmethod
+    def of(index: DatasetIndex) -> MultiLabel:
+        """Return the target of an index: all labels that occur, or its columns.
+
+        DatasetError with the cells that are neither 0 nor 1, or the columns whose names cannot be labels.
+        """
+        if index.labels.ndim == 1:
+            return MultiLabel(tuple(sorted({name for text in encode(index.labels)[1] for name in _names(text)})))
+        wrong = [name for name in index.names if SEPARATOR in name]
+        if wrong:
+            raise DatasetError(f"columns {', '.join(wrong)}: {SEPARATOR!r} stands between labels; rename them")
+        target = MultiLabel(index.names)
+        target.encode(index)
+        return target
+
+    @property
+    def width(self) -> int:
+        """How many labels there are."""
+        return len(self.classes)
+
+    @staticmethod
+    def as_classes(index: DatasetIndex) -> DatasetIndex:
+        """Return the images under texts that a person would count them by: each once for every label that it has."""
+        target = MultiLabel.of(index)
+        rows, places = np.nonzero(target.strata(target.encode(index)) >= 0)
+        texts = np.array([*target.classes, "(no label)"], dtype=object)[places]
+        return replace(index.rows(rows), labels=texts, names=("label",))
+
+    @staticmethod
+    def in_words(index: DatasetIndex) -> str:
+        """Return what the images are told apart by, such as `with 7 labels, 1.9 on average`."""
+        target = MultiLabel.of(index)
+        mean = target.encode(index).sum(axis=1).mean() if len(index) else 0.0
+        return f"with any of {target.width:,} labels, {mean:.1f} on average"
+
+    def encode(self, index: DatasetIndex) -> NDArray[Any]:
+        """Return y: which labels each image has; KeyError for one that is none of them, DatasetError for cells not 0 or 1."""
+        if index.labels.ndim == 1:
+            codes, texts = encode(index.labels)
+            return self._flags(texts)[codes]
+        words = np.char.lower(index.labels.astype(str))
+        said = np.isin(words, sorted(YES))
+        wrong = ~(said | np.isin(words, sorted(NO)))
+        if wrong.any():
+            rows = np.flatnonzero(wrong.any(axis=1))
+            found = [f"{index.paths[row]}: {index.names[wrong[row].argmax()]} is {index.labels[row][wrong[row].argmax()]!r}" for row in rows]  # fmt: skip
+            raise DatasetError(
+                f"{len(rows):,} of {len(index):,} images have a cell that is neither 0 nor 1, which each column of labels needs",
+                first(found, EXAMPLES),
+            )
+        return np.asarray(said)
+
+    def _flags(self, texts: Sequence[str]) -> Flags:
+        place = {name: code for code, name in enumerate(self.classes)}
+        y = np.zeros((len(texts), self.width), dtype=bool)
+        for row, text in enumerate(texts):
+            y[row, [place[name] for name in _names(text)]] = True
+        return y
+
+    def decode(self, y: Flags) -> NDArray[np.str_]:
+        """Return the labels of each image with `|` between them, shape (n,)."""
+        kinds, codes = np.unique(y, axis=0, return_inverse=True)
+        texts = [SEPARATOR.join(np.array(self.classes, dtype=object)[row]) for row in kinds]
+        return np.asarray(texts, dtype=str)[codes.reshape(-1)] if texts else np.empty(0, dtype=str)
+
+    def restored(self, names: ArrayLike) -> Flags:
+        """Return y of labels with `|` between them, shape (n,); KeyError for one that is none of them."""
+        return self._flags(np.asarray(names).astype(str).tolist())
+
+    def strata(self, y: Flags) -> NDArray[np.int64]:
+        """Return what folds and the test split keep in proportion: the place of each label that an image has, -1 for the others,
+        and one more for an image without any; shape (n, k + 1)."""
+        whole = np.column_stack([y, ~y.any(axis=1)])
+        return np.where(whole, np.arange(self.width + 1), -1)
+
+    def problem(self, y_train: Flags) -> str | None:
+        """Say why no head can be fitted on these training images; None where one can."""
+        if self.width < 2:
+            return (
+                f"there is {self.width} label; several are needed, and for one alone set dataset.target: classification"
+            )
+        some = y_train.any(axis=0) & ~y_train.all(axis=0)
+        return None if some.any() else "every label is on all training images or on none; nothing can be learned"
+
+    def narrowed(self, y: Flags) -> tuple[MultiLabel, Flags, NDArray[np.int64]]:
+        """Return the target, y, and the places of its labels: a label that nobody has is learned as such."""
+        return self, y, np.arange(self.width)
+
+    def anew(self, y: NDArray[Any]) -> tuple[MultiLabel, NDArray[np.int64]]:
+        """Return the target of other labels, of which y has a column of 0 and 1 each, and what an estimator is fitted on: (n, k)."""
+        names = self.classes if y.shape[1] == self.width else tuple(map(str, range(y.shape[1])))
+        return MultiLabel(names), self.learned(y > 0)
+
+    def learned(self, y: Flags) -> NDArray[np.int64]:
+        """Return what an estimator is fitted on: 0 and 1, int64 of shape (n, k)."""
+        return y.astype(np.int64)
+
+    def told(self, said: NDArray[Any]) -> Flags:
+        """Return y for what an estimator says."""
+        return np.asarray(said) > 0
+
+    def settled(
+        self, y: Flags, y_pred: Flags, probabilities: NDArray[np.floating] | None, by: str = "each"
+    ) -> MultiLabel:
+        """Return the target with the thresholds that probabilities out of fold, (n, k), tell; `by` as `Metric.threshold`."""
+        return self if probabilities is None else replace(self, thresholds=tuple(_thresholds(y, probabilities, by)))
+
+    def decided(
+        self,
+        y: Flags,
+        y_pred: Any,
+        scores: NDArray[np.floating] | None,
+        by: str,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Any:
+        """Return the labels that are said of images, with thresholds chosen on the images of the other folds.
+
+        Without folds, of shape (n,), they are chosen on the images themselves: what the order of the scores allows at most.
+        scores : probabilities, or what `by` need not be '' for; `by` as `Metric.threshold`
+        """
+        if scores is None:
+            return y_pred
+        found = np.empty(y.shape, dtype=bool)
+        for fold in (0,) if folds is None else np.unique(folds):
+            held = np.ones(len(y), dtype=bool) if folds is None else folds == fold
+            known = held if folds is None or held.all() else ~held
+            found[held] = scores[held] >= np.array(_thresholds(y[known], scores[known], by))
+        return found
+
+    def only(self, y: Flags, n: int) -> tuple[Flags, NDArray[np.float32], ScoreKind] | None:
+        """Return all that can be said of n images where all of y have the same labels; None where a head can be fitted on it."""
+        if (y != y[0]).any():
+            return None
+        said = np.repeat(y[:1], n, axis=0)
+        return said, log_odds(said), "decision"
+
+    def answers(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Flags, NDArray[np.float32], ScoreKind]:
+        """Return what an estimator says of n vectors: the labels that it takes to be likelier than not, and log-odds."""
+        scores = said_odds(estimator, X)
+        return scores > 0, scores, "decision"
+
+    def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Flags, NDArray[np.float32]]:
+        """Return what an estimator says of the rows that it was fitted on."""
+        return self.answers(estimator, X)[:2]
+
+    def predict(
+        self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate
+    ) -> tuple[Flags, NDArray[np.float64] | None]:
+        """Return the labels that reach their thresholds, and the probability of each."""
+        scores = said_odds(estimator, X)
+        calibrated = calibrate(scores, "decision")
+        probabilities = expit(scores.astype(np.float64)) if calibrated is None else calibrated
+        return probabilities >= np.array(self.thresholds or 0.5), probabilities
+
+    def counted_as(self, label: str) -> str:
+        """Return what predictions are counted by: how many labels they are."""
+        count = len(_names(str(label)))
+        return "no label" if count == 0 else f"{count} label{'s' if count > 1 else ''}"
+
+    def csv_columns(self, top: int) -> list[str]:
+        """Return the names of a prediction's cells: its labels, and the probability of each that there is."""
+        return ["labels", *(f"probability_{name}" for name in self.classes)]
+
+    def csv_cells(self, label: str | None, probabilities: Sequence[float] | NDArray[Any] | None, top: int) -> list[str]:
+        """Return the cells of one prediction, of probabilities of shape (k,); empty ones where there is none."""
+        if label is None or probabilities is None:
+            return [label or "", *[""] * self.width]
+        return [label, *(f"{share:.6f}" for share in probabilities)]
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(SEPARATOR) if name]
+
+
+def log_odds(probabilities: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the logarithm of p / (1 - p), of the same shape, finite also at 0 and 1."""
+    return np.asarray(logit(np.clip(np.asarray(probabilities, np.float64), SMALLEST, 1 - SMALLEST)), dtype=np.float32)
+
+
+def said_odds(estimator: Any, X: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the log-odds of each label, or what else is above 0 where it is likelier than not, shape (n, k)."""
+    if hasattr(estimator, "decision_function"):
+        return np.asarray(estimator.decision_function(X), dtype=np.float32)
+    found = estimator.predict_proba(X)
+    if isinstance(found, list):  # a label that no fitted row has, or all have, has one column alone
+        columns = zip(found, estimator.classes_, strict=True)
+        found = np.stack([shares @ (np.asarray(known) == 1) for shares, known in columns], axis=1)
+    return log_odds(found)
+
+
+def _thresholds(y: Flags, scores: NDArray[np.floating], by: str) -> list[float]:
+    """Return a threshold for each label; y, scores : shape (n, k)."""
+    values = np.asarray(scores, dtype=np.float64)
+    if by == "each":
+        return list(map(best_threshold, y.T, values.T))
+    return [best_threshold(y.ravel(), values.ravel()) if by == "all" else 0.5] * y.shape[1]
+
+
+def best_threshold(y: Flags, scores: NDArray[np.float64]) -> float:
+    """Return the score from which on saying a label has the highest F1, halfway between two that occur; y : shape (n,).
+
+    1 and above all of them where no image has the label.
+    """
+    order = np.argsort(-scores, kind="stable")
+    p, right = scores[order], np.cumsum(y[order])
+    ends = np.append(np.flatnonzero(np.diff(p)), len(p) - 1)  # images that are equally likely are all said or none
+    if not right[-1]:
+        return max(1.0, float(np.nextafter(p[0], np.inf)))
+    best = ends[np.argmax(2 * right[ends] / (ends + 1 + right[-1]))]
+    # The last is lowered by more than float32 rounds it.
+    return float(p[best] + p[best + 1]) / 2 if best + 1 < len(p) else float(p[best] - 1e-6 * abs(p[best]))

@@ -1,32 +1,105 @@
-"""A folder of class folders, or the same below train/, validation/ and test/."""
+"""A folder of class folders, or the same below train/, validation/ and test/; archives of such, and WebDatasets, whose labels are files."""
 
 from __future__ import annotations
 
+import glob
+import json
 import os
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.data.failures import shown
-from pipeline.data.listing import SPLIT_NAMES, Listing
-from pipeline.data.shards import add_web_dataset, archives_of, splits_of
-from pipeline.data.walk import Folder, Walk
-from pipeline.errors import DatasetError
-from pipeline.images import entries, forget, inside, open_archive
-from pipeline.io.remote import address_of
+from pipeline.config import ARCHIVES
+from pipeline.data.failures import noticed, shown
+from pipeline.data.walk import SPLIT_NAMES, Folder, Listing, Walk, is_hidden, is_image_name
+from pipeline.errors import DatasetError, first
+from pipeline.images import Refused, entries, forget, inside, open_archive, read_elsewhere
+from pipeline.io.remote import address_of, file_system
+
+LABELS = ("cls", "json", "txt")
+"""Endings of files with the label of the image beside them, the surest first."""
+
+KEYS = ("label", "cls", "class", "class_name")
+"""Under which names a .json holds it."""
+
+MOST = 10
+"""Missing files that are named."""
 
 
-def list_folder(root: Path, follow_symlinks: bool = False, labelled: bool = True) -> Listing:
+def is_pattern(path: str) -> bool:
+    """Whether a path stands for several: `shard-{000..003}.tar`, `*.tar`."""
+    return bool(re.search(r"[*{]", path)) and not os.path.lexists(path)
+
+
+def archives_of(path: Path, endings: tuple[str, ...] = ARCHIVES) -> tuple[Path, list[str]]:
+    """Return the folder and the names of the archives that a pattern means, or a folder that holds nothing else; no names otherwise.
+
+    DatasetError when a pattern means none, or files that are not there.
+    """
+    text = address_of(path) or str(path)
+    if is_pattern(text):
+        found = [name for each in _braces(text) for name in _matches(each)]
+        if not found:
+            raise DatasetError(f"{text}: no file is called so; expected archives such as shard-{{000..003}}.tar")
+        missing = [name for name in found if address_of(name) is None and not os.path.exists(name)]
+        if missing:
+            raise DatasetError(f"{text}: {len(missing)} of {len(found)} files are not there", first(missing, MOST))
+        folder = os.path.commonpath([os.path.dirname(name) for name in found])
+        return Path(folder), [name[len(address_of(folder) or folder) :].lstrip("/") for name in found]
+    if inside(text) is not None:
+        return path, []
+    try:
+        if address_of(text) is None:
+            held = {each.name: each.is_dir() for each in os.scandir(text)}
+        else:
+            held = {name: entry is None for name, entry in entries(text).items()}
+    except OSError:
+        return path, []  # no folder: whoever reads it will say what is wrong
+    names = sorted(name for name in held if not is_hidden(name))
+    archives = [name for name in names if name.lower().endswith(endings)]
+    others = [name for name in names if name not in archives and (is_image_name(name) or held[name])]
+    return path, [] if others else archives
+
+
+def _braces(text: str) -> Iterator[str]:
+    """Yield what a shell makes of `{a,b}` and `{000..003}`."""
+    found = re.search(r"\{([^{}]*)\}", text)
+    if found is None:
+        yield text
+        return
+    words = found[1].split(",")
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        words = [f"{number:0{len(span[1])}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    for word in words:
+        yield from _braces(text[: found.start()] + word + text[found.end() :])
+
+
+def _matches(text: str) -> list[str]:
+    """Return the files that a name with `*` means; one without is itself."""
+    if "*" not in text:
+        return [text]
+    if address_of(text) is None:
+        return sorted(glob.glob(text))
+    system, name = file_system(text)
+    before = text.removesuffix(name.lstrip("/"))  # protocol and host, which some file systems leave out
+    return sorted(before + each.lstrip("/") for each in system.glob(name))
+
+
+def splits_of(names: Sequence[str]) -> list[str]:
+    """Return the split that each archive's name, or a folder above it, begins with: `train-0001.tar`; nothing unless all do."""
+    words = [[re.split(r"[-_.]", part)[0].lower() for part in name.split("/")] for name in names]
+    found = [next((SPLIT_NAMES[word] for word in parts if word in SPLIT_NAMES), "") for parts in words]
+    return found if all(found) else []
+
+
+def list_folder(root: Path, labelled: bool = True) -> Listing:
     """List the images of a folder whose sub-folders are classes, or splits above classes.
 
     Sub-folders are splits only when every one of them is called like a split: a class "train" beside "bus" is a class.
     Images any depth below a class folder belong to that class. Labels are folder names in Unicode form NFC. Unless it is `labelled`,
-    images lie anywhere and have the label ''.
-
-    Raises
-    ------
-    DatasetError
-        When the folder is missing, or no file, or not laid out in classes.
+    images lie anywhere and have the label ''. DatasetError when the folder is missing, or no file, or not laid out in classes.
     """
     forget(str(root))
     root, archives = archives_of(root)
@@ -38,15 +111,18 @@ def list_folder(root: Path, follow_symlinks: bool = False, labelled: bool = True
         _require_folder(root)
     if labelled and (archives or is_archive):
         return _list_archives(root, archives)
-    walk = Walk(root, follow_symlinks, os.path.realpath(root))
-    listing = Listing(root, entries=walk.entries, ignored=walk.ignored)
-    if not labelled:
-        for start in [f"{name}/" for name in archives] or [""]:
-            _add_images(listing, walk, start, "")
-        return listing
-    _add_layout(listing, walk)
-    _warn_of_siblings(listing, root)
+    walk, listing = _begun(root, os.path.realpath(root))
+    if labelled:
+        _add_layout(listing, walk)
+        _warn_of_siblings(listing, root)
+    for start in () if labelled else [f"{name}/" for name in archives] or [""]:
+        _add_images(listing, walk, start, "")
     return listing
+
+
+def _begun(root: Path, inside: str = "/") -> tuple[Walk, Listing]:
+    walk = Walk(root, inside)
+    return walk, Listing(root, entries=walk.entries, ignored=walk.ignored)
 
 
 def _list_archives(root: Path, names: Sequence[str]) -> Listing:
@@ -55,12 +131,11 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     Several are splits where each is called like one, parts of one data set where they hold class folders, and else classes.
     """
     listing = Listing(root)
-    if add_web_dataset(listing, names or [""]):
+    if _add_web_dataset(listing, names or [""]):
         return listing
-    look = Walk(root, follow_symlinks=False, inside="/")
+    look = Walk(root)
     tops = [_descend(look, f"{name}/") for name in names]
-    walk = Walk(root if names else root / _descend(look, ""), follow_symlinks=False, inside="/")
-    listing = Listing(walk.root, entries=walk.entries, ignored=walk.ignored)
+    walk, listing = _begun(root if names else root / _descend(look, ""))
     splits = splits_of(names)
     for name in names:
         if problem := open_archive(address_of(root / name) or f"{root}/{name}").problem:
@@ -97,20 +172,26 @@ def _add_layout(listing: Listing, walk: Walk) -> None:
         raise DatasetError(_no_classes(root, top), [each.reason for each in walk.entries if each.status == "truncated"])
     _pass_over_images(walk, "", top)
     splits = {name: SPLIT_NAMES.get(name.lower()) for name in top.folders}
-    if all(splits.values()):
-        listing.splits = []
-        for name, split in splits.items():
-            inside = walk.read(f"{name}/")
-            if not inside.folders and inside.images:
-                raise DatasetError(
-                    f"{root}: {shown(name)}/ is called like a split but holds images, not class folders; put each class in its "
-                    "own folder below it, or list the images in a CSV manifest (path,label) with dataset.source: manifest"
-                )
-            _pass_over_images(walk, f"{name}/", inside)
-            _add_classes(listing, walk, inside.folders, f"{name}/", split or "")
-    else:
+    if not all(splits.values()):
         _refuse_half_splits(root, splits)
         _add_classes(listing, walk, top.folders, "")
+        return
+    listing.splits = []
+    for name, split in splits.items():
+        found = walk.read(f"{name}/")
+        if not found.folders and found.images:
+            raise DatasetError(
+                f"{root}: {shown(name)}/ is called like a split but holds images, not class folders; put each class in its "
+                "own folder below it, or list the images in a CSV manifest (path,label) with dataset.source: manifest"
+            )
+        _pass_over_images(walk, f"{name}/", found)
+        _add_classes(listing, walk, found.folders, f"{name}/", split or "")
+
+
+def _pass_over_images(walk: Walk, path: str, found: Folder) -> None:
+    """Say of images that no class folder holds that they have no label."""
+    for name in found.images:
+        walk.pass_over(path + name, "not_in_a_class", "it is in no class folder, so it has no label")
 
 
 def _add_classes(listing: Listing, walk: Walk, names: Sequence[str], above: str, split: str = "") -> None:
@@ -139,12 +220,6 @@ def _add_images(listing: Listing, walk: Walk, start: str, label: str) -> int:
     return count
 
 
-def _pass_over_images(walk: Walk, path: str, found: Folder) -> None:
-    """Say of images that no class folder holds that they have no label."""
-    for name in found.images:
-        walk.pass_over(path + name, "not_in_a_class", "it is in no class folder, so it has no label")
-
-
 def _is_text(name: str) -> bool:
     """Whether a file name is UTF-8; others reach Python with surrogates in place of their bytes."""
     return name.isascii() or name.encode(errors="ignore").decode() == name
@@ -166,12 +241,9 @@ def _require_folder(root: Path) -> None:
             f"{root}: there is no such folder; set dataset.path to the folder that holds one folder per class"
         )
     if not root.is_dir():
-        is_manifest = root.suffix.lower() in {".csv", ".parquet"}
-        hint = (
-            "a manifest file is read with dataset.source: manifest"
-            if is_manifest
-            else "of archives zip and tar are read"
-        )
+        hint = "of archives zip and tar are read"
+        if root.suffix.lower() in {".csv", ".parquet"}:
+            hint = "a manifest file is read with dataset.source: manifest"
         raise DatasetError(f"{root}: is a file, expected a folder that holds one folder per class; {hint}")
 
 
@@ -180,7 +252,7 @@ def _refuse_half_splits(root: Path | str, splits: Mapping[str, str | None]) -> N
     named = [name for name, split in splits.items() if split]
     if len({splits[name] for name in named}) < 2:
         return
-    look = Walk(Path(root), follow_symlinks=True, inside="/")  # the listing's own walk will say what is wrong in there
+    look = Walk(Path(root))  # the listing's own walk will say what is wrong in there
     found = [look.read(f"{name}/") for name in named]
     if not all(folder.folders for folder in found) or any(folder.images for folder in found):
         return
@@ -205,11 +277,69 @@ def _warn_of_siblings(listing: Listing, root: Path) -> None:
     """A user who gives train/ itself may not know that the test/ beside it is never read."""
     if root.name.lower() not in SPLIT_NAMES or address_of(root):
         return
-    near = sorted(root.resolve().parent.iterdir())
-    beside = [
-        path.name for path in near if path.name.lower() in SPLIT_NAMES and path.name != root.name and path.is_dir()
-    ]
-    if beside:
+    near = [path for path in sorted(root.resolve().parent.iterdir()) if path.name != root.name and path.is_dir()]
+    if beside := [path.name for path in near if path.name.lower() in SPLIT_NAMES]:
         listing.warnings.append(
             f"{root} is read alone; to use {', '.join(beside)} beside it as well, give {root.parent} as dataset.path"
         )
+
+
+def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
+    """List the images of archives whose labels are files of the same key beside them; False where these are no such archives.
+
+    They are if there is a .cls, or a .json or .txt beside images that no folder holds. `names` are relative to the root, '' itself.
+    """
+    splits = splits_of(names)
+    places = {name: f"{address_of(listing.root) or listing.root}/{name}".rstrip("/") for name in names}
+    found = {name: _samples(place) for name, place in places.items()}
+    endings = {ending for samples in found.values() for files in samples.values() for ending in files}
+    bare = not any("/" in key for samples in found.values() for key in samples)
+    if "cls" not in endings and not (bare and endings.intersection(LABELS)):
+        return False
+    listing.splits = [] if splits else None
+    for name, split in zip(names, splits or names, strict=True):
+        archive = open_archive(places[name])
+        if archive.problem:
+            listing.entries.append(noticed(name or listing.root.name, "truncated", archive.problem))
+        for files in found[name].values():
+            label = _label(places[name], files)
+            for image in filter(is_image_name, files.values()):
+                path, about = f"{name}/{image}".lstrip("/"), archive.members[image]
+                if isinstance(about, Refused):
+                    listing.entries.append(noticed(path, *about))
+                elif not label:
+                    told = "it has no label: no .cls, .json or .txt of its key says one"
+                    listing.entries.append(noticed(path, "not_in_a_class", told))
+                else:
+                    listing.paths.append(path)
+                    listing.labels.append(label)
+                    listing.stats.append(about)
+                    if listing.splits is not None:
+                        listing.splits.append(split)
+    return True
+
+
+def _samples(place: str) -> Mapping[str, Mapping[str, str]]:
+    """Return the images of an archive with what lies beside them, by key, the path up to the first dot of a name, and by ending."""
+    samples: dict[str, dict[str, str]] = defaultdict(dict)
+    for member in open_archive(place).members if inside(place) == (place, "") else ():
+        folder, slash, file = member.rpartition("/")
+        key, _, ending = file.partition(".")
+        if not is_hidden(file):
+            samples[folder + slash + key][ending.lower()] = member
+    return {key: files for key, files in samples.items() if any(map(is_image_name, files.values()))}
+
+
+def _label(place: str, files: Mapping[str, str]) -> str:
+    """Return the label of an image, from the surest file that says one; '' where none does."""
+    for ending in LABELS:
+        try:
+            text = read_elsewhere(f"{place}/{files[ending]}").decode().strip()
+            said = json.loads(text) if ending == "json" else text
+        except (KeyError, OSError, ValueError):
+            continue
+        if isinstance(said, dict):
+            said = next((said[key] for key in KEYS if key in said), "")
+        if isinstance(said, str | int) and str(said):
+            return unicodedata.normalize("NFC", str(said))
+    return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -19,14 +20,17 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
 from pipeline.config import NO_LABELS, DatasetConfig, guess, parse
 from pipeline.data.failures import noticed, shown
+from pipeline.data.folder import archives_of, splits_of
 from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
-from pipeline.data.listing import SPLIT_NAMES, Listing
-from pipeline.data.shards import archives_of, table_of_images
-from pipeline.data.walk import is_folder
+from pipeline.data.walk import SPLIT_NAMES, Listing, is_folder
 from pipeline.errors import DatasetError, first
-from pipeline.images import Refused, Stat, entries, forget, image_columns, opened, read_elsewhere, stat_of
+from pipeline.images import Refused, Stat, entries, forget, image_columns, open_archive, opened, read_elsewhere, stat_of
 from pipeline.io.files import make_folder, write_atomic
 from pipeline.io.remote import address_of
 
@@ -53,9 +57,6 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
     DatasetError
         When the manifest cannot be read, or has rows that cannot be meant, each named with its line.
     """
-    import pyarrow as pa
-    import pyarrow.parquet
-
     for place in (path, config.root):
         forget(str(place))
     folder, names = archives_of(path, (".parquet",))
@@ -73,7 +74,7 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
                     f"{path}: has images in {', '.join(images)}; dataset.path_column names the one to read"
                 )
             column, root = config.path_column or images[0], folder if names else path.parent
-            table = table_of_images(root, names or [path.name], column)
+            table = _table_of_images(root, names or [path.name], column)
             config = config.model_copy(update={"path_column": column, "root": str(root)})
         elif names:
             raise DatasetError(
@@ -99,9 +100,6 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
     ConfigError, DatasetError
         With every key, or every row, that cannot be meant.
     """
-    import pyarrow as pa
-    import pyarrow.parquet
-
     path = Path(path)
     if path.suffix.lower() != ".parquet":
         raise DatasetError(f"{path}: a table is written as Parquet; give a name that ends in .parquet")
@@ -171,7 +169,7 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
     if any(groups):
         listing.groups = groups
     _refuse(origin, problems)
-    _find_files(listing, config.follow_symlinks)
+    _find_files(listing)
     return listing
 
 
@@ -297,9 +295,6 @@ def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[Row]:
 
 def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: list[str]) -> Iterator[Row]:
     """Yield the rows of a pyarrow Table; the labels of a list are joined."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     separator = config.label_separator or SEPARATOR
     columns = []
     for place in choose(table.column_names):
@@ -316,9 +311,44 @@ def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: lis
     yield from ((f"row {number + 1}", list(cells)) for number, cells in enumerate(zip(*columns, strict=True)))
 
 
-def _find_files(listing: Listing, follow_symlinks: bool) -> None:
+def _table_of_images(folder: Path, names: Sequence[str], column: str) -> Any:
+    """Return the columns of Parquet files with images as one Arrow table, with the images' paths in place of their bytes.
+
+    Numbers that the files' own description, as Hugging Face writes it, gives names to become those names; where each file is
+    called like a split, that is a column.
+    """
+    splits, parts = splits_of(names), []
+    for name, split in zip(names, splits or names, strict=True):
+        place = f"{address_of(folder) or folder}/{name}"
+        with opened(place) as file:
+            source = pyarrow.parquet.ParquetFile(file)
+            images = image_columns(source.schema_arrow)
+            table = source.read(columns=[each for each in source.schema_arrow.names if each not in images])
+            features = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        for title, about in features.get("info", {}).get("features", {}).items():
+            if title in table.column_names:
+                table = table.set_column(table.column_names.index(title), title, _named(table[title], about))
+        members = [each for each in open_archive(place).members if each.rpartition("/")[0] in ("", column)]
+        paths = pa.array([f"{name}/{member}" for member in members], pa.large_string())
+        table = pa.table({**{title: table[title] for title in table.column_names}, column: paths})
+        if splits and "split" not in table.column_names:
+            table = table.append_column("split", pa.array([split] * len(table)))
+        parts.append(table)
+    return pa.concat_tables(parts, promote_options="permissive")
+
+
+def _named(column: Any, about: Any) -> Any:
+    """Return a column of class numbers, or of lists of them, as the names in its description; as it is where there are none."""
+    inner = about.get("feature", about) if isinstance(about, dict) else about
+    if not isinstance(inner, dict) or not inner.get("names"):
+        return column
+    name = dict(enumerate(inner["names"])).get
+    return pa.array([[*map(name, cell)] if isinstance(cell, list) else name(cell) for cell in column.to_pylist()])
+
+
+def _find_files(listing: Listing) -> None:
     """Keep the rows whose file is there; the others are failures."""
-    look = _whereabouts(listing.root, follow_symlinks)
+    look = _whereabouts(listing.root)
     kept = []
     for row, path in enumerate(listing.paths):
         try:
@@ -336,43 +366,27 @@ def _find_files(listing: Listing, follow_symlinks: bool) -> None:
     listing.keep(kept)
 
 
-def _whereabouts(root: Path, follow_symlinks: bool) -> Callable[[str], Stat | Refused]:
+def _whereabouts(root: Path) -> Callable[[str], Stat | Refused]:
     """Return what says of a path below a root what is there, also in an archive or remote, of which each folder is listed once."""
     address = address_of(root)
     inside = address or os.path.realpath(root)
-    folders: dict[str, str | None] = {}
-    listed = cache(entries)
+    listed, real = cache(entries), cache(os.path.realpath)
 
     def look(path: str) -> Stat | Refused:
         full = f"{inside}/{path}"
         parent, _, name = full.rpartition("/")
         try:
-            found = None if address else os.lstat(full)
+            about = None if address else os.lstat(full)
         except NotADirectoryError:
-            found = None
-        if found is None:
+            about = None
+        if about is None:
             there = listed(parent).get(name, Refused("missing", "there is no such file"))
             return there or Refused("unreadable", "it is a folder")
-        if parent not in folders:
-            folders[parent] = _link_problem(inside, parent, follow_symlinks)
-        problem = folders[parent]
-        if problem is None and stat.S_ISLNK(found.st_mode):
-            problem = _link_problem(inside, full, follow_symlinks)
-            found = os.stat(full)
-        if problem is None and not stat.S_ISREG(found.st_mode):
-            problem = "it is not a regular file"
-        return stat_of(found) if problem is None else Refused("unreadable", problem)
+        place = real(parent)
+        if stat.S_ISLNK(about.st_mode):
+            place, about = os.path.realpath(full), os.stat(full)
+        if os.path.commonpath([place, inside]) != inside:
+            return Refused("unreadable", "it is reached by a symbolic link that leaves the manifest's folder")
+        return stat_of(about) if stat.S_ISREG(about.st_mode) else Refused("unreadable", "it is not a regular file")
 
     return look
-
-
-def _link_problem(inside: str, path: str, follow_symlinks: bool) -> str | None:
-    """Say why a path that is reached by a symbolic link is not read."""
-    real = os.path.realpath(path)
-    if real == path:
-        return None
-    if os.path.commonpath([real, inside]) != inside:
-        return "it is reached by a symbolic link that leaves the manifest's folder"
-    if not follow_symlinks:
-        return "it is reached by a symbolic link; dataset.follow_symlinks: true allows those that stay inside"
-    return None

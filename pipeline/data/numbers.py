@@ -6,8 +6,8 @@ they say is turned back. An interval around a prediction is as wide as the out-o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -35,7 +35,8 @@ class Regression:
     """One number for each image, or several: the label columns of the index.
 
     `centre` and `scale` are what the numbers of the training images are standardised by, `low` and `high` their range, `half` half
-    of the width of a prediction's interval; each with an entry per column, () where it is not known yet.
+    of the width of a prediction's interval; each with an entry per column, () where it is not known yet. Where not told otherwise
+    y is float64 of shape (n,), of several columns (n, k).
     """
 
     columns: tuple[str, ...] = ("label",)
@@ -52,44 +53,20 @@ class Regression:
 
     @staticmethod
     def of(index: DatasetIndex) -> Regression:
-        """Return the target of an index, with the numbers of its training images.
-
-        Raises
-        ------
-        DatasetError
-            With the labels that are no finite numbers.
-        """
+        """Return the target of an index, with the numbers of its training images; DatasetError where some are no finite numbers."""
         bare = Regression(index.names)
         train = index.select("train", "validation")
         return bare.fitted(bare.encode(train if len(train) else index))
 
-    @staticmethod
-    def from_record(record: Mapping[str, Any]) -> Regression:
-        """Return what `to_record` wrote down."""
-        columns = tuple(map(str, record["columns"]))
-        numbers = {field.name: tuple(map(float, record[field.name])) for field in fields(Regression)[1:]}
-        if any(len(found) not in (0, len(columns)) for found in numbers.values()):
-            raise ValueError("a number for each column")
-        return Regression(columns, **numbers)
-
-    def to_record(self) -> dict[str, Any]:
-        """Return all there is to know of it as plain values for JSON."""
-        return {"kind": self.kind, **{name: list(value) for name, value in vars(self).items()}}
-
     def fitted(self, y: Numbers) -> Regression:
-        """Return the target with what the numbers of some images tell: where they lie and how far apart.
-
-        y : float64 of shape (n,) or (n, k)
-        """
+        """Return the target with what the numbers of some images tell: where they lie and how far apart."""
+        if not len(y):
+            return self
         flat = self._flat(y)
-        spread = flat.std(axis=0) if len(flat) else np.ones(self.width)
-        ends = (
-            (flat.mean(axis=0), np.where(spread > 0, spread, 1.0), flat.min(axis=0), flat.max(axis=0))
-            if len(flat)
-            else ()
-        )
-        named = dict(zip(("centre", "scale", "low", "high"), (tuple(part.tolist()) for part in ends), strict=False))
-        return replace(self, **named)
+        spread = flat.std(axis=0)
+        found = flat.mean(axis=0), np.where(spread > 0, spread, 1.0), flat.min(axis=0), flat.max(axis=0)
+        centre, scale, low, high = (tuple(part.tolist()) for part in found)
+        return replace(self, centre=centre, scale=scale, low=low, high=high)
 
     def _flat(self, y: NDArray[Any]) -> NDArray[Any]:
         return y.reshape(len(y), self.width)
@@ -123,7 +100,7 @@ class Regression:
         return "with " + ", ".join(f"{name} from {told}" for name, told in zip(target.columns, ranges, strict=True))
 
     def encode(self, index: DatasetIndex) -> NDArray[Any]:
-        """Return y, float64, shape (n,), of several columns (n, k); DatasetError for labels that are no finite numbers."""
+        """Return y; DatasetError for labels that are no finite numbers."""
         try:
             y = index.labels.astype(np.float64)
         except ValueError:
@@ -140,29 +117,24 @@ class Regression:
         return y
 
     def decode(self, y: Numbers) -> Numbers:
-        """Return the numbers as users have them, float64 of shape (n,) or (n, k): as they are."""
+        """Return the numbers as users have them: as they are."""
         return y
 
     def restored(self, stored: NDArray[np.float64]) -> Numbers:
-        """Return the numbers that a file has, float64 of shape (n,) or (n, k)."""
+        """Return the numbers that a file has: as they are."""
         return stored
 
     def strata(self, y: Numbers) -> NDArray[np.int64]:
-        """Return what folds and the test split keep in proportion: to which of up to ten quantiles each image belongs.
+        """Return what folds and the test split keep in proportion, int64 (n,): to which of up to ten quantiles each image belongs.
 
         Of several numbers it is the quantile of their sum, each measured in its standard deviations.
-
-        y : float64 of shape (n,) or (n, k); returns int64 of shape (n,)
         """
         order = np.argsort(np.argsort(self.fitted(y).learned(y).reshape(len(y), -1).sum(axis=1), kind="stable"))
         count = max(2, min(MOST_STRATA, len(y) // IMAGES_PER_STRATUM))
         return np.asarray(order * count // max(len(y), 1), dtype=np.int64)
 
     def problem(self, y_train: Numbers) -> str | None:
-        """Say why no head can be fitted on these training images; None where one can.
-
-        y_train : float64 of shape (n,) or (n, k)
-        """
+        """Say why no head can be fitted on these training images; None where one can."""
         flat = self._flat(y_train)
         same = [name for name, column in zip(self.columns, flat.T, strict=True) if not len(flat) or np.ptp(column) == 0]
         return (
@@ -170,32 +142,21 @@ class Regression:
         )
 
     def narrowed(self, y: Numbers) -> tuple[Regression, Numbers, NDArray[np.int64]]:
-        """Return the target that y is of, and y; there are no classes.
-
-        y : float64 of shape (n,) or (n, k); in place of classes there is int64 of shape (0,)
-        """
+        """Return the target that y is of, and y; in place of classes there is int64 of shape (0,)."""
         return (self if self.scale else self.fitted(y)), y, np.empty(0, np.int64)
 
     def anew(self, y: Numbers) -> tuple[Regression, Numbers]:
-        """Return the target of other numbers y, and what an estimator is fitted on: float64 of shape (n,) or (n, k)."""
+        """Return the target of other numbers y, and what an estimator is fitted on."""
         names = self.columns if y[:1].size == self.width else tuple(map(str, range(y.shape[1])))
         target = Regression(names).fitted(y)
         return target, target.learned(y)
 
-    def unnarrowed(self, y: Numbers, present: NDArray[np.int64]) -> Numbers:
-        """Return y as it is, float64 of shape (n,) or (n, k)."""
-        return y
-
-    def widened(self, columns: NDArray[np.floating], present: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return scores, of any float dtype and shape, as they are, in float32; there are none."""
-        return columns.astype(np.float32)
-
     def learned(self, y: Numbers) -> Numbers:
-        """Return what an estimator is fitted on: the standardised numbers, float64 and of the shape of y."""
+        """Return what an estimator is fitted on: the standardised numbers."""
         return ((self._flat(y) - self.centre) / self.scale).reshape(y.shape)
 
     def decided(self, y: Any, y_pred: Any, scores: Any, by: str, folds: Any = None) -> Any:
-        """Return what is said of images as it is, float64 of shape (n,) or (n, k)."""
+        """Return what is said of images as it is."""
         return y_pred
 
     def settled(self, y: Numbers, y_pred: Numbers, probabilities: Any = None, by: str = "") -> Regression:
@@ -203,55 +164,34 @@ class Regression:
 
         Of n residuals the (n + 1) * 0.9-th smallest: a new image's lies within with a probability of 90 % (split conformal
         prediction, Vovk et al. 2005; with folds in place of a split, Vovk 2015).
-
-        y, y_pred : float64 of shape (n,) or (n, k)
         """
         residuals = np.sort(np.abs(self._flat(y) - self._flat(y_pred)), axis=0)
         place = int(np.ceil((len(residuals) + 1) * LEVEL)) - 1
         return replace(self, half=tuple(residuals[min(place, len(residuals) - 1)].tolist()))
 
     def only(self, y: Numbers, n: int) -> tuple[Numbers, None, None] | None:
-        """Return all that can be said of n images where all of y are the same; None where a head can be fitted on it.
-
-        y : float64 of shape (m,) or (m, k); said are numbers of shape (n,) or (n, k)
-        """
+        """Return all that can be said of n images where all of y are the same; None where a head can be fitted on it."""
         return None if (y != y[0]).any() else (np.repeat(y[:1], n, axis=0), None, None)
 
     def answers(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None, ScoreKind | None]:
-        """Return what an estimator of standardised numbers says of n vectors; no scores.
-
-        X : float32 of shape (n, dim); the numbers are float64 of shape (n,) or (n, k)
-        """
+        """Return what an estimator of standardised numbers says of n vectors; no scores."""
         return self.told(estimator.predict(X)), None, None
 
     def told(self, standardised: NDArray[np.floating]) -> Numbers:
-        """Return y for what an estimator of standardised numbers says of n images.
-
-        standardised : of any float dtype, shape (n,) or (n, k); returns float64 of shape (n,), of several columns
-            (n, k)
-        """
+        """Return y for what an estimator says: standardised numbers, of any float dtype and the shape of y."""
         whole = self._flat(np.asarray(standardised, dtype=np.float64)) * self.scale + self.centre
         return np.asarray(whole[:, 0] if self.width == 1 else whole)
 
     def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None]:
-        """Return what an estimator says of the rows that it was fitted on.
-
-        X : float32 of shape (n, dim); the numbers are float64 of shape (n,) or (n, k)
-        """
-        return self.answers(estimator, X)[0], None
+        """Return what an estimator says of the rows that it was fitted on."""
+        return self.answers(estimator, X)[:2]
 
     def predict(self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate) -> tuple[Numbers, None]:
-        """Return numbers; there are no probabilities.
-
-        X : float32 of shape (n, dim); the numbers are float64 of shape (n,) or (n, k)
-        """
-        return self.answers(estimator, X)[0], None
+        """Return numbers; there are no probabilities."""
+        return self.answers(estimator, X)[:2]
 
     def inside(self, y: Numbers, y_pred: Numbers) -> NDArray[np.bool_]:
-        """Return which numbers lie within the interval around their prediction, bool of shape (n, k).
-
-        y, y_pred : float64 of shape (n,) or (n, k)
-        """
+        """Return which numbers lie within the interval around their prediction, bool of shape (n, k)."""
         return np.asarray(np.abs(self._flat(y) - self._flat(y_pred)) <= self.half)
 
     def counted_as(self, label: Any) -> str:
@@ -265,10 +205,7 @@ class Regression:
         return [f"{name}{end}" for name in names for end in ("", "_low", "_high", "_note")]
 
     def csv_cells(self, label: Any, probabilities: Sequence[float] | NDArray[Any] | None, top: int) -> list[str]:
-        """Return the cells of one prediction, a number or k of them; empty ones where there is none.
-
-        label : a number, or float64 of shape (k,); probabilities : None, as there are none
-        """
+        """Return the cells of one prediction, `label`, a number or float64 of shape (k,); empty ones where there is none."""
         if label is None:
             return [""] * (4 * self.width)
         cells = []

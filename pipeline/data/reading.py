@@ -1,21 +1,30 @@
-"""Reading many files to learn what is in them: content digests by a few threads, and JPEGs of which data are missing."""
+"""Which content each file has: read by a few threads, or known from the last time it was read.
+
+The stat cache says which content a file had. A file of the same size and times is trusted, unless its times are within two seconds
+of the scan that recorded it: then it may have changed once more within the clock's grain, and it is read again. The cache is a
+plain .npz; deleting it costs one reading of every file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import io
+import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.failures import Failure, noticed
-from pipeline.data.index import DatasetIndex
-from pipeline.images import ImageProblem, Stat, content_key, decode, kind_of, open_file, read_steadily
-from pipeline.io.digests import Digests, digests_to_hex
-from pipeline.io.progress import bar
+from pipeline.data.index import Texts, match_texts, texts
+from pipeline.experiment import parse_arrays
+from pipeline.images import ImageProblem, Stat, content_key, read_steadily
+from pipeline.io.digests import Digests
+from pipeline.io.files import read_file, write_atomic
+from pipeline.io.process import bar
 from pipeline.io.remote import CONNECTIONS, address_of
 
 CHUNK = 64
@@ -25,8 +34,13 @@ THREADS = 4
 FILES_PER_SECOND = 10_000
 """A cautious guess; what takes no longer than that gets no bar."""
 
-T = TypeVar("T")
-U = TypeVar("U")
+CACHE_FILE = "stat-cache.npz"
+VERSION = 2
+"""Caches of version 1 have other digests for the files that are decoded otherwise since; then every file is read again."""
+
+RACY_NS = 2_000_000_000
+
+log = logging.getLogger(__name__)
 
 
 def read_digests(
@@ -34,9 +48,8 @@ def read_digests(
 ) -> tuple[NDArray[np.bool_], Digests, NDArray[np.int64], list[Failure]]:
     """Digest the contents of n files below a root, which were listed with these sizes and times: int64 (n, 3).
 
-    Returns
-    -------
-    which could be read, bool (n,); their digests, uint64 (n, 2), and size and times, int64 (n, 3); a failure for each of the others
+    Returns which could be read, bool (n,); their digests, uint64 (n, 2), and size and times, int64 (n, 3); a failure for each of
+    the others.
     """
 
     def read(row: int) -> tuple[bytes, Stat] | Failure:
@@ -52,45 +65,88 @@ def read_digests(
     digests = np.zeros((len(paths), 2), dtype=np.uint64)
     stats = np.zeros((len(paths), 3), dtype=np.int64)
     failures = []
-    threads, chunk = (CONNECTIONS, 1) if address_of(root) else (THREADS, CHUNK)
-    for row, result in enumerate(_by_threads(read, range(len(paths)), "reading", threads, chunk)):
-        if isinstance(result, Failure):
-            failures.append(result)
-        else:
-            ok[row], digests[row], stats[row] = True, np.frombuffer(result[0], dtype="<u8"), result[1]
+    threads, size = (CONNECTIONS, 1) if address_of(root) else (THREADS, CHUNK)
+    chunks = [range(len(paths))[start : start + size] for start in range(0, len(paths), size)]
+    takes_long = len(paths) > FILES_PER_SECOND * size // CHUNK
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        bar(len(paths), "files", "reading") if takes_long else nullcontext() as progress,
+    ):
+        for rows, results in zip(chunks, pool.map(lambda rows: list(map(read, rows)), chunks), strict=True):
+            for row, result in zip(rows, results, strict=True):
+                if isinstance(result, Failure):
+                    failures.append(result)
+                else:
+                    ok[row], digests[row], stats[row] = True, np.frombuffer(result[0], dtype="<u8"), result[1]
+            if progress is not None:
+                progress.update(len(rows))
     return ok, digests, stats, failures
 
 
-def incomplete_jpegs(index: DatasetIndex, max_pixels: int) -> list[Failure]:
-    """Decode every JPEG of an index, small, and return a failure with its digest for each that is refused.
+@dataclass(frozen=True, eq=False)
+class StatCache:
+    """n files: `stats` is int64 of shape (n, 3) (size, mtime_ns, ctime_ns), `began` and `ended` bound the scan, in ns."""
 
-    An index of version 0.1 did not know those of which data are missing: they were taken for whole.
-    """
-    digests = digests_to_hex(index.digests)
+    paths: Texts
+    stats: NDArray[np.int64]
+    digests: Digests
+    began: int
+    ended: int
 
-    def read(row: int) -> Failure | None:
-        path = str(index.paths[row])
-        try:
-            data = open_file(index.root, path)
-            kind = kind_of(data)
-            if kind is not None and kind.format == "JPEG":
-                decode(data, max_pixels=max_pixels, at_least=1)
-        except ImageProblem as found:
-            return Failure(path, digests[row], found.status, found.reason)
-        return None
+    def racy(self) -> NDArray[np.bool_]:
+        """Rows whose file may have changed without showing it: bool of shape (n,)."""
+        newest = self.stats[:, 1:].max(axis=1, initial=0)
+        racy: NDArray[np.bool_] = (newest >= self.began - RACY_NS) & (newest <= self.ended + RACY_NS)
+        return racy
 
-    rows = np.unique(index.digests, axis=0, return_index=True)[1].tolist()
-    return [found for found in _by_threads(read, rows, "looking for JPEGs with data missing") if found is not None]
+    def known(self, paths: Texts, stats: NDArray[np.int64]) -> tuple[NDArray[np.bool_], Digests]:
+        """Return which files are as they were, bool of shape (n,), and their digests, uint64 of shape (n, 2), 0 for the others.
+
+        paths : of shape (n,), object (str). stats : of shape (n, 3), int64, size and times; a size of -1, not known before the
+            file is read, becomes what it was
+        """
+        digests: Digests = np.zeros((len(paths), 2), dtype=np.uint64)
+        rows = match_texts(self.paths, paths)
+        same = rows >= 0
+        sized = stats[:, 0] >= 0
+        same[same] = (
+            (self.stats[rows[same], 1:] == stats[same, 1:]).all(axis=1)
+            & ((self.stats[rows[same], 0] == stats[same, 0]) | ~sized[same])
+            & ~self.racy()[rows[same]]
+        )
+        stats[same, 0] = self.stats[rows[same], 0]
+        digests[same] = self.digests[rows[same]]
+        return same, digests
+
+    def write(self, folder: Path) -> None:
+        """Write the cache into a folder."""
+        sink = io.BytesIO()
+        np.savez(
+            sink,
+            version=np.array(VERSION),
+            paths=np.frombuffer("\0".join(self.paths).encode(), dtype=np.uint8),
+            stats=self.stats,
+            digests=self.digests,
+            scan_times=np.array([self.began, self.ended]),
+        )
+        write_atomic(folder / CACHE_FILE, sink.getvalue())
 
 
-def _by_threads(
-    read: Callable[[T], U], items: Sequence[T], label: str, threads: int = THREADS, size: int = CHUNK
-) -> Iterator[U]:
-    """Yield what `read` makes of each item, in order; with a bar for work that takes more than a moment."""
-    chunks = [items[start : start + size] for start in range(0, len(items), size)]
-    shown_bar = bar(len(items), "files", label) if len(items) > FILES_PER_SECOND * size // CHUNK else nullcontext()
-    with ThreadPoolExecutor(threads) as pool, shown_bar as progress:
-        for results in pool.map(lambda chunk: [read(item) for item in chunk], chunks):
-            yield from results
-            if progress is not None:
-                progress.update(len(results))
+def read_cache(folder: Path) -> StatCache:
+    """Read a folder's cache; an empty one when there is none or it is damaged, which costs time and nothing else."""
+    try:
+        file = parse_arrays(read_file(folder / CACHE_FILE))
+        if int(file["version"]) != VERSION:
+            raise ValueError(f"version {int(file['version'])}")
+        blob = file["paths"].tobytes().decode()
+        paths = texts(blob.split("\0") if blob else [])
+        stats, digests = file["stats"], file["digests"]
+        began, ended = (int(value) for value in file["scan_times"])
+        if stats.shape != (len(paths), 3) or digests.shape != (len(paths), 2):
+            raise ValueError("its columns differ in length")
+        return StatCache(paths, stats.astype(np.int64), digests.astype(np.uint64), began, ended)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.debug("%s is not used (%s); every image is read again", folder / CACHE_FILE, error)
+    return StatCache(texts([]), np.zeros((0, 3), dtype=np.int64), np.zeros((0, 2), dtype=np.uint64), 0, 0)

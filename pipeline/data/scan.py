@@ -1,32 +1,44 @@
-"""The scan: bring the index up to date with the files, reading only those that may have changed."""
+"""The scan: bring the index up to date with the files, reading only those that may have changed, and tell in plain lines what there is."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import NO_LABELS, DatasetConfig, unknown
-from pipeline.data.failures import Failure, noticed, read_failures, record_failures, remembered, shown, write_failures
-from pipeline.data.index import INDEX_FILE, SEPARATOR, DatasetIndex, SplitPlan, WrittenIndex, read_record
-from pipeline.data.leaks import Copies, apply_leaks, find_copies
-from pipeline.data.listing import Listing
-from pipeline.data.match import Texts, difference, texts
-from pipeline.data.reading import incomplete_jpegs, read_digests
+from pipeline.data.failures import REMARKS, Failure, noticed, read_failures, remembered, shown, write_failures
+from pipeline.data.index import (
+    INDEX_FILE,
+    SEPARATOR,
+    SPLITS,
+    DatasetIndex,
+    Difference,
+    SplitPlan,
+    Texts,
+    WrittenIndex,
+    difference,
+    encode,
+    read_record,
+    texts,
+)
+from pipeline.data.reading import StatCache, read_cache, read_digests
 from pipeline.data.sources import list_source
-from pipeline.data.splits import make_test_split, prior_sides
-from pipeline.data.statcache import StatCache, read_cache
-from pipeline.data.summary import ScanResult, class_counts, missing_side
-from pipeline.data.targets import TARGETS, countable
+from pipeline.data.splits import Copies, Pair, apply_leaks, find_copies, make_test_split, prior_sides
+from pipeline.data.targets import TARGETS, countable, kind_of
+from pipeline.data.walk import Listing
 from pipeline.errors import DatasetError, first
-from pipeline.images import inside, policy_key
+from pipeline.images import inside
 from pipeline.io.remote import address_of
+
+EXAMPLES = 3
+CLASSES_SHOWN = 12
 
 MANY_CLASSES, FEW_IMAGES = 20, 5
 """More labels than these are asked about where they are numbers with fewer images each than those."""
@@ -41,26 +53,29 @@ EDITED = (
     "made anew"
 )
 
+_LEAKS = {
+    "drop_train": ("the training copy is left out", "the training copy is excluded"),
+    "drop_test": ("the test copy is left out", "the test copy is excluded"),
+    "keep": ("kept, so test scores are too good", "both are kept"),
+}
+"""What becomes of a leak, as it is told of all and in the list of failures."""
+
+_OTHER_SPLIT = "name the images of each side in a manifest's `split` column, or in folders train/ and test/"
+
 
 def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, write: bool = True) -> ScanResult:
     """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
 
     `rehash` trusts no file time and reads every file. A scan that finds everything as it was reads no image and writes
-    nothing; without `write` the index stays as it is, and two scans say the same.
-
-    Raises
-    ------
-    DatasetError
-        When the data cannot be used as they are.
+    nothing; without `write` the index stays as it is, and two scans say the same. DatasetError when the data cannot be used as
+    they are.
     """
     began = time.time_ns()
     listing = list_source(config, folder)
     listing.sort()
-    cache, before = read_cache(folder), WrittenIndex.read(folder)
+    before = WrittenIndex.read(folder)
     require_its_own(listing.root, folder, config)
-    found, stats, failures, read = _read_changed(listing, cache, rehash)
-    if cache.is_old and before.index is not None:
-        record_failures(folder, incomplete_jpegs(found, config.max_pixels), policy_key(config.max_pixels))
+    found, stats, failures, read = _read_changed(listing, read_cache(folder), rehash)
     _require_classes(found, listing, failures, config)
     base, plan = _split(found, before, config, seed)
     copies = find_copies(replace(found, splits=base))
@@ -69,7 +84,8 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     index = replace(found, splits=apply_leaks(base, copies.leaking, config.leaks))
     entries = sorted([*listing.entries, *failures])
     known = remembered(read_failures(folder), index.paths.tolist(), index.digests)
-    unchanged = before.index is not None and index.root == before.index.root and index.fingerprint() == before.digest
+    old = before.index
+    unchanged = old is not None and index.root == old.root and index.fingerprint() == before.digest
     if write:
         write_failures(folder, [*entries, *_remarks(index, copies, config.leaks), *known])
         if not unchanged or plan != before.plan or before.edited:
@@ -79,9 +95,7 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     return ScanResult(
         index=index,
         unchanged=unchanged,
-        difference=None
-        if (old := before.index) is None
-        else difference(old.paths, old.digests, index.paths, index.digests),
+        difference=None if old is None else difference(old.paths, old.digests, index.paths, index.digests),
         read=read,
         copies=copies,
         leak_policy=config.leaks,
@@ -100,17 +114,16 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
 
 
 def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
-    """See that the index in `folder` is not of other data, whose experiment would be written over.
+    """See that the index in `folder` is not of other data, whose experiment would be written over; DatasetError if it is.
 
     Data that were moved are the same data: nothing is in their old place.
-
-    Raises
-    ------
-    DatasetError
     """
     record = read_record(folder) or {}
     there = Path(record.get("root", root))
-    if not _is_there(there) or _is_same(there, root) or record.get("source") == config.source == "digits":
+    is_there = address_of(there) is not None or there.is_dir() or inside(str(there)) is not None  # remote ones may be
+    if not is_there or os.path.realpath(there) == os.path.realpath(root):
+        return
+    if record.get("source") == config.source == "digits" or (there.is_dir() and root.is_dir() and there.samefile(root)):
         return
     raise DatasetError(
         f"the output folder holds an experiment on the images in {there}, and this config is about those in {root}; set output to "
@@ -119,27 +132,13 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
     )
 
 
-def _is_there(root: Path) -> bool:
-    """Whether the images of before may still be where they were; of remote ones it is not asked."""
-    return address_of(root) is not None or root.is_dir() or inside(str(root)) is not None
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    if one.is_dir() and other.is_dir():
-        return one.samefile(other)
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
 def _read_changed(
     listing: Listing, cache: StatCache, rehash: bool
 ) -> tuple[DatasetIndex, NDArray[np.int64], list[Failure], int]:
     """Take digests from the cache where the file is as it was, and read the others.
 
-    Returns
-    -------
-    index of the n readable images with the user's splits ('' where there are none)
-    their files' sizes and times : int64 of shape (n, 3)
-    the files that could not be read, and how many were
+    Returns the index of the n readable images with the user's splits, '' where there are none, their files' sizes and times, int64
+    of shape (n, 3), the files that could not be read, and how many were.
     """
     paths, stats = texts(listing.paths), listing.stat_array()
     known, digests = cache.known(paths, stats)
@@ -178,6 +177,9 @@ def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> lis
         f"the test split made with seed {plan.seed} and test_fraction {plan.test_fraction:g} is kept, though the config now says seed "
         f"{seed} and test_fraction {config.test_fraction:g}; delete {INDEX_FILE} to have it made anew"
     ]
+
+
+# ---- what is refused
 
 
 def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:
@@ -219,29 +221,43 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig,
                 hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / classes[0]} as dataset.path"
         label = "".join(map(repr, classes)) or "that of no image"
         return f"all {images:,} images are of one class, {label}; expected at least 2 classes{hint}"
-    if kind == "classification":
-        return None
+    return None if kind == "classification" else _doubt(classes, images, config.source)
+
+
+def _doubt(classes: Sequence[str], images: int, source: str) -> str | None:
+    """Ask what labels are meant as that look like several for each image, like numbers, or like names."""
     lists = tuple(name for name in classes if sum(map(bool, map(str.strip, name.split(SEPARATOR)))) > 1)
-    if lists and config.source == "manifest":
-        question = "are these several labels per image? Then set dataset.target: multilabel"
-        return f"{_such(lists, images)}: {question}. {IF_CLASSES}"
-    if len(classes) <= MANY_CLASSES:
+    if lists and source == "manifest":
+        classes, question = lists, "are these several labels per image? Then set dataset.target: multilabel."
+    elif len(classes) <= MANY_CLASSES:
         return None
-    try:
-        numbers = np.array(classes, dtype=float)
-    except ValueError:
-        numbers = np.array([])
-    if len(numbers) and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
+    elif _are_numbers(classes, images):
         question = "is this a number to predict? Then set dataset.target: regression."
     elif images < 1.5 * len(classes):
         question = "are these the labels, or names of the images?"
     else:
         return None
-    return f"{_such(classes, images)}: {question} {IF_CLASSES}"
+    such = f"{len(classes):,} classes of {images:,} images, such as {', '.join(map(repr, classes[:3]))}"
+    return f"{such}: {question} {IF_CLASSES}"
 
 
-def _such(classes: Sequence[str], images: int) -> str:
-    return f"{len(classes):,} classes of {images:,} images, such as {', '.join(map(repr, classes[:3]))}"
+def _are_numbers(classes: Sequence[str], images: int) -> bool:
+    try:
+        numbers = np.array(classes, dtype=float)
+    except ValueError:
+        return False
+    return bool((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes))
+
+
+def _leak_error(index: DatasetIndex, copies: Copies) -> DatasetError:
+    problems = [f"{shown(index.paths[one])} = {shown(index.paths[other])}" for one, other in copies.leaks]
+    return DatasetError(
+        f"{len(copies.leaks):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
+        first(problems, MOST_PROBLEMS),
+    )
+
+
+# ---- what is remarked
 
 
 def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
@@ -265,27 +281,25 @@ def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
             yield f"{column}no training images in {_some(without)}: no head can learn {'it' if len(without) == 1 else 'them'}"
         untested = [name for name, count in counts.items() if not count["test"]]
         if len(untested) == len(counts):
-            yield column + (missing_side(part) or "no image is left for the test")
+            yield column + (_missing_side(part) or "no image is left for the test")
         elif untested:
             yield f"{column}no test images in {_some(untested)}"
-    both = sorted(_groups(index, "train", "validation") & _groups(index, "test"))
-    if both:
+    learned, tested = index.select("train", "validation"), index.select("test")
+    if index.groups is not None and (both := sorted(({*learned.groups} & {*tested.groups}) - {""})):  # type: ignore[misc]
         yield f"{_some(both, 'group', 'groups')} in training and in test: test scores may be too good"
 
 
-def _groups(index: DatasetIndex, *splits: str) -> set[str]:
-    side = index.select(*splits)
-    return set() if side.groups is None else set(side.groups.tolist()) - {""}
+def _some(names: list[str], one: str = "class", many: str = "classes") -> str:
+    named = ", ".join(repr(name) for name in names[:5])
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"{one if len(names) == 1 else many} {named}{more}"
 
 
 def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
     """Leaks and conflicts, so that all of them can be looked up."""
     paths = index.paths
-    outcome = {"drop_train": "the training copy is excluded", "drop_test": "the test copy is excluded"}.get(
-        policy, "both are kept"
-    )
     leaks = [
-        noticed(paths[one], "leak", f"the same content is in the test as {shown(paths[other])}; {outcome}")
+        noticed(paths[one], "leak", f"the same content is in the test as {shown(paths[other])}; {_LEAKS[policy][1]}")
         for one, other in copies.leaks
     ]
     conflicts = [
@@ -299,15 +313,201 @@ def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
     return [*leaks, *conflicts]
 
 
-def _leak_error(index: DatasetIndex, copies: Copies) -> DatasetError:
-    problems = [f"{shown(index.paths[one])} = {shown(index.paths[other])}" for one, other in copies.leaks]
-    return DatasetError(
-        f"{len(copies.leaks):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
-        first(problems, MOST_PROBLEMS),
-    )
+def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto",)) -> list[str]:
+    """Name the classes that have too few images, or groups of images, on the training side for so many folds.
+
+    One line where the images do not allow so many folds at all: then there are as many as they allow.
+    """
+    return [f"{column}{line}" for column, _, part in countable(index, kinds) for line in _fold_warnings(part, folds)]
 
 
-def _some(names: list[str], one: str = "class", many: str = "classes") -> str:
-    named = ", ".join(repr(name) for name in names[:5])
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return f"{one if len(names) == 1 else many} {named}{more}"
+def _fold_warnings(index: DatasetIndex, folds: int) -> Iterator[str]:
+    train = index.select("train", "validation")
+    names, images, units = _sizes(train)
+    if (possible := _possible_folds(train, images)) < folds:
+        yield (
+            f"tuning.folds is {folds}, and the training images allow {possible}: heads are tuned on as many, some of them without "
+            "the smallest classes"
+        )
+        return
+    for name, n_images, n_units in sorted(zip(names, images.tolist(), units.tolist(), strict=True)):
+        if n_images < folds:
+            have = "1 training image" if n_images == 1 else f"{n_images} training images"
+        elif n_units < folds:
+            have = f"training images of only {n_units} groups or distinct contents"
+        else:
+            continue
+        yield f"class {shown(name)} has {have}, fewer than the {folds} folds: some folds are without it; add images or set tuning.folds lower"
+
+
+def _sizes(index: DatasetIndex) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the k classes, and of each how many images there are, and how many groups or contents: int64 of shape (k,)."""
+    codes, names = encode(index.labels)
+    pairs = np.unique(np.stack([codes, index.units()], axis=1), axis=0)
+    return names, np.bincount(codes, minlength=len(names)), np.bincount(pairs[:, 0], minlength=len(names))
+
+
+def _possible_folds(train: DatasetIndex, images: NDArray[np.int64]) -> int:
+    """As many as the largest class has images, and as there are groups."""
+    groups = train.fold_groups()
+    largest = int(images.max(initial=0))
+    return largest if groups is None else min(largest, len(np.unique(groups)))
+
+
+def missing_side(index: DatasetIndex, kinds: Sequence[str] = ("auto",)) -> str | None:
+    """Say what the data lack so that no head can be tuned, or none can be tested; None when they have both sides.
+
+    A test set that was to be made may be empty: no class had a group, or a content, to spare.
+    """
+    return next((column + lack for column, _, part in countable(index, kinds) if (lack := _missing_side(part))), None)
+
+
+def _missing_side(index: DatasetIndex) -> str | None:
+    train = index.select("train", "validation")
+    if not (index.splits == "test").any():
+        return f"no image is left for the test, and every leaderboard needs some: {_why_no_test(train)}"
+    classes, images, _ = _sizes(train)
+    if len(classes) < 2:
+        return f"the training images are of {len(classes)} class, and a classifier needs at least 2; {_OTHER_SPLIT}"
+    if _possible_folds(train, images) < 2:
+        few = "every class has 1 training image" if images.max() < 2 else "all training images are of one group"
+        return f"cross-validation is not possible, as {few}; expected at least 2 folds, so give more images"
+    return None
+
+
+def _why_no_test(train: DatasetIndex) -> str:
+    names, _, units = _sizes(train)
+    most = int(units.max(initial=0))
+    if train.groups is not None and len(np.unique(train.units())) < len(np.unique(train.digests, axis=0)):
+        have, raised = ("one", "") if most == 1 else (f"at most {most}", "raise dataset.test_fraction, ")
+        return (
+            f"a group is never parted between training and test, and each of the {len(names)} classes has {have}; "
+            f"make the groups smaller, {raised}leave the `group` column out, or {_OTHER_SPLIT}"
+        )
+    if most < 3:  # two folds and a test
+        return f"no class has more than {most} distinct image{'s' * (most > 1)}, expected at least 3; add images"
+    return f"no class has more than {most} distinct images; add images, or set dataset.test_fraction above {0.5 / most:.2f}"
+
+
+# ---- what is told
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """The index as it is now, and all that a user should know about how it came to be."""
+
+    index: DatasetIndex
+    unchanged: bool
+    """The index is the one that was there before, row for row."""
+    difference: Difference | None
+    """Images added, changed, removed and renamed since the last scan; None where there was no index before."""
+    read: int
+    """Files whose bytes were read."""
+    copies: Copies
+    leak_policy: str
+    kinds: tuple[str, ...]
+    """What the columns of labels are, see `DatasetConfig.kinds`."""
+    ignored: Mapping[str, int]
+    entries: tuple[Failure, ...]
+    """Files not used, as the scan found them."""
+    remembered: int
+    """Images known from earlier runs not to decode."""
+    warnings: tuple[str, ...]
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """The entries that are failed images, for `check_failures`."""
+        return tuple(entry for entry in self.entries if entry.status not in REMARKS)
+
+    @property
+    def total(self) -> int:
+        """Images found, the failed ones included."""
+        return len(self.index) + len(self.failures)
+
+    def summary_lines(self) -> list[str]:
+        """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
+        lines = [_headline(self.index, self.kinds)]
+        for column, kind, part in countable(self.index, self.kinds):
+            lines += [f"  {column}{_in_words(self.index.only(column[:-2]), kind)}"] if column else []
+            lines += [f"{'  ' * bool(column)}{line}" for line in _class_lines(class_counts(part))]
+        if self.unchanged:
+            lines.append("nothing changed since the last scan")
+        elif self.difference and str(self.difference):
+            lines.append(f"since the last scan: {self.difference}")
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        if leaks := self.copies.leaks:
+            lines += self._pair_lines(leaks, f"in training and in test ({_LEAKS[self.leak_policy][0]})")
+        lines += self._pair_lines(self.copies.conflicts, "under two labels (kept as they are; mend the labels)")
+        if number := self.copies.duplicates:
+            lines.append(f"copies of another image on the same side, kept, and never parted by folds: {number:,}")
+        if self.remembered:
+            lines.append(f"images known not to decode, see failures.csv: {self.remembered:,}")
+        return lines + passed_over_lines(self.entries, self.ignored)
+
+    def _pair_lines(self, pairs: Sequence[Pair], what: str) -> list[str]:
+        lines = []
+        for rows in pairs[:EXAMPLES]:
+            labels = [f" ({shown(self.index.said(row))})" if pairs is self.copies.conflicts else "" for row in rows]
+            names = [shown(self.index.paths[row]) + label for row, label in zip(rows, labels, strict=True)]
+            lines.append("  " + " = ".join(names))
+        count = f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of equal images {what}:"
+        return [count, *lines, *_more(len(pairs))] if pairs else []
+
+
+def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
+    """Return the images of each class in each split: class -> split -> number, zeros included."""
+    labels, names = encode(index.labels)
+    splits, split_names = encode(index.splits)
+    table = np.zeros((len(names), len(SPLITS)), dtype=np.int64)
+    columns = np.array([SPLITS.index(name) for name in split_names], dtype=np.int64)
+    np.add.at(table, (labels, columns[splits]), 1)
+    return {
+        name: dict(zip(SPLITS, counts, strict=True)) for name, counts in sorted(zip(names, table.tolist(), strict=True))
+    }
+
+
+def _in_words(index: DatasetIndex, kind: str) -> str:
+    return TARGETS[kind_of(kind)].in_words(index.rows(index.has_labels(kind)))
+
+
+def described(index: DatasetIndex, kinds: Sequence[str]) -> str:
+    """Say how many images there are, and what is known of them, such as `1,797 images in 10 classes`."""
+    if tuple(kinds) == (NO_LABELS,):
+        return f"{len(index):,} images without labels"
+    labels = f"with {len(kinds)} labels each" if len(kinds) > 1 else _in_words(index, kinds[0])
+    return f"{len(index):,} images {labels}"
+
+
+def _headline(index: DatasetIndex, kinds: Sequence[str]) -> str:
+    counts = {split: np.count_nonzero(index.splits == split) for split in SPLITS}
+    parts = ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+    return described(index, kinds) + f": {parts}" * (tuple(kinds) != (NO_LABELS,))
+
+
+def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    if len(counts) > CLASSES_SHOWN:
+        sizes = sorted((sum(count.values()), name) for name, count in counts.items())
+        (least, smallest), (most, largest) = sizes[0], sizes[-1]
+        return [f"  images per class: {least:,} ({shown(smallest)}) to {most:,} ({shown(largest)})"]
+    lines = []
+    for name, count in counts.items():
+        parts = ", ".join(f"{number:,} {split}" for split, number in count.items() if number)
+        lines.append(f"  {shown(name)}: {parts}")
+    return lines
+
+
+def passed_over_lines(
+    entries: Sequence[Failure], ignored: Mapping[str, int], where: str = ", see failures.csv"
+) -> list[str]:
+    """Return lines on what a walk passed over: a few examples of each status, and the counts."""
+    lines = []
+    for status in sorted({entry.status for entry in entries}):
+        same = [entry for entry in entries if entry.status == status]
+        lines.append(f"{len(same):,} {'file' if len(same) == 1 else 'files'} not used ({status.replace('_', ' ')}):")
+        lines += [f"  {entry.path}: {entry.reason}" for entry in same[:EXAMPLES]]
+        lines += _more(len(same), where)
+    return lines + [f"ignored {what}: {count:,}" for what, count in sorted(ignored.items())]
+
+
+def _more(count: int, where: str = ", see failures.csv") -> list[str]:
+    return [f"  … and {count - EXAMPLES:,} more{where}"] if count > EXAMPLES else []

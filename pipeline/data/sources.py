@@ -1,28 +1,42 @@
-"""The sources of images: how a `DatasetConfig` becomes a listing."""
+"""The sources of images: how a `DatasetConfig` becomes a listing.
+
+Data sets that come without files of their own are written out as PNG files once: scikit-learn's digits, torchvision's by name.
+"""
 
 from __future__ import annotations
 
+import csv
+import inspect
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from pipeline.config import NO_LABELS, DatasetConfig
 from pipeline.data.folder import list_folder
-from pipeline.data.listing import Listing
 from pipeline.data.manifest import list_manifest
-from pipeline.data.written import digit_images, images_folder, torchvision_manifest
+from pipeline.data.walk import SPLIT_NAMES, Listing
 from pipeline.errors import DatasetError
+from pipeline.io.files import make_folder, rename
+from pipeline.io.process import bar
+
+MANIFEST = "manifest.csv"
 
 
 def list_source(config: DatasetConfig, folder: Path) -> Listing:
     """List the images of the configured source; `folder` is where the index is kept.
 
-    Raises
-    ------
-    DatasetError
-        When the source is not there or not laid out as it should be.
+    DatasetError when the source is not there or not laid out as it should be.
     """
     path = Path((config.path or "").removeprefix("file://")).expanduser()
     if config.source == "folder":
-        return list_folder(path, config.follow_symlinks, config.target != NO_LABELS)
+        return list_folder(path, config.target != NO_LABELS)
     if config.source == "manifest":
         return list_manifest(path, config)
     if config.source == "torchvision":
@@ -31,10 +45,153 @@ def list_source(config: DatasetConfig, folder: Path) -> Listing:
         raise DatasetError(
             "dataset.source 'digits' takes no dataset.path; for your own images say dataset.source: folder (or manifest)"
         )
-    return list_folder(digit_images(folder.parent / "images"))
+    return list_folder(written_once(folder.parent / "images", _write_digits))
 
 
 def needs_download(config: DatasetConfig) -> bool:
     """Whether listing the images means a download first."""
-    path = Path(config.path or "").expanduser()
-    return config.source == "torchvision" and not images_folder(config.name or "", path).exists()
+    root = Path(config.path or "").expanduser()
+    return config.source == "torchvision" and not _images_folder(config.name or "", root).exists()
+
+
+def written_once(root: Path, write: Callable[[Path], None]) -> Path:
+    """Return `root` after `write` has filled it, in a temporary folder that is renamed when it is complete.
+
+    A killed run leaves a folder that the next one replaces. DatasetError when the files cannot be written.
+    """
+    if root.exists():
+        return root
+    unfinished = root.with_name(f".{root.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_folder(unfinished)
+        write(unfinished)
+        os.sync()  # else a power cut after the rename could leave a complete folder of empty files
+        rename(unfinished, root)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DatasetError(
+            f"{root}: the images cannot be written here ({reason}); free some space or choose another folder"
+        ) from None
+    return root
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    """Write a file of an unfinished folder; `written_once` syncs all of them at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "PNG")
+
+
+def _write_digits(folder: Path) -> None:
+    """Write scikit-learn's 1,797 handwritten digits (8 x 8 grey), one folder per class."""
+    from sklearn.datasets import load_digits  # costs a second of imports, needed once
+
+    bunch = load_digits()
+    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # the sheets hold 0 to 16
+    for number, (pixels, label) in enumerate(zip(grey, bunch.target, strict=True)):
+        _write_png(folder / str(label) / f"{number:04d}.png", Image.fromarray(pixels))
+
+
+def _images_folder(name: str, root: Path) -> Path:
+    """Where the images of a data set are written to."""
+    return root / f"{name}-images"
+
+
+def torchvision_manifest(name: str, root: Path) -> Path:
+    """Return the manifest of a torchvision data set below `root`, after downloading and writing it out if need be.
+
+    DatasetError when there is no such data set, it is not one of images with one label each, or it cannot be downloaded.
+    """
+    images = _images_folder(name, root)
+    if not images.exists():
+        make = _constructor(name)
+        written_once(images, lambda folder: _write(folder, name, make, root))
+    return images / MANIFEST
+
+
+def _constructor(name: str) -> Callable[..., Any]:
+    from pipeline.io.vision import torchvision
+
+    make = getattr(torchvision.datasets, name, None)
+    if make is None or not _fits(make):
+        known = sorted(key for key in torchvision.datasets.__all__ if _fits(getattr(torchvision.datasets, key)))
+        wrong = (
+            "is not in torchvision.datasets" if make is None else "cannot be made from a folder and a download alone"
+        )
+        raise DatasetError(f"dataset.name {name!r} {wrong}; there are {', '.join(known)}")
+    return make  # type: ignore[no-any-return]
+
+
+def _fits(make: Any) -> bool:
+    """Whether a class can be called with (root, train or split, download)."""
+    if not inspect.isclass(make):
+        return False
+    about = inspect.signature(make).parameters
+    given = [each for each in about.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    needed = [each.name for each in given if each.default is each.empty]
+    return needed == ["root"] and "download" in about
+
+
+def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> None:
+    """Write every image below a folder, then the manifest that says all of them are there."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "split"])
+    for split, samples in _parts(name, make, root):
+        labels = _labels(samples)
+        with bar(len(samples), "images", f"writing {name} {split}".rstrip()) as progress:
+            for number in range(len(samples)):
+                image, target = samples[number][:2]
+                if not hasattr(image, "getbands") or not isinstance(target, int):
+                    raise DatasetError(
+                        f"dataset.name {name!r}: its samples are not an image with one label each; expected a classification data set"
+                    )
+                path = f"{split}/{number:06d}.png".lstrip("/")
+                _write_png(folder / path, image)
+                writer.writerow([path, labels.get(target, str(target)), split])
+                progress.update()
+    (folder / MANIFEST).write_bytes(text.getvalue().encode())
+
+
+def _parts(name: str, make: Callable[..., Any], root: Path) -> Iterator[tuple[str, Any]]:
+    """Give each split with its samples; the split is '' where the data set has none."""
+    parameters = inspect.signature(make).parameters
+    if "train" in parameters:
+        yield "train", _load(name, make, root, {"train": True})
+        yield "test", _load(name, make, root, {"train": False})
+    elif "split" in parameters:
+        given = set()
+        for word in ("train", "trainval", "val", "valid", "test"):
+            split = SPLIT_NAMES.get(word, "train")
+            with suppress(ValueError):  # torchvision's answer to a split that this data set does not have
+                if split not in given:
+                    yield split, _load(name, make, root, {"split": word})
+                    given.add(split)
+    else:
+        yield "", _load(name, make, root, {})
+
+
+def _load(name: str, make: Callable[..., Any], root: Path, part: dict[str, Any]) -> Any:
+    try:
+        make_folder(root)
+        return make(root=str(root), download=True, **part)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{name} cannot be downloaded ({reason}); {_by_hand(make, root)}") from None
+
+
+def _by_hand(make: Any, root: Path) -> str:
+    """Say which files to fetch and where to put them."""
+    url = next((getattr(make, key) for key in ("url", "_URL") if isinstance(getattr(make, key, None), str)), None)
+    mirrors, resources = getattr(make, "mirrors", None), getattr(make, "resources", None)
+    if url is None and mirrors and resources:
+        url, root = " ".join(mirrors[-1] + file for file, *_ in resources), root / make.__name__ / "raw"
+    what = url or f"its files as torchvision.datasets.{make.__name__} describes"
+    return f"fetch {what} yourself, put it into {root}, and run again"
+
+
+def _labels(samples: Any) -> dict[int, str]:
+    classes = getattr(samples, "classes", None)
+    if not isinstance(classes, (list, tuple)):
+        return {}
+    return {number: name if isinstance(name, str) else ", ".join(map(str, name)) for number, name in enumerate(classes)}

@@ -9,12 +9,12 @@ it and never looks which kind it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from pipeline.config import NO_LABELS
-from pipeline.data.classes import Classification
+from pipeline.data.classes import Classification, MultiLabel
 from pipeline.data.index import DatasetIndex
-from pipeline.data.labels import MultiLabel
 from pipeline.data.numbers import Regression
 from pipeline.errors import DatasetError
 
@@ -34,9 +34,22 @@ _NOTHING_TO_LEARN = (
 )
 
 
+def record_of(target: Target) -> dict[str, Any]:
+    """Return all there is to know of a target as plain values for JSON; of classes the kind is not told."""
+    kind = {} if target.kind == Classification.kind else {"kind": target.kind}
+    return kind | {name: list(value) for name, value in vars(target).items()}
+
+
 def target_of(record: Mapping[str, Any]) -> Target:
-    """Return the target that `to_record` wrote down; KeyError, TypeError or ValueError for what is none."""
-    return TARGETS[record.get("kind", Classification.kind)].from_record(record)
+    """Return the target that `record_of` wrote down; KeyError, TypeError or ValueError for what is none."""
+    kind = TARGETS[record.get("kind", Classification.kind)]
+    for field in fields(kind):
+        if not isinstance(record[field.name], list | tuple):
+            raise ValueError(field.name)
+    names, *numbers = (record[field.name] for field in fields(kind))
+    if any(len(known) not in (0, len(names)) for known in numbers):
+        raise ValueError("a number for each name")
+    return kind(tuple(map(str, names)), *(tuple(map(float, known)) for known in numbers))
 
 
 def countable(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[tuple[str, str, DatasetIndex]]:

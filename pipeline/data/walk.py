@@ -1,4 +1,4 @@
-"""The one walk of a folder: which files are images by their content, and a line for everything that is passed over."""
+"""What a source lists, not yet opened; and the one walk of a folder: images by their content, and a line for all that is passed over."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.failures import Failure, noticed
-from pipeline.data.listing import OTHER_IMAGES, ending_of, is_hidden, is_image_name
+from pipeline.data.index import LABEL
 from pipeline.errors import DatasetError
 from pipeline.images import (
     NO_IMAGE,
@@ -25,6 +30,76 @@ from pipeline.images import (
     stat_of,
 )
 from pipeline.io.remote import address_of
+
+EXTENSIONS = frozenset({
+    "apng", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "mpo", "pjp", "pjpeg", "png", "tif", "tiff", "webp",
+})  # fmt: skip
+"""File name endings, in any case, that say "image" without a look into the file."""
+
+OTHER_IMAGES = frozenset({
+    "arw", "cr2", "cr3", "crw", "dng", "heic", "heif", "nef", "nrw", "orf", "pcx", "pef", "raf", "raw", "rw2", "srw", "tga",
+})  # fmt: skip
+"""Endings of images that are not read, where the content does not say so: a user who has them should hear of it as of a failure."""
+
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""How users call a split, in lower case -> how it is called here."""
+
+_HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"})
+
+
+@dataclass
+class Listing:
+    """The files of a data set as found by one walk; lists of equal length, one item for each image.
+
+    `stats` has (size, mtime_ns, ctime_ns) of each. `splits` and `groups` are None where the source has none. A label is a
+    text, or a tuple of them where the source has several columns, whose `names` are those of the index.
+    """
+
+    root: Path
+    paths: list[str] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    splits: list[str] | None = None
+    groups: list[str] | None = None
+    stats: list[Stat] = field(default_factory=list)
+    entries: list[Failure] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+    names: tuple[str, ...] = (LABEL,)
+
+    def sort(self) -> None:
+        """Bring every list into the order of the paths."""
+        self.keep(sorted(range(len(self.paths)), key=self.paths.__getitem__))
+        self.entries.sort()
+
+    def keep(self, order: list[int]) -> None:
+        """Keep these rows, in this order."""
+        for name in ("paths", "labels", "splits", "groups", "stats"):
+            column = getattr(self, name)
+            if column is not None:
+                setattr(self, name, list(map(column.__getitem__, order)))
+
+    def stat_array(self) -> NDArray[np.int64]:
+        """Return size, mtime_ns, ctime_ns as int64 of shape (n, 3)."""
+        flat = np.fromiter(chain.from_iterable(self.stats), dtype=np.int64, count=3 * len(self.stats))
+        return flat.reshape(-1, 3)
+
+
+def ending_of(name: str) -> str:
+    """Return what follows the last dot of a file name, in lower case."""
+    return name.rpartition(".")[2].lower()
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name ends as an image's does."""
+    return ending_of(name) in EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is one that file managers and archivers leave behind."""
+    return name[0] == "." or name.lower() in _HIDDEN
 
 
 def is_folder(path: Path) -> bool | None:
@@ -50,22 +125,25 @@ class Folder:
     images: list[str] = field(default_factory=list)
     stats: list[Stat] = field(default_factory=list)
 
+    def add(self, name: str, stats: Stat) -> None:
+        """Add an image."""
+        self.images.append(name)
+        self.stats.append(stats)
+
 
 @dataclass
 class Walk:
     """A walk below `root`, and what it passed over: `entries` has a line for each file, `ignored` counts of the rest.
 
-    Paths are relative to the root; those of folders end in '/', and the root's own is ''. With `follow_symlinks`, links are
-    followed to what lies below `inside`, every folder once. The root, or a folder in it, may be an archive, the root also remote.
+    Paths are relative to the root; those of folders end in '/', and the root's own is ''. Symbolic links are followed to what lies
+    below `inside`, every folder once. The root, or a folder in it, may be an archive, the root also remote.
     """
 
     root: Path
-    follow_symlinks: bool
-    inside: str
+    inside: str = "/"
     entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    _linked: set[tuple[int, int]] = field(default_factory=set, init=False)
-    """Folders reached through a link, by device and inode, so that no cycle of links is endless."""
+    _linked: set[tuple[int, int]] = field(default_factory=set)
 
     def below(self, start: str = "") -> Iterator[tuple[str, Folder]]:
         """Yield every folder from `start` down with what it holds, in the order of their names."""
@@ -78,9 +156,9 @@ class Walk:
 
     def read(self, path: str) -> Folder:
         """Read one folder."""
-        found = Folder()
         if address_of(self.root) is not None:
             return self._read_elsewhere(path)
+        found = Folder()
         try:
             descriptor = os.open(self.root / path, os.O_RDONLY | os.O_DIRECTORY)
         except NotADirectoryError:
@@ -94,8 +172,7 @@ class Walk:
                     name = entry.name
                     # The one hot line of a scan: nearly every entry is an image.
                     if is_image_name(name) and name[0] != "." and entry.is_file(follow_symlinks=False):
-                        found.images.append(name)
-                        found.stats.append(stat_of(entry.stat(follow_symlinks=False)))
+                        found.add(name, stat_of(entry.stat(follow_symlinks=False)))
                     elif is_hidden(name):
                         self.ignored["hidden files and folders"] += 1
                     elif entry.is_symlink():
@@ -123,18 +200,13 @@ class Walk:
                     self.ignored["hidden files and folders"] += 1
                 elif entry is None:
                     found.folders.append(name)
-                elif isinstance(entry, Refused):
-                    if is_image_name(name):
-                        self.pass_over(path + name, *entry)
-                    else:
-                        self.ignored["files in archives that are no images"] += 1
-                elif not ((archive and archive.holds_images) or is_image_name(name)) and (
-                    problem := self._problem(path + name)
-                ):
-                    self.pass_over(path + name, *problem)
+                elif not isinstance(entry, Refused):
+                    problem = None if archive and archive.holds_images else self._problem(path + name)
+                    self._take(path + name, problem, entry, found)
+                elif is_image_name(name):
+                    self.pass_over(path + name, *entry)
                 else:
-                    found.images.append(name)
-                    found.stats.append(entry)
+                    self.ignored["files in archives that are no images"] += 1
         except OSError as error:
             self.pass_over(path.rstrip("/"), "unreadable", f"it cannot be read: {error.strerror or error}")
         return found
@@ -143,21 +215,24 @@ class Walk:
         """Add a line."""
         self.entries.append(noticed(path, status, reason))
 
+    def _take(self, path: str, problem: tuple[str, str] | None, stats: Stat, found: Folder) -> None:
+        if problem is None:
+            found.add(path.rpartition("/")[2], stats)
+        else:
+            self.pass_over(path, *problem)
+
     def _take_file(self, folder: str, name: str, about: os.stat_result, found: Folder) -> None:
         """Take in a file that is an image by its name or its content, or say what it is."""
-        if not stat.S_ISREG(about.st_mode):
+        if stat.S_ISREG(about.st_mode):
+            self._take(folder + name, self._problem(folder + name), stat_of(about), found)
+        else:
             status = "unreadable" if is_image_name(name) else "not_an_image"
             self.pass_over(folder + name, status, "it is not a regular file")
-            return
-        problem = None if is_image_name(name) else self._problem(folder + name)
-        if problem is None:
-            found.images.append(name)
-            found.stats.append(stat_of(about))
-        else:
-            self.pass_over(folder + name, *problem)
 
     def _problem(self, path: str) -> tuple[str, str] | None:
-        """Say as status and reason why a file is not read as an image; None where its content is one that can be."""
+        """Say as status and reason why a file is not read as an image; None for one by its name, or where its content is one."""
+        if is_image_name(path.rpartition("/")[2]):
+            return None
         try:
             kind = kind_of(self._start(path))
         except OSError as error:
@@ -176,11 +251,11 @@ class Walk:
     def _start(self, path: str) -> bytes:
         """Return the first bytes of a file."""
         full = f"{self.root}/{path}"
-        if address_of(full) is not None:
-            return read_elsewhere(full, START_BYTES)
         try:
-            descriptor = os.open(full, os.O_RDONLY | os.O_NONBLOCK)
+            descriptor = None if address_of(full) else os.open(full, os.O_RDONLY | os.O_NONBLOCK)
         except NotADirectoryError:
+            descriptor = None
+        if descriptor is None:
             return read_elsewhere(full, START_BYTES)
         try:
             return os.read(descriptor, START_BYTES)
@@ -189,9 +264,6 @@ class Walk:
 
     def _take_link(self, folder: str, name: str, found: Folder) -> None:
         """Take in a symbolic link, or say why not."""
-        if not self.follow_symlinks:
-            self.ignored["symbolic links (dataset.follow_symlinks: true follows those that stay inside)"] += 1
-            return
         path = folder + name
         real = os.path.realpath(self.root / path)
         if os.path.commonpath([real, self.inside]) != self.inside:

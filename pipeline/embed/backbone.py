@@ -35,7 +35,7 @@ from pipeline.embed.spec import EmbeddingSpec, embedding_name, probe_images
 from pipeline.embed.weights import Network, bundled, family_of, load_network, network_names
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.digests import canonical_json
-from pipeline.io.memory import is_out_of_memory
+from pipeline.io.process import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from pipeline.config import guess
 from pipeline.errors import BackboneError, first_line
-from pipeline.io.memory import is_out_of_memory
+from pipeline.io.process import is_out_of_memory
 from pipeline.io.vision import torchvision
 
 logger = logging.getLogger(__name__)

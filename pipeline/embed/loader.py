@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from pipeline.embed.spec import Embedder
 from pipeline.errors import BackboneError
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
-from pipeline.images.given import Pixels, rgb
+from pipeline.images.reading import Pixels, rgb
 from pipeline.io.digests import Digests
-from pipeline.io.memory import is_out_of_memory
+from pipeline.io.process import is_out_of_memory
 from pipeline.store.parts import PartWriter
 from pipeline.store.writer import StoreWriter
 

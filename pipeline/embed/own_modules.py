@@ -24,7 +24,7 @@ from pipeline.embed.torchvision_models import preprocessing_of_preset
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 from pipeline.io.digests import file_digest, fingerprint
-from pipeline.io.imports import users_module
+from pipeline.io.process import users_module
 
 logger = logging.getLogger(__name__)
 

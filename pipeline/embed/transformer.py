@@ -32,7 +32,7 @@ from pipeline.embed.spec import EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, ConfigError, DatasetError, StoreError, first, number_of
 from pipeline.experiment import STORES, Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, ImageProblem
-from pipeline.images.given import Pixels, given_key, one_by_one
+from pipeline.images.reading import Pixels, given_key, one_by_one
 from pipeline.io.digests import Digests
 from pipeline.io.remote import absolute
 from pipeline.store import lock

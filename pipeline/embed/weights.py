@@ -36,7 +36,7 @@ from pipeline.errors import BackboneError, first, first_line
 from pipeline.experiment import MADE_BY
 from pipeline.images import Preprocessing
 from pipeline.io.digests import fingerprint
-from pipeline.io.memory import is_out_of_memory
+from pipeline.io.process import is_out_of_memory
 
 FAMILIES: tuple[Family, ...] = (
     efficientnet_lite.FAMILY,

@@ -266,6 +266,8 @@ class Advice:
     """What the pilot cost, as a share of the passes of a whole fine-tuning."""
     signs: Mapping[str, float]
     """What was looked at, by its name in `SIGNS`."""
+    transfer: str = ""
+    """Whether the network's pretraining helps, out of fold; '' where there is nothing to hold it against."""
 
     @property
     def scope(self) -> str | None:
@@ -280,6 +282,7 @@ class Advice:
             "",
             f"Gains are in points of accuracy on new images, with {100 * COVERAGE:.0f} % intervals; {100 * WORTH:g} points are the least worth having.",
         ]
+        lines += [f"Transfer: {self.transfer}"] if self.transfer else []
         lines += ["Looked at:", *(f"  {_said(name, value)}" for name, value in self.signs.items())]
         if self.outside:
             lines += ["Nothing is said of fine-tuning, because these images are unlike all that was measured:"]

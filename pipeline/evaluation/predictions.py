@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.data.classes import ANY_CLASSES, Classification, ScoreKind
-from pipeline.data.targets import Target, target_of
+from pipeline.data.targets import Target, record_of, target_of
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.intervals import numbered
 from pipeline.experiment import PREDICTIONS, bundle_file, parse_arrays
@@ -138,7 +138,7 @@ class HeadPredictions:
         arrays: dict[str, NDArray[np.generic]] = {
             "format": np.array(PREDICTIONS.format),
             "version": np.array(PREDICTIONS.version),
-            **{key: _as_array(value) for key, value in self.test.target.to_record().items()},
+            **{key: _as_array(value) for key, value in record_of(self.test.target).items()},
         }
         for part, rows in (("test", self.test), ("out_of_fold", self.out_of_fold)):
             if rows is not None:

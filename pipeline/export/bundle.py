@@ -37,13 +37,13 @@ from sklearn.tree._tree import Tree
 
 from pipeline.config import names_code
 from pipeline.data.classes import scores_as_columns
-from pipeline.data.targets import Target, target_of
+from pipeline.data.targets import Target, record_of, target_of
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import Calibrator
 from pipeline.experiment import BUNDLE, DIGEST, MADE_BY, bundle_file, read_document, require_modest, write_document
 from pipeline.io.digests import bytes_digest
 from pipeline.io.files import write_atomic
-from pipeline.io.imports import instead, look_in
+from pipeline.io.process import instead, look_in
 
 with instead({"sklearn.externals.array_api_compat.torch": None}):
     # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
@@ -195,7 +195,7 @@ def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None =
     document = {
         "head": bundle.head,
         "params": dict(bundle.params),
-        **bundle.target.to_record(),
+        **record_of(bundle.target),
         "embedding": dict(bundle.embedding),
         "calibrator": asdict(bundle.calibrator) if bundle.calibrator else None,
         "file": name,

@@ -62,15 +62,24 @@ def to_float(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch.device, data: Data) -> Tensor:
-    """Return the training view of images, uint8 (n, h, w, 3): float32 (n, 3, h, w), from torch's global random state."""
+    """Return the training view of images, uint8 (n, h, w, 3), from torch's global random state: float32 (n, 3, height, width).
+
+    Height and width are the images' own, or with `size` as much smaller as makes the shorter that long.
+    """
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-    if settings.augment != "none":
+    whole: tuple[int, int] = pixels.shape[1:3]
+    shape = tuple(round(side * (settings.size or min(whole)) / min(whole)) for side in whole)
+    if settings.augment != "none" or shape != whole:
         v2 = transforms()
-        flip = v2.RandomHorizontalFlip()
-        crop = v2.RandomResizedCrop(pixels.shape[1:3], scale=(SMALLEST_CROP, 1.0))
-        change = v2.Compose(
-            {"flip": [flip], "crop": [crop, flip], "trivial": [v2.TrivialAugmentWide(), crop, flip]}[settings.augment]
-        )
+        flip, smaller = v2.RandomHorizontalFlip(), v2.Resize(shape)
+        crop = v2.RandomResizedCrop(shape, scale=(SMALLEST_CROP, 1.0))
+        ways = {
+            "none": [smaller],
+            "flip": [smaller, flip],
+            "crop": [crop, flip],
+            "trivial": [v2.TrivialAugmentWide(), crop, flip],
+        }
+        change = v2.Compose(ways[settings.augment])
         images = torch.stack([change(image) for image in images])
     return to_float(images.permute(0, 2, 3, 1), data.mean, data.std).contiguous(memory_format=torch.channels_last)
 

@@ -23,7 +23,7 @@ from pipeline.experiment import Artifacts
 from pipeline.finetuning.objective import objective_for
 from pipeline.heads import HEADS
 from pipeline.heads.tuning import make_folds
-from pipeline.io import progress
+from pipeline.io import process
 from pipeline.store import FeatureStore
 
 MEMORY = 2 << 30
@@ -48,6 +48,8 @@ class Choice:
     """The best row of all."""
     frozen: LeaderboardRow | None
     """The same network frozen: the row that is handed over, after a random start the best linear one."""
+    floor: LeaderboardRow | None = None
+    """The best row that has learned from no other images: a baseline's, or an untrained network's."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,10 @@ def choose(config: Config, files: Artifacts) -> Choice:
             f"finetune.start: {wanted!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
         )
     embedding = able[0].embedding
+    floor = next((row for row in board.rows if row.baseline or row.untrained), None)
     linear = [row for row in able if row.embedding == embedding and row.head in LINEAR]
     if head == "random":
-        return Choice(records[embedding], None, board.best, next(iter(linear), None))
+        return Choice(records[embedding], None, board.best, next(iter(linear), None), floor)
     if head != "best":
         linear = [row for row in linear if row.head == head]
     if not linear:
@@ -103,7 +106,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
             f"finetune.start: {embedding} has no linear head {head!r}; add one of {', '.join(LINEAR)} to heads: and run "
             "`manyheads heads`, or set it to random"
         )
-    return Choice(records[embedding], linear[0], board.best, linear[0])
+    return Choice(records[embedding], linear[0], board.best, linear[0], floor)
 
 
 def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
@@ -178,7 +181,7 @@ def read_pixels(
     loader = Loader(index.root, config.dataset.max_pixels, (preprocessing,), BATCH, os.cpu_count() or 1)
     problems = []
     done = 0
-    with progress.bar(len(index), "image", "reading") as bar:
+    with process.bar(len(index), "image", "reading") as bar:
         for batch in loader.batches(items):
             count = len(batch.items)
             pixels[done : done + count] = batch.pixels[0][:count]

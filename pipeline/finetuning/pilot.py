@@ -25,8 +25,8 @@ from pipeline.finetuning.handover import Layer, put_head
 from pipeline.finetuning.material import Parts, read_pixels
 from pipeline.finetuning.objective import objective_for
 from pipeline.finetuning.plan import check_plan, stages_of
-from pipeline.finetuning.result import ALPHAS
-from pipeline.finetuning.trainer import EVALUATIONS, Task, evaluate, make_optimizer, steps_asked, train_step
+from pipeline.finetuning.result import RETURN_EVALUATIONS
+from pipeline.finetuning.trainer import EVALUATIONS, Task, evaluate, make_optimizer, prepare, steps_asked, train_step
 
 SHARE = 0.045
 """Of the passes of a whole run; the rest of five hundredths is left for what surrounds them."""
@@ -84,7 +84,7 @@ def full_passes(config: Config, parts: Parts) -> int:
 
 def _judged(parts: Parts) -> int:
     """Validation images that a whole run judges, each as often as it does."""
-    return (EVALUATIONS + len(ALPHAS)) * len(parts.validation)
+    return (EVALUATIONS + RETURN_EVALUATIONS) * len(parts.validation)
 
 
 def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot:
@@ -141,6 +141,7 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
     shift = statistics_shift(
         network.module, to_float(torch.from_numpy(pixels[0][:STATISTICS]), prepared.mean, prepared.std)
     )
+    prepare(task, whole)  # behind the look at what its norms are given
     sizes = (max(2, len(learned) // PART), len(learned))
     losses, spent = list[float](), list[float]()
     for size in sizes:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from types import MethodType
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pipeline.embed.graph import Stage, find_stages
 from pipeline.errors import TrainingError
+
+SAME = 1e-5
+"""How far a network's outputs may move, as a share of the largest, when its norms are folded: what rounding does."""
 
 BatchNorm = Literal["frozen", "affine", "train"]
 Plan = tuple[tuple[float, int], ...]
@@ -111,3 +116,51 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batc
             norm.eval()
         if batch_norm == "frozen":
             norm.requires_grad_(False)
+
+
+# ---- frozen norms, which need no pass of their own
+
+
+def fold_norms(network: nn.Module, images: Tensor) -> int:
+    """Let convolutions do the work of the BatchNorm right behind them, and return how many do; names and weights stay as they are.
+
+    A frozen norm is a scale and a shift for each channel, which a convolution takes into its weights and its bias as it runs, so
+    that neither way goes through the activations once more. Where the network then says something else, nothing is changed.
+
+    images : some, float32 of shape (n, 3, h, w), as the network takes them
+    """
+    made, behind = list[tuple[Tensor, nn.Conv2d]](), dict[nn.Conv2d, nn.BatchNorm2d]()
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            made.append((output, module))
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
+            behind.update((conv, module) for output, conv in made if output is inputs[0])
+
+    hooks = [part.register_forward_hook(keep) for part in network.modules() if type(part) is nn.Conv2d]
+    hooks += [part.register_forward_pre_hook(look) for part in network.modules()]
+    with torch.inference_mode():
+        expected = network.eval()(images)
+        for hook in hooks:
+            hook.remove()
+        for conv, norm in behind.items():
+            conv.norm = (norm,)  # type: ignore[assignment]  # a tuple is no part of the network
+            conv.forward, norm.forward = MethodType(_normed, conv), MethodType(_passed, norm)  # type: ignore[method-assign]
+        if (network(images) - expected).abs().max() <= SAME * expected.abs().max():
+            return len(behind)
+    for part in (*behind, *behind.values()):
+        del part.forward
+    return 0
+
+
+def _normed(conv: Any, images: Tensor) -> Tensor:
+    (norm,) = conv.norm
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - scale * (norm.running_mean if conv.bias is None else norm.running_mean - conv.bias)
+    return conv._conv_forward(images, conv.weight * scale[:, None, None, None], shift)  # type: ignore[no-any-return]
+
+
+def _passed(norm: nn.Module, images: Tensor) -> Tensor:
+    return images

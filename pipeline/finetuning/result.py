@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ from pipeline.io.files import make_folder, write_atomic
 FORMAT = "manyheads weights"
 VERSION = 1
 
-ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the return path; then half as far on either side of the best."""
+RETURN_EVALUATIONS = len(ALPHAS) + 1
+"""At most: two more, and the end has been judged in training."""
 STATISTICS_BATCHES = 20
 
 
@@ -49,19 +52,30 @@ class ReturnPath:
     weights: Weights
 
 
-def return_path(task: Task, data: Data, start: Weights, end: Weights, alphas: Sequence[float] = ALPHAS) -> ReturnPath:
-    """Score the weights between two states of a network on the validation images and put the best into it.
+def return_path(task: Task, data: Data, start: Weights, end: Weights, end_score: Score | None = None) -> ReturnPath:
+    """Score weights between two states of a network on the validation images, closer around the best, and put the best into it.
 
     The smallest alpha wins a tie, so training has to earn every step away from the hand-over, and what is chosen is never
     below the hand-over on these images. Wortsman et al. 2022, "Robust fine-tuning" (WiSE-FT), there for CLIP.
+
+    end_score : the end's, where it is known
     """
-    scores: list[Score] = []
-    for alpha in alphas:
-        _go_to(task, data, start, end, alpha)
-        scores.append(evaluate(task.network, data.validation, data, task.device, task.precision, task.objective))
-    best = max(range(len(alphas)), key=lambda place: (scores[place], -alphas[place]))
-    _go_to(task, data, start, end, alphas[best])
-    return ReturnPath(tuple(alphas), tuple(scores), alphas[best], copy_weights(task.network))
+    scores: dict[float, Score] = {} if end_score is None else {1.0: end_score}
+
+    def best_of(alphas: Iterable[float]) -> float:
+        for alpha in alphas:
+            if 0 <= alpha <= 1 and alpha not in scores:
+                _go_to(task, data, start, end, alpha)
+                scores[alpha] = evaluate(
+                    task.network, data.validation, data, task.device, task.precision, task.objective
+                )
+        return max(scores, key=lambda alpha: (scores[alpha], -alpha))
+
+    near, half = best_of(ALPHAS), ALPHAS[1] / 2
+    best = best_of((near - half, near + half))
+    _go_to(task, data, start, end, best)
+    alphas = tuple(sorted(scores))
+    return ReturnPath(alphas, tuple(scores[alpha] for alpha in alphas), best, copy_weights(task.network))
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> Weights:
@@ -164,7 +178,28 @@ def judge(
         "images": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
         "test": metric.score(tuned),
         "comparisons": found,
+        "transfer": transfer(files, choice, metric, seed),
     }
+
+
+def transfer(files: Artifacts, choice: Choice, metric: Metric, seed: int, held_out: bool = False) -> str:
+    """Say whether pretraining helps, or hurts: the frozen features against the best row without any on the same images.
+
+    The images are the test's, or `held_out` the training images as they were predicted out of fold. '' where the network itself
+    is untrained or there is no such row.
+    """
+    if choice.frozen is None or choice.floor is None or choice.frozen.untrained:
+        return ""
+    both = [HeadPredictions.read(files.root / str(row.bundle) / FILE_NAME) for row in (choice.frozen, choice.floor)]
+    a, b = (each.out_of_fold if held_out else each.test for each in both)
+    if a is None or b is None or not np.array_equal(a.paths, b.paths):  # type: ignore[arg-type]
+        return ""
+    paired = paired_answers(metric, a, b, seed)
+    words = {1: "pretraining helps", -1: "negative transfer", 0: "no evidence that pretraining helps"}[paired.shown]
+    return (
+        f"{words}: {choice.frozen.key} ({metric.score(a):.2%}) against {choice.floor.key} ({metric.score(b):.2%}), the best without "
+        f"any, {_told(paired, counted(len(a), a.units, 'training images' if held_out else 'test images'))}"
+    )
 
 
 def _said_by(row: LeaderboardRow, files: Artifacts, parts: Parts, units: NDArray[np.int64] | None) -> Predictions:
@@ -180,12 +215,13 @@ def verdict(paired: Paired, minutes: float, images: str) -> str:
 
     As in the leaderboard, the interval and the exact test must both show it. images : how many, such as `360 test images`
     """
-    low, high = paired.interval
     words = {1: "worth it", -1: "not worth it", 0: "no evidence that it helps"}[paired.shown]
-    return (
-        f"{words}: {paired.difference:+.2%} on {images} (95 % interval {low:+.2%} to {high:+.2%}, p = {paired.p_value:.2g}) "
-        f"for {minutes:.1f} minutes of training"
-    )
+    return f"{words}: {_told(paired, images)} for {minutes:.1f} minutes of training"
+
+
+def _told(paired: Paired, images: str) -> str:
+    low, high = paired.interval
+    return f"{paired.difference:+.2%} on {images} (95 % interval {low:+.2%} to {high:+.2%}, p = {paired.p_value:.2g})"
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
@@ -203,6 +239,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         f"test       {result['test']:.2%} fine-tuned",
         *(f"{'' if place else 'verdict':<10} against {line}" for place, line in enumerate(against)),
     ]
+    if result["transfer"]:
+        found.append(f"transfer   {result['transfer']}")
     if not result["alpha"]:
         found.append("           nothing that was learned helped on the validation images: the network is the start")
     return found

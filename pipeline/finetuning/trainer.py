@@ -27,15 +27,15 @@ from pipeline.errors import TrainingError
 from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
 from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save
 from pipeline.finetuning.objective import CLASSES, Objective, Score
-from pipeline.finetuning.plan import Plan, set_trainable, stage_of_parameters
-from pipeline.io import progress
+from pipeline.finetuning.plan import Plan, fold_norms, set_trainable, stage_of_parameters
+from pipeline.io import process
 from pipeline.io.files import make_folder, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
 EVALUATIONS = 10
 """How often a run is evaluated."""
-BLOCK = 256
+BLOCK = 32
 """Images that are scored at a time."""
 SAVE_SECONDS = 30.0
 """A checkpoint is written after this time at the latest, because an evaluation may be minutes away."""
@@ -88,12 +88,12 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
         When the loss is no number, the precision is not to be had on the device, or the folder holds another run.
     """
     _check(task, data)
-    task.network.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    prepare(task, data)
     settings, parts = task.settings, _parts(task)
     state = load(run, parts)
     saved, clock = state.seconds, time.perf_counter()
     with (
-        progress.bar(task.steps, "step", "training", initial=state.step) as bar,
+        process.bar(task.steps, "step", "training", initial=state.step) as bar,
         _profiler(settings.profile_steps, run.folder / "profile.txt") as tick,
         _tensorboard(run.folder / "tensorboard" if settings.tensorboard else None) as show,
     ):
@@ -126,8 +126,22 @@ def _check(task: Task, data: Data) -> None:
         problems.append(f"{len(data.train)} images to train on; expected at least 2")
     if not len(data.validation):
         problems.append("no validation images; expected at least one to choose weights on")
+    side = min(data.train.pixels.shape[1:3])
+    if task.settings.size is not None and task.settings.size > side:
+        problems.append(
+            f"finetune.size: {task.settings.size} is more than the {side} pixels that images are prepared to have"
+        )
     if problems:
         raise TrainingError("training: cannot start", problems)
+
+
+def prepare(task: Task, data: Data) -> None:
+    """Put the network on its device, as the fastest steps need it: channels last, norms that stay frozen folded, memory kept."""
+    process.keep_freed_memory()
+    task.network.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if task.settings.batch_norm == "frozen":
+        some = torch.from_numpy(data.validation.pixels[:2]).to(task.device)
+        logger.debug("%d norms are folded", fold_norms(task.network, to_float(some, data.mean, data.std)))
 
 
 # ---- what changes from step to step

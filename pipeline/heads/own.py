@@ -8,7 +8,7 @@ from pipeline.config import guess
 from pipeline.errors import HeadError, number_of
 from pipeline.heads.head import Head, configure
 from pipeline.heads.tuning.evaluation import Evaluator
-from pipeline.io.imports import users_module
+from pipeline.io.process import users_module
 
 
 def load_own(path: str) -> Head:

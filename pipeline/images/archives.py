@@ -52,7 +52,7 @@ _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EO
 
 
 class Refused(NamedTuple):
-    """A member that is not read: a status of a failure, and the reason."""
+    """A file that is not read: a status of a failure, and the reason."""
 
     status: str
     reason: str
@@ -112,13 +112,7 @@ def inside(path: str) -> tuple[str, str] | None:
 
 
 def open_archive(path: str) -> Archive:
-    """Return the members of an archive, indexed once for as long as the file stays the same.
-
-    Raises
-    ------
-    OSError
-        When it is none, is damaged beyond use, or cannot be read.
-    """
+    """Return the members of an archive, indexed once for as long as the file stays the same; OSError where that is not possible."""
     known = _OPEN.get(path)
     stat = known.stat if known is not None and address_of(path) else _stat(path)  # remote ones until `forget`
     if known is None or known.stat != stat:
@@ -140,10 +134,7 @@ def forget(root: str) -> None:
 def entries(path: str) -> Mapping[str, Entry]:
     """Return what a folder inside an archive, or a remote folder, holds.
 
-    Raises
-    ------
-    OSError
-        FileNotFoundError where there is none, NotADirectoryError where it is a file.
+    FileNotFoundError where there is none, NotADirectoryError where it is a file.
     """
     found = inside(path)
     if found is None:
@@ -159,10 +150,7 @@ def entries(path: str) -> Mapping[str, Entry]:
 def read_elsewhere(path: str, most: int | None = None) -> bytes:
     """Read a file inside an archive, or a remote one: whole, or so many bytes of its start.
 
-    Raises
-    ------
-    OSError
-        Also for a member that is damaged, or larger than `MOST_BYTES`.
+    OSError also for a member that is damaged, or larger than `MOST_BYTES`.
     """
     found = inside(path)
     if found is None or not found[1]:
@@ -223,11 +211,7 @@ def _indexed(path: str, stat: Stat) -> Archive:
     raise OSError(None, "it is no zip, tar or Parquet file")
 
 
-_COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}
+_COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 def _name(path: str) -> str:

@@ -27,13 +27,22 @@ from typing import Final
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from pipeline.errors import DatasetError
-from pipeline.images.kinds import READ, START_BYTES, Kind, kind_of, reads_heic
-from pipeline.images.png import is_transparent, odd_transparency, pixels_only
-from pipeline.images.reading import ImageProblem
-from pipeline.images.tiff import TiffPixels, silence_libtiff
+from pipeline.images.formats import (
+    READ,
+    START_BYTES,
+    ImageProblem,
+    Kind,
+    TiffPixels,
+    is_transparent,
+    kind_of,
+    odd_transparency,
+    pixels_only,
+    reads_heic,
+    silence_libtiff,
+)
 from pipeline.io.digests import fingerprint
 
 DECODE_POLICY: Final[Mapping[str, str | int]] = {
@@ -95,18 +104,18 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
     With `at_least` given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps that many
     pixels: the decoder then works on fewer coefficients, which saves most of the time of a large photo.
 
-    Raises
-    ------
-    ImageProblem
-        When it is broken, truncated, too large, or of a kind that is not supported.
-    DatasetError
-        When the process has told Pillow to accept truncated files, so that no result could be trusted.
+    ImageProblem when it is broken, truncated, too large, or of a kind that is not supported; DatasetError when the process has told
+    Pillow to accept truncated files, so that no result could be trusted.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DatasetError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True in this process: truncated images would pass as whole; leave it False"
         )
-    kind = _readable_kind(data)
+    kind = kind_of(data[:START_BYTES])
+    if kind is None:
+        raise ImageProblem("unreadable", NO_IMAGE if data else "the file is empty")
+    if kind.refusal:
+        raise ImageProblem("unsupported_format", kind.refusal)
     try:
         try:
             return _decode(data, kind, max_pixels, at_least)
@@ -124,18 +133,12 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
         raise _problem(data, kind, error) from None
 
 
-def _readable_kind(data: bytes) -> Kind:
-    kind = kind_of(data[:START_BYTES])
-    if kind is None:
-        raise ImageProblem("unreadable", NO_IMAGE if data else "the file is empty")
-    if kind.refusal:
-        raise ImageProblem("unsupported_format", kind.refusal)
-    return kind
-
-
 def _decode(data: bytes, kind: Kind, max_pixels: int, at_least: int | None) -> NDArray[np.uint8]:
     tiff = _tiff(data) if kind.format == "TIFF" else None
-    with _open(data, kind) as image:
+    if kind.format not in Image.OPEN:
+        Image.init()
+    # By its own decoder and no other, which says what is wrong with it.
+    with Image.OPEN[kind.format][0](io.BytesIO(data), "") as image:
         _require_modest(image, max_pixels)
         pixels = _jpeg(data, image, at_least)
         if pixels is None:
@@ -147,10 +150,7 @@ def _decode(data: bytes, kind: Kind, max_pixels: int, at_least: int | None) -> N
 def decode_opened(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
     """Return the RGB pixels of an image that Pillow has opened or made, by the policy above: (height, width, 3), uint8.
 
-    Raises
-    ------
-    ImageProblem
-        As `decode` does.
+    ImageProblem as from `decode`.
     """
     try:
         _require_modest(image, max_pixels)
@@ -171,15 +171,11 @@ def _require_modest(image: Image.Image, max_pixels: int) -> None:
 
 
 def _upright(pixels: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]:
-    method = _ORIENTATIONS.get(_orientation(image))
+    try:
+        method = _ORIENTATIONS.get(int(image.getexif().get(_ORIENTATION_TAG, 1)))
+    except Exception:  # any damage to metadata is no reason to lose the pixels
+        method = None
     return pixels if method is None else np.asarray(Image.fromarray(pixels).transpose(method))
-
-
-def _open(data: bytes, kind: Kind) -> ImageFile.ImageFile:
-    """Open an image by its own decoder and no other, which says what is wrong with it."""
-    if kind.format not in Image.OPEN:
-        Image.init()
-    return Image.OPEN[kind.format][0](io.BytesIO(data), "")
 
 
 def _tiff(data: bytes) -> TiffPixels:
@@ -215,14 +211,6 @@ def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.u
             raise ImageProblem("truncated", f"some of its data are missing or damaged ({error})") from None
         return None  # anything else that is odd: Pillow knows whether it matters, and says what it is
     return pixels if colours == "RGB" else None
-
-
-def _orientation(image: Image.Image) -> int:
-    """The orientation tag; 1, upright, when there is none or EXIF is broken."""
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # any damage to metadata is no reason to lose the pixels
-        return 1
 
 
 def _to_rgb(data: bytes, image: Image.Image, tiff: TiffPixels | None) -> Image.Image:
@@ -269,7 +257,7 @@ def _problem(data: bytes, kind: Kind, error: Exception) -> ImageProblem:
     if kind.format == "TIFF":
         with suppress(Exception):  # its tags may be what is damaged
             tiff = TiffPixels.read(data)
-            if _UNKNOWN_PIXELS.search(text) or not tiff.has_known_compression:
+            if _UNKNOWN_PIXELS.search(text) or tiff.compression not in TiffImagePlugin.COMPRESSION_INFO:
                 return _not_read(tiff)
     if isinstance(error, EOFError) or _CUT_OFF.search(text):
         return ImageProblem("truncated", f"its end is missing ({text})")

@@ -33,7 +33,7 @@ from pipeline.evaluation.learning_curve import (
 )
 from pipeline.experiment import Artifacts
 from pipeline.heads import RIDGE, configure
-from pipeline.io.imports import instead
+from pipeline.io.process import instead
 
 MOST_IMAGES = 20_000
 """Images whose features are read."""

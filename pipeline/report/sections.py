@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_fscore_support
 
+from pipeline.data.classes import MultiLabel
 from pipeline.data.index import LABEL
-from pipeline.data.labels import MultiLabel
 from pipeline.data.numbers import LEVEL, Regression
 from pipeline.data.targets import TARGETS, Classification
 from pipeline.errors import PipelineError

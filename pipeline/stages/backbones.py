@@ -53,17 +53,11 @@ class Row:
 
 
 def run(word: str = "") -> list[str]:
-    """Return a table of all that has the word in its row; without a word of what is here, and how many more there are.
-
-    Raises
-    ------
-    BackboneError
-        When nothing has the word.
-    """
+    """Return a table of all that has the word in its row, which something must; without a word of what is here, and how many more there are."""
     found = rows()
-    shown = [
-        row for row in found if (word.lower() in " ".join(row.cells(False)).lower() if word else row.where == HERE)
-    ]
+    shown = [row for row in found if row.where == HERE]
+    if word:
+        shown = [row for row in found if word.lower() in " ".join(row.cells(False)).lower()]
     if not shown:
         raise BackboneError(
             f"no network, weights, family or licence has {word!r} in its name; leave it out to see what is here"

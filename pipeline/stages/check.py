@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from pipeline import heads as head_table
 from pipeline.config import BackboneConfig, Config, names_vectors
 from pipeline.data import check_failures
-from pipeline.data.scan import require_its_own, scan
+from pipeline.data.scan import fold_warnings, missing_side, require_its_own, scan
 from pipeline.data.sources import needs_download
-from pipeline.data.summary import fold_warnings, missing_side
 from pipeline.data.targets import kind_of
 from pipeline.embed import baselines
 from pipeline.embed.engines import require_arithmetic
@@ -27,27 +26,18 @@ from pipeline.stages import targets
 def run(config: Config, place: Path | None = None) -> list[str]:
     """Look at the heads, the backbones and the data, and return what was found.
 
-    `place` is where the index of the data is kept, for a run that is to follow; otherwise nothing is written.
-
-    Raises
-    ------
-    PipelineError
-        With every problem of every part, one line each.
+    `place` is where the index of the data is kept, for a run that is to follow; otherwise nothing is written. The error has every
+    problem of every part, one line each.
     """
-    lines: list[str] = []
-    problems: list[str] = []
+    lines, problems = list[str](), list[str]()
     for part in (_heads, _backbones, _machine, _finetuning, partial(_data, place=place)):
-        _collect(part, config, lines, problems)
+        try:
+            lines += part(config)
+        except PipelineError as error:
+            problems += error.problems or [error.message]
     if problems:
         raise PipelineError(f"{number_of(len(problems), 'problem')}; nothing was embedded or trained", problems)
     return [*lines, "the config is valid and the data can be used"]
-
-
-def _collect(part: Callable[[Config], list[str]], config: Config, lines: list[str], problems: list[str]) -> None:
-    try:
-        lines += part(config)
-    except PipelineError as error:
-        problems += error.problems or [error.message]
 
 
 def _heads(config: Config) -> list[str]:

@@ -58,50 +58,30 @@ class CleanRun:
 
 
 def run(config: Config, output: Path) -> CleanRun:
-    """Write the manifest of an experiment whose heads are tuned.
-
-    Raises
-    ------
-    PipelineError
-        When the heads are not tuned, or `output` is there, which somebody may have edited.
-    """
+    """Write the manifest of an experiment whose heads are tuned; never over one that is there, which somebody may have edited."""
     if output.exists():
         raise DatasetError(f"{output}: is there already, and may have been edited; name another file with --output")
     require_place(output)
     files, data = Artifacts(config.output, config.store), config.dataset
-    index, findings, issues = (
-        DatasetIndex.read(files.dataset),
-        read_findings(files.audit),
-        gather(files.root).label_issues,
-    )
+    index, findings = DatasetIndex.read(files.dataset), read_findings(files.audit)
+    issues = gather(files.root).label_issues
     rows = Rows.of(index, findings, issues)
-    header = [
-        data.path_column or "path",
-        *data.label_columns,
-        data.split_column or "split",
-        data.group_column or "group",
-    ]
-    text = io.StringIO(newline="")
-    writer = csv.writer(
-        text, lineterminator="\n"
-    )  # no signs put before formulas: who reads it takes every cell as it is
-    writer.writerow([*header, "change", "reason"])
+    placed = (data.split_column or "split", data.group_column or "group")
+    header = [data.path_column or "path", *data.label_columns, *placed, "change", "reason"]
     labels = [index.column(name) for name in index.names]
-    writer.writerows(
-        zip(index.paths, *labels, rows.splits, rows.groups, rows.changes, map("; ".join, rows.reasons), strict=True)
-    )
+    reasons = map("; ".join, rows.reasons)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")  # with no sign before formulas: who reads it takes a cell as it is
+    writer.writerow(header)
+    writer.writerows(zip(index.paths, *labels, rows.splits, rows.groups, rows.changes, reasons, strict=True))
     write_text_atomic(output, text.getvalue())
     section = data.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
     section |= {"source": "manifest", "path": str(output), "root": str(index.root)}
     section |= {"label_separator": SEPARATOR} if data.label_separator else {}
     changes = {"dataset": json.dumps(section, ensure_ascii=False), "output": str(files.root.parent / output.stem)}
-    arguments = " ".join(
-        [quote(str(files.config)), *(f"--set {quote(f'{key}={value}')}" for key, value in changes.items())]
-    )
-    doubted, grouped = len(issues.found) - rows.suspicious, rows.changes.count(GROUPED)
-    return CleanRun(
-        output, len(index), rows.suspicious, doubted, rows.alike, grouped, len(findings.outliers), arguments
-    )
+    arguments = [quote(str(files.config)), *(f"--set {quote(f'{key}={value}')}" for key, value in changes.items())]
+    doubted, grouped, odd = len(issues.found) - rows.suspicious, rows.changes.count(GROUPED), len(findings.outliers)
+    return CleanRun(output, len(index), rows.suspicious, doubted, rows.alike, grouped, odd, " ".join(arguments))
 
 
 @dataclass

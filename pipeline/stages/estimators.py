@@ -30,12 +30,7 @@ class Classifier:
         """Load a bundle's folder, or the best head of an output folder; of images that it is given it keeps nothing.
 
         It has `predict`, `predict_proba` and `classes_`, for a path, a PIL image or an array, or a sequence of these. `trust` allows
-        what can run code of whoever made it: a joblib bundle, or a network of code.
-
-        Raises
-        ------
-        PipelineError
-            When there is no bundle, or it says numbers.
+        what can run code of whoever made it: a joblib bundle, or a network of code. BundleError for a head that says numbers.
         """
         return _load(folder, "Regressor", True, device, trust)
 
@@ -63,13 +58,7 @@ def best_estimator(
 
     Fitted anew, as on each fold of `cross_val_score`, it learns from images and their labels; the head's parameters stay. Several
     embeddings side by side are a `FeatureUnion`. `store` : as that of `Embedder`; "experiment" is where the experiment keeps its
-    vectors, None for a bundle alone.
-
-    Raises
-    ------
-    PipelineError
-        When there is no bundle, it cannot be loaded, or there are several targets to choose from. A network is loaded at the first
-        image.
+    vectors, None for a bundle alone. Of several targets one must be chosen. A network is loaded at the first image.
     """
     folders = find_bundles(Path(folder))
     if len(folders) > 1:

@@ -20,7 +20,7 @@ from pipeline.export.bundle import SMALLEST_PROBABILITY, ModelBundle
 from pipeline.heads import HEADS, Layer, as_layer
 from pipeline.images import Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.io.remote import absolute
 from pipeline.report import explained
 from pipeline.report.explained import Explained, Near

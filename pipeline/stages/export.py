@@ -19,9 +19,9 @@ from pipeline.export import EXPORTS, Model, Networks, Photo
 from pipeline.export import bundle as bundles
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.stages import settings
-from pipeline.stages.predict import find_bundles
+from pipeline.stages.predict import experiment_around, find_bundles, records_of
 
 MOST_IMAGES = 256
 """Test images that an export is proven on; of more they are evenly spread."""
@@ -34,12 +34,7 @@ def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, tru
     """Write a head with its network into files of some kinds, by the names of `EXPORTS`; return lines on each.
 
     `experiment` is an output folder, its config, or a bundle's folder, of several targets the best head of each; `row` names another, as
-    `embedding/head`. Each file is proven on the experiment's test images before it is written.
-
-    Raises
-    ------
-    PipelineError
-        When there is no such head, a package or the images are missing, or the file does not say what `predict` says.
+    `embedding/head`. Each file is proven on the experiment's test images before it is written, or is not written.
     """
     if not files:
         raise PipelineError(f"say what to export: {', '.join(f'--{name} FILE' for name in EXPORTS)}")
@@ -49,9 +44,8 @@ def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, tru
     if experiment.suffix in (".yaml", ".yml"):
         experiment = Path(settings.load(experiment).output)
     folders = _rows(experiment, row) if row else find_bundles(experiment)
-    model = opened(
-        {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}, trust_code
-    )
+    heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
+    model = opened(heads, trust_code)
     index = test_images(next(iter(folders.values())))
     ways = {embedder.preprocessing for embedder in model.networks.embedders}
     lines = [f"head    {folder}" for folder in folders.values()]
@@ -68,11 +62,8 @@ def _rows(experiment: Path, row: str) -> dict[str, Path]:
     """Return the bundle of a row of the leaderboard, of each target by its name."""
     found = {}
     for target, folder in (Artifacts(experiment).each_target() or {"": experiment}).items():
-        able = {
-            each.key: folder / each.bundle
-            for each in read_leaderboard(folder).rows
-            if each.bundle and not each.constant
-        }
+        rows = read_leaderboard(folder).rows
+        able = {each.key: folder / each.bundle for each in rows if each.bundle and not each.constant}
         if row not in able:
             raise HeadError(f"--row: {unknown('row', row, list(able))}")
         found[target] = able[row]
@@ -81,11 +72,7 @@ def _rows(experiment: Path, row: str) -> dict[str, Path]:
 
 def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
     """Open the networks of some heads, each once, and also in torch's float32 those that `predict` has in bf16 or by OpenVINO."""
-    if not all(part.embedding for head in heads.values() for part in head.parts):
-        raise BundleError("this head is the constant guess, which looks at no image; name another with --row")
-    records = {
-        target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
-    }
+    records = records_of(heads, dict.fromkeys(heads, Path("this head")))
     networks = Networks(*open_networks(records, "cpu", trust_code=trust_code))
     exact = {target: list(map(_in_torch, own)) for target, own in records.items()}
     if exact == records:
@@ -101,9 +88,8 @@ def _in_torch(record: EmbeddingRecord) -> EmbeddingRecord:
 
 def test_images(bundle: Path) -> DatasetIndex:
     """Return the test images of the experiment that a bundle is of."""
-    for files in map(Artifacts, bundle.absolute().parents):
-        if (files.dataset / "index.csv").exists():
-            return DatasetIndex.read(files.dataset).select("test")
+    if files := experiment_around(bundle):
+        return DatasetIndex.read(files.dataset).select("test")
     raise BundleError(
         f"{bundle}: has no experiment around it, whose test images an export is proven on; export it where it was made"
     )

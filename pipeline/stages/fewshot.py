@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from pipeline.evaluation.fewshot import FewShot, Labelled, Plan
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import fingerprint
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -54,13 +54,7 @@ def run(
     episodes: int = 600,
     embedding: str | None = None,
 ) -> FewShotRun:
-    """Measure every method on episodes of the stored features, or read what was measured of the same.
-
-    Raises
-    ------
-    PipelineError
-        When stage one has not been run for this config, or no class has images for a single shot.
-    """
+    """Measure every method on episodes of the stored features, or read what was measured of the same."""
     if episodes < LEAST_EPISODES:
         raise ConfigError(f"{episodes} episodes give no interval; expected {LEAST_EPISODES} at least, set --episodes")
     files = Artifacts(config.output)
@@ -78,11 +72,16 @@ def run(
         )
     shots = sorted({*shots})
     key = fingerprint({"version": VERSION, "index": made_of, "store": store.digest, "shots": shots, **asdict(plan)})
-    known = _known(files.few_shot, key)
-    if known is not None:
-        return FewShotRun(known, files)
+    with suppress(PipelineError, OSError):
+        known = fewshot.read(files.few_shot)
+        if known.key == key:
+            return FewShotRun(known, files)
     images = Labelled(store.read(used.digests), target.encode(used), used.fold_groups())
-    points, notes = list[fewshot.Point](), [*_fine_tuned(record)]
+    points, notes = list[fewshot.Point](), list[str]()
+    if record.spec.trained_on is not None:
+        notes.append(
+            "The network was fine-tuned on other images of these classes: they are new images to it, but no new classes."
+        )
     with bar(len(shots), "numbers of shots", "few-shot") as progress:
         for count in shots:
             found, said = fewshot.measure(images, plan, count)
@@ -109,20 +108,3 @@ def _usable(index: DatasetIndex, record: EmbeddingRecord, store: FeatureStore, s
         log.info("episodes are drawn from %d of %d images", MOST_IMAGES, len(used))
         used = used.rows(np.sort(stratified_order(used.labels.astype(str), seed)[:MOST_IMAGES]))
     return used
-
-
-def _fine_tuned(record: EmbeddingRecord) -> list[str]:
-    if record.spec.trained_on is None:
-        return []
-    return [
-        "The network was fine-tuned on other images of these classes: they are new images to it, but no new classes."
-    ]
-
-
-def _known(path: Path, key: str) -> FewShot | None:
-    """Return what was measured of the same, if it can be read."""
-    try:
-        found = fewshot.read(path)
-    except (PipelineError, OSError):
-        return None
-    return found if found.key == key else None

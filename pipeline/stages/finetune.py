@@ -86,7 +86,7 @@ def run(config: Config) -> FinetuneRun:
     task, data = _make_task(config, network, layer, parts, folder)
     handed_over = copy_weights(task.network)
     trained = train(task, data, Run(folder, key))
-    path = return_path(task, data, handed_over, trained.weights)
+    path = return_path(task, data, handed_over, trained.weights, trained.score)
     lineage = parent.joined(parts.train.digests, parts.validation.digests)
     description = describe(
         name=network.name,

@@ -19,7 +19,7 @@ from pipeline.config import Config, Overrides
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
-from pipeline.io.engine import Engine
+from pipeline.io.remote import Engine
 from pipeline.stages import settings, targets, train_heads
 from pipeline.stages.train_heads import HeadsRun
 
@@ -135,12 +135,7 @@ def settings_of(
     budget: str | None = None,
     output: str | Path | None = None,
 ) -> Config:
-    """Return the config of photos, or a config file's, with what was said besides: columns to learn, time, where results go.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Return the config of photos, or a config file's, with what was said besides: columns to learn, time, where results go."""
     config = settings.load(given, overrides)
     if target and config.dataset.source != "manifest":
         raise ConfigError(
@@ -154,13 +149,7 @@ def settings_of(
 
 
 def run(config: Config) -> Iterator[str]:
-    """Look, embed, tune, compare, write the page; yield what is found as it is, and at the end what to do next.
-
-    Raises
-    ------
-    PipelineError
-        As `check`, `features` and `heads` do; what was finished before is kept.
-    """
+    """Look, embed, tune, compare, write the page; yield what is found as it is, and at the end what to do next."""
     from pipeline.stages import check, extract
 
     files = Artifacts(config.output, config.store)

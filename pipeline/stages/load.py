@@ -51,11 +51,6 @@ def load(path: str | Path, split: str | None = None, embedding: str | None = Non
     `split` : 'train', 'validation', 'test' or 'excluded'; all but the excluded images when not given.
     `embedding` : its name; may be left out where there is one backbone. Images without a vector are left out.
     Returns X, float32 of shape (n, dim), and y, paths and groups (or None), object (str) of shape (n,).
-
-    Raises
-    ------
-    PipelineError
-        When there are no features, several embeddings to choose from, or a packed file lacks the column asked for.
     """
     path = Path(path)
     images, opened = open_images(path if path.is_file() else Artifacts(path), embedding)
@@ -83,10 +78,7 @@ def open_images(
 ) -> tuple[ImageTable, FeatureStore]:
     """Return the images of an experiment that have a vector of one embedding, or of a packed file, and the open store.
 
-    Raises
-    ------
-    PipelineError
-        When there are no features, they are of another index, or there are several embeddings: `option` is how to name one.
+    Of several embeddings one must be named; `option` is how.
     """
     if isinstance(source, Path):
         return read_packed_index(source), FeatureStore.open(source)

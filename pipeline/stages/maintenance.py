@@ -14,11 +14,10 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests, read_failures
-from pipeline.data.match import Texts
-from pipeline.data.scan import scan
+from pipeline.data.index import Texts
+from pipeline.data.reading import CACHE_FILE
+from pipeline.data.scan import described, scan
 from pipeline.data.sources import needs_download
-from pipeline.data.statcache import CACHE_FILE
-from pipeline.data.summary import described
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.published import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, open_record, read_records, require_index

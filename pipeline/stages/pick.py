@@ -80,11 +80,6 @@ def run(
     """Pick images of a data set without labels, which is embedded first, and write them as a CSV file.
 
     `place` is the experiment of the images that have labels, as `similar` takes it. `trust` loads a head that is a pickle.
-
-    Raises
-    ------
-    PipelineError
-        When there is no such experiment, or no image that has no label yet.
     """
     if output.exists():
         raise DatasetError(f"{output}: is there already, and may have labels; name another file with --output")

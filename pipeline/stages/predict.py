@@ -10,9 +10,10 @@ import csv
 import io
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import checked_device, names_vectors
-from pipeline.data import REMARKS, Failure
-from pipeline.data.shards import archives_of, is_pattern
-from pipeline.data.summary import passed_over_lines
+from pipeline.data import REMARKS, DatasetIndex, Failure
+from pipeline.data.failures import shown as as_named
+from pipeline.data.folder import archives_of, is_pattern
+from pipeline.data.index import INDEX_FILE
+from pipeline.data.scan import passed_over_lines
 from pipeline.data.targets import Target
 from pipeline.data.walk import Walk, is_folder
 from pipeline.embed.baselines import no_network
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, Places, open_networks
 from pipeline.errors import BundleError, ConfigError, DatasetError, first, number_of
+from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import REFIT, Artifacts, read_document, to_cell
 from pipeline.export import bundle as bundles
@@ -37,10 +41,9 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.export.strangers import Strangers, names, open_strangers
 from pipeline.images import forget
 from pipeline.io.files import growing, require_place
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 from pipeline.io.remote import absolute, address_of
 from pipeline.stages import settings
-from pipeline.stages.agreement import Agreement
 from pipeline.store.share import read_vectors
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ MANY = 4096
 """Vectors that a head is given at a time, where they come of a file."""
 EXAMPLES = 5
 """Reasons told when no image can be read."""
+MOST_CLASSES = 20
+"""Classes of which it is told how often their folders agree, the worst first."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,12 @@ class Model:
 
     def vectors(self, made: Sequence[Part]) -> list[NDArray[np.float32]]:
         """Return the vectors of n images for each part of the head, float32 of shape (n, dim), of what all lanes made of them."""
-        return [
-            np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1) for blocks in self.places
-        ]
+        return [together(made, blocks) for blocks in self.places]
+
+
+def together(made: Sequence[Part], blocks: Places) -> NDArray[np.float32]:
+    """Return vectors of n images, float32 of shape (n, dim), by the lane and output of each block."""
+    return np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1)
 
 
 def run(
@@ -144,14 +152,7 @@ def run(
     of each, on images that are read once. `max_pixels` is the experiment's where it is not given. `unknown` marks images of no known
     class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases.
     `explain` is a folder for pages on why the first images got their labels. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
-
-    Raises
-    ------
-    PipelineError
-        When the bundle or an image path is not there, the backbone that made the head's features is not to be had, or no
-        image can be read; the rows are written in that last case too.
-    OSError
-        When `output` cannot be written, which is found before the work where it can be.
+    Where no image can be read the rows are written too, before the error. That `output` cannot be written is found before the work.
     """
     try:
         checked_device(device)
@@ -162,9 +163,7 @@ def run(
     require_place(output)
     taken = records_of(heads, folders)
     if explain is not None:
-        from pipeline.stages import (
-            explain as explaining,
-        )  # which finds neighbours by `similar`, which imports this module
+        from pipeline.stages import explain as explaining  # finds neighbours by `similar`, which imports this module
 
         explaining.require(heads, explain)
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
@@ -181,20 +180,21 @@ def run(
         total, given, batches = sum(len(X) for *_, X in files), _names_in(files), _vectors_in(files)
     else:
         images = expanded(images)
-        require_all(images)
-        embedders, places = open_networks(taken, device, trust_code=trust_code)
-        lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
-        models = [Model(head, places[name], strangers[name]) for name, head in heads.items()]
-        walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
+        walks = [Walk(path) for path in images if is_folder(path)]
         total = sum(1 for _ in images_in(images, walks))
         unread, passed_over = _passed_over(walks)
         if not total and not unread:
             raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
-        listed = images_in(images, [replace(walk, entries=[], ignored=Counter()) for walk in walks])
+        embedders, places = open_networks(taken, device, trust_code=trust_code)
+        lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
+        models = [Model(head, places[name], strangers[name]) for name, head in heads.items()]
+        listed = images_in(images, [Walk(walk.root) for walk in walks])
         to_explain = list(islice(listed, explaining.MOST if explain is not None else 0))
         given, ahead = tee(chain(to_explain, listed))
         limit = max_pixels or max(record.max_pixels for record in records)
-        batches = embed(lanes, _items(ahead, len(lanes)), Path("/"), limit)
+        every = tuple(range(len(lanes)))
+        items = (Item(number, absolute(path), None, every) for number, path in enumerate(ahead))
+        batches = embed(lanes, items, Path("/"), limit)
 
     def outcomes() -> Iterator[list[Row]]:
         for batch, parts in batches:
@@ -246,14 +246,13 @@ def find_bundles(path: Path) -> dict[str, Path]:
 
 def records_of(heads: Mapping[str, ModelBundle], folders: Mapping[str, Path]) -> dict[str, list[EmbeddingRecord]]:
     """Return the embeddings that the parts of each head take; BundleError for the constant guess, which takes none."""
+    found = dict[str, list[EmbeddingRecord]]()
     for target, head in heads.items():
         if not all(part.embedding for part in head.parts):
-            raise BundleError(
-                f"{folders[target]}: is the constant guess, which looks at no image; name another bundle's folder"
-            )
-    return {
-        target: [EmbeddingRecord.from_dict(part.embedding) for part in head.parts] for target, head in heads.items()
-    }
+            problem = "is the constant guess, which looks at no image; name another bundle's folder"
+            raise BundleError(f"{folders[target]}: {problem}")
+        found[target] = [EmbeddingRecord.from_dict(part.embedding) for part in head.parts]
+    return found
 
 
 Vectors = tuple[Path, NDArray[np.object_] | None, NDArray[np.float32]]
@@ -276,11 +275,9 @@ def _vectors_in(files: Sequence[Vectors]) -> Iterator[tuple[Batch, list[Part | N
 def find_bundle(path: Path) -> Path:
     """Return a bundle's folder: the path itself, or the best one of an experiment's output folder."""
     files = Artifacts(path)
-    if (path / "bundle.json").exists():
-        return path
     if files.refitted.exists():
-        return path / first_refitted(files.refitted)
-    if not files.leaderboard.exists():
+        return path / _first_refitted(files.refitted)
+    if (path / "bundle.json").exists() or not files.leaderboard.exists():
         return path
     board = read_leaderboard(path)
     best = next((row for row in board.rows if row.bundle is not None and not row.constant), None)
@@ -293,8 +290,8 @@ def find_bundle(path: Path) -> Path:
     return path / best.bundle
 
 
-def first_refitted(path: Path) -> str:
-    """Return the folder of the head that a `refit.json` says to use; the error of its kind where it names none inside."""
+def _first_refitted(path: Path) -> str:
+    """Return the folder of the head that a `refit.json` says to use, which must lie beside it."""
     try:
         bundle = str(read_document(path, REFIT)["heads"][0]["bundle"])
     except (KeyError, IndexError, TypeError):
@@ -304,38 +301,42 @@ def first_refitted(path: Path) -> str:
     return bundle
 
 
+def experiment_around(bundle: Path) -> Artifacts | None:
+    """Return the experiment that a bundle lies in, or that is named in its place."""
+    place = Path(os.path.abspath(bundle))
+    around = map(Artifacts, (place, *place.parents))
+    return next((files for files in around if (files.dataset / INDEX_FILE).exists()), None)
+
+
 def expanded(paths: Sequence[Path]) -> list[Path]:
-    """Return the paths with the archives that a pattern means in its place."""
+    """Return the paths with the archives that a pattern means in its place; DatasetError with one line for each that is not there."""
     for path in paths:
         forget(str(path))
     found = [archives_of(path) if is_pattern(str(path)) else (path, [""]) for path in paths]
-    return [folder / name for folder, names in found for name in names]
-
-
-def require_all(paths: Sequence[Path]) -> None:
-    """See that every path is there; DatasetError with one line for each that is not."""
+    paths = [folder / name for folder, names in found for name in names]
     missing = [shown(address_of(path) or str(path)) for path in paths if is_folder(path) is None]
     if missing:
         raise DatasetError("no such file or folder", missing)
+    return paths
 
 
 def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
     """Yield the files named, and every image in the folders named, by one walk for each; each once, in order."""
     seen: set[str] = set()
     left = iter(walks)
+    files: Iterable[str]
     for path in paths:
-        for file in _images(next(left)) if is_folder(path) else (address_of(path) or str(path),):
+        if is_folder(path):
+            walk = next(left)
+            files = (_full(walk, folder + name) for folder, found in walk.below() for name in sorted(found.images))
+        else:
+            files = [address_of(path) or str(path)]
+        for file in files:
             if len(paths) > 1:  # one folder has no file twice, and millions of names are memory
                 if file in seen:
                     continue
                 seen.add(file)
             yield file
-
-
-def _images(walk: Walk) -> Iterator[str]:
-    for folder, found in walk.below():
-        for name in sorted(found.images):
-            yield _full(walk, folder + name)
 
 
 def _full(walk: Walk, path: str) -> str:
@@ -370,28 +371,20 @@ def csv_header(targets: Mapping[str, Target], top: int, more: Sequence[str] = ()
     cells = ["path", "status"]
     for name, target in targets.items():
         first, *others = target.csv_columns(top)
-        cells += (
-            [name, *(f"{name}_{other.removeprefix(f'{first}_')}" for other in others)] if name else [first, *others]
-        )
+        cells += [name or first, *(f"{name}_{other.removeprefix(f'{first}_')}" if name else other for other in others)]
     return to_lines([[*cells, *more]])
 
 
 def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
-    """Return the lines of some rows, without the first; a cell that a spreadsheet would run begins with `'`."""
-    nothing: Said = (None, None)
-    return to_lines(
-        [
-            row.path,
-            row.status,
-            *(
-                cell
-                for target, said in zip(targets.values(), row.said or [nothing] * len(targets), strict=True)
-                for cell in target.csv_cells(*said, top)
-            ),
-            *(row.strange or [""] * len(more)),
-        ]
-        for row in rows
-    )
+    """Return the lines of some rows, without the first."""
+
+    def cells(row: Row) -> Iterator[str]:
+        yield from (row.path, row.status)
+        for target, said in zip(targets.values(), row.said or [(None, None)] * len(targets), strict=True):
+            yield from target.csv_cells(*said, top)
+        yield from row.strange or [""] * len(more)
+
+    return to_lines(map(cells, rows))
 
 
 def to_lines(rows: Iterable[Iterable[str]]) -> str:
@@ -399,10 +392,6 @@ def to_lines(rows: Iterable[Iterable[str]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(map(to_cell, row) for row in rows)
     return text.getvalue()
-
-
-def _items(paths: Iterable[str], lanes: int) -> Iterator[Item]:
-    return (Item(number, absolute(path), None, tuple(range(lanes))) for number, path in enumerate(paths))
 
 
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:
@@ -419,9 +408,84 @@ def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], mode
             of_all = None if probabilities is None else probabilities[place]
             said.setdefault(row, []).append((labels[place], of_all))
     for row in range(len(batch.items)):
-        path = shown(next(given))
-        if row in said:
-            yield Row(path, "ok", tuple(said[row]), tuple(strange[row]))
+        problem = batch.problems.get(row)
+        status = f"{problem.status}: {problem.reason}" if problem else "ok"
+        yield Row(shown(next(given)), status, tuple(said.get(row, ())), tuple(strange.get(row, ())))
+
+
+# ---- how often a head says what the folder of an image is called, where folders are called like its classes
+
+
+@dataclass
+class Agreement:
+    """Images counted by the folder they lie in, right below one of `roots`, and by the label that each target's head gives them.
+
+    Images that the head has learned from are counted apart: of those it says more than it can know.
+    """
+
+    roots: Sequence[str]
+    targets: Mapping[str, Target]
+    learned: frozenset[str] = frozenset()
+    """Where the training images of the experiment lie."""
+    said: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+    """Target -> (folder, label) -> images."""
+    of_training: Counter[str] = field(default_factory=Counter)
+    """Folder -> images that were learned from."""
+
+    @staticmethod
+    def of(images: Sequence[Path], bundle: Path, targets: Mapping[str, Target]) -> Agreement:
+        """Prepare for the images of some folders, and the bundle of an experiment or that experiment."""
+        roots, learned = [absolute(path) for path in images if is_folder(path)], list[str]()
+        if roots and (files := experiment_around(bundle)):
+            index = DatasetIndex.read(files.dataset)
+            root, taught = absolute(index.root), index.select("train", "validation")
+            if any(f"{a}/".startswith(f"{b}/") for each in roots for a, b in ((root, each), (each, root))):
+                learned = [f"{root}/{path}" for path in taught.paths]
+        exclusive = {name: target for name, target in targets.items() if target.exclusive}
+        return Agreement(roots, exclusive, frozenset(learned), {name: Counter() for name in exclusive})
+
+    def add(self, path: str, target: str, label: str) -> None:
+        """Count what the head of a target says of an image file."""
+        if target not in self.said:
+            return
+        whole = absolute(path)
+        root = next((each for each in self.roots if whole.startswith(f"{each}/")), None)
+        folder, inside, _ = whole[len(root or "") + 1 :].partition("/")
+        if root is None or not inside:
+            return
+        folder = unicodedata.normalize("NFC", as_named(folder))
+        if whole in self.learned:
+            self.of_training[folder] += target == next(iter(self.said))
         else:
-            problem = batch.problems[row]
-            yield Row(path, f"{problem.status}: {problem.reason}")
+            self.said[target][folder, label] += 1
+
+    def lines(self, target: str) -> Iterator[str]:
+        """Say how many are right, overall and by class; nothing where no folder is called like a class."""
+        if target not in self.said:
+            return
+        counts, classes = self.said[target], {*self.targets[target].classes}
+        images, right, wrong = Counter[str](), Counter[str](), dict[str, Counter[str]]()
+        for (folder, label), number in counts.items():
+            images[folder] += number
+            right[folder] += number * (folder == label)
+            wrong.setdefault(folder, Counter())[label] += number * (folder != label)
+        known = [folder for folder in images if folder in classes]
+        if not known and not classes & {*self.of_training}:
+            return
+        total, correct = sum(images[each] for each in known), sum(right[each] for each in known)
+        if total:
+            low, high = wilson(correct, total)
+            yield (
+                f"accuracy {100 * correct / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]: {correct:,} of {number_of(total, 'image')} are labelled as "
+                "their folders are called"
+            )
+        told = []
+        for name in sorted(known, key=lambda name: (right[name] / images[name], -images[name], name)):
+            often = [f"{count:,} as {label}" for label, count in wrong[name].most_common(2) if count]
+            told.append(f"  {name}: {right[name]:,} of {images[name]:,}" + f", {' and '.join(often)}" * bool(often))
+        yield from first(told, MOST_CLASSES)
+        if learned := sum(self.of_training[name] for name in classes):
+            yield f"not counted: {number_of(learned, 'training image')}, which the head has learned from"
+        if others := sorted({*images} - classes):
+            left = number_of(sum(images[each] for each in others), "image")
+            yield f"not counted: {left} in folders that are no known class: {', '.join(first(others, 5))}"

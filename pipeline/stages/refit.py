@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Config, unknown
+from pipeline.data.classes import class_columns, expand_scores
 from pipeline.data.targets import Target
 from pipeline.errors import BundleError, HeadError, PipelineError, number_of
 from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, compare, joined, metrics_for
@@ -26,14 +27,16 @@ from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_le
 from pipeline.evaluation.learning_curve import curve_from_scores, curve_sizes
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import REFIT, TARGETS, Artifacts, write_document
-from pipeline.heads import RIDGE, TABLES, Head, Params
+from pipeline.heads import RIDGE, TABLES, Head
 from pipeline.heads.tuning import fit_folds, growing, held_at, neighbours
+from pipeline.heads.tuning.records import FoldOutcome
 from pipeline.io.files import make_folder
 from pipeline.stages import targets
 from pipeline.stages.train_heads import Asked, ask
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import with_strangers
+from pipeline.stages.train_heads.task import Task
 from pipeline.stages.train_heads.vote import VOTE
 
 log = logging.getLogger(__name__)
@@ -60,7 +63,14 @@ class NewClass:
 
 @dataclass(frozen=True)
 class Refitted:
-    """One head fitted again, and the evidence for and against a new search; scores are higher where they are better."""
+    """One head fitted again, and the evidence for and against a new search; scores are higher where they are better.
+
+    `change` is of the test images that were test images before, with the same label: from `before` to `now`; `of_all` is of all there
+    are now. `expected` is what a learning curve lets expect of the images added, None without a curve or of other classes, to be
+    compared with `on_curve`, the change in its score; `ahead` what it lets expect of twice as many. `held_out` is the stored parameters'
+    score in cross-validation now, `gain` by how much the best of their neighbours is better, `best` what that has for another value;
+    the interval allows for having picked it.
+    """
 
     key: str
     """The row's name: `embedding/head`."""
@@ -72,34 +82,23 @@ class Refitted:
     """Training images before and now."""
     test: int
     same: int
-    """Test images that were test images before, with the same label."""
     before: float
-    """The stored head's score on the same test images."""
     now: float
     change: Paired
     of_all: float
-    """The refitted head's score on all test images."""
     new_classes: tuple[NewClass, ...]
     curve: str
-    """The score of the learning curve, which is of ridge."""
     expected: float | None
-    """What the curve lets expect of the added images; None without a curve, or of another set of classes."""
     on_curve: Paired
-    """`change` in the curve's score."""
     ahead: float | None
-    """What the curve lets expect of twice the training images there are now."""
     ahead_interval: Interval | None
     held_out: float
-    """The stored parameters' score in cross-validation on all training images there are now."""
     tried: int
-    """Neighbours of the stored parameters, judged in the same way."""
     best: Mapping[str, Any]
-    """What the best of them has for another value."""
     gain: float
     gain_interval: Interval
-    """By how much it is better, and the interval, which allows for having picked it."""
     shown: bool
-    """Whether that is beyond chance."""
+    """Whether the gain is beyond chance."""
     sound: bool
     seconds: tuple[float, float]
     """Of the fit, with its cross-validation and with what is strange to it; and of gathering the evidence."""
@@ -154,7 +153,8 @@ class Refitted:
 
 
 def _params(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()) or "no parameters"  # fmt: skip
+    values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in params.items()}
+    return ", ".join(f"{name}={value}" for name, value in values.items()) or "no parameters"
 
 
 def _told(each: NewClass) -> str:
@@ -178,7 +178,7 @@ class RefitRun:
         """What was made and found, and how to use it."""
         lines = []
         for name, heads in self.heads.items():
-            lines += [*([f"== {name} =="] if name else []), *(line for head in heads for line in head.lines())]
+            lines += [*targets.heading(name), *(line for head in heads for line in head.lines())]
         return [
             *lines,
             "",
@@ -190,12 +190,7 @@ class RefitRun:
 def run(config: Config, row: str | None = None) -> RefitRun:
     """Fit saved heads again on all training images that have features; a head that was fitted on the same is kept.
 
-    `row` is `embedding/head`, or `all`; the recommended one where it is not given.
-
-    Raises
-    ------
-    PipelineError
-        When there is no leaderboard, no such row, or what the row was made with is not asked for by the config any more.
+    `row` is `embedding/head`, or `all`; the recommended one where it is not given. The config must still ask for what it was made with.
     """
     folder, each = Artifacts(config.output).refit, targets.experiments(config)
     make_folder(folder)
@@ -233,11 +228,8 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     start = time.perf_counter()
     config, embedding, head = _asked_for(row, asked)
     fixed, before = held_at(head, row.params), Path(config.output) / str(row.bundle)
-    key, folder, vectors = (
-        row_key(fixed, embedding, config.seed),
-        files.bundle(embedding.name, head.name),
-        Vectors(embedding),
-    )
+    key, folder = row_key(fixed, embedding, config.seed), files.bundle(embedding.name, head.name)
+    vectors = Vectors(embedding)
     found = finished_row(folder, key) or make_row(fixed, embedding, vectors, config, files, key)
     with_strangers(Leaderboard((found,)), asked.task, asked.stores, files, config.seed)
     fitted = time.perf_counter()
@@ -300,7 +292,10 @@ def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions,
     try:
         y_true, y_pred = target.restored(before.labels), target.restored(before.predicted)
         if probabilities is not None:
-            probabilities = target.widened(probabilities, target.restored(before.classes))
+            places = class_columns(before.classes, target.classes)
+            if places.min(initial=0) < 0:
+                raise ValueError(before.classes)
+            probabilities = expand_scores(probabilities, places, target.width, "probability")
     except ValueError:
         raise HeadError(f"{key}: knows a class that no image has any more; run `manyheads heads` again") from None
     before = replace(now, y_true=y_true, y_pred=y_pred, probabilities=probabilities)
@@ -311,13 +306,11 @@ def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions,
 
 
 def _added(before: Target, said: HeadPredictions) -> tuple[NewClass, ...]:
-    found = []
-    for name in sorted(set(said.classes) - set(before.classes)) if before.exclusive else ():
+    def new(name: str) -> NewClass:
         own, in_training = said.test.labels == name, said.out_of_fold.labels == name  # type: ignore[union-attr]
-        found.append(
-            NewClass(name, int(own.sum() + in_training.sum()), int(own.sum()), int(said.test.correct[own].sum()))
-        )
-    return tuple(found)
+        return NewClass(name, int(own.sum() + in_training.sum()), int(own.sum()), int(said.test.correct[own].sum()))
+
+    return tuple(map(new, sorted(set(said.classes) - set(before.classes)) if before.exclusive else ()))
 
 
 def _curve_score(metric: Metric, target: Target) -> Metric:
@@ -354,47 +347,15 @@ def _learned(
 def _beside(
     head: Head, fixed: Head, embedding: Embedding, vectors: Vectors, metric: Metric, journal: Path, seed: int
 ) -> dict[str, Any]:
-    """Judge the stored parameters beside their neighbours by cross-validation on all training images there are now."""
-    stored, found = fixed.defaults, neighbours(head, fixed.defaults)
-    # Of many parameters some of each, not the first alone.
-    some = np.unique(np.linspace(0, max(0, len(found) - 1), min(len(found), MOST_NEIGHBOURS)).astype(int))
-    points = [stored, *(found[place] for place in some)]
-    answers, by_fold = _out_of_fold(head, points, embedding, vectors, metric, seed, journal / "neighbours.jsonl")
-    scores = {name: metric.score(said) for name, said in answers.items()}
-    own = scores.pop(STORED)
-    nothing = {"held_out": own, "tried": 0, "best": {}, "gain": 0.0, "gain_interval": (0.0, 0.0), "shown": False}
-    if not scores:
-        return nothing
-    best = max(scores, key=lambda name: scores[name])
-    better = scores[best] > own
-    first, other, sign = (best, STORED, 1) if better else (STORED, best, -1)
-    away = {each.key: each for each in compare(answers, first, folds=by_fold, seed=seed, metric=metric)}[other]
-    low, high = sorted(sign * end for end in away.interval)
-    return {
-        **nothing,
-        "tried": len(scores),
-        "best": {name: value for name, value in points[int(best)].items() if value != stored[name]},
-        "gain": sign * away.difference,
-        "gain_interval": (low, high),
-        "shown": better and not away.no_evidence,
-    }
+    """Judge the stored parameters beside their neighbours by cross-validation on all training images there are now.
 
-
-def _out_of_fold(
-    head: Head,
-    points: Sequence[Params],
-    embedding: Embedding,
-    vectors: Vectors,
-    metric: Metric,
-    seed: int,
-    journal: Path,
-) -> tuple[dict[str, Predictions], dict[str, list[float]]]:
-    """Return what each of some parameters says of all training images held out, and its scores by fold; by its place.
-
-    Parameters that cannot be fitted on every fold are left out.
+    Neighbours that cannot be fitted on every fold are left out.
     """
-    task, answers, by_fold = embedding.task, dict[str, Predictions](), dict[str, list[float]]()
-    narrowed, codes, _ = task.target.narrowed(task.y_train)
+    stored, others = fixed.defaults, neighbours(head, fixed.defaults)
+    # Of many parameters some of each, not the first alone.
+    some = np.unique(np.linspace(0, max(0, len(others) - 1), min(len(others), MOST_NEIGHBOURS)).astype(int))
+    points = [stored, *(others[place] for place in some)]
+    task = embedding.task
     outcomes = fit_folds(
         head,
         points,
@@ -403,23 +364,44 @@ def _out_of_fold(
         task.folds,
         embedding.tuning,
         seed,
-        journal,
+        journal / "neighbours.jsonl",
         vectors.projections,
         task.target,
     )
-    for place, folds in enumerate(outcomes):
-        parts = []
-        for fold, ((_, held), outcome) in enumerate(zip(task.folds, folds, strict=True)):
-            if outcome.predictions is not None:
-                units, of = (None if task.groups is None else task.groups[held]), np.full(len(held), fold)
-                parts.append(
-                    Predictions(codes[held], outcome.predictions, outcome.scores, units, folds=of, target=narrowed)
-                )
-        if len(parts) == len(folds):
-            said = joined(parts)
-            if metric.threshold:
-                y_pred = narrowed.decided(said.y_true, said.y_pred, said.probabilities, metric.threshold, said.folds)
-                said = replace(said, y_pred=y_pred)
-            answers[str(place)] = said
-            by_fold[str(place)] = [outcome.score for outcome in folds]
-    return answers, by_fold
+    fitted = {
+        str(place): folds for place, folds in enumerate(outcomes) if all(fold.predictions is not None for fold in folds)
+    }
+    answers = {name: _out_of_fold(folds, task, metric) for name, folds in fitted.items()}
+    scores = {name: metric.score(said) for name, said in answers.items()}
+    own = scores.pop(STORED)
+    if not scores:
+        return {"held_out": own, "tried": 0, "best": {}, "gain": 0.0, "gain_interval": (0.0, 0.0), "shown": False}
+    best = max(scores, key=lambda name: scores[name])
+    better = scores[best] > own
+    first, other, sign = (best, STORED, 1) if better else (STORED, best, -1)
+    by_fold = {name: [fold.score for fold in folds] for name, folds in fitted.items()}
+    away = {each.key: each for each in compare(answers, first, folds=by_fold, seed=seed, metric=metric)}[other]
+    low, high = sorted(sign * end for end in away.interval)
+    return {
+        "held_out": own,
+        "tried": len(scores),
+        "best": {name: value for name, value in points[int(best)].items() if value != stored[name]},
+        "gain": sign * away.difference,
+        "gain_interval": (low, high),
+        "shown": better and not away.no_evidence,
+    }
+
+
+def _out_of_fold(folds: Sequence[FoldOutcome], task: Task, metric: Metric) -> Predictions:
+    """Return what one set of parameters says of all training images held out, of its outcome on each fold."""
+    narrowed, codes, _ = task.target.narrowed(task.y_train)
+    parts = []
+    for fold, ((_, held), outcome) in enumerate(zip(task.folds, folds, strict=True)):
+        assert outcome.predictions is not None  # such are left out
+        units, of = (None if task.groups is None else task.groups[held]), np.full(len(held), fold)
+        parts.append(Predictions(codes[held], outcome.predictions, outcome.scores, units, folds=of, target=narrowed))
+    said = joined(parts)
+    if not metric.threshold:
+        return said
+    y_pred = narrowed.decided(said.y_true, said.y_pred, said.probabilities, metric.threshold, said.folds)
+    return replace(said, y_pred=y_pred)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copy2, copytree
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.embed.records import EmbeddingRecord, read_asked_records
+from pipeline.embed.records import read_asked_records
 from pipeline.errors import number_of
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import STORES, Artifacts
@@ -48,22 +48,13 @@ class Replay:
     def summary_lines(self) -> list[str]:
         """What differs, and what else is not as it was."""
         count = number_of(self.numbers, "number")
-        found = (
-            f"the same again, all {count}"
-            if self.ok
-            else f"{number_of(len(self.differences), 'difference')}, {count} compared"
-        )
+        different = f"{number_of(len(self.differences), 'difference')}, {count} compared"
+        found = f"the same again, all {count}" if self.ok else different
         return [f"{self.output}: {found}", *(f"  {line}" for line in (*self.differences, *self.conditions))]
 
 
 def run(config: Config) -> list[Replay]:
-    """Make the leaderboard of a config's output folder again, of several targets each, and compare; nothing in the folder changes.
-
-    Raises
-    ------
-    PipelineError
-        When there is no leaderboard, or its features are not there or of other images.
-    """
+    """Make the leaderboard of a config's output folder again, of several targets each, and compare; nothing in the folder changes."""
     return [_replay(alone) for alone in (targets.experiments(config) or {"": config}).values()]
 
 
@@ -76,7 +67,14 @@ def _replay(config: Config) -> Replay:
         trials = before.provenance["config"]["tuning"]["trials"]
         tuning = tuning.model_copy(update={"trials": trials, "budget": None})
     with tempfile.TemporaryDirectory(prefix="manyheads-replay-") as folder:
-        scratch = _scratch(files, records, Path(folder))
+        scratch = Path(folder, "output")  # with what stage one wrote, beside links to the feature stores
+        copytree(files.dataset, scratch / files.dataset.name)
+        copy2(files.features, scratch)
+        places = dict.fromkeys(
+            map(os.path.realpath, (files.stores, *(files.find_store(each.store).parent for each in records)))
+        )
+        for link, place in zip((Path(folder, STORES), scratch / STORES), places, strict=False):
+            os.symlink(place, link)
         changed = {"output": str(scratch), "store": None, "tuning": tuning}
         after = train_heads.run(config.model_copy(update=changed)).leaderboard
     old, new = (dict(_leaves(_results(board))) for board in (before, after))
@@ -87,19 +85,6 @@ def _replay(config: Config) -> Replay:
     ]
     compared = sum(isinstance(value, (int, float)) and not isinstance(value, bool) for value in old.values())
     return Replay(files.root, compared, tuple(found), tuple(_changed(before, after)))
-
-
-def _scratch(files: Artifacts, records: Sequence[EmbeddingRecord], folder: Path) -> Path:
-    """Make an output folder with what stage one wrote, beside links to the feature stores."""
-    scratch = folder / "output"
-    copytree(files.dataset, scratch / files.dataset.name)
-    copy2(files.features, scratch)
-    places = [files.stores, *(files.find_store(record.store).parent for record in records)]
-    for link, place in zip(
-        (folder / STORES, scratch / STORES), dict.fromkeys(map(os.path.realpath, places)), strict=False
-    ):
-        os.symlink(place, link)
-    return scratch
 
 
 def _results(board: Leaderboard) -> dict[str, Any]:

@@ -41,12 +41,7 @@ def load(given: str | Path | Config, overrides: Overrides = ()) -> Config:
     """Read and validate a config with overrides applied, and every name in it.
 
     `given` may be a config file, a `Config`, the output folder of an experiment, whose config is in it, or images: a folder of
-    class folders, an archive of them or a manifest, whose config is `configs/folder.yaml`'s.
-
-    Raises
-    ------
-    ConfigError
-        With one line for every problem.
+    class folders, an archive of them or a manifest, whose config is `configs/folder.yaml`'s. ConfigError, with every problem.
     """
     if not isinstance(given, Config):
         given = Path(given).expanduser()

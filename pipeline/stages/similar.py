@@ -22,7 +22,7 @@ from pipeline.images import ImageProblem, content_key, read_steadily
 from pipeline.io.files import require_place, write_text_atomic
 from pipeline.io.remote import absolute, address_of
 from pipeline.stages import settings
-from pipeline.stages.predict import BATCH_SIZE, EXAMPLES, expanded, images_in, require_all, shown, to_lines
+from pipeline.stages.predict import BATCH_SIZE, EXAMPLES, expanded, images_in, shown, to_lines, together
 from pipeline.store import FeatureStore, JoinedStores
 from pipeline.store.nearest import Nearest
 
@@ -74,32 +74,23 @@ def run(
 
     `place` is an output folder, a config or a folder of photos; without it the one experiment in `artifacts`. The embedding is the
     best row's of the leaderboard unless one is named. An image that is stored needs no network, and is not its own neighbour; a
-    copy of it is. `trust` allows a network of code.
-
-    Raises
-    ------
-    PipelineError
-        When there is no such experiment, image or embedding, or none of the images can be read.
+    copy of it is. `trust` allows a network of code. Images that cannot be read are told, where others can.
     """
     images = expanded(images)
-    require_all(images)
     if output is not None:
         require_place(output)
     stored = Stored.open(experiment_at(place), embedding)
-    walks = [Walk(path, follow_symlinks=True, inside="/") for path in images if is_folder(path)]
+    walks = [Walk(path) for path in images if is_folder(path)]
     paths = list(images_in(images, walks))
     if not paths:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}")
     vectors, problems = stored.embed(paths, trust)
     read = [path for path in paths if path not in problems]
+    told = {shown(path): why for path, why in problems.items()}
     if not read:
-        raise DatasetError(
-            "none of the images can be read", first([f"{p}: {why}" for p, why in problems.items()], EXAMPLES)
-        )
+        reasons = first([f"{path}: {why}" for path, why in told.items()], EXAMPLES)
+        raise DatasetError("none of the images can be read", reasons)
     found = dict(zip(map(shown, read), stored.neighbours(read, vectors, count), strict=True))
-    result = SimilarRun(
-        stored.record.name, len(stored.index), found, {shown(p): why for p, why in problems.items()}, output
-    )
     if output is not None:
         rows = [
             [path, str(rank), f"{each.distance:.6f}", each.label, each.split, each.path]
@@ -107,16 +98,12 @@ def run(
             for rank, each in enumerate(near, 1)
         ]
         write_text_atomic(output, to_lines([["image", "rank", "distance", "label", "split", "path"], *rows]))
-    return result
+    return SimilarRun(stored.record.name, len(stored.index), found, told, output)
 
 
 def experiment_at(place: Path | None) -> Artifacts:
-    """Return the experiment of an output folder, a config or a folder of photos; without a place the only one in `artifacts`.
-
-    Raises
-    ------
-    PipelineError
-        When it has no features.
+    """Return the experiment of an output folder, a config or a folder of photos, which has features; without a place the only one in
+    `artifacts`.
     """
     if place is None:
         there = sorted(path.parent for path in Path("artifacts").glob("*/features.json"))
@@ -137,13 +124,7 @@ def experiment_at(place: Path | None) -> Artifacts:
 
 
 def embedding_of(files: Artifacts, name: str | None = None) -> tuple[EmbeddingRecord, Path | None]:
-    """Return an experiment's embedding of a name, or else its best row's, and the best bundle on it; None where there is none.
-
-    Raises
-    ------
-    PipelineError
-        When there is none of that name, or no leaderboard and several to choose from.
-    """
+    """Return an experiment's embedding of a name, or else its best row's, and the best bundle on it; None where there is none."""
     if files.leaderboard.exists():
         for row in read_leaderboard(files.root).rows:
             if row.bundle and not row.constant and name in (None, row.embedding):
@@ -189,34 +170,30 @@ class Stored:
 
         Those with a vector in the store are looked up; the network is loaded for the others alone.
         """
-        digests, problems = np.zeros((len(paths), 2), np.uint64), dict[str, str]()
+        digests, problems = np.zeros((len(paths), 2), np.uint64), dict[int, ImageProblem]()
         for row, path in enumerate(paths):
             try:
                 digests[row] = np.frombuffer(content_key(read_steadily(absolute(path))[0]), "<u8")
             except ImageProblem as problem:
-                problems[path] = problem.reason
-        ok = np.array([path not in problems for path in paths])
-        vectors = np.zeros((len(paths), self.store.dim), np.float32)
-        known = ok & ~self.store.missing(digests)
-        vectors[known] = self.store.read(digests[known])
-        new = np.flatnonzero(ok & ~known)
-        if len(new):
+                problems[row] = problem
+        vectors, new = np.zeros((len(paths), self.store.dim), np.float32), self.store.missing(digests)
+        new[list(problems)] = True
+        vectors[~new] = self.store.read(digests[~new])
+        new[list(problems)] = False
+        if new.any():
             embedders, places = open_networks({"": [self.record]}, "auto", trust_code=trust)
-            blocks = places[""][0]
             lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
+            every = tuple(range(len(lanes)))
             items = [
-                Item(row, absolute(paths[row]), digests[row].tobytes(), tuple(range(len(lanes))))
-                for row in new.tolist()
+                Item(row, absolute(paths[row]), digests[row].tobytes(), every) for row in np.flatnonzero(new).tolist()
             ]
             for batch, parts in embed(lanes, items, Path("/"), self.record.max_pixels):
-                for place, found in batch.problems.items():
-                    ok[batch.items[place].content] = False
-                    problems[paths[batch.items[place].content]] = found.reason
-                made = [part for part in parts if part is not None]
-                if made:
+                problems |= {batch.items[place].content: found for place, found in batch.problems.items()}
+                if made := [part for part in parts if part is not None]:
                     rows = [batch.items[row].content for row in made[0].rows.tolist()]
-                    vectors[rows] = np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1)
-        return vectors[ok], problems
+                    vectors[rows] = together(made, places[""][0])
+        ok = np.array([row not in problems for row in range(len(paths))])
+        return vectors[ok], {paths[row]: problem.reason for row, problem in problems.items()}
 
     def neighbours(self, paths: Sequence[str], vectors: NDArray[np.float32], count: int) -> list[list[Neighbour]]:
         """Return the nearest images of some files, for their vectors, float32 of shape (k, dim); none is its own."""

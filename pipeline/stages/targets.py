@@ -55,10 +55,7 @@ def experiments(config: Config) -> dict[str, Config]:
 def of_classes(config: Config, what: str) -> dict[str, Config]:
     """Return the experiments whose labels are classes, by the name of the target; '' for the one of a single target.
 
-    Raises
-    ------
-    ConfigError
-        When there is none; `what` says what needs classes.
+    ConfigError when there is none; `what` says what needs classes.
     """
     found = experiments(config) or {"": config}
     found = {name: alone for name, alone in found.items() if kind_of(alone.dataset.kinds[0]) == Classification.kind}

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DatasetConfig
-from pipeline.data import DatasetIndex, statcache
-from pipeline.data.match import difference, texts
+from pipeline.data import DatasetIndex, reading
+from pipeline.data.index import difference, texts
+from pipeline.data.reading import StatCache
 from pipeline.data.scan import scan
-from pipeline.data.statcache import StatCache
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def timed(what: str) -> Iterator[None]:
 
 
 def bench_scan(files: int) -> None:
-    statcache.RACY_NS = 0  # the files are new, and nobody changes them meanwhile
+    reading.RACY_NS = 0  # the files are new, and nobody changes them meanwhile
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "photos"
         for number in range(files):

@@ -143,7 +143,7 @@ def network_only(
 ) -> float:
     """Images/s of the network, by the engine of a long run or the one that is named, on pixels that are ready."""
     from pipeline.embed.engines import choose_batch_size
-    from pipeline.io.memory import keep_freed_memory
+    from pipeline.io.process import keep_freed_memory
 
     keep_freed_memory()
     embedder = _load(model, precision, batch_size, engine)

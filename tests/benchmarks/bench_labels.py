@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.config import TuningConfig
-from pipeline.data.labels import MultiLabel
+from pipeline.data.classes import MultiLabel
 from pipeline.heads.table import OF_LABELS
 from pipeline.heads.tuning import make_folds, tune
 from pipeline.stages import extract, settings, train_heads

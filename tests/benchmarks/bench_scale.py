@@ -20,8 +20,8 @@ import numpy as np
 
 from pipeline import config as configuration
 from pipeline.data import DatasetIndex
-from pipeline.data.match import difference, texts
-from pipeline.data.statcache import StatCache, read_cache
+from pipeline.data.index import difference, texts
+from pipeline.data.reading import StatCache, read_cache
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.experiment import Artifacts

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from pipeline.data.targets import Classification, MultiLabel, Target
+from pipeline.data.targets import Classification, MultiLabel, Target, record_of
 from pipeline.embed.spec import Embedder
 from pipeline.errors import BundleError, number_of
 from pipeline.experiment import made_by, plain
@@ -75,7 +75,7 @@ def metadata(model: Model, proof: Proof) -> dict[str, str]:
         name: {
             "head": head.head,
             "params": dict(head.params),
-            "target": head.target.to_record(),
+            "target": record_of(head.target),
             "key": head.provenance.get("key", ""),
             "embeddings": [part.embedding["spec"] for part in head.parts],
         }

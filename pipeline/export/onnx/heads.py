@@ -26,7 +26,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 
-from pipeline.data.labels import SMALLEST
+from pipeline.data.classes import SMALLEST
 from pipeline.data.targets import Classification, MultiLabel
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import AHEAD, MOST_REST, SIGMOIDS, Calibrator

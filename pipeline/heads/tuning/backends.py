@@ -15,7 +15,7 @@ import joblib
 from joblib import cpu_count
 
 from pipeline.errors import PipelineError
-from pipeline.io.engine import Engine, connected
+from pipeline.io.remote import Engine, connected
 
 __all__ = ["SHARING", "cpu_count", "is_spread", "on", "spread"]
 

@@ -13,6 +13,7 @@ import scipy
 import sklearn
 
 from pipeline.config import TuningConfig
+from pipeline.data.targets import record_of
 from pipeline.experiment import TRIALS, read_lines
 from pipeline.heads.head import Params, identity
 from pipeline.heads.tuning.features import Features, blocks, on_disk
@@ -33,7 +34,7 @@ def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
     return {
         **place,
         "features": [list(problem.X.shape), str(problem.X.dtype), _digest(problem.X)],
-        "labels": [*problem.target.to_record().values(), bytes_digest(problem.y.tobytes())],
+        "labels": [*record_of(problem.target).values(), bytes_digest(problem.y.tobytes())],
         "folds": bytes_digest(folds),
         "head": identity(problem.head, problem.seed),
         "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **reduced, **budget},

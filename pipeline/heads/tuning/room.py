@@ -11,7 +11,7 @@ from pipeline.heads.head import Head
 from pipeline.heads.tuning import features
 from pipeline.heads.tuning.evaluation import works_on_disk
 from pipeline.heads.tuning.records import Problem
-from pipeline.io import memory
+from pipeline.io import process
 
 FREE_SHARE = 0.75
 """Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
@@ -46,7 +46,7 @@ def limited(tuning: TuningConfig) -> TuningConfig:
     """Return the section with `memory: auto` turned into the size it means here and now."""
     if tuning.memory_bytes is not None:
         return tuning
-    return tuning.model_copy(update={"memory": f"{FREE_SHARE * memory.available_bytes() / 1e6:.3f}MB"})
+    return tuning.model_copy(update={"memory": f"{FREE_SHARE * process.available_bytes() / 1e6:.3f}MB"})
 
 
 def memory_needed(shape: tuple[int, int]) -> int:

@@ -29,7 +29,7 @@ from pipeline.heads.tuning.journal import Journal
 from pipeline.heads.tuning.last_fit import Promise, fit_as_promised
 from pipeline.heads.tuning.projection import Projections, without_scaler
 from pipeline.heads.tuning.records import Candidate, Measured, Problem, Trial, TuningRun
-from pipeline.io.progress import bar
+from pipeline.io.process import bar
 
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""

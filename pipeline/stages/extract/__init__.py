@@ -21,15 +21,14 @@ from dataclasses import dataclass, replace
 from pipeline.config import NO_LABELS, BackboneConfig, Config, dump_yaml
 from pipeline.data import DatasetIndex, check_failures, failed_digests
 from pipeline.data.index import WrittenIndex
-from pipeline.data.scan import scan
-from pipeline.data.summary import ScanResult
+from pipeline.data.scan import ScanResult, scan
 from pipeline.embed.published import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, default_name, find_parts, read_records, write_records
 from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
-from pipeline.io.engine import Engine
 from pipeline.io.files import make_folder, write_text_atomic
+from pipeline.io.remote import Engine
 from pipeline.stages.extract.cluster import Pool, embed_on, pays
 from pipeline.stages.extract.shard import Shard, ShardRun
 from pipeline.stages.extract.shard import run as run_shard

@@ -25,9 +25,8 @@ from pipeline.config import Config
 from pipeline.embed.engines import choose_batch_size
 from pipeline.errors import BackboneError, PipelineError, number_of
 from pipeline.images import HASH_STORE
-from pipeline.io.engine import Engine, connected
-from pipeline.io.imports import look_in
-from pipeline.io.progress import bar
+from pipeline.io.process import bar, look_in
+from pipeline.io.remote import Engine, connected
 from pipeline.stages.extract.targets import Target
 from pipeline.stages.extract.work import Images, Work, embed, stop_requested
 from pipeline.store import differences

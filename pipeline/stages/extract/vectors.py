@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.config import Config, names_vectors
 from pipeline.data import DatasetIndex
-from pipeline.data.match import texts
+from pipeline.data.index import texts
 from pipeline.data.sources import list_source
 from pipeline.errors import StoreError, first, number_of
 from pipeline.experiment import Artifacts

@@ -28,8 +28,7 @@ from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digests_to_hex
 from pipeline.io.files import STOPS
-from pipeline.io.memory import keep_freed_memory
-from pipeline.io.progress import bar
+from pipeline.io.process import bar, keep_freed_memory
 from pipeline.stages.extract.targets import Contents, Target
 from pipeline.store import lock
 from pipeline.store.parts import PartWriter

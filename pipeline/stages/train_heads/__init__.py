@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_info
 from pipeline import heads as head_table
 from pipeline.config import Config, TuningConfig, dump_yaml
 from pipeline.data import DatasetIndex
-from pipeline.data.targets import CONSTANT_GUESSES
+from pipeline.data.targets import CONSTANT_GUESSES, record_of
 from pipeline.embed.records import (
     CONCAT,
     EmbeddingRecord,
@@ -54,8 +54,8 @@ from pipeline.heads.layer_profile import LayerProfile, what_to_take
 from pipeline.heads.tuning import limited, require, seconds_of_trials
 from pipeline.heads.tuning.backends import is_spread, on
 from pipeline.io.digests import fingerprint
-from pipeline.io.engine import Engine
 from pipeline.io.files import write_text_atomic
+from pipeline.io.remote import Engine
 from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.budget import Pass, trials_within
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
@@ -282,7 +282,7 @@ def _provenance(
         "task": task.key,
         "index": index,
         "images": {"train": len(task.train), "test": len(task.test), "classes": task.target.width},
-        "target": task.target.to_record(),
+        "target": record_of(task.target),
         "folds": len(task.folds),
         "notes": list(notes),
         "stores": {name: store.digest for name, store in stores.items()},

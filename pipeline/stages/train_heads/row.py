@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.svm import SVC, NuSVC
 
 from pipeline.config import Config
+from pipeline.data.classes import expand_scores
 from pipeline.errors import BundleError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, scores
 from pipeline.evaluation.calibration import Calibrator, fit_calibrator, fit_sigmoids
@@ -167,8 +168,11 @@ def _out_of_fold(tuned: TuningRun, task: Task, bundle: ModelBundle) -> Predictio
         calibrated = bundle.calibrated(found.scores, found.kind)
     metric = METRICS[tuned.scoring]
     searched = found.scores if metric.needs_probabilities else None
-    probabilities = None if calibrated is None else target.widened(calibrated, tuned.classes)
-    y_pred = target.unnarrowed(found.y_pred, tuned.classes)
+    probabilities, searched = (
+        None if scores is None else expand_scores(scores, tuned.classes, target.width, "probability")
+        for scores in (calibrated, searched)
+    )
+    y_pred = tuned.classes[found.y_pred] if target.exclusive else found.y_pred
     return replace(
         found,
         y_true=task.y_train,
@@ -176,7 +180,7 @@ def _out_of_fold(tuned: TuningRun, task: Task, bundle: ModelBundle) -> Predictio
         probabilities=probabilities,
         units=task.groups,
         paths=task.train.paths,
-        scores=None if searched is None else target.widened(searched, tuned.classes),
+        scores=searched,
         target=target,
     )
 

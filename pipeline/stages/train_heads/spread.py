@@ -20,8 +20,7 @@ from pipeline.experiment import Artifacts
 from pipeline.heads.tuning import limited
 from pipeline.heads.tuning.backends import SHARING, cpu_count, spread
 from pipeline.io.digests import fingerprint
-from pipeline.io.imports import look_in
-from pipeline.io.progress import bar
+from pipeline.io.process import bar, look_in
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests, lineage
-from pipeline.data.targets import Target, choose
+from pipeline.data.targets import Target, choose, record_of
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import DatasetError, StoreError
 from pipeline.experiment import Artifacts
@@ -127,7 +127,7 @@ def _with_folds(
     folds = make_folds(target.strata(y_train), config.tuning.folds, config.seed, groups)
     key = fingerprint(
         {
-            **target.to_record(),
+            **record_of(target),
             "train": [digests_to_hex(train.digests), y_train.tolist()],
             "test": [digests_to_hex(test.digests), y_test.tolist()],
             "folds": [held_out.tolist() for _, held_out in folds],

@@ -10,11 +10,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.model_selection import cross_val_predict
+from tabulate import tabulate
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import BackboneConfig, Config, dump_yaml, names_code
@@ -24,10 +27,12 @@ from pipeline.data.targets import Classification
 from pipeline.embed import baselines
 from pipeline.embed.backbone import Backbone, Cost
 from pipeline.embed.published import STAND_IN, require_permitted
-from pipeline.embed.spec import Embedder, probe_images
+from pipeline.embed.spec import Embedder, EmbeddingSpec, probe_images
 from pipeline.embed.weights import license_of, to_fetch
 from pipeline.errors import BackboneError, ConfigError, DatasetError, PipelineError, number_of
-from pipeline.evaluation import ACCURACY, Predictions, compare
+from pipeline.evaluation import ACCURACY, Interval, Predictions, compare
+from pipeline.evaluation.intervals import share_interval
+from pipeline.evaluation.leaderboard.judge import margin
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
@@ -40,7 +45,6 @@ from pipeline.report.drawing import to_paper_svg
 from pipeline.stages.backbones import HERE, Row, rows
 from pipeline.stages.extract import Contents, embed_some
 from pipeline.stages.extract.stores import enter
-from pipeline.stages.shortlist.found import Candidate, Entry, Shortlist
 from pipeline.stages.targets import of_classes
 
 FOLDS = 5
@@ -59,15 +63,114 @@ TIMED, REPEATS = 4, 3
 """Images of the batch whose time is taken, and how often."""
 
 
+Candidate = BackboneConfig | str
+"""A network, or the name of a baseline."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One candidate's embedding, as it was last judged."""
+
+    candidate: Candidate
+    spec: EmbeddingSpec
+    head: str
+    out_of_fold: Predictions
+    evidence: float
+    """LogME on the sample."""
+    cost: Cost
+    seconds: float
+    """What its network takes for an image here; decoding is the same for all."""
+    dropped: bool = False
+    tied: bool = False
+    """Nothing shows that it is worse than the best."""
+    behind: float = 0.0
+    """How much less accurate than the best it may be: the end of the interval of the difference."""
+
+    @property
+    def section(self) -> BackboneConfig | None:
+        """That of its network; None of a baseline."""
+        return None if isinstance(self.candidate, str) else self.candidate
+
+    @property
+    def accuracy(self) -> float:
+        """Out of fold."""
+        return float(self.out_of_fold.correct.mean())
+
+    @property
+    def interval(self) -> Interval:
+        """The 95 % interval of the accuracy."""
+        return share_interval(self.out_of_fold.correct, self.out_of_fold.units)
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """What was found: `entries` best first, those that were dropped last."""
+
+    entries: tuple[Entry, ...]
+    images: int
+    of: int
+    """Training images that there are."""
+    left_out: tuple[str, ...]
+    """Lines on candidates that were not compared."""
+    config: Path
+    picture: Path
+
+    @property
+    def last(self) -> list[Entry]:
+        """The entries that were judged on the whole sample."""
+        return [entry for entry in self.entries if not entry.dropped]
+
+    @property
+    def chosen(self) -> Entry:
+        """What is recommended."""
+        return chosen(self.last)
+
+    def summary_lines(self) -> Iterator[str]:
+        """The table, and what follows from it."""
+        yield (
+            f"{len(self.entries)} embeddings on {self.images:,} of {self.of:,} training images; test images are "
+            "not looked at"
+        )
+        yield from ("", self._table(), "")
+        best, tied = self.entries[0], [entry for entry in self.last if entry.tied]
+        if len(tied) > 1:
+            yield f"~ these cannot be told apart from {best.spec.name} on {self.images:,} images."
+        for entry in self.entries:
+            if entry.dropped:
+                yield (
+                    f"dropped after {len(entry.out_of_fold):,} images, shown to be worse than the best: {entry.spec.name}"
+                )
+        yield from self.left_out
+        yield from _by_size(self.entries)
+        found = self.chosen
+        yield f"use {found.spec.name}: {_why(found, self.last)}"
+        yield f"config    {self.config}: `manyheads features` and `manyheads heads` run it as it is"
+        yield f"picture   {self.picture}"
+
+    def _table(self) -> str:
+        head = ("", "embedding", "accuracy [95 %]", "judge", "images", "LogME", "parameters", "GFLOP", "ms/image", "MB")
+        cells = [
+            (
+                "*" if entry is self.entries[0] else "~" if entry.tied else "",
+                entry.spec.name,
+                f"{100 * entry.accuracy:.1f} [{100 * entry.interval[0]:.1f}, {100 * entry.interval[1]:.1f}]",
+                entry.head,
+                f"{len(entry.out_of_fold):,}",
+                f"{entry.evidence:.3f}",
+                f"{entry.cost.parameters / 1e6:.1f} M" if entry.cost.parameters else "",
+                f"{entry.cost.operations / 1e9:.2f}" if entry.cost.operations else "",
+                f"{1000 * entry.seconds:.1f}",
+                f"{entry.cost.megabytes:.0f}" if entry.cost.parameters else "",
+            )
+            for entry in self.entries
+        ]
+        return tabulate(cells, head, "simple", disable_numparse=True, colalign=("left", "left", *["right"] * 8))
+
+
 def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> Shortlist:
     """Judge the candidates on a stratified sample of the training images, and write the config of those worth a full run.
 
     `candidates` are NAME or NAME/WEIGHTS of networks, `module:function`, or baselines; all that are here where none is named.
-
-    Raises
-    ------
-    PipelineError
-        When a candidate is not to be had or not allowed, or the data cannot be cross-validated.
     """
     columns = config.dataset.label_columns
     of_classes(config, "shortlists are")
@@ -230,14 +333,11 @@ def best_guesses(
     with threadpool_limits(limits=1, user_api="blas"):
         for name, choices in JUDGES.items():
             for params in choices:
-                guesses = np.full(len(y), -1)
-                for train, held_out in folds:
-                    head = HEADS[name]
-                    given: dict[str, Any] = {**head.defaults, **params}
-                    if "n_neighbors" in given:
-                        given["n_neighbors"] = min(given["n_neighbors"], len(train))
-                    guesses[held_out] = configure(head, given, seed).fit(X[train], y[train]).predict(X[held_out])
-                found.append((name, guesses))
+                given: dict[str, Any] = {**HEADS[name].defaults, **params}
+                if "n_neighbors" in given:
+                    given["n_neighbors"] = min(given["n_neighbors"], *(len(train) for train, _ in folds))
+                head = configure(HEADS[name], given, seed)
+                found.append((name, cross_val_predict(head, X, y, cv=folds)))
     return max(found, key=lambda each: float(np.mean(each[1] == y)))
 
 
@@ -284,3 +384,47 @@ def _written(
     ]
     write_atomic(made[1], to_paper_svg(shortlist_chart(dots)))
     return Shortlist(tuple(entries), images, of, tuple(left_out), *made)
+
+
+# ---- what is told
+
+
+def chosen(entries: Sequence[Entry]) -> Entry:
+    """Return the quickest of those that are shown to be worse than the best by little at most, else the best; best first."""
+    best = entries[0]
+    allowed = margin(ACCURACY, best.accuracy, len(best.out_of_fold))
+    near = [entry for entry in entries if entry is best or (entry.tied and entry.behind <= allowed)]
+    return min(near, key=lambda entry: entry.seconds)
+
+
+def _why(found: Entry, last: Sequence[Entry]) -> str:
+    best, tied = last[0], [entry for entry in last if entry.tied]
+    if found is not best:
+        why = (
+            f"the quickest that is shown to be at most {100 * found.behind:.1f} points worse than the best, {best.spec.name}, "
+            f"with {1000 * found.seconds:.1f} ms an image"
+        )
+    elif len(tied) == 1:
+        why = "all others are shown to be worse"
+    else:
+        why = "the best; that a quicker one is nearly as good is not shown on these images"
+    floors = [entry.spec.name for entry in tied if entry.section is None]
+    return f"{why}. That a network helps is not shown: see {' and '.join(floors)}" if floors else why
+
+
+def _by_size(entries: Sequence[Entry]) -> Iterator[str]:
+    """Say what the size of the networks, and LogME, would have told without any of this."""
+    networks = [entry for entry in entries if entry.section is not None and not entry.spec.untrained]
+    if len(networks) < 2:
+        return
+    best = max(entries, key=lambda entry: (not entry.dropped, entry.accuracy))
+    whole = [entry for entry in networks if not entry.dropped] or networks
+    largest = max(networks, key=lambda entry: (entry.cost.parameters, entry.cost.operations))
+    likeliest = max(whole, key=lambda entry: entry.evidence)
+    for means, entry in (("size", largest), ("LogME", likeliest)):
+        if entry is best:
+            yield f"{means} alone would have told you this: {entry.spec.name} is the {'largest' if means == 'size' else 'likeliest'}."
+        elif entry.tied:
+            yield f"{means} alone would have told you as much: it names {entry.spec.name}, which cannot be told apart from the best."
+        else:
+            yield f"{means} alone would have named {entry.spec.name}, which is shown to be worse than the best."
