@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.stages.estimators import Regressor as Regressor
     from pipeline.stages.estimators import best_estimator as best_estimator
     from pipeline.stages.extract import FeaturesRun
-    from pipeline.stages.extract.shard import ShardRun
+    from pipeline.stages.extract.spread import ShardRun
     from pipeline.stages.fewshot import FewShotRun
     from pipeline.stages.finetune import FinetuneRun
     from pipeline.stages.fit import Run as Run
@@ -359,6 +359,7 @@ def predict(
     top: int = 3,
     unknown: float | None = None,
     sets: float | None = None,
+    align: bool = False,
     explain: _Place | None = None,
     device: str = "auto",
     trust: bool = False,
@@ -375,6 +376,7 @@ def predict(
     top : Labels with probabilities per image.
     unknown SHARE : Mark images of no known class, with this share of false alarms.
     sets SHARE : Also the labels of which one is right for this share of images.
+    align : Move the images' features to the mean and covariance of the training images first: for photos from elsewhere.
     explain FOLDER : Also pages on why the first 200 images got their labels: maps, and training images for and against.
     device : auto, cpu, mps, cuda or cuda:N.
     trust : Load a joblib bundle, or a network of code, which can do anything.
@@ -383,6 +385,7 @@ def predict(
     from pipeline.stages import predict as stage
 
     options: dict[str, Any] = {"top": top, "unknown": unknown, "sets": sets, "device": device, "max_pixels": max_pixels}
+    options["align"] = align
     explain = None if explain is None else Path(explain)
     return stage.run(Path(bundle), _paths(images), output=Path(output), explain=explain, trust_code=trust, **options)
 
@@ -469,14 +472,22 @@ def clean(config: _Given, output: _Place = "cleaned.csv", **overrides: Any) -> "
 
 
 @_in_parts
-def report(config: _Given, **overrides: Any) -> _Parts[Path]:
+def report(config: _Given, explain: bool = False, **overrides: Any) -> _Parts[Path]:
     """Build the report page again from the saved results.
 
     Example: manyheads report configs/digits.yaml
+
+    explain : Show for the worst mistakes what in the image speaks for the label that was said, and training images for and against
+        it; needs the images and the network.
     """
     from pipeline import report as pages
 
-    page = pages.build(Path(_config(config, overrides).output))
+    output = Path(_config(config, overrides).output)
+    if explain:
+        from pipeline.stages.explain import mistakes
+
+        yield from mistakes(output)
+    page = pages.build(output)
     yield f"report  {page}"
     return page
 

@@ -28,9 +28,9 @@ from pipeline.experiment import Artifacts
 from pipeline.io.digests import Digests
 from pipeline.stages import clean, extract, maintenance, pick, predict, similar, train_heads
 from pipeline.stages.load import load
-from pipeline.store import nearest
-from pipeline.store.nearest import Nearest
+from pipeline.store import rows as store_rows
 from pipeline.store.reader import FeatureStore
+from pipeline.store.rows import Nearest
 from pipeline.store.share import read_vectors
 from pipeline.store.writer import StoreWriter
 
@@ -60,7 +60,7 @@ def stored(folder: Path, X: NDArray[np.float32]) -> tuple[FeatureStore, Digests]
 
 
 def test_the_search_is_that_of_all_pairs_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest, "COPY_BYTES", 50 * 4 * 16)  # seven blocks
+    monkeypatch.setattr(store_rows, "COPY_BYTES", 50 * 4 * 16)  # seven blocks
     rng = np.random.default_rng(0)
     X = rng.normal(size=(333, 16)).astype(np.float32)
     X[200] = 2 * X[100]  # the same direction

@@ -22,14 +22,13 @@ from pipeline import config as configuration
 from pipeline.cli import cli
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, read_failures
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoreError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
+from pipeline.heads.tuning.backends import on
 from pipeline.io.remote import Engine
-from pipeline.stages import extract, train_heads
-from pipeline.stages.extract.cluster import pays
-from pipeline.stages.extract.shard import Shard
-from pipeline.stages.extract.shard import run as run_shard
+from pipeline.stages import extract, maintenance, train_heads
+from pipeline.stages.extract.spread import Shard, pays, run_shard
 from pipeline.stages.train_heads.embedding import Vectors
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import verify
@@ -90,8 +89,8 @@ def test_the_same_shard_at_once_and_killed_ones_do_no_harm(
 ) -> None:
     (tmp_path / "config").write_bytes(pickle.dumps(config))
     script = (
-        "import pickle, sys; from pathlib import Path; from pipeline.stages.extract.shard import Shard, run\n"
-        "run(pickle.loads(Path(sys.argv[1]).read_bytes()), Shard(1, 2))"
+        "import pickle, sys; from pathlib import Path; from pipeline.stages.extract.spread import Shard, run_shard\n"
+        "run_shard(pickle.loads(Path(sys.argv[1]).read_bytes()), Shard(1, 2))"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "config")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -170,6 +169,48 @@ def test_options_that_mean_nothing_together_are_refused(options: list[str], said
     found = CliRunner().invoke(cli, ["features", "configs/digits.yaml", *options])
     assert found.exit_code != 0
     assert said in found.output + str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:1", "127.0.0.1 does not answer at port 1 (Connection refused); start a cluster there with `{start}`, or "),
+        ("tcp://127.0.0.1:1", "127.0.0.1 does not answer at port 1 (Connection refused); start a cluster there with `{start}`, or "),
+        ("127.0.0.1", "expected HOST:PORT, where a cluster runs"),
+        ("127.0.0.1:x", "expected HOST:PORT, where a cluster runs"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("name", "start"), [("ray", "ray start --head"), ("dask", "dask scheduler")])
+def test_an_address_where_nothing_answers_is_told_in_one_line(address: str, said: str, name: str, start: str) -> None:
+    pytest.importorskip("ray" if name == "ray" else "distributed")
+    with pytest.raises(PipelineError) as caught, on(Engine(name, address)):
+        pass
+    assert str(caught.value).startswith(f"--address {address}: {said.format(start=start)}")
+    assert "\n" not in str(caught.value)
+
+
+def test_merge_says_what_goes_where(config: Config, tmp_path: Path) -> None:
+    extract.run(config)
+    stores, place = Artifacts(config.output).stores, tmp_path / "parts"
+    run_shard(small(Path(config.dataset.path), tmp_path / "other" / "out"), Shard(1, 2), str(place))
+    one = next(stores.glob("pixels-*.store"))
+    command = f"manyheads store merge {stores} {place}"
+    for target, sources in (
+        (one, [str(place)]),
+        (stores, [str(one), str(place)]),
+        (tmp_path / "new.store", [str(place)]),
+    ):
+        with pytest.raises(
+            StoreError, match=rf"{place}: holds parts of .*hog-\w+, .*pixels-\w+, which are merged alone"
+        ) as caught:
+            maintenance.merge(target, sources)
+        assert str(caught.value).endswith(command if target != tmp_path / "new.store" else f"merge {tmp_path} {place}")
+    with pytest.raises(
+        StoreError, match=f"{stores}: is a folder of stores; name the one in it that {one} is to be added"
+    ):
+        maintenance.merge(stores, [str(one)])
+    assert not (tmp_path / "new.store").exists()
+    assert not list(stores.glob("snapshot-*"))
 
 
 def test_when_an_engine_pays_is_where_both_take_as_long() -> None:

@@ -160,6 +160,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 _OF_A_MANIFEST = ("root", "path_column", "label_columns", "label_separator", "split_column", "group_column")
+SPLIT = "split"
+"""What `dataset.domain` is where training and test images are the two domains."""
 
 
 class DatasetConfig(Section):
@@ -190,6 +192,9 @@ class DatasetConfig(Section):
     split_column: str | None = None
     group_column: str | None = None
     """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
+    domain: str | None = None
+    """The manifest's column that says where an image is from, such as its camera or clinic; `split` where the training images are of
+    one source and the test images of another."""
     target: str | dict[str, str] = "auto"
     """What is said of an image, for all columns of labels or by their names: `classification` is one class, `regression` a number,
     several where there are several columns, `multilabel` any number of labels, with `|` between them or from several columns of
@@ -212,6 +217,7 @@ class DatasetConfig(Section):
             raise ValueError(f"source '{self.source}' also needs {' and '.join(repr(key) for key in missing)}")
         fields = type(self).model_fields
         idle = [key for key in _OF_A_MANIFEST if getattr(self, key) != fields[key].default]
+        idle += ["domain"] * bool(self.domain_column)
         if idle and self.source != "manifest":
             raise ValueError(f"{' and '.join(idle)}: for source 'manifest' alone, and the source is '{self.source}'")
         for name in {} if isinstance(self.target, str) else self.target:
@@ -232,6 +238,11 @@ class DatasetConfig(Section):
             return ("multilabel",)
         words = self.target if isinstance(self.target, dict) else dict.fromkeys(self.label_columns, self.target)
         return tuple(words.get(name, "auto") for name in self.label_columns)
+
+    @property
+    def domain_column(self) -> str:
+        """The manifest's column of domains; '' where there is none."""
+        return "" if self.domain in (None, SPLIT) else str(self.domain)
 
     @field_validator("label_columns")
     @classmethod
@@ -436,8 +447,6 @@ class FinetuneConfig(Section):
     steps: Count = "auto"
     """Optimizer steps; `auto` goes by the number of images."""
     batch_size: int = Field(32, ge=1)
-    accumulate: int = Field(1, ge=1)
-    """Batches per step; their gradients are averaged."""
     size: int | None = Field(None, ge=1)
     """Pixels of the shorter side of the images that are learned from; smaller ones make steps cheaper. They are judged at the
     size of `preprocessing`, and by default learned from at that too."""
@@ -445,23 +454,16 @@ class FinetuneConfig(Section):
     """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`."""
     rate_decay: float = Field(0.5, gt=0, le=1)
     """Stages further from the head learn more slowly, down to a hundredth of the rate."""
-    weight_decay: float = Field(1e-2, ge=0)
-    """Of AdamW; not applied to norms and biases."""
     warmup: Share = 0.1
     """Share of the steps in which the rate rises, before it falls to zero along a cosine."""
-    label_smoothing: Share = 0.0
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
     """`crop` is a random crop of half of the area or more, resized, and a flip; `trivial` is torchvision's
     TrivialAugmentWide before it."""
-    mixup: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution; 0 is off."""
     class_weight: Literal["balanced"] | None = None
     batch_norm: Literal["frozen", "affine", "train"] = "frozen"
     """`frozen`: statistics, scale and shift stay; `affine`: the statistics stay; `train`: nothing stays."""
     ema: Share = 0.0
     """Decay of a moving average of the weights; 0 is off."""
-    patience: int | None = Field(None, ge=1)
-    """Evaluations without improvement, of ten in a run, after which training stops."""
     profile_steps: int = Field(0, ge=0)
     """Steps torch's profiler watches after the first; its table is written beside the log."""
     tensorboard: bool = False
@@ -502,6 +504,8 @@ class Config(Section):
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY] | None = None
     """The heads to tune; None: all of the table that serve the target."""
+    adapt: tuple[Literal["coral", "reweight"], ...] = ("coral", "reweight")
+    """With a `dataset.domain`: how the best head is adapted to the test's domains that training lacks, without their labels."""
     vote: bool = False
     """Whether the mean of the best rows of different embeddings is one more row, chosen by cross-validation."""
     tuning: TuningConfig = TuningConfig()

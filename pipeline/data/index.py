@@ -134,6 +134,8 @@ BEFORE, LABEL, AFTER = ("path",), "label", ("split", "group", "digest", "size")
 SEPARATOR = "|"
 """Between the labels of an image that may have several, whatever stands there in the source."""
 
+DOMAIN = "domain"
+"""The last column, where the source has domains."""
 EXCLUDED = "excluded"
 SPLITS = ("train", "validation", "test", EXCLUDED)
 
@@ -156,7 +158,7 @@ class DatasetIndex:
     `paths`, `labels`, `splits` and `groups` are object arrays of shape (n,) holding `str`; `digests` is uint64 of shape
     (n, 2), `sizes` int64 of shape (n,), in bytes. A split is 'train', 'validation', 'test', or 'excluded' (a copy taken
     out because of a leak). `groups` is None where there are none; '' is an image of no group. Paths are relative to
-    `root`, with '/'.
+    `root`, with '/'. `domains`, like `groups`, says of each where it is from.
 
     Labels are the texts of the source. Where it has several columns of them, k, `labels` has shape (n, k) and
     `names` says which they are; '' is a cell that the source left empty. One alone is called 'label'.
@@ -170,6 +172,7 @@ class DatasetIndex:
     digests: Digests
     sizes: NDArray[np.int64]
     names: tuple[str, ...] = (LABEL,)
+    domains: Texts | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -218,13 +221,7 @@ class DatasetIndex:
         return ", ".join(np.atleast_1d(self.labels[row]))
 
     def select(self, *splits: str) -> DatasetIndex:
-        """Return the rows of some splits, in the same order.
-
-        Raises
-        ------
-        ValueError
-            For a split that does not exist.
-        """
+        """Return the rows of some splits, in the same order; ValueError for a split that does not exist."""
         unknown = sorted(set(splits) - set(SPLITS))
         if unknown:
             raise ValueError(f"unknown splits {unknown}; there are {SPLITS}")
@@ -261,13 +258,7 @@ class DatasetIndex:
 
     @staticmethod
     def read(folder: Path) -> DatasetIndex:
-        """Read the index of a folder.
-
-        Raises
-        ------
-        DatasetError
-            When there is none, or it is not one this version can read.
-        """
+        """Read the index of a folder; DatasetError when there is none, or it is not one this version can read."""
         found = WrittenIndex.read(folder)
         if found.record is None:
             raise DatasetError(f"{folder}: has no {INDEX_RECORD}; run `manyheads features` to make the index")
@@ -293,10 +284,7 @@ class WrittenIndex:
     def read(folder: Path) -> WrittenIndex:
         """Read both files.
 
-        Raises
-        ------
-        DatasetError
-            When one cannot be read, or index.json is damaged or of another format or version.
+        DatasetError when one cannot be read, or index.json is damaged or of another format or version.
         """
         record, path = read_record(folder), folder / INDEX_FILE
         try:
@@ -327,13 +315,7 @@ class WrittenIndex:
 
     @cached_property
     def index(self) -> DatasetIndex | None:
-        """The index, also where somebody has edited it.
-
-        Raises
-        ------
-        DatasetError
-            When it is damaged.
-        """
+        """The index, also where somebody has edited it; DatasetError when it is damaged."""
         if self.csv is None:
             return None
         record = self.record or {}
@@ -343,10 +325,7 @@ class WrittenIndex:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Read what index.json says, or None when there is no such file.
 
-    Raises
-    ------
-    DatasetError
-        When it is damaged, or of another format or version.
+    DatasetError when it is damaged, or of another format or version.
     """
     path = folder / INDEX_RECORD
     if not os.path.lexists(path):
@@ -367,10 +346,11 @@ def _to_csv(index: DatasetIndex) -> bytes:
     given = [pa.array(column, pa.large_string()) for column in (index.paths, *labels, index.splits, groups)]
     columns = [_to_cells(column) for column in given]
     header = [*BEFORE, *map(to_cell, index.names), *AFTER]
-    table = pa.table(
-        [*columns, pa.array(digests_to_hex(index.digests), pa.large_string()), pa.array(index.sizes)], names=header
-    )
-    special = any(pc.any(pc.match_substring_regex(column, '[",\r\n]')).as_py() for column in columns)
+    numbers = [pa.array(digests_to_hex(index.digests), pa.large_string()), pa.array(index.sizes)]
+    domains = [] if index.domains is None else [_to_cells(pa.array(index.domains, pa.large_string()))]
+    header += [DOMAIN] * len(domains)
+    table = pa.table([*columns, *numbers, *domains], names=header)
+    special = any(pc.any(pc.match_substring_regex(column, '[",\r\n]')).as_py() for column in (*columns, *domains))
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed" if special else "none")
     sink = io.BytesIO()
     first_line = io.StringIO(newline="")
@@ -389,13 +369,14 @@ def _to_cells(column: pa.Array) -> pa.Array:
 
 def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetIndex:
     header = next(csv.reader(data[: 1 << 16].decode("utf-8-sig", "replace").splitlines()[:1]), [])
-    names = header[len(BEFORE) : -len(AFTER)]
-    if header and (header != [*BEFORE, *names, *AFTER] or not names or len(set(names)) < len(names)):
+    after = [*AFTER, DOMAIN] if header[-1:] == [DOMAIN] else [*AFTER]
+    names = header[len(BEFORE) : -len(after)]
+    if header and (header != [*BEFORE, *names, *after] or not names or len(set(names)) < len(names)):
         expected = ", ".join([*BEFORE, LABEL, *AFTER])
         raise DatasetError(
             f"{path}: has columns {', '.join(header)}, expected {expected}; delete it to have it made anew"
         )
-    columns = [*BEFORE, *map(str, range(len(names))), *AFTER]  # labels may be called as our own columns are
+    columns = [*BEFORE, *map(str, range(len(names))), *after]  # labels may be called as our own columns are
     types: dict[str, pa.DataType] = dict.fromkeys(columns, pa.dictionary(pa.int32(), pa.string()))
     types |= {"path": pa.string(), "digest": pa.string(), "size": pa.int64()}
     try:
@@ -409,7 +390,7 @@ def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetInd
     if in_cells:
         table = table.set_column(0, "path", _from_cells(table["path"]))
         for place, name in enumerate(columns):
-            if name.isdecimal() or name == "group":
+            if name.isdecimal() or name in ("group", DOMAIN):
                 table = table.set_column(place, name, _dictionary_from_cells(table[name]))
     return _checked(table, path, root, names)
 
@@ -455,6 +436,7 @@ def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str]) -> D
         digests_from_hex(digests.to_pylist()),
         table["size"].to_numpy().astype(np.int64),
         tuple(name if len(names) > 1 else LABEL for name in map(from_cell, names)),
+        _texts_of(table[DOMAIN]) if DOMAIN in table.column_names else None,
     )
 
 

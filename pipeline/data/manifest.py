@@ -43,7 +43,7 @@ SPLITS = {**SPLIT_NAMES, EXCLUDED: EXCLUDED}
 """How a split may be called; images of the last stay out."""
 
 Row = tuple[str, list[str]]
-"""Where a row stands ('line 7'), and its path, split, group and labels; '' for a column that is not there."""
+"""Where a row stands ('line 7'), and its path, split, group, domain and labels; '' for a column that is not there."""
 
 Choose = Callable[[Sequence[str]], list[int | None]]
 """From the names of a table's columns to the places of those that are read; None for one that need not be there."""
@@ -52,10 +52,7 @@ Choose = Callable[[Sequence[str]], list[int | None]]
 def list_manifest(path: Path, config: DatasetConfig) -> Listing:
     """List the images that a manifest names; files that are missing are failures.
 
-    Raises
-    ------
-    DatasetError
-        When the manifest cannot be read, or has rows that cannot be meant, each named with its line.
+    DatasetError when the manifest cannot be read, or has rows that cannot be meant, each named with its line.
     """
     for place in (path, config.root):
         forget(str(place))
@@ -95,10 +92,7 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
     `table` is a DataFrame of pandas or Polars, a pyarrow Table, or a dict of columns; `path` a Parquet file, written only where
     the table is in order; `keys` those of the config: `root`, `path_column`, `label_columns`, `label_separator`, ...
 
-    Raises
-    ------
-    ConfigError, DatasetError
-        With every key, or every row, that cannot be meant.
+    ConfigError, DatasetError with every key, or every row, that cannot be meant.
     """
     path = Path(path)
     if path.suffix.lower() != ".parquet":
@@ -132,9 +126,10 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
     separator = config.label_separator or (SEPARATOR if lists else None)
     splits: list[str] = []
     groups: list[str] = []
+    domains: list[str] = []
     seen: dict[str, str] = {}
     unsplit: list[str] = []
-    for where, (name, split, group, *labels) in read(partial(_places, origin, config, listing), problems):
+    for where, (name, split, group, domain, *labels) in read(partial(_places, origin, config, listing), problems):
         split = split.strip()
         name = next((name.removeprefix(start) for start in roots if name.startswith(start)), name)
         if separator is not None:
@@ -155,6 +150,8 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")
         if split and split.lower() not in SPLITS:
             found.append(f"unknown split {split!r}, expected train, validation, test or {EXCLUDED}")
+        if not domain.strip() and config.domain_column:
+            found.append("the domain is empty")
         seen.setdefault(name, where)
         problems += [f"{where}: {problem}" for problem in found]
         if not split and not found:
@@ -163,18 +160,23 @@ def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], c
         listing.labels.append(labels[0] if len(labels) == 1 else tuple(labels))
         splits.append(SPLITS.get(split.lower(), ""))
         groups.append(group)
+        domains.append(domain)
     if any(splits):
         listing.splits = splits
         problems += [f"{where}: no split, though other rows have one" for where in unsplit]
     if any(groups):
         listing.groups = groups
+    if config.domain_column:
+        listing.domains = domains
+        if len({*domains}) == 1:
+            problems.append(f"all images are of one domain, {domains[0]!r}; expected at least 2")
     _refuse(origin, problems)
     _find_files(listing)
     return listing
 
 
 def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Sequence[str]) -> list[int | None]:
-    """Return where path, split, group and each label stand in a row; None for a column that need not be there.
+    """Return where path, split, group, domain and each label stand in a row; None for a column that need not be there.
 
     Columns are found by their exact name, else without regard to case and spaces around it.
     """
@@ -182,6 +184,7 @@ def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Seque
         ("path_column", config.path_column or "path", True),
         ("split_column", config.split_column or "split", config.split_column is not None),
         ("group_column", config.group_column or "group", config.group_column is not None),
+        ("domain", config.domain_column, bool(config.domain_column)),
         *(("label_columns", name, True) for name in config.label_columns if config.target != NO_LABELS),
     ]
     found: list[int | None] = []

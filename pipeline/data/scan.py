@@ -150,8 +150,10 @@ def _read_changed(
     )
     splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
     groups = texts(listing.groups) if listing.groups is not None else None
+    domains = texts(listing.domains) if listing.domains is not None else None
     labels = texts(listing.labels) if len(listing.names) == 1 else np.array(listing.labels, dtype=object)
-    index = DatasetIndex(listing.root, paths, labels, splits, groups, digests, stats[:, 0], listing.names).rows(known)
+    index = DatasetIndex(listing.root, paths, labels, splits, groups, digests, stats[:, 0], listing.names, domains)
+    index = index.rows(known)
     return index, stats[known], failures, len(pending)
 
 

@@ -54,7 +54,7 @@ _HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__mac
 class Listing:
     """The files of a data set as found by one walk; lists of equal length, one item for each image.
 
-    `stats` has (size, mtime_ns, ctime_ns) of each. `splits` and `groups` are None where the source has none. A label is a
+    `stats` has (size, mtime_ns, ctime_ns) of each. `splits`, `groups` and `domains` are None where the source has none. A label is a
     text, or a tuple of them where the source has several columns, whose `names` are those of the index.
     """
 
@@ -63,6 +63,7 @@ class Listing:
     labels: list[Any] = field(default_factory=list)
     splits: list[str] | None = None
     groups: list[str] | None = None
+    domains: list[str] | None = None
     stats: list[Stat] = field(default_factory=list)
     entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
@@ -76,7 +77,7 @@ class Listing:
 
     def keep(self, order: list[int]) -> None:
         """Keep these rows, in this order."""
-        for name in ("paths", "labels", "splits", "groups", "stats"):
+        for name in ("paths", "labels", "splits", "groups", "domains", "stats"):
             column = getattr(self, name)
             if column is not None:
                 setattr(self, name, list(map(column.__getitem__, order)))
@@ -143,7 +144,7 @@ class Walk:
     inside: str = "/"
     entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    _linked: set[tuple[int, int]] = field(default_factory=set)
+    _linked: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def below(self, start: str = "") -> Iterator[tuple[str, Folder]]:
         """Yield every folder from `start` down with what it holds, in the order of their names."""

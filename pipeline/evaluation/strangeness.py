@@ -8,7 +8,7 @@ nearest neighbours: Sun et al. 2022; sets: Sadinle et al. 2019.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,20 @@ BLOCK_NUMBERS = 1 << 22
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of the training images: `mean`, (dim,), `references`, unit rows (m, dim), and the `distances` of n of them, each held out."""
+    """What is kept of the training images: `mean`, (dim,), `references`, unit rows (m, dim), and the `distances` of n of them, each held out.
+
+    `lengths`, (m,), of the rows before they were units; none where an earlier version made it.
+    """
 
     mean: Floats
     references: Floats
     distances: Floats
+    lengths: Floats = field(default_factory=lambda: np.empty(0))
+
+    def vectors(self) -> NDArray[np.float32]:
+        """Return the references as they were, float32 of shape (m, dim), to half precision; of shape (0, dim) without lengths."""
+        rows = self.references[: len(self.lengths)]
+        return np.asarray(self.mean + rows * self.lengths[:, None], np.float32)
 
     def distance(self, X: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return how far vectors, float32 of shape (n, dim), lie from the training images: float64 of shape (n,)."""
@@ -39,7 +48,7 @@ class Reference:
     def to_bytes(self) -> bytes:
         """Return the content of a file."""
         buffer = io.BytesIO()
-        kinds = {"mean": np.float32, "references": np.float16, "distances": np.float64}
+        kinds = {"mean": np.float32, "references": np.float16, "distances": np.float64, "lengths": np.float32}
         np.savez_compressed(buffer, **{name: getattr(self, name).astype(kind) for name, kind in kinds.items()})
         return buffer.getvalue()
 
@@ -51,7 +60,10 @@ class Reference:
         right = [len(shape) for shape in shapes] == [1, 2, 1] and shapes[0][0] == shapes[1][1]
         if not right or 0 in (*shapes[1], *shapes[2]):
             raise ValueError(f"arrays of shapes {shapes}")
-        return Reference(arrays["mean"], arrays["references"].astype(np.float32), arrays["distances"])
+        lengths = arrays.get("lengths", np.empty(0))
+        if lengths.shape not in ((0,), (shapes[1][0],)):
+            raise ValueError(f"{lengths.shape} lengths of {shapes[1]} references")
+        return Reference(arrays["mean"], arrays["references"].astype(np.float32), arrays["distances"], lengths)
 
 
 def directions(X: NDArray[np.float32], mean: Floats | float) -> NDArray[np.float32]:

@@ -43,13 +43,12 @@ class Run:
 class State:
     """Where a run stands, and at its end what it gave: what a checkpoint holds beside the states of network, optimizer and the like.
 
-    step : steps done, at the end fewer than planned after an early stop
+    step : steps done
     seconds : time spent in training, over all its pieces
     losses : of every step since the last evaluation
     score : the best so far on the validation images
     weights : the state of the network that had it
     source : "weights", or "ema" for their moving average
-    stale : evaluations since
     history : one record per evaluation
     """
 
@@ -59,7 +58,6 @@ class State:
     score: Score | None = None
     weights: Weights = field(default_factory=dict)
     source: str = ""
-    stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

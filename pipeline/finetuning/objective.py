@@ -16,7 +16,7 @@ from pipeline.config import FinetuneConfig
 from pipeline.data.targets import Classification
 from pipeline.errors import TrainingError
 from pipeline.evaluation import ACCURACY, Metric
-from pipeline.finetuning.batches import Data, transforms
+from pipeline.finetuning.batches import Data
 
 Score = tuple[float, float]
 """Of validation images, higher is better: the metric, and minus the loss, which decides between equal ones."""
@@ -26,10 +26,8 @@ Score = tuple[float, float]
 class Objective:
     """What it takes to train a network for one kind of target; its outputs are of shape (n, `Data.width`), float32."""
 
-    mixed: Callable[[Tensor, Tensor, FinetuneConfig, Data], tuple[Tensor, Tensor]]
-    """(images, y) after mixup; as they are where the settings have none."""
     loss: Callable[[Tensor, Tensor, FinetuneConfig, Data], Tensor]
-    """The mean loss of outputs for y, as `mixed` returns it."""
+    """The mean loss of outputs for y, as the target encodes it."""
     score: Callable[[Tensor, Tensor], Score]
     """How good outputs are for y, as the target encodes it."""
     decide: Callable[[Tensor], NDArray[Any]]
@@ -50,21 +48,13 @@ def refusal(kind: str) -> str:
     return f"finetune serves {' and '.join(OBJECTIVES)}, and the target is {kind}"
 
 
-def _mixed_classes(images: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> tuple[Tensor, Tensor]:
-    """Mix images, float32 (n, 3, h, w), and their classes, int64 (n,), which become probabilities, float32 (n, n_classes)."""
-    if settings.mixup == 0:
-        return images, y
-    images, y = transforms().MixUp(alpha=settings.mixup, num_classes=data.width)(images, y)
-    return images.contiguous(memory_format=torch.channels_last), y
-
-
 def _cross_entropy(logits: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> Tensor:
     """Return the mean cross-entropy; balanced, a class weighs n / (n_classes * n_class), as in scikit-learn."""
     weights = None
     if settings.class_weight is not None:
         counts = np.maximum(np.bincount(data.train.y, minlength=data.width), 1)
         weights = torch.tensor(len(data.train) / (data.width * counts), dtype=torch.float32, device=logits.device)
-    return functional.cross_entropy(logits, y, weights, label_smoothing=settings.label_smoothing)
+    return functional.cross_entropy(logits, y, weights)
 
 
 def _score_classes(logits: Tensor, y: Tensor) -> Score:
@@ -76,7 +66,7 @@ def _likeliest(logits: Tensor) -> NDArray[np.int64]:
     return logits.argmax(1).numpy().astype(np.int64)
 
 
-CLASSES = Objective(_mixed_classes, _cross_entropy, _score_classes, _likeliest, ACCURACY)
+CLASSES = Objective(_cross_entropy, _score_classes, _likeliest, ACCURACY)
 
 OBJECTIVES: Mapping[str, Objective] = {Classification.kind: CLASSES}
 """By kind of target."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any, BinaryIO
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import DatasetError, PipelineError, first_line
 from pipeline.io.digests import bytes_digest
 
 Stat = tuple[int, int, int]
 """Size, mtime_ns and ctime_ns of a file, or what else tells whether it was touched; a size of -1 is not known before it is read."""
+
+CONNECT_SECONDS = 10.0
 
 CONNECTIONS = 16
 """Files that are asked for at a time: most of the time is waiting."""
@@ -53,10 +56,7 @@ def absolute(path: object) -> str:
 def file_system(address: str) -> tuple[Any, str]:
     """Return the file system of an address and the file's name there.
 
-    Raises
-    ------
-    DatasetError
-        When what is needed for it is not installed, or it is none that is known.
+    DatasetError when what is needed for it is not installed, or it is none that is known.
     """
     try:
         import fsspec
@@ -108,10 +108,7 @@ def write_remote(address: str, data: bytes) -> None:
 def list_remote(address: str) -> dict[str, Stat | None]:
     """Return what a remote folder holds, asked once until `forget_listings`: size and times of each file by its name, None for a folder.
 
-    Raises
-    ------
-    OSError
-        When it is not there, or cannot be listed; NotADirectoryError when it is a file.
+    OSError when it is not there, or cannot be listed; NotADirectoryError when it is a file.
     """
     system, root = file_system(address)
     is_web = address.startswith("http")
@@ -183,14 +180,36 @@ class Engine:
         return None if name is None else Engine(name, address, workers)
 
 
-@contextmanager
-def connected(address: str | None) -> Iterator[Any]:
-    """Yield the module `ray`, connected; a connection that the caller has already is used and stays.
+def require_answer(address: str, start: str) -> None:
+    """See that a process listens at a cluster's address, before an engine waits for minutes for one that does not.
+
+    Nothing but that address is asked; `start` is the command that starts a cluster there.
 
     Raises
     ------
     PipelineError
-        When Ray is not installed, or there is no cluster at that address.
+        After ten seconds, or twice that for a name with two addresses.
+    """
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        if not place.hostname or not place.port:
+            raise ValueError("no port")
+    except ValueError:
+        raise PipelineError(f"--address {address}: expected HOST:PORT, where a cluster runs") from None
+    try:
+        socket.create_connection((place.hostname, place.port), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise PipelineError(
+            f"--address {address}: {place.hostname} does not answer at port {place.port} ({error.strerror or error}); start a cluster "
+            f"there with `{start}`, or leave out --address to have one on this machine"
+        ) from None
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Yield the module `ray`, connected; a connection that the caller has already is used and stays.
+
+    PipelineError when Ray is not installed, or there is no cluster at that address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every cluster
     try:
@@ -201,6 +220,10 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address not in (None, "auto", "local"):
+        require_answer(address, "ray start --head")
+        # Else it asks a port that is not Ray's for a quarter of an hour.
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     if address is None:
         settings |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_BYTES}
     try:

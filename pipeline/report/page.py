@@ -119,7 +119,7 @@ def _environment() -> Environment:
     )
     made.globals.update(
         accuracy=ACCURACY,
-        apart=boards.APART,
+        apart_title=boards.apart_title,
         most_rows=MOST_ROWS,
         most_inside=pictures.MOST_INSIDE,
         curve_head=CURVE_HEAD.name,

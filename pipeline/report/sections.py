@@ -20,13 +20,14 @@ from pipeline.data.numbers import LEVEL, Regression
 from pipeline.data.targets import TARGETS, Classification
 from pipeline.errors import PipelineError
 from pipeline.evaluation import Calibration, Interval, Predictions, measure_calibration
+from pipeline.evaluation.domains import Domains
 from pipeline.evaluation.intervals import share_interval
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.evaluation.leaderboard.judge import effects
 from pipeline.evaluation.leaderboard.table import REPEATS
 from pipeline.evaluation.metric import METRICS, metrics_for
 from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class, scores
-from pipeline.experiment import BUNDLE, Artifacts, read_document
+from pipeline.experiment import BUNDLE, Artifacts, from_plain, read_document
 from pipeline.heads.layer_profile import gap, read_profiles, what_to_take
 from pipeline.report import charts
 from pipeline.report.drawing import CATEGORIES, Chart, shorten_all
@@ -378,6 +379,17 @@ def _unknown(material: Material) -> Shown | None:
     return None if record is None else ({}, {"record": {"sets": None, **record}, "names": list(record["auroc"])})
 
 
+def _domains(material: Material) -> Shown | None:
+    """Give how far domains are apart, how the best row does in each, and what adapting it brought."""
+    record = material.leaderboard.provenance.get("domains")
+    if record is None:
+        return None
+    found: Domains = from_plain(Domains, record)
+    classes = [(each.name, one) for each in found.each for one in each.classes]
+    classes.sort(key=lambda item: item[1].label)
+    return {}, {"domains": found, "new": [each.name for each in found.each if each.new], "all": classes}
+
+
 def _map(material: Material) -> Shown | None:
     """Give the map of the embedding; what the page's script needs to show the image at a dot is `pictures.carried`."""
     space, index, kinds = material.map, material.index, material.kinds
@@ -390,19 +402,25 @@ def _map(material: Material) -> Shown | None:
 
 
 def _mistakes(material: Material) -> Shown | None:
-    """Give the test images on which the best row was most sure and wrong."""
+    """Give the test images on which the best row was most sure and wrong, and why, where that was looked into."""
     best = material.best
     if best is None:
         return None
-    part, p, wrong = best.test, best.test.probabilities, np.flatnonzero(~best.test.correct)
+    found, wrong = worst(best.test)
+    why = {path: material.why[path] for path, said, *_ in found if material.why.get(path, {}).get("said") == said}
+    given = {"found": found, "known": best.test.probabilities is not None, "wrong": wrong, "total": len(best.test)}
+    return {}, {**given, "why": why, "pictures": gallery(material.index, [path for path, *_ in found])}
+
+
+def worst(part: Predictions) -> tuple[list[tuple[str, str, str, float]], int]:
+    """Return the images on which a head was most sure and wrong: path, what it said, the label and how sure; and how many are wrong."""
+    p, wrong = part.probabilities, np.flatnonzero(~part.correct)
     sure, own = np.ones(len(part)), np.zeros(len(part))
     if p is not None:
         sure, own = p.max(axis=1), p[np.arange(len(part)), part.y_true].astype(np.float64)
     order = wrong[np.argsort(-(sure - own)[wrong], kind="stable")][:MOST_PICTURES]
     columns = (np.asarray(part.paths), part.predicted, part.labels, sure)
-    found = list(zip(*(column[order].tolist() for column in columns), strict=True))
-    pictures = gallery(material.index, [path for path, *_ in found])
-    return {}, {"found": found, "known": p is not None, "wrong": len(wrong), "total": len(sure), "pictures": pictures}
+    return list(zip(*(column[order].tolist() for column in columns), strict=True)), len(wrong)
 
 
 def _to_look_at(material: Material, found: Sequence[Any], most: int, **more: Any) -> Shown | None:
@@ -447,6 +465,7 @@ SECTIONS = (
     PageSection("cost", "Labels and cost", EVERY, _growth),
     PageSection("advice", "Fine-tune?", CLASSES, _advice),
     PageSection("few-shot", "Few examples", CLASSES, _few_shot),
+    PageSection("domains", "Domains", CLASSES, _domains),
     PageSection("unknown", "Unknown", CLASSES, _unknown),
     PageSection("map", "Images", EVERY, _map),
     PageSection("mistakes", "Mistakes", CLASSES, _mistakes),

@@ -67,13 +67,16 @@ def run(config: Config, output: Path) -> CleanRun:
     issues = gather(files.root).label_issues
     rows = Rows.of(index, findings, issues)
     placed = (data.split_column or "split", data.group_column or "group")
-    header = [data.path_column or "path", *data.label_columns, *placed, "change", "reason"]
+    origin = {} if index.domains is None else {data.domain_column: index.domains}
+    header = [data.path_column or "path", *data.label_columns, *placed, *origin, "change", "reason"]
     labels = [index.column(name) for name in index.names]
     reasons = map("; ".join, rows.reasons)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")  # with no sign before formulas: who reads it takes a cell as it is
     writer.writerow(header)
-    writer.writerows(zip(index.paths, *labels, rows.splits, rows.groups, rows.changes, reasons, strict=True))
+    writer.writerows(
+        zip(index.paths, *labels, rows.splits, rows.groups, *origin.values(), rows.changes, reasons, strict=True)
+    )
     write_text_atomic(output, text.getvalue())
     section = data.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
     section |= {"source": "manifest", "path": str(output), "root": str(index.root)}

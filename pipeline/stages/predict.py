@@ -13,7 +13,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ from pipeline.embed.baselines import no_network
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, Places, open_networks
 from pipeline.errors import BundleError, ConfigError, DatasetError, first, number_of
+from pipeline.evaluation.domains import LEAST, Alignment, Apart, apart
+from pipeline.evaluation.domains import align as fit_alignment
 from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import REFIT, Artifacts, read_document, to_cell
@@ -79,6 +81,8 @@ class PredictRun:
     """With the names of the folders, where they are called like classes."""
     explained: ExplainRun | None = None
     """Why the first images got their labels, where that was asked."""
+    aligned: Mapping[str, Aligned] = field(default_factory=dict)
+    """By target, how the images were aligned, where that was asked."""
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
@@ -90,6 +94,7 @@ class PredictRun:
             lines += [f"  {label}: {count:,}" for label, count in counts if label]
             lines += [name + line for line in (self.agreement.lines(target) if self.agreement else ())]
             lines += [name + line for line in self.strangers[target].lines()]
+            lines += [name + self.aligned[target].line()] if target in self.aligned else []
         if self.unreadable:
             lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
         lines += self.passed_over
@@ -122,6 +127,7 @@ class Model:
     bundle: ModelBundle
     places: Sequence[Places]
     strangers: Strangers
+    aligned: Aligned | None = None
 
     def vectors(self, made: Sequence[Part]) -> list[NDArray[np.float32]]:
         """Return the vectors of n images for each part of the head, float32 of shape (n, dim), of what all lanes made of them."""
@@ -131,6 +137,45 @@ class Model:
 def together(made: Sequence[Part], blocks: Places) -> NDArray[np.float32]:
     """Return vectors of n images, float32 of shape (n, dim), by the lane and output of each block."""
     return np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """How the images of a folder are moved to the training images' mean and covariance, and how far they were from these."""
+
+    alignment: Alignment
+    apart: Apart
+
+    @staticmethod
+    def of(X: NDArray[np.float32], model: Model, folder: Path) -> Aligned:
+        """Align vectors, float32 of shape (n, dim), with what a head keeps of its training images.
+
+        Raises
+        ------
+        ConfigError
+            When they are too few, or it keeps none.
+        """
+        known = None if model.strangers.known is None else model.strangers.known.vectors()
+        if known is None or not len(known) or model.bundle.members:
+            raise ConfigError(
+                f"--align: {folder} keeps no training images to align with; those of the best and the recommended row do, where they "
+                "label one class per image and are no soft vote. One of an earlier version does after `manyheads heads`"
+            )
+        few = min(len(X), len(known))
+        if few < LEAST:
+            whose = "images that can be read" if few == len(X) else f"training images are kept in {folder}"
+            raise ConfigError(f"--align: {few} {whose}, expected {LEAST} at least to tell a mean and covariance")
+        some = np.linspace(0, len(X) - 1, min(len(X), len(known))).astype(int)
+        return Aligned(fit_alignment(known, X), apart(known, X[some], 0))
+
+    def line(self) -> str:
+        """Say what was done, and how far the images were."""
+        auc, (low, high) = self.apart.auc, self.apart.interval
+        alike = "" if self.apart.shown else "; no difference is shown, so labels without --align are as good or better"
+        return (
+            f"aligned: features moved to the mean and covariance of the training images, from which a linear classifier told these images "
+            f"with AUC {auc:.2f} [{low:.2f}, {high:.2f}] (0.5: alike){alike}. It takes the mix of labels to be that of training: of another it does harm"
+        )
 
 
 def run(
@@ -145,12 +190,14 @@ def run(
     unknown: float | None = None,
     sets: float | None = None,
     explain: Path | None = None,
+    align: bool = False,
 ) -> PredictRun:
     """Label image files and folders of them with a saved head; or files of vectors, where the head was fitted on such.
 
     `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
     of each, on images that are read once. `max_pixels` is the experiment's where it is not given. `unknown` marks images of no known
     class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases.
+    `align` moves the images' features to the mean and covariance of the training images first; their vectors are held in memory for it.
     `explain` is a folder for pages on why the first images got their labels. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
     Where no image can be read the rows are written too, before the error. That `output` cannot be written is found before the work.
     """
@@ -161,6 +208,8 @@ def run(
     folders = find_bundles(bundle)
     heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
     require_place(output)
+    if align and explain is not None:
+        raise ConfigError("--explain shows the head on images as they are; leave out --align")
     taken = records_of(heads, folders)
     if explain is not None:
         from pipeline.stages import explain as explaining  # finds neighbours by `similar`, which imports this module
@@ -197,15 +246,21 @@ def run(
         batches = embed(lanes, items, Path("/"), limit)
 
     def outcomes() -> Iterator[list[Row]]:
-        for batch, parts in batches:
-            yield list(_rows(batch, parts, given, models))
+        made: Iterable[tuple[Batch, list[Part | None]]] = batches
+        asked = models
+        if align:
+            made = held = list(batches)
+            asked = [_aligned(model, held, folders[name]) for name, model in zip(heads, models, strict=True)]
+            moved.update(zip(heads, asked, strict=True))
+        for batch, parts in made:
+            yield list(_rows(batch, parts, given, asked))
         if unread:
             yield unread
 
     labels = {target: Counter[str]() for target in heads}
     total += len(unread)
     targets, more = {target: head.target for target, head in heads.items()}, names(strangers)
-    done, unreadable, reasons = 0, 0, list[str]()
+    done, unreadable, reasons, moved = 0, 0, list[str](), dict[str, Model]()
     agreement = Agreement.of(images, bundle, targets)
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
@@ -235,7 +290,10 @@ def run(
         (model,), (place,) = models, folders.values()
         explained = explaining.run(explain, place, model, lanes, to_explain, total, limit)
     untrained = any(record.untrained for record in records)
-    return PredictRun(output, folders, labels, unreadable, passed_over, untrained, strangers, agreement, explained)
+    aligned = {name: model.aligned for name, model in moved.items() if model.aligned}
+    return PredictRun(
+        output, folders, labels, unreadable, passed_over, untrained, strangers, agreement, explained, aligned
+    )
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
@@ -394,6 +452,15 @@ def to_lines(rows: Iterable[Iterable[str]]) -> str:
     return text.getvalue()
 
 
+def _aligned(model: Model, made: Sequence[tuple[Batch, list[Part | None]]], folder: Path) -> Model:
+    """Return the model with the alignment of all images that could be read."""
+    found = [[part for part in parts if part is not None] for _, parts in made]
+    X = [model.vectors(parts)[0] for parts in found if parts]
+    if not X:
+        return model
+    return replace(model, aligned=Aligned.of(np.concatenate(X), model, folder))
+
+
 def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:
     """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
     said: dict[int, list[Said]] = {}
@@ -401,7 +468,8 @@ def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], mode
     made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
     for model in models if made else ():
         vectors = model.vectors(made)
-        labels, probabilities = model.bundle.predict(*vectors)
+        moved = vectors if model.aligned is None else [model.aligned.alignment(vectors[0])]
+        labels, probabilities = model.bundle.predict(*moved)
         cells = model.strangers.cells(vectors[0], probabilities)
         for place, row in enumerate(made[0].rows.tolist()):
             strange.setdefault(row, []).extend(cells[place])

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import BackboneConfig, Config, dump_yaml, names_code
-from pipeline.data import DatasetIndex, failed_digests
+from pipeline.data import DatasetIndex
 from pipeline.data.scan import scan
 from pipeline.data.targets import Classification
 from pipeline.embed import baselines
@@ -38,7 +38,6 @@ from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, KNN, RIDGE, configure
 from pipeline.heads.tuning import Folds, make_folds
-from pipeline.images import policy_key
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report.charts import shortlist_chart
 from pipeline.report.drawing import to_paper_svg
@@ -181,8 +180,7 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     alive, left_out = _candidates(config, candidates)
     files = Artifacts(config.output, config.store)
     scanned = scan(config.dataset, config.seed, files.dataset)
-    policy = policy_key(config.dataset.max_pixels)
-    contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
+    contents = Contents.of(scanned.index, files, config)
     enter(files)
     places, labels = _training(scanned.index, contents)
     if len(places) < LEAST_IMAGES:
@@ -192,7 +190,7 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     entries: dict[str, Entry] = {}
     for size in sizes:
         taken = np.sort(order[:size])
-        some = Contents(contents.digests[taken], contents.rows[taken], contents.failed[taken])
+        some = contents.part(taken)
         judged = list[Entry]()
         for one in alive:
             try:
@@ -272,7 +270,7 @@ def _judged(
     candidate: Candidate, config: Config, index: DatasetIndex, contents: Contents, some: Contents
 ) -> Iterator[Entry]:
     """Embed a part of the sample by one candidate, and judge its embeddings."""
-    for target, store in embed_some(config, candidate, index, contents, some):
+    for target, store in embed_some(config, candidate, contents, some):
         there = ~store.missing(some.digests)
         part = index.rows(some.rows[there])
         X, y, groups = store.read(some.digests[there]), Classification.of(part).encode(part), part.fold_groups()

@@ -24,7 +24,7 @@ from pipeline.io.remote import absolute, address_of
 from pipeline.stages import settings
 from pipeline.stages.predict import BATCH_SIZE, EXAMPLES, expanded, images_in, shown, to_lines, together
 from pipeline.store import FeatureStore, JoinedStores
-from pipeline.store.nearest import Nearest
+from pipeline.store.rows import Nearest
 
 
 @dataclass(frozen=True)

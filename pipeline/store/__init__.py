@@ -8,11 +8,12 @@
       tmp/                    the only place where a partial file can be
       quarantine/             damaged files, set aside
 
-To read: `format` has the bytes of every file, `opener` checks them, `table` looks up, `reader` gives vectors. To write, which nobody
-needs who reads: `writer`, by `commits`, alone by `lock`; `maintain` cares for a whole store, `share` makes files of it.
+To read: `format` has the bytes of every file, `opener` checks them, `reader` gives vectors, `rows` many of them as an array. To write,
+which nobody needs who reads: `writer`, alone by `lock`; `maintain` cares for a whole store, `share` makes files of it.
 """
 
-from pipeline.store.identity import differences
-from pipeline.store.reader import FeatureStore, JoinedStores, StoredRows
+from pipeline.store.format import differences
+from pipeline.store.reader import FeatureStore
+from pipeline.store.rows import JoinedStores, StoredRows
 
 __all__ = ["FeatureStore", "JoinedStores", "StoredRows", "differences"]

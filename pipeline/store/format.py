@@ -34,6 +34,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.io.digests import Digests, canonical_json
 from pipeline.io.files import undisturbed
 
 FORMAT = "manyheads features"
@@ -122,6 +123,12 @@ class StoreType:
         return {"identity": self.fingerprint, "dtype": self.dtype, "rows": rows, "dim": self.dim}
 
 
+def slices(count: int, row_bytes: int, most_bytes: int) -> Iterator[slice]:
+    """Yield the parts of so many rows of so many bytes each, one behind the other, that take at most `most_bytes`."""
+    step = max(1, most_bytes // row_bytes)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
 @dataclass(frozen=True)
 class Composed:
     """A file ready to be written: its bytes from first to last, the digest that names it, its size in bytes."""
@@ -129,6 +136,31 @@ class Composed:
     parts: Callable[[], Iterator[bytes | memoryview]]
     digest: str
     size: int
+
+
+def differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], one: str = "the store", other: str = "this run"
+) -> list[str]:
+    """Return one line for each field that differs: `preprocessing.resize: the store has 256, this run has 224`."""
+    left, right = dict(_flat(stored)), dict(_flat(wanted))
+    return [
+        f"{name}: {one} has {_shown(left, name)}, {other} has {_shown(right, name)}"
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name, _flat) != right.get(name, _flat)
+    ]
+
+
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+    text = repr(fields[name]) if name in fields else "nothing"
+    return text if len(text) <= 80 else f"{text[:76]}...{text[-1]}"
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(item) if isinstance(item, tuple) else item
 
 
 def compose(
@@ -159,6 +191,23 @@ def compose(
     return Composed(parts, trailer[-32:].hex(), len(head) + prod(shape) * np.dtype(dtype).itemsize + len(trailer))
 
 
+def compose_features(
+    kind: str, store_type: StoreType, content: Digests, chunks: Chunks, **others: NDArray[Any]
+) -> Composed:
+    """Lay out a file of vectors: n contents, uint64 of shape (n, 2), in their order the features, and other datasets."""
+    rows = len(content)
+    arrays = {"content": np.ascontiguousarray(content, "<u8").reshape(rows, 2), **others}
+    return compose(kind, store_type.attributes(rows), arrays, (store_type.dtype, (rows, store_type.dim)), chunks)
+
+
+def origin(identity: Mapping[str, Any], probe: NDArray[np.float32] | None, dim: int) -> dict[str, NDArray[Any]]:
+    """Return the datasets that say how vectors were made; `probe` are the probe vectors, float32 of shape (k, dim), or none."""
+    return {
+        "identity_json": np.frombuffer(canonical_json(dict(identity)).encode("ascii"), np.uint8),
+        "canary": np.ascontiguousarray(np.zeros((0, dim)) if probe is None else probe, "<f4"),
+    }
+
+
 def make_trailer(head: bytes) -> bytes:
     """Return the 48 bytes that close a file with this head."""
     return TRAILER.pack(TRAILER_MAGIC, len(head), hashlib.blake2b(head, digest_size=32).digest())
@@ -174,16 +223,9 @@ def block_digests(pieces: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     digests: list[bytes] = []
     rest = b""
     for piece in pieces:
-        view = piece.data
-        start = 0
-        if rest:
-            start = min(BLOCK_BYTES - len(rest), len(view))
-            rest += view[:start]
-            if len(rest) < BLOCK_BYTES:
-                continue
-            digests.append(block_digest(rest))
-        whole = start + (len(view) - start) // BLOCK_BYTES * BLOCK_BYTES
-        digests.extend(block_digest(view[at : at + BLOCK_BYTES]) for at in range(start, whole, BLOCK_BYTES))
+        view = memoryview(rest + piece.data) if rest else piece.data
+        whole = len(view) // BLOCK_BYTES * BLOCK_BYTES
+        digests.extend(block_digest(view[at : at + BLOCK_BYTES]) for at in range(0, whole, BLOCK_BYTES))
         rest = bytes(view[whole:])
     if rest:
         digests.append(block_digest(rest))

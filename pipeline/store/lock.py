@@ -19,27 +19,29 @@ LOCK = "LOCK"
 def acquire(folder: Path, patience: float = 0.0) -> int:
     """Take the lock of a store, waiting for so many seconds, which may be infinite; give it back with `files.close_alone`.
 
-    Raises
-    ------
-    StoreError
-        When another writer has it: says which process, on which host, since when.
+    StoreError when another writer has it: says which process, on which host, since when.
     """
-    path = folder / LOCK
-    try:
-        descriptor = _when_free(path, patience)
-    except BlockingIOError:
-        if files.is_held(path):
-            raise StoreError(f"{folder}: this process is writing to it already; close that writer first") from None
-        writer = holder(folder) or "another process"
-        raise StoreError(f"{folder}: is being written by {writer}; wait until it ends, or stop it") from None
-    except OSError as error:
-        if error.errno in files.NOT_ORDINARY:
-            raise StoreError(f"{path}: is no ordinary file ({error.strerror}); delete it and run again") from None
-        if error.errno in files.REMEDIES:
-            raise
-        raise StoreError(
-            f"{folder}: cannot be locked here ({error.strerror}); put the store on a file system that has locks"
-        ) from None
+    path, end = folder / LOCK, time.monotonic() + patience
+    while True:
+        try:
+            descriptor = files.open_alone(path)
+            break
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(0.05)
+                continue
+            if files.is_held(path):
+                raise StoreError(f"{folder}: this process is writing to it already; close that writer first") from None
+            writer = holder(folder) or "another process"
+            raise StoreError(f"{folder}: is being written by {writer}; wait until it ends, or stop it") from None
+        except OSError as error:
+            if error.errno in files.NOT_ORDINARY:
+                raise StoreError(f"{path}: is no ordinary file ({error.strerror}); delete it and run again") from None
+            if error.errno in files.REMEDIES:
+                raise
+            raise StoreError(
+                f"{folder}: cannot be locked here ({error.strerror}); put the store on a file system that has locks"
+            ) from None
     try:
         note = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         files.SYSTEM["ftruncate"](descriptor, 0)
@@ -48,17 +50,6 @@ def acquire(folder: Path, patience: float = 0.0) -> int:
         files.close_alone(descriptor)
         raise
     return descriptor
-
-
-def _when_free(path: Path, patience: float) -> int:
-    end = time.monotonic() + patience
-    while True:
-        try:
-            return files.open_alone(path)
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                raise
-        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -85,20 +85,18 @@ class StoreFile:
                 bad.append(block)
         return bad
 
-    def require_whole(self) -> None:
-        """Check every block; StoreError when one is damaged."""
-        if bad := self.bad_blocks():
-            raise StoreError(f"{self.path}: {len(bad)} block(s) are damaged")
+    def require_whole(self, blocks: NDArray[np.intp] | None = None) -> None:
+        """Check some blocks, int64 of shape (k,), or all; StoreError when one is damaged."""
+        if bad := self.bad_blocks(blocks):
+            raise StoreError(
+                f"{self.path}: {len(bad)} block(s) of {BLOCK_BYTES >> 10} KiB are damaged (the first at block {bad[0]}); "
+                "nothing of them was used; run 'manyheads store repair' to embed just these images again"
+            )
 
     def check_items(self, items: NDArray[Any], width: int = 1) -> None:
-        """Check the blocks that hold some items, of `width` numbers each, before they are used.
+        """Check the blocks that hold some items, of `width` numbers each, before they are used; StoreError for damage.
 
         items : of any integer dtype, shape (k,)
-
-        Raises
-        ------
-        StoreError
-            When a block's bytes are not those that were written.
         """
         if self._checked.all():
             return
@@ -109,12 +107,7 @@ class StoreFile:
         touched = np.zeros(len(self._checked), np.bool_)
         for step in range(int((last - first).max(initial=0)) + 1):
             touched[np.minimum(first + step, last)] = True
-        blocks = np.flatnonzero(touched)
-        if bad := self.bad_blocks(blocks):
-            raise StoreError(
-                f"{self.path}: {len(bad)} block(s) of {BLOCK_BYTES >> 10} KiB are damaged (the first at block {bad[0]}); "
-                "nothing of them was used; run 'manyheads store repair' to embed just these images again"
-            )
+        self.require_whole(np.flatnonzero(touched))
 
 
 def open_file(
@@ -122,14 +115,8 @@ def open_file(
 ) -> StoreFile:
     """Open one file of a store, checking its head, its structure and, where given, its kind and its digest.
 
-    `data` is the file when it was mapped before; then it may have lost its name since.
-
-    Raises
-    ------
-    FileNotFoundError
-        When there is no such file.
-    StoreError
-        When it is not what it should be; the message says what was found.
+    `data` is the file when it was mapped before; then it may have lost its name since. FileNotFoundError when there is no such
+    file, StoreError when it is not what it should be.
     """
     data = map_file(path) if data is None else data
     head_bytes = _check_trailer(path, data, digest)
@@ -155,12 +142,8 @@ def _require(condition: bool, problem: str) -> None:
 def map_file(path: Path) -> mmap.mmap:
     """Map a regular file into memory; links are not followed. Cheap: nothing is read or checked yet; a remote file is fetched.
 
-    Raises
-    ------
-    OSError
-        When there is none, or the system does not let it be read, which says nothing about the file.
-    StoreError
-        When it is no regular file, or too short for one of ours.
+    OSError when there is none, or the system does not let it be read, which says nothing about the file; StoreError when it is
+    no regular file, or too short for one of ours.
     """
     if (address := address_of(path)) is not None:
         return fetch(address)
@@ -185,12 +168,8 @@ def map_file(path: Path) -> mmap.mmap:
 def fetch(address: str, head_only: bool = False) -> mmap.mmap:
     """Return the bytes of a remote file, in a file without a name that goes when nobody has it any more.
 
-    With `head_only` just the head and the trailer are fetched, and zeros stand for the bulk.
-
-    Raises
-    ------
-    FileNotFoundError, StoreError
-        When it is not there, or cannot be read.
+    With `head_only` just the head and the trailer are fetched, and zeros stand for the bulk. FileNotFoundError or StoreError when it
+    is not there, or cannot be read.
     """
     try:
         size = stat_remote(address)[0]
@@ -338,8 +317,6 @@ def _dataset(root: Any, data: mmap.mmap, name: str, wanted: Field) -> tuple[int,
     dataset = h5py.h5d.open(root, name.encode())
     settings = dataset.get_create_plist()
     _require(settings.get_layout() == h5py.h5d.CONTIGUOUS, f"{name!r} is not stored in one piece")
-    _require(settings.get_external_count() == 0, f"{name!r} has external storage")
-    _require(settings.get_nfilters() == 0, f"{name!r} has a filter")
     _require(h5py.h5a.get_num_attrs(dataset) == 0, f"{name!r} has attributes")
     space = dataset.get_space()
     _require(space.get_simple_extent_type() == h5py.h5s.SIMPLE, f"{name!r} is not an array")

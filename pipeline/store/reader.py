@@ -14,20 +14,18 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
 from pipeline.errors import DatasetError, StoreError
 from pipeline.io.digests import Digests, digests_to_hex, fingerprint
 from pipeline.io.remote import address_of, forget_listings, list_remote
-from pipeline.store.format import StoreType
-from pipeline.store.identity import differences
+from pipeline.store.format import SEGMENTS, StoreType, differences, slices
 from pipeline.store.opener import StoreFile, map_file, open_file
-from pipeline.store.table import SegmentEntry, Table, open_entry, sorted_table
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +39,106 @@ ATTEMPTS = 10
 """How often a store is looked at anew that a writer has changed meanwhile."""
 
 
+# ---- the table: where each content is
+
+
+@dataclass(frozen=True)
+class Table:
+    """Content digests in order, and the place of each: `lines`, uint64 of shape (4, n), are both halves of the digests, segment, row."""
+
+    lines: NDArray[np.uint64]
+
+    @staticmethod
+    def of(contents: Sequence[Digests]) -> Table:
+        """Return the table of some segments, by the content of each one's rows in order, uint64 of shape (rows, 2)."""
+        content = np.concatenate([np.zeros((0, 2), np.uint64), *contents])
+        segment = np.repeat(np.arange(len(contents)), [len(each) for each in contents])
+        row = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(each)) for each in contents)])
+        # By the first half alone, which is as good as always enough.
+        order = np.argsort(content[:, 0], kind="stable")
+        first = content[order, 0]
+        if (first[1:] == first[:-1]).any():
+            order = np.lexsort((content[:, 1], content[:, 0]))
+        return Table(np.stack([line[order].astype("<u8") for line in (*content.T, segment, row)]))
+
+    def problem(self, sizes: Sequence[int]) -> str | None:
+        """Say what is wrong with a table of segments of so many rows, which a stranger may have made; None where nothing is."""
+        first, second, segment, row = self.lines
+        if not ((first[:-1] < first[1:]) | ((first[:-1] == first[1:]) & (second[:-1] < second[1:]))).all():
+            return "its table is not sorted, or names a content twice"
+        most = np.array([*sizes, 0], np.uint64)
+        return (
+            "its table names rows that do not exist" if (row >= most[np.minimum(segment, len(sizes))]).any() else None
+        )
+
+    def find(self, digests: Digests) -> NDArray[np.int64]:
+        """Return the position of each of k digests, uint64 of shape (k, 2), int64 of shape (k,), -1 for none."""
+        wanted = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
+        if not self.lines.size:
+            return np.full(len(wanted), -1, np.int64)
+        # In the order of the table, neighbours share pages: many times faster in a large one.
+        order = np.argsort(wanted[:, 0], kind="stable")
+        (first, second), (left, right) = self.lines[:2], wanted[order].T
+        at = np.minimum(np.searchsorted(first, left), len(first) - 1)
+        # Two contents hardly ever share their first half, but all of a stranger's may.
+        if (several := (first[at] == left) & (second[at] != right)).any():
+            pairs, asked = (
+                np.ascontiguousarray(each.T).view("u8,u8").ravel()
+                for each in (self.lines[:2], wanted[order[several]].T)
+            )
+            at[several] = np.minimum(np.searchsorted(pairs, asked), len(first) - 1)
+        positions = np.empty(len(wanted), np.int64)
+        positions[order] = np.where((first[at] == left) & (second[at] == right), at, -1)
+        return positions
+
+    def place(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return segment number and row of k positions; all three int64 of shape (k,)."""
+        return self.lines[2][positions].astype(np.int64), self.lines[3][positions].astype(np.int64)
+
+    def in_file_order(self) -> Digests:
+        """Return every digest, uint64 of shape (n, 2), in the order of segments and rows."""
+        return self.lines[:2].T[np.lexsort((self.lines[3], self.lines[2]))]
+
+
+@dataclass(frozen=True)
+class SegmentEntry:
+    """A segment as the snapshot knows it."""
+
+    digest: str
+    rows: int
+    bytes: int
+
+    def path(self, store: Path) -> Path:
+        """Where the segment's file is."""
+        return store / SEGMENTS / f"{self.digest}.h5"
+
+    def open(self, store: Path, store_type: StoreType, data: mmap.mmap | None = None) -> StoreFile:
+        """Open the segment, and compare it with what the snapshot says about it."""
+        path = self.path(store)
+        try:
+            file = open_segment(path, store_type, self.digest, data)
+        except FileNotFoundError:
+            raise StoreError(
+                f"{path}: is missing with {self.rows} features; put it back, or run 'manyheads store repair'"
+            ) from None
+        if (file.number("rows"), file.size) != (self.rows, self.bytes):
+            raise StoreError(f"{path}: has {file.number('rows')} rows in {file.size} bytes, the snapshot says {self}")
+        return file
+
+
+def open_segment(
+    path: Path, store_type: StoreType, digest: str | None = None, data: mmap.mmap | None = None
+) -> StoreFile:
+    """Open a segment or a group of the journal, which has the same form, and check that it belongs to this store."""
+    file = open_file(path, "segment", digest, data)
+    if file.store_type != store_type:
+        raise StoreError(f"{path}: belongs to another store: it has {file.store_type}, expected {store_type}")
+    return file
+
+
+# ---- the store
+
+
 @dataclass(frozen=True)
 class FeatureStore:
     """Content digest -> feature vector, for one identity, as it was when it was opened."""
@@ -49,15 +147,7 @@ class FeatureStore:
     file: StoreFile
     """The snapshot, or the packed file."""
     identity: dict[str, Any]
-    store_type: StoreType
-    digest: str
-    """Names the state of the whole store."""
-    generation: int
-    """0 for a packed file."""
     segments: tuple[SegmentEntry, ...]
-    probe: NDArray[np.float32]
-    """Vectors of the built-in probe images, of shape (k, dim)."""
-    table: Table = field(repr=False)
     _files: dict[int, StoreFile] = field(default_factory=dict, repr=False)
     """Segment number -> its file; opened and checked when first read."""
     _mapped: dict[int, mmap.mmap] = field(default_factory=dict, repr=False)
@@ -91,10 +181,41 @@ class FeatureStore:
             )
         return store
 
+    @cached_property
+    def table(self) -> Table:
+        """Where each content is, checked as a whole when it is first asked for; StoreError for damage."""
+        if self.file.kind == "pack":
+            return Table.of([self.file.arrays["content"]])
+        self.file.require_whole()
+        table = Table(self.file.bulk)
+        if problem := table.problem([entry.rows for entry in self.segments]):
+            raise StoreError(f"{self.file.path}: not a valid feature store file: {problem}")
+        return table
+
+    @property
+    def store_type(self) -> StoreType:
+        """What all its files share."""
+        return self.file.store_type
+
     @property
     def fingerprint(self) -> str:
         """The digest of the identity."""
         return self.store_type.fingerprint
+
+    @property
+    def digest(self) -> str:
+        """Names the state of the whole store."""
+        return self.file.digest
+
+    @property
+    def generation(self) -> int:
+        """The number of the snapshot; 0 for a packed file."""
+        return self.file.number("generation") if self.file.kind == "snapshot" else 0
+
+    @property
+    def probe(self) -> NDArray[np.float32]:
+        """Vectors of the built-in probe images, of shape (k, dim)."""
+        return self.file.arrays["canary"]
 
     @property
     def dim(self) -> int:
@@ -109,53 +230,11 @@ class FeatureStore:
     @property
     def rows(self) -> int:
         """Number of contents that have a feature vector."""
-        return len(self.table)
+        return self.file.number("rows")
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
         """Say for each of n digests, uint64 of shape (n, 2), whether the store has no vector for it: bool of shape (n,)."""
         return self.table.find(digests) < 0
-
-    def read(self, digests: Digests) -> NDArray[np.float32]:
-        """Return the vectors of n digests, uint64 of shape (n, 2), in the order asked, float32 of shape (n, dim), checked.
-
-        Raises
-        ------
-        StoreError
-            When some are missing (how many, and the first), or a segment is missing or damaged.
-        """
-        return self.read_at(*self.locate(digests), digests)
-
-    def read_at(self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests) -> NDArray[np.float32]:
-        """Like `read`, for n digests that were located before: `segments` and `rows` are int64 of shape (n,)."""
-        result = np.empty((len(rows), self.dim), np.float32)
-        for number in np.unique(segments).tolist():
-            here = np.flatnonzero(segments == number)
-            source = self._segment(number, rows[here], digests[here]).bulk
-            if (np.diff(rows[here]) == 1).all() and (np.diff(here) == 1).all():
-                result[here[0] : here[-1] + 1] = source[rows[here[0]] : rows[here[-1]] + 1]
-                continue
-            step = max(1, GATHER_BYTES // (4 * self.dim))
-            for part in (here[start : start + step] for start in range(0, len(here), step)):
-                result[part] = source[rows[part]]
-        return result
-
-    def pieces(self, digests: Digests) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Yield the vectors of n digests, uint64 of shape (n, 2), as float32 of shape (k, dim), each with its place among the n."""
-        step = max(1, COPY_BYTES // (self.dim * 4))
-        for start in range(0, len(digests), step):
-            part = slice(start, start + step)
-            yield part, self.read(digests[part])
-
-    def view_at(self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests) -> NDArray[np.float32]:
-        """Like `read_at`, but where the rows lie one behind the other in a float32 segment a view of the mapped file, read-only.
-
-        segments, rows : int64 of shape (n,); digests : uint64 of shape (n, 2); returns float32 of shape (n, dim)
-        """
-        one_run = len(rows) > 0 and (segments == segments[0]).all() and (np.diff(rows) == 1).all()
-        if not one_run or self.store_type.dtype != "<f4":
-            return self.read_at(segments, rows, digests)
-        view: NDArray[np.float32] = self._segment(int(segments[0]), rows, digests).bulk[rows[0] : rows[-1] + 1]
-        return view
 
     def locate(self, digests: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return segment number and row of each of n digests, int64 of shape (n,); StoreError when some are missing."""
@@ -168,6 +247,35 @@ class FeatureStore:
             )
         return self.table.place(positions)
 
+    def read(self, digests: Digests) -> NDArray[np.float32]:
+        """Return the vectors of n digests, uint64 of shape (n, 2), in the order asked, float32 of shape (n, dim), checked.
+
+        StoreError when some are missing (how many, and the first), or a segment is missing or damaged.
+        """
+        return self.read_at(*self.locate(digests), digests)
+
+    def read_at(
+        self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests, view: bool = False
+    ) -> NDArray[np.float32]:
+        """Like `read`, for n digests that were located before: `segments` and `rows` are int64 of shape (n,).
+
+        With `view` a read-only view of the mapped file, where they lie one behind the other in a float32 segment.
+        """
+        if view and self.dtype == np.float32 and len(rows) and (segments == segments[0]).all() and _one_run(rows):
+            found: NDArray[np.float32] = self._segment(int(segments[0]), rows, digests).bulk[rows[0] : rows[-1] + 1]
+            return found
+        result = np.empty((len(rows), self.dim), np.float32)
+        for number in np.unique(segments).tolist():
+            here = np.flatnonzero(segments == number)
+            source = self._segment(number, rows[here], digests[here]).bulk
+            for part in slices(len(here), 4 * self.dim, GATHER_BYTES):
+                result[here[part]] = source[rows[here[part]]]
+        return result
+
+    def pieces(self, digests: Digests) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Yield the vectors of n digests, uint64 of shape (n, 2), as float32 of shape (k, dim), each with its place among the n."""
+        return ((part, self.read(digests[part])) for part in slices(len(digests), 4 * self.dim, COPY_BYTES))
+
     def whereabouts(self, digests: Digests) -> Iterator[tuple[StoreFile, NDArray[np.int64]]]:
         """Yield each file that has some of n digests, uint64 of shape (n, 2), with their rows there, int64 of shape (k,), checked."""
         segments, rows = self.locate(digests)
@@ -177,13 +285,8 @@ class FeatureStore:
 
     def _segment(self, number: int, rows: NDArray[np.int64], digests: Digests) -> StoreFile:
         """Return a segment in which these k rows, int64, are those digests, uint64 of shape (k, 2), and whole."""
-        if number >= len(self.segments):
-            raise StoreError(
-                f"{self.path}: not a valid feature store: it names segment {number} of {len(self.segments)}"
-            )
         if number not in self._files:
-            mapped = self._mapped.get(number)
-            self._files[number] = open_entry(self.path, self.segments[number], self.store_type, mapped)
+            self._files[number] = self.segments[number].open(self.path, self.store_type, self._mapped.get(number))
         file = self._files[number]
         content = file.arrays["content"]
         if (rows >= len(content)).any() or not np.array_equal(content[rows], digests):
@@ -194,146 +297,17 @@ class FeatureStore:
         return file
 
 
-@dataclass(frozen=True)
-class JoinedStores:
-    """Several stores side by side: content digest -> their vectors in a row. Nothing is copied on disk."""
-
-    stores: tuple[FeatureStore, ...]
-
-    @property
-    def dim(self) -> int:
-        """Numbers in one vector."""
-        return sum(store.dim for store in self.stores)
-
-    @property
-    def digest(self) -> str:
-        """Names the state of all stores."""
-        return fingerprint({"stores": [store.digest for store in self.stores]})
-
-    def missing(self, digests: Digests) -> NDArray[np.bool_]:
-        """Say for each of n digests, uint64 of shape (n, 2), whether one of the stores has no vector for it: bool of shape (n,)."""
-        missing: NDArray[np.bool_] = np.any([store.missing(digests) for store in self.stores], axis=0)
-        return missing
-
-    def read(self, digests: Digests) -> NDArray[np.float32]:
-        """Return the vectors of n digests, uint64 of shape (n, 2), as float32 of shape (n, dim); StoreError as the stores raise it."""
-        return self.read_at(*self.locate(digests), digests)
-
-    def locate(self, digests: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return segment number and row of each of n digests in each of k stores, both int64 of shape (n, k)."""
-        segments, rows = zip(*(store.locate(digests) for store in self.stores), strict=True)
-        return np.stack(segments, axis=1), np.stack(rows, axis=1)
-
-    def read_at(self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests) -> NDArray[np.float32]:
-        """Like `read`, for n digests that were located before: `segments` and `rows` are int64 of shape (n, k)."""
-        result = np.empty((len(rows), self.dim), np.float32)
-        start = 0
-        for number, store in enumerate(self.stores):
-            result[:, start : start + store.dim] = store.read_at(segments[:, number], rows[:, number], digests)
-            start += store.dim
-        return result
-
-    view_at = read_at
+def _one_run(rows: NDArray[np.int64]) -> bool:
+    return bool((np.diff(rows) == 1).all())
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class StoredRows(NDArrayOperatorsMixin):
-    """The vectors of n digests, float32 of shape (n, dim), as an array that is read and checked only where it is indexed.
-
-    NumPy's operators, functions and methods read all of it: `X - X.mean(axis=0)`.
-
-    A slice gives a view of the mapped file, read-only, where the rows lie one behind the other there, and so does `numpy.asarray`
-    of all; a mask or row numbers give a copy. `segments` and `rows`, int64 of shape (n,), or (n, k) of k joined stores, say where each
-    vector lies.
-    """
-
-    store: FeatureStore | JoinedStores
-    digests: Digests
-    segments: NDArray[np.int64]
-    rows: NDArray[np.int64]
-
-    @staticmethod
-    def of(store: FeatureStore | JoinedStores, digests: Digests) -> StoredRows:
-        """Find n digests, uint64 of shape (n, 2), without reading their vectors; StoreError when some are missing."""
-        digests = np.asarray(digests).reshape(-1, 2)
-        return StoredRows(store, digests, *store.locate(digests))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __repr__(self) -> str:
-        return f"StoredRows of shape {self.shape}, float32, on disk"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, dim)."""
-        return len(self.rows), self.store.dim
-
-    @property
-    def ndim(self) -> int:
-        """Always 2."""
-        return 2
-
-    @property
-    def dtype(self) -> np.dtype[np.float32]:
-        """float32, whatever the store holds."""
-        return np.dtype(np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the array would take in memory."""
-        return 4 * len(self) * self.store.dim
-
-    def __getitem__(self, places: Any) -> NDArray[np.float32]:
-        if isinstance(places, tuple):
-            first, *rest = places
-            return (
-                self[first][(..., *rest)] if isinstance(first, (int, np.integer)) else self[first][(slice(None), *rest)]
-            )
-        if isinstance(places, (int, np.integer)):
-            vector: NDArray[np.float32] = self[[places]][0]
-            return vector
-        read = self.store.view_at if isinstance(places, slice) else self.store.read_at
-        return read(self.segments[places], self.rows[places], self.digests[places])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        vectors = self[:]
-        return np.array(vectors, dtype) if copy else np.asarray(vectors, dtype)
-
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        arrays = [each[:] if isinstance(each, StoredRows) else each for each in inputs]
-        return getattr(ufunc, method)(*arrays, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not hasattr(np.ndarray, name):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self[:], name)
-
-    def part(self, places: NDArray[np.integer]) -> StoredRows:
-        """Return some of the rows, of any integer dtype, shape (k,), still unread."""
-        return StoredRows(self.store, self.digests[places], self.segments[places], self.rows[places])
-
-    def file_order(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how to sort k places into the order in which their vectors lie on disk: int64 of shape (k,), as `argsort`."""
-        rows, segments = (each[places].reshape(len(places), -1)[:, 0] for each in (self.rows, self.segments))
-        return np.lexsort((rows, segments))
-
-
-def _opened(
-    path: Path, file: StoreFile, segments: tuple[SegmentEntry, ...], table: Table, files: dict[int, StoreFile]
-) -> FeatureStore:
-    if len(file.arrays["canary"]) > MAX_PROBE_ROWS:
-        raise StoreError(f"{file.path}: not a valid feature store file: it has too many probe vectors")
-    generation = file.number("generation") if file.kind == "snapshot" else 0
-    identity, probe = _identity(file), file.arrays["canary"]
-    return FeatureStore(path, file, identity, file.store_type, file.digest, generation, segments, probe, table, files)
+# ---- opening
 
 
 def _open_pack(path: Path) -> FeatureStore:
     file = open_file(path, "pack")
-    content = file.arrays["content"]
-    table = Table(sorted_table(content, np.zeros(len(content)), np.arange(len(content))))
-    return _opened(path, file, (SegmentEntry(file.digest, len(content), file.size),), table, {0: file})
+    entry = SegmentEntry(file.digest, file.number("rows"), file.size)
+    return FeatureStore(path, file, _identity(file), (entry,), {0: file})
 
 
 def _open_folder(path: Path) -> FeatureStore:
@@ -349,6 +323,34 @@ def _open_folder(path: Path) -> FeatureStore:
     return store
 
 
+def open_snapshot(path: Path) -> FeatureStore:
+    """Open one snapshot and check everything about it but its table, which is checked when it is first used."""
+    file = open_file(path, "snapshot")
+    if path.name != snapshot_path(path.parent, file.number("generation")).name:
+        raise StoreError(f"{path}: is of generation {file.number('generation')}; it was renamed")
+    names = [digest.tobytes().hex() for digest in file.arrays["segment_digest"]]
+    if len(set(names)) != len(names):
+        raise StoreError(f"{path}: not a valid feature store file: a segment is named twice")
+    sizes = zip(names, file.arrays["segment_rows"].tolist(), file.arrays["segment_bytes"].tolist(), strict=True)
+    return FeatureStore(path.parent, file, _identity(file), tuple(SegmentEntry(*each) for each in sizes))
+
+
+def _identity(file: StoreFile) -> dict[str, Any]:
+    """Return the identity that a file carries, checked against its fingerprint; there may not be too many probe vectors either."""
+    raw = file.arrays["identity_json"].tobytes()
+    try:
+        if len(file.arrays["canary"]) > MAX_PROBE_ROWS:
+            raise ValueError("it has too many probe vectors")
+        if len(raw) > MAX_IDENTITY_BYTES:
+            raise ValueError("its identity is too long")
+        identity = json.loads(raw)
+        if not isinstance(identity, dict) or fingerprint(identity) != file.store_type.fingerprint:
+            raise ValueError("the digest of its identity is another")
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file.path}: not a valid feature store file: {error}") from None
+    return identity
+
+
 def snapshot_path(store: Path, generation: int) -> Path:
     """Where the snapshot of a generation is."""
     return store / f"snapshot-{generation:08d}.h5"
@@ -358,6 +360,13 @@ def generations(store: Path) -> list[int]:
     """Return the generations that have a file, newest first; none where there is no store."""
     found = [re.fullmatch(r"snapshot-([0-9]{8})\.h5", name) for name in listed(store)]
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def require_generations(store: Path) -> list[int]:
+    """Like `generations`; StoreError when there are none."""
+    if not (found := generations(store)):
+        raise StoreError(f"{store}: there is no feature store; run 'manyheads features' first")
+    return found
 
 
 def listed(folder: str | Path) -> list[str]:
@@ -374,44 +383,10 @@ def listed(folder: str | Path) -> list[str]:
         raise StoreError(error.message) from None
 
 
-def open_snapshot(path: Path) -> FeatureStore:
-    """Open one snapshot and check everything about it but its table, which is checked block by block as it is used."""
-    file = open_file(path, "snapshot")
-    if path.name != snapshot_path(path.parent, file.number("generation")).name:
-        raise StoreError(f"{path}: is of generation {file.number('generation')}; it was renamed")
-    names = [digest.tobytes().hex() for digest in file.arrays["segment_digest"]]
-    if len(set(names)) != len(names):
-        raise StoreError(f"{path}: not a valid feature store file: a segment is named twice")
-    sizes = zip(names, file.arrays["segment_rows"], file.arrays["segment_bytes"], strict=True)
-    segments = tuple(SegmentEntry(name, int(rows), int(size)) for name, rows, size in sizes)
-    count = file.number("rows")
-    table = Table(file.bulk, lambda line, positions: file.check_items(positions + line * count))
-    return _opened(path.parent, file, segments, table, {})
-
-
-def _identity(file: StoreFile) -> dict[str, Any]:
-    """Return the identity that a file carries, checked against its fingerprint."""
-    raw = file.arrays["identity_json"].tobytes()
-    try:
-        if len(raw) > MAX_IDENTITY_BYTES:
-            raise ValueError("too long")
-        identity = json.loads(raw)
-        if not isinstance(identity, dict) or fingerprint(identity) != file.store_type.fingerprint:
-            raise ValueError("its digest is another")
-    except (ValueError, RecursionError) as error:
-        raise StoreError(
-            f"{file.path}: not a valid feature store file: its identity cannot be read ({error})"
-        ) from None
-    return identity
-
-
 def newest_snapshot(store: Path) -> FeatureStore:
     """Open the newest valid snapshot, without its segments; a damaged one is passed over with a warning.
 
-    Raises
-    ------
-    StoreError
-        When there is no store, or none of its snapshots is valid.
+    StoreError when there is no store, or none of its snapshots is valid.
     """
     for _ in range(ATTEMPTS):
         problems: list[str] = []
@@ -429,13 +404,6 @@ def newest_snapshot(store: Path) -> FeatureStore:
         else:
             break
     raise no_valid_snapshot(store, problems)
-
-
-def require_generations(store: Path) -> list[int]:
-    """Like `generations`; StoreError when there are none."""
-    if not (found := generations(store)):
-        raise StoreError(f"{store}: there is no feature store; run 'manyheads features' first")
-    return found
 
 
 def no_valid_snapshot(store: Path, problems: Sequence[str] = ()) -> StoreError:

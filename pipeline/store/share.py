@@ -1,4 +1,6 @@
-"""Files to share: a packed file, which every command reads and anyone can with plain h5py, `.npy` and `.parquet`.
+"""Vectors in files of their own: packed files to share, parts that many write at once, `.npy` and `.parquet`.
+
+A packed file is read by every command, and by anyone with plain h5py:
 
 features (n, d)   one row per distinct image content         content (n, 2)   its digest
 row (m,)          image -> row of `features`                 path, label, split, group (m,)   UTF-8, padded
@@ -6,15 +8,25 @@ identity_json     how the features were made                 canary (k, d)    ve
 
 with h5py.File("features.h5") as f:
     X, y = f["features"][:][f["row"][:]], f["label"].asstr("utf-8")[:]
+
+Parts are packed files, immutable and made without a lock, on a disk or in an object store:
+
+    PLACE/NAME.parts/<digest>.h5      some vectors of one embedding; PLACE/NAME.store is made of them by `maintain.copy_rows`
+
+A file is there as a whole or not at all. Whoever dies leaves the files that are finished; whoever makes vectors twice does no harm,
+because those who read take each content once.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,17 +34,23 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.io.digests import Digests, canonical_json, digests_to_hex
-from pipeline.store.format import compose
+from pipeline.io.digests import Digests, digest_keys, digests_to_hex, fingerprint
+from pipeline.io.remote import address_of, write_remote
+from pipeline.store.format import StoreType, compose_features, origin
 from pipeline.store.lock import explained
-from pipeline.store.opener import MAX_TEXT, open_file
-from pipeline.store.reader import FeatureStore
+from pipeline.store.opener import MAX_TEXT, StoreFile, fetch, open_file
+from pipeline.store.reader import FeatureStore, listed
+
+log = logging.getLogger(__name__)
 
 Columns = Mapping[str, Sequence[str] | NDArray[np.object_]]
 """Column of the dataset index, such as `paths` -> a text for each of m images."""
 
 COLUMNS = {"paths": "path", "labels": "label", "splits": "split", "groups": "group"}
 """Column of the dataset index -> dataset of the packed file."""
+
+
+# ---- packed files
 
 
 def pack(
@@ -47,26 +65,21 @@ def pack(
     `digests` : contents of m images, uint64 of shape (m, 2), may repeat; all rows of the store when not given.
     `columns` : `paths`, `labels`, `splits`, `groups` of these images; `anonymous` leaves out the paths.
     """
-    columns = {name: values for name, values in (columns or {}).items() if name != "paths" or not anonymous}
-    content, row = _distinct(store.table.in_file_order() if digests is None else digests)
-    arrays: dict[str, NDArray[Any]] = {
-        "content": content,
-        "identity_json": np.frombuffer(canonical_json(store.identity).encode("ascii"), np.uint8),
-        "canary": store.probe,
-    }
-    if digests is not None:
-        arrays["row"] = row
-        arrays |= {COLUMNS[name]: _text(name, values, len(row)) for name, values in columns.items()}
-    elif columns:
-        raise ValueError("columns need the digests of their images")
-    composed = compose(
-        "pack",
-        store.store_type.attributes(len(content)),
-        arrays,
-        (store.store_type.dtype, (len(content), store.dim)),
-        lambda: (features.astype(store.dtype) for _, features in store.pieces(content)),
-    )
-    _write(path, composed.parts())
+    others = origin(store.identity, store.probe, store.dim)
+    if digests is None:
+        content = store.table.in_file_order()
+    else:
+        _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        content = digests[first[order]]
+        others["row"] = np.argsort(order)[inverse.reshape(-1)].astype("<u8")
+        others |= {
+            COLUMNS[name]: _text(name, values, len(digests))
+            for name, values in (columns or {}).items()
+            if name != "paths" or not anonymous
+        }
+    vectors = lambda: (features.astype(store.dtype) for _, features in store.pieces(content))  # noqa: E731
+    _write(path, compose_features("pack", store.store_type, content, vectors, **others).parts())
     return FeatureStore.open(path)
 
 
@@ -76,24 +89,12 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         files.rename(files.write_temporary(path.parent, parts, f".{path.name}"), path)
 
 
-def _distinct(digests: Digests) -> tuple[Digests, NDArray[np.uint64]]:
-    """Return the distinct ones of m digests, uint64 of shape (k, 2), as they first appear, and of each the position, (m,)."""
-    digests = np.ascontiguousarray(digests, "<u8").reshape(-1, 2)
-    _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty(len(order), "<u8")
-    rank[order] = np.arange(len(order))
-    return digests[first[order]], rank[inverse.reshape(-1)]
-
-
 def _text(name: str, values: Iterable[str], count: int) -> NDArray[np.bytes_]:
     """Return some texts as bytes, of shape (count,), as long as the longest."""
     encoded = [str(value).encode("utf-8") for value in values]
     longest = max([1, *map(len, encoded)])
     if longest > MAX_TEXT:
         raise StoreError(f"{name}: a text has {longest} bytes, at most {MAX_TEXT} can be packed")
-    if len(encoded) != count:
-        raise ValueError(f"{name}: {len(encoded)} texts for {count} images")
     return np.array(encoded, f"S{longest}").reshape(count)
 
 
@@ -108,10 +109,7 @@ class ImageTable:
 def read_packed_index(path: str | Path) -> ImageTable:
     """Return digests and columns (`paths`, `labels`, ...) of a packed file; no columns when it was packed without.
 
-    Raises
-    ------
-    StoreError
-        When a text is not UTF-8, or an image points at a row that does not exist.
+    StoreError when a text is not UTF-8, or an image points at a row that does not exist.
     """
     file = open_file(Path(path), "pack")
     content = file.arrays["content"]
@@ -127,6 +125,9 @@ def read_packed_index(path: str | Path) -> ImageTable:
                 raise StoreError(f"{path}: not a valid feature store file: {dataset!r} is not UTF-8") from None
             columns[name] = np.array(texts, dtype=object)
     return ImageTable(content[row], columns)
+
+
+# ---- .npy and .parquet
 
 
 def export(store: FeatureStore, path: Path, digests: Digests | None = None, columns: Columns | None = None) -> None:
@@ -148,12 +149,7 @@ def read_vectors(path: Path) -> tuple[NDArray[np.object_] | None, NDArray[np.flo
     """Return the paths that a file names, object (str) of shape (n,) or None, and its vectors, float32 of shape (n, dim).
 
     The files are those that `export` writes, and others: in Parquet a vector is a list in the one column of lists, or else the
-    numbers of all columns of numbers, and `path` or `paths` names images.
-
-    Raises
-    ------
-    StoreError
-        When it is missing or holds no such thing.
+    numbers of all columns of numbers, and `path` or `paths` names images. StoreError when it is missing or holds no such thing.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -220,3 +216,104 @@ def _write_parquet(store: FeatureStore, path: Path, digests: Digests, columns: C
         files.remove(scratch)
         raise
     files.rename(scratch, path)
+
+
+# ---- parts
+
+PART_BYTES = 32 << 20
+PART_SECONDS = 60.0
+"""A part is finished when it has so many bytes, or after so many seconds: as much as a kill can cost."""
+
+PARTS = ".parts"
+
+
+def part_folders(place: str | Path) -> list[str]:
+    """Return the names of the embeddings that a place has parts of, without `.parts`."""
+    return [name.removesuffix(PARTS) for name in listed(place) if name.endswith(PARTS)]
+
+
+def part_files(place: str | Path, name: str) -> list[str]:
+    """Return the paths or addresses of an embedding's parts."""
+    folder = f"{place}/{name}{PARTS}"
+    return [f"{folder}/{file}" for file in listed(folder) if file.endswith(".h5")]
+
+
+class PartWriter:
+    """Writes vectors of one embedding as parts, which `due` says when to finish; leaving it normally finishes the last one."""
+
+    def __init__(
+        self,
+        place: str | Path,
+        store: Path,
+        identity: Mapping[str, Any],
+        dim: int,
+        dtype: str = "float32",
+        probe: NDArray[np.float32] | None = None,
+        look: bool = True,
+    ) -> None:
+        """Look at the parts that are there already, unless the caller knows that none is of use.
+
+        store : named like the one that they are for
+        probe : float32 of shape (k, dim)
+        """
+        self.folder = f"{place}/{store.stem}{PARTS}"
+        self.store_type = StoreType(fingerprint(dict(identity)), dim, np.dtype(dtype).str)
+        self._origin = origin(identity, probe, dim)
+        self._waiting: list[tuple[Digests, NDArray[Any]]] = []
+        self._waiting_bytes, self._since = 0, time.monotonic()
+        heads = map(self._head, part_files(place, store.stem) if look else ())
+        found = [file.arrays["content"] for file in heads if file is not None]
+        self._known = digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *found]))
+
+    def _head(self, path: str) -> StoreFile | None:
+        """Open a part to see which contents it has; one that is damaged counts as missing."""
+        try:
+            data = fetch(path, head_only=True) if address_of(path) else None
+            file = open_file(Path(path), "pack", data=data)
+        except StoreError as error:
+            log.warning("%s; its images are embedded again", error)
+            return None
+        if file.store_type != self.store_type:
+            raise StoreError(f"{path}: is of another embedding than its folder's; move it away")
+        return file
+
+    def missing(self, digests: Digests) -> NDArray[np.bool_]:
+        """Say for each of n digests, uint64 of shape (n, 2), whether no part that was there at the start has its vector: bool (n,)."""
+        return ~np.isin(digest_keys(digests), self._known)
+
+    def append(self, digests: Digests, features: NDArray[Any]) -> int:
+        """Add vectors, float of shape (n, dim), of n distinct digests, uint64 of shape (n, 2); return how many."""
+        if len(digests):
+            vectors = np.ascontiguousarray(features, self.store_type.dtype)
+            self._waiting.append((np.ascontiguousarray(digests, "<u8"), vectors))
+            self._waiting_bytes += vectors.nbytes
+        return len(digests)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to finish a part."""
+        return self._waiting_bytes >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS
+
+    def commit(self) -> None:
+        """Finish a part of what was appended since the last one."""
+        self._since = time.monotonic()
+        if not self._waiting:
+            return
+        content, vectors = zip(*self._waiting, strict=True)
+        composed = compose_features("pack", self.store_type, np.concatenate(content), lambda: vectors, **self._origin)
+        path = f"{self.folder}/{composed.digest}.h5"
+        if address_of(path):
+            with explained(Path(self.folder)):
+                write_remote(path, b"".join(composed.parts()))
+        else:
+            _write(Path(path), composed.parts())
+        self._waiting, self._waiting_bytes = [], 0
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.commit()

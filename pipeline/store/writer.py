@@ -2,16 +2,20 @@
 
     append -> memory -> commit: one synced journal file every 4 MB or 10 s -> compact: segments, then the next snapshot
 
-A kill at any moment leaves the last snapshot valid and the journal for the next run to take over. The order of the rows is
-the order of appending, across kills, so a resumed run gives the same bytes as one that was never interrupted.
+A group of the journal is there for good once its name is there. Compaction makes segments of the groups, and of their places the
+table of the next snapshot; then what nobody needs any more goes. A kill at any moment leaves the last snapshot valid and the journal
+for the next run to take over. The order of the rows is the order of appending, across kills, so a resumed run gives the same bytes as
+one that was never interrupted. Damaged files are set aside: nothing that could be of use is destroyed.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,19 +26,52 @@ from numpy.typing import NDArray
 from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, digest_keys, digests_to_hex, fingerprint
-from pipeline.store import commits, lock
-from pipeline.store.commits import Rows, compose_segment, next_table, pieces, publish, sweep, write_segments
-from pipeline.store.format import JOURNAL, QUARANTINE, SEGMENTS, TEMPORARY, StoreType
-from pipeline.store.identity import check_probe, differences
+from pipeline.store import lock
+from pipeline.store.format import (
+    JOURNAL,
+    QUARANTINE,
+    SEGMENTS,
+    TEMPORARY,
+    Composed,
+    StoreType,
+    compose,
+    compose_features,
+    differences,
+    origin,
+    slices,
+)
 from pipeline.store.lock import explained
-from pipeline.store.opener import StoreFile
-from pipeline.store.reader import FeatureStore, generations, newest_snapshot, no_valid_snapshot
-from pipeline.store.table import SegmentEntry, open_entry, open_segment
+from pipeline.store.opener import StoreFile, open_file
+from pipeline.store.reader import (
+    FeatureStore,
+    SegmentEntry,
+    Table,
+    generations,
+    newest_snapshot,
+    no_valid_snapshot,
+    open_segment,
+    snapshot_path,
+)
 
 log = logging.getLogger(__name__)
 
 GROUP_BYTES = 4 << 20
 GROUP_SECONDS = 10.0
+SEGMENT_BYTES = 1 << 30
+"""Most bytes of features in one segment."""
+SMALL_BYTES = SEGMENT_BYTES // 16
+MAX_SMALL = 16
+"""As many segments below `SMALL_BYTES` may pile up before a run merges them."""
+COPY_BYTES = 4 << 20
+
+NO_PARENT = "0" * 64
+
+MIN_COSINE = 0.9999
+MAX_DEVIATION = 1e-2
+"""Largest difference of a probe vector's number, relative to the root mean square of the recorded row."""
+
+
+# ---- what may be added
 
 
 def storable(features: NDArray[Any], store_type: StoreType) -> NDArray[np.bool_]:
@@ -42,6 +79,208 @@ def storable(features: NDArray[Any], store_type: StoreType) -> NDArray[np.bool_]
     with np.errstate(over="ignore"):
         finite: NDArray[np.bool_] = np.isfinite(np.asarray(features).astype(store_type.dtype)).all(axis=1)
     return finite
+
+
+def check_probe(stored: NDArray[np.float32], found: NDArray[np.float32], where: str) -> None:
+    """Compare the vectors of the built-in probe images, float32 of shape (k, dim), with those recorded when the store was made.
+
+    They catch what no list of fields can: a driver, a patched library, a network left in training mode. StoreError when a row's
+    cosine is below 0.9999 or a number is off by more than 1 % of the row's root mean square.
+    """
+    if stored.shape != found.shape:
+        raise StoreError(f"{where}: has probe features of shape {stored.shape}, this run has {found.shape}")
+    if not np.isfinite(found).all():
+        raise StoreError(f"{where}: the network gives numbers that are not finite for the built-in probe images")
+    left, right = stored.astype(np.float64), found.astype(np.float64)
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    equal = (left == right).all(axis=1)
+    cosine = np.where(equal, 1.0, (left * right).sum(axis=1) / np.where(norms > 0, norms, 1.0))
+    scale = np.sqrt((left**2).mean(axis=1))
+    deviation = np.abs(left - right).max(axis=1, initial=0.0) / np.where(scale > 0, scale, 1.0)
+    problems = [
+        f"probe image {row}: cosine {cosine[row]:.6f} (expected at least {MIN_COSINE}), "
+        f"largest difference {deviation[row]:.2g} of the root mean square (expected at most {MAX_DEVIATION})"
+        for row in np.flatnonzero((cosine < MIN_COSINE) | (deviation > MAX_DEVIATION))
+    ]
+    if problems:
+        raise StoreError(
+            f"{where}: the network does not give the features it gave when this store was made, although nothing in its "
+            "identity has changed (a library, a driver, a device?); use a new output folder, or the old environment",
+            problems,
+        )
+
+
+# ---- the folders of a store
+
+
+def groups(store: Path) -> list[Path]:
+    """Return the files of the journal in the order they were committed."""
+    try:
+        return sorted(path for path in (store / JOURNAL).iterdir() if re.fullmatch(r"[0-9]{8}\.h5", path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _clear_journal(store: Path) -> None:
+    for path in groups(store):
+        files.remove(path)
+
+
+def _write(store: Path, composed: Composed, path: Path) -> None:
+    """Write a file under its name; when this returns, a power loss cannot take it away."""
+    files.rename(files.write_temporary(store / TEMPORARY, composed.parts()), path)
+
+
+def _set_aside(store: Path, path: Path) -> None:
+    """Move a damaged file into `quarantine`."""
+    folder = store / QUARANTINE
+    files.make_folder(folder)
+    names = (path.name, *(f"{path.name}.{attempt}" for attempt in range(1, 1000)))
+    target = next((folder / name for name in names if not (folder / name).exists()), folder / names[-1])
+    files.SYSTEM["rename"](path, target)
+    files.sync_folder(folder)
+    files.sync_folder(path.parent)
+
+
+def _set_aside_damaged_snapshots(store: Path) -> bool:
+    """Move snapshots newer than the newest valid one away, so that the next number is free; True when there were any."""
+    damaged = False
+    for generation in generations(store):
+        path = snapshot_path(store, generation)
+        try:
+            open_file(path, "snapshot").require_whole()
+            break
+        except StoreError as error:
+            log.warning("%s; set aside", error)
+            _set_aside(store, path)
+            damaged = True
+    return damaged
+
+
+def _whole(store: Path, store_type: StoreType, paths: Iterable[Path]) -> Iterator[StoreFile]:
+    """Open groups or segments of a store, in order; one that is damaged in any place is set aside with a warning."""
+    for path in paths:
+        try:
+            file = open_segment(path, store_type)
+            file.require_whole()
+        except StoreError as error:
+            log.warning("%s; set aside, its images will be embedded again", error)
+            _set_aside(store, path)
+        else:
+            yield file
+
+
+def publish(
+    store: Path,
+    before: FeatureStore | None,
+    identity: dict[str, Any],
+    store_type: StoreType,
+    segments: Sequence[SegmentEntry],
+    probe: NDArray[np.float32] | None,
+    lines: NDArray[np.uint64],
+) -> None:
+    """Write the snapshot that follows another, or the first; it counts from the moment its name appears.
+
+    `probe` are the probe vectors, float32 of shape (k, dim), and `lines` the table, uint64 of shape (4, n).
+    """
+    generation, parent = (1, NO_PARENT) if before is None else (before.generation + 1, before.digest)
+    arrays = {
+        "segment_digest": np.frombuffer(bytes.fromhex("".join(s.digest for s in segments)), np.uint8).reshape(-1, 32),
+        "segment_rows": np.array([entry.rows for entry in segments], "<u8"),
+        "segment_bytes": np.array([entry.bytes for entry in segments], "<u8"),
+        **origin(identity, probe, store_type.dim),
+    }
+    attributes = {**store_type.attributes(lines.shape[1]), "generation": generation, "parent": parent}
+    composed = compose("snapshot", attributes, arrays, ("<u8", lines.shape), lambda: [lines])
+    scratch = files.write_temporary(store / TEMPORARY, composed.parts())
+    try:
+        files.publish(scratch, snapshot_path(store, generation))
+    except FileExistsError:
+        raise StoreError(
+            f"{store}: another writer has published generation {generation} meanwhile, so locks do not work here; "
+            "make sure that there is one writer, and run again: nothing committed is lost"
+        ) from None
+
+
+def _sweep(store: Path, keep: int) -> None:
+    """Remove snapshots but the newest `keep`, and segments that none of these names."""
+    numbers = generations(store)
+    for generation in numbers[keep:]:
+        files.remove(snapshot_path(store, generation))
+    named: set[str] = set()
+    for generation in numbers[:keep]:
+        try:
+            file = open_file(snapshot_path(store, generation), "snapshot")
+        except StoreError:
+            return  # it cannot say what it needs, so nothing is removed
+        named.update(digest.tobytes().hex() for digest in file.arrays["segment_digest"])
+    for path in (store / SEGMENTS).iterdir():
+        if path.suffix == ".h5" and path.stem not in named:
+            files.remove(path)
+
+
+# ---- rows on their way into segments
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one opened file, int64 of shape (n,), that belong to the store's next state, in the order they have there."""
+
+    file: StoreFile
+    rows: NDArray[np.int64]
+
+    @staticmethod
+    def all(file: StoreFile) -> Rows:
+        """Take every row of a file."""
+        return Rows(file, np.arange(len(file.bulk)))
+
+    @property
+    def content(self) -> Digests:
+        """Their digests, uint64 of shape (n, 2)."""
+        content: Digests = self.file.arrays["content"][self.rows]
+        return content
+
+    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[NDArray[Any]]:
+        """Yield the vectors from one of the rows to another, (k, dim) at a time, a few megabytes, each block of the file checked."""
+        rows = self.rows[start:stop]
+        for part in slices(len(rows), self.file.store_type.row_bytes, COPY_BYTES):
+            self.file.check_items(rows[part], self.file.bulk.shape[1])
+            yield self.file.bulk[rows[part]]
+
+    def link(self, store: Path) -> SegmentEntry | None:
+        """Give a large segment of another store, which is wanted as a whole, a second name here; None where it is to be copied."""
+        file = self.file
+        if file.kind != "segment" or file.size < SMALL_BYTES or len(self.rows) < len(file.bulk):
+            return None
+        entry = SegmentEntry(file.digest, len(file.bulk), file.size)
+        try:
+            files.SYSTEM["link"](file.path, entry.path(store))
+            files.sync_folder(entry.path(store).parent)
+        except FileExistsError:  # of a run before that was killed
+            pass
+        except OSError:  # another file system, or one that has no links
+            return None
+        return entry
+
+
+def _write_segments(store: Path, store_type: StoreType, sources: Sequence[Rows]) -> Iterator[SegmentEntry]:
+    """Write rows in order into as few segments as allowed."""
+    content = np.concatenate([np.zeros((0, 2), np.uint64), *(source.content for source in sources)])
+    for part in slices(len(content), store_type.row_bytes, SEGMENT_BYTES):
+        composed = compose_features("segment", store_type, content[part], lambda part=part: _pieces(sources, part))  # type: ignore[misc]
+        entry = SegmentEntry(composed.digest, part.stop - part.start, composed.size)
+        _write(store, composed, entry.path(store))
+        yield entry
+
+
+def _pieces(sources: Sequence[Rows], part: slice) -> Iterator[NDArray[Any]]:
+    start, stop = part.start, part.stop
+    for source in sources:
+        yield from source.pieces(max(0, start), max(0, stop))
+        start, stop = start - len(source.rows), stop - len(source.rows)
+
+
+# ---- the writer
 
 
 class StoreWriter:
@@ -94,12 +333,11 @@ class StoreWriter:
                     )
             for folder in (path, path / SEGMENTS, path / JOURNAL, path / TEMPORARY):
                 files.make_folder(folder)
-            held = lock.acquire(path, patience)
-            writer = StoreWriter(path, identity, store_type, held)
+            writer = StoreWriter(path, identity, store_type, lock.acquire(path, patience))
             try:
                 writer._begin(None if probe is None else np.asarray(probe, np.float32))
             except BaseException:
-                files.close_alone(held)
+                writer.close()
                 raise
         return writer
 
@@ -112,25 +350,29 @@ class StoreWriter:
             files.remove(leftover)
         if not generations(self.path):
             publish(self.path, None, self.identity, self.store_type, [], probe, np.zeros((4, 0), "<u8"))
-        fell_back = commits.set_aside_damaged_snapshots(self.path)
+        fell_back = _set_aside_damaged_snapshots(self.path)
         if not generations(self.path):
             raise no_valid_snapshot(self.path)
         self._snapshot = newest_snapshot(self.path)
-        self._require_same(self.identity, self.store_type)
-        if probe is not None and len(self._snapshot.probe):
-            check_probe(self._snapshot.probe, probe, str(self.path))
-        found = commits.unnamed(self.path, self._snapshot) if fell_back else []
-        opened = commits.whole(self.path, self.store_type, [*found, *commits.groups(self.path)])
+        self._require_same(self.identity, self.store_type, probe)
+        named = {entry.path(self.path) for entry in self._snapshot.segments}
+        # Where a newer snapshot was damaged, its segments have rows that no other knows.
+        found = sorted({*(self.path / SEGMENTS).glob("*.h5")} - named) if fell_back else []
+        opened = [*_whole(self.path, self.store_type, [*found, *groups(self.path)])]
         self._open_segments()
-        if len(self._entries) < len(self._snapshot.segments):
-            self._publish(list(self._entries))
-        self._take_over(opened)
+        for file in opened:
+            self._take(file, np.flatnonzero(self.fresh(file.arrays["content"])))
+        if self._new:
+            log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
         if not self._sources:
             # A kill fell between publishing and clearing: the snapshot has all that the journal has.
-            commits.clear_journal(self.path)
-        self._next_group = max((int(path.stem) for path in commits.groups(self.path)), default=0) + 1
+            _clear_journal(self.path)
+        self._next_group = max((int(path.stem) for path in groups(self.path)), default=0) + 1
 
-    def _require_same(self, identity: Mapping[str, Any], wanted: StoreType) -> None:
+    def _require_same(
+        self, identity: Mapping[str, Any], wanted: StoreType, probe: NDArray[np.float32] | None = None
+    ) -> None:
+        """See that vectors of an identity may be added; `probe` are its probe vectors, float32 of shape (k, dim), where they are known."""
         found = self._snapshot.store_type
         problems = differences(self._snapshot.identity, identity) + differences(
             {"dim": found.dim, "dtype": found.dtype}, {"dim": wanted.dim, "dtype": wanted.dtype}
@@ -141,23 +383,20 @@ class StoreWriter:
                 "use another store, or delete this one",
                 problems,
             )
+        if probe is not None and len(self._snapshot.probe):
+            check_probe(self._snapshot.probe, probe, str(self.path))
 
     def _open_segments(self) -> None:
         """Open the snapshot's segments; of one that is missing or was cut the rows count as missing from now on."""
         for entry in self._snapshot.segments:
             try:
-                self._entries[entry] = open_entry(self.path, entry, self.store_type)
+                self._entries[entry] = entry.open(self.path, self.store_type)
             except StoreError as error:
                 log.warning("%s; its %d images will be embedded again", error, entry.rows)
                 if entry.path(self.path).exists():
-                    commits.set_aside(self.path, entry.path(self.path))
-
-    def _take_over(self, opened: Sequence[StoreFile]) -> None:
-        """Take over the rows of a run before that the snapshot does not have."""
-        for file in opened:
-            self._take(file, np.flatnonzero(self.fresh(file.arrays["content"])))
-        if self._new:
-            log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
+                    _set_aside(self.path, entry.path(self.path))
+        if len(self._entries) < len(self._snapshot.segments):
+            self._publish(list(self._entries))
 
     def _take(self, file: StoreFile, rows: NDArray[np.int64]) -> None:
         """Let some rows of an opened file, int64 of shape (k,), belong to the next state."""
@@ -168,22 +407,15 @@ class StoreWriter:
     def adopt(self, store: FeatureStore, content: Digests | None = None) -> int:
         """Add vectors of another store, of some contents, uint64 of shape (n, 2), or all; return how many were new.
 
-        They are checked now, and copied or linked when this store is compacted; until then its files must stay. The probe vectors
-        of both must agree.
-
-        Raises
-        ------
-        StoreError
-            When one is missing there, damaged, or not finite.
+        They are checked now, and copied or linked when this store is compacted; until then its files must stay. StoreError when one
+        is missing there, damaged, or not finite, or the identity or the probe vectors of both differ.
         """
         self.commit()
-        self._require_same(store.identity, store.store_type)
-        if len(store.probe) and len(self._snapshot.probe):
-            check_probe(self._snapshot.probe, store.probe, str(store.path))
+        self._require_same(store.identity, store.store_type, store.probe if len(store.probe) else None)
         content = store.table.in_file_order() if content is None else content
         content = content[self.fresh(content)]
         for file, rows in store.whereabouts(content):
-            if not all(storable(file.bulk[part], self.store_type).all() for part in pieces(rows, self.store_type)):
+            if not all(storable(piece, self.store_type).all() for piece in Rows(file, rows).pieces()):
                 raise StoreError(f"{file.path}: has vectors with numbers that are not finite; nothing of it was taken")
             self._take(file, rows)
         return len(content)
@@ -247,14 +479,14 @@ class StoreWriter:
         self._last_commit = time.monotonic()
         if not self._waiting:
             return
-        content = np.concatenate([digests for digests, _ in self._waiting])
-        vectors = [features for _, features in self._waiting]
-        composed = compose_segment(self.store_type, content, lambda: vectors)
+        content, vectors = zip(*self._waiting, strict=True)
+        composed = compose_features("segment", self.store_type, np.concatenate(content), lambda: vectors)
+        path = self.path / JOURNAL / f"{self._next_group:08d}.h5"
         with explained(self.path):
-            path = commits.commit_group(self.path, self._next_group, composed)
+            _write(self.path, composed, path)
         self._next_group += 1
         self._waiting, self._waiting_bytes = [], 0
-        self._sources.append(Rows(open_segment(path, self.store_type, composed.digest), np.arange(len(content))))
+        self._sources.append(Rows.all(open_segment(path, self.store_type, composed.digest)))
 
     def compact(self) -> None:
         """Publish everything appended as the next snapshot and clear the journal."""
@@ -276,35 +508,34 @@ class StoreWriter:
             if old != list(self._entries) or self._sources:
                 self._publish(old)
             for entry in replaced:
-                commits.set_aside(self.path, entry.path(self.path))
-            sweep(self.path, keep)
+                _set_aside(self.path, entry.path(self.path))
+            _sweep(self.path, keep)
 
     def _publish(self, old: Sequence[SegmentEntry | Rows]) -> None:
-        """Write the segments of the next state, publish it, and clean up behind it.
+        """Write the segments of the next state and publish it.
 
         `old` : segments that stay as they are, and rows of segments that are written anew. Small ones are merged when too many
         have piled up.
         """
         kept = [item for item in old if isinstance(item, SegmentEntry)]
-        small = [entry for entry in kept if entry.bytes < commits.SMALL_BYTES]
-        if not self._sources or len(small) < commits.MAX_SMALL:
+        small = [entry for entry in kept if entry.bytes < SMALL_BYTES]
+        if not self._sources or len(small) < MAX_SMALL:
             small = []
-        merged = [Rows(self._entries[entry], np.arange(entry.rows)) for entry in small]
+        merged = [Rows.all(self._entries[entry]) for entry in small]
         merged += [item for item in old if isinstance(item, Rows) and len(item.rows)]
-        opened = {entry: self._entries[entry] for entry in kept if entry not in small}
-        linked = [entry for source in self._sources if (entry := commits.link_segment(self.path, source))]
+        linked = [entry for source in self._sources if (entry := source.link(self.path))]
         digests = {entry.digest for entry in linked}
-        copied = [source for source in self._sources if source.file.digest not in digests]
-        for entry in [*linked, *write_segments(self.path, self.store_type, merged + copied)]:
-            opened[entry] = self._entries.get(entry) or open_entry(self.path, entry, self.store_type)
-        lines = next_table(self._snapshot, opened)
-        publish(self.path, self._snapshot, self.identity, self.store_type, list(opened), self._snapshot.probe, lines)
+        merged += [source for source in self._sources if source.file.digest not in digests]
+        stays = [entry for entry in kept if entry not in small]
+        segments = [*stays, *linked, *_write_segments(self.path, self.store_type, merged)]
+        opened = {entry: self._entries.get(entry) or entry.open(self.path, self.store_type) for entry in segments}
+        lines = Table.of([file.arrays["content"] for file in opened.values()]).lines
+        publish(self.path, self._snapshot, self.identity, self.store_type, segments, self._snapshot.probe, lines)
         if self._sources:
-            commits.clear_journal(self.path)
+            _clear_journal(self.path)
             self._sources, self._new, self._next_group = [], set(), 1
         self._snapshot = newest_snapshot(self.path)
         self._entries = opened
-        sweep(self.path, keep=2)
 
     def close(self) -> None:
         """Give up the lock; what was appended but not committed is lost. A forked child has none to give up."""

@@ -1,6 +1,6 @@
 """What fine-tuning brings on photos of clothes, and how fast its steps are beside a plain PyTorch script.
 
-    python tests/benchmarks/bench_finetune.py CLOTHING [--work FOLDER] [--seeds 0 1 2] [--steps 200] [--only METHOD ...]
+    python tests/benchmarks/bench_finetune.py CLOTHING [--work FOLDER] [--seeds 0 1 2] [--steps 125] [--only METHOD ...]
     python tests/benchmarks/bench_finetune.py CLOTHING --pilot
     python tests/benchmarks/bench_finetune.py CLOTHING --speed
 
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("clothing", type=Path)
     parser.add_argument("--work", type=Path, default=Path("build/finetune"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=125)
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--pilot", action="store_true")
     parser.add_argument("--speed", action="store_true")

@@ -27,8 +27,8 @@ from pipeline.embed.spec import EmbeddingSpec
 from pipeline.experiment import Artifacts
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import collect, status, verify
-from pipeline.store.nearest import Nearest
-from pipeline.store.parts import PartWriter
+from pipeline.store.rows import Nearest
+from pipeline.store.share import PartWriter
 from pipeline.store.writer import StoreWriter
 
 DIM, CLASSES, BATCH = 512, 10, 4096

@@ -16,12 +16,10 @@ import numpy as np
 from pipeline.io import files
 from pipeline.io.digests import fingerprint
 from pipeline.store import FeatureStore, StoredRows
-from pipeline.store.commits import publish
 from pipeline.store.format import StoreType
 from pipeline.store.maintain import verify
-from pipeline.store.reader import newest_snapshot
-from pipeline.store.table import sorted_table
-from pipeline.store.writer import StoreWriter
+from pipeline.store.reader import Table, newest_snapshot
+from pipeline.store.writer import StoreWriter, publish
 
 IDENTITY = {"architecture": "bench"}
 
@@ -42,7 +40,7 @@ def big_table(folder, rows, random):
     with StoreWriter.open(path, IDENTITY, dim) as writer:
         writer.append(digests[:1000], np.zeros((1000, dim), np.float32))
     before = newest_snapshot(path)
-    lines = sorted_table(digests, np.zeros(rows), np.arange(rows))
+    lines = Table.of([digests]).lines
     store_type = StoreType(fingerprint(IDENTITY), dim, "<f4")
     publish(path, before, IDENTITY, store_type, before.segments, None, lines)
     return path, digests

@@ -14,7 +14,8 @@ import numpy as np
 
 from pipeline.errors import StoreError
 from pipeline.io import files
-from pipeline.store import FeatureStore, commits
+from pipeline.store import FeatureStore
+from pipeline.store import writer as writer_module
 from pipeline.store.maintain import collect, verify
 from pipeline.store.writer import StoreWriter
 
@@ -34,13 +35,13 @@ Work = Callable[[Path, set[int]], None]
 @contextmanager
 def small_segments() -> Iterator[None]:
     """Segments of ten rows, merged when three small ones have piled up, so that a tiny run does all there is to do."""
-    old = {name: getattr(commits, name) for name in ("SEGMENT_BYTES", "SMALL_BYTES", "MAX_SMALL")}
-    commits.SEGMENT_BYTES, commits.SMALL_BYTES, commits.MAX_SMALL = 10 * DIM * 4, 1 << 20, 3
+    old = {name: getattr(writer_module, name) for name in ("SEGMENT_BYTES", "SMALL_BYTES", "MAX_SMALL")}
+    writer_module.SEGMENT_BYTES, writer_module.SMALL_BYTES, writer_module.MAX_SMALL = 10 * DIM * 4, 1 << 20, 3
     try:
         yield
     finally:
         for name, value in old.items():
-            setattr(commits, name, value)
+            setattr(writer_module, name, value)
 
 
 def add(path: Path, acked: set[int], rows: int = ROWS) -> None:

@@ -201,7 +201,7 @@ for turn in range(count):
     try:
         if b'pack' in data[:6000]:
             store = FeatureStore.open(path)
-            store.read(store.table.all()[0][:5])
+            store.read(store.table.in_file_order()[:5])
             read_packed_index(path)
             verify(path, full=True)
         else:
@@ -209,7 +209,7 @@ for turn in range(count):
             target = folder / 'snapshot-00000002.h5'
             path.rename(target)
             snapshot = open_snapshot(target)
-            snapshot.table.find(snapshot.table.all()[0])
+            snapshot.table.find(snapshot.table.in_file_order())
         opened += 1
     except StoreError:
         pass
@@ -240,11 +240,11 @@ def test_random_mutations_raise_only_our_errors_in_bounded_time_and_memory(place
 
 def test_a_table_of_one_repeated_number_is_searched_in_time(place):
     """A stranger's table may hold a million equal halves; the search must stay logarithmic."""
-    from pipeline.store.table import Table, sorted_table
+    from pipeline.store.reader import Table
 
     size = 200_000
     content = np.stack([np.full(size, 7, np.uint64), np.arange(size, dtype=np.uint64)], axis=1)
-    table = Table(sorted_table(content, np.zeros(size), np.arange(size)))
+    table = Table.of([content])
     asked = np.array([[7, 5], [7, size - 1], [7, size], [8, 0], [6, 5]], np.uint64)
     assert table.find(asked).tolist() == [5, size - 1, -1, -1, -1]
     assert table.find(content).tolist() == list(range(size))

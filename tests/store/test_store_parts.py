@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.errors import StoreError
 from pipeline.stages.extract.stores import take_parts
-from pipeline.store import FeatureStore, commits
+from pipeline.store import FeatureStore
+from pipeline.store import writer as writer_module
 from pipeline.store.maintain import merge, verify
-from pipeline.store.parts import PartWriter, folders, part_files
-from pipeline.store.share import pack
+from pipeline.store.share import PartWriter, pack, part_files, part_folders
 from pipeline.store.writer import StoreWriter
 from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE
 
@@ -36,7 +36,7 @@ def test_parts_of_many_become_one_store_that_has_each_content_once(place, somewh
     assert write(somewhere, slice(0, 10)) == 10
     assert write(somewhere, slice(5, 15)) == 5, "what is there is not asked for again"
     assert write(somewhere, slice(8, 20), look=False) == 12, "who does not look makes some twice"
-    assert folders(somewhere) == ["net-1"]
+    assert part_folders(somewhere) == ["net-1"]
     assert len(part_files(somewhere, "net-1")) == 3
     assert take_parts(somewhere, place / "stores") == {"net-1": 20}
     assert take_parts(somewhere, place / "stores") == {"net-1": 0}
@@ -102,7 +102,7 @@ def test_stores_and_packed_files_are_read_from_an_object_store(place):
 
 
 def test_large_segments_are_linked_and_nothing_of_them_is_copied(place, monkeypatch):
-    monkeypatch.setattr(commits, "SMALL_BYTES", 1)
+    monkeypatch.setattr(writer_module, "SMALL_BYTES", 1)
     for name, rows in (("a", slice(0, 10)), ("b", slice(5, 15))):
         with StoreWriter.open(place / name, IDENTITY, DIM, probe=PROBE) as writer:
             writer.append(DIGESTS[rows], FEATURES[rows])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.store.table import Table, sorted_table
+from pipeline.store.reader import Table
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 1000, 30_000])
@@ -12,7 +12,7 @@ def test_look_ups_agree_with_a_dictionary(size, highest):
     random = np.random.default_rng(size)
     content = np.unique(random.integers(0, highest, (size, 2), dtype=np.uint64), axis=0)
     count = len(content)
-    table = Table(sorted_table(content, np.zeros(count), np.arange(count)))
+    table = Table.of([content])
     known = {tuple(row): place for place, row in enumerate(content.tolist())}
     asked = np.concatenate([
         content[random.integers(0, count, 1 + count // 100)],
@@ -26,14 +26,12 @@ def test_look_ups_agree_with_a_dictionary(size, highest):
     assert table.find(content).tolist() == list(range(count))
 
 
-def test_adding_to_a_sorted_table_gives_what_sorting_everything_gives():
+def test_a_table_of_several_segments_says_where_each_content_lies():
     random = np.random.default_rng(3)
-    content = random.integers(0, 50, (2000, 2), dtype=np.uint64)
-    content = np.unique(content, axis=0)[random.permutation(len(np.unique(content, axis=0)))]
-    place = np.arange(len(content))
-    whole = sorted_table(content, np.zeros(len(content)), place)
-    half = sorted_table(content[:900], np.zeros(900), place[:900])
-    old = (half[:2].T, half[2], half[3])
-    new = (content[900:], np.zeros(len(content) - 900), place[900:])
-    joined = [np.concatenate([before, after]) for before, after in zip(old, new, strict=True)]
-    assert np.array_equal(sorted_table(*joined), whole)
+    content = np.unique(random.integers(0, 50, (2000, 2), dtype=np.uint64), axis=0)
+    content = content[random.permutation(len(content))]
+    table = Table.of([content[:900], content[:0], content[900:]])
+    segment, row = table.place(table.find(content))
+    assert segment.tolist() == [0] * 900 + [2] * (len(content) - 900)
+    assert row.tolist() == [*range(900), *range(len(content) - 900)]
+    assert np.array_equal(table.in_file_order(), content)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 APART = "Ranked apart, on other images"
+ADAPTED = "Adapted to new domains, without their labels"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class Leaderboard:
         ordered = sorted(self.rows, key=lambda row: (not row.sound, -row.cv_mean, row.simplicity, row.key))
         if ordered:
             # The images of most rows; those of a fine-tuned network only where no other backbone is there.
-            first = min(ordered, key=lambda row: (row.baseline, row.unseen_rows is not None, row.chose_rows > 0))
+            first = min(
+                ordered,
+                key=lambda row: (bool(row.adapted), row.baseline, row.unseen_rows is not None, row.chose_rows > 0),
+            )
             ordered.sort(key=lambda row: (row.images != first.images, row.images))
         object.__setattr__(self, "rows", tuple(ordered))
 
@@ -143,7 +147,7 @@ class Leaderboard:
         lines = ["# Leaderboard", "", *above, self._table(self.ranked, wide=True), ""]
         lines += [f"- {line}" for line in self.notes()]
         for rows in self.apart:
-            lines += ["", f"## {APART}", "", apart_text(rows), "", self._table(rows, wide=True)]
+            lines += ["", f"## {apart_title(rows)}", "", apart_text(rows), "", self._table(rows, wide=True)]
         return "\n".join([*lines, ""])
 
     def to_text(self) -> str:
@@ -151,7 +155,7 @@ class Leaderboard:
         above = self.warnings()
         lines = [*above, *([""] if above else []), self._table(self.ranked), ""]
         for rows in self.apart:
-            lines += [f"{APART}: {apart_text(rows)}", "", self._table(rows), ""]
+            lines += [f"{apart_title(rows)}: {apart_text(rows)}", "", self._table(rows), ""]
         return "\n".join([*lines, *self.notes()])
 
     def _table(self, rows: Sequence[LeaderboardRow], wide: bool = False) -> str:
@@ -362,9 +366,20 @@ SURPRISES = {
 """What a test accuracy outside of its interval means."""
 
 
+def apart_title(rows: Sequence[LeaderboardRow]) -> str:
+    """Return the heading of rows that stand apart."""
+    return ADAPTED if rows[0].adapted else APART
+
+
 def apart_text(rows: Sequence[LeaderboardRow]) -> str:
     """Say which images rows are fitted and judged on, and how they can be compared with others; all rows on the same images."""
     row = rows[0]
+    if row.adapted:
+        return (
+            "the head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
+            "is adapted by the features of the other half: no image's own, and no label of theirs. Cross-validation on the training "
+            "images cannot judge that, so these rows are no candidates; what each brought is said below."
+        )
     if row.unseen_rows is None:
         return "heads fitted and cross-validated on all training images: compare them with the others by the test."
     others = f"on a fine-tuned network, fitted on the {row.unseen_rows:,} training images that it has not learned from"
@@ -384,8 +399,8 @@ def nested_text(nested: Nested | None, scoring: str) -> str:
 
 
 def cross_validated(row: LeaderboardRow, scoring: str) -> str:
-    """Return the cross-validation score and its spread over the folds; a dash where its images chose the network's weights."""
-    return "–" if row.chose_rows else _spread((row.cv_mean, row.cv_std), METRICS[scoring])
+    """Return the cross-validation score and its spread over the folds; a dash where it cannot judge the row."""
+    return "–" if row.chose_rows or row.adapted else _spread((row.cv_mean, row.cv_std), METRICS[scoring])
 
 
 def _spread(found: tuple[float, float], metric: Metric) -> str:

@@ -15,11 +15,9 @@ import joblib
 from joblib import cpu_count
 
 from pipeline.errors import PipelineError
-from pipeline.io.remote import Engine, connected
+from pipeline.io.remote import CONNECT_SECONDS, Engine, connected, require_answer
 
 __all__ = ["SHARING", "cpu_count", "is_spread", "on", "spread"]
-
-CONNECT_SECONDS = 10.0
 
 SHARING: ContextVar[int] = ContextVar("SHARING", default=1)
 """How many workers divide the cores and the memory of this machine; those of a cluster have their own."""
@@ -66,6 +64,8 @@ def on(engine: Engine | None) -> Iterator[None]:
                 raise PipelineError(
                     "--engine dask: Dask is not installed here; pip install 'manyheads[dask]'"
                 ) from None
+            if engine.address:
+                require_answer(engine.address, "dask scheduler")
             local = {"n_workers": count, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
             try:
                 made: Any = engine.address or LocalCluster(**local, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]

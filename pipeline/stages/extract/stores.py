@@ -26,8 +26,9 @@ from pipeline.experiment import FEATURES, USER, Artifacts, read_document, write_
 from pipeline.images import HASH_STORE
 from pipeline.io import files as system
 from pipeline.io.digests import Digests
-from pipeline.store import FeatureStore, lock, parts
+from pipeline.store import FeatureStore, lock
 from pipeline.store.maintain import copy_rows
+from pipeline.store.share import PARTS, part_files, part_folders
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict
     A damaged part is passed over with a warning, and its images are embedded again. `remove` is for a folder of one's own.
     """
     new = {}
-    for name in parts.folders(place):
-        found = {path: store for path in parts.part_files(place, name) if (store := _whole(path)) is not None}
+    for name in part_folders(place):
+        found = {path: store for path in part_files(place, name) if (store := _whole(path)) is not None}
         if found:
             new[name] = sum(copy_rows(list(found.values()), stores / f"{name}.store"))
             log.info("%s: %d vectors from %d parts in %s", name, new[name], len(found), place)
@@ -97,7 +98,7 @@ def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict
             for path in found:
                 system.remove(Path(path))
             with contextlib.suppress(OSError):  # somebody makes more
-                os.rmdir(Path(place) / f"{name}{parts.SUFFIX}")
+                os.rmdir(Path(place) / f"{name}{PARTS}")
                 os.rmdir(place)
     return new
 

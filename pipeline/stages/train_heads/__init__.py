@@ -11,6 +11,7 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     budget.py     how many trials of every row fit into a budget, on request
     layers.py     which layers of a network hold the signal, where several are embedded
     vote.py       the best rows of different embeddings together, on request
+    domains.py    how far the data set's domains are apart, and the best head adapted to new ones
     strangers.py  classes left out, to learn what is strange to the best row
     leaks.py      near-duplicates across test or folds, and the scores without them
 """
@@ -58,6 +59,7 @@ from pipeline.io.files import write_text_atomic
 from pipeline.io.remote import Engine
 from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.budget import Pass, trials_within
+from pipeline.stages.train_heads.domains import with_domains
 from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
@@ -167,7 +169,7 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
     leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
     leaks, findings = find_leaks(leaderboard, task, stores, files)
-    leaderboard = replace(leaderboard, leaks=leaks)
+    leaderboard = with_domains(replace(leaderboard, leaks=leaks), task, stores, files, config)
     write_findings(files.audit, findings)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())

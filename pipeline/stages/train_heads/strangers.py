@@ -38,7 +38,7 @@ from pipeline.store import FeatureStore, JoinedStores
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Goes up when what is kept or tested changes, so that it is made again."""
 MOST_IMAGES = 5_000
 """Training images that take part, and test images that are asked."""
@@ -142,7 +142,7 @@ def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64],
         # Of fewer references the one that is as near among them as the nth among all.
         nth = round(NEIGHBOURS * len(others) / chosen.sum())
         distances[fold == number] = distance(units[fold == number], others, nth)
-    return Reference(mean, units[chosen], distances)
+    return Reference(mean, units[chosen], distances, np.linalg.norm(X[chosen] - mean, axis=1))
 
 
 def _mean(X: NDArray[np.float32], centred: bool) -> NDArray[np.float32]:
