@@ -477,8 +477,7 @@ def report(config: _Given, explain: bool = False, **overrides: Any) -> _Parts[Pa
 
     Example: manyheads report configs/digits.yaml
 
-    explain : Show for the worst mistakes what in the image speaks for the label that was said, and training images for and against
-        it; needs the images and the network.
+    explain : Show why the worst mistakes were made, in maps and training images; needs the images and the network.
     """
     from pipeline import report as pages
 

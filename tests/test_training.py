@@ -24,10 +24,9 @@ from torch import nn
 from pipeline.config import FinetuneConfig
 from pipeline.errors import HeadError, TrainingError
 from pipeline.finetuning import trainer
-from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
+from pipeline.finetuning.batches import Data, Labelled, augmented, loss_of, rows_at, to_float
 from pipeline.finetuning.checkpoint import Run, copy_weights
 from pipeline.finetuning.handover import put_head
-from pipeline.finetuning.objective import CLASSES
 from pipeline.finetuning.plan import check_plan, describe_plan, fold_norms, last_linear, set_trainable, stages_of
 from pipeline.finetuning.result import interpolate, recompute_statistics, return_path
 from pipeline.finetuning.trainer import (
@@ -509,9 +508,9 @@ def test_balanced_weights_make_a_rare_class_count(data: Data) -> None:
     logits, seen = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
     losses = torch.logsumexp(logits, 1) - logits[[0, 1], seen]
     weights = torch.tensor([8 / 12, 8 / 4])
-    balanced = CLASSES.loss(logits, seen, but(BASE, class_weight="balanced"), rare)
+    balanced = loss_of(logits, seen, but(BASE, class_weight="balanced"), rare)
     assert balanced.item() == pytest.approx(((weights * losses).sum() / weights.sum()).item())
-    assert CLASSES.loss(logits, seen, BASE, rare).item() == pytest.approx(losses.mean().item())
+    assert loss_of(logits, seen, BASE, rare).item() == pytest.approx(losses.mean().item())
 
 
 def test_what_cannot_be_trained_is_said_before_it_starts(data: Data, tmp_path: Path) -> None:

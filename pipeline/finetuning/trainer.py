@@ -24,9 +24,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.config import FinetuneConfig
 from pipeline.embed.graph import Stage
 from pipeline.errors import TrainingError
-from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
+from pipeline.evaluation import ACCURACY
+from pipeline.finetuning.batches import Data, Labelled, Score, augmented, loss_of, rows_at, score_of, to_float
 from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save
-from pipeline.finetuning.objective import CLASSES, Objective, Score
 from pipeline.finetuning.plan import Plan, fold_norms, set_trainable, stage_of_parameters
 from pipeline.io import process
 from pipeline.io.files import make_folder, write_text_atomic
@@ -58,7 +58,6 @@ class Task:
     seed: int
     device: torch.device
     evaluations: int = EVALUATIONS
-    objective: Objective = CLASSES
 
     @property
     def evaluate_every(self) -> int:
@@ -112,7 +111,7 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
                 saved = state.seconds
             if due:
                 show(state.history[-1])
-                bar.note(f"validation {state.history[-1][f'validation_{task.objective.metric.name}']:.1%}")
+                bar.note(f"validation {state.history[-1][f'validation_{ACCURACY.name}']:.1%}")
                 if on_evaluation is not None:
                     on_evaluation(state.step)
     task.network.load_state_dict(state.weights)  # there are some: the last step is followed by an evaluation
@@ -218,7 +217,7 @@ def train_step(
     TrainingError
         When the loss is no number.
     """
-    settings, objective = task.settings, task.objective
+    settings = task.settings
     torch.manual_seed(int(np.random.SeedSequence([task.seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     # Also after an evaluation, which left the network in evaluation mode.
     lowest = next(low for start, low in reversed(task.plan) if step >= round(start * task.steps))
@@ -228,7 +227,7 @@ def train_step(
     images = augmented(data.train.pixels[rows], settings, task.device, data)
     with _autocast(task.device, task.precision):
         outputs = task.network(images).float()
-    loss = objective.loss(outputs, torch.from_numpy(data.train.y[rows]).to(task.device), settings, data)
+    loss = loss_of(outputs, torch.from_numpy(data.train.y[rows]).to(task.device), settings, data)
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if not np.isfinite(found := loss.item()):
         raise TrainingError(
@@ -244,9 +243,9 @@ def _evaluate(task: Task, data: Data, state: State, parts: dict[str, Any], rate:
     candidates = {"weights": task.network, **({"ema": parts["average"].module} if "average" in parts else {})}
     record: dict[str, Any] = {"step": state.step}
     for source, network in candidates.items():
-        score = evaluate(network, data.validation, data, task.device, task.precision, task.objective)
+        score = evaluate(network, data.validation, data, task.device, task.precision)
         name = "validation" if source == "weights" else source
-        record |= {f"{name}_{task.objective.metric.name}": score[0], f"{name}_loss": -score[1]}
+        record |= {f"{name}_{ACCURACY.name}": score[0], f"{name}_loss": -score[1]}
         if state.score is None or score > state.score:
             state.score, state.weights, state.source = score, copy_weights(network), source
     record |= {"loss": float(np.mean(state.losses)), "rate": rate, "seconds": round(state.seconds, 1)}
@@ -261,11 +260,10 @@ def evaluate(
     data: Data,
     device: torch.device,
     precision: str = "fp32",
-    objective: Objective = CLASSES,
 ) -> Score:
     """Return the score of a network on images, in evaluation mode, which it leaves it in."""
     outputs = predict_logits(network, labelled.pixels, data.mean, data.std, device, precision)
-    return objective.score(outputs, torch.from_numpy(labelled.y))
+    return score_of(outputs, torch.from_numpy(labelled.y))
 
 
 def predict_logits(
