@@ -24,8 +24,7 @@ from sklearn.svm import SVC
 from pipeline.cli import cli
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
 from pipeline.data.classes import Classification, MultiLabel
-from pipeline.data.numbers import Regression
-from pipeline.data.targets import Target
+from pipeline.data.targets import Regression, Target
 from pipeline.errors import BundleError, HeadError, PipelineError
 from pipeline.evaluation.calibration import fit_calibrator, fit_sigmoids
 from pipeline.experiment import Artifacts
