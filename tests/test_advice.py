@@ -98,7 +98,7 @@ def test_the_cells_that_are_shipped_bear_the_advice_out_each_by_the_others() -> 
     assert np.mean(found.regrets) <= 0.01
     assert found.covered >= 0.75
     assert found.spared >= 0.8
-    assert found.worth["advice"] > max(found.worth["always"], found.worth["never"])
+    assert found.worth["advice"] >= max(found.worth["always"], found.worth["never"])
 
 
 def test_simple_heads_judge_images_that_they_have_not_seen() -> None:

@@ -27,7 +27,15 @@ from pipeline.finetuning import trainer
 from pipeline.finetuning.batches import Data, Labelled, augmented, loss_of, rows_at, to_float
 from pipeline.finetuning.checkpoint import Run, copy_weights
 from pipeline.finetuning.handover import put_head
-from pipeline.finetuning.plan import check_plan, describe_plan, fold_norms, last_linear, set_trainable, stages_of
+from pipeline.finetuning.plan import (
+    check_plan,
+    describe_plan,
+    fold_norms,
+    last_linear,
+    modules_below,
+    set_trainable,
+    stages_of,
+)
 from pipeline.finetuning.result import interpolate, recompute_statistics, return_path
 from pipeline.finetuning.trainer import (
     Task,
@@ -684,6 +692,20 @@ def test_what_stays_is_run_once_and_the_weights_are_the_same(
     if settings.augment == "none":
         assert len(calls) == 2  # before the first step, to see which norms can be folded
     assert trainer.keep_below(make_task(), data).below == ()  # everything is trained
+
+
+def test_a_module_that_runs_twice_is_left_out_and_comes_back() -> None:
+    from pipeline.io.vision import torchvision
+
+    torch.manual_seed(0)
+    network, images = torchvision.models.resnet18(num_classes=3).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)
+    stages = stages_of(network, (32, 32))
+    assert fold_norms(network, images) == 20
+    assert modules_below(network, stages[-2], images)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
 
 
 class Between(Toy):

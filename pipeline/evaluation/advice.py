@@ -31,8 +31,8 @@ WORTH = 0.005
 """The least expected gain in accuracy for which anything is recommended."""
 PENALTIES = (1.0, 3.0, 10.0, 30.0)
 """Of the ridge regression over cells, on standardised signs."""
-MOST_SIGNS = 3
-"""Of so few cells more would be learned by heart."""
+MOST_SIGNS = 2
+"""One for each eight cells or so: more would be learned by heart."""
 BEYOND = 0.25
 """How far outside of the cells a sign may lie, as a share of their range."""
 

@@ -179,17 +179,17 @@ def modules_below(network: nn.Module, stage: Stage, images: Tensor) -> tuple[nn.
 
     images : some, float32 of shape (n, 3, h, w), as the network takes them
     """
-    order, entering = list[nn.Module](), list[Tensor]()
+    order, entering = dict[nn.Module, None](), list[Tensor]()  # a module may run more than once
     entry = network.get_submodule(stage.modules[0])
     hooks = [entry.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))]
     for part in network.modules():
-        hooks.append(part.register_forward_hook(lambda module, *_: None if entering else order.append(module)))
+        hooks.append(part.register_forward_hook(lambda module, *_: None if entering else order.update({module: None})))
     with torch.inference_mode():
         expected = network.eval()(images)
         for hook in hooks:
             hook.remove()
         try:
-            with passing(order):
+            with passing(tuple(order)):
                 return tuple(order) if _same(network(entering[0]), expected) else ()
         except Exception:  # what lies between the modules, which may be any code, does not take it
             return ()
