@@ -45,8 +45,7 @@ class Strangers:
     def cells(self, X: NDArray[np.float32], probabilities: NDArray[np.floating] | None) -> list[list[str]]:
         """Return the cells of n images, for vectors of the head's first part and its probabilities; and count them.
 
-        X : float32 of shape (n, dim); probabilities : of any float dtype, shape (n, n_classes); None where the head has
-            none
+        X : float32 of shape (n, dim); probabilities : of any float dtype, shape (n, n_classes); None where the head has none
         """
         self.counts["images"] += len(X)
         distances = None
@@ -86,15 +85,7 @@ class Strangers:
 
 
 def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, sets: float | None) -> Strangers:
-    """Return what a bundle's folder knows of strangers.
-
-    Raises
-    ------
-    ConfigError
-        When it cannot say what is asked.
-    BundleError
-        When its files are damaged.
-    """
+    """Return what a bundle's folder knows of strangers; ConfigError when it cannot say what is asked, BundleError for damage."""
     known, asked = _known(folder), unknown is not None or sets is not None
     nothing = np.empty(0)
     if not asked:

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from pipeline.data.numbers import Regression
+from pipeline.data.targets import Regression
 from pipeline.evaluation import Calibration, Interval, LearningCurve, Predictions
 from pipeline.evaluation.comparison import Difference, Ranking
 from pipeline.evaluation.fewshot import FewShot

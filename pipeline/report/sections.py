@@ -16,8 +16,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from pipeline.data.classes import MultiLabel
 from pipeline.data.index import LABEL
-from pipeline.data.numbers import LEVEL, Regression
-from pipeline.data.targets import TARGETS, Classification
+from pipeline.data.targets import LEVEL, TARGETS, Classification, Regression
 from pipeline.errors import PipelineError
 from pipeline.evaluation import Calibration, Interval, Predictions, measure_calibration
 from pipeline.evaluation.domains import Domains
