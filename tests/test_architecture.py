@@ -69,6 +69,7 @@ class NoTorch:
     @staticmethod
     def find_spec(name, *_):
         if name.partition('.')[0] in ('torch', 'torchvision'):
+            print('asked for', name)
             raise ImportError(name)
 sys.meta_path.insert(0, NoTorch)
 """
