@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import LEADERBOARD, Artifacts, read_document, write_document
 from pipeline.stages import fit, settings, similar, train_heads
-from pipeline.stages.train_heads.budget import Pass, next_trials, trials_within
+from pipeline.stages.train_heads import Pass, next_trials, trials_within
 
 ROOT = Path(__file__).parents[1]
 
