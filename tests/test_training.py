@@ -24,10 +24,9 @@ from torch import nn
 from pipeline.config import FinetuneConfig
 from pipeline.errors import HeadError, TrainingError
 from pipeline.finetuning import trainer
-from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
+from pipeline.finetuning.batches import Data, Labelled, augmented, loss_of, rows_at, to_float
 from pipeline.finetuning.checkpoint import Run, copy_weights
 from pipeline.finetuning.handover import put_head
-from pipeline.finetuning.objective import CLASSES
 from pipeline.finetuning.plan import check_plan, describe_plan, fold_norms, last_linear, set_trainable, stages_of
 from pipeline.finetuning.result import interpolate, recompute_statistics, return_path
 from pipeline.finetuning.trainer import (
@@ -509,9 +508,9 @@ def test_balanced_weights_make_a_rare_class_count(data: Data) -> None:
     logits, seen = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
     losses = torch.logsumexp(logits, 1) - logits[[0, 1], seen]
     weights = torch.tensor([8 / 12, 8 / 4])
-    balanced = CLASSES.loss(logits, seen, but(BASE, class_weight="balanced"), rare)
+    balanced = loss_of(logits, seen, but(BASE, class_weight="balanced"), rare)
     assert balanced.item() == pytest.approx(((weights * losses).sum() / weights.sum()).item())
-    assert CLASSES.loss(logits, seen, BASE, rare).item() == pytest.approx(losses.mean().item())
+    assert loss_of(logits, seen, BASE, rare).item() == pytest.approx(losses.mean().item())
 
 
 def test_what_cannot_be_trained_is_said_before_it_starts(data: Data, tmp_path: Path) -> None:
@@ -660,6 +659,45 @@ def test_norms_are_left_where_folding_would_change_the_network() -> None:
         before = network(images)
         assert fold_norms(network, images) == 0
         assert torch.equal(network(images), before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [but(BASE, augment="none"), but(BASE, batch_norm="train", ema=0.5)],
+    ids=["as they are", "flipped, norms"],
+)
+def test_what_stays_is_run_once_and_the_weights_are_the_same(
+    data: Data, tmp_path: Path, settings: FinetuneConfig
+) -> None:
+    plain, short = (make_task(settings, "last_stage") for _ in range(2))
+    start, kept = copy_weights(plain.network), trainer.keep_below(short, data)
+    assert (kept.validation.entering is None, kept.train.entering is None) == (False, settings.augment != "none")
+    conv, calls = short.network.stem[0], []
+    real = conv._conv_forward
+    conv._conv_forward = lambda *given: (calls.append(1), real(*given))[1]
+    expected, found = train(plain, data, Run(tmp_path / "a", "x")), train(short, kept, Run(tmp_path / "b", "x"))
+    for name, tensor in expected.weights.items():
+        torch.testing.assert_close(tensor, found.weights[name], rtol=1e-4, atol=1e-5)
+    path = return_path(short, kept, start, found.weights)
+    ends = path.scores[-1], return_path(plain, data, start, expected.weights).scores[-1]
+    assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+    if settings.augment == "none":
+        assert len(calls) == 2  # before the first step, to see which norms can be folded
+    assert trainer.keep_below(make_task(), data).below == ()  # everything is trained
+
+
+class Between(Toy):
+    """A network that changes what it has between its modules."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(self.stem(images) * 2).mean((2, 3)))
+
+
+def test_nothing_is_kept_where_a_network_does_more_than_its_modules(data: Data) -> None:
+    task = make_task(scope="last_stage")
+    assert trainer.keep_below(task, data).below
+    assert trainer.keep_below(replace(task, network=Between()), data).below == ()
+    assert trainer.keep_below(make_task(scope="head"), data).below == ()  # a mean lies before it
 
 
 @pytest.mark.parametrize("augment", ["none", "flip", "crop", "trivial"])

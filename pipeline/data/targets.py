@@ -59,10 +59,7 @@ def countable(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def kind_of(asked: str) -> str:
-    """Return the kind of target that `dataset.target` means; `auto` is one class for each image, or a question to the user.
-
-    DatasetError where it says that there are no labels.
-    """
+    """Return the kind of target that `dataset.target` means: of `auto` classes; DatasetError where it says that there are no labels."""
     if asked == NO_LABELS:
         raise DatasetError(_NOTHING_TO_LEARN)
     return Classification.kind if asked == "auto" else asked

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
 from pipeline.experiment import to_lines, with_digest, without_digest
-from pipeline.finetuning.objective import Score
+from pipeline.finetuning.batches import Score
 from pipeline.io.files import make_folder, read_file, write_atomic
 
 logger = logging.getLogger(__name__)

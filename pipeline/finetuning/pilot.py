@@ -23,7 +23,6 @@ from pipeline.finetuning.batches import Data, Labelled, to_float
 from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.handover import Layer, put_head
 from pipeline.finetuning.material import Parts, read_pixels
-from pipeline.finetuning.objective import objective_for
 from pipeline.finetuning.plan import check_plan, stages_of
 from pipeline.finetuning.result import RETURN_EVALUATIONS
 from pipeline.finetuning.trainer import EVALUATIONS, Task, evaluate, make_optimizer, prepare, steps_asked, train_step
@@ -107,7 +106,6 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
     learned = parts.train.rows(_first(target.encode(parts.train), steps * each, config.seed))
     pixels = read_pixels(config, learned, prepared), read_pixels(config, held_out, prepared)
     y = target.encode(learned)
-    objective = objective_for(target.kind)
     put_head(network.module, layer)
     stages = stages_of(network.module, prepared.size)
     network.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -128,11 +126,10 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
         precision,
         config.seed,
         device,
-        objective=objective,
     )
 
     def loss() -> float:
-        return -evaluate(network.module, whole.validation, whole, device, precision, objective)[1]
+        return -evaluate(network.module, whole.validation, whole, device, precision)[1]
 
     clock = time.perf_counter()
     start = loss()

@@ -118,10 +118,10 @@ def _machine(config: Config) -> list[str]:
 
 def _finetuning(config: Config) -> list[str]:
     """Say which kinds of target cannot be fine-tuned for; features and heads do without."""
-    from pipeline.finetuning.objective import OBJECTIVES, refusal  # loads torch
+    from pipeline.finetuning.material import SERVED, refusal  # loads torch
 
     kinds = dict.fromkeys(map(kind_of, config.dataset.kinds))
-    return [f"note: {refusal(kind)}" for kind in kinds if kind not in OBJECTIVES]
+    return [f"note: {refusal(kind)}" for kind in kinds if kind != SERVED]
 
 
 def _data(config: Config, place: Path | None) -> list[str]:
