@@ -24,9 +24,8 @@ from pipeline import config as configuration
 from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex
-from pipeline.data.numbers import Regression
 from pipeline.data.sources import list_source
-from pipeline.data.targets import record_of, target_of
+from pipeline.data.targets import Regression, record_of, target_of
 from pipeline.errors import DatasetError, HeadError, PipelineError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, metrics_for, scores
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard

@@ -23,7 +23,7 @@ from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.evaluation.strangeness import (
     NEIGHBOURS,
-    Known,
+    Reference,
     alike,
     auroc,
     directions,
@@ -131,7 +131,7 @@ def _find(
     return record
 
 
-def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Known:
+def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Reference:
     """Return what a bundle keeps: references, and how far each image lies from those of the other folds."""
     mean = _mean(X, centred)
     units = directions(X, mean)
@@ -143,7 +143,7 @@ def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64],
         # Of fewer references the one that is as near among them as the nth among all.
         nth = round(NEIGHBOURS * len(others) / chosen.sum())
         distances[fold == number] = distance(units[fold == number], others, nth)
-    return Known(mean, units[chosen], distances, np.linalg.norm(X[chosen] - mean, axis=1))
+    return Reference(mean, units[chosen], distances, np.linalg.norm(X[chosen] - mean, axis=1))
 
 
 def _mean(X: NDArray[np.float32], centred: bool) -> NDArray[np.float32]:
@@ -235,10 +235,10 @@ def find_leaks(
     pairs, findings = audit.examine(
         stores[embedding].read(digests), paths.tolist(), labels.tolist(), splits.tolist(), hashes
     )
-    across = in_test[pairs.first] != in_test[pairs.second]
-    parted = ~across & (fold[pairs.first] != fold[pairs.second])
-    ends = np.stack([pairs.first, pairs.second])
-    tested, folded = (np.unique(ends[:, part]) for part in (across, parted))
+    first, second = pairs.T
+    across = in_test[first] != in_test[second]
+    parted = ~across & (fold[first] != fold[second])
+    tested, folded = (np.unique(pairs[part]) for part in (across, parted))
     tested = tested[in_test[tested]]
     said, metric = read_predictions(leaderboard, files.root), leaderboard.told_by
     without = {key: _with_and_without(metric, found.test, paths[tested])[1] for key, found in said.items()}
