@@ -134,7 +134,7 @@ def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config
     document = {
         **Artifacts(path.parent, config.store).stores_told(),
         "shared": shared(config),
-        "backbones": [section.model_dump(mode="json") for section in config.backbones],
+        "backbones": [section.model_dump(mode="json") for section in config.sections],
         "index": index,
         "embeddings": [record.to_dict() for record in records],
     }
@@ -179,9 +179,9 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     chosen = tuple(
         record
         for record in records
-        if (record.name in named if record.kind == "baseline" else not told or record.asked in config.backbones)
+        if (record.name in named if record.kind == "baseline" else not told or record.asked in config.sections)
     )
-    for section in config.backbones:
+    for section in config.sections:
         if section in [record.instead_of for record in chosen]:
             logger.warning("%s", about_stand_in(section))
     require_permitted(config.licenses, ((record.name, record.spec.license) for record in chosen))
@@ -197,7 +197,7 @@ def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], con
     made = {**made, "dataset": {**then, **made["dataset"]}}
     missing = [
         section.model_dump(mode="json", exclude_defaults=True)
-        for section in config.backbones
+        for section in config.sections
         if section not in backbones
     ]
     lines = [", ".join(f"{key}: {value}" for key, value in given.items()) for given in missing]
@@ -370,7 +370,7 @@ def spec_key(section: BackboneConfig, config: Config) -> str:
             "embed_version": EMBED_VERSION,
             "section": section.model_dump(mode="json"),
             "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
-            "seed": config.seed if section.weights == "random" else None,
+            "seed": config.seed if section.weights == "random" or section.view else None,
             "machine": choice_inputs(),
             "decode": dict(DECODE_POLICY),
             "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),

@@ -11,6 +11,8 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     budget.py     how many trials of every row fit into a budget, on request
     layers.py     which layers of a network hold the signal, where several are embedded
     vote.py       the best rows of different embeddings together, on request
+    apart.py      rows that are made of another row and stand apart
+    views.py      the best heads averaged over views of images and learned from them
     domains.py    how far the data set's domains are apart, and the best head adapted to new ones
     strangers.py  classes left out, to learn what is strange to the best row
     leaks.py      near-duplicates across test or folds, and the scores without them
@@ -66,6 +68,7 @@ from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.spread import make_rows
 from pipeline.stages.train_heads.strangers import with_strangers
 from pipeline.stages.train_heads.task import Task, make_task, unseen_task
+from pipeline.stages.train_heads.views import with_views
 from pipeline.stages.train_heads.vote import vote_row
 from pipeline.store import FeatureStore, JoinedStores
 
@@ -169,7 +172,8 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
     leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
     leaks, findings = find_leaks(leaderboard, task, stores, files)
-    leaderboard = with_domains(replace(leaderboard, leaks=leaks), task, stores, files, config)
+    leaderboard = with_views(replace(leaderboard, leaks=leaks), task, stores, records, files, config.seed)
+    leaderboard = with_domains(leaderboard, task, stores, files, config)
     write_findings(files.audit, findings)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
