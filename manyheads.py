@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.stages.estimators import Regressor as Regressor
     from pipeline.stages.estimators import best_estimator as best_estimator
     from pipeline.stages.extract import FeaturesRun
-    from pipeline.stages.extract.shard import ShardRun
+    from pipeline.stages.extract.spread import ShardRun
     from pipeline.stages.fewshot import FewShotRun
     from pipeline.stages.finetune import FinetuneRun
     from pipeline.stages.fit import Run as Run
@@ -472,14 +472,21 @@ def clean(config: _Given, output: _Place = "cleaned.csv", **overrides: Any) -> "
 
 
 @_in_parts
-def report(config: _Given, **overrides: Any) -> _Parts[Path]:
+def report(config: _Given, explain: bool = False, **overrides: Any) -> _Parts[Path]:
     """Build the report page again from the saved results.
 
     Example: manyheads report configs/digits.yaml
+
+    explain : Show why the worst mistakes were made, in maps and training images; needs the images and the network.
     """
     from pipeline import report as pages
 
-    page = pages.build(Path(_config(config, overrides).output))
+    output = Path(_config(config, overrides).output)
+    if explain:
+        from pipeline.stages.explain import mistakes
+
+        yield from mistakes(output)
+    page = pages.build(output)
     yield f"report  {page}"
     return page
 

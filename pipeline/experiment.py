@@ -17,7 +17,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
@@ -68,6 +68,7 @@ class Artifacts:
         self.layers = self.root / "layers.json"
         """Which layers of its networks hold the signal, where several are embedded."""
         self.advice = self.root / "advice.json"
+        self.mistakes = self.root / "mistakes" / "mistakes.json"
         """What to do next, with the expected gain and price of each way."""
         self.budget = self.root / "budget.json"
         """How long searches took, where there is a budget for them."""
@@ -137,10 +138,7 @@ class Artifacts:
     def each_target(self) -> dict[str, Path]:
         """The output folder of each target by its name; nothing where the data set has one, whose folder is this.
 
-        Raises
-        ------
-        PipelineError
-            When the list of them is damaged.
+        PipelineError when the list of them is damaged.
         """
         if not os.path.lexists(self.targets):
             return {}
@@ -167,13 +165,13 @@ def _seen_from(path: str, folder: str) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of file: what it calls itself, the versions that are read, and what to do where there is none or it is bad."""
+    """One kind of file: what it calls itself, the version that is written, and what to do where it is bad or there is none."""
 
     format: str
     version: int
-    error: type[PipelineError]
-    missing: str
     again: str
+    missing: str
+    error: type[PipelineError] = PipelineError
     older: tuple[int, ...] = ()
     """Versions of before that are still read."""
 
@@ -182,54 +180,47 @@ class Kind:
         return self.error(f"{path}: is damaged: {found}; {self.again}")
 
 
-_HEADS_AGAIN = "run `manyheads heads` again"
-FEATURES = Kind(
-    "manyheads features",
-    3,
-    PipelineError,
-    "run `manyheads features` with this config first",
-    "run `manyheads features` again",
-    older=(2,),
-)
-USER = Kind(
-    "manyheads store user",
+def _made_by_command(
+    what: str, version: int, command: str, missing: str = "run `manyheads {}` first", **more: Any
+) -> Kind:
+    return Kind(f"manyheads {what}", version, f"run `manyheads {command}` again", missing.format(command), **more)
+
+
+_WITH_CONFIG = "run `manyheads {}` with this config first"
+_ANEW = "run `manyheads {}` again"
+FEATURES = _made_by_command("features", 3, "features", _WITH_CONFIG, older=(2,))
+SPECS = _made_by_command("specs", 2, "features", _WITH_CONFIG)
+TARGETS = _made_by_command("targets", 1, "features", _WITH_CONFIG)
+LEADERBOARD = _made_by_command("leaderboard", 1, "heads")
+BUDGET = _made_by_command("budget", 1, "heads", _ANEW)
+AUDIT = _made_by_command("audit", 1, "heads", _ANEW)
+LAYERS = _made_by_command("layers", 1, "heads", _ANEW)
+PREDICTIONS = _made_by_command("predictions", 2, "heads", _ANEW, error=BundleError)
+BUNDLE = _made_by_command(
+    "bundle",
     1,
-    StoreError,
-    "run `manyheads features` with each experiment that uses the store",
-    "run `manyheads features` with each experiment that uses the store, after deleting this file",
+    "heads",
+    "expected an experiment's output folder, in which `manyheads {}` writes bundles, or a bundle's folder",
+    error=BundleError,
 )
-"""In the folder of the feature stores: one experiment that uses them."""
-SPECS = Kind("manyheads specs", 2, PipelineError, FEATURES.missing, FEATURES.again)
-TARGETS = Kind("manyheads targets", 1, PipelineError, FEATURES.missing, FEATURES.again)
+ADVICE = _made_by_command("advice", 1, "advise", "run `manyheads {}`")
+MISTAKES = _made_by_command("mistakes", 1, "report --explain", "run `manyheads {}`")
+REPORT = _made_by_command("report", 1, "report", "run `manyheads {}`")
+FINETUNING = _made_by_command("fine-tuning", 2, "finetune")
+REFIT = _made_by_command("refit", 1, "refit")
+FEWSHOT = _made_by_command("few-shot", 1, "fewshot")
+TRIALS = Kind("manyheads trials", 1, "delete it, and `manyheads heads` makes it anew", _ANEW.format("heads"), HeadError)
 INDEX = Kind(
     "manyheads index",
     2,
-    DatasetError,
-    "run `manyheads features` to make the index",
     "delete it to have it made anew",
+    "run `manyheads features` to make the index",
+    DatasetError,
     older=(1,),
 )
-LEADERBOARD = Kind("manyheads leaderboard", 1, PipelineError, "run `manyheads heads` first", _HEADS_AGAIN)
-ADVICE = Kind("manyheads advice", 1, PipelineError, "run `manyheads advise`", "run `manyheads advise` again")
-BUDGET = Kind("manyheads budget", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
-AUDIT = Kind("manyheads audit", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
-BUNDLE = Kind(
-    "manyheads bundle",
-    1,
-    BundleError,
-    "expected an experiment's output folder, in which `manyheads heads` writes bundles, or a bundle's folder",
-    _HEADS_AGAIN,
-)
-PREDICTIONS = Kind("manyheads predictions", 2, BundleError, _HEADS_AGAIN, _HEADS_AGAIN)
-TRIALS = Kind("manyheads trials", 1, HeadError, _HEADS_AGAIN, "delete it, and `manyheads heads` makes it anew")
-FINETUNING = Kind(
-    "manyheads fine-tuning", 2, PipelineError, "run `manyheads finetune` first", "run `manyheads finetune` again"
-)
-REFIT = Kind("manyheads refit", 1, PipelineError, "run `manyheads refit` first", "run `manyheads refit` again")
-FEWSHOT = Kind("manyheads few-shot", 1, PipelineError, "run `manyheads fewshot` first", "run `manyheads fewshot` again")
-
-LAYERS = Kind("manyheads layers", 1, PipelineError, _HEADS_AGAIN, _HEADS_AGAIN)
-REPORT = Kind("manyheads report", 1, PipelineError, "run `manyheads report`", "run `manyheads report` again")
+_EACH = "run `manyheads features` with each experiment that uses the store"
+USER = Kind("manyheads store user", 1, f"{_EACH}, after deleting this file", _EACH, StoreError)
+"""In the folder of the feature stores: one experiment that uses them."""
 
 
 def made_by() -> str:
@@ -257,12 +248,8 @@ def write_document(path: Path, kind: Kind, content: Mapping[str, Any]) -> None:
 def read_document(path: Path, kind: Kind) -> dict[str, Any]:
     """Read and check a document.
 
-    Raises
-    ------
-    PipelineError
-        Of the kind's own type: when it is missing, damaged, or of another format or version.
-    OSError
-        When the system does not let it be read, which says nothing about the document.
+    PipelineError, of the kind's own type, when it is missing, damaged, or of another format or version; OSError when the system does
+    not let it be read, which says nothing about the document.
     """
     return parse_document(_bytes_of(path, kind), kind, path)
 
@@ -306,13 +293,17 @@ def _bytes_of(path: Path, kind: Kind, most: int | None = MOST_JSON) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """Return the value made of what JSON knows: numpy scalars and arrays become Python's, NaN and infinity None."""
+    """Return the value made of what JSON knows: numpy scalars, arrays and dataclasses become Python's, NaN and infinity None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if is_dataclass(value):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if hasattr(value, "model_dump"):  # a section of a config
+        return value.model_dump(mode="json")
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -332,6 +323,8 @@ def from_plain(kind: Any, value: Any) -> Any:
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         return cast(Any, kind)(**{name: from_plain(hints[name], item) for name, item in value.items()})
+    if hasattr(kind, "model_validate_json"):
+        return kind.model_validate_json(json.dumps(value))
     if origin is tuple:
         kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
         return tuple(from_plain(each, item) for each, item in zip(kinds, value, strict=True))
@@ -394,10 +387,7 @@ def parse_lines(data: bytes) -> Lines:
 def read_lines(path: Path, kind: Kind) -> Lines:
     """Read a journal to its end; a line that a kill has torn is left out.
 
-    Raises
-    ------
-    PipelineError
-        Of the kind's own type: when it is missing, or a line is not the one that was written.
+    PipelineError, of the kind's own type, when it is missing, or a line is not the one that was written.
     """
     lines = parse_lines(_bytes_of(path, kind))
     if lines.damaged:
@@ -415,10 +405,7 @@ def _chained(before: str, record: Mapping[str, Any]) -> str:
 def bundle_file(folder: Path, name: str) -> bytes:
     """Return the bytes of a file of a bundle after comparing them with the digest in its document, where there is one.
 
-    Raises
-    ------
-    BundleError
-        When the file is missing, or it or the document is damaged.
+    BundleError when the file is missing, or it or the document is damaged.
     """
     path = folder / "bundle.json"
     document = read_document(path, BUNDLE) if os.path.lexists(path) else {}

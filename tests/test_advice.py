@@ -35,7 +35,7 @@ def made(drop: float, share: float, cv: float = 0.8, shift: float = 0.5) -> dict
     truth = {arm: {"test": 0.8 + share * (1 - cv), "minutes": 1.0} for arm in ARMS}
     return {
         "signs": {**signs, "rbf": cv, "neighbours": cv, "cv": cv},
-        "pilot": {"shift": shift, "start": 1.0, "losses": [1.0, 1 - drop]},
+        "pilot": {"shift": shift, "start": 1.0, "losses": [1.1 - drop, 1 - drop]},
         "truth": {"frozen": 0.8, **truth},
     }
 

@@ -74,7 +74,7 @@ sys.meta_path.insert(0, NoTorch)
 """
 
 WITHOUT_TORCH = (
-    "data",
+    "data.scan",
     "store",
     "heads.tuning",
     "export.bundle",

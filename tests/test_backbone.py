@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from urllib.error import URLError
 
@@ -393,7 +394,7 @@ def test_identity_holds_what_changes_vectors_and_nothing_else(small: backbone.Ba
 
 def test_a_spec_survives_json(small: backbone.Backbone) -> None:
     spec = small.specs[0]
-    again = EmbeddingSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    again = EmbeddingSpec(**json.loads(json.dumps(asdict(spec))))
     assert again == spec
     assert again.fingerprint() == spec.fingerprint()
 
@@ -616,10 +617,10 @@ def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pyte
 
 def test_other_weights_have_other_transforms() -> None:
     members = torchvision_models.torchvision.models.get_model_weights("resnet50").__members__
-    assert torchvision_models.preprocessing_of(members["IMAGENET1K_V1"]).resize == 256
-    assert torchvision_models.preprocessing_of(members["IMAGENET1K_V2"]).resize == 232
+    assert torchvision_models.preprocessing_of(members["IMAGENET1K_V1"].transforms()).resize == 256
+    assert torchvision_models.preprocessing_of(members["IMAGENET1K_V2"].transforms()).resize == 232
     bicubic = torchvision_models.torchvision.models.get_model_weights("efficientnet_b0").__members__["IMAGENET1K_V1"]
-    assert torchvision_models.preprocessing_of(bicubic).interpolation == "bicubic"
+    assert torchvision_models.preprocessing_of(bicubic.transforms()).interpolation == "bicubic"
 
 
 def test_unknown_names_get_a_guess() -> None:

@@ -120,15 +120,16 @@ def test_training_moved_into_finetune_and_every_key_of_before_is_told_with_the_n
         "training.precision=bf16": "training.precision: is gone: extraction.precision holds for training too",
         "training.range_test=true": "training.range_test: is gone: no rate is looked for; set finetune.rate",
         "training.schedule=constant": "training.schedule: is gone: the rate falls along a cosine; remove it",
-        "training.mixup=0.4": "training.mixup: is finetune.mixup now",
-        "training.cutmix=1.0": "training.cutmix: is gone: remove it, and set finetune.mixup",
+        "training.mixup=0.4": "training.mixup: is gone: remove it, and set finetune.augment: trivial",
+        "training.cutmix=1.0": "training.cutmix: is gone: remove it, and set finetune.augment: trivial",
         "training.sizes=[[0, 24]]": "training.sizes: is gone: images have the size of the weights' preprocessing; remove it",
+        "patience=3": "patience: is gone: the best weights are kept anyway; set finetune.steps lower",
         "embedding=net": "embedding: is gone: write finetune.start: EMBEDDING",
         "head=random": "head: is gone: write finetune.start: EMBEDDING/HEAD, or finetune.start: random",
         "unfreeze=[{start: 0, scope: head}]": "unfreeze: {start: ..., scope: ...} is written as a pair now: [[0, head], [0.2, all]]",
     }
     found = problems_of(tmp_path, GOOD, *(f"finetune.{text}" for text in old))
-    assert found[0].endswith("config.yaml: 10 problems")
+    assert found[0].endswith("config.yaml: 11 problems")
     assert sorted(found[1:]) == sorted(f"finetune.{told}" for told in old.values())
 
 
@@ -362,7 +363,7 @@ def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: py
     [
         ("a: &x [1]\nb: *x\n", "line 2: aliases such as *x are not read; write the value out"),
         ("a: &x [*x]\n", "line 1: aliases such as *x are not read; write the value out"),
-        ("a: " + "[" * 5000, "lists and sections within each other are too deep"),
+        ("a: " + "[" * 1000, "lists and sections within each other are too deep"),
         ("seed: !!int abc\n", "holds a value that cannot be read (invalid literal for int() with base 10: 'abc')"),
         ("seed: " + "9" * 5000, "holds a value that cannot be read (Exceeds the limit (4300 digits)"),
         ("? [a]\n: b\n", "line 1: a key is a list or section"),

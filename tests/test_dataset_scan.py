@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -202,15 +200,6 @@ class TestIncremental:
         ]
         assert not result.copies.conflicts
         assert len(result.index) == 20
-
-    def test_the_scan_needs_no_torch(self, photos: Path) -> None:
-        code = (
-            "import sys; sys.modules['torch'] = None; from pathlib import Path; from pipeline.config import DatasetConfig;"
-            "from pipeline.data.scan import scan;"
-            f"print(len(scan(DatasetConfig(source='folder', path={str(photos)!r}), 0, Path({str(photos.parent)!r}) / 'd').index))"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "20"
 
 
 class TestSplitsOfAScan:

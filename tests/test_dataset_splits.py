@@ -53,7 +53,7 @@ IMAGES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(images=IMAGES, seed=st.integers(0, 2**32 - 1), fraction=st.floats(0.01, 0.99))
 def test_units_stay_whole_and_every_class_keeps_training_images(
     images: list[Image], seed: int, fraction: float

@@ -16,14 +16,15 @@ from PIL import Image, ImageDraw
 from pipeline import config as configuration
 from pipeline.cli import cli
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
-from pipeline.data.classes import MultiLabel
 from pipeline.data.index import DatasetIndex
+from pipeline.data.numbers import Regression
 from pipeline.embed import backbone
 from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.embed.spec import probe_images
 from pipeline.errors import ConfigError
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
+from pipeline.heads import as_layer
 from pipeline.images import decode, prepare
 from pipeline.report.explained import AGAINST, FOR, Explained, overlaid
 from pipeline.stages import explain, extract, predict, train_heads
@@ -88,6 +89,20 @@ def composed(shapes: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def labelled(shapes: Config, rows: list[tuple[Path, str, str]], name: str, head: str, **dataset: str) -> Path:
+    """Make an experiment on the same photos with other labels and splits; return its output folder."""
+    output = Path(shapes.output).with_name(name)
+    root = output.parent.parent
+    lines = ["path,label,split", *(f"{path.relative_to(root)},{label},{split}" for path, label, split in rows)]
+    output.with_suffix(".csv").write_text("\n".join(lines), encoding="utf-8")
+    data = {"source": "manifest", "path": str(output.with_suffix(".csv")), "root": str(root), **dataset}
+    raw = {**shapes.model_dump(mode="json"), "output": str(output), "dataset": data, "heads": [head], "baselines": []}
+    config = configuration.parse(raw, "test")
+    extract.run(config)
+    train_heads.run(config)
+    return output
+
+
 def explained(bundle: Path, images: list[Path], folder: Path) -> ExplainRun:
     result = predict.run(bundle, images, output=folder / "out.csv", explain=folder / "why").explained
     assert result is not None
@@ -117,7 +132,9 @@ def test_of_two_things_the_map_lies_on_the_one_that_is_named(
     assert np.mean([on_its_half(each) for each in found]) >= 0.9
 
 
-def test_the_mean_of_an_exact_map_is_the_heads_score(shapes: Config, composed: Path, tmp_path: Path) -> None:
+def test_an_exact_map_is_the_lead_of_scores_whose_mean_is_the_heads(
+    shapes: Config, composed: Path, tmp_path: Path
+) -> None:
     folder, images = Artifacts(shapes.output).bundle(EMBEDDING, "logistic_regression"), sorted(composed.iterdir())[:5]
     found, bundle = explained(folder, images, tmp_path).found, bundles.load(folder)
     embedder, output = open_record(EmbeddingRecord.from_dict(bundle.embedding), "cpu")
@@ -125,9 +142,13 @@ def test_the_mean_of_an_exact_map_is_the_heads_score(shapes: Config, composed: P
         [prepare(decode(image.read_bytes(), max_pixels=64 * 64), embedder.preprocessing) for image in images]
     )
     scores = bundle.estimator.decision_function(embedder.embed(pixels)[output])
-    assert [each.cells.shape for each in found if each.cells is not None] == [(8, 8)] * 5
+    weights, bias = as_layer(bundle.estimator)
+    cells = embedder.contributions(pixels, output, weights) + bias[:, None, None]
+    np.testing.assert_allclose(cells.mean(axis=(2, 3)), scores, atol=1e-4)
     assert [each.label for each in found] == [bundle.classes[code] for code in scores.argmax(axis=1)]
-    np.testing.assert_allclose([np.mean(each.cells) for each in found], scores.max(axis=1), atol=1e-4)
+    for each, own, code in zip(found, cells, scores.argmax(axis=1), strict=True):
+        leads = [own[code] - own[other] for other in range(3) if other != code]
+        np.testing.assert_allclose(each.cells, np.minimum(*leads), atol=1e-4)
 
 
 def test_what_places_add_to_a_score_is_exact_for_every_pooling_of_a_map() -> None:
@@ -137,11 +158,11 @@ def test_what_places_add_to_a_score_is_exact_for_every_pooling_of_a_map() -> Non
     pixels, rng = probe_images((64, 64)), np.random.default_rng(0)
     assert len(live.specs) == 4
     for output, X in enumerate(live.probe):
-        weights = rng.normal(size=X.shape)
+        weights = rng.normal(size=(3, X.shape[1]))
         cells = live.contributions(pixels, output, weights)
         assert cells is not None
-        assert cells.shape == (4, 8, 8)
-        np.testing.assert_allclose(cells.mean(axis=(1, 2)), (X * weights).sum(axis=1), atol=1e-4)
+        assert cells.shape == (4, 3, 8, 8)
+        np.testing.assert_allclose(cells.mean(axis=(2, 3)), X @ weights.T, atol=1e-4)
 
 
 def test_a_linear_head_on_a_map_of_one_place_is_explained_by_occlusion(experiment: Config, tmp_path: Path) -> None:
@@ -168,6 +189,34 @@ def test_a_map_is_drawn_in_the_colour_of_what_it_says() -> None:
     np.testing.assert_allclose(drawn[15, 0], 0.2 * 128 + 0.8 * np.array(FOR), atol=1)
     np.testing.assert_allclose(drawn[15, 30], 128, atol=3)
     np.testing.assert_allclose(drawn[15, 59], 0.2 * 128 + 0.8 * np.array(AGAINST), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("head", "count", "way"), [("ridge", 6, "exact class activation map"), ("knn", 2, "occlusion")]
+)
+def test_of_several_labels_each_has_a_map_of_its_own(
+    shapes: Config, composed: Path, tmp_path: Path, head: str, count: int, way: str
+) -> None:
+    rows = [(path, path.parent.name, "train") for path in sorted(Path(str(shapes.dataset.path)).rglob("*.png"))]
+    for number, path in enumerate(sorted(composed.iterdir())):
+        rows.append((path, "|".join(path.name.split("-")[:2]), "train" if number % 3 else "test"))
+    output = labelled(shapes, rows, f"tags-{head}", head, target="multilabel")
+    images = sorted(composed.iterdir())[:count]
+    found = explained(Artifacts(output).bundle(EMBEDDING, head), images, tmp_path).found
+    assert {each.way for each in found} == {way}
+    assert len(found) > len({each.path for each in found}) == count
+    right = [on_its_half(each) for each in found if each.label in Path(each.path).name]
+    assert len(right) >= count
+    assert np.mean(right) >= 0.8
+    for each in found:
+        assert {each.label in label.split("|") for _, label, _ in each.near[0]} == {True}
+        assert {each.label in label.split("|") for _, label, _ in each.near[1]} == {False}
+
+
+def test_an_image_without_a_label_is_asked_about_the_likeliest() -> None:
+    assert explain._places(np.int64(2), None) == [2]
+    assert explain._places(np.array([True, False, True]), np.array([0.9, 0.1, 0.8])) == [0, 2]
+    assert explain._places(np.zeros(3, bool), np.array([0.1, 0.3, 0.2])) == [1]
 
 
 # ---- neighbours and pages
@@ -219,12 +268,36 @@ def test_a_bundle_that_lies_in_no_experiment_has_no_neighbours_and_says_so(exper
     assert reason in (tmp_path / "why" / "0001.html").read_text(encoding="utf-8")
 
 
+def test_the_page_explains_its_worst_mistakes_where_that_is_asked(shapes: Config, tmp_path: Path) -> None:
+    """Of 18 test images two bear the label of another shape."""
+    photos, rows = Path(str(shapes.dataset.path)), list[tuple[Path, str, str]]()
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        label = "disc" if number in (0, 4) else path.parent.name
+        rows.append((path, label, "train" if number % 4 else "test"))
+    output = labelled(shapes, rows, "mistaken", "logistic_regression")
+    asked = ["report", str(output), "--explain"]
+    shutil.move(photos, photos.with_name("elsewhere"))
+    try:
+        gone = CliRunner().invoke(cli, asked)
+    finally:
+        shutil.move(photos.with_name("elsewhere"), photos)
+    assert gone.exit_code == 0
+    assert "mistakes   none is explained: " in gone.output
+    assert "manyheads report --explain" in (output / "report.html").read_text(encoding="utf-8")
+    done = CliRunner().invoke(cli, asked)
+    assert f"mistakes   2 images explained, by exact class activation map: {output}/mistakes/index.html" in done.output
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "manyheads report --explain" not in page
+    assert re.findall(r'<a class="frame" href="(.+?)">', page) == ["mistakes/0001.html", "mistakes/0002.html"]
+    assert page.count('<div class="near">') == 4
+
+
 def test_other_targets_and_folders_that_cannot_be_are_refused_before_the_work(
     experiment: Config, tmp_path: Path
 ) -> None:
     bundle = bundles.load(Artifacts(experiment.output).bundle("pixels", "logistic_regression"))
-    with pytest.raises(ConfigError, match="why an image is of a class, and the target is multilabel"):
-        explain.require({"": replace(bundle, target=MultiLabel(("a", "b")))}, tmp_path / "why")
+    with pytest.raises(ConfigError, match="why an image has a label, and the target is regression"):
+        explain.require({"": replace(bundle, target=Regression())}, tmp_path / "why")
     with pytest.raises(ConfigError, match="one target at a time; name the output folder of one, targets/NAME: a, b"):
         explain.require({"a": bundle, "b": bundle}, tmp_path / "why")
     (tmp_path / "file").write_text("")

@@ -31,7 +31,7 @@ from pipeline.evaluation import ACCURACY, Paired, Predictions, paired_answers
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.finetuning import trainer
+from pipeline.finetuning import material, trainer
 from pipeline.finetuning.handover import put_head, starting_layer
 from pipeline.finetuning.material import LINEAR, choose, divide, lineage_of, read_pixels
 from pipeline.finetuning.result import describe, judge, lines, transfer, verdict, write_weights
@@ -482,7 +482,7 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
     assert (choice.linear, choice.frozen.key) == (choice.frozen, "toy-toy-penultimate/ridge")
     choice = replace(choice, winner=others[0])
     right = parts.target.encode(parts.test)
-    found = judge(files, choice, parts, right, ACCURACY, 1.5, 0)
+    found = judge(files, choice, parts, right, 1.5, 0)
     assert found["test"] == 1.0
     assert {name: one["row"] for name, one in found["comparisons"].items()} == {
         "best": others[0].key,
@@ -495,7 +495,7 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
     verdicts = [line for line in lines(result) if " against the " in line]
     assert verdicts[0].startswith(f"verdict    against the best row, {others[0].key} ({others[0].test.accuracy:.2%}): ")
     assert verdicts[1].startswith("           against the same network frozen, toy-toy-penultimate/ridge (")
-    same = judge(files, replace(choice, winner=choice.frozen), parts, right, ACCURACY, 1.5, 0)
+    same = judge(files, replace(choice, winner=choice.frozen), parts, right, 1.5, 0)
     verdicts = [line for line in lines({**result, **same}) if " against the " in line]
     assert len(verdicts) == 1
     assert "against the best row, which is the same network frozen, toy-toy-penultimate/ridge (" in verdicts[0]
@@ -503,15 +503,13 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
         "transfer   pretraining helps: toy-toy-penultimate/ridge (100.00%) against majority/most_frequent (33.33%), the best without "
         "any, +66.67% on 21 test images (95 % interval "
     )
-    held_out = transfer(files, choice, ACCURACY, 0, held_out=True)
+    held_out = transfer(files, choice, 0, held_out=True)
     assert " any, " in held_out
     assert f"on {len(parts.train) + len(parts.validation)} training images" in held_out
-    assert transfer(files, replace(choice, floor=None), ACCURACY, 0) == ""
-    assert transfer(files, replace(choice, frozen=replace(choice.frozen, untrained=True)), ACCURACY, 0) == ""
+    assert transfer(files, replace(choice, floor=None), 0) == ""
+    assert transfer(files, replace(choice, frozen=replace(choice.frozen, untrained=True)), 0) == ""
     swapped = replace(choice, frozen=choice.floor, floor=choice.frozen)
-    assert transfer(files, swapped, ACCURACY, 0).startswith(
-        "negative transfer: majority/most_frequent (33.33%) against "
-    )
+    assert transfer(files, swapped, 0).startswith("negative transfer: majority/most_frequent (33.33%) against ")
     random = choose(make_config(experiment, start="random"), files)
     assert (random.linear, random.frozen.embedding, random.frozen.head in LINEAR) == (None, "toy-toy-penultimate", True)
 
@@ -532,6 +530,12 @@ def test_stages_one_and_two_come_first(tmp_path: Path, experiment: Path) -> None
     extract(config)
     with pytest.raises(PipelineError, match=r"leaderboard\.json: missing; run `manyheads heads`"):
         finetune.run(config)
+
+
+def test_a_target_of_a_kind_that_is_not_served_is_refused(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(material, "SERVED", "regression")
+    with pytest.raises(TrainingError, match="finetune serves regression, and the target is classification"):
+        finetune.run(make_config(experiment))
 
 
 def test_names_that_are_not_there_are_told_with_those_that_are(experiment: Path) -> None:

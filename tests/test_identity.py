@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def test_every_field_of_the_spec_is_in_the_identity_or_changes_no_vector(embedde
     (record,) = read_records(Artifacts(embedded.output).features)
     free = {"name", "kind", "license", "weights", "untrained", "trained_on"}
     same = set()
-    for field in record.spec.to_dict():
+    for field in asdict(record.spec):
         other = replace(record.spec, **{field: changed(getattr(record.spec, field))})
         if other.fingerprint() == record.spec.fingerprint():
             same.add(field)

@@ -354,7 +354,7 @@ DAMAGED = {kind: saved(smooth(24, 16), kind) for kind in FORMATS}
 
 
 class TestPrepare:
-    @pytest.mark.parametrize("size", [(60, 40), (40, 61), (300, 301), (511, 333), (3, 2), (9, 200)])
+    @pytest.mark.parametrize("size", [(40, 61), (300, 301), (511, 333), (3, 2), (9, 60)])
     def test_pixels_are_torchvisions_for_every_preset_of_its_weights(self, size: tuple[int, int]) -> None:
         pytest.importorskip("torch")
         from pipeline.io.vision import torchvision

@@ -471,25 +471,30 @@ def test_predict_reads_what_a_data_set_may_be(experiment: Config, tmp_path: Path
         with out.open(encoding="utf-8", newline="") as file:
             return {row["path"]: row["label"] for row in csv.DictReader(file)}
 
-    plain = labels(photos)
-    path = zipped(photos, tmp_path / "p.zip")
-    renamed = {str(path / name.relative_to(photos)): plain[str(name)] for name in map(Path, plain)}
-    assert labels(path) == renamed
-    one = path / "leaf" / "00.png"
-    assert labels(one) == {str(one): renamed[str(one)]}
-    assert list(labels(path / "leaf")) == [str(path / "leaf" / f"0{number}.png") for number in range(2)]
+    path, table, packed = (
+        make(photos, tmp_path / name) for make, name in ((zipped, "p.zip"), (parquet, "p.parquet"), (shards, "s"))
+    )
+    found = labels(photos, path, table, packed / "s-{0..2}.tar")
+    plain, renamed, rows, members = (
+        {name: label for name, label in found.items() if name.startswith(f"{place}/")}
+        for place in (photos, path, table, packed)
+    )
     ordered = [plain[str(image)] for image in images_of(photos)]
-    assert list(labels(parquet(photos, tmp_path / "p.parquet")).values()) == ordered
-    packed = shards(photos, tmp_path / "s")
-    assert sorted(labels(packed / "s-{0..2}.tar").values()) == sorted(ordered)
+    assert renamed == {str(path / name.relative_to(photos)): plain[str(name)] for name in map(Path, plain)}
+    assert list(rows.values()) == ordered
+    assert sorted(members.values()) == sorted(ordered)
+    one = path / "leaf" / "00.png"
+    assert labels(one, path / "leaf") == {
+        str(path / "leaf" / f"0{number}.png"): renamed[str(path / "leaf" / f"0{number}.png")] for number in range(2)
+    }
     with pytest.raises(DatasetError, match=r"no such file or folder\n  .*p.zip/nothing"):
         labels(path / "nothing")
     with serving(tmp_path) as (address, _):
         pytest.importorskip("fsspec")
-        assert labels(f"{address}/new") == {
-            f"{address}/new/{name.relative_to(photos)}": plain[str(name)] for name in map(Path, plain)
+        assert labels(f"{address}/new", f"{address}/p.zip/leaf/00.png") == {
+            **{f"{address}/new/{name.relative_to(photos)}": plain[str(name)] for name in map(Path, plain)},
+            f"{address}/p.zip/leaf/00.png": renamed[str(one)],
         }
-        assert labels(f"{address}/p.zip/leaf/00.png") == {f"{address}/p.zip/leaf/00.png": renamed[str(one)]}
 
 
 class TestRemote:

@@ -28,9 +28,7 @@ from pipeline.experiment import Artifacts
 from pipeline.heads.tuning.backends import on
 from pipeline.io.remote import Engine
 from pipeline.stages import extract, maintenance, train_heads
-from pipeline.stages.extract.cluster import pays
-from pipeline.stages.extract.shard import Shard
-from pipeline.stages.extract.shard import run as run_shard
+from pipeline.stages.extract.spread import Shard, pays, run_shard
 from pipeline.stages.train_heads.embedding import Vectors
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import verify
@@ -91,8 +89,8 @@ def test_the_same_shard_at_once_and_killed_ones_do_no_harm(
 ) -> None:
     (tmp_path / "config").write_bytes(pickle.dumps(config))
     script = (
-        "import pickle, sys; from pathlib import Path; from pipeline.stages.extract.shard import Shard, run\n"
-        "run(pickle.loads(Path(sys.argv[1]).read_bytes()), Shard(1, 2))"
+        "import pickle, sys; from pathlib import Path; from pipeline.stages.extract.spread import Shard, run_shard\n"
+        "run_shard(pickle.loads(Path(sys.argv[1]).read_bytes()), Shard(1, 2))"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "config")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

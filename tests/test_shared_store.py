@@ -324,7 +324,7 @@ def test_what_cannot_be_moved_is_copied(old: Config, why: str, monkeypatch: pyte
             with StoreWriter.open(
                 Path("features") / path.name, source.identity, source.dim, probe=source.probe
             ) as writer:
-                content = source.table.all()[0][:5]
+                content = source.table.in_file_order()[:5]
                 writer.append(content, source.read(content))
     elif why == "a link":
         own.rename("elsewhere")
@@ -352,7 +352,7 @@ def test_vectors_that_differ_are_not_taken_over(old: Config, caplog: pytest.LogC
     (path,) = Path("output/features").glob("pixels-*.store")
     source = FeatureStore.open(path)
     with StoreWriter.open(Path("features") / path.name, source.identity, source.dim, probe=source.probe + 1) as writer:
-        writer.append(source.table.all()[0][:5], np.ones((5, source.dim), np.float32))
+        writer.append(source.table.in_file_order()[:5], np.ones((5, source.dim), np.float32))
     with pytest.raises(PipelineError, match="does not give the features it gave when this store was made"):
         extract_features.run(old)
     assert any("its vectors are not taken over" in message for message in caplog.messages)

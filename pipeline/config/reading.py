@@ -36,10 +36,8 @@ MOST_BYTES = 1 << 20
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping.
 
-    Raises
-    ------
-    ConfigError
-        When it cannot be read, is no mapping, has a key twice, or holds what no config needs (aliases, other tags' values).
+    ConfigError when it cannot be read, is no mapping, has a key twice, or holds what no config needs (aliases, other
+    tags' values).
     """
     try:
         text = read_file(path, MOST_BYTES).decode("utf-8")
@@ -61,12 +59,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Return the value that a YAML text stands for; `origin` names it in messages.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Return the value that a YAML text stands for, or raise a ConfigError; `origin` names it in messages."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -127,7 +120,36 @@ class Retired(NamedTuple):
     """Whether a value is the old spelling, where the key is still there."""
 
 
-_MOVED = FinetuneConfig.model_fields.keys() - {"start", "validation_fraction", "unfreeze"}
+_GONE = {
+    "accumulate": Retired(1, "is gone: set finetune.batch_size, and finetune.rate with it"),
+    "weight_decay": Retired(0.01, "is gone: it is 0.01; remove it"),
+    "label_smoothing": Retired(0.0, "is gone: remove it"),
+    "mixup": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
+    "patience": Retired(None, "is gone: the best weights are kept anyway; set finetune.steps lower"),
+}
+"""Of `finetune`, and of `finetune.training` before."""
+
+_OF_TRAINING = {
+    "precision": Retired("auto", "is gone: extraction.precision holds for training too"),
+    "range_test": Retired(False, "is gone: no rate is looked for; set finetune.rate"),
+    "momentum": Retired(0.9, "is gone with the optimizer sgd; remove it"),
+    "schedule": Retired("cosine", "is gone: the rate falls along a cosine; remove it"),
+    "optimizer": Retired("adamw", "is gone: it is AdamW; remove it"),
+    "cutmix": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
+    "dropout": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
+    "smallest_crop": Retired(0.5, "is gone: crops keep half of the area or more; remove it"),
+    "clip_norm": Retired(None, "is gone: lower finetune.rate where the loss is no number"),
+    "evaluate_every": Retired("auto", "is gone: a run is evaluated ten times; remove it"),
+    "replicas": Retired(1, "is gone: torch's own threads share a step's work; remove it"),
+    "average_top": Retired(0, "is gone: no soup of weights is made; remove it, and set finetune.ema for an average"),
+    "sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
+    "cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
+    **{
+        key: Retired(about.default, f"is finetune.{key} now")
+        for key, about in FinetuneConfig.model_fields.items()
+        if key not in ("start", "validation_fraction", "unfreeze")
+    },
+}
 
 KEYS: Final[Mapping[str, Retired]] = {
     "dataset.follow_symlinks": Retired(False, "is gone: links are followed to what lies inside the folder; remove it"),
@@ -148,27 +170,8 @@ KEYS: Final[Mapping[str, Retired]] = {
         "{start: ..., scope: ...} is written as a pair now: [[0, head], [0.2, all]]",
         lambda value: isinstance(value, list) and any(isinstance(step, dict) for step in value),
     ),
-    **{
-        f"finetune.training.{key}": Retired(FinetuneConfig.model_fields[key].default, f"is finetune.{key} now")
-        for key in FinetuneConfig.model_fields
-        if key in _MOVED
-    },
-    "finetune.training.precision": Retired("auto", "is gone: extraction.precision holds for training too"),
-    "finetune.training.range_test": Retired(False, "is gone: no rate is looked for; set finetune.rate"),
-    "finetune.training.momentum": Retired(0.9, "is gone with the optimizer sgd; remove it"),
-    "finetune.training.schedule": Retired("cosine", "is gone: the rate falls along a cosine; remove it"),
-    "finetune.training.optimizer": Retired("adamw", "is gone: it is AdamW; remove it"),
-    "finetune.training.cutmix": Retired(0.0, "is gone: remove it, and set finetune.mixup"),
-    "finetune.training.dropout": Retired(0.0, "is gone: weight_decay, label_smoothing and mixup are left; remove it"),
-    "finetune.training.smallest_crop": Retired(0.5, "is gone: crops keep half of the area or more; remove it"),
-    "finetune.training.clip_norm": Retired(None, "is gone: lower finetune.rate where the loss is no number"),
-    "finetune.training.evaluate_every": Retired("auto", "is gone: a run is evaluated ten times; remove it"),
-    "finetune.training.replicas": Retired(1, "is gone: torch's own threads share a step's work; remove it"),
-    "finetune.training.average_top": Retired(
-        0, "is gone: no soup of weights is made; remove it, and set finetune.ema for an average"
-    ),
-    "finetune.training.sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
-    "finetune.training.cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
+    **{f"finetune.{key}": row for key, row in _GONE.items()},
+    **{f"finetune.training.{key}": row for key, row in (_GONE | _OF_TRAINING).items()},
     "finetune.training": Retired({}, "is gone: its keys stand in finetune itself", lambda value: value == {}),
 }
 """Section and key -> what became of it."""
@@ -207,10 +210,7 @@ def load(
     Paths in the file are relative to its folder, those of overrides to the working folder; the config has them all relative to
     the working folder. `names` are the words of the tables; without them any word passes here.
 
-    Raises
-    ------
-    ConfigError
-        With one line for every problem: where it is, what was found, what is allowed, and a guess.
+    ConfigError with one line for every problem: where it is, what was found, what is allowed, and a guess.
     """
     if isinstance(given, Config) and not overrides:
         return given
@@ -251,10 +251,7 @@ def load(
 def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Config:
     """Validate a config given as nested mappings; `origin` names it in messages, `names` are the words of the tables.
 
-    Raises
-    ------
-    ConfigError
-        With one line for every problem.
+    ConfigError with one line for every problem.
     """
     kept, problems = without_retired(raw)
     try:

@@ -468,8 +468,6 @@ class FinetuneConfig(Section):
     steps: Count = "auto"
     """Optimizer steps; `auto` goes by the number of images."""
     batch_size: int = Field(32, ge=1)
-    accumulate: int = Field(1, ge=1)
-    """Batches per step; their gradients are averaged."""
     size: int | None = Field(None, ge=1)
     """Pixels of the shorter side of the images that are learned from; smaller ones make steps cheaper. They are judged at the
     size of `preprocessing`, and by default learned from at that too."""
@@ -477,23 +475,16 @@ class FinetuneConfig(Section):
     """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`."""
     rate_decay: float = Field(0.5, gt=0, le=1)
     """Stages further from the head learn more slowly, down to a hundredth of the rate."""
-    weight_decay: float = Field(1e-2, ge=0)
-    """Of AdamW; not applied to norms and biases."""
     warmup: Share = 0.1
     """Share of the steps in which the rate rises, before it falls to zero along a cosine."""
-    label_smoothing: Share = 0.0
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
     """`crop` is a random crop of half of the area or more, resized, and a flip; `trivial` is torchvision's
     TrivialAugmentWide before it."""
-    mixup: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution; 0 is off."""
     class_weight: Literal["balanced"] | None = None
     batch_norm: Literal["frozen", "affine", "train"] = "frozen"
     """`frozen`: statistics, scale and shift stay; `affine`: the statistics stay; `train`: nothing stays."""
     ema: Share = 0.0
     """Decay of a moving average of the weights; 0 is off."""
-    patience: int | None = Field(None, ge=1)
-    """Evaluations without improvement, of ten in a run, after which training stops."""
     profile_steps: int = Field(0, ge=0)
     """Steps torch's profiler watches after the first; its table is written beside the log."""
     tensorboard: bool = False

@@ -55,10 +55,7 @@ def noticed(path: str, status: str, reason: str) -> Failure:
 def read_failures(folder: Path) -> list[Failure]:
     """Read the list of a folder; an empty one where there is none.
 
-    Raises
-    ------
-    DatasetError
-        When it cannot be read as such a list.
+    DatasetError when it cannot be read as such a list.
     """
     for name in (FAILURES_FILE, OLD_FILE):
         path = folder / name
@@ -132,10 +129,7 @@ def remembered(known: Sequence[Failure], paths: Sequence[str], digests: Digests)
 def check_failures(failed: int, total: int, max_failures: float, listed: Path) -> None:
     """Stop when too many of `total` images failed: a share when `max_failures` is below 1, a number from 1 up.
 
-    Raises
-    ------
-    DatasetError
-        With the count, the limit and the file that lists them.
+    DatasetError with the count, the limit and the file that lists them.
     """
     limit = max_failures * total if max_failures < 1 else max_failures
     if failed > limit:

@@ -221,13 +221,7 @@ class DatasetIndex:
         return ", ".join(np.atleast_1d(self.labels[row]))
 
     def select(self, *splits: str) -> DatasetIndex:
-        """Return the rows of some splits, in the same order.
-
-        Raises
-        ------
-        ValueError
-            For a split that does not exist.
-        """
+        """Return the rows of some splits, in the same order; ValueError for a split that does not exist."""
         unknown = sorted(set(splits) - set(SPLITS))
         if unknown:
             raise ValueError(f"unknown splits {unknown}; there are {SPLITS}")
@@ -264,13 +258,7 @@ class DatasetIndex:
 
     @staticmethod
     def read(folder: Path) -> DatasetIndex:
-        """Read the index of a folder.
-
-        Raises
-        ------
-        DatasetError
-            When there is none, or it is not one this version can read.
-        """
+        """Read the index of a folder; DatasetError when there is none, or it is not one this version can read."""
         found = WrittenIndex.read(folder)
         if found.record is None:
             raise DatasetError(f"{folder}: has no {INDEX_RECORD}; run `manyheads features` to make the index")
@@ -296,10 +284,7 @@ class WrittenIndex:
     def read(folder: Path) -> WrittenIndex:
         """Read both files.
 
-        Raises
-        ------
-        DatasetError
-            When one cannot be read, or index.json is damaged or of another format or version.
+        DatasetError when one cannot be read, or index.json is damaged or of another format or version.
         """
         record, path = read_record(folder), folder / INDEX_FILE
         try:
@@ -330,13 +315,7 @@ class WrittenIndex:
 
     @cached_property
     def index(self) -> DatasetIndex | None:
-        """The index, also where somebody has edited it.
-
-        Raises
-        ------
-        DatasetError
-            When it is damaged.
-        """
+        """The index, also where somebody has edited it; DatasetError when it is damaged."""
         if self.csv is None:
             return None
         record = self.record or {}
@@ -346,10 +325,7 @@ class WrittenIndex:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Read what index.json says, or None when there is no such file.
 
-    Raises
-    ------
-    DatasetError
-        When it is damaged, or of another format or version.
+    DatasetError when it is damaged, or of another format or version.
     """
     path = folder / INDEX_RECORD
     if not os.path.lexists(path):

@@ -76,10 +76,7 @@ def read(weights: Path, expected: str | None = None) -> Lineage:
 
     `expected` is the `trained_on` of the embedding, so that another file under the same name is noticed.
 
-    Raises
-    ------
-    TrainingError
-        When the file cannot be read or is not the one the embedding was made with.
+    TrainingError when the file cannot be read or is not the one the embedding was made with.
     """
     header = _header(weights)
     texts = {key: header[key] for key in (CONTENTS_KEY, CHOSEN_KEY) if key in header}

@@ -52,10 +52,7 @@ Choose = Callable[[Sequence[str]], list[int | None]]
 def list_manifest(path: Path, config: DatasetConfig) -> Listing:
     """List the images that a manifest names; files that are missing are failures.
 
-    Raises
-    ------
-    DatasetError
-        When the manifest cannot be read, or has rows that cannot be meant, each named with its line.
+    DatasetError when the manifest cannot be read, or has rows that cannot be meant, each named with its line.
     """
     for place in (path, config.root):
         forget(str(place))
@@ -95,10 +92,7 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
     `table` is a DataFrame of pandas or Polars, a pyarrow Table, or a dict of columns; `path` a Parquet file, written only where
     the table is in order; `keys` those of the config: `root`, `path_column`, `label_columns`, `label_separator`, ...
 
-    Raises
-    ------
-    ConfigError, DatasetError
-        With every key, or every row, that cannot be meant.
+    ConfigError, DatasetError with every key, or every row, that cannot be meant.
     """
     path = Path(path)
     if path.suffix.lower() != ".parquet":

@@ -144,7 +144,7 @@ class Walk:
     inside: str = "/"
     entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    _linked: set[tuple[int, int]] = field(default_factory=set)
+    _linked: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def below(self, start: str = "") -> Iterator[tuple[str, Folder]]:
         """Yield every folder from `start` down with what it holds, in the order of their names."""

@@ -9,7 +9,6 @@ import logging
 import warnings
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +37,6 @@ from pipeline.io.digests import canonical_json
 from pipeline.io.process import is_out_of_memory
 
 logger = logging.getLogger(__name__)
-
-SAME = {torch.float32: 1e-4}
-"""Of their length by which vectors of one embedding may differ, averaged by other operations; a hundredth in other formats."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +69,30 @@ class Backbone:
     """
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
-        probe = torch.from_numpy(probe_images(network.preprocessing.size)[-1:]).permute(0, 3, 1, 2) / 255
-        graph = graphs.trace(network.module, probe)
-        self._tokens = graphs.tokens_of(network.module)
-        ends = partial(graphs.stage_ends, network.module, graph, network.preprocessing.size)
-        self._rows = graphs.rows(graph, config.layers, config.pooling, self._tokens, network.has_classifier, ends)
-        self.device = arithmetic.device
+        self.device, self.preprocessing = arithmetic.device, network.preprocessing
+        size = self.preprocessing.size
+        probes = probe_images(size)
+        graph = graphs.trace(network.module, torch.from_numpy(probes[-1:]).permute(0, 3, 1, 2) / 255)
+        self._rows = graphs.rows(graph, network.module, config, size, network.has_classifier)
         # OpenVINO is handed the exact weights and does its own rounding.
         self._dtype = arithmetic.dtype if arithmetic.engine == "torch" else torch.float32
+        # By how much of their length vectors of one embedding may differ, averaged by other operations.
+        self._tolerance = 1e-4 if self._dtype == torch.float32 else 1e-2
         module = graphs.cut(graph, [row.node for row in self._rows]).to(device=self.device, dtype=self._dtype)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._module = module.eval().requires_grad_(False)
-        self.preprocessing = network.preprocessing
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(1, 3, 1, 1)
-            for values in (network.preprocessing.mean, network.preprocessing.std)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        self._rows = self._check(network)
+        pixels = torch.zeros(2, *size, 3, dtype=torch.uint8, device=self.device)
+        tokens = graphs.tokens_of(network.module)
+        self._rows = graphs.effective(lambda: self._outputs(pixels), self._rows, tokens, network.name, size)
         self._engine: Engine = self._by_torch
-        probes = probe_images(self.preprocessing.size)
         self._rows = self._distinct(self.embed(probes))
         self.probe: Features = self.embed(probes)
         if arithmetic.engine == "openvino":
-            self._engine = compile_openvino(
-                self._vectors, self.preprocessing.size, arithmetic.precision, torch.get_num_threads()
-            )
+            self._engine = compile_openvino(self._vectors, size, arithmetic.precision, torch.get_num_threads())
             by_torch, self.probe = self.probe, self.embed(probes)
             require_close(self.probe, by_torch)
         self.specs: tuple[EmbeddingSpec, ...] = tuple(
@@ -105,20 +100,12 @@ class Backbone:
             for row, vectors in zip(self._rows, self.probe, strict=True)
         )
 
-    def _check(self, network: Network) -> list[graphs.Row]:
-        """Run two images through, so that what does not fit is found before the work starts."""
-        height, width = self.preprocessing.size
-        pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=self.device)
-        about = f"{network.name} cannot take images of {height} x {width} pixels"
-        return graphs.effective(lambda: self._outputs(pixels), self._rows, self._tokens, about)
-
     def _distinct(self, vectors: Features) -> list[graphs.Row]:
         """Return the rows without a stage's that is another's too: the last one, averaged, is the penultimate layer."""
-        tolerance = SAME.get(self._dtype, 1e-2)
 
         def is_again(number: int, other: int) -> bool:
             a, b = vectors[number], vectors[other]
-            return a.shape == b.shape and bool(np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a))
+            return a.shape == b.shape and bool(np.linalg.norm(a - b) <= self._tolerance * np.linalg.norm(a))
 
         kept = []
         for number, row in enumerate(self._rows):
@@ -131,16 +118,44 @@ class Backbone:
                 logger.info("%s, pooled by %s, is %s: one embedding, not two", row.layer, row.pooling, first)
         return kept
 
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        """Embed n images as `images.prepare` gives them, uint8 of shape (n, height, width, 3).
+
+        Returns float32 of shape (n, dim) for each layer and pooling, in the order of `specs`.
+        """
+        return self._engine(pixels)
+
+    def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
+        with torch.inference_mode():
+            sent = torch.from_numpy(pixels)
+            if self.device.type == "cuda":
+                sent = sent.pin_memory()  # only from such memory does a copy go on while the GPU is given its work
+            vectors = self._vectors(sent.to(self.device, non_blocking=True))
+            return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
+
+    def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self._outputs(pixels)
+        return tuple(graphs.pool(outputs[row.output].to(torch.float32), row.pooling) for row in self._rows)
+
+    def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs: tuple[torch.Tensor, ...] = self._module(self._scaled(pixels))
+        return outputs
+
+    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
+        # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
+        scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        return scaled.to(self._dtype)
+
     def contributions(
         self, pixels: NDArray[np.uint8], output: int, weights: NDArray[np.float64]
     ) -> NDArray[np.float32] | None:
-        """Return what each place of images adds to a linear score of one of `specs`; the mean over the places is the score.
+        """Return what each place of images adds to linear scores of one of `specs`; the mean over the places is the score.
 
         None where the vector is not pooled from a map, as of a class token.
 
         pixels : uint8 of shape (n, height, width, 3), as `embed` takes them
-        weights : float64 of shape (n, dim), of each image's own score
-        Returns float32 of shape (n, rows, columns), as many as the map has.
+        weights : float64 of shape (k, dim), of k scores
+        Returns float32 of shape (n, k, rows, columns), as many as the map has.
         """
         row = self._rows[output]
         with torch.no_grad():
@@ -152,23 +167,9 @@ class Backbone:
                 return None
             maps, pooling = maps.float(), row.pooling if own.ndim == 4 else "avg"
             pooled = graphs.pool(maps, pooling)
-            tolerance = SAME.get(self._dtype, 1e-2)
-            if pooled.shape != vectors.shape or (pooled - vectors).norm() > tolerance * vectors.norm():
+            if pooled.shape != vectors.shape or (pooled - vectors).norm() > self._tolerance * vectors.norm():
                 return None
             return graphs.contributions(maps, pooling, torch.from_numpy(weights).to(maps)).cpu().numpy()
-
-    def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs: tuple[torch.Tensor, ...] = self._module(self._scaled(pixels))
-        return outputs
-
-    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
-        # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
-        scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-        return scaled.to(self._dtype)
-
-    def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self._outputs(pixels)
-        return tuple(graphs.pool(outputs[row.output].to(torch.float32), row.pooling) for row in self._rows)
 
     def cost(self) -> Cost:
         """Return what the network costs up to its last layer that is kept."""
@@ -181,8 +182,7 @@ class Backbone:
         leaves = [part for part in self._module.modules() if not any(part.children())]
         hooks = [part.register_forward_hook(measure) for part in leaves]
         try:
-            height, width = self.preprocessing.size
-            pixels = torch.zeros(1, height, width, 3, dtype=torch.uint8, device=self.device)
+            pixels = torch.zeros(1, *self.preprocessing.size, 3, dtype=torch.uint8, device=self.device)
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:
                 self._outputs(pixels)
         finally:
@@ -193,14 +193,6 @@ class Backbone:
         count = sum(part.numel() for part in parameters)
         return Cost(count, counter.get_total_flops(), (held + max(sizes)) / 1e6)
 
-    def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
-        with torch.inference_mode():
-            sent = torch.from_numpy(pixels)
-            if self.device.type == "cuda":
-                sent = sent.pin_memory()  # only from such memory does a copy go on while the GPU is given its work
-            vectors = self._vectors(sent.to(self.device, non_blocking=True))
-            return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
-
     def in_float64(self) -> Backbone:
         """Return the same network computing in float64, by torch, for who asks what float32 leaves open."""
         twin = copy(self)
@@ -208,97 +200,45 @@ class Backbone:
         return twin
 
     def to_onnx(self, opset: int) -> bytes:
-        """Return an ONNX model from prepared pixels to the vectors of each of `specs`; BackboneError where it cannot be written."""
-        return to_onnx(self._module, self._vectors, self.preprocessing.size, opset)
+        """Return an ONNX model from pixels, float32 of shape (n, 3, *size) from 0 to 255, to the vectors of each of `specs`.
 
-    def embed(self, pixels: NDArray[np.uint8]) -> Features:
-        """Embed n prepared images.
-
-        Parameters
-        ----------
-        pixels : ndarray of shape (n, height, width, 3), uint8, as `images.prepare` gives them
-
-        Returns
-        -------
-        tuple of ndarray of shape (n, dim), float32: one per layer and pooling, in the order of `specs`
+        By torch's exporter of traces: the newer one needs onnxscript, takes longer and writes the paths of source files into its
+        nodes. Whether the model computes the same is for who uses it to prove. BackboneError where it cannot be written.
         """
-        return self._engine(pixels)
+        file, two = io.BytesIO(), torch.zeros(2, 3, *self.preprocessing.size)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # its one operation for all of an attention cannot be written
+        try:
+            # It warns of all that becomes constant, and prints its graph where it fails.
+            with torch.inference_mode(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                torch.onnx.export(
+                    _Written(self._module, self._vectors),
+                    (two,),
+                    file,  # type: ignore[arg-type]  # it takes one
+                    dynamo=False,
+                    input_names=["pixels"],
+                    dynamic_axes={"pixels": {0: "n"}},
+                    opset_version=opset,
+                )
+        except (RuntimeError, ValueError, TypeError) as error:  # errors of the exporter are RuntimeErrors
+            raise BackboneError(f"torch cannot write the network as ONNX ({first_line(error)})") from None
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+        return file.getvalue()
 
 
-def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int = 0) -> Backbone:
-    """Build a backbone as the config asks, on its device and in its precision, ready to embed.
+class _Written(nn.Module):
+    """The way from pixels to vectors as a module, which is what the exporter takes."""
 
-    `seed` makes the weights of an untrained control (`weights: random`). `images` is how many the data set has: what
-    `engine: auto` goes by.
+    def __init__(self, network: nn.Module, vectors: Vectors) -> None:
+        super().__init__()
+        self.network = network  # named, so that its weights are
+        self._vectors = vectors
 
-    Raises
-    ------
-    BackboneError
-        When the model, its weights, a layer, the pooling, the device or the precision is not to be had.
-    """
-    device = resolve_device(extraction.device)
-    network = load_network(config, seed)
-    view = "" if config.view is None else config.view if config.view == "flip" else f"{config.view} {seed}"
-    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode, view=view))
-    own = family_of(network.architecture).auto_precision
-    asked_precision = own if own and extraction.precision == "auto" else extraction.precision
-    dtype, precision, reason = resolve_precision(asked_precision, device)
-    if device.type == "cuda" and precision == "fp32":
-        # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-    engine, why = choose_engine(
-        extraction.engine,
-        device.type,
-        precision,
-        images=images,
-        layer_norms=_has_layer_norms(network.module),
-        there=openvino_is_there(),
-    )
-    arithmetic = Arithmetic(device, dtype, precision, engine)
-    try:
-        backbone = Backbone(network, config, arithmetic)
-    except RuntimeError as error:
-        if engine != "openvino" or is_out_of_memory(error):
-            raise
-        found = first_line(error)
-        if extraction.engine == "openvino":
-            raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
-        engine, why = "torch", f"OpenVINO cannot run this network ({found})"
-        backbone = Backbone(network, config, replace(arithmetic, engine=engine))
-    # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
-    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
-    asked = (extraction.precision != "auto", extraction.engine == engine)
-    because = ["" if given else f": {text}" for given, text in zip(asked, (reason, why), strict=True)]
-    name = backbone.specs[0].name
-    logger.info("%s on %s in %s%s; by %s%s", name, device, precision, because[0], engine, because[1])
-    return backbone
-
-
-def _has_layer_norms(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.LayerNorm) for part in module.modules())
-
-
-def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """List the nodes of a model that give vectors, each with the shape of its output for one image and its name in any model.
-
-    `name` is that of a network or of the bundled one, or a weights file that says what it holds.
-
-    Raises
-    ------
-    BackboneError
-        When there is no such model.
-    """
-    config = BackboneConfig(name=name, weights="random")  # nothing is fetched for it
-    if name.endswith(WEIGHTS_FILES):
-        config = BackboneConfig(name=Path(name).stem, weights=name)
-    elif name not in network_names() and name == bundled()["name"]:
-        config = BackboneConfig(name=name, weights="bundled")
-    network = load_network(config, seed=0)
-    graph, size = graphs.trace(network.module), network.preprocessing.size
-    called = {node: stage for stage, node in graphs.stage_ends(network.module, graph, size).items()}
-    called |= {graphs.resolve(graph, [graphs.PENULTIMATE])[0]: graphs.PENULTIMATE}
-    return [(node, shape, called.get(node, "")) for node, shape in graphs.shapes(graph, size)]
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the vectors, float32 of shape (n, dim) each, of pixels, float32 of shape (n, 3, height, width)."""
+        return self._vectors(pixels.permute(0, 2, 3, 1))
 
 
 def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
@@ -324,47 +264,63 @@ def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -
     )
 
 
-class _Written(nn.Module):
-    """The way from pixels to vectors as a module, which is what the exporter takes."""
+def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int = 0) -> Backbone:
+    """Build a backbone as the config asks, on its device and in its precision, ready to embed.
 
-    def __init__(self, network: nn.Module, vectors: Vectors) -> None:
-        super().__init__()
-        self.network = network  # named, so that its weights are
-        self._vectors = vectors
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the vectors, float32 of shape (n, dim) each, of pixels, float32 of shape (n, 3, height, width)."""
-        return self._vectors(pixels.permute(0, 2, 3, 1))
-
-
-def to_onnx(network: nn.Module, vectors: Vectors, size: tuple[int, int], opset: int) -> bytes:
-    """Return an ONNX model from prepared pixels, float32 of shape (n, 3, *size) from 0 to 255, to vectors, (n, dim) each.
-
-    network : what `vectors` runs, in float32 on the processor
-
-    Raises
-    ------
-    BackboneError
-        When it has an operation that the exporter cannot write.
+    `seed` makes the weights of an untrained control (`weights: random`). `images` is how many the data set has: what
+    `engine: auto` goes by. BackboneError when the model, its weights, a layer, the pooling, the device or the precision is not to
+    be had.
     """
-    file, two = io.BytesIO(), torch.zeros(2, 3, *size)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its one operation for all of an attention cannot be written
+    device = resolve_device(extraction.device)
+    network = load_network(config, seed)
+    view = "" if config.view is None else config.view if config.view == "flip" else f"{config.view} {seed}"
+    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode, view=view))
+    own = family_of(network.architecture).auto_precision
+    asked = own if own and extraction.precision == "auto" else extraction.precision
+    dtype, precision, reason = resolve_precision(asked, device)
+    if device.type == "cuda" and precision == "fp32":
+        # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    engine, why = choose_engine(
+        extraction.engine,
+        device.type,
+        precision,
+        images=images,
+        layer_norms=any(isinstance(part, nn.LayerNorm) for part in network.module.modules()),
+        there=openvino_is_there(),
+    )
+    arithmetic = Arithmetic(device, dtype, precision, engine)
     try:
-        # It warns of all that becomes constant, and prints its graph where it fails.
-        with torch.inference_mode(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                _Written(network, vectors),
-                (two,),
-                file,  # type: ignore[arg-type]  # it takes one
-                dynamo=False,
-                input_names=["pixels"],
-                dynamic_axes={"pixels": {0: "n"}},
-                opset_version=opset,
-            )
-    except (RuntimeError, ValueError, TypeError) as error:  # errors of the exporter are RuntimeErrors
-        raise BackboneError(f"torch cannot write the network as ONNX ({first_line(error)})") from None
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return file.getvalue()
+        backbone = Backbone(network, config, arithmetic)
+    except RuntimeError as error:
+        if engine != "openvino" or is_out_of_memory(error):
+            raise
+        found = first_line(error)
+        if extraction.engine == "openvino":
+            raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
+        engine, why = "torch", f"OpenVINO cannot run this network ({found})"
+        backbone = Backbone(network, config, replace(arithmetic, engine=engine))
+    # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
+    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
+    reason = "" if extraction.precision != "auto" else f": {reason}"
+    why = "" if extraction.engine == engine else f": {why}"
+    logger.info("%s on %s in %s%s; by %s%s", backbone.specs[0].name, device, precision, reason, engine, why)
+    return backbone
+
+
+def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """List the nodes of a model that give vectors, each with the shape of its output for one image and its name in any model.
+
+    `name` is that of a network or of the bundled one, or a weights file that says what it holds; BackboneError for any other.
+    """
+    config = BackboneConfig(name=name, weights="random")  # nothing is fetched for it
+    if name.endswith(WEIGHTS_FILES):
+        config = BackboneConfig(name=Path(name).stem, weights=name)
+    elif name not in network_names() and name == bundled()["name"]:
+        config = BackboneConfig(name=name, weights="bundled")
+    network = load_network(config, seed=0)
+    graph, size = graphs.trace(network.module), network.preprocessing.size
+    called = {node: stage for stage, node in graphs.stage_ends(network.module, graph, size).items()}
+    called |= {graphs.resolve(graph, [graphs.PENULTIMATE])[0]: graphs.PENULTIMATE}
+    return [(node, shape, called.get(node, "")) for node, shape in graphs.shapes(graph, size)]

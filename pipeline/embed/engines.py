@@ -1,38 +1,131 @@
 """Engines: what carries out a network's arithmetic, on which device and in which number format. No torch before it is used.
 
-All three are chosen by what the machine and the network are, never by timing them, as the choice is part of the identity of the vectors.
+torch does it anywhere, OpenVINO is faster on x86 processors. Both get the same graph with the same weights, but add up in
+another order, so the engine is part of the identity of the vectors, as the format is: chosen by what the machine and the
+network are, never by timing them, so that the same machine gives the same answer every time.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import logging
 import os
 import platform
 import re
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pipeline.errors import BackboneError
-
-if TYPE_CHECKING:
-    import torch
-import importlib.util
-import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import ExtractionConfig
-from pipeline.errors import first_line
+from pipeline.errors import BackboneError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Features = tuple[NDArray[np.float32], ...]
+"""One array of shape (n, dim), float32, per layer."""
+
+Vectors = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
+"""Pixels, uint8 of shape (n, height, width, 3), to one float32 tensor of shape (n, dim) per layer."""
+
+Engine = Callable[[NDArray[np.uint8]], Features]
+"""The same for arrays."""
 
 NATIVE_BF16 = frozenset({"amx_bf16", "avx512_bf16"})
-INTEL = "GenuineIntel"
+
+BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
+"""`batch_size: auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
+
+MOST_DEVIATION = 0.25
+"""Largest allowed L2 distance to torch's vector in fp32, as a fraction of its norm. bf16 moves a ResNet's by less than 0.01,
+EfficientNet-Lite's by up to 0.13; those of another network are more than 1 away."""
+
+BATCH = 32
+"""Images of a compiled network's batch, which is fixed; a shorter batch is filled up."""
+
+PAYS_FROM = 1_000
+"""Images from which `auto` takes OpenVINO: its start costs 0.5 to 1 s, and ResNet-18, the smallest of the usual networks,
+saves 1 ms an image."""
+
+_FORMATS = {"fp32": "f32", "bf16": "bf16"}
+
+
+# ---- the machine
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Return the processor's features and its vendor as Linux names them; nothing on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    first = dict(re.findall(r"^(vendor_id|flags|Features)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
+    return frozenset(" ".join(first.values()).split())
+
+
+def native_bf16(flags: frozenset[str]) -> frozenset[str]:
+    """Return those of a processor's flags by which bf16 is quicker than fp32."""
+    return frozenset() if "GenuineIntel" in flags and "amx_bf16" not in flags else flags & NATIVE_BF16
+
+
+@cache
+def version(name: str) -> str | None:
+    """Return the version of an installed package; None where it is not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def choice_inputs() -> dict[str, Any]:
+    """Return what device, precision and engine depend on, learnt without importing torch: the key under which a choice is kept."""
+    return {
+        "versions": {name: version(name) for name in ("torch", "torchvision", "openvino")},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "bf16": sorted(native_bf16(cpu_flags())),
+        "cuda": [os.path.exists("/dev/nvidiactl"), os.environ.get("CUDA_VISIBLE_DEVICES")],
+    }
+
+
+# ---- device, number format and engine
+
+
+def resolve_device(asked: str) -> torch.device:
+    """Return the device to compute on, BackboneError when it is not there; `auto` takes cuda before mps before cpu."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    device = torch.device(asked)
+    if not there[device.type]:
+        found = ", ".join(kind for kind, available in there.items() if available)
+        raise BackboneError(
+            f"device {asked!r} is not available here, found {found}; set extraction.device (predict: --device) to one of these or to 'auto'"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackboneError(
+            f"device {asked!r} is not available here: there are {torch.cuda.device_count()} GPUs, counted from 0"
+        )
+    return device
+
+
+def choose_batch_size(asked: int | str, device: str) -> int:
+    """Return how many images a device, such as `cuda:0`, is given at a time."""
+    return BATCH_SIZES[device.partition(":")[0]] if asked == "auto" else int(asked)
 
 
 def choose_precision(asked: str, device: str, flags: frozenset[str], cuda_bf16: bool = False) -> tuple[str, str]:
@@ -56,68 +149,6 @@ def choose_precision(asked: str, device: str, flags: frozenset[str], cuda_bf16: 
     return "fp32", "the processor has no bf16 that is quicker"
 
 
-def native_bf16(flags: frozenset[str]) -> frozenset[str]:
-    """Return those of a processor's flags by which bf16 is quicker than fp32."""
-    return frozenset() if INTEL in flags and "amx_bf16" not in flags else flags & NATIVE_BF16
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """Return the processor's features and its vendor as Linux names them; nothing on other systems."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return frozenset()
-    first = dict(re.findall(r"^(vendor_id|flags|Features)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
-    return frozenset(" ".join(first.values()).split())
-
-
-def choice_inputs() -> dict[str, Any]:
-    """Return what device, precision and engine depend on, learnt without importing torch: the key under which a choice is kept."""
-    return {
-        "versions": {name: version(name) for name in ("torch", "torchvision", "openvino")},
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "bf16": sorted(native_bf16(cpu_flags())),
-        "cuda": [os.path.exists("/dev/nvidiactl"), os.environ.get("CUDA_VISIBLE_DEVICES")],
-    }
-
-
-@cache
-def version(name: str) -> str | None:
-    """Return the version of an installed package; None where it is not."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def resolve_device(asked: str) -> torch.device:
-    """Return the device to compute on; `auto` takes cuda before mps before cpu.
-
-    Raises
-    ------
-    BackboneError
-        When the device asked for is not there.
-    """
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
-    device = torch.device(asked)
-    if not there[device.type]:
-        found = ", ".join(kind for kind, available in there.items() if available)
-        raise BackboneError(
-            f"device {asked!r} is not available here, found {found}; set extraction.device (predict: --device) to one of these or to 'auto'"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BackboneError(
-            f"device {asked!r} is not available here: there are {torch.cuda.device_count()} GPUs, counted from 0"
-        )
-    return device
-
-
 def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str, str]:
     """Return the torch dtype, its name and the reason."""
     import torch
@@ -125,55 +156,6 @@ def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, st
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     name, reason = choose_precision(asked, device.type, cpu_flags(), cuda_bf16)
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], name, reason
-
-
-logger = logging.getLogger(__name__)
-
-Features = tuple[NDArray[np.float32], ...]
-"""One array of shape (n, dim), float32, per layer."""
-
-Vectors = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
-"""Pixels, uint8 of shape (n, height, width, 3), to one float32 tensor of shape (n, dim) per layer."""
-
-Engine = Callable[[NDArray[np.uint8]], Features]
-"""The same for arrays."""
-
-BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
-"""`batch_size: auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
-
-MOST_DEVIATION = 0.25
-"""Largest allowed L2 distance to torch's vector in fp32, as a fraction of its norm. bf16 moves a ResNet's by less than 0.01,
-EfficientNet-Lite's by up to 0.13; those of another network are more than 1 away."""
-
-BATCH = 32
-"""Images of a compiled network's batch, which is fixed; a shorter batch is filled up."""
-
-PAYS_FROM = 1_000
-"""Images from which `auto` takes OpenVINO: its start costs 0.5 to 1 s, and ResNet-18, the smallest of the usual networks,
-saves 1 ms an image."""
-
-_FORMATS = {"fp32": "f32", "bf16": "bf16"}
-_PROCESSORS = frozenset({"x86_64", "amd64"})
-
-
-def require_close(found: Features, expected: Features) -> None:
-    """See that another engine computes the same network, but for the rounding of bf16.
-
-    found, expected : one array per layer, float32 of shape (n, dim)
-
-    Raises
-    ------
-    RuntimeError
-    """
-    for mine, torchs in zip(found, expected, strict=True):
-        distance = np.linalg.norm(mine - torchs, axis=1)
-        if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
-            raise RuntimeError("the vectors of the probe images are not torch's")
-
-
-def choose_batch_size(asked: int | str, device: str) -> int:
-    """Return how many images a device, such as `cuda:0`, is given at a time."""
-    return BATCH_SIZES[device.partition(":")[0]] if asked == "auto" else int(asked)
 
 
 def openvino_is_there() -> bool:
@@ -184,18 +166,13 @@ def openvino_is_there() -> bool:
 def choose_engine(
     asked: str, device: str, precision: str, *, images: int, layer_norms: bool, there: bool
 ) -> tuple[str, str]:
-    """Return the engine and the reason for it.
+    """Return the engine and the reason for it; BackboneError when OpenVINO is asked for where it cannot be.
 
     `images` is how many the data set has, `layer_norms` tells transformers and their kin from convolutional networks,
     `there` is whether OpenVINO is installed.
     Measured in bf16 on two cores with AMX, against torch with folded norms and channels last: 1.4 to 2.5 times as fast for
     ResNets and MobileNets, 0.7 times for ConvNeXt and ViT. torch.compile made ConvNeXt 1.3 to 1.5 times as fast on an EPYC, ViT
     and Swin 1.2, after 20 to 120 s of compiling with a compiler that the machine has to have: it is not used.
-
-    Raises
-    ------
-    BackboneError
-        When OpenVINO is asked for where it cannot be.
     """
     if asked == "torch":
         return asked, "asked for"
@@ -210,7 +187,7 @@ def choose_engine(
         return asked, "asked for"
     if obstacles:
         return "torch", f"OpenVINO: {obstacles[0]}"
-    if platform.machine().lower() not in _PROCESSORS:
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
         return "torch", "OpenVINO was not measured on this kind of processor"
     if images < PAYS_FROM:
         return "torch", f"fewer than {PAYS_FROM:,} images do not pay for the start of OpenVINO"
@@ -220,12 +197,7 @@ def choose_engine(
 
 
 def require_arithmetic(extraction: ExtractionConfig) -> None:
-    """See that the device, the precision and the engine that a config asks for are to be had.
-
-    Raises
-    ------
-    BackboneError
-    """
+    """See that the device, the precision and the engine that a config asks for are to be had; BackboneError where not."""
     device = resolve_device(extraction.device)
     _, precision, _ = resolve_precision(extraction.precision, device)
     choose_engine(extraction.engine, device.type, precision, images=0, layer_norms=False, there=openvino_is_there())
@@ -236,16 +208,27 @@ def engine_at_hand(engine: str, device: str) -> str:
     return engine if openvino_is_there() and resolve_device(device).type == "cpu" else "torch"
 
 
+# ---- OpenVINO
+
+
+def require_close(found: Features, expected: Features) -> None:
+    """See that another engine computes the same network, but for the rounding of bf16; RuntimeError where it does not.
+
+    found, expected : one array per layer, float32 of shape (n, dim)
+    """
+    for mine, torchs in zip(found, expected, strict=True):
+        distance = np.linalg.norm(mine - torchs, axis=1)
+        if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
+            raise RuntimeError("the vectors of the probe images are not torch's")
+
+
 def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, threads: int) -> Engine:
     """Compile the way from pixels to vectors for this processor.
 
+    RuntimeError when the network has an operation that OpenVINO does not know, or what is installed as OpenVINO cannot be imported.
+
     vectors : takes uint8 of shape (n, height, width, 3) and returns a float32 tensor of shape (n, dim) per layer; so
         does the engine with arrays. size : (height, width)
-
-    Raises
-    ------
-    RuntimeError
-        When the network has an operation that OpenVINO does not know, or what is installed as OpenVINO cannot be imported.
     """
     import torch
 
@@ -254,30 +237,33 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
         openvino = import_openvino()
         core = _core()
     except Exception as error:  # half an installation, or another package of that name, fails in any way
-        reason = first_line(error)
-        raise RuntimeError(f"it is installed and cannot be imported: {reason}") from None
-
+        raise RuntimeError(f"it is installed and cannot be imported: {first_line(error)}") from None
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that shapes become constants, which they are
         example = torch.zeros(1, *size, 3, dtype=torch.uint8)
         traced = torch.jit.trace(vectors, (example,), check_trace=False)  # type: ignore[no-untyped-call]
-    compiled = core.compile_model(
-        openvino.convert_model(traced, input=[BATCH, *size, 3]),
-        "CPU",
-        {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": _FORMATS[precision],
-            # Left to itself it ties its threads to the first processors, in each of several processes to the same ones.
-            **({"ENABLE_CPU_PINNING": False} if threads < (os.cpu_count() or 1) else {}),
-        },
-    )
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": _FORMATS[precision],
+        # Left to itself it ties its threads to the first processors, in each of several processes to the same ones.
+        **({"ENABLE_CPU_PINNING": False} if threads < (os.cpu_count() or 1) else {}),
+    }
+    compiled = core.compile_model(openvino.convert_model(traced, input=[BATCH, *size, 3]), "CPU", settings)
     request = compiled.create_infer_request()
     logger.info("OpenVINO compiled the network in %.1f s", time.perf_counter() - began)
 
+    def infer(pixels: NDArray[np.uint8]) -> Features:
+        """One batch; what fills up a short one is cut off again, and no image is changed by its neighbours."""
+        count = len(pixels)
+        if count < BATCH:
+            pixels = np.concatenate([pixels, np.zeros((BATCH - count, *pixels.shape[1:]), np.uint8)])
+        found = request.infer({0: np.ascontiguousarray(pixels)}, share_inputs=True)
+        return tuple(np.array(found[output][:count]) for output in range(len(found)))
+
     def run(pixels: NDArray[np.uint8]) -> Features:
-        parts = [_infer(request, pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
+        parts = [infer(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
         return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
 
     return run
@@ -304,12 +290,3 @@ def _core() -> Any:
     Each has a stack of its own for signals; when two go in the order in which they came, Ctrl-C is handled on one that is gone.
     """
     return import_openvino().Core()
-
-
-def _infer(request: Any, pixels: NDArray[np.uint8]) -> Sequence[NDArray[np.float32]]:
-    """One batch; what fills up a short one is cut off again, and no image is changed by its neighbours."""
-    count = len(pixels)
-    if count < BATCH:
-        pixels = np.concatenate([pixels, np.zeros((BATCH - count, *pixels.shape[1:]), np.uint8)])
-    found = request.infer({0: np.ascontiguousarray(pixels)}, share_inputs=True)
-    return [np.array(found[output][:count]) for output in range(len(found))]

@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
 
-from pipeline.config import guess
+from pipeline.config import BackboneConfig, guess
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.process import is_out_of_memory
 from pipeline.io.vision import torchvision
@@ -32,11 +32,35 @@ PENULTIMATE = "penultimate"
 UNPOOLED = "unpooled"
 """The layer of a timm network with all that its own pooling is given: the tokens behind the last norm, or the last map."""
 
+POOLED = "pooled"
+"""The layer of a network with its own feature, where it says so itself; of others it is the input of the classifier."""
+
 GRID = 3
 """Cells of `pooling: grid` along each side of the image."""
 
-POOLED = "pooled"
-"""The layer of a network with its own feature, where it says so itself; of others it is the input of the classifier."""
+
+# ---- nodes
+
+
+def _outputs_of(
+    network: nn.Module, layers: Sequence[str], images: torch.Tensor, look: Callable[[Any], Any]
+) -> list[Any]:
+    """Run a network and return what `look` finds in the output of each module named, None of one that does not run.
+
+    images : of the network's float dtype, shape (n, 3, height, width)
+    """
+    found: dict[str, Any] = {}
+
+    def keep(layer: str, module: nn.Module, given: Any, output: Any) -> None:
+        found[layer] = look(output)
+
+    hooks = [network.get_submodule(layer).register_forward_hook(partial(keep, layer)) for layer in layers]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(map(found.get, layers))
 
 
 class Taps(nn.Module):
@@ -46,22 +70,10 @@ class Taps(nn.Module):
         super().__init__()
         self.network = network
         self._layers = layers
-        self._outputs: dict[str, Any] = {}
-        for layer in layers:
-            network.get_submodule(layer).register_forward_hook(partial(self._keep, layer))
-
-    def _keep(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._outputs[layer] = output
 
     def forward(self, images: torch.Tensor) -> tuple[Any, ...]:
-        """Return one output per layer, None of a module that does not run.
-
-        images : of the network's float dtype, shape (n, 3, height, width); outputs are as the modules give them, of any
-            shape and dtype
-        """
-        self.network(images)
-        found, self._outputs = self._outputs, {}
-        return tuple(map(found.get, self._layers))
+        """Return the layers' outputs, of any shape and dtype, for images of the network's dtype, shape (n, 3, height, width)."""
+        return tuple(_outputs_of(self.network, self._layers, images, lambda output: output))
 
 
 Graph = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
@@ -137,9 +149,8 @@ def _taken_apart(module: fx.GraphModule, node: fx.Node, part: Any, timm: ModuleT
     plain: nn.Module
     if type(part) is timm.BatchNormAct2d and part.track_running_stats:
         plain = nn.BatchNorm2d(part.num_features, part.eps, device="meta")
-        after = nn.Sequential(part.drop, part.act).eval()
         name = f"{node.target}_act"
-        module.add_submodule(name, after)
+        module.add_submodule(name, nn.Sequential(part.drop, part.act).eval())
         with module.graph.inserting_after(node):
             end = module.graph.call_module(name, (node,))
         node.replace_all_uses_with(end, delete_user_cb=lambda user: user is not end)
@@ -147,10 +158,8 @@ def _taken_apart(module: fx.GraphModule, node: fx.Node, part: Any, timm: ModuleT
         sizes = part.kernel_size, part.stride, 0, part.dilation, part.groups
         plain = nn.Conv2d(part.in_channels, part.out_channels, *sizes, device="meta")
         with module.graph.inserting_before(node):
-            padded = module.graph.call_function(
-                timm.pad_same, (node.args[0], part.kernel_size, part.stride, part.dilation)
-            )
-        node.args = (padded,)
+            given = (node.args[0], part.kernel_size, part.stride, part.dilation)
+            node.args = (module.graph.call_function(timm.pad_same, given),)
         end = node
     else:
         return node
@@ -182,17 +191,6 @@ def classifier_name(model: nn.Module, graph: Graph) -> str:
     return next((name for name, part in model.named_modules() if part is own), "")
 
 
-def stage_ends(model: nn.Module, graph: Graph, size: tuple[int, int]) -> dict[str, str]:
-    """Return the node at which each stage of a network ends, by the stage's name, but for its head."""
-    try:
-        head = classifier_name(model, graph)
-    except BackboneError:
-        head = ""
-    stages = find_stages(model, size, head)
-    ends = {stage.name: _last_of(stage.end, graph[1]) for stage in stages if stage.name != "head"}
-    return {name: node for name, node in ends.items() if node is not None}
-
-
 def resolve(
     graph: Graph, asked: Sequence[str], has_classifier: bool = True, stages: Callable[[], Mapping[str, str]] = dict
 ) -> list[str]:
@@ -221,20 +219,17 @@ def resolve(
     if POOLED in names:
         return [str(ends.get(layer, POOLED)) for layer in asked]
     by_node = {node: name for name, node in names.items()}
-    source = classifier(module).args[0] if PENULTIMATE in asked else None
-    ends[PENULTIMATE] = by_node.get(source)  # type: ignore[arg-type]
-    order = list(names)
-    if not has_classifier and (
-        late := [
-            layer
-            for layer in dict.fromkeys(asked)
-            if order.index(str(ends[layer])) >= order.index(by_node[classifier(module)])
-        ]
-    ):
-        raise BackboneError(
-            f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
-        )
-    return [str(ends[layer]) for layer in asked]
+    if PENULTIMATE in asked:
+        ends[PENULTIMATE] = by_node.get(classifier(module).args[0])  # type: ignore[arg-type]
+    found = [str(ends[layer]) for layer in asked]
+    if not has_classifier:
+        before = [*names][: [*names].index(by_node[classifier(module)])]
+        late = dict.fromkeys(layer for layer, end in zip(asked, found, strict=True) if end not in before)
+        if late:
+            raise BackboneError(
+                f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
+            )
+    return found
 
 
 def _last_of(layer: str, names: Iterable[str]) -> str | None:
@@ -242,6 +237,25 @@ def _last_of(layer: str, names: Iterable[str]) -> str | None:
     if layer in names:
         return layer
     return next((name for name in reversed(list(names)) if name.startswith(f"{layer}.")), None)
+
+
+def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the nodes that give something for each image, with the shape of it for one image of `size`."""
+    module, names = graph
+    n_images = 2  # with one image, its windows or heads could not be told from it
+    images = torch.zeros(n_images, 3, *size)
+    with torch.inference_mode():
+        if isinstance(module, Taps):
+            outputs = _outputs_of(module.network, list(names), images, lambda output: output)
+        else:
+            ShapeProp(module).propagate(images)
+            outputs = [node and node.meta.get("tensor_meta") for node in names.values()]
+    found = [(name, getattr(output, "shape", None)) for name, output in zip(names, outputs, strict=True)]
+    return [
+        (name, tuple(shape[1:]))
+        for name, shape in found
+        if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images
+    ]
 
 
 def cut(graph: Graph, layers: Sequence[str]) -> nn.Module:
@@ -260,7 +274,13 @@ def cut(graph: Graph, layers: Sequence[str]) -> nn.Module:
     module.graph.output(tuple(kept))
     module.graph.eliminate_dead_code()
     if any(user.op != "output" for node in kept for user in node.users):
-        _work_out_of_place(module)
+        # What runs after a kept layer, such as ReLU(inplace=True), would overwrite the kept output.
+        for part in module.modules():
+            if getattr(part, "inplace", False):
+                part.inplace = False  # type: ignore[assignment]
+        for node in module.graph.nodes:
+            if node.kwargs.get("inplace"):
+                node.update_kwarg("inplace", False)
     module.delete_all_unused_submodules()
     module.recompile()
     return fuse(module, inplace=True, no_trace=True)
@@ -289,49 +309,90 @@ def map_before(module: nn.Module, output: int, images: torch.Tensor) -> torch.Te
     return None
 
 
-def contributions(maps: torch.Tensor, pooling: str, weights: torch.Tensor) -> torch.Tensor:
-    """Return what each place of maps adds to a linear score of their pooled vectors; the mean over the places is the score.
+# ---- stages
 
-    This is the class activation map of Zhou et al. 2016 for an average, and as exact for every pooling that is linear, or chooses.
 
-    maps : float32 of shape (n, channels, height, width), or channels last
-    weights : float32 of shape (n, dim), of each image's own score
-    Returns float32 of shape (n, height, width).
+@dataclass(frozen=True)
+class Stage:
+    """A part of a network, named in the same way in every family."""
+
+    name: str
+    """`stem`, `stage1` ... `stageN` or `head`."""
+    modules: tuple[str, ...]
+    """Names of its modules, in the order of definition."""
+    end: str
+    """The module whose output is the stage's: the last one that keeps the resolution of the first."""
+
+
+def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[Stage, ...]:
+    """Return the stages of a network for images of `size` (height, width) pixels, the stem first, by one forward pass.
+
+    Modules are opened until what is inside ends in one resolution, and neighbours with the same are one stage. What has no
+    resolution (a transformer's blocks) is one stage each, but for norms, which belong to the stage before them.
+    `head` names the layer that gives a score per class, the last stage; a network without one has ''.
     """
-    maps = maps.detach().requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad((pool(maps, pooling) * weights).sum(), maps)
-    cells = (maps.detach() * gradient).sum(1 if _axes_of_places(maps) == (2, 3) else 3)
-    return cells * cells[0].numel()
-
-
-def _work_out_of_place(module: fx.GraphModule) -> None:
-    """Keep an operation that runs after a kept layer, such as ReLU(inplace=True), from overwriting the kept output."""
-    for part in module.modules():
-        if getattr(part, "inplace", False):
-            part.inplace = False  # type: ignore[assignment]
-    for node in module.graph.nodes:
-        if node.kwargs.get("inplace"):
-            node.update_kwarg("inplace", False)
-
-
-def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the nodes that give something for each image, with the shape of it for one image of `size`."""
-    module, names = graph
-    n_images = 2  # with one image, its windows or heads could not be told from it
-    images = torch.zeros(n_images, 3, *size)
+    names = [name for name, _ in network.named_modules()]
     with torch.inference_mode():
-        if isinstance(module, Taps):
-            outputs: list[Any] = list(Taps(module.network, list(names))(images))
+        images = torch.zeros(1, 3, *size, device=next(network.parameters()).device)
+        resolutions = dict(zip(names, _outputs_of(network.eval(), names, images, _resolution), strict=True))
+    runs: list[list[str]] = []
+    for name in _pieces(network, "", head, resolutions):
+        same = runs and resolutions.get(name) is not None and resolutions[name] == resolutions.get(runs[-1][-1])
+        part = network.get_submodule(name)
+        opens_body = len(runs) == 1 and sum(isinstance(each, nn.Conv2d | nn.Linear) for each in part.modules()) > 1
+        norm = len(runs) > 1 and all(parameter.ndim < 2 for parameter in part.parameters())
+        if (same and not opens_body) or norm:
+            runs[-1].append(name)
         else:
-            ShapeProp(module).propagate(images)
-            outputs = [node and node.meta.get("tensor_meta") for node in names.values()]
-    found = []
-    for name, output in zip(names, outputs, strict=True):
-        shape = getattr(output, "shape", None)
-        if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images:
-            found.append((name, tuple(shape[1:])))
-    return found
+            runs.append([name])
+    ends = [[part for part in run if resolutions.get(part) == resolutions.get(run[0])][-1] for run in runs]
+    stages = [
+        Stage(f"stage{number}" if number else "stem", tuple(run), end)
+        for number, (run, end) in enumerate(zip(runs, ends, strict=True))
+    ]
+    return (*stages, Stage("head", (head,), head)) if head else tuple(stages)
+
+
+def _resolution(output: Any) -> tuple[int, ...] | None:
+    """Height and width of maps; None of anything else."""
+    return tuple(output.shape[-2:]) if isinstance(output, torch.Tensor) and output.ndim == 4 else None
+
+
+def _pieces(network: nn.Module, name: str, head: str, resolutions: Mapping[str, tuple[int, ...] | None]) -> list[str]:
+    """Return the modules that lie within one stage each, in the order of definition, without the head.
+
+    A module is opened when the head is in it, when its children end in more than two resolutions (the first block of a stage
+    has two), and, if it holds most of the network, also when they end in two or, as in a transformer, in none.
+    """
+    module = network.get_submodule(name)
+    if name == (head or None) or not _count(module):
+        return []
+    inside = [f"{name}.{child}".lstrip(".") for child, part in module.named_children() if _count(part)]
+    ends = {resolutions.get(child) for child in inside}
+    body = _count(network) - (_count(network.get_submodule(head)) if head else 0)
+    most = 2 * _count(module) > body
+    several = len(ends) > 1 or (ends == {None} and len(inside) > 1)
+    if not name or head.startswith(f"{name}.") or len(ends) > 2 or (most and several):
+        return [piece for child in inside for piece in _pieces(network, child, head, resolutions)]
+    return [name]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def stage_ends(model: nn.Module, graph: Graph, size: tuple[int, int]) -> dict[str, str]:
+    """Return the node at which each stage of a network ends, by the stage's name, but for its head."""
+    try:
+        head = classifier_name(model, graph)
+    except BackboneError:
+        head = ""
+    stages = find_stages(model, size, head)
+    ends = {stage.name: _last_of(stage.end, graph[1]) for stage in stages if stage.name != "head"}
+    return {name: node for name, node in ends.items() if node is not None}
+
+
+# ---- pooling
 
 
 class Tokens(NamedTuple):
@@ -397,108 +458,40 @@ def _cells(length: int) -> torch.Tensor:
     return torch.tensor([[(start <= at < stop) / (stop - start) for at in range(length)] for start, stop in ends])
 
 
-@dataclass(frozen=True)
-class Row:
-    """One embedding of a network."""
+def contributions(maps: torch.Tensor, pooling: str, weights: torch.Tensor) -> torch.Tensor:
+    """Return what each place of maps adds to linear scores of their pooled vectors; the mean over the places is the score.
 
-    layer: str
-    """As it was asked for."""
-    pooling: str
-    source: str
-    """The layer that the pooling is taken of, by `source`."""
-    node: str
-    output: int
-    """Which of the network's outputs, one for each layer and pooling that were asked for."""
-    stage: bool
-    """Whether the layer is a stage's, and no name of the network's own."""
+    This is the class activation map of Zhou et al. 2016 for an average, and as exact for every pooling that is linear, or chooses.
 
-    @property
-    def words(self) -> list[str]:
-        """What it is called after its network; its pooling is left out where it is an average, or nothing to choose."""
-        usual = {"none", "avg"} if self.source == self.layer else {"none"}
-        shown = self.pooling.partition("[")[0]
-        return [self.layer, *([] if shown in usual else [shown])]
-
-
-def rows(
-    graph: Graph,
-    layers: Sequence[str],
-    poolings: Sequence[str],
-    tokens: Tokens,
-    has_classifier: bool,
-    stages: Callable[[], Mapping[str, str]],
-) -> list[Row]:
-    """Return a row for each layer in each pooling; raises as `resolve` does."""
-    asked = [(layer, pooling, source(layer, pooling, tokens)) for layer in layers for pooling in poolings]
-    nodes = resolve(graph, [found for _, _, found in asked], has_classifier, stages)
-    return [
-        Row(*each, node, output, each[2] != PENULTIMATE and _last_of(each[2], graph[1]) is None)
-        for output, (each, node) in enumerate(zip(asked, nodes, strict=True))
-    ]
-
-
-def effective(run: Callable[[], Sequence[object]], rows: Sequence[Row], tokens: Tokens, about: str) -> list[Row]:
-    """Return the rows with the pooling that applies, having run two images through before the work starts.
-
-    `run` gives the network's outputs for the two, with weights or on torch's meta device; `about` names it and the size. Of
-    several poolings of a layer those that have no meaning there, or make no difference, are left out and told.
-
-    Raises
-    ------
-    BackboneError
-        When the network does not take the images; with one line for every way of the layers that give no vectors in any.
+    maps : float32 of shape (n, channels, height, width), or channels last
+    weights : float32 of shape (k, dim), of k scores
+    Returns float32 of shape (n, k, height, width).
     """
-    try:
-        with torch.inference_mode():
-            outputs = run()
-    except (RuntimeError, AssertionError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-        raise BackboneError(f"{about} ({reason}); change preprocessing.crop") from None
-    found: dict[tuple[str, str], Row] = {}
-    refused: list[str] = []
-    for layer in dict.fromkeys(row.layer for row in rows):
-        own, problems = [row for row in rows if row.layer == layer], list[BackboneError]()
-        fitting = []
-        for row in own:
-            output = outputs[row.output]
-            if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
-                raise BackboneError(
-                    f"layer {row.node!r} does not give a tensor per image; `manyheads layers` lists those that do"
-                )
-            try:
-                fitting.append(replace(row, pooling=effective_pooling(output, row.pooling, tokens, row.node)))
-            except BackboneError as error:
-                problems.append(error)
-        if not fitting:
-            refused += [problem.message for problem in problems]
-        elif len(own) > 1 and {row.pooling for row in fitting} == {"none"}:
-            logger.info("layer %r gives one vector per image as it is: one embedding, whatever the pooling", layer)
-        else:
-            for problem in problems:
-                logger.warning("left out: %s", problem.message)
-        for row in fitting:
-            found.setdefault((row.node, row.pooling), row)
-    if len(refused) == 1:
-        raise BackboneError(refused[0])
-    if refused:
-        raise BackboneError(f"{len(refused)} of the poolings asked for have no meaning at their layer", refused)
-    return list(found.values())
+    maps, channels = maps.detach().requires_grad_(), 1 if _axes_of_places(maps) == (2, 3) else 3
+    with torch.enable_grad():
+        scores = (pool(maps, pooling) @ weights.T).sum(0)
+        gradients = [torch.autograd.grad(score, maps, retain_graph=True)[0] for score in scores]
+    cells = torch.stack([(maps.detach() * gradient).sum(channels) for gradient in gradients], dim=1)
+    return cells * cells[0, 0].numel()
+
+
+def _axes_of_places(output: torch.Tensor) -> tuple[int, ...]:
+    """The axes over the image or the tokens; none where they cannot be told."""
+    if output.ndim == 3:
+        return (1,)
+    _, a, b, c = output.shape
+    if b == c:
+        return (2, 3)  # channels first, as in most networks
+    return (1, 2) if a == b else ()  # channels last, as in swin; crops are square
 
 
 def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer: str) -> str:
     """Return the pooling that applies to a layer's output, `none` where it is one vector anyway.
 
     `own` is `avg` where there is something to average. Where tokens stand in front of those of the patches, an average or a
-    maximum says from which on it is taken: `avg[5:]`.
+    maximum says from which on it is taken: `avg[5:]`. BackboneError when the pooling asked for has no meaning there.
 
     output : a layer's, of any dtype, shape (n, ...): only its shape is looked at
-
-    Raises
-    ------
-    BackboneError
-        When the pooling asked for has no meaning there.
     """
     shape = " x ".join(map(str, output.shape[1:]))
     instead = "use avg, max or flatten"
@@ -533,95 +526,89 @@ def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer:
     )
 
 
-def _axes_of_places(output: torch.Tensor) -> tuple[int, ...]:
-    """The axes over the image or the tokens; none where they cannot be told."""
-    if output.ndim == 3:
-        return (1,)
-    _, a, b, c = output.shape
-    if b == c:
-        return (2, 3)  # channels first, as in most networks
-    return (1, 2) if a == b else ()  # channels last, as in swin; crops are square
+# ---- rows: the embeddings of a network
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of a network.
+class Row:
+    """One embedding of a network."""
 
-    name : "stem", "stage1" ... "stageN" or "head"
-    modules : the modules' names in the network, in the order of definition
-    end : the module whose output is the stage's: the last one that keeps the resolution of the first
+    layer: str
+    """As it was asked for."""
+    pooling: str
+    source: str
+    """The layer that the pooling is taken of, by `source`."""
+    node: str
+    output: int
+    """Which of the network's outputs, one for each layer and pooling that were asked for."""
+    stage: bool
+    """Whether the layer is a stage's, and no name of the network's own."""
+
+    @property
+    def words(self) -> list[str]:
+        """What it is called after its network; its pooling is left out where it is an average, or nothing to choose."""
+        usual = {"none", "avg"} if self.source == self.layer else {"none"}
+        shown = self.pooling.partition("[")[0]
+        return [self.layer, *([] if shown in usual else [shown])]
+
+
+def rows(
+    graph: Graph, model: nn.Module, config: BackboneConfig, size: tuple[int, int], has_classifier: bool
+) -> list[Row]:
+    """Return a row for each layer in each pooling that a config asks for; raises as `resolve` does."""
+    tokens = tokens_of(model)
+    asked = [(layer, pooling, source(layer, pooling, tokens)) for layer in config.layers for pooling in config.pooling]
+    stages = partial(stage_ends, model, graph, size)
+    nodes = resolve(graph, [found for _, _, found in asked], has_classifier, stages)
+    return [
+        Row(*each, node, output, each[2] != PENULTIMATE and _last_of(each[2], graph[1]) is None)
+        for output, (each, node) in enumerate(zip(asked, nodes, strict=True))
+    ]
+
+
+def effective(
+    run: Callable[[], Sequence[object]], rows: Sequence[Row], tokens: Tokens, name: str, size: tuple[int, int]
+) -> list[Row]:
+    """Return the rows with the pooling that applies, having run two images through before the work starts.
+
+    `run` gives the network's outputs for the two, with weights or on torch's meta device. Of several poolings of a layer those
+    that have no meaning there, or make no difference, are left out and told. BackboneError when the network does not take the
+    images; with one line for every way of the layers that give no vectors in any.
     """
-
-    name: str
-    modules: tuple[str, ...]
-    end: str
-
-
-def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[Stage, ...]:
-    """Return the stages of a network for images of `size` (height, width) pixels, the stem first, by one forward pass.
-
-    `head` names the layer that gives a score per class, the last stage; a network without one has ''.
-    """
-    resolutions = _resolutions(network, size)
-    runs: list[list[str]] = []
-    for name in _pieces(network, "", head, resolutions):
-        same = runs and resolutions.get(name) is not None and resolutions[name] == resolutions.get(runs[-1][-1])
-        part = network.get_submodule(name)
-        opens_body = len(runs) == 1 and _layers(part) > 1
-        norm = len(runs) > 1 and all(parameter.ndim < 2 for parameter in part.parameters())
-        if (same and not opens_body) or norm:
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-    names = ["stem", *(f"stage{number}" for number in range(1, len(runs)))]
-    ends = [[part for part in run if resolutions.get(part) == resolutions.get(run[0])][-1] for run in runs]
-    stages = [Stage(name, tuple(run), end) for name, run, end in zip(names, runs, ends, strict=True)]
-    return (*stages, Stage("head", (head,), head)) if head else tuple(stages)
-
-
-def _pieces(network: nn.Module, name: str, head: str, resolutions: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the modules that lie within one stage each, in the order of definition, without the head.
-
-    A module is opened when the head is in it, when its children end in more than two resolutions (the first block of a stage
-    has two), and, if it holds most of the network, also when they end in two or, as in a transformer, in none.
-    """
-    module = network.get_submodule(name)
-    if name == (head or None) or not _count(module):
-        return []
-    inside = [f"{name}.{child}".lstrip(".") for child, part in module.named_children() if _count(part)]
-    ends = {resolutions.get(child) for child in inside}
-    body = _count(network) - (_count(network.get_submodule(head)) if head else 0)
-    most = 2 * _count(module) > body
-    several = len(ends) > 1 or (ends == {None} and len(inside) > 1)
-    if not name or head.startswith(f"{name}.") or len(ends) > 2 or (most and several):
-        return [piece for child in inside for piece in _pieces(network, child, head, resolutions)]
-    return [name]
-
-
-def _resolutions(network: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Return height and width of what comes out of each module that gives maps, for images of `size` pixels."""
-    found: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4:
-                found[name] = tuple(output.shape[-2:])
-
-        return hook
-
-    handles = [module.register_forward_hook(note(name)) for name, module in network.named_modules()]
     try:
         with torch.inference_mode():
-            network.eval()(torch.zeros(1, 3, *size, device=next(network.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _layers(module: nn.Module) -> int:
-    return sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+            outputs = run()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        told = f"{name} cannot take images of {size[0]} x {size[1]} pixels"
+        raise BackboneError(f"{told} ({first_line(error)}); change preprocessing.crop") from None
+    found: dict[tuple[str, str], Row] = {}
+    refused: list[str] = []
+    for layer in dict.fromkeys(row.layer for row in rows):
+        own = [row for row in rows if row.layer == layer]
+        fitting, problems = list[Row](), list[str]()
+        for row in own:
+            output = outputs[row.output]
+            if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
+                raise BackboneError(
+                    f"layer {row.node!r} does not give a tensor per image; `manyheads layers` lists those that do"
+                )
+            try:
+                fitting.append(replace(row, pooling=effective_pooling(output, row.pooling, tokens, row.node)))
+            except BackboneError as error:
+                problems.append(error.message)
+        if not fitting:
+            refused += problems
+        elif len(own) > 1 and {row.pooling for row in fitting} == {"none"}:
+            logger.info("layer %r gives one vector per image as it is: one embedding, whatever the pooling", layer)
+        else:
+            for problem in problems:
+                logger.warning("left out: %s", problem)
+        for row in fitting:
+            found.setdefault((row.node, row.pooling), row)
+    if len(refused) == 1:
+        raise BackboneError(refused[0])
+    if refused:
+        raise BackboneError(f"{len(refused)} of the poolings asked for have no meaning at their layer", refused)
+    return list(found.values())

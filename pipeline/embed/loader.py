@@ -66,14 +66,11 @@ class Item:
 
 @dataclass
 class Batch:
-    """Images on their way to the networks.
-
-    `pixels[k]` is uint8 of shape (size, height, width, 3), prepared for taker k; row i belongs to `items[i]` and is filled
-    only where `items[i].wanted` has k and `problems` has no i.
-    """
+    """Images on their way to the networks."""
 
     items: Sequence[Item]
     pixels: list[NDArray[np.uint8]]
+    """For each taker uint8 of shape (size, height, width, 3): a row for each item that it wants and that has no problem."""
     problems: dict[int, ImageProblem] = field(default_factory=dict)
     hashes: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     """Row -> perceptual hash, where they are asked for."""
@@ -139,43 +136,31 @@ class Loader:
         """Fill some rows of a batch; return the seconds spent reading and decoding."""
         reading = decoding = 0.0
         for row in rows:
-            began = time.perf_counter()
-            data = self._read(batch, row)
-            read = time.perf_counter()
-            if data is not None:
+            item, began = batch.items[row], time.perf_counter()
+            read = began
+            try:
+                data = open_file(self.root, item.path, item.digest) if item.pixels is None else b""
+                read = time.perf_counter()
                 self._decode(batch, row, data)
+            except ImageProblem as problem:
+                batch.problems[row] = problem
             reading += read - began
             decoding += time.perf_counter() - read
         return reading, decoding
 
-    def _read(self, batch: Batch, row: int) -> bytes | None:
-        item = batch.items[row]
-        if item.pixels is not None:
-            return b""
-        try:
-            return open_file(self.root, item.path, item.digest)
-        except ImageProblem as problem:
-            batch.problems[row] = problem
-            return None
-
     def _decode(self, batch: Batch, row: int, data: bytes) -> None:
         given = batch.items[row].pixels
         decoded: dict[int | None, NDArray[np.uint8]] = {}
-        try:
-            ways = {
-                self.preprocessings[number]: number for number in batch.items[row].wanted
-            }  # takers of one way share pixels
-            for preprocessing, number in ways.items():
-                at_least = preprocessing.at_least
-                if at_least not in decoded:
-                    most = self.max_pixels
-                    read = decode(data, max_pixels=most, at_least=at_least) if given is None else rgb(given, most)
-                    decoded[at_least] = read
-                batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
-            if self.hashed:
-                batch.hashes[row] = perceptual_hash(next(iter(decoded.values())))
-        except ImageProblem as problem:
-            batch.problems[row] = problem
+        # Takers of one way share pixels.
+        ways = {self.preprocessings[number]: number for number in batch.items[row].wanted}
+        for preprocessing, number in ways.items():
+            at_least, most = preprocessing.at_least, self.max_pixels
+            if at_least not in decoded:
+                read = decode(data, max_pixels=most, at_least=at_least) if given is None else rgb(given, most)
+                decoded[at_least] = read
+            batch.pixels[number][row] = prepare(decoded[at_least], preprocessing)
+        if self.hashed:
+            batch.hashes[row] = perceptual_hash(next(iter(decoded.values())))
 
 
 @dataclass
@@ -207,12 +192,7 @@ def embed(
     """Read images and send them through the networks: yield the items in order, in batches.
 
     Of each batch there is what every lane made of it, by the lane's place; None where it wanted none of the images, or none
-    could be read.
-
-    Raises
-    ------
-    BackboneError
-        When not even one image fits into memory.
+    could be read. BackboneError when not even one image fits into memory.
     """
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
     loader = Loader(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
@@ -231,13 +211,7 @@ def _part(batch: Batch, number: int, lane: Lane) -> Part | None:
 
 
 def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Vectors:
-    """Embed uint8 (n, height, width, 3) in passes of at most the lane's limit, which halves when memory runs out.
-
-    Raises
-    ------
-    BackboneError
-        When not even one image fits.
-    """
+    """Embed uint8 (n, height, width, 3) in passes of at most the lane's limit, which halves when memory runs out."""
     passes: list[Vectors] = []
     done = 0
     while done < len(pixels):

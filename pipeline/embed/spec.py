@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,34 +59,20 @@ class EmbeddingSpec:
 
     def identity(self) -> dict[str, Any]:
         """Return all that the vectors depend on, and nothing else."""
+        same = ("library", "architecture", "layer", "pooling", "dim", "precision", "engine")
         return {
             "embed_version": EMBED_VERSION,
-            "library": self.library,
-            "architecture": self.architecture,
+            **{name: getattr(self, name) for name in same},
             "arguments": dict(self.arguments),
             "weights": self.weights_digest,
-            "layer": self.layer,
-            "pooling": self.pooling,
-            "dim": self.dim,
             "dtype": "float32",
             "preprocessing": dict(self.preprocessing),
-            "precision": self.precision,
-            "engine": self.engine,
             **({"code": dict(self.code)} if self.code else {}),
         }
 
     def fingerprint(self) -> str:
         """Return the digest of the identity; it names the feature store."""
         return fingerprint(self.identity())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the spec as plain values for JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> EmbeddingSpec:
-        """Return the spec that `to_dict` wrote; KeyError or TypeError when it is of another version."""
-        return EmbeddingSpec(**values)
 
 
 def embedding_name(*parts: str) -> str:
@@ -118,12 +104,9 @@ class Embedder(Protocol):
 
 
 def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return built-in images whose vectors are a check that the network is the one that filled a store.
+    """Return a colour gradient, waves, a checkerboard and noise, uint8 of shape (4, height, width, 3), the same on every machine.
 
-    Returns
-    -------
-    ndarray of shape (4, height, width, 3), uint8: a colour gradient, waves, a checkerboard, and noise. Integer
-    formulas only, so the pixels are the same on every machine.
+    Their vectors are a check that the network is the one that filled a store.
     """
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)

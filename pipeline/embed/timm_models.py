@@ -72,13 +72,7 @@ class Found(NamedTuple):
 
 
 def library() -> ModuleType:
-    """Import timm.
-
-    Raises
-    ------
-    BackboneError
-        When it is not installed or too old.
-    """
+    """Import timm; BackboneError when it is not installed or too old."""
     found = version("timm")
     if found is None:
         raise BackboneError("networks of timm need the package timm; run `pip install 'manyheads[timm]'`")
@@ -93,10 +87,7 @@ def library() -> ModuleType:
 def find(name: str, arguments: Arguments) -> Found:
     """Return what a name in a config, or an architecture in a record, stands for.
 
-    Raises
-    ------
-    BackboneError
-        When timm has no such network or weights, with the nearest that it has.
+    BackboneError when timm has no such network or weights, with the nearest that it has.
     """
     models = library().models
     if name.startswith(LOCAL_DIR):
@@ -116,23 +107,22 @@ def find(name: str, arguments: Arguments) -> Found:
         known = models.list_pretrained() if weights else models.list_models()
         near = difflib.get_close_matches(tag, known, n=3, cutoff=0.4) or known[:3]
         raise BackboneError(f"timm has no {tag!r}; the nearest are {', '.join(TIMM_PREFIX + each for each in near)}")
-    return Found(tag, cfg.to_dict(), _own(network, arguments))
-
-
-def _own(network: str, arguments: Arguments) -> dict[str, Any]:
-    # DINOv3's transformers were trained for their class token, timm averages by default.
-    token = {"global_pool": "token"} if network.startswith("vit_") and "_dinov3" in network else {}
-    return {**token, **arguments}
+    return Found(tag, cfg.to_dict(), {**_token(network), **arguments})
 
 
 def _in_folder(folder: Path, arguments: Arguments) -> Found:
     try:
         cfg, network, given = library().models._hub.load_model_config_from_path(folder)
         tag = f"{network}.{cfg['tag']}" if cfg.get("tag") else network
-        return Found(tag, cfg, {**_own(network, given), **arguments})
+        return Found(tag, cfg, {**_token(network), **given, **arguments})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = first_line(error)
     raise BackboneError(f"{folder} holds no network of timm ({reason}); expected its config.json and its weights")
+
+
+def _token(network: str) -> dict[str, Any]:
+    """DINOv3's transformers were trained for their class token, timm averages by default."""
+    return {"global_pool": "token"} if network.startswith("vit_") and "_dinov3" in network else {}
 
 
 def create(found: Found, weights: Mapping[str, Any] | None = None) -> nn.Module:
@@ -164,6 +154,11 @@ def _pre_logits(self: Any, images: torch.Tensor) -> Any:
     return self.pooled(self.forward_head(self.unpooled(self.forward_features(images)), pre_logits=True))
 
 
+def _empty(found: Found) -> Any:
+    with torch.device("meta"):
+        return create(found)
+
+
 def preprocessing(found: Found) -> Preprocessing:
     """Return the transform that timm resolves for the weights, at the image size that is asked for."""
     size = found.arguments.get("image_size")
@@ -183,7 +178,7 @@ def preprocessing(found: Found) -> Preprocessing:
     )
 
 
-def with_classifier(module: nn.Module, classes: int) -> nn.Module:
+def _with_classifier(module: nn.Module, classes: int) -> nn.Module:
     """Return the network as timm made it, with a last layer for so many classes."""
     module.__class__ = type(module).__mro__[1]
     del module.unpooled, module.pooled
@@ -194,13 +189,10 @@ def with_classifier(module: nn.Module, classes: int) -> nn.Module:
 # ---- weights
 
 
-def load(found: Found, name: str, weights: Mapping[str, Any]) -> nn.Module:
+def _load(found: Found, name: str, weights: Mapping[str, Any]) -> nn.Module:
     """Construct a network with weights that timm loads, twice with other seeds: a tensor that differs is in no file.
 
-    Raises
-    ------
-    BackboneError
-        When the weights do not fit, or leave a part of the network random.
+    BackboneError when the weights do not fit, or leave a part of the network random.
     """
     prints: list[dict[str, str]] = []
     for seed in (0, 1):
@@ -222,37 +214,51 @@ def load(found: Found, name: str, weights: Mapping[str, Any]) -> nn.Module:
 
 def _load_published(name: str, arguments: Arguments) -> nn.Module:
     found = find(name, arguments)
-    if found.cfg.get("source") == "local-dir":
-        return load(found, name, {})
+    if _is_local(found):
+        return _load(found, name, {})
     if missing := _to_install(found, name):
         raise BackboneError(missing)
     path = _here(found) or _fetch(found, name)
     # A file of the Hub is in timm's own format; others may be the authors'.
     foreign = bool(found.cfg.get("custom_load")) and not found.cfg.get("hf_hub_id")
-    return load(found, name, {"file": str(path), "custom_load": foreign})
+    return _load(found, name, {"file": str(path), "custom_load": foreign})
 
 
-def load_file(name: str, arguments: Arguments, path: Path) -> nn.Module:
+def _load_file(name: str, arguments: Arguments, path: Path) -> nn.Module:
     """Construct a network with the weights of a file, renamed as timm does it for files of the network's authors."""
-    classes = {
-        key: arguments[key] for key in ("num_classes",) if key in arguments
-    }  # else timm leaves the last layer out
-    return load(find(name, arguments), name, {"file": str(path), **classes})
+    # Without a number of classes timm leaves the last layer out.
+    classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
+    return _load(find(name, arguments), name, {"file": str(path), **classes})
 
 
 def _weights(name: str) -> dict[str, Published]:
     if name in KNOWN and _lacking():
-        return {"pretrained": _not_installed(name)}
+        known = KNOWN[name]
+        told = Published(
+            load=partial(_load_published, name),
+            preprocessing=Preprocessing(resize=known.image, crop=known.image),
+            to_install=_lacking,
+            license=known.license,
+            megabytes=known.megabytes,
+            dim=lambda: known.dim,
+        )
+        return {"pretrained": told}
     found = find(name, {})
-    if found.cfg.get("source") == "local-dir" or "." in found.tag:
-        return {"pretrained": _published(name)} if _has_weights(found) else {}
+    if _is_local(found) or "." in found.tag:
+        has_weights = any(found.cfg.get(key) for key in ("source", "hf_hub_id", "url"))
+        return {"pretrained": _published(name)} if has_weights else {}
     prefix = f"{found.network}."
     tags = library().list_pretrained(f"{prefix}*")
     return {tag.removeprefix(prefix): _published(TIMM_PREFIX + tag) for tag in tags}
 
 
-def _has_weights(found: Found) -> bool:
-    return any(found.cfg.get(key) for key in ("source", "hf_hub_id", "url"))
+def _lacking() -> str:
+    """Return why timm cannot be used, '' where it can."""
+    try:
+        library()
+    except BackboneError as error:
+        return error.message
+    return ""
 
 
 def _published(name: str) -> Published:
@@ -268,46 +274,18 @@ def _published(name: str) -> Published:
     )
 
 
-def _lacking() -> str:
-    """Return why timm cannot be used, '' where it can."""
+# ---- where weights are
+
+
+def _is_local(found: Found) -> bool:
+    return found.cfg.get("source") == "local-dir"
+
+
+def _hub() -> ModuleType | None:
     try:
-        library()
-    except BackboneError as error:
-        return error.message
-    return ""
-
-
-def _not_installed(name: str) -> Published:
-    """Return what is known of weights without timm, which the rest is asked of."""
-    known = KNOWN[name]
-    return Published(
-        load=partial(_load_published, name),
-        preprocessing=Preprocessing(resize=known.image, crop=known.image),
-        to_install=_lacking,
-        license=known.license,
-        megabytes=known.megabytes,
-        dim=lambda: known.dim,
-    )
-
-
-def _to_install(found: Found, name: str) -> str:
-    if not found.cfg.get("hf_hub_id") or found.cfg.get("source") or _hub():
-        return ""
-    return f"{name}: {_origin(found)} is fetched with huggingface_hub; run `pip install 'manyheads[timm]'`"
-
-
-def _to_fetch(found: Found) -> Fetch | None:
-    if found.cfg.get("source") == "local-dir" or _here(found):
+        return importlib.import_module("huggingface_hub")
+    except ImportError:
         return None
-    numbers = 0
-    with contextlib.suppress(RuntimeError, NotImplementedError):
-        numbers = sum(value.numel() for value in _empty(found).state_dict().values())
-    return Fetch(_origin(found), _cache(found), numbers * 4 / 1e6)
-
-
-def _empty(found: Found) -> Any:
-    with torch.device("meta"):
-        return create(found)
 
 
 def _origin(found: Found) -> str:
@@ -320,11 +298,19 @@ def _cache(found: Found) -> Path:
     return Path(hub.constants.HF_HUB_CACHE if hub else Path(torch.hub.get_dir()) / "checkpoints")
 
 
-def _hub() -> ModuleType | None:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError:
+def _to_install(found: Found, name: str) -> str:
+    if not found.cfg.get("hf_hub_id") or found.cfg.get("source") or _hub():
+        return ""
+    return f"{name}: {_origin(found)} is fetched with huggingface_hub; run `pip install 'manyheads[timm]'`"
+
+
+def _to_fetch(found: Found) -> Fetch | None:
+    if _is_local(found) or _here(found):
         return None
+    numbers = 0
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        numbers = sum(value.numel() for value in _empty(found).state_dict().values())
+    return Fetch(_origin(found), _cache(found), numbers * 4 / 1e6)
 
 
 def _here(found: Found) -> Path | None:
@@ -341,16 +327,20 @@ def _fetch(found: Found, name: str) -> Path:
     origin, hub = _origin(found), _hub() if found.cfg.get("hf_hub_id") else None
     logger.info("fetching %s to %s", origin, _cache(found))
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {
-            "1",
-            "ON",
-            "YES",
-            "TRUE",
-        }:  # as the library of the Hub reads it
+        # As the library of the Hub reads it.
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise OSError("HF_HUB_OFFLINE is set")
         if hub is None:
             return Path(library().models._hub.download_cached_file(found.cfg["url"], progress=False))
-        return _from_hub(found, hub)
+        # Each retry is a warning; what fails is told once, in our words.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        for file in FILES:
+            try:
+                return Path(hub.hf_hub_download(found.cfg["hf_hub_id"], file))
+            except hub.errors.EntryNotFoundError as error:
+                if isinstance(error, hub.errors.LocalEntryNotFoundError):  # there is no network
+                    raise
+        raise OSError(f"it has none of {', '.join(FILES)}")
     except Exception as error:  # of the network, of three libraries
         if hub is not None and isinstance(error, hub.errors.GatedRepoError):
             raise BackboneError(
@@ -361,19 +351,6 @@ def _fetch(found: Found, name: str) -> Path:
     raise BackboneError(
         f"{name}: {origin} cannot be fetched ({reason}); fetch it elsewhere and {elsewhere}; {NO_DOWNLOAD}"
     )
-
-
-def _from_hub(found: Found, hub: ModuleType) -> Path:
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # each retry is a warning; what fails is told once, in our words
-    for file in FILES:
-        try:
-            return Path(hub.hf_hub_download(found.cfg["hf_hub_id"], file))
-        except hub.errors.EntryNotFoundError as error:
-            if isinstance(error, hub.errors.LocalEntryNotFoundError):  # there is no network
-                raise
-    raise OSError(f"it has none of {', '.join(FILES)}")
 
 
 def _resolve(name: str, arguments: Arguments) -> tuple[str, Arguments]:
@@ -390,6 +367,6 @@ FAMILY = Family(
     build=lambda name, arguments: create(find(name, arguments)),
     weights=_weights,
     resolve=_resolve,
-    load_file=load_file,
-    with_classifier=with_classifier,
+    load_file=_load_file,
+    with_classifier=_with_classifier,
 )

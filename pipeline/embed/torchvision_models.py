@@ -9,14 +9,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.embed.published import NO_DOWNLOAD, UNKNOWN, Family, Fetch, Published
+from pipeline.embed.published import NO_DOWNLOAD, UNKNOWN, Arguments, Family, Fetch, Published
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
 from pipeline.io.vision import torchvision
@@ -33,9 +33,7 @@ def _regnet(block_params: Mapping[str, Any], **arguments: Any) -> nn.Module:
     return module
 
 
-CONSTRUCTORS: Mapping[str, Callable[..., nn.Module]] = {
-    "torchvision.models.regnet.RegNet": _regnet,
-}
+CONSTRUCTORS: Mapping[str, Callable[..., nn.Module]] = {"torchvision.models.regnet.RegNet": _regnet}
 """Architectures with nested arguments, which only a weights file's own description can name."""
 
 # The auxiliary classifiers of these two serve training only; without `init_weights` they warn.
@@ -43,11 +41,11 @@ ALWAYS: Mapping[str, Mapping[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+
 LICENSES = {"https://github.com/facebookresearch/SWAG/blob/main/LICENSE": "cc-by-nc-4.0"}
 """What torchvision says of some weights -> the licence that stands there. Of all others it says that they may have terms of
 their own, which are for the user to find out: their licence is unknown."""
-
-AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
 def classification_models() -> list[str]:
@@ -56,41 +54,30 @@ def classification_models() -> list[str]:
     return names
 
 
-def _has(architecture: str) -> bool:
-    return architecture in CONSTRUCTORS or architecture in classification_models()
-
-
-def _build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build(architecture: str, arguments: Arguments) -> nn.Module:
     if architecture in CONSTRUCTORS:
         return CONSTRUCTORS[architecture](**arguments)
     # Numbers that will be replaced need no distribution of their own, nor where there is no memory for them.
     needless = "weights" in arguments or torch.empty(0).device.type == "meta"
     unfilled = {"init_weights": False} if needless and architecture in ALWAYS else {}
-    module: nn.Module = torchvision.models.get_model(
-        architecture, **{**ALWAYS.get(architecture, {}), **unfilled, **arguments}
-    )
+    given = {**ALWAYS.get(architecture, {}), **unfilled, **arguments}
+    module: nn.Module = torchvision.models.get_model(architecture, **given)
     return module
 
 
-def preprocessing_of(member: Any) -> Preprocessing:
-    """Return the transform that comes with a member of torchvision's weights."""
-    return preprocessing_of_preset(member.transforms())
-
-
-def preprocessing_of_preset(preset: Any) -> Preprocessing:
+def preprocessing_of(preset: Any) -> Preprocessing:
     """Return the transform that one of torchvision's presets is."""
+    resize, crop = (
+        sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1]) for sizes in (preset.resize_size, preset.crop_size)
+    )
     return Preprocessing(
-        resize=_side(preset.resize_size),
-        crop=_side(preset.crop_size),
+        resize=resize,
+        crop=crop,
         interpolation=preset.interpolation.value,
         antialias=bool(preset.antialias),
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
-
-
-def _side(sizes: list[int]) -> int | tuple[int, int]:
-    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
 def _weights(architecture: str) -> dict[str, Published]:
@@ -102,22 +89,21 @@ def _weights(architecture: str) -> dict[str, Published]:
 
 
 def _published(architecture: str, member: Any) -> Published:
-    def load(arguments: Mapping[str, Any]) -> nn.Module:
-        require_checkpoint(member)
-        with tensors_only():
-            return _build(architecture, {**arguments, "weights": member})
+    megabytes = float(member.meta.get("_file_size", 0))
+    path = Path(torch.hub.get_dir()) / "checkpoints" / str(member.url.rsplit("/", 1)[-1])
 
-    def to_fetch() -> Fetch | None:
-        path = checkpoint(member)
-        return None if path.exists() else Fetch(member.url, path.parent, float(member.meta.get("_file_size", 0)))
+    def load(arguments: Arguments) -> nn.Module:
+        _require_checkpoint(member, path)
+        with _tensors_only():
+            return _build(architecture, {**arguments, "weights": member})
 
     return Published(
         load,
-        preprocessing_of(member),
-        to_fetch,
+        preprocessing_of(member.transforms()),
+        lambda: None if path.exists() else Fetch(member.url, path.parent, megabytes),
         license=LICENSES.get(member.meta.get("license"), UNKNOWN),
-        megabytes=float(member.meta.get("_file_size", 0)),
-        dim=lambda: _dim(architecture),
+        megabytes=megabytes,
+        dim=partial(_dim, architecture),
     )
 
 
@@ -133,42 +119,33 @@ def _dim(architecture: str) -> int:
     return last.in_features if isinstance(last, nn.Linear) else last.in_channels
 
 
-def checkpoint(member: Any) -> Path:
-    """Return where torchvision keeps the file of its weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / str(member.url.rsplit("/", 1)[-1])
-
-
-def require_checkpoint(member: Any) -> None:
-    """Have torchvision's file in its folder, fetched if need be, with the hash in its name."""
-    path = checkpoint(member)
-    folder = path.parent
+def _require_checkpoint(member: Any, path: Path) -> None:
+    """Have torchvision's file where torchvision keeps it, fetched if need be, with the hash in its name."""
     found = re.search(r"-([a-f0-9]{8,})\.", path.name)
     prefix = found.group(1) if found else ""
     if not path.exists():
-        logger.info("fetching %s to %s", member.url, folder)
+        logger.info("fetching %s to %s", member.url, path.parent)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             raise BackboneError(
-                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {folder}; "
+                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {path.parent}; "
                 f"{NO_DOWNLOAD}"
             ) from None
-    if prefix:
-        with path.open("rb") as file:
-            digest = _sha256(file)
-        if not digest.startswith(prefix):
-            raise BackboneError(
-                f"{path} is damaged: its SHA-256 starts with {digest[: len(prefix)]}, its name says {prefix}; delete it and run again"
-            )
+    if prefix and not (digest := _sha256(path)).startswith(prefix):
+        raise BackboneError(
+            f"{path} is damaged: its SHA-256 starts with {digest[: len(prefix)]}, its name says {prefix}; delete it and run again"
+        )
 
 
-def _sha256(file: Any) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def tensors_only() -> Iterator[None]:
+def _tensors_only() -> Iterator[None]:
     """Make torch refuse pickled code in torchvision's files too; it asks for the opposite by default."""
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(key)
@@ -176,9 +153,8 @@ def tensors_only() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[key]
-        else:
+        os.environ.pop(key)
+        if before is not None:
             os.environ[key] = before
 
 
@@ -186,7 +162,7 @@ FAMILY = Family(
     title="torchvision's classification models",
     library="torchvision",
     names=classification_models,
-    has=_has,
+    has=lambda architecture: architecture in CONSTRUCTORS or architecture in classification_models(),
     build=_build,
     weights=_weights,
 )

@@ -114,21 +114,29 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Return the vectors of n images, float32 of shape (n, dim).
 
-        X : a path, a PIL image, or an array of shape (height, width) or (height, width, 3), uint8; or a sequence of these
+        DatasetError with every image that cannot be used; the vectors of the others are in the store by then.
 
-        Raises
-        ------
-        DatasetError
-            With every image that cannot be used; the vectors of the others are in the store by then.
+        X : a path, a PIL image, or an array of shape (height, width) or (height, width, 3), uint8; or a sequence of these
         """
-        images, problems = one_by_one(X), Problems()
+        images = one_by_one(X)
+        vectors, problems = self.embed(images)
+        if problems:
+            told = [f"{_name(images, number)}: {problem.reason}" for number, problem in sorted(problems.items())]
+            raise DatasetError(
+                f"{len(problems):,} of {number_of(len(images), 'image')} cannot be used; mend them, or leave them out",
+                first(told, MOST_NAMED),
+            )
+        return vectors
+
+    def embed(self, images: Images) -> tuple[NDArray[np.float32], Problems]:
+        """Return the vectors of those of some images that can be used, float32 of shape (k, dim), and why the others cannot."""
+        problems = Problems()
         with _BUSY:
             spec = self._spec()
             if self.store is not None:
-                return self._from_store(images, spec, problems)
+                return self._from_store(images, spec, problems), problems
             parts = [vectors for _, vectors in self._embed(images, range(len(images)), problems)]
-        _require_usable(images, problems)
-        return np.concatenate(parts)
+        return np.concatenate([np.empty((0, spec.dim), np.float32), *parts]), problems
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Return a name for each number of a vector, such as `efficientnet_lite0_7`: object (str) of shape (dim,)."""
@@ -145,13 +153,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return True
 
     def _asked(self) -> tuple[Config, BackboneConfig | None]:
-        """Return a config of this one embedding, and the section of its network, None of a baseline.
-
-        Raises
-        ------
-        ConfigError
-            With every parameter that is wrong.
-        """
+        """Return a config of this one embedding, and the section of its network, None of a baseline; ConfigError with all that is wrong."""
         weights = _usual_weights(self.name) if self.weights is None and isinstance(self.name, str) else self.weights
         section = {"name": self.name, "layers": [self.layer], "weights": weights}
         section |= {word: getattr(self, word) for word in ("pooling", "preprocessing", "arguments")}
@@ -227,7 +229,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                 yield contents[part.rows], part.vectors[0]
 
     def _from_store(self, images: Images, spec: EmbeddingSpec, problems: Problems) -> NDArray[np.float32]:
-        """Return the vectors of n images, float32 of shape (n, dim), having embedded those that the store lacks."""
+        """Return the vectors of the k images of n that can be used, float32 of shape (k, dim), having embedded what the store lacks."""
         assert self.store is not None
         path = place(spec, Artifacts(self.store, self.store))
         digests: Digests = np.zeros((len(images), 2), np.uint64)
@@ -242,9 +244,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         if missing.any():
             self._fill(path, spec, images, digests, np.flatnonzero(missing), problems)
             store = open_store(path, spec.fingerprint())
-        _require_usable(images, problems)
-        assert store is not None, "what was missing is there by now"
-        return store.read(digests)
+        usable = np.ones(len(images), bool)
+        usable[list(problems)] = False
+        return np.empty((0, spec.dim), np.float32) if store is None else store.read(digests[usable])
 
     def _fill(
         self,
@@ -275,16 +277,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         problems |= {number: problem for number, problem in again.items() if problem}
 
 
-def _require_usable(images: Images, problems: Problems) -> None:
-    def name(number: int) -> str:
-        image = images[number]
-        return image if isinstance(image, str) else getattr(image, "filename", "") or f"image {number}"
-
-    if problems:
-        raise DatasetError(
-            f"{len(problems):,} of {number_of(len(images), 'image')} cannot be used; mend them, or leave them out",
-            first([f"{name(number)}: {problem.reason}" for number, problem in sorted(problems.items())], MOST_NAMED),
-        )
+def _name(images: Images, number: int) -> str:
+    image = images[number]
+    return image if isinstance(image, str) else getattr(image, "filename", "") or f"image {number}"
 
 
 def _hashes(folder: Path) -> contextlib.AbstractContextManager[Any]:

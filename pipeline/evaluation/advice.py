@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ COVERAGE = 0.8
 """Of the intervals of expected gains."""
 WORTH = 0.005
 """The least expected gain in accuracy for which anything is recommended."""
-PENALTY = 3.0
+PENALTIES = (1.0, 3.0, 10.0, 30.0)
 """Of the ridge regression over cells, on standardised signs."""
+MOST_SIGNS = 3
+"""Of so few cells more would be learned by heart."""
 BEYOND = 0.25
 """How far outside of the cells a sign may lie, as a share of their range."""
 
@@ -104,10 +107,6 @@ def _said(name: str, value: float) -> str:
     return f"{words}: {text(value)}"
 
 
-USED = ("per_class", "error", "drop")
-"""The signs that the rule goes by: of so few cells more would be learned by heart. The others are shown, and kept with the cells."""
-
-
 @dataclass(frozen=True)
 class Expected:
     """What an arm should bring in accuracy, and the interval that holds it in `COVERAGE` of the cells."""
@@ -118,9 +117,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Rule:
-    """A ridge regression of each arm's gain on the signs, and how far it was off for cells that it had not seen."""
+    """A ridge regression of each arm's gain on some signs, and how far it was off for cells that it had not seen."""
 
     names: tuple[str, ...]
+    """Of the signs that it goes by; the others are shown, and kept with the cells."""
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     centre: NDArray[np.float64]
@@ -132,7 +132,7 @@ class Rule:
 
     def outside(self, record: Record) -> tuple[str, ...]:
         """Say which signs lie outside of the cells; nothing where the rule may speak."""
-        x, room = _row(record), BEYOND * (self.high - self.low)
+        x, room = _row(record, self.names), BEYOND * (self.high - self.low)
         return tuple(
             f"{_said(name, value)}, measured from {SIGNS[name][2](low)} to {SIGNS[name][2](high)}"
             for name, value, low, high, more in zip(self.names, x, self.low, self.high, room, strict=True)
@@ -141,7 +141,7 @@ class Rule:
 
     def expect(self, record: Record) -> dict[str, Expected]:
         """Return what each arm should bring."""
-        x = np.concatenate([[1.0], (_row(record) - self.centre) / self.spread])
+        x = np.concatenate([[1.0], (_row(record, self.names) - self.centre) / self.spread])
         error = 1 - record["signs"]["cv"]
         found = {}
         for arm in ARMS:
@@ -151,8 +151,8 @@ class Rule:
         return found
 
 
-def _row(record: Record) -> NDArray[np.float64]:
-    return np.array([SIGNS[name][1](record) for name in USED])
+def _row(record: Record, names: Iterable[str]) -> NDArray[np.float64]:
+    return np.array([SIGNS[name][1](record) for name in names])
 
 
 def _quantile(off: NDArray[np.float64]) -> float:
@@ -174,28 +174,44 @@ def share_gained(record: Record, arm: str) -> float:
     return float(record["truth"][arm]["test"] - record["truth"]["frozen"]) / max(1 - float(record["signs"]["cv"]), 1e-6)
 
 
-def _solve(X: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Fit ridge with a free constant: X float64 (n, k), standardised; y float64 (n,); returns float64 (1 + k,)."""
+def _solver(X: NDArray[np.float64], penalty: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what makes the weights of a ridge regression with a free constant out of y, float64 (1 + k, n), and its design, float64 (n, 1 + k).
+
+    X : float64 of shape (n, k), standardised
+    """
     A = np.column_stack([np.ones(len(X)), X])
-    penalty = PENALTY * np.eye(A.shape[1])
-    penalty[0, 0] = 0
-    return np.asarray(np.linalg.solve(A.T @ A + penalty, A.T @ y))
+    return np.linalg.solve(A.T @ A + np.diag([0.0] + [penalty] * X.shape[1]), A.T), A
+
+
+def _left_out(X: NDArray[np.float64], Y: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
+    """Return how far a regression is off for each cell when it is fitted on the others: float64 of the shape of Y, (n, n_arms).
+
+    Of ridge that is the residual over one minus the cell's own weight in its prediction.
+    """
+    solver, A = _solver(X, penalty)
+    hat = A @ solver
+    return np.asarray((hat @ Y - Y) / (1 - np.diag(hat))[:, None])
 
 
 def fit(records: Sequence[Record]) -> Rule:
-    """Fit the rule on cells, and keep how far it is off for each when it is fitted on the others."""
-    X = np.stack([_row(record) for record in records])
-    centre, spread = X.mean(axis=0), np.maximum(X.std(axis=0), 1e-9)
-    Z, weights, errors = (X - centre) / spread, {}, {}
-    for arm in ARMS:
-        y = np.array([share_gained(record, arm) for record in records])
-        weights[arm] = _solve(Z, y)
-        kept = [np.arange(len(y)) != row for row in range(len(y))]
-        said = [
-            float(np.concatenate([[1.0], Z[row]]) @ _solve(Z[others], y[others])) for row, others in enumerate(kept)
-        ]
-        errors[arm] = np.array(said) - y
-    return Rule(USED, X.min(axis=0), X.max(axis=0), centre, spread, weights, errors)
+    """Fit the rule on cells: signs and penalty are those that are least off, in accuracy, for cells left out."""
+    all_signs = np.stack([_row(record, SIGNS) for record in records])
+    centre, spread = all_signs.mean(axis=0), np.maximum(all_signs.std(axis=0), 1e-9)
+    Z = (all_signs - centre) / spread
+    Y = np.array([[share_gained(record, arm) for arm in ARMS] for record in records])
+    error = np.array([[1 - record["signs"]["cv"]] for record in records])
+    choices = [
+        (list(places), penalty)
+        for count in range(1, MOST_SIGNS + 1)
+        for places in combinations(range(len(SIGNS)), count)
+        for penalty in PENALTIES
+    ]
+    off = [float(((_left_out(Z[:, places], Y, penalty) * error) ** 2).sum()) for places, penalty in choices]
+    places, penalty = choices[int(np.argmin(off))]
+    weights = dict(zip(ARMS, (_solver(Z[:, places], penalty)[0] @ Y).T, strict=True))
+    errors = dict(zip(ARMS, _left_out(Z[:, places], Y, penalty).T, strict=True))
+    names, kept = tuple(np.array(list(SIGNS))[places].tolist()), all_signs[:, places]
+    return Rule(names, kept.min(axis=0), kept.max(axis=0), centre[places], spread[places], weights, errors)
 
 
 # ---- what to recommend

@@ -33,14 +33,6 @@ class Networks:
         made = [each.in_float64() if hasattr(each, "in_float64") else each for each in self.embedders]
         return Networks(made, self.places)
 
-    def vectors(self, prepared: Prepared) -> dict[str, list[NDArray[np.float32]]]:
-        """Return for each target the vectors of n images for each part of its head, float32 of shape (n, dim)."""
-        made = [embedder.embed(prepared[embedder.preprocessing]) for embedder in self.embedders]
-        return {
-            target: [np.concatenate([made[number][output] for number, output in part], axis=1) for part in parts]
-            for target, parts in self.places.items()
-        }
-
 
 @dataclass(frozen=True)
 class Model:
@@ -54,8 +46,16 @@ class Model:
 
     def said(self, networks: Networks, prepared: Prepared) -> dict[str, tuple[NDArray[Any], Any]]:
         """Return what each head says of n images by some networks, as `ModelBundle.said` does."""
-        vectors = networks.vectors(prepared)
-        return {target: head.said(*vectors[target]) for target, head in self.heads.items()}
+        made = [embedder.embed(prepared[embedder.preprocessing]) for embedder in networks.embedders]
+        return {
+            target: head.said(
+                *(
+                    np.concatenate([made[number][output] for number, output in part], axis=1)
+                    for part in networks.places[target]
+                )
+            )
+            for target, head in self.heads.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,9 @@ KNOWN = "known.npz"
 SKOPS, JOBLIB, MEMBERS = "head.skops", "head.joblib", "members"
 """Where a head is: a file of one of two formats, or the folder of a soft vote's members."""
 
+CONTENT = {"head": str, "params": dict, "embedding": dict, "file": str, "versions": dict}
+"""What a bundle's document holds at least, and of which type."""
+
 SMALLEST_PROBABILITY = 1e-6
 """Forests and neighbours say 0, whose logarithm no temperature can mend."""
 
@@ -112,25 +115,18 @@ class ModelBundle:
     def predict(self, *X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
         """Label n images by their vectors, one array for each of `parts`, in the words of users.
 
-        Returns
-        -------
-        labels : names of classes, ndarray of shape (n,), object (str); or what else the target's `decode` returns
-        probabilities : ndarray of shape (n, len(classes)), or None for a head that has none
+        Returns names of classes, object (str) of shape (n,), or what else the target's `decode` returns; and probabilities of
+        shape (n, len(classes)), None for a head that has none.
         """
         y_pred, probabilities = self.said(*X)
         labels = self.target.decode(y_pred)
         return labels.astype(object) if labels.dtype.kind == "U" else labels, probabilities
 
     def said(self, *X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
-        """Return the same as `Predictions` has it, such as places in the classes.
+        """Return the same as `Predictions` has it, such as places in the classes; BundleError for vectors of another length.
 
         X : float32 of shape (n, dim), of a soft vote one for each member; labels are int64 of shape (n,), or numbers,
             float64 of shape (n,) or (n, k); probabilities are float64 of shape (n, width), None where the head has none
-
-        Raises
-        ------
-        BundleError
-            When the vectors are not of the length the head was fitted on.
         """
         if self.members:
             told = [member.said(vectors)[1] for member, vectors in zip(self.members, X, strict=True)]
@@ -162,8 +158,7 @@ class ModelBundle:
 def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
     """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities.
 
-    raw : ndarray of shape (n,), two classes' decision values, or (n, n_classes), floating
-    Returns an ndarray of shape (n, n_classes), float64.
+    raw : of any float dtype, shape (n,), two classes' decision values, or (n, n_classes); returns float64 of shape (n, n_classes)
     """
     if kind == "probability":
         clipped: NDArray[np.float64] = np.clip(raw, SMALLEST_PROBABILITY, 1.0).astype(np.float64)
@@ -184,7 +179,7 @@ def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None =
     `beside` are further files of the folder, by name, whose digests stand in `bundle.json` too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    places = _members(folder, len(bundle.members))
+    places = [folder / MEMBERS / str(number) for number in range(len(bundle.members))]
     for member, place in zip(bundle.members, places, strict=True):
         save(member, place)
     members = [describe(place) for place in places]
@@ -223,10 +218,6 @@ def _head_file(estimator: Any) -> tuple[str, dict[str, bytes]]:
     return JOBLIB, {JOBLIB: buffer.getvalue()}
 
 
-def _members(folder: Path, count: int) -> list[Path]:
-    return [folder / MEMBERS / str(number) for number in range(count)]
-
-
 def add(folder: Path, files: Mapping[str, bytes], more: Mapping[str, Any]) -> None:
     """Add files, by name, and entries of the document to a bundle."""
     document = describe(folder)
@@ -238,13 +229,7 @@ def add(folder: Path, files: Mapping[str, bytes], more: Mapping[str, Any]) -> No
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Read and check a bundle's document without loading its head.
-
-    Raises
-    ------
-    BundleError
-        When there is no bundle, or its document is damaged or of another format or version.
-    """
+    """Read and check a bundle's document without loading its head; BundleError when there is none, or it is damaged."""
     path = folder / "bundle.json"
     if not os.path.lexists(path):
         raise BundleError(f"{folder}: no bundle here (bundle.json is missing); {BUNDLE.missing}")
@@ -254,44 +239,53 @@ def describe(folder: Path) -> dict[str, Any]:
 def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     """Load a bundle.
 
-    Raises
-    ------
-    BundleError
-        When it is damaged, was saved with another scikit-learn, or is a joblib file (which can run any code when it is
-        loaded) and `trust_code` is not given.
+    BundleError when it is damaged, was saved with another scikit-learn, or is a joblib file (which can run any code when it is
+    loaded) and `trust_code` is not given.
     """
     document = describe(folder)
     wrong = [key for key, kind in CONTENT.items() if not isinstance(document.get(key), kind)]
     if wrong or document["file"] not in (SKOPS, JOBLIB, MEMBERS):
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: {', '.join(wrong) or 'a known head file'})")
-    _check_versions(folder, document["versions"])
-    members = [load(place, trust_code=trust_code) for place in places_of(folder, document)]
+    # A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it.
+    found, here = document["versions"].get("scikit-learn", "unknown"), importlib.metadata.version("scikit-learn")
+    if found.split(".")[:2] != here.split(".")[:2]:
+        raise BundleError(
+            f"{folder}: saved with scikit-learn {found}, this is {here}; "
+            f"install scikit-learn {found} or make the bundle again with `manyheads heads`"
+        )
+    members = tuple(load(place, trust_code=trust_code) for place in places_of(folder, document))
+    try:
+        target = target_of(document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {error.args[0]}); {BUNDLE.again}") from None
+    try:
+        told = document.get("calibrator")
+        numbers = [] if told is None else [tuple(map(float, told[key])) for key in ("slopes", "offsets")]
+        calibrator = None if told is None else Calibrator(str(told["method"]), *numbers)
+    except (KeyError, TypeError, ValueError):
+        raise BundleError(
+            f"{folder}/bundle.json: its calibrator is damaged; make the bundle again with `manyheads heads`"
+        ) from None
     bundle = ModelBundle(
         head=document["head"],
         params=document["params"],
-        target=_target(folder, document),
+        target=target,
         embedding=document["embedding"],
         estimator=None if members else _load_head(folder / document["file"], trust_code),
         provenance=document.get("provenance", {}),
-        calibrator=_calibrator(folder, document.get("calibrator")),
-        members=tuple(members),
+        calibrator=calibrator,
+        members=members,
     )
     _require_predicts(bundle, folder / document["file"])
     return bundle
 
 
 def places_of(folder: Path, document: Mapping[str, Any]) -> list[Path]:
-    """Return the folders of a soft vote's members, each the one that its document names; none for another bundle.
-
-    Raises
-    ------
-    BundleError
-        When one is missing, or another than was saved.
-    """
+    """Return the folders of a soft vote's members; none for another bundle, BundleError when one is not the one that was saved."""
     if document["file"] != MEMBERS:
         return []
     digests = list(document.get("members") or ())
-    places = _members(folder, len(digests))
+    places = [folder / MEMBERS / str(number) for number in range(len(digests))]
     if not places or any(describe(place).get(DIGEST) != digest for place, digest in zip(places, digests, strict=True)):
         raise BUNDLE.damaged(folder / MEMBERS, "its members are not those that bundle.json names")
     return places
@@ -301,14 +295,10 @@ def _load_head(path: Path, trust_code: bool) -> Any:
     data = bundle_file(path.parent, path.name)
     if path.name == SKOPS:
         return _load_skops(path, data)
-    if trust_code:
-        return _load_joblib(path, data)
-    raise BundleError(
-        f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
-    )
-
-
-def _load_joblib(path: Path, data: bytes) -> Any:
+    if not trust_code:
+        raise BundleError(
+            f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
+        )
     look_in(Path())
     try:
         return joblib.load(io.BytesIO(data))
@@ -316,50 +306,6 @@ def _load_joblib(path: Path, data: bytes) -> Any:
         raise BundleError(
             f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
             "run the command in the folder where that module is"
-        ) from None
-
-
-CONTENT = {"head": str, "params": dict, "embedding": dict, "file": str, "versions": dict}
-"""What a bundle's document holds at least, and of which type."""
-
-
-def _require_predicts(bundle: ModelBundle, path: Path) -> None:
-    """See that a head labels a vector with one of the bundle's classes.
-
-    Raises
-    ------
-    BundleError
-        With what keeps it from that.
-    """
-    dims: list[Any] = [getattr(part.estimator, "n_features_in_", None) for part in bundle.parts]
-    if not all(isinstance(dim, int) for dim in dims):  # a user's own head need not say what it takes
-        return
-    try:
-        if not all(0 < dim <= MOST_NUMBERS for dim in dims):
-            raise ValueError(f"it takes vectors of {', '.join(f'{dim:,}' for dim in dims)} numbers")
-        labels, probabilities = bundle.predict(*(np.zeros((1, dim), np.float32) for dim in dims))
-        if len(labels) != 1 or (probabilities is not None and not np.isfinite(probabilities).all()):
-            raise ValueError("it gives no label, or no probability")
-    except Exception as error:  # a crafted head can fail in any way
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise BundleError(f"{path}: cannot label a vector ({reason}); {BUNDLE.again}") from None
-
-
-def _target(folder: Path, document: Mapping[str, Any]) -> Target:
-    try:
-        return target_of(document)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {error.args[0]}); {BUNDLE.again}") from None
-
-
-def _calibrator(folder: Path, record: Any) -> Calibrator | None:
-    if record is None:
-        return None
-    try:
-        return Calibrator(str(record["method"]), *(tuple(map(float, record[key])) for key in ("slopes", "offsets")))
-    except (KeyError, TypeError, ValueError):
-        raise BundleError(
-            f"{folder}/bundle.json: its calibrator is damaged; make the bundle again with `manyheads heads`"
         ) from None
 
 
@@ -378,28 +324,35 @@ def _load_skops(path: Path, data: bytes) -> Any:
         raise BundleError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
 
 
-def _check_versions(folder: Path, saved: Mapping[str, str]) -> None:
-    """A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it."""
-    found, here = saved.get("scikit-learn", "unknown"), importlib.metadata.version("scikit-learn")
-    if found.split(".")[:2] != here.split(".")[:2]:
-        raise BundleError(
-            f"{folder}: saved with scikit-learn {found}, this is {here}; "
-            f"install scikit-learn {found} or make the bundle again with `manyheads heads`"
-        )
+def _require_predicts(bundle: ModelBundle, path: Path) -> None:
+    """See that a head labels a vector with one of the bundle's classes; BundleError with what keeps it from that."""
+    dims: list[Any] = [getattr(part.estimator, "n_features_in_", None) for part in bundle.parts]
+    if not all(isinstance(dim, int) for dim in dims):  # a user's own head need not say what it takes
+        return
+    try:
+        if not all(0 < dim <= MOST_NUMBERS for dim in dims):
+            raise ValueError(f"it takes vectors of {', '.join(f'{dim:,}' for dim in dims)} numbers")
+        labels, probabilities = bundle.predict(*(np.zeros((1, dim), np.float32) for dim in dims))
+        if len(labels) != 1 or (probabilities is not None and not np.isfinite(probabilities).all()):
+            raise ValueError("it gives no label, or no probability")
+    except Exception as error:  # a crafted head can fail in any way
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise BundleError(f"{path}: cannot label a vector ({reason}); {BUNDLE.again}") from None
 
+
+# ---- fitted estimators that come out of a file: what compiled code would follow blindly is checked, or made again
+#
+# A safe format calls nothing that a file can choose, but scikit-learn's compiled loops trust the numbers they are given: the
+# children of a node, the rows that a support vector or a neighbour has. One that points elsewhere crashes, never ends, or
+# reads foreign memory.
 
 MOST_OBJECTS = 10_000_000
 
-_REBUILT = ("_tree", True)
-
 
 def check_fitted(estimator: Any) -> None:
-    """Check every part of a loaded estimator that compiled code relies on; neighbours' search trees are built again.
+    """Check every part of a loaded estimator that compiled code relies on, ValueError with what is wrong in one line.
 
-    Raises
-    ------
-    ValueError
-        With what is wrong, in one line.
+    Neighbours' search trees are built again.
     """
     for part in _parts(estimator):
         if issparse(part) and hasattr(part, "check_format"):
@@ -429,9 +382,8 @@ def _parts(root: Any) -> Iterator[Any]:
             waiting += part
         elif hasattr(part, "__dict__"):
             # The tree of a search for neighbours is not looked at but built again.
-            waiting += [
-                each for name, each in vars(part).items() if (name, isinstance(part, NeighborsBase)) != _REBUILT
-            ]
+            rebuilt = {"_tree"} if isinstance(part, NeighborsBase) else set()
+            waiting += [each for name, each in vars(part).items() if name not in rebuilt]
 
 
 def _require(condition: bool, problem: str) -> None:

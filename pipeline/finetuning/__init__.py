@@ -3,8 +3,7 @@
 material.py    which embedding, head and images
 handover.py    the network with stage two's head as its last layer
 plan.py        which stages of a network are trained when, BatchNorm's modes
-objective.py   what is learned, chosen by and judged in: a row for each kind of target
-batches.py     which images a step sees, augmentation
+batches.py     which images a step sees, augmentation, the loss
 trainer.py     steps, evaluations, the choice of weights
 checkpoint.py  what a killed run needs to go on
 result.py      the way back to the hand-over, the weights file, the verdict

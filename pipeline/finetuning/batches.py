@@ -1,21 +1,24 @@
-"""Batches: which images a step sees, and how they are changed, as functions of the seed and the step."""
+"""Batches: which images a step sees and how they are changed, as functions of the seed and the step, and what is learned of them."""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.config import FinetuneConfig
 from pipeline.io.vision import torchvision
 
 SMALLEST_CROP = 0.5
 """Of an image's area."""
+
+Score = tuple[float, float]
+"""Of validation images, higher is better: accuracy, and minus the loss, which decides between equal ones."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
     whole: tuple[int, int] = pixels.shape[1:3]
     shape = tuple(round(side * (settings.size or min(whole)) / min(whole)) for side in whole)
     if settings.augment != "none" or shape != whole:
-        v2 = transforms()
+        v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")  # which its own import leaves out
         flip, smaller = v2.RandomHorizontalFlip(), v2.Resize(shape)
         crop = v2.RandomResizedCrop(shape, scale=(SMALLEST_CROP, 1.0))
         ways = {
@@ -84,6 +87,19 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
     return to_float(images.permute(0, 2, 3, 1), data.mean, data.std).contiguous(memory_format=torch.channels_last)
 
 
-def transforms() -> Any:
-    """Return torchvision's v2 transforms, which its own import leaves out."""
-    return importlib.import_module(f"{torchvision.__name__}.transforms.v2")
+# ---- what is learned, and chosen by: outputs are float32 of shape (n, `Data.width`)
+
+
+def loss_of(logits: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> Tensor:
+    """Return the mean cross-entropy of outputs, float32 (n, n_classes), for classes, int64 (n,); balanced, a class weighs n / (n_classes * n_class), as in scikit-learn."""
+    weights = None
+    if settings.class_weight is not None:
+        counts = np.maximum(np.bincount(data.train.y, minlength=data.width), 1)
+        weights = torch.tensor(len(data.train) / (data.width * counts), dtype=torch.float32, device=logits.device)
+    return functional.cross_entropy(logits, y, weights)
+
+
+def score_of(logits: Tensor, y: Tensor) -> Score:
+    """Return how good outputs are, likewise."""
+    accuracy = (logits.argmax(1) == y).double().mean().item()
+    return accuracy, -functional.cross_entropy(logits.double(), y).item()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
 from pipeline.experiment import to_lines, with_digest, without_digest
-from pipeline.finetuning.objective import Score
+from pipeline.finetuning.batches import Score
 from pipeline.io.files import make_folder, read_file, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,12 @@ class Run:
 class State:
     """Where a run stands, and at its end what it gave: what a checkpoint holds beside the states of network, optimizer and the like.
 
-    step : steps done, at the end fewer than planned after an early stop
+    step : steps done
     seconds : time spent in training, over all its pieces
     losses : of every step since the last evaluation
     score : the best so far on the validation images
     weights : the state of the network that had it
     source : "weights", or "ema" for their moving average
-    stale : evaluations since
     history : one record per evaluation
     """
 
@@ -59,7 +58,6 @@ class State:
     score: Score | None = None
     weights: Weights = field(default_factory=dict)
     source: str = ""
-    stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

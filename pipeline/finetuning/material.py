@@ -14,13 +14,12 @@ from pipeline import images
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage, targets
 from pipeline.data.lineage import Lineage
-from pipeline.data.targets import Target
+from pipeline.data.targets import Classification, Target
 from pipeline.embed.loader import Item, Loader
 from pipeline.embed.records import EmbeddingRecord, departures, read_asked_records, require_index, shared
 from pipeline.errors import ConfigError, PipelineError, TrainingError, first
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.finetuning.objective import objective_for
 from pipeline.heads import HEADS
 from pipeline.heads.tuning import make_folds
 from pipeline.io import process
@@ -33,6 +32,8 @@ BATCH = 64
 """Images that are read at a time."""
 
 SHOWN = 20
+
+SERVED = Classification.kind
 
 LINEAR = tuple(name for name, head in HEADS.items() if head.linear)
 
@@ -78,7 +79,8 @@ def choose(config: Config, files: Artifacts) -> Choice:
         )
     records = {record.name: record for record in read_asked_records(files.features, config)}
     board = read_leaderboard(files.root)
-    objective_for(board.target.kind)
+    if board.target.kind != SERVED:
+        raise TrainingError(refusal(board.target.kind))
     _require_of(board, config, files)
     require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     start = config.finetune.start
@@ -107,6 +109,11 @@ def choose(config: Config, files: Artifacts) -> Choice:
             "`manyheads heads`, or set it to random"
         )
     return Choice(records[embedding], linear[0], board.best, linear[0], floor)
+
+
+def refusal(kind: str) -> str:
+    """Return what is said of a kind of target that is not served."""
+    return f"finetune serves {SERVED}, and the target is {kind}"
 
 
 def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:

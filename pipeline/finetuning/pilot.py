@@ -23,7 +23,6 @@ from pipeline.finetuning.batches import Data, Labelled, to_float
 from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.handover import Layer, put_head
 from pipeline.finetuning.material import Parts, read_pixels
-from pipeline.finetuning.objective import objective_for
 from pipeline.finetuning.plan import check_plan, stages_of
 from pipeline.finetuning.result import RETURN_EVALUATIONS
 from pipeline.finetuning.trainer import EVALUATIONS, Task, evaluate, make_optimizer, prepare, steps_asked, train_step
@@ -63,13 +62,12 @@ class Pilot:
 
     def share(self, config: Config, parts: Parts) -> float:
         """Return its passes over those of a whole run."""
-        images = config.finetune.batch_size * config.finetune.accumulate
-        trained, judged = images * (2 * self.steps + 2), 3 * self.held_out
+        trained, judged = config.finetune.batch_size * (2 * self.steps + 2), 3 * self.held_out
         return (PASSES * trained + judged) / full_passes(config, parts)
 
     def minutes(self, config: Config, parts: Parts) -> tuple[float, float]:
         """Return what a whole run should take that trains the last stage, and one that trains everything."""
-        steps = steps_asked(config.finetune, len(parts.train)) * config.finetune.accumulate
+        steps = steps_asked(config.finetune, len(parts.train))
         judged = _judged(parts) * self.image_seconds
         last, everything = ((steps * each + judged) / 60 for each in self.step_seconds)
         return last, everything
@@ -78,7 +76,7 @@ class Pilot:
 def full_passes(config: Config, parts: Parts) -> int:
     """Return how many passes of an image through the network a whole run takes that trains everything."""
     settings = config.finetune
-    trained = steps_asked(settings, len(parts.train)) * settings.batch_size * settings.accumulate
+    trained = steps_asked(settings, len(parts.train)) * settings.batch_size
     return trained * PASSES + _judged(parts) + len(parts.test)
 
 
@@ -102,13 +100,12 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
     device = resolve_device(config.extraction.device)
     precision = resolve_precision(config.extraction.precision, device)[1]
     held_out = parts.validation.rows(_first(target.encode(parts.validation), MOST_HELD_OUT, config.seed))
-    each = settings.batch_size * settings.accumulate
+    each = settings.batch_size
     budget = SHARE * full_passes(config, parts) - 3 * len(held_out) - STATISTICS
     steps = max(2, int(budget / (PASSES * each * 2)) - 1)  # one more is spent on timing the last stage
     learned = parts.train.rows(_first(target.encode(parts.train), steps * each, config.seed))
     pixels = read_pixels(config, learned, prepared), read_pixels(config, held_out, prepared)
     y = target.encode(learned)
-    objective = objective_for(target.kind)
     put_head(network.module, layer)
     stages = stages_of(network.module, prepared.size)
     network.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -129,11 +126,10 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
         precision,
         config.seed,
         device,
-        objective=objective,
     )
 
     def loss() -> float:
-        return -evaluate(network.module, whole.validation, whole, device, precision, objective)[1]
+        return -evaluate(network.module, whole.validation, whole, device, precision)[1]
 
     clock = time.perf_counter()
     start = loss()

@@ -18,14 +18,13 @@ from torch.optim.swa_utils import update_bn
 
 from pipeline.data.lineage import Lineage
 from pipeline.embed.weights import DIGEST_KEY, METADATA_KEY, weights_digest
-from pipeline.evaluation import HeadPredictions, Metric, Paired, Predictions, counted, paired_answers
+from pipeline.evaluation import ACCURACY, HeadPredictions, Paired, Predictions, counted, paired_answers
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import MADE_BY, Artifacts, made_by
-from pipeline.finetuning.batches import Data, augmented, rows_at
+from pipeline.finetuning.batches import Data, Score, augmented, rows_at
 from pipeline.finetuning.checkpoint import Weights, copy_weights
 from pipeline.finetuning.material import Choice, Parts
-from pipeline.finetuning.objective import Score
 from pipeline.finetuning.trainer import Task, evaluate
 from pipeline.io.files import make_folder, write_atomic
 
@@ -66,9 +65,7 @@ def return_path(task: Task, data: Data, start: Weights, end: Weights, end_score:
         for alpha in alphas:
             if 0 <= alpha <= 1 and alpha not in scores:
                 _go_to(task, data, start, end, alpha)
-                scores[alpha] = evaluate(
-                    task.network, data.validation, data, task.device, task.precision, task.objective
-                )
+                scores[alpha] = evaluate(task.network, data.validation, data, task.device, task.precision)
         return max(scores, key=lambda alpha: (scores[alpha], -alpha))
 
     near, half = best_of(ALPHAS), ALPHAS[1] / 2
@@ -155,7 +152,7 @@ def write_weights(
 
 
 def judge(
-    files: Artifacts, choice: Choice, parts: Parts, said: NDArray[np.int64], metric: Metric, minutes: float, seed: int
+    files: Artifacts, choice: Choice, parts: Parts, said: NDArray[np.int64], minutes: float, seed: int
 ) -> dict[str, Any]:
     """Compare the fine-tuned network with stage two's best row, and with itself frozen, on the same test images.
 
@@ -166,23 +163,23 @@ def judge(
     for name, row in {"best": choice.winner, "frozen": choice.frozen}.items():
         if row is not None:
             other = _said_by(row, files, parts, tuned.units)
-            paired = paired_answers(metric, tuned, other, seed)
+            paired = paired_answers(ACCURACY, tuned, other, seed)
             found[name] = {
                 "row": row.key,
-                "test": metric.score(other),
+                "test": ACCURACY.score(other),
                 "gain": {"difference": paired.difference, "interval": list(paired.interval), "p_value": paired.p_value},
                 "verdict": verdict(paired, minutes, images),
             }
     return {
         "embedding": choice.record.name,
         "images": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
-        "test": metric.score(tuned),
+        "test": ACCURACY.score(tuned),
         "comparisons": found,
-        "transfer": transfer(files, choice, metric, seed),
+        "transfer": transfer(files, choice, seed),
     }
 
 
-def transfer(files: Artifacts, choice: Choice, metric: Metric, seed: int, held_out: bool = False) -> str:
+def transfer(files: Artifacts, choice: Choice, seed: int, held_out: bool = False) -> str:
     """Say whether pretraining helps, or hurts: the frozen features against the best row without any on the same images.
 
     The images are the test's, or `held_out` the training images as they were predicted out of fold. '' where the network itself
@@ -194,10 +191,10 @@ def transfer(files: Artifacts, choice: Choice, metric: Metric, seed: int, held_o
     a, b = (each.out_of_fold if held_out else each.test for each in both)
     if a is None or b is None or not np.array_equal(a.paths, b.paths):  # type: ignore[arg-type]
         return ""
-    paired = paired_answers(metric, a, b, seed)
+    paired = paired_answers(ACCURACY, a, b, seed)
     words = {1: "pretraining helps", -1: "negative transfer", 0: "no evidence that pretraining helps"}[paired.shown]
     return (
-        f"{words}: {choice.frozen.key} ({metric.score(a):.2%}) against {choice.floor.key} ({metric.score(b):.2%}), the best without "
+        f"{words}: {choice.frozen.key} ({ACCURACY.score(a):.2%}) against {choice.floor.key} ({ACCURACY.score(b):.2%}), the best without "
         f"any, {_told(paired, counted(len(a), a.units, 'training images' if held_out else 'test images'))}"
     )
 

@@ -24,9 +24,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.config import FinetuneConfig
 from pipeline.embed.graph import Stage
 from pipeline.errors import TrainingError
-from pipeline.finetuning.batches import Data, Labelled, augmented, rows_at, to_float
+from pipeline.evaluation import ACCURACY
+from pipeline.finetuning.batches import Data, Labelled, Score, augmented, loss_of, rows_at, score_of, to_float
 from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save
-from pipeline.finetuning.objective import CLASSES, Objective, Score
 from pipeline.finetuning.plan import Plan, fold_norms, set_trainable, stage_of_parameters
 from pipeline.io import process
 from pipeline.io.files import make_folder, write_text_atomic
@@ -39,6 +39,8 @@ BLOCK = 32
 """Images that are scored at a time."""
 SAVE_SECONDS = 30.0
 """A checkpoint is written after this time at the latest, because an evaluation may be minutes away."""
+WEIGHT_DECAY = 0.01
+"""Of AdamW; norms and biases have none."""
 PROFILE_ROWS = 40
 
 
@@ -56,7 +58,6 @@ class Task:
     seed: int
     device: torch.device
     evaluations: int = EVALUATIONS
-    objective: Objective = CLASSES
 
     @property
     def evaluate_every(self) -> int:
@@ -97,7 +98,7 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
         _profiler(settings.profile_steps, run.folder / "profile.txt") as tick,
         _tensorboard(run.folder / "tensorboard" if settings.tensorboard else None) as show,
     ):
-        while state.step < task.steps and not (settings.patience is not None and state.stale >= settings.patience):
+        while state.step < task.steps:
             rate = _step(task, data, state, parts)
             state.seconds, clock = state.seconds + time.perf_counter() - clock, time.perf_counter()
             tick()
@@ -110,7 +111,7 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
                 saved = state.seconds
             if due:
                 show(state.history[-1])
-                bar.note(f"validation {state.history[-1][f'validation_{task.objective.metric.name}']:.1%}")
+                bar.note(f"validation {state.history[-1][f'validation_{ACCURACY.name}']:.1%}")
                 if on_evaluation is not None:
                     on_evaluation(state.step)
     task.network.load_state_dict(state.weights)  # there are some: the last step is followed by an evaluation
@@ -176,7 +177,7 @@ def make_optimizer(task: Task) -> torch.optim.Optimizer:
         inside = [parameter for name, parameter in task.network.named_parameters() if owners[name] == stage.name]
         for decays in (True, False):  # norms and biases, which are vectors, do not
             members = [parameter for parameter in inside if (parameter.ndim > 1) == decays]
-            decay = settings.weight_decay if decays else 0.0
+            decay = WEIGHT_DECAY if decays else 0.0
             if members:
                 groups.append({"params": members, "weight_decay": decay, "lr": own, "stage": stage.name})
     return torch.optim.AdamW(groups)
@@ -216,41 +217,37 @@ def train_step(
     TrainingError
         When the loss is no number.
     """
-    settings, objective = task.settings, task.objective
+    settings = task.settings
     torch.manual_seed(int(np.random.SeedSequence([task.seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     # Also after an evaluation, which left the network in evaluation mode.
     lowest = next(low for start, low in reversed(task.plan) if step >= round(start * task.steps))
     set_trainable(task.network, task.stages, lowest, settings.batch_norm)
     optimizer.zero_grad(set_to_none=True)
-    count, total = settings.batch_size * settings.accumulate, 0.0
-    for part in np.split(rows_at(step * count, count, len(data.train), task.seed), settings.accumulate):
-        images = augmented(data.train.pixels[part], settings, task.device, data)
-        images, y = objective.mixed(images, torch.from_numpy(data.train.y[part]).to(task.device), settings, data)
-        with _autocast(task.device, task.precision):
-            outputs = task.network(images).float()
-        loss = objective.loss(outputs, y, settings, data)
-        scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
-        total += loss.item() / settings.accumulate
-    if not np.isfinite(total):
+    rows = rows_at(step * settings.batch_size, settings.batch_size, len(data.train), task.seed)
+    images = augmented(data.train.pixels[rows], settings, task.device, data)
+    with _autocast(task.device, task.precision):
+        outputs = task.network(images).float()
+    loss = loss_of(outputs, torch.from_numpy(data.train.y[rows]).to(task.device), settings, data)
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    if not np.isfinite(found := loss.item()):
         raise TrainingError(
-            f"training: the loss at step {step} is {total}; lower finetune.rate ({settings.rate:g}) or set extraction.precision to fp32"
+            f"training: the loss at step {step} is {found}; lower finetune.rate ({settings.rate:g}) or set extraction.precision to fp32"
         )
     scaler.step(optimizer)
     scaler.update()
-    return total
+    return found
 
 
 def _evaluate(task: Task, data: Data, state: State, parts: dict[str, Any], rate: float) -> None:
     """Score the weights, and their moving average, on the validation images, keep the best of them, and write a record."""
     candidates = {"weights": task.network, **({"ema": parts["average"].module} if "average" in parts else {})}
     record: dict[str, Any] = {"step": state.step}
-    state.stale += 1
     for source, network in candidates.items():
-        score = evaluate(network, data.validation, data, task.device, task.precision, task.objective)
+        score = evaluate(network, data.validation, data, task.device, task.precision)
         name = "validation" if source == "weights" else source
-        record |= {f"{name}_{task.objective.metric.name}": score[0], f"{name}_loss": -score[1]}
+        record |= {f"{name}_{ACCURACY.name}": score[0], f"{name}_loss": -score[1]}
         if state.score is None or score > state.score:
-            state.score, state.weights, state.source, state.stale = score, copy_weights(network), source, 0
+            state.score, state.weights, state.source = score, copy_weights(network), source
     record |= {"loss": float(np.mean(state.losses)), "rate": rate, "seconds": round(state.seconds, 1)}
     state.history.append(record)
     state.losses = []
@@ -263,11 +260,10 @@ def evaluate(
     data: Data,
     device: torch.device,
     precision: str = "fp32",
-    objective: Objective = CLASSES,
 ) -> Score:
     """Return the score of a network on images, in evaluation mode, which it leaves it in."""
     outputs = predict_logits(network, labelled.pixels, data.mean, data.std, device, precision)
-    return objective.score(outputs, torch.from_numpy(labelled.y))
+    return score_of(outputs, torch.from_numpy(labelled.y))
 
 
 def predict_logits(

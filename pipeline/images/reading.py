@@ -32,10 +32,7 @@ def read_steadily(path: str, flags: int = 0) -> tuple[bytes, Stat | None]:
 
     It may also be remote, or lie in an archive: what tells whether it was touched is then what it was listed with, and None here.
 
-    Raises
-    ------
-    ImageProblem
-        With status 'unavailable'.
+    ImageProblem with status 'unavailable'.
     """
     try:
         if address_of(path) is not None:
@@ -74,10 +71,7 @@ def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> by
 
     With `digest` given, the bytes are the ones with this `content_key` or it is a problem.
 
-    Raises
-    ------
-    ImageProblem
-        With status 'unavailable'.
+    ImageProblem with status 'unavailable'.
     """
     data, _ = read_steadily(_place(root, relative_path), os.O_NOFOLLOW)
     if digest is not None and content_key(data) != digest:
@@ -116,10 +110,7 @@ _OPENING = threading.Lock()
 def one_by_one(images: Any) -> list[str | Pixels]:
     """Return images as a list: of one or a sequence, of a pandas Series or column, or of an array (n, height, width, 3), uint8.
 
-    Raises
-    ------
-    DatasetError
-        When there are none, or something else among them.
+    DatasetError when there are none, or something else among them.
     """
     if hasattr(images, "iloc"):
         images = images.to_numpy().reshape(-1)
@@ -144,10 +135,7 @@ def _is_array(image: Any) -> bool:
 def rgb(image: Pixels, max_pixels: int) -> NDArray[np.uint8]:
     """Return pixels by the policy that files are decoded by: uint8 of shape (height, width, 3).
 
-    Raises
-    ------
-    ImageProblem
-        When they cannot be read, or are more than allowed.
+    ImageProblem when they cannot be read, or are more than allowed.
     """
     if isinstance(image, np.ndarray):
         if image.shape[2:] == (3,):
@@ -160,10 +148,7 @@ def rgb(image: Pixels, max_pixels: int) -> NDArray[np.uint8]:
 def given_key(image: str | Pixels, max_pixels: int) -> bytes:
     """Return the 16 bytes that name an image's content: of a file as everywhere, else of its pixels.
 
-    Raises
-    ------
-    ImageProblem
-        When it cannot be read.
+    ImageProblem when it cannot be read.
     """
     if not isinstance(image, str):
         pixels = np.ascontiguousarray(rgb(image, max_pixels))

@@ -83,10 +83,7 @@ _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os
 def read_file(path: Path, most: int | None = None) -> bytes:
     """Return every byte of an ordinary file, of at most so many bytes; never waits.
 
-    Raises
-    ------
-    OSError
-        As the system does; `EINVAL` for a pipe or device, `EFBIG` for a larger file.
+    OSError as from the system; `EINVAL` for a pipe or device, `EFBIG` for a larger file.
     """
     descriptor = os.open(path, os.O_RDONLY | _FLAGS)
     with open(descriptor, "rb") as file:
@@ -114,14 +111,8 @@ def open_alone(path: Path, flags: int = 0) -> int:
 
     A POSIX record lock, because it dies with its process even when a forked worker lives on; `flock` and HDF5's own locks
     stay with the child. Such a lock does not keep out a second user of the same process, and closing any descriptor of the
-    file gives it up: so a table of held files goes first.
-
-    Raises
-    ------
-    BlockingIOError
-        When another process has it, or this one already.
-    OSError
-        When it is a symbolic link or no ordinary file (see `NOT_ORDINARY`), or cannot be opened or locked.
+    file gives it up: so a table of held files goes first. BlockingIOError when another process has it, or this one already; OSError
+    when it is a symbolic link or no ordinary file (see `NOT_ORDINARY`), or cannot be opened or locked.
     """
     while True:
         if is_held(path):
@@ -211,10 +202,7 @@ def undisturbed() -> Iterator[None]:
 def require_place(path: Path) -> None:
     """See that a file can be written under this name, and make its folder: before the work whose result it is to hold.
 
-    Raises
-    ------
-    OSError
-        As writing would, and for a device such as /dev/null, which a rename would replace.
+    OSError as from writing, and for a device such as /dev/null, which a rename would replace.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -357,12 +345,9 @@ def _move(source: Path, target: Path) -> None:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Give a synced file its final name only where nothing has that name yet; sync the folder.
+    """Give a synced file its final name only where nothing has that name yet, else FileExistsError; sync the folder.
 
-    Raises
-    ------
-    FileExistsError
-        When the name is taken; the source is removed in every case.
+    The source is removed in every case.
     """
     try:
         try:

@@ -56,10 +56,7 @@ def absolute(path: object) -> str:
 def file_system(address: str) -> tuple[Any, str]:
     """Return the file system of an address and the file's name there.
 
-    Raises
-    ------
-    DatasetError
-        When what is needed for it is not installed, or it is none that is known.
+    DatasetError when what is needed for it is not installed, or it is none that is known.
     """
     try:
         import fsspec
@@ -111,10 +108,7 @@ def write_remote(address: str, data: bytes) -> None:
 def list_remote(address: str) -> dict[str, Stat | None]:
     """Return what a remote folder holds, asked once until `forget_listings`: size and times of each file by its name, None for a folder.
 
-    Raises
-    ------
-    OSError
-        When it is not there, or cannot be listed; NotADirectoryError when it is a file.
+    OSError when it is not there, or cannot be listed; NotADirectoryError when it is a file.
     """
     system, root = file_system(address)
     is_web = address.startswith("http")
@@ -215,10 +209,7 @@ def require_answer(address: str, start: str) -> None:
 def connected(address: str | None) -> Iterator[Any]:
     """Yield the module `ray`, connected; a connection that the caller has already is used and stays.
 
-    Raises
-    ------
-    PipelineError
-        When Ray is not installed, or there is no cluster at that address.
+    PipelineError when Ray is not installed, or there is no cluster at that address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every cluster
     try:

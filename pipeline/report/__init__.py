@@ -82,7 +82,7 @@ def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def _sources(output: Path, board: Leaderboard) -> Iterator[Path]:
     """The files beside the leaderboard that the page is made of; the features are named by their digest in features.json."""
     files = Artifacts(output)
-    yield from (files.features, files.audit, files.few_shot, files.advice, files.layers)
+    yield from (files.features, files.audit, files.few_shot, files.advice, files.mistakes, files.layers)
     yield from sorted(files.dataset.glob("*.csv"))
     for row in board.rows:
         yield files.trials(row.embedding, row.head)

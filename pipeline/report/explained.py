@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.experiment import MISTAKES, Artifacts, write_document
 from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.io.remote import absolute
 from pipeline.report.page import fill
-from pipeline.report.pictures import SIDE, data_address, small
+from pipeline.report.pictures import DOT_SIDE, SIDE, data_address, small
 
 INDEX = "index.html"
+SHOWN_NEAR = 3
+"""Images for a label and as many against it that the experiment's page shows."""
 SHOWN_SIDE = 384
 """Pixels of the longer side of an image on its page."""
 FOR, AGAINST = (232, 89, 12), (59, 91, 219)
@@ -38,7 +41,9 @@ class Explained:
     cells: NDArray[np.floating] | None
     """What each place says for the label, or below 0 against it, shape (rows, columns); None where nobody can tell."""
     exact: bool
-    """Whether the cells' mean is the head's score, and not what covering changes."""
+    """Whether the cells are the head's own scores of each place, and not what covering changes."""
+    exclusive: bool = True
+    """Whether an image has one label, so that exact cells are its lead over the best other one's."""
     near: tuple[Near, Near] = ((), ())
     """Training images of its label, and of others."""
 
@@ -60,21 +65,42 @@ def build(folder: Path, found: Sequence[Explained], no_neighbours: str = "") -> 
     make_folder(folder)
     links = []
     for number, each in enumerate(found, 1):
-        name = f"{number:04d}.html"
-        picture = enlarged(Image.fromarray(each.pixels), SHOWN_SIDE)
-        drawn = picture if each.cells is None else overlaid(picture, each.cells)
+        name, picture = _page(number), enlarged(Image.fromarray(each.pixels), SHOWN_SIDE)
+        drawn = _drawn(each, SHOWN_SIDE)
         given = {
             "title": Path(each.path).name,
             "each": each,
             "no_neighbours": no_neighbours,
             "image": data_address(picture),
             "map": data_address(drawn),
-            "sides": [[(*one, _thumbnail(one[2])) for one in side] for side in each.near],
+            "sides": [[(*one, _thumbnail(one[2], SIDE)) for one in side] for side in each.near],
         }
         write_text_atomic(folder / name, fill("explained.html", given))
         links.append((name, each, data_address(enlarged(drawn, SIDE))))
     write_text_atomic(folder / INDEX, fill("explained-index.html", {"title": "Why these labels", "links": links}))
     return folder / INDEX
+
+
+# ---- of the mistakes on an experiment's page
+
+
+def keep(files: Artifacts, row: str, found: Mapping[str, Explained]) -> None:
+    """Write down why a row mistakes some images, by their paths, small enough for the page: a map, the nearest images, a link."""
+    images = {
+        path: {
+            "said": each.label,
+            "page": f"{files.mistakes.parent.name}/{_page(number)}",
+            "map": None if each.cells is None else data_address(_drawn(each, SIDE)),
+            "near": [
+                [(label, _thumbnail(where, DOT_SIDE)) for _, label, where in side[:SHOWN_NEAR]] for side in each.near
+            ],
+        }
+        for number, (path, each) in enumerate(found.items(), 1)
+    }
+    write_document(files.mistakes, MISTAKES, {"row": row, "images": images})
+
+
+# ---- pictures
 
 
 def enlarged(image: Image.Image, side: int) -> Image.Image:
@@ -94,6 +120,15 @@ def overlaid(image: Image.Image, cells: NDArray[np.floating]) -> Image.Image:
     return Image.fromarray(((1 - share) * grey + share * colour).round().astype(np.uint8))
 
 
-def _thumbnail(path: str) -> str | None:
-    image = small(Path("/"), absolute(path), SIDE)
+def _page(number: int) -> str:
+    return f"{number:04d}.html"
+
+
+def _drawn(each: Explained, side: int) -> Image.Image:
+    picture = enlarged(Image.fromarray(each.pixels), side)
+    return picture if each.cells is None else overlaid(picture, each.cells)
+
+
+def _thumbnail(path: str, side: int) -> str | None:
+    image = small(Path("/"), absolute(path), side)
     return None if image is None else data_address(image)

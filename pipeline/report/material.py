@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from pipeline.evaluation.learning_curve import (
     curve_sizes,
     stratified_order,
 )
-from pipeline.experiment import Artifacts
+from pipeline.experiment import MISTAKES, Artifacts, read_document
 from pipeline.heads import RIDGE, configure
 from pipeline.io.process import instead
 
@@ -90,6 +90,8 @@ class Material:
     """What `manyheads fewshot` found, where it was run."""
     advice: Advice | None = None
     """What `manyheads advise` said, where it was asked."""
+    why: Mapping[str, Any] = field(default_factory=dict)
+    """By path, why the best row mistakes an image, as `explained.keep` has it, where `manyheads report --explain` was run."""
 
     @property
     def target(self) -> str:
@@ -177,6 +179,7 @@ def gather(output: Path) -> Material:
         tuple(missing),
         few_shot,
         read_advice(files.advice),
+        _why(files, board.best.key),
     )
 
 
@@ -202,6 +205,14 @@ def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: li
     except (OSError, PipelineError) as error:
         missing.append(f"There is no map and no learning curve: the features cannot be read ({error}).")
     return None
+
+
+def _why(files: Artifacts, row: str) -> Mapping[str, Any]:
+    try:
+        document = read_document(files.mistakes, MISTAKES)
+    except (PipelineError, OSError):
+        return {}
+    return document["images"] if document["row"] == row else {}
 
 
 def umap_is_installed() -> bool:

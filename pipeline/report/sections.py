@@ -402,19 +402,25 @@ def _map(material: Material) -> Shown | None:
 
 
 def _mistakes(material: Material) -> Shown | None:
-    """Give the test images on which the best row was most sure and wrong."""
+    """Give the test images on which the best row was most sure and wrong, and why, where that was looked into."""
     best = material.best
     if best is None:
         return None
-    part, p, wrong = best.test, best.test.probabilities, np.flatnonzero(~best.test.correct)
+    found, wrong = worst(best.test)
+    why = {path: material.why[path] for path, said, *_ in found if material.why.get(path, {}).get("said") == said}
+    given = {"found": found, "known": best.test.probabilities is not None, "wrong": wrong, "total": len(best.test)}
+    return {}, {**given, "why": why, "pictures": gallery(material.index, [path for path, *_ in found])}
+
+
+def worst(part: Predictions) -> tuple[list[tuple[str, str, str, float]], int]:
+    """Return the images on which a head was most sure and wrong: path, what it said, the label and how sure; and how many are wrong."""
+    p, wrong = part.probabilities, np.flatnonzero(~part.correct)
     sure, own = np.ones(len(part)), np.zeros(len(part))
     if p is not None:
         sure, own = p.max(axis=1), p[np.arange(len(part)), part.y_true].astype(np.float64)
     order = wrong[np.argsort(-(sure - own)[wrong], kind="stable")][:MOST_PICTURES]
     columns = (np.asarray(part.paths), part.predicted, part.labels, sure)
-    found = list(zip(*(column[order].tolist() for column in columns), strict=True))
-    pictures = gallery(material.index, [path for path, *_ in found])
-    return {}, {"found": found, "known": p is not None, "wrong": len(wrong), "total": len(sure), "pictures": pictures}
+    return list(zip(*(column[order].tolist() for column in columns), strict=True)), len(wrong)
 
 
 def _to_look_at(material: Material, found: Sequence[Any], most: int, **more: Any) -> Shown | None:

@@ -30,7 +30,6 @@ from pipeline.evaluation.learning_curve import LearningCurve, stratified_order
 from pipeline.experiment import ADVICE, Artifacts, write_document
 from pipeline.finetuning.handover import open_network, starting_layer
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of
-from pipeline.finetuning.objective import objective_for
 from pipeline.finetuning.pilot import Pilot, full_passes, pilot
 from pipeline.finetuning.result import transfer
 from pipeline.heads.layer_profile import PENALTIES, read_profiles
@@ -92,7 +91,7 @@ def run(config: Config) -> Advice:
         len(cells),
         tried.share(config, parts),
         {name: sign(record) for name, (_, sign, _) in advice.SIGNS.items()},
-        transfer(files, choice, objective_for(parts.target.kind).metric, config.seed, held_out=True),
+        transfer(files, choice, config.seed, held_out=True),
     )
     write_document(files.advice, ADVICE, {"key": key, "signs": record, "advice": asdict(made)})
     return made

@@ -42,8 +42,8 @@ def run(config: Config, place: Path | None = None) -> list[str]:
 
 def _heads(config: Config) -> list[str]:
     tuning.require(config.tuning.strategy)
-    each = targets.experiments(config) or {"": config}
-    return [f"{name}{': ' * bool(name)}{line}" for name, alone in each.items() for line in _heads_of(alone)]
+    each = targets.experiments(config).items()
+    return [f"{name}{': ' * bool(name)}{line}" for name, alone in each for line in _heads_of(alone)]
 
 
 def _heads_of(config: Config) -> list[str]:
@@ -118,10 +118,10 @@ def _machine(config: Config) -> list[str]:
 
 def _finetuning(config: Config) -> list[str]:
     """Say which kinds of target cannot be fine-tuned for; features and heads do without."""
-    from pipeline.finetuning.objective import OBJECTIVES, refusal  # loads torch
+    from pipeline.finetuning.material import SERVED, refusal  # loads torch
 
     kinds = dict.fromkeys(map(kind_of, config.dataset.kinds))
-    return [f"note: {refusal(kind)}" for kind in kinds if kind not in OBJECTIVES]
+    return [f"note: {refusal(kind)}" for kind in kinds if kind != SERVED]
 
 
 def _data(config: Config, place: Path | None) -> list[str]:

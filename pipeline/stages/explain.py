@@ -22,7 +22,7 @@ from pipeline.images import Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place
 from pipeline.io.process import bar
 from pipeline.io.remote import absolute
-from pipeline.report import explained
+from pipeline.report import explained, material, sections
 from pipeline.report.explained import Explained, Near
 from pipeline.stages.similar import Stored
 
@@ -44,6 +44,7 @@ class ExplainRun:
     """What was found, and the page that leads to the pages on it."""
 
     found: Sequence[Explained]
+    """An image that has several labels is there once for each."""
     total: int
     """Images that were labelled."""
     index: Path
@@ -54,7 +55,8 @@ class ExplainRun:
         """How many images are explained by what, and where."""
         ways = " and ".join(sorted({each.way for each in self.found}))
         of_all = f", the first of {self.total:,}" if self.total > MOST else ""
-        lines = [f"{number_of(len(self.found), 'image')} explained{of_all}, by {ways}: {self.index}"]
+        count = len({each.path for each in self.found})
+        lines = [f"{number_of(count, 'image')} explained{of_all}, by {ways}: {self.index}"]
         return [*lines, self.no_neighbours] if self.no_neighbours else lines
 
 
@@ -65,19 +67,19 @@ def require(heads: Mapping[str, ModelBundle], folder: Path) -> None:
             f"--explain explains one target at a time; name the output folder of one, targets/NAME: {', '.join(heads)}"
         )
     for bundle in heads.values():
-        if not bundle.target.exclusive:
-            raise ConfigError(f"--explain tells why an image is of a class, and the target is {bundle.target.kind}")
+        if not bundle.target.classes:
+            raise ConfigError(f"--explain tells why an image has a label, and the target is {bundle.target.kind}")
     require_place(folder / explained.INDEX)
 
 
 def run(
     folder: Path, place: Path, model: Model, lanes: Sequence[Lane], paths: Sequence[str], total: int, limit: int
 ) -> ExplainRun:
-    """Write a page for each of the first images of all, by their paths, and one that leads to them.
+    """Write a page for each label of the first images of all, by their paths, and one that leads to them.
 
     `place` is the bundle's folder, `model` what is in it, and `limit` an image's most pixels. Images that cannot be read are left out.
     """
-    found, vectors = list[Explained](), list[NDArray[np.float32]]()
+    target, found, vectors = model.bundle.target, list[Explained](), list[NDArray[np.float32]]()
     items = (Item(number, absolute(path), None, tuple(range(len(lanes)))) for number, path in enumerate(paths))
     with bar(len(paths), "images", "explaining") as progress:
         for batch, parts in embed(lanes, items, Path("/"), limit):
@@ -86,25 +88,51 @@ def run(
                 continue
             X, rows = model.vectors(made), made[0].rows
             codes, probabilities = model.bundle.said(*X)
-            labels = model.bundle.target.decode(codes)
-            maps = _activation(model, lanes, batch.pixels, rows, codes)
+            maps = _activation(model, lanes, batch.pixels, rows)
             for number, row in enumerate(rows.tolist()):
-                path = paths[batch.items[row].content]
+                path, sure = paths[batch.items[row].content], None if probabilities is None else probabilities[number]
+                said = _places(codes[number], sure)
+                cells: list[NDArray[np.float64]] = []
                 if maps is None:
-                    pixels, cells = _shrunk(path, limit), None
-                    if probabilities is not None:
-                        cells = _occlusion(model, lanes, pixels, codes[number])
+                    pixels = _shrunk(path, limit)
+                    if sure is not None:
+                        cells = list(_occlusion(model, lanes, pixels, said))
                 else:
-                    pixels, cells = batch.pixels[model.places[0][0][0]][row].copy(), maps[number]
-                sure = None if probabilities is None else float(probabilities[number, codes[number]])
-                found.append(Explained(path, str(labels[number]), sure, pixels, cells, maps is not None))
+                    pixels = batch.pixels[model.places[0][0][0]][row].copy()
+                    cells = [_lead(maps[number], code, target.exclusive) for code in said]
+                for order, code in enumerate(said):
+                    own = None if sure is None else float(sure[code])
+                    part = cells[order] if cells else None
+                    found.append(
+                        Explained(path, target.classes[code], own, pixels, part, maps is not None, target.exclusive)
+                    )
+                    vectors.append(X[0][number])
                 progress.update(1)
-            vectors += list(X[0])
     near = _neighbours(place, model.bundle, found, vectors)
     if isinstance(near, str):
         return ExplainRun(found, total, explained.build(folder, found, near), near)
     found = [replace(each, near=its) for each, its in zip(found, near, strict=True)]
     return ExplainRun(found, total, explained.build(folder, found), "")
+
+
+def mistakes(output: Path) -> list[str]:
+    """Explain the worst mistakes of an experiment's best row, for its page, and say how many, or what is missing."""
+    from pipeline.stages import predict  # which imports this module
+
+    files, shown = Artifacts(output), material.gather(output)
+    found = [] if shown.best is None else sections.worst(shown.best.test)[0]
+    if shown.index is None or not found:
+        return ["mistakes   none is explained: there are no predictions, no images, or no mistakes"]
+    root, row, folder = shown.index.root, shown.leaderboard.best, files.mistakes.parent
+    paths = {absolute(str(root / path)): path for path, *_ in found}
+    try:
+        images = [Path(each) for each in paths]
+        made = predict.run(output / str(row.bundle), images, output=folder / "labels.csv", explain=folder).explained
+    except (PipelineError, OSError) as error:
+        return [f"mistakes   none is explained: {error}"]
+    assert made is not None  # as asked
+    explained.keep(files, row.key, {paths[absolute(each.path)]: each for each in made.found})
+    return [f"mistakes   {line}" for line in made.summary_lines()]
 
 
 # ---- maps
@@ -120,16 +148,33 @@ def layer_of(bundle: ModelBundle) -> Layer | None:
         return None
 
 
-def _activation(
-    model: Model,
-    lanes: Sequence[Lane],
-    pixels: Sequence[NDArray[np.uint8]],
-    rows: NDArray[np.int64],
-    codes: NDArray[Any],
-) -> NDArray[np.float64] | None:
-    """Return what each place adds to the score of an image's label, float64 of shape (n, rows, columns); the mean is the score.
+def _places(said: Any, sure: NDArray[np.float64] | None) -> list[int]:
+    """Return the places in the classes of the labels that are said of an image; where none is, of the likeliest.
 
-    None where the head is not linear on one map. `codes` are places of the labels in the classes, int64 of shape (n,).
+    said : of one label a place, of several bool of shape (n_classes,); sure : float64 of shape (n_classes,)
+    """
+    if np.ndim(said) == 0:
+        return [int(said)]
+    return np.flatnonzero(said).tolist() or ([] if sure is None else [int(sure.argmax())])
+
+
+def _lead(cells: NDArray[np.float64], place: int, exclusive: bool) -> NDArray[np.float64]:
+    """Return by how much the score of a label leads the best other one's at each place, of labels that do not exclude others its score.
+
+    cells : of all classes, float64 of shape (n_classes, rows, columns); returns float64 of shape (rows, columns)
+    """
+    lead: NDArray[np.float64] = cells[place]
+    if exclusive and len(cells) > 1:
+        lead = lead - np.delete(cells, place, axis=0).max(axis=0)
+    return lead
+
+
+def _activation(
+    model: Model, lanes: Sequence[Lane], pixels: Sequence[NDArray[np.uint8]], rows: NDArray[np.int64]
+) -> NDArray[np.float64] | None:
+    """Return what each place adds to the score of each class, float64 of shape (n, n_classes, rows, columns); the mean is the score.
+
+    None where the head is not linear on one map. A class that the head has not seen is nowhere.
     """
     bundle, (blocks, *others) = model.bundle, model.places
     layer = layer_of(bundle)
@@ -138,9 +183,13 @@ def _activation(
     if layer is None or others or len(blocks) > 1 or not hasattr(embedder, "contributions"):
         return None
     weights, bias = layer
-    places = np.searchsorted(bundle.estimator.classes_, codes)
-    cells: NDArray[np.float32] | None = embedder.contributions(pixels[lane][rows], output, weights[places])
-    return None if cells is None else cells + bias[places, None, None]
+    cells: NDArray[np.float32] | None = embedder.contributions(pixels[lane][rows], output, weights)
+    if cells is None:
+        return None
+    known = bundle.estimator.classes_ if bundle.target.exclusive else np.arange(len(weights))
+    found = np.full((len(rows), bundle.target.width, *cells.shape[2:]), -np.inf)
+    found[:, known] = cells + bias[:, None, None]
+    return found
 
 
 def _shrunk(path: str, limit: int) -> NDArray[np.uint8]:
@@ -151,21 +200,23 @@ def _shrunk(path: str, limit: int) -> NDArray[np.uint8]:
     return prepare(pixels, Preprocessing(resize=(height, width), crop=(height, width), interpolation="lanczos"))
 
 
-def _occlusion(model: Model, lanes: Sequence[Lane], pixels: NDArray[np.uint8], code: int) -> NDArray[np.float64]:
-    """Return by how much covering each part of an image and those around it lowers the log odds of a label: float64 of shape (PATCHES, PATCHES).
+def _occlusion(
+    model: Model, lanes: Sequence[Lane], pixels: NDArray[np.uint8], places: Sequence[int]
+) -> NDArray[np.float64]:
+    """Return by how much covering each part of an image and those around it lowers the log odds of k labels: float64 of shape (k, PATCHES, PATCHES).
 
     pixels : uint8 of shape (height, width, 3). Source: Zeiler and Fergus 2014.
     """
     items = (
         Item(number, "", None, tuple(range(len(lanes))), pixels=each) for number, each in enumerate(_covered(pixels))
     )
-    odds: list[float] = []
+    odds: list[NDArray[np.float64]] = []
     for _, parts in embed(lanes, items, Path("/"), pixels.size):
         _, probabilities = model.bundle.said(*model.vectors([part for part in parts if part is not None]))
         assert probabilities is not None  # else nobody asks
-        odds += logit(np.clip(probabilities[:, code], SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)).tolist()
-    whole, *covered = odds
-    return whole - np.array(covered).reshape(PATCHES, PATCHES)
+        odds.append(logit(np.clip(probabilities[:, places], SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)))
+    whole, covered = np.split(np.concatenate(odds), [1])
+    return (whole - covered).T.reshape(-1, PATCHES, PATCHES)
 
 
 def _covered(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
@@ -207,7 +258,10 @@ def _neighbours(
     taught = np.isin(stored.index.splits, ("train", "validation"))
     for label in {each.label for each in found}:
         rows = [row for row, each in enumerate(found) if each.label == label]
-        own, paths = stored.index.labels == label, [found[row].path for row in rows]
+        own = stored.index.labels == label
+        if not bundle.target.exclusive:
+            own = bundle.target.encode(stored.index)[:, bundle.target.classes.index(label)]
+        paths = [found[row].path for row in rows]
         sides = [
             stored.part(taught & side).neighbours(paths, np.stack([vectors[row] for row in rows]), NEIGHBOURS)
             for side in (own, ~own)

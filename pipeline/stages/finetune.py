@@ -22,7 +22,6 @@ from pipeline.finetuning.batches import Data, Labelled
 from pipeline.finetuning.checkpoint import Run, copy_weights
 from pipeline.finetuning.handover import Layer, open_network, put_head, starting_layer
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of, read_pixels
-from pipeline.finetuning.objective import objective_for
 from pipeline.finetuning.plan import check_plan, describe_plan, stages_of
 from pipeline.finetuning.result import describe, judge, lines, return_path, write_weights
 from pipeline.finetuning.trainer import Task, predict_logits, steps_asked, train
@@ -71,7 +70,6 @@ def run(config: Config) -> FinetuneRun:
     store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
     parent = lineage_of(choice.record)
     parts = divide(config, files, store, parent)
-    objective = objective_for(parts.target.kind)
     key = _key(config, choice, store, parts)
     folder = files.finetuned / f"{choice.record.name}-{key[:8]}"
     weights = folder / f"finetuned-{key[:8]}.safetensors"
@@ -102,7 +100,7 @@ def run(config: Config) -> FinetuneRun:
     )
     write_weights(weights, path.weights, description, lineage)
     pixels = read_pixels(config, parts.test, network.preprocessing, folder / "test.npy")
-    said = objective.decide(predict_logits(task.network, pixels, data.mean, data.std, task.device))
+    said = predict_logits(task.network, pixels, data.mean, data.std, task.device).argmax(1).numpy()
     minutes = trained.seconds / 60
     result = {
         "key": key,
@@ -117,7 +115,7 @@ def run(config: Config) -> FinetuneRun:
         "alpha": path.alpha,
         "curve": [[alpha, *score] for alpha, score in zip(path.alphas, path.scores, strict=True)],
         "validation": {"start": path.scores[0][0], "end": path.scores[-1][0], "chosen": max(path.scores)[0]},
-        **judge(files, choice, parts, said, objective.metric, minutes, config.seed),
+        **judge(files, choice, parts, said, minutes, config.seed),
     }
     write_document(folder / "result.json", FINETUNING, result)
     for scratch in ("train.npy", "validation.npy", "test.npy"):
@@ -201,7 +199,4 @@ def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, fol
         for name, part in (("train", parts.train), ("validation", parts.validation))
     )
     data = Data(learned, chosen_on, parts.target.width, prepared.mean, prepared.std)
-    objective = objective_for(parts.target.kind)
-    return Task(
-        network.module, stages, plan, settings, steps, precision, config.seed, device, objective=objective
-    ), data
+    return Task(network.module, stages, plan, settings, steps, precision, config.seed, device), data

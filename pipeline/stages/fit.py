@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import report
 from pipeline.config import Config, Overrides
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
+from pipeline.evaluation.leaderboard.table import Leaderboard, overview_text, read_leaderboard
 from pipeline.experiment import Artifacts, from_cell
 from pipeline.io.remote import Engine
 from pipeline.stages import settings, targets, train_heads
@@ -119,12 +119,16 @@ def heads(config: Config, engine: Engine | None = None) -> Generator[str, None, 
     The name of a single target is ''.
     """
     found = {}
-    for name, alone in (targets.experiments(config) or {"": config}).items():
+    for name, alone in targets.experiments(config).items():
         found[name] = result = train_heads.run(alone, engine)
         yield from [*targets.heading(name), *result.summary_lines()]
         yield f"report       {report.refresh(result.files.root)}"
     if "" not in found:
-        yield from targets.overview(config)
+        files = Artifacts(config.output, config.store)
+        boards = {name: result.leaderboard for name, result in found.items()}
+        yield from ["== all targets ==", overview_text(boards), ""]
+        yield f"to predict   manyheads predict {quote(str(files.root))} IMAGES --output labels.csv"
+        yield f"report       {report.refresh(files.root)}"
     return found
 
 

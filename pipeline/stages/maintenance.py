@@ -6,6 +6,7 @@ The store knows contents, the index knows images; here the two are joined, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -152,7 +153,7 @@ def status(config: Config) -> list[str]:
     sections = [record.asked for record in here.records]
     lines += [
         f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
-        for section in config.backbones
+        for section in config.sections
         if section not in sections
     ]
     asked = [record.instead_of for record in here.records if record.instead_of is not None]
@@ -254,24 +255,19 @@ def verify_pack(path: Path, *, full: bool = False) -> Check:
 def verify_files(config: Config) -> tuple[bool, list[str]]:
     """Check the digest of every file beside the stores; return whether nothing is wrong, and the outcome in plain lines."""
     files = Artifacts(config.output, config.store)
-    problems, count = [], 0
-    for check in (check for each in _with_targets(files) for check in _file_checks(each)):
-        count += 1
+    experiments = [files]
+    with suppress(PipelineError):  # which the check of that file tells
+        experiments += [Artifacts(folder, files.stores) for folder in files.each_target().values()]
+    checks = [check for each in experiments for check in _file_checks(each)]
+    problems = []
+    for check in checks:
         try:
             check()
         except PipelineError as error:
             problems += str(error).splitlines()
     found = "ok" if not problems else "DAMAGED"
-    lines = [f"other files: {found}; {count:,} documents, journals and files of weights"]
+    lines = [f"other files: {found}; {len(checks):,} documents, journals and files of weights"]
     return not problems, lines + [f"  {problem}" for problem in problems]
-
-
-def _with_targets(files: Artifacts) -> list[Artifacts]:
-    """The experiment and, of several targets, that of each."""
-    try:
-        return [files, *(Artifacts(folder, files.stores) for folder in files.each_target().values())]
-    except PipelineError:  # which a check of the file tells
-        return [files]
 
 
 def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
@@ -279,12 +275,15 @@ def _file_checks(files: Artifacts) -> Iterator[Callable[[], object]]:
     yield lambda: read_records(files.features)
     yield lambda: require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     yield lambda: read_failures(files.dataset)
-    for folder, pattern, check in (
-        *((files.stores, *row) for row in _SHARED_FILES),
-        *((files.root, *row) for row in _FILES),
-    ):
-        for path in sorted(folder.glob(pattern)):
-            yield partial(check, path)
+    yield from (partial(_check_store, path) for path in files.stores.glob(HASH_STORE))
+    yield from (partial(read_document, path, USER) for path in sorted(files.stores.glob("experiments/*.json")))
+    for pattern, check in _FILES.items():
+        for path in sorted(files.root.glob(pattern)):
+            if not isinstance(check, Kind):
+                yield partial(check, path)
+                continue
+            older = tuple(range(check.version))  # what is made anew where it is of an earlier version is not damaged
+            yield partial(read_lines if path.suffix == ".jsonl" else read_document, path, replace(check, older=older))
 
 
 def _check_store(path: Path) -> None:
@@ -295,16 +294,16 @@ def _check_store(path: Path) -> None:
         )
 
 
-def _whole(path: Path, kind: Kind) -> None:
-    """Read a document that is made anew where it is of an earlier version, which is no damage."""
-    read_document(path, replace(kind, older=tuple(range(kind.version))))
+def _parsed(check: Callable[[bytes], object], remedy: str) -> Callable[[Path], None]:
+    """Return what checks a file by what parses its bytes."""
 
+    def checked(path: Path) -> None:
+        try:
+            check(read_file(path))
+        except ValueError as error:
+            raise PipelineError(f"{path}: is damaged: {error}; {remedy}") from None
 
-def _checked(path: Path, check: Callable[[bytes], object], remedy: str) -> None:
-    try:
-        check(read_file(path))
-    except ValueError as error:
-        raise PipelineError(f"{path}: is damaged: {error}; {remedy}") from None
+    return checked
 
 
 def _check_weights(path: Path) -> None:
@@ -313,40 +312,42 @@ def _check_weights(path: Path) -> None:
     read_weights(path)
 
 
-_SHARED_FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
-    (HASH_STORE, _check_store),
-    ("experiments/*.json", lambda path: read_document(path, USER)),
-)
-_FILES: tuple[tuple[str, Callable[[Path], object]], ...] = (
-    (f"dataset/{CACHE_FILE}", lambda path: _checked(path, parse_arrays, "delete it, and every image is read again")),
-    (f"dataset/{HASH_STORE}", _check_store),
-    ("specs.json", lambda path: _whole(path, SPECS)),
-    ("targets.json", lambda path: _whole(path, TARGETS)),
-    ("layers.json", lambda path: _whole(path, LAYERS)),
-    ("budget.json", lambda path: _whole(path, BUDGET)),
-    ("leaderboard.json", lambda path: read_leaderboard(path.parent)),
-    ("audit.json", read_findings),
-    ("report.json", lambda path: _whole(path, REPORT)),
-    ("fewshot.json", lambda path: _whole(path, FEWSHOT)),
-    ("advice.json", lambda path: _whole(path, ADVICE)),
-    ("refit/**/refit.json", lambda path: _whole(path, REFIT)),
-    ("refit/targets.json", lambda path: _whole(path, TARGETS)),
-    ("refit/**/bundle.json", lambda path: bundles.describe(path.parent)),
-    ("refit/**/head.*", lambda path: bundle_file(path.parent, path.name)),
-    ("refit/**/*.npz", lambda path: bundle_file(path.parent, path.name)),
-    ("refit/**/*.jsonl", lambda path: read_lines(path, TRIALS)),
-    ("heads/*/*/bundle.json", lambda path: bundles.describe(path.parent)),
-    ("heads/*/*/head.*", lambda path: bundle_file(path.parent, path.name)),
-    ("heads/*/*/*.npz", lambda path: bundle_file(path.parent, path.name)),
-    ("heads/*/*/members/*/bundle.json", lambda path: bundles.describe(path.parent)),
-    ("heads/*/*/members/*/head.*", lambda path: bundle_file(path.parent, path.name)),
-    ("trials/**/*.jsonl", lambda path: read_lines(path, TRIALS)),
-    ("finetuned/*/result.json", lambda path: _whole(path, FINETUNING)),
-    ("finetuned/*/checkpoint.pt", lambda path: _checked(path, without_digest, "delete it to train from the start")),
-    ("finetuned/*/log.jsonl", lambda path: read_lines(path, FINETUNING)),
-    ("finetuned/*/*.safetensors", _check_weights),
-)
-"""Files below a folder, and what reads each."""
+def _check_bundle(path: Path) -> None:
+    bundles.describe(path.parent)
+
+
+def _check_bundled(path: Path) -> None:
+    bundle_file(path.parent, path.name)
+
+
+_FILES: dict[str, Kind | Callable[[Path], object]] = {
+    f"dataset/{CACHE_FILE}": _parsed(parse_arrays, "delete it, and every image is read again"),
+    f"dataset/{HASH_STORE}": _check_store,
+    "specs.json": SPECS,
+    "targets.json": TARGETS,
+    "layers.json": LAYERS,
+    "budget.json": BUDGET,
+    "leaderboard.json": lambda path: read_leaderboard(path.parent),
+    "audit.json": read_findings,
+    "report.json": REPORT,
+    "fewshot.json": FEWSHOT,
+    "advice.json": ADVICE,
+    "refit/**/refit.json": REFIT,
+    "refit/targets.json": TARGETS,
+    "refit/**/bundle.json": _check_bundle,
+    "refit/**/head.*": _check_bundled,
+    "refit/**/*.npz": _check_bundled,
+    "refit/**/*.jsonl": TRIALS,
+    "heads/*/*/**/bundle.json": _check_bundle,
+    "heads/*/*/**/head.*": _check_bundled,
+    "heads/*/*/*.npz": _check_bundled,
+    "trials/**/*.jsonl": TRIALS,
+    "finetuned/*/result.json": FINETUNING,
+    "finetuned/*/checkpoint.pt": _parsed(without_digest, "delete it to train from the start"),
+    "finetuned/*/log.jsonl": FINETUNING,
+    "finetuned/*/*.safetensors": _check_weights,
+}
+"""Files below the output folder, and what reads each: the kind of a document, or a function."""
 
 
 def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check]:
@@ -368,7 +369,7 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
     stored = FeatureStore.open(here.path(record), record.fingerprint)
     rows = np.flatnonzero(~stored.missing(here.index.digests))
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
-    trusted = record.section in here.config.backbones
+    trusted = record.section in here.config.sections
     embedder, output = open_record(record, here.config.extraction.device, trust_code=trusted)
     items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
     deviating = []
@@ -409,10 +410,7 @@ def repair(config: Config) -> list[str]:
 def gc(config: Config) -> list[str]:
     """Remove the vectors that belong to no image of any experiment any more.
 
-    Raises
-    ------
-    StoreError
-        When an experiment that uses the stores cannot be read; then nothing was removed.
+    StoreError, and nothing is removed, when an experiment that uses the stores cannot be read.
     """
     here = Experiment.open(config)
     require_index(here.files.features, here.index.fingerprint())

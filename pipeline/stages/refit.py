@@ -194,7 +194,7 @@ def run(config: Config, row: str | None = None) -> RefitRun:
     """
     folder, each = Artifacts(config.output).refit, targets.experiments(config)
     make_folder(folder)
-    if each:
+    if "" not in each:
         write_document(Artifacts(folder).targets, TARGETS, {"targets": list(each)})
         return RefitRun(folder, {name: _refit(one, Artifacts(folder).target(name), row) for name, one in each.items()})
     return RefitRun(folder, {"": _refit(config, folder, row)})

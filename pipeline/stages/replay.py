@@ -55,7 +55,7 @@ class Replay:
 
 def run(config: Config) -> list[Replay]:
     """Make the leaderboard of a config's output folder again, of several targets each, and compare; nothing in the folder changes."""
-    return [_replay(alone) for alone in (targets.experiments(config) or {"": config}).values()]
+    return [_replay(alone) for alone in targets.experiments(config).values()]
 
 
 def _replay(config: Config) -> Replay:

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import BackboneConfig, Config, dump_yaml, names_code
-from pipeline.data import DatasetIndex, failed_digests
+from pipeline.data import DatasetIndex
 from pipeline.data.scan import scan
 from pipeline.data.targets import Classification
 from pipeline.embed import baselines
@@ -38,7 +38,6 @@ from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, KNN, RIDGE, configure
 from pipeline.heads.tuning import Folds, make_folds
-from pipeline.images import policy_key
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report.charts import shortlist_chart
 from pipeline.report.drawing import to_paper_svg
@@ -127,19 +126,14 @@ class Shortlist:
 
     def summary_lines(self) -> Iterator[str]:
         """The table, and what follows from it."""
-        yield (
-            f"{len(self.entries)} embeddings on {self.images:,} of {self.of:,} training images; test images are "
-            "not looked at"
-        )
+        yield f"{len(self.entries)} embeddings on {self.images:,} of {self.of:,} training images; test images are not looked at"
         yield from ("", self._table(), "")
         best, tied = self.entries[0], [entry for entry in self.last if entry.tied]
         if len(tied) > 1:
             yield f"~ these cannot be told apart from {best.spec.name} on {self.images:,} images."
         for entry in self.entries:
             if entry.dropped:
-                yield (
-                    f"dropped after {len(entry.out_of_fold):,} images, shown to be worse than the best: {entry.spec.name}"
-                )
+                yield f"dropped after {len(entry.out_of_fold):,} images, shown to be worse than the best: {entry.spec.name}"
         yield from self.left_out
         yield from _by_size(self.entries)
         found = self.chosen
@@ -181,18 +175,22 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     alive, left_out = _candidates(config, candidates)
     files = Artifacts(config.output, config.store)
     scanned = scan(config.dataset, config.seed, files.dataset)
-    policy = policy_key(config.dataset.max_pixels)
-    contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
+    contents = Contents.of(scanned.index, files, config)
     enter(files)
-    places, labels = _training(scanned.index, contents)
+    learned = np.isin(scanned.index.splits[contents.rows], ("train", "validation"))
+    places = np.flatnonzero(learned & ~contents.failed)
+    part = scanned.index.rows(contents.rows[places])
+    target = Classification.of(part)
+    if problem := target.problem(target.encode(part)):
+        raise DatasetError(problem)
     if len(places) < LEAST_IMAGES:
         raise DatasetError(f"a shortlist needs {LEAST_IMAGES} training images at least, and there are {len(places)}")
-    order = places[stratified_order(labels.astype(str), config.seed)[:images]]
+    order = places[stratified_order(part.labels.astype(str), config.seed)[:images]]
     sizes = sorted({len(order) // part for part in RUNGS if len(order) // part >= LEAST} | {len(order)})
     entries: dict[str, Entry] = {}
     for size in sizes:
         taken = np.sort(order[:size])
-        some = Contents(contents.digests[taken], contents.rows[taken], contents.failed[taken])
+        some = contents.part(taken)
         judged = list[Entry]()
         for one in alive:
             try:
@@ -205,9 +203,6 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
         alive = [one for one in alive if any(each.candidate == one and not each.dropped for each in entries.values())]
     ordered = sorted(entries.values(), key=lambda entry: (entry.dropped, -entry.accuracy, entry.seconds))
     return _written(config, files, _with_unique_names(ordered), len(order), len(places), left_out)
-
-
-# ---- what is compared
 
 
 def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], list[str]]:
@@ -251,28 +246,11 @@ def _named(word: str, table: Sequence[Row]) -> list[BackboneConfig] | str:
     return here
 
 
-# ---- the sample
-
-
-def _training(index: DatasetIndex, contents: Contents) -> tuple[NDArray[np.int64], NDArray[np.object_]]:
-    """The places in `contents` of the training images that are known to decode, and their labels."""
-    splits = index.splits[contents.rows]
-    places = np.flatnonzero(np.isin(splits, ["train", "validation"]) & ~contents.failed)
-    part = index.rows(contents.rows[places])
-    problem = Classification.of(part).problem(Classification.of(part).encode(part))
-    if problem is not None:
-        raise DatasetError(problem)
-    return places, part.labels
-
-
-# ---- judging
-
-
 def _judged(
     candidate: Candidate, config: Config, index: DatasetIndex, contents: Contents, some: Contents
 ) -> Iterator[Entry]:
     """Embed a part of the sample by one candidate, and judge its embeddings."""
-    for target, store in embed_some(config, candidate, index, contents, some):
+    for target, store in embed_some(config, candidate, contents, some):
         there = ~store.missing(some.digests)
         part = index.rows(some.rows[there])
         X, y, groups = store.read(some.digests[there]), Classification.of(part).encode(part), part.fold_groups()
@@ -360,9 +338,6 @@ def _compared(found: dict[str, Entry], seed: int, final: bool) -> dict[str, Entr
     }
 
 
-# ---- what follows
-
-
 def _written(
     config: Config, files: Artifacts, entries: Sequence[Entry], images: int, of: int, left_out: Sequence[str]
 ) -> Shortlist:
@@ -370,10 +345,8 @@ def _written(
     networks = [entry for entry in entries if entry.section is not None and not entry.dropped]
     if not networks:
         raise BackboneError("no network is left to write a config of; name some with --candidates")
-    kept = [entry.section for entry in networks if entry.tied] or [networks[0].section]
-    survivors = config.model_copy(
-        update={"backbones": tuple(each for place, each in enumerate(kept) if each not in kept[:place])}
-    )
+    kept = {str(each.section): each.section for each in networks if each.tied} or {"": networks[0].section}
+    survivors = config.model_copy(update={"backbones": tuple(kept.values())})
     make_folder(files.root)
     made = files.root / "shortlist.yaml", files.root / "shortlist.svg"
     header = f"# The networks that cannot be told apart from the best on {images:,} of {of:,} training images: manyheads shortlist\n"
@@ -384,9 +357,6 @@ def _written(
     ]
     write_atomic(made[1], to_paper_svg(shortlist_chart(dots)))
     return Shortlist(tuple(entries), images, of, tuple(left_out), *made)
-
-
-# ---- what is told
 
 
 def chosen(entries: Sequence[Entry]) -> Entry:

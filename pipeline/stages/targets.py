@@ -7,10 +7,8 @@ others and takes such a folder, or the config in it, as any other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from shlex import quote
 from typing import Any
 
-from pipeline import report
 from pipeline.config import Config, dump_yaml
 from pipeline.data.failures import read_failures, write_failures
 from pipeline.data.index import DatasetIndex, WrittenIndex
@@ -18,23 +16,22 @@ from pipeline.data.targets import Classification, kind_of
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.errors import ConfigError
 from pipeline.evaluation import METRICS
-from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.evaluation.leaderboard.table import overview_text
 from pipeline.experiment import TARGETS, Artifacts, write_document
 from pipeline.heads.choosing import serving
 from pipeline.io.files import remove, write_text_atomic
 
 
 def experiments(config: Config) -> dict[str, Config]:
-    """Return the config of each target's experiment by its name; nothing where the data set has one target.
+    """Return the config of each target's experiment by its name; where the data set has one target, the config itself by ''.
 
     Of the heads and the score each has those that serve its kind; where none does, all heads, and the usual score.
     """
     data, found = config.dataset, {}
-    seconds = config.tuning.budget_seconds
+    if len(data.kinds) < 2:
+        return {"": config}
+    files, seconds = Artifacts(config.output, config.store), config.tuning.budget_seconds
     budget = None if seconds is None else f"{max(1, round(seconds / len(data.kinds)))}s"
-    for name, kind in zip(data.label_columns, data.kinds, strict=False) if len(data.kinds) > 1 else ():
-        files = Artifacts(config.output, config.store)
+    for name, kind in zip(data.label_columns, data.kinds, strict=True):
         section: dict[str, Any] = {"label_columns": (name,), "target": kind}
         if kind != "multilabel":
             section["label_separator"] = None
@@ -53,12 +50,9 @@ def experiments(config: Config) -> dict[str, Config]:
 
 
 def of_classes(config: Config, what: str) -> dict[str, Config]:
-    """Return the experiments whose labels are classes, by the name of the target; '' for the one of a single target.
-
-    ConfigError when there is none; `what` says what needs classes.
-    """
-    found = experiments(config) or {"": config}
-    found = {name: alone for name, alone in found.items() if kind_of(alone.dataset.kinds[0]) == Classification.kind}
+    """Return the experiments whose labels are classes; ConfigError where there is none: `what` says what needs classes."""
+    each = experiments(config).items()
+    found = {name: alone for name, alone in each if kind_of(alone.dataset.kinds[0]) == Classification.kind}
     if not found:
         raise ConfigError(f"{what} of classes, and dataset.target is {config.dataset.target}")
     return found
@@ -72,7 +66,7 @@ def heading(name: str) -> list[str]:
 def write_experiments(config: Config, index: DatasetIndex, records: Sequence[EmbeddingRecord]) -> None:
     """Write what stage one writes once more for each of several targets, with the images that have a label of it."""
     files, found = Artifacts(config.output, config.store), experiments(config)
-    if not found:
+    if "" in found:
         remove(files.targets)
         return
     plan = WrittenIndex.read(files.dataset).plan
@@ -85,16 +79,3 @@ def write_experiments(config: Config, index: DatasetIndex, records: Sequence[Emb
         write_records(own.features, records, alone, part.fingerprint())
         write_text_atomic(own.config, dump_yaml(alone, own.root))
     write_document(files.targets, TARGETS, {"targets": list(found)})
-
-
-def overview(config: Config) -> list[str]:
-    """Return the table over all targets, and where the page with it is."""
-    files = Artifacts(config.output, config.store)
-    boards = {name: read_leaderboard(folder) for name, folder in files.each_target().items()}
-    return [
-        "== all targets ==",
-        overview_text(boards),
-        "",
-        f"to predict   manyheads predict {quote(str(files.root))} IMAGES --output labels.csv",
-        f"report       {report.refresh(files.root)}",
-    ]

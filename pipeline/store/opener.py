@@ -85,10 +85,13 @@ class StoreFile:
                 bad.append(block)
         return bad
 
-    def require_whole(self) -> None:
-        """Check every block; StoreError when one is damaged."""
-        if bad := self.bad_blocks():
-            raise StoreError(f"{self.path}: {len(bad)} block(s) are damaged")
+    def require_whole(self, blocks: NDArray[np.intp] | None = None) -> None:
+        """Check some blocks, int64 of shape (k,), or all; StoreError when one is damaged."""
+        if bad := self.bad_blocks(blocks):
+            raise StoreError(
+                f"{self.path}: {len(bad)} block(s) of {BLOCK_BYTES >> 10} KiB are damaged (the first at block {bad[0]}); "
+                "nothing of them was used; run 'manyheads store repair' to embed just these images again"
+            )
 
     def check_items(self, items: NDArray[Any], width: int = 1) -> None:
         """Check the blocks that hold some items, of `width` numbers each, before they are used; StoreError for damage.
@@ -104,11 +107,7 @@ class StoreFile:
         touched = np.zeros(len(self._checked), np.bool_)
         for step in range(int((last - first).max(initial=0)) + 1):
             touched[np.minimum(first + step, last)] = True
-        if bad := self.bad_blocks(np.flatnonzero(touched)):
-            raise StoreError(
-                f"{self.path}: {len(bad)} block(s) of {BLOCK_BYTES >> 10} KiB are damaged (the first at block {bad[0]}); "
-                "nothing of them was used; run 'manyheads store repair' to embed just these images again"
-            )
+        self.require_whole(np.flatnonzero(touched))
 
 
 def open_file(

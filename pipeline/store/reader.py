@@ -12,10 +12,11 @@ import json
 import logging
 import mmap
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,14 +44,9 @@ ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class Table:
-    """Content digests in order, and the place of each, searched without reading all of them.
-
-    `lines`, shape (4, n), uint64, perhaps memory-mapped: first and second half of the digests, segment, row. `check` is
-    called with a line (0 to 3) and the positions in it before these are trusted.
-    """
+    """Content digests in order, and the place of each: `lines`, uint64 of shape (4, n), are both halves of the digests, segment, row."""
 
     lines: NDArray[np.uint64]
-    check: Callable[[int, NDArray[Any]], None] = lambda line, positions: None
 
     @staticmethod
     def of(contents: Sequence[Digests]) -> Table:
@@ -65,73 +61,43 @@ class Table:
             order = np.lexsort((content[:, 1], content[:, 0]))
         return Table(np.stack([line[order].astype("<u8") for line in (*content.T, segment, row)]))
 
-    def __len__(self) -> int:
-        return len(self.lines[0])
+    def problem(self, sizes: Sequence[int]) -> str | None:
+        """Say what is wrong with a table of segments of so many rows, which a stranger may have made; None where nothing is."""
+        first, second, segment, row = self.lines
+        if not ((first[:-1] < first[1:]) | ((first[:-1] == first[1:]) & (second[:-1] < second[1:]))).all():
+            return "its table is not sorted, or names a content twice"
+        most = np.array([*sizes, 0], np.uint64)
+        return (
+            "its table names rows that do not exist" if (row >= most[np.minimum(segment, len(sizes))]).any() else None
+        )
 
     def find(self, digests: Digests) -> NDArray[np.int64]:
-        """Return the position of each of k digests, uint64 of shape (k, 2), int64 of shape (k,), -1 for none.
-
-        StoreError when the table is damaged where they are looked for, or not in order.
-        """
+        """Return the position of each of k digests, uint64 of shape (k, 2), int64 of shape (k,), -1 for none."""
         wanted = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
+        if not self.lines.size:
+            return np.full(len(wanted), -1, np.int64)
         # In the order of the table, neighbours share pages: many times faster in a large one.
         order = np.argsort(wanted[:, 0], kind="stable")
-        positions = np.full(len(wanted), -1, np.int64)
-        if len(self) and len(wanted):
-            positions[order] = self._find_in_order(wanted[order])
+        (first, second), (left, right) = self.lines[:2], wanted[order].T
+        at = np.minimum(np.searchsorted(first, left), len(first) - 1)
+        # Two contents hardly ever share their first half, but all of a stranger's may.
+        if (several := (first[at] == left) & (second[at] != right)).any():
+            pairs, asked = (
+                np.ascontiguousarray(each.T).view("u8,u8").ravel()
+                for each in (self.lines[:2], wanted[order[several]].T)
+            )
+            at[several] = np.minimum(np.searchsorted(pairs, asked), len(first) - 1)
+        positions = np.empty(len(wanted), np.int64)
+        positions[order] = np.where((first[at] == left) & (second[at] == right), at, -1)
         return positions
-
-    def _find_in_order(self, wanted: Digests) -> NDArray[np.int64]:
-        (first, second), size = self.lines[:2], len(self)
-        low = self._search(wanted[:, 0], "left")
-        at = np.minimum(low, size - 1)
-        following = np.minimum(low + 1, size - 1)
-        self.check(0, following)
-        # Two contents hardly ever share their first half, but a stranger's table may be all one number.
-        several = (low + 1 < size) & (first[at] == wanted[:, 0]) & (first[following] == wanted[:, 0])
-        if several.any():
-            start, stop, half = low[several], self._search(wanted[several, 0], "right"), wanted[several, 1]
-            while (unsure := start < stop).any():
-                middle = np.minimum((start + stop) // 2, size - 1)
-                self.check(1, middle[unsure])
-                above = second[middle] < half
-                start = np.where(unsure & above, middle + 1, start)
-                stop = np.where(unsure & ~above, middle, stop)
-            at[several] = np.minimum(start, size - 1)
-        self.check(0, at)
-        self.check(1, at)
-        return np.where((first[at] == wanted[:, 0]) & (second[at] == wanted[:, 1]), at, -1)
-
-    def _search(self, wanted: NDArray[np.uint64], side: Literal["left", "right"]) -> NDArray[np.intp]:
-        """Like `numpy.searchsorted` of uint64 of shape (k,) in the first halves; it reads what nobody has checked, so its end is."""
-        first, size = self.lines[0], len(self)
-        found = np.searchsorted(first, wanted, side)
-        before, at = np.maximum(found - 1, 0), np.minimum(found, size - 1)
-        self.check(0, before)
-        self.check(0, at)
-        below = np.less if side == "left" else np.less_equal
-        if not (((found == 0) | below(first[before], wanted)) & ((found == size) | ~below(first[at], wanted))).all():
-            self.check(0, np.arange(size))  # damage is told as such
-            raise StoreError("not a valid feature store file: its table is not sorted")
-        return found
 
     def place(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return segment number and row of k positions; all three int64 of shape (k,)."""
-        self.check(2, positions)
-        self.check(3, positions)
         return self.lines[2][positions].astype(np.int64), self.lines[3][positions].astype(np.int64)
-
-    def all(self) -> tuple[Digests, NDArray[np.int64], NDArray[np.int64]]:
-        """Return every digest, uint64 of shape (n, 2), with its segment number and row, int64 of shape (n,)."""
-        everything = np.arange(len(self))
-        self.check(0, everything)
-        self.check(1, everything)
-        return self.lines[:2].T.copy(), *self.place(everything)
 
     def in_file_order(self) -> Digests:
         """Return every digest, uint64 of shape (n, 2), in the order of segments and rows."""
-        content, segment, row = self.all()
-        return content[np.lexsort((row, segment))]
+        return self.lines[:2].T[np.lexsort((self.lines[3], self.lines[2]))]
 
 
 @dataclass(frozen=True)
@@ -182,7 +148,6 @@ class FeatureStore:
     """The snapshot, or the packed file."""
     identity: dict[str, Any]
     segments: tuple[SegmentEntry, ...]
-    table: Table = field(repr=False)
     _files: dict[int, StoreFile] = field(default_factory=dict, repr=False)
     """Segment number -> its file; opened and checked when first read."""
     _mapped: dict[int, mmap.mmap] = field(default_factory=dict, repr=False)
@@ -215,6 +180,17 @@ class FeatureStore:
                 f"{path}: its features were made differently than asked for; run 'manyheads features' again", problems
             )
         return store
+
+    @cached_property
+    def table(self) -> Table:
+        """Where each content is, checked as a whole when it is first asked for; StoreError for damage."""
+        if self.file.kind == "pack":
+            return Table.of([self.file.arrays["content"]])
+        self.file.require_whole()
+        table = Table(self.file.bulk)
+        if problem := table.problem([entry.rows for entry in self.segments]):
+            raise StoreError(f"{self.file.path}: not a valid feature store file: {problem}")
+        return table
 
     @property
     def store_type(self) -> StoreType:
@@ -254,7 +230,7 @@ class FeatureStore:
     @property
     def rows(self) -> int:
         """Number of contents that have a feature vector."""
-        return len(self.table)
+        return self.file.number("rows")
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
         """Say for each of n digests, uint64 of shape (n, 2), whether the store has no vector for it: bool of shape (n,)."""
@@ -309,10 +285,6 @@ class FeatureStore:
 
     def _segment(self, number: int, rows: NDArray[np.int64], digests: Digests) -> StoreFile:
         """Return a segment in which these k rows, int64, are those digests, uint64 of shape (k, 2), and whole."""
-        if number >= len(self.segments):
-            raise StoreError(
-                f"{self.path}: not a valid feature store: it names segment {number} of {len(self.segments)}"
-            )
         if number not in self._files:
             self._files[number] = self.segments[number].open(self.path, self.store_type, self._mapped.get(number))
         file = self._files[number]
@@ -334,9 +306,8 @@ def _one_run(rows: NDArray[np.int64]) -> bool:
 
 def _open_pack(path: Path) -> FeatureStore:
     file = open_file(path, "pack")
-    content = file.arrays["content"]
-    entry = SegmentEntry(file.digest, len(content), file.size)
-    return FeatureStore(path, file, _identity(file), (entry,), Table.of([content]), {0: file})
+    entry = SegmentEntry(file.digest, file.number("rows"), file.size)
+    return FeatureStore(path, file, _identity(file), (entry,), {0: file})
 
 
 def _open_folder(path: Path) -> FeatureStore:
@@ -353,7 +324,7 @@ def _open_folder(path: Path) -> FeatureStore:
 
 
 def open_snapshot(path: Path) -> FeatureStore:
-    """Open one snapshot and check everything about it but its table, which is checked block by block as it is used."""
+    """Open one snapshot and check everything about it but its table, which is checked when it is first used."""
     file = open_file(path, "snapshot")
     if path.name != snapshot_path(path.parent, file.number("generation")).name:
         raise StoreError(f"{path}: is of generation {file.number('generation')}; it was renamed")
@@ -361,9 +332,7 @@ def open_snapshot(path: Path) -> FeatureStore:
     if len(set(names)) != len(names):
         raise StoreError(f"{path}: not a valid feature store file: a segment is named twice")
     sizes = zip(names, file.arrays["segment_rows"].tolist(), file.arrays["segment_bytes"].tolist(), strict=True)
-    count = file.number("rows")
-    table = Table(file.bulk, lambda line, positions: file.check_items(positions + line * count))
-    return FeatureStore(path.parent, file, _identity(file), tuple(SegmentEntry(*each) for each in sizes), table)
+    return FeatureStore(path.parent, file, _identity(file), tuple(SegmentEntry(*each) for each in sizes))
 
 
 def _identity(file: StoreFile) -> dict[str, Any]:

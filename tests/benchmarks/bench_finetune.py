@@ -1,6 +1,6 @@
 """What fine-tuning brings on photos of clothes, and how fast its steps are beside a plain PyTorch script.
 
-    python tests/benchmarks/bench_finetune.py CLOTHING [--work FOLDER] [--seeds 0 1 2] [--steps 200] [--only METHOD ...]
+    python tests/benchmarks/bench_finetune.py CLOTHING [--work FOLDER] [--seeds 0 1 2] [--steps 125] [--only METHOD ...]
     python tests/benchmarks/bench_finetune.py CLOTHING --pilot
     python tests/benchmarks/bench_finetune.py CLOTHING --speed
 
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -129,49 +131,57 @@ def table(found: Mapping[str, list[dict[str, Any]]], start: list[list[int]]) -> 
 
 # ---- speed, beside a script as it is usually written
 
+SIZE, BATCH = 224, 32
+WAYS = ("plain", "plain, channels last", "ours", "ours, 160 pixels", "ours, last stage")
 
-def speed(size: int = 224, batch: int = 32, rounds: int = 6) -> Iterator[str]:
-    """Yield images per second of our steps and of a plain loop's, the fastest of rounds taken in turn, and what takes our time."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-    part = Labelled(pixels, rng.integers(0, 10, batch))
-    data = Data(part, part, 10, (0.5,) * 3, (0.25,) * 3)
-    ways: dict[str, Callable[[int], object]] = {
-        "plain PyTorch": plain(pixels, part.y, channels_last=False),
-        "plain PyTorch, channels last": plain(pixels, part.y, channels_last=True),
-    }
-    network = load_network(NETWORK, 0).module
-    stages = stages_of(network, (size, size))
-    for name, scope in (("ours", "all"), ("ours, last stage", "last_stage")):
-        given = FinetuneConfig(batch_size=batch, augment="none")
-        task = Task(network, stages, check_plan([(0.0, scope)], stages), given, rounds, "fp32", 0, CPU)
-        optimizer, scaler = make_optimizer(task), torch.amp.GradScaler("cpu", enabled=False)
 
-        def ours(step: int, task: Task = task, optimizer: Any = optimizer, scaler: Any = scaler) -> object:
-            return train_step(task, data, optimizer, scaler, step)
-
-        ways[name] = ours
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for kept in (
-        False,
-        True,
-    ):  # the plain loop has run without what ours asks of the allocator, which is the whole process's
-        if kept:
-            prepare(task, data)
-        for step in range(rounds):
-            for name, way in ways.items():
-                if name.startswith("ours") == kept:
-                    clock, used = time.perf_counter(), processor_seconds()
-                    way(step)
-                    taken[name].append((time.perf_counter() - clock, processor_seconds() - used))
-    yield "| step of 32 images | images/s | seconds of the wall | of processors |"
+def speed(clothing: Path, rounds: int) -> Iterator[str]:
+    """Yield images per second of our steps and of a plain loop's, each in processes of its own, which take turns; and what takes our time."""
+    taken: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    profile = ""
+    for _ in range(rounds):
+        for way in WAYS:
+            command = [sys.executable, __file__, str(clothing), "--way", way]
+            told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            taken[way] += told["times"]
+            profile = told["profile"] or profile
+    yield "| a step of 32 images | images/s | seconds | of processors |"
     yield "|---|--:|--:|--:|"
-    for name, times in taken.items():
-        wall, used = (min(one) for one in zip(*times[1:], strict=True))
-        yield f"| {name} | {batch / wall:.1f} | {wall:.2f} | {used:.2f} |"
+    for way, times in taken.items():
+        wall, used = (min(one) for one in zip(*times, strict=True))
+        yield f"| {way} | {BATCH / wall:.1f} | {wall:.2f} | {used:.2f} |"
+    yield f"\n```text\n{profile}\n```"
+
+
+def timed(way: str, steps: int = 4) -> dict[str, Any]:
+    """Return the seconds of the wall and of all processors that steps after the first took, and a profile of one of ours."""
+    rng = np.random.default_rng(0)
+    part = Labelled(rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 10, BATCH))
+    step = ours(part, way) if way.startswith("ours") else plain(part.pixels, part.y, way.endswith("channels last"))
+    times = []
+    for number in range(steps):
+        clock, used = time.perf_counter(), processor_seconds()
+        step(number)
+        times.append([time.perf_counter() - clock, processor_seconds() - used])
+    if way != "ours":
+        return {"times": times[1:], "profile": ""}
     with torch.profiler.profile() as profile:
-        ways["ours"](0)
-    yield f"\n```text\n{profile.key_averages().table(sort_by='self_cpu_time_total', row_limit=8, max_name_column_width=40)}\n```"
+        step(steps)
+    table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=8, max_name_column_width=40)
+    return {"times": times[1:], "profile": table}
+
+
+def ours(part: Labelled, way: str) -> Callable[[int], object]:
+    """Return a step of the trainer."""
+    network = load_network(NETWORK, 0).module
+    stages = stages_of(network, (SIZE, SIZE))
+    scope = "last_stage" if way.endswith("last stage") else "all"
+    given = FinetuneConfig(batch_size=BATCH, augment="none", size=160 if "160" in way else None)
+    task = Task(network, stages, check_plan([(0.0, scope)], stages), given, 100, "fp32", 0, CPU)
+    data = Data(part, part, 10, (0.5,) * 3, (0.25,) * 3)
+    prepare(task, data)
+    optimizer, scaler = make_optimizer(task), torch.amp.GradScaler("cpu", enabled=False)
+    return lambda number: train_step(task, data, optimizer, scaler, number)
 
 
 def plain(pixels: Any, y: Any, channels_last: bool) -> Callable[[int], object]:
@@ -201,13 +211,17 @@ def main() -> None:
     parser.add_argument("clothing", type=Path)
     parser.add_argument("--work", type=Path, default=Path("build/finetune"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=125)
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--pilot", action="store_true")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.speed:
-        print("\n".join(speed()))
+    if asked.way:
+        print(json.dumps(timed(asked.way)))
+    elif asked.speed:
+        print("\n".join(speed(asked.clothing, asked.rounds)))
     elif asked.pilot:
         for name in asked.only:
             for given in TRIED[name]:

@@ -67,7 +67,7 @@ def experiment(task: str, arguments: argparse.Namespace) -> dict[str, Path]:
     (folder / f"{task}.yaml").write_text(f"output: {task}\n{more}{vote}{COMMON}", encoding="utf-8")
     config = settings.load(folder / f"{task}.yaml", arguments.set)
     extract.run(config)
-    each = targets.experiments(config) or {"": config}
+    each = targets.experiments(config)
     for alone in each.values():
         train_heads.run(alone)
     return {name: Path(alone.output) for name, alone in each.items()}

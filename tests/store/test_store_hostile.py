@@ -201,7 +201,7 @@ for turn in range(count):
     try:
         if b'pack' in data[:6000]:
             store = FeatureStore.open(path)
-            store.read(store.table.all()[0][:5])
+            store.read(store.table.in_file_order()[:5])
             read_packed_index(path)
             verify(path, full=True)
         else:
@@ -209,7 +209,7 @@ for turn in range(count):
             target = folder / 'snapshot-00000002.h5'
             path.rename(target)
             snapshot = open_snapshot(target)
-            snapshot.table.find(snapshot.table.all()[0])
+            snapshot.table.find(snapshot.table.in_file_order())
         opened += 1
     except StoreError:
         pass

@@ -27,14 +27,19 @@ IMAGES = "images"
 MOST_BYTES = 2**31 - 1
 """What a file of this kind can hold, for the format that it is in."""
 
+FROM_PREPARED, FROM_RAW = 1e-5, 5e-3
+"""How far a probability may be from that of `predict`; of numbers in their standard deviations in training. Only arithmetic is in
+the first; in the second also a grey level here and there, and bf16."""
+BATCH = 16
+
+Found = Mapping[str, NDArray[Any]]
+"""Outputs by name, n rows each."""
+
 
 def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
     """Return the content of the file, the same for the same model and photos, and lines on what it is and was proven to be.
 
-    Raises
-    ------
-    PipelineError
-        When a part of it cannot be written as ONNX, or does not say what `predict` says of the photos.
+    PipelineError when a part of it cannot be written as ONNX, or does not say what `predict` says of the photos.
     """
     g = Graph()
     ways = dict.fromkeys(embedder.preprocessing for embedder in model.exact.embedders)
@@ -54,8 +59,15 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
             f"it is {whole.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; export a head of a smaller network"
         )
     proof = prove(model, photos, whole.SerializeToString(), inner.SerializeToString(), entries)
-    onnx.helper.set_model_props(whole, metadata(model, proof))
-    return whole.SerializeToString(deterministic=True), _lines(outputs, proof)
+    onnx.helper.set_model_props(whole, _metadata(model, proof))
+    shapes = f"{number_of(proof.images, 'image')} and {number_of(proof.odd_sizes, 'odd size')}"
+    undecided = f"; {number_of(proof.undecided, 'image')} between two labels got the other one" * bool(proof.undecided)
+    return whole.SerializeToString(deterministic=True), [
+        f"input   {IMAGES}, uint8 of shape (n, height, width, 3)",
+        f"output  {', '.join(outputs)}",
+        f"proven  by onnxruntime {onnxruntime.__version__} on {shapes}: at most {proof.from_prepared:.1g} from `predict` on prepared "
+        f"pixels, {proof.from_raw:.1g} on images themselves{undecided}",
+    ]
 
 
 def _vectors(g: Graph, embedder: Embedder, pixels: str) -> list[str]:
@@ -69,7 +81,7 @@ def _vectors(g: Graph, embedder: Embedder, pixels: str) -> list[str]:
     raise BundleError(f"{spec.name} has no form in ONNX here; export a head of a network")
 
 
-def metadata(model: Model, proof: Proof) -> dict[str, str]:
+def _metadata(model: Model, proof: Proof) -> dict[str, str]:
     """Return the file's metadata: texts, each JSON but for those of one word, that say what it is, of what, and what was proven."""
     targets = {
         name: {
@@ -97,24 +109,7 @@ def metadata(model: Model, proof: Proof) -> dict[str, str]:
     }
 
 
-def _lines(outputs: Iterable[str], proof: Proof) -> list[str]:
-    shapes = f"{number_of(proof.images, 'image')} and {number_of(proof.odd_sizes, 'odd size')}"
-    undecided = f"; {number_of(proof.undecided, 'image')} between two labels got the other one" * bool(proof.undecided)
-    return [
-        f"input   {IMAGES}, uint8 of shape (n, height, width, 3)",
-        f"output  {', '.join(outputs)}",
-        f"proven  by onnxruntime {onnxruntime.__version__} on {shapes}: at most {proof.from_prepared:.1g} from `predict` on prepared "
-        f"pixels, {proof.from_raw:.1g} on images themselves{undecided}",
-    ]
-
-
-FROM_PREPARED, FROM_RAW = 1e-5, 5e-3
-"""How far a probability may be from that of `predict`; of numbers in their standard deviations in training. Only arithmetic is in
-the first; in the second also a grey level here and there, and bf16."""
-BATCH = 16
-
-Found = Mapping[str, NDArray[Any]]
-"""Outputs by name, n rows each."""
+# ---- the proof: what onnxruntime says of images with the file, beside what `predict` says of them
 
 
 @dataclass
@@ -134,12 +129,9 @@ class Proof:
 def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, entries: Mapping[Any, str]) -> Proof:
     """Compare both ways into the file with `predict`, and return what was found.
 
-    raw, prepared : the file, and the same from prepared pixels on; entries : preprocessing -> the name of an input of the latter
+    BundleError with the image whose answer is too far from that of `predict`, and the difference.
 
-    Raises
-    ------
-    BundleError
-        With the image whose answer is too far from that of `predict`, and the difference.
+    raw, prepared : the file, and the same from prepared pixels on; entries : preprocessing -> the name of an input of the latter
     """
     proof, from_raw, from_prepared = Proof(), _runner(raw), _runner(prepared)
     rest = iter(photos)
@@ -148,8 +140,9 @@ def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, en
         together: Prepared = {way: np.stack([photo.prepared[way] for photo in batch]) for way in ways}
         expected = model.said(model.networks, together)
         exact = expected if model.exact is model.networks else model.said(model.exact, together)
-        given = {name: together[way].transpose(0, 3, 1, 2).astype(np.float32) for way, name in entries.items()}
-        told = from_prepared(given)
+        told = from_prepared(
+            {name: together[way].transpose(0, 3, 1, 2).astype(np.float32) for way, name in entries.items()}
+        )
         try:
             far, _ = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
         except BundleError:  # where torch itself rounds that far off, float64 says which is nearer to the truth
@@ -157,7 +150,7 @@ def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, en
             far, _ = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
             proof.in_float64 += len(batch)
         proof.from_prepared = max(proof.from_prepared, far)
-        each = [from_raw({"images": photo.pixels[None]}) for photo in batch]
+        each = [from_raw({IMAGES: photo.pixels[None]}) for photo in batch]
         found = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
         far, undecided = _compare(model, batch, expected, found, FROM_RAW, "the image itself")
         proof.from_raw, proof.undecided = max(proof.from_raw, far), proof.undecided + undecided

@@ -2,10 +2,8 @@
 
     stores.py      the folder of stores that experiments share
     targets.py     what a config asks to embed, and what each store is missing
-    work.py        batches through the networks (`pipeline.embed.loader`) and into the stores, or into parts
-    shard.py       one of many shards, whose parts are merged later
-    cluster.py     workers on Ray, whose parts are merged at the end
-    vectors.py     vectors of the user's own into the stores
+    work.py        batches through the networks (`pipeline.embed.loader`) and into the stores, or into parts; vectors of the user's own
+    spread.py      one of many shards, or workers on Ray, whose parts are merged later
 
 The images are read and decoded once for all networks. A run with nothing to do imports no torch.
 """
@@ -16,22 +14,20 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pipeline.config import NO_LABELS, BackboneConfig, Config, dump_yaml
-from pipeline.data import DatasetIndex, check_failures, failed_digests
+from pipeline.data import check_failures
 from pipeline.data.index import WrittenIndex
 from pipeline.data.scan import ScanResult, scan
 from pipeline.embed.published import about_stand_in
 from pipeline.embed.records import EmbeddingRecord, default_name, find_parts, read_records, write_records
 from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
-from pipeline.images import policy_key
 from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.io.remote import Engine
-from pipeline.stages.extract.cluster import Pool, embed_on, pays
-from pipeline.stages.extract.shard import Shard, ShardRun
-from pipeline.stages.extract.shard import run as run_shard
+from pipeline.stages.extract.spread import Pool, Shard, ShardRun, embed_on, pays, run_shard
 from pipeline.stages.extract.stores import enter, take_over, take_parts
 from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,
@@ -42,8 +38,15 @@ from pipeline.stages.extract.targets import (
     require_permitted,
     resolve,
 )
-from pipeline.stages.extract.vectors import fill
-from pipeline.stages.extract.work import SUMMED_OVER_THREADS, Images, Work, embed, hash_store, noted_in, stop_requested
+from pipeline.stages.extract.work import (
+    SUMMED_OVER_THREADS,
+    Work,
+    embed,
+    fill,
+    hash_store,
+    noted_in,
+    stop_requested,
+)
 from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
 from pipeline.store.writer import StoreWriter
@@ -132,10 +135,7 @@ def asked(
 ) -> FeaturesRun | ShardRun:
     """Do what `features` does: a run on this machine, by the workers of an engine, or of one shard.
 
-    Raises
-    ------
-    PipelineError
-        For options that mean nothing together, and as the runs do.
+    PipelineError for options that mean nothing together, and as the runs raise it.
     """
     chosen = Engine.of(engine, address, workers)
     if shard is None:
@@ -159,20 +159,14 @@ def run(
 
     With an `engine` its workers embed, and write parts in `place`, a folder or an address that all of them see.
 
-    Raises
-    ------
-    PipelineError
-        For unusable data, a network or weights that are not to be had, a store that cannot be written, too many failed
-        images. What was embedded before stays.
-    KeyboardInterrupt
-        After a signal to stop, with every finished row committed.
+    PipelineError for unusable data, a network or weights that are not to be had, a store that cannot be written, too many failed
+    images; KeyboardInterrupt after a signal to stop. What was embedded before stays.
     """
     began = time.perf_counter()
     require_permitted(config)
     files = Artifacts(config.output, config.store)
     scanned = scan(config.dataset, config.seed, files.dataset, rehash=rehash, write=not plan)
-    policy = policy_key(config.dataset.max_pixels)
-    contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
+    contents = Contents.of(scanned.index, files, config)
     _check_failures(scanned, contents, config, files)
     if not plan:
         enter(files)
@@ -187,14 +181,16 @@ def run(
     if not plan:
         targets = fill(targets, contents, scanned.index, config, files)
     pending = [target for target in targets if target.pending.any()]
-    known = _records_before(files)
+    known: Sequence[EmbeddingRecord] = ()
+    with suppress(PipelineError):
+        known = read_records(files.features)
     rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image is not None}
     work = pool = None
     if pending and not plan:
-        work, pool = _embed(pending, contents, scanned.index, config, files, engine, place)
+        work, pool = _embed(pending, contents, config, files, engine, place)
         work.seconds["start-up"] += resolving
         rates |= _rates(work)
-        contents = Contents.of(scanned.index, failed_digests(files.dataset, policy))
+        contents = Contents.of(scanned.index, files, config)
     records = known if plan else _write(config, files, scanned, targets, rates)
     if work is not None:
         _check_failures(scanned, contents, config, files)
@@ -214,7 +210,6 @@ def run(
 def _embed(
     pending: Sequence[Target],
     contents: Contents,
-    index: DatasetIndex,
     config: Config,
     files: Artifacts,
     engine: Engine | None = None,
@@ -224,13 +219,13 @@ def _embed(
 
     From the first store that is opened until the last is closed a signal only sets a flag.
     """
-    images, noted = Images.of(contents, index, ~contents.failed), noted_in(files, config)
+    images, noted = contents.part(~contents.failed), noted_in(files, config)
+    pending = [replace(target, pending=target.pending[~contents.failed]) for target in pending]
     if engine is None:
         with stop_requested() as stopped:
             return embed(pending, images, config, hash_store(files), StoreWriter.open, noted, stopped), None
-    lighter = [replace(target, pending=target.pending[~contents.failed]) for target in pending]
     try:
-        work, pool = embed_on(lighter, images, config, place or os.path.abspath(files.parts), engine)
+        work, pool = embed_on(pending, images, config, place or os.path.abspath(files.parts), engine)
     finally:
         take_parts(place or files.parts, files.stores, remove=place is None)
     noted(work.failures)
@@ -238,12 +233,9 @@ def _embed(
 
 
 def without_labels(config: Config) -> FeaturesRun:
-    """Like `run`, for images that have no labels yet, or whose labels do not matter; those an experiment is to keep are not lost.
+    """Like `run`, for images that have no labels yet, or whose labels do not matter.
 
-    Raises
-    ------
-    PipelineError
-        As `run` does, and where the output folder has an experiment with labels.
+    PipelineError where the output folder has an experiment with labels, which would be lost.
     """
     files = Artifacts(config.output, config.store)
     before = WrittenIndex.read(files.dataset).index
@@ -256,7 +248,7 @@ def without_labels(config: Config) -> FeaturesRun:
 
 
 def embed_some(
-    config: Config, by: BackboneConfig | str, index: DatasetIndex, contents: Contents, some: Contents
+    config: Config, by: BackboneConfig | str, contents: Contents, some: Contents
 ) -> list[tuple[Target, FeatureStore]]:
     """Embed a part of a data set by one section of a config, or a baseline, where the stores do not have it yet.
 
@@ -270,7 +262,7 @@ def embed_some(
     targets = find_targets(sources, some, files)
     pending = [target for target in targets if target.pending.any()]
     if pending:
-        _embed(pending, some, index, asked, files)
+        _embed(pending, some, asked, files)
     return [(target, FeatureStore.open(target.path, target.spec.fingerprint())) for target in targets]
 
 
@@ -283,13 +275,6 @@ def _names(sources: Sequence[Source]) -> dict[str, Source]:
     """What `concat` may name: as `concat.by_name` has it, before there is a record."""
     asked = {default_name(each): source for source in sources if (each := source.instead_of)}
     return asked | {spec.name: source for source in sources for spec in source.specs}
-
-
-def _records_before(files: Artifacts) -> Sequence[EmbeddingRecord]:
-    try:
-        return read_records(files.features)
-    except PipelineError:
-        return ()
 
 
 def _about_stand_ins(targets: Sequence[Target], before: Sequence[EmbeddingRecord]) -> Iterator[str]:

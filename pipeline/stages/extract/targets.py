@@ -8,16 +8,18 @@ that there is nothing to do. So `engine: auto` is decided once, by the images th
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import BackboneConfig, Config, names_code, names_vectors
-from pipeline.data import DatasetIndex
+from pipeline.data import DatasetIndex, failed_digests
 from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed import baselines, published
 from pipeline.embed.published import stand_in
@@ -25,6 +27,7 @@ from pipeline.embed.records import load, open_store, place, read_specs, spec_key
 from pipeline.embed.spec import Embedder, EmbeddingSpec
 from pipeline.errors import StoreError, first
 from pipeline.experiment import Artifacts
+from pipeline.images import policy_key
 from pipeline.io.digests import Digests, digest_keys
 from pipeline.stages.extract.stores import others
 from pipeline.store import FeatureStore, differences
@@ -56,10 +59,7 @@ class Source:
 def require_permitted(config: Config) -> None:
     """See that the weights of every section have a licence that the config allows, which loads and fetches none of them.
 
-    Raises
-    ------
-    BackboneError
-        With one line for each that has not.
+    BackboneError with one line for each that has not.
     """
     published.require_permitted(config.licenses, ((section.title, _license(section)) for section in config.backbones))
 
@@ -77,12 +77,8 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
 
     `digests` are the distinct images of the data set, uint64 of shape (n, 2). An engine is chosen for their number, unless another
     experiment has embedded most of them with one. Where the weights of a section are not installed, and never were when this
-    experiment was embedded, the section that stands in for it is embedded.
-
-    Raises
-    ------
-    BackboneError
-        When a network that has to be loaded for it is not to be had.
+    experiment was embedded, the section that stands in for it is embedded. BackboneError when a network that has to be loaded for it
+    is not to be had.
     """
     known = read_specs(files.specs)
     found = dict(known)
@@ -129,39 +125,40 @@ def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[Embe
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
     """Tell apart embeddings whose readable names agree though their vectors do not, by the start of the fingerprint."""
-    prints: dict[str, set[str]] = {}
-    for source in sources:
-        for spec in source.specs:
-            prints.setdefault(spec.name, set()).add(spec.fingerprint())
-    return [
-        replace(
-            source,
-            specs=tuple(
-                replace(spec, name=f"{spec.name}-{spec.fingerprint()[:6]}") if len(prints[spec.name]) > 1 else spec
-                for spec in source.specs
-            ),
-        )
-        for source in sources
-    ]
+    distinct = {spec.fingerprint(): spec.name for source in sources for spec in source.specs}
+    several = {name for name, count in Counter(distinct.values()).items() if count > 1}
+
+    def named(spec: EmbeddingSpec) -> EmbeddingSpec:
+        return replace(spec, name=f"{spec.name}-{spec.fingerprint()[:6]}") if spec.name in several else spec
+
+    return [replace(source, specs=tuple(map(named, source.specs))) for source in sources]
 
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """The n distinct images of a data set in the order of the index."""
+    """n distinct images of a data set, in the order of the index."""
 
     digests: Digests
     rows: NDArray[np.int64]
     """The first row of the index with each content, shape (n,)."""
+    paths: NDArray[np.object_]
+    """Where each is under `root`, shape (n,)."""
     failed: NDArray[np.bool_]
     """Known not to decode, shape (n,)."""
+    root: Path
 
     @staticmethod
-    def of(index: DatasetIndex, failed: Digests) -> Contents:
-        """Take the distinct contents of an index; `failed` are digests, uint64 of shape (k, 2), of those that do not decode."""
-        _, first = np.unique(index.digests, axis=0, return_index=True)
-        rows = np.sort(first).astype(np.int64)
+    def of(index: DatasetIndex, files: Artifacts, config: Config) -> Contents:
+        """Take the distinct contents of an experiment's index."""
+        rows = np.sort(np.unique(index.digests, axis=0, return_index=True)[1]).astype(np.int64)
         digests = index.digests[rows]
-        return Contents(digests, rows, np.isin(digest_keys(digests), digest_keys(failed)))
+        failed = failed_digests(files.dataset, policy_key(config.dataset.max_pixels))
+        is_failed = np.isin(digest_keys(digests), digest_keys(failed))
+        return Contents(digests, rows, index.paths[rows], is_failed, index.root)
+
+    def part(self, chosen: NDArray[Any]) -> Contents:
+        """Return some of them, by a mask, bool of shape (n,), or by their places, int64 of shape (k,)."""
+        return Contents(self.digests[chosen], self.rows[chosen], self.paths[chosen], self.failed[chosen], self.root)
 
 
 @dataclass(frozen=True, eq=False)

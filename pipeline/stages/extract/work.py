@@ -9,7 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -17,26 +17,30 @@ from types import FrameType
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config import Config, names_vectors
 from pipeline.data import DatasetIndex, Failure, record_failures
+from pipeline.data.index import texts
+from pipeline.data.sources import list_source
 from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
 from pipeline.embed.spec import Embedder
-from pipeline.errors import first, number_of
+from pipeline.errors import StoreError, first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
-from pipeline.io.digests import Digests, digests_to_hex
+from pipeline.io.digests import digests_to_hex
 from pipeline.io.files import STOPS
 from pipeline.io.process import bar, keep_freed_memory
+from pipeline.io.remote import absolute
 from pipeline.stages.extract.targets import Contents, Target
 from pipeline.store import lock
-from pipeline.store.share import PartWriter
+from pipeline.store.share import PartWriter, read_vectors
 from pipeline.store.writer import StoreWriter, storable
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 3
+MOST_LACKING = 5
 SUMMED_OVER_THREADS = ("read", "decode")
 
 
@@ -91,24 +95,6 @@ class Work:
             self.seconds[name] += other.seconds[name]
 
 
-@dataclass(frozen=True, eq=False)
-class Images:
-    """n distinct images to embed: digests, uint64 of shape (n, 2), and where each is, text of shape (n,), under `root`."""
-
-    digests: Digests
-    paths: NDArray[np.object_]
-    root: Path
-
-    @staticmethod
-    def of(contents: Contents, index: DatasetIndex, chosen: NDArray[np.bool_]) -> Images:
-        """Take those of the n contents that are chosen, bool of shape (n,)."""
-        return Images(contents.digests[chosen], index.paths[contents.rows[chosen]], index.root)
-
-    def part(self, places: NDArray[np.int64]) -> Images:
-        """Return some of them, int64 of shape (k,)."""
-        return Images(self.digests[places], self.paths[places], self.root)
-
-
 @dataclass(frozen=True)
 class Output:
     """One embedding on its way into its store."""
@@ -119,13 +105,9 @@ class Output:
     """Images that it has no vectors of, shape (n,)."""
 
 
-Outputs = Sequence[Sequence[Output]]
-"""Per source those of its outputs that are kept."""
-
-
 def embed(
     targets: Sequence[Target],
-    images: Images,
+    images: Contents,
     config: Config,
     hashes: Path,
     opened: Callable[..., AbstractContextManager[StoreWriter | PartWriter]],
@@ -135,18 +117,12 @@ def embed(
     """Embed what some targets miss of n images: digests and paths in, immutable files of vectors out.
 
     This is what a run does, a shard, and each worker of an engine; they differ in what writes the vectors, and who is told.
+    Whatever it raises, all finished rows are committed before.
 
     opened : `StoreWriter.open`, or a `PartWriter`; what is not `pending` is left to the first to find out
     hashes : the store of perceptual hashes
-    noted : told the images that cannot be used, whatever happens
-    stopped : raises when the work is to end, after the batch in hand
-
-    Raises
-    ------
-    KeyboardInterrupt
-        What `stopped` raises; its argument is the signal's number.
-    StoreError, BackboneError, DatasetError
-        With all finished rows committed as well.
+    noted : told the images that cannot be used
+    stopped : raises KeyboardInterrupt with the signal's number when the work is to end, after the batch in hand
     """
     began = time.perf_counter()
     keep_freed_memory()
@@ -172,7 +148,15 @@ def embed(
         work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
+        # Of an image the hash first, as one that has its vectors is not decoded again.
         everything = [hashed, *(output.writer for own in outputs for output in own)]
+
+        def commit() -> None:
+            began = time.perf_counter()
+            for writer in everything:
+                writer.commit()
+            work.seconds["write"] += time.perf_counter() - began
+
         try:
             stopped()
             with bar(count, "images", "embedding") as progress:
@@ -181,12 +165,12 @@ def embed(
                     batch.store_hashes(hashed, images.digests)
                     _store(batch, parts, outputs, images, work)
                     if any(writer.due for writer in everything):
-                        _commit(everything, work)
+                        commit()
                     progress.update(len(batch.items))
                     stopped()
         finally:
             # Also after an error or a signal: what was embedded is not to be embedded again.
-            _commit(everything, work)
+            commit()
             noted(work.failures)
         write_began = time.perf_counter()
         stack.close()  # compacts
@@ -201,86 +185,62 @@ def noted_in(files: Artifacts, config: Config) -> Callable[[Sequence[Failure]], 
     return partial(record_failures, files.dataset, policy=policy_key(config.dataset.max_pixels))
 
 
-def _commit(writers: Sequence[StoreWriter | PartWriter], work: Work) -> None:
-    """Keep what was made so far; of an image the hash first, as one that has its vectors is not decoded again."""
-    began = time.perf_counter()
-    for writer in writers:
-        writer.commit()
-    work.seconds["write"] += time.perf_counter() - began
-
-
 def hash_store(files: Artifacts) -> Path:
     """Where to write perceptual hashes: where another experiment writes them now, beside the index, until the next run."""
     shared = files.stores / HASH_STORE
     return files.dataset / HASH_STORE if lock.holder(shared) else shared
 
 
-def _items(outputs: Outputs, images: Images) -> tuple[int, Iterator[Item]]:
+def _items(outputs: Sequence[Sequence[Output]], images: Contents) -> tuple[int, Iterator[Item]]:
     """The images to read, each once, with the sources that want it: their number, and one at a time."""
-    # Of shape (sources, images).
-    wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])
-    needed = np.flatnonzero(wanting.any(axis=0))
+    wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])  # (sources, images)
+    needed = np.flatnonzero(wanting.any(axis=0)).tolist()
     return len(needed), (
         Item(
-            content,
-            str(images.paths[content]),
-            images.digests[content].tobytes(),
-            tuple(np.flatnonzero(wanting[:, content]).tolist()),
+            each,
+            str(images.paths[each]),
+            images.digests[each].tobytes(),
+            tuple(np.flatnonzero(wanting[:, each]).tolist()),
         )
-        for content in map(int, needed)
+        for each in needed
     )
 
 
-def _store(batch: Batch, parts: Sequence[Part | None], outputs: Outputs, images: Images, work: Work) -> None:
-    """Store what the networks made of one batch, and note what could not be read."""
+def _store(
+    batch: Batch, parts: Sequence[Part | None], outputs: Sequence[Sequence[Output]], images: Contents, work: Work
+) -> None:
+    """Store what the networks made of one batch, and note what could not be read; a vector that is not finite fails its image."""
+
+    def failed(item: Item, status: str, reason: str) -> None:
+        digest = digests_to_hex(images.digests[item.content : item.content + 1])[0]
+        work.failures.append(Failure(item.path, digest, status, reason))
+
     items = batch.items
     work.seconds["read"] += batch.read_seconds
     work.seconds["decode"] += batch.decode_seconds
     for row, problem in sorted(batch.problems.items()):
-        item = items[row]
         if problem.status == "unavailable":
-            work.unavailable.append(f"{item.path}: {problem.reason}")
+            work.unavailable.append(f"{items[row].path}: {problem.reason}")
         else:
-            work.failures.append(_failure(item.path, images.digests[item.content], problem.status, problem.reason))
+            failed(items[row], problem.status, problem.reason)
     work.images += len(items) - len(batch.problems)
     began = time.perf_counter()
     for part, own in zip(parts, outputs, strict=True):
         if part is None:
             continue
         work.seconds["network"] += part.seconds
-        numbers = np.array([items[row].content for row in part.rows])
-        paths = [items[row].path for row in part.rows]
+        made = [items[row] for row in part.rows]
+        numbers = np.array([item.content for item in made])
         for output in own:
-            name = output.target.spec.name
+            name, vectors = output.target.spec.name, part.vectors[output.target.output]
             work.network_seconds[name] += part.seconds
-            work.network_images[name] += len(numbers)
-            _append(output, numbers, part.vectors[output.target.output], paths, images, work)
+            work.network_images[name] += len(made)
+            wanted, finite = output.missing[numbers], storable(vectors, output.writer.store_type)
+            for place in np.flatnonzero(wanted & ~finite).tolist():
+                failed(made[place], "not_finite", f"{name} gives it a vector that is not finite")
+            keep = wanted & finite
+            work.vectors[name] += output.writer.append(images.digests[numbers[keep]], vectors[keep])
     work.seconds["write"] += time.perf_counter() - began
-
-
-def _append(
-    output: Output,
-    numbers: NDArray[np.int64],
-    vectors: NDArray[np.float32],
-    paths: Sequence[str],
-    images: Images,
-    work: Work,
-) -> None:
-    """Store those of n vectors, float32 of shape (n, dim), that an output misses; one that is not finite is a failure of its image.
-
-    `numbers`, int64 of shape (n,), say which contents they are of.
-    """
-    wanted = output.missing[numbers]
-    finite = storable(vectors, output.writer.store_type)
-    for place in np.flatnonzero(wanted & ~finite).tolist():
-        reason = f"{output.target.spec.name} gives it a vector that is not finite"
-        work.failures.append(_failure(paths[place], images.digests[numbers[place]], "not_finite", reason))
-    keep = wanted & finite
-    work.vectors[output.target.spec.name] += output.writer.append(images.digests[numbers[keep]], vectors[keep])
-
-
-def _failure(path: str, digest: Digests, status: str, reason: str) -> Failure:
-    return Failure(path, digests_to_hex(digest.reshape(1, 2))[0], status, reason)
 
 
 @contextmanager
@@ -307,3 +267,53 @@ def stop_requested() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# ---- vectors of the user's own, by the paths of the images or in the order of the manifest
+
+
+def fill(
+    targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, files: Artifacts
+) -> list[Target]:
+    """Write the vectors of the user's own files that their stores are missing; return the targets as they are then.
+
+    StoreError when a file has no vector for some images, or a `.npy` has not as many as there are images.
+    """
+    return [
+        _filled(target, Path(target.source.section.name), contents, index, config, files)
+        if target.source.section is not None and names_vectors(target.source.section.name) and target.pending.any()
+        else target
+        for target in targets
+    ]
+
+
+def _filled(
+    target: Target, path: Path, contents: Contents, index: DatasetIndex, config: Config, files: Artifacts
+) -> Target:
+    paths, X = read_vectors(path)
+    if paths is None:
+        listing = list_source(config.dataset, files.dataset)
+        in_order = listing.paths if config.dataset.source == "manifest" else sorted(listing.paths)
+        if len(in_order) != len(X):
+            raise StoreError(
+                f"{path}: has {len(X):,} vectors, and the data set names {number_of(len(in_order), 'image')} that are there; a .npy "
+                "file needs one for each, in the order of the manifest or else of the paths; a .parquet file may name them in a column `path`"
+            )
+        paths = texts(in_order)
+    root = f"{absolute(index.root)}/"
+    rows = {str(name).removeprefix(root).removeprefix("./"): row for row, name in enumerate(paths.tolist())}
+    places = np.array([rows.get(name, -1) for name in index.paths.tolist()])
+    lacking = index.paths[places < 0].tolist()
+    if lacking:
+        raise StoreError(f"{path}: has no vector for {number_of(len(lacking), 'image')}", first(lacking, MOST_LACKING))
+    order = np.unique(index.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    of_copies = places[np.unique(order, return_index=True)[1]][order]
+    if differing := int((X[of_copies] != X[places]).any(axis=1).sum()):
+        logger.warning(
+            "%s: %d copies of images have other vectors than the first of them, whose is taken", path, differing
+        )
+    pending = np.flatnonzero(target.pending)
+    with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim) as writer:
+        new = writer.append(contents.digests[pending], X[places[contents.rows[pending]]])
+    logger.info("%s: %s taken from %s", target.spec.name, number_of(new, "vector"), path)
+    return replace(target, pending=np.zeros_like(target.pending), rows=target.rows + new, why="")
