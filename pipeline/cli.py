@@ -90,7 +90,17 @@ def full(given: list[str]) -> list[str]:
     return ["fit", *given]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+class _InOrder(click.Group):
+    """A group whose help lists the commands as `manyheads.py` has them, as one comes to need them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_InOrder,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+)
 @click.version_option(package_name="manyheads")
 def cli() -> None:
     """Embed every image once, then train, tune and honestly compare many heads on the cached features.
@@ -177,7 +187,7 @@ COMMANDS = _commands(manyheads)
 STORE = _commands(manyheads.store)
 """The commands of `manyheads store`, which up to 0.1 stood beside the others: `manyheads status` still works, with a note."""
 
-store = click.Group("store", help=inspect.getdoc(manyheads.store))
+store = _InOrder("store", help=inspect.getdoc(manyheads.store))
 
 
 def _by_its_old_name(command: click.Command) -> click.Command:
@@ -188,10 +198,12 @@ def _by_its_old_name(command: click.Command) -> click.Command:
     return click.Command(command.name, callback=told, params=command.params, help=command.help, hidden=True)
 
 
+for _each in (*COMMANDS, store):
+    cli.add_command(_each)
 for _each in STORE:
     store.add_command(_each)
-for _each in (*map(_by_its_old_name, STORE), *COMMANDS, store):  # `export` is another command now
-    cli.add_command(_each)
+    if _each.name not in cli.commands:  # `export` is another command now
+        cli.add_command(_by_its_old_name(_each))
 
 
 def _write_what_a_stream_can_show() -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from pipeline.data.classes import MultiLabel
-from pipeline.data.numbers import Regression
+from pipeline.data.targets import Regression
 from pipeline.evaluation import METRICS, Predictions, compare, scores
 from pipeline.evaluation.calibration import fit_sigmoids
 from pipeline.evaluation.comparison import exchange_test, holm, paired_interval

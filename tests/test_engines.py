@@ -87,15 +87,12 @@ def test_openvino_gives_torchs_vectors(name: str, section: dict[str, object], pi
     assert differences(theirs.specs[0].identity(), mine.specs[0].identity()) == [
         "engine: the store has 'torch', this run has 'openvino'"
     ]
-
-
-def test_a_vector_does_not_depend_on_the_batch_it_was_in(pixels: np.ndarray) -> None:
-    made = load("openvino", "mobilenet_v3_small")
-    (together,) = made.embed(pixels)
-    alone = np.concatenate([made.embed(image[None])[0] for image in pixels])
-    np.testing.assert_array_equal(alone, together)
-    np.testing.assert_array_equal(made.embed(pixels[::-1])[0], together[::-1])
-    assert np.abs(together[0] - together[1]).max() > 1e-2 * np.abs(together).max()
+    if name == "mobilenet_v3_small":  # and a vector does not depend on the batch it was in
+        (together,) = mine.embed(pixels)
+        alone = np.concatenate([mine.embed(image[None])[0] for image in pixels])
+        np.testing.assert_array_equal(alone, together)
+        np.testing.assert_array_equal(mine.embed(pixels[::-1])[0], together[::-1])
+        assert np.abs(together[0] - together[1]).max() > 1e-2 * np.abs(together).max()
 
 
 def test_bf16_is_rounding_away_from_fp32(pixels: np.ndarray) -> None:
@@ -174,7 +171,9 @@ def test_an_engine_is_chosen_once_and_its_store_is_read_without_it(
     monkeypatch.setattr(engines, "PAYS_FROM", 20)
     all_photos = make_photos(tmp_path / "all", per_class=15)
     config = small_config(tmp_path / "photos", tmp_path / "out")
-    config = config.model_copy(update={"extraction": ExtractionConfig(device="cpu", precision="fp32")})
+    small = (BackboneConfig(name="squeezenet1_1", preprocessing=SMALL),)
+    extraction = ExtractionConfig(device="cpu", precision="fp32")
+    config = config.model_copy(update={"extraction": extraction, "backbones": small})
     files = Artifacts(config.output)
 
     def photos_of(per_class: int) -> None:
@@ -221,7 +220,7 @@ def test_an_engine_is_chosen_once_and_its_store_is_read_without_it(
     other, output = open_record(record, "cpu")
     assert other.specs[output] == replace(record.spec, engine="torch")
     assert caplog.messages[-1] == (
-        "OpenVINO cannot run resnet18 (no such operation); "
+        "OpenVINO cannot run squeezenet1_1 (no such operation); "
         "torch computes the same network, whose vectors agree but for rounding"
     )
 

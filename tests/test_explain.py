@@ -17,7 +17,7 @@ from pipeline import config as configuration
 from pipeline.cli import cli
 from pipeline.config import BackboneConfig, Config, ExtractionConfig
 from pipeline.data.index import DatasetIndex
-from pipeline.data.numbers import Regression
+from pipeline.data.targets import Regression
 from pipeline.embed import backbone
 from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.embed.spec import probe_images

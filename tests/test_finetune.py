@@ -199,7 +199,8 @@ def test_heads_on_components_are_handed_over_too(reduced: Config, head: str) -> 
     found = scores(layer)
     if head == "logistic_regression":
         first = Projections(store.read(parts.train.digests), config.tuning.pca, config.tuning.whiten).whole()
-        refitted = first[0].before(Pipeline([("head", clone(bundle.estimator[-1]))]))
+        steps = [("scaler", first[0].scaler), ("pca", first[0].pca), ("head", clone(bundle.estimator[-1]))]
+        refitted = Pipeline(steps)
         refitted[-1].fit(first[1], parts.target.encode(parts.train))
         np.testing.assert_allclose(softmax(found, axis=1), refitted.predict_proba(X), atol=2e-3)
 

@@ -25,8 +25,8 @@ from pipeline.evaluation.leaderboard import LastFit, Leaderboard, LeaderboardRow
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import make_folds, tune
+from pipeline.heads.tuning.evaluation import Measured, Problem, derived_seed
 from pipeline.heads.tuning.last_fit import Promise, fit_on_all
-from pipeline.heads.tuning.records import Measured, Problem, derived_seed
 from pipeline.report.page import section
 
 ROWS = 200

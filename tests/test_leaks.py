@@ -136,7 +136,7 @@ def test_copies_and_groups_stay_in_one_fold_and_the_score_at_chance(
 def test_inner_folds_of_nested_cross_validation_keep_groups_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.stages.train_heads import repeats
+    from pipeline.stages.train_heads import row
 
     units = np.arange(N) // 3
     index = make_index(tmp_path, units, copies=False)
@@ -149,8 +149,8 @@ def test_inner_folds_of_nested_cross_validation_keep_groups_too(
         asked.append(sum(bool(set(trained[rows[a]]) & set(trained[rows[b]])) for a, b in folds))
         return tune(head, X, y, folds, *rest, **more)
 
-    monkeypatch.setattr(repeats, "tune", watching)
+    monkeypatch.setattr(row, "tune", watching)
     X = np.stack([np.arange(len(trained)), np.zeros(len(trained))], axis=1).astype(np.float32)
     tuning = TuningConfig(trials=1, folds=4, nested=True, jobs=1)
-    repeats.nested(HEADS["nearest_centroid"], X, task, tuning, 0, tmp_path / "main.jsonl")
+    row.nested(HEADS["nearest_centroid"], X, task, tuning, 0, tmp_path / "main.jsonl")
     assert asked == [0, 0, 0, 0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,11 @@ from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, RIDGE, Head, resolve
 from pipeline.heads.fast import linear
 from pipeline.heads.tuning import blocks, features, limited, make_folds, memory_needed, refit, room, tune, works_on_disk
-from pipeline.heads.tuning.records import Problem
+from pipeline.heads.tuning.evaluation import Problem
 from pipeline.io import process
 from pipeline.io.digests import content_digest, pack_digests
 from pipeline.stages import train_heads
-from pipeline.stages.train_heads.embedding import Place
+from pipeline.stages.train_heads.task import objections
 from pipeline.store import FeatureStore, StoredRows
 from pipeline.store.writer import StoreWriter
 
@@ -46,7 +45,7 @@ DISK = [name for name, head in HEADS.items() if works_on_disk(head)]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks in little data; the sizes are not what is tested."""
-    monkeypatch.setattr(features, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(features, "BLOCK_BYTES", 1 << 15)
 
 
 def stored(folder: Path, X: np.ndarray) -> StoredRows:
@@ -81,8 +80,7 @@ def test_stored_rows_look_like_the_matrix(tmp_path: Path, small_blocks: None) ->
     ("name", "shape", "classes", "class_weight"),
     [(name, (300, 40), 3, None) for name in DISK]
     + [(name, (240, 24), 2, None) for name in DISK]
-    + [(name, (90, 120), 3, None) for name in DISK]
-    + [(name, (240, 24), 4, "balanced") for name in ("logistic_regression", "linear_svm")],
+    + [("logistic_regression", (90, 120), 3, None), ("linear_svm", (240, 24), 4, "balanced")],
 )
 def test_a_search_on_disk_finds_what_one_in_memory_finds(
     name: str,
@@ -326,19 +324,15 @@ def test_nothing_that_fits_is_told_in_one_line_per_row(
 
 def test_where_features_are_follows_from_their_size() -> None:
     shape = (1_000_000, 2048)
-    small = Place("net", shape, 10, memory_needed(shape), 60 * 10**9)
-    assert (memory_needed(shape), small.on_disk) == (6 * 4 * 2_048_000_000, False)
-    assert all(small.objection(head) is None for head in HEADS.values())
-    large = replace(small, limit=8 * 10**9)
-    assert "it needs the features in memory" in str(
-        large.objection(resolve(HeadConfig(name="ridge", class_weight="balanced")))
-    )
-    assert large.on_disk
-    assert [name for name, head in HEADS.items() if large.objection(head) is None] == DISK
-    assert DISK == ["ridge", "logistic_regression", "linear_svm"]
+    assert memory_needed(shape) == 6 * 4 * 2_048_000_000
+    tuning = TuningConfig(memory="8GB")
+    weighted = resolve(HeadConfig(name="ridge", class_weight="balanced"))
+    (told,) = objections(weighted, shape, 10, memory_needed(shape), tuning)
+    assert "it needs the features in memory" in told
+    able = [name for name, head in HEADS.items() if not objections(head, shape, 10, memory_needed(shape), tuning)]
+    assert able == DISK == ["ridge", "logistic_regression", "linear_svm"]
     # The products of 100,000 numbers with each other take 40 GB in float32 alone.
-    wide = Place("net", (5_000, 100_000), 10, memory_needed((5_000, 100_000)), 8 * 10**9)
-    assert [name for name, head in HEADS.items() if wide.objection(head) is None] == []
+    assert all(objections(head, (5_000, 100_000), 10, 10**10, tuning) for head in HEADS.values())
 
 
 def test_a_limit_bounds_what_runs_at_once_and_what_is_kept(tmp_path: Path) -> None:

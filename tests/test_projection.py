@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,11 @@ from pipeline.data.classes import Classification
 from pipeline.errors import ConfigError
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, Head, as_layer, configure
-from pipeline.heads.tuning import Projections, make_folds, memory_needed, projection, tune
-from pipeline.heads.tuning.records import derived_seed
+from pipeline.heads.tuning import Projections, make_folds, memory_needed, tune
+from pipeline.heads.tuning.evaluation import derived_seed
+from pipeline.heads.tuning.features import Projection
 from pipeline.stages import train_heads
-from pipeline.stages.train_heads.embedding import Place
+from pipeline.stages.train_heads.task import objections
 
 REDUCED = TuningConfig(trials=1, jobs=1, pca=6)
 
@@ -117,13 +117,13 @@ class Fixed(StandardScaler):
 def test_heads_and_trials_share_one_projection_per_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = network(150, 20, 3)
     made = []
-    fit = projection.Projection.of
+    fit = Projection.of
 
-    def counted(X: Any, rows: Any, *rest: Any) -> projection.Projection:
+    def counted(X: Any, rows: Any, *rest: Any) -> Projection:
         made.append(len(rows))
         return fit(X, rows, *rest)
 
-    monkeypatch.setattr(projection.Projection, "of", staticmethod(counted))
+    monkeypatch.setattr(Projection, "of", staticmethod(counted))
     shared, tuning = Projections(X, 5, False), TuningConfig(trials=4, jobs=2, pca=5)
     for name in ("ridge", "knn"):
         tune(HEADS[name], X, y, make_folds(y, 3, 0), tuning, 0, tmp_path / name, shared)
@@ -139,15 +139,12 @@ def test_no_more_components_than_rows_and_dimensions(tmp_path: Path) -> None:
         assert run.pipeline["pca"].n_components_ == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "pca"), [("knn", 0.8), ("logistic_regression", 6), ("decision_tree", 0.8), ("random_forest", 6)]
-)
+@pytest.mark.parametrize(("name", "pca"), [("knn", 0.8), ("logistic_regression", 6), ("decision_tree", 0.8)])
 def test_every_head_can_work_on_components_of_features_on_disk(name: str, pca: Any, tmp_path: Path) -> None:
     X, y = network(240, 30, 3)
     folds, tuning = make_folds(y, 3, 0), TuningConfig(trials=2, jobs=1, pca=pca, whiten=True)
-    head = replace(HEADS[name], fixed={"n_estimators": 48}) if name == "random_forest" else HEADS[name]
-    here = tune(head, X, y, folds, tuning, 0, tmp_path / "here")
-    disk = tune(head, stored(tmp_path / "store", X), y, folds, tuning, 0, tmp_path / "disk")
+    here = tune(HEADS[name], X, y, folds, tuning, 0, tmp_path / "here")
+    disk = tune(HEADS[name], stored(tmp_path / "store", X), y, folds, tuning, 0, tmp_path / "disk")
     assert disk.best.params == here.best.params
     np.testing.assert_allclose(disk.best.fold_scores, here.best.fold_scores, atol=1.01 / 80)
     ours, theirs = disk.pipeline["pca"], here.pipeline["pca"]
@@ -196,11 +193,10 @@ def test_stage_two_records_the_components(tmp_path: Path) -> None:
 
 def test_components_make_room_for_every_head() -> None:
     shape = (1_000_000, 2048)
-    place = Place("net", shape, 10, memory_needed(shape), 8 * 10**9, pca=128, folds=5)
-    assert place.on_disk
-    assert all(place.objection(head) is None for head in HEADS.values())
-    share = replace(place, pca=0.95)
-    assert str(share.objection(HEADS["knn"])).endswith(
+    needed, tuning = memory_needed(shape), TuningConfig(memory="8GB", pca=128)
+    assert not any(objections(head, shape, 10, needed, tuning, folds=5) for head in HEADS.values())
+    share = tuning.model_copy(update={"pca": 0.95})
+    assert objections(HEADS["knn"], shape, 10, needed, share, folds=5)[0].endswith(
         "even with its features on disk it needs about 90.3 GB, and 8.0 GB are allowed; raise tuning.memory, set tuning.pca "
         "to a smaller number of components, or choose a layer or pooling with fewer numbers"
     )
@@ -228,10 +224,10 @@ def test_whitening_leaves_out_what_the_rows_do_not_differ_in(tmp_path: Path) -> 
     X, _ = network(260, 200, 3)
     few = np.arange(60)
     for source in (X, stored(tmp_path / "store", X)):
-        whitened = projection.Projection.of(source, few, 1000, True)
+        whitened = Projection.of(source, few, 1000, True)
         assert whitened.pca.n_components_ == 59  # the 60 rows differ from their mean in 59 directions
         # Divided by next to nothing, rows that were not fitted would lie half a million units away.
         assert whitened.apply(X, np.arange(60, 260)).std(axis=0).max() < 10
         assert whitened.pca.explained_variance_.shape == whitened.pca.singular_values_.shape == (59,)
-    assert projection.Projection.of(X, few, 1000, False).pca.n_components_ == 60
-    assert projection.Projection.of(X, few, 20, True).pca.n_components_ == 20
+    assert Projection.of(X, few, 1000, False).pca.n_components_ == 60
+    assert Projection.of(X, few, 20, True).pca.n_components_ == 20

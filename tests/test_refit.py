@@ -27,9 +27,9 @@ from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import REFIT, Artifacts, read_document
 from pipeline.export import bundle as bundles
-from pipeline.heads import Head, resolve
-from pipeline.heads.space import Categorical, Integer, Real
-from pipeline.heads.tuning import growing, held_at, make_folds, neighbours
+from pipeline.heads import Head, held_at, resolve
+from pipeline.heads.head import Categorical, Integer, Real
+from pipeline.heads.tuning import growing, make_folds, neighbours
 from pipeline.stages import extract, maintenance, predict, refit, train_heads
 from pipeline.stages.refit import Refitted
 

@@ -24,9 +24,8 @@ from pipeline import config as configuration
 from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex
-from pipeline.data.numbers import Regression
 from pipeline.data.sources import list_source
-from pipeline.data.targets import record_of, target_of
+from pipeline.data.targets import Regression, record_of, target_of
 from pipeline.errors import DatasetError, HeadError, PipelineError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, metrics_for, scores
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
@@ -36,7 +35,7 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_NUMBERS
 from pipeline.heads.tuning import TuningRun, make_folds, tune
-from pipeline.heads.tuning.records import Problem
+from pipeline.heads.tuning.evaluation import Problem
 from pipeline.stages import check, extract, predict, train_heads
 from pipeline.stages.estimators import Regressor
 from pipeline.stages.train_heads.task import make_task

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -17,19 +18,22 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from photos import make_photos
+from sklearn.pipeline import Pipeline
 
 from pipeline import config as configuration
 from pipeline.cli import cli
-from pipeline.config import Config
+from pipeline.config import Config, TuningConfig
 from pipeline.data import DatasetIndex, read_failures
 from pipeline.errors import PipelineError, StoreError
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.heads.tuning.backends import on
+from pipeline.heads import HEADS
+from pipeline.heads.tuning import TuningRun, make_folds, tune
+from pipeline.heads.tuning.room import on
 from pipeline.io.remote import Engine
 from pipeline.stages import extract, maintenance, train_heads
 from pipeline.stages.extract.spread import Shard, pays, run_shard
-from pipeline.stages.train_heads.embedding import Vectors
+from pipeline.stages.train_heads.task import Vectors
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import verify
 
@@ -293,6 +297,47 @@ def test_heads_tuned_by_workers_are_those_of_one_process(
     assert "tuning on the workers: 100%" in capsys.readouterr().err
     assert (found.reused, again.reused) == (0, len(expected.rows))
     assert not (output / "mapped").exists()
+
+
+WORKERS: set[str] = set()
+
+
+def fit_noting_the_worker(pipeline: Pipeline, X: np.ndarray, y: np.ndarray) -> Pipeline:
+    """Fit as a user's own head may, and note which worker does; without one this is the process itself."""
+    import distributed
+
+    try:
+        WORKERS.add(distributed.get_worker().address)
+    except ValueError:
+        WORKERS.add("here")
+    return pipeline.fit(X, y)
+
+
+def test_folds_of_one_head_are_fitted_by_several_workers_as_by_one_process(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    random = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    np.save(tmp_path / "X.npy", (random.normal(size=(120, 8)) + np.eye(3, 8)[y]).astype(np.float32))
+    X = np.load(tmp_path / "X.npy", mmap_mode="r")
+    head, folds = replace(HEADS["knn"], fit=fit_noting_the_worker), make_folds(y, 4, 0)
+
+    def tuned(name: str) -> TuningRun:
+        WORKERS.clear()
+        return tune(head, X, y, folds, TuningConfig(trials=6), 0, tmp_path / name)
+
+    alone = tuned("alone.jsonl")
+    assert {"here"} == WORKERS
+    with (
+        distributed.Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None),
+        joblib.parallel_config(backend="dask"),
+    ):
+        spread = tuned("spread.jsonl")
+    assert len(WORKERS - {"here"}) == 2
+    assert [(trial.params, trial.fold_scores, trial.status) for trial in spread.trials] == [
+        (trial.params, trial.fold_scores, trial.status) for trial in alone.trials
+    ]
+    assert np.array_equal(spread.out_of_fold.scores, alone.out_of_fold.scores)
+    assert pickle.dumps(spread.pipeline) == pickle.dumps(alone.pipeline)
 
 
 def test_workers_of_one_machine_map_one_file(experiment: Config, tmp_path: Path) -> None:

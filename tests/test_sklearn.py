@@ -24,7 +24,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from pipeline.config import Config
 from pipeline.data.classes import Classification, MultiLabel
-from pipeline.data.numbers import Regression
+from pipeline.data.targets import Regression
 from pipeline.embed import transformer
 from pipeline.embed.transformer import Embedder
 from pipeline.errors import BackboneError, BundleError, ConfigError, DatasetError

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from pipeline.config import Config
 from pipeline.errors import BundleError, ConfigError
 from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.evaluation.strangeness import Known, alike, auroc, directions, distance, label_sets, unsureness
+from pipeline.evaluation.strangeness import Reference, alike, auroc, directions, distance, label_sets, unsureness
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.report.page import section
@@ -72,13 +72,13 @@ def test_distance_is_the_nth_lowest_of_one_minus_cosine():
 
 def test_what_is_kept_comes_back_and_anything_else_is_refused():
     rng = np.random.default_rng(0)
-    known = Known(rng.normal(size=4).astype(np.float32), directions(rng.normal(size=(9, 4)), 0.0), rng.random(20))
-    found = Known.from_bytes(known.to_bytes())
+    known = Reference(rng.normal(size=4).astype(np.float32), directions(rng.normal(size=(9, 4)), 0.0), rng.random(20))
+    found = Reference.from_bytes(known.to_bytes())
     np.testing.assert_allclose(found.references, known.references, atol=1e-3)
     np.testing.assert_array_equal(found.distances, known.distances)
     for wrong in (dataclasses.replace(known, mean=np.zeros(5)), dataclasses.replace(known, distances=np.zeros(0))):
         with pytest.raises(ValueError, match="arrays of shapes"):
-            Known.from_bytes(wrong.to_bytes())
+            Reference.from_bytes(wrong.to_bytes())
 
 
 def test_unsureness_is_what_the_likeliest_label_leaves():

@@ -16,8 +16,7 @@ from pipeline.errors import UnfittedError
 from pipeline.evaluation import METRICS
 from pipeline.heads import HEADS, TABLES
 from pipeline.io.digests import content_digest, pack_digests
-from pipeline.stages.train_heads.embedding import Embedding
-from pipeline.stages.train_heads.task import Task
+from pipeline.stages.train_heads.task import Embedding, Task
 
 
 def index_of(labels: list[str]) -> DatasetIndex:

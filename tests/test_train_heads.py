@@ -37,7 +37,7 @@ from pipeline.heads.tuning import make_folds, tune
 from pipeline.images import policy_key
 from pipeline.io.digests import content_digest, digests_to_hex, pack_digests
 from pipeline.stages import train_heads
-from pipeline.stages.train_heads import repeats
+from pipeline.stages.train_heads.row import reweighted
 from pipeline.stages.train_heads.task import unseen_task
 from pipeline.store import FeatureStore
 from pipeline.store.writer import StoreWriter
@@ -52,7 +52,7 @@ def make_config(output: Path, **tuning: Any) -> Config:
         "backbones": [{"name": "resnet18"}],
         "baselines": ["majority", "pixels"],
         "heads": ["logistic_regression", "nearest_centroid", "decision_tree"],
-        "tuning": {"trials": 4, "folds": 3, **tuning},
+        "tuning": {"strategy": "random", "trials": 4, "folds": 3, **tuning},
     }
     return configuration.parse(raw, "test")
 
@@ -576,14 +576,14 @@ def test_class_weights_are_switched_where_classes_are_uneven(tmp_path: Path) -> 
     head, tuning = HEADS["logistic_regression"], TuningConfig(trials=1, folds=4, jobs=1)
     tuned = tune(head, X, y, folds, tuning, 0, tmp_path / "head.jsonl")
     plain = np.mean([np.mean(tuned.out_of_fold.y_pred[y == label] == label) for label in (0, 1)])
-    found = repeats.reweighted(head, X, task, tuning, 0, tuned, tmp_path / "head.jsonl")
+    found = reweighted(head, X, task, tuning, 0, tuned, tmp_path / "head.jsonl")
     assert found is not None
     assert found["balanced_accuracy"] > plain + 0.02
     assert (tmp_path / "head" / "class-weights.jsonl").exists()
     even = dataclasses.replace(task, y_train=np.arange(200) % 2)
-    assert repeats.reweighted(head, X, even, tuning, 0, tuned, tmp_path / "head.jsonl") is None
+    assert reweighted(head, X, even, tuning, 0, tuned, tmp_path / "head.jsonl") is None
     unweighted = HEADS["knn"]
-    assert repeats.reweighted(unweighted, X, task, tuning, 0, tuned, tmp_path / "head.jsonl") is None
+    assert reweighted(unweighted, X, task, tuning, 0, tuned, tmp_path / "head.jsonl") is None
 
 
 def fine_tuned(output: Path, learned: NDArray[np.uint64], chose: NDArray[np.uint64] | None = None) -> Config:

@@ -661,6 +661,45 @@ def test_norms_are_left_where_folding_would_change_the_network() -> None:
         assert torch.equal(network(images), before)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [but(BASE, augment="none"), but(BASE, batch_norm="train", ema=0.5)],
+    ids=["as they are", "flipped, norms"],
+)
+def test_what_stays_is_run_once_and_the_weights_are_the_same(
+    data: Data, tmp_path: Path, settings: FinetuneConfig
+) -> None:
+    plain, short = (make_task(settings, "last_stage") for _ in range(2))
+    start, kept = copy_weights(plain.network), trainer.keep_below(short, data)
+    assert (kept.validation.entering is None, kept.train.entering is None) == (False, settings.augment != "none")
+    conv, calls = short.network.stem[0], []
+    real = conv._conv_forward
+    conv._conv_forward = lambda *given: (calls.append(1), real(*given))[1]
+    expected, found = train(plain, data, Run(tmp_path / "a", "x")), train(short, kept, Run(tmp_path / "b", "x"))
+    for name, tensor in expected.weights.items():
+        torch.testing.assert_close(tensor, found.weights[name], rtol=1e-4, atol=1e-5)
+    path = return_path(short, kept, start, found.weights)
+    ends = path.scores[-1], return_path(plain, data, start, expected.weights).scores[-1]
+    assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+    if settings.augment == "none":
+        assert len(calls) == 2  # before the first step, to see which norms can be folded
+    assert trainer.keep_below(make_task(), data).below == ()  # everything is trained
+
+
+class Between(Toy):
+    """A network that changes what it has between its modules."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(self.stem(images) * 2).mean((2, 3)))
+
+
+def test_nothing_is_kept_where_a_network_does_more_than_its_modules(data: Data) -> None:
+    task = make_task(scope="last_stage")
+    assert trainer.keep_below(task, data).below
+    assert trainer.keep_below(replace(task, network=Between()), data).below == ()
+    assert trainer.keep_below(make_task(scope="head"), data).below == ()  # a mean lies before it
+
+
 @pytest.mark.parametrize("augment", ["none", "flip", "crop", "trivial"])
 def test_images_are_learned_from_at_their_own_size(data: Data, augment: str, tmp_path: Path) -> None:
     wide = np.repeat(pictures(4).pixels, 2, axis=2)

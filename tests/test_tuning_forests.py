@@ -16,14 +16,24 @@ from test_tuning_solvers import network
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.data.classes import Classification
 from pipeline.heads import HEADS, Integer, configure, resolve
-from pipeline.heads.fast import forests as module
-from pipeline.heads.fast.forests import BUDGET, FEW, FEWEST, MOST, Grown, Votes, cost, extrapolated, few, forest, grow
+from pipeline.heads.fast import screened as module
+from pipeline.heads.fast.screened import BUDGET, FEW, FEWEST, MOST, cost, extrapolated, few, forest
 from pipeline.heads.tuning import make_folds, racing, tune
-from pipeline.heads.tuning.evaluation import GENERIC, evaluator_for
+from pipeline.heads.tuning.evaluation import GENERIC, Problem, derived_seed, evaluator_for
 from pipeline.heads.tuning.journal import Journal
-from pipeline.heads.tuning.records import Problem, derived_seed
 
 FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 64})
+
+
+@pytest.fixture(scope="module")
+def whole_search(tmp_path_factory):
+    """A search of small forests: its arguments, what it found, and its fits."""
+    X, y = network(90, 12, 3)
+    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(strategy="random", trials=8, jobs=1), 0)
+    journal = tmp_path_factory.mktemp("whole") / "trials.jsonl"
+    run = tune(*arguments, journal)
+    events = map(json.loads, journal.read_text().splitlines())
+    return arguments, run, [event for event in events if event.get("event") == "fit"]
 
 
 def problem_of(head=FOREST, rows=150, dim=12, classes=3):
@@ -46,47 +56,22 @@ def build_scaled(seed: int) -> Pipeline:
     ],
     ids=["pure leaves", "mixed leaves", "class weight", "max samples", "scaled"],
 )
-def test_a_forest_grown_in_steps_is_scikit_learns_to_the_last_digit(head, params):
+def test_a_forest_is_scikit_learns_to_the_last_digit(head, params):
     problem = problem_of(head)
     train, held_out = problem.folds[1]
-    grown = Grown()
-    for trees in (12, 32, 64):
-        outcome = forest(problem, 1, grown, [{**head.fixed, **params, "n_estimators": trees}])[0]
+    (outcome,) = forest(problem, 1, None, [{**head.fixed, **params}])
     whole = configure(head, params, problem.fold_seed(1)).fit(problem.X[train], problem.y[train])
-    probabilities = whole.predict_proba(problem.X[held_out])
-    (votes,) = grown.votes.values()
-    assert votes.trees == 64
-    assert np.array_equal(votes.total / 64, probabilities)
     assert np.array_equal(outcome.predictions, whole.predict(problem.X[held_out]))
-    assert np.array_equal(outcome.scores, probabilities.astype(np.float32))
+    assert np.array_equal(outcome.scores, whole.predict_proba(problem.X[held_out]).astype(np.float32))
     assert outcome.fit_seconds > 0
-
-
-def test_votes_that_are_not_kept_change_nothing(monkeypatch):
-    problem, steps = problem_of(), [{**FOREST.fixed, "n_estimators": trees} for trees in (12, 32, 64)]
-    kept = Grown()
-    outcomes = [forest(problem, 0, kept, [step])[0] for step in steps]
-    monkeypatch.setattr(module, "KEPT_BYTES", 0)
-    empty = Grown()
-    for step, outcome in zip(steps, outcomes, strict=True):
-        assert np.array_equal(forest(problem, 0, empty, [step])[0].scores, outcome.scores)
-    assert kept.votes
-    assert not empty.votes
-
-
-def test_votes_of_more_trees_serve_no_smaller_forest():
-    problem = problem_of()
-    few, many = ({**FOREST.fixed, "n_estimators": trees} for trees in (12, 32))
-    again = grow(problem, 0, few, grow(problem, 0, many, None))
-    assert np.array_equal(again.total, grow(problem, 0, few, None).total)
 
 
 # Few trees speak for many ---------------------------------------------------------------------------------------------
 
 
-def votes_of(draws):
-    """Votes from an array of shape (trees, rows, classes)."""
-    return Votes(len(draws), draws.sum(axis=0), (draws**2).sum(axis=(0, 2)), np.arange(draws.shape[2]))
+def moved_to(draws, y, trees):
+    """What votes of shape (trees, rows, classes) would be of more trees."""
+    return extrapolated(draws.sum(axis=0), (draws**2).sum(axis=(0, 2)), y, len(draws), trees)
 
 
 def test_extrapolated_votes_err_as_often_as_more_trees_would():
@@ -98,7 +83,7 @@ def test_extrapolated_votes_err_as_often_as_more_trees_would():
         chances /= chances.sum(axis=1, keepdims=True)
         draws = generator.multinomial(1, chances, size=(200, len(y))).astype(float)
         right = [float((draws[:trees].sum(axis=0).argmax(axis=1) == y).mean()) for trees in (12, 200)]
-        moved = extrapolated(votes_of(draws[:12]), y, 200)
+        moved = moved_to(draws[:12], y, 200)
         np.testing.assert_allclose(moved.sum(axis=1), 1)
         assert moved.min() >= 0
         far = float((moved.argmax(axis=1) == y).mean()) - right[1]
@@ -109,19 +94,19 @@ def test_extrapolated_votes_err_as_often_as_more_trees_would():
 
 
 def test_extrapolating_to_as_many_trees_changes_nothing():
-    votes = votes_of(np.random.default_rng(1).dirichlet(np.ones(3), size=(12, 30)))
-    np.testing.assert_allclose(extrapolated(votes, np.arange(30) % 3, 12), votes.total / 12, atol=1e-12)
+    votes = np.random.default_rng(1).dirichlet(np.ones(3), size=(12, 30))
+    np.testing.assert_allclose(moved_to(votes, np.arange(30) % 3, 12), votes.mean(axis=0), atol=1e-12)
 
 
 def test_a_row_alone_in_its_class_and_trees_that_agree_are_left_as_they_are():
     generator = np.random.default_rng(2)
-    votes = votes_of(generator.dirichlet(np.ones(3), size=(12, 21)))
+    votes = generator.dirichlet(np.ones(3), size=(12, 21))
     y = np.array([0, 1] * 10 + [2])
-    moved = extrapolated(votes, y, 200)
-    np.testing.assert_array_equal(moved[-1], votes.total[-1] / 12)
-    assert not np.allclose(moved[0], votes.total[0] / 12)
-    alike = votes_of(np.repeat(generator.dirichlet(np.ones(3), size=(1, 21)), 12, axis=0))
-    np.testing.assert_allclose(extrapolated(alike, y, 200), alike.total / 12, atol=1e-7)
+    moved, shares = moved_to(votes, y, 200), votes.sum(axis=0) / 12
+    np.testing.assert_array_equal(moved[-1], shares[-1])
+    assert not np.allclose(moved[0], shares[0])
+    alike = np.repeat(generator.dirichlet(np.ones(3), size=(1, 21)), 12, axis=0)
+    np.testing.assert_allclose(moved_to(alike, y, 200), alike[0], atol=1e-7)
 
 
 def test_a_class_that_no_tree_has_seen_stays_wrong():
@@ -130,7 +115,7 @@ def test_a_class_that_no_tree_has_seen_stays_wrong():
     y[0] = 2
     problem = Problem(FOREST, X, y.astype(np.int64), Classification(tuple("abc")), make_folds(y, 3, 0), 0)
     fold = next(fold for fold, (_, held_out) in enumerate(problem.folds) if 0 in held_out)
-    outcome = forest(problem, fold, Grown(), [{"n_estimators": 12}])[0]
+    outcome = forest(problem, fold, None, [{"n_estimators": 12}])[0]
     assert set(outcome.predictions) <= {0, 1}
     assert (outcome.scores[:, 2] == 0).all()
 
@@ -142,7 +127,7 @@ def test_a_group_does_not_vouch_for_itself(tmp_path):
     X = (generator.normal(size=(60, 10))[groups] + 0.01 * generator.normal(size=(300, 10))).astype(np.float32)
     y = generator.integers(0, 2, 60)[groups]
     folds = make_folds(y, 3, 0, groups)
-    run = tune(FOREST, X, y, folds, TuningConfig(trials=6), 0, tmp_path / "trials.jsonl")
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
     estimates = [trial.estimate for trial in run.trials]
     assert max(estimates) < 0.7
 
@@ -185,17 +170,13 @@ def test_a_first_look_takes_as_long_as_the_defaults_whatever_a_split_costs():
     assert trees == {0.01: MOST, 0.04: FEW * 5 // 4, 0.05: FEW, 0.1: FEW // 2, 0.5: FEWEST}
 
 
-def test_a_first_look_gives_the_first_trees_of_the_whole_forest(tmp_path):
-    X, y = network(90, 12, 3)
-    folds = make_folds(y, 2, 0)
-    tune(FOREST, X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
-    events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+def test_a_first_look_is_at_few_trees(whole_search):
+    (_, X, y, folds, *_), _, fits = whole_search
     problem = Problem(FOREST, X, y.astype(np.int64), Classification(tuple("abc")), folds, 0)
-    for event in events:
-        if event.get("event") == "fit" and event["rung"] == 0:
-            params = {**event["params"], **few(problem, event["params"])}
-            outcome = forest(problem, event["fold"], Grown(), [params])[0]
-            assert event["score"] == np.mean(outcome.predictions == y[folds[event["fold"]][1]])
+    for event in [event for event in fits if event["rung"] == 0][::4]:
+        params = {**event["params"], **few(problem, event["params"])}
+        outcome = forest(problem, event["fold"], None, [params])[0]
+        assert event["score"] == np.mean(outcome.predictions == y[folds[event["fold"]][1]])
 
 
 def test_the_better_half_goes_on_and_never_fewer_than_two():
@@ -206,15 +187,13 @@ def test_the_better_half_goes_on_and_never_fewer_than_two():
     assert racing.better_half(scores, [4]) == [4]
 
 
-def test_of_those_that_go_on_the_better_half_is_fitted_further(tmp_path):
-    X, y = network(150, 12, 3)
-    run = tune(FOREST, X, y, make_folds(y, 5, 0), TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
-    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
-    fits = [event for event in map(json.loads, lines) if event.get("event") == "fit" and event["rung"] == 1]
-    fitted = [{event["trial"] for event in fits if event["fold"] == fold} for fold in range(5)]
+def test_of_those_that_go_on_the_better_half_is_fitted_further(whole_search):
+    _, run, all_fits = whole_search
+    fits = [event for event in all_fits if event["rung"] == 1]
+    fitted = [{event["trial"] for event in fits if event["fold"] == fold} for fold in range(3)]
     assert len(fitted[0]) > len(fitted[1]) >= 2
     scores = {(event["trial"], event["fold"]): event["score"] for event in fits}
-    for after in range(1, 5):
+    for after in range(1, 3):
         mean = {number: np.mean([scores[number, fold] for fold in range(after)]) for number in fitted[after - 1]}
         assert fitted[after] <= set(mean)
         assert len(fitted[after]) <= max(2, (len(mean) + 1) // 2)
@@ -222,8 +201,8 @@ def test_of_those_that_go_on_the_better_half_is_fitted_further(tmp_path):
             (mean[number] for number in mean if number not in fitted[after]), default=0
         )
     stopped = fitted[0] - fitted[1]
-    assert all(run.trials[number].reason.endswith("behind the best after 1 of 5 folds") for number in stopped)
-    assert {trial.number for trial in run.trials if trial.mean is not None} == fitted[4]
+    assert all(run.trials[number].reason.endswith("behind the best after 1 of 3 folds") for number in stopped)
+    assert {trial.number for trial in run.trials if trial.mean is not None} == fitted[2]
 
 
 # The search -----------------------------------------------------------------------------------------------------------
@@ -282,7 +261,7 @@ def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
     gaps = []
     for seed, scoring in enumerate(("accuracy", "log_loss")):
         X, y = network(120, 16, 4, seed)
-        arguments = (make_folds(y, 2, seed), TuningConfig(trials=6, strategy="random", scoring=scoring, jobs=1), seed)
+        arguments = (make_folds(y, 2, seed), TuningConfig(trials=4, strategy="random", scoring=scoring, jobs=1), seed)
         climbed = tune(FOREST, X, y, *arguments, tmp_path / f"climbed{seed}.jsonl")
         whole = tune(replace(FOREST, evaluator=None), X, y, *arguments, tmp_path / f"whole{seed}.jsonl")
         assert [trial.params for trial in whole.trials] == [trial.params for trial in climbed.trials]
@@ -290,23 +269,20 @@ def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
         if same.mean is not None:
             assert same.fold_scores == climbed.best.fold_scores
         share = climbed.best.mean if scoring == "accuracy" else np.nan
-        noise = np.sqrt(share * (1 - share) / len(y)) if scoring == "accuracy" else whole.best.spread / np.sqrt(2)
+        noise = (
+            np.sqrt(share * (1 - share) / len(y))
+            if scoring == "accuracy"
+            else np.std(whole.best.fold_scores, ddof=1) / np.sqrt(2)
+        )
         gaps.append((whole.best.mean - climbed.best.mean) / noise)
     assert max(gaps) <= 1
     assert np.mean(gaps) <= 0.5
 
 
-@pytest.fixture(scope="module")
-def whole_search(tmp_path_factory):
-    """A search of small forests, and its arguments."""
-    X, y = network(90, 12, 3)
-    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(trials=8, jobs=1), 0)
-    return arguments, tune(*arguments, tmp_path_factory.mktemp("whole") / "trials.jsonl")
-
-
-@pytest.mark.parametrize("stop_after", [3, 27])
-def test_an_interrupted_search_of_grownends_the_same(stop_after, whole_search, tmp_path, monkeypatch):
-    arguments, whole = whole_search
+def test_a_search_of_forests_that_is_interrupted_among_those_that_go_on_ends_the_same(
+    whole_search, tmp_path, monkeypatch
+):
+    (arguments, whole, _), stop_after = whole_search, 27
     append, seen = Journal.append, []
 
     def dying(self, events):
@@ -326,8 +302,9 @@ def test_an_interrupted_search_of_grownends_the_same(stop_after, whole_search, t
 
 
 def test_the_number_of_jobs_does_not_change_forests(whole_search, tmp_path):
-    (head, X, y, folds, _, seed), whole = whole_search
-    run = tune(head, X, y, folds, TuningConfig(trials=8, jobs=3), seed, tmp_path / "trials.jsonl")
+    (head, X, y, folds, _, seed), whole, _ = whole_search
+    tuning = TuningConfig(strategy="random", trials=8, jobs=3)
+    run = tune(head, X, y, folds, tuning, seed, tmp_path / "trials.jsonl")
     assert summary(run) == summary(whole)
     assert np.array_equal(run.out_of_fold.scores, whole.out_of_fold.scores)
 
@@ -336,11 +313,11 @@ def test_a_forest_that_fails_is_a_failed_trial(tmp_path):
     X, y = network(90, 12, 3)
     head = replace(FOREST, fixed={"n_estimators": 100, "criterion": "none such"})
     problem = Problem(head, X, y.astype(np.int64), Classification(tuple("abc")), make_folds(y, 3, 0), 0)
-    outcome = forest(problem, 0, Grown(), [{**head.fixed, "n_estimators": 12}])[0]
+    outcome = forest(problem, 0, None, [{**head.fixed, "n_estimators": 12}])[0]
     assert outcome.error.startswith("InvalidParameterError: The 'criterion' parameter")
 
 
-def test_grownthat_cannot_be_grown_in_steps_are_fitted_plainly():
+def test_forests_whose_first_trees_say_nothing_are_fitted_plainly():
     assert evaluator_for(problem_of()) is module.FOREST
     for fixed in ({"n_estimators": 63}, {"random_state": None}, {"warm_start": True}):
         assert evaluator_for(problem_of(replace(FOREST, fixed={**FOREST.fixed, **fixed}))) is GENERIC

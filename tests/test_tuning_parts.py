@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
+from pipeline.data.classes import expand_scores
 from pipeline.errors import HeadError
 from pipeline.evaluation import METRICS, Predictions
 from pipeline.heads import Categorical, Integer, Real
-from pipeline.heads.tuning import evaluation, expand_scores, make_folds, racing, strategies
+from pipeline.heads.tuning import evaluation, make_folds, racing, strategies
 from pipeline.heads.tuning.strategies import cardinality
 
 
@@ -132,6 +133,7 @@ class Blocked:
             raise ImportError("cannot import name 'x' from 'sklearn.utils'")
 sys.meta_path.insert(0, Blocked)
 from pipeline.stages import check, train_heads
+from pipeline.data.classes import expand_scores
 from pipeline.errors import HeadError
 from pipeline.heads import HEADS
 from pipeline.heads.tuning import require, strategies

@@ -17,8 +17,7 @@ from pipeline.data.classes import Classification
 from pipeline.heads import HEADS
 from pipeline.heads.fast import kernel
 from pipeline.heads.tuning import make_folds, tune
-from pipeline.heads.tuning.evaluation import smaller_caches, working_memory
-from pipeline.heads.tuning.records import Problem
+from pipeline.heads.tuning.evaluation import Problem, smaller_caches, working_memory
 from pipeline.heads.tuning.room import room_for
 from pipeline.io import process
 

@@ -15,10 +15,10 @@ from pipeline.config import HeadConfig, TuningConfig
 from pipeline.data.classes import Classification
 from pipeline.heads import HEADS, configure, resolve
 from pipeline.heads.fast.kernel import prepare_distances, rbf_svm
-from pipeline.heads.fast.solvers import Family, Path, softmax_loss, squared_hinge_loss, standardise, turn
+from pipeline.heads.fast.solvers import Family, Path, softmax_loss, squared_hinge_loss, turn
 from pipeline.heads.tuning import make_folds, racing, tune
-from pipeline.heads.tuning.evaluation import GENERIC, evaluator_for, generic
-from pipeline.heads.tuning.records import Problem
+from pipeline.heads.tuning.evaluation import GENERIC, Problem, evaluator_for, generic
+from pipeline.heads.tuning.features import standardise
 
 GRIDS = {
     "logistic_regression": [{"C": C} for C in (1e-5, 3e-3, 0.2, 5.0)],

@@ -34,11 +34,7 @@ MOST_BYTES = 1 << 20
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping.
-
-    ConfigError when it cannot be read, is no mapping, has a key twice, or holds what no config needs (aliases, other
-    tags' values).
-    """
+    """Read one YAML mapping; ConfigError when it cannot be read, has a key twice, or holds what no config needs, such as aliases."""
     try:
         text = read_file(path, MOST_BYTES).decode("utf-8")
     except OSError as error:
@@ -249,10 +245,7 @@ def load(
 
 
 def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Config:
-    """Validate a config given as nested mappings; `origin` names it in messages, `names` are the words of the tables.
-
-    ConfigError with one line for every problem.
-    """
+    """Validate nested mappings, ConfigError with every problem; `origin` names them, `names` are the words of the tables."""
     kept, problems = without_retired(raw)
     try:
         config = Config.model_validate(kept, context=names)

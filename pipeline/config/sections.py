@@ -1,4 +1,7 @@
-"""The sections of a config, frozen and typed: which keys there are, what each may be, and its default."""
+"""The sections of a config, frozen and typed: which keys there are, what each may be, and its default.
+
+`configs/folder.yaml` explains every key.
+"""
 
 from __future__ import annotations
 
@@ -172,29 +175,17 @@ class DatasetConfig(Section):
 
     source: Literal["digits", "folder", "manifest", "torchvision"] = "digits"
     path: str | None = None
-    """A folder of class folders, or an archive of such, also remote; a manifest file, or the folder a torchvision data set is
-    downloaded to."""
     name: str | None = None
-    """The torchvision data set's class name, such as `CIFAR10`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the images set aside for the test when the data come without a test split."""
     leaks: Literal["drop_train", "drop_test", "keep", "error"] = "drop_train"
-    """What to do with the same content in train and test."""
     max_failures: float = Field(0.1, ge=0)
-    """Images that may fail before the run stops: a share when below 1, a number from 1 up."""
     max_pixels: int = Field(64_000_000, ge=1)
-    """Larger images are refused before they are decoded."""
     root: str | None = None
-    """The folder that a manifest's paths are relative to, or absolute and inside of; its own folder when not given."""
     path_column: str | None = None
-    """The manifest's column of paths, `path` when not given."""
     label_columns: Annotated[tuple[str, ...], NOT_EMPTY, BeforeValidator(_one_or_several)] = ("label",)
-    """The manifest's columns of labels: for each of several there is a leaderboard, unless `target` takes them together."""
     label_separator: str | None = None
-    """What stands between the labels of one image, `|` when not given."""
     split_column: str | None = None
     group_column: str | None = None
-    """The manifest's columns of splits and groups; `split` and `group`, where there are any, when not given."""
     domain: str | None = None
     """The manifest's column that says where an image is from, such as its camera or clinic; `split` where the training images are of
     one source and the test images of another."""
@@ -264,16 +255,12 @@ class PreprocessingConfig(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     fit: Literal["crop", "squash", "border"] = "crop"
-    """How an image becomes a square: cut out of its centre, made square whatever its proportions, or filled up."""
 
 
 class BackboneConfig(Section):
     """One frozen network and the layers whose output is kept."""
 
     name: str
-    """A network of one of the families: `efficientnet_lite0`, torchvision's `resnet50`, timm's as `dinov2_base`,
-    `timm:resnet50.a1_in1k` or `timm:local-dir:FOLDER`, `module:function` of your own, or a `.npy` or `.parquet` file of vectors
-    that were made elsewhere."""
     weights: str = "random"
     """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` /
     `.pth` file. Names of timm's networks say which weights, which are `pretrained` by default."""
@@ -284,7 +271,6 @@ class BackboneConfig(Section):
     """How a layer with a spatial or token axis becomes one vector; an average of tokens is one of patches only. `own` is the
     network's own way, the default of timm's networks, `map` its own attention. Of several ways each is an embedding."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
-    """The architecture's own constructor arguments, such as `width_mult`."""
     preprocessing: PreprocessingConfig | None = None
     views: tuple[View, ...] = ()
     """Changed images that are embedded as well, each an embedding of its own: the best head is also averaged over all of them, and
@@ -340,21 +326,15 @@ class ExtractionConfig(Section):
     device: Annotated[str, AfterValidator(checked_device)] = "auto"
     batch_size: Count = "auto"
     workers: Count = "auto"
-    """Threads that read and decode."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """In which the network computes, also where `finetune` trains it."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
-    """What computes; `auto` takes OpenVINO where it is installed and the job is long enough to gain from it."""
     decode: Literal["standard", "exact", "fast"] = "standard"
-    """`exact` gives the pixels of torchvision's transforms on a PIL image bit for bit, `standard` is within one grey level of
-    them, `fast` also decodes a JPEG more than twice as large as needed at a fraction of its size."""
 
 
 class HeadConfig(Section):
     """One head to tune; a bare name in the YAML is the same as `name:` alone."""
 
     name: str
-    """A head of the table, or `package.module:ATTRIBUTE` naming a `Head` of your own."""
     space: dict[str, tuple[Scalar, ...]] = Field(default_factory=dict)
     """Parameter -> `[low, high]` for a range, the list of choices for a categorical one."""
     class_weight: Literal["balanced"] | None = None
@@ -374,30 +354,16 @@ class TuningConfig(Section):
 
     strategy: Literal["bayes", "random", "grid"] = "bayes"
     trials: int = Field(16, ge=1)
-    """Trials per head."""
     seconds: float | None = Field(None, gt=0)
-    """Time per head instead of a number of trials."""
     budget: str | None = None
-    """Time for all searches together, such as `10m` (or `90s`, `1h`): every head has as many of the `trials` as fit into it, all heads
-    the same number, and at least one."""
     folds: int = Field(5, ge=2)
     scoring: str = "auto"
-    """What is searched, ranked and compared by: a row of the table of metrics; `auto` is the first that suits the target."""
     nested: bool = False
-    """Also repeat every search within each fold's training images, for a score that nothing was chosen by: folds times
-    the work."""
     seeds: int = Field(1, ge=1, le=100)
-    """Searches per head, each with its own folds, by the experiment's seed and those after it: so many times the work."""
     pca: int | float | None = None
-    """Principal components that every head works on, found within each fold: a number, or the share of the variance they
-    hold, such as 0.95."""
     whiten: bool = False
-    """Whether `pca` also gives all components the same variance."""
     jobs: Count = "auto"
-    """Parallel processes."""
     memory: str = "auto"
-    """What the features of one embedding and the work on them may take, such as `2GB` or `500MB`; `auto` is three quarters
-    of what is free. Embeddings that need more stay on disk, and only the heads that can work there are tuned."""
 
     @property
     def memory_bytes(self) -> int | None:
@@ -442,13 +408,9 @@ class TuningConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _one_limit(self) -> TuningConfig:
+    def _fits_together(self) -> TuningConfig:
         if self.budget is not None and self.seconds is not None:
             raise ValueError("budget: is for all heads together, and seconds for each; give one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _whitening_needs_components(self) -> TuningConfig:
         if self.whiten and self.pca is None:
             raise ValueError("whiten: works on principal components; give pca too, such as pca: 64")
         return self
@@ -461,32 +423,20 @@ class FinetuneConfig(Section):
     """`best` is the best linear head on the penultimate layer of the best backbone, `EMBEDDING` the best one on that, or
     `EMBEDDING/HEAD`; `random` in place of a head is a control that starts from none."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
-    """Share of the training images that chooses weights, where the data have no validation split."""
     unfreeze: tuple[tuple[Share, str], ...] | Literal["auto"] = ((0.0, "all"),)
     """From which share of the steps on what is trained, such as `[[0, head], [0.2, all]]`: `head`, `last_stage`, `all`, or the
     lowest stage, such as `stage3`. `auto` follows `manyheads advise`, which may say that nothing should be."""
     steps: Count = "auto"
-    """Optimizer steps; `auto` goes by the number of images."""
     batch_size: int = Field(32, ge=1)
     size: int | None = Field(None, ge=1)
-    """Pixels of the shorter side of the images that are learned from; smaller ones make steps cheaper. They are judged at the
-    size of `preprocessing`, and by default learned from at that too."""
     rate: float = Field(1e-3, gt=0)
-    """The head's learning rate; the stage `d` below it has `rate * rate_decay ** d`."""
     rate_decay: float = Field(0.5, gt=0, le=1)
-    """Stages further from the head learn more slowly, down to a hundredth of the rate."""
     warmup: Share = 0.1
-    """Share of the steps in which the rate rises, before it falls to zero along a cosine."""
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
-    """`crop` is a random crop of half of the area or more, resized, and a flip; `trivial` is torchvision's
-    TrivialAugmentWide before it."""
     class_weight: Literal["balanced"] | None = None
     batch_norm: Literal["frozen", "affine", "train"] = "frozen"
-    """`frozen`: statistics, scale and shift stay; `affine`: the statistics stay; `train`: nothing stays."""
     ema: Share = 0.0
-    """Decay of a moving average of the weights; 0 is off."""
     profile_steps: int = Field(0, ge=0)
-    """Steps torch's profiler watches after the first; its table is written beside the log."""
     tensorboard: bool = False
 
     @field_validator("unfreeze")
@@ -512,26 +462,19 @@ class Config(Section):
     output: str
     """The folder every artifact of this experiment is written to; `artifacts/NAME` of the data set when not given."""
     store: str | None = None
-    """The folder of the feature stores, which several experiments may share; `features` beside `output` when not given."""
     seed: int = Field(0, ge=0, lt=2**32)
     dataset: DatasetConfig = DatasetConfig()
     backbones: Annotated[tuple[BackboneConfig, ...], NOT_EMPTY]
     baselines: tuple[str, ...] | None = None
-    """Cheap rivals in the leaderboard, so that a backbone that does not help is seen not to help; None: all there are."""
     concat: tuple[tuple[str, ...], ...] = ()
-    """Lists of embeddings, by their names in the leaderboard, that are compared side by side as one more each."""
     licenses: Literal["any", "permissive"] = "any"
-    """Which licences weights may have; of `permissive` ones it must be known that anyone may use, change and sell them."""
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY] | None = None
-    """The heads to tune; None: all of the table that serve the target."""
     adapt: tuple[Literal["coral", "reweight"], ...] = ("coral", "reweight")
     """With a `dataset.domain`: how the best head is adapted to the test's domains that training lacks, without their labels."""
     vote: bool = False
-    """Whether the mean of the best rows of different embeddings is one more row, chosen by cross-validation."""
     tuning: TuningConfig = TuningConfig()
     finetune: Annotated[FinetuneConfig, BeforeValidator(_as_advised)] = FinetuneConfig()
-    """`auto` in place of the section follows the advice: `unfreeze: auto`."""
 
     @model_validator(mode="before")
     @classmethod

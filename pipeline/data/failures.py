@@ -53,10 +53,7 @@ def noticed(path: str, status: str, reason: str) -> Failure:
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """Read the list of a folder; an empty one where there is none.
-
-    DatasetError when it cannot be read as such a list.
-    """
+    """Read the list of a folder, an empty one where there is none; DatasetError when it is no such list."""
     for name in (FAILURES_FILE, OLD_FILE):
         path = folder / name
         try:
@@ -115,10 +112,7 @@ def failed_digests(folder: Path, policy: str) -> Digests:
 
 
 def remembered(known: Sequence[Failure], paths: Sequence[str], digests: Digests) -> list[Failure]:
-    """Return the failures whose content is still in the data set, under its path of now.
-
-    paths, digests : of n images; the digests are uint64 of shape (n, 2)
-    """
+    """Return the failures whose content, digests uint64 (n, 2), is still in the data set, under its path of now."""
     failed = {failure.digest: failure for failure in known if failure.policy}
     if not failed:
         return []
@@ -127,10 +121,7 @@ def remembered(known: Sequence[Failure], paths: Sequence[str], digests: Digests)
 
 
 def check_failures(failed: int, total: int, max_failures: float, listed: Path) -> None:
-    """Stop when too many of `total` images failed: a share when `max_failures` is below 1, a number from 1 up.
-
-    DatasetError with the count, the limit and the file that lists them.
-    """
+    """Raise DatasetError when too many of `total` images failed: a share when `max_failures` is below 1, a number from 1 up."""
     limit = max_failures * total if max_failures < 1 else max_failures
     if failed > limit:
         allowed = f"{max_failures:.0%} of them" if max_failures < 1 else f"{max_failures:g}"

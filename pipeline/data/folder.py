@@ -1,4 +1,4 @@
-"""A folder of class folders, or the same below train/, validation/ and test/; archives of such, and WebDatasets, whose labels are files."""
+"""A folder of class folders, or the same below train/, validation/ and test/; archives of such, and WebDatasets."""
 
 from __future__ import annotations
 

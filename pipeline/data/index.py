@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -282,10 +282,7 @@ class WrittenIndex:
 
     @staticmethod
     def read(folder: Path) -> WrittenIndex:
-        """Read both files.
-
-        DatasetError when one cannot be read, or index.json is damaged or of another format or version.
-        """
+        """Read both files; DatasetError when one cannot be read, or index.json is damaged."""
         record, path = read_record(folder), folder / INDEX_FILE
         try:
             return WrittenIndex(path, record, read_file(path))
@@ -323,10 +320,7 @@ class WrittenIndex:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read what index.json says, or None when there is no such file.
-
-    DatasetError when it is damaged, or of another format or version.
-    """
+    """Read what index.json says, or None when there is no such file; DatasetError when it is damaged."""
     path = folder / INDEX_RECORD
     if not os.path.lexists(path):
         return None
@@ -387,12 +381,7 @@ def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetInd
         )
     except pa.ArrowException as error:
         raise _unreadable(path, error) from None
-    if in_cells:
-        table = table.set_column(0, "path", _from_cells(table["path"]))
-        for place, name in enumerate(columns):
-            if name.isdecimal() or name in ("group", DOMAIN):
-                table = table.set_column(place, name, _dictionary_from_cells(table[name]))
-    return _checked(table, path, root, names)
+    return _checked(table, path, root, names, in_cells)
 
 
 def _unreadable(path: Path, error: Exception) -> DatasetError:
@@ -400,50 +389,43 @@ def _unreadable(path: Path, error: Exception) -> DatasetError:
     return DatasetError(f"{path}: cannot be read ({reason}); delete it to have it made anew")
 
 
-def _from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Do for a column what `from_cell` does for a text."""
-    return pc.replace_substring_regex(column, pattern="^'", replacement="")
-
-
-def _dictionary_from_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    words = (pa.DictionaryArray.from_arrays(chunk.indices, _from_cells(chunk.dictionary)) for chunk in column.chunks)
-    return pa.chunked_array(words, column.type)
-
-
-def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str]) -> DatasetIndex:
-    """Turn the table into an index after checking what the rest of the program relies on."""
-    paths = table["path"].to_numpy()
-    *labels, splits, groups = (_texts_of(table[name]) for name in (*map(str, range(len(names))), "split", "group"))
+def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str], in_cells: bool) -> DatasetIndex:
+    """Turn the table into an index after checking what the rest of the program relies on; 0.1 did not write texts as cells."""
+    paths = table["path"]
+    if in_cells:
+        paths = pc.replace_substring_regex(paths, pattern="^'", replacement="")  # as `from_cell`
+    columns = [*map(str, range(len(names))), "split", "group", *[DOMAIN] * (DOMAIN in table.column_names)]
+    found = {name: _texts_of(table[name], from_cell if in_cells else str) for name in columns}
+    labels = [found[str(place)] for place in range(len(names))]
     problems = [
         f"unknown split {split!r}, expected one of {', '.join(SPLITS)}"
-        for split in encode(splits)[1]
+        for split in encode(found["split"])[1]
         if split not in SPLITS
     ]
     digests = table["digest"]
     if not pc.all(pc.match_substring_regex(digests, "^[0-9a-f]{32}$")).as_py() and len(table):
         problems.append("a digest is not 32 hexadecimal digits")
-    if len(table) > 1 and not pc.all(pc.less(table["path"].slice(0, len(table) - 1), table["path"].slice(1))).as_py():
+    if len(table) > 1 and not pc.all(pc.less(paths.slice(0, len(table) - 1), paths.slice(1))).as_py():
         problems.append("the rows are not sorted by path, or a path is there twice")
     if problems:
         raise DatasetError(f"{path}: is damaged; mend it, or delete it to have it made anew", problems)
-    grouped = encode(groups)[1] not in ([], [""])
     return DatasetIndex(
         root,
-        paths,
+        paths.to_numpy(),
         labels[0] if len(names) == 1 else np.column_stack(labels),
-        splits,
-        groups if grouped else None,
+        found["split"],
+        found["group"] if (found["group"] != "").any() else None,
         digests_from_hex(digests.to_pylist()),
         table["size"].to_numpy().astype(np.int64),
         tuple(name if len(names) > 1 else LABEL for name in map(from_cell, names)),
-        _texts_of(table[DOMAIN]) if DOMAIN in table.column_names else None,
+        found.get(DOMAIN),
     )
 
 
-def _texts_of(column: pa.ChunkedArray) -> Texts:
-    """Return a dictionary-encoded column as texts, equal ones sharing one object."""
+def _texts_of(column: pa.ChunkedArray, read: Callable[[str], str]) -> Texts:
+    """Return a dictionary-encoded column as texts that are read from its cells, equal ones sharing one object."""
     column = column.unify_dictionaries().combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # combine_chunks gives one chunk, or a chunked array of none
         column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-    words = texts(column.dictionary.to_pylist())
+    words = texts(list(map(read, column.dictionary.to_pylist())))
     return np.asarray(words[column.indices.to_numpy(zero_copy_only=False)], dtype=object)

@@ -50,10 +50,7 @@ Choose = Callable[[Sequence[str]], list[int | None]]
 
 
 def list_manifest(path: Path, config: DatasetConfig) -> Listing:
-    """List the images that a manifest names; files that are missing are failures.
-
-    DatasetError when the manifest cannot be read, or has rows that cannot be meant, each named with its line.
-    """
+    """List the images that a manifest names; missing files are failures, rows that cannot be meant a DatasetError."""
     for place in (path, config.root):
         forget(str(place))
     folder, names = archives_of(path, (".parquet",))

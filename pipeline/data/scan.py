@@ -1,4 +1,4 @@
-"""The scan: bring the index up to date with the files, reading only those that may have changed, and tell in plain lines what there is."""
+"""The scan: bring the index up to date with the files, reading only those that may have changed, and say what there is."""
 
 from __future__ import annotations
 
@@ -428,7 +428,9 @@ class ScanResult:
 
     def summary_lines(self) -> list[str]:
         """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
-        lines = [_headline(self.index, self.kinds)]
+        splits = ((np.count_nonzero(self.index.splits == split), split) for split in SPLITS)
+        sides = ", ".join(f"{count:,} {split}" for count, split in splits if count)
+        lines = [described(self.index, self.kinds) + f": {sides}" * (self.kinds != (NO_LABELS,))]
         for column, kind, part in countable(self.index, self.kinds):
             lines += [f"  {column}{_in_words(self.index.only(column[:-2]), kind)}"] if column else []
             lines += [f"{'  ' * bool(column)}{line}" for line in _class_lines(class_counts(part))]
@@ -478,12 +480,6 @@ def described(index: DatasetIndex, kinds: Sequence[str]) -> str:
         return f"{len(index):,} images without labels"
     labels = f"with {len(kinds)} labels each" if len(kinds) > 1 else _in_words(index, kinds[0])
     return f"{len(index):,} images {labels}"
-
-
-def _headline(index: DatasetIndex, kinds: Sequence[str]) -> str:
-    counts = {split: np.count_nonzero(index.splits == split) for split in SPLITS}
-    parts = ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
-    return described(index, kinds) + f": {parts}" * (tuple(kinds) != (NO_LABELS,))
 
 
 def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

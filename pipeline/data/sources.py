@@ -30,10 +30,7 @@ MANIFEST = "manifest.csv"
 
 
 def list_source(config: DatasetConfig, folder: Path) -> Listing:
-    """List the images of the configured source; `folder` is where the index is kept.
-
-    DatasetError when the source is not there or not laid out as it should be.
-    """
+    """List the images of the configured source; `folder` is where the index is kept."""
     path = Path((config.path or "").removeprefix("file://")).expanduser()
     if config.source == "folder":
         return list_folder(path, config.target != NO_LABELS)

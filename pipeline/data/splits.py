@@ -46,7 +46,10 @@ def find_copies(index: DatasetIndex) -> Copies:
     labels = index.labels
     leaks: list[Pair] = []
     conflicts: list[Pair] = []
-    for rows in _of_one_content(codes):
+    several: dict[int, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(np.bincount(codes)[codes] > 1).tolist():
+        several[int(codes[row])].append(row)
+    for rows in several.values():
         trained, tested = [row for row in rows if not test[row]], [row for row in rows if test[row]]
         if trained and tested:
             leaks += [(row, tested[0]) for row in trained]
@@ -58,19 +61,8 @@ def find_copies(index: DatasetIndex) -> Copies:
     return Copies(tuple(sorted(leaks)), tuple(sorted(conflicts)), len(codes) - len(sides), leaking)
 
 
-def _of_one_content(codes: NDArray[np.int64]) -> list[list[int]]:
-    """Return the rows of each content that is there more than once."""
-    several: dict[int, list[int]] = defaultdict(list)
-    for row in np.flatnonzero(np.bincount(codes)[codes] > 1).tolist():
-        several[int(codes[row])].append(row)
-    return list(several.values())
-
-
 def apply_leaks(splits: Texts, leaking: NDArray[np.bool_], policy: str) -> Texts:
-    """Mark the copies that go as 'excluded': those of the training side, those of the test, or none ('keep').
-
-    splits : object array of shape (n,); leaking : bool of shape (n,)
-    """
+    """Return splits, object (n,), with those of `leaking`, bool (n,), 'excluded' that are of the side that the policy drops."""
     result = splits.copy()
     if policy in {"drop_train", "drop_test"}:
         result[leaking & ((splits == "test") == (policy == "drop_test"))] = "excluded"
@@ -140,10 +132,7 @@ def _images_of(codes: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[n
 
 
 def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
-    """Return what each image was in an earlier index, by content first and by path otherwise.
-
-    int8 of shape (n,): 1 test, 0 train, -1 not there.
-    """
+    """Return what each image was in an earlier index, by content or else by path: int8 (n,), 1 test, 0 train, -1 not there."""
     rows = match_digests(before.digests, index.digests)
     if before.root == index.root:  # below another root, the same path is another image
         by_path = match_texts(before.paths, index.paths)

@@ -2,21 +2,238 @@
 
 A record knows how the columns of the index become y, what estimators are fitted on and what they say, what folds and the test
 split keep in proportion, and what predictions look like in a file. It names no metric and no head: their rows say which kinds
-they serve. A new kind is a record with the same members in a file of its own and a row in `TARGETS`; whoever holds a target asks
-it and never looks which kind it is.
+they serve. Those of classes are in `classes.py`, that of numbers is here; a new kind is a record with the same members and a row
+in `TARGETS`. Whoever holds a target asks it and never looks which kind it is.
+
+Heads are fitted on standardised numbers, so that penalties, margins and learning rates mean the same whatever the unit is; what
+they say is turned back. An interval around a prediction is as wide as the out-of-fold residuals tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import NO_LABELS
-from pipeline.data.classes import Classification, MultiLabel
+from pipeline.data.classes import Calibrate, Classification, MultiLabel, ScoreKind
 from pipeline.data.index import DatasetIndex
-from pipeline.data.numbers import Regression
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, first
+
+Numbers = NDArray[np.float64]
+
+LEVEL = 0.9
+"""How often the interval around a prediction has the true number."""
+
+MOST_STRATA, IMAGES_PER_STRATUM = 10, 20
+
+EXAMPLES = 5
+
+QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class Regression:
+    """One number for each image, or several: the label columns of the index.
+
+    `centre` and `scale` are what the numbers of the training images are standardised by, `low` and `high` their range, `half` half
+    of the width of a prediction's interval; each with an entry per column, () where it is not known yet. Where not told otherwise
+    y is float64 of shape (n,), of several columns (n, k).
+    """
+
+    columns: tuple[str, ...] = ("label",)
+    centre: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    half: tuple[float, ...] = ()
+    kind: ClassVar[str] = "regression"
+    constant: ClassVar[str] = "mean"
+    exclusive: ClassVar[bool] = False
+    stored_as: ClassVar[type] = np.float64
+    classes: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def of(index: DatasetIndex) -> Regression:
+        """Return the target of an index, with the numbers of its training images; DatasetError where some are no finite numbers."""
+        bare = Regression(index.names)
+        train = index.select("train", "validation")
+        return bare.fitted(bare.encode(train if len(train) else index))
+
+    def fitted(self, y: Numbers) -> Regression:
+        """Return the target with what the numbers of some images tell: where they lie and how far apart."""
+        if not len(y):
+            return self
+        flat = self._flat(y)
+        spread = flat.std(axis=0)
+        found = flat.mean(axis=0), np.where(spread > 0, spread, 1.0), flat.min(axis=0), flat.max(axis=0)
+        centre, scale, low, high = (tuple(part.tolist()) for part in found)
+        return replace(self, centre=centre, scale=scale, low=low, high=high)
+
+    def _flat(self, y: NDArray[Any]) -> NDArray[Any]:
+        return y.reshape(len(y), self.width)
+
+    @property
+    def width(self) -> int:
+        """How many numbers are said of an image."""
+        return len(self.columns)
+
+    @staticmethod
+    def as_classes(index: DatasetIndex) -> DatasetIndex:
+        """Return the images under texts that a person would count them by: the quarter of the range of numbers they lie in."""
+        target = Regression.of(index)
+        y = target._flat(target.encode(index))
+        ends = np.linspace(target.low, target.high, QUARTERS + 1)
+        place = (ends[1:-1, None] <= y).sum(axis=0)
+        words = [
+            [f"quarter {k}: {low:.4g} to {high:.4g}" for k, (low, high) in enumerate(pairwise(column), 1)]
+            for column in ends.T
+        ]
+        texts = [" and ".join(words[k][row[k]] for k in range(target.width)) for row in place]
+        return replace(index, labels=np.array(texts, dtype=object), names=("label",))
+
+    @staticmethod
+    def in_words(index: DatasetIndex) -> str:
+        """Return what the images are told apart by, such as `with a number from 0 to 9`."""
+        target = Regression.of(index)
+        ranges = [f"{low:.4g} to {high:.4g}" for low, high in zip(target.low, target.high, strict=True)]
+        if target.width == 1:
+            return f"with a number from {ranges[0]}"
+        return "with " + ", ".join(f"{name} from {told}" for name, told in zip(target.columns, ranges, strict=True))
+
+    def encode(self, index: DatasetIndex) -> NDArray[Any]:
+        """Return y; DatasetError for labels that are no finite numbers."""
+        try:
+            y = index.labels.astype(np.float64)
+        except ValueError:
+            y = np.full(index.labels.shape, np.nan)
+            for place, text in np.ndenumerate(index.labels):
+                y[place] = _number(text)
+        wrong = ~np.isfinite(self._flat(y)).all(axis=1)
+        if wrong.any():
+            found = [f"{path}: {label}" for path, label in zip(index.paths[wrong], index.labels[wrong], strict=True)]
+            raise DatasetError(
+                f"{int(wrong.sum()):,} of {len(index):,} images have a label that is no finite number, which a target of numbers needs",
+                first(found, EXAMPLES),
+            )
+        return y
+
+    def decode(self, y: Numbers) -> Numbers:
+        """Return the numbers as users have them: as they are."""
+        return y
+
+    def restored(self, stored: NDArray[np.float64]) -> Numbers:
+        """Return the numbers that a file has: as they are."""
+        return stored
+
+    def strata(self, y: Numbers) -> NDArray[np.int64]:
+        """Return what folds and the test split keep in proportion, int64 (n,): to which of up to ten quantiles each image belongs.
+
+        Of several numbers it is the quantile of their sum, each measured in its standard deviations.
+        """
+        order = np.argsort(np.argsort(self.fitted(y).learned(y).reshape(len(y), -1).sum(axis=1), kind="stable"))
+        count = max(2, min(MOST_STRATA, len(y) // IMAGES_PER_STRATUM))
+        return np.asarray(order * count // max(len(y), 1), dtype=np.int64)
+
+    def problem(self, y_train: Numbers) -> str | None:
+        """Say why no head can be fitted on these training images; None where one can."""
+        flat = self._flat(y_train)
+        same = [name for name, column in zip(self.columns, flat.T, strict=True) if not len(flat) or np.ptp(column) == 0]
+        return (
+            f"all training images have the same number in {', '.join(same)}; nothing can be learned" if same else None
+        )
+
+    def narrowed(self, y: Numbers) -> tuple[Regression, Numbers, NDArray[np.int64]]:
+        """Return the target that y is of, and y; in place of classes there is int64 of shape (0,)."""
+        return (self if self.scale else self.fitted(y)), y, np.empty(0, np.int64)
+
+    def anew(self, y: Numbers) -> tuple[Regression, Numbers]:
+        """Return the target of other numbers y, and what an estimator is fitted on."""
+        names = self.columns if y[:1].size == self.width else tuple(map(str, range(y.shape[1])))
+        target = Regression(names).fitted(y)
+        return target, target.learned(y)
+
+    def learned(self, y: Numbers) -> Numbers:
+        """Return what an estimator is fitted on: the standardised numbers."""
+        return ((self._flat(y) - self.centre) / self.scale).reshape(y.shape)
+
+    def decided(self, y: Any, y_pred: Any, scores: Any, by: str, folds: Any = None) -> Any:
+        """Return what is said of images as it is."""
+        return y_pred
+
+    def settled(self, y: Numbers, y_pred: Numbers, probabilities: Any = None, by: str = "") -> Regression:
+        """Return the target with intervals that are as wide as predictions out of fold say.
+
+        Of n residuals the (n + 1) * 0.9-th smallest: a new image's lies within with a probability of 90 % (split conformal
+        prediction, Vovk et al. 2005; with folds in place of a split, Vovk 2015).
+        """
+        residuals = np.sort(np.abs(self._flat(y) - self._flat(y_pred)), axis=0)
+        place = int(np.ceil((len(residuals) + 1) * LEVEL)) - 1
+        return replace(self, half=tuple(residuals[min(place, len(residuals) - 1)].tolist()))
+
+    def only(self, y: Numbers, n: int) -> tuple[Numbers, None, None] | None:
+        """Return all that can be said of n images where all of y are the same; None where a head can be fitted on it."""
+        return None if (y != y[0]).any() else (np.repeat(y[:1], n, axis=0), None, None)
+
+    def answers(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None, ScoreKind | None]:
+        """Return what an estimator of standardised numbers says of n vectors; no scores."""
+        return self.told(estimator.predict(X)), None, None
+
+    def told(self, standardised: NDArray[np.floating]) -> Numbers:
+        """Return y for what an estimator says: standardised numbers, of any float dtype and the shape of y."""
+        whole = self._flat(np.asarray(standardised, dtype=np.float64)) * self.scale + self.centre
+        return np.asarray(whole[:, 0] if self.width == 1 else whole)
+
+    def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None]:
+        """Return what an estimator says of the rows that it was fitted on."""
+        return self.answers(estimator, X)[:2]
+
+    def predict(self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate) -> tuple[Numbers, None]:
+        """Return numbers; there are no probabilities."""
+        return self.answers(estimator, X)[:2]
+
+    def inside(self, y: Numbers, y_pred: Numbers) -> NDArray[np.bool_]:
+        """Return which numbers lie within the interval around their prediction, bool of shape (n, k)."""
+        return np.asarray(np.abs(self._flat(y) - self._flat(y_pred)) <= self.half)
+
+    def counted_as(self, label: Any) -> str:
+        """Return what predictions are counted by: whether they are outside of the training images' range; '' within."""
+        notes = {self.note(place, number) for place, number in enumerate(np.atleast_1d(label).tolist())}
+        return " and ".join(sorted(notes - {""}))
+
+    def csv_columns(self, top: int) -> list[str]:
+        """Return the names of a prediction's cells: of each number itself, the ends of its interval, and a remark."""
+        names = ["prediction"] if self.width == 1 else list(self.columns)
+        return [f"{name}{end}" for name in names for end in ("", "_low", "_high", "_note")]
+
+    def csv_cells(self, label: Any, probabilities: Sequence[float] | NDArray[Any] | None, top: int) -> list[str]:
+        """Return the cells of one prediction, `label`, a number or float64 of shape (k,); empty ones where there is none."""
+        if label is None:
+            return [""] * (4 * self.width)
+        cells = []
+        for place, number in enumerate(np.atleast_1d(label).tolist()):
+            ends = [f"{number + sign * self.half[place]:.8g}" for sign in (-1, 1)] if self.half else ["", ""]
+            cells += [f"{number:.8g}", *ends, self.note(place, number)]
+        return cells
+
+    def note(self, place: int, number: float) -> str:
+        """Say of a predicted number that no training image had one so low or so high; nothing of the others."""
+        if not self.low or self.low[place] <= number <= self.high[place]:
+            return ""
+        side = "below" if number < self.low[place] else "above"
+        return f"{side} the training images' {self.low[place]:.6g} to {self.high[place]:.6g}"
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
 
 Target = Classification | MultiLabel | Regression
 """Any kind of target."""
@@ -59,10 +276,7 @@ def countable(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def kind_of(asked: str) -> str:
-    """Return the kind of target that `dataset.target` means; `auto` is one class for each image, or a question to the user.
-
-    DatasetError where it says that there are no labels.
-    """
+    """Return the kind of target that `dataset.target` means: of `auto` classes; DatasetError where it says that there are no labels."""
     if asked == NO_LABELS:
         raise DatasetError(_NOTHING_TO_LEARN)
     return Classification.kind if asked == "auto" else asked

@@ -1,4 +1,4 @@
-"""What a source lists, not yet opened; and the one walk of a folder: images by their content, and a line for all that is passed over."""
+"""What a source lists, not yet opened; the one walk of a folder: images by their content, a line for all that is passed over."""
 
 from __future__ import annotations
 

@@ -149,13 +149,12 @@ class Backbone:
     def contributions(
         self, pixels: NDArray[np.uint8], output: int, weights: NDArray[np.float64]
     ) -> NDArray[np.float32] | None:
-        """Return what each place of images adds to linear scores of one of `specs`; the mean over the places is the score.
+        """Return what each place of images adds to a linear score of one of `specs`; the mean over the places is the score.
 
         None where the vector is not pooled from a map, as of a class token.
 
-        pixels : uint8 of shape (n, height, width, 3), as `embed` takes them
-        weights : float64 of shape (k, dim), of k scores
-        Returns float32 of shape (n, k, rows, columns), as many as the map has.
+        pixels : uint8 of shape (n, height, width, 3), as `embed` takes them; weights : float64 of shape (n, dim), of each image's own
+            score; returns float32 of shape (n, rows, columns), as many as the map has
         """
         row = self._rows[output]
         with torch.no_grad():

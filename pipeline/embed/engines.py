@@ -223,12 +223,9 @@ def require_close(found: Features, expected: Features) -> None:
 
 
 def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, threads: int) -> Engine:
-    """Compile the way from pixels to vectors for this processor.
+    """Compile the way from pixels to vectors for this processor, for images of `size` (height, width).
 
     RuntimeError when the network has an operation that OpenVINO does not know, or what is installed as OpenVINO cannot be imported.
-
-    vectors : takes uint8 of shape (n, height, width, 3) and returns a float32 tensor of shape (n, dim) per layer; so
-        does the engine with arrays. size : (height, width)
     """
     import torch
 

@@ -83,10 +83,8 @@ Graph = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
 def trace(model: nn.Module, probe: torch.Tensor | None = None) -> Graph:
     """Return the network as a graph in eval mode, and its nodes by name in the order they run.
 
-    Where it cannot be traced, or its graph gives another result for the images `probe`, it is run as it is, and its
-    layers are its modules.
-
-    probe : float32 of shape (n, 3, height, width)
+    Where it cannot be traced, or its graph gives another result for the images `probe`, float32 of shape (n, 3, height, width), it is
+    run as it is, and its layers are its modules.
     """
     try:
         module, names = traced(model.eval())
@@ -196,12 +194,8 @@ def resolve(
 ) -> list[str]:
     """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
 
-    `stages` gives `stage_ends`, where a layer is no name of the network's own.
-
-    Raises
-    ------
-    BackboneError
-        With one line for every unknown layer, or for every one that is not before a classifier that the weights lack.
+    `stages` gives `stage_ends`, where a layer is no name of the network's own. BackboneError with one line for every unknown layer,
+    or for every one that is not before a classifier that the weights lack.
     """
     module, names = graph
     ends = {layer: _last_of(layer, names) for layer in asked if layer != PENULTIMATE}
@@ -459,13 +453,12 @@ def _cells(length: int) -> torch.Tensor:
 
 
 def contributions(maps: torch.Tensor, pooling: str, weights: torch.Tensor) -> torch.Tensor:
-    """Return what each place of maps adds to linear scores of their pooled vectors; the mean over the places is the score.
+    """Return what each place of maps adds to a linear score of their pooled vectors; the mean over the places is the score.
 
     This is the class activation map of Zhou et al. 2016 for an average, and as exact for every pooling that is linear, or chooses.
 
-    maps : float32 of shape (n, channels, height, width), or channels last
-    weights : float32 of shape (k, dim), of k scores
-    Returns float32 of shape (n, k, height, width).
+    maps : float32 of shape (n, channels, height, width), or channels last; weights : float32 of shape (n, dim), of each image's own
+        score; returns float32 of shape (n, height, width)
     """
     maps, channels = maps.detach().requires_grad_(), 1 if _axes_of_places(maps) == (2, 3) else 3
     with torch.enable_grad():

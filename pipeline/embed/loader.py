@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.embed.engines import Features
 from pipeline.embed.spec import Embedder
 from pipeline.errors import BackboneError
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
@@ -41,9 +42,6 @@ AHEAD = 3
 
 MOST_THREADS = 16
 """Threads that read and decode, unless the user asks for more."""
-
-Vectors = tuple[NDArray[np.float32], ...]
-"""One array of shape (n, dim), float32, per output of an embedder."""
 
 
 def threads(asked: int | str = "auto") -> int:
@@ -177,7 +175,7 @@ class Part:
 
     rows: NDArray[np.int64]
     """Which of the batch's items, shape (n,)."""
-    vectors: Vectors
+    vectors: Features
     seconds: float
 
 
@@ -210,9 +208,9 @@ def _part(batch: Batch, number: int, lane: Lane) -> Part | None:
     return Part(np.array(rows), vectors, time.perf_counter() - began)
 
 
-def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Vectors:
+def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Features:
     """Embed uint8 (n, height, width, 3) in passes of at most the lane's limit, which halves when memory runs out."""
-    passes: list[Vectors] = []
+    passes: list[Features] = []
     done = 0
     while done < len(pixels):
         try:

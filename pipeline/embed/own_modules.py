@@ -64,8 +64,7 @@ class OwnNetwork(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Score the classes, for `finetune`; features come from inside.
 
-        images : of the network's float dtype, shape (n, 3, height, width); returns scores of that dtype, shape
-            (n, num_classes)
+        images : of the network's float dtype, shape (n, 3, height, width); returns that dtype, shape (n, num_classes)
         """
         vectors = self.network(images)
         if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:

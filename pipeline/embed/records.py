@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from pipeline.config import (
     LOCAL_DIR,
@@ -162,11 +162,8 @@ def _of_another_version(path: Path) -> PipelineError:
 def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
     """Read those of the embeddings in `features.json` that a config asks for.
 
-    Raises
-    ------
-    PipelineError
-        When stage one has not been run for this config, with every setting that is another and every embedding that is missing;
-        or when the config's `licenses` does not allow those of their weights.
+    PipelineError when stage one has not been run for this config, with every setting that is another and every embedding that is
+    missing; or when the config's `licenses` does not allow those of their weights.
     """
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
@@ -337,13 +334,8 @@ def load(
 def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = False) -> tuple[Embedder, int]:
     """Make an embedding's embedder again; return it and which of its outputs the embedding is.
 
-    `trust_code` says that the user, and not only the record, names the code of a network that is somebody's own.
-
-    Raises
-    ------
-    BackboneError
-        When the weights, the preprocessing or a library have changed since, so that its vectors would not be comparable; or when
-        the network is code that is not trusted.
+    `trust_code` says that the user, and not only the record, names the code of a network that is somebody's own. BackboneError where
+    it is not trusted, or where weights, preprocessing or a library have changed, so that its vectors would not be comparable.
     """
     spec, section = record.spec, record.section
     if section is not None and names_vectors(section.name):
@@ -388,9 +380,21 @@ Places = Sequence[tuple[int, int]]
 """Of the blocks that are side by side a vector which embedder makes each, as which of its outputs."""
 
 
+class Networks(NamedTuple):
+    """Embedders, and for each target where each part of its head has its vectors from."""
+
+    embedders: Sequence[Embedder]
+    places: Mapping[str, Sequence[Places]]
+
+    def in_float64(self) -> Networks:
+        """Return the same computing in float64; baselines as they are."""
+        made = [each.in_float64() if hasattr(each, "in_float64") else each for each in self.embedders]
+        return Networks(made, self.places)
+
+
 def open_networks(
     records: Mapping[str, Sequence[EmbeddingRecord]], device: str, *, trust_code: bool = False
-) -> tuple[list[Embedder], Mapping[str, Sequence[Places]]]:
+) -> Networks:
     """Make the embedders of each target's embeddings again, each once, and say of each embedding where its blocks come from.
 
     Raises as `open_record` does.
@@ -410,7 +414,7 @@ def open_networks(
         target: [[find(part) for part in record.parts or (record,)] for record in own]
         for target, own in records.items()
     }
-    return embedders, places
+    return Networks(embedders, places)
 
 
 # ---- concat: several embeddings side by side as one more

@@ -10,6 +10,7 @@ gives all of one head, and `compare` says which heads are worse than the best.
     strangeness.py  how strange an image is, sets of labels           picking.py    what to label next
     audit.py        labels, near-duplicates and outliers to look at   fewshot.py    a handful of images of each class
     advice.py       what fine-tuning should bring                     logme.py      which features should transfer
+    domains.py      how far apart two sources lie, ways to adapt
     leaderboard/    rows, the verdict, the table
 """
 

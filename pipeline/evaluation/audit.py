@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,11 +108,18 @@ class Findings:
 
 def to_csv(issues: LabelIssues, findings: Findings) -> dict[str, str]:
     """Return one CSV text per kind of finding, by file name."""
-    return {
-        "label_issues.csv": _csv(LabelIssue, issues.found),
-        "near_duplicates.csv": _csv(NearDuplicate, findings.near_duplicates),
-        "outliers.csv": _csv(Outlier, findings.outliers),
-    }
+    tables: tuple[tuple[str, Any, Sequence[Any]], ...] = (
+        ("label_issues.csv", LabelIssue, issues.found),
+        ("near_duplicates.csv", NearDuplicate, findings.near_duplicates),
+        ("outliers.csv", Outlier, findings.outliers),
+    )
+    made = {}
+    for file, kind, rows in tables:
+        buffer, names = io.StringIO(), [field.name for field in fields(kind) if field.name != "row"]
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerows([names, *([to_cell(str(getattr(row, name))) for name in names] for row in rows)])
+        made[file] = buffer.getvalue()
+    return made
 
 
 def write_findings(path: Path, findings: Findings) -> None:
@@ -121,19 +128,12 @@ def write_findings(path: Path, findings: Findings) -> None:
 
 
 def read_findings(path: Path) -> Findings:
-    """Read what was found.
-
-    Raises
-    ------
-    PipelineError
-        When it is missing, damaged, or of another format or version.
-    """
+    """Read what was found; PipelineError when it is missing, damaged, or of another format or version."""
     document = read_document(path, AUDIT)
     try:
-        found: Findings = from_plain(Findings, {field.name: document[field.name] for field in fields(Findings)})
+        return cast(Findings, from_plain(Findings, {field.name: document[field.name] for field in fields(Findings)}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AUDIT.damaged(path, first_line(error)) from None
-    return found
 
 
 def label_issues(
@@ -145,8 +145,7 @@ def label_issues(
     of any integer dtype, shape (n,). A label is doubted when another class is likelier and it gets less than `DOUBT` of
     what its class usually gets, so a head that is unsure of a class as a whole does not accuse it.
     """
-    p = np.asarray(probabilities, dtype=np.float64)
-    rows = np.arange(len(y))
+    p, rows = np.asarray(probabilities, dtype=np.float64), np.arange(len(y))
     usual = np.array([p[y == column, column].mean() if np.any(y == column) else 0.0 for column in range(p.shape[1])])
     suggested = p.argmax(axis=1)
     doubted = p < DOUBT * usual  # would the label be doubted, were it this one: (n, n_classes)
@@ -154,11 +153,8 @@ def label_issues(
     own = p[rows, y]
     found = sorted(np.flatnonzero(doubted[rows, y]).tolist(), key=lambda row: (own[row], paths[row]))
     by_chance = noise_rate(p, y) * doubted.sum() / max(p.shape[1] - 1, 1)
-    issues = tuple(
-        LabelIssue(str(paths[row]), classes[y[row]], classes[suggested[row]], float(own[row]), int(row))
-        for row in found
-    )
-    return LabelIssues(issues, max(0.0, len(found) - float(by_chance)))
+    issues = (LabelIssue(paths[row], classes[y[row]], classes[suggested[row]], float(own[row]), row) for row in found)
+    return LabelIssues(tuple(issues), max(0.0, len(found) - float(by_chance)))
 
 
 def noise_rate(p: NDArray[np.float64], y: NDArray[np.integer]) -> float:
@@ -184,14 +180,6 @@ def noise_rate(p: NDArray[np.float64], y: NDArray[np.integer]) -> float:
     return share
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """The k nearest other rows of every row: `rows` and `distances` of shape (n, k), nearest first."""
-
-    rows: NDArray[np.intp]
-    distances: NDArray[np.float32]
-
-
 def project(features: NDArray[np.floating], components: int = COMPONENTS) -> NDArray[np.float32]:
     """Return features on their first principal components, shape (n, at most `components`), float32."""
     X = np.asarray(features, dtype=np.float32)
@@ -199,88 +187,17 @@ def project(features: NDArray[np.floating], components: int = COMPONENTS) -> NDA
     return projected
 
 
-def neighbours(features: NDArray[np.floating], k: int = FAR) -> Neighbours:
-    """Find the k nearest other rows of every row by Euclidean distance.
+def neighbours(features: NDArray[np.floating], k: int = FAR) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Find the k nearest other rows of every row by Euclidean distance: rows and distances, nearest first, each of shape (n, k).
 
     features : of any float dtype, shape (n, dim)
     """
     X = np.asarray(features, dtype=np.float32)
-    search = NearestNeighbors(n_neighbors=min(k, len(X) - 1), algorithm="brute").fit(X)
-    _, rows = search.kneighbors()
+    _, rows = NearestNeighbors(n_neighbors=min(k, len(X) - 1), algorithm="brute").fit(X).kneighbors()
     # Differences anew: the search's shortcut loses the digits that matter between near-duplicates.
     exact = np.stack([np.linalg.norm(X - X[column], axis=1) for column in rows.T], axis=1)
     order = np.lexsort((rows, exact), axis=1)
-    return Neighbours(np.take_along_axis(rows, order, axis=1), np.take_along_axis(exact, order, axis=1))
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """n pairs of near-duplicates: `first` and `second` are their rows, `ratio` as in NearDuplicate, each of shape (n,)."""
-
-    first: NDArray[np.intp]
-    second: NDArray[np.intp]
-    ratio: NDArray[np.float64]
-
-
-_NO_PAIRS = Pairs(np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp), np.zeros(0))
-
-
-def close_pairs(near: Neighbours, hashes: NDArray[np.uint8] | None = None) -> Pairs:
-    """Find the pairs of images that are nearly the same; each is named once.
-
-    hashes : perceptual hashes of shape (n, HASH_BYTES), uint8, rows of 0 where there is none. The yardstick is local and
-    ignores copies: the distance to the tenth neighbour, of the two images the smaller one. It fits any embedding, and finds
-    copies also where they are the rule.
-    """
-    n, k = near.distances.shape
-    if k == 0:
-        return _NO_PAIRS
-    tenth, fortieth = (near.distances[:, min(place, k) - 1] for place in (NEAR, FAR))
-    usual = np.where(tenth <= CLOSE * fortieth, fortieth, tenth).astype(np.float64)
-    yardstick = np.minimum(usual[:, None], usual[near.rows])
-    ratio = np.divide(near.distances, yardstick, out=np.zeros((n, k)), where=yardstick > 0)
-    left, column = np.nonzero(ratio <= ALIKE)
-    right, found = near.rows[left, column], ratio[left, column]
-    close = found <= CLOSE
-    if hashes is not None:
-        close[~close] = hash_distances(hashes[left[~close]], hashes[right[~close]]) <= ALIKE_BITS
-    ends = np.sort(np.stack([left[close], right[close]], axis=1), axis=1)
-    ends, once = np.unique(ends, axis=0, return_index=True)
-    return Pairs(ends[:, 0], ends[:, 1], found[close][once])
-
-
-def near_duplicates(
-    pairs: Pairs, paths: Sequence[str], labels: Sequence[str], splits: Sequence[str]
-) -> tuple[NearDuplicate, ...]:
-    """Name enough pairs to join each set of alike images once, those across splits first, then the closest.
-
-    A burst of 50 frames is 49 lines and not 1,225.
-    """
-    found = [
-        NearDuplicate(
-            str(paths[a]), str(paths[b]), ratio, str(splits[a]), str(splits[b]), str(labels[a]), str(labels[b])
-        )
-        for a, b, ratio in zip(*(part.tolist() for part in (pairs.first, pairs.second, pairs.ratio)), strict=True)
-    ]
-    order = sorted(range(len(found)), key=lambda row: (not found[row].across, found[row].ratio, found[row].path))
-    cost = np.empty(len(found))
-    cost[order] = np.arange(1, len(found) + 1)
-    tree = minimum_spanning_tree(coo_array((cost, (pairs.first, pairs.second)), shape=(len(paths),) * 2).tocsr())
-    return tuple(found[order[int(place) - 1]] for place in np.sort(tree.data))
-
-
-def outliers(
-    near: Neighbours, paths: Sequence[str], labels: Sequence[str], deviations: float = OUTLIER_DEVIATIONS
-) -> tuple[Outlier, ...]:
-    """Find images whose nearest neighbours are far away, farthest first."""
-    if near.distances.shape[1] == 0:
-        return ()
-    distance = np.log(np.maximum(near.distances[:, :NEAR].mean(axis=1), 1e-12))
-    middle = float(np.median(distance))
-    spread = 1.4826 * float(np.median(np.abs(distance - middle))) or 1.0
-    score = (distance - middle) / spread
-    found = sorted(np.flatnonzero(score > deviations).tolist(), key=lambda row: (-score[row], paths[row]))
-    return tuple(Outlier(str(paths[row]), str(labels[row]), float(score[row]), int(row)) for row in found)
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(exact, order, axis=1)
 
 
 def examine(
@@ -289,16 +206,65 @@ def examine(
     labels: Sequence[str],
     splits: Sequence[str],
     hashes: NDArray[np.uint8] | None = None,
-) -> tuple[Pairs, Findings]:
-    """Look for near-duplicates, which are returned as pairs of rows too, and outliers among images.
+) -> tuple[NDArray[np.intp], Findings]:
+    """Look for near-duplicates, which are returned as pairs of rows too, intp of shape (m, 2), and outliers among images.
 
-    features : ndarray of shape (n, dim), of any float dtype, a row per path; hashes : as in `close_pairs`
+    features : ndarray of shape (n, dim), of any float dtype, a row per path
+    hashes : perceptual hashes of shape (n, HASH_BYTES), uint8, rows of 0 where there is none
     """
     if len(paths) < 2:
-        return _NO_PAIRS, Findings()
-    near = neighbours(project(features))
-    pairs = close_pairs(near, hashes)
-    return pairs, Findings(near_duplicates(pairs, paths, labels, splits), outliers(near, paths, labels))
+        return np.zeros((0, 2), dtype=np.intp), Findings()
+    rows, distances = neighbours(project(features))
+    pairs, ratios = _close_pairs(rows, distances, hashes)
+    named = [
+        NearDuplicate(paths[a], paths[b], ratio, splits[a], splits[b], labels[a], labels[b])
+        for (a, b), ratio in zip(pairs.tolist(), ratios.tolist(), strict=True)
+    ]
+    return pairs, Findings(_spanning(pairs, named, len(paths)), _outliers(distances, paths, labels))
+
+
+def _close_pairs(
+    rows: NDArray[np.intp], distances: NDArray[np.float32], hashes: NDArray[np.uint8] | None
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Find the pairs of images that are nearly the same, each once: rows, shape (m, 2), and `NearDuplicate.ratio`, shape (m,).
+
+    The yardstick is local and ignores copies: the distance to the tenth neighbour, of the two images the smaller one. It fits any
+    embedding, and finds copies also where they are the rule.
+    """
+    n, k = distances.shape
+    tenth, fortieth = (distances[:, min(place, k) - 1] for place in (NEAR, FAR))
+    usual = np.where(tenth <= CLOSE * fortieth, fortieth, tenth).astype(np.float64)
+    yardstick = np.minimum(usual[:, None], usual[rows])
+    ratio = np.divide(distances, yardstick, out=np.zeros((n, k)), where=yardstick > 0)
+    left, column = np.nonzero(ratio <= ALIKE)
+    right, found = rows[left, column], ratio[left, column]
+    close = found <= CLOSE
+    if hashes is not None:
+        close[~close] = hash_distances(hashes[left[~close]], hashes[right[~close]]) <= ALIKE_BITS
+    ends = np.sort(np.stack([left[close], right[close]], axis=1), axis=1)
+    pairs, once = np.unique(ends, axis=0, return_index=True)
+    return pairs, found[close][once]
+
+
+def _spanning(pairs: NDArray[np.intp], named: Sequence[NearDuplicate], n: int) -> tuple[NearDuplicate, ...]:
+    """Return enough pairs to join each set of alike images once, those across splits first, then the closest.
+
+    A burst of 50 frames is 49 lines and not 1,225.
+    """
+    order = sorted(named, key=lambda pair: (not pair.across, pair.ratio, pair.path))
+    place = {pair: number for number, pair in enumerate(order, 1)}
+    cost = np.array([place[pair] for pair in named], dtype=np.float64)
+    tree = minimum_spanning_tree(coo_array((cost, pairs.T), shape=(n, n)).tocsr())
+    return tuple(order[int(number) - 1] for number in np.sort(tree.data))
+
+
+def _outliers(distances: NDArray[np.float32], paths: Sequence[str], labels: Sequence[str]) -> tuple[Outlier, ...]:
+    """Find images whose nearest neighbours are far away, farthest first."""
+    distance = np.log(np.maximum(distances[:, :NEAR].mean(axis=1), 1e-12))
+    middle = float(np.median(distance))
+    score = (distance - middle) / (1.4826 * float(np.median(np.abs(distance - middle))) or 1.0)
+    found = sorted(np.flatnonzero(score > OUTLIER_DEVIATIONS).tolist(), key=lambda row: (-score[row], paths[row]))
+    return tuple(Outlier(paths[row], labels[row], float(score[row]), row) for row in found)
 
 
 def read_hashes(files: Artifacts, digests: Digests) -> NDArray[np.uint8]:
@@ -316,12 +282,3 @@ def read_hashes(files: Artifacts, digests: Digests) -> NDArray[np.uint8]:
         except StoreError as error:
             log.warning("near-duplicates are searched without perceptual hashes: %s", error)
     return hashes
-
-
-def _csv(kind: type[LabelIssue] | type[NearDuplicate] | type[Outlier], rows: Sequence[Any]) -> str:
-    buffer = io.StringIO()
-    names = [field.name for field in fields(kind) if field.name != "row"]
-    writer = csv.DictWriter(buffer, names, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows({key: to_cell(str(value)) for key, value in asdict(row).items()} for row in rows)
-    return buffer.getvalue()

@@ -14,10 +14,16 @@ from scipy import optimize
 from scipy.special import expit, log_softmax, softmax
 
 from pipeline.evaluation.intervals import Interval, share_interval
+from pipeline.evaluation.metric import SMALLEST_PROBABILITY
 
 MOST_BINS = 15
 IMAGES_PER_BIN = 20
 """With fewer in a bin the error measured would mostly be chance."""
+SIGMOIDS = "sigmoids"
+MOST_REST = (1 - 1e-4) / 3
+"""A class's margin is at most 10,000: beyond it float32 scores do not tell it from infinity."""
+AHEAD = 1e-3
+"""In units of an SVC's margin: too little to be seen in a probability, enough to decide which is the highest."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,6 @@ def fit_calibrator(scores: NDArray[np.floating], y: NDArray[np.integer], method:
     return Calibrator(method, (float(np.exp(found.x) / scale),))
 
 
-SIGMOIDS = "sigmoids"
-
-
 def fit_sigmoids(scores: NDArray[np.floating], y: NDArray[np.bool_]) -> Calibrator:
     """Fit a sigmoid for each label on out-of-fold scores, both of shape (n, k); none changes the order of the images.
 
@@ -120,19 +123,11 @@ def margins(scores: NDArray[np.floating]) -> NDArray[np.float64]:
 
     scores : ndarray of shape (n, n_classes), n_classes >= 3, of any float dtype; what is returned is like it
     """
-    rest = scores - np.round(scores)
-    rest = np.clip(rest, -MOST_REST, MOST_REST)
+    rest = np.clip(scores - np.round(scores), -MOST_REST, MOST_REST)
     found: NDArray[np.float64] = 3 * rest / (1 - 3 * np.abs(rest))
     rows = np.arange(len(found))
     found[rows, scores.argmax(axis=1)] = found.max(axis=1) + AHEAD
     return found
-
-
-MOST_REST = (1 - 1e-4) / 3
-"""A class's margin is at most 10,000: beyond it float32 scores do not tell it from infinity."""
-
-AHEAD = 1e-3
-"""In units of the SVC's margin: too little to be seen in a probability, enough to decide which is the highest."""
 
 
 _LOGITS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
@@ -155,21 +150,21 @@ def measure_calibration(
     units : ndarray of shape (n,), int64: images that are not independent share a number; None when all are.
     Brier is the sum over classes of squared errors, from 0 (sure and right) to 2 (sure and wrong); log loss is in nats.
     """
-    p = np.asarray(probabilities, dtype=np.float64)
+    p, rows = np.asarray(probabilities, dtype=np.float64), np.arange(len(y))
     confidence, right = p.max(axis=1), p.argmax(axis=1) == y
     order = np.argsort(confidence, kind="stable")
     bins = min(MOST_BINS, max(1, len(order) // IMAGES_PER_BIN)) if bins is None else bins
     table, gap = [], 0.0
-    for rows in np.split(order, _cuts(confidence[order], min(bins, len(order)))):
-        accuracy, mean = float(right[rows].mean()), float(confidence[rows].mean())
-        gap += len(rows) / len(order) * abs(accuracy - mean)
-        ends = (float(confidence[rows[0]]), float(confidence[rows[-1]]))
-        within = None if units is None else units[rows]
-        table.append(ReliabilityBin(*ends, len(rows), mean, accuracy, share_interval(right[rows], within)))
+    for part in np.split(order, _cuts(confidence[order], min(bins, len(order)))):
+        accuracy, mean = float(right[part].mean()), float(confidence[part].mean())
+        gap += len(part) / len(order) * abs(accuracy - mean)
+        ends = (float(confidence[part[0]]), float(confidence[part[-1]]))
+        interval = share_interval(right[part], None if units is None else units[part])
+        table.append(ReliabilityBin(*ends, len(part), mean, accuracy, interval))
     truth = np.zeros_like(p)
-    truth[np.arange(len(y)), y] = 1.0
+    truth[rows, y] = 1.0
     brier = float(np.mean(np.sum((p - truth) ** 2, axis=1)))
-    loss = -float(np.mean(np.log(np.clip(p[np.arange(len(y)), y], 1e-15, 1.0))))
+    loss = -float(np.mean(np.log(np.clip(p[rows, y], SMALLEST_PROBABILITY, 1.0))))
     return Calibration(gap, brier, loss, tuple(table))
 
 
@@ -199,5 +194,4 @@ def correct_priors(
     trained, wanted : of any float dtype, shape (n_classes,), sum 1
     """
     weighted = np.asarray(probabilities, dtype=np.float64) * (np.asarray(wanted) / np.maximum(trained, 1e-12))
-    corrected: NDArray[np.float64] = weighted / np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300)
-    return corrected
+    return np.asarray(weighted / np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300))

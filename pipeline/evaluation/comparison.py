@@ -257,8 +257,9 @@ def _against_best(
     rng = np.random.default_rng(seed)
     drift = rng.multivariate_normal(np.zeros(k), covariance, size=DRAWS, check_valid="ignore")
     drift /= np.sqrt(rng.chisquare(freedom, DRAWS) / freedom)[:, None]
-    parts = [np.abs(part[:, :, None] - part[:, None, :]) / errors for part in np.array_split(drift, 20)]
-    largest = np.concatenate([part.reshape(len(part), -1).max(axis=1) for part in parts])
+    one, other = np.triu_indices(k, 1)
+    parts = [np.abs(part[:, one] - part[:, other]) / errors[one, other] for part in np.array_split(drift, 20)]
+    largest = np.concatenate([part.max(axis=1, initial=0.0) for part in parts])
     differences = scores[best] - scores
     p_values = (1 + np.sum(largest[:, None] >= differences / errors[best], axis=0)) / (1 + DRAWS)
     # Where all rows agree nothing is drawn, and one comparison is left.

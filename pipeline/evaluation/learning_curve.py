@@ -5,7 +5,7 @@ The curve fits `error(n) = floor + scale * n**-rate`; its worth is measured by h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,8 @@ class PowerLaw:
     rate: float
 
     def accuracy(self, sizes: NDArray[np.floating] | Sequence[float]) -> NDArray[np.float64]:
-        """Return the accuracy expected at each size: float64 of shape (k,), for k numbers of any float dtype."""
-        values: NDArray[np.float64] = 1.0 - self.floor - self.scale * np.asarray(sizes, dtype=np.float64) ** -self.rate
-        return values
+        """Return the accuracy expected at each of k sizes: float64 of shape (k,)."""
+        return np.asarray(1.0 - self.floor - self.scale * np.asarray(sizes, dtype=np.float64) ** -self.rate)
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,7 @@ def curve_sizes(n: int, n_classes: int, steps: int = 7) -> tuple[int, ...]:
 
 
 def stratified_order(y: NDArray[np.generic], seed: int) -> NDArray[np.intp]:
-    """Return all rows in an order of which every beginning has each class in its share.
-
-    y : of any dtype, shape (n,); returns intp of shape (n,)
-    """
+    """Return all rows, intp of shape (n,), in an order of which every beginning has each class in its share; y of shape (n,)."""
     rng = np.random.default_rng(seed)
     keys = np.empty(len(y))
     for label in np.unique(y):
@@ -120,21 +116,19 @@ def curve_from_scores(
         CurvePoint(size, float(np.mean(row)), mean_interval(np.asarray(row)), tuple(float(v) for v in row))
         for size, row in zip(sizes, scores, strict=True)
     )
-    hidden = 2 if len(points) >= 6 else 1
+    if len(points) < 4:
+        return LearningCurve(points, None, (), ())
+    hidden, there_are = 2 if len(points) >= 6 else 1, labels or points[-1].size
     held_back: tuple[HeldBack, ...] = ()
     if len(points) - hidden >= 4:
-        shown = points[:-hidden]
-        held_back = _predict(
-            shown, [point.size for point in points[-hidden:]], [point.accuracy for point in points[-hidden:]], seed
-        )
-    if len(points) < 4:
-        return LearningCurve(points, None, held_back, ())
-    there_are = labels or points[-1].size
-    ahead = _predict(points, [2 * there_are, 4 * there_are], [None, None], seed)
-    return LearningCurve(points, _fit(points), held_back, ahead)
+        held_back = _predict(points[:-hidden], {point.size: point.accuracy for point in points[-hidden:]}, seed)
+    return LearningCurve(
+        points, _fit(points), held_back, _predict(points, {2 * there_are: None, 4 * there_are: None}, seed)
+    )
 
 
 RATES = np.geomspace(0.05, 2.0, 80)
+RESAMPLES = 100
 
 
 def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None) -> PowerLaw:
@@ -159,35 +153,25 @@ def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None)
     return PowerLaw(float(floor[best]), float(slope[best] * sizes[0] ** RATES[best]), float(RATES[best]))
 
 
-def _predict(
-    points: Sequence[CurvePoint],
-    sizes: Sequence[int],
-    measured: Sequence[float | None],
-    seed: int,
-    resamples: int = 100,
-) -> tuple[HeldBack, ...]:
-    """Extrapolate with an interval: draws are resampled per size and the law is fitted anew.
+def _predict(points: Sequence[CurvePoint], measured: Mapping[int, float | None], seed: int) -> tuple[HeldBack, ...]:
+    """Extrapolate to sizes with an interval: draws are resampled per size and the law is fitted anew.
 
     A three-parameter law through few points is surer of itself than it is right, so the fit's own misfit is added.
     """
-    rng = np.random.default_rng(seed)
-    law = _fit(points)
-    draws = []
-    for _ in range(resamples):
+    rng, law, sizes, draws = np.random.default_rng(seed), _fit(points), list(measured), []
+    for _ in range(RESAMPLES):
         means = np.array([np.mean(rng.choice(point.scores, len(point.scores))) for point in points])
         draws.append(_fit(points, means).accuracy(sizes))
     misfit = law.accuracy([point.size for point in points]) - [point.accuracy for point in points]
     spread = np.mean([np.var(point.scores) / len(point.scores) for point in points[-3:]])
     half = 1.96 * np.sqrt(np.var(draws, axis=0) + np.mean(misfit**2) + spread)
-    return tuple(
-        HeldBack(size, float(p), (float(p - h), float(p + h)), None if m is None else float(m))
-        for size, p, h, m in zip(sizes, law.accuracy(sizes), half, measured, strict=True)
-    )
+    told = zip(measured.items(), law.accuracy(sizes).tolist(), half.tolist(), strict=True)
+    return tuple(HeldBack(size, p, (p - h, p + h), found) for (size, found), p, h in told)
 
 
 def ahead(curve: LearningCurve, size: int, seed: int) -> HeldBack:
     """Return what a curve of four points or more lets expect of so many labelled images; `measured` is None."""
-    return _predict(curve.points, [size], [None], seed)[0]
+    return _predict(curve.points, {size: None}, seed)[0]
 
 
 def pareto(cost: Sequence[float], value: Sequence[float]) -> tuple[bool, ...]:

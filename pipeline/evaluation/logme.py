@@ -24,37 +24,32 @@ def logme(X: NDArray[np.floating], y: NDArray[np.int64]) -> float:
     targets = (y[:, None] == np.unique(y)).astype(np.float64)
     projected = (left.T @ targets) ** 2
     outside = np.maximum((targets**2).sum(axis=0) - projected.sum(axis=0), 0.0)
-    n, dim = X.shape
-    found = [
-        _evidence(n, dim, singular**2, projected[:, column], outside[column]) for column in range(targets.shape[1])
-    ]
-    return float(np.mean(found) / n)
+    (n, dim), columns = X.shape, zip(projected.T, outside.tolist(), strict=True)
+    return float(np.mean([_evidence(n, dim, singular**2, inside, rest) for inside, rest in columns]) / n)
 
 
 def _evidence(n: int, dim: int, squares: NDArray[np.float64], projected: NDArray[np.float64], outside: float) -> float:
-    """The largest log evidence of one class.
+    """Return the largest log evidence of one class.
 
     squares, projected : ndarray of shape (min(n, dim),), float64: squared singular values, and squared parts of the labels along
     their left vectors; outside : the squared length of what of the labels is in no such direction
     """
     alpha = beta = 1.0
+
+    def lengths() -> tuple[float, float]:
+        """The squared lengths of the likeliest weights, and of what of the labels they do not explain."""
+        shrunk = alpha + beta * squares
+        weights = float(np.sum(beta**2 * squares * projected / shrunk**2))
+        return weights, float(np.sum(projected * (alpha / shrunk) ** 2)) + outside
+
     for _ in range(ROUNDS):
         before = alpha / beta
         used = float(np.sum(beta * squares / (alpha + beta * squares)))
-        weights, misfit = _lengths(alpha, beta, squares, projected, outside)
+        weights, misfit = lengths()
         alpha, beta = used / max(weights, 1e-300), (n - used) / max(misfit, 1e-12)
         if abs(alpha / beta - before) <= 1e-9 * before:
             break
-    weights, misfit = _lengths(alpha, beta, squares, projected, outside)
+    weights, misfit = lengths()
     determinant = float(np.sum(np.log(alpha + beta * squares))) + (dim - len(squares)) * np.log(alpha)
     constant = n * np.log(beta / (2 * np.pi)) + dim * np.log(alpha)
     return float(constant - beta * misfit - alpha * weights - determinant) / 2
-
-
-def _lengths(
-    alpha: float, beta: float, squares: NDArray[np.float64], projected: NDArray[np.float64], outside: float
-) -> tuple[float, float]:
-    """The squared lengths of the likeliest weights, and of what of the labels they do not explain."""
-    shrunk = alpha + beta * squares
-    weights = float(np.sum(beta**2 * squares * projected / shrunk**2))
-    return weights, float(np.sum(projected * (alpha / shrunk) ** 2)) + outside

@@ -249,10 +249,6 @@ def _among_top_k(predictions: Predictions) -> sparse.csr_array:
     return _mean_of((likeliest == predictions.y_true[:, None]).any(axis=1))
 
 
-def _recalls(predictions: Predictions) -> sparse.csr_array:
-    return _by_class(predictions, predictions.y_true)
-
-
 def _f1(predictions: Predictions) -> sparse.csr_array:
     return _by_class(predictions, predictions.y_true, predictions.y_pred)
 
@@ -418,7 +414,7 @@ METRICS: Mapping[str, Metric] = {
             "balanced_accuracy",
             "balanced accuracy",
             "labels",
-            shares=_recalls,
+            shares=lambda predictions: _by_class(predictions, predictions.y_true),
             per_class=True,
             column=("balanced", "bal."),
         ),

@@ -113,9 +113,10 @@ class Predictions:
 
 def joined(parts: Sequence[Predictions]) -> Predictions:
     """Return the predictions of several sets of images as one set, with the columns that all of them have."""
-    columns = {name: [getattr(part, name) for part in parts] for name in parts[0].columns()}
+    shared = [part.columns() for part in parts]
     whole = {
-        name: None if any(part is None for part in found) else np.concatenate(found) for name, found in columns.items()
+        name: np.concatenate([found[name] for found in shared]) if all(name in found for found in shared) else None
+        for name in shared[0]
     }
     return replace(parts[0], **whole)  # type: ignore[arg-type]
 
@@ -154,22 +155,16 @@ class HeadPredictions:
 
     @staticmethod
     def read(path: Path) -> HeadPredictions:
-        """Read a `predictions.npz`.
-
-        Raises
-        ------
-        BundleError
-            When the file is missing, damaged, or of another format or version.
-        """
+        """Read a `predictions.npz`; BundleError when it is missing, damaged, or of another format or version."""
+        kind = PREDICTIONS
         try:
             arrays = parse_arrays(bundle_file(path.parent, path.name))
-            found = (str(arrays.get("format", "")), int(arrays.get("version", -1)))
+            name, version = str(arrays.get("format", "")), int(arrays.get("version", -1))
         except (ValueError, TypeError) as error:
-            raise BundleError(f"{path}: no readable predictions ({error}); {PREDICTIONS.again}") from None
-        if found not in [(PREDICTIONS.format, version) for version in READABLE]:
+            raise BundleError(f"{path}: no readable predictions ({error}); {kind.again}") from None
+        if name != kind.format or version not in READABLE:
             raise BundleError(
-                f"{path}: found {found[0]!r} version {found[1]}, expected {PREDICTIONS.format!r} version {PREDICTIONS.version}; "
-                f"{PREDICTIONS.again}"
+                f"{path}: found {name!r} version {version}, expected {kind.format!r} version {kind.version}; {kind.again}"
             )
         try:
             target = target_of({key: array.tolist() for key, array in arrays.items()})
@@ -177,8 +172,8 @@ class HeadPredictions:
             if test is not None:
                 return HeadPredictions(test, _part(arrays, "out_of_fold", target))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PREDICTIONS.damaged(path, first_line(error)) from None
-        raise BundleError(f"{path}: holds no test predictions; {PREDICTIONS.again}")
+            raise kind.damaged(path, first_line(error)) from None
+        raise BundleError(f"{path}: holds no test predictions; {kind.again}")
 
 
 STORED = {

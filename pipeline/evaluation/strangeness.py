@@ -25,7 +25,7 @@ BLOCK_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Known:
+class Reference:
     """What is kept of the training images: `mean`, (dim,), `references`, unit rows (m, dim), and the `distances` of n of them, each held out.
 
     `lengths`, (m,), of the rows before they were units; none where an earlier version made it.
@@ -53,20 +53,17 @@ class Known:
         return buffer.getvalue()
 
     @staticmethod
-    def from_bytes(data: bytes) -> Known:
+    def from_bytes(data: bytes) -> Reference:
         """Return what `to_bytes` was given, references to half precision; ValueError for what is none."""
         arrays = parse_arrays(data)
         shapes = [arrays[name].shape for name in ("mean", "references", "distances") if name in arrays]
-        if (
-            [len(shape) for shape in shapes] != [1, 2, 1]
-            or shapes[0][0] != shapes[1][1]
-            or 0 in (*shapes[1], *shapes[2])
-        ):
+        right = [len(shape) for shape in shapes] == [1, 2, 1] and shapes[0][0] == shapes[1][1]
+        if not right or 0 in (*shapes[1], *shapes[2]):
             raise ValueError(f"arrays of shapes {shapes}")
         lengths = arrays.get("lengths", np.empty(0))
         if lengths.shape not in ((0,), (shapes[1][0],)):
             raise ValueError(f"{lengths.shape} lengths of {shapes[1]} references")
-        return Known(arrays["mean"], arrays["references"].astype(np.float32), arrays["distances"], lengths)
+        return Reference(arrays["mean"], arrays["references"].astype(np.float32), arrays["distances"], lengths)
 
 
 def directions(X: NDArray[np.float32], mean: Floats | float) -> NDArray[np.float32]:

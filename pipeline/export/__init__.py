@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -11,27 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.embed.records import Places
-from pipeline.embed.spec import Embedder
+from pipeline.embed.records import Networks
 from pipeline.errors import PipelineError
 from pipeline.export.bundle import ModelBundle
 from pipeline.images import Preprocessing
 
 Prepared = Mapping[Preprocessing, NDArray[np.uint8]]
 """n images as each of some networks takes them, uint8 of shape (n, height, width, 3)."""
-
-
-@dataclass(frozen=True)
-class Networks:
-    """Networks, and for each target where each part of its head has its vectors from."""
-
-    embedders: Sequence[Embedder]
-    places: Mapping[str, Sequence[Places]]
-
-    def in_float64(self) -> Networks:
-        """Return the same computing in float64; baselines as they are."""
-        made = [each.in_float64() if hasattr(each, "in_float64") else each for each in self.embedders]
-        return Networks(made, self.places)
 
 
 @dataclass(frozen=True)

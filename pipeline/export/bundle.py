@@ -83,9 +83,6 @@ TRUSTED_TYPES = (
 class ModelBundle:
     """A fitted head, what it says of an image, and the embedding it expects.
 
-    `estimator` was fitted on what the target's `learned` makes of labels, places in its classes for instance. `embedding` is stage one's record of
-    the embedding, with the config section that makes its backbone again. `calibrator` turns the estimator's scores into
-    probabilities, its columns in the order of `estimator.classes_`; it never changes which class is the likeliest.
     A soft vote has `members` in place of an estimator and an embedding: the mean of their probabilities.
     """
 
@@ -93,9 +90,12 @@ class ModelBundle:
     params: Mapping[str, Any]
     target: Target
     embedding: Mapping[str, Any]
+    """Stage one's record of it, with the config section that makes its backbone again."""
     estimator: Any
+    """Fitted on what the target's `learned` makes of labels, places in its classes for instance."""
     provenance: Mapping[str, Any]
     calibrator: Calibrator | None = None
+    """Turns the estimator's scores, in the order of its `classes_`, into probabilities; never changes which is the likeliest."""
     members: tuple[ModelBundle, ...] = ()
 
     def __repr__(self) -> str:
@@ -138,20 +138,16 @@ class ModelBundle:
         return self.target.predict(self.estimator, vectors, self.calibrated)
 
     def voted(self, told: Sequence[NDArray[np.floating]]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Return what a soft vote says, and its probabilities, for those of its members.
+        """Return what a soft vote says, and its probabilities, for those of its members, each of any float dtype, (n, n_classes).
 
-        told : each of any float dtype, shape (n, n_classes); returns intp of shape (n,) and float64 of shape
-            (n, n_classes)
+        Returns intp of shape (n,) and float64 of shape (n, n_classes).
         """
         mean = np.asarray(np.mean(told, axis=0, dtype=np.float64))
         probabilities = self.calibrated(mean, "probability")
         return mean.argmax(axis=1), mean if probabilities is None else probabilities
 
     def calibrated(self, raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64] | None:
-        """Return probabilities for an estimator's scores; None without a calibrator.
-
-        raw : of any float dtype, shape (n, columns); returns float64 of the same shape
-        """
+        """Return probabilities for scores of any float dtype, shape (n, columns), as float64; None without a calibrator."""
         return None if self.calibrator is None else self.calibrator.probabilities(logits(raw, kind))
 
 

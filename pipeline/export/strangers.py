@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.errors import BundleError, ConfigError, number_of
 from pipeline.evaluation import HeadPredictions, wilson
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.evaluation.strangeness import Known, alike, label_sets, least_share, unsureness
+from pipeline.evaluation.strangeness import Reference, alike, label_sets, least_share, unsureness
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 
@@ -27,7 +27,7 @@ class Strangers:
     """What is asked of one head's images, and what was found so far; `unknown` and `sets` are None where they are not asked for."""
 
     bundle: ModelBundle
-    known: Known | None
+    known: Reference | None
     score: str
     own: NDArray[np.floating]
     """Strangeness of the training images, each held out, shape (n,), measured by `score`."""
@@ -45,8 +45,7 @@ class Strangers:
     def cells(self, X: NDArray[np.float32], probabilities: NDArray[np.floating] | None) -> list[list[str]]:
         """Return the cells of n images, for vectors of the head's first part and its probabilities; and count them.
 
-        X : float32 of shape (n, dim); probabilities : of any float dtype, shape (n, n_classes); None where the head has
-            none
+        X : float32 of shape (n, dim); probabilities : of any float dtype, shape (n, n_classes); None where the head has none
         """
         self.counts["images"] += len(X)
         distances = None
@@ -86,15 +85,7 @@ class Strangers:
 
 
 def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, sets: float | None) -> Strangers:
-    """Return what a bundle's folder knows of strangers.
-
-    Raises
-    ------
-    ConfigError
-        When it cannot say what is asked.
-    BundleError
-        When its files are damaged.
-    """
+    """Return what a bundle's folder knows of strangers; ConfigError when it cannot say what is asked, BundleError for damage."""
     known, asked = _known(folder), unknown is not None or sets is not None
     nothing = np.empty(0)
     if not asked:
@@ -122,11 +113,11 @@ def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, set
     return Strangers(bundle, known, score, own, of_truth, unknown, sets)
 
 
-def _known(folder: Path) -> Known | None:
+def _known(folder: Path) -> Reference | None:
     if "unknown" not in bundles.describe(folder):
         return None
     try:
-        return Known.from_bytes(bundles.bundle_file(folder, bundles.KNOWN))
+        return Reference.from_bytes(bundles.bundle_file(folder, bundles.KNOWN))
     except ValueError as error:
         raise BundleError(f"{folder / bundles.KNOWN}: cannot be read ({error}); run `manyheads heads` again") from None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config import FinetuneConfig
@@ -27,10 +27,12 @@ class Labelled:
 
     pixels : ndarray of shape (n, height, width, 3), uint8
     y : ndarray of shape (n,), as the target encodes it: int64 places in the classes
+    entering : what enters the lowest stage that is trained, of shape (n, ...), where that was kept: then it stands for the pixels
     """
 
     pixels: NDArray[np.uint8]
     y: NDArray[np.int64]
+    entering: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -45,6 +47,8 @@ class Data:
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    below: tuple[nn.Module, ...] = ()
+    """Modules of the network that are left out for images of which is kept what they give."""
 
 
 def rows_at(position: int, count: int, images: int, seed: int) -> NDArray[np.int64]:

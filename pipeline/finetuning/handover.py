@@ -18,6 +18,7 @@ from sklearn.pipeline import Pipeline
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.data.classes import expand_scores
 from pipeline.embed.engines import resolve_device
 from pipeline.embed.records import open_record
 from pipeline.embed.weights import Network, family_of, load_network
@@ -29,7 +30,7 @@ from pipeline.finetuning.material import Choice, Parts, read_pixels
 from pipeline.finetuning.plan import last_linear
 from pipeline.finetuning.trainer import predict_logits
 from pipeline.heads import HEADS, Head, Layer, as_layer
-from pipeline.heads.tuning import Features, blocks, expand_scores, limited, make_folds, memory_needed, part, refit
+from pipeline.heads.tuning import Features, blocks, limited, make_folds, memory_needed, part, refit
 from pipeline.store import FeatureStore, StoredRows
 
 PROBES = 32

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from types import MethodType
 from typing import Any, Literal
@@ -148,7 +149,7 @@ def fold_norms(network: nn.Module, images: Tensor) -> int:
         for conv, norm in behind.items():
             conv.norm = (norm,)  # type: ignore[assignment]  # a tuple is no part of the network
             conv.forward, norm.forward = MethodType(_normed, conv), MethodType(_passed, norm)  # type: ignore[method-assign]
-        if (network(images) - expected).abs().max() <= SAME * expected.abs().max():
+        if _same(network(images), expected):
             return len(behind)
     for part in (*behind, *behind.values()):
         del part.forward
@@ -162,5 +163,48 @@ def _normed(conv: Any, images: Tensor) -> Tensor:
     return conv._conv_forward(images, conv.weight * scale[:, None, None, None], shift)  # type: ignore[no-any-return]
 
 
-def _passed(norm: nn.Module, images: Tensor) -> Tensor:
+def _passed(module: nn.Module, images: Tensor) -> Tensor:
     return images
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return bool(found.shape == expected.shape and (found - expected).abs().max() <= SAME * expected.abs().max())
+
+
+# ---- stages that stay, which need to run once
+
+
+def modules_below(network: nn.Module, stage: Stage, images: Tensor) -> tuple[nn.Module, ...]:
+    """Return the modules that have run when a stage begins; none where the network says something else with them left out.
+
+    images : some, float32 of shape (n, 3, h, w), as the network takes them
+    """
+    order, entering = list[nn.Module](), list[Tensor]()
+    entry = network.get_submodule(stage.modules[0])
+    hooks = [entry.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))]
+    for part in network.modules():
+        hooks.append(part.register_forward_hook(lambda module, *_: None if entering else order.append(module)))
+    with torch.inference_mode():
+        expected = network.eval()(images)
+        for hook in hooks:
+            hook.remove()
+        try:
+            with passing(order):
+                return tuple(order) if _same(network(entering[0]), expected) else ()
+        except Exception:  # what lies between the modules, which may be any code, does not take it
+            return ()
+
+
+@contextmanager
+def passing(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let modules pass on what they are given, as long as it lasts."""
+    own = [vars(module).pop("forward", None) for module in modules]
+    for module in modules:
+        module.forward = MethodType(_passed, module)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward

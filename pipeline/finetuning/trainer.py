@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipeline.errors import TrainingError
 from pipeline.evaluation import ACCURACY
 from pipeline.finetuning.batches import Data, Labelled, Score, augmented, loss_of, rows_at, score_of, to_float
 from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save
-from pipeline.finetuning.plan import Plan, fold_norms, set_trainable, stage_of_parameters
+from pipeline.finetuning.plan import Plan, fold_norms, modules_below, passing, set_trainable, stage_of_parameters
 from pipeline.io import process
 from pipeline.io.files import make_folder, write_text_atomic
 
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATIONS = 10
 """How often a run is evaluated."""
+KEPT = 2 << 30
+"""Bytes of what enters the lowest trained stage that are kept of the training images."""
 BLOCK = 32
 """Images that are scored at a time."""
 SAVE_SECONDS = 30.0
@@ -145,6 +147,33 @@ def prepare(task: Task, data: Data) -> None:
         logger.debug("%d norms are folded", fold_norms(task.network, to_float(some, data.mean, data.std)))
 
 
+def keep_below(task: Task, data: Data) -> Data:
+    """Return data that hold what enters the lowest stage ever trained: what lies below stays, and is run once for each image.
+
+    Of training images only where they are shown as they are. Nothing is kept of a network whose lower part cannot be left out.
+    """
+    prepare(task, data)
+    lowest = task.stages[task.plan[-1][1]]
+    some = torch.from_numpy(data.validation.pixels[:2]).to(task.device)
+    below = modules_below(task.network, lowest, to_float(some, data.mean, data.std)) if task.plan[-1][1] else ()
+    if not below:
+        return data
+    shown_as_they_are = task.settings.augment == "none" and task.settings.size is None
+    entering = list[Tensor]()
+    entry = task.network.get_submodule(lowest.modules[0])
+    hook = entry.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0].cpu()))
+    parts = dict[str, Any]()
+    for name in ("validation", "train") if shown_as_they_are else ("validation",):
+        images: Labelled = getattr(data, name)
+        if entering and entering[0][0].nbytes * len(images) > KEPT:
+            continue
+        entering.clear()
+        predict_logits(task.network, images.pixels, data.mean, data.std, task.device, task.precision)
+        parts[name] = replace(images, entering=torch.cat(entering))
+    hook.remove()
+    return replace(data, below=below, **parts)
+
+
 # ---- what changes from step to step
 
 
@@ -223,9 +252,15 @@ def train_step(
     lowest = next(low for start, low in reversed(task.plan) if step >= round(start * task.steps))
     set_trainable(task.network, task.stages, lowest, settings.batch_norm)
     optimizer.zero_grad(set_to_none=True)
-    rows = rows_at(step * settings.batch_size, settings.batch_size, len(data.train), task.seed)
-    images = augmented(data.train.pixels[rows], settings, task.device, data)
-    with _autocast(task.device, task.precision):
+    rows, kept = (
+        rows_at(step * settings.batch_size, settings.batch_size, len(data.train), task.seed),
+        data.train.entering,
+    )
+    if kept is None:
+        images = augmented(data.train.pixels[rows], settings, task.device, data)
+    else:
+        images = kept[rows].to(task.device)
+    with _autocast(task.device, task.precision), passing(() if kept is None else data.below):
         outputs = task.network(images).float()
     loss = loss_of(outputs, torch.from_numpy(data.train.y[rows]).to(task.device), settings, data)
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -243,7 +278,9 @@ def _evaluate(task: Task, data: Data, state: State, parts: dict[str, Any], rate:
     candidates = {"weights": task.network, **({"ema": parts["average"].module} if "average" in parts else {})}
     record: dict[str, Any] = {"step": state.step}
     for source, network in candidates.items():
-        score = evaluate(network, data.validation, data, task.device, task.precision)
+        # What is left out is of the network itself, and not of a copy.
+        images = data.validation if network is task.network else replace(data.validation, entering=None)
+        score = evaluate(network, images, data, task.device, task.precision)
         name = "validation" if source == "weights" else source
         record |= {f"{name}_{ACCURACY.name}": score[0], f"{name}_loss": -score[1]}
         if state.score is None or score > state.score:
@@ -262,25 +299,33 @@ def evaluate(
     precision: str = "fp32",
 ) -> Score:
     """Return the score of a network on images, in evaluation mode, which it leaves it in."""
-    outputs = predict_logits(network, labelled.pixels, data.mean, data.std, device, precision)
+    kept = labelled.entering
+    with passing(() if kept is None else data.below):
+        images = labelled.pixels if kept is None else kept
+        outputs = predict_logits(network, images, data.mean, data.std, device, precision)
     return score_of(outputs, torch.from_numpy(labelled.y))
 
 
 def predict_logits(
     network: nn.Module,
-    pixels: NDArray[np.uint8],
+    pixels: NDArray[np.uint8] | Tensor,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     device: torch.device,
     precision: str = "fp32",
 ) -> Tensor:
-    """Return a network's outputs, float32 (n, width) on the CPU, for uint8 images (n, h, w, 3), in evaluation mode."""
+    """Return a network's outputs, float32 (n, width) on the CPU, for uint8 images (n, h, w, 3), in evaluation mode.
+
+    A tensor is given to the network as it is.
+    """
     network.eval()
     parts = []
     with torch.inference_mode(), _autocast(device, precision):
         for start in range(0, len(pixels), BLOCK):
-            block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + BLOCK])).to(device)
-            parts.append(network(to_float(block, mean, std)).float().cpu())
+            block = pixels[start : start + BLOCK]
+            if not isinstance(block, Tensor):
+                block = to_float(torch.from_numpy(np.ascontiguousarray(block)).to(device), mean, std)
+            parts.append(network(block.to(device)).float().cpu())
     return torch.cat(parts)
 
 

@@ -5,10 +5,19 @@ in. The scaler sits inside the pipeline, so every fold fits its own. To add one,
 of your own in the config as `package.module:ATTRIBUTE`.
 """
 
-from pipeline.heads.choosing import resolve, resolve_all
-from pipeline.heads.head import Head, Params, configure, identity
-from pipeline.heads.linear import Layer, as_layer
-from pipeline.heads.space import Categorical, Dimension, Integer, Real
+from pipeline.heads.choosing import held_at, resolve, resolve_all
+from pipeline.heads.head import (
+    Categorical,
+    Dimension,
+    Head,
+    Integer,
+    Layer,
+    Params,
+    Real,
+    as_layer,
+    configure,
+    identity,
+)
 from pipeline.heads.table import FOR_PHOTOS, HEADS, KNN, LOGISTIC_REGRESSION, RIDGE, TABLES
 
 __all__ = [
@@ -27,6 +36,7 @@ __all__ = [
     "Real",
     "as_layer",
     "configure",
+    "held_at",
     "identity",
     "resolve",
     "resolve_all",

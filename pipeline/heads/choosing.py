@@ -1,8 +1,9 @@
-"""From a config's words to a head: its space narrowed or widened, its class weights set, every problem told."""
+"""From a config's words to a head, built-in or the user's own: its space narrowed, widened or held at one point, its class weights set."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,23 +13,19 @@ import numpy as np
 from sklearn.pipeline import Pipeline
 
 from pipeline.config import HeadConfig, Scalar, guess, unknown
-from pipeline.errors import HeadError
-from pipeline.heads.head import Head
-from pipeline.heads.own import load_own
-from pipeline.heads.space import Categorical, Dimension, Integer
+from pipeline.errors import HeadError, number_of
+from pipeline.experiment import plain
+from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, configure
 from pipeline.heads.table import TABLES
+from pipeline.heads.tuning.evaluation import Evaluator
+from pipeline.io.process import users_module
 
 
 def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     """Return the head a config names for a kind of target, with its space narrowed or widened and its class weights set.
 
     A range is `[low, high]` and keeps its prior, a categorical parameter takes the list of its choices, and a list of
-    one value fixes the parameter. Defaults outside a new range move to its nearest end.
-
-    Raises
-    ------
-    HeadError
-        With one line for every problem of this head.
+    one value fixes the parameter. Defaults outside a new range move to its nearest end. A HeadError has one line for every problem.
     """
     heads = TABLES[kind].known
     if ":" not in config.name and config.name not in heads:
@@ -54,8 +51,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
             fixed[key] = values[0]
             del space[key], defaults[key]
         else:
-            space[key] = _changed(head.space[key], values)
-            defaults[key] = _nearest(space[key], defaults[key])
+            space[key], defaults[key] = _changed(head.space[key], values, defaults[key])
     build = head.build
     if config.class_weight is not None:
         if head.takes_class_weight:
@@ -150,14 +146,65 @@ def _kind(value: object) -> str:
     return "text" if isinstance(value, str) else "numbers"
 
 
-def _changed(dimension: Dimension, values: Sequence[Scalar]) -> Dimension:
+def _changed(dimension: Dimension, values: Sequence[Any], default: Any) -> tuple[Dimension, Any]:
+    """Return a dimension with other values, and the one of them that is nearest to its default."""
     if isinstance(dimension, Categorical):
-        return Categorical(tuple(values))
+        return Categorical(tuple(values)), default if default in values else values[0]
     low, high = values
-    return replace(dimension, low=low, high=high)  # type: ignore[arg-type]  # numbers, as `_mismatch` has seen
+    return replace(dimension, low=low, high=high), min(max(default, low), high)
 
 
-def _nearest(dimension: Dimension, value: Any) -> Any:
-    if isinstance(dimension, Categorical):
-        return value if value in dimension.categories else dimension.categories[0]
-    return min(max(value, dimension.low), dimension.high)
+def held_at(head: Head, params: Params) -> Head:
+    """Return a head whose space is one point, as a leaderboard has it; HeadError where the head has other parameters now."""
+    if set(params) != set(head.space):
+        raise HeadError(
+            f"head {head.name}: its stored parameters are {', '.join(params) or 'none'}, and it is searched over "
+            f"{', '.join(head.space) or 'none'} now; run `manyheads heads` again"
+        )
+    point = {}
+    for key, value in params.items():
+        dimension = head.space[key]
+        choices = dimension.categories if isinstance(dimension, Categorical) else ()
+        point[key] = next((choice for choice in choices if plain(choice) == plain(value)), value)  # JSON has made lists
+    return replace(head, space={key: Categorical((value,)) for key, value in point.items()}, defaults=point)
+
+
+def load_own(path: str) -> Head:
+    """Import a user's own head from `package.module:ATTRIBUTE`."""
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise HeadError(f"head {path!r}: expected package.module:ATTRIBUTE, such as my_heads:GRADIENT_BOOSTING")
+    module = users_module(module_name, f"head {path!r}", HeadError)
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if isinstance(value, Head)]
+        known = f"; its heads: {', '.join(names)}" if names else "; it holds no pipeline.heads.Head"
+        raise HeadError(f"head {path!r}: {module_name!r} has no {attribute!r}{guess(attribute, names)}{known}")
+    head = getattr(module, attribute)
+    if not isinstance(head, Head):
+        raise HeadError(f"head {path!r}: is of type {type(head).__name__}, expected a pipeline.heads.Head")
+    problems = _flaws(head)
+    if problems:
+        raise HeadError(f"head {path!r}: {number_of(len(problems), 'problem')}", problems)
+    return head
+
+
+def _flaws(head: Head) -> list[str]:
+    """Say what is wrong with a user's own head, before anything is spent on it."""
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", head.name):
+        problems.append(f"name: {head.name!r} names files; use letters, digits, '.', '_' and '-'")
+    for key in sorted(set(head.space) ^ set(head.defaults)):
+        where = "space" if key in head.space else "defaults"
+        problems.append(f"{where}.{key}: the space and the defaults must name the same parameters")
+    for key in sorted(set(head.space) & set(head.defaults)):
+        if head.defaults[key] not in head.space[key]:
+            problems.append(f"defaults.{key}: {head.defaults[key]!r} is not in {head.space[key]!r}")
+    if head.evaluator is not None and not isinstance(head.evaluator, Evaluator):
+        problems.append(
+            f"evaluator: {head.evaluator!r} is none; expected that of a built-in head, such as pipeline.heads.RIDGE.evaluator, or None"
+        )
+    try:
+        configure(head, head.defaults, 0)
+    except Exception as error:  # a user's build may fail in any way
+        problems.append(f"build: a pipeline with the defaults cannot be built ({type(error).__name__}: {error})")
+    return problems

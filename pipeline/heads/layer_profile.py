@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,15 +102,6 @@ Fit = Callable[[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]], NDArray[
 """Layers, training rows and other rows -> the classes of the others."""
 
 
-def candidates(layers: Sequence[str], usual: str) -> dict[str, tuple[str, ...]]:
-    """Return what is compared: every layer, each with the usual one, and all together."""
-    others = [layer for layer in layers if layer != usual]
-    groups: list[tuple[str, ...]] = [(layer,) for layer in layers]
-    groups += [(usual, layer) for layer in others]
-    groups += [tuple(layers)] if len(layers) > 2 else []
-    return {"+".join(group): group for group in groups}
-
-
 def answers(
     groups: Candidates, fit: Fit, held_out: Sequence[NDArray[np.int64]], n: int
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[NDArray[np.int64]]]]:
@@ -185,13 +177,11 @@ def profile(
     truth: Predictions,
     folds: Folds,
     seed: int,
-    about: Mapping[str, str | int],
+    about: Mapping[str, Any],
     metric: Metric = ACCURACY,
 ) -> LayerProfile:
     """Judge the layers of one network.
 
-    Parameters
-    ----------
     blocks : layer -> ndarray of shape (n, dim), float32, from the image to the answer
     embeddings : layer -> what its embedding is called
     truth : the classes of the n images, and which are not independent; what is predicted does not matter
@@ -211,7 +201,10 @@ def profile(
         return Predictions(truth.y_true[rows], labels[rows], units=units, target=truth.target)
 
     n, held_out = len(truth), [rows for _, rows in folds]
-    groups, every = candidates(list(blocks), usual), np.arange(n)
+    # Every layer, each with the usual one, and all together.
+    sets = [*((layer,) for layer in blocks), *((usual, layer) for layer in blocks if layer != usual)]
+    sets += [tuple(blocks)] if len(blocks) > 2 else []
+    groups, every = {"+".join(layers): layers for layers in sets}, np.arange(n)
     outer, inner = answers(groups, fit, held_out, n)
     found = {name: said(labels, every) for name, labels in outer.items()}
     best = max(found, key=lambda name: metric.score(found[name]))
@@ -238,11 +231,9 @@ def profile(
         selection = said(mixed, every)
         nested, gain = metric.score(selection), paired_answers(metric, selection, found[usual], seed)
     return LayerProfile(
-        network=str(about["network"]),
-        task=str(about["task"]),
+        **about,
         metric=metric.name,
         images=n,
-        labelled=int(about["labelled"]),
         folds=len(held_out),
         usual=usual,
         chosen=taken,

@@ -114,7 +114,11 @@ def inside(path: str) -> tuple[str, str] | None:
 def open_archive(path: str) -> Archive:
     """Return the members of an archive, indexed once for as long as the file stays the same; OSError where that is not possible."""
     known = _OPEN.get(path)
-    stat = known.stat if known is not None and address_of(path) else _stat(path)  # remote ones until `forget`
+    if (address := address_of(path)) is not None:
+        stat = known.stat if known is not None else stat_remote(address)  # they are kept until `forget`
+    else:
+        about = os.stat(path)
+        stat = about.st_size, about.st_mtime_ns, about.st_ctime_ns
     if known is None or known.stat != stat:
         with _LOCK:
             known = _OPEN.get(path)
@@ -132,10 +136,7 @@ def forget(root: str) -> None:
 
 
 def entries(path: str) -> Mapping[str, Entry]:
-    """Return what a folder inside an archive, or a remote folder, holds.
-
-    FileNotFoundError where there is none, NotADirectoryError where it is a file.
-    """
+    """Return what a folder inside an archive, or a remote one, holds; NotADirectoryError where it is a file."""
     found = inside(path)
     if found is None:
         if (address := address_of(path)) is not None:
@@ -167,13 +168,6 @@ def read_elsewhere(path: str, most: int | None = None) -> bytes:
         return archive.read(found[1], most)
     except _DAMAGED as error:
         raise OSError(None, f"damaged in the archive: {error}") from None
-
-
-def _stat(path: str) -> Stat:
-    if (address := address_of(path)) is not None:
-        return stat_remote(address)
-    about = os.stat(path)
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def opened(path: str) -> BinaryIO:

@@ -148,10 +148,7 @@ def _decode(data: bytes, kind: Kind, max_pixels: int, at_least: int | None) -> N
 
 
 def decode_opened(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
-    """Return the RGB pixels of an image that Pillow has opened or made, by the policy above: (height, width, 3), uint8.
-
-    ImageProblem as from `decode`.
-    """
+    """Return the RGB pixels of an image that Pillow has opened or made, as `decode`: (height, width, 3), uint8."""
     try:
         _require_modest(image, max_pixels)
         copy = image.copy()  # whose file is not asked for

@@ -133,10 +133,7 @@ def _is_array(image: Any) -> bool:
 
 
 def rgb(image: Pixels, max_pixels: int) -> NDArray[np.uint8]:
-    """Return pixels by the policy that files are decoded by: uint8 of shape (height, width, 3).
-
-    ImageProblem when they cannot be read, or are more than allowed.
-    """
+    """Return pixels by the policy that files are decoded by, uint8 of shape (height, width, 3), or raise ImageProblem."""
     if isinstance(image, np.ndarray):
         if image.shape[2:] == (3,):
             return image
@@ -146,10 +143,7 @@ def rgb(image: Pixels, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def given_key(image: str | Pixels, max_pixels: int) -> bytes:
-    """Return the 16 bytes that name an image's content: of a file as everywhere, else of its pixels.
-
-    ImageProblem when it cannot be read.
-    """
+    """Return the 16 bytes that name an image's content, of a file as everywhere, else of its pixels; ImageProblem where unread."""
     if not isinstance(image, str):
         pixels = np.ascontiguousarray(rgb(image, max_pixels))
         return content_digest(pixels.data.cast("B"), b"pixels %d" % pixels.shape[1])

@@ -34,7 +34,7 @@ SYSTEM: dict[str, Callable[..., Any]] = {
     "write": os.write,
     "fsync": os.fsync,
     "close": os.close,
-    "rename": os.rename,
+    "rename": os.replace,
     "link": os.link,
     "unlink": os.unlink,
     "mkdir": os.mkdir,
@@ -263,7 +263,7 @@ def growing(path: Path) -> Iterator[Growing]:
         yield file
         with _named(path):
             sync(file.descriptor)
-            _move(partial, path)
+            SYSTEM["rename"](partial, path)
     except BaseException:
         if not file.written:
             remove(partial)
@@ -311,8 +311,6 @@ def write_all(descriptor: int, data: Data) -> None:
 def sync(descriptor: int) -> None:
     """Wait until a file's content is on the disk."""
     if sys.platform == "darwin":  # fsync there leaves the data in the drive's cache
-        import fcntl
-
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         return
     SYSTEM["fsync"](descriptor)
@@ -332,16 +330,12 @@ def sync_folder(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Give a synced file its final name, replacing what had it, and sync the folder. The source is removed on failure."""
     try:
-        _move(source, target)
+        SYSTEM["rename"](source, target)
     except OSError:
         with contextlib.suppress(OSError):
             remove(source)
         raise
     sync_folder(target.parent)
-
-
-def _move(source: Path, target: Path) -> None:
-    (SYSTEM["rename"] if os.name != "nt" else os.replace)(source, target)
 
 
 def publish(source: Path, target: Path) -> None:

@@ -54,10 +54,7 @@ def absolute(path: object) -> str:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """Return the file system of an address and the file's name there.
-
-    DatasetError when what is needed for it is not installed, or it is none that is known.
-    """
+    """Return the file system of an address and the file's name there; DatasetError when it is none that is known here."""
     try:
         import fsspec
     except ImportError:
@@ -119,7 +116,7 @@ def list_remote(address: str) -> dict[str, Stat | None]:
         own = [name for name in found if name != root.rstrip("/") and "?" not in name]
         # A page of links says nothing of what they lead to.
         about = threads.map(
-            lambda name: found[name] | (system.info(name) if is_web and not _is_folder(found[name]) else {}), own
+            lambda name: found[name] | (system.info(name) if is_web and found[name]["type"] != "directory" else {}), own
         )
         names = [unquote(name) if is_web else name for name in own]
         return {name.rpartition("/")[2]: _stat_of(entry) for name, entry in zip(names, about, strict=True)}
@@ -141,16 +138,12 @@ def forget_listings(address: str) -> None:
     file_system(address)[0].invalidate_cache()
 
 
-def _is_folder(entry: Mapping[str, Any]) -> bool:
-    return bool(entry["type"] == "directory")
-
-
 def _stat_of(entry: Mapping[str, Any]) -> Stat | None:
     """Return size and times for what a file system says of a file; None for a folder.
 
     Where it says nothing by which a change would show, the time is now: the file is never taken for unchanged.
     """
-    if _is_folder(entry):
+    if entry["type"] == "directory":
         return None
     mark = next((entry[key] for key in _MARKS if entry.get(key)), "")
     when = next((entry[key] for key in _TIMES if entry.get(key)), "")
@@ -207,10 +200,7 @@ def require_answer(address: str, start: str) -> None:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Yield the module `ray`, connected; a connection that the caller has already is used and stays.
-
-    PipelineError when Ray is not installed, or there is no cluster at that address.
-    """
+    """Yield the module `ray`, connected, also by the caller before; PipelineError when there is no Ray, or no such cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every cluster
     try:
         import ray

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from pipeline.data.numbers import Regression
+from pipeline.data.targets import Regression
 from pipeline.evaluation import Calibration, Interval, LearningCurve, Predictions
 from pipeline.evaluation.comparison import Difference, Ranking
 from pipeline.evaluation.fewshot import FewShot
@@ -486,7 +486,7 @@ def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
 
 def _lines(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
     """Name what stands in lines below one another."""
-    axes.set_yticks(places, [plain_text(name) for name in names])
+    axes.set_yticks(places, [plain_text(name) for name in names], linespacing=1.2)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
 

@@ -162,14 +162,6 @@ def _style(palette: Palette) -> Any:
 GAP = "…"
 
 
-def shorten(name: str, length: int) -> str:
-    """Return a name of at most `length` characters with its middle left out: names mostly differ at their ends."""
-    if len(name) <= length:
-        return name
-    front = length // 2
-    return name[:front].rstrip() + GAP + name[len(name) - (length - front - 1) :].lstrip()
-
-
 def shorten_all(names: Sequence[str], length: int) -> list[str]:
     """Return every name in about `length` characters, different names kept different.
 
@@ -206,4 +198,10 @@ def _cut(names: Sequence[str], length: int, separators: str) -> list[str]:
     if len(names) < 2 or not all(inner):
         front, back, inner = 0, 0, list(names)
     room = length - bool(front) - bool(back)
-    return [GAP * bool(front) + shorten(name, room) + GAP * bool(back) for name in inner]
+    half, ends = room // 2, (GAP * bool(front), GAP * bool(back))
+    # Names mostly differ at their ends.
+    short = [
+        name if len(name) <= room else name[:half].rstrip() + GAP + name[len(name) - (room - half - 1) :].lstrip()
+        for name in inner
+    ]
+    return [ends[0] + name + ends[1] for name in short]

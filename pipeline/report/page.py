@@ -26,7 +26,7 @@ from pipeline.report import PAGE, RECORD, digest_inputs, digests, pictures, sect
 from pipeline.report.charts import MOST_ROWS
 from pipeline.report.drawing import to_png, to_svg
 from pipeline.report.material import CURVE_HEAD, Material, gather
-from pipeline.report.sections import Section, Shown
+from pipeline.report.sections import PageSection, Shown
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -68,7 +68,7 @@ def fill(name: str, given: Mapping[str, object]) -> str:
     return _environment().get_template(name).render({"parts": (), "images": None, **_look(), **given})
 
 
-def render(material: Material, shown: Mapping[Section, Shown] | None = None) -> str:
+def render(material: Material, shown: Mapping[PageSection, Shown] | None = None) -> str:
     """Return the page as HTML text; the same material gives the same text. `shown` spares looking what its sections show."""
     found = sections.shown(material) if shown is None else shown
     parts = [(section, _filled(section, material, part)) for section, part in found.items()]
@@ -89,7 +89,7 @@ def section(name: str, material: Material) -> Markup:
     return Markup("") if part is None else _filled(found, material, part)
 
 
-def _filled(section: Section, material: Material, part: Shown) -> Markup:
+def _filled(section: PageSection, material: Material, part: Shown) -> Markup:
     charts, given = part
     drawn = {name: Markup(to_svg(chart, name)) for name, chart in charts.items()}
     return Markup(_fill(f"{section.name}.html", material, {"drawn": drawn, **given}))

@@ -112,7 +112,7 @@ def carried(material: Material, named: Iterable[str]) -> dict[str, Any] | None:
         "codes": [material.codes[path] for path in paths],
         "classes": list(kinds.classes),
         **{name: [answer[part] for answer in answers] for part, name in enumerate(("said", "right", "sure"))},
-        "near": audit.neighbours(X[chosen], NEAREST).rows.tolist(),
+        "near": audit.neighbours(X[chosen], NEAREST)[0].tolist(),
         "dots": len(space.rows),
         "total": len(view.rows),
         "columns": columns,

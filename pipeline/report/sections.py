@@ -16,8 +16,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from pipeline.data.classes import MultiLabel
 from pipeline.data.index import LABEL
-from pipeline.data.numbers import LEVEL, Regression
-from pipeline.data.targets import TARGETS, Classification
+from pipeline.data.targets import LEVEL, TARGETS, Classification, Regression
 from pipeline.errors import PipelineError
 from pipeline.evaluation import Calibration, Interval, Predictions, measure_calibration
 from pipeline.evaluation.domains import Domains
@@ -55,7 +54,7 @@ Shown = tuple[Mapping[str, Chart], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """One part of the page: `show` returns what its template is given, or None where there is nothing to show."""
 
     name: str
@@ -81,7 +80,7 @@ def name_of_data(board: Leaderboard, output: Path) -> str:
     return str(name or output.resolve().name)
 
 
-def shown(material: Material) -> dict[Section, Shown]:
+def shown(material: Material) -> dict[PageSection, Shown]:
     """Return the sections of an experiment's page, from top to bottom, with what they show."""
     found = [(section, section.show(material)) for section in SECTIONS if material.target in section.targets]
     return {section: part for section, part in found if part is not None}
@@ -453,25 +452,25 @@ EVERY = tuple(TARGETS)
 CLASSES = (Classification.kind,)
 
 SECTIONS = (
-    Section("header", "", EVERY, _first),
-    Section("leaderboard", "Leaderboard", EVERY, _leaderboard),
-    Section("difference", "Difference", EVERY, _difference),
-    Section("layers", "Layers", CLASSES, _layers),
-    Section("tuning", "Tuning", EVERY, _tuning),
-    Section("classes", "Classes", CLASSES, _classes),
-    Section("calibration", "Calibration", CLASSES, _reliability),
-    Section("numbers", "Predicted and true", (Regression.kind,), _numbers),
-    Section("per-label", "Label by label", (MultiLabel.kind,), _labels),
-    Section("cost", "Labels and cost", EVERY, _growth),
-    Section("advice", "Fine-tune?", CLASSES, _advice),
-    Section("few-shot", "Few examples", CLASSES, _few_shot),
-    Section("domains", "Domains", CLASSES, _domains),
-    Section("unknown", "Unknown", CLASSES, _unknown),
-    Section("map", "Images", EVERY, _map),
-    Section("mistakes", "Mistakes", CLASSES, _mistakes),
-    Section("labels", "Labels", CLASSES, _label_issues),
-    Section("near-duplicates", "Near-duplicates", EVERY, _near_duplicates),
-    Section("outliers", "Outliers", EVERY, _outliers),
-    Section("reproduce", "Reproduce", EVERY, lambda material: ({}, {})),
+    PageSection("header", "", EVERY, _first),
+    PageSection("leaderboard", "Leaderboard", EVERY, _leaderboard),
+    PageSection("difference", "Difference", EVERY, _difference),
+    PageSection("layers", "Layers", CLASSES, _layers),
+    PageSection("tuning", "Tuning", EVERY, _tuning),
+    PageSection("classes", "Classes", CLASSES, _classes),
+    PageSection("calibration", "Calibration", CLASSES, _reliability),
+    PageSection("numbers", "Predicted and true", (Regression.kind,), _numbers),
+    PageSection("per-label", "Label by label", (MultiLabel.kind,), _labels),
+    PageSection("cost", "Labels and cost", EVERY, _growth),
+    PageSection("advice", "Fine-tune?", CLASSES, _advice),
+    PageSection("few-shot", "Few examples", CLASSES, _few_shot),
+    PageSection("domains", "Domains", CLASSES, _domains),
+    PageSection("unknown", "Unknown", CLASSES, _unknown),
+    PageSection("map", "Images", EVERY, _map),
+    PageSection("mistakes", "Mistakes", CLASSES, _mistakes),
+    PageSection("labels", "Labels", CLASSES, _label_issues),
+    PageSection("near-duplicates", "Near-duplicates", EVERY, _near_duplicates),
+    PageSection("outliers", "Outliers", EVERY, _outliers),
+    PageSection("reproduce", "Reproduce", EVERY, lambda material: ({}, {})),
 )
 """The page from top to bottom. One more section is a row, its template, and the function that says what it shows."""

@@ -16,7 +16,7 @@ from pipeline.embed.spec import VIEW
 from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.export import EXPORTS, Model, Networks, Photo
+from pipeline.export import EXPORTS, Model, Photo
 from pipeline.export import bundle as bundles
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
@@ -78,11 +78,11 @@ def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
         raise BundleError(
             "this head is averaged over views of an image, which no file for other programs makes; name another"
         )
-    networks = Networks(*open_networks(records, "cpu", trust_code=trust_code))
+    networks = open_networks(records, "cpu", trust_code=trust_code)
     exact = {target: list(map(_in_torch, own)) for target, own in records.items()}
     if exact == records:
         return Model(heads, networks, networks)
-    return Model(heads, networks, Networks(*open_networks(exact, "cpu", trust_code=trust_code)))
+    return Model(heads, networks, open_networks(exact, "cpu", trust_code=trust_code))
 
 
 def _in_torch(record: EmbeddingRecord) -> EmbeddingRecord:

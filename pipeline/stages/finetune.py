@@ -24,7 +24,7 @@ from pipeline.finetuning.handover import Layer, open_network, put_head, starting
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of, read_pixels
 from pipeline.finetuning.plan import check_plan, describe_plan, stages_of
 from pipeline.finetuning.result import describe, judge, lines, return_path, write_weights
-from pipeline.finetuning.trainer import Task, predict_logits, steps_asked, train
+from pipeline.finetuning.trainer import Task, keep_below, predict_logits, steps_asked, train
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
 from pipeline.stages import advise
@@ -82,7 +82,7 @@ def run(config: Config) -> FinetuneRun:
     log.info("%s, starting from %s", choice.record.name, start)
     make_folder(folder)
     task, data = _make_task(config, network, layer, parts, folder)
-    handed_over = copy_weights(task.network)
+    handed_over, data = copy_weights(task.network), keep_below(task, data)
     trained = train(task, data, Run(folder, key))
     path = return_path(task, data, handed_over, trained.weights, trained.score)
     lineage = parent.joined(parts.train.digests, parts.validation.digests)

@@ -424,15 +424,14 @@ def gc(config: Config) -> list[str]:
             )
         live = np.concatenate([here.index.digests, contents])
         shared = [path for path in sorted(here.files.stores.glob("*.store")) if path not in names]
-        return [_collect(_own(path, here.files), names.get(path, path.name), live) for path in (*names, *shared)]
-
-
-def _collect(path: Path, name: str, live: Digests) -> str:
-    """Remove from a store what is not of the contents `live`, uint64 of shape (n, 2)."""
-    if path.is_file():
-        return f"{name}: is a packed file, which stays as it is; pack the store again instead"
-    gone, kept, freed = maintain.collect(path, live)
-    return f"{name}: {number_of(gone, 'vector')} removed, {kept:,} kept, {_size(freed)} freed"
+        lines = []
+        for path in (*names, *shared):
+            what = "is a packed file, which stays as it is; pack the store again instead"
+            if not path.is_file():
+                gone, kept, freed = maintain.collect(_own(path, here.files), live)
+                what = f"{number_of(gone, 'vector')} removed, {kept:,} kept, {_size(freed)} freed"
+            lines.append(f"{names.get(path, path.name)}: {what}")
+    return lines
 
 
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:

@@ -27,16 +27,15 @@ from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_le
 from pipeline.evaluation.learning_curve import curve_from_scores, curve_sizes
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import REFIT, TARGETS, Artifacts, write_document
-from pipeline.heads import RIDGE, TABLES, Head
-from pipeline.heads.tuning import fit_folds, growing, held_at, neighbours
-from pipeline.heads.tuning.records import FoldOutcome
+from pipeline.heads import RIDGE, TABLES, Head, held_at
+from pipeline.heads.tuning import fits_of, growing, neighbours
+from pipeline.heads.tuning.evaluation import FoldOutcome
 from pipeline.io.files import make_folder
 from pipeline.stages import targets
 from pipeline.stages.train_heads import Asked, ask
-from pipeline.stages.train_heads.embedding import Embedding, Vectors
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import with_strangers
-from pipeline.stages.train_heads.task import Task
+from pipeline.stages.train_heads.task import Embedding, Task, Vectors
 from pipeline.stages.train_heads.vote import VOTE
 
 log = logging.getLogger(__name__)
@@ -331,9 +330,9 @@ def _learned(
     sizes = curve_sizes(smallest, max(len(task.target.classes), 10))
     folds = growing(task.folds, task.target.strata(task.y_train), sizes, seed)
     head, params = TABLES[task.target.kind].heads[CURVE_HEAD], {"alpha": float(vectors.train.shape[1])}
-    outcomes = fit_folds(
-        head, [params], vectors.train, task.y_train, folds, tuning, seed, journal / "curve.jsonl", None, task.target
-    )[0]
+    book = journal / "curve.jsonl"
+    with fits_of(head, vectors.train, task.y_train, folds, tuning, seed, book, None, task.target) as (fits, _):
+        outcomes = fits.on_every_fold(params)
     scores = np.array([outcome.score for outcome in outcomes]).reshape(len(sizes), -1)
     known = np.flatnonzero(np.isfinite(scores).all(axis=1)).tolist()
     curve = curve_from_scores([sizes[place] for place in known], [scores[place] for place in known], seed, train[1])
@@ -356,18 +355,9 @@ def _beside(
     some = np.unique(np.linspace(0, max(0, len(others) - 1), min(len(others), MOST_NEIGHBOURS)).astype(int))
     points = [stored, *(others[place] for place in some)]
     task = embedding.task
-    outcomes = fit_folds(
-        head,
-        points,
-        vectors.train,
-        task.y_train,
-        task.folds,
-        embedding.tuning,
-        seed,
-        journal / "neighbours.jsonl",
-        vectors.projections,
-        task.target,
-    )
+    X, y, book = vectors.train, task.y_train, journal / "neighbours.jsonl"
+    with fits_of(head, X, y, task.folds, embedding.tuning, seed, book, vectors.projections, task.target) as (fits, _):
+        outcomes = [fits.on_every_fold(params) for params in points]
     fitted = {
         str(place): folds for place, folds in enumerate(outcomes) if all(fold.predictions is not None for fold in folds)
     }

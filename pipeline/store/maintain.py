@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,50 +80,61 @@ def verify(path: str | Path, full: bool = False) -> VerifyReport:
 
 def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport:
     problems: list[Problem] = []
+
+    def wrong(place: Path, found: str, rows: int = 0) -> None:
+        problems.append(Problem(str(place.relative_to(path)), found.removeprefix(f"{place}: "), rows))
+
     snapshots: list[FeatureStore] = []
     for place in (snapshot_path(path, number) for number in numbers):
         try:
             snapshot = open_snapshot(place)
-            assert snapshot.table is not None  # checked by asking for it
+            assert len(snapshot.table.lines) == 4  # which checks all of it
             snapshots.append(snapshot)
         except StoreError as error:
-            problems.append(_problem(path, place, error))
+            wrong(place, error.message)
     if not snapshots:
         raise no_valid_snapshot(path, [f"{problem.file}: {problem.found}" for problem in problems])
-    newest, *older = snapshots
-    damaged, bytes_read = _check_segments(path, newest, full, problems)
-    _check_what_else(path, newest, older, full, problems)
-    bytes_read += sum(snapshot.file.size for snapshot in snapshots)
-    count = len(newest.segments)
-    return VerifyReport(full, newest.generation, newest.rows, count, bytes_read, tuple(problems), damaged)
-
-
-def _problem(store: Path, path: Path, error: StoreError, rows: int = 0) -> Problem:
-    return Problem(str(path.relative_to(store)), error.message.removeprefix(f"{path}: "), rows)
-
-
-def _check_segments(path: Path, snapshot: FeatureStore, full: bool, problems: list[Problem]) -> tuple[Digests, int]:
-    """Check the newest snapshot's segments; return the contents, uint64 of shape (n, 2), that are lost, and the bytes read."""
-    content, (segments, rows) = snapshot.table.lines[:2].T, snapshot.table.lines[2:].astype(np.int64)
+    newest = snapshots[0]
+    bytes_read = sum(snapshot.file.size for snapshot in snapshots)
+    content, (segments, rows) = newest.table.lines[:2].T, newest.table.lines[2:].astype(np.int64)
     bad = np.zeros(len(content), np.bool_)
-    bytes_read = 0
-    for number, entry in enumerate(snapshot.segments):
+    for number, entry in enumerate(newest.segments):
         mine = np.flatnonzero(segments == number)
         try:
-            file = entry.open(path, snapshot.store_type)
+            file = entry.open(path, newest.store_type)
             bytes_read += file.size if full else len(file.arrays["content"]) * 16
             if not np.array_equal(file.arrays["content"][rows[mine]], content[mine]):
-                raise StoreError(f"{file.path}: does not hold the images that the snapshot says")
+                raise StoreError("does not hold the images that the snapshot says")
         except StoreError as error:
             bad[mine] = True
-            problems.append(_problem(path, entry.path(path), error, len(mine)))
+            wrong(entry.path(path), error.message, len(mine))
             continue
-        if full and len(wrong := damaged_rows(file)):
-            lost = mine[np.isin(rows[mine], wrong)]
+        if full and len(damaged := damaged_rows(file)):
+            lost = mine[np.isin(rows[mine], damaged)]
             bad[lost] = True
-            text = f"{len(wrong)} of its {entry.rows} features are damaged or not finite"
-            problems.append(_problem(path, file.path, StoreError(text), len(lost)))
-    return content[bad], bytes_read
+            wrong(file.path, f"{len(damaged)} of its {entry.rows} features are damaged or not finite", len(lost))
+    _check_others(path, snapshots, full, wrong)
+    return VerifyReport(
+        full, newest.generation, newest.rows, len(newest.segments), bytes_read, tuple(problems), content[bad]
+    )
+
+
+def _check_others(
+    path: Path, snapshots: Sequence[FeatureStore], full: bool, wrong: Callable[[Path, str], None]
+) -> None:
+    """Check what the newest snapshot does not need: damage costs the way back, or rows of a run that has not ended."""
+    newest, *older = snapshots
+    entries = {entry.path(path) for snapshot in older for entry in snapshot.segments if entry not in newest.segments}
+    for place in (*sorted(entries), *groups(path)):
+        try:
+            file = open_segment(place, newest.store_type, place.stem if place in entries else None)
+            if full and len(damaged_rows(file)):
+                raise StoreError("is damaged; only the previous snapshot or the next run needs it")
+        except FileNotFoundError:
+            if place in entries:
+                wrong(place, "is missing; only the previous snapshot needs it")
+        except StoreError as error:
+            wrong(place, error.message)
 
 
 def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
@@ -136,26 +146,6 @@ def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
     for part in slices(len(bad), row_bytes, 4 << 20):
         bad[part] |= ~np.isfinite(file.bulk[part]).all(axis=1)
     return np.flatnonzero(bad)
-
-
-def _check_what_else(
-    path: Path, newest: FeatureStore, older: Sequence[FeatureStore], full: bool, problems: list[Problem]
-) -> None:
-    """Check what the newest snapshot does not need: damage costs the way back, or rows of a run that has not ended."""
-    entries = dict.fromkeys(entry for snapshot in older for entry in snapshot.segments if entry not in newest.segments)
-    checks: list[tuple[Path, Callable[[], StoreFile]]] = [
-        *((entry.path(path), partial(entry.open, path, newest.store_type)) for entry in entries),
-        *((group, partial(open_segment, group, newest.store_type)) for group in groups(path)),
-    ]
-    for place, opened in checks:
-        try:
-            file = opened()
-            if full and len(damaged_rows(file)):
-                raise StoreError("is damaged; only the previous snapshot or the next run needs it")
-        except FileNotFoundError:
-            continue  # compacted meanwhile
-        except StoreError as error:
-            problems.append(_problem(path, place, error))
 
 
 def _verify_pack(path: Path, full: bool) -> VerifyReport:

@@ -119,15 +119,52 @@ def open_file(
     file, StoreError when it is not what it should be.
     """
     data = map_file(path) if data is None else data
-    head_bytes = _check_trailer(path, data, digest)
+    head_bytes, found = _check_trailer(path, data, digest)
     try:
-        with undisturbed():
-            return _parse(path, data, head_bytes, kind)
+        if (known := _KNOWN.get((found, len(data)))) is None:
+            with undisturbed():
+                known = _parse(data, head_bytes)
+            if len(_KNOWN) >= MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[found, len(data)] = known
+        attributes, places = known
+        actual = str(attributes["kind"])
+        _require(kind in (None, actual), f"it is a {actual}, expected a {kind}")
     except _Refused as refusal:
         raise StoreError(f"{path}: not a valid feature store file: {refusal}") from None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         # libhdf5 reports whatever it trips over through these.
         raise StoreError(f"{path}: not a valid feature store file: {' '.join(str(error).split())[:200]}") from None
+    arrays = {name: place.array(data) for name, place in places.items()}
+    unchecked = np.zeros(len(arrays["block_digest"]), np.bool_)
+    return StoreFile(path, actual, found, len(data), attributes, arrays, arrays.pop(BULK[actual]), unchecked)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a dataset is in its file."""
+
+    start: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.dtype.itemsize
+
+    def array(self, data: mmap.mmap) -> NDArray[Any]:
+        if not self.count:
+            return np.zeros(self.shape, self.dtype)
+        return np.frombuffer(data, self.dtype, self.count, self.start).reshape(self.shape)
+
+
+_KNOWN: dict[tuple[str, int], tuple[dict[str, str | int], dict[str, _Place]]] = {}
+"""What was found in a head, by its digest and the size of its file: the same files are opened again and again."""
+MOST_KNOWN = 1000
 
 
 class _Refused(Exception):
@@ -191,8 +228,8 @@ def fetch(address: str, head_only: bool = False) -> mmap.mmap:
         raise StoreError(f"{address}: cannot be read: {first_line(error)}") from None
 
 
-def _check_trailer(path: Path, data: mmap.mmap, digest: str | None) -> int:
-    """Check the head against the trailer and return the head's length."""
+def _check_trailer(path: Path, data: mmap.mmap, digest: str | None) -> tuple[int, str]:
+    """Check the head against the trailer and return the head's length and digest."""
     magic, head_bytes, said = TRAILER.unpack(data[-TRAILER.size :])
     if data[: len(HDF5_MAGIC)] != HDF5_MAGIC:
         raise StoreError(f"{path}: is not an HDF5 file, or its first bytes are damaged")
@@ -208,7 +245,7 @@ def _check_trailer(path: Path, data: mmap.mmap, digest: str | None) -> int:
         )
     if digest is not None and found.hex() != digest:
         raise StoreError(f"{path}: holds {found.hex()[:16]}…, expected {digest[:16]}…; it was swapped or renamed")
-    return int(head_bytes)
+    return int(head_bytes), found.hex()
 
 
 class _Window(io.RawIOBase):
@@ -229,24 +266,23 @@ class _Window(io.RawIOBase):
         return len(buffer)
 
 
-def _parse(path: Path, data: mmap.mmap, head_bytes: int, kind: str | None) -> StoreFile:
+def _parse(data: mmap.mmap, head_bytes: int) -> tuple[dict[str, str | int], dict[str, _Place]]:
     size = len(data) - TRAILER.size
     with h5py.File(_Window(data, size), "r") as file:
         _require(file.id.get_create_plist().get_userblock() == 0, "it has a user block")
-        attributes = _attributes(file.id, kind)
+        attributes = _attributes(file.id)
         kind = str(attributes["kind"])
-        offsets, arrays = _datasets(file.id, data, kind, size)
-    _check_sizes(kind, arrays, attributes)
-    bulk = arrays.pop(BULK[kind])
-    start = offsets[BULK[kind]] if bulk.size else size
-    _require(start == head_bytes, f"{BULK[kind]!r} is not where the head ends")
-    _require(start + bulk.nbytes == size, f"there are bytes behind {BULK[kind]!r}")
-    blocks = len(arrays["block_digest"])
-    _require(blocks == -(-bulk.nbytes // BLOCK_BYTES), "'block_digest' has a wrong length")
-    return StoreFile(path, kind, data[-32:].hex(), len(data), attributes, arrays, bulk, np.zeros(blocks, np.bool_))
+        places = _places(file.id, kind, size)
+    _check_sizes(kind, places, attributes)
+    name, bulk = BULK[kind], places[BULK[kind]]
+    _require((bulk.start if bulk.count else size) == head_bytes, f"{name!r} is not where the head ends")
+    _require(not bulk.count or bulk.stop == size, f"there are bytes behind {name!r}")
+    blocks = -(-bulk.count * bulk.dtype.itemsize // BLOCK_BYTES)
+    _require(places["block_digest"].shape[0] == blocks, "'block_digest' has a wrong length")
+    return attributes, places
 
 
-def _attributes(root: Any, kind: str | None) -> dict[str, str | int]:
+def _attributes(root: Any) -> dict[str, str | int]:
     """Read the root's attributes: those first that say which others there must be."""
     count = h5py.h5a.get_num_attrs(root)
     _require(count <= 32, f"it has {count} attributes")
@@ -258,7 +294,6 @@ def _attributes(root: Any, kind: str | None) -> dict[str, str | int]:
         "use the version of manyheads that wrote it, or a newer one",
     )
     _require(found["kind"] in LAYOUTS, f"its kind is {found['kind']!r}")
-    _require(kind in (None, found["kind"]), f"it is a {found['kind']}, expected a {kind}")
     others = ATTRIBUTES | EXTRA_ATTRIBUTES.get(str(found["kind"]), {})
     found |= {name: _attribute(root, name, of) for name, of in others.items()}
     _require(count == len(found), f"it has {count} attributes, expected {len(found)}")
@@ -286,30 +321,29 @@ def _attribute(root: Any, name: str, of: type) -> str | int:
     return bytes(text[()]).decode("ascii")
 
 
-def _datasets(root: Any, data: mmap.mmap, kind: str, size: int) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
-    """Find every dataset of this kind, and nothing else; return where each begins, and its array, of the layout's dtype and shape."""
-    offsets: dict[str, int] = {}
-    arrays: dict[str, NDArray[Any]] = {}
+def _places(root: Any, kind: str, size: int) -> dict[str, _Place]:
+    """Find every dataset of this kind, and nothing else, each of the layout's dtype and number of axes."""
+    places: dict[str, _Place] = {}
     for name, wanted in LAYOUTS[kind].items():
         if not root.links.exists(name.encode()):
             _require(wanted.optional, f"it has no dataset {name!r}")
             continue
         link = root.links.get_info(name.encode())
         _require(link.type == h5py.h5l.TYPE_HARD, f"{name!r} is a link to elsewhere")
-        offsets[name], arrays[name] = _dataset(root, data, name, wanted)
+        places[name] = _place(root, name, wanted)
     count = h5py.h5g.GroupID.get_num_objs(h5py.h5g.open(root, b"/"))
-    _require(count == len(arrays), f"it has {count} objects, expected {len(arrays)}")
-    spans = sorted((offsets[name], offsets[name] + array.nbytes) for name, array in arrays.items() if array.size)
+    _require(count == len(places), f"it has {count} objects, expected {len(places)}")
+    spans = sorted((place.start, place.stop) for place in places.values() if place.count)
     _require(all(stop <= size for _, stop in spans), "a dataset reaches behind the end of the file")
     _require(all(left[1] <= right[0] for left, right in pairwise(spans)), "two datasets overlap")
-    return offsets, arrays
+    return places
 
 
 FORBIDDEN_MESSAGES = {0x0007: "external storage", 0x000B: "a filter"}
 """Object header messages that betray a dataset whose bytes are not simply there."""
 
 
-def _dataset(root: Any, data: mmap.mmap, name: str, wanted: Field) -> tuple[int, NDArray[Any]]:
+def _place(root: Any, name: str, wanted: Field) -> _Place:
     info = h5py.h5o.get_info(root, name.encode())
     _require(info.type == h5py.h5o.TYPE_DATASET, f"{name!r} is not a dataset")
     for message, what in FORBIDDEN_MESSAGES.items():
@@ -322,13 +356,10 @@ def _dataset(root: Any, data: mmap.mmap, name: str, wanted: Field) -> tuple[int,
     _require(space.get_simple_extent_type() == h5py.h5s.SIMPLE, f"{name!r} is not an array")
     _require(space.get_simple_extent_ndims() == len(wanted.shape), f"{name!r} has a wrong number of axes")
     shape = tuple(int(length) for length in space.get_simple_extent_dims())
-    dtype, count = _dtype(dataset.get_type(), name, wanted), prod(shape)
-    if not count:
-        return 0, np.zeros(shape, dtype)
-    offset = dataset.get_offset()
-    stored = offset is not None and dataset.get_storage_size() == count * dtype.itemsize
+    dtype, count, start = _dtype(dataset.get_type(), name, wanted), prod(shape), dataset.get_offset()
+    stored = not count or (start is not None and dataset.get_storage_size() == count * dtype.itemsize)
     _require(stored, f"{name!r} is not fully stored")
-    return int(offset), np.frombuffer(data, dtype, count, offset).reshape(shape)
+    return _Place(int(start or 0), dtype, shape)
 
 
 def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
@@ -344,14 +375,14 @@ def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
     raise _Refused(f"{name!r} has an unexpected type, expected {' or '.join(wanted.dtypes)}")
 
 
-def _check_sizes(kind: str, arrays: dict[str, NDArray[Any]], attributes: dict[str, str | int]) -> None:
-    """Check that a letter means the same length in the shapes of all arrays, and that the attributes say so, and the dtype, too."""
+def _check_sizes(kind: str, places: dict[str, _Place], attributes: dict[str, str | int]) -> None:
+    """Check that a letter means the same length in the shapes of all datasets, and that the attributes say so, and the dtype, too."""
     lengths: dict[str, int] = {"n": int(attributes["rows"]), "d": int(attributes["dim"])}
-    for name, array in arrays.items():
-        for letter, length in zip(LAYOUTS[kind][name].shape, array.shape, strict=True):
+    for name, place in places.items():
+        for letter, length in zip(LAYOUTS[kind][name].shape, place.shape, strict=True):
             wanted = letter if isinstance(letter, int) else lengths.setdefault(letter, length)
             _require(length == wanted, f"{name!r} has an axis of {length}, expected {wanted}")
-    bulk = arrays[BULK[kind]]
+    bulk = places[BULK[kind]]
     _require(0 < int(attributes["dim"]) <= 1 << 24, "'dim' is out of range")
     _require(attributes["dtype"] in ("<f4", "<f2"), f"its dtype is {attributes['dtype']!r}")
     _require(bulk.dtype.kind != "f" or bulk.dtype.str == attributes["dtype"], "its dtype is not that of 'features'")

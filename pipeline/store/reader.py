@@ -160,16 +160,16 @@ class FeatureStore:
         """Open a store's newest valid snapshot, or a packed file.
 
         `path` may also be an address that fsspec understands, such as `s3://bucket/features.h5`; then the files are fetched now.
-
-        Raises
-        ------
-        StoreError
-            When there is none, it is damaged, or its identity is not the one expected: shows both sides.
+        StoreError when there is none, it is damaged, or its identity is not the one expected: shows both sides.
         """
         path = Path(path)
-        packed = path.is_file() if address_of(path) is None else path.suffix in PACKED
         try:
-            store = _open_pack(path) if packed else _open_folder(path)
+            if path.is_file() if address_of(path) is None else path.suffix in PACKED:
+                file = open_file(path, "pack")
+                entry = SegmentEntry(file.digest, file.number("rows"), file.size)
+                store = FeatureStore(path, file, _identity(file), (entry,), {0: file})
+            else:
+                store = _open_folder(path)
         except FileNotFoundError:
             raise StoreError(f"{path}: is not there") from None
         problems = [] if identity is None else differences(store.identity, identity)
@@ -261,7 +261,13 @@ class FeatureStore:
 
         With `view` a read-only view of the mapped file, where they lie one behind the other in a float32 segment.
         """
-        if view and self.dtype == np.float32 and len(rows) and (segments == segments[0]).all() and _one_run(rows):
+        if (
+            view
+            and self.dtype == np.float32
+            and len(rows)
+            and (segments == segments[0]).all()
+            and (np.diff(rows) == 1).all()
+        ):
             found: NDArray[np.float32] = self._segment(int(segments[0]), rows, digests).bulk[rows[0] : rows[-1] + 1]
             return found
         result = np.empty((len(rows), self.dim), np.float32)
@@ -297,17 +303,7 @@ class FeatureStore:
         return file
 
 
-def _one_run(rows: NDArray[np.int64]) -> bool:
-    return bool((np.diff(rows) == 1).all())
-
-
 # ---- opening
-
-
-def _open_pack(path: Path) -> FeatureStore:
-    file = open_file(path, "pack")
-    entry = SegmentEntry(file.digest, file.number("rows"), file.size)
-    return FeatureStore(path, file, _identity(file), (entry,), {0: file})
 
 
 def _open_folder(path: Path) -> FeatureStore:

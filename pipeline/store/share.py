@@ -202,20 +202,15 @@ def _write_parquet(store: FeatureStore, path: Path, digests: Digests, columns: C
     vector = pa.list_(pa.float32(), store.dim)
     schema = pa.schema([("content", pa.string()), *((name, pa.string()) for name in columns), ("features", vector)])
     files.make_folder(path.parent)
-    scratch = files.write_temporary(path.parent, [], f".{path.name}")
-    try:
-        with scratch.open("wb") as out:
-            with pq.ParquetWriter(out, schema) as writer:
-                for part, features in store.pieces(digests):
-                    texts = [list(map(str, values[part])) for values in columns.values()]
-                    rows = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), store.dim)
-                    writer.write_table(pa.table([digests_to_hex(digests[part]), *texts, rows], schema=schema))
-            out.flush()
-            files.sync(out.fileno())
-    except BaseException:
-        files.remove(scratch)
-        raise
-    files.rename(scratch, path)
+    with (
+        files.growing(path) as grown,
+        open(grown.descriptor, "wb", closefd=False) as out,
+        pq.ParquetWriter(out, schema) as writer,
+    ):
+        for part, features in store.pieces(digests):
+            texts = [list(map(str, values[part])) for values in columns.values()]
+            rows = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), store.dim)
+            writer.write_table(pa.table([digests_to_hex(digests[part]), *texts, rows], schema=schema))
 
 
 # ---- parts

@@ -41,15 +41,15 @@ from pipeline.store.format import (
     slices,
 )
 from pipeline.store.lock import explained
-from pipeline.store.opener import StoreFile, open_file
+from pipeline.store.opener import StoreFile
 from pipeline.store.reader import (
     FeatureStore,
     SegmentEntry,
     Table,
     generations,
-    newest_snapshot,
     no_valid_snapshot,
     open_segment,
+    open_snapshot,
     snapshot_path,
 )
 
@@ -63,8 +63,6 @@ SMALL_BYTES = SEGMENT_BYTES // 16
 MAX_SMALL = 16
 """As many segments below `SMALL_BYTES` may pile up before a run merges them."""
 COPY_BYTES = 4 << 20
-
-NO_PARENT = "0" * 64
 
 MIN_COSINE = 0.9999
 MAX_DEVIATION = 1e-2
@@ -121,11 +119,6 @@ def groups(store: Path) -> list[Path]:
         return []
 
 
-def _clear_journal(store: Path) -> None:
-    for path in groups(store):
-        files.remove(path)
-
-
 def _write(store: Path, composed: Composed, path: Path) -> None:
     """Write a file under its name; when this returns, a power loss cannot take it away."""
     files.rename(files.write_temporary(store / TEMPORARY, composed.parts()), path)
@@ -142,19 +135,20 @@ def _set_aside(store: Path, path: Path) -> None:
     files.sync_folder(path.parent)
 
 
-def _set_aside_damaged_snapshots(store: Path) -> bool:
-    """Move snapshots newer than the newest valid one away, so that the next number is free; True when there were any."""
-    damaged = False
-    for generation in generations(store):
+def _newest_whole_snapshot(store: Path) -> tuple[FeatureStore, bool]:
+    """Open the newest snapshot that is whole; move newer ones away, so that the next number is free, and say whether there were any."""
+    numbers = generations(store)
+    for generation in numbers:
         path = snapshot_path(store, generation)
         try:
-            open_file(path, "snapshot").require_whole()
-            break
+            snapshot = open_snapshot(path)
+            snapshot.file.require_whole()
         except StoreError as error:
             log.warning("%s; set aside", error)
             _set_aside(store, path)
-            damaged = True
-    return damaged
+        else:
+            return snapshot, generation < numbers[0]
+    raise no_valid_snapshot(store)
 
 
 def _whole(store: Path, store_type: StoreType, paths: Iterable[Path]) -> Iterator[StoreFile]:
@@ -183,7 +177,7 @@ def publish(
 
     `probe` are the probe vectors, float32 of shape (k, dim), and `lines` the table, uint64 of shape (4, n).
     """
-    generation, parent = (1, NO_PARENT) if before is None else (before.generation + 1, before.digest)
+    generation, parent = (1, "0" * 64) if before is None else (before.generation + 1, before.digest)
     arrays = {
         "segment_digest": np.frombuffer(bytes.fromhex("".join(s.digest for s in segments)), np.uint8).reshape(-1, 32),
         "segment_rows": np.array([entry.rows for entry in segments], "<u8"),
@@ -202,18 +196,17 @@ def publish(
         ) from None
 
 
-def _sweep(store: Path, keep: int) -> None:
+def _sweep(store: Path, newest: FeatureStore, keep: int) -> None:
     """Remove snapshots but the newest `keep`, and segments that none of these names."""
     numbers = generations(store)
     for generation in numbers[keep:]:
         files.remove(snapshot_path(store, generation))
-    named: set[str] = set()
-    for generation in numbers[:keep]:
+    named = {entry.digest for entry in newest.segments}
+    for generation in numbers[1:keep]:
         try:
-            file = open_file(snapshot_path(store, generation), "snapshot")
+            named |= {entry.digest for entry in open_snapshot(snapshot_path(store, generation)).segments}
         except StoreError:
             return  # it cannot say what it needs, so nothing is removed
-        named.update(digest.tobytes().hex() for digest in file.arrays["segment_digest"])
     for path in (store / SEGMENTS).iterdir():
         if path.suffix == ".h5" and path.stem not in named:
             files.remove(path)
@@ -317,10 +310,7 @@ class StoreWriter:
         `dtype` : float32 or float16. `patience` : seconds to wait for another writer.
         `probe` : vectors of the built-in probe images, float32 of shape (k, dim), recorded in a new store and compared with an old one's.
 
-        Raises
-        ------
-        StoreError
-            When another writer has the lock, the identity, dim or dtype differ (shows both sides), or the probe vectors do.
+        StoreError when another writer has the lock, the identity, dim or dtype differ (shows both sides), or the probe vectors do.
         """
         path, identity = Path(path), dict(identity)
         store_type = StoreType(fingerprint(identity), dim, np.dtype(dtype).str)
@@ -350,10 +340,7 @@ class StoreWriter:
             files.remove(leftover)
         if not generations(self.path):
             publish(self.path, None, self.identity, self.store_type, [], probe, np.zeros((4, 0), "<u8"))
-        fell_back = _set_aside_damaged_snapshots(self.path)
-        if not generations(self.path):
-            raise no_valid_snapshot(self.path)
-        self._snapshot = newest_snapshot(self.path)
+        self._snapshot, fell_back = _newest_whole_snapshot(self.path)
         self._require_same(self.identity, self.store_type, probe)
         named = {entry.path(self.path) for entry in self._snapshot.segments}
         # Where a newer snapshot was damaged, its segments have rows that no other knows.
@@ -366,7 +353,7 @@ class StoreWriter:
             log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
         if not self._sources:
             # A kill fell between publishing and clearing: the snapshot has all that the journal has.
-            _clear_journal(self.path)
+            self._clear_journal()
         self._next_group = max((int(path.stem) for path in groups(self.path)), default=0) + 1
 
     def _require_same(
@@ -438,11 +425,7 @@ class StoreWriter:
         """Add vectors, float of shape (n, dim), for n digests, uint64 of shape (n, 2); return how many were new.
 
         Those the store has already are passed over. They are safe once a group is committed, by itself every 4 MB or 10 s.
-
-        Raises
-        ------
-        StoreError
-            When a number is not finite, naming the contents; then nothing of this call was added. When the disk is full.
+        StoreError when a number is not finite, naming the contents, and nothing of this call was added; or when the disk is full.
         """
         self._require_open()
         digests = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
@@ -509,7 +492,7 @@ class StoreWriter:
                 self._publish(old)
             for entry in replaced:
                 _set_aside(self.path, entry.path(self.path))
-            _sweep(self.path, keep)
+            _sweep(self.path, self._snapshot, keep)
 
     def _publish(self, old: Sequence[SegmentEntry | Rows]) -> None:
         """Write the segments of the next state and publish it.
@@ -532,10 +515,14 @@ class StoreWriter:
         lines = Table.of([file.arrays["content"] for file in opened.values()]).lines
         publish(self.path, self._snapshot, self.identity, self.store_type, segments, self._snapshot.probe, lines)
         if self._sources:
-            _clear_journal(self.path)
+            self._clear_journal()
             self._sources, self._new, self._next_group = [], set(), 1
-        self._snapshot = newest_snapshot(self.path)
+        self._snapshot = open_snapshot(snapshot_path(self.path, self._snapshot.generation + 1))
         self._entries = opened
+
+    def _clear_journal(self) -> None:
+        for path in groups(self.path):
+            files.remove(path)
 
     def close(self) -> None:
         """Give up the lock; what was appended but not committed is lost. A forked child has none to give up."""

@@ -98,7 +98,6 @@ def compare(name, arguments):
         "trials": trials,
         "ours_seconds": seconds,
         "ours_cpu_seconds": used,
-        "ours_surrogate_seconds": run.surrogate_seconds,
         "ours_last_fit_seconds": run.fit_seconds,
         "ours_cv": run.best.mean,
         "ours_test": float(run.pipeline.score(X_test, y_test)),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -174,15 +174,41 @@ class Leaderboard:
 
     def _table(self, rows: Sequence[LeaderboardRow], wide: bool = False) -> str:
         """Draw rows for Markdown (`wide`) or for a terminal; what nobody asked for has no column."""
-        found = [(column, [column.text(row) for row in rows]) for column in _columns(self, wide)]
-        shown = [(column, cells) for column, cells in found if not column.asked or any(cells)]
+        cells, asked = [self._cells(row, wide) for row in rows], {name for name, _ in REPEATS}
+        shown = [name for name in next(iter(cells), {}) if name not in asked or any(row[name] for row in cells)]
         return tabulate(
-            list(zip(*(cells for _, cells in shown), strict=True)),
-            headers=[column.header for column, _ in shown],
+            [[row[name] for name in shown] for row in cells],
+            headers=shown,
             tablefmt="github" if wide else "simple",
             disable_numparse=True,
-            colalign=[column.side for column, _ in shown],
+            colalign=["left" if name in ("", "embedding", "head", "note") else "right" for name in shown],
         )
+
+    def _cells(self, row: LeaderboardRow, wide: bool) -> dict[str, str]:
+        """Return a row's cells by their headers; of the test those of the scores that serve the target."""
+        told_by, metric, test = self.told_by, self.metric, row.test
+        # Where everything else is accuracy too, the narrow table need not say so.
+        short = "" if metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
+        scores = {
+            other.column[not wide]: ""
+            if test is None or test[other.name] is None
+            else other.user_text(test.values[other.name])
+            for other in metrics_for(self.target)
+            if other.column and other is not told_by
+        }
+        return {
+            "": self.mark(row).replace("*", "\\*" if wide else "*"),
+            "embedding": row.embedding,
+            "head": f"**{row.head}**" if wide and row.key == self.best.key else row.head,
+            f"cross-validation ({metric.title})" if wide else f"CV {metric.title}": cross_validated(row, self.scoring),
+            **{name: text(row, self.scoring) for name, text in REPEATS},
+            f"test {told_by.title} [95 %]" if wide else f"test{short} [95 %]": test_text(test, told_by),
+            **scores,
+            "fit s": seconds(row.fit_seconds),
+            "predict s" if wide else "pred. s": seconds(row.predict_seconds),
+            "trials": str(row.trials),
+            "note": row.note,
+        }
 
     def mark(self, row: LeaderboardRow) -> str:
         """`*` for the best row, `~` for one with no evidence of a difference from it."""
@@ -404,57 +430,6 @@ def test_text(test: Scores | None, metric: Metric) -> str:
     if value is None or interval is None:
         return ""
     return f"{metric.user_text(value)} [{metric.user_text(interval[0])}, {metric.user_text(interval[1])}]"
-
-
-class _Column(NamedTuple):
-    header: str
-    side: str
-    text: Callable[[LeaderboardRow], str]
-    asked: bool = False
-    """Whether it is there on request alone."""
-
-
-def _columns(board: Leaderboard, wide: bool) -> list[_Column]:
-    """Return the columns of a leaderboard in Markdown (`wide`) or in a terminal; of the test those of the scores of its target."""
-    scoring, told_by, best = board.scoring, board.told_by, board.best.key
-    # Where everything else is accuracy too, the narrow table need not say so.
-    short = "" if board.metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
-
-    def score(metric: Metric) -> Callable[[LeaderboardRow], str]:
-        def text(row: LeaderboardRow) -> str:
-            value = None if row.test is None else row.test[metric.name]
-            return "" if value is None else metric.user_text(value)
-
-        return text
-
-    def repeated(text: Callable[[LeaderboardRow, str], str]) -> Callable[[LeaderboardRow], str]:
-        return lambda row: text(row, scoring)
-
-    return [
-        _Column("", "left", lambda row: board.mark(row).replace("*", "\\*" if wide else "*")),
-        _Column("embedding", "left", lambda row: row.embedding),
-        _Column("head", "left", lambda row: f"**{row.head}**" if wide and row.key == best else row.head),
-        _Column(
-            f"cross-validation ({board.metric.title})" if wide else f"CV {board.metric.title}",
-            "right",
-            lambda row: cross_validated(row, scoring),
-        ),
-        *(_Column(name, "right", repeated(text), True) for name, text in REPEATS),
-        _Column(
-            f"test {told_by.title} [95 %]" if wide else f"test{short} [95 %]",
-            "right",
-            lambda row: test_text(row.test, told_by),
-        ),
-        *(
-            _Column(metric.column[not wide], "right", score(metric))
-            for metric in metrics_for(board.target)
-            if metric.column and metric is not told_by
-        ),
-        _Column("fit s", "right", lambda row: seconds(row.fit_seconds)),
-        _Column("predict s" if wide else "pred. s", "right", lambda row: seconds(row.predict_seconds)),
-        _Column("trials", "right", lambda row: str(row.trials)),
-        _Column("note", "left", lambda row: row.note),
-    ]
 
 
 def read_leaderboard(output: Path) -> Leaderboard:

@@ -60,7 +60,11 @@ class Graph:
         exact = short is not value and bool((short == value).all())
         kept = short if exact else value.astype(object) if value.dtype.kind == "U" else value
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(kept).reshape(kept.shape), name))
-        return str(self("Cast", name, to=DOUBLE)) if exact else name
+        return self.double(name) if exact else name
+
+    def double(self, name: str) -> str:
+        """Add a cast to float64."""
+        return str(self("Cast", name, to=DOUBLE))
 
     def add(self, model: onnx.ModelProto, given: str) -> list[str]:
         """Add a model whose one input is to be `given`; return the names of its outputs."""
@@ -115,15 +119,9 @@ _FILTERS: Mapping[str, tuple[float, Callable[[Graph, str], str]]] = {
 
 
 def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
-    """Add all that `prepare` does.
+    """Add all that `prepare` does to the named images, uint8 of shape (n, height, width, 3); BundleError for another interpolation.
 
-    images : the name of uint8 images, shape (n, height, width, 3)
     Returns the name of whole numbers from 0 to 255, float32 of shape (n, 3, *preprocessing.size).
-
-    Raises
-    ------
-    BundleError
-        When the interpolation is another.
     """
     if preprocessing.interpolation not in _FILTERS:
         raise BundleError(
@@ -132,7 +130,7 @@ def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
     sides = g("Slice", g("Shape", images), [1], [3])
     resized = _resized(g, sides, preprocessing)
     crop = np.array(preprocessing.size)
-    half = g("Div", _double(g, g("Sub", resized, crop)), 2.0)
+    half = g("Div", g.double(g("Sub", resized, crop)), 2.0)
     start = g("Max", g("Cast", g("Round", half), to=INT64), np.array(0))
     kept = g("Min", resized, crop)
     pixels = g("Transpose", images, perm=[0, 3, 1, 2])
@@ -143,18 +141,14 @@ def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
     return _padded(g, g("Cast", pixels, to=FLOAT), kept, preprocessing)
 
 
-def _double(g: Graph, whole: str) -> str:
-    return str(g("Cast", whole, to=DOUBLE))
-
-
 def _resized(g: Graph, sides: str, preprocessing: Preprocessing) -> str:
     """Height and width after the resize, int64 of shape (2,), as `images.preparing` has them."""
     resize = preprocessing.resize
     if not isinstance(resize, int) or preprocessing.fit == "squash":
         return g.constant(np.array([resize, resize] if isinstance(resize, int) else resize))
     if preprocessing.fit == "border":
-        ratio = g("Div", _double(g, g("ReduceMax", sides, keepdims=0)), float(resize))
-        return str(g("Max", g("Cast", g("Round", g("Div", _double(g, sides), ratio)), to=INT64), np.array(1)))
+        ratio = g("Div", g.double(g("ReduceMax", sides, keepdims=0)), float(resize))
+        return str(g("Max", g("Cast", g("Round", g("Div", g.double(sides), ratio)), to=INT64), np.array(1)))
     return str(g("Div", g("Mul", sides, np.array(resize)), g("ReduceMin", sides, keepdims=0)))
 
 
@@ -167,7 +161,7 @@ def _pass(g: Graph, pixels: str, preprocessing: Preprocessing, had: str, made: s
         low = g("Gather", first, g("Min", np.array([place]), end))
         high = g("Gather", last, g("Min", np.array([place + BLOCK - 1]), end))
         own = g("Slice", g("Slice", weights, [place], [place + BLOCK], [0]), low, high, [1])
-        parts.append(g("MatMul", _double(g, g("Slice", pixels, low, high, [3])), g("Transpose", own, perm=[1, 0])))
+        parts.append(g("MatMul", g.double(g("Slice", pixels, low, high, [3])), g("Transpose", own, perm=[1, 0])))
     sums = g("Concat", *parts, axis=3)
     return str(g("Clip", g("Floor", g("Div", g("Add", sums, g("Div", one, 2.0)), one)), 0.0, 255.0))
 
@@ -176,11 +170,11 @@ def _weights(g: Graph, preprocessing: Preprocessing, had: str, made: str, places
     """Of some pixels of a row the whole weights of those before, shape (places, had), and what they are in sum; and from which to which
     pixel each looks, shape (places,)."""
     reach, weigh = _FILTERS[preprocessing.interpolation]
-    scale = g("Div", _double(g, had), _double(g, made))
+    scale = g("Div", g.double(had), g.double(made))
     wide = g("Max", scale, 1.0)
     seen = g("Concat", g("Range", np.array(0), g("Min", made, np.array(ENDS)), np.array(1)), places, axis=0)
-    centres = g("Mul", g("Add", _double(g, seen), 0.5), scale)
-    away = g("Sub", _double(g, g("Range", np.array(0), had, np.array(1))), g("Unsqueeze", centres, [1]))
+    centres = g("Mul", g("Add", g.double(seen), 0.5), scale)
+    away = g("Sub", g.double(g("Range", np.array(0), had, np.array(1))), g("Unsqueeze", centres, [1]))
     weights = weigh(g, g("Abs", g("Mul", g("Add", away, 0.5), g("Div", 1.0, wide))))
     weights = g("Div", weights, g("ReduceSum", weights, [1]))
     one = g.constant(np.array(2.0**PILLOWS_BITS))

@@ -31,7 +31,7 @@ from pipeline.data.targets import Classification, MultiLabel
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import AHEAD, MOST_REST, SIGMOIDS, Calibrator
 from pipeline.export.bundle import SMALLEST_PROBABILITY, ModelBundle
-from pipeline.export.onnx.graph import DOUBLE, FLOAT, OPSETS, STRING, Graph
+from pipeline.export.onnx.graph import FLOAT, OPSETS, STRING, Graph
 from pipeline.heads.cosine import CosineVote
 
 Columns = tuple[str, str]
@@ -41,14 +41,9 @@ Outputs = dict[str, tuple[Any, list[Any]]]
 
 
 def add_answer(g: Graph, bundle: ModelBundle, vectors: Sequence[str], prefix: str = "") -> Outputs:
-    """Add what a bundle says of the vectors of its parts, float32 of shape (n, dim) each; return the outputs that were made.
+    """Add what a bundle says of the vectors of its parts, float32 of shape (n, dim) each; return the outputs, whose names begin alike.
 
-    Their names begin with `prefix`.
-
-    Raises
-    ------
-    BundleError
-        When a head of it cannot be written.
+    BundleError when a head of it cannot be written.
     """
     target, parts, strings = bundle.target, dict[str, str](), dict[str, tuple[str, list[Any]]]()
     if bundle.members:
@@ -129,12 +124,8 @@ def _columns(g: Graph, estimator: Any, x: str) -> Columns:
     return convert(g, steps[-1], x)
 
 
-def _double(g: Graph, x: str) -> str:
-    return str(g("Cast", x, to=DOUBLE))
-
-
 def _affine(g: Graph, x: str, weights: NDArray[Any], bias: NDArray[Any]) -> str:
-    return str(g("Add", g("MatMul", _double(g, x), weights.astype(np.float64)), bias.astype(np.float64)))
+    return str(g("Add", g("MatMul", g.double(x), weights.astype(np.float64)), bias.astype(np.float64)))
 
 
 def _linear(g: Graph, model: Any, x: str) -> Columns:
@@ -194,7 +185,7 @@ def _kernel(g: Graph, model: Any, x: str) -> Columns:
     if model.kernel != "rbf":
         raise BundleError(f"a kernel {model.kernel!r} has no form in ONNX here, which rbf has")
     vectors, dual, bias = model.support_vectors_, np.asarray(model.dual_coef_), np.asarray(model.intercept_)
-    kernel = g("Exp", g("Mul", -float(model._gamma), _squared_distances(g, _double(g, x), vectors)))
+    kernel = g("Exp", g("Mul", -float(model._gamma), _squared_distances(g, g.double(x), vectors)))
     if isinstance(model, SVR):
         return _affine(g, kernel, dual.T, bias), "number"
     count = len(model.classes_)
@@ -209,7 +200,7 @@ def _kernel(g: Graph, model: Any, x: str) -> Columns:
         weights[of_class == j, place] = dual[i, of_class == j]
         first[place, i] = second[place, j] = 1
     decisions = _affine(g, kernel, weights, bias)
-    won = _double(g, g("GreaterOrEqual", decisions, 0.0))
+    won = g.double(g("GreaterOrEqual", decisions, 0.0))
     votes = g("Add", g("MatMul", won, first), g("MatMul", g("Sub", 1.0, won), second))
     sums = g("MatMul", decisions, first - second)
     return g("Add", votes, g("Div", sums, g("Mul", 3.0, g("Add", g("Abs", sums), 1.0)))), "decision"
@@ -241,7 +232,7 @@ def _mean(g: Graph, weights: str, said: NDArray[np.float64], rows: str) -> str:
 
 def _neighbours(g: Graph, model: Any, x: str) -> Columns:
     """The mean of what the nearest training images are, each with the weight 1, or 1 / its distance."""
-    metric, x, references = model.effective_metric_, _double(g, x), np.asarray(model._fit_X)
+    metric, x, references = model.effective_metric_, g.double(x), np.asarray(model._fit_X)
     if metric not in ("euclidean", "cosine") or model.weights not in ("uniform", "distance"):
         raise BundleError(
             f"neighbours by {metric!r} have no form in ONNX here, which those by euclidean and cosine have"
@@ -256,8 +247,8 @@ def _neighbours(g: Graph, model: Any, x: str) -> Columns:
     here = g("Equal", nearest, 0.0)
     weights = g("Add", g("Mul", nearest, 0.0), 1.0)
     if model.weights == "distance":  # those at no distance, where there are any, count alone
-        far, at_all = g("Div", 1.0, g("Where", here, 1.0, nearest)), g("ReduceMax", _double(g, here), [1])
-        weights = g("Where", g("Greater", at_all, 0.0), _double(g, here), far)
+        far, at_all = g("Div", 1.0, g("Where", here, 1.0, nearest)), g("ReduceMax", g.double(here), [1])
+        weights = g("Where", g("Greater", at_all, 0.0), g.double(here), far)
     y = np.asarray(model._y).reshape(len(references), -1)
     if isinstance(model, KNeighborsRegressor):
         return _mean(g, weights, y.astype(np.float64), rows), "number"
@@ -272,7 +263,7 @@ def _neighbours(g: Graph, model: Any, x: str) -> Columns:
 def _cosine_vote(g: Graph, model: CosineVote, x: str) -> Columns:
     """Of references as near as the last of the neighbours all vote."""
     count = len(model.references_)
-    cosines = _products(g, _unit(g, _double(g, g("Sub", x, model.mean_))), model.references_)
+    cosines = _products(g, _unit(g, g.double(g("Sub", x, model.mean_))), model.references_)
     nearest, _ = g("TopK", cosines, [min(model.n_neighbors or count, count)], outputs=2, axis=1)
     weights = g("Exp", g("Div", g("Sub", cosines, g("ReduceMax", nearest, [1])), float(model.temperature)))
     weights = g("Where", g("Less", cosines, g("ReduceMin", nearest, [1])), 0.0, weights)
@@ -292,7 +283,7 @@ def _by_skl2onnx(g: Graph, model: Any, x: str) -> Columns:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             written = to_onnx(model, initial_types=given, options=options, target_opset=OPSETS)
-        said = _double(g, g.add(written, x)[-1])
+        said = g.double(g.add(written, x)[-1])
     except Exception as error:  # it knows not all, and fails in any way
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise BundleError(f"a {type(model).__name__} cannot be written by skl2onnx ({reason})") from None

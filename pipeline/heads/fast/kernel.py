@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.multioutput import MultiOutputRegressor
 from sklearn.pipeline import Pipeline
-from sklearn.svm import SVC, SVR
 
 from pipeline.data.classes import expand_scores
 from pipeline.heads.fast.solvers import Array
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, one_by_one, scaled, standardised
-from pipeline.heads.tuning.records import FoldOutcome, Problem
+from pipeline.heads.tuning.evaluation import Evaluator, FoldOutcome, Problem, one_by_one, scaled, standardised
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ class Distances:
 
 def prepare_distances(problem: Problem, fold: int) -> Distances:
     """Scale a fold once and measure all its distances."""
-    y = problem.learned(problem.folds[fold][0])
+    y = problem.learned(fold)
     order = np.argsort(y.reshape(len(y), -1)[:, 0], kind="stable")
     train, held_out = standardised(problem, fold)
     train = train[order]
@@ -68,57 +66,53 @@ def prepare_distances(problem: Problem, fold: int) -> Distances:
 def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
     """Fit a support vector machine on the kernel exp(-gamma * squared distance)."""
     start = time.perf_counter()
-    classifier: SVC = configure(problem.head, params, problem.seed)[-1]
-    gamma = np.float32(classifier.gamma)
-    classifier.set_params(kernel="precomputed", decision_function_shape="ovr")
-    within = _kernel(distances.within, gamma)
-    classifier.fit(within, distances.y)
+    machine, within, judged, places = _kernels(problem, distances, params)
+    machine.set_params(decision_function_shape="ovr").fit(within, distances.y)
     fitted = time.perf_counter()
-    scores = classifier.decision_function(_kernel(distances.across, gamma))
-    if problem.judge_training:
-        own = classifier.decision_function(within)
-        scores = np.concatenate([scores, own[np.argsort(distances.order)]])
-    present = np.asarray(classifier.classes_, dtype=np.int64)
+    scores = np.concatenate([machine.decision_function(rows) for rows in judged])[places]
+    present = machine.classes_
     likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
-    full = expand_scores(scores, present, problem.width, "decision")
-    seconds = time.perf_counter() - fitted
-    return FoldOutcome(present[likeliest], full, "decision", fitted - start, seconds)
+    full = expand_scores(scores, present, problem.target.width, "decision")
+    return FoldOutcome(present[likeliest], full, "decision", fitted - start, time.perf_counter() - fitted)
 
 
 @one_by_one
 def rbf_svr(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
-    """Fit support vector regression on the kernel exp(-gamma * squared distance), a machine for each number."""
+    """Fit support vector regression likewise, a machine for each number."""
     start = time.perf_counter()
-    head: SVR = configure(problem.head, params, problem.seed)[-1]
-    gamma = np.float32(head.gamma)
-    within, columns = _kernel(distances.within, gamma), distances.y.reshape(len(distances.y), -1).T
-    machines = [clone(head).set_params(kernel="precomputed").fit(within, column) for column in columns]
+    machine, within, judged, places = _kernels(problem, distances, params)
+    machines = [clone(machine).fit(within, column) for column in distances.y.reshape(len(distances.y), -1).T]
     fitted = time.perf_counter()
-    judged = [_kernel(distances.across, gamma)]
-    if problem.judge_training:
-        judged.append(within[np.argsort(distances.order)])
-    said = np.stack([np.concatenate([machine.predict(rows) for rows in judged]) for machine in machines], axis=1)
-    seconds = time.perf_counter() - fitted
-    return FoldOutcome(problem.target.told(said), fit_seconds=fitted - start, score_seconds=seconds)
+    said = np.stack([np.concatenate([each.predict(rows) for rows in judged])[places] for each in machines], axis=1)
+    return FoldOutcome(
+        problem.target.told(said), fit_seconds=fitted - start, score_seconds=time.perf_counter() - fitted
+    )
 
 
 @one_by_one
 def rbf_svm_labels(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
-    """Fit a support vector machine on the kernel exp(-gamma * squared distance) for each label; what all rows say is said of all."""
+    """Fit a support vector machine likewise for each label; what all rows say is said of all."""
     start = time.perf_counter()
-    head: SVC = configure(problem.head, params, problem.seed)[-1]
-    gamma = np.float32(head.gamma)
-    within = _kernel(distances.within, gamma)
-    judged = [_kernel(distances.across, gamma)]
-    if problem.judge_training:
-        judged.append(within[np.argsort(distances.order)])
-    scores = np.empty((sum(map(len, judged)), problem.width), dtype=np.float32)
+    machine, within, judged, places = _kernels(problem, distances, params)
+    scores = np.empty((sum(map(len, judged)), problem.target.width), dtype=np.float32)
     for label, column in enumerate(distances.y.T):
         scores[:, label] = column[0] - 0.5
         if np.ptp(column):
-            machine = clone(head).set_params(kernel="precomputed").fit(within, column)
-            scores[:, label] = np.concatenate([machine.decision_function(rows) for rows in judged])
+            each = clone(machine).fit(within, column)
+            scores[:, label] = np.concatenate([each.decision_function(rows) for rows in judged])[places]
     return FoldOutcome(scores > 0, scores, "decision", time.perf_counter() - start)
+
+
+def _kernels(problem: Problem, distances: Distances, params: Params) -> tuple[Any, NDArray[np.float64], list[Any], Any]:
+    """Return the unfitted machine, the kernel it is fitted on, float64 of shape (n, n), those of the rows judged, and their places."""
+    machine = configure(problem.head, params, problem.seed)[-1]
+    gamma = np.float32(machine.gamma)
+    places: Any = slice(None)
+    within, across = _kernel(distances.within, gamma), _kernel(distances.across, gamma)
+    judged = [across, within] if problem.judge_training else [across]
+    if problem.judge_training:
+        places = np.concatenate([np.arange(len(across)), len(across) + np.argsort(distances.order)])
+    return machine.set_params(kernel="precomputed"), within, judged, places
 
 
 def fit_each(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.float64]) -> Pipeline:
@@ -174,6 +168,6 @@ def _work_bytes(problem: Problem) -> int:
 
 
 RBF_SVM, RBF_SVR, RBF_SVM_LABELS = (
-    Evaluator(fit, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)
+    Evaluator(fit.__name__, fit, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)
     for fit in (rbf_svm, rbf_svr, rbf_svm_labels)
 )

@@ -1,7 +1,7 @@
-"""Evaluators of the linear heads: one decomposition per fold, all penalties of a round solved together.
+"""Evaluators of the linear heads: one decomposition per fold, from which all penalties of a round follow or are solved together.
 
-They work on features in memory and on disk alike: there every product with the features is one pass over blocks of rows
-(`blocked.Turned`), and only sums over rows are kept.
+All but discriminant analysis work on features in memory and on disk alike: there every product with the features is one pass over
+blocks of rows (`solvers.Turned`), and only sums over rows are kept.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
+from scipy.special import softmax
+from sklearn.covariance import ledoit_wolf
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
 from pipeline.data.classes import expand_scores
-from pipeline.heads.fast.blocked import turn_blocks
 from pipeline.heads.fast.solvers import (
     Array,
     Axes,
@@ -27,13 +30,14 @@ from pipeline.heads.fast.solvers import (
     Loss,
     Path,
     binomial_loss,
+    decompose,
     softmax_loss,
     squared_hinge_loss,
     turn,
+    turn_blocks,
 )
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, scaled, standardised
-from pipeline.heads.tuning.records import FoldOutcome, Problem
+from pipeline.heads.tuning.evaluation import Evaluate, Evaluator, FoldOutcome, Problem, scaled, standardised
 from pipeline.heads.tuning.room import problem_bytes
 
 LOGISTIC_TOLERANCE = 1e-4
@@ -61,29 +65,25 @@ class Prepared:
     products: Any = None
 
 
-Make = Callable[[NDArray[np.int64], int, Array], Family]
-"""(places in the classes, the number of classes, weights of the rows) -> the family of problems; None for ridge."""
+Make = Callable[[Array, Array, bool], Family]
+"""(targets of -1 and 1, float32 of shape (n, k), weights of the rows, whether a row has one label) -> the family of problems."""
 
 
-def logistic_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family:
-    """Return logistic regression on n rows of classes 0 to n_classes - 1: multinomial, for two classes binomial.
-
-    y : int64 of shape (n,); weights : of the rows, float32 of shape (n,)
-    """
+def logistic_family(targets: Array, weights: Array, exclusive: bool) -> Family:
+    """Return logistic regression: multinomial on several classes, else binomial for each column by itself."""
+    width = targets.shape[1]
+    if exclusive and width > 1:
+        y = targets.argmax(axis=1)
+        return Family(lambda problems: softmax_loss(y, weights), 1, width, False, LOGISTIC_TOLERANCE)
 
     def loss(problems: NDArray[np.int64]) -> Loss:
-        return binomial_loss(targets_of(y, 2), weights) if n_classes == 2 else softmax_loss(y, weights)
+        return binomial_loss(targets[:, problems % width], weights)
 
-    columns = 1 if n_classes == 2 else n_classes
-    return Family(loss, 1, columns, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
+    return Family(loss, width, 1, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
 
 
-def hinge_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family:
-    """Return the squared hinge loss of one class against the rest; as in LIBLINEAR the intercept is penalised.
-
-    y : int64 of shape (n,), classes 0 to n_classes - 1; weights : of the rows, float32 of shape (n,)
-    """
-    targets = targets_of(y, n_classes)
+def hinge_family(targets: Array, weights: Array, exclusive: bool) -> Family:
+    """Return the squared hinge loss of each column by itself; as in LIBLINEAR the intercept is penalised."""
     width = targets.shape[1]
     # With more than two classes LIBLINEAR weights the rows of the one class and not those of the rest.
     costs = weights[:, None] if width == 1 else np.where(targets > 0, weights[:, None], 1)
@@ -94,72 +94,42 @@ def hinge_family(y: NDArray[np.int64], n_classes: int, weights: Array) -> Family
     return Family(loss, width, 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
 
 
-def prepare(share: Share, problem: Problem, fold: int) -> Prepared:
+def prepare(make: Make | None, problem: Problem, fold: int) -> Prepared:
     """Share the axes of a fold, and the path of solutions along the penalty or the products it follows from."""
     train, held_out = problem.folds[fold]
     axes = turn_blocks(problem.X, train, held_out) if problem.on_disk else turn(*standardised(problem, fold))
-    return share(problem, axes, problem.learned(train))
+    return _shared(make, problem, axes, problem.learned(fold))
 
 
-Share = Callable[[Problem, Axes, NDArray[Any]], Prepared]
-"""(a problem, the axes of its rows, what is learned of them) -> what all candidates share."""
-
-
-def _numbers(problem: Problem, axes: Axes, y: NDArray[np.float64]) -> Prepared:
-    columns = y.reshape(len(y), -1).astype(np.float32)
-    held = problem_bytes(len(problem.X), problem.X.shape[1], columns.shape[1]) if problem.on_disk else columns.nbytes
-    held += axes.train.nbytes + axes.held_out.nbytes
-    return Prepared(axes, y[:1], columns.shape[1], held, products=axes.train.T @ columns)
-
-
-def _classes(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) -> Prepared:
-    present, places = np.unique(y, return_inverse=True)
-    targets = targets_of(places, len(present))
+def _shared(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) -> Prepared:
+    """Return what all candidates share; y : what is learned of the rows. Without a family a ridge follows from products."""
+    weights, kind = np.ones(len(y), np.float32), problem.target.kind
+    if kind == "regression":
+        present, targets = y[:1], y.reshape(len(y), -1).astype(np.float32)
+    elif kind == "multilabel":
+        present, targets = np.repeat([[0], [1]], y.shape[1], axis=1), 2 * y.astype(np.float32) - 1
+    else:
+        present, places = np.unique(y, return_inverse=True)
+        targets = 2 * (places[:, None] == np.arange(len(present))).astype(np.float32) - 1
+        targets = targets[:, 1:] if len(present) == 2 else targets
+        model = configure(problem.head, problem.head.defaults, problem.seed)[-1]
+        class_weight = model.get_params().get("class_weight")
+        weights = weights if class_weight is None else compute_sample_weight(class_weight, places).astype(np.float32)
     columns = targets.shape[1]
     # On disk the features are no part of what is held, and what a solver holds of the rows is most of it.
     held = problem_bytes(len(problem.X), problem.X.shape[1], columns) if problem.on_disk else targets.nbytes
     held += axes.train.nbytes + axes.held_out.nbytes
     if make is None:
         return Prepared(axes, present, columns, held, products=axes.train.T @ targets)
-    family = make(places.astype(np.int64), len(present), row_weights(problem, places))
-    return Prepared(axes, present, columns, held, path=Path(axes, family))
+    return Prepared(axes, present, columns, held, path=Path(axes, make(targets, weights, problem.target.exclusive)))
 
 
-def logistic_labels(targets: Array, weights: Array) -> Family:
-    """Return logistic regression of each label by itself, all on the same n rows; targets of -1 and 1, shape (n, k)."""
-
-    def loss(problems: NDArray[np.int64]) -> Loss:
-        return binomial_loss(targets[:, problems % targets.shape[1]], weights)
-
-    return Family(loss, targets.shape[1], 1, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
-
-
-def hinge_labels(targets: Array, weights: Array) -> Family:
-    """Return the squared hinge loss of each label by itself, likewise."""
-
-    def loss(problems: NDArray[np.int64]) -> Loss:
-        chosen = targets[:, problems % targets.shape[1]]
-        return squared_hinge_loss(chosen, np.broadcast_to(weights[:, None], chosen.shape))
-
-    return Family(loss, targets.shape[1], 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
-
-
-def _labels(make: Callable[[Array, Array], Family] | None, problem: Problem, axes: Axes, y: NDArray[Any]) -> Prepared:
-    targets = 2 * y.astype(np.float32) - 1
-    columns = targets.shape[1]
-    held = problem_bytes(len(problem.X), problem.X.shape[1], columns) if problem.on_disk else targets.nbytes
-    held += axes.train.nbytes + axes.held_out.nbytes
-    made_up = np.repeat([[0], [1]], columns, axis=1)
-    if make is None:
-        return Prepared(axes, made_up, columns, held, products=axes.train.T @ targets)
-    return Prepared(axes, made_up, columns, held, path=Path(axes, make(targets, np.ones(len(y), np.float32))))
-
-
-def _solve(problem: Problem, prepared: Prepared, batch: Sequence[Params]) -> Array:
-    """Return the weights of candidates, shape (rank + 1, len(batch), columns)."""
+def _solve(problem: Problem, prepared: Prepared, batch: Sequence[Params], once: bool = False) -> Array:
+    """Return the weights of candidates, shape (rank + 1, len(batch), columns); with `once` of one that no other follows."""
     models = [configure(problem.head, params, problem.seed)[-1] for params in batch]
     if prepared.path is not None:
-        found = prepared.path.solve(np.array([1 / float(model.C) for model in models]))
+        penalties = np.array([1 / float(model.C) for model in models])
+        found = prepared.path.solve_once(penalties[0]) if once else prepared.path.solve(penalties)
         return found.reshape(len(found), len(batch), prepared.columns)
     solved = []
     for model in models:
@@ -170,12 +140,9 @@ def _solve(problem: Problem, prepared: Prepared, batch: Sequence[Params]) -> Arr
     return made
 
 
-def logistic_regression(
-    problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]
-) -> list[FoldOutcome]:
-    """Fit logistic regression with an L2 penalty at every C."""
-    present = prepared.present
-    outcomes = []
+def likely(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit a head of classes whose scores are log-odds at every C."""
+    present, outcomes = prepared.present, []
     for scores, seconds in _scores(problem, prepared, candidates):
         if len(present) == 2:
             raised = 1 / (1 + np.exp(-scores.astype(np.float64)))
@@ -183,43 +150,32 @@ def logistic_regression(
         else:
             shares = np.exp((scores - scores.max(axis=1, keepdims=True)).astype(np.float64))
             probabilities = shares / shares.sum(axis=1, keepdims=True)
-        full = expand_scores(probabilities, present, problem.width, "probability")
+        full = expand_scores(probabilities, present, problem.target.width, "probability")
         outcomes.append(FoldOutcome(present[probabilities.argmax(axis=1)], full, "probability", seconds))
     return outcomes
 
 
-def linear_svm(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit one-against-rest linear SVMs with the squared hinge loss at every C."""
-    return _decided(problem, prepared, candidates)
+def decided(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit a head of classes whose highest score decides at every penalty."""
+    present, outcomes = prepared.present, []
+    for scores, seconds in _scores(problem, prepared, candidates):
+        values = scores[:, 0] if len(present) == 2 else scores
+        full = expand_scores(values, present, problem.target.width, "decision")
+        predictions = present[(values > 0).astype(np.int64) if len(present) == 2 else values.argmax(axis=1)]
+        outcomes.append(FoldOutcome(predictions, full, "decision", seconds))
+    return outcomes
 
 
-def ridge(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit ridge regression onto targets of -1 and 1 at every alpha, from the fold's one decomposition."""
-    return _decided(problem, prepared, candidates)
-
-
-def ridge_of_numbers(
-    problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]
-) -> list[FoldOutcome]:
-    """Fit ridge regression onto one or several numbers at every alpha, from the fold's one decomposition."""
+def numbers(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit a head of one or several numbers at every penalty."""
     solved = _scores(problem, prepared, candidates)
     return [FoldOutcome(problem.target.told(scores), fit_seconds=seconds) for scores, seconds in solved]
 
 
-def one_vs_rest(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
+def labels(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
     """Fit a linear head for each of several labels, all labels and candidates at once."""
     solved = _scores(problem, prepared, candidates)
     return [FoldOutcome(scores > 0, scores, "decision", seconds) for scores, seconds in solved]
-
-
-def _decided(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    present, outcomes = prepared.present, []
-    for scores, seconds in _scores(problem, prepared, candidates):
-        values = scores[:, 0] if len(present) == 2 else scores
-        full = expand_scores(values, present, problem.width, "decision")
-        predictions = present[(values > 0).astype(np.int64) if len(present) == 2 else values.argmax(axis=1)]
-        outcomes.append(FoldOutcome(predictions, full, "decision", seconds))
-    return outcomes
 
 
 def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) -> list[tuple[Array, float]]:
@@ -242,7 +198,7 @@ def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) 
     return solved
 
 
-def fit_in_blocks(share: Share, problem: Problem, params: Params, y: NDArray[Any]) -> Pipeline:
+def fit_in_blocks(make: Make | None, problem: Problem, params: Params, y: NDArray[Any]) -> Pipeline:
     """Fit the head's pipeline on all rows from passes over blocks of them; its classes are those of y.
 
     All that scikit-learn keeps besides the solution is what it keeps of a fit to one made-up row per class.
@@ -252,8 +208,10 @@ def fit_in_blocks(share: Share, problem: Problem, params: Params, y: NDArray[Any
     """
     rows = np.arange(len(y))
     axes = turn_blocks(problem.X, rows, rows[:0])
-    prepared = share(problem, axes, y)
-    weights = _solve(problem, prepared, [params])[:, 0]
+    prepared = _shared(make, problem, axes, y)
+    weights = _solve(problem, prepared, [params], once=problem.on_disk)[
+        :, 0
+    ]  # each step there is two passes over all rows
     pipeline = configure(problem.head, params, problem.seed)
     pipeline.steps[0] = (pipeline.steps[0][0], axes.train.data.scaler)
     last = problem.head.fit(Pipeline(pipeline.steps[-1:]), np.zeros((len(prepared.present), 1)), prepared.present)
@@ -277,41 +235,90 @@ def fit_each_label(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.int
     return pipeline.fit(X, y)
 
 
-def row_weights(problem: Problem, y: NDArray[np.integer]) -> Array:
-    """Return the weights that the head's `class_weight` gives rows of these classes.
-
-    y : of any integer dtype, shape (n,); returns float32 of shape (n,)
-    """
-    class_weight = configure(problem.head, problem.head.defaults, problem.seed)[-1].get_params().get("class_weight")
-    weights = np.ones(len(y)) if class_weight is None else compute_sample_weight(class_weight, y)
-    return weights.astype(np.float32)
-
-
-def targets_of(y: NDArray[np.integer], n_classes: int) -> Array:
-    """Return targets of -1 and 1, a column for each class; for two classes the one column of the second.
-
-    y : of any integer dtype, shape (n,); returns float32 of shape (n, n_classes) or (n, 1)
-    """
-    targets: Array = 2 * (y[:, None] == np.arange(n_classes)).astype(np.float32) - 1
-    return targets[:, 1:] if n_classes == 2 else targets
-
-
-def _unweighted(problem: Problem) -> bool:
+def unweighted(problem: Problem) -> bool:
     """Class weights would shift the centre the decomposition is taken around."""
     return scaled(problem) and getattr(configure(problem.head, {}, problem.seed)[-1], "class_weight", None) is None
 
 
-def _evaluator(evaluate: Any, share: Share, usable: Callable[[Problem], bool], quicker: bool = False) -> Evaluator:
-    fit = partial(fit_in_blocks, share)
-    return Evaluator(evaluate, partial(prepare, share), True, usable, fit_in_blocks=fit, quicker=quicker)
+def evaluator(
+    name: str, evaluate: Evaluate, make: Make | None, usable: Callable[[Problem], bool] = scaled, quicker: bool = False
+) -> Evaluator:
+    """Return the evaluator of a linear head, of ridge where there is no family."""
+    fit = partial(fit_in_blocks, make)
+    return Evaluator(name, evaluate, partial(prepare, make), True, usable, fit_in_blocks=fit, quicker=quicker)
 
 
-LOGISTIC_REGRESSION = _evaluator(logistic_regression, partial(_classes, logistic_family), scaled)
-# At 2,500 x 512 and 20 classes LIBLINEAR takes twenty times as long to the same optimum.
-LINEAR_SVM = _evaluator(linear_svm, partial(_classes, hinge_family), scaled, quicker=True)
-RIDGE = _evaluator(ridge, partial(_classes, None), _unweighted)
-RIDGE_OF_NUMBERS = _evaluator(ridge_of_numbers, _numbers, _unweighted)
+RIDGE_OF_NUMBERS = evaluator("ridge_of_numbers", numbers, None, unweighted)
 LOGISTIC_LABELS, HINGE_LABELS, RIDGE_LABELS = (
-    _evaluator(one_vs_rest, partial(_labels, make), scaled, quicker=True)
-    for make in (logistic_labels, hinge_labels, None)
+    evaluator("one_vs_rest", labels, make, quicker=True) for make in (logistic_family, hinge_family, None)
 )
+
+
+# Discriminant analysis ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A fold's scaled features, and how they spread within the classes.
+
+    train, held_out : (rows, dim); y : (n,), int64; means : (n_present, dim); values, vectors : of the covariance within classes
+    """
+
+    train: Array
+    held_out: Array
+    y: NDArray[np.int64]
+    means: Array
+    values: Array
+    vectors: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.train.nbytes + self.held_out.nbytes + self.vectors.nbytes
+
+
+def spread_of(problem: Problem, fold: int) -> Spread:
+    """Scale a fold once and decompose its covariance within classes."""
+    train, held_out = standardised(problem, fold)
+    y = problem.learned(fold)
+    present, places = np.unique(y, return_inverse=True)
+    means = np.stack([train[places == place].mean(axis=0) for place in range(len(present))])
+    centred = train - means[places]
+    return Spread(train, held_out, y, means, *decompose(centred.T @ centred / np.float32(len(train))))
+
+
+def discriminant(problem: Problem, fold: int, spread: Spread, candidates: Sequence[Params]) -> list[FoldOutcome]:
+    """Fit linear discriminant analysis at every shrinkage."""
+    present, counts = np.unique(spread.y, return_counts=True)
+    rows = np.concatenate([spread.held_out, spread.train]) if problem.judge_training else spread.held_out
+    turned, outcomes = spread.means @ spread.vectors, []
+    for params in candidates:
+        if params["shrinkage"] == "auto":
+            weights = _ledoit_wolf(spread)
+        else:
+            shrinkage = float(params["shrinkage"])
+            shrunk = (1 - shrinkage) * spread.values + shrinkage * spread.values.mean()
+            weights = spread.vectors @ (turned / shrunk).T
+        offsets = np.log(counts / counts.sum()) - 0.5 * np.einsum("kd,dk->k", spread.means, weights)
+        probabilities = softmax((rows @ weights + offsets).astype(np.float64), axis=1)
+        full = expand_scores(probabilities, present, problem.target.width, "probability")
+        outcomes.append(FoldOutcome(present[probabilities.argmax(axis=1)], full, "probability"))
+    return outcomes
+
+
+def _ledoit_wolf(spread: Spread) -> Array:
+    """Return weights of shape (dim, n_present), the covariance of each class shrunk by itself as scikit-learn does it."""
+    covariance = np.zeros_like(spread.vectors)
+    for label in np.unique(spread.y):
+        rows = spread.train[spread.y == label]
+        scaler = StandardScaler()
+        found = ledoit_wolf(scaler.fit_transform(rows))[0]
+        covariance += len(rows) / len(spread.y) * found * np.outer(scaler.scale_, scaler.scale_)
+    return np.asarray(scipy.linalg.solve(covariance, spread.means.T, assume_a="pos"))
+
+
+def _square_bytes(problem: Problem) -> int:
+    return int(16 * problem.X.shape[1] ** 2)
+
+
+LDA = Evaluator("discriminant", discriminant, spread_of, together=True, usable=scaled, work_bytes=_square_bytes)

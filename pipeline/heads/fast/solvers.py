@@ -9,12 +9,14 @@ the features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
+
+from pipeline.heads.tuning.features import Features, Standardised
 
 Array = NDArray[np.float32]
 
@@ -34,8 +36,8 @@ MOST_STEPS = 500
 class Axes:
     """Standardised features on the axes of their own covariance.
 
-    train : matrix of shape (n, rank + 1), float32; the last column is 1 for the intercept. An ndarray, or `blocked.Turned`
-        where the features stay on disk
+    train : matrix of shape (n, rank + 1), float32; the last column is 1 for the intercept. An ndarray, or `Turned` where
+        the features stay on disk
     held_out : matrix of shape (n_held_out, rank + 1), float32
     squares : ndarray of shape (rank + 1,), float32: sum of squares of each column of `train`
     """
@@ -43,20 +45,6 @@ class Axes:
     train: Any
     held_out: Any
     squares: Array
-
-
-def standardise(train: Array, held_out: Array) -> tuple[Array, Array]:
-    """Scale both by the mean and standard deviation of the training rows, as scikit-learn's StandardScaler does.
-
-    train, held_out : float32 of shape (n, dim) and (n_held_out, dim); so is what is returned
-    """
-    mean = train.mean(axis=0, dtype=np.float64)
-    scale = train.std(axis=0, dtype=np.float64)
-    # A column whose spread is rounding noise of its mean is constant, and left as it is.
-    constant = scale <= 10 * np.finfo(np.float32).eps * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
-    scale[constant] = 1.0
-    shift, factor = mean.astype(np.float32), (1 / scale).astype(np.float32)
-    return (train - shift) * factor, (held_out - shift) * factor
 
 
 def turn(train: Array, held_out: Array) -> Axes:
@@ -76,6 +64,60 @@ def turn(train: Array, held_out: Array) -> Axes:
         turned, other = vectors[:, kept] * root, held_out @ (train.T @ (vectors[:, kept] / root))
     turned, other = (np.hstack([part, np.ones((len(part), 1), np.float32)]) for part in (turned, other))
     return Axes(turned, other, np.einsum("ij,ij->j", turned, turned))
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Standardised rows on the axes of their covariance, with a column of ones: a matrix that is never made, or its transpose.
+
+    The axes turn the weights and not the rows: (X V) w = X (V w).
+    """
+
+    data: Standardised
+    vectors: Array
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return int(self.vectors.nbytes)
+
+    @property
+    def T(self) -> Turned:
+        """The other one."""
+        return replace(self, transposed=not self.transposed)
+
+    def __len__(self) -> int:
+        return len(self.data.rows)
+
+    def __matmul__(self, columns: Array) -> Array:
+        if self.transposed:
+            total = np.zeros((len(self.vectors), columns.shape[1]))
+            for place, block in self.data.blocks():
+                total += block.T @ columns[place]
+            ones = columns.sum(axis=0, dtype=np.float64)
+            return np.vstack([self.vectors.T @ total.astype(np.float32), ones[None, :].astype(np.float32)])
+        turned = self.vectors @ columns[:-1]
+        made = np.empty((len(self), columns.shape[1]), dtype=np.float32)
+        for place, block in self.data.blocks():
+            made[place] = block @ turned
+        made += columns[-1]
+        return made
+
+
+def turn_blocks(X: Features, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Axes:
+    """Find the axes of some rows' covariance as `turn` does, without a copy of the rows.
+
+    X : float32 of shape (n, dim); train, held_out : row numbers, int64 of shape (k,) and (m,)
+    """
+    data = Standardised.of(X, train)
+    total = data.products()
+    values, vectors = decompose(total.astype(np.float32))
+    if len(total) > len(train):
+        vectors = np.ascontiguousarray(vectors[:, values > 1e-6 * values.max()])
+    squares = np.append(np.einsum("ij,ij->j", vectors, total @ vectors), len(train))
+    others = Turned(Standardised(X, held_out, data.scaler), vectors)
+    return Axes(Turned(data, vectors), others, np.maximum(squares, 0).astype(np.float32))
 
 
 def decompose(matrix: Array) -> tuple[Array, Array]:
@@ -189,14 +231,21 @@ class Path:
         repeated = np.repeat(penalties, family.width)
         return minimise(self._axes, family, repeated, start, thetas)
 
+    def solve_once(self, penalty: float) -> Array:
+        """Return the solution at one penalty from zero, in fewer steps than by anchors, of which no other solution has the use."""
+        return minimise(self._axes, self._family, np.full(self._family.width, penalty), *self._nothing())
+
+    def _nothing(self) -> tuple[Array, Array]:
+        width = self._family.width
+        zero = np.zeros((len(self._axes.squares), width, self._family.columns), np.float32)
+        return zero, np.full(width, 0.25, np.float32)
+
     def _extend(self) -> None:
         """Solve the next anchor."""
         penalty = 10 ** (-(self._first + len(self._weights)) / ANCHORS_PER_DECADE)
         if self._state is None:
-            width = self._family.width
-            zero = np.zeros((len(self._axes.squares), width, self._family.columns), np.float32)
-            theta = np.full(width, 0.25, np.float32)
-            self._state = _State(self._axes, self._family, np.full(width, penalty), zero, theta)
+            penalties = np.full(self._family.width, penalty)
+            self._state = _State(self._axes, self._family, penalties, *self._nothing())
         else:
             self._state.repenalise(penalty)
         self._state.run(self._axes, self._family.tolerance)
@@ -210,15 +259,10 @@ def minimise(axes: Axes, family: Family, penalties: NDArray[np.float64], start: 
     The curvature along axis j is taken as penalty + theta * squares[j]; theta follows from the last step. All problems
     of a batch share the two products with the features per step; a problem that has converged leaves it.
 
-    Parameters
-    ----------
     penalties : ndarray of shape (problems,)
     start : ndarray of shape (rank + 1, problems, columns), float32
     theta : ndarray of shape (problems,), float32
-
-    Returns
-    -------
-    weights : ndarray of shape (rank + 1, problems, columns), float32
+    Returns weights, an ndarray of shape (rank + 1, problems, columns), float32.
     """
     solution = np.empty_like(start)
     running = np.arange(len(penalties))
@@ -362,8 +406,8 @@ def _product(matrix: Any, vectors: Array) -> Array:
     """matrix @ vectors for vectors of shape (m, problems, columns), as one product."""
     flat = vectors.reshape(vectors.shape[0], -1)
     # With few columns BLAS is a quarter faster at the transposed product.
-    made: Array = (flat.T @ matrix.T).T.reshape(-1, *vectors.shape[1:])
-    return made
+    made: Array = matrix @ flat if isinstance(matrix, Turned) else (flat.T @ matrix.T).T
+    return made.reshape(-1, *vectors.shape[1:])
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -4,31 +4,24 @@ A search asks for a round of points, fits them on the folds, tells the scores, a
 journal as it ends, so a killed search goes on where it was and ends with the same result.
 """
 
-from pipeline.data.classes import expand_scores
 from pipeline.heads.tuning.evaluation import working_memory, works_on_disk
-from pipeline.heads.tuning.events import seconds_of_trials
-from pipeline.heads.tuning.features import Features, blocks, on_disk, part
-from pipeline.heads.tuning.folds import Folds, make_folds
+from pipeline.heads.tuning.features import Features, Projections, blocks, on_disk, part
+from pipeline.heads.tuning.folds import Folds, growing, make_folds
+from pipeline.heads.tuning.journal import seconds_of_trials
 from pipeline.heads.tuning.last_fit import refit
-from pipeline.heads.tuning.projection import Projections
-from pipeline.heads.tuning.records import Trial, TuningRun
 from pipeline.heads.tuning.room import limited, memory_needed, memory_needed_on_disk
-from pipeline.heads.tuning.search import check, tune
-from pipeline.heads.tuning.stored import fit_folds, growing, held_at, neighbours
-from pipeline.heads.tuning.strategies import require
+from pipeline.heads.tuning.search import TuningRun, check, fits_of, tune
+from pipeline.heads.tuning.strategies import neighbours, require
 
 __all__ = [
     "Features",
     "Folds",
     "Projections",
-    "Trial",
     "TuningRun",
     "blocks",
     "check",
-    "expand_scores",
-    "fit_folds",
+    "fits_of",
     "growing",
-    "held_at",
     "limited",
     "make_folds",
     "memory_needed",

@@ -1,7 +1,7 @@
-"""Evaluators: how sets of parameters are fitted and judged on one fold, with or without work shared among them.
+"""What a search fits on one fold, and how it is judged there, with or without work shared among sets of parameters.
 
-`generic` fits the head's own pipeline from scratch and works for every head; others, in `pipeline.heads.fast` and in the rows
-of the table of heads, find the same optimum with work shared.
+`generic` fits the head's own pipeline from scratch and works for every head; the evaluators in `pipeline.heads.fast` find the same
+optimum with work shared.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import wraps
 from typing import Any
@@ -23,12 +23,108 @@ from numpy.typing import NDArray
 from sklearn import config_context
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import ThreadpoolController
 
-from pipeline.data.classes import ANY_CLASSES
+from pipeline.data.classes import ANY_CLASSES, ScoreKind
+from pipeline.data.targets import Target
 from pipeline.errors import HeadError
-from pipeline.heads.fast.solvers import standardise
+from pipeline.evaluation import Metric, Predictions
 from pipeline.heads.head import Head, Params, configure
-from pipeline.heads.tuning.records import FoldOutcome, Problem
+from pipeline.heads.tuning.features import Features, Projections, on_disk, standardise
+
+
+def derived_seed(seed: int, *place: int) -> int:
+    """Return a seed of its own for one fit: (0, fold) for those of folds, (1, attempt) for those on all rows."""
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every trial of a search is fitted on.
+
+    X : ndarray of shape (n, dim), float32, or a memory map of one, or rows of a store that stay on disk
+    y : what the target makes of labels: ndarray of shape (n,), int64, places in its classes; or as `Predictions` has it
+    """
+
+    head: Head
+    X: Features
+    y: NDArray[Any]
+    target: Target
+    folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
+    seed: int
+    spare_bytes: int = 0
+    """What each fold's work may take beyond the least, when the features are on disk."""
+    work_bytes: int | None = None
+    """What each fold's fits may take for kernels and distances, beyond copies of the features; None without a limit."""
+    projections: Projections | None = None
+    """The principal components that the head works on instead of X."""
+    judge_training: bool = False
+    """Whether the rows a fold is fitted on are judged too, after those it holds out."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the head is fitted on features that stay on disk."""
+        return on_disk(self.X) and self.projections is None
+
+    @property
+    def dim(self) -> int:
+        """The length of what the head works on."""
+        return int((self.X if self.projections is None else self.matrices(0)[0]).shape[1])
+
+    def learned(self, fold: int) -> NDArray[Any]:
+        """Return what an estimator is fitted on in a fold: int64 of shape (k,), or numbers, float64 of shape (k,) or (k, width)."""
+        return self.target.learned(self.y[self.folds[fold][0]])
+
+    def matrices(self, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return what the head is fitted on in a fold, and what it is judged on, in memory.
+
+        They are float32 of shape (n_train, dim) and (n_judged, dim), with `judge_training` the first at the end of the second.
+        """
+        train, held_out = self.folds[fold]
+        if self.projections is not None:
+            X_train, X = self.projections.fold(train, held_out)
+        else:
+            X_train, X = self.X[train], self.X[held_out]
+        return X_train, np.concatenate([X, X_train]) if self.judge_training else X
+
+    def fold_seed(self, fold: int) -> int:
+        """Return the seed of a fold's fits: one for each, so that no luck of one seed is in all scores."""
+        return derived_seed(self.seed, 0, fold)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A score on some rows, higher being better, and its standard error."""
+
+    score: float
+    error: float
+
+    @staticmethod
+    def of(metric: Metric, predictions: Predictions) -> Measured:
+        """Score predictions; the standard error is that of the mean of what each unit adds."""
+        added = metric.contributions(predictions)
+        return Measured(metric.score(predictions), float(added.std() / np.sqrt(len(added))))
+
+
+@dataclass(frozen=True)
+class FoldOutcome:
+    """One set of parameters on one fold.
+
+    predictions : of n_judged rows what `Predictions.y_pred` is; None after an error
+    scores : ndarray of shape (n_judged, width), float32: probabilities or decision values; None without any
+    """
+
+    predictions: NDArray[Any] | None
+    scores: NDArray[np.float32] | None = None
+    kind: ScoreKind | None = None
+    fit_seconds: float = 0.0
+    score_seconds: float = 0.0
+    warnings: Mapping[str, int] = field(default_factory=dict)
+    error: str | None = None
+    training: Measured | None = None
+    """The score on the rows it was fitted on, where they were judged."""
+    score: float = np.nan
+    """Of the rows the fold holds out; higher is better."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +139,24 @@ class Screening:
     """What a candidate's full fit costs against others'."""
 
 
-# Functions with a name, so that a head can be pickled.
-def _nothing(problem: Problem, fold: int) -> None:
-    return None
-
-
-def _always(problem: Problem) -> bool:
-    return True
-
-
-def _no_bytes(problem: Problem) -> int:
-    return 0
+Evaluate = Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
+"""(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate, of what `Problem.matrices` judges."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """One way to judge parameters on a fold."""
+    """One way to judge parameters on a fold; of functions with a name, so that a head can be pickled."""
 
-    evaluate: Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
-    """(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate, of the rows `problem.judged`."""
-    prepare: Callable[[Problem, int], Any] = _nothing
+    name: str
+    """What journals call it."""
+    evaluate: Evaluate
+    prepare: Callable[[Problem, int], Any] | None = None
     """What all candidates share on a fold, made once."""
     together: bool = False
     """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
-    usable: Callable[[Problem], bool] = _always
-    """Whether it can serve this problem."""
-    work_bytes: Callable[[Problem], int] = _no_bytes
+    usable: Callable[[Problem], bool] | None = None
+    """Whether it can serve a problem; None where it serves all."""
+    work_bytes: Callable[[Problem], int] | None = None
     """What a fold's work takes besides copies of the features. Where a limit leaves less, the generic evaluator serves."""
     screening: Screening | None = None
     """A cheap version that is tried first; without one, all candidates are fitted in full."""
@@ -77,28 +165,20 @@ class Evaluator:
     quicker: bool = False
     """Whether `fit_in_blocks` is much quicker than the head's own fit in memory too."""
 
-    @property
-    def name(self) -> str:
-        """What journals call it."""
-        return self.evaluate.__name__
 
-
-Fit = Callable[[Problem, int, Any, Params], FoldOutcome]
-
-
-def one_by_one(fit: Fit) -> Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]:
+def one_by_one(fit: Callable[[Problem, int, Any, Params], FoldOutcome]) -> Evaluate:
     """Turn the fit of one candidate on a fold into an evaluator of several; a fit that raises is a failed outcome."""
-
-    def attempt(problem: Problem, fold: int, prepared: Any, params: Params) -> FoldOutcome:
-        with counted() as counts:
-            try:
-                return changed(fit(problem, fold, prepared, params), warnings=dict(counts))
-            except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
-                return failed(error, counts)
 
     @wraps(fit)
     def evaluate(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
-        return [attempt(problem, fold, prepared, params) for params in candidates]
+        made = []
+        for params in candidates:
+            with counted() as counts:
+                try:
+                    made.append(changed(fit(problem, fold, prepared, params), warnings=dict(counts)))
+                except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
+                    made.append(failed(error, counts))
+        return made
 
     return evaluate
 
@@ -106,30 +186,27 @@ def one_by_one(fit: Fit) -> Callable[[Problem, int, Any, Sequence[Params]], list
 @one_by_one
 def generic(problem: Problem, fold: int, prepared: Any, params: Params) -> FoldOutcome:
     """Fit the head's pipeline on a fold's training rows, and predict the held-out rows."""
-    train, target = problem.folds[fold][0], problem.target
-    only = target.only(problem.y[train], len(problem.judged(fold)))
+    (train, held_out), target = problem.folds[fold], problem.target
+    only = target.only(problem.y[train], len(held_out) + len(train) * problem.judge_training)
     if only is not None:
         return FoldOutcome(*only)
     X_train, X = problem.matrices(fold)
     start = time.perf_counter()
     pipeline = configure(problem.head, params, problem.fold_seed(fold))
     pipeline = pipeline.set_params(**smaller_caches(pipeline, problem.work_bytes))
-    pipeline = problem.head.fit(pipeline, X_train, problem.learned(train))
+    pipeline = problem.head.fit(pipeline, X_train, problem.learned(fold))
     fitted = time.perf_counter()
     predictions, scores, kind = target.answers(pipeline, X)
     return FoldOutcome(predictions, scores, kind, fitted - start, time.perf_counter() - fitted)
 
 
-GENERIC = Evaluator(generic)
+GENERIC = Evaluator("generic", generic)
 
 
 def evaluator_for(problem: Problem) -> Evaluator:
     """Return the head's evaluator, or the generic one where it has none or cannot be served.
 
-    Raises
-    ------
-    HeadError
-        When the features are on disk and the head cannot be fitted there.
+    HeadError where the features are on disk and the head cannot be fitted there.
     """
     evaluator = problem.head.evaluator or GENERIC
     if problem.on_disk and not works_on_disk(problem.head):
@@ -137,15 +214,14 @@ def evaluator_for(problem: Problem) -> Evaluator:
             f"head {problem.head.name}: cannot be fitted on features that are larger than memory; set tuning.pca, or raise "
             "tuning.memory"
         )
-    return evaluator if evaluator.usable(problem) else GENERIC
+    return evaluator if evaluator.usable is None or evaluator.usable(problem) else GENERIC
 
 
 def works_on_disk(head: Head) -> bool:
     """Whether a head can be fitted on features that stay on disk."""
-    if head.evaluator is None or head.evaluator.fit_in_blocks is None:
-        return False
-    nothing = Problem(head, np.empty((0, 0), np.float32), np.empty(0, np.int64), ANY_CLASSES, (), 0)
-    return head.evaluator.usable(nothing)
+    own, nothing = head.evaluator, np.empty((0, 0), np.float32)
+    problem = Problem(head, nothing, np.empty(0, np.int64), ANY_CLASSES, (), 0)
+    return own is not None and own.fit_in_blocks is not None and (own.usable is None or own.usable(problem))
 
 
 def scaled(problem: Problem) -> bool:
@@ -187,7 +263,7 @@ def failed(error: Exception, counts: Mapping[str, int]) -> FoldOutcome:
 
 
 _current = threading.local()
-
+_counting, _searches, _restore = threading.Lock(), 0, ExitStack()
 
 _END_OF_SENTENCE = re.compile(r"\.(?=\s|[A-Z]|$)|\n")
 """A full stop within a name, such as `self.coef_`, ends none."""
@@ -205,36 +281,50 @@ def counted() -> Iterator[Counter[str]]:
 
 @contextmanager
 def counting_warnings() -> Iterator[None]:
-    """Send every warning to the counter of its thread, and print none: a search would print the same one 500 times."""
+    """Send every warning to the counter of its thread, and print none: a search would print the same one 500 times.
 
-    def count(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        counts = getattr(_current, "counts", None)
-        # What a library plans to change is said to programmers, and is no news of a fit.
-        if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
-            vague = category in (UserWarning, RuntimeWarning)
-            text = _END_OF_SENTENCE.split(str(message), maxsplit=1)[0][:80]
-            counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = count
+    What shows warnings is one for all threads: the first search changes it, the last one changes it back.
+    """
+    global _searches
+    with _counting:
+        if _searches == 0:
+            _restore.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("always")
+            warnings.showwarning = _count
+        _searches += 1
+    try:
         yield
+    finally:
+        with _counting:
+            _searches -= 1
+            if _searches == 0:
+                _restore.close()
+
+
+def _count(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    counts = getattr(_current, "counts", None)
+    # What a library plans to change is said to programmers, and is no news of a fit.
+    if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
+        vague = category in (UserWarning, RuntimeWarning)
+        text = _END_OF_SENTENCE.split(str(message), maxsplit=1)[0][:80]
+        counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
 
 
 class Shared:
-    """What evaluators prepared per fold: made once by the first thread that needs it, kept while it fits in memory."""
+    """What the fits of a search share: what its evaluator prepared per fold, made once by the first thread that needs it."""
 
     def __init__(self, evaluator: Evaluator, problem: Problem, limit_bytes: int) -> None:
-        self._evaluator, self._problem, self._limit = evaluator, problem, limit_bytes
+        self.evaluator, self._problem, self._limit = evaluator, problem, limit_bytes
+        self.threads = ThreadpoolController()
         self._kept: dict[int, Any] = {}
         self._locks = {fold: threading.Lock() for fold in range(len(problem.folds))}
 
     def get(self, fold: int) -> Any:
-        """Return what the candidates share on a fold."""
+        """Return what the candidates share on a fold; it is kept while it fits into the limit."""
         with self._locks[fold]:
             if fold in self._kept:
                 return self._kept[fold]
-            made = self._evaluator.prepare(self._problem, fold)
+            made = self.evaluator.prepare and self.evaluator.prepare(self._problem, fold)
             if sum(getattr(kept, "nbytes", 0) for kept in [*self._kept.values(), made]) <= self._limit:
                 self._kept[fold] = made
             return made

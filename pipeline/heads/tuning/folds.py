@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from pipeline.errors import HeadError
 from pipeline.evaluation.intervals import numbered
+from pipeline.evaluation.learning_curve import stratified_order
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +28,12 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
     rows of the fold that holds it out, so that row is always predicted wrongly. When even the largest class, or the
     number of groups, is smaller than `n_folds`, there are as many folds as it allows, and a warning says so.
 
-    Parameters
-    ----------
     y : array of shape (n,), of any dtype; or int64 of shape (n, k), the several strata that a row is of, -1 for none, each of
         which is kept in proportion
     groups : array of shape (n,), of any dtype, or None
 
-    Returns
-    -------
-    For each fold the numbers of its training and of its held-out rows, int64 of shape (k,) and (n - k,).
-
-    Raises
-    ------
-    HeadError
-        When no two folds can be made.
+    Returns for each fold the numbers of its training and of its held-out rows, int64 of shape (k,) and (n - k,); HeadError where no
+    two folds can be made.
     """
     given = np.asarray(y)
     several = given.ndim > 1
@@ -96,3 +89,16 @@ def spread(strata: NDArray[np.int64], n_folds: int, seed: int, units: NDArray[np
             lacking[fold] -= counts[unit]
             room[fold] -= sizes[unit]
     return place[units]
+
+
+def growing(folds: Folds, strata: NDArray[np.int64], sizes: Sequence[int], seed: int) -> Folds:
+    """Return each fold with so many of its training images, for every size: a learning curve's fits, size by size.
+
+    strata : ndarray of shape (n,), int64, what every part has in proportion; of shape (n, k), with -1 for none, by the rarest of a row
+    """
+    if strata.ndim > 1:
+        there = strata >= 0
+        strata = np.where(there, there.sum(axis=0), len(strata) + 1).argmin(axis=1)
+    orders = [train[stratified_order(strata[train], seed + fold)] for fold, (train, _) in enumerate(folds)]
+    parts = [(size, order, held) for size in sizes for order, (_, held) in zip(orders, folds, strict=True)]
+    return tuple((np.sort(order[:size]), held) for size, order, held in parts)

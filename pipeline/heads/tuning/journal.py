@@ -1,4 +1,4 @@
-"""The journal of a search: one JSON line per event, on disk before the search goes on.
+"""The journal of a search: one JSON line per event, on disk before the search goes on, and each fit in a form that can stand in for it.
 
 The first line names the search by everything that determines its results. A journal of another search is set aside as
 `.old`, and one that is damaged as `.damaged`, so nothing measured is ever lost; a line torn by a kill is cut off. One
@@ -8,17 +8,91 @@ process at a time has a journal: a lock that dies with the process keeps others 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pipeline.config import TuningConfig
+from pipeline.data.targets import record_of
 from pipeline.errors import HeadError
-from pipeline.experiment import MADE_BY, TRIALS, Lines, made_by, parse_lines, to_lines
+from pipeline.experiment import MADE_BY, TRIALS, Lines, made_by, parse_lines, read_lines, to_lines
+from pipeline.heads.head import Params, identity
+from pipeline.heads.tuning.evaluation import FoldOutcome, Problem
+from pipeline.heads.tuning.features import blocks, on_disk
 from pipeline.io import files
-from pipeline.io.digests import fingerprint
+from pipeline.io.digests import bytes_digest, canonical_json, fingerprint, parts_digest
 
 log = logging.getLogger(__name__)
+
+SOLVERS_VERSION, ON_DISK_VERSION = 8, 2
+"""Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
+
+
+def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
+    """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
+    folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
+    features = (np.ascontiguousarray(block).view(np.uint8).reshape(-1).data for _, block in blocks(problem.X))
+    budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
+    # On disk the same optimum is found to fewer digits than a resumed search must repeat.
+    place = {"on_disk": ON_DISK_VERSION} if on_disk(problem.X) else {}
+    reduced = {} if tuning.pca is None else {"pca": tuning.pca, "whiten": tuning.whiten}
+    versions: dict[str, Any] = dict.fromkeys(("scikit-learn", "scikit-optimize", "numpy", "scipy"))
+    for name in versions:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        **place,
+        "features": [list(problem.X.shape), str(problem.X.dtype), parts_digest(features)],
+        "labels": [*record_of(problem.target).values(), bytes_digest(problem.y.tobytes())],
+        "folds": bytes_digest(folds),
+        "head": identity(problem.head, problem.seed),
+        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **reduced, **budget},
+        "seed": problem.seed,
+        "versions": {**versions, "solvers": SOLVERS_VERSION},
+    }
+
+
+def key(rung: int, params: Params, *fold: int) -> str:
+    """Return what tells one candidate on a rung, or its fit on a fold, from another."""
+    return canonical_json([rung, dict(params), *fold])
+
+
+def fit_event(
+    number: int, params: Params, fold: int, outcome: FoldOutcome, rung: int, elapsed: float
+) -> dict[str, Any]:
+    """Return the journal's record of one fit."""
+    return {
+        "event": "fit",
+        "trial": number,
+        "params": dict(params),
+        "rung": rung,
+        "fold": fold,
+        "score": None if math.isnan(outcome.score) else outcome.score,
+        "fit_seconds": round(outcome.fit_seconds, 6),
+        "score_seconds": round(outcome.score_seconds, 6),
+        "warnings": dict(outcome.warnings),
+        "error": outcome.error,
+        "elapsed": elapsed,
+    }
+
+
+def replay(event: Mapping[str, Any]) -> FoldOutcome:
+    """Return what a recorded fit gave, without its predictions."""
+    kept = {key: event[key] for key in ("fit_seconds", "score_seconds", "warnings", "error")}
+    return FoldOutcome(predictions=None, score=math.nan if event["score"] is None else float(event["score"]), **kept)
+
+
+def seconds_of_trials(journal: Path) -> float:
+    """Return how long a finished search took for its trials, without what comes after them; 0 where there is none."""
+    events = read_lines(journal, TRIALS).records if journal.exists() else ()
+    ended = (event["elapsed"] for event in events if event.get("event") == "trial" and event["rung"] == 0)
+    return max(ended, default=0.0)
 
 
 class Journal:
@@ -32,45 +106,36 @@ class Journal:
     def open(path: Path, identity: Mapping[str, Any]) -> Journal:
         """Open the journal of the search that `identity` names, or begin it.
 
-        Raises
-        ------
-        HeadError
-            When the file cannot be written, or another process is writing it.
+        HeadError where the file cannot be written, or another process is writing it.
         """
         header = {"format": TRIALS.format, "version": TRIALS.version, MADE_BY: made_by()}
         header |= {"digest": fingerprint(identity), "identity": identity}
         try:
             files.make_folder(path.parent)
             descriptor = _open_alone(path)
-            lines = _read(descriptor)
-            ours = bool(lines.records) and _is_of(lines.records[0], header)
-            if lines.damaged or (lines.records and not ours):
-                why = None if ours or not lines.records else _why(lines.records[0], header)
-                descriptor = _set_aside(path, descriptor, why, lines)
+            with open(descriptor, "rb", closefd=False) as file:
+                lines = parse_lines(file.read())
+            found = lines.records[0] if lines.records else {}
+            ours = all(found.get(key) == header[key] for key in ("format", "version", "digest"))
+            if lines.damaged or (found and not ours):
+                descriptor = _set_aside(path, descriptor, _why(found, header) if found and not ours else None, lines)
             elif lines.rest:
                 files.SYSTEM["ftruncate"](descriptor, lines.length)
         except OSError as error:
             raise _unwritable(path, error) from error
         kept = lines if ours else Lines()
         journal = Journal(path, descriptor, kept)
-        if not kept.records:
+        if lines.damaged and ours:  # the good lines of a damaged journal are written into the new one
+            journal._digest = ""
+            journal.append(kept.records)
+        elif not ours:
             journal.append([header])
-        elif lines.damaged:
-            journal._begin_again(kept)
         return journal
-
-    def _begin_again(self, lines: Lines) -> None:
-        """Write the good lines of a damaged journal into the new one."""
-        self._digest = ""
-        self.append(lines.records)
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Write events in one piece and wait until they are on disk.
 
-        Raises
-        ------
-        HeadError
-            When they cannot be written, for instance on a full disk.
+        HeadError where they cannot be written, for instance on a full disk.
         """
         data, digest = to_lines(events, self._digest)
         try:
@@ -101,19 +166,10 @@ def _open_alone(path: Path) -> int:
         ) from None
 
 
-def _read(descriptor: int) -> Lines:
-    with open(descriptor, "rb", closefd=False) as file:
-        return parse_lines(file.read())
-
-
-def _is_of(found: Mapping[str, Any], header: Mapping[str, Any]) -> bool:
-    return all(found.get(key) == header[key] for key in ("format", "version", "digest"))
-
-
 def _set_aside(path: Path, descriptor: int, why: str | None, lines: Lines) -> int:
     """Rename a journal that is another's, or damaged (`why` is None), and open a new one."""
+    aside = path.with_name(f"{path.name}.{'damaged' if why is None else 'old'}")
     if why is None:
-        aside = path.with_name(f"{path.name}.damaged")
         good = len(lines.records)
         log.warning(
             "%s: line %d is not the one that was written; the search goes on from the %d before it, and the file as it was is "
@@ -124,7 +180,6 @@ def _set_aside(path: Path, descriptor: int, why: str | None, lines: Lines) -> in
             aside.name,
         )
     else:
-        aside = path.with_name(f"{path.name}.old")
         log.info("%s: a new search begins, because %s; the old trials are kept in %s", path, why, aside.name)
     files.SYSTEM["rename"](path, aside)
     fresh = _open_alone(path)

@@ -25,16 +25,17 @@ from pipeline.evaluation import Metric, Predictions
 from pipeline.evaluation.leaderboard import LastFit
 from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.evaluation import (
+    Measured,
+    Problem,
     counted,
     counting_warnings,
+    derived_seed,
     evaluator_for,
     failed,
     smaller_caches,
     working_memory,
 )
-from pipeline.heads.tuning.features import Features, blocks
-from pipeline.heads.tuning.projection import Projections, without_scaler
-from pipeline.heads.tuning.records import Measured, Problem, Trial, derived_seed
+from pipeline.heads.tuning.features import Features, Projections, blocks, without_scaler
 
 FEW_FEATURES = 1 << 25
 """Numbers in a feature matrix below which the last fit uses one thread for its products."""
@@ -54,13 +55,13 @@ class Promise:
     allowance: float
 
     @staticmethod
-    def of(best: Trial, scores: Sequence[Measured]) -> Promise:
-        """Learn from cross-validation what a fit on all rows must score on them.
+    def of(mean: float, scores: Sequence[Measured]) -> Promise:
+        """Learn from cross-validation what a fit on all rows must score on them; `mean` is of the held-out rows.
 
         With n rows the score on training rows falls towards the one that held-out scores rise to. If the gap shrinks no
         faster than 1 / n, the k / (k - 1) times as many rows of the last fit take at most 1 / k of it.
         """
-        gap = float(np.mean([measured.score for measured in scores])) - (best.mean or 0.0)
+        gap = float(np.mean([measured.score for measured in scores])) - mean
         return Promise(tuple(scores), max(0.0, gap) / len(scores))
 
     def kept(self, found: Measured) -> bool:
@@ -70,42 +71,27 @@ class Promise:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A fit on all rows, the best of so many tries; `labels` and `measured` are of the rows it was fitted on."""
+class _Fitted:
+    """A fit on all rows; `labels` and `measured` are of these."""
 
     pipeline: Pipeline
     labels: NDArray[Any]
     measured: Measured
     seconds: float
     warnings: Mapping[str, int]
-    tries: int = 1
-
-    def record(self, best: Trial, promise: Promise) -> LastFit:
-        """Return what a leaderboard's row says of it."""
-        return LastFit(
-            score=self.measured.score,
-            fold_scores=tuple(measured.score for measured in promise.scores),
-            tries=self.tries,
-            sound=promise.kept(self.measured),
-            warnings=self.warnings,
-            fold_warnings=best.warnings,
-        )
 
 
 def fit_as_promised(
     problem: Problem, params: Params, y: NDArray[Any], jobs: int, metric: Metric, promise: Promise
-) -> Fitted:
-    """Fit on all rows with seeds that no fold had, until the promise is kept, and return the best fit.
+) -> tuple[Pipeline, float, LastFit]:
+    """Fit on all rows with seeds that no fold had, until the promise is kept; return the best fit, its seconds, and what is told of it.
 
     y : what the target's `learned` makes of labels: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
         (n, k)
 
-    Raises
-    ------
-    UnfittedError
-        When every try raised.
+    UnfittedError where every try raised.
     """
-    found: list[Fitted] = []
+    found: list[_Fitted] = []
     errors = Counter[str]()
     for attempt in range(TRIES):
         seeded = changed(problem, seed=derived_seed(problem.seed, 1, attempt))
@@ -124,10 +110,12 @@ def fit_as_promised(
             f"head {problem.head.name}: the best trial could not be fitted on all rows",
             [f"{count} x {error}" for error, count in errors.items()],
         )
-    return changed(max(found, key=lambda fitted: fitted.measured.score), tries=len(found) + errors.total())
+    best, tries = max(found, key=lambda fitted: fitted.measured.score), len(found) + errors.total()
+    scores, sound = tuple(measured.score for measured in promise.scores), promise.kept(best.measured)
+    return best.pipeline, best.seconds, LastFit(best.measured.score, scores, tries, sound, best.warnings)
 
 
-def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: int, metric: Metric) -> Fitted:
+def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: int, metric: Metric) -> _Fitted:
     start = time.perf_counter()
     with counting_warnings(), counted() as counts:
         pipeline = fit_on_all(problem, params, y, jobs)
@@ -140,7 +128,7 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
     if metric.threshold:
         labels = target.decided(problem.y, labels, columns, metric.threshold)
     measured = Measured.of(metric, Predictions(problem.y, labels, columns, target=target))
-    return Fitted(pipeline, labels, measured, seconds, dict(counts))
+    return _Fitted(pipeline, labels, measured, seconds, dict(counts))
 
 
 def refit(
@@ -193,4 +181,6 @@ def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> 
         kept = {key: params[key] for key in used}
         fitted = problem.head.fit(pipeline.set_params(**used), X, y)
         fitted.set_params(**{key: kept[key] for key in kept.keys() & fitted.get_params()})
-        return fitted if projection is None else projection.before(fitted)
+        if projection is None:
+            return fitted
+        return Pipeline([("scaler", projection.scaler), ("pca", projection.pca), *fitted.steps])

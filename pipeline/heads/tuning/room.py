@@ -1,17 +1,26 @@
-"""Room: what a search takes in memory, and what a limit leaves for fits at once and for what they share."""
+"""Where fits run: what a search takes in memory, what a limit leaves for fits at once, and joblib's backends of many machines.
+
+Whoever calls us inside `joblib.parallel_config(backend="dask")`, or that of Ray or Spark, has chosen one; `on` does it by name.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import joblib
 
 from pipeline.config import TuningConfig
+from pipeline.errors import PipelineError
 from pipeline.heads.head import Head
 from pipeline.heads.tuning import features
-from pipeline.heads.tuning.evaluation import works_on_disk
-from pipeline.heads.tuning.records import Problem
+from pipeline.heads.tuning.evaluation import Problem, works_on_disk
 from pipeline.io import process
+from pipeline.io.remote import CONNECT_SECONDS, Engine, connected, require_answer
 
 FREE_SHARE = 0.75
 """Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
@@ -30,6 +39,9 @@ SHARED_BYTES_FACTOR = 8
 SPARE_BYTES = 64 << 20
 """What each fold's work on disk may take beyond the least where there is no limit."""
 
+SHARING: ContextVar[int] = ContextVar("SHARING", default=1)
+"""How many workers divide the cores and the memory of this machine; those of a cluster have their own."""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -47,6 +59,17 @@ def limited(tuning: TuningConfig) -> TuningConfig:
     if tuning.memory_bytes is not None:
         return tuning
     return tuning.model_copy(update={"memory": f"{FREE_SHARE * process.available_bytes() / 1e6:.3f}MB"})
+
+
+def divided(tuning: TuningConfig) -> TuningConfig:
+    """Leave each worker of this machine its share of the cores and of the memory, where the section says nothing of them."""
+    workers, limit = SHARING.get(), limited(tuning).memory_bytes
+    changes: dict[str, int | str] = {}
+    if tuning.jobs == "auto" and workers > 1:
+        changes["jobs"] = max(1, joblib.cpu_count() // workers)
+    if limit and tuning.memory == "auto" and workers > 1:
+        changes["memory"] = f"{limit // workers / 1e6:.3f}MB"
+    return tuning.model_copy(update=changes)
 
 
 def memory_needed(shape: tuple[int, int]) -> int:
@@ -89,7 +112,7 @@ def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Roo
         return Room(wanted, SPARE_BYTES, shared, None)
     shape, left = problem.X.shape, limit
     if problem.on_disk:
-        each = memory_needed_on_disk(problem.head, shape, problem.width) or 0
+        each = memory_needed_on_disk(problem.head, shape, problem.target.width) or 0
     elif tuning.pca is not None and features.on_disk(problem.X):
         each = 40 * shape[1] ** 2 + COPIES * _components_bytes(shape, tuning.pca)
     else:
@@ -98,3 +121,58 @@ def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Roo
     jobs = max(1, min(wanted, left // max(1, each + work)))
     spare = max(0, left - jobs * (each + work))
     return Room(jobs, spare // (2 * jobs), min(shared, spare // 2), work + spare // (2 * jobs))
+
+
+def is_spread() -> bool:
+    """Whether a backend of many machines is chosen; joblib's own are of this one."""
+    return not type(joblib.parallel.get_active_backend()[0]).__module__.startswith("joblib._parallel_backends")
+
+
+def spread(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """Call a function with the arguments of each task on the chosen backend, and yield what it returns, as it comes."""
+    backend, _ = joblib.parallel.get_active_backend()
+    how = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has all at once, in the end
+    run = joblib.Parallel(n_jobs=-1, return_as=how, pre_dispatch="all", batch_size=1)
+    yield from run(joblib.delayed(function)(*task) for task in tasks)
+
+
+@contextmanager
+def on(engine: Engine | None) -> Iterator[None]:
+    """Choose the backend of an engine; without one nothing is changed.
+
+    PipelineError where it is not installed, or there is no cluster at that address.
+    """
+    if engine is None:
+        yield
+        return
+    count = None if engine.address else min(engine.workers or joblib.cpu_count(), joblib.cpu_count())
+    with ExitStack() as stack:
+        if engine.name == "ray":
+            stack.enter_context(connected(engine.address))
+            from ray.util.joblib import register_ray
+
+            register_ray()  # type: ignore[no-untyped-call]
+            cores = {} if count is None else {"ray_remote_args": {"num_cpus": joblib.cpu_count() // count}}
+            stack.enter_context(joblib.parallel_config(backend="ray", **cores))
+        else:
+            try:
+                from distributed import Client, LocalCluster
+            except ImportError:
+                raise PipelineError(
+                    "--engine dask: Dask is not installed here; pip install 'manyheads[dask]'"
+                ) from None
+            local = {"n_workers": count, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+            if engine.address:
+                require_answer(engine.address, "dask scheduler")
+            try:
+                made: Any = engine.address or LocalCluster(**local, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]
+                stack.enter_context(nullcontext() if engine.address else made)
+                stack.enter_context(Client(made, timeout=CONNECT_SECONDS))  # type: ignore[no-untyped-call]
+            except OSError as error:
+                raise PipelineError(f"{engine.address}: no Dask cluster could be had: {error}") from None
+            stack.enter_context(joblib.parallel_config(backend="dask"))
+        token = SHARING.set(count or 1)
+        try:
+            yield
+        finally:
+            SHARING.reset(token)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import TuningConfig, unknown
@@ -18,21 +21,45 @@ from pipeline.data.classes import ANY_CLASSES, ScoreKind
 from pipeline.data.targets import Target
 from pipeline.errors import HeadError, UnfittedError
 from pipeline.evaluation import METRICS, Predictions, metric_of
+from pipeline.evaluation.leaderboard import LastFit
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
-from pipeline.heads.tuning.evaluation import Screening, counting_warnings
-from pipeline.heads.tuning.events import search_identity
-from pipeline.heads.tuning.features import Features, blocks
-from pipeline.heads.tuning.fold_fits import FoldFits
+from pipeline.heads.tuning.evaluation import Measured, Problem, Screening, counting_warnings
+from pipeline.heads.tuning.features import Features, Projections, blocks, without_scaler
 from pipeline.heads.tuning.folds import Folds
-from pipeline.heads.tuning.journal import Journal
+from pipeline.heads.tuning.journal import Journal, search_identity
 from pipeline.heads.tuning.last_fit import Promise, fit_as_promised
-from pipeline.heads.tuning.projection import Projections, without_scaler
-from pipeline.heads.tuning.records import Candidate, Measured, Problem, Trial, TuningRun
+from pipeline.heads.tuning.racing import Candidate, FoldFits, Trial
 from pipeline.io.process import bar
 
 MOST_TRIALS = 200
 """Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """A finished search. `pipeline` is the best head, fitted on all training rows."""
+
+    classes: NDArray[Any]
+    """Of a target with classes the values of y that occur, in the order of the codes and of the score columns."""
+    trials: tuple[Trial, ...]
+    best: Trial
+    scoring: str
+    seconds: float
+    """Wall time of the search, earlier runs that it resumed included; the last fit is `fit_seconds`."""
+    replayed: int
+    """Fits that were read from the journal instead of done again."""
+    out_of_fold: Predictions
+    """What the best parameters said of each training row when its fold was held out, in codes. Of a class that a fold's training
+    rows lack the probability is 0, or the lowest decision value of its row."""
+    pipeline: Pipeline
+    fit_seconds: float
+    last_fit: LastFit
+
+    @property
+    def mean(self) -> float:
+        """The score of the best."""
+        return float(self.best.mean or 0.0)
 
 
 def check(head: Head, tuning: TuningConfig, kind: str = "classification") -> list[str]:
@@ -70,8 +97,6 @@ def tune(
     which decides what is kept between fits and how many run at once; with `tuning.seconds` also on the machine.
     Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
-    Parameters
-    ----------
     X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, see
         `memory_needed`. `StoredRows` stay on disk and are read in blocks, by the heads that can be fitted so.
     y : what the target makes of labels, classes also by name: array of shape (n,), or (n, k); the fitted pipeline predicts what
@@ -79,10 +104,7 @@ def tune(
     journal : the JSON-lines file of this search's fits; what it holds of the same search is not fitted again
     projections : of this X, to share what is found for `tuning.pca` with searches of other heads
 
-    Raises
-    ------
-    HeadError
-        When the head cannot be tuned as configured, no trial could be fitted, or the journal cannot be written.
+    HeadError where the head cannot be tuned as configured, no trial could be fitted, or the journal cannot be written.
     """
     problems = check(head, tuning, target.kind)
     if problems:
@@ -93,7 +115,41 @@ def tune(
             f"the features hold NaN or infinity, first within rows {wrong.start} to {min(wrong.stop, len(X)) - 1}; extract them again in fp32"
         )
     given = np.asarray(y)
-    narrowed, codes, classes = target.narrowed(given)
+    with fits_of(head, X, given, folds, tuning, seed, journal, projections, target) as (fits, classes):
+        search = _Search(fits)
+        best = search.run()
+        out_of_fold, training = _out_of_fold(fits, best, search.kept)
+        elapsed = fits.elapsed()
+    promised, learned = Promise.of(best.mean or 0.0, training), fits.problem.target.learned(given)
+    pipeline, seconds, told = fit_as_promised(fits.problem, best.params, learned, fits.jobs, fits.metric, promised)
+    return TuningRun(
+        classes=classes,
+        trials=tuple(search.trials),
+        best=best,
+        scoring=fits.metric.name,
+        seconds=elapsed,
+        replayed=fits.replayed,
+        out_of_fold=out_of_fold,
+        pipeline=pipeline,
+        fit_seconds=seconds,
+        last_fit=changed(told, fold_warnings=best.warnings),
+    )
+
+
+@contextmanager
+def fits_of(
+    head: Head,
+    X: Features,
+    y: NDArray[Any],
+    folds: Folds,
+    tuning: TuningConfig,
+    seed: int,
+    journal: Path,
+    projections: Projections | None = None,
+    target: Target = ANY_CLASSES,
+) -> Iterator[tuple[FoldFits, NDArray[Any]]]:
+    """Open the journal of a search, and yield its fits and the classes that occur; the arguments are those of `tune`."""
+    narrowed, codes, classes = target.narrowed(y)
     tuning = tuning.model_copy(update={"scoring": metric_of(tuning.scoring, narrowed).name})
     problem = Problem(head, X, codes, narrowed, tuple(folds), seed)
     if tuning.pca is not None:
@@ -102,39 +158,18 @@ def tune(
     book = Journal.open(journal, search_identity(problem, tuning))
     try:
         fits = FoldFits(problem, tuning, book)
-        search = _Search(fits)
         with counting_warnings(), threadpool_limits(limits=1, user_api="blas"):
-            best = search.run()
-            out_of_fold, training = _out_of_fold(fits, best, search.kept)
+            yield fits, classes
     finally:
         book.close()
-    promised = Promise.of(best, training)
-    fitted = fit_as_promised(
-        fits.problem, best.params, narrowed.learned(given), fits.jobs, METRICS[tuning.scoring], promised
-    )
-    return TuningRun(
-        classes=classes,
-        trials=tuple(search.trials),
-        best=best,
-        strategy=tuning.strategy,
-        scoring=tuning.scoring,
-        seconds=fits.elapsed(),
-        surrogate_seconds=search.surrogate_seconds,
-        replayed=fits.replayed,
-        out_of_fold=out_of_fold,
-        pipeline=fitted.pipeline,
-        fit_seconds=fitted.seconds,
-        last_fit=fitted.record(best, promised),
-    )
 
 
 class _Search:
     """The state of one search: its trials so far, and the outcomes of the best."""
 
     def __init__(self, fits: FoldFits) -> None:
-        self.fits, self.tuning, self.problem, self.evaluator = fits, fits.tuning, fits.problem, fits.evaluator
+        self.fits, self.tuning, self.problem = fits, fits.tuning, fits.problem
         self.trials: list[Trial] = []
-        self.surrogate_seconds = 0.0
         self.kept: Candidate | None = None
         self._kept_mean = -math.inf
 
@@ -144,68 +179,68 @@ class _Search:
         limit = tuning.trials if tuning.seconds is None else MOST_TRIALS
         asked = strategies.rounds(tuning.strategy, head.space, head.defaults, tuning.trials, self.problem.seed)
         with bar(limit, "trials", head.name) as progress:
-            # A trial of many rows takes hours, so the fits are told too.
-            self.fits.tell = lambda: progress.note(
-                ", ".join(filter(None, [self._best_so_far(), f"{self.fits.done} fits"]))
-            )
+
+            def tell() -> None:
+                estimates = self._estimates()
+                best = [f"best {tuning.scoring} {abs(max(estimates)):.4f}"] if estimates else []
+                progress.note(", ".join([*best, f"{self.fits.done} fits"]))
+
+            self.fits.tell = tell  # a trial of many rows takes hours, so the fits are told too
             points = next(asked, None)
             while points and not self._hopeless(len(points)):
-                fresh = self._race(points[: limit - len(self.trials)], len(self.trials))
+                first = len(self.trials)
+                fresh = self._race(dict(enumerate(points[: limit - first], first)), rung=0)
                 self.trials += fresh
                 progress.update(len(fresh))
-                self.fits.tell()
+                tell()
                 if len(self.trials) >= limit or not self.fits.time_left():
                     break
-                start = time.perf_counter()
+                # A failed trial counts as the worst seen, so that the surrogate keeps away from it.
+                worst = min(self._estimates(), default=None)
                 try:
-                    points = asked.send(self._told(fresh))
+                    points = asked.send([worst if trial.status == "failed" else trial.estimate for trial in fresh])
                 except StopIteration:
                     points = None
-                self.surrogate_seconds += time.perf_counter() - start
             self._promote()
         return self._best()
 
     def _estimates(self) -> list[float]:
         return [trial.estimate for trial in self.trials if trial.estimate is not None]
 
-    def _best_so_far(self) -> str:
-        estimates = self._estimates()
-        return f"best {self.tuning.scoring} {abs(max(estimates)):.4f}" if estimates else ""
-
-    def _told(self, fresh: Sequence[Trial]) -> list[float | None]:
-        """Return what the strategy is told: a failed trial counts as the worst seen, so that the surrogate keeps away from it."""
-        worst = min(self._estimates(), default=None)
-        return [worst if trial.status == "failed" else trial.estimate for trial in fresh]
-
     def _hopeless(self, size: int) -> bool:
         """Whether the first two rounds failed to the last trial: more would fail too."""
         return len(self.trials) >= 2 * size and all(trial.status == "failed" for trial in self.trials)
 
-    def _race(self, points: Sequence[Params], first: int) -> list[Trial]:
-        return self._run([Candidate(first + place, params) for place, params in enumerate(points)], rung=0)
-
-    def _run(self, candidates: Sequence[Candidate], rung: int) -> list[Trial]:
-        """Race candidates, write down what became of them, and keep the outcomes of the best."""
-        trials = racing.race(self.fits, candidates, rung, self.trials)
+    def _race(self, points: dict[int, Params], rung: int) -> list[Trial]:
+        """Race points, by number, write down what became of them, and keep the outcomes of the best."""
+        candidates = {number: Candidate(number, params) for number, params in points.items()}
+        trials = racing.race(self.fits, list(candidates.values()), rung, self.trials)
         elapsed = self.fits.elapsed()
         self.fits.journal.append(
             [{"event": "trial", "elapsed": elapsed, "rung": rung, **trial.record()} for trial in trials]
         )
         for trial in trials:
             if trial.mean is not None and trial.mean > self._kept_mean:
-                self.kept, self._kept_mean = (
-                    candidates[[one.number for one in candidates].index(trial.number)],
-                    trial.mean,
-                )
+                self.kept, self._kept_mean = candidates[trial.number], trial.mean
         return trials
 
     def _promote(self) -> None:
-        """Fit in full what came through a screening, and the defaults; there the better half goes on from fold to fold."""
-        screening = self.evaluator.screening
+        """Fit in full what came through a screening, and the defaults; there the better half goes on from fold to fold.
+
+        What is most worth a full fit comes first, as long as the budget lasts; the best estimate does whatever it costs.
+        """
+        screening = self.fits.evaluator.screening
         if screening is None:
             return
-        chosen = sorted({*self._affordable(self._promising(screening), screening), 0})
-        for trial in self._run([Candidate(number, self.trials[number].params) for number in chosen], rung=1):
+        left, chosen = screening.budget * screening.cost(self.problem, self.problem.head.defaults), {0}
+        promising = self._promising(screening)
+        best = max(promising, key=lambda trial: trial.estimate or 0.0, default=None)
+        for trial in promising:
+            cost = screening.cost(self.problem, trial.params)
+            if trial is best or cost <= left:
+                chosen.add(trial.number)
+                left -= cost
+        for trial in self._race({number: self.trials[number].params for number in sorted(chosen)}, rung=1):
             self.trials[trial.number] = trial
 
     def _promising(self, screening: Screening) -> list[Trial]:
@@ -222,18 +257,6 @@ class _Search:
             self.fits.metric.bounded,
         )
         return [judged[place] for place in np.argsort(-value, kind="stable")]
-
-    def _affordable(self, trials: Sequence[Trial], screening: Screening) -> list[int]:
-        """Return the trials, in this order, that fit into the budget; the best estimate does whatever it costs."""
-        left = screening.budget * screening.cost(self.problem, self.problem.head.defaults)
-        best = max(trials, key=lambda trial: trial.estimate or 0.0, default=None)
-        chosen = []
-        for trial in trials:
-            cost = screening.cost(self.problem, trial.params)
-            if trial is best or cost <= left:
-                chosen.append(trial.number)
-                left -= cost
-        return chosen
 
     def _best(self) -> Trial:
         done = [trial for trial in self.trials if trial.mean is not None]
@@ -258,7 +281,7 @@ def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> tuple[P
     predictions = np.zeros_like(problem.y)
     place = np.full(len(problem.y), -1, dtype=np.int64)
     kinds = {outcome.kind for outcome in outcomes}
-    scores = np.zeros((len(problem.y), problem.width), dtype=np.float32) if None not in kinds else None
+    scores = np.zeros((len(problem.y), problem.target.width), dtype=np.float32) if None not in kinds else None
     for fold, outcome in enumerate(outcomes):
         held_out = problem.folds[fold][1]
         assert outcome.predictions is not None, "the best trial was fitted on every fold"

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import HeadError, first_line
-from pipeline.heads.head import Params
-from pipeline.heads.space import Categorical, Dimension, Integer, Real
+from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, Real
 
 Rounds = Generator[list[Params], "Sequence[float | None]", None]
 """Yields rounds of points; is sent one score per point, higher is better, None where there is none."""
@@ -27,14 +26,14 @@ DRAWS = 400
 APART = 0.02
 """Points nearer than this share of every range to one already tried teach nothing new."""
 
+STEP = 3.0
+"""How many times a neighbour is larger or smaller where a search is on a logarithmic scale; an eighth of the range elsewhere."""
+MOST_CHOICES = 4
+"""Neighbours of a choice that has no order, evenly taken."""
+
 
 def require(strategy: str) -> None:
-    """See that the library of a strategy can be imported.
-
-    Raises
-    ------
-    HeadError
-    """
+    """See that the library of a strategy can be imported; HeadError where it cannot."""
     if strategy == "bayes":
         try:
             import skopt  # noqa: F401
@@ -65,8 +64,8 @@ def _grid(space: Mapping[str, Dimension], defaults: Params, trials: int, size: i
     points: list[Params] = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
     points = [dict(defaults), *(point for point in points if point != dict(defaults))][:trials]
     # Neighbours apart, so that a search that runs out of time has seen the whole grid coarsely.
-    rest = [points[1 + place] for place in np.random.default_rng(seed).permutation(len(points) - 1)]
-    yield from _in_rounds([points[0], *rest], size)
+    points[1:] = [points[1 + place] for place in np.random.default_rng(seed).permutation(len(points) - 1)]
+    yield from (points[start : start + size] for start in range(0, len(points), size))
 
 
 def _random(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
@@ -214,11 +213,6 @@ def _key(params: Params) -> str:
     return repr(sorted(params.items()))
 
 
-def _in_rounds(points: Sequence[Params], size: int) -> Rounds:
-    for start in range(0, len(points), size):
-        yield list(points[start : start + size])
-
-
 def _count(dimension: Dimension) -> float:
     if isinstance(dimension, Categorical):
         return len(dimension.categories)
@@ -273,3 +267,30 @@ def _whole(values: NDArray[np.float64], dimension: Integer) -> list[int]:
         nearest = sorted(range(int(dimension.low), int(dimension.high) + 1), key=lambda whole: abs(whole - value))
         taken.append(next(whole for whole in nearest if whole not in taken))
     return sorted(taken)
+
+
+def neighbours(head: Head, params: Params) -> list[Params]:
+    """Return points of a head's space that differ from one in one parameter: by a step to either side, or by another choice."""
+    return [
+        {**params, key: value}
+        for key, dimension in head.space.items()
+        for value in dict.fromkeys(_beside(dimension, params[key]))
+        if value != params[key]
+    ]
+
+
+def _beside(dimension: Dimension, value: Any) -> Iterator[Any]:
+    if isinstance(dimension, Categorical):
+        others = [choice for choice in dimension.categories if choice != value]
+        if isinstance(value, (int, float)) and value in dimension.categories:  # in order: the next to either side
+            place = dimension.categories.index(value)
+            others = list(dimension.categories[max(0, place - 1) : place + 2])
+        yield from (
+            others[place] for place in np.linspace(0, len(others) - 1, min(len(others), MOST_CHOICES)).astype(int)
+        )
+        return
+    step = (dimension.high - dimension.low) / 8
+    sides = (value / STEP, value * STEP) if dimension.prior == "log-uniform" else (value - step, value + step)
+    for side in sides:
+        inside = min(max(side, dimension.low), dimension.high)
+        yield round(inside) if isinstance(value, int) else inside

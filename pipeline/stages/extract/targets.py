@@ -186,27 +186,19 @@ def find_targets(
     `folders` : where else a store may lie, for who only looks.
     """
     targets: dict[Path, Target] = {}
-    for source in sources:
-        for output, spec in enumerate(source.specs):
-            path = place(spec, files, folders)
-            if path not in targets:
-                targets[path] = _target(source, output, spec, path, contents, files)
+    for source, output, spec in ((one, *each) for one in sources for each in enumerate(one.specs)):
+        path = place(spec, files, folders)
+        if path in targets:
+            continue
+        store = open_store(path, spec.fingerprint())
+        missing = np.ones(len(contents.rows), dtype=bool) if store is None else store.missing(contents.digests)
+        pending = missing & ~contents.failed
+        count, rows, why = int(pending.sum()), 0 if store is None else store.rows, ""
+        if count:
+            new = f"{count:,} images are new or changed since the store was filled"
+            why = new if rows else _why_no_store(spec, path, files)
+        targets[path] = Target(source, output, spec, path, pending, rows, why)
     return list(targets.values())
-
-
-def _target(
-    source: Source, output: int, spec: EmbeddingSpec, path: Path, contents: Contents, files: Artifacts
-) -> Target:
-    store = open_store(path, spec.fingerprint())
-    missing = np.ones(len(contents.rows), dtype=bool) if store is None else store.missing(contents.digests)
-    pending = missing & ~contents.failed
-    count = int(pending.sum())
-    why = ""
-    if count and (store is None or not store.rows):
-        why = _why_no_store(spec, path, files)
-    elif count:
-        why = f"{count:,} images are new or changed since the store was filled"
-    return Target(source, output, spec, path, pending, 0 if store is None else store.rows, why)
 
 
 def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:

@@ -3,33 +3,36 @@
 Reads what stage one wrote (the index and the feature stores), needs neither the images nor torch, and writes a bundle per
 head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
 
-    task.py       the rows, the folds, the test images
-    embedding.py  what heads are tuned on, in memory or on disk, and the heads that are left out where neither will do
-    row.py        one head: tuned, scored, saved, or found finished
-    spread.py     rows made on many machines, where joblib's backend is one of those
-    repeats.py    searches within outer folds and with other seeds, on request; class weights switched
-    budget.py     how many trials of every row fit into a budget, on request
+    task.py       the rows, the folds, the test images; the features, in memory or on disk
+    row.py        one head: tuned, scored, repeated on request, saved, or found finished
     layers.py     which layers of a network hold the signal, where several are embedded
     vote.py       the best rows of different embeddings together, on request
     apart.py      rows that are made of another row and stand apart
     views.py      the best heads averaged over views of images and learned from them
     domains.py    how far the data set's domains are apart, and the best head adapted to new ones
-    strangers.py  classes left out, to learn what is strange to the best row
-    leaks.py      near-duplicates across test or folds, and the scores without them
+    strangers.py  near-duplicates across test or folds, and what is strange to the best row
+
+With a budget of all searches together trials are measured by passes over all rows: the first of one trial each, and as long as there is
+time for more, one of as many as the last pass says there is time for. Nothing but the number of trials of the last pass goes into its
+rows: a config that has it as `tuning.trials` gives the same leaderboard, on any machine.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import platform
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
 from threadpoolctl import threadpool_info
 
@@ -45,29 +48,26 @@ from pipeline.embed.records import (
     read_asked_records,
     require_index,
 )
-from pipeline.errors import HeadError, UnfittedError
+from pipeline.errors import HeadError, PipelineError, UnfittedError
 from pipeline.evaluation import METRICS, metric_of
 from pipeline.evaluation.audit import write_findings
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
 from pipeline.evaluation.leaderboard.judge import advice
-from pipeline.experiment import Artifacts
+from pipeline.experiment import BUDGET, Artifacts, read_document, write_document
 from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
 from pipeline.heads.layer_profile import LayerProfile, what_to_take
 from pipeline.heads.tuning import limited, require, seconds_of_trials
-from pipeline.heads.tuning.backends import is_spread, on
+from pipeline.heads.tuning.room import divided, is_spread, on, spread
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import write_text_atomic
+from pipeline.io.process import bar, look_in
 from pipeline.io.remote import Engine
 from pipeline.stages.train_heads import layers
-from pipeline.stages.train_heads.budget import Pass, trials_within
 from pipeline.stages.train_heads.domains import with_domains
-from pipeline.stages.train_heads.embedding import Embedding, Vectors
-from pipeline.stages.train_heads.leaks import find_leaks
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
-from pipeline.stages.train_heads.spread import make_rows
-from pipeline.stages.train_heads.strangers import with_strangers
-from pipeline.stages.train_heads.task import Task, make_task, unseen_task
+from pipeline.stages.train_heads.strangers import find_leaks, with_strangers
+from pipeline.stages.train_heads.task import Embedding, Task, Vectors, make_task, unseen_task
 from pipeline.stages.train_heads.views import with_views
 from pipeline.stages.train_heads.vote import vote_row
 from pipeline.store import FeatureStore, JoinedStores
@@ -122,13 +122,7 @@ class Asked:
 
 
 def ask(config: Config) -> Asked:
-    """Open the features of a config, and say which heads are asked for on which of them.
-
-    Raises
-    ------
-    PipelineError
-        As `run` does.
-    """
+    """Open the features of a config, and say which heads are asked for on which of them; it raises what `run` does."""
     files = Artifacts(config.output)
     records = read_asked_records(files.features, config)
     index = DatasetIndex.read(files.dataset)
@@ -148,10 +142,7 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
 
     With an `engine`, or within `joblib.parallel_config` of a backend of many machines, the rows are made there.
 
-    Raises
-    ------
-    PipelineError
-        When stage one has not been run for this config, the data cannot be cross-validated, or a head is wrong.
+    PipelineError where stage one has not been run for this config, the data cannot be cross-validated, or a head is wrong.
     """
     files = Artifacts(config.output)
     require(config.tuning.strategy)
@@ -168,7 +159,8 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
         voted = vote_row(rows, task, scoring.name, config.seed, files)
         (left_out if isinstance(voted, str) else rows).append(voted)  # type: ignore[arg-type]
     write_text_atomic(files.config, dump_yaml(given, files.root))
-    notes = [*cut, *_notes(embeddings, task, config), *left_out]
+    on_disk = [embedding.sentence() for embedding in embeddings if embedding.on_disk]
+    notes = [*cut, *on_disk, *advice(task.y_train, task.target, config.tuning.scoring), *left_out]
     leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
     leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
     leaks, findings = find_leaks(leaderboard, task, stores, files)
@@ -193,7 +185,7 @@ class _Rows:
 def _rows(asked: Asked, files: Artifacts) -> _Rows:
     """Make every row that is asked for, or find it finished."""
     made, config = _Rows(), asked.config
-    spread = make_rows(asked.embeddings, config, files) if is_spread() else set[str]()
+    tried = _spread_rows(asked.embeddings, config, files) if is_spread() else set[str]()
     for embedding in asked.embeddings:
         vectors = Vectors(embedding)  # read when a head first needs them, and let go before the next embedding's
         for head in embedding.heads:
@@ -201,7 +193,7 @@ def _rows(asked: Asked, files: Artifacts) -> _Rows:
             start = time.perf_counter()
             try:
                 row = finished_row(folder, key)
-                made.reused += row is not None and key not in spread
+                made.reused += row is not None and key not in tried
                 made.seconds += 0 if row is None else (row.search_seconds or 0) + row.fit_seconds
                 row = row or make_row(head, embedding, vectors, config, files, key)
                 made.rows.append(replace(row, license=embedding.license))
@@ -210,6 +202,50 @@ def _rows(asked: Asked, files: Artifacts) -> _Rows:
                 made.left_out.append(f"{embedding.name} / {head.name}: left out: {why}")
             made.seconds += time.perf_counter() - start
     return made
+
+
+def _spread_rows(embeddings: Sequence[Embedding], config: Config, files: Artifacts) -> set[str]:
+    """Make the rows that are not finished on the backend that is chosen; return the keys of those that were tried.
+
+    Each is one task, which writes its bundle and its journal where all see them. The features of an embedding are one file that
+    workers map: a node has it in memory once. What cannot be fitted is left to the caller, who says why.
+    """
+    tasks, keys, document = [], set(), config.model_copy(update={"tuning": divided(config.tuning)}).model_dump_json()
+    folder = Path(os.path.abspath(files.root)) / "mapped"
+    try:
+        for place, embedding in enumerate(embeddings):
+            keyed = [(head.name, row_key(head, embedding, config.seed)) for head in embedding.heads]
+            fresh = [each for each in keyed if finished_row(files.bundle(embedding.name, each[0]), each[1]) is None]
+            if embedding.store is not None and fresh:
+                vectors = Vectors(embedding, folder)
+                assert len(vectors.train) + len(vectors.test) > 0  # the files are written, once for all workers
+                tasks += [(place, name) for name, _ in fresh]
+                keys |= {key for _, key in fresh}
+        asked = (document, fingerprint({"rows": sorted(keys)}), os.getcwd(), folder)
+        with bar(len(tasks), "heads", "tuning on the workers") as progress:
+            for _ in spread(_make, [(*asked, *task) for task in tasks]) if tasks else ():
+                progress.update()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return keys
+
+
+def _make(config: str, rows: str, working: str, folder: Path, place: int, name: str) -> None:
+    """Make a row in a worker: of the embedding at this place, by the head of this name."""
+    os.chdir(working)
+    look_in(Path(working))
+    asked = _asked(config, rows)
+    embedding = asked.embeddings[place]
+    head = next(head for head in embedding.heads if head.name == name)
+    files, key = Artifacts(asked.config.output), row_key(head, embedding, asked.config.seed)
+    with suppress(UnfittedError):
+        make_row(head, embedding, Vectors(embedding, folder), asked.config, files, key)
+
+
+@lru_cache(1)
+def _asked(config: str, rows: str) -> Asked:
+    """Open the features once in each worker, and again where other rows are asked for."""
+    return ask(Config.model_validate_json(config))
 
 
 def _within_budget(asked: Asked, files: Artifacts) -> tuple[Asked, _Rows, list[str]]:
@@ -229,6 +265,50 @@ def _within_budget(asked: Asked, files: Artifacts) -> tuple[Asked, _Rows, list[s
     asked = _with_trials(asked, trials)
     made = passes[-1] if passes else _rows(asked, files)
     return asked, replace(made, reused=passes[0].reused if passes else made.reused), cut
+
+
+class Pass(NamedTuple):
+    """So many trials of every row, the seconds of all rows together, and the part of them that more trials make longer."""
+
+    trials: int
+    seconds: float
+    searching: float
+
+
+def trials_within(tuning: TuningConfig, key: str, file: Path, measure: Callable[[int], Pass]) -> tuple[int, list[str]]:
+    """Return how many trials every row is to have, and a line that says what the budget cut, where it did.
+
+    `measure` makes all rows with so many trials; `file` keeps what was measured for the question that `key` names, so that a run
+    that was stopped goes on, and a second one has nothing to do.
+    """
+    asked, limit = tuning.trials, tuning.budget_seconds
+    if limit is None:
+        return asked, []
+    passes = list[Pass]()
+    with suppress(PipelineError, KeyError, TypeError):
+        found = read_document(file, BUDGET)
+        passes = [Pass(*each) for each in found["passes"]] if found["key"] == key else []
+    while (trials := next_trials(passes, asked, limit)) is not None:
+        passes.append(measure(trials))
+        write_document(file, BUDGET, {"key": key, "passes": passes})
+    trials, spent = passes[-1].trials, sum(each.seconds for each in passes)
+    if trials == asked:
+        return trials, []
+    over = ", which is more than that: no row can have less than one" * (trials == 1 and spent > limit)
+    return trials, [
+        f"The budget of {tuning.budget} cut the search: {trials} of {asked} trials for every row, in {spent:.0f} s{over}. "
+        "More time may find better parameters."
+    ]
+
+
+def next_trials(passes: Sequence[Pass], asked: int, limit: float) -> int | None:
+    """Return the trials of the next pass, at the rate of the last; None where there is no time for twice as many, or all are done."""
+    if not passes:
+        return 1
+    trials, seconds, searching = passes[-1]
+    left = limit - sum(each.seconds for each in passes) - (seconds - searching)
+    more = min(asked, int(left * trials / searching)) if searching else asked
+    return more if trials < more and (more == asked or more >= 2 * trials) else None
 
 
 def _with_trials(asked: Asked, trials: int) -> Asked:
@@ -262,23 +342,13 @@ def _embeddings(
         yield Embedding((table.guess(task.y_train, task.target.width),), task, once)
 
 
-def _notes(embeddings: Sequence[Embedding], task: Task, config: Config) -> list[str]:
-    """Say what is to be known of the data."""
-    places = [embedding.place for embedding in embeddings]
-    return [
-        *(place.sentence() for place in places if place is not None and place.on_disk),
-        *advice(task.y_train, task.target, config.tuning.scoring),
-    ]
-
-
-def _provenance(
-    config: Config,
-    files: Artifacts,
-    asked: Asked,
-    notes: Sequence[str],
-) -> dict[str, Any]:
+def _provenance(config: Config, files: Artifacts, asked: Asked, notes: Sequence[str]) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
     task, stores, index = asked.task, asked.stores, asked.index
+    features_made_by = {}  # stage two itself needs none of them
+    for name in ("torch", "torchvision", "Pillow"):
+        with suppress(PackageNotFoundError):
+            features_made_by[name] = version(name)
     return {
         # The config as it was used, overrides included, is beside the leaderboard.
         "command": f"manyheads features {quote(str(files.config))}\nmanyheads heads {quote(str(files.config))}",
@@ -293,7 +363,7 @@ def _provenance(
         "notes": list(notes),
         "stores": {name: store.digest for name, store in stores.items()},
         "precision": {record.name: record.spec.precision for record in asked.records},
-        "versions": {**bundles.versions(), **_feature_versions()},
+        "versions": {**bundles.versions(), **features_made_by},
         "machine": _machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -305,12 +375,3 @@ def _machine() -> str:
         f"{each['internal_api']} {each['version']} {each.get('architecture', '')}".strip() for each in threadpool_info()
     }
     return ", ".join([f"{platform.system()} {platform.machine()}", *sorted(libraries)])
-
-
-def _feature_versions() -> dict[str, str]:
-    """The installed libraries that features are made with; stage two itself needs none of them."""
-    found = {}
-    for name in ("torch", "torchvision", "Pillow"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

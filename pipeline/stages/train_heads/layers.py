@@ -13,8 +13,7 @@ from dataclasses import asdict
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data import DatasetIndex
-from pipeline.embed.records import EmbeddingRecord, open_features, read_asked_records, require_index
+from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import PipelineError
 from pipeline.evaluation import Predictions, metric_of, metrics_for
 from pipeline.evaluation.learning_curve import stratified_order
@@ -22,7 +21,7 @@ from pipeline.experiment import LAYERS, Artifacts, write_document
 from pipeline.heads.layer_profile import LayerProfile, profile, read_profiles, table
 from pipeline.heads.tuning import limited, memory_needed
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads.task import Task, make_task, unseen_task
+from pipeline.stages.train_heads.task import Task, unseen_task
 from pipeline.store import FeatureStore, JoinedStores
 
 log = logging.getLogger(__name__)
@@ -38,17 +37,12 @@ Stores = Mapping[str, FeatureStore | JoinedStores]
 def run(config: Config) -> list[str]:
     """Return the profiles of a config's networks as tables.
 
-    Raises
-    ------
-    PipelineError
-        When stage one has not been run for this config, or no network has several layers.
+    PipelineError where stage one has not been run for this config, or no network has several layers.
     """
-    files = Artifacts(config.output)
-    records = read_asked_records(files.features, config)
-    index = DatasetIndex.read(files.dataset)
-    require_index(files.features, index.fingerprint())
-    stores = {record.name: open_features(record, files) for record in records}
-    found = profiles(config, files, records, stores, make_task(config, files, index, list(stores.values())))
+    from pipeline.stages.train_heads import ask
+
+    asked = ask(config)
+    found = profiles(config, Artifacts(config.output), asked.records, asked.stores, asked.task)
     if not found:
         raise PipelineError(
             "no network of this config has several layers or poolings to compare; name some, such as layers: [stage2, stage3, "

@@ -1,4 +1,8 @@
-"""One row: a head tuned, calibrated, scored once on the test images and saved, or found finished."""
+"""One row: a head tuned, calibrated, scored once on the test images and saved, or found finished.
+
+On request every search is repeated within outer folds and with other seeds; of uneven classes the weights are switched. Repeats
+choose nothing; they say how far to trust what was chosen. Each has its own journal, in the folder beside the main one's.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,29 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC, NuSVC
 
-from pipeline.config import Config
+from pipeline.config import Config, TuningConfig
 from pipeline.data.classes import expand_scores
 from pipeline.errors import BundleError
-from pipeline.evaluation import METRICS, HeadPredictions, Predictions, scores
+from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, Scores, metrics_for, scores
 from pipeline.evaluation.calibration import Calibrator, fit_calibrator, fit_sigmoids
 from pipeline.evaluation.intervals import Interval, expected_accuracy
-from pipeline.evaluation.leaderboard import LeaderboardRow
+from pipeline.evaluation.leaderboard import LeaderboardRow, Nested, Seeds
+from pipeline.evaluation.leaderboard.judge import UNEVEN, unevenness
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import Artifacts, bundle_file
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, identity
-from pipeline.heads.tuning import TuningRun, tune
+from pipeline.heads.tuning import Features, Projections, TuningRun, blocks, make_folds, part, tune
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads import repeats
-from pipeline.stages.train_heads.embedding import Embedding, Vectors, predict
-from pipeline.stages.train_heads.task import Task
+from pipeline.stages.train_heads.task import Embedding, Task, Vectors, predict
 
 log = logging.getLogger(__name__)
 
@@ -68,27 +74,16 @@ def make_row(
 ) -> LeaderboardRow:
     """Tune one head, score it once on the test images, repeat what was asked for, and save its bundle.
 
-    vectors : the features, float32 of shape (n, dim), of the training and of the test images
-
-    Raises
-    ------
-    UnfittedError
-        When the head cannot be tuned here, or no trial of it could be fitted.
+    UnfittedError where the head cannot be tuned here, or no trial of it could be fitted.
     """
     embedding.require(head)
     log.info("%s / %s", embedding.name, head.name)
     record, task, tuning, seed = embedding.record, embedding.task, embedding.tuning, config.seed
     journal, folder = files.trials(embedding.name, head.name), files.bundle(embedding.name, head.name)
     tuned = tune(head, vectors.train, task.y_train, task.folds, tuning, seed, journal, vectors.projections, task.target)
-    bundle = ModelBundle(
-        head.name,
-        tuned.best.params,
-        task.target,
-        record.to_dict() if record else {},
-        tuned.pipeline,
-        {},
-        calibrator_of(tuned, task),
-    )
+    identity_of = record.to_dict() if record else {}
+    calibrator = calibrator_of(tuned, task)
+    bundle = ModelBundle(head.name, tuned.best.params, task.target, identity_of, tuned.pipeline, {}, calibrator)
     out_of_fold = _out_of_fold(tuned, task, bundle)
     target = task.target.settled(
         task.y_train, out_of_fold.y_pred, out_of_fold.probabilities, METRICS[tuned.scoring].threshold
@@ -98,12 +93,17 @@ def make_row(
     y_pred, probabilities = predict(bundle, vectors.test, tuning)
     seconds = time.perf_counter() - start
     units, paths = task.test.fold_groups(), task.test.paths
-    on_test = Predictions(task.y_test, y_pred, probabilities, units, paths, target=target)
-    said = HeadPredictions(on_test, out_of_fold)
+    said = HeadPredictions(Predictions(task.y_test, y_pred, probabilities, units, paths, target=target), out_of_fold)
     row = _row(head, embedding, tuned, said, seed)
-    row = replace(row, predict_seconds=seconds, bundle=folder.relative_to(files.root).as_posix())
-    row = repeats.repeated(row, head, embedding, vectors, tuned, seed, journal)
-    provenance = {"key": key, "row": row.to_record(), "seed": seed, "strategy": tuned.strategy}
+    row = replace(
+        row,
+        predict_seconds=seconds,
+        bundle=folder.relative_to(files.root).as_posix(),
+        nested=nested(head, vectors.train, task, tuning, seed, journal),
+        seeds=_seeds(row, head, embedding, vectors, seed, journal),
+        reweighted=reweighted(head, vectors.train, task, tuning, seed, tuned, journal, vectors.projections),
+    )
+    provenance = {"key": key, "row": row.to_record(), "seed": seed, "strategy": tuning.strategy}
     bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
     return row
 
@@ -114,7 +114,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
     spec = record.spec if record else None
     own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0
     metric, held_out = METRICS[tuned.scoring], said.out_of_fold
-    mean, by_fold = best.mean, [score for score in best.fold_scores if score is not None]
+    mean, by_fold = tuned.mean, [score for score in best.fold_scores if score is not None]
     if not task.target.exclusive and metric.needs == "labels" and held_out is not None:
         # Calibrated, and by the thresholds that the other folds tell, as the test images are judged.
         mean, by_fold = metric.score(held_out), [metric.score(held_out.rows(rows)) for _, rows in task.folds]
@@ -128,7 +128,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
         unseen_rows=None if task.chose is None else len(task.train),
         chose_rows=task.chose or 0,
         task=task.key,
-        cv_mean=float(mean if mean is not None else np.nan),
+        cv_mean=mean,
         cv_std=float(np.std(by_fold, ddof=1)) if len(by_fold) > 1 else 0.0,
         cv_scores=tuple(map(float, by_fold)),
         test=scores(said.test, seed, metric),
@@ -194,3 +194,93 @@ def expected_test(said: HeadPredictions, task: Task, own: float = 1.0) -> Interv
     # All training images may add a share of what the folds' fits score better on their own images, as in `Promise.of`.
     allowance = max(0.0, own - float(correct.mean())) / len(task.folds)
     return expected_accuracy(correct, len(task.test), task.groups, said.test.units, allowance)
+
+
+def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
+    """Search within the training images of every fold and score the winner on the fold; None unless it is asked for.
+
+    X : of shape (n, dim), float32, the training images. The inner folds keep groups together as the outer ones do.
+    """
+    if not tuning.nested:
+        return None
+    inner, outer = [], []
+    for number, (train, held_out) in enumerate(task.folds):
+        log.info("%s, nested: outer fold %d of %d", head.name, number + 1, len(task.folds))
+        y, groups = task.y_train[train], None if task.groups is None else task.groups[train]
+        folds = make_folds(task.target.strata(y), tuning.folds, seed, groups)
+        beside = _beside(journal, f"nested-{number}")
+        found = tune(head, part(X, train), y, folds, tuning, seed, beside, target=task.target)
+        inner.append(found.mean)
+        outer.append(_score(found, part(X, held_out), task.y_train[held_out], task, METRICS[found.scoring]))
+    return Nested(tuple(inner), tuple(outer))
+
+
+def _seeds(
+    row: LeaderboardRow, head: Head, embedding: Embedding, vectors: Vectors, seed: int, journal: Path
+) -> Seeds | None:
+    """Search again with the next seeds, each with its own folds; None unless it is asked for."""
+    task, tuning = embedding.task, embedding.tuning
+    told_by = metrics_for(task.target)[0]
+    if tuning.seeds < 2:
+        return None
+    assert row.test is not None
+    sign = 1 if told_by.higher_is_better else -1
+    numbers, means, on_test = tuple(range(seed, seed + tuning.seeds)), [row.cv_mean], [row.test.of(told_by)[0] or 0.0]
+    for number in numbers[1:]:
+        log.info("%s, seed %d", head.name, number)
+        folds = make_folds(task.target.strata(task.y_train), tuning.folds, number, task.groups)
+        beside = _beside(journal, f"seed-{number}")
+        found = tune(head, vectors.train, task.y_train, folds, tuning, number, beside, target=task.target)
+        means.append(found.mean)
+        on_test.append(sign * _score(found, vectors.test, task.y_test, task, told_by))
+    return Seeds(numbers, tuple(means), tuple(on_test))
+
+
+def reweighted(
+    head: Head,
+    X: Features,
+    task: Task,
+    tuning: TuningConfig,
+    seed: int,
+    tuned: TuningRun,
+    journal: Path,
+    projections: Projections | None = None,
+) -> Scores | None:
+    """Score the chosen parameters out of fold with class weights switched on, or off where they were on.
+
+    None where the classes are even or the head takes no weights: one trial more, not a search.
+
+    X : of shape (n, dim), float32, the training images
+    """
+    if not head.takes_class_weight or unevenness(np.bincount(task.y_train).tolist()) < UNEVEN:
+        return None
+    weights = None if head.build(seed)[-1].get_params()["class_weight"] else "balanced"
+
+    def build(seed: int) -> Pipeline:
+        pipeline = head.build(seed)
+        pipeline[-1].set_params(class_weight=weights)
+        return pipeline
+
+    params = {**head.fixed, **tuned.best.params}
+    switched = replace(head, build=build, space={}, defaults={}, fixed=params)
+    once = tuning.model_copy(update={"trials": 1, "seconds": None})
+    found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
+    guess = found.classes[found.out_of_fold.y_pred]
+    return scores(Predictions(task.y_train, guess, units=task.groups, target=task.target), seed)
+
+
+def _beside(journal: Path, name: str) -> Path:
+    return journal.with_suffix("") / f"{name}.jsonl"
+
+
+def _score(found: TuningRun, X: Features, y: NDArray[Any], task: Task, metric: Metric) -> float:
+    """Score what a search found as the search would have, with the thresholds that its answers out of fold tell."""
+    said, known = [task.target.answers(found.pipeline, block) for _, block in blocks(X)], found.out_of_fold
+    labels = np.concatenate([labels for labels, _, _ in said])
+    columns = [scores for _, scores, _ in said if scores is not None]
+    scored = np.concatenate(columns) if columns else None
+    if metric.threshold and not task.target.exclusive and scored is not None and known.scores is not None:
+        whole, all_scores = np.concatenate([known.y_true, y]), np.concatenate([known.scores, scored])
+        new = np.repeat([0, 1], [len(known), len(y)])
+        labels = task.target.decided(whole, whole, all_scores, metric.threshold, new)[len(known) :]
+    return metric.score(Predictions(y, labels, scored if metric.needs_probabilities else None, target=task.target))

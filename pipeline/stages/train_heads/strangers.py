@@ -1,4 +1,7 @@
-"""What the best and the recommended row know of strangers: tested on classes that are left out, and kept in their bundles."""
+"""What the features tell besides: near-duplicates across test or folds, and what is strange to the best and the recommended row.
+
+Strangeness is tested on classes that are left out, and what tells it is kept in the rows' bundles.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 from pipeline.errors import BundleError, first_line
-from pipeline.evaluation import HeadPredictions
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.evaluation import HeadPredictions, Metric, Predictions, audit
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, Leaks, read_predictions
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.evaluation.strangeness import (
     NEIGHBOURS,
-    Known,
+    Reference,
     alike,
     auroc,
     directions,
@@ -98,16 +101,14 @@ def _find(
     used = np.sort(stratified_order(task.y_train, seed)[:MOST_IMAGES])
     digests = task.train.digests[used]
     vectors = [stores[str(part.embedding["name"])].read(digests) for part in bundle.parts]
-    fold = np.full(len(task.train), -1)
-    for number, (_, held_out) in enumerate(task.folds):
-        fold[held_out] = number
-    groups = _left_out(bundle, vectors, task.y_train[used], fold[used], seed)
+    fold = task.fold[used]
+    groups = _left_out(bundle, vectors, task.y_train[used], fold, seed)
     if not groups:
         return {}
     shared = [name for name in (*DISTANCES, PROBABILITY) if all(name in group for group in groups)]
     means = {name: float(np.mean([group[name]["auroc"] for group in groups])) for name in shared}
     nearest = max(DISTANCES, key=lambda name: means[name])
-    known = _kept(vectors[0], task.y_train[used], fold[used], DISTANCES[nearest], seed)
+    known = _kept(vectors[0], task.y_train[used], fold, DISTANCES[nearest], seed)
     tested = np.linspace(0, len(task.test) - 1, min(len(task.test), MOST_IMAGES)).astype(int)
     first = stores[str(bundle.parts[0].embedding["name"])].read(task.test.digests[tested])
     own: dict[str, NDArray[np.floating]] = {nearest: known.distances}
@@ -130,7 +131,7 @@ def _find(
     return record
 
 
-def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Known:
+def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Reference:
     """Return what a bundle keeps: references, and how far each image lies from those of the other folds."""
     mean = _mean(X, centred)
     units = directions(X, mean)
@@ -142,7 +143,7 @@ def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64],
         # Of fewer references the one that is as near among them as the nth among all.
         nth = round(NEIGHBOURS * len(others) / chosen.sum())
         distances[fold == number] = distance(units[fold == number], others, nth)
-    return Known(mean, units[chosen], distances, np.linalg.norm(X[chosen] - mean, axis=1))
+    return Reference(mean, units[chosen], distances, np.linalg.norm(X[chosen] - mean, axis=1))
 
 
 def _mean(X: NDArray[np.float32], centred: bool) -> NDArray[np.float32]:
@@ -204,3 +205,62 @@ def _probabilities(
     except Exception as error:  # as in a search: such as more neighbours than there are rows now
         log.info("%s: cannot be fitted without some of the classes: %s", bundle.head, first_line(error))
         return None
+
+
+def find_leaks(
+    leaderboard: Leaderboard, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts
+) -> tuple[Leaks | None, audit.Findings]:
+    """Look at all images of a task, in the embedding of the best row that has one: near-duplicates, what they do, outliers.
+
+    Of more than `audit.MOST_IMAGES` images only a part is looked at, half of them test images at most. There are no leaks to
+    tell of where no row has an embedding.
+    """
+    embedding = next((row.embedding for row in leaderboard.rows if row.embedding in stores), None)
+    if embedding is None:
+        return None, audit.Findings()
+    n_test = min(len(task.test), audit.MOST_IMAGES // 2)
+    n_train = min(len(task.train), audit.MOST_IMAGES - n_test)
+    train, test = (
+        np.linspace(0, n - 1, m).astype(int) for n, m in ((len(task.train), n_train), (len(task.test), n_test))
+    )
+    parts = task.train.rows(train), task.test.rows(test)
+    fold = np.concatenate([task.fold[train], np.full(n_test, -1)])
+    paths = np.concatenate([part.paths.astype(str) for part in parts])
+    order = np.argsort(paths)  # as the index has them
+    paths, fold, in_test = paths[order], fold[order], order >= n_train
+    digests, labels, splits = (
+        np.concatenate([getattr(part, column) for part in parts])[order] for column in ("digests", "labels", "splits")
+    )
+    hashes = audit.read_hashes(files, digests)
+    pairs, findings = audit.examine(
+        stores[embedding].read(digests), paths.tolist(), labels.tolist(), splits.tolist(), hashes
+    )
+    first, second = pairs.T
+    across = in_test[first] != in_test[second]
+    parted = ~across & (fold[first] != fold[second])
+    tested, folded = (np.unique(pairs[part]) for part in (across, parted))
+    tested = tested[in_test[tested]]
+    said, metric = read_predictions(leaderboard, files.root), leaderboard.told_by
+    without = {key: _with_and_without(metric, found.test, paths[tested])[1] for key, found in said.items()}
+    judged = {
+        key: _with_and_without(metric, found.out_of_fold, paths[folded])
+        for key, found in said.items()
+        if found.out_of_fold
+    }
+    leaks = Leaks(
+        embedding,
+        len(task.train) + len(task.test),
+        len(tested),
+        n_test,
+        len(folded),
+        n_train,
+        {key: value for key, value in without.items() if np.isfinite(value)},
+        {key: value for key, value in judged.items() if np.isfinite(value[1])},
+    )
+    return leaks, findings
+
+
+def _with_and_without(metric: Metric, part: Predictions, leaking: NDArray[np.str_]) -> tuple[float, float]:
+    """Return the score on all images and on those that do not leak, paths of shape (m,); NaN where there are none."""
+    clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), leaking))
+    return metric.score(part), metric.score(clean) if len(clean) else float("nan")

@@ -1,25 +1,43 @@
-"""What every head is asked: which images, which folds, which test images; the same for all rows."""
+"""What every head is asked, and what it is tuned on: the images, the folds, and the features of an embedding, in memory or on disk."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config import Config, TuningConfig
 from pipeline.data import DatasetIndex, failed_digests, lineage
 from pipeline.data.targets import Target, choose, record_of
+from pipeline.embed.published import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord
-from pipeline.errors import DatasetError, StoreError
+from pipeline.errors import DatasetError, StoreError, UnfittedError
 from pipeline.experiment import Artifacts
-from pipeline.heads.tuning import Folds, make_folds
+from pipeline.export.bundle import ModelBundle
+from pipeline.heads import TABLES, Head
+from pipeline.heads.tuning import (
+    Features,
+    Folds,
+    Projections,
+    blocks,
+    check,
+    make_folds,
+    memory_needed,
+    memory_needed_on_disk,
+    on_disk,
+    working_memory,
+    works_on_disk,
+)
 from pipeline.images import policy_key
-from pipeline.io.digests import Digests, digests_to_hex, fingerprint
-from pipeline.store import FeatureStore, JoinedStores
+from pipeline.io.digests import bytes_digest, digests_to_hex, fingerprint
+from pipeline.store import FeatureStore, JoinedStores, StoredRows
+from pipeline.store.share import write_npy
 
 log = logging.getLogger(__name__)
 
@@ -44,23 +62,34 @@ class Task:
     chose: int | None = None
     """Of the training images those that chose the weights of a fine-tuned network; None where all rows share the images."""
 
+    @property
+    def fold(self) -> NDArray[np.int64]:
+        """The fold that holds each training image out, int64 of shape (n,)."""
+        place = np.full(len(self.train), -1)
+        for number, (_, held_out) in enumerate(self.folds):
+            place[held_out] = number
+        return place
+
 
 def make_task(
     config: Config, files: Artifacts, index: DatasetIndex, stores: Sequence[FeatureStore | JoinedStores]
 ) -> Task:
     """Choose the rows that have features, make the folds, and name the question.
 
-    Raises
-    ------
-    DatasetError
-        When there are too few classes or no test images.
-    StoreError
-        When images that did not fail have no features.
+    DatasetError where there are too few classes or no test images; StoreError where images that did not fail have no features.
     """
     used = index.select("train", "validation", "test")
-    usable = used.rows(
-        _usable(used.digests, stores, failed_digests(files.dataset, policy_key(config.dataset.max_pixels)))
-    )
+    known = set(digests_to_hex(failed_digests(files.dataset, policy_key(config.dataset.max_pixels))))
+    unread = np.array([digest in known for digest in digests_to_hex(used.digests)], dtype=bool)
+    missing = np.zeros(len(used), dtype=bool)
+    for store in stores:
+        missing |= store.missing(used.digests)
+    lost = int((missing & ~unread).sum())
+    if lost:
+        raise StoreError(f"{lost:,} of {len(used):,} images have no features yet; run `manyheads features` first")
+    if unread.any():
+        log.info("%d images could not be read and are left out; dataset/failures.csv names each", int(unread.sum()))
+    usable = used.rows(~unread)
     train, test = usable.select("train", "validation"), usable.select("test")
     target = choose(usable, *config.dataset.kinds)
     y_train, y_test = target.encode(train), target.encode(test)
@@ -79,10 +108,7 @@ def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
     are left out too, where at least as many others remain; else heads use them, and `chose` says that they judge nothing.
     The test images stay.
 
-    Raises
-    ------
-    DatasetError
-        When too few images are left, or the test images taught or chose the weights.
+    DatasetError where too few images are left, or the test images taught or chose the weights.
     """
     known = lineage.NONE
     for part in record.parts or (record,):
@@ -137,16 +163,134 @@ def _with_folds(
     return Task(target, train, test, y_train, y_test, folds, groups, key, chose)
 
 
-def _usable(digests: Digests, stores: Sequence[FeatureStore | JoinedStores], failed: Digests) -> NDArray[np.bool_]:
-    """Which images did not fail, shape (n,); those must have a vector in every store."""
-    missing = np.zeros(len(digests), dtype=bool)
-    for store in stores:
-        missing |= store.missing(digests)
-    known = set(digests_to_hex(failed))
-    unread = np.array([digest in known for digest in digests_to_hex(digests)], dtype=bool)
-    lost = int((missing & ~unread).sum())
-    if lost:
-        raise StoreError(f"{lost:,} of {len(digests):,} images have no features yet; run `manyheads features` first")
-    if unread.any():
-        log.info("%d images could not be read and are left out; dataset/failures.csv names each", int(unread.sum()))
-    return ~unread
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What heads are tuned on: the features of an embedding, its images, and the search; without a record no image is looked at."""
+
+    heads: tuple[Head, ...]
+    task: Task
+    tuning: TuningConfig
+    """As `tuning.limited` returns it."""
+    record: EmbeddingRecord | None = None
+    store: FeatureStore | JoinedStores | None = None
+
+    @property
+    def name(self) -> str:
+        """The embedding's name."""
+        return self.task.target.constant if self.record is None else self.record.name
+
+    @property
+    def license(self) -> str:
+        """That of its network's weights."""
+        return NO_WEIGHTS if self.record is None else self.record.spec.license
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the training features; one column where there are none."""
+        return len(self.task.train), 1 if self.store is None else self.store.dim
+
+    @property
+    def needed(self) -> int:
+        """Bytes that tuning in memory takes."""
+        return memory_needed(self.shape) + 4 * len(self.task.test) * self.shape[1]
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the features stay in the store's files, as more than `tuning.memory` is needed."""
+        limit = self.tuning.memory_bytes
+        return self.store is not None and limit is not None and self.needed > limit
+
+    def sentence(self) -> str:
+        """Say for people why they stay there."""
+        return (
+            f"{self.name}: its features stayed on disk, as tuning on them in memory takes about {_size(self.needed)} "
+            f"and {_size(self.tuning.memory_bytes or 0)} are allowed (tuning.memory)."
+        )
+
+    def require(self, head: Head) -> None:
+        """See that a head can be tuned here; UnfittedError with the reasons why it is left out."""
+        problems = check(head, self.tuning, self.task.target.kind)
+        if not problems and self.on_disk:
+            width, folds = self.task.target.width, len(self.task.folds)
+            problems = objections(head, self.shape, width, self.needed, self.tuning, folds)
+        if problems:
+            raise UnfittedError("; ".join(problems))
+
+
+def objections(
+    head: Head, shape: tuple[int, int], width: int, needed: int, tuning: TuningConfig, folds: int = 1
+) -> list[str]:
+    """Say why a head cannot be tuned on features of a shape that stay on disk, and what to do."""
+    found, limit = memory_needed_on_disk(head, shape, width, tuning.pca, folds), tuning.memory_bytes or 0
+    if found is None:
+        able = ", ".join(name for name, row in TABLES[head.targets[0]].heads.items() if works_on_disk(row))
+        return [
+            f"it needs the features in memory, about {_size(needed)}, and {_size(limit)} are allowed; "
+            f"raise tuning.memory, set tuning.pca to a number of components, or use heads that work from disk: {able}"
+        ]
+    if found > limit:
+        return [
+            f"even with its features on disk it needs about {_size(found)}, and {_size(limit)} are allowed; "
+            "raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or pooling with fewer numbers"
+        ]
+    return []
+
+
+class Vectors:
+    """The features of an embedding, and the principal components its heads share where `tuning.pca` asks for them.
+
+    Each is read, or found where it is to stay on disk, when it is first asked for. With a folder, those in memory are of a file
+    there, which processes of one machine share.
+    """
+
+    def __init__(self, embedding: Embedding, folder: Path | None = None) -> None:
+        self.embedding, self._folder = embedding, folder
+
+    @cached_property
+    def train(self) -> Features:
+        """The features of the training images, float32 of shape (n, dim); one constant column where a head needs no image."""
+        return self._read(self.embedding.task.train)
+
+    @cached_property
+    def test(self) -> Features:
+        """The features of the test images, likewise."""
+        return self._read(self.embedding.task.test)
+
+    @cached_property
+    def projections(self) -> Projections | None:
+        """The principal components."""
+        tuning = self.embedding.tuning
+        return None if tuning.pca is None else Projections(self.train, tuning.pca, tuning.whiten)
+
+    def _read(self, part: DatasetIndex) -> Features:
+        store = self.embedding.store
+        if store is None:
+            return np.zeros((len(part), 1), dtype=np.float32)
+        if self.embedding.on_disk:
+            return StoredRows.of(store, part.digests)
+        if self._folder is None:
+            return store.read(part.digests)
+        path = self._folder / f"{store.digest[:32]}-{bytes_digest(part.digests.tobytes())[:32]}.npy"
+        if not path.exists():
+            rows = StoredRows.of(store, part.digests)
+            write_npy(path, rows.shape, (block for _, block in blocks(rows)))
+        mapped: Features = np.load(path, mmap_mode="r")
+        return mapped
+
+
+def predict(bundle: ModelBundle, X: Features, tuning: TuningConfig) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+    """Say of vectors what `ModelBundle.said` does, within `tuning.memory`: block by block where they are on disk.
+
+    X : of shape (n, dim), float32; labels are int64 of shape (n,), or as `Predictions` has them, and probabilities
+        float64 of shape (n, width), None where the head has none
+    """
+    if not on_disk(X):
+        left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))
+        with working_memory(left):
+            return bundle.said(np.asarray(X))
+    labels, probabilities = zip(*(bundle.said(block) for _, block in blocks(X)), strict=True)
+    return np.concatenate(labels), None if probabilities[0] is None else np.concatenate(probabilities)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,175 @@
+"""Heads that are judged from a cheap version first: forests from few trees, perceptrons from few epochs.
+
+Trees of a forest vote independently, so a forest of a few is a noisier version of the same forest at a fraction of its price. It is
+judged on the rows of each fold that are held out and never on out-of-bag rows, which would know their own group or near-duplicate.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import is_classifier
+from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import Pipeline
+from sklearn.utils.multiclass import unique_labels
+
+from pipeline.data.classes import expand_scores
+from pipeline.heads.head import Params, configure
+from pipeline.heads.tuning.evaluation import Evaluator, FoldOutcome, Problem, Screening, generic, one_by_one
+
+FEW = 16
+"""Trees a candidate is first judged from, at the price of the head's defaults."""
+
+FEWEST, MOST = 8, 32
+"""Bounds of that number for dearer and cheaper candidates."""
+
+BUDGET = 7.0
+"""What goes on to the whole forest may cost so many forests of the head's defaults, which may go on besides."""
+
+FIRST_EPOCHS = 12
+"""What a perceptron is first judged after; most take five times as many."""
+
+
+def usable(problem: Problem) -> bool:
+    """Whether the head is a forest with a seed that has twice the trees of a first look or more."""
+    model = configure(problem.head, problem.head.defaults, problem.seed)[-1]
+    return (
+        type(model) in (RandomForestClassifier, ExtraTreesClassifier)
+        and isinstance(model.random_state, int)
+        and not model.warm_start
+        and "n_estimators" not in problem.head.space
+        and bool(model.n_estimators >= 2 * MOST)
+    )
+
+
+@one_by_one
+def forest(problem: Problem, fold: int, prepared: None, params: Params) -> FoldOutcome:
+    """Fit a forest; what one of fewer trees than the head's says of the held-out rows is judged as `extrapolated`."""
+    whole = int(configure(problem.head, {}, problem.seed)[-1].n_estimators)
+    X_train, X = problem.matrices(fold)
+    start = time.perf_counter()
+    pipeline = configure(problem.head, params, problem.fold_seed(fold)).fit(X_train, problem.learned(fold))
+    fitted = time.perf_counter()
+    for _, step in pipeline.steps[:-1]:
+        X = step.transform(X)
+    present, trees = pipeline.classes_, pipeline[-1].estimators_
+    total, squares = np.zeros((len(X), len(present))), np.zeros(len(X))
+    for tree in trees:  # tree by tree, as scikit-learn sums them: the last digit decides a tie
+        vote = tree.predict_proba(X)
+        total += vote
+        squares += np.einsum("ij,ij->i", vote, vote)
+    shares, held_out = total / len(trees), problem.folds[fold][1]
+    if len(trees) < whole:
+        n = len(held_out)
+        shares[:n] = extrapolated(total[:n], squares[:n], problem.y[held_out], len(trees), whole)
+    predictions = present[shares.argmax(axis=1)]
+    full = expand_scores(shares, present, problem.target.width, "probability")
+    return FoldOutcome(predictions, full, "probability", fitted - start, time.perf_counter() - fitted)
+
+
+def cost(problem: Problem, params: Params) -> float:
+    """Return the features a split looks at, to which the time a tree takes is proportional."""
+    dim = problem.dim
+    wanted = configure(problem.head, params, problem.seed)[-1].max_features
+    named = {"sqrt": np.sqrt(dim), "log2": np.log2(dim), None: dim}
+    features = float(named[wanted] if wanted in named else wanted if isinstance(wanted, int) else wanted * dim)
+    return max(1.0, features)
+
+
+def few(problem: Problem, params: Params) -> Params:
+    """Return how many trees a candidate is first judged from: about as many as take as long as the defaults' `FEW`.
+
+    A forest whose splits look at few features is cheap, and its trees differ much: from an equal number of trees it
+    would be judged worse than it is, and a dear forest better, which leads the surrogate to where trees are dear.
+    """
+    trees = FEW * cost(problem, problem.head.defaults) / cost(problem, params)
+    return {"n_estimators": int(np.clip(round(trees), FEWEST, MOST))}
+
+
+def extrapolated(
+    total: NDArray[np.float64], squares: NDArray[np.float64], y: NDArray[np.int64], trees: int, wanted: int
+) -> NDArray[np.float64]:
+    """Return vote shares that err about as often as those of a forest with as many trees as wanted.
+
+    With T trees the share p of a row lies around the mean m of its class with variance b + s / T, where s is the variance
+    between a row's trees and b is what rows differ in truly. s is estimated without bias from the sum and the sum of
+    squares of the votes, and b as what is left. Moving each share towards m until the variance is b + s / `wanted` gives
+    rows the spread that more trees would give (the shrinkage of James and Stein 1961). Else parameters whose trees
+    differ much, which gain most from more trees, would lose against those whose trees are alike.
+
+    It reads the labels of the rows, so it is for ranking parameters only, never for a score that is reported. The mean
+    leaves the row itself out; a row that is alone in its class stays as it is.
+
+    total, squares : the sum of the trees' probabilities, float64 of shape (n, n_present), and over trees and classes of their
+        squares, float64 of shape (n,)
+    y : ndarray of shape (n,), int64: the classes of the rows
+    Returns an ndarray of shape (n, n_present); rows sum to 1.
+    """
+    shares = total / trees
+    codes, sizes = np.unique(y, return_inverse=True, return_counts=True)[1:]
+    sums = np.zeros((len(sizes), shares.shape[1]))
+    np.add.at(sums, codes, shares)
+    companions = (sizes[codes] - 1)[:, None]
+    mean = (sums[codes] - shares) / np.maximum(companions, 1)
+    away = np.where(companions > 0, shares - mean, 0.0)
+    # Around a mean without the row itself the variance is larger by 1 + 1 / companions.
+    spread = float(np.mean((away**2).sum(axis=1) * (companions / (companions + 1))[:, 0]))
+    within = np.maximum(squares - (total**2).sum(axis=1) / trees, 0.0) / max(trees - 1, 1)
+    s = float(within.mean())
+    b = max(spread - s / trees, 0.0)
+    keep = np.sqrt((b + s / wanted) / (b + s / trees)) if s > 0 else 1.0
+    return np.asarray(shares - (1 - keep) * away)
+
+
+def fit_keeping_best(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[Any]) -> Pipeline:
+    """Fit a pipeline that ends in an `MLPClassifier` or an `MLPRegressor`, and keep the best weights and not the last.
+
+    scikit-learn keeps the last, and counts a loss that jumps up as one that no longer falls: a fit may end in the jump.
+    An epoch's loss is summed up while its weights move, so it judges those it began with and never those it ended with.
+    Stops as scikit-learn does, by `tol`, `n_iter_no_change` and `max_iter`, the last with its ConvergenceWarning.
+
+    X : float32 of shape (n, dim); y : classes of any dtype, shape (n,), or numbers, float64 of shape (n,) or (n, k)
+    """
+    for _, step in pipeline.steps[:-1]:
+        X = step.fit_transform(X, y)
+    model = pipeline[-1]
+    classes = {"classes": unique_labels(y)} if is_classifier(model) else {}
+    seed = model.random_state
+    # A number would shuffle the rows alike in every epoch.
+    model.set_params(random_state=np.random.RandomState(seed))
+    best, kept, waited = np.inf, None, 0
+    for epoch in range(model.max_iter):
+        began = [weights.copy() for weights in model.coefs_ + model.intercepts_] if epoch else None
+        model.partial_fit(X, y, **classes)
+        waited = 0 if model.loss_ < best - model.tol else waited + 1
+        if began is not None and model.loss_ < best:
+            best, kept = model.loss_, began
+        if waited > model.n_iter_no_change:
+            break
+    else:
+        warnings.warn(f"maximum iterations ({model.max_iter}) reached", ConvergenceWarning, stacklevel=2)
+    if kept is not None:
+        model.coefs_, model.intercepts_ = kept[: len(model.coefs_)], kept[len(model.coefs_) :]
+    model.n_iter_ = epoch + 1
+    return pipeline.set_params(**{f"{pipeline.steps[-1][0]}__random_state": seed})
+
+
+def _width(problem: Problem, params: Params) -> float:
+    """Return what an epoch costs: an affine function of the hidden units, found by timing."""
+    return 64.0 + float({**problem.head.fixed, **problem.head.defaults, **params}["hidden_layer_sizes"])
+
+
+def _few_epochs(problem: Problem, params: Params) -> Params:
+    return {"max_iter": FIRST_EPOCHS}
+
+
+FOREST = Evaluator("forest", forest, usable=usable, screening=Screening(few, BUDGET, cost))
+FOREST_OF_NUMBERS = Evaluator("forest_of_numbers", generic, screening=Screening(few, BUDGET, cost))
+"""Few trees of it are judged as they are."""
+FEW_EPOCHS = Screening(_few_epochs, 4.0, _width)
+"""Of perceptrons."""
