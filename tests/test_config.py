@@ -66,7 +66,7 @@ tuning: {trials: ten, scoring: acuracy}
         "dataset.source: input should be 'digits', 'folder', 'manifest' or 'torchvision', got 'fodler', did you mean 'folder'?",
         "dataset.test_fraction: input should be less than 1, got 1.5",
         "backbones.0.weigths: unknown key, did you mean 'weights'?; "
-        "allowed: name, weights, layers, pooling, arguments, preprocessing",
+        "allowed: name, weights, layers, pooling, arguments, preprocessing, views, view",
         "baselines: unknown baseline 'pixel', did you mean 'pixels'?; allowed: majority, shares, mean, pixels, hog",
         "heads.0.name: unknown head 'logistic_regresion', did you mean 'logistic_regression'?; allowed: "
         + ", ".join(TABLES["classification"].known)

@@ -175,7 +175,7 @@ def test_rows_stand_apart_choose_nothing_and_the_page_says_what_they_brought(don
     assert first.test is not None
     assert plain.test is not None
     assert first.test.n == second.test.n == plain.test.n  # type: ignore[union-attr]
-    told = board.provenance["domains"]
+    told = board.provenance["domains"]["more"]
     coral = next(one for one in told["adapted"] if one["way"] == "coral")
     assert coral["gain"]["interval"][0] > 0.05
     assert coral["gain"]["difference"] == pytest.approx(coral["score"] - coral["plain"])
@@ -206,10 +206,13 @@ def test_labels_of_the_new_domain_touch_no_head_and_no_answer(done: Config, tmp_
     extract.run(other)
     train_heads.run(other)
     boards = [read_leaderboard(Path(config.output)) for config in (done, other)]
-    told = [board.provenance["domains"] for board in boards]
+    told = [board.provenance["domains"]["more"] for board in boards]
     assert told[0]["pairs"] == told[1]["pairs"]
     assert told[0]["adapted"][0]["score"] != told[1]["adapted"][0]["score"]
-    heads = [(Path(config.output) / one["bundle"]) for config, one in zip((done, other), told, strict=True)]
+    heads = [
+        Path(config.output) / board.provenance["domains"]["bundles"][0]
+        for config, board in zip((done, other), boards, strict=True)
+    ]
     X = np.load(tmp_path / "mine.npy")
     said = [load(folder).said(X) for folder in heads]
     np.testing.assert_array_equal(said[0][0], said[1][0])
@@ -239,7 +242,7 @@ def test_predict_aligns_a_folder_with_its_own_statistics_on_request(done: Config
 
 
 def test_a_head_that_keeps_no_training_images_cannot_align(done: Config, tmp_path: Path):
-    (row,) = [row for row in read_leaderboard(Path(done.output)).rows if row.adapted == "reweight"]
+    (row,) = [row for row in read_leaderboard(Path(done.output)).rows if row.head == "ridge+reweight"]
     np.save(tmp_path / "far.npy", np.zeros((60, 16)))
     folder = Artifacts(done.output).bundle(row.embedding, row.head)
     with pytest.raises(ConfigError, match="keeps no training images to align with"):
@@ -278,7 +281,7 @@ def test_the_splits_are_the_domains_where_the_config_says_so(tmp_path: Path):
     config = write(tmp_path, {"near": 100, "far": 40}, domain="split")
     extract.run(config.model_copy(update={"adapt": ()}))
     board = train_heads.run(config.model_copy(update={"adapt": ()})).leaderboard
-    (pair,) = board.provenance["domains"]["pairs"]
+    (pair,) = board.provenance["domains"]["more"]["pairs"]
     assert (pair["one"], pair["other"]) == ("training", "test")
     assert board.apart == ()
 

@@ -18,9 +18,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -158,6 +160,7 @@ def _one_or_several(value: Any) -> Any:
 
 NOT_EMPTY = AfterValidator(_not_empty)
 Pooling = Literal["own", "avg", "max", "grid", "flatten", "cls", "cls+avg", "map"]
+View = Literal["flip", "crop", "colour"]
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -269,6 +272,11 @@ class BackboneConfig(Section):
     network's own way, the default of timm's networks, `map` its own attention. Of several ways each is an embedding."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     preprocessing: PreprocessingConfig | None = None
+    views: tuple[View, ...] = ()
+    """Changed images that are embedded as well, each an embedding of its own: the best head is also averaged over all of them, and
+    learned from them, as rows to compare."""
+    view: View | None = None
+    """One of them in place of the image, which is what `views` is made of."""
 
     @property
     def title(self) -> str:
@@ -283,6 +291,19 @@ class BackboneConfig(Section):
         return (
             {**usual, **({"weights": OWN} if names_code(name) or names_vectors(name) else {}), **raw} if name else raw
         )
+
+    @model_validator(mode="after")
+    def _views_are_of_images(self) -> BackboneConfig:
+        if (self.views or self.view) and names_vectors(self.name):
+            raise ValueError(f"views: {self.name} holds vectors that were made elsewhere, and views are of images")
+        if len({*self.views}) < len(self.views) or (self.views and self.view):
+            raise ValueError("views: each is to be named once, and without view")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_views(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A section is compared with, and named by, what was written down then.
+        return {key: value for key, value in write(self).items() if value or key not in ("views", "view")}
 
     @field_serializer("pooling")
     def _as_one_word(self, value: tuple[str, ...]) -> str | list[str]:
@@ -475,6 +496,15 @@ class Config(Section):
         for name in value or ():
             _in_table("baseline", name, info)
         return value
+
+    @property
+    def sections(self) -> tuple[BackboneConfig, ...]:
+        """What is embedded: each of `backbones`, and each of its views as a section of its own."""
+        found = []
+        for section in self.backbones:
+            plain = section.model_copy(update={"views": ()})
+            found += [plain, *(plain.model_copy(update={"view": view}) for view in section.views)]
+        return tuple(found)
 
     @field_validator("concat")
     @classmethod

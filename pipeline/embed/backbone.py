@@ -30,7 +30,7 @@ from pipeline.embed.engines import (
     resolve_device,
     resolve_precision,
 )
-from pipeline.embed.spec import EmbeddingSpec, embedding_name, probe_images
+from pipeline.embed.spec import VIEW, EmbeddingSpec, embedding_name, probe_images
 from pipeline.embed.weights import Network, bundled, family_of, load_network, network_names
 from pipeline.errors import BackboneError, first_line
 from pipeline.io.digests import canonical_json
@@ -241,9 +241,10 @@ class _Written(nn.Module):
 
 
 def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
+    view = network.preprocessing.view.split()[:1]
     return EmbeddingSpec(
-        name=embedding_name(network.name, network.weights, *row.words),
-        kind="backbone",
+        name=embedding_name(network.name, network.weights, *row.words, *view),
+        kind=VIEW if view else "backbone",
         library=family_of(network.architecture).library,
         architecture=network.architecture,
         arguments=network.arguments,
@@ -271,7 +272,8 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     """
     device = resolve_device(extraction.device)
     network = load_network(config, seed)
-    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode))
+    view = "" if config.view is None else config.view if config.view == "flip" else f"{config.view} {seed}"
+    network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode, view=view))
     own = family_of(network.architecture).auto_precision
     asked = own if own and extraction.precision == "auto" else extraction.precision
     dtype, precision, reason = resolve_precision(asked, device)

@@ -127,7 +127,7 @@ def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config
     document = {
         **Artifacts(path.parent, config.store).stores_told(),
         "shared": shared(config),
-        "backbones": config.backbones,
+        "backbones": config.sections,
         "index": index,
         "embeddings": records,
     }
@@ -185,9 +185,9 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     chosen = tuple(
         record
         for record in records
-        if (record.name in named if record.kind == "baseline" else not told or record.asked in config.backbones)
+        if (record.name in named if record.kind == "baseline" else not told or record.asked in config.sections)
     )
-    for section in config.backbones:
+    for section in config.sections:
         if section in [record.instead_of for record in chosen]:
             logger.warning("%s", about_stand_in(section))
     require_permitted(config.licenses, ((record.name, record.spec.license) for record in chosen))
@@ -202,7 +202,7 @@ def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], con
     then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
     made = {**made, "dataset": {**then, **made["dataset"]}}
     lines = differences(made, shared(config), whose, "this config")
-    for section in config.backbones:
+    for section in config.sections:
         if section not in backbones:
             given = section.model_dump(mode="json", exclude_defaults=True)
             lines.append("backbones: not " + ", ".join(f"{key}: {value}" for key, value in given.items()))
@@ -271,7 +271,7 @@ def spec_key(section: BackboneConfig, config: Config) -> str:
             "embed_version": EMBED_VERSION,
             "section": section.model_dump(mode="json"),
             "asked": config.extraction.model_dump(mode="json", include={"device", "precision", "engine", "decode"}),
-            "seed": config.seed if section.weights == "random" else None,
+            "seed": config.seed if section.weights == "random" or section.view else None,
             "machine": choice_inputs(),
             "decode": dict(DECODE_POLICY),
             "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),

@@ -21,6 +21,9 @@ EMBED_VERSION = 1
 """Goes up by hand when a change to this package's own code changes vectors of the same identity."""
 
 
+VIEW = "view"
+
+
 @dataclass(frozen=True)
 class EmbeddingSpec:
     """One embedding: a network or a fixed recipe, one of its layers, and all that its vectors depend on."""
@@ -28,7 +31,7 @@ class EmbeddingSpec:
     name: str
     """Readable and safe as a file name, such as `resnet18-random-penultimate`."""
     kind: str
-    """`backbone`, `baseline`, or `concat` of several."""
+    """`backbone`, `baseline`, `concat` of several, or `view` of changed images."""
     library: str
     architecture: str
     arguments: Mapping[str, Any]

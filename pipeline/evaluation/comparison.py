@@ -54,6 +54,11 @@ class Paired:
             return 0
         return 1 if self.interval[0] > 0 else -1
 
+    @property
+    def verdict(self) -> str:
+        """Whether the first is worth having, in words."""
+        return {1: "it helps", 0: "that it helps is not shown", -1: "it does harm"}[self.shown]
+
 
 @dataclass(frozen=True)
 class Difference:

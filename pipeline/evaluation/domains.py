@@ -305,11 +305,10 @@ class Adapted:
     def sentence(self) -> str:
         """Say what it brought."""
         low, high = (100 * end for end in self.gain.interval)
-        verdict = {1: "it helps", 0: "that it helps is not shown", -1: "it does harm"}[self.gain.shown]
         few = f"; {self.worth:,.0f} training images' worth was left" if self.worth is not None else ""
         return (
             f"{self.way} on {self.domain!r}: {100 * self.plain:.1f} to {100 * self.score:.1f} %, {100 * self.gain.difference:+.1f} points "
-            f"[{low:+.1f}, {high:+.1f}] on {self.images:,} test images{few}: {verdict}"
+            f"[{low:+.1f}, {high:+.1f}] on {self.images:,} test images{few}: {self.gain.verdict}"
         )
 
 
@@ -317,15 +316,11 @@ class Adapted:
 class Domains:
     """What is known of an experiment's domains, by one row of its leaderboard."""
 
-    key: str
-    """Digest of all that it was made of."""
     row: str
     embedding: str
     pairs: tuple[Apart, ...]
     each: tuple[InDomain, ...]
     adapted: tuple[Adapted, ...]
-    bundle: str | None
-    """The folder of the re-weighted head; None where there is none."""
     notes: tuple[str, ...]
     """What could not be done, and why."""
 

@@ -53,7 +53,7 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
         When the weights or a library have changed since.
     """
     record = choice.record
-    trusted = record.section in config.backbones
+    trusted = record.section in config.sections
     preprocessing = open_record(record, config.extraction.device, trust_code=trusted)[0].preprocessing
     assert record.section is not None  # `choose` takes backbones only
     network = replace(load_network(record.section, record.seed), preprocessing=preprocessing)

@@ -129,7 +129,7 @@ def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
     except ConfigError:
         problems = ["it was written by another version of this package"]
     else:
-        problems = departures(shared(made), made.backbones, config, "the leaderboard")
+        problems = departures(shared(made), made.sections, config, "the leaderboard")
     if problems:
         raise PipelineError(
             f"{files.leaderboard}: is of another config; run `manyheads heads` with this config first", problems

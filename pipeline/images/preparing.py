@@ -7,14 +7,15 @@ Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
+from zlib import crc32
 
 import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from pipeline.images.decoding import DECODE_POLICY
 
@@ -58,6 +59,8 @@ class Preprocessing:
     decode: str = "exact"
     fit: str = "crop"
     """A word of `FITS`; the last two are timm's crop modes of these names."""
+    view: str = ""
+    """How the decoded image is changed first, by a word of `VIEWS`, and the seed of what is drawn: `crop 0`."""
 
     def __post_init__(self) -> None:
         for key, words in {"fit": FITS, "interpolation": _INTERPOLATIONS, "decode": DECODE_MODES}.items():
@@ -81,7 +84,42 @@ class Preprocessing:
         values = {**asdict(self), "decode": {**DECODE_POLICY, "mode": self.decode}}
         if self.fit == "crop":
             del values["fit"]  # as in identities of before there were others
+        if not self.view:
+            del values["view"]
         return values
+
+
+def _flipped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def _cropped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Cut out half of the area or more, in proportions that differ by up to a third, as `finetune.augment: crop` does."""
+    share, stretch = rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)) / 2)
+    sides = np.minimum(np.round(np.sqrt(share) * np.array(image.size) * [stretch, 1 / stretch]), image.size).clip(1)
+    left, top = (rng.integers(0, whole - side + 1) for whole, side in zip(image.size, sides.astype(int), strict=True))
+    return image.crop((left, top, left + int(sides[0]), top + int(sides[1])))
+
+
+def _coloured(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation by up to three tenths each."""
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = change(image).enhance(rng.uniform(0.7, 1.3))
+    return image
+
+
+VIEWS: Final[Mapping[str, Callable[[Image.Image, np.random.Generator], Image.Image]]] = {
+    "flip": _flipped,
+    "crop": _cropped,
+    "colour": _coloured,
+}
+
+
+def viewed(pixels: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
+    """Return a view of an image, uint8 of shape (height, width, 3); what is drawn depends on the pixels and the seed alone."""
+    name, _, seed = view.partition(" ")
+    rng = np.random.default_rng([crc32(pixels.tobytes()), int(seed or 0)])
+    return np.asarray(VIEWS[name](Image.fromarray(pixels), rng))
 
 
 def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -92,6 +130,7 @@ def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[
     crop is padded with black, as there, with `fit: border` with the mean colour, as timm does. Only for extremely long images,
     whose resized form would pass `MAX_RESIZED_PIXELS`, the pixels may differ a little.
     """
+    pixels = viewed(pixels, preprocessing.view) if preprocessing.view else pixels
     height, width = pixels.shape[:2]
     wide, high = _resized((width, height), preprocessing)
     name = preprocessing.interpolation

@@ -383,7 +383,7 @@ def _domains(material: Material) -> Shown | None:
     record = material.leaderboard.provenance.get("domains")
     if record is None:
         return None
-    found: Domains = from_plain(Domains, record)
+    found: Domains = from_plain(Domains, record["more"])
     classes = [(each.name, one) for each in found.each for one in each.classes]
     classes.sort(key=lambda item: item[1].label)
     return {}, {"domains": found, "new": [each.name for each in found.each if each.new], "all": classes}

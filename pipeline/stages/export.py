@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.config import DatasetConfig, unknown
 from pipeline.data import DatasetIndex
 from pipeline.embed.records import EmbeddingRecord, open_networks
+from pipeline.embed.spec import VIEW
 from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
@@ -73,6 +74,10 @@ def _rows(experiment: Path, row: str) -> dict[str, Path]:
 def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
     """Open the networks of some heads, each once, and also in torch's float32 those that `predict` has in bf16 or by OpenVINO."""
     records = records_of(heads, dict.fromkeys(heads, Path("this head")))
+    if any(record.kind == VIEW for own in records.values() for record in own):
+        raise BundleError(
+            "this head is averaged over views of an image, which no file for other programs makes; name another"
+        )
     networks = open_networks(records, "cpu", trust_code=trust_code)
     exact = {target: list(map(_in_torch, own)) for target, own in records.items()}
     if exact == records:

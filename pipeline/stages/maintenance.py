@@ -153,7 +153,7 @@ def status(config: Config) -> list[str]:
     sections = [record.asked for record in here.records]
     lines += [
         f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
-        for section in config.backbones
+        for section in config.sections
         if section not in sections
     ]
     asked = [record.instead_of for record in here.records if record.instead_of is not None]
@@ -369,7 +369,7 @@ def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tupl
     stored = FeatureStore.open(here.path(record), record.fingerprint)
     rows = np.flatnonzero(~stored.missing(here.index.digests))
     chosen = np.random.default_rng(here.config.seed).permutation(rows)[:sample]
-    trusted = record.section in here.config.backbones
+    trusted = record.section in here.config.sections
     embedder, output = open_record(record, here.config.extraction.device, trust_code=trusted)
     items = (Item(row, str(here.index.paths[row]), here.index.digests[row].tobytes(), (0,)) for row in chosen.tolist())
     deviating = []

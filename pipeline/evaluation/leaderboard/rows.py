@@ -119,8 +119,8 @@ class LeaderboardRow:
     last_fit: LastFit | None = None
     expected_test: Interval | None = None
     """The 99.9 % prediction interval of the test accuracy, given the answers out of fold; None of targets without an accuracy."""
-    adapted: str = ""
-    """How the head of another row was adapted to the test's new domains, without their labels; '' of any other row."""
+    apart: str = ""
+    """What the head of another row was changed for, `domains` or `views`; '' of any other row. It is no candidate for the best."""
 
     @property
     def key(self) -> str:
@@ -130,8 +130,8 @@ class LeaderboardRow:
     @property
     def images(self) -> str:
         """What the rows that are cross-validated on the same images have in common."""
-        if self.adapted:
-            return "adapted"
+        if self.apart:
+            return self.apart
         return "" if self.unseen_rows is None else f"{self.unseen_rows} of {self.task}"
 
     def to_record(self) -> dict[str, Any]:
@@ -161,8 +161,8 @@ class LeaderboardRow:
     @property
     def kind(self) -> str:
         """What a reader must know about the embedding before comparing, in a word, or nothing."""
-        if self.adapted:
-            return "adapted"
+        if self.apart:
+            return self.apart
         if self.unseen_rows is not None:
             return "fine-tuned"
         return "baseline" if self.baseline else "untrained" if self.untrained else ""

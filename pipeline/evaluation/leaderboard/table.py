@@ -23,7 +23,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 APART = "Ranked apart, on other images"
-ADAPTED = "Adapted to new domains, without their labels"
+APARTS = {
+    "domains": (
+        "Adapted to new domains, without their labels",
+        "the head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
+        "is adapted by the features of the other half: no image's own, and no label of theirs. Cross-validation on the training "
+        "images cannot judge that, so these rows are no candidates; what each brought is said below.",
+    ),
+    "views": (
+        "With views of the images",
+        "the best head of a network, at the same parameters, averaged over views of an image, learned from the views of the training "
+        "images, or both. Folds are of images, so that no view of an image that is judged was learned from. These rows are no "
+        "candidates; what each brought and costs is said below.",
+    ),
+}
+"""Headings and words on rows that are made of others, by `LeaderboardRow.apart`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Leaderboard:
             # The images of most rows; those of a fine-tuned network only where no other backbone is there.
             first = min(
                 ordered,
-                key=lambda row: (bool(row.adapted), row.baseline, row.unseen_rows is not None, row.chose_rows > 0),
+                key=lambda row: (bool(row.apart), row.baseline, row.unseen_rows is not None, row.chose_rows > 0),
             )
             ordered.sort(key=lambda row: (row.images != first.images, row.images))
         object.__setattr__(self, "rows", tuple(ordered))
@@ -368,18 +382,14 @@ SURPRISES = {
 
 def apart_title(rows: Sequence[LeaderboardRow]) -> str:
     """Return the heading of rows that stand apart."""
-    return ADAPTED if rows[0].adapted else APART
+    return APARTS[rows[0].apart][0] if rows[0].apart else APART
 
 
 def apart_text(rows: Sequence[LeaderboardRow]) -> str:
     """Say which images rows are fitted and judged on, and how they can be compared with others; all rows on the same images."""
     row = rows[0]
-    if row.adapted:
-        return (
-            "the head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
-            "is adapted by the features of the other half: no image's own, and no label of theirs. Cross-validation on the training "
-            "images cannot judge that, so these rows are no candidates; what each brought is said below."
-        )
+    if row.apart:
+        return APARTS[row.apart][1]
     if row.unseen_rows is None:
         return "heads fitted and cross-validated on all training images: compare them with the others by the test."
     others = f"on a fine-tuned network, fitted on the {row.unseen_rows:,} training images that it has not learned from"
@@ -400,7 +410,7 @@ def nested_text(nested: Nested | None, scoring: str) -> str:
 
 def cross_validated(row: LeaderboardRow, scoring: str) -> str:
     """Return the cross-validation score and its spread over the folds; a dash where it cannot judge the row."""
-    return "–" if row.chose_rows or row.adapted else _spread((row.cv_mean, row.cv_std), METRICS[scoring])
+    return "–" if row.chose_rows or row.apart == "domains" else _spread((row.cv_mean, row.cv_std), METRICS[scoring])
 
 
 def _spread(found: tuple[float, float], metric: Metric) -> str:

@@ -83,8 +83,9 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
     known = read_specs(files.specs)
     found = dict(known)
     sources = []
-    for asked in config.backbones:
+    for asked in config.sections:
         other = None if spec_key(asked, config) in known else stand_in(asked)
+        other = other and other.model_copy(update={"view": asked.view})
         section, instead_of = (other, asked) if other else (asked, None)
         key = spec_key(section, config)
         if key not in known and (theirs := _specs_of_others(key, files, digests)):

@@ -7,6 +7,8 @@ head and the leaderboard. The best head is chosen by cross-validation; test imag
     row.py        one head: tuned, scored, repeated on request, saved, or found finished
     layers.py     which layers of a network hold the signal, where several are embedded
     vote.py       the best rows of different embeddings together, on request
+    apart.py      rows that are made of another row and stand apart
+    views.py      the best heads averaged over views of images and learned from them
     domains.py    how far the data set's domains are apart, and the best head adapted to new ones
     strangers.py  near-duplicates across test or folds, and what is strange to the best row
 
@@ -66,6 +68,7 @@ from pipeline.stages.train_heads.domains import with_domains
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import find_leaks, with_strangers
 from pipeline.stages.train_heads.task import Embedding, Task, Vectors, make_task, unseen_task
+from pipeline.stages.train_heads.views import with_views
 from pipeline.stages.train_heads.vote import vote_row
 from pipeline.store import FeatureStore, JoinedStores
 
@@ -161,7 +164,8 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
     leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
     leaks, findings = find_leaks(leaderboard, task, stores, files)
-    leaderboard = with_domains(replace(leaderboard, leaks=leaks), task, stores, files, config)
+    leaderboard = with_views(replace(leaderboard, leaks=leaks), task, stores, records, files, config.seed)
+    leaderboard = with_domains(leaderboard, task, stores, files, config)
     write_findings(files.audit, findings)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())

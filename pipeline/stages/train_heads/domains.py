@@ -7,8 +7,7 @@ other half is adapted, so that no image is judged by what it took part in.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -21,12 +20,12 @@ from sklearn.utils.validation import has_fit_parameter
 from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.data.index import Texts, leakage_units
-from pipeline.errors import PipelineError
-from pipeline.evaluation import HeadPredictions, Metric, Predictions, joined, paired_answers, scores
+from pipeline.evaluation import Predictions, joined, paired_answers
 from pipeline.evaluation.domains import (
     FOLDS,
     LEAST,
     Adapted,
+    Apart,
     Domains,
     align,
     apart,
@@ -34,75 +33,79 @@ from pipeline.evaluation.domains import (
     weights,
     worth,
 )
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
-from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.experiment import Artifacts, from_plain, plain
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.experiment import Artifacts, plain
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.io.digests import fingerprint
+from pipeline.stages.train_heads.apart import Found, Origin, found_before, origin, row_like, with_rows
 from pipeline.stages.train_heads.task import Task
 from pipeline.store import FeatureStore, JoinedStores
 
 VERSION = 1
 """Goes up when what is measured changes its meaning, so that it is made again."""
 MOST_OF_A_DOMAIN, MOST_PAIRS = 1_000, 15
-"""Images of a domain that are looked at, and pairs of domains, those with new ones first."""
+"""Images of a domain that are looked at, and pairs of domains, those of a new one with one of training first."""
 MOST_TRAINING = 20_000
 """Training images that a head is fitted on again with weights."""
+
+Rows = NDArray[np.intp]
+"""Places among all images, training before test."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """The row that is looked at, what it said, the domains of the n training and m test images, and which of these are of new ones."""
+    """The row that is looked at, the n training and m test images, and the domain, unit and half of each: arrays of shape (n + m,)."""
 
-    row: LeaderboardRow
-    bundle: ModelBundle
-    said: HeadPredictions
+    origin: Origin
     task: Task
     store: FeatureStore | JoinedStores
-    of_train: Texts
-    of_test: Texts
+    domains: Texts
     units: NDArray[np.int64]
-    """Of all images, training before test: int64 of shape (n + m,)."""
     half: NDArray[np.bool_]
-    """Which half of the test an image is of, whole units together: bool of shape (m,)."""
+    """Which half an image of a new domain is of, whole units together."""
     seed: int
 
     @property
     def new(self) -> list[str]:
         """The domains that no training image is of."""
-        return sorted({*self.of_test.tolist()} - {*self.of_train.tolist()})
+        n = len(self.task.train)
+        return sorted({*self.domains[n:].tolist()} - {*self.domains[:n].tolist()})
 
-    def read(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Return the vectors of some images, numbered as in `units`: float32 of shape (k, dim)."""
+    def halves(self, domains: Sequence[str]) -> tuple[Rows, Rows]:
+        """Return both halves of the images of some domains."""
+        there = np.isin(self.domains, list(domains))
+        return np.flatnonzero(there & self.half), np.flatnonzero(there & ~self.half)
+
+    def read(self, rows: Rows) -> NDArray[np.float32]:
+        """Return the vectors of some images: float32 of shape (k, dim)."""
         return self.store.read(np.concatenate([self.task.train.digests, self.task.test.digests])[rows])
 
-    def sample(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+    def sample(self, rows: Rows) -> Rows:
         """Return at most `MOST_OF_A_DOMAIN` of some images."""
-        drawn = np.random.default_rng(self.seed).permutation(rows)[:MOST_OF_A_DOMAIN]
-        return np.asarray(np.sort(drawn), dtype=np.intp)
+        return np.sort(np.random.default_rng(self.seed).permutation(rows)[:MOST_OF_A_DOMAIN])
 
 
 def with_domains(
-    board: Leaderboard,
-    task: Task,
-    stores: Mapping[str, FeatureStore | JoinedStores],
-    files: Artifacts,
-    config: Config,
+    board: Leaderboard, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts, config: Config
 ) -> Leaderboard:
     """Return the leaderboard with what is known of the domains, and the best row on images adapted to new ones as further rows."""
-    domains = [own for part in (task.train, task.test) if (own := _domains(part, config)) is not None]
-    able = [row for row in board.ranked if row.embedding in stores and row.bundle and row.task == task.key]
-    if not domains or not able or not task.target.exclusive:
+    parts = [own for index in (task.train, task.test) if (own := _domains(index, config)) is not None]
+    best = origin(board, stores, task, files) if parts else None
+    if best is None:
         return board
-    row, of_all = able[0], np.concatenate(domains)
-    made = bundles.describe(files.root / str(row.bundle))["provenance"]["key"]
-    key = fingerprint({"version": VERSION, "row": made, "domains": of_all.tolist(), "adapt": config.adapt})
-    found = _found_before(files, key) or _find(row, board, task, stores[row.embedding], domains, files, config, key)
-    rows, told = found
-    notes = [*board.provenance.get("notes", ()), *told.lines()]
-    provenance = {**board.provenance, "notes": notes, "domains": plain(asdict(told))}
-    return replace(board, rows=(*board.rows, *rows), provenance=provenance)
+    domains = np.concatenate(parts)
+    key = fingerprint({"version": VERSION, "row": best.key, "domains": domains.tolist(), "adapt": config.adapt})
+    found = found_before(files, "domains", key)
+    if found is None:
+        groups = [
+            np.full(len(each), "", object) if each.groups is None else each.groups for each in (task.train, task.test)
+        ]
+        units = leakage_units(np.concatenate([task.train.digests, task.test.digests]), np.concatenate(groups))
+        half = np.random.default_rng(config.seed).permutation(units.max() + 1)[units] % 2 == 0
+        asked = _Asked(best, task, stores[best.row.embedding], domains, units, half, config.seed)
+        found = _find(asked, board, files, config, key)
+    return with_rows(board, "domains", key, found)
 
 
 def _domains(index: DatasetIndex, config: Config) -> Texts | None:
@@ -112,145 +115,116 @@ def _domains(index: DatasetIndex, config: Config) -> Texts | None:
     return index.domains if config.dataset.domain else None
 
 
-def _found_before(files: Artifacts, key: str) -> tuple[list[LeaderboardRow], Domains] | None:
-    """Return what an earlier run found of the same."""
-    with suppress(PipelineError, OSError, KeyError, TypeError, ValueError, AttributeError):
-        before = read_leaderboard(files.root)
-        told: Domains = from_plain(Domains, before.provenance["domains"])
-        if told.key == key:
-            if told.bundle is not None:
-                bundles.load(files.root / told.bundle)
-            return [row for row in before.rows if row.adapted], told
-    return None
-
-
-def _find(
-    row: LeaderboardRow,
-    board: Leaderboard,
-    task: Task,
-    store: FeatureStore | JoinedStores,
-    domains: list[Texts],
-    files: Artifacts,
-    config: Config,
-    key: str,
-) -> tuple[list[LeaderboardRow], Domains]:
-    folder, seed = files.root / str(row.bundle), config.seed
-    said = HeadPredictions.read(folder / FILE_NAME)
-    groups = [
-        part.groups if part.groups is not None else np.full(len(part), "", object) for part in (task.train, task.test)
-    ]
-    units = leakage_units(np.concatenate([task.train.digests, task.test.digests]), np.concatenate(groups))
-    in_test = units[len(task.train) :]
-    half = np.random.default_rng(seed).permutation(units.max() + 1)[in_test] % 2 == 0
-    asked = _Asked(row, bundles.load(folder), said, task, store, domains[0], domains[1], units, half, seed)
-    notes: list[str] = []
-    adapted, rows, bundle = list[Adapted](), list[LeaderboardRow](), None
+def _find(asked: _Asked, board: Leaderboard, files: Artifacts, config: Config, key: str) -> Found:
+    row, said, task = asked.origin.row, asked.origin.said, asked.task
+    adapted, rows, folders = list[Adapted](), list[LeaderboardRow](), list[str]()
+    pairs, notes = _pairs(asked)
     if config.adapt and not asked.new:
         notes.append(
             "Every domain of the test is among the training images, so there is none to adapt to: give all images of one the split test."
         )
     for way in config.adapt if asked.new else ():
-        start = time.perf_counter()
-        answers, used, weighing, problem = WAYS[way](asked)
-        notes += [f"{way}: {problem}."] if problem else []
-        if answers is None:
-            continue
-        named = f"{row.head}+{way}"
-        rows.append(_row(row, named, way, answers, board.metric, seed, time.perf_counter() - start))
-        adapted += _brought(asked, f"{row.embedding}/{named}", way, answers, board.told_by, used, weighing)
-        if weighing is not None:
-            bundle = files.bundle(row.embedding, named).relative_to(files.root).as_posix()
-            bundles.save(replace(weighing.fitted, provenance={"key": key, "seed": seed}), files.root / bundle)
-            notes.append(f"The re-weighted head of all of them is in {bundle}.")
-    of_all, trained = np.concatenate(domains), sorted({*domains[0].tolist()})
-    pairs, left = _pairs(asked, of_all)
+        start, named = time.perf_counter(), f"{row.head}+{way}"
+        told = WAYS[way](asked)
+        notes += [f"{way}: {told.amiss}."] * bool(told.amiss)
+        if told.used:
+            made = row_like(row, named, "domains", told.answers, board.metric, asked.seed)
+            rows.append(replace(made, fit_seconds=row.fit_seconds + time.perf_counter() - start))
+            adapted += _brought(asked, made.key, way, told, board)
+        if told.fitted is not None:
+            folders.append(files.bundle(row.embedding, named).relative_to(files.root).as_posix())
+            bundles.save(replace(told.fitted, provenance={"key": key, "seed": asked.seed}), files.root / folders[-1])
+            notes.append(f"The re-weighted head is in {folders[-1]}.")
     assert said.out_of_fold is not None
     parts = [replace(part, units=None, scores=None, folds=None) for part in (said.out_of_fold, said.test)]
-    distinct = units.max() + 1 == len(units)
-    everything = replace(joined(parts), units=None if distinct else units)
-    each = suffering(everything, of_all, trained)
+    units = None if asked.units.max() + 1 == len(asked.units) else asked.units
+    trained = sorted({*asked.domains[: len(task.train)].tolist()})
+    each = suffering(replace(joined(parts), units=units), asked.domains, trained)
     adapted.sort(key=lambda one: (one.domain, one.way))
-    return rows, Domains(key, row.key, row.embedding, pairs, each, tuple(adapted), bundle, (*left, *notes))
+    domains = Domains(row.key, row.embedding, pairs, each, tuple(adapted), tuple(notes))
+    return Found(tuple(rows), tuple(domains.lines()), tuple(folders), plain(asdict(domains)))
 
 
-def _pairs(asked: _Asked, of_all: Texts) -> tuple[tuple[Any, ...], list[str]]:
+def _pairs(asked: _Asked) -> tuple[tuple[Apart, ...], list[str]]:
     """Measure the pairs of domains, and say which were not."""
-    rows = {name: np.flatnonzero(of_all == name) for name in sorted({*of_all.tolist()})}
+    ordered = sorted({*asked.domains.tolist()}, key=lambda name: (name in asked.new, name))
+    rows = {name: np.flatnonzero(asked.domains == name) for name in ordered}
     few = [name for name, own in rows.items() if len(np.unique(asked.units[own])) < 2 * FOLDS]
-    ordered = sorted(rows, key=lambda name: (name in asked.new, name))
     pairs = [pair for pair in combinations(ordered, 2) if not {*pair} & {*few}]
     pairs.sort(key=lambda pair: len({*pair} & {*asked.new}) != 1)
     notes = [f"{len(rows[name])} images of {name!r} are too few to say how far it is from others." for name in few]
-    if len(pairs) > MOST_PAIRS:
-        notes.append(f"Of {len(pairs)} pairs of domains {MOST_PAIRS} were measured.")
+    notes += [f"Of {len(pairs)} pairs of domains {MOST_PAIRS} were measured."] * (len(pairs) > MOST_PAIRS)
     found = []
-    for one, other in pairs[:MOST_PAIRS]:
-        a, b = (asked.sample(rows[name]) for name in (one, other))
-        together = asked.units[np.concatenate([a, b])]
-        found.append(apart(asked.read(a), asked.read(b), asked.seed, together, (one, other)))
+    for names in pairs[:MOST_PAIRS]:
+        one, other = (asked.sample(rows[name]) for name in names)
+        units = asked.units[np.concatenate([one, other])]
+        found.append(apart(asked.read(one), asked.read(other), asked.seed, units, names))
     return tuple(found), notes
 
 
-@dataclass(frozen=True)
-class _Weighing:
-    """A head fitted with weights made of all images of new domains, and how many training images these leave."""
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What an adapted head says of the test images, by domain how many images told it at least, and what is amiss.
 
-    fitted: ModelBundle
-    worth: float
+    `fitted` is the head where it is another, fitted with weights of all images of new domains, which leave `worth` training images.
+    """
+
+    answers: Predictions
+    used: Mapping[str, int]
+    amiss: str = ""
+    fitted: ModelBundle | None = None
+    worth: float | None = None
 
 
-Told = tuple[Predictions | None, Mapping[str, int], _Weighing | None, str]
-"""What the adapted head said of the test, by domain how many images told it at least, the head where it is another, and what is amiss."""
-
-
-def _coral(asked: _Asked) -> Told:
+def _coral(asked: _Asked) -> _Told:
     """Align the images of each new domain with the training images."""
-    n, answers, used, few = len(asked.task.train), asked.said.test, dict[str, int](), list[str]()
+    n, answers, used, few = len(asked.task.train), asked.origin.said.test, dict[str, int](), list[str]()
     source = asked.read(asked.sample(np.arange(n)))
     for name in asked.new:
-        halves = [np.flatnonzero((asked.of_test == name) & (asked.half == side)) for side in (False, True)]
-        if min(map(len, halves)) < LEAST:
+        halves = asked.halves([name])
+        least = min(map(len, halves))
+        if least < LEAST:
             few.append(f"{sum(map(len, halves))} of {name!r}")
             continue
-        used[name] = min(map(len, halves))
+        used[name] = least
         for own, other in (halves, halves[::-1]):
-            alignment = align(source, asked.read(n + asked.sample(other)), asked.seed)
-            answers = _answered(answers, own, asked.bundle.said(alignment(asked.read(n + own))))
+            alignment = align(source, asked.read(asked.sample(other)), asked.seed)
+            answers = _answered(answers, own - n, asked.origin.bundle.said(alignment(asked.read(own))))
     amiss = f"too few test images to align by, expected {2 * LEAST} of a domain: {', '.join(few)}" if few else ""
-    return (answers if used else None), used, None, amiss
+    return _Told(answers, used, amiss)
 
 
-def _reweight(asked: _Asked) -> Told:
+def _reweight(asked: _Asked) -> _Told:
     """Fit the head again on training images weighted as if they came of the new domains."""
-    n, pipeline = len(asked.task.train), asked.bundle.estimator
-    named, last = pipeline.steps[-1]
-    if not has_fit_parameter(last, "sample_weight"):
-        return None, {}, None, f"{asked.row.head} takes no weights"
-    new = np.isin(asked.of_test, asked.new)
-    halves = [np.flatnonzero(new & (asked.half == side)) for side in (False, True)]
-    if min(map(len, halves)) < LEAST or n > MOST_TRAINING:
-        what = f"{int(new.sum())} test images of new domains are too few, expected {2 * LEAST}"
-        return None, {}, None, what if n <= MOST_TRAINING else f"more than {MOST_TRAINING:,} training images"
-    source, answers = asked.read(np.arange(n)), asked.said.test
+    n, bundle, answers = len(asked.task.train), asked.origin.bundle, asked.origin.said.test
+    last, model = bundle.estimator.steps[-1]
+    halves = asked.halves(asked.new)
+    problems = {
+        f"{asked.origin.row.head} takes no weights": not has_fit_parameter(model, "sample_weight"),
+        f"more than {MOST_TRAINING:,} training images": n > MOST_TRAINING,
+        f"{sum(map(len, halves))} test images of new domains are too few, expected {2 * LEAST}": min(map(len, halves))
+        < LEAST,
+    }
+    if any(problems.values()):
+        return _Told(answers, {}, next(problem for problem, found in problems.items() if found))
+    source = asked.read(np.arange(n))
 
-    def weighed(images: NDArray[np.intp]) -> _Weighing:
-        found = weights(source, asked.read(n + asked.sample(images)), asked.seed)
-        fitted = clone(pipeline).fit(source, asked.task.y_train, **{f"{named}__sample_weight": found})
-        return _Weighing(replace(asked.bundle, estimator=fitted), worth(found))
+    def weighed(images: Rows) -> tuple[ModelBundle, float]:
+        found = weights(source, asked.read(asked.sample(images)), asked.seed)
+        fitted = clone(bundle.estimator).fit(source, asked.task.y_train, **{f"{last}__sample_weight": found})
+        return replace(bundle, estimator=fitted), worth(found)
 
     for own, other in (halves, halves[::-1]):
-        answers = _answered(answers, own, weighed(other).fitted.said(asked.read(n + own)))
-    used = {name: int(np.sum(asked.of_test == name)) // 2 for name in asked.new}
-    return answers, used, weighed(np.flatnonzero(new)), ""
+        answers = _answered(answers, own - n, weighed(other)[0].said(asked.read(own)))
+    used = {name: min(map(len, asked.halves([name]))) for name in asked.new}
+    return _Told(answers, used, "", *weighed(np.concatenate(halves)))
 
 
 WAYS = {"coral": _coral, "reweight": _reweight}
 """By the words of `adapt`."""
 
 
-def _answered(
-    said: Predictions, rows: NDArray[np.intp], new: tuple[NDArray[Any], NDArray[np.float64] | None]
-) -> Predictions:
+def _answered(said: Predictions, rows: Rows, new: tuple[NDArray[Any], NDArray[np.float64] | None]) -> Predictions:
     """Return predictions with those of some images replaced."""
     y_pred, probabilities = said.y_pred.copy(), said.probabilities
     y_pred[rows] = new[0]
@@ -260,34 +234,12 @@ def _answered(
     return replace(said, y_pred=y_pred, probabilities=probabilities)
 
 
-def _row(
-    row: LeaderboardRow, named: str, way: str, answers: Predictions, metric: Metric, seed: int, seconds: float
-) -> LeaderboardRow:
-    """Return the row of an adapted head; it has no bundle of its own that every command would take."""
-    nothing: dict[str, Any] = dict.fromkeys(
-        ("bundle", "nested", "seeds", "reweighted", "last_fit", "expected_test", "search_seconds")
-    )
-    tested = scores(answers, seed, metric)
-    return replace(
-        row, head=named, adapted=way, test=tested, fit_seconds=row.fit_seconds + seconds, trials=1, **nothing
-    )
-
-
-def _brought(
-    asked: _Asked,
-    row: str,
-    way: str,
-    answers: Predictions,
-    metric: Metric,
-    used: Mapping[str, int],
-    weighing: _Weighing | None,
-) -> list[Adapted]:
+def _brought(asked: _Asked, row: str, way: str, told: _Told, board: Leaderboard) -> list[Adapted]:
     """Compare the adapted head with the plain one, on the test images of each new domain."""
-    found = []
-    for name, images in used.items():
-        new, old = (part.rows(asked.of_test == name) for part in (answers, asked.said.test))
-        gain = paired_answers(metric, new, old, asked.seed)
+    found, of_test = [], asked.domains[len(asked.task.train) :]
+    for name, images in told.used.items():
+        new, old = (part.rows(of_test == name) for part in (told.answers, asked.origin.said.test))
+        gain = paired_answers(board.told_by, new, old, asked.seed)
         plain_score, score = (float(part.correct.mean()) for part in (old, new))
-        left = None if weighing is None else weighing.worth
-        found.append(Adapted(row, way, name, len(new), plain_score, score, gain, images, left))
+        found.append(Adapted(row, way, name, len(new), plain_score, score, gain, images, told.worth))
     return found
