@@ -45,7 +45,7 @@ DISK = [name for name, head in HEADS.items() if works_on_disk(head)]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks in little data; the sizes are not what is tested."""
-    monkeypatch.setattr(features, "BLOCK_BYTES", 1 << 15)
+    monkeypatch.setattr(features, "BLOCK_BYTES", 1 << 14)
 
 
 def stored(folder: Path, X: np.ndarray) -> StoredRows:

@@ -75,6 +75,7 @@ def test_a_page_has_the_sections_that_serve_its_target():
     assert "Its test MAE, lower is better 0.950 0.800 to 1.10 95 % interval" in text
     assert "Head and embedding Cross-validation, MAE Test MAE [95 %] RMSE R2 Spearman's rho Fit, s Trials" in text
     assert "ridge best resnet18-penultimate 0.900 ± 0.0100 0.950 [0.800, 1.10] – 0.500 – 1.25 16" in text
+    assert "90 test images show that its MAE on images like these is between 0.800 and 1.10 (95 % interval)." in text
     assert "MAE: ● test — its 95 % interval | cross-validation" in text
     assert "What does MAE cost?" in text
     assert " classes" not in text

@@ -166,21 +166,21 @@ def run(config: Config) -> Iterator[str]:
     yield from found[:-1]
     told = {*found, NOTHING_NEW}
     yield from [*(line for line in extract.run(config).summary_lines() if line not in told), ""]
-    again = ("to predict ", "report ")  # which is said below
-    yield from (line for line in heads(config) if not line.startswith(again))
-    yield from ["", *next_lines(files.root)]
-
-
-def next_lines(root: Path) -> list[str]:
-    """Say what can be done with a finished experiment."""
-    place = quote(str(root))
-    return [
+    trust = ""
+    for line in heads(config):
+        if not line.startswith(("to predict ", "report ")):  # which is said below
+            yield line
+        elif line.endswith(" --trust"):
+            trust = " --trust"
+    root, place = files.root, quote(str(files.root))
+    yield from [
+        "",
         "What next",
         f"  look          {report.refresh(root)} says how sure this is, which images are doubtful and whether more would help",
-        f"  label photos  manyheads predict {place} PHOTOS --output labels.csv",
+        f"  label photos  manyheads predict {place} PHOTOS --output labels.csv{trust}",
         f"  label more    manyheads pick PHOTOS --in {place} says which photos without labels would help most",
         f"  mend labels   manyheads clean {place} leaves out labels that look wrong",
         f"  search on     manyheads heads {place} --set tuning.trials=64",
-        f"  take along    manyheads export {place} --onnx {quote(root.name)}.onnx is one file from pixels to answer",
+        f"  take along    manyheads export {place} --onnx {quote(root.name)}.onnx{trust} is one file from pixels to answer",
         f"  check it      manyheads replay {place}",
     ]

@@ -68,11 +68,6 @@ class Known:
         """The images that heads learn from."""
         return self.index.select("train", "validation")
 
-    @property
-    def per_class(self) -> float:
-        """How many of them a class has."""
-        return len(self.train) / max(1, len(set(self.train.labels.ravel().tolist())))
-
 
 def run(
     config: Config, place: Path | None = None, *, count: int = 50, output: Path = Path("next.csv"), trust: bool = False
@@ -123,12 +118,11 @@ def _known(files: Artifacts, trust: bool) -> Known:
     head = None if bundle is None else bundles.load(bundle, trust_code=trust)
     index = DatasetIndex.read(files.dataset)
     there = ~open_features(record, files).missing(index.digests) & index.has_labels()
-    able = (
-        head is not None
-        and head.target.exclusive
-        and head.predict(np.zeros((1, record.spec.dim), np.float32))[1] is not None
-    )
-    return Known(settings.load(files.config), record, index.rows(there), head if able else None)
+    if head is not None and not (
+        head.target.exclusive and head.predict(np.zeros((1, record.spec.dim), np.float32))[1] is not None
+    ):
+        head = None  # gives no probabilities
+    return Known(settings.load(files.config), record, index.rows(there), head)
 
 
 def _embedded_alike(config: Config, known: Known) -> Config:
@@ -151,12 +145,14 @@ TYPICAL, UNSURE = "typical", "unsure"
 
 def _phase(known: Known | None) -> str:
     """Say which kind of image is picked, and why."""
-    if known is None or not len(known.train):
+    n = 0 if known is None else len(known.train)
+    if known is None or not n:
         return f"{TYPICAL}: no image has a label yet, so the commonest kinds of image come first"
     if known.head is None:
         return f"{TYPICAL}: there is no head that gives each class a probability, so kinds of image without a label come first"
-    have = f"the {number_of(len(known.train), 'labelled training image')} are {known.per_class:.0f} per class"
-    if known.per_class < TYPICAL_UNTIL:
+    per_class = n / len(set(known.train.labels.ravel().tolist()))
+    have = f"the {number_of(n, 'labelled training image')} are {per_class:.0f} per class"
+    if per_class < TYPICAL_UNTIL:
         return f"{TYPICAL}: {have}, and below {TYPICAL_UNTIL} a head does not know yet what it does not know"
     return f"{UNSURE}: {have}, and from {TYPICAL_UNTIL} on images that the best head is unsure of, unlike one another, teach it more"
 

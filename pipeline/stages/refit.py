@@ -239,7 +239,9 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     metric = METRICS[config.tuning.scoring]
     was, now = _same(old.test, said.test, row.key)
     change = paired_answers(metric, now, was, config.seed)
-    curve = _curve_score(metric, said.test.target)
+    # A score whose lack of 1 falls as a power of the number of images: the one that was tuned, where it is of the kind.
+    of_kind = (metric, *metrics_for(said.test.target))
+    curve = next(each for each in of_kind if each.high == 1 and not each.needs_probabilities)
     added = _added(old.test.target, said)
     train = len(old.out_of_fold), len(said.out_of_fold)
     journal = files.trials(embedding.name, head.name).with_suffix("")
@@ -310,11 +312,6 @@ def _added(before: Target, said: HeadPredictions) -> tuple[NewClass, ...]:
         return NewClass(name, int(own.sum() + in_training.sum()), int(own.sum()), int(said.test.correct[own].sum()))
 
     return tuple(map(new, sorted(set(said.classes) - set(before.classes)) if before.exclusive else ()))
-
-
-def _curve_score(metric: Metric, target: Target) -> Metric:
-    """Return a score whose lack of 1 falls as a power of the number of images: the one that was tuned, where it is of the kind."""
-    return next(each for each in (metric, *metrics_for(target)) if each.high == 1 and not each.needs_probabilities)
 
 
 def _learned(

@@ -88,7 +88,7 @@ def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport
     for place in (snapshot_path(path, number) for number in numbers):
         try:
             snapshot = open_snapshot(place)
-            assert len(snapshot.table.lines) == 4  # which checks all of it
+            _ = snapshot.table  # which checks all of it
             snapshots.append(snapshot)
         except StoreError as error:
             wrong(place, error.message)

@@ -78,8 +78,14 @@ def pack(
             for name, values in (columns or {}).items()
             if name != "paths" or not anonymous
         }
-    vectors = lambda: (features.astype(store.dtype) for _, features in store.pieces(content))  # noqa: E731
-    _write(path, compose_features("pack", store.store_type, content, vectors, **others).parts())
+    composed = compose_features(
+        "pack",
+        store.store_type,
+        content,
+        lambda: (features.astype(store.dtype) for _, features in store.pieces(content)),
+        **others,
+    )
+    _write(path, composed.parts())
     return FeatureStore.open(path)
 
 

@@ -119,19 +119,26 @@ def table(found: Mapping[str, list[dict[str, Any]]], start: list[list[int]]) -> 
     each = ", ".join(f"{100 * np.mean(one):.1f}" for one in start)
     yield f"| frozen features | {each} | {100 * np.mean(start):.1f} | | | |"
     for name, results in found.items():
-        answers = [np.array([one["right"] for one in results]), np.array(start[: len(results)])]
-        units = np.tile(np.arange(answers[0].shape[1]), len(results))
-        a, b = (Predictions(np.ones(one.size, int), one.ravel(), units=units) for one in answers)
-        paired = paired_answers(ACCURACY, a, b, seed=0)
-        low, high = (100 * end for end in paired.interval)
         each = ", ".join(f"{100 * one['test']:.1f}" for one in results)
-        gain = f"{100 * paired.difference:+.1f} [{low:+.1f}, {high:+.1f}], p = {paired.p_value:.2g}"
+        said = [one["right"] for one in results]
         chosen = 100 * np.mean([one["validation"]["chosen"] for one in results])
         spent = [np.mean([one[kind] for one in results]) / 60 for kind in ("wall", "processors")]
-        yield f"| {name} | {each} | {100 * answers[0].mean():.1f} | {gain} | {chosen:.1f} | {spent[0]:.1f}, {spent[1]:.1f} |"
+        yield f"| {name} | {each} | {100 * np.mean(said):.1f} | {gain(said, start)} | {chosen:.1f} | {spent[0]:.1f}, {spent[1]:.1f} |"
     yield ""
     for name, results in found.items():
         yield from (f"- {name}: {one['comparisons']['frozen']['verdict']}" for one in results)
+    both = [found[name] for name in ("everything", "everything, from an untrained head") if found.get(name)]
+    if len(both) == 2:
+        yield f"- the handed-over head against an untrained one: {gain(*([one['right'] for one in each] for each in both))}"
+
+
+def gain(a: list[list[int]], b: list[list[int]]) -> str:
+    """Return what the first gain on the second over all seeds, the answers to one image as one unit."""
+    units = np.tile(np.arange(len(a[0])), len(a))
+    both = (Predictions(np.ones(units.size, int), np.ravel(one), units=units) for one in (a, b[: len(a)]))
+    paired = paired_answers(ACCURACY, *both, seed=0)
+    low, high = (100 * end for end in paired.interval)
+    return f"{100 * paired.difference:+.1f} [{low:+.1f}, {high:+.1f}], p = {paired.p_value:.2g}"
 
 
 # ---- speed, beside a script as it is usually written
@@ -150,11 +157,11 @@ def speed(clothing: Path, rounds: int) -> Iterator[str]:
             told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             taken[way] += told["times"]
             profile = told["profile"] or profile
-    yield "| a step of 32 images | images/s | seconds | of processors |"
+    yield "| a step of 32 images | images per second of a processor | seconds of processors | seconds |"
     yield "|---|--:|--:|--:|"
     for way, times in taken.items():
         wall, used = (min(one) for one in zip(*times, strict=True))
-        yield f"| {way} | {BATCH / wall:.1f} | {wall:.2f} | {used:.2f} |"
+        yield f"| {way} | {BATCH / used:.1f} | {used:.2f} | {wall:.2f} |"
     yield f"\n```text\n{profile}\n```"
 
 
