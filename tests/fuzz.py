@@ -22,7 +22,7 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.embed import records as embedders
 from pipeline.errors import PipelineError
-from pipeline.evaluation.leaderboard import judge, read_leaderboard, read_predictions, read_trials
+from pipeline.evaluation.leaderboard import read_leaderboard, read_predictions, read_trials, recommend
 from pipeline.experiment import FINETUNING, Artifacts, read_document
 from pipeline.export import bundle as bundles
 from pipeline.io.digests import bytes_digest, digests_to_hex
@@ -64,7 +64,7 @@ def answers(config: Config) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "load", lambda: [bytes_digest(np.asarray(part).tobytes()) for part in _loaded(files)]
     yield "gc", lambda: _kept(config)
     yield "leaderboard", lambda: read_leaderboard(files.root).to_json()
-    yield "judge", lambda: judge(read_leaderboard(files.root), files.root).to_json()
+    yield "recommend", lambda: recommend(read_leaderboard(files.root), files.root).to_json()
     yield "trials", lambda: read_trials(read_leaderboard(files.root), files.root)
     yield "predictions", lambda: _predictions(files)
     yield "bundles", lambda: _labels(files)

@@ -50,9 +50,9 @@ def row(head: str, cv: float, correct: int = 90, embedding: str = "resnet18-penu
     return dataclasses.replace(made, **changes)
 
 
-def material(rows, trials=None, provenance=None, predictions=None, verdict=None) -> Material:
+def material(rows, trials=None, provenance=None, predictions=None, recommendation=None) -> Material:
     """Return what a page is made of where there are rows and nothing on disk; `predictions` are those of the best row."""
-    board = Leaderboard(tuple(rows), provenance or {}, verdict)
+    board = Leaderboard(tuple(rows), provenance or {}, recommendation)
     said = {} if predictions is None else {board.best.key: predictions}
     return Material(Path("out"), board, said, trials or {})
 

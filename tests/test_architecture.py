@@ -164,6 +164,24 @@ def test_every_name_on_the_page_on_architecture_exists() -> None:
         assert re.search(rf"^{table}\b.*=", (PACKAGE / file).read_text(encoding="utf-8"), re.MULTILINE), table
 
 
+def types(path: Path) -> set[str]:
+    """The names of a file's classes, wherever they stand, and of its type aliases and type variables: CapWords that are given a value."""
+    classes = {node.name for node in nodes(path) if isinstance(node, ast.ClassDef)}
+    given = [node for node in ast.iter_child_nodes(nodes(path)[0]) if isinstance(node, ast.Assign | ast.AnnAssign)]
+    names = {ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target) for node in given}
+    return classes | {name for name in names if re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", name)}
+
+
+def test_no_two_types_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for _, path in modules():
+        for name in types(path):
+            places.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {"DatasetIndex", "Embedder", "Target", "FeatureMatrix", "_DomainTask"} <= places.keys()
+    twice = [f"{name}: {', '.join(found)}" for name, found in sorted(places.items()) if len(found) > 1]
+    assert not twice, "a name means one type in the whole package; rename all but one of\n" + "\n".join(twice)
+
+
 def test_the_top_level_is_a_short_list() -> None:
     names = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert names - {"__pycache__"} == {*EDGES, "stages", *FRONT}

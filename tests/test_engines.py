@@ -155,7 +155,7 @@ def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.
     pytest.importorskip("openvino")
     real = engines.compile_openvino
 
-    def wrong(vectors: engines.Vectors, *rest: object) -> engines.Engine:
+    def wrong(vectors: engines.TorchForward, *rest: object) -> engines.Forward:
         return real(lambda pixels: tuple(vector.roll(1, dims=1) for vector in vectors(pixels)), *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(backbone, "compile_openvino", wrong)

@@ -20,7 +20,7 @@ from pipeline.cli import cli
 from pipeline.config import Config, dump_yaml
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.evaluation import fewshot
-from pipeline.evaluation.fewshot import FewShot, Labelled, Plan, divide, draw, points_of
+from pipeline.evaluation.fewshot import EpisodePlan, FewShot, LabelledFeatures, divide, draw, points_of
 from pipeline.experiment import Artifacts
 from pipeline.report.page import section
 from pipeline.stages import fewshot as stage
@@ -53,7 +53,7 @@ def scores(method, task) -> np.ndarray:
 
 def test_an_episode_has_as_many_images_of_each_class_as_asked_and_none_twice():
     y = np.repeat(np.arange(6), [20, 9, 30, 8, 25, 9])
-    images = Labelled(np.zeros((len(y), 1), np.float32), y)
+    images = LabelledFeatures(np.zeros((len(y), 1), np.float32), y)
     episodes = draw(images, images.classes_of(9), 3, 4, 5, 50, np.random.default_rng(0))
     assert episodes is not None
     for support, query in zip(episodes.support, episodes.query, strict=True):
@@ -66,7 +66,7 @@ def test_an_episode_has_as_many_images_of_each_class_as_asked_and_none_twice():
 
 def test_groups_are_never_in_support_and_queries_at_once():
     y, units = np.tile(np.arange(4), 30), np.repeat(np.arange(20), 6)
-    images = Labelled(np.zeros((120, 1), np.float32), y, units)
+    images = LabelledFeatures(np.zeros((120, 1), np.float32), y, units)
     episodes = draw(images, np.arange(4), 2, 3, 4, 40, np.random.default_rng(0))
     assert episodes is not None
     for support, query in zip(episodes.support, episodes.query, strict=True):
@@ -135,16 +135,16 @@ def test_the_inner_loop_is_gradient_descent_on_the_head_and_its_gradient_is_of_s
     torch.testing.assert_close(*told)
 
 
-def photos_with_a_nuisance(seed: int = 0) -> Labelled:
+def photos_with_a_nuisance(seed: int = 0) -> LabelledFeatures:
     """12 classes told by 6 features of 46; the others are noise that is the same kind in every class."""
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(12), 40)
     told = rng.normal(0, 1, (12, 6))[y] + rng.normal(0, 0.5, (len(y), 6))
-    return Labelled(np.hstack([told, rng.normal(0, 1.5, (len(y), 40))]).astype(np.float32), y)
+    return LabelledFeatures(np.hstack([told, rng.normal(0, 1.5, (len(y), 40))]).astype(np.float32), y)
 
 
 def test_meta_learning_finds_what_classes_have_in_common_and_says_so_beyond_chance():
-    found, notes = fewshot.measure(photos_with_a_nuisance(), Plan(4, 5, 80, 0), 1)
+    found, notes = fewshot.measure(photos_with_a_nuisance(), EpisodePlan(4, 5, 80, 0), 1)
     points = {point.method: point for point in points_of(1, found)}
     assert not notes
     assert points["maml"].ahead_interval[0] > 0.03
@@ -153,25 +153,27 @@ def test_meta_learning_finds_what_classes_have_in_common_and_says_so_beyond_chan
 
 def test_the_seed_decides_everything(monkeypatch):
     monkeypatch.setattr(fewshot, "META_STEPS", 2)
-    first, again, other = (fewshot.measure(photos_with_a_nuisance(), Plan(4, 5, 20, seed), 1)[0] for seed in (0, 0, 1))
+    first, again, other = (
+        fewshot.measure(photos_with_a_nuisance(), EpisodePlan(4, 5, 20, seed), 1)[0] for seed in (0, 0, 1)
+    )
     assert all((again[name] == first[name]).all() for name in first)
     assert all((other[name] != first[name]).any() for name in first)
 
 
 def test_what_the_images_do_not_allow_is_said():
     images = photos_with_a_nuisance()
-    few = Labelled(images.X[:240], images.y[:240])
-    found, notes = fewshot.measure(few, Plan(5, 10, 20, 0), 1)
+    few = LabelledFeatures(images.X[:240], images.y[:240])
+    found, notes = fewshot.measure(few, EpisodePlan(5, 10, 20, 0), 1)
     assert "maml" not in found
     assert notes == [
         "No MAML: it learns on 4 classes at least beside the 5 of an episode, and 6 have enough images; --ways 2 leaves it that many."
     ]
     units = np.where(few.y == 2, 0, np.arange(1, 241))  # all images of one class are of one group
-    assert fewshot.measure(Labelled(few.X, few.y, units), Plan(5, 10, 20, 0), 1) == (
+    assert fewshot.measure(LabelledFeatures(few.X, few.y, units), EpisodePlan(5, 10, 20, 0), 1) == (
         {},
         ["K = 1 is left out: the images of a class are in too few groups to part 1 from the rest."],
     )
-    assert fewshot.measure(few, Plan(5, 10, 20, 0), 31) == (
+    assert fewshot.measure(few, EpisodePlan(5, 10, 20, 0), 31) == (
         {},
         ["K = 31 is left out: 0 classes have 31 + 10 images, and 5 are needed."],
     )

@@ -21,7 +21,7 @@ from pipeline.data.classes import Classification, said
 from pipeline.errors import UnfittedError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, Scores
 from pipeline.evaluation.intervals import expected_accuracy
-from pipeline.evaluation.leaderboard import LastFit, Leaderboard, LeaderboardRow, judge
+from pipeline.evaluation.leaderboard import LastFit, Leaderboard, LeaderboardRow, recommend
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import make_folds, tune
@@ -375,11 +375,11 @@ def test_a_row_with_a_bad_fit_is_neither_compared_nor_recommended(tmp_path):
         (tmp_path / head / "predictions.npz").write_bytes(HeadPredictions(part, part).to_bytes())
         fit = LastFit(1.0 if sound else 0.8, (1.0, 1.0), 1, sound)
         rows.append(replace(row(head, 1 - wrong / 200, fit), bundle=head, cv_scores=(1 - wrong / 200,) * 4))
-    board = judge(Leaderboard(tuple(rows), {"seed": 0}), tmp_path)
+    board = recommend(Leaderboard(tuple(rows), {"seed": 0}), tmp_path)
     assert [found.head for found in board.rows] == ["ridge", "knn", "mlp"]
-    assert {found.key for found in board.verdict.differences} == {"net/ridge", "net/knn"}
-    assert board.verdict.recommended in {"net/ridge", "net/knn"}
-    assert judge(Leaderboard((board.rows[-1],), {"seed": 0}), tmp_path).verdict is None
+    assert {found.key for found in board.recommendation.differences} == {"net/ridge", "net/knn"}
+    assert board.recommendation.recommended in {"net/ridge", "net/knn"}
+    assert recommend(Leaderboard((board.rows[-1],), {"seed": 0}), tmp_path).recommendation is None
 
 
 def test_the_page_shows_marks_beside_the_rows_and_their_sentences_above_the_table(tmp_path):

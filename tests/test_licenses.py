@@ -152,7 +152,9 @@ def test_licences_stand_in_the_leaderboard_and_the_bundle_and_those_of_earlier_v
     layers = tuple(
         replace(row, embedding=f"regnet_small-bundled-{layer}") for layer in ("penultimate", "stage3", "stage4-max")
     )
-    assert "Licences of the weights: regnet_small-bundled mit." in replace(board, rows=layers, verdict=None).notes()
+    assert (
+        "Licences of the weights: regnet_small-bundled mit." in replace(board, rows=layers, recommendation=None).notes()
+    )
     assert {row.embedding: row.license for row in read_leaderboard(files.root).rows} == {
         name: "mit",
         "pixels": "none needed",

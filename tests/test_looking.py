@@ -241,7 +241,7 @@ def test_a_cleaned_manifest_proposes_and_relabels_nothing() -> None:
         NearDuplicate("c", "f", 0.2, "train", "train", "y", "x"),
     )
     issues = LabelIssues((LabelIssue("d", "y", "x", 0.01, 3), LabelIssue("c", "y", "x", 0.2, 2)), expected=1.2)
-    found = clean.Rows.of(index, Findings(pairs, (Outlier("f", "x", 5.0, 5),)), issues)
+    found = clean.ManifestCells.of(index, Findings(pairs, (Outlier("f", "x", 5.0, 5),)), issues)
     assert found.splits == ["excluded", "test", "train", "excluded", "excluded", "train"]
     assert found.groups == ["film 1", "film 1", "alike 2", "film 1", "", "alike 2"]
     assert found.changes == ["left out", "grouped", "grouped", "left out", "left out", "grouped"]

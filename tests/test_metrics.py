@@ -54,7 +54,7 @@ from pipeline.evaluation import (
 )
 from pipeline.evaluation.calibration import margins
 from pipeline.evaluation.intervals import effective_size
-from pipeline.evaluation.leaderboard.judge import margin
+from pipeline.evaluation.leaderboard.recommendation import margin
 from pipeline.evaluation.metric import rescored
 
 CLASSES = ("ant", "bee", "cat")

@@ -128,13 +128,13 @@ def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config
 
 
 def test_the_heads_own_label_comes_first_when_two_are_as_likely() -> None:
-    row = predict.Row("a.jpg", "ok", (("b", np.array([0.4, 0.4, 0.2])),))
+    row = predict.PredictionRow("a.jpg", "ok", (("b", np.array([0.4, 0.4, 0.2])),))
     text = predict.to_csv([row], {"": Classification(("a", "b", "c"))}, top=3)
     assert text == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000\n"
 
 
 def test_a_cell_that_a_spreadsheet_would_run_is_text_and_reads_back() -> None:
-    row = predict.Row("=HYPERLINK(1)/@a.jpg", "ok", (("+1-1", np.array([0.6, 0.4])),))
+    row = predict.PredictionRow("=HYPERLINK(1)/@a.jpg", "ok", (("+1-1", np.array([0.6, 0.4])),))
     text = predict.to_csv([row], {"": Classification(("+1-1", "-1"))}, top=2)
     assert text == "'=HYPERLINK(1)/@a.jpg,ok,'+1-1,0.600000,-1,0.400000\n"
     cells = next(csv.reader([text]))
@@ -305,7 +305,7 @@ def test_rows_are_not_kept_in_memory(experiment: Config, tmp_path: Path, monkeyp
     to_csv = predict.to_csv
 
     def count(rows: Any, *rest: Any) -> str:
-        alive.append(sum(type(found) is predict.Row for found in gc.get_objects()))
+        alive.append(sum(type(found) is predict.PredictionRow for found in gc.get_objects()))
         return to_csv(rows, *rest)
 
     monkeypatch.setattr(predict, "to_csv", count)

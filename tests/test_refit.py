@@ -127,7 +127,7 @@ def test_a_new_class_and_new_images_are_learned_at_the_stored_parameters(grown: 
     heads = read_document(files.refit / "refit.json", REFIT)["heads"]
     single = [row for row in board.rows if not row.constant]
     assert sorted(each["key"] for each in heads) == sorted(row.key for row in single)
-    assert heads[0]["key"] == board.verdict.recommended
+    assert heads[0]["key"] == board.recommendation.recommended
     index = DatasetIndex.read(files.dataset)
     for each in heads:
         row, folder = board.row(each["key"]), files.refit / each["bundle"]

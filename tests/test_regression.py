@@ -29,7 +29,7 @@ from pipeline.data.targets import Regression, record_of, target_of
 from pipeline.errors import DatasetError, HeadError, PipelineError
 from pipeline.evaluation import METRICS, HeadPredictions, Predictions, metrics_for, scores
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
-from pipeline.evaluation.leaderboard.judge import margin
+from pipeline.evaluation.leaderboard.recommendation import margin
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve

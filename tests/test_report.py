@@ -35,8 +35,8 @@ from pipeline.data.classes import Classification
 from pipeline.errors import PipelineError
 from pipeline.evaluation import HeadPredictions, Predictions, audit
 from pipeline.evaluation.comparison import rank_over_datasets
-from pipeline.evaluation.leaderboard import Leaderboard, Leaks, Nested, Seeds, judge, read_leaderboard
-from pipeline.evaluation.leaderboard.judge import effects
+from pipeline.evaluation.leaderboard import Leaderboard, Leaks, Nested, Seeds, read_leaderboard, recommend
+from pipeline.evaluation.leaderboard.recommendation import effects
 from pipeline.evaluation.leaderboard.rows import nested_choice
 from pipeline.experiment import Artifacts
 from pipeline.report import material as materials
@@ -168,7 +168,7 @@ def test_an_unknown_row_and_an_empty_leaderboard():
         _ = Leaderboard(()).best
 
 
-# Verdict and page
+# Recommendation and page
 
 
 @pytest.fixture(scope="session")
@@ -192,18 +192,18 @@ def page(experiment: Path) -> str:
     return (experiment / "report.html").read_text(encoding="utf-8")
 
 
-def test_verdict_survives_json_and_names_the_group(experiment: Path):
+def test_the_recommendation_survives_json_and_names_the_group(experiment: Path):
     board = read_leaderboard(experiment)
-    assert board.verdict is not None
-    assert {item.key for item in board.verdict.differences} == {item.key for item in board.rows}
-    assert "majority/most_frequent" not in board.verdict.no_evidence
-    assert board.best.key in board.verdict.no_evidence
-    assert board.verdict.recommended in board.verdict.no_evidence
-    assert board.verdict.optimism is not None
-    assert board.verdict.optimism.candidates == 3
-    assert board.verdict.trial_optimism is not None
+    assert board.recommendation is not None
+    assert {item.key for item in board.recommendation.differences} == {item.key for item in board.rows}
+    assert "majority/most_frequent" not in board.recommendation.no_evidence
+    assert board.best.key in board.recommendation.no_evidence
+    assert board.recommendation.recommended in board.recommendation.no_evidence
+    assert board.recommendation.optimism is not None
+    assert board.recommendation.optimism.candidates == 3
+    assert board.recommendation.trial_optimism is not None
     assert board_of(board.to_json()) == board
-    assert board.verdict.reason in board.to_text()
+    assert board.recommendation.reason in board.to_text()
 
 
 def judged(
@@ -234,7 +234,7 @@ def judged(
         fields = {"cv_scores": fold_scores, "bundle": f"heads/{head}", "simplicity": place, "embed_seconds": 0.01}
         mean = metric.score(answers)
         rows.append(row(head, mean, cv_std=0.02, **{**fields, **(changes or {}).get(head, {})}))
-    return judge(Leaderboard(tuple(rows), {"scoring": scoring, "seed": 0}), output)
+    return recommend(Leaderboard(tuple(rows), {"scoring": scoring, "seed": 0}), output)
 
 
 def flipped(y: np.ndarray, *rows: range) -> np.ndarray:
@@ -250,20 +250,20 @@ def test_the_cheapest_row_that_is_as_good_is_recommended_whatever_the_clock_said
     heads = {"simple": flipped(y, range(1, 41)), "cheap": flipped(y, range(2, 42)), "best": flipped(y, range(40))}
     changes = {"best": {"cv_mean": 0.98001}, "cheap": {"baseline": True, "simplicity": 9}}
     board = judged(tmp_path, heads, y, changes=changes)
-    assert board.verdict is not None
-    assert board.verdict.recommended.endswith("/cheap")
+    assert board.recommendation is not None
+    assert board.recommendation.recommended.endswith("/cheap")
     assert re.fullmatch(
         r"Use resnet18-penultimate/cheap; 3 rows are as good as 2,000 images can show, and it is the simplest and cheapest of those "
         r"shown to be at most 1 points worse than the best, resnet18-penultimate/best \(\+0\.0 points in favour of the best, 95 % "
         r"interval -\d\.\d to \+\d\.\d\)\.",
-        board.verdict.reason,
+        board.recommendation.reason,
     )
     busy = {"embed_seconds": 9.0, "predict_seconds": 9.0, "fit_seconds": 9.0}
     for slowed in ("simple", "cheap", "best"):
         slow = {"best": changes["best"], slowed: {**changes["best"], **busy} if slowed == "best" else busy}
         even = judged(tmp_path, heads, y, changes=slow)
-        assert even.verdict is not None
-        assert even.verdict.recommended.endswith("/simple")
+        assert even.recommendation is not None
+        assert even.recommendation.recommended.endswith("/simple")
     # A prediction is made with the best row where nothing else is said.
     assert "for the recommended one give it heads/simple in there" in even.to_text()
 
@@ -273,15 +273,15 @@ def test_with_few_images_the_best_score_is_recommended_and_not_the_simplest_row(
     y = np.arange(85) % 3
     heads = {"pixels": flipped(y, range(31)), "knn": flipped(y, range(20, 43))}
     board = judged(tmp_path, heads, y)
-    assert board.verdict is not None
-    assert len(board.verdict.no_evidence) == 2
-    assert board.verdict.recommended == board.best.key == "resnet18-penultimate/knn"
-    assert board.verdict.reason.startswith(
+    assert board.recommendation is not None
+    assert len(board.recommendation.no_evidence) == 2
+    assert board.recommendation.recommended == board.best.key == "resnet18-penultimate/knn"
+    assert board.recommendation.reason.startswith(
         "Use resnet18-penultimate/knn; 2 rows are as good as 85 images can show. It scores best, and that the simplest and cheapest "
         "of them, resnet18-penultimate/pixels, is at most 5 points worse is not shown (+9.4 points in favour of the best, 95 % "
         "interval -"
     )
-    assert f"\n{board.verdict.reason}\n" in board.to_text()
+    assert f"\n{board.recommendation.reason}\n" in board.to_text()
     assert "manyheads predict" not in board.to_text()
 
 
@@ -291,16 +291,17 @@ def test_images_of_a_group_are_one_witness_and_are_counted_as_such(tmp_path: Pat
     heads = {"simple": flipped(y, range(100)), "knn": flipped(y, range(30))}
     alone = judged(tmp_path, heads, y)
     together = judged(tmp_path, heads, y, units=np.arange(360) // 30)
-    assert alone.verdict is not None
-    assert together.verdict is not None
-    assert alone.verdict.no_evidence == (alone.best.key,)
+    assert alone.recommendation is not None
+    assert together.recommendation is not None
+    assert alone.recommendation.no_evidence == (alone.best.key,)
     assert (
-        alone.verdict.reason == "Use resnet18-penultimate/knn; every other row is worse by more than chance explains."
+        alone.recommendation.reason
+        == "Use resnet18-penultimate/knn; every other row is worse by more than chance explains."
     )
-    assert len(together.verdict.no_evidence) == 2
-    assert "2 rows are as good as 360 images of 12 groups can show" in together.verdict.reason
-    assert together.verdict.optimism is not None
-    assert together.verdict.optimism.interval[0] < alone.verdict.optimism.interval[0] - 0.02
+    assert len(together.recommendation.no_evidence) == 2
+    assert "2 rows are as good as 360 images of 12 groups can show" in together.recommendation.reason
+    assert together.recommendation.optimism is not None
+    assert together.recommendation.optimism.interval[0] < alone.recommendation.optimism.interval[0] - 0.02
 
 
 def test_where_a_constant_guess_may_be_as_good_it_is_not_recommended_for_being_simple(tmp_path: Path):
@@ -308,17 +309,20 @@ def test_where_a_constant_guess_may_be_as_good_it_is_not_recommended_for_being_s
     heads = {"most_frequent": np.zeros(11, dtype=np.int64), "knn": flipped(y, range(3))}
     guess = {"most_frequent": {"embedding": "majority", "baseline": True, "simplicity": -1, "embed_seconds": None}}
     board = judged(tmp_path, heads, y, changes=guess)
-    assert board.verdict is not None
-    assert board.verdict.recommended == "resnet18-penultimate/knn"
-    assert board.verdict.reason == (
+    assert board.recommendation is not None
+    assert board.recommendation.recommended == "resnet18-penultimate/knn"
+    assert board.recommendation.reason == (
         "Use resnet18-penultimate/knn for want of evidence: 11 images do not show that any row is better than a constant guess."
     )
     many = judged(tmp_path, {head: np.tile(guess, 20) for head, guess in heads.items()}, np.tile(y, 20), changes=guess)
-    assert many.verdict is not None
-    assert many.verdict.reason == "Use resnet18-penultimate/knn; every other row is worse by more than chance explains."
+    assert many.recommendation is not None
+    assert (
+        many.recommendation.reason
+        == "Use resnet18-penultimate/knn; every other row is worse by more than chance explains."
+    )
 
 
-def test_the_verdict_speaks_of_the_score_that_was_tuned(tmp_path: Path):
+def test_the_recommendation_speaks_of_the_score_that_was_tuned(tmp_path: Path):
     """Blunt labels nothing as the rare class: right on more images than careful, which finds them, and worse by macro F1."""
     y = np.repeat([0, 1], [900, 60])
     y = y[np.random.default_rng(0).permutation(960)]
@@ -326,32 +330,32 @@ def test_the_verdict_speaks_of_the_score_that_was_tuned(tmp_path: Path):
     careful[np.flatnonzero(y == 0)[:50]], careful[np.flatnonzero(y == 1)[:12]] = 1, 0
     heads = {"blunt": blunt, "careful": careful}
     by_accuracy, by_f1 = (judged(tmp_path, heads, y, scoring) for scoring in ("accuracy", "macro_f1"))
-    assert by_accuracy.verdict is not None
-    assert by_f1.verdict is not None
-    assert by_accuracy.verdict.recommended.endswith("/blunt")
-    assert by_f1.verdict.recommended.endswith("/careful")
+    assert by_accuracy.recommendation is not None
+    assert by_f1.recommendation is not None
+    assert by_accuracy.recommendation.recommended.endswith("/blunt")
+    assert by_f1.recommendation.recommended.endswith("/careful")
     f1 = [metrics.scores(Predictions(y, heads[head]))["macro_f1"] for head in heads]
-    gap = next(item for item in by_f1.verdict.differences if item.key.endswith("/blunt"))
+    gap = next(item for item in by_f1.recommendation.differences if item.key.endswith("/blunt"))
     assert gap.difference == pytest.approx(f1[1] - f1[0])
     assert gap.test is not None
     assert gap.test.difference == pytest.approx(f1[1] - f1[0])
-    assert by_f1.verdict.optimism is not None
-    assert by_f1.verdict.optimism.apparent == pytest.approx(f1[1])
+    assert by_f1.recommendation.optimism is not None
+    assert by_f1.recommendation.optimism.apparent == pytest.approx(f1[1])
     assert "flatters its cross-validation macro F1 by about" in by_f1.to_text()
 
 
-def test_a_verdict_by_log_loss_is_of_the_probabilities_that_were_searched(tmp_path: Path):
+def test_a_recommendation_by_log_loss_is_of_the_probabilities_that_were_searched(tmp_path: Path):
     y, rng = np.arange(600) % 3, np.random.default_rng(0)
     losses = {"knn": rng.uniform(0.6, 1.8, 600), "ridge": rng.uniform(0.1, 0.5, 600)}
     board = judged(tmp_path, dict.fromkeys(losses, flipped(y, range(30))), y, "log_loss", losses)
     assert board.best.head == "ridge"
-    assert board.verdict is not None
-    assert board.verdict.recommended == board.best.key
-    behind = next(item for item in board.verdict.differences if item.key.endswith("/knn"))
+    assert board.recommendation is not None
+    assert board.recommendation.recommended == board.best.key
+    behind = next(item for item in board.recommendation.differences if item.key.endswith("/knn"))
     assert not behind.no_evidence
     assert behind.difference == pytest.approx(losses["knn"].mean() - losses["ridge"].mean())
-    assert board.verdict.optimism is not None
-    assert board.verdict.optimism.apparent == pytest.approx(-losses["ridge"].mean())
+    assert board.recommendation.optimism is not None
+    assert board.recommendation.optimism.apparent == pytest.approx(-losses["ridge"].mean())
     assert "flatters its cross-validation log loss by about 0.000 nats." in board.to_text()
 
 
@@ -370,7 +374,7 @@ def test_what_picking_a_trial_adds_is_said_of_the_trials_it_is_known_of(tmp_path
         path.write_text("".join(json.dumps({**trials[kind], "number": n}) + "\n" for n, kind in enumerate(kinds)))
         board = judged(tmp_path, heads, y, changes={"ridge": {"trials": len(kinds)}})
         texts[kinds] = next(line for line in board.notes() if line.startswith("Picking"))
-        assert board_of(board.to_json()).verdict == board.verdict
+        assert board_of(board.to_json()).recommendation == board.recommendation
     all_of_them, some, one = texts.values()
     assert all_of_them.endswith("points, picking the best of its 2 trials by about 0.8.")
     assert some.endswith("its 3 trials by at least about 0.8 (from the 2 that were fitted on every fold).")
@@ -379,11 +383,11 @@ def test_what_picking_a_trial_adds_is_said_of_the_trials_it_is_known_of(tmp_path
     )
 
 
-def test_without_predictions_there_is_no_verdict_but_a_page(copy: Path):
+def test_without_predictions_there_is_no_recommendation_but_a_page(copy: Path):
     for path in copy.rglob("predictions.npz"):
         path.unlink()
-    board = judge(read_leaderboard(copy), copy)
-    assert board.verdict is None
+    board = recommend(read_leaderboard(copy), copy)
+    assert board.recommendation is None
     Artifacts(copy).leaderboard.write_text(board.to_json(), encoding="utf-8")
     text = render(gather(copy))
     assert "The best row left no predictions" in text
@@ -532,7 +536,7 @@ def test_leaks_stand_above_the_table(gathered: Material, page: str):
 def test_the_first_screen_says_what_to_use_how_sure_that_is_and_what_to_do_next(gathered: Material, page: str):
     board, issues = gathered.leaderboard, gathered.label_issues.found
     top = words(page.split('<section class="part" id="leaderboard">')[0].split("<body>")[1])
-    row = board.row(board.verdict.recommended)
+    row = board.row(board.recommendation.recommended)
     assert f"Use {row.head} on {row.embedding}; " in top
     assert f"Label new images manyheads predict {gathered.output} IMAGES --output labels.csv" in top
     assert f"Look at {len(issues)} suspicious label" in top

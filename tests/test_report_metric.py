@@ -13,7 +13,7 @@ from report_experiment import built_experiment, material, row, squares, words
 from sklearn.metrics import roc_auc_score
 
 from pipeline.evaluation import METRICS, Difference, Optimism, Paired, Predictions, scores
-from pipeline.evaluation.leaderboard import Leaderboard, Verdict, read_leaderboard
+from pipeline.evaluation.leaderboard import Leaderboard, Recommendation, read_leaderboard
 from pipeline.report.charts import difference_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_svg
 from pipeline.report.material import gather
@@ -61,7 +61,7 @@ def test_of_accuracy_the_page_says_what_it_always_said(pages):
         f"Its test accuracy {100 * best.accuracy:.1f} % {low:.1f} to {high:.1f} {best.correct} of {best.n} right, 95 % interval",
         "of 3 rows may be as good as the best Of 100 images",
         f"Of 100 images like these it labels about {100 * best.accuracy:.0f} right. 60 test images show that it is between {low:.0f} and {high:.0f}",
-        f"Use {board.verdict.recommended} ; 2 rows are as good as 120 images can show.",
+        f"Use {board.recommendation.recommended} ; 2 rows are as good as 120 images can show.",
         "± is the standard deviation of the folds' scores: how they differ, and no interval of the score.",
         "Ordered by cross-validation on the training images; test images choose nothing.",
         "All rows are compared on the same images. An interval that reaches 0",
@@ -155,13 +155,13 @@ def test_a_log_loss_is_never_a_percentage_nor_below_nought(pages):
         assert f"{-item.cv_mean:.3f} ± {item.cv_std:.3f}" in text
         assert f'data-v="{-item.cv_mean:.10g}"' in page
         assert f"-{-item.cv_mean:.3f}" not in text
-    verdict = board.verdict
-    assert verdict is not None
-    assert verdict.optimism is not None
-    low, high = (-end for end in reversed(verdict.optimism.interval))
+    recommendation = board.recommendation
+    assert recommendation is not None
+    assert recommendation.optimism is not None
+    low, high = (-end for end in reversed(recommendation.optimism.interval))
     assert (
-        f"Picking the best of {verdict.optimism.candidates} rows: log loss {-verdict.optimism.apparent:.3f} out of fold as measured, "
-        f"about {-verdict.optimism.corrected:.3f} ({low:.3f} to {high:.3f}) once the luck of having been picked is taken off."
+        f"Picking the best of {recommendation.optimism.candidates} rows: log loss {-recommendation.optimism.apparent:.3f} out of fold as measured, "
+        f"about {-recommendation.optimism.corrected:.3f} ({low:.3f} to {high:.3f}) once the luck of having been picked is taken off."
     ) in text
     assert not re.search(r"log loss \S+ %|nats? ?%|minus log loss", text + " ".join(tips(page)))
 
@@ -233,7 +233,9 @@ def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():
     paired = Paired(0.1, (-np.inf, 0.25), 0.04)
     gap = Difference(rows[1].key, 0.1, (0.02, 0.18), 0.01, False, paired, None)
     best = Difference(rows[0].key, 0.0, (0.0, 0.0), 1.0, True)
-    found = material(rows, provenance={"scoring": "log_loss"}, verdict=Verdict((best, gap), rows[0].key, ""))
+    found = material(
+        rows, provenance={"scoring": "log_loss"}, recommendation=Recommendation((best, gap), rows[0].key, "")
+    )
     text = words(section("difference", found))
     assert "+0.100 [+0.020, +0.180] 0.010 +0.100 [-∞, +0.250] 0.040" in text
 
@@ -262,8 +264,8 @@ def test_the_paired_table_counts_for_the_best_row_in_the_scores_own_unit():
 @pytest.mark.parametrize(("scoring", "amount"), [("accuracy", "1.2 points"), ("log_loss", "0.012 nats")])
 def test_the_luck_of_the_trials_is_said_of_those_it_is_known_of(trials, luck, finished, said, scoring, amount):
     best = row("ridge", 0.9, trials=trials)
-    verdict = Verdict((), best.key, "", Optimism(2, 0.9, 0.89, (0.8, 0.95)), luck, finished)
-    text = words(section("difference", material([best], None, {"scoring": scoring}, None, verdict)))
+    recommendation = Recommendation((), best.key, "", Optimism(2, 0.9, 0.89, (0.8, 0.95)), luck, finished)
+    text = words(section("difference", material([best], None, {"scoring": scoring}, None, recommendation)))
     assert text.partition("once the luck of having been picked is taken off.")[2] == said.format(amount)
 
 

@@ -33,7 +33,7 @@ from pipeline.heads.tuning.room import on
 from pipeline.io.remote import Engine
 from pipeline.stages import extract, maintenance, train_heads
 from pipeline.stages.extract.spread import Shard, pays, run_shard
-from pipeline.stages.train_heads.task import Vectors
+from pipeline.stages.train_heads.task import SharedFeatures
 from pipeline.store import FeatureStore
 from pipeline.store.maintain import verify
 
@@ -343,9 +343,9 @@ def test_folds_of_one_head_are_fitted_by_several_workers_as_by_one_process(tmp_p
 def test_workers_of_one_machine_map_one_file(experiment: Config, tmp_path: Path) -> None:
     asked = train_heads.ask(experiment)
     embedding = asked.embeddings[0]
-    first, second = (Vectors(embedding, tmp_path) for _ in range(2))
+    first, second = (SharedFeatures(embedding, tmp_path) for _ in range(2))
     assert isinstance(first.train, np.memmap)
-    assert np.array_equal(first.train, Vectors(embedding).train)
-    assert np.array_equal(first.test, Vectors(embedding).test)
+    assert np.array_equal(first.train, SharedFeatures(embedding).train)
+    assert np.array_equal(first.test, SharedFeatures(embedding).test)
     assert second.train.filename == first.train.filename
     assert len(list(tmp_path.iterdir())) == 2

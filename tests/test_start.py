@@ -122,7 +122,7 @@ def test_one_line_gives_a_table_a_page_and_predictions(run: Any, photos: Path) -
     assert table["head"].tolist() == [row.head for row in board.rows]
     assert table["cv_accuracy"].tolist() == [row.cv_mean for row in board.rows]
     assert table["best"].tolist() == [True] + [False] * (len(board.rows) - 1)
-    assert table.loc[table["recommended"], "head"].tolist() == [board.row(board.verdict.recommended).head]  # type: ignore[union-attr]
+    assert table.loc[table["recommended"], "head"].tolist() == [board.row(board.recommendation.recommended).head]  # type: ignore[union-attr]
     said = run.predict(
         [photos / "leaf", photos / "土" / "00.png"], top=2, trust=True, output=str(photos.parent / "said.csv")
     )

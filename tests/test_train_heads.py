@@ -27,7 +27,7 @@ from pipeline.embed.records import EmbeddingRecord, read_asked_records, read_rec
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import DatasetError, HeadError, PipelineError, StoreError
 from pipeline.evaluation import METRICS, HeadPredictions
-from pipeline.evaluation.leaderboard.judge import advice
+from pipeline.evaluation.leaderboard.recommendation import advice
 from pipeline.evaluation.leaderboard.table import cross_validated
 from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
 from pipeline.export import bundle as bundles
@@ -147,12 +147,12 @@ def test_the_terminal_says_which_bundle_is_recommended_and_how_to_predict_with_i
 ) -> None:
     result = finished[1]
     board, root = result.leaderboard, result.files.root
-    assert board.verdict is not None
-    assert board.verdict.recommended == board.best.key
+    assert board.recommendation is not None
+    assert board.recommendation.recommended == board.best.key
     assert not any(line.startswith("recommended") for line in result.summary_lines())
     other = next(row for row in board.rows[1:] if row.embedding == "net-random")
-    verdict = replace(board.verdict, recommended=other.key)
-    lines = replace(result, leaderboard=replace(board, verdict=verdict)).summary_lines()
+    recommendation = replace(board.recommendation, recommended=other.key)
+    lines = replace(result, leaderboard=replace(board, recommendation=recommendation)).summary_lines()
     assert f"best head    {root / str(board.best.bundle)}" in lines
     assert f"recommended  {root / str(other.bundle)}" in lines
     assert bundles.load(root / str(other.bundle)).head == other.head
@@ -161,7 +161,9 @@ def test_the_terminal_says_which_bundle_is_recommended_and_how_to_predict_with_i
         f"{other.bundle} in there." in lines[0]
     )
     guess = board.row("majority/most_frequent")
-    lines = replace(result, leaderboard=replace(board, verdict=replace(verdict, recommended=guess.key))).summary_lines()
+    lines = replace(
+        result, leaderboard=replace(board, recommendation=replace(recommendation, recommended=guess.key))
+    ).summary_lines()
     assert not any(line.startswith("recommended") or "manyheads predict` takes" in line for line in lines)
 
 
@@ -201,10 +203,10 @@ def test_the_score_that_is_tuned_is_the_one_that_is_compared(tmp_path: Path, sco
         assert folds == pytest.approx(row.cv_scores)
         pooled[row.key] = metric.score(answers)
         assert row.cv_mean == pytest.approx(pooled[row.key])  # of all held-out answers, not the mean over the folds
-    assert board.verdict is not None
-    assert board.verdict.optimism is not None
-    assert board.verdict.optimism.apparent == pytest.approx(max(pooled.values()))
-    for item in board.verdict.differences:
+    assert board.recommendation is not None
+    assert board.recommendation.optimism is not None
+    assert board.recommendation.optimism.apparent == pytest.approx(max(pooled.values()))
+    for item in board.recommendation.differences:
         assert item.difference == pytest.approx(pooled[board.best.key] - pooled[item.key])
 
 

@@ -24,8 +24,8 @@ from torch import nn
 from pipeline.config import FinetuneConfig
 from pipeline.errors import HeadError, TrainingError
 from pipeline.finetuning import trainer
-from pipeline.finetuning.batches import Data, Labelled, augmented, loss_of, rows_at, to_float
-from pipeline.finetuning.checkpoint import Run, copy_weights
+from pipeline.finetuning.batches import Data, LabelledImages, augmented, loss_of, rows_at, to_float
+from pipeline.finetuning.checkpoint import TrainingRun, copy_weights
 from pipeline.finetuning.handover import put_head
 from pipeline.finetuning.plan import (
     check_plan,
@@ -38,7 +38,7 @@ from pipeline.finetuning.plan import (
 )
 from pipeline.finetuning.result import interpolate, recompute_statistics, return_path
 from pipeline.finetuning.trainer import (
-    Task,
+    TrainingTask,
     evaluate,
     make_optimizer,
     make_schedule,
@@ -81,14 +81,14 @@ class Toy(nn.Module):
         return self.fc(self.body(self.stem(images)).mean((2, 3)))
 
 
-def pictures(count: int, seed: int = 0) -> Labelled:
+def pictures(count: int, seed: int = 0) -> LabelledImages:
     """Stripes along, stripes across, and blobs, in noise: what differs is the shape, not the colour."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     y, x = np.mgrid[0:16, 0:16]
     shapes = np.stack([(y // 2) % 2, (x // 2) % 2, (x // 2 + y // 2) % 2]) * 120
     noise = rng.integers(0, 100, (count, 16, 16, 3))
-    return Labelled((shapes[labels][..., None] + noise).astype(np.uint8), labels.astype(np.int64))
+    return LabelledImages((shapes[labels][..., None] + noise).astype(np.uint8), labels.astype(np.int64))
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +98,14 @@ def data() -> Data:
 
 def make_task(
     settings: FinetuneConfig = BASE, scope: str = "all", seed: int = 0, precision: str = "fp32", evaluations: int = 2
-) -> Task:
+) -> TrainingTask:
     torch.manual_seed(seed)
     network = Toy()
     with torch.no_grad():  # statistics that are not those of a fresh network
         network.train()(torch.randn(32, 3, 16, 16))
     stages = stages_of(network, (16, 16))
     plan = check_plan([(0, scope)], stages)
-    return Task(network, stages, plan, settings, settings.steps, precision, seed, CPU, evaluations)
+    return TrainingTask(network, stages, plan, settings, settings.steps, precision, seed, CPU, evaluations)
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -142,7 +142,7 @@ def test_stages_far_from_the_head_learn_slower_but_not_slower_than_a_hundredth()
 
 def test_steps_and_evaluations_go_by_the_size_of_the_data() -> None:
     assert [steps_for(n) for n in (100, 20_000, 10**6)] == [500, 10_000, 20_000]
-    task = replace(make_task(), steps=500, evaluations=Task.evaluations)
+    task = replace(make_task(), steps=500, evaluations=TrainingTask.evaluations)
     assert (task.evaluate_every, replace(task, steps=7).evaluate_every) == (50, 1)
 
 
@@ -306,7 +306,7 @@ def test_a_plan_that_closes_a_stage_or_names_none_is_refused_with_all_its_proble
 def test_what_is_frozen_stays_bit_for_bit(data: Data, tmp_path: Path, mode: str, scope: str) -> None:
     task = make_task(but(BASE, steps=3, batch_norm=mode, ema=0.5), scope)
     before = copy_weights(task.network)
-    after = train(task, data, Run(tmp_path, "x")).weights
+    after = train(task, data, TrainingRun(tmp_path, "x")).weights
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     lowest = {"head": 4, "last_stage": 3, "stage2": 2, "all": 0}[scope]
     open_modules = [module for stage in task.stages[lowest:] for module in stage.modules]
@@ -325,7 +325,7 @@ def test_plan_opens_stages_on_the_way(data: Data, tmp_path: Path) -> None:
     train(
         replace(task, plan=plan),
         data,
-        Run(tmp_path, "x"),
+        TrainingRun(tmp_path, "x"),
         lambda step: seen.append(torch.equal(task.network.stem[0].weight, before["stem.0.weight"])),
     )
     assert seen == [True, False]
@@ -410,7 +410,7 @@ def test_heads_that_are_no_layer_are_refused(vectors: tuple[np.ndarray, np.ndarr
 
 def test_it_learns_and_keeps_the_best_weights(data: Data, tmp_path: Path) -> None:
     task = make_task(but(BASE, steps=40, batch_norm="train", ema=0.8), evaluations=5)
-    trained = train(task, data, Run(tmp_path, "x"))
+    trained = train(task, data, TrainingRun(tmp_path, "x"))
     assert trained.source in ("weights", "ema")
     assert trained.score[0] > 0.9
     assert trained.score == evaluate(task.network, data.validation, data, CPU)
@@ -447,10 +447,10 @@ def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
     data: Data, tmp_path: Path, settings: FinetuneConfig, precision: str, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Evaluations are after steps 3, 6 and 7: the first stop is before any of them."""
-    whole = train(make_task(settings, precision=precision), data, Run(tmp_path / "whole", "x"))
+    whole = train(make_task(settings, precision=precision), data, TrainingRun(tmp_path / "whole", "x"))
     real, done = trainer.train_step, []
 
-    def stop(task: Task, data: Data, optimizer: object, scaler: object, step: int) -> float:
+    def stop(task: TrainingTask, data: Data, optimizer: object, scaler: object, step: int) -> float:
         if step == last and last not in done:
             raise Stop
         done.append(step)
@@ -459,9 +459,9 @@ def test_a_run_stopped_between_evaluations_goes_on_to_the_same_weights(
     monkeypatch.setattr(trainer, "train_step", stop)
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     with pytest.raises(Stop):
-        train(make_task(settings, precision=precision), data, Run(tmp_path / "cut", "x"))
+        train(make_task(settings, precision=precision), data, TrainingRun(tmp_path / "cut", "x"))
     monkeypatch.setattr(trainer, "train_step", real)
-    resumed = train(make_task(settings, precision=precision), data, Run(tmp_path / "cut", "x"))
+    resumed = train(make_task(settings, precision=precision), data, TrainingRun(tmp_path / "cut", "x"))
     assert done == list(range(last))
     assert resumed.history[0]["step"] == 3
     assert same(resumed.weights, whole.weights)
@@ -476,7 +476,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_goes_on(data: Data, tmp_path:
         "from test_training import *\n"
         "data = Data(pictures(48), pictures(24, seed=1), 3, (0.5,) * 3, (0.25,) * 3)\n"
         "kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 6 else None\n"
-        f"train(make_task(RICH), data, Run(Path({str(tmp_path / 'cut')!r}), 'x'), kill)"
+        f"train(make_task(RICH), data, TrainingRun(Path({str(tmp_path / 'cut')!r}), 'x'), kill)"
     )
     root = Path(__file__).parents[1]
     done = subprocess.run(
@@ -486,33 +486,33 @@ def test_a_killed_process_leaves_a_checkpoint_that_goes_on(data: Data, tmp_path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        resumed = train(make_task(RICH), data, Run(tmp_path / "cut", "x"))
-        whole = train(make_task(RICH), data, Run(tmp_path / "whole", "x"))
+        resumed = train(make_task(RICH), data, TrainingRun(tmp_path / "cut", "x"))
+        whole = train(make_task(RICH), data, TrainingRun(tmp_path / "whole", "x"))
     finally:
         torch.set_num_threads(threads)
     assert same(resumed.weights, whole.weights)
 
 
 def test_a_finished_run_is_not_trained_again(data: Data, tmp_path: Path) -> None:
-    first = train(make_task(), data, Run(tmp_path, "x"))
+    first = train(make_task(), data, TrainingRun(tmp_path, "x"))
     calls: list[int] = []
-    again = train(make_task(), data, Run(tmp_path, "x"), calls.append)
+    again = train(make_task(), data, TrainingRun(tmp_path, "x"), calls.append)
     assert calls == []
     assert same(first.weights, again.weights)
 
 
 def test_a_checkpoint_of_another_run_or_of_rubbish_is_refused(data: Data, tmp_path: Path) -> None:
-    train(make_task(), data, Run(tmp_path, "x"))
+    train(make_task(), data, TrainingRun(tmp_path, "x"))
     with pytest.raises(TrainingError, match="belongs to a run with other settings, data or seed; delete it"):
-        train(make_task(), data, Run(tmp_path, "y"))
+        train(make_task(), data, TrainingRun(tmp_path, "y"))
     (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
     with pytest.raises(TrainingError, match=r"checkpoint\.pt: cannot be read .* delete it to train from the start"):
-        train(make_task(), data, Run(tmp_path, "x"))
+        train(make_task(), data, TrainingRun(tmp_path, "x"))
 
 
 def test_balanced_weights_make_a_rare_class_count(data: Data) -> None:
     y = np.array([0] * 6 + [1] * 2, dtype=np.int64)
-    rare = replace(data, train=Labelled(data.train.pixels[:8], y), width=2)
+    rare = replace(data, train=LabelledImages(data.train.pixels[:8], y), width=2)
     logits, seen = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
     losses = torch.logsumexp(logits, 1) - logits[[0, 1], seen]
     weights = torch.tensor([8 / 12, 8 / 4])
@@ -526,7 +526,7 @@ def test_what_cannot_be_trained_is_said_before_it_starts(data: Data, tmp_path: P
         train(
             make_task(precision="fp16"),
             replace(data, validation=pictures(0)),
-            Run(tmp_path, "x"),
+            TrainingRun(tmp_path, "x"),
         )
     assert error.value.problems == (
         "precision: 'fp16' needs a GPU; use 'bf16' or 'fp32' on the CPU",
@@ -539,22 +539,22 @@ def test_a_loss_that_is_no_number_is_said_with_its_step(data: Data, tmp_path: Pa
     with torch.no_grad():
         task.network.fc.bias.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"the loss at step 0 is nan; lower finetune\.rate"):
-        train(task, data, Run(tmp_path, "x"))
+        train(task, data, TrainingRun(tmp_path, "x"))
 
 
 def test_the_profiler_and_tensorboard_are_optional(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(make_task(but(BASE, steps=2, profile_steps=1)), data, Run(tmp_path / "a", "x"))
+    train(make_task(but(BASE, steps=2, profile_steps=1)), data, TrainingRun(tmp_path / "a", "x"))
     assert "convolution" in (tmp_path / "a" / "profile.txt").read_text()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(TrainingError, match="run `pip install tensorboard` or set it to false"):
-        train(make_task(but(BASE, tensorboard=True)), data, Run(tmp_path / "b", "x"))
+        train(make_task(but(BASE, tensorboard=True)), data, TrainingRun(tmp_path / "b", "x"))
 
 
 def test_tensorboard_gets_every_number_of_every_evaluation(data: Data, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trained = train(make_task(but(BASE, tensorboard=True)), data, Run(tmp_path, "x"))
+    trained = train(make_task(but(BASE, tensorboard=True)), data, TrainingRun(tmp_path, "x"))
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(shown.Tags()["scalars"]) == set(trained.history[0]) - {"step"}
     for name in shown.Tags()["scalars"]:
@@ -590,7 +590,7 @@ def test_the_moving_average_begins_with_the_first_step_and_has_buffers(data: Dat
 def test_the_path_back_is_never_below_the_start(data: Data, tmp_path: Path) -> None:
     task = make_task(but(BASE, steps=20, batch_norm="train"))
     start = copy_weights(task.network)
-    good = train(task, data, Run(tmp_path, "x")).weights
+    good = train(task, data, TrainingRun(tmp_path, "x")).weights
     path = return_path(task, data, start, good)
     assert path.scores[path.alphas.index(path.alpha)] == max(path.scores)
     assert path.alpha > 0
@@ -683,7 +683,10 @@ def test_what_stays_is_run_once_and_the_weights_are_the_same(
     conv, calls = short.network.stem[0], []
     real = conv._conv_forward
     conv._conv_forward = lambda *given: (calls.append(1), real(*given))[1]
-    expected, found = train(plain, data, Run(tmp_path / "a", "x")), train(short, kept, Run(tmp_path / "b", "x"))
+    expected, found = (
+        train(plain, data, TrainingRun(tmp_path / "a", "x")),
+        train(short, kept, TrainingRun(tmp_path / "b", "x")),
+    )
     for name, tensor in expected.weights.items():
         torch.testing.assert_close(tensor, found.weights[name], rtol=1e-4, atol=1e-5)
     path = return_path(short, kept, start, found.weights)
@@ -728,7 +731,7 @@ def test_images_are_learned_from_at_their_own_size(data: Data, augment: str, tmp
     assert augmented(wide, but(BASE, augment=augment, size=12), CPU, data).shape == (4, 3, 12, 24)
     task = make_task(but(BASE, size=17))
     with pytest.raises(TrainingError) as error:
-        train(task, data, Run(tmp_path, "x"))
+        train(task, data, TrainingRun(tmp_path, "x"))
     assert error.value.problems == ("finetune.size: 17 is more than the 16 pixels that images are prepared to have",)
 
 

@@ -15,7 +15,7 @@ from pipeline.config import HeadConfig, TuningConfig
 from pipeline.data.classes import Classification
 from pipeline.heads import HEADS, configure, resolve
 from pipeline.heads.fast.kernel import prepare_distances, rbf_svm
-from pipeline.heads.fast.solvers import Family, Path, softmax_loss, squared_hinge_loss, turn
+from pipeline.heads.fast.solvers import Path, ProblemFamily, softmax_loss, squared_hinge_loss, turn
 from pipeline.heads.tuning import make_folds, racing, tune
 from pipeline.heads.tuning.evaluation import GENERIC, Problem, evaluator_for, generic
 from pipeline.heads.tuning.features import standardise
@@ -91,7 +91,7 @@ def test_coefficients_are_those_of_scikit_learn(C):
     # Turning the unit vectors along makes the scores of the held-out rows the coefficients themselves.
     axes = turn(X, np.eye(X.shape[1], dtype=np.float32))
     weights = np.ones(len(y), dtype=np.float32)
-    soft = Family(lambda problems: softmax_loss(y, weights), 1, 3, penalise_intercept=False, tolerance=1e-6)
+    soft = ProblemFamily(lambda problems: softmax_loss(y, weights), 1, 3, penalise_intercept=False, tolerance=1e-6)
     found = Path(axes, soft).solve(np.array([1 / C]))[:, 0]
     reference = LogisticRegression(C=C, tol=1e-8, max_iter=5000).fit(X.astype(np.float64), y)
     coefficients = axes.held_out[:, :-1] @ found[:-1]
@@ -100,7 +100,7 @@ def test_coefficients_are_those_of_scikit_learn(C):
     np.testing.assert_allclose(intercept, reference.intercept_ - reference.intercept_.mean(), atol=0.01)
 
     targets = np.where(y[:, None] == np.arange(3), 1, -1).astype(np.float32)
-    hinge = Family(
+    hinge = ProblemFamily(
         lambda problems: squared_hinge_loss(targets[:, problems % 3], np.ones_like(targets[:, problems % 3])),
         3,
         1,

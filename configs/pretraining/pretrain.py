@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline import config, images
 from pipeline.embed.weights import build
-from pipeline.finetuning.batches import Data, Labelled, rows_at, to_float
+from pipeline.finetuning.batches import Data, LabelledImages, rows_at, to_float
 from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.result import describe, write_weights
 from pipeline.finetuning.trainer import evaluate
@@ -101,7 +101,7 @@ def read_images(recipe: Recipe) -> Source:
     if not codes or not rows["val"]:
         sys.exit(f"{recipe.data}: expected images in train/CLASS/ and val/CLASS/")
     train, validation = (
-        Labelled(np.stack([pixels for _, pixels in part]), np.array([codes.index(label) for label, _ in part]))
+        LabelledImages(np.stack([pixels for _, pixels in part]), np.array([codes.index(label) for label, _ in part]))
         for part in rows.values()
     )
     prepared = recipe.preprocessing

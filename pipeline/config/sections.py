@@ -51,7 +51,7 @@ Names = Mapping[What, Sequence[str]]
 """What the tables offer: the words that `heads`, `baselines`, `tuning.scoring` and `dataset.target` may hold."""
 
 Scalar = bool | int | float | str | None
-Item = TypeVar("Item")
+ItemT = TypeVar("ItemT")
 
 
 class Section(BaseModel):
@@ -147,7 +147,7 @@ def _in_table(what: What, word: str, info: ValidationInfo, besides: str = "") ->
     return word
 
 
-def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
+def _not_empty(value: tuple[ItemT, ...]) -> tuple[ItemT, ...]:
     # Not `min_length`, which also complains when an item was dropped for a mistake of its own.
     if not value:
         raise ValueError("expected at least one, got an empty list")

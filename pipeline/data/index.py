@@ -32,7 +32,7 @@ from pipeline.io.remote import address_of
 Texts = NDArray[np.object_]
 """n texts: ndarray of shape (n,), object dtype, each a `str`."""
 
-Rows = NDArray[np.int64]
+RowNumbers = NDArray[np.int64]
 """Row numbers: int64 of shape (n,), -1 for none."""
 
 
@@ -79,7 +79,7 @@ def leakage_units(digests: Digests, groups: Texts | None) -> NDArray[np.int64]:
     return np.unique(units, return_inverse=True)[1].astype(np.int64)
 
 
-def match_texts(old: Texts, new: Texts) -> Rows:
+def match_texts(old: Texts, new: Texts) -> RowNumbers:
     """Return for each new text the row of the equal old text, int64 of shape (n_new,), or -1; both are sorted and distinct."""
     if np.array_equal(old, new):
         return np.arange(len(new))
@@ -87,7 +87,7 @@ def match_texts(old: Texts, new: Texts) -> Rows:
     return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[no-any-return]
 
 
-def match_digests(old: Digests, new: Digests) -> Rows:
+def match_digests(old: Digests, new: Digests) -> RowNumbers:
     """Return for each new digest, uint64 (n_new, 2), the first row with the equal old digest: int64 of shape (n_new,), -1 for none."""
     codes = content_codes(np.concatenate([old, new]))
     first = np.full(len(codes), -1, dtype=np.int64)
@@ -96,7 +96,7 @@ def match_digests(old: Digests, new: Digests) -> Rows:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Changes:
     """How two states of a data set differ, as numbers of images."""
 
     added: int = 0
@@ -109,7 +109,7 @@ class Difference:
         return ", ".join(f"{count:,} {name}" for name, count in vars(self).items() if count)
 
 
-def difference(old_paths: Texts, old_digests: Digests, new_paths: Texts, new_digests: Digests) -> Difference:
+def difference(old_paths: Texts, old_digests: Digests, new_paths: Texts, new_digests: Digests) -> Changes:
     """Compare two states by path, object arrays of shape (n,), and content, uint64 of shape (n, 2); paths are sorted.
 
     A new path whose content was at a path that is gone is renamed; a path with other content is changed.
@@ -123,7 +123,7 @@ def difference(old_paths: Texts, old_digests: Digests, new_paths: Texts, new_dig
     codes = content_codes(np.concatenate([old_digests[gone], new_digests[~known]]))
     before, now = (np.bincount(part, minlength=len(codes)) for part in (codes[:n_gone], codes[n_gone:]))
     renamed = int(np.minimum(before, now).sum())
-    return Difference(n_fresh - renamed, changed, renamed, n_gone - renamed)
+    return Changes(n_fresh - renamed, changed, renamed, n_gone - renamed)
 
 
 INDEX_FILE = "index.csv"

@@ -42,7 +42,7 @@ LONGEST_PATH = 4096
 SPLITS = {**SPLIT_NAMES, EXCLUDED: EXCLUDED}
 """How a split may be called; images of the last stay out."""
 
-Row = tuple[str, list[str]]
+ManifestRow = tuple[str, list[str]]
 """Where a row stands ('line 7'), and its path, split, group, domain and labels; '' for a column that is not there."""
 
 Choose = Callable[[Sequence[str]], list[int | None]]
@@ -106,7 +106,9 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
     return section
 
 
-def _listing(origin: Path, read: Callable[[Choose, list[str]], Iterator[Row]], config: DatasetConfig) -> Listing:
+def _listing(
+    origin: Path, read: Callable[[Choose, list[str]], Iterator[ManifestRow]], config: DatasetConfig
+) -> Listing:
     """Take in the rows that `read` yields; it adds to the problems that are told together."""
     root = origin.parent if config.root is None else Path(config.root.removeprefix("file://")).expanduser()
     if not is_folder(root):
@@ -267,7 +269,7 @@ def _require_file(path: Path) -> None:
         raise DatasetError(f"{path}: is a pipe or device, expected a CSV or Parquet file")
 
 
-def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[Row]:
+def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[ManifestRow]:
     try:
         with io.TextIOWrapper(opened(str(path)), encoding="utf-8-sig", newline="") as file:
             first_line = file.readline()
@@ -293,7 +295,7 @@ def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[Row]:
         raise DatasetError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: list[str]) -> Iterator[Row]:
+def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: list[str]) -> Iterator[ManifestRow]:
     """Yield the rows of a pyarrow Table; the labels of a list are joined."""
     separator = config.label_separator or SEPARATOR
     columns = []

@@ -18,8 +18,8 @@ from pipeline.data.index import (
     INDEX_FILE,
     SEPARATOR,
     SPLITS,
+    Changes,
     DatasetIndex,
-    Difference,
     SplitPlan,
     Texts,
     WrittenIndex,
@@ -401,7 +401,7 @@ class ScanResult:
     index: DatasetIndex
     unchanged: bool
     """The index is the one that was there before, row for row."""
-    difference: Difference | None
+    difference: Changes | None
     """Images added, changed, removed and renamed since the last scan; None where there was no index before."""
     read: int
     """Files whose bytes were read."""

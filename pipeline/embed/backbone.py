@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embed import graph as graphs
 from pipeline.embed.engines import (
-    Engine,
-    Features,
-    Vectors,
+    Forward,
+    LayerFeatures,
+    TorchForward,
     choose_engine,
     compile_openvino,
     openvino_is_there,
@@ -88,9 +88,9 @@ class Backbone:
         pixels = torch.zeros(2, *size, 3, dtype=torch.uint8, device=self.device)
         tokens = graphs.tokens_of(network.module)
         self._rows = graphs.effective(lambda: self._outputs(pixels), self._rows, tokens, network.name, size)
-        self._engine: Engine = self._by_torch
+        self._engine: Forward = self._by_torch
         self._rows = self._distinct(self.embed(probes))
-        self.probe: Features = self.embed(probes)
+        self.probe: LayerFeatures = self.embed(probes)
         if arithmetic.engine == "openvino":
             self._engine = compile_openvino(self._vectors, size, arithmetic.precision, torch.get_num_threads())
             by_torch, self.probe = self.probe, self.embed(probes)
@@ -100,7 +100,7 @@ class Backbone:
             for row, vectors in zip(self._rows, self.probe, strict=True)
         )
 
-    def _distinct(self, vectors: Features) -> list[graphs.Row]:
+    def _distinct(self, vectors: LayerFeatures) -> list[graphs.EmbeddingRow]:
         """Return the rows without a stage's that is another's too: the last one, averaged, is the penultimate layer."""
 
         def is_again(number: int, other: int) -> bool:
@@ -118,14 +118,14 @@ class Backbone:
                 logger.info("%s, pooled by %s, is %s: one embedding, not two", row.layer, row.pooling, first)
         return kept
 
-    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+    def embed(self, pixels: NDArray[np.uint8]) -> LayerFeatures:
         """Embed n images as `images.prepare` gives them, uint8 of shape (n, height, width, 3).
 
         Returns float32 of shape (n, dim) for each layer and pooling, in the order of `specs`.
         """
         return self._engine(pixels)
 
-    def _by_torch(self, pixels: NDArray[np.uint8]) -> Features:
+    def _by_torch(self, pixels: NDArray[np.uint8]) -> LayerFeatures:
         with torch.inference_mode():
             sent = torch.from_numpy(pixels)
             if self.device.type == "cuda":
@@ -230,7 +230,7 @@ class Backbone:
 class _Written(nn.Module):
     """The way from pixels to vectors as a module, which is what the exporter takes."""
 
-    def __init__(self, network: nn.Module, vectors: Vectors) -> None:
+    def __init__(self, network: nn.Module, vectors: TorchForward) -> None:
         super().__init__()
         self.network = network  # named, so that its weights are
         self._vectors = vectors
@@ -240,7 +240,7 @@ class _Written(nn.Module):
         return self._vectors(pixels.permute(0, 2, 3, 1))
 
 
-def _spec(network: Network, row: graphs.Row, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
+def _spec(network: Network, row: graphs.EmbeddingRow, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
     view = network.preprocessing.view.split()[:1]
     return EmbeddingSpec(
         name=embedding_name(network.name, network.weights, *row.words, *view),

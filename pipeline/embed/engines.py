@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Features = tuple[NDArray[np.float32], ...]
+LayerFeatures = tuple[NDArray[np.float32], ...]
 """One array of shape (n, dim), float32, per layer."""
 
-Vectors = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
+TorchForward = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
 """Pixels, uint8 of shape (n, height, width, 3), to one float32 tensor of shape (n, dim) per layer."""
 
-Engine = Callable[[NDArray[np.uint8]], Features]
+Forward = Callable[[NDArray[np.uint8]], LayerFeatures]
 """The same for arrays."""
 
 NATIVE_BF16 = frozenset({"amx_bf16", "avx512_bf16"})
@@ -211,7 +211,7 @@ def engine_at_hand(engine: str, device: str) -> str:
 # ---- OpenVINO
 
 
-def require_close(found: Features, expected: Features) -> None:
+def require_close(found: LayerFeatures, expected: LayerFeatures) -> None:
     """See that another engine computes the same network, but for the rounding of bf16; RuntimeError where it does not.
 
     found, expected : one array per layer, float32 of shape (n, dim)
@@ -222,7 +222,7 @@ def require_close(found: Features, expected: Features) -> None:
             raise RuntimeError("the vectors of the probe images are not torch's")
 
 
-def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, threads: int) -> Engine:
+def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: str, threads: int) -> Forward:
     """Compile the way from pixels to vectors for this processor, for images of `size` (height, width).
 
     RuntimeError when the network has an operation that OpenVINO does not know, or what is installed as OpenVINO cannot be imported.
@@ -251,7 +251,7 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
     request = compiled.create_infer_request()
     logger.info("OpenVINO compiled the network in %.1f s", time.perf_counter() - began)
 
-    def infer(pixels: NDArray[np.uint8]) -> Features:
+    def infer(pixels: NDArray[np.uint8]) -> LayerFeatures:
         """One batch; what fills up a short one is cut off again, and no image is changed by its neighbours."""
         count = len(pixels)
         if count < BATCH:
@@ -259,7 +259,7 @@ def compile_openvino(vectors: Vectors, size: tuple[int, int], precision: str, th
         found = request.infer({0: np.ascontiguousarray(pixels)}, share_inputs=True)
         return tuple(np.array(found[output][:count]) for output in range(len(found)))
 
-    def run(pixels: NDArray[np.uint8]) -> Features:
+    def run(pixels: NDArray[np.uint8]) -> LayerFeatures:
         parts = [infer(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
         return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
 

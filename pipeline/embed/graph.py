@@ -76,11 +76,11 @@ class Taps(nn.Module):
         return tuple(_outputs_of(self.network, self._layers, images, lambda output: output))
 
 
-Graph = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
+TracedNetwork = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
 """A network and its layers by name, in the order in which they run; where it could not be traced, in that of definition."""
 
 
-def trace(model: nn.Module, probe: torch.Tensor | None = None) -> Graph:
+def trace(model: nn.Module, probe: torch.Tensor | None = None) -> TracedNetwork:
     """Return the network as a graph in eval mode, and its nodes by name in the order they run.
 
     Where it cannot be traced, or its graph gives another result for the images `probe`, float32 of shape (n, 3, height, width), it is
@@ -181,7 +181,7 @@ def classifier(module: nn.Module) -> fx.Node:
     )
 
 
-def classifier_name(model: nn.Module, graph: Graph) -> str:
+def classifier_name(model: nn.Module, graph: TracedNetwork) -> str:
     """Return the name of the module that turns features into class scores."""
     if not hasattr(model, "get_classifier"):
         return str(classifier(graph[0]).target)
@@ -190,7 +190,10 @@ def classifier_name(model: nn.Module, graph: Graph) -> str:
 
 
 def resolve(
-    graph: Graph, asked: Sequence[str], has_classifier: bool = True, stages: Callable[[], Mapping[str, str]] = dict
+    graph: TracedNetwork,
+    asked: Sequence[str],
+    has_classifier: bool = True,
+    stages: Callable[[], Mapping[str, str]] = dict,
 ) -> list[str]:
     """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
 
@@ -233,7 +236,7 @@ def _last_of(layer: str, names: Iterable[str]) -> str | None:
     return next((name for name in reversed(list(names)) if name.startswith(f"{layer}.")), None)
 
 
-def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
+def shapes(graph: TracedNetwork, size: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
     """Return the nodes that give something for each image, with the shape of it for one image of `size`."""
     module, names = graph
     n_images = 2  # with one image, its windows or heads could not be told from it
@@ -252,7 +255,7 @@ def shapes(graph: Graph, size: tuple[int, int]) -> list[tuple[str, tuple[int, ..
     ]
 
 
-def cut(graph: Graph, layers: Sequence[str]) -> nn.Module:
+def cut(graph: TracedNetwork, layers: Sequence[str]) -> nn.Module:
     """Return the network that runs up to the layers and gives their outputs as a tuple, with batch norms folded.
 
     Folding a batch norm into the convolution before it changes features by about 1e-9 of their length (cosine, ResNet-50)
@@ -375,7 +378,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def stage_ends(model: nn.Module, graph: Graph, size: tuple[int, int]) -> dict[str, str]:
+def stage_ends(model: nn.Module, graph: TracedNetwork, size: tuple[int, int]) -> dict[str, str]:
     """Return the node at which each stage of a network ends, by the stage's name, but for its head."""
     try:
         head = classifier_name(model, graph)
@@ -523,7 +526,7 @@ def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer:
 
 
 @dataclass(frozen=True)
-class Row:
+class EmbeddingRow:
     """One embedding of a network."""
 
     layer: str
@@ -546,22 +549,22 @@ class Row:
 
 
 def rows(
-    graph: Graph, model: nn.Module, config: BackboneConfig, size: tuple[int, int], has_classifier: bool
-) -> list[Row]:
+    graph: TracedNetwork, model: nn.Module, config: BackboneConfig, size: tuple[int, int], has_classifier: bool
+) -> list[EmbeddingRow]:
     """Return a row for each layer in each pooling that a config asks for; raises as `resolve` does."""
     tokens = tokens_of(model)
     asked = [(layer, pooling, source(layer, pooling, tokens)) for layer in config.layers for pooling in config.pooling]
     stages = partial(stage_ends, model, graph, size)
     nodes = resolve(graph, [found for _, _, found in asked], has_classifier, stages)
     return [
-        Row(*each, node, output, each[2] != PENULTIMATE and _last_of(each[2], graph[1]) is None)
+        EmbeddingRow(*each, node, output, each[2] != PENULTIMATE and _last_of(each[2], graph[1]) is None)
         for output, (each, node) in enumerate(zip(asked, nodes, strict=True))
     ]
 
 
 def effective(
-    run: Callable[[], Sequence[object]], rows: Sequence[Row], tokens: Tokens, name: str, size: tuple[int, int]
-) -> list[Row]:
+    run: Callable[[], Sequence[object]], rows: Sequence[EmbeddingRow], tokens: Tokens, name: str, size: tuple[int, int]
+) -> list[EmbeddingRow]:
     """Return the rows with the pooling that applies, having run two images through before the work starts.
 
     `run` gives the network's outputs for the two, with weights or on torch's meta device. Of several poolings of a layer those
@@ -576,11 +579,11 @@ def effective(
             raise
         told = f"{name} cannot take images of {size[0]} x {size[1]} pixels"
         raise BackboneError(f"{told} ({first_line(error)}); change preprocessing.crop") from None
-    found: dict[tuple[str, str], Row] = {}
+    found: dict[tuple[str, str], EmbeddingRow] = {}
     refused: list[str] = []
     for layer in dict.fromkeys(row.layer for row in rows):
         own = [row for row in rows if row.layer == layer]
-        fitting, problems = list[Row](), list[str]()
+        fitting, problems = list[EmbeddingRow](), list[str]()
         for row in own:
             output = outputs[row.output]
             if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.embed.engines import Features
-from pipeline.embed.spec import Embedder
+from pipeline.embed.engines import LayerFeatures
+from pipeline.embed.spec import EmbeddingModel
 from pipeline.errors import BackboneError
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, perceptual_hash, prepare
 from pipeline.images.reading import Pixels, rgb
@@ -165,7 +165,7 @@ class Loader:
 class Lane:
     """An embedder, and how many images it is given at a time; halves when memory runs out."""
 
-    embedder: Embedder
+    embedder: EmbeddingModel
     limit: int
 
 
@@ -175,7 +175,7 @@ class Part:
 
     rows: NDArray[np.int64]
     """Which of the batch's items, shape (n,)."""
-    vectors: Features
+    vectors: LayerFeatures
     seconds: float
 
 
@@ -208,9 +208,9 @@ def _part(batch: Batch, number: int, lane: Lane) -> Part | None:
     return Part(np.array(rows), vectors, time.perf_counter() - began)
 
 
-def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> Features:
+def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> LayerFeatures:
     """Embed uint8 (n, height, width, 3) in passes of at most the lane's limit, which halves when memory runs out."""
-    passes: list[Features] = []
+    passes: list[LayerFeatures] = []
     done = 0
     while done < len(pixels):
         try:

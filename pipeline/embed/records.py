@@ -26,7 +26,7 @@ from pipeline.config import (
 from pipeline.embed import baselines
 from pipeline.embed.engines import choice_inputs, engine_at_hand, version
 from pipeline.embed.published import BUNDLED, about_stand_in, joined, require_permitted
-from pipeline.embed.spec import EMBED_VERSION, Embedder, EmbeddingSpec, embedding_name
+from pipeline.embed.spec import EMBED_VERSION, EmbeddingModel, EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, PipelineError, StoreError
 from pipeline.experiment import FEATURES, SPECS, Artifacts, from_plain, plain, read_document, write_document
 from pipeline.images import DECODE_MODES, DECODE_POLICY
@@ -317,7 +317,7 @@ def write_specs(path: Path, specs: Mapping[str, Sequence[EmbeddingSpec]]) -> Non
 
 def load(
     section: BackboneConfig | None, baseline: str, extraction: ExtractionConfig, seed: int, images: int = 0
-) -> Embedder:
+) -> EmbeddingModel:
     """Make the embedder of a config's section, or where there is none the baseline of that name.
 
     BackboneError when the network, its weights, a layer, the device or the precision is not to be had.
@@ -331,7 +331,7 @@ def load(
     return backbone.load(section, extraction, seed, images)
 
 
-def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = False) -> tuple[Embedder, int]:
+def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = False) -> tuple[EmbeddingModel, int]:
     """Make an embedding's embedder again; return it and which of its outputs the embedding is.
 
     `trust_code` says that the user, and not only the record, names the code of a network that is somebody's own. BackboneError where
@@ -356,7 +356,7 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
         told = "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding"
         logger.warning(told, record.name, spec.engine, engine)
 
-    def made_by(engine: str) -> Embedder:
+    def made_by(engine: str) -> EmbeddingModel:
         asked = {"device": device, "precision": spec.precision, "decode": decode}
         extraction = ExtractionConfig.model_validate(asked if section is None else {**asked, "engine": engine})
         return load(section, spec.architecture, extraction, record.seed)
@@ -383,7 +383,7 @@ Places = Sequence[tuple[int, int]]
 class Networks(NamedTuple):
     """Embedders, and for each target where each part of its head has its vectors from."""
 
-    embedders: Sequence[Embedder]
+    embedders: Sequence[EmbeddingModel]
     places: Mapping[str, Sequence[Places]]
 
     def in_float64(self) -> Networks:
@@ -399,7 +399,7 @@ def open_networks(
 
     Raises as `open_record` does.
     """
-    embedders: list[Embedder] = []
+    embedders: list[EmbeddingModel] = []
 
     def find(part: EmbeddingRecord) -> tuple[int, int]:
         for number, embedder in enumerate(embedders):
@@ -423,10 +423,10 @@ def open_networks(
 # part weighs more for its scale, as heads standardise every column within the fold.
 
 CONCAT = "concat"
-Part = TypeVar("Part")
+PartT = TypeVar("PartT")
 
 
-def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, Part]) -> list[tuple[Part, ...]]:
+def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, PartT]) -> list[tuple[PartT, ...]]:
     """Return the parts that each list of a config's `concat` names; PipelineError with a line for each name of no embedding."""
     unknown = sorted({name for group in groups for name in group if name not in known})
     if unknown:

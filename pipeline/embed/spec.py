@@ -80,7 +80,7 @@ def embedding_name(*parts: str) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part).strip("._") or "x" for part in parts)
 
 
-class Embedder(Protocol):
+class EmbeddingModel(Protocol):
     """What makes the vectors of one or more embeddings in one pass: a Backbone, a Baseline."""
 
     @property

@@ -36,7 +36,7 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weights on the Hugging Face Hub, in the order in which timm looks for them."""
 
 
-class Known(NamedTuple):
+class NetworkFacts(NamedTuple):
     """What a table of networks says of one, also where timm is not installed."""
 
     megabytes: float
@@ -45,17 +45,17 @@ class Known(NamedTuple):
     license: str
 
 
-KNOWN: Mapping[str, Known] = {
-    "dinov2_base": Known(346, 768, 518, "apache-2.0"),
-    "dinov3_base": Known(343, 768, 256, "dinov3-license"),
-    "siglip2_base": Known(372, 768, 224, "apache-2.0"),
-    "clip_base": Known(345, 768, 224, "apache-2.0"),
-    "convnextv2_tiny": Known(115, 768, 224, "cc-by-nc-4.0"),
+KNOWN: Mapping[str, NetworkFacts] = {
+    "dinov2_base": NetworkFacts(346, 768, 518, "apache-2.0"),
+    "dinov3_base": NetworkFacts(343, 768, 256, "dinov3-license"),
+    "siglip2_base": NetworkFacts(372, 768, 224, "apache-2.0"),
+    "clip_base": NetworkFacts(345, 768, 224, "apache-2.0"),
+    "convnextv2_tiny": NetworkFacts(115, 768, 224, "cc-by-nc-4.0"),
 }
 """By the short names; timm says the same."""
 
 
-class Found(NamedTuple):
+class TimmWeights(NamedTuple):
     """What a name stands for."""
 
     tag: str
@@ -84,7 +84,7 @@ def library() -> ModuleType:
     return importlib.import_module("timm")
 
 
-def find(name: str, arguments: Arguments) -> Found:
+def find(name: str, arguments: Arguments) -> TimmWeights:
     """Return what a name in a config, or an architecture in a record, stands for.
 
     BackboneError when timm has no such network or weights, with the nearest that it has.
@@ -107,14 +107,14 @@ def find(name: str, arguments: Arguments) -> Found:
         known = models.list_pretrained() if weights else models.list_models()
         near = difflib.get_close_matches(tag, known, n=3, cutoff=0.4) or known[:3]
         raise BackboneError(f"timm has no {tag!r}; the nearest are {', '.join(TIMM_PREFIX + each for each in near)}")
-    return Found(tag, cfg.to_dict(), {**_token(network), **arguments})
+    return TimmWeights(tag, cfg.to_dict(), {**_token(network), **arguments})
 
 
-def _in_folder(folder: Path, arguments: Arguments) -> Found:
+def _in_folder(folder: Path, arguments: Arguments) -> TimmWeights:
     try:
         cfg, network, given = library().models._hub.load_model_config_from_path(folder)
         tag = f"{network}.{cfg['tag']}" if cfg.get("tag") else network
-        return Found(tag, cfg, {**_token(network), **given, **arguments})
+        return TimmWeights(tag, cfg, {**_token(network), **given, **arguments})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = first_line(error)
     raise BackboneError(f"{folder} holds no network of timm ({reason}); expected its config.json and its weights")
@@ -125,7 +125,7 @@ def _token(network: str) -> dict[str, Any]:
     return {"global_pool": "token"} if network.startswith("vit_") and "_dinov3" in network else {}
 
 
-def create(found: Found, weights: Mapping[str, Any] | None = None) -> nn.Module:
+def create(found: TimmWeights, weights: Mapping[str, Any] | None = None) -> nn.Module:
     """Construct a network that gives its own feature, with random weights or with those that `weights` tells timm to take.
 
     Its layers `unpooled` and `pooled` are what timm's `forward_features` and `forward_head(pre_logits=True)` give.
@@ -154,12 +154,12 @@ def _pre_logits(self: Any, images: torch.Tensor) -> Any:
     return self.pooled(self.forward_head(self.unpooled(self.forward_features(images)), pre_logits=True))
 
 
-def _empty(found: Found) -> Any:
+def _empty(found: TimmWeights) -> Any:
     with torch.device("meta"):
         return create(found)
 
 
-def preprocessing(found: Found) -> Preprocessing:
+def preprocessing(found: TimmWeights) -> Preprocessing:
     """Return the transform that timm resolves for the weights, at the image size that is asked for."""
     size = found.arguments.get("image_size")
     data = library().data.resolve_data_config({"img_size": size} if size else {}, pretrained_cfg=found.cfg)
@@ -189,7 +189,7 @@ def _with_classifier(module: nn.Module, classes: int) -> nn.Module:
 # ---- weights
 
 
-def _load(found: Found, name: str, weights: Mapping[str, Any]) -> nn.Module:
+def _load(found: TimmWeights, name: str, weights: Mapping[str, Any]) -> nn.Module:
     """Construct a network with weights that timm loads, twice with other seeds: a tensor that differs is in no file.
 
     BackboneError when the weights do not fit, or leave a part of the network random.
@@ -277,7 +277,7 @@ def _published(name: str) -> Published:
 # ---- where weights are
 
 
-def _is_local(found: Found) -> bool:
+def _is_local(found: TimmWeights) -> bool:
     return found.cfg.get("source") == "local-dir"
 
 
@@ -288,23 +288,23 @@ def _hub() -> ModuleType | None:
         return None
 
 
-def _origin(found: Found) -> str:
+def _origin(found: TimmWeights) -> str:
     repository = found.cfg.get("hf_hub_id")
     return f"{repository} of the Hugging Face Hub" if repository else str(found.cfg["url"])
 
 
-def _cache(found: Found) -> Path:
+def _cache(found: TimmWeights) -> Path:
     hub = _hub() if found.cfg.get("hf_hub_id") else None
     return Path(hub.constants.HF_HUB_CACHE if hub else Path(torch.hub.get_dir()) / "checkpoints")
 
 
-def _to_install(found: Found, name: str) -> str:
+def _to_install(found: TimmWeights, name: str) -> str:
     if not found.cfg.get("hf_hub_id") or found.cfg.get("source") or _hub():
         return ""
     return f"{name}: {_origin(found)} is fetched with huggingface_hub; run `pip install 'manyheads[timm]'`"
 
 
-def _to_fetch(found: Found) -> Fetch | None:
+def _to_fetch(found: TimmWeights) -> Fetch | None:
     if _is_local(found) or _here(found):
         return None
     numbers = 0
@@ -313,7 +313,7 @@ def _to_fetch(found: Found) -> Fetch | None:
     return Fetch(_origin(found), _cache(found), numbers * 4 / 1e6)
 
 
-def _here(found: Found) -> Path | None:
+def _here(found: TimmWeights) -> Path | None:
     """Return the file of weights that was fetched before, found without asking anybody."""
     if not found.cfg.get("hf_hub_id"):
         path = _cache(found) / str(found.cfg["url"]).rpartition("/")[2]
@@ -323,7 +323,7 @@ def _here(found: Found) -> Path | None:
     return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
-def _fetch(found: Found, name: str) -> Path:
+def _fetch(found: TimmWeights, name: str) -> Path:
     origin, hub = _origin(found), _hub() if found.cfg.get("hf_hub_id") else None
     logger.info("fetching %s to %s", origin, _cache(found))
     try:

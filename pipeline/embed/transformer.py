@@ -195,7 +195,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             )
         return spec
 
-    def _network(self) -> specs.Embedder:
+    def _network(self) -> specs.EmbeddingModel:
         config, section = self._asked()
         key, text = ("", "") if section is None else (spec_key(section, config), section.model_dump_json())
         return _loaded(key, text, self.name, config.extraction.model_dump_json(), config.seed)
@@ -291,7 +291,7 @@ def _hashes(folder: Path) -> contextlib.AbstractContextManager[Any]:
 
 
 @lru_cache(maxsize=NETWORKS)
-def _loaded(key: str, section: str, baseline: str, extraction: str, seed: int) -> specs.Embedder:
+def _loaded(key: str, section: str, baseline: str, extraction: str, seed: int) -> specs.EmbeddingModel:
     """Load a network, or a baseline, of the JSON of its sections; `key` is of all that it depends on."""
     asked = BackboneConfig.model_validate_json(section) if section else None
     return load(asked, baseline, ExtractionConfig.model_validate_json(extraction), seed)

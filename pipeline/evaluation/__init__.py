@@ -11,7 +11,7 @@ gives all of one head, and `compare` says which heads are worse than the best.
     audit.py        labels, near-duplicates and outliers to look at   fewshot.py    a handful of images of each class
     advice.py       what fine-tuning should bring                     logme.py      which features should transfer
     domains.py      how far apart two sources lie, ways to adapt
-    leaderboard/    rows, the verdict, the table
+    leaderboard/    rows, the recommendation, the table
 """
 
 from pipeline.evaluation.calibration import Calibration, fit_calibrator, measure_calibration

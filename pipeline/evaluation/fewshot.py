@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from tabulate import tabulate
 
+from pipeline.data.targets import Numbers
 from pipeline.evaluation.intervals import Interval, mean_interval
 from pipeline.evaluation.strangeness import directions
 from pipeline.experiment import FEWSHOT, from_plain, read_document, write_document
@@ -28,8 +29,7 @@ from pipeline.experiment import FEWSHOT, from_plain, read_document, write_docume
 if TYPE_CHECKING:
     import torch
 
-Rows = NDArray[np.int64]
-Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 LEAST_BASE = 4
 """Classes that meta-learning needs beside those it is tested on: two to learn from, two to say when to stop."""
@@ -57,7 +57,7 @@ RATE = 0.01
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpisodePlan:
     """What is drawn: `ways` classes with `queries` each beside what they are learned from, in so many episodes."""
 
     ways: int
@@ -67,7 +67,7 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class LabelledFeatures:
     """n images to draw from.
 
     X : float32 of shape (n, dim); y : the class of each, int64 of shape (n,); units : images that may not be parted between
@@ -75,10 +75,10 @@ class Labelled:
     """
 
     X: NDArray[np.float32]
-    y: Rows
-    units: Rows | None = None
+    y: Integers
+    units: Integers | None = None
 
-    def classes_of(self, least: int) -> Rows:
+    def classes_of(self, least: int) -> Integers:
         """Return the classes with so many images at least."""
         return np.flatnonzero(np.bincount(self.y) >= least)
 
@@ -86,20 +86,20 @@ class Labelled:
 class Episodes(NamedTuple):
     """Rows of support, shape (n, ways * shots), and queries, (n, ways * queries), class by class."""
 
-    support: Rows
-    query: Rows
+    support: Integers
+    query: Integers
     ways: int
 
 
 class Division(NamedTuple):
     """Classes that are met before the test (`base` to learn from, `held_out` to say when to stop) and only in it (`novel`)."""
 
-    base: Rows
-    held_out: Rows
-    novel: Rows
+    base: Integers
+    held_out: Integers
+    novel: Integers
 
 
-def divide(classes: Rows, ways: int, rng: np.random.Generator) -> list[Division]:
+def divide(classes: Integers, ways: int, rng: np.random.Generator) -> list[Division]:
     """Return divisions of the classes in which each is novel about equally often; one without a base where they are too few."""
     novel = max(ways, len(classes) // 2)
     if len(classes) - novel < LEAST_BASE:
@@ -113,7 +113,13 @@ def divide(classes: Rows, ways: int, rng: np.random.Generator) -> list[Division]
 
 
 def draw(
-    images: Labelled, classes: Rows, ways: int, shots: int, queries: int, count: int, rng: np.random.Generator
+    images: LabelledFeatures,
+    classes: Integers,
+    ways: int,
+    shots: int,
+    queries: int,
+    count: int,
+    rng: np.random.Generator,
 ) -> Episodes | None:
     """Draw episodes without replacement; None where a class has its images in too few groups for both sides."""
     rows = {label: np.flatnonzero(images.y == label) for label in classes.tolist()}
@@ -132,8 +138,8 @@ def draw(
 
 
 def _dealt(
-    mixed: Sequence[Rows], units: Rows | None, shots: int, queries: int, rng: np.random.Generator
-) -> list[Rows] | None:
+    mixed: Sequence[Integers], units: Integers | None, shots: int, queries: int, rng: np.random.Generator
+) -> list[Integers] | None:
     """Return the first rows of each class, support before queries, every group on one side; None where they do not suffice."""
     if units is None:
         return [rows[: shots + queries] for rows in mixed]
@@ -151,8 +157,8 @@ class Products:
     support : of the n support images with one another, (e, n, n); query : of the queries with them, (e, n_queries, n)
     """
 
-    support: Array
-    query: Array
+    support: Numbers
+    query: Numbers
     ways: int
 
     @property
@@ -161,17 +167,17 @@ class Products:
         return int(self.support.shape[1]) // self.ways
 
     @property
-    def one_hot(self) -> Array:
+    def one_hot(self) -> Numbers:
         """The class of each support image, 1 in its column, float64 of shape (n, ways)."""
         return np.repeat(np.eye(self.ways), self.shots, axis=0)
 
     @property
-    def to_means(self) -> Array:
+    def to_means(self) -> Numbers:
         """Inner products of queries with the mean of each class, shape (e, n_queries, ways)."""
         return self.query @ self.one_hot / self.shots
 
     @property
-    def means(self) -> Array:
+    def means(self) -> Numbers:
         """The squared length of the mean of each class, shape (e, 1, ways)."""
         blocks = self.support.reshape(-1, self.ways, self.shots, self.ways, self.shots)
         return np.asarray(np.einsum("ewiwj->ew", blocks) / self.shots**2)[:, None]
@@ -183,24 +189,24 @@ def products(support: NDArray[np.float32], query: NDArray[np.float32], ways: int
     return Products((support @ across).astype(np.float64), (query @ across).astype(np.float64), ways)
 
 
-def cosine_prototypes(given: Products) -> Array:
+def cosine_prototypes(given: Products) -> Numbers:
     """Score by the cosine with the mean of each class: float64 of shape (e, n_queries, ways)."""
     return given.to_means / np.sqrt(given.means)
 
 
-def nearest_centroid(given: Products) -> Array:
+def nearest_centroid(given: Products) -> Numbers:
     """Score by the squared distance to the mean of each class (prototypical networks), without the queries' own length; shape as above."""
     return 2 * given.to_means - given.means
 
 
-def knn(given: Products) -> Array:
+def knn(given: Products) -> Numbers:
     """Score by a vote of the nearest by cosine, weighted by its exponential; shape as above."""
     cosine = given.query
     least = np.sort(cosine, axis=-1)[..., -min(NEIGHBOURS, cosine.shape[-1]), None]
     return np.where(cosine >= least, np.exp((cosine - 1) / TEMPERATURE), 0.0) @ given.one_hot
 
 
-def logistic_regression(given: Products, tolerance: float = 1e-3, most: int = 500) -> Array:
+def logistic_regression(given: Products, tolerance: float = 1e-3, most: int = 500) -> Numbers:
     """Score as the multinomial one penalised by 1 / C, without intercept: scikit-learn's optimum, for all episodes at once; shape as above.
 
     Steps by the fixed bound on the Hessian of Böhning 1992, which never overshoot; until no coefficient's derivative is above
@@ -217,7 +223,7 @@ def logistic_regression(given: Products, tolerance: float = 1e-3, most: int = 50
     return given.query @ dual
 
 
-METHODS: Mapping[str, Callable[[Products], Array]] = {
+METHODS: Mapping[str, Callable[[Products], Numbers]] = {
     method.__name__: method for method in (logistic_regression, cosine_prototypes, nearest_centroid, knn)
 }
 """By name: inner products -> scores of the queries, shape (e, n_queries, ways), the highest is the answer."""
@@ -225,7 +231,7 @@ PLAIN = logistic_regression.__name__
 """What every other is compared with."""
 
 
-def share_right(scores: Array) -> Array:
+def share_right(scores: Numbers) -> Numbers:
     """Return the share of right answers of each episode, shape (e,), to queries that come class by class.
 
     scores : float64 of shape (e, n_queries, ways); returns float64
@@ -243,9 +249,9 @@ class MetaLearned(NamedTuple):
     """
 
     scale: NDArray[np.float32]
-    rates: Array
+    rates: Numbers
 
-    def scores(self, support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Array:
+    def scores(self, support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Numbers:
         """Return scores of queries after the inner loop.
 
         support, query : features, float32 of shape (e, rows, dim); returns float64 of shape (e, n_queries, ways)
@@ -258,7 +264,9 @@ class MetaLearned(NamedTuple):
             return np.asarray(adapted(*tensors))
 
 
-def learn(images: Labelled, division: Division, ways: int, shots: int, rng: np.random.Generator) -> MetaLearned | None:
+def learn(
+    images: LabelledFeatures, division: Division, ways: int, shots: int, rng: np.random.Generator
+) -> MetaLearned | None:
     """Meta-learn on tasks of the base classes, by gradients through the inner steps; None where their groups are too few."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -303,12 +311,12 @@ def adapted(support: torch.Tensor, query: torch.Tensor, truth: torch.Tensor, rat
     return query @ dual
 
 
-def measure(images: Labelled, plan: Plan, shots: int) -> tuple[Mapping[str, Array], list[str]]:
+def measure(images: LabelledFeatures, plan: EpisodePlan, shots: int) -> tuple[Mapping[str, Numbers], list[str]]:
     """Return by method the share of right answers in each episode, and what is to be said of it.
 
     Nothing but a line where there are too few images for so many shots. The shares are float64 of shape (episodes,).
     """
-    classes, found = images.classes_of(shots + plan.queries), defaultdict[str, list[Array]](list)
+    classes, found = images.classes_of(shots + plan.queries), defaultdict[str, list[Numbers]](list)
     count, every, fewer = len(classes), len(images.classes_of(1)), len(classes) - LEAST_BASE
     if count < plan.ways:
         return {}, [
@@ -341,11 +349,11 @@ def measure(images: Labelled, plan: Plan, shots: int) -> tuple[Mapping[str, Arra
     return {name: np.concatenate(parts) for name, parts in found.items()}, notes
 
 
-def _answers(images: Labelled, episodes: Episodes, learned: MetaLearned | None) -> dict[str, Array]:
+def _answers(images: LabelledFeatures, episodes: Episodes, learned: MetaLearned | None) -> dict[str, Numbers]:
     """Return the share of right answers of each method in each episode, block by block."""
     rows = episodes.support.shape[1] + episodes.query.shape[1]
     block = max(1, MOST_NUMBERS // (rows * images.X.shape[1]))
-    found = defaultdict[str, list[Array]](list)
+    found = defaultdict[str, list[Numbers]](list)
     for start in range(0, len(episodes.support), block):
         support, query = (images.X[part[start : start + block]] for part in (episodes.support, episodes.query))
         given = products(support, query, episodes.ways)
@@ -370,7 +378,7 @@ class Point:
     """Simultaneous over the methods that are compared with it."""
 
 
-def points_of(shots: int, found: Mapping[str, Array]) -> list[Point]:
+def points_of(shots: int, found: Mapping[str, Numbers]) -> list[Point]:
     """Return the points of one number of shots, from each method's accuracy in the same episodes, float64 of shape (n,).
 
     Student's intervals: episodes are drawn independently, whatever their answers share.

@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.export.bundle import ModelBundle
 from pipeline.images import Preprocessing
 
-Prepared = Mapping[Preprocessing, NDArray[np.uint8]]
+PreparedImages = Mapping[Preprocessing, NDArray[np.uint8]]
 """n images as each of some networks takes them, uint8 of shape (n, height, width, 3)."""
 
 
@@ -30,7 +30,7 @@ class Model:
     exact: Networks
     """The same by torch in float32, which a file is made of; bf16 rounds, and OpenVINO adds up in another order."""
 
-    def said(self, networks: Networks, prepared: Prepared) -> dict[str, tuple[NDArray[Any], Any]]:
+    def said(self, networks: Networks, prepared: PreparedImages) -> dict[str, tuple[NDArray[Any], Any]]:
         """Return what each head says of n images by some networks, as `ModelBundle.said` does."""
         made = [embedder.embed(prepared[embedder.preprocessing]) for embedder in networks.embedders]
         return {
@@ -50,7 +50,7 @@ class Photo:
 
     name: str
     pixels: NDArray[np.uint8]
-    prepared: Prepared
+    prepared: PreparedImages
     """Of one image each."""
     odd: bool = False
     """Whether it is a cutting of an unusual size."""

@@ -22,7 +22,7 @@ Score = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledImages:
     """Images with what is to be said of them, in memory or mapped from a file.
 
     pixels : ndarray of shape (n, height, width, 3), uint8
@@ -42,8 +42,8 @@ class Labelled:
 class Data:
     """What is learned from, what weights are chosen on, and how pixels become numbers; `width` is how many numbers the network gives."""
 
-    train: Labelled
-    validation: Labelled
+    train: LabelledImages
+    validation: LabelledImages
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]

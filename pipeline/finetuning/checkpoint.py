@@ -27,7 +27,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """Where a run keeps its checkpoint and log, and the identity a checkpoint must have to be continued."""
 
     folder: Path
@@ -66,7 +66,7 @@ def copy_weights(network: nn.Module) -> Weights:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
 
 
-def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
+def save(run: TrainingRun, state: State, parts: Mapping[str, Any]) -> None:
     """Write the checkpoint and the log, each whole and in one move: a killed run finds the last ones intact.
 
     parts : network, optimizer and whatever else has a `state_dict`, by name
@@ -85,7 +85,7 @@ def save(run: Run, state: State, parts: Mapping[str, Any]) -> None:
     write_atomic(run.folder / "log.jsonl", to_lines(state.history, "")[0])
 
 
-def load(run: Run, parts: Mapping[str, Any]) -> State:
+def load(run: TrainingRun, parts: Mapping[str, Any]) -> State:
     """Return the state of a run, having put its parts into theirs; the beginning when there is no checkpoint.
 
     Raises

@@ -30,7 +30,7 @@ from pipeline.finetuning.material import Choice, Parts, read_pixels
 from pipeline.finetuning.plan import last_linear
 from pipeline.finetuning.trainer import predict_logits
 from pipeline.heads import HEADS, Head, Layer, as_layer
-from pipeline.heads.tuning import Features, blocks, limited, make_folds, memory_needed, part, refit
+from pipeline.heads.tuning import FeatureMatrix, blocks, limited, make_folds, memory_needed, part, refit
 from pipeline.store import FeatureStore, StoredRows
 
 PROBES = 32
@@ -137,7 +137,7 @@ def starting_layer(
         )
     limit, needed = limited(config.tuning).memory_bytes, memory_needed((len(parts.train), store.dim))
     stays = limit is not None and needed > limit
-    X: Features = StoredRows.of(store, parts.train.digests) if stays else store.read(parts.train.digests)
+    X: FeatureMatrix = StoredRows.of(store, parts.train.digests) if stays else store.read(parts.train.digests)
     y = parts.target.encode(parts.train)
     pipeline = _fitted(bundle.estimator, linear.head, X, y, config.seed)
     layer = as_layer(pipeline)
@@ -155,7 +155,7 @@ def _random_layer(width: int, dim: int, seed: int) -> Layer:
     return rng.uniform(-bound, bound, (width, dim)), rng.uniform(-bound, bound, width)
 
 
-def _fitted(estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: int) -> Pipeline:
+def _fitted(estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], seed: int) -> Pipeline:
     """Fit stage two's head anew as stage two would: on fewer rows there may be fewer components, and X may be on disk."""
     pca = dict(estimator.steps).get("pca")
     if not isinstance(pca, PCA):
@@ -165,7 +165,7 @@ def _fitted(estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: 
     return refit(head, {}, X, y, seed, pca.n_components, pca.whiten)
 
 
-def _tempered(layer: Layer, estimator: Any, name: str, X: Features, y: NDArray[np.int64], seed: int) -> Layer:
+def _tempered(layer: Layer, estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], seed: int) -> Layer:
     """Scale margins to logits by one temperature fitted on out-of-fold scores; no predicted label changes.
 
     Cross-entropy on raw margins of a ridge (which lie around +-1) would start far too unsure.

@@ -19,13 +19,21 @@ from pipeline.config import Config
 from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
 from pipeline.evaluation.learning_curve import stratified_order
-from pipeline.finetuning.batches import Data, Labelled, to_float
+from pipeline.finetuning.batches import Data, LabelledImages, to_float
 from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.handover import Layer, put_head
 from pipeline.finetuning.material import Parts, read_pixels
 from pipeline.finetuning.plan import check_plan, stages_of
 from pipeline.finetuning.result import RETURN_EVALUATIONS
-from pipeline.finetuning.trainer import EVALUATIONS, Task, evaluate, make_optimizer, prepare, steps_asked, train_step
+from pipeline.finetuning.trainer import (
+    EVALUATIONS,
+    TrainingTask,
+    evaluate,
+    make_optimizer,
+    prepare,
+    steps_asked,
+    train_step,
+)
 
 SHARE = 0.045
 """Of the passes of a whole run; the rest of five hundredths is left for what surrounds them."""
@@ -111,13 +119,13 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
     network.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     handed_over = copy_weights(network.module)
     whole = Data(
-        Labelled(pixels[0], y),
-        Labelled(pixels[1], target.encode(held_out)),
+        LabelledImages(pixels[0], y),
+        LabelledImages(pixels[1], target.encode(held_out)),
         target.width,
         prepared.mean,
         prepared.std,
     )
-    task = Task(
+    task = TrainingTask(
         network.module,
         stages,
         check_plan([(0.0, "all")], stages),
@@ -142,7 +150,7 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
     losses, spent = list[float](), list[float]()
     for size in sizes:
         network.module.load_state_dict(handed_over)
-        some = replace(whole, train=Labelled(pixels[0][:size], y[:size]))
+        some = replace(whole, train=LabelledImages(pixels[0][:size], y[:size]))
         spent += _steps(task, some, steps)
         losses.append(loss())
     network.module.load_state_dict(handed_over)
@@ -166,7 +174,7 @@ def _first(y: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
     return stratified_order(y, seed)[:n].astype(np.int64)
 
 
-def _steps(task: Task, data: Data, count: int) -> list[float]:
+def _steps(task: TrainingTask, data: Data, count: int) -> list[float]:
     """Do some steps at the full rates and return what each took in seconds."""
     optimizer, scaler = make_optimizer(task), torch.amp.GradScaler(task.device.type, enabled=task.precision == "fp16")
     spent = []

@@ -25,7 +25,7 @@ from pipeline.experiment import MADE_BY, Artifacts, made_by
 from pipeline.finetuning.batches import Data, Score, augmented, rows_at
 from pipeline.finetuning.checkpoint import Weights, copy_weights
 from pipeline.finetuning.material import Choice, Parts
-from pipeline.finetuning.trainer import Task, evaluate
+from pipeline.finetuning.trainer import TrainingTask, evaluate
 from pipeline.io.files import make_folder, write_atomic
 
 FORMAT = "manyheads weights"
@@ -51,7 +51,9 @@ class ReturnPath:
     weights: Weights
 
 
-def return_path(task: Task, data: Data, start: Weights, end: Weights, end_score: Score | None = None) -> ReturnPath:
+def return_path(
+    task: TrainingTask, data: Data, start: Weights, end: Weights, end_score: Score | None = None
+) -> ReturnPath:
     """Score weights between two states of a network on the validation images, closer around the best, and put the best into it.
 
     The smallest alpha wins a tie, so training has to earn every step away from the hand-over, and what is chosen is never
@@ -85,13 +87,13 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: f
     }
 
 
-def _go_to(task: Task, data: Data, start: Weights, end: Weights, alpha: float) -> None:
+def _go_to(task: TrainingTask, data: Data, start: Weights, end: Weights, alpha: float) -> None:
     task.network.load_state_dict(interpolate(start, end, alpha))
     if task.settings.batch_norm == "train" and 0 < alpha < 1:
         recompute_statistics(task, data)
 
 
-def recompute_statistics(task: Task, data: Data) -> None:
+def recompute_statistics(task: TrainingTask, data: Data) -> None:
     """Measure BatchNorm's statistics anew: those of weights between two others are not between their statistics."""
     size = task.settings.batch_size
     torch.manual_seed(task.seed)

@@ -25,8 +25,8 @@ from pipeline.config import FinetuneConfig
 from pipeline.embed.graph import Stage
 from pipeline.errors import TrainingError
 from pipeline.evaluation import ACCURACY
-from pipeline.finetuning.batches import Data, Labelled, Score, augmented, loss_of, rows_at, score_of, to_float
-from pipeline.finetuning.checkpoint import Run, State, copy_weights, load, save
+from pipeline.finetuning.batches import Data, LabelledImages, Score, augmented, loss_of, rows_at, score_of, to_float
+from pipeline.finetuning.checkpoint import State, TrainingRun, copy_weights, load, save
 from pipeline.finetuning.plan import Plan, fold_norms, modules_below, passing, set_trainable, stage_of_parameters
 from pipeline.io import process
 from pipeline.io.files import make_folder, write_text_atomic
@@ -47,7 +47,7 @@ PROFILE_ROWS = 40
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """A network to train in place, and how; `settings` are the user's."""
 
     network: nn.Module
@@ -80,7 +80,9 @@ def steps_asked(settings: FinetuneConfig, images: int) -> int:
     return steps_for(images) if settings.steps == "auto" else settings.steps
 
 
-def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None] | None = None) -> State:
+def train(
+    task: TrainingTask, data: Data, run: TrainingRun, on_evaluation: Callable[[int], None] | None = None
+) -> State:
     """Train a network in place, put the weights into it that did best on the validation images, and return how it went.
 
     A checkpoint of the same identity is continued; `on_evaluation` gets the step of each evaluation, once it is saved.
@@ -121,7 +123,7 @@ def train(task: Task, data: Data, run: Run, on_evaluation: Callable[[int], None]
     return state
 
 
-def _check(task: Task, data: Data) -> None:
+def _check(task: TrainingTask, data: Data) -> None:
     problems = []
     if task.precision == "fp16" and task.device.type == "cpu":
         problems.append("precision: 'fp16' needs a GPU; use 'bf16' or 'fp32' on the CPU")
@@ -138,7 +140,7 @@ def _check(task: Task, data: Data) -> None:
         raise TrainingError("training: cannot start", problems)
 
 
-def prepare(task: Task, data: Data) -> None:
+def prepare(task: TrainingTask, data: Data) -> None:
     """Put the network on its device, as the fastest steps need it: channels last, norms that stay frozen folded, memory kept."""
     process.keep_freed_memory()
     task.network.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -147,7 +149,7 @@ def prepare(task: Task, data: Data) -> None:
         logger.debug("%d norms are folded", fold_norms(task.network, to_float(some, data.mean, data.std)))
 
 
-def keep_below(task: Task, data: Data) -> Data:
+def keep_below(task: TrainingTask, data: Data) -> Data:
     """Return data that hold what enters the lowest stage ever trained: what lies below stays, and is run once for each image.
 
     Of training images only where they are shown as they are. Nothing is kept of a network whose lower part cannot be left out.
@@ -164,7 +166,7 @@ def keep_below(task: Task, data: Data) -> Data:
     hook = entry.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0].cpu()))
     parts = dict[str, Any]()
     for name in ("validation", "train") if shown_as_they_are else ("validation",):
-        images: Labelled = getattr(data, name)
+        images: LabelledImages = getattr(data, name)
         if entering and entering[0][0].nbytes * len(images) > KEPT:
             continue
         entering.clear()
@@ -177,7 +179,7 @@ def keep_below(task: Task, data: Data) -> Data:
 # ---- what changes from step to step
 
 
-def _parts(task: Task) -> dict[str, Any]:
+def _parts(task: TrainingTask) -> dict[str, Any]:
     """All that is in the checkpoint: network, optimizer, schedule, scaler, moving average."""
     optimizer = make_optimizer(task)
     parts = {
@@ -197,7 +199,7 @@ def stage_rates(rate: float, decay: float, stages: int) -> list[float]:
     return [max(rate * decay**depth, rate / 100) for depth in range(stages - 1, -1, -1)]
 
 
-def make_optimizer(task: Task) -> torch.optim.Optimizer:
+def make_optimizer(task: TrainingTask) -> torch.optim.Optimizer:
     """Return the optimizer with one group per stage and decay, at their full rates."""
     settings, groups = task.settings, list[dict[str, Any]]()
     owners = stage_of_parameters(task.network, task.stages)
@@ -212,7 +214,7 @@ def make_optimizer(task: Task) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups)
 
 
-def make_schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:
+def make_schedule(task: TrainingTask, optimizer: torch.optim.Optimizer) -> LRScheduler:
     """Return the schedule of a run: linear warm-up to the full rate, then a cosine down to zero."""
     warmup = round(task.settings.warmup * task.steps)
     fall = CosineAnnealingLR(optimizer, T_max=max(1, task.steps - warmup))
@@ -225,7 +227,7 @@ def make_schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:
 # ---- one step, one evaluation
 
 
-def _step(task: Task, data: Data, state: State, parts: dict[str, Any]) -> float:
+def _step(task: TrainingTask, data: Data, state: State, parts: dict[str, Any]) -> float:
     """Do one step and return the head's rate in it."""
     rate = float(parts["schedule"].get_last_lr()[-1])
     state.losses.append(train_step(task, data, parts["optimizer"], parts["scaler"], state.step))
@@ -237,7 +239,7 @@ def _step(task: Task, data: Data, state: State, parts: dict[str, Any]) -> float:
 
 
 def train_step(
-    task: Task, data: Data, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int
+    task: TrainingTask, data: Data, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int
 ) -> float:
     """Do one step at the optimizer's rates and return its loss.
 
@@ -273,7 +275,7 @@ def train_step(
     return found
 
 
-def _evaluate(task: Task, data: Data, state: State, parts: dict[str, Any], rate: float) -> None:
+def _evaluate(task: TrainingTask, data: Data, state: State, parts: dict[str, Any], rate: float) -> None:
     """Score the weights, and their moving average, on the validation images, keep the best of them, and write a record."""
     candidates = {"weights": task.network, **({"ema": parts["average"].module} if "average" in parts else {})}
     record: dict[str, Any] = {"step": state.step}
@@ -293,7 +295,7 @@ def _evaluate(task: Task, data: Data, state: State, parts: dict[str, Any], rate:
 
 def evaluate(
     network: nn.Module,
-    labelled: Labelled,
+    labelled: LabelledImages,
     data: Data,
     device: torch.device,
     precision: str = "fp32",

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 Params = Mapping[str, Any]
 Prior = Literal["uniform", "log-uniform"]
-Vectors = NDArray[np.float64]
-Layer = tuple[Vectors, Vectors]
+Layer = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Weights of shape (n_classes, dim) and biases of shape (n_classes,), float64: scores = x @ weights.T + bias."""
 
 

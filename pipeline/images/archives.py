@@ -58,7 +58,7 @@ class Refused(NamedTuple):
     reason: str
 
 
-Entry = Stat | Refused | None
+FolderEntry = Stat | Refused | None
 """What a folder has under a name: a file, one that is not read, or a folder."""
 
 
@@ -77,9 +77,9 @@ class Archive:
     """Whether each member is an image, whatever it is called."""
 
     @cached_property
-    def folders(self) -> Mapping[str, Mapping[str, Entry]]:
+    def folders(self) -> Mapping[str, Mapping[str, FolderEntry]]:
         """What each folder holds, by its path; that of the archive is ''."""
-        found: dict[str, dict[str, Entry]] = {"": {}}
+        found: dict[str, dict[str, FolderEntry]] = {"": {}}
         for path, entry in self.members.items():
             folder, _, name = path.rpartition("/")
             below = folder
@@ -135,7 +135,7 @@ def forget(root: str) -> None:
             del _OPEN[path]
 
 
-def entries(path: str) -> Mapping[str, Entry]:
+def entries(path: str) -> Mapping[str, FolderEntry]:
     """Return what a folder inside an archive, or a remote one, holds; NotADirectoryError where it is a file."""
     found = inside(path)
     if found is None:

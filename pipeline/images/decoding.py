@@ -33,8 +33,8 @@ from pipeline.errors import DatasetError
 from pipeline.images.formats import (
     READ,
     START_BYTES,
+    ImageFormat,
     ImageProblem,
-    Kind,
     TiffPixels,
     is_transparent,
     kind_of,
@@ -133,7 +133,7 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
         raise _problem(data, kind, error) from None
 
 
-def _decode(data: bytes, kind: Kind, max_pixels: int, at_least: int | None) -> NDArray[np.uint8]:
+def _decode(data: bytes, kind: ImageFormat, max_pixels: int, at_least: int | None) -> NDArray[np.uint8]:
     tiff = _tiff(data) if kind.format == "TIFF" else None
     if kind.format not in Image.OPEN:
         Image.init()
@@ -248,7 +248,7 @@ def _grey16(image: Image.Image, tiff: TiffPixels | None) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _problem(data: bytes, kind: Kind, error: Exception) -> ImageProblem:
+def _problem(data: bytes, kind: ImageFormat, error: Exception) -> ImageProblem:
     """Say in the user's words what Pillow could not do."""
     text = " ".join(str(error).split()) or type(error).__name__
     if kind.format == "TIFF":

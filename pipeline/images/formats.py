@@ -44,7 +44,7 @@ HEIC_EXTRA: Final = "pip install 'manyheads[heic]'"
 
 
 @dataclass(frozen=True)
-class Kind:
+class ImageFormat:
     """A kind of file: what people call it, what its first bytes look like, and Pillow's name of its decoder, '' where none reads it."""
 
     name: str
@@ -62,8 +62,10 @@ class Kind:
         return "" if self.format else f"it is {self.name}; save it as JPEG or PNG"
 
 
-def _kind(name: str, start: bytes, format: str = "", *, is_image: bool = True) -> Kind:
-    return Kind(name, re.compile(start, re.DOTALL | re.IGNORECASE if not format else re.DOTALL), format, is_image)
+def _kind(name: str, start: bytes, format: str = "", *, is_image: bool = True) -> ImageFormat:
+    return ImageFormat(
+        name, re.compile(start, re.DOTALL | re.IGNORECASE if not format else re.DOTALL), format, is_image
+    )
 
 
 KINDS: Final = (
@@ -93,7 +95,7 @@ READ: Final = tuple(kind.format for kind in KINDS if kind.format)
 """Pillow's decoders that may touch a user's file; it has dozens more, some with a record of holes."""
 
 
-def kind_of(start: bytes) -> Kind | None:
+def kind_of(start: bytes) -> ImageFormat | None:
     """Return what a file is that begins with these bytes (`START_BYTES` of them are enough); None where nobody knows."""
     return next((kind for kind in KINDS if kind.start.match(start)), None)
 

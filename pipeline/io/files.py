@@ -43,7 +43,7 @@ SYSTEM: dict[str, Callable[..., Any]] = {
 }
 """Name -> the operating system's function; the seam at which tests inject faults."""
 
-Data = bytes | bytearray | memoryview
+BytesLike = bytes | bytearray | memoryview
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -223,7 +223,7 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, data: Data) -> None:
+def write_atomic(path: Path, data: BytesLike) -> None:
     """Replace a file's content in one step."""
     with _named(path):
         rename(write_temporary(path.parent, [data], f".{path.name}"), path)
@@ -243,7 +243,7 @@ class Growing:
     descriptor: int
     written: int = 0
 
-    def add(self, data: Data) -> None:
+    def add(self, data: BytesLike) -> None:
         """Hand bytes to the system, so that they outlive this process."""
         with _named(self.target):
             write_all(self.descriptor, data)
@@ -273,7 +273,7 @@ def growing(path: Path) -> Iterator[Growing]:
     sync_folder(path.parent)
 
 
-def write_temporary(folder: Path, parts: Iterable[Data], prefix: str = "") -> Path:
+def write_temporary(folder: Path, parts: Iterable[BytesLike], prefix: str = "") -> Path:
     """Write and sync a new file under a name of its own; return its path. Nothing is left behind when it fails."""
     path = folder / f"{prefix}.{secrets.token_hex(6)}.tmp"
     descriptor = create(path)
@@ -297,7 +297,7 @@ def create(path: Path) -> int:
     return int(SYSTEM["open"](path, flags, 0o666))
 
 
-def write_all(descriptor: int, data: Data) -> None:
+def write_all(descriptor: int, data: BytesLike) -> None:
     """Write every byte; the system may take fewer than it is given."""
     rest = memoryview(data).cast("B")
     while rest:

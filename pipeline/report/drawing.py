@@ -53,14 +53,14 @@ SCREEN = Palette(**dict(zip(_NAMES, _STAND_INS, strict=False)), categories=_STAN
 
 Chart = Callable[[Palette], Figure]
 """Draws itself with the colours it is given."""
-Numbers = ParamSpec("Numbers")
+ChartNumbers = ParamSpec("ChartNumbers")
 
 
-def chart(draw: Callable[Concatenate[Palette, Numbers], Figure]) -> Callable[Numbers, Chart]:
+def chart(draw: Callable[Concatenate[Palette, ChartNumbers], Figure]) -> Callable[ChartNumbers, Chart]:
     """Let a function that draws numbers with a palette take the numbers first, and return a `Chart`."""
 
     @wraps(draw)
-    def numbered(*args: Numbers.args, **kwargs: Numbers.kwargs) -> Chart:
+    def numbered(*args: ChartNumbers.args, **kwargs: ChartNumbers.kwargs) -> Chart:
         return lambda palette: draw(palette, *args, **kwargs)
 
     return numbered

@@ -23,7 +23,14 @@ from pipeline.embed.records import concatenated, open_features, read_records, re
 from pipeline.errors import PipelineError
 from pipeline.evaluation import HeadPredictions, audit, fewshot
 from pipeline.evaluation.advice import Advice, read_advice
-from pipeline.evaluation.leaderboard import Leaderboard, Trials, judge, read_leaderboard, read_predictions, read_trials
+from pipeline.evaluation.leaderboard import (
+    Leaderboard,
+    Trials,
+    read_leaderboard,
+    read_predictions,
+    read_trials,
+    recommend,
+)
 from pipeline.evaluation.learning_curve import (
     LearningCurve,
     curve_from_scores,
@@ -52,7 +59,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class View:
+class EmbeddingView:
     """One embedding of images that are in use: `rows` of the index, shape (n,), `features` of shape (n, dim)."""
 
     embedding: str
@@ -82,7 +89,7 @@ class Material:
     predictions: Mapping[str, HeadPredictions]
     trials: Mapping[str, Trials]
     index: DatasetIndex | None = None
-    view: View | None = None
+    view: EmbeddingView | None = None
     """Of the best row's embedding, or the best with features."""
     findings: audit.Findings = field(default_factory=audit.Findings)
     missing: tuple[str, ...] = ()
@@ -150,7 +157,7 @@ def gather(output: Path) -> Material:
     files, board = Artifacts(output), read_leaderboard(output)
     if not board.rows:
         raise PipelineError(f"{files.leaderboard}: has no rows; run `manyheads heads` again")
-    board = board if board.verdict else judge(board, output)
+    board = board if board.recommendation else recommend(board, output)
     predictions, missing = read_predictions(board, output), list[str]()
 
     def found(what: str, read: Callable[[], T]) -> T | None:
@@ -183,7 +190,7 @@ def gather(output: Path) -> Material:
     )
 
 
-def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: list[str]) -> View | None:
+def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: list[str]) -> EmbeddingView | None:
     """Read the features of the best embedding that has some; of very many images a stratified part."""
     seed = int(board.provenance.get("seed", 0))
     try:
@@ -201,7 +208,7 @@ def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: li
             rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[:MOST_IMAGES]])
             missing.append(f"The map and the learning curve look at {len(rows):,} of {len(known):,} images.")
         labelled = int(np.isin(splits[known], TRAINING).sum())
-        return View(record.name, rows, index.rows(rows), store.read(index.digests[rows]), labelled, seed)
+        return EmbeddingView(record.name, rows, index.rows(rows), store.read(index.digests[rows]), labelled, seed)
     except (OSError, PipelineError) as error:
         missing.append(f"There is no map and no learning curve: the features cannot be read ({error}).")
     return None
@@ -220,7 +227,7 @@ def umap_is_installed() -> bool:
     return find_spec("umap") is not None
 
 
-def _map(view: View, codes: Mapping[str, list[int]]) -> Map:
+def _map(view: EmbeddingView, codes: Mapping[str, list[int]]) -> Map:
     first = np.array([codes[path][0] for path in view.images.paths.tolist()])
     shown = np.sort(stratified_order(first, view.seed)[:MOST_DOTS])
     points = audit.project(view.features[shown], 50)
@@ -234,7 +241,7 @@ def _map(view: View, codes: Mapping[str, list[int]]) -> Map:
     return Map(view.rows[shown], drawn.astype(np.float32), "UMAP")
 
 
-def _curve(view: View) -> LearningCurve | None:
+def _curve(view: EmbeddingView) -> LearningCurve | None:
     """Measure the curve within the training images, each draw with another fifth held out; test images stay untouched."""
     labels = view.images.labels.astype(str)
     rows = np.flatnonzero(np.isin(view.images.splits.astype(str), TRAINING))

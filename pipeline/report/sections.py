@@ -22,7 +22,7 @@ from pipeline.evaluation import Calibration, Interval, Predictions, measure_cali
 from pipeline.evaluation.domains import Domains
 from pipeline.evaluation.intervals import share_interval
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
-from pipeline.evaluation.leaderboard.judge import effects
+from pipeline.evaluation.leaderboard.recommendation import effects
 from pipeline.evaluation.leaderboard.table import REPEATS
 from pipeline.evaluation.metric import METRICS, metrics_for
 from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class, scores
@@ -120,9 +120,11 @@ def cards(material: Material) -> dict[str, dict[str, Any]]:
 def _first(material: Material) -> Shown:
     """Give the first screen: what to use, how sure that is, whether a network helps, and what to do next."""
     board, test = material.leaderboard, material.best.test if material.best else None
-    row = board.row(board.verdict.recommended) if board.verdict else board.best
+    row = board.row(board.recommendation.recommended) if board.recommendation else board.best
     floor = max((one for one in board.ranked if one.baseline and one.test), key=lambda one: one.cv_mean, default=None)
-    behind = {one.key for one in board.verdict.differences if not one.no_evidence} if board.verdict else set()
+    behind = (
+        {one.key for one in board.recommendation.differences if not one.no_evidence} if board.recommendation else set()
+    )
     return {}, {
         "row": row,
         "floor": None if row.baseline or row.untrained else floor,
@@ -171,12 +173,12 @@ def _ends(board: Leaderboard) -> Interval:
 
 
 def _difference(material: Material) -> Shown:
-    board, verdict = material.leaderboard, material.leaderboard.verdict
-    group = verdict.no_evidence if verdict else (board.best.key,)
+    board, recommendation = material.leaderboard, material.leaderboard.recommendation
+    group = recommendation.no_evidence if recommendation else (board.best.key,)
     found = {"leaderboard": charts.score_chart(board.ranked, group, board.scoring, board.told_by)}
-    if verdict and len(verdict.differences) > 1:
+    if recommendation and len(recommendation.differences) > 1:
         rows = {row.key: row for row in board.rows}
-        found["differences"] = charts.difference_chart(verdict.differences, rows, board.scoring)
+        found["differences"] = charts.difference_chart(recommendation.differences, rows, board.scoring)
     return found, {}
 
 

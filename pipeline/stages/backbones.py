@@ -23,7 +23,7 @@ HEADERS = ("name", "weights", "family", "dim", "image", "MB", "licence", "")
 
 
 @dataclass(frozen=True)
-class Row:
+class NetworkRow:
     """One network with one set of weights, as a config names them."""
 
     name: str
@@ -80,29 +80,29 @@ def run(word: str = "") -> list[str]:
     ]
 
 
-def rows() -> list[Row]:
+def rows() -> list[NetworkRow]:
     """Return all that there is."""
     return [*_published(), *_here()]
 
 
-def _published() -> Iterator[Row]:
+def _published() -> Iterator[NetworkRow]:
     for family in FAMILIES:
         for name in family.names():
             for weights, found in family.weights(name).items():
                 where = INSTALL if found.to_install() else FETCH if found.to_fetch() else HERE
                 size = found.preprocessing.size[0]
-                yield Row(name, weights, family.library, found.dim, size, found.megabytes, found.license, where)
+                yield NetworkRow(name, weights, family.library, found.dim, size, found.megabytes, found.license, where)
 
 
-def _here() -> Iterator[Row]:
+def _here() -> Iterator[NetworkRow]:
     """Yield what comes with the package."""
     if BUNDLED.exists():
         found = bundled()
         dim = found["arguments"]["block_params"]["widths"][-1]
         size = BUNDLED.stat().st_size / 1e6
         crop = found["preprocessing"]["crop"]
-        yield Row(found["name"], "bundled", "manyheads", lambda: dim, crop, size, found["license"], HERE)
+        yield NetworkRow(found["name"], "bundled", "manyheads", lambda: dim, crop, size, found["license"], HERE)
     for name in baselines.NAMES:
         (spec,) = baselines.load(name, ExtractionConfig().decode).specs
         side = spec.preprocessing["crop"][0]
-        yield Row(name, "", "baselines", lambda dim=spec.dim: dim, side, 0, NO_WEIGHTS, HERE)  # type: ignore[misc]
+        yield NetworkRow(name, "", "baselines", lambda dim=spec.dim: dim, side, 0, NO_WEIGHTS, HERE)  # type: ignore[misc]

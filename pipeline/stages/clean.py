@@ -65,7 +65,7 @@ def run(config: Config, output: Path) -> CleanRun:
     files, data = Artifacts(config.output, config.store), config.dataset
     index, findings = DatasetIndex.read(files.dataset), read_findings(files.audit)
     issues = gather(files.root).label_issues
-    rows = Rows.of(index, findings, issues)
+    rows = ManifestCells.of(index, findings, issues)
     placed = (data.split_column or "split", data.group_column or "group")
     origin = {} if index.domains is None else {data.domain_column: index.domains}
     header = [data.path_column or "path", *data.label_columns, *placed, *origin, "change", "reason"]
@@ -88,7 +88,7 @@ def run(config: Config, output: Path) -> CleanRun:
 
 
 @dataclass
-class Rows:
+class ManifestCells:
     """The cells of the manifest that may be other than those of the index; a list each, with an item for every image."""
 
     splits: list[str]
@@ -99,11 +99,13 @@ class Rows:
     alike: int = 0
 
     @staticmethod
-    def of(index: DatasetIndex, findings: Findings, issues: LabelIssues) -> Rows:
+    def of(index: DatasetIndex, findings: Findings, issues: LabelIssues) -> ManifestCells:
         """Decide on every image."""
         n, splits = len(index), index.splits.tolist()
         groups = [""] * n if index.groups is None else index.groups.tolist()
-        found = Rows(splits, groups, [""] * n, [[] for _ in range(n)], len(issues.found) - round(issues.expected))
+        found = ManifestCells(
+            splits, groups, [""] * n, [[] for _ in range(n)], len(issues.found) - round(issues.expected)
+        )
         for row in np.flatnonzero(index.splits == EXCLUDED).tolist():
             found._leave_out(row, "a copy of an image on the other side of the split, or left out before")
         place = {path: row for row, path in enumerate(index.paths.tolist())}

@@ -27,7 +27,7 @@ from pipeline.report.explained import Explained, Near
 from pipeline.stages.similar import Stored
 
 if TYPE_CHECKING:
-    from pipeline.stages.predict import Model
+    from pipeline.stages.predict import LoadedHead
 
 MOST = 200
 """Images that are explained, the first ones: each is a page, and by occlusion takes as long as fifty others."""
@@ -73,7 +73,7 @@ def require(heads: Mapping[str, ModelBundle], folder: Path) -> None:
 
 
 def run(
-    folder: Path, place: Path, model: Model, lanes: Sequence[Lane], paths: Sequence[str], total: int, limit: int
+    folder: Path, place: Path, model: LoadedHead, lanes: Sequence[Lane], paths: Sequence[str], total: int, limit: int
 ) -> ExplainRun:
     """Write a page for each label of the first images of all, by their paths, and one that leads to them.
 
@@ -170,7 +170,7 @@ def _lead(cells: NDArray[np.float64], place: int, exclusive: bool) -> NDArray[np
 
 
 def _activation(
-    model: Model, lanes: Sequence[Lane], pixels: Sequence[NDArray[np.uint8]], rows: NDArray[np.int64]
+    model: LoadedHead, lanes: Sequence[Lane], pixels: Sequence[NDArray[np.uint8]], rows: NDArray[np.int64]
 ) -> NDArray[np.float64] | None:
     """Return what each place adds to the score of each class, float64 of shape (n, n_classes, rows, columns); the mean is the score.
 
@@ -201,7 +201,7 @@ def _shrunk(path: str, limit: int) -> NDArray[np.uint8]:
 
 
 def _occlusion(
-    model: Model, lanes: Sequence[Lane], pixels: NDArray[np.uint8], places: Sequence[int]
+    model: LoadedHead, lanes: Sequence[Lane], pixels: NDArray[np.uint8], places: Sequence[int]
 ) -> NDArray[np.float64]:
     """Return by how much covering each part of an image and those around it lowers the log odds of k labels: float64 of shape (k, PATCHES, PATCHES).
 

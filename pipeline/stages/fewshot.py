@@ -15,7 +15,7 @@ from pipeline.data.targets import Classification
 from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
 from pipeline.errors import ConfigError, DatasetError, PipelineError
 from pipeline.evaluation import fewshot
-from pipeline.evaluation.fewshot import FewShot, Labelled, Plan
+from pipeline.evaluation.fewshot import EpisodePlan, FewShot, LabelledFeatures
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import Artifacts
 from pipeline.io.digests import fingerprint
@@ -65,7 +65,7 @@ def run(
     store = FeatureStore.open(files.find_store(record.store), record.fingerprint)
     used = _usable(index, record, store, config.seed)
     target = Classification.of(used)
-    plan = Plan(ways or min(WAYS, target.width), queries, episodes, config.seed)
+    plan = EpisodePlan(ways or min(WAYS, target.width), queries, episodes, config.seed)
     if plan.ways > target.width or min(plan.ways, target.width) < 2:
         raise DatasetError(
             f"episodes of {max(plan.ways, 2)} classes are asked for, and there are {target.width}; set --ways"
@@ -76,7 +76,7 @@ def run(
         known = fewshot.read(files.few_shot)
         if known.key == key:
             return FewShotRun(known, files)
-    images = Labelled(store.read(used.digests), target.encode(used), used.fold_groups())
+    images = LabelledFeatures(store.read(used.digests), target.encode(used), used.fold_groups())
     points, notes = list[fewshot.Point](), list[str]()
     if record.spec.trained_on is not None:
         notes.append(

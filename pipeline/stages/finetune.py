@@ -18,13 +18,13 @@ from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
-from pipeline.finetuning.batches import Data, Labelled
-from pipeline.finetuning.checkpoint import Run, copy_weights
+from pipeline.finetuning.batches import Data, LabelledImages
+from pipeline.finetuning.checkpoint import TrainingRun, copy_weights
 from pipeline.finetuning.handover import Layer, open_network, put_head, starting_layer
 from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of, read_pixels
 from pipeline.finetuning.plan import check_plan, describe_plan, stages_of
 from pipeline.finetuning.result import describe, judge, lines, return_path, write_weights
-from pipeline.finetuning.trainer import Task, keep_below, predict_logits, steps_asked, train
+from pipeline.finetuning.trainer import TrainingTask, keep_below, predict_logits, steps_asked, train
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
 from pipeline.stages import advise
@@ -83,7 +83,7 @@ def run(config: Config) -> FinetuneRun:
     make_folder(folder)
     task, data = _make_task(config, network, layer, parts, folder)
     handed_over, data = copy_weights(task.network), keep_below(task, data)
-    trained = train(task, data, Run(folder, key))
+    trained = train(task, data, TrainingRun(folder, key))
     path = return_path(task, data, handed_over, trained.weights, trained.score)
     lineage = parent.joined(parts.train.digests, parts.validation.digests)
     description = describe(
@@ -174,7 +174,7 @@ def _finished(folder: Path, key: str, weights: Path) -> dict[str, Any] | None:
     return found if found.get("weights_digest", digest := file_digest(weights)) == digest else None
 
 
-def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, folder: Path) -> tuple[Task, Data]:
+def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, folder: Path) -> tuple[TrainingTask, Data]:
     """Bring network, plan and pixels together, and say what will be trained, while a mistake still costs nothing.
 
     Raises
@@ -195,8 +195,8 @@ def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, fol
     for line in describe_plan(plan, stages, network.module, steps):
         log.info("%s", line)
     learned, chosen_on = (
-        Labelled(read_pixels(config, part, prepared, folder / f"{name}.npy"), parts.target.encode(part))
+        LabelledImages(read_pixels(config, part, prepared, folder / f"{name}.npy"), parts.target.encode(part))
         for name, part in (("train", parts.train), ("validation", parts.validation))
     )
     data = Data(learned, chosen_on, parts.target.width, prepared.mean, prepared.std)
-    return Task(network.module, stages, plan, settings, steps, precision, config.seed, device), data
+    return TrainingTask(network.module, stages, plan, settings, steps, precision, config.seed, device), data

@@ -244,7 +244,7 @@ def verify_pack(path: Path, *, full: bool = False) -> Check:
         maintain.status(path)
         index = share.read_packed_index(path)
     except StoreError as error:
-        problem = maintain.Problem(path.name, error.message.removeprefix(f"{path}: "), 0)
+        problem = maintain.StoreDamage(path.name, error.message.removeprefix(f"{path}: "), 0)
         report = replace(report, problems=(*report.problems, problem))
     else:
         names = index.columns.get("paths", np.array(digests_to_hex(index.digests), dtype=object))

@@ -49,7 +49,7 @@ class PickRun:
 
 
 @dataclass(frozen=True)
-class Known:
+class EarlierRun:
     """What there is already: labelled images, their embedding, and a head that has learned from them, where it gives probabilities."""
 
     config: Config
@@ -113,7 +113,7 @@ def run(
     return PickRun(output, len(rows), images, phase, _gain(known, len(rows)))
 
 
-def _known(files: Artifacts, trust: bool) -> Known:
+def _known(files: Artifacts, trust: bool) -> EarlierRun:
     record, bundle = embedding_of(files)
     head = None if bundle is None else bundles.load(bundle, trust_code=trust)
     index = DatasetIndex.read(files.dataset)
@@ -122,10 +122,10 @@ def _known(files: Artifacts, trust: bool) -> Known:
         head.target.exclusive and head.predict(np.zeros((1, record.spec.dim), np.float32))[1] is not None
     ):
         head = None  # gives no probabilities
-    return Known(settings.load(files.config), record, index.rows(there), head)
+    return EarlierRun(settings.load(files.config), record, index.rows(there), head)
 
 
-def _embedded_alike(config: Config, known: Known) -> Config:
+def _embedded_alike(config: Config, known: EarlierRun) -> Config:
     """Return the config of the unlabelled images with the embedding of those that have labels, in the same stores."""
     parts = known.record.parts or (known.record,)
     spec = next((part.spec for part in parts if part.section is not None), known.record.spec)
@@ -143,7 +143,7 @@ def _embedded_alike(config: Config, known: Known) -> Config:
 TYPICAL, UNSURE = "typical", "unsure"
 
 
-def _phase(known: Known | None) -> str:
+def _phase(known: EarlierRun | None) -> str:
     """Say which kind of image is picked, and why."""
     n = 0 if known is None else len(known.train)
     if known is None or not n:
@@ -157,7 +157,7 @@ def _phase(known: Known | None) -> str:
     return f"{UNSURE}: {have}, and from {TYPICAL_UNTIL} on images that the best head is unsure of, unlike one another, teach it more"
 
 
-def _gain(known: Known | None, count: int) -> str:
+def _gain(known: EarlierRun | None, count: int) -> str:
     """Say what a learning curve lets expect of as many images, and what that rests on."""
     if known is None or not known.files.leaderboard.exists():
         return "not known: there is no learning curve before `manyheads heads` has compared heads on labelled images"

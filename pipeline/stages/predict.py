@@ -110,7 +110,7 @@ the head has none."""
 
 
 @dataclass(frozen=True)
-class Row:
+class PredictionRow:
     """One image's outcome: what was said of each target, nothing where `status` says why the image could not be read."""
 
     path: str
@@ -121,7 +121,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedHead:
     """A head of one target, and for each of its parts the lane and output of each block of its vectors."""
 
     bundle: ModelBundle
@@ -147,7 +147,7 @@ class Aligned:
     apart: Apart
 
     @staticmethod
-    def of(X: NDArray[np.float32], model: Model, folder: Path) -> Aligned:
+    def of(X: NDArray[np.float32], model: LoadedHead, folder: Path) -> Aligned:
         """Align vectors, float32 of shape (n, dim), with what a head keeps of its training images.
 
         Raises
@@ -218,9 +218,9 @@ def run(
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
     records = [record for own in taken.values() for record in own]
     given: Iterator[str]
-    unread, passed_over = list[Row](), list[str]()
+    unread, passed_over = list[PredictionRow](), list[str]()
     if all(record.section is not None and names_vectors(record.section.name) for record in records):
-        models = [Model(head, [[(0, 0)]] * len(head.parts), strangers[name]) for name, head in heads.items()]
+        models = [LoadedHead(head, [[(0, 0)]] * len(head.parts), strangers[name]) for name, head in heads.items()]
         if not all(names_vectors(path.name) for path in images):
             raise no_network(records[0].name)
         if explain is not None:
@@ -236,7 +236,7 @@ def run(
             raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
         embedders, places = open_networks(taken, device, trust_code=trust_code)
         lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
-        models = [Model(head, places[name], strangers[name]) for name, head in heads.items()]
+        models = [LoadedHead(head, places[name], strangers[name]) for name, head in heads.items()]
         listed = images_in(images, [Walk(walk.root) for walk in walks])
         to_explain = list(islice(listed, explaining.MOST if explain is not None else 0))
         given, ahead = tee(chain(to_explain, listed))
@@ -245,7 +245,7 @@ def run(
         items = (Item(number, absolute(path), None, every) for number, path in enumerate(ahead))
         batches = embed(lanes, items, Path("/"), limit)
 
-    def outcomes() -> Iterator[list[Row]]:
+    def outcomes() -> Iterator[list[PredictionRow]]:
         made: Iterable[tuple[Batch, list[Part | None]]] = batches
         asked = models
         if align:
@@ -260,7 +260,7 @@ def run(
     labels = {target: Counter[str]() for target in heads}
     total += len(unread)
     targets, more = {target: head.target for target, head in heads.items()}, names(strangers)
-    done, unreadable, reasons, moved = 0, 0, list[str](), dict[str, Model]()
+    done, unreadable, reasons, moved = 0, 0, list[str](), dict[str, LoadedHead]()
     agreement = Agreement.of(images, bundle, targets)
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
@@ -313,16 +313,16 @@ def records_of(heads: Mapping[str, ModelBundle], folders: Mapping[str, Path]) ->
     return found
 
 
-Vectors = tuple[Path, NDArray[np.object_] | None, NDArray[np.float32]]
+VectorFile = tuple[Path, NDArray[np.object_] | None, NDArray[np.float32]]
 """A file of vectors, the paths in it, and the vectors, as `read_vectors` returns them."""
 
 
-def _names_in(files: Sequence[Vectors]) -> Iterator[str]:
+def _names_in(files: Sequence[VectorFile]) -> Iterator[str]:
     for path, named, X in files:
         yield from (f"{path} row {row + 1}" for row in range(len(X))) if named is None else map(str, named)
 
 
-def _vectors_in(files: Sequence[Vectors]) -> Iterator[tuple[Batch, list[Part | None]]]:
+def _vectors_in(files: Sequence[VectorFile]) -> Iterator[tuple[Batch, list[Part | None]]]:
     """Yield vectors that were made elsewhere as if a network had just made them."""
     for _, _, X in files:
         for part in np.array_split(X, -(-len(X) // MANY)):
@@ -402,7 +402,7 @@ def _full(walk: Walk, path: str) -> str:
     return address_of(whole) or whole
 
 
-def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
+def _passed_over(walks: Sequence[Walk]) -> tuple[list[PredictionRow], list[str]]:
     """Return a row for each image that finished walks passed over, and lines on the rest."""
     unread: set[tuple[str, str]] = set()
     others: set[Failure] = set()
@@ -415,7 +415,7 @@ def _passed_over(walks: Sequence[Walk]) -> tuple[list[Row], list[str]]:
                 others.add(entry._replace(path=path))
             else:
                 unread.add((path, f"{entry.status}: {entry.reason}"))
-    rows = [Row(path, status) for path, status in sorted(unread)]
+    rows = [PredictionRow(path, status) for path, status in sorted(unread)]
     return rows, passed_over_lines(sorted(others), ignored, "")
 
 
@@ -433,10 +433,10 @@ def csv_header(targets: Mapping[str, Target], top: int, more: Sequence[str] = ()
     return to_lines([[*cells, *more]])
 
 
-def to_csv(rows: Sequence[Row], targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
+def to_csv(rows: Sequence[PredictionRow], targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
     """Return the lines of some rows, without the first."""
 
-    def cells(row: Row) -> Iterator[str]:
+    def cells(row: PredictionRow) -> Iterator[str]:
         yield from (row.path, row.status)
         for target, said in zip(targets.values(), row.said or [(None, None)] * len(targets), strict=True):
             yield from target.csv_cells(*said, top)
@@ -452,7 +452,7 @@ def to_lines(rows: Iterable[Iterable[str]]) -> str:
     return text.getvalue()
 
 
-def _aligned(model: Model, made: Sequence[tuple[Batch, list[Part | None]]], folder: Path) -> Model:
+def _aligned(model: LoadedHead, made: Sequence[tuple[Batch, list[Part | None]]], folder: Path) -> LoadedHead:
     """Return the model with the alignment of all images that could be read."""
     found = [[part for part in parts if part is not None] for _, parts in made]
     X = [model.vectors(parts)[0] for parts in found if parts]
@@ -461,7 +461,9 @@ def _aligned(model: Model, made: Sequence[tuple[Batch, list[Part | None]]], fold
     return replace(model, aligned=Aligned.of(np.concatenate(X), model, folder))
 
 
-def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[Model]) -> Iterator[Row]:
+def _rows(
+    batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[LoadedHead]
+) -> Iterator[PredictionRow]:
     """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
     said: dict[int, list[Said]] = {}
     strange: dict[int, list[str]] = {}
@@ -478,7 +480,7 @@ def _rows(batch: Batch, parts: Sequence[Part | None], given: Iterator[str], mode
     for row in range(len(batch.items)):
         problem = batch.problems.get(row)
         status = f"{problem.status}: {problem.reason}" if problem else "ok"
-        yield Row(shown(next(given)), status, tuple(said.get(row, ())), tuple(strange.get(row, ())))
+        yield PredictionRow(shown(next(given)), status, tuple(said.get(row, ())), tuple(strange.get(row, ())))
 
 
 # ---- how often a head says what the folder of an image is called, where folders are called like its classes

@@ -35,7 +35,7 @@ from pipeline.stages import targets
 from pipeline.stages.train_heads import Asked, ask
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import with_strangers
-from pipeline.stages.train_heads.task import Embedding, Task, Vectors
+from pipeline.stages.train_heads.task import Embedding, SharedFeatures, Task
 from pipeline.stages.train_heads.vote import VOTE
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def _refit(config: Config, folder: Path, name: str | None) -> list[Refitted]:
 
 def _chosen(board: Leaderboard, name: str | None) -> list[LeaderboardRow]:
     """Return the rows to fit again, the first being the one to use."""
-    recommended = board.verdict.recommended if board.verdict else board.best.key
+    recommended = board.recommendation.recommended if board.recommendation else board.best.key
     ordered = sorted(board.rows, key=lambda row: row.key != recommended)
     able = {row.key: row for row in ordered if row.bundle and not row.constant and row.embedding != VOTE}
     if not able:
@@ -228,7 +228,7 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     config, embedding, head = _asked_for(row, asked)
     fixed, before = held_at(head, row.params), Path(config.output) / str(row.bundle)
     key, folder = row_key(fixed, embedding, config.seed), files.bundle(embedding.name, head.name)
-    vectors = Vectors(embedding)
+    vectors = SharedFeatures(embedding)
     found = finished_row(folder, key) or make_row(fixed, embedding, vectors, config, files, key)
     with_strangers(Leaderboard((found,)), asked.task, asked.stores, files, config.seed)
     fitted = time.perf_counter()
@@ -315,7 +315,7 @@ def _added(before: Target, said: HeadPredictions) -> tuple[NewClass, ...]:
 
 
 def _learned(
-    embedding: Embedding, vectors: Vectors, metric: Metric, train: tuple[int, int], journal: Path, seed: int
+    embedding: Embedding, vectors: SharedFeatures, metric: Metric, train: tuple[int, int], journal: Path, seed: int
 ) -> tuple[float | None, float | None, Interval | None]:
     """Return what a learning curve lets expect of the images added, and of twice as many, with its interval.
 
@@ -341,7 +341,7 @@ def _learned(
 
 
 def _beside(
-    head: Head, fixed: Head, embedding: Embedding, vectors: Vectors, metric: Metric, journal: Path, seed: int
+    head: Head, fixed: Head, embedding: Embedding, vectors: SharedFeatures, metric: Metric, journal: Path, seed: int
 ) -> dict[str, Any]:
     """Judge the stored parameters beside their neighbours by cross-validation on all training images there are now.
 

@@ -27,12 +27,12 @@ from pipeline.data.targets import Classification
 from pipeline.embed import baselines
 from pipeline.embed.backbone import Backbone, Cost
 from pipeline.embed.published import STAND_IN, require_permitted
-from pipeline.embed.spec import Embedder, EmbeddingSpec, probe_images
+from pipeline.embed.spec import EmbeddingModel, EmbeddingSpec, probe_images
 from pipeline.embed.weights import license_of, to_fetch
 from pipeline.errors import BackboneError, ConfigError, DatasetError, PipelineError, number_of
 from pipeline.evaluation import ACCURACY, Interval, Predictions, compare
 from pipeline.evaluation.intervals import share_interval
-from pipeline.evaluation.leaderboard.judge import margin
+from pipeline.evaluation.leaderboard.recommendation import margin
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
@@ -41,7 +41,7 @@ from pipeline.heads.tuning import Folds, make_folds
 from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report.charts import shortlist_chart
 from pipeline.report.drawing import to_paper_svg
-from pipeline.stages.backbones import HERE, Row, rows
+from pipeline.stages.backbones import HERE, NetworkRow, rows
 from pipeline.stages.extract import Contents, embed_some
 from pipeline.stages.extract.stores import enter
 from pipeline.stages.targets import of_classes
@@ -62,7 +62,7 @@ TIMED, REPEATS = 4, 3
 """Images of the batch whose time is taken, and how often."""
 
 
-Candidate = BackboneConfig | str
+ShortlistCandidate = BackboneConfig | str
 """A network, or the name of a baseline."""
 
 
@@ -70,7 +70,7 @@ Candidate = BackboneConfig | str
 class Entry:
     """One candidate's embedding, as it was last judged."""
 
-    candidate: Candidate
+    candidate: ShortlistCandidate
     spec: EmbeddingSpec
     head: str
     out_of_fold: Predictions
@@ -205,7 +205,7 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     return _written(config, files, _with_unique_names(ordered), len(order), len(places), left_out)
 
 
-def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], list[str]]:
+def _candidates(config: Config, words: Sequence[str]) -> tuple[list[ShortlistCandidate], list[str]]:
     """What to judge; and lines on the networks that are not here, or that the config's `licenses` does not allow."""
     table = [row for row in rows() if row.weights]
     sections = list(config.backbones)
@@ -219,7 +219,7 @@ def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], 
     else:
         sections += [BackboneConfig(name=row.name, weights=row.weights) for row in table if row.where == HERE]
         sections += [STAND_IN] if any(row.weights == "bundled" for row in table) else []
-    allowed, left_out = list[Candidate](), list[str]()
+    allowed, left_out = list[ShortlistCandidate](), list[str]()
     for section in sections:
         try:
             require_permitted(config.licenses, [(section.title, license_of(section))])
@@ -231,7 +231,7 @@ def _candidates(config: Config, words: Sequence[str]) -> tuple[list[Candidate], 
     return [*allowed, *(name for name in baselines.NAMES if name in words or not words)], left_out
 
 
-def _named(word: str, table: Sequence[Row]) -> list[BackboneConfig] | str:
+def _named(word: str, table: Sequence[NetworkRow]) -> list[BackboneConfig] | str:
     """Return the networks that a word names, or why there are none."""
     if names_code(word):
         return [BackboneConfig.model_validate({"name": word})]
@@ -247,7 +247,7 @@ def _named(word: str, table: Sequence[Row]) -> list[BackboneConfig] | str:
 
 
 def _judged(
-    candidate: Candidate, config: Config, index: DatasetIndex, contents: Contents, some: Contents
+    candidate: ShortlistCandidate, config: Config, index: DatasetIndex, contents: Contents, some: Contents
 ) -> Iterator[Entry]:
     """Embed a part of the sample by one candidate, and judge its embeddings."""
     for target, store in embed_some(config, candidate, contents, some):
@@ -272,7 +272,7 @@ def _with_unique_names(entries: Sequence[Entry]) -> list[Entry]:
     ]
 
 
-def _seconds(embedder: Embedder) -> float:
+def _seconds(embedder: EmbeddingModel) -> float:
     """What an image takes, the best of some times, as whatever else runs here can only add to it."""
     size, spent = embedder.preprocessing.size, []
     batch = np.resize(probe_images(size), (TIMED, *size, 3))

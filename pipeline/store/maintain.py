@@ -31,7 +31,7 @@ from pipeline.store.writer import StoreWriter, groups
 
 
 @dataclass(frozen=True)
-class Problem:
+class StoreDamage:
     """One thing that is wrong: the file, what was found, and how many features of the newest snapshot it costs."""
 
     file: str
@@ -48,7 +48,7 @@ class VerifyReport:
     rows: int
     segments: int
     bytes_read: int
-    problems: tuple[Problem, ...]
+    problems: tuple[StoreDamage, ...]
     damaged: Digests
     """Contents whose features cannot be used, uint64 of shape (n, 2); `repair` drops these, so that they are embedded again."""
 
@@ -79,10 +79,10 @@ def verify(path: str | Path, full: bool = False) -> VerifyReport:
 
 
 def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport:
-    problems: list[Problem] = []
+    problems: list[StoreDamage] = []
 
     def wrong(place: Path, found: str, rows: int = 0) -> None:
-        problems.append(Problem(str(place.relative_to(path)), found.removeprefix(f"{place}: "), rows))
+        problems.append(StoreDamage(str(place.relative_to(path)), found.removeprefix(f"{place}: "), rows))
 
     snapshots: list[FeatureStore] = []
     for place in (snapshot_path(path, number) for number in numbers):
@@ -154,9 +154,9 @@ def _verify_pack(path: Path, full: bool) -> VerifyReport:
     wrong = damaged_rows(file) if full else np.zeros(0, np.intp)
     problems = []
     if len(wrong):
-        problems.append(Problem(path.name, f"{len(wrong)} of its features are damaged or not finite", len(wrong)))
+        problems.append(StoreDamage(path.name, f"{len(wrong)} of its features are damaged or not finite", len(wrong)))
     if len(np.unique(content, axis=0)) != len(content):
-        problems.append(Problem(path.name, "it names a content twice", 0))
+        problems.append(StoreDamage(path.name, "it names a content twice", 0))
     return VerifyReport(full, 0, len(content), 1, file.size, tuple(problems), content[wrong])
 
 

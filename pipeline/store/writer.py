@@ -216,16 +216,16 @@ def _sweep(store: Path, newest: FeatureStore, keep: int) -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class FileRows:
     """Rows of one opened file, int64 of shape (n,), that belong to the store's next state, in the order they have there."""
 
     file: StoreFile
     rows: NDArray[np.int64]
 
     @staticmethod
-    def all(file: StoreFile) -> Rows:
+    def all(file: StoreFile) -> FileRows:
         """Take every row of a file."""
-        return Rows(file, np.arange(len(file.bulk)))
+        return FileRows(file, np.arange(len(file.bulk)))
 
     @property
     def content(self) -> Digests:
@@ -256,7 +256,7 @@ class Rows:
         return entry
 
 
-def _write_segments(store: Path, store_type: StoreType, sources: Sequence[Rows]) -> Iterator[SegmentEntry]:
+def _write_segments(store: Path, store_type: StoreType, sources: Sequence[FileRows]) -> Iterator[SegmentEntry]:
     """Write rows in order into as few segments as allowed."""
     content = np.concatenate([np.zeros((0, 2), np.uint64), *(source.content for source in sources)])
     for part in slices(len(content), store_type.row_bytes, SEGMENT_BYTES):
@@ -266,7 +266,7 @@ def _write_segments(store: Path, store_type: StoreType, sources: Sequence[Rows])
         yield entry
 
 
-def _pieces(sources: Sequence[Rows], part: slice) -> Iterator[NDArray[Any]]:
+def _pieces(sources: Sequence[FileRows], part: slice) -> Iterator[NDArray[Any]]:
     start, stop = part.start, part.stop
     for source in sources:
         yield from source.pieces(max(0, start), max(0, stop))
@@ -288,7 +288,7 @@ class StoreWriter:
         self._snapshot: FeatureStore
         self._entries: dict[SegmentEntry, StoreFile] = {}
         """The segments of the snapshot in order, opened and checked."""
-        self._sources: list[Rows] = []
+        self._sources: list[FileRows] = []
         """Rows of the journal, in the order they were appended."""
         self._new: set[bytes] = set()
         self._waiting: list[tuple[Digests, NDArray[Any]]] = []
@@ -388,7 +388,7 @@ class StoreWriter:
     def _take(self, file: StoreFile, rows: NDArray[np.int64]) -> None:
         """Let some rows of an opened file, int64 of shape (k,), belong to the next state."""
         if len(rows):
-            self._sources.append(Rows(file, rows))
+            self._sources.append(FileRows(file, rows))
             self._new.update(digest_keys(file.arrays["content"][rows]).tolist())
 
     def adopt(self, store: FeatureStore, content: Digests | None = None) -> int:
@@ -402,7 +402,7 @@ class StoreWriter:
         content = store.table.in_file_order() if content is None else content
         content = content[self.fresh(content)]
         for file, rows in store.whereabouts(content):
-            if not all(storable(piece, self.store_type).all() for piece in Rows(file, rows).pieces()):
+            if not all(storable(piece, self.store_type).all() for piece in FileRows(file, rows).pieces()):
                 raise StoreError(f"{file.path}: has vectors with numbers that are not finite; nothing of it was taken")
             self._take(file, rows)
         return len(content)
@@ -469,7 +469,7 @@ class StoreWriter:
             _write(self.path, composed, path)
         self._next_group += 1
         self._waiting, self._waiting_bytes = [], 0
-        self._sources.append(Rows.all(open_segment(path, self.store_type, composed.digest)))
+        self._sources.append(FileRows.all(open_segment(path, self.store_type, composed.digest)))
 
     def compact(self) -> None:
         """Publish everything appended as the next snapshot and clear the journal."""
@@ -482,10 +482,10 @@ class StoreWriter:
         """
         rows = {entry: np.flatnonzero(wanted(file)) for entry, file in self._entries.items()}
         changed = [entry for entry in rows if len(rows[entry]) < entry.rows]
-        old = [Rows(self._entries[entry], rows[entry]) if entry in changed else entry for entry in rows]
+        old = [FileRows(self._entries[entry], rows[entry]) if entry in changed else entry for entry in rows]
         self._finish(old, keep=1, replaced=changed if set_aside else ())
 
-    def _finish(self, old: Sequence[SegmentEntry | Rows], keep: int, replaced: Sequence[SegmentEntry] = ()) -> None:
+    def _finish(self, old: Sequence[SegmentEntry | FileRows], keep: int, replaced: Sequence[SegmentEntry] = ()) -> None:
         self.commit()
         with explained(self.path):
             if old != list(self._entries) or self._sources:
@@ -494,7 +494,7 @@ class StoreWriter:
                 _set_aside(self.path, entry.path(self.path))
             _sweep(self.path, self._snapshot, keep)
 
-    def _publish(self, old: Sequence[SegmentEntry | Rows]) -> None:
+    def _publish(self, old: Sequence[SegmentEntry | FileRows]) -> None:
         """Write the segments of the next state and publish it.
 
         `old` : segments that stay as they are, and rows of segments that are written anew. Small ones are merged when too many
@@ -504,8 +504,8 @@ class StoreWriter:
         small = [entry for entry in kept if entry.bytes < SMALL_BYTES]
         if not self._sources or len(small) < MAX_SMALL:
             small = []
-        merged = [Rows.all(self._entries[entry]) for entry in small]
-        merged += [item for item in old if isinstance(item, Rows) and len(item.rows)]
+        merged = [FileRows.all(self._entries[entry]) for entry in small]
+        merged += [item for item in old if isinstance(item, FileRows) and len(item.rows)]
         linked = [entry for source in self._sources if (entry := source.link(self.path))]
         digests = {entry.digest for entry in linked}
         merged += [source for source in self._sources if source.file.digest not in digests]

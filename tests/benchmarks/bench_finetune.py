@@ -33,10 +33,10 @@ from pipeline.evaluation import ACCURACY, HeadPredictions, Predictions, paired_a
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import Artifacts
-from pipeline.finetuning.batches import Data, Labelled
+from pipeline.finetuning.batches import Data, LabelledImages
 from pipeline.finetuning.material import read_pixels
 from pipeline.finetuning.plan import check_plan, stages_of
-from pipeline.finetuning.trainer import Task, make_optimizer, predict_logits, prepare, train_step
+from pipeline.finetuning.trainer import TrainingTask, make_optimizer, predict_logits, prepare, train_step
 from pipeline.stages import extract, finetune, settings, train_heads
 
 NETWORK = BackboneConfig(name="efficientnet_lite0", weights="imagenet")
@@ -168,7 +168,7 @@ def speed(clothing: Path, rounds: int) -> Iterator[str]:
 def timed(way: str, steps: int = 4) -> dict[str, Any]:
     """Return the seconds of the wall and of all processors that steps after the first took, and a profile of one of ours."""
     rng = np.random.default_rng(0)
-    part = Labelled(rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 10, BATCH))
+    part = LabelledImages(rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 10, BATCH))
     step = ours(part, way) if way.startswith("ours") else plain(part.pixels, part.y, way.endswith("channels last"))
     times = []
     for number in range(steps):
@@ -183,13 +183,13 @@ def timed(way: str, steps: int = 4) -> dict[str, Any]:
     return {"times": times[1:], "profile": table}
 
 
-def ours(part: Labelled, way: str) -> Callable[[int], object]:
+def ours(part: LabelledImages, way: str) -> Callable[[int], object]:
     """Return a step of the trainer."""
     network = load_network(NETWORK, 0).module
     stages = stages_of(network, (SIZE, SIZE))
     scope = "last_stage" if way.endswith("last stage") else "all"
     given = FinetuneConfig(batch_size=BATCH, augment="none", size=160 if "160" in way else None)
-    task = Task(network, stages, check_plan([(0.0, scope)], stages), given, 100, "fp32", 0, CPU)
+    task = TrainingTask(network, stages, check_plan([(0.0, scope)], stages), given, 100, "fp32", 0, CPU)
     data = Data(part, part, 10, (0.5,) * 3, (0.25,) * 3)
     prepare(task, data)
     optimizer, scaler = make_optimizer(task), torch.amp.GradScaler("cpu", enabled=False)

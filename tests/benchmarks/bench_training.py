@@ -22,10 +22,10 @@ import torch
 
 from pipeline.config import FinetuneConfig, read_yaml
 from pipeline.embed.weights import build
-from pipeline.finetuning.batches import Data, Labelled
-from pipeline.finetuning.checkpoint import Run
+from pipeline.finetuning.batches import Data, LabelledImages
+from pipeline.finetuning.checkpoint import TrainingRun
 from pipeline.finetuning.plan import check_plan, stages_of
-from pipeline.finetuning.trainer import Task, predict_logits, train
+from pipeline.finetuning.trainer import TrainingTask, predict_logits, train
 
 RECIPE = Path(__file__).parents[2] / "configs" / "pretraining" / "bundled.yaml"
 CPU = torch.device("cpu")
@@ -35,16 +35,18 @@ BATCH, STEPS = 128, 6
 def make_data(size: int, count: int = 2048) -> Data:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    few = Labelled(pixels[:16], np.zeros(16, np.int64))
-    return Data(Labelled(pixels, rng.integers(0, 200, count)), few, 200, (0.5,) * 3, (0.25,) * 3)
+    few = LabelledImages(pixels[:16], np.zeros(16, np.int64))
+    return Data(LabelledImages(pixels, rng.integers(0, 200, count)), few, 200, (0.5,) * 3, (0.25,) * 3)
 
 
-def make_task(size: int, precision: str, steps: int) -> Task:
+def make_task(size: int, precision: str, steps: int) -> TrainingTask:
     recipe = read_yaml(RECIPE)
     network = build(recipe["architecture"], {**recipe["arguments"], "num_classes": 200})
     stages = stages_of(network, (size, size))
     settings = FinetuneConfig(rate=0.01, batch_norm="train", batch_size=BATCH)
-    return Task(network, stages, check_plan([(0.0, "all")], stages), settings, steps, precision, 0, CPU, evaluations=1)
+    return TrainingTask(
+        network, stages, check_plan([(0.0, "all")], stages), settings, steps, precision, 0, CPU, evaluations=1
+    )
 
 
 def forward(data: Data, precision: str, seconds: float) -> float:
@@ -63,7 +65,7 @@ def training(data: Data, precision: str, seconds: float) -> float:
     while time.perf_counter() - start < seconds:
         with tempfile.TemporaryDirectory() as folder:
             task = make_task(data.train.pixels.shape[1], precision, STEPS)
-            trained = train(task, data, Run(Path(folder), "bench"))
+            trained = train(task, data, TrainingRun(Path(folder), "bench"))
         rate = max(rate, STEPS * BATCH / trained.seconds)
     return rate
 

@@ -1,4 +1,4 @@
-"""The records of a leaderboard: a row, what repeats say of it, the verdict on all rows; and their way through JSON."""
+"""The records of a leaderboard: a row, what repeats say of it, the recommendation on all rows; and their way through JSON."""
 
 from __future__ import annotations
 
@@ -262,8 +262,8 @@ class Leaks:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What paired comparison says about the rows, in the score that was tuned; `judge` makes it from the predictions.
+class Recommendation:
+    """What paired comparison says about the rows, in the score that was tuned; `recommend` makes it from the predictions.
 
     `differences` are to the best row, for every row with out-of-fold predictions. `optimism` is for picking the best of the
     rows, `trial_optimism` for picking the best of the trials of the best row's own search: of `finished_trials` of them,

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from pipeline.data.targets import Target, target_of
 from pipeline.errors import PipelineError, number_of
 from pipeline.evaluation import ACCURACY, METRICS, Metric, Scores, metrics_for
-from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Leaks, Nested, Verdict, nested_choice
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Leaks, Nested, Recommendation, nested_choice
 from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, read_document, to_document
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Leaderboard:
 
     rows: tuple[LeaderboardRow, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    verdict: Verdict | None = None
+    recommendation: Recommendation | None = None
     leaks: Leaks | None = None
 
     def __post_init__(self) -> None:
@@ -75,8 +75,8 @@ class Leaderboard:
 
     @property
     def recommended(self) -> LeaderboardRow:
-        """The row to use; the best where there is no verdict."""
-        return self.row(self.verdict.recommended) if self.verdict else self.best
+        """The row to use; the best where there is no recommendation."""
+        return self.row(self.recommendation.recommended) if self.recommendation else self.best
 
     @property
     def ranked(self) -> tuple[LeaderboardRow, ...]:
@@ -118,7 +118,7 @@ class Leaderboard:
         record = {
             "best": self.best.key if self.rows else None,
             "rows": [row.to_record() for row in self.rows],
-            "verdict": asdict(self.verdict) if self.verdict else None,
+            "verdict": asdict(self.recommendation) if self.recommendation else None,
             "leaks": asdict(self.leaks) if self.leaks else None,
             "provenance": self.provenance,
         }
@@ -146,7 +146,7 @@ class Leaderboard:
                 "trials": row.trials,
                 "best": row.key == self.best.key,
                 "as_good_as_best": bool(self.mark(row)),
-                "recommended": self.verdict is not None and row.key == self.verdict.recommended,
+                "recommended": self.recommendation is not None and row.key == self.recommendation.recommended,
                 "note": row.note,
                 "licence": row.license,
                 "bundle": row.bundle,
@@ -214,7 +214,7 @@ class Leaderboard:
         """`*` for the best row, `~` for one with no evidence of a difference from it."""
         if row.key == self.best.key:
             return "*"
-        return "~" if self.verdict and row.key in self.verdict.no_evidence else ""
+        return "~" if self.recommendation and row.key in self.recommendation.no_evidence else ""
 
     def warnings(self) -> list[str]:
         """Return what must be known before the table is read, one sentence each: what may be wrong with the data and with rows.
@@ -266,7 +266,7 @@ class Leaderboard:
         """Return what must be said beside the table, one sentence each."""
         if not self.rows:
             return ["No rows."]
-        notes = [*self._score_notes(), *self._verdict_notes(), *self._repeat_notes(), *self._row_notes()]
+        notes = [*self._score_notes(), *self._recommendation_notes(), *self._repeat_notes(), *self._row_notes()]
         return notes + [str(note) for note in self.provenance.get("notes", ())]
 
     def _score_notes(self) -> list[str]:
@@ -283,31 +283,31 @@ class Leaderboard:
             )
         return lines
 
-    def _verdict_notes(self) -> list[str]:
-        verdict, metric, recommended = self.verdict, self.metric, self.recommended
-        if verdict is None:
+    def _recommendation_notes(self) -> list[str]:
+        recommendation, metric, recommended = self.recommendation, self.metric, self.recommended
+        if recommendation is None:
             return []
-        others, lines = sum(key != self.best.key for key in verdict.no_evidence), []
+        others, lines = sum(key != self.best.key for key in recommendation.no_evidence), []
         if others:
             lines.append(
                 f"~ marks {number_of(others, 'more row')} with no evidence of a difference from the best "
                 "(paired, out of fold, corrected for all pairs of rows)."
             )
-        lines.append(verdict.advice)
+        lines.append(recommendation.advice)
         if recommended.key != self.best.key and recommended.bundle is not None and not recommended.constant:
             lines.append(
                 f"`manyheads predict` takes the best row when it is given the output folder; for the recommended one give it {recommended.bundle} in there."
             )
-        if verdict.optimism is not None:
+        if recommendation.optimism is not None:
             lines.append(
-                f"Picking the best of {verdict.optimism.candidates} rows flatters its cross-validation {metric.title} by about "
-                f"{_luck(metric, verdict.optimism.bias)} {metric.unit}{self._trials_text(verdict)}."
+                f"Picking the best of {recommendation.optimism.candidates} rows flatters its cross-validation {metric.title} by about "
+                f"{_luck(metric, recommendation.optimism.bias)} {metric.unit}{self._trials_text(recommendation)}."
             )
         return lines
 
-    def _trials_text(self, verdict: Verdict) -> str:
+    def _trials_text(self, recommendation: Recommendation) -> str:
         """Say what picking the best trial adds, and of how many trials that is known."""
-        trials, finished, found = self.best.trials, verdict.finished_trials, verdict.trial_optimism
+        trials, finished, found = self.best.trials, recommendation.finished_trials, recommendation.trial_optimism
         if trials == 1 or (found is None and finished is None):
             return ""
         if found is None:
@@ -444,7 +444,7 @@ def leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
         return Leaderboard(
             tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
             record["provenance"],
-            from_plain(Verdict | None, record["verdict"]),
+            from_plain(Recommendation | None, record["verdict"]),
             from_plain(Leaks | None, record.get("leaks")),
         )
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -13,10 +13,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pipeline.data.targets import Classification, MultiLabel, Target, record_of
-from pipeline.embed.spec import Embedder
+from pipeline.embed.spec import EmbeddingModel
 from pipeline.errors import BundleError, number_of
 from pipeline.experiment import made_by, plain
-from pipeline.export import Model, Photo, Prepared
+from pipeline.export import Model, Photo, PreparedImages
 from pipeline.export.bundle import versions
 from pipeline.export.onnx.graph import FLOAT, OPSET, UINT8, Graph, add_prepared
 from pipeline.export.onnx.heads import Outputs, add_answer
@@ -32,7 +32,7 @@ FROM_PREPARED, FROM_RAW = 1e-5, 5e-3
 the first; in the second also a grey level here and there, and bf16."""
 BATCH = 16
 
-Found = Mapping[str, NDArray[Any]]
+NamedOutputs = Mapping[str, NDArray[Any]]
 """Outputs by name, n rows each."""
 
 
@@ -70,7 +70,7 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
     ]
 
 
-def _vectors(g: Graph, embedder: Embedder, pixels: str) -> list[str]:
+def _vectors(g: Graph, embedder: EmbeddingModel, pixels: str) -> list[str]:
     """The names of an embedder's outputs, float32 of shape (n, dim) each."""
     spec = embedder.specs[0]
     if spec.kind == "backbone":
@@ -137,7 +137,7 @@ def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, en
     rest = iter(photos)
     while batch := list(islice(rest, BATCH)):
         ways = batch[0].prepared
-        together: Prepared = {way: np.stack([photo.prepared[way] for photo in batch]) for way in ways}
+        together: PreparedImages = {way: np.stack([photo.prepared[way] for photo in batch]) for way in ways}
         expected = model.said(model.networks, together)
         exact = expected if model.exact is model.networks else model.said(model.exact, together)
         told = from_prepared(
@@ -159,7 +159,7 @@ def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, en
     return proof
 
 
-def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], Found]:
+def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], NamedOutputs]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # its warnings are on shapes that are not known before the images are
     try:
@@ -171,7 +171,7 @@ def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], Found]:
 
 
 def _compare(
-    model: Model, batch: list[Photo], expected: Mapping[str, Any], found: Found, most: float, way: str
+    model: Model, batch: list[Photo], expected: Mapping[str, Any], found: NamedOutputs, most: float, way: str
 ) -> tuple[float, int]:
     """Return the largest difference, and how many images have another label that may be; BundleError for one that may not."""
     largest, undecided = 0.0, 0
@@ -192,7 +192,7 @@ def _compare(
 
 
 def answers_differ(
-    target: Target, y: NDArray[Any], probabilities: NDArray[Any] | None, found: Found, most: float
+    target: Target, y: NDArray[Any], probabilities: NDArray[Any] | None, found: NamedOutputs, most: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
     """Return of each of n images how far apart two answers are, whether the labels differ, and whether the label is sure.
 

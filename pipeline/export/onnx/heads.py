@@ -34,7 +34,7 @@ from pipeline.export.bundle import SMALLEST_PROBABILITY, ModelBundle
 from pipeline.export.onnx.graph import FLOAT, OPSETS, STRING, Graph
 from pipeline.heads.cosine import CosineVote
 
-Columns = tuple[str, str]
+OutputColumns = tuple[str, str]
 """The name of float64 of shape (n, columns), and what they are: `probability`, `decision` or `number`."""
 Outputs = dict[str, tuple[Any, list[Any]]]
 """Name -> type and shape."""
@@ -109,7 +109,7 @@ def _calibrated(g: Graph, calibrator: Calibrator, columns: str, kind: str) -> st
     return str(g("Softmax", g("Mul", columns, slopes), axis=1))
 
 
-def _columns(g: Graph, estimator: Any, x: str) -> Columns:
+def _columns(g: Graph, estimator: Any, x: str) -> OutputColumns:
     """What a fitted estimator says of vectors, as the targets ask for it."""
     steps = [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
     for step in steps[:-1]:
@@ -128,7 +128,7 @@ def _affine(g: Graph, x: str, weights: NDArray[Any], bias: NDArray[Any]) -> str:
     return str(g("Add", g("MatMul", g.double(x), weights.astype(np.float64)), bias.astype(np.float64)))
 
 
-def _linear(g: Graph, model: Any, x: str) -> Columns:
+def _linear(g: Graph, model: Any, x: str) -> OutputColumns:
     """Decision values with a column for each class, of two classes (-d, d); numbers; probabilities where the model has them."""
     weights, bias = np.atleast_2d(model.coef_).T, np.atleast_1d(model.intercept_)
     is_likely, is_class = hasattr(model, "predict_proba"), hasattr(model, "classes_")
@@ -141,7 +141,7 @@ def _linear(g: Graph, model: Any, x: str) -> Columns:
     )
 
 
-def _each_label(g: Graph, model: Any, x: str) -> Columns:
+def _each_label(g: Graph, model: Any, x: str) -> OutputColumns:
     """A linear model or an SVC for each label; one that all images have, or none, is a constant."""
     none = np.zeros(model.n_features_in_)
     if any(isinstance(one, SVC) for one in model.estimators_):
@@ -159,11 +159,11 @@ def _each_label(g: Graph, model: Any, x: str) -> Columns:
     return _affine(g, x, weights.T, bias), "decision"
 
 
-def _each_number(g: Graph, model: Any, x: str) -> Columns:
+def _each_number(g: Graph, model: Any, x: str) -> OutputColumns:
     return g("Concat", *(_columns(g, part, x)[0] for part in model.estimators_), axis=1), "number"
 
 
-def _centroids(g: Graph, model: Any, x: str) -> Columns:
+def _centroids(g: Graph, model: Any, x: str) -> OutputColumns:
     """Softmax of minus the squared distances; what all of these have in common is left out."""
     scale = np.where(model.within_class_std_dev_ != 0, model.within_class_std_dev_, 1.0)
     centroids = model.centroids_ / scale
@@ -180,7 +180,7 @@ def _squared_distances(g: Graph, x: str, references: NDArray[Any]) -> str:
     return str(g("Max", g("Sub", lengths, g("Mul", 2.0, _products(g, x, references))), 0.0))
 
 
-def _kernel(g: Graph, model: Any, x: str) -> Columns:
+def _kernel(g: Graph, model: Any, x: str) -> OutputColumns:
     """Of an SVC of three classes or more the votes and margins of all pairs, as `decision_function` has them."""
     if model.kernel != "rbf":
         raise BundleError(f"a kernel {model.kernel!r} has no form in ONNX here, which rbf has")
@@ -206,7 +206,7 @@ def _kernel(g: Graph, model: Any, x: str) -> Columns:
     return g("Add", votes, g("Div", sums, g("Mul", 3.0, g("Add", g("Abs", sums), 1.0)))), "decision"
 
 
-def _perceptron(g: Graph, model: Any, x: str) -> Columns:
+def _perceptron(g: Graph, model: Any, x: str) -> OutputColumns:
     if model.activation != "relu":
         raise BundleError(f"a perceptron of {model.activation!r} has no form in ONNX here, which one of relu has")
     for place, (weights, bias) in enumerate(zip(model.coefs_, model.intercepts_, strict=True)):
@@ -230,7 +230,7 @@ def _mean(g: Graph, weights: str, said: NDArray[np.float64], rows: str) -> str:
     return str(g("Div", total, g("ReduceSum", weights, [1], keepdims=0)))
 
 
-def _neighbours(g: Graph, model: Any, x: str) -> Columns:
+def _neighbours(g: Graph, model: Any, x: str) -> OutputColumns:
     """The mean of what the nearest training images are, each with the weight 1, or 1 / its distance."""
     metric, x, references = model.effective_metric_, g.double(x), np.asarray(model._fit_X)
     if metric not in ("euclidean", "cosine") or model.weights not in ("uniform", "distance"):
@@ -260,7 +260,7 @@ def _neighbours(g: Graph, model: Any, x: str) -> Columns:
     return _mean(g, weights, np.eye(len(model.classes_))[y[:, 0]], rows), "probability"
 
 
-def _cosine_vote(g: Graph, model: CosineVote, x: str) -> Columns:
+def _cosine_vote(g: Graph, model: CosineVote, x: str) -> OutputColumns:
     """Of references as near as the last of the neighbours all vote."""
     count = len(model.references_)
     cosines = _products(g, _unit(g, g.double(g("Sub", x, model.mean_))), model.references_)
@@ -271,7 +271,7 @@ def _cosine_vote(g: Graph, model: CosineVote, x: str) -> Columns:
     return g("Div", votes, g("ReduceSum", votes, [1])), "probability"
 
 
-def _by_skl2onnx(g: Graph, model: Any, x: str) -> Columns:
+def _by_skl2onnx(g: Graph, model: Any, x: str) -> OutputColumns:
     """Any other estimator: its probabilities, or else its decision values, or its numbers."""
     from skl2onnx import to_onnx
     from skl2onnx.common.data_types import FloatTensorType
@@ -292,7 +292,7 @@ def _by_skl2onnx(g: Graph, model: Any, x: str) -> Columns:
     return said, "probability" if is_likely else "decision" if is_class else "number"
 
 
-_CONVERTERS: Sequence[tuple[tuple[type, ...], Callable[[Graph, Any, str], Columns]]] = (
+_CONVERTERS: Sequence[tuple[tuple[type, ...], Callable[[Graph, Any, str], OutputColumns]]] = (
     ((LogisticRegression, RidgeClassifier, LinearSVC, LinearDiscriminantAnalysis, Ridge), _linear),
     ((OneVsRestClassifier,), _each_label),
     ((NearestCentroid,), _centroids),

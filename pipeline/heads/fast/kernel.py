@@ -14,9 +14,9 @@ from sklearn.multioutput import MultiOutputRegressor
 from sklearn.pipeline import Pipeline
 
 from pipeline.data.classes import expand_scores
-from pipeline.heads.fast.solvers import Array
 from pipeline.heads.head import Params, configure
 from pipeline.heads.tuning.evaluation import Evaluator, FoldOutcome, Problem, one_by_one, scaled, standardised
+from pipeline.heads.tuning.features import Array
 
 log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from pipeline.data.classes import expand_scores
 from pipeline.heads.fast.solvers import (
     Array,
     Axes,
-    Family,
     Loss,
     Path,
+    ProblemFamily,
     binomial_loss,
     decompose,
     softmax_loss,
@@ -65,24 +65,24 @@ class Prepared:
     products: Any = None
 
 
-Make = Callable[[Array, Array, bool], Family]
+Make = Callable[[Array, Array, bool], ProblemFamily]
 """(targets of -1 and 1, float32 of shape (n, k), weights of the rows, whether a row has one label) -> the family of problems."""
 
 
-def logistic_family(targets: Array, weights: Array, exclusive: bool) -> Family:
+def logistic_family(targets: Array, weights: Array, exclusive: bool) -> ProblemFamily:
     """Return logistic regression: multinomial on several classes, else binomial for each column by itself."""
     width = targets.shape[1]
     if exclusive and width > 1:
         y = targets.argmax(axis=1)
-        return Family(lambda problems: softmax_loss(y, weights), 1, width, False, LOGISTIC_TOLERANCE)
+        return ProblemFamily(lambda problems: softmax_loss(y, weights), 1, width, False, LOGISTIC_TOLERANCE)
 
     def loss(problems: NDArray[np.int64]) -> Loss:
         return binomial_loss(targets[:, problems % width], weights)
 
-    return Family(loss, width, 1, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
+    return ProblemFamily(loss, width, 1, penalise_intercept=False, tolerance=LOGISTIC_TOLERANCE)
 
 
-def hinge_family(targets: Array, weights: Array, exclusive: bool) -> Family:
+def hinge_family(targets: Array, weights: Array, exclusive: bool) -> ProblemFamily:
     """Return the squared hinge loss of each column by itself; as in LIBLINEAR the intercept is penalised."""
     width = targets.shape[1]
     # With more than two classes LIBLINEAR weights the rows of the one class and not those of the rest.
@@ -91,7 +91,7 @@ def hinge_family(targets: Array, weights: Array, exclusive: bool) -> Family:
     def loss(problems: NDArray[np.int64]) -> Loss:
         return squared_hinge_loss(targets[:, problems % width], costs[:, problems % width])
 
-    return Family(loss, width, 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
+    return ProblemFamily(loss, width, 1, penalise_intercept=True, tolerance=HINGE_TOLERANCE)
 
 
 def prepare(make: Make | None, problem: Problem, fold: int) -> Prepared:

@@ -16,9 +16,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from pipeline.heads.tuning.features import Features, Standardised
-
-Array = NDArray[np.float32]
+from pipeline.heads.tuning.features import Array, FeatureMatrix, Standardised
 
 Loss = Callable[[Array], tuple[NDArray[np.float64], Array]]
 """Scores of shape (n, problems, columns) -> the loss of each problem, and its derivative by every score."""
@@ -105,7 +103,7 @@ class Turned:
         return made
 
 
-def turn_blocks(X: Features, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Axes:
+def turn_blocks(X: FeatureMatrix, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Axes:
     """Find the axes of some rows' covariance as `turn` does, without a copy of the rows.
 
     X : float32 of shape (n, dim); train, held_out : row numbers, int64 of shape (k,) and (m,)
@@ -182,7 +180,7 @@ def squared_hinge_loss(targets: Array, weights: Array) -> Loss:
 
 
 @dataclass(frozen=True)
-class Family:
+class ProblemFamily:
     """A kind of problem on one fold, to be solved at many penalties: `width` separate problems of `columns` scores each.
 
     loss(problems) is the loss of so many problems, laid out penalty by penalty.
@@ -204,7 +202,7 @@ class Path:
     was asked before, so a resumed search finds the same.
     """
 
-    def __init__(self, axes: Axes, family: Family) -> None:
+    def __init__(self, axes: Axes, family: ProblemFamily) -> None:
         self._axes, self._family = axes, family
         # Up to this C the penalty outweighs the features even along the longest axis: nearly all weights are zero.
         longest = float(axes.squares[:-1].max(initial=1.0))
@@ -253,7 +251,7 @@ class Path:
         self._thetas.append(self._state.theta)
 
 
-def minimise(axes: Axes, family: Family, penalties: NDArray[np.float64], start: Array, theta: Array) -> Array:
+def minimise(axes: Axes, family: ProblemFamily, penalties: NDArray[np.float64], start: Array, theta: Array) -> Array:
     """Minimise loss(train @ w) + penalty / 2 * |w|^2 in every problem, by L-BFGS preconditioned with the axes.
 
     The curvature along axis j is taken as penalty + theta * squares[j]; theta follows from the last step. All problems
@@ -285,7 +283,7 @@ class _State:
     """The problems of a batch between two steps; arrays have the shape (rank + 1, problems, columns)."""
 
     def __init__(
-        self, axes: Axes, family: Family, penalties: NDArray[np.float64], weights: Array, theta: Array
+        self, axes: Axes, family: ProblemFamily, penalties: NDArray[np.float64], weights: Array, theta: Array
     ) -> None:
         self.loss, self.weights, self.theta = family.loss(np.arange(len(penalties))), weights, theta
         self.penalty: Array = np.zeros_like(weights[:, :, 0]) + penalties.astype(np.float32)

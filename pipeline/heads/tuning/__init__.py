@@ -5,7 +5,7 @@ journal as it ends, so a killed search goes on where it was and ends with the sa
 """
 
 from pipeline.heads.tuning.evaluation import working_memory, works_on_disk
-from pipeline.heads.tuning.features import Features, Projections, blocks, on_disk, part
+from pipeline.heads.tuning.features import FeatureMatrix, Projections, blocks, on_disk, part
 from pipeline.heads.tuning.folds import Folds, growing, make_folds
 from pipeline.heads.tuning.journal import seconds_of_trials
 from pipeline.heads.tuning.last_fit import refit
@@ -14,7 +14,7 @@ from pipeline.heads.tuning.search import TuningRun, check, fits_of, tune
 from pipeline.heads.tuning.strategies import neighbours, require
 
 __all__ = [
-    "Features",
+    "FeatureMatrix",
     "Folds",
     "Projections",
     "TuningRun",

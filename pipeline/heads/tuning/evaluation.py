@@ -30,7 +30,7 @@ from pipeline.data.targets import Target
 from pipeline.errors import HeadError
 from pipeline.evaluation import Metric, Predictions
 from pipeline.heads.head import Head, Params, configure
-from pipeline.heads.tuning.features import Features, Projections, on_disk, standardise
+from pipeline.heads.tuning.features import FeatureMatrix, Projections, on_disk, standardise
 
 
 def derived_seed(seed: int, *place: int) -> int:
@@ -47,7 +47,7 @@ class Problem:
     """
 
     head: Head
-    X: Features
+    X: FeatureMatrix
     y: NDArray[Any]
     target: Target
     folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]

@@ -25,7 +25,7 @@ from pipeline.store import StoredRows
 
 Array = NDArray[np.float32]
 
-Features = NDArray[np.float32] | StoredRows
+FeatureMatrix = NDArray[np.float32] | StoredRows
 """A matrix X of shape (n, dim), float32: in memory, or on disk for the heads that can work there."""
 
 BLOCK_BYTES = 4 << 20
@@ -35,12 +35,12 @@ NOISE = 1e-6
 """Of the largest component's variance: what float32 leaves of none at all."""
 
 
-def on_disk(X: Features) -> bool:
+def on_disk(X: FeatureMatrix) -> bool:
     """Whether features, float32 of shape (n, dim), stay in a store's files; nobody else asks what kind they are."""
     return isinstance(X, StoredRows)
 
 
-def blocks(X: Features, rows: NDArray[np.int64] | None = None) -> Iterator[tuple[Any, NDArray[np.float32]]]:
+def blocks(X: FeatureMatrix, rows: NDArray[np.int64] | None = None) -> Iterator[tuple[Any, NDArray[np.float32]]]:
     """Yield places in `rows` (all rows in order where none are given) and the features there, a block at a time.
 
     Rows on disk are read in the order in which they lie there. With `rows` the blocks are copies; without, those of an
@@ -60,7 +60,7 @@ def blocks(X: Features, rows: NDArray[np.int64] | None = None) -> Iterator[tuple
             yield place, X[rows[place]]
 
 
-def part(X: Features, rows: NDArray[np.int64]) -> Features:
+def part(X: FeatureMatrix, rows: NDArray[np.int64]) -> FeatureMatrix:
     """Return some rows: a copy of what is in memory, and still unread what is on disk.
 
     X : float32 of shape (n, dim); rows : int64 of shape (k,); returns float32 of shape (k, dim)
@@ -86,12 +86,12 @@ def standardise(train: Array, held_out: Array) -> tuple[Array, Array]:
 class Standardised:
     """Rows of X, standardised as they are read."""
 
-    X: Features
+    X: FeatureMatrix
     rows: NDArray[np.int64]
     scaler: StandardScaler
 
     @staticmethod
-    def of(X: Features, rows: NDArray[np.int64]) -> Standardised:
+    def of(X: FeatureMatrix, rows: NDArray[np.int64]) -> Standardised:
         """Read the rows once for their means and standard deviations.
 
         X : float32 of shape (n, dim); rows : int64 of shape (k,)
@@ -126,7 +126,7 @@ class Projection:
     pca: PCA
 
     @staticmethod
-    def of(X: Features, rows: NDArray[np.int64], components: int | float, whiten: bool) -> Projection:
+    def of(X: FeatureMatrix, rows: NDArray[np.int64], components: int | float, whiten: bool) -> Projection:
         """Fit both on some rows of X: as many components, or as many as hold this share of the variance.
 
         No more components than rows or dimensions are kept, and for `whiten` only those along which the rows differ.
@@ -144,7 +144,7 @@ class Projection:
         scaler = StandardScaler()
         return Projection(scaler, _without_noise(pca.fit(scaler.fit_transform(X[rows]))))
 
-    def apply(self, X: Features, rows: NDArray[np.int64]) -> Array:
+    def apply(self, X: FeatureMatrix, rows: NDArray[np.int64]) -> Array:
         """Return some rows on the components, shape (n, components), float32."""
         made = np.empty((len(rows), self.pca.n_components_), dtype=np.float32)
         for place, block in blocks(X, rows):
@@ -183,7 +183,7 @@ def _without_noise(pca: PCA) -> PCA:
 class Projections:
     """The projections of one matrix X, each made by the first that needs it and kept for all heads on X."""
 
-    def __init__(self, X: Features, components: int | float, whiten: bool) -> None:
+    def __init__(self, X: FeatureMatrix, components: int | float, whiten: bool) -> None:
         self._X, self._components, self._whiten = X, components, whiten
         self._kept: dict[str, tuple[Projection, Array]] = {}
         self._locks: dict[str, threading.Lock] = {}

@@ -35,7 +35,7 @@ from pipeline.heads.tuning.evaluation import (
     smaller_caches,
     working_memory,
 )
-from pipeline.heads.tuning.features import Features, Projections, blocks, without_scaler
+from pipeline.heads.tuning.features import FeatureMatrix, Projections, blocks, without_scaler
 
 FEW_FEATURES = 1 << 25
 """Numbers in a feature matrix below which the last fit uses one thread for its products."""
@@ -134,7 +134,7 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
 def refit(
     head: Head,
     params: Params,
-    X: Features,
+    X: FeatureMatrix,
     y: NDArray[Any],
     seed: int,
     pca: int | float | None = None,

@@ -25,7 +25,7 @@ from pipeline.evaluation.leaderboard import LastFit
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
 from pipeline.heads.tuning.evaluation import Measured, Problem, Screening, counting_warnings
-from pipeline.heads.tuning.features import Features, Projections, blocks, without_scaler
+from pipeline.heads.tuning.features import FeatureMatrix, Projections, blocks, without_scaler
 from pipeline.heads.tuning.folds import Folds
 from pipeline.heads.tuning.journal import Journal, search_identity
 from pipeline.heads.tuning.last_fit import Promise, fit_as_promised
@@ -82,7 +82,7 @@ def check(head: Head, tuning: TuningConfig, kind: str = "classification") -> lis
 
 def tune(
     head: Head,
-    X: Features,
+    X: FeatureMatrix,
     y: ArrayLike,
     folds: Folds,
     tuning: TuningConfig,
@@ -139,7 +139,7 @@ def tune(
 @contextmanager
 def fits_of(
     head: Head,
-    X: Features,
+    X: FeatureMatrix,
     y: NDArray[Any],
     folds: Folds,
     tuning: TuningConfig,

@@ -32,8 +32,8 @@ from pipeline.stages.extract.stores import enter, take_over, take_parts
 from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,
     Contents,
+    EmbeddingTarget,
     Source,
-    Target,
     find_targets,
     require_permitted,
     resolve,
@@ -63,7 +63,7 @@ class FeaturesRun:
     """What stage one found and did."""
 
     scan: ScanResult
-    targets: tuple[Target, ...]
+    targets: tuple[EmbeddingTarget, ...]
     records: tuple[EmbeddingRecord, ...]
     failed: int
     """Images of the index that do not decode."""
@@ -208,7 +208,7 @@ def run(
 
 
 def _embed(
-    pending: Sequence[Target],
+    pending: Sequence[EmbeddingTarget],
     contents: Contents,
     config: Config,
     files: Artifacts,
@@ -249,7 +249,7 @@ def without_labels(config: Config) -> FeaturesRun:
 
 def embed_some(
     config: Config, by: BackboneConfig | str, contents: Contents, some: Contents
-) -> list[tuple[Target, FeatureStore]]:
+) -> list[tuple[EmbeddingTarget, FeatureStore]]:
     """Embed a part of a data set by one section of a config, or a baseline, where the stores do not have it yet.
 
     The embeddings are those that `run` makes of all `contents`, which finds them in the stores; no experiment is written.
@@ -277,7 +277,7 @@ def _names(sources: Sequence[Source]) -> dict[str, Source]:
     return asked | {spec.name: source for source in sources for spec in source.specs}
 
 
-def _about_stand_ins(targets: Sequence[Target], before: Sequence[EmbeddingRecord]) -> Iterator[str]:
+def _about_stand_ins(targets: Sequence[EmbeddingTarget], before: Sequence[EmbeddingRecord]) -> Iterator[str]:
     """What is embedded in another's place, and what is embedded at last where another stood in."""
     for target in targets:
         if target.source.instead_of is not None:
@@ -295,7 +295,11 @@ def _rates(work: Work) -> dict[str, float]:
 
 
 def _write(
-    config: Config, files: Artifacts, scanned: ScanResult, targets: Sequence[Target], rates: Mapping[str, float]
+    config: Config,
+    files: Artifacts,
+    scanned: ScanResult,
+    targets: Sequence[EmbeddingTarget],
+    rates: Mapping[str, float],
 ) -> list[EmbeddingRecord]:
     """Write features.json, and the config as it was read."""
     records = [

@@ -38,7 +38,7 @@ from pipeline.io.digests import Digests
 from pipeline.io.files import make_folder
 from pipeline.io.process import bar, look_in
 from pipeline.io.remote import Engine, connected
-from pipeline.stages.extract.targets import Contents, Target, find_targets, require_permitted, resolve
+from pipeline.stages.extract.targets import Contents, EmbeddingTarget, find_targets, require_permitted, resolve
 from pipeline.stages.extract.work import Work, embed, hash_store, noted_in, stop_requested
 from pipeline.store import differences, lock
 from pipeline.store.share import PartWriter
@@ -183,7 +183,7 @@ def pays(start_up: float, per_image: float, workers: int) -> str:
 class Worker:
     """What runs in each of Ray's actors: the networks, loaded once."""
 
-    def __init__(self, targets: Sequence[Target], config: Config, place: str, working: str) -> None:
+    def __init__(self, targets: Sequence[EmbeddingTarget], config: Config, place: str, working: str) -> None:
         self._targets, self._config, self._place = list(targets), config, place
         os.chdir(working)  # paths of a config may be relative
         look_in(Path(working))
@@ -217,7 +217,7 @@ def _most_bytes() -> int:
 
 
 def embed_on(
-    targets: Sequence[Target], images: Contents, config: Config, place: str, engine: Engine
+    targets: Sequence[EmbeddingTarget], images: Contents, config: Config, place: str, engine: Engine
 ) -> tuple[Work, Pool]:
     """Embed the pending ones of n images into parts in `place`, on all of a cluster.
 

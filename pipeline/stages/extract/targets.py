@@ -24,7 +24,7 @@ from pipeline.data.targets import CONSTANT_GUESSES
 from pipeline.embed import baselines, published
 from pipeline.embed.published import stand_in
 from pipeline.embed.records import load, open_store, place, read_specs, spec_key, write_specs
-from pipeline.embed.spec import Embedder, EmbeddingSpec
+from pipeline.embed.spec import EmbeddingModel, EmbeddingSpec
 from pipeline.errors import StoreError, first
 from pipeline.experiment import Artifacts
 from pipeline.images import policy_key
@@ -42,7 +42,7 @@ class Source:
 
     section: BackboneConfig | None
     specs: tuple[EmbeddingSpec, ...]
-    load: Callable[[], Embedder] = field(repr=False)
+    load: Callable[[], EmbeddingModel] = field(repr=False)
     """Return the live embedder: the network is loaded when it is first needed."""
     instead_of: BackboneConfig | None = None
     """The config's section that `section` stands in for."""
@@ -96,7 +96,7 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
                 license = _license(section)
                 found[key] = tuple(replace(spec, license=license) for spec in found[key])
             extraction = extraction.model_copy(update={"engine": found[key][0].engine})
-        live: Callable[[], Embedder] = partial(load, section, "", extraction, config.seed, len(digests))
+        live: Callable[[], EmbeddingModel] = partial(load, section, "", extraction, config.seed, len(digests))
         if key not in found or names_code(section.name):  # which files code reads is known to nobody
             live = cache(live)
             found[key] = live().specs
@@ -162,7 +162,7 @@ class Contents:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class EmbeddingTarget:
     """One embedding and its store, as they were found."""
 
     source: Source
@@ -180,12 +180,12 @@ class Target:
 
 def find_targets(
     sources: Sequence[Source], contents: Contents, files: Artifacts, folders: Sequence[Path] = ()
-) -> list[Target]:
+) -> list[EmbeddingTarget]:
     """Compare every embedding's store with the data set; the same embedding asked for twice is one target.
 
     `folders` : where else a store may lie, for who only looks.
     """
-    targets: dict[Path, Target] = {}
+    targets: dict[Path, EmbeddingTarget] = {}
     for source, output, spec in ((one, *each) for one in sources for each in enumerate(one.specs)):
         path = place(spec, files, folders)
         if path in targets:
@@ -197,7 +197,7 @@ def find_targets(
         if count:
             new = f"{count:,} images are new or changed since the store was filled"
             why = new if rows else _why_no_store(spec, path, files)
-        targets[path] = Target(source, output, spec, path, pending, rows, why)
+        targets[path] = EmbeddingTarget(source, output, spec, path, pending, rows, why)
     return list(targets.values())
 
 

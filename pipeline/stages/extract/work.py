@@ -24,7 +24,7 @@ from pipeline.data.sources import list_source
 from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Batch, Item, Lane, Part, threads
 from pipeline.embed.loader import embed as embedded
-from pipeline.embed.spec import Embedder
+from pipeline.embed.spec import EmbeddingModel
 from pipeline.errors import StoreError, first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
@@ -32,7 +32,7 @@ from pipeline.io.digests import digests_to_hex
 from pipeline.io.files import STOPS
 from pipeline.io.process import bar, keep_freed_memory
 from pipeline.io.remote import absolute
-from pipeline.stages.extract.targets import Contents, Target
+from pipeline.stages.extract.targets import Contents, EmbeddingTarget
 from pipeline.store import lock
 from pipeline.store.share import PartWriter, read_vectors
 from pipeline.store.writer import StoreWriter, storable
@@ -99,14 +99,14 @@ class Work:
 class Output:
     """One embedding on its way into its store."""
 
-    target: Target
+    target: EmbeddingTarget
     writer: StoreWriter | PartWriter
     missing: NDArray[np.bool_]
     """Images that it has no vectors of, shape (n,)."""
 
 
 def embed(
-    targets: Sequence[Target],
+    targets: Sequence[EmbeddingTarget],
     images: Contents,
     config: Config,
     hashes: Path,
@@ -127,14 +127,14 @@ def embed(
     began = time.perf_counter()
     keep_freed_memory()
     with ExitStack() as stack:
-        by_source: dict[int, list[Target]] = {}
+        by_source: dict[int, list[EmbeddingTarget]] = {}
         for target in targets:
             by_source.setdefault(id(target.source), []).append(target)
         loaded = [(own, own[0].source.load()) for own in by_source.values()]
         size = config.extraction.batch_size
         lanes = [Lane(embedder, choose_batch_size(size, str(embedder.device))) for _, embedder in loaded]
 
-        def output(target: Target, embedder: Embedder) -> Output:
+        def output(target: EmbeddingTarget, embedder: EmbeddingModel) -> Output:
             identity, probe = target.spec.identity(), embedder.probe[target.output]
             writer = stack.enter_context(opened(target.path, identity, target.spec.dim, probe=probe))
             # A store's writer knows more than was known when the target was found: rows of a run that was killed, damaged files.
@@ -273,8 +273,8 @@ def stop_requested() -> Iterator[Callable[[], None]]:
 
 
 def fill(
-    targets: Sequence[Target], contents: Contents, index: DatasetIndex, config: Config, files: Artifacts
-) -> list[Target]:
+    targets: Sequence[EmbeddingTarget], contents: Contents, index: DatasetIndex, config: Config, files: Artifacts
+) -> list[EmbeddingTarget]:
     """Write the vectors of the user's own files that their stores are missing; return the targets as they are then.
 
     StoreError when a file has no vector for some images, or a `.npy` has not as many as there are images.
@@ -288,8 +288,8 @@ def fill(
 
 
 def _filled(
-    target: Target, path: Path, contents: Contents, index: DatasetIndex, config: Config, files: Artifacts
-) -> Target:
+    target: EmbeddingTarget, path: Path, contents: Contents, index: DatasetIndex, config: Config, files: Artifacts
+) -> EmbeddingTarget:
     paths, X = read_vectors(path)
     if paths is None:
         listing = list_source(config.dataset, files.dataset)

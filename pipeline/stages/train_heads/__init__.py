@@ -51,8 +51,8 @@ from pipeline.embed.records import (
 from pipeline.errors import HeadError, PipelineError, UnfittedError
 from pipeline.evaluation import METRICS, metric_of
 from pipeline.evaluation.audit import write_findings
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, judge
-from pipeline.evaluation.leaderboard.judge import advice
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, recommend
+from pipeline.evaluation.leaderboard.recommendation import advice
 from pipeline.experiment import BUDGET, Artifacts, read_document, write_document
 from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
@@ -67,7 +67,7 @@ from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.domains import with_domains
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import find_leaks, with_strangers
-from pipeline.stages.train_heads.task import Embedding, Task, Vectors, make_task, unseen_task
+from pipeline.stages.train_heads.task import Embedding, SharedFeatures, Task, make_task, unseen_task
 from pipeline.stages.train_heads.views import with_views
 from pipeline.stages.train_heads.vote import vote_row
 from pipeline.store import FeatureStore, JoinedStores
@@ -90,7 +90,7 @@ class HeadsRun:
 
     def summary_lines(self) -> list[str]:
         """The leaderboard and where everything is."""
-        best, verdict, root = self.leaderboard.best, self.leaderboard.verdict, self.files.root
+        best, recommendation, root = self.leaderboard.best, self.leaderboard.recommendation, self.files.root
         runs_code = best.bundle and bundles.describe(root / best.bundle).get("runs_code_when_loaded")
         lines = [self.leaderboard.to_text(), ""]
         if self.reused:
@@ -100,7 +100,7 @@ class HeadsRun:
             f"best head    {root / best.bundle}" if best.bundle else "best head    none: a constant guess won",
             f"to predict   manyheads predict {quote(str(root))} IMAGES --output labels.csv{' --trust' * bool(runs_code)}",
         ]
-        chosen = self.leaderboard.row(verdict.recommended) if verdict else best
+        chosen = self.leaderboard.row(recommendation.recommended) if recommendation else best
         if chosen.key != best.key and chosen.bundle and not chosen.constant:
             lines.append(f"recommended  {root / chosen.bundle}")
         lines += [f"layers       {found.network}: {what_to_take(found)[0]}" for found in self.profiles]
@@ -161,7 +161,7 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     write_text_atomic(files.config, dump_yaml(given, files.root))
     on_disk = [embedding.sentence() for embedding in embeddings if embedding.on_disk]
     notes = [*cut, *on_disk, *advice(task.y_train, task.target, config.tuning.scoring), *left_out]
-    leaderboard = judge(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
+    leaderboard = recommend(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
     leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
     leaks, findings = find_leaks(leaderboard, task, stores, files)
     leaderboard = with_views(replace(leaderboard, leaks=leaks), task, stores, records, files, config.seed)
@@ -187,7 +187,7 @@ def _rows(asked: Asked, files: Artifacts) -> _Rows:
     made, config = _Rows(), asked.config
     tried = _spread_rows(asked.embeddings, config, files) if is_spread() else set[str]()
     for embedding in asked.embeddings:
-        vectors = Vectors(embedding)  # read when a head first needs them, and let go before the next embedding's
+        vectors = SharedFeatures(embedding)  # read when a head first needs them, and let go before the next embedding's
         for head in embedding.heads:
             key, folder = row_key(head, embedding, config.seed), files.bundle(embedding.name, head.name)
             start = time.perf_counter()
@@ -217,7 +217,7 @@ def _spread_rows(embeddings: Sequence[Embedding], config: Config, files: Artifac
             keyed = [(head.name, row_key(head, embedding, config.seed)) for head in embedding.heads]
             fresh = [each for each in keyed if finished_row(files.bundle(embedding.name, each[0]), each[1]) is None]
             if embedding.store is not None and fresh:
-                vectors = Vectors(embedding, folder)
+                vectors = SharedFeatures(embedding, folder)
                 assert len(vectors.train) + len(vectors.test) > 0  # the files are written, once for all workers
                 tasks += [(place, name) for name, _ in fresh]
                 keys |= {key for _, key in fresh}
@@ -239,7 +239,7 @@ def _make(config: str, rows: str, working: str, folder: Path, place: int, name: 
     head = next(head for head in embedding.heads if head.name == name)
     files, key = Artifacts(asked.config.output), row_key(head, embedding, asked.config.seed)
     with suppress(UnfittedError):
-        make_row(head, embedding, Vectors(embedding, folder), asked.config, files, key)
+        make_row(head, embedding, SharedFeatures(embedding, folder), asked.config, files, key)
 
 
 @lru_cache(1)

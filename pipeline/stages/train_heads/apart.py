@@ -31,7 +31,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Found:
+class ApartRows:
     """Rows, sentences on them, the folders of their bundles, and what else the leaderboard's provenance says."""
 
     rows: tuple[LeaderboardRow, ...] = ()
@@ -54,7 +54,7 @@ def origin(board: Leaderboard, embeddings: Mapping[str, Any], task: Task, files:
         return None
 
 
-def found_before(files: Artifacts, name: str, key: str) -> Found | None:
+def found_before(files: Artifacts, name: str, key: str) -> ApartRows | None:
     """Return what an earlier run found of the same, where its bundles are whole."""
     with suppress(PipelineError, OSError, KeyError, TypeError, ValueError):
         before = read_leaderboard(files.root)
@@ -63,11 +63,11 @@ def found_before(files: Artifacts, name: str, key: str) -> Found | None:
             for folder in told["bundles"]:
                 bundles.load(files.root / folder)
             rows = tuple(row for row in before.rows if row.apart == name)
-            return Found(rows, tuple(told["notes"]), tuple(told["bundles"]), told["more"])
+            return ApartRows(rows, tuple(told["notes"]), tuple(told["bundles"]), told["more"])
     return None
 
 
-def with_rows(board: Leaderboard, name: str, key: str, found: Found) -> Leaderboard:
+def with_rows(board: Leaderboard, name: str, key: str, found: ApartRows) -> Leaderboard:
     """Return the leaderboard with further rows, and what is said of them."""
     told = {"key": key, "notes": found.notes, "bundles": found.bundles, "more": found.more}
     notes = [*board.provenance.get("notes", ()), *found.notes]

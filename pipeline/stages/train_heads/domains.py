@@ -38,7 +38,7 @@ from pipeline.experiment import Artifacts, plain
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads.apart import Found, Origin, found_before, origin, row_like, with_rows
+from pipeline.stages.train_heads.apart import ApartRows, Origin, found_before, origin, row_like, with_rows
 from pipeline.stages.train_heads.task import Task
 from pipeline.store import FeatureStore, JoinedStores
 
@@ -49,12 +49,12 @@ MOST_OF_A_DOMAIN, MOST_PAIRS = 1_000, 15
 MOST_TRAINING = 20_000
 """Training images that a head is fitted on again with weights."""
 
-Rows = NDArray[np.intp]
+ImageRows = NDArray[np.intp]
 """Places among all images, training before test."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
+class _DomainTask:
     """The row that is looked at, the n training and m test images, and the domain, unit and half of each: arrays of shape (n + m,)."""
 
     origin: Origin
@@ -72,16 +72,16 @@ class _Asked:
         n = len(self.task.train)
         return sorted({*self.domains[n:].tolist()} - {*self.domains[:n].tolist()})
 
-    def halves(self, domains: Sequence[str]) -> tuple[Rows, Rows]:
+    def halves(self, domains: Sequence[str]) -> tuple[ImageRows, ImageRows]:
         """Return both halves of the images of some domains."""
         there = np.isin(self.domains, list(domains))
         return np.flatnonzero(there & self.half), np.flatnonzero(there & ~self.half)
 
-    def read(self, rows: Rows) -> NDArray[np.float32]:
+    def read(self, rows: ImageRows) -> NDArray[np.float32]:
         """Return the vectors of some images: float32 of shape (k, dim)."""
         return self.store.read(np.concatenate([self.task.train.digests, self.task.test.digests])[rows])
 
-    def sample(self, rows: Rows) -> Rows:
+    def sample(self, rows: ImageRows) -> ImageRows:
         """Return at most `MOST_OF_A_DOMAIN` of some images."""
         return np.sort(np.random.default_rng(self.seed).permutation(rows)[:MOST_OF_A_DOMAIN])
 
@@ -103,7 +103,7 @@ def with_domains(
         ]
         units = leakage_units(np.concatenate([task.train.digests, task.test.digests]), np.concatenate(groups))
         half = np.random.default_rng(config.seed).permutation(units.max() + 1)[units] % 2 == 0
-        asked = _Asked(best, task, stores[best.row.embedding], domains, units, half, config.seed)
+        asked = _DomainTask(best, task, stores[best.row.embedding], domains, units, half, config.seed)
         found = _find(asked, board, files, config, key)
     return with_rows(board, "domains", key, found)
 
@@ -115,7 +115,7 @@ def _domains(index: DatasetIndex, config: Config) -> Texts | None:
     return index.domains if config.dataset.domain else None
 
 
-def _find(asked: _Asked, board: Leaderboard, files: Artifacts, config: Config, key: str) -> Found:
+def _find(asked: _DomainTask, board: Leaderboard, files: Artifacts, config: Config, key: str) -> ApartRows:
     row, said, task = asked.origin.row, asked.origin.said, asked.task
     adapted, rows, folders = list[Adapted](), list[LeaderboardRow](), list[str]()
     pairs, notes = _pairs(asked)
@@ -142,10 +142,10 @@ def _find(asked: _Asked, board: Leaderboard, files: Artifacts, config: Config, k
     each = suffering(replace(joined(parts), units=units), asked.domains, trained)
     adapted.sort(key=lambda one: (one.domain, one.way))
     domains = Domains(row.key, row.embedding, pairs, each, tuple(adapted), tuple(notes))
-    return Found(tuple(rows), tuple(domains.lines()), tuple(folders), plain(asdict(domains)))
+    return ApartRows(tuple(rows), tuple(domains.lines()), tuple(folders), plain(asdict(domains)))
 
 
-def _pairs(asked: _Asked) -> tuple[tuple[Apart, ...], list[str]]:
+def _pairs(asked: _DomainTask) -> tuple[tuple[Apart, ...], list[str]]:
     """Measure the pairs of domains, and say which were not."""
     ordered = sorted({*asked.domains.tolist()}, key=lambda name: (name in asked.new, name))
     rows = {name: np.flatnonzero(asked.domains == name) for name in ordered}
@@ -176,7 +176,7 @@ class _Told:
     worth: float | None = None
 
 
-def _coral(asked: _Asked) -> _Told:
+def _coral(asked: _DomainTask) -> _Told:
     """Align the images of each new domain with the training images."""
     n, answers, used, few = len(asked.task.train), asked.origin.said.test, dict[str, int](), list[str]()
     source = asked.read(asked.sample(np.arange(n)))
@@ -194,7 +194,7 @@ def _coral(asked: _Asked) -> _Told:
     return _Told(answers, used, amiss)
 
 
-def _reweight(asked: _Asked) -> _Told:
+def _reweight(asked: _DomainTask) -> _Told:
     """Fit the head again on training images weighted as if they came of the new domains."""
     n, bundle, answers = len(asked.task.train), asked.origin.bundle, asked.origin.said.test
     last, model = bundle.estimator.steps[-1]
@@ -209,7 +209,7 @@ def _reweight(asked: _Asked) -> _Told:
         return _Told(answers, {}, next(problem for problem, found in problems.items() if found))
     source = asked.read(np.arange(n))
 
-    def weighed(images: Rows) -> tuple[ModelBundle, float]:
+    def weighed(images: ImageRows) -> tuple[ModelBundle, float]:
         found = weights(source, asked.read(asked.sample(images)), asked.seed)
         fitted = clone(bundle.estimator).fit(source, asked.task.y_train, **{f"{last}__sample_weight": found})
         return replace(bundle, estimator=fitted), worth(found)
@@ -224,7 +224,7 @@ WAYS = {"coral": _coral, "reweight": _reweight}
 """By the words of `adapt`."""
 
 
-def _answered(said: Predictions, rows: Rows, new: tuple[NDArray[Any], NDArray[np.float64] | None]) -> Predictions:
+def _answered(said: Predictions, rows: ImageRows, new: tuple[NDArray[Any], NDArray[np.float64] | None]) -> Predictions:
     """Return predictions with those of some images replaced."""
     y_pred, probabilities = said.y_pred.copy(), said.probabilities
     y_pred[rows] = new[0]
@@ -234,7 +234,7 @@ def _answered(said: Predictions, rows: Rows, new: tuple[NDArray[Any], NDArray[np
     return replace(said, y_pred=y_pred, probabilities=probabilities)
 
 
-def _brought(asked: _Asked, row: str, way: str, told: _Told, board: Leaderboard) -> list[Adapted]:
+def _brought(asked: _DomainTask, row: str, way: str, told: _Told, board: Leaderboard) -> list[Adapted]:
     """Compare the adapted head with the plain one, on the test images of each new domain."""
     found, of_test = [], asked.domains[len(asked.task.train) :]
     for name, images in told.used.items():

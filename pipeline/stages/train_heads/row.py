@@ -24,15 +24,15 @@ from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, S
 from pipeline.evaluation.calibration import Calibrator, fit_calibrator, fit_sigmoids
 from pipeline.evaluation.intervals import Interval, expected_accuracy
 from pipeline.evaluation.leaderboard import LeaderboardRow, Nested, Seeds
-from pipeline.evaluation.leaderboard.judge import UNEVEN, unevenness
+from pipeline.evaluation.leaderboard.recommendation import UNEVEN, unevenness
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import Artifacts, bundle_file
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, identity
-from pipeline.heads.tuning import Features, Projections, TuningRun, blocks, make_folds, part, tune
+from pipeline.heads.tuning import FeatureMatrix, Projections, TuningRun, blocks, make_folds, part, tune
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads.task import Embedding, Task, Vectors, predict
+from pipeline.stages.train_heads.task import Embedding, SharedFeatures, Task, predict
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def finished_row(folder: Path, key: str) -> LeaderboardRow | None:
 
 
 def make_row(
-    head: Head, embedding: Embedding, vectors: Vectors, config: Config, files: Artifacts, key: str
+    head: Head, embedding: Embedding, vectors: SharedFeatures, config: Config, files: Artifacts, key: str
 ) -> LeaderboardRow:
     """Tune one head, score it once on the test images, repeat what was asked for, and save its bundle.
 
@@ -196,7 +196,7 @@ def expected_test(said: HeadPredictions, task: Task, own: float = 1.0) -> Interv
     return expected_accuracy(correct, len(task.test), task.groups, said.test.units, allowance)
 
 
-def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
+def nested(head: Head, X: FeatureMatrix, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
     """Search within the training images of every fold and score the winner on the fold; None unless it is asked for.
 
     X : of shape (n, dim), float32, the training images. The inner folds keep groups together as the outer ones do.
@@ -216,7 +216,7 @@ def nested(head: Head, X: Features, task: Task, tuning: TuningConfig, seed: int,
 
 
 def _seeds(
-    row: LeaderboardRow, head: Head, embedding: Embedding, vectors: Vectors, seed: int, journal: Path
+    row: LeaderboardRow, head: Head, embedding: Embedding, vectors: SharedFeatures, seed: int, journal: Path
 ) -> Seeds | None:
     """Search again with the next seeds, each with its own folds; None unless it is asked for."""
     task, tuning = embedding.task, embedding.tuning
@@ -238,7 +238,7 @@ def _seeds(
 
 def reweighted(
     head: Head,
-    X: Features,
+    X: FeatureMatrix,
     task: Task,
     tuning: TuningConfig,
     seed: int,
@@ -273,7 +273,7 @@ def _beside(journal: Path, name: str) -> Path:
     return journal.with_suffix("") / f"{name}.jsonl"
 
 
-def _score(found: TuningRun, X: Features, y: NDArray[Any], task: Task, metric: Metric) -> float:
+def _score(found: TuningRun, X: FeatureMatrix, y: NDArray[Any], task: Task, metric: Metric) -> float:
     """Score what a search found as the search would have, with the thresholds that its answers out of fold tell."""
     said, known = [task.target.answers(found.pipeline, block) for _, block in blocks(X)], found.out_of_fold
     labels = np.concatenate([labels for labels, _, _ in said])

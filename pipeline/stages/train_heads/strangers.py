@@ -54,7 +54,7 @@ FALSE_ALARMS, COVERAGE = 0.05, 0.9
 DISTANCES = {"distance": False, "centred distance": True}
 """Whether the mean of the training images is taken off first; which is better depends on the network."""
 
-Scores = Mapping[str, NDArray[np.floating]]
+StrangenessScores = Mapping[str, NDArray[np.floating]]
 """Strangeness of n images, shape (n,), by how it is measured: the distances, and `probability` where the head has some."""
 
 
@@ -63,7 +63,9 @@ def with_strangers(
 ) -> Leaderboard:
     """Return the leaderboard with what was found of its best and recommended row, and let their bundles know it."""
     found = dict[str, Mapping[str, Any]]()
-    for name in dict.fromkeys([board.best.key, board.verdict.recommended if board.verdict else board.best.key]):
+    for name in dict.fromkeys(
+        [board.best.key, board.recommendation.recommended if board.recommendation else board.best.key]
+    ):
         row = board.row(name)
         if row.bundle is None or row.constant or row.task != task.key or not task.target.exclusive:
             continue
@@ -176,7 +178,7 @@ def _left_out(
 
 def _scores(
     bundle: ModelBundle, vectors: Sequence[NDArray[np.float32]], y: NDArray[np.int64], train: NDArray[np.bool_]
-) -> Scores:
+) -> StrangenessScores:
     """Return how strange all images are to what was learned from some of them."""
     X, fitted_on, found = vectors[0], np.flatnonzero(train), dict[str, NDArray[np.floating]]()
     some = fitted_on[np.linspace(0, len(fitted_on) - 1, min(len(fitted_on), MOST_REFERENCES)).astype(int)]

@@ -22,7 +22,7 @@ from pipeline.experiment import Artifacts
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import TABLES, Head
 from pipeline.heads.tuning import (
-    Features,
+    FeatureMatrix,
     Folds,
     Projections,
     blocks,
@@ -236,7 +236,7 @@ def objections(
     return []
 
 
-class Vectors:
+class SharedFeatures:
     """The features of an embedding, and the principal components its heads share where `tuning.pca` asks for them.
 
     Each is read, or found where it is to stay on disk, when it is first asked for. With a folder, those in memory are of a file
@@ -247,12 +247,12 @@ class Vectors:
         self.embedding, self._folder = embedding, folder
 
     @cached_property
-    def train(self) -> Features:
+    def train(self) -> FeatureMatrix:
         """The features of the training images, float32 of shape (n, dim); one constant column where a head needs no image."""
         return self._read(self.embedding.task.train)
 
     @cached_property
-    def test(self) -> Features:
+    def test(self) -> FeatureMatrix:
         """The features of the test images, likewise."""
         return self._read(self.embedding.task.test)
 
@@ -262,7 +262,7 @@ class Vectors:
         tuning = self.embedding.tuning
         return None if tuning.pca is None else Projections(self.train, tuning.pca, tuning.whiten)
 
-    def _read(self, part: DatasetIndex) -> Features:
+    def _read(self, part: DatasetIndex) -> FeatureMatrix:
         store = self.embedding.store
         if store is None:
             return np.zeros((len(part), 1), dtype=np.float32)
@@ -274,11 +274,13 @@ class Vectors:
         if not path.exists():
             rows = StoredRows.of(store, part.digests)
             write_npy(path, rows.shape, (block for _, block in blocks(rows)))
-        mapped: Features = np.load(path, mmap_mode="r")
+        mapped: FeatureMatrix = np.load(path, mmap_mode="r")
         return mapped
 
 
-def predict(bundle: ModelBundle, X: Features, tuning: TuningConfig) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+def predict(
+    bundle: ModelBundle, X: FeatureMatrix, tuning: TuningConfig
+) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
     """Say of vectors what `ModelBundle.said` does, within `tuning.memory`: block by block where they are on disk.
 
     X : of shape (n, dim), float32; labels are int64 of shape (n,), or as `Predictions` has them, and probabilities

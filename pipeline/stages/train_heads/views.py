@@ -25,7 +25,7 @@ from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads.apart import Found, Origin, found_before, origin, row_like, with_rows
+from pipeline.stages.train_heads.apart import ApartRows, Origin, found_before, origin, row_like, with_rows
 from pipeline.stages.train_heads.task import Task
 from pipeline.store import FeatureStore, JoinedStores
 
@@ -36,12 +36,12 @@ MOST_TRAINING = 20_000
 WAYS = {"averaged": (False, True), "trained": (True, False), "trained+averaged": (True, True)}
 """Whether the head learns from the views, and whether it is averaged over them."""
 
-Vectors = Sequence[NDArray[np.float32]]
+ViewVectors = Sequence[NDArray[np.float32]]
 """Of the images and of each view of them, float32 of shape (n, dim) each."""
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ViewedRow:
     """A row of a network that has views, and its embedding before those of the views."""
 
     origin: Origin
@@ -66,7 +66,7 @@ def with_views(
     for record in records:
         views = [other for other in records if _is_of(other, record)]
         best = origin(board, {record.name: record}, task, files) if views else None
-        asked += [] if best is None else [_Asked(best, [record, *views])]
+        asked += [] if best is None else [_ViewedRow(best, [record, *views])]
     if not asked:
         return board
     made = [[each.origin.key, *(part.fingerprint for part in each.parts)] for each in asked]
@@ -77,7 +77,7 @@ def with_views(
         rows, notes, folders = (
             tuple(chain(*of)) for of in zip(*((one.rows, one.notes, one.bundles) for one in each), strict=True)
         )
-        found = Found(rows, notes, folders)
+        found = ApartRows(rows, notes, folders)
     return with_rows(board, "views", key, found)
 
 
@@ -90,14 +90,14 @@ def _is_of(record: EmbeddingRecord, plain: EmbeddingRecord) -> bool:
 
 
 def _find(
-    asked: _Asked,
+    asked: _ViewedRow,
     metric: Metric,
     task: Task,
     stores: Mapping[str, FeatureStore | JoinedStores],
     files: Artifacts,
     seed: int,
     key: str,
-) -> Found:
+) -> ApartRows:
     row, bundle, said, n = asked.origin.row, asked.origin.bundle, asked.origin.said, len(task.train)
     if said.out_of_fold is None or said.out_of_fold.probabilities is None or n > MOST_TRAINING:
         why = (
@@ -105,7 +105,7 @@ def _find(
             if n > MOST_TRAINING
             else f"{row.head} has no probabilities"
         )
-        return Found(notes=(f"Views of {row.embedding} are not compared: {why}.",))
+        return ApartRows(notes=(f"Views of {row.embedding} are not compared: {why}.",))
     X, T = ([stores[part.name].read(images.digests) for part in asked.parts] for images in (task.train, task.test))
     seconds = dict[bool, float]()
 
@@ -134,10 +134,10 @@ def _find(
         folders.append(folder.relative_to(files.root).as_posix())
         rows.append(_row(asked, made, told, metric, task, seed, seconds[views]))
         notes.append(_sentence(asked, rows[-1], told, views, averaged, folders[-1], seed))
-    return Found(tuple(rows), tuple(notes), tuple(folders))
+    return ApartRows(tuple(rows), tuple(notes), tuple(folders))
 
 
-def _mean(head: ModelBundle, views: Vectors, averaged: bool) -> NDArray[np.float64]:
+def _mean(head: ModelBundle, views: ViewVectors, averaged: bool) -> NDArray[np.float64]:
     """Return probabilities of n images, float64 of shape (n, n_classes): of the image alone, or averaged over its views."""
     told = [head.said(part)[1] for part in (views if averaged else views[:1])]
     return np.asarray(np.mean([p for p in told if p is not None], axis=0, dtype=np.float64))
@@ -160,7 +160,7 @@ def _predicted(before: Predictions, made: ModelBundle, p: NDArray[np.float64]) -
 
 
 def _row(
-    asked: _Asked, made: ModelBundle, told: HeadPredictions, metric: Metric, task: Task, seed: int, seconds: float
+    asked: _ViewedRow, made: ModelBundle, told: HeadPredictions, metric: Metric, task: Task, seed: int, seconds: float
 ) -> LeaderboardRow:
     assert told.out_of_fold is not None
     folds = tuple(metric.score(told.out_of_fold.rows(out)) for _, out in task.folds)
@@ -176,7 +176,7 @@ def _row(
 
 
 def _sentence(
-    asked: _Asked, row: LeaderboardRow, told: HeadPredictions, views: bool, averaged: bool, place: str, seed: int
+    asked: _ViewedRow, row: LeaderboardRow, told: HeadPredictions, views: bool, averaged: bool, place: str, seed: int
 ) -> str:
     """Say what a way brought, and what it costs."""
     plain, before = asked.origin.row, asked.origin.said

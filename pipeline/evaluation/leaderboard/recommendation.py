@@ -1,4 +1,4 @@
-"""The verdict on a leaderboard: who is no worse than the best, what to use, how flattering the best score is, what uneven classes do.
+"""The recommendation on a leaderboard: who is no worse than the best, what to use, how flattering the best score is, what uneven classes do.
 
 Reads what stage two saved: `predictions.npz` beside each bundle and the trials' journals.
 """
@@ -19,7 +19,7 @@ from pipeline.errors import BundleError, HeadError
 from pipeline.evaluation import Difference, HeadPredictions, Metric, Predictions, Scores, compare, counted, scores
 from pipeline.evaluation.calibration import correct_priors
 from pipeline.evaluation.comparison import selection_optimism, trial_optimism
-from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Verdict
+from pipeline.evaluation.leaderboard.rows import LeaderboardRow, Recommendation
 from pipeline.evaluation.leaderboard.table import Leaderboard
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import TRIALS, Artifacts, read_lines
@@ -30,8 +30,8 @@ Trials = Sequence[Mapping[str, Any]]
 """The finished, stopped and failed trials of one search, as its journal holds them."""
 
 
-def judge(leaderboard: Leaderboard, output: Path) -> Leaderboard:
-    """Return the leaderboard with its verdict; without one where the best row left no out-of-fold predictions.
+def recommend(leaderboard: Leaderboard, output: Path) -> Leaderboard:
+    """Return the leaderboard with its recommendation; without one where the best row left no out-of-fold predictions.
 
     Rows whose predictions are missing or of other images, or whose saved fit is bad, take no part in the comparison.
     """
@@ -39,8 +39,8 @@ def judge(leaderboard: Leaderboard, output: Path) -> Leaderboard:
         key: value for key, value in read_predictions(leaderboard, output).items() if leaderboard.row(key).sound
     }
     trials = read_trials(leaderboard, output)
-    verdict = _verdict(leaderboard, predictions, trials) if leaderboard.rows else None
-    return replace(leaderboard, verdict=verdict)
+    recommendation = _recommendation(leaderboard, predictions, trials) if leaderboard.rows else None
+    return replace(leaderboard, recommendation=recommendation)
 
 
 def read_predictions(leaderboard: Leaderboard, output: Path) -> dict[str, HeadPredictions]:
@@ -74,9 +74,9 @@ def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
     return found
 
 
-def _verdict(
+def _recommendation(
     leaderboard: Leaderboard, predictions: Mapping[str, HeadPredictions], trials: Mapping[str, Trials]
-) -> Verdict | None:
+) -> Recommendation | None:
     best, metric, seed = leaderboard.best.key, leaderboard.metric, int(leaderboard.provenance.get("seed", 0))
     held_out = _same_images({key: value.out_of_fold for key, value in predictions.items()}, best, metric, True)
     if best not in held_out:
@@ -85,9 +85,9 @@ def _verdict(
     test = _same_images({key: value.test for key, value in predictions.items()}, best, metric)
     ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
     differences = compare(ordered, best, test, folds, seed, metric)
-    recommended, reason = _recommend(leaderboard, differences, ordered[best])
+    recommended, reason = _choose(leaderboard, differences, ordered[best])
     optimism = selection_optimism(tuple(ordered.values()), seed, metric=metric) if len(ordered) > 1 else None
-    return Verdict(differences, recommended.key, reason, optimism, *_trial_optimism(trials.get(best, ())))
+    return Recommendation(differences, recommended.key, reason, optimism, *_trial_optimism(trials.get(best, ())))
 
 
 def _same_images(
@@ -145,7 +145,7 @@ def margin(metric: Metric, best: float, images: int) -> float:
     return min(LARGEST_MARGIN, SHARE_OF_THE_ERROR * max(metric.high - best, 1 / images))
 
 
-def _recommend(
+def _choose(
     leaderboard: Leaderboard, differences: Sequence[Difference], held_out: Predictions
 ) -> tuple[LeaderboardRow, str]:
     """Pick the cheapest and simplest row that is shown to be as good as the best, and say what to use and why.
