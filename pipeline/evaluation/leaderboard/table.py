@@ -26,13 +26,13 @@ APART = "Ranked apart, on other images"
 APARTS = {
     "domains": (
         "Adapted to new domains, without their labels",
-        "The head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
+        "the head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
         "is adapted by the features of the other half: no image's own, and no label of theirs. Cross-validation on the training "
         "images cannot judge that, so these rows are no candidates; what each brought is said in the notes.",
     ),
     "views": (
         "With views of the images",
-        "The best head of a network, at the same parameters, averaged over views of an image, learned from the views of the training "
+        "the best head of a network, at the same parameters, averaged over views of an image, learned from the views of the training "
         "images, or both. Folds are of images, so that no view of an image that is judged was learned from. These rows are no "
         "candidates; what each brought and costs is said in the notes.",
     ),
