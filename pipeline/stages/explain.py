@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logit
 
-from pipeline.data.index import INDEX_FILE
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.errors import ConfigError, HeadError, PipelineError, number_of
 from pipeline.experiment import Artifacts
@@ -24,6 +22,7 @@ from pipeline.io.process import bar
 from pipeline.io.remote import absolute
 from pipeline.report import explained, material, sections
 from pipeline.report.explained import Explained, Near
+from pipeline.stages.predict import experiment_around
 from pipeline.stages.similar import Stored
 
 if TYPE_CHECKING:
@@ -246,12 +245,11 @@ def _neighbours(
 
     Of a soft vote the vectors, float32 of shape (dim,) each, are its first member's.
     """
-    whole = Path(os.path.abspath(place))
-    root = next((each for each in (whole, *whole.parents) if (each / "dataset" / INDEX_FILE).exists()), None)
-    if root is None:
+    files = experiment_around(place)
+    if files is None:
         return f"no neighbours are shown: {place} lies in no experiment, whose training images they would be"
     try:
-        stored = Stored.open(Artifacts(root), str(bundle.parts[0].embedding["name"]))
+        stored = Stored.open(files, str(bundle.parts[0].embedding["name"]))
     except PipelineError as error:
         return f"no neighbours are shown: {error.message}"
     near: list[tuple[Near, Near]] = [((), ())] * len(found)
