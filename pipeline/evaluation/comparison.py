@@ -55,6 +55,12 @@ class Paired:
         return 1 if self.interval[0] > 0 else -1
 
     @property
+    def points(self) -> str:
+        """The difference of two shares in points, with its interval."""
+        low, high = self.interval
+        return f"{100 * self.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+    @property
     def verdict(self) -> str:
         """Whether the first is worth having, in words."""
         return {1: "it helps", 0: "that it helps is not shown", -1: "it does harm"}[self.shown]

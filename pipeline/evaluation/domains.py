@@ -304,11 +304,10 @@ class Adapted:
 
     def sentence(self) -> str:
         """Say what it brought."""
-        low, high = (100 * end for end in self.gain.interval)
         few = f"; {self.worth:,.0f} training images' worth was left" if self.worth is not None else ""
         return (
-            f"{self.way} on {self.domain!r}: {100 * self.plain:.1f} to {100 * self.score:.1f} %, {100 * self.gain.difference:+.1f} points "
-            f"[{low:+.1f}, {high:+.1f}] on {self.images:,} test images{few}: {self.gain.verdict}"
+            f"{self.way} on {self.domain!r}: {100 * self.plain:.1f} to {100 * self.score:.1f} %, {self.gain.points} "
+            f"on {self.images:,} test images{few}: {self.gain.verdict}"
         )
 
 

@@ -184,10 +184,7 @@ def _sentence(
     assert before.out_of_fold is not None
     pairs = {"out of fold": (told.out_of_fold, before.out_of_fold), "on the test": (told.test, before.test)}
     gains = {where: paired_answers(ACCURACY, new, old, seed) for where, (new, old) in pairs.items()}
-    brought = " and ".join(
-        f"{100 * gain.difference:+.1f} points [{100 * gain.interval[0]:+.1f}, {100 * gain.interval[1]:+.1f}] {where}"
-        for where, gain in gains.items()
-    )
+    brought = " and ".join(f"{gain.points} {where}" for where, gain in gains.items())
     times, kilobytes = len(asked.parts), 4 * (plain.dim or 0) / 1e3
     price = [f"{times * kilobytes:.1f} kB of vectors an image in place of {kilobytes:.1f}"]
     if views:
