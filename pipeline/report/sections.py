@@ -120,7 +120,7 @@ def cards(material: Material) -> dict[str, dict[str, Any]]:
 def _first(material: Material) -> Shown:
     """Give the first screen: what to use, how sure that is, whether a network helps, and what to do next."""
     board, test = material.leaderboard, material.best.test if material.best else None
-    row = board.row(board.recommendation.recommended) if board.recommendation else board.best
+    row = board.recommended
     floor = max((one for one in board.ranked if one.baseline and one.test), key=lambda one: one.cv_mean, default=None)
     behind = (
         {one.key for one in board.recommendation.differences if not one.no_evidence} if board.recommendation else set()

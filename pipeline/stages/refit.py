@@ -208,7 +208,7 @@ def _refit(config: Config, folder: Path, name: str | None) -> list[Refitted]:
 
 def _chosen(board: Leaderboard, name: str | None) -> list[LeaderboardRow]:
     """Return the rows to fit again, the first being the one to use."""
-    recommended = board.recommendation.recommended if board.recommendation else board.best.key
+    recommended = board.recommended.key
     ordered = sorted(board.rows, key=lambda row: row.key != recommended)
     able = {row.key: row for row in ordered if row.bundle and not row.constant and row.embedding != VOTE}
     if not able:

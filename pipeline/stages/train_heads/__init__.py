@@ -90,7 +90,7 @@ class HeadsRun:
 
     def summary_lines(self) -> list[str]:
         """The leaderboard and where everything is."""
-        best, recommendation, root = self.leaderboard.best, self.leaderboard.recommendation, self.files.root
+        best, chosen, root = self.leaderboard.best, self.leaderboard.recommended, self.files.root
         runs_code = best.bundle and bundles.describe(root / best.bundle).get("runs_code_when_loaded")
         lines = [self.leaderboard.to_text(), ""]
         if self.reused:
@@ -100,7 +100,6 @@ class HeadsRun:
             f"best head    {root / best.bundle}" if best.bundle else "best head    none: a constant guess won",
             f"to predict   manyheads predict {quote(str(root))} IMAGES --output labels.csv{' --trust' * bool(runs_code)}",
         ]
-        chosen = self.leaderboard.row(recommendation.recommended) if recommendation else best
         if chosen.key != best.key and chosen.bundle and not chosen.constant:
             lines.append(f"recommended  {root / chosen.bundle}")
         lines += [f"layers       {found.network}: {what_to_take(found)[0]}" for found in self.profiles]

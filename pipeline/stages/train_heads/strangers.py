@@ -63,10 +63,7 @@ def with_strangers(
 ) -> Leaderboard:
     """Return the leaderboard with what was found of its best and recommended row, and let their bundles know it."""
     found = dict[str, Mapping[str, Any]]()
-    for name in dict.fromkeys(
-        [board.best.key, board.recommendation.recommended if board.recommendation else board.best.key]
-    ):
-        row = board.row(name)
+    for name, row in {each.key: each for each in (board.best, board.recommended)}.items():
         if row.bundle is None or row.constant or row.task != task.key or not task.target.exclusive:
             continue
         try:
