@@ -158,6 +158,8 @@ KEYS: Final[Mapping[str, Retired]] = {
         lambda value: value == "gpu",
     ),
     "tuning.device": Retired("auto", "is gone: heads are searched on the processor; remove it"),
+    "tuning.seconds": Retired(None, "is gone: tuning.budget, such as 10m, is the time of all heads together"),
+    "tuning.whiten": Retired(False, "is gone: tuning.pca keeps the components as they are; remove it"),
     "finetune.embedding": Retired("best", "is gone: write finetune.start: EMBEDDING"),
     "finetune.head": Retired("best", "is gone: write finetune.start: EMBEDDING/HEAD, or finetune.start: random"),
     "finetune.interpolate": Retired(True, "is gone: the weights between are always tried; remove it"),

@@ -354,14 +354,12 @@ class TuningConfig(Section):
 
     strategy: Literal["bayes", "random", "grid"] = "bayes"
     trials: int = Field(16, ge=1)
-    seconds: float | None = Field(None, gt=0)
     budget: str | None = None
     folds: int = Field(5, ge=2)
     scoring: str = "auto"
     nested: bool = False
     seeds: int = Field(1, ge=1, le=100)
     pca: int | float | None = None
-    whiten: bool = False
     jobs: Count = "auto"
     memory: str = "auto"
 
@@ -406,14 +404,6 @@ class TuningConfig(Section):
             hint = f"; write '{value}GB' or '{value}MB'" if number else ""
             raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}{hint}")
         return value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> TuningConfig:
-        if self.budget is not None and self.seconds is not None:
-            raise ValueError("budget: is for all heads together, and seconds for each; give one of them")
-        if self.whiten and self.pca is None:
-            raise ValueError("whiten: works on principal components; give pca too, such as pca: 64")
-        return self
 
 
 class FinetuneConfig(Section):

@@ -353,9 +353,8 @@ class Leaderboard:
             lines.append(f"All of them: {apart_text(self.ranked)}")
         reduced = {row.embedding: row.components for row in rows if row.components is not None}
         if reduced:
-            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
             lines.append(
-                f"Heads work on principal components{whitened}, found within each fold's training images: "
+                "Heads work on principal components, found within each fold's training images: "
                 + ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
                 + "; fewer where a fold has fewer training images."
             )
