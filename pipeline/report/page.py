@@ -123,11 +123,11 @@ def _environment() -> Environment:
     )
     made.globals.update(
         accuracy=ACCURACY,
-        apart_title=boards.apart_title,
         most_rows=MOST_ROWS,
         most_inside=pictures.MOST_INSIDE,
         curve_head=CURVE_HEAD.name,
-        apart_text=boards.apart_text,
+        apart_words=boards.apart_words,
+        repeated=boards.repeated,
         cross_validated=boards.cross_validated,
         metrics_for=metrics_for,
         test_text=boards.test_text,
